@@ -1,0 +1,252 @@
+"""The public calls: describe, plan, execute, commit, report."""
+
+import logging
+from collections.abc import Mapping
+from time import perf_counter
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from growkern.commit import check_scheduler, commit
+from growkern.depth import IdentityBlocks
+from growkern.describe import describe, describe_optimizer, tensors_of
+from growkern.errors import GrowthError, PlanError, UnsupportedOptimizerError
+from growkern.execute import execute
+from growkern.plan import DepthMethod, GrowthPlan, WidthMethod, build
+from growkern.reference import arithmetic
+from growkern.report import GrowthReport
+from growkern.sizes import Target, resolve_sizes
+from growkern.spaces import ModelSpec
+from growkern.state import Law, OptimSpec
+from growkern.tensors import Tensors
+from growkern.width import Lossless
+
+logger = logging.getLogger("growkern")
+
+
+def plan(
+    model: nn.Module,
+    optim: Optimizer | None = None,
+    *,
+    to: Target = "2x",
+    width: WidthMethod | None = None,
+    depth: DepthMethod | None = None,
+    state: str = "exact",
+    spec: ModelSpec | None = None,
+    seed: int = 0,
+) -> GrowthPlan:
+    """Plan a growth without changing anything; ``print`` it to see every decision.
+
+    Args:
+        model: Source model.
+        optim: Its optimizer, to have its state checked too.
+        to: ``"2x"``, ``"1.5x"`` (all widths), or a mapping from size name to an int or a factor.
+        width: Width method; default ``width.Lossless()``.
+        depth: Depth method; default ``depth.IdentityBlocks()``.
+        state: ``"exact"`` grows optimizer state by the dual law, ``"drop"`` clears it.
+        spec: Description of a model of your own.
+        seed: Of all noise. Equal seeds give equal plans, and equal bits, on every machine.
+
+    Returns:
+        The plan; ``expand_inplace(..., plan=plan)`` runs it.
+
+    Raises:
+        PlanError: The growth cannot be planned; every reason at once, with the way out.
+        UnsupportedModelError: See ``describe``.
+        UnsupportedOptimizerError: The optimizer's state cannot be grown.
+    """
+    model = _unwrapped(model)
+    found = describe(model, spec)
+    if optim is not None:
+        describe_optimizer(model, optim, drop=state == "drop")
+    sizes = resolve_sizes(found, to)
+    return build(found, sizes, width=width or Lossless(), depth=depth or IdentityBlocks(), state=state, seed=seed)
+
+
+def expand_inplace(
+    model: nn.Module,
+    optim: Optimizer | None = None,
+    *,
+    to: Target = "2x",
+    width: WidthMethod | None = None,
+    depth: DepthMethod | None = None,
+    state: str = "exact",
+    dynamics: str | None = "mup",
+    spec: ModelSpec | None = None,
+    seed: int = 0,
+    backend: str | None = None,
+    plan: GrowthPlan | None = None,
+    scheduler: object | None = None,
+) -> GrowthReport:
+    """Grow a model and its optimizer in place, in the middle of training.
+
+    Parameter objects keep their identity; weights, buffers, gradients in flight, optimizer state, param groups, module
+    attributes and config become those of the target. When anything fails, everything is bitwise as it was.
+
+    Args:
+        model: Source model; changed in place.
+        optim: Its optimizer; changed in place.
+        to: ``"2x"``, ``"1.5x"`` (all widths), or a mapping from size name to an int or a factor: ``hidden, heads, kv_heads,
+            ffn, layers, ...``. What is not named follows ``hidden`` in proportion where that is whole.
+        width: Width method; default ``width.Lossless()``: exact, with symmetry-breaking twin noise.
+        depth: Depth method; default ``depth.IdentityBlocks()``: exact.
+        state: ``"exact"`` grows optimizer state by the dual law, ``"drop"`` clears it.
+        dynamics: ``"mup"`` multiplies learning rates by the law's factor for good, where it is one number per tensor, by
+            splitting param groups; None leaves the groups alone and reports the factors.
+        spec: Description of a model of your own.
+        seed: Of all noise.
+        backend: ``"triton"``, ``"torch"``, or None for triton on a GPU and torch elsewhere.
+        plan: A plan made before, in place of ``to``, ``width``, ``depth``, ``state`` and ``seed``.
+        scheduler: The learning-rate scheduler that drives ``optim``; it follows the split groups.
+
+    Returns:
+        What was done; ``print`` it.
+
+    Raises:
+        PlanError: The growth cannot be planned; every reason at once, with the way out.
+        UnsupportedModelError: See ``describe``.
+        UnsupportedOptimizerError: The optimizer's state cannot be grown.
+        InsufficientMemoryError: Source and target do not fit together.
+        CommitError: The growth failed on its way and was taken back.
+
+    Example:
+        >>> growkern.expand_inplace(model, optim, to={"hidden": 1024, "layers": 24})
+
+    Reference:
+        The dual law of weights and gradients, README.md, "How it works".
+    """
+    start = perf_counter()
+    model = _unwrapped(model)
+    if dynamics not in ("mup", None):
+        raise PlanError(f"unknown dynamics={dynamics!r}: 'mup' or None.")
+    found = describe(model, spec)
+    drop = (plan.state if plan else state) == "drop"
+    described = describe_optimizer(model, optim, drop=drop) if optim is not None else None
+    if plan is None:
+        sizes = resolve_sizes(found, to)
+        plan = build(found, sizes, width=width or Lossless(), depth=depth or IdentityBlocks(), state=state, seed=seed)
+    else:
+        _check_plan(plan, found)
+    law = described.law if described else None
+    factors = lr_factors(plan, law, described)
+    split = _to_split(factors, dynamics, optim, described, scheduler)
+    sources = tensors_of(model, optim, found)
+    n_params = sum(p.numel() for p in model.parameters())
+    staged = execute(plan, sources, law, backend=backend)
+    grad_norm = _grad_norm_factor(plan, sources, staged)
+    n_read = sum(_n_bytes(sources, row.source) for row in plan.rows if plan.changes(row) and not row.new)
+    n_written = staged.n_bytes()
+    commit(plan, staged, model, optim, described, lr_factors=split, scheduler=scheduler)
+    counts: dict[float | None, int] = {}
+    for factor in factors.values():
+        counts[factor] = counts.get(factor, 0) + 1
+    if any(t.is_cuda for t in staged.all()):
+        torch.cuda.synchronize()
+    report = GrowthReport(
+        family=plan.family,
+        source_sizes=dict(plan.source_sizes),
+        target_sizes=dict(plan.target_sizes),
+        n_params_source=n_params,
+        n_params_target=sum(p.numel() for p in model.parameters()),
+        n_new_blocks=sum(block.new for block in plan.blocks),
+        function_preserving=plan.function_preserving,
+        reasons=plan.reasons,
+        n_bytes_read=n_read,
+        n_bytes_written=n_written,
+        seconds=perf_counter() - start,
+        peak_bytes=n_written,
+        lr_factors=counts,
+        lr_applied=dynamics == "mup",
+        grad_norm_factor=grad_norm,
+        notes=(*plan.notes, *_notes(plan, found, described, factors, split)),
+    )
+    logger.debug("%s", report)
+    return report
+
+
+def lr_factors(plan: GrowthPlan, law: Law | None, described: OptimSpec | None) -> dict[str, float | None]:
+    """The law's learning-rate factor of every target parameter that the optimizer holds; None where it is not one number."""
+    if law is None or described is None:
+        return {}
+    held = {name for group in described.groups for name in group}
+    return {row.name: law.lr_factor(*plan.scales(row)) for row in plan.rows if row.source in held}
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module that torch.compile wrapped, or the model itself."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _check_plan(plan: GrowthPlan, spec: ModelSpec) -> None:
+    if dict(plan.source_sizes) != dict(spec.sizes) or {row.source for row in plan.rows} != set(spec.tensors) - set(spec.ties):
+        raise PlanError(
+            f"the plan is for a {plan.family} of {dict(plan.source_sizes)}, this {spec.family} has {dict(spec.sizes)}; plan anew."
+        )
+
+
+def _to_split(
+    factors: Mapping[str, float | None], dynamics: str | None, optim: Optimizer | None, described: OptimSpec | None, scheduler: object | None
+) -> dict[str, float]:
+    if optim is not None:
+        check_scheduler(optim, scheduler)
+    split = {name: factor for name, factor in factors.items() if factor not in (None, 1.0)} if dynamics == "mup" else {}
+    if split and described is not None and described.scheduled and scheduler is None:
+        raise PlanError(
+            "a learning-rate scheduler drives this optimizer, and dynamics='mup' splits its param groups: "
+            "pass scheduler=, so that it follows, or dynamics=None."
+        )
+    return {name: factor for name, factor in split.items() if factor is not None}
+
+
+def _n_bytes(sources: Tensors, name: str) -> int:
+    one = Tensors(
+        {name: sources.values[name]},
+        {name: sources.grads[name]} if name in sources.grads else {},
+        {name: sources.states[name]} if name in sources.states else {},
+    )
+    return one.n_bytes()
+
+
+def _grad_norm_factor(plan: GrowthPlan, sources: Tensors, staged: Tensors) -> float | None:
+    """Ratio of the global gradient norm: from gradients in flight, else from second moments."""
+
+    def total(names: list[str], tensors: Tensors) -> float:
+        if sources.grads:
+            return sum(float(tensors.grads[n].norm(dtype=arithmetic(tensors.grads[n].dtype))) ** 2 for n in names if n in tensors.grads)
+        states = [tensors.states[n].get("exp_avg_sq") for n in names if n in tensors.states]
+        return sum(float(s.sum(dtype=arithmetic(s.dtype))) for s in states if isinstance(s, torch.Tensor))
+
+    kept = [row for row in plan.rows if not row.new and plan.changes(row) and row.constant is None]
+    rest = total([row.source for row in plan.rows if not row.new and not plan.changes(row)], sources)
+    before, after = total([row.source for row in kept], sources) + rest, total([row.name for row in kept], staged) + rest
+    return (after / before) ** 0.5 if before > 0 and after > 0 else None
+
+
+def _notes(
+    plan: GrowthPlan,
+    spec: ModelSpec,
+    described: OptimSpec | None,
+    factors: Mapping[str, float | None],
+    split: Mapping[str, float],
+) -> list[str]:
+    notes: list[str] = []
+    if split and described:
+        notes.append(
+            "param groups were split by learning rate; to load this optimizer's state_dict into a new one, build it with the same groups."
+        )
+    uneven = sum(factor is None for factor in factors.values())
+    if uneven:
+        notes.append(f"{uneven} tensors have a learning-rate factor per element, so theirs stayed; they may want a shorter step.")
+    if described:
+        held = {name for group in described.groups for name in group}
+        missing = [row.source for row in plan.rows if not row.new and row.source in spec.tensors and row.source not in held]
+        if missing:
+            notes.append(f"{len(missing)} tensors are in no param group (frozen, buffers or forgotten): {', '.join(missing[:3])}...")
+    if plan.state == "drop" and described:
+        notes.append("optimizer state was dropped: warm the learning rate up again.")
+    return notes
+
+
+__all__ = ["GrowthError", "UnsupportedOptimizerError", "expand_inplace", "plan"]

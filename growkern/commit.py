@@ -1,0 +1,300 @@
+"""Staged tensors -> live model and optimizer. The only writer; every write can be undone until the last has succeeded."""
+
+import copy
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from growkern.errors import CommitError, PlanError
+from growkern.plan import GrowthPlan
+from growkern.state import OptimSpec
+from growkern.tensors import Tensors
+
+LR_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")  # what schedulers keep in a param group, besides the group's own
+SCHEDULER_LISTS = ("base_lrs", "min_lrs", "max_lrs")  # one learning rate per group
+SCHEDULER_ENTRIES = ("lr_lambdas", "_last_lr")  # one entry per group, copied
+
+
+@dataclass
+class Undo:
+    """What has been written, and how to take it back, latest first."""
+
+    steps: list[Callable[[], object]] = field(default_factory=list[Callable[[], object]])
+
+    def attribute(self, owner: object, name: str, value: object) -> None:
+        """Set an attribute."""
+        missing = object()
+        before = getattr(owner, name, missing)
+        self.steps.append(lambda: delattr(owner, name) if before is missing else setattr(owner, name, before))
+        setattr(owner, name, value)
+
+    def storage(self, p: Tensor, value: Tensor, grad: Tensor | None) -> None:
+        """Give a parameter new storage and a new gradient; the object stays."""
+        before, before_grad = p.detach(), p.grad
+
+        def back() -> None:
+            p.grad = None
+            with torch.no_grad():
+                p.set_(before)  # pyright: ignore[reportArgumentType]
+            p.grad = before_grad
+
+        self.steps.append(back)
+        p.grad = None  # its setter checks shapes
+        with torch.no_grad():
+            p.set_(value)  # pyright: ignore[reportArgumentType]
+        p.grad = grad
+
+    def items(self, target: dict, content: dict) -> None:  # pyright: ignore
+        """Replace the content of a dict; the object stays."""
+        before = dict(target)  # pyright: ignore
+
+        def back() -> None:
+            target.clear()
+            target.update(before)  # pyright: ignore
+
+        self.steps.append(back)
+        target.clear()
+        target.update(content)  # pyright: ignore
+
+    def entries(self, target: list, content: list) -> None:  # pyright: ignore
+        """Replace the content of a list; the object stays."""
+        before = list(target)  # pyright: ignore
+        self.steps.append(lambda: target.__setitem__(slice(None), before))  # pyright: ignore
+        target[:] = content
+
+    def back(self) -> None:
+        """Take everything back."""
+        while self.steps:
+            self.steps.pop()()
+
+
+def commit(
+    plan: GrowthPlan,
+    staged: Tensors,
+    model: nn.Module,
+    optim: Optimizer | None = None,
+    described: OptimSpec | None = None,
+    *,
+    lr_factors: dict[str, float] | None = None,
+    scheduler: object | None = None,
+) -> None:
+    """Make the model and the optimizer the target, or leave them bitwise as they were.
+
+    Args:
+        plan: What was planned.
+        staged: What ``execute`` computed; handed over.
+        model: The source model, changed in place. Parameter objects keep their identity.
+        optim: Its optimizer, changed in place.
+        described: Of the optimizer.
+        lr_factors: Parameter name -> lasting factor on its learning rate; groups are split where they differ.
+        scheduler: The learning-rate scheduler that drives ``optim``; follows the groups.
+
+    Raises:
+        CommitError: Something failed; everything has been put back.
+    """
+    source = dict(model.named_parameters(remove_duplicate=False))
+    blocks = _new_blocks(plan, staged, model)
+    undo = Undo()
+    with _uninterrupted():
+        try:
+            _values(plan, staged, model, source, undo)
+            if plan.blocks:
+                container = model.get_submodule(plan.path)
+                undo.items(container._modules, {str(i): block for i, block in enumerate(blocks)})  # pyright: ignore
+            _attributes(plan, model, undo)
+            if optim is not None and described is not None:
+                target = dict(model.named_parameters(remove_duplicate=False))
+                _optimizer(plan, staged, optim, source, target, undo)
+                _split_groups(plan, optim, target, lr_factors or {}, scheduler, undo)
+                _check(optim)
+        except BaseException as error:
+            undo.back()
+            if isinstance(error, Exception):
+                raise CommitError(f"the growth failed and was taken back: {error}") from error
+            raise
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until the writing is done: half a growth helps no one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[object] = []
+    before = signal.signal(signal.SIGINT, lambda *_: held.append(None))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt
+
+
+def _new_blocks(plan: GrowthPlan, staged: Tensors, model: nn.Module) -> list[nn.Module]:
+    """Every block of the target: the live ones, and copies of modules (not of their tensors) for new ones."""
+    if not plan.blocks:
+        return []
+    live = list(model.get_submodule(plan.path).children())
+    configs = {id(c): c for c in _configs(model)}
+    blocks: list[nn.Module] = []
+    for index, block in enumerate(plan.blocks):
+        source = live[block.source]
+        if block.new:
+            memo: dict[int, object] = dict(configs)
+            for name, p in source.named_parameters():
+                memo[id(p)] = nn.Parameter(staged.values[f"{plan.path}.{index}.{name}"], requires_grad=p.requires_grad)
+            blocks.append(copy.deepcopy(source, memo))  # pyright: ignore[reportArgumentType]
+        else:
+            blocks.append(source)
+    return blocks
+
+
+def _configs(model: nn.Module) -> list[object]:
+    """Every config object that the model or a part of it holds."""
+    found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    return list(found.values())
+
+
+def _values(plan: GrowthPlan, staged: Tensors, model: nn.Module, source: dict[str, nn.Parameter], undo: Undo) -> None:
+    for row in plan.rows:
+        if row.new or row.name not in staged.values:
+            continue
+        if row.source in source:
+            undo.storage(source[row.source], staged.values[row.name], staged.grads.get(row.name))
+        else:
+            owner, _, name = row.source.rpartition(".")
+            buffers = model.get_submodule(owner)._buffers  # pyright: ignore[reportPrivateUsage]
+            undo.items(buffers, buffers | {name: staged.values[row.name]})
+
+
+def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo) -> None:
+    for path, value in plan.attributes.items():
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        before = getattr(module, name)
+        after = (*before[:-1], value) if isinstance(before, tuple) else value
+        if after != before:
+            undo.attribute(module, name, after)
+    for path, factor in plan.eps.items():
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        undo.attribute(module, name, getattr(module, name) * factor)
+    order = [block.source for block in plan.blocks]
+    for config in _configs(model):
+        for name, value in plan.config.items():
+            if getattr(config, name, None) != value:
+                undo.attribute(config, name, value)
+        for name in plan.config_lists:
+            entries = getattr(config, name, None)
+            if isinstance(entries, list) and order:
+                undo.attribute(config, name, [entries[i] for i in order])
+        if plan.config_eps and hasattr(config, plan.config_eps[0]):
+            undo.attribute(config, plan.config_eps[0], getattr(config, plan.config_eps[0]) * plan.config_eps[1])
+
+
+def _optimizer(
+    plan: GrowthPlan,
+    staged: Tensors,
+    optim: Optimizer,
+    source: dict[str, nn.Parameter],
+    target: dict[str, nn.Parameter],
+    undo: Undo,
+) -> None:
+    """State of every parameter, and new parameters into the group of the one they come from."""
+    states = dict(optim.state)
+    joins: dict[int, list[nn.Parameter]] = {}
+    for row in plan.rows:
+        if row.source not in source:
+            continue
+        p, origin = target[row.name], source[row.source]
+        if row.new:
+            joins.setdefault(id(origin), []).append(p)
+        if plan.state == "drop" or row.state == "fresh":
+            states.pop(p, None)
+        elif row.name in staged.states:
+            states[p] = states.get(p, {}) | staged.states[row.name]
+    undo.items(optim.state, states)
+    place = {id(p): i for i, p in enumerate(target.values())}
+    before = {id(p): i for i, p in enumerate(source.values())}
+    for group in optim.param_groups:
+        params: list[nn.Parameter] = group["params"]
+        grown = [q for p in params for q in (p, *joins.get(id(p), []))]
+        places = [before[id(p)] for p in params if id(p) in before]
+        if len(grown) > len(params):
+            if places == sorted(places) and len(places) == len(params):  # the group is in model order: keep it so
+                grown.sort(key=lambda p: place[id(p)])
+            undo.entries(params, grown)
+
+
+def _split_groups(
+    plan: GrowthPlan,
+    optim: Optimizer,
+    target: dict[str, nn.Parameter],
+    factors: dict[str, float],
+    scheduler: object | None,
+    undo: Undo,
+) -> None:
+    """Give parameters whose learning-rate factor is not 1 a group of their own, behind the others."""
+    names = {id(p): name for name, p in reversed(target.items())}
+    for index, group in enumerate(list(optim.param_groups)):
+        parts: dict[float, list[nn.Parameter]] = {}
+        for p in group["params"]:
+            parts.setdefault(factors.get(names.get(id(p), ""), 1.0), []).append(p)
+        if set(parts) <= {1.0}:
+            continue
+        stays = 1.0 if 1.0 in parts else next(iter(parts))
+        undo.entries(group["params"], parts.pop(stays))
+        rest = [(factor, {**group, "params": params}) for factor, params in parts.items()]
+        if stays != 1.0:
+            undo.items(group, _scaled(group, stays))
+        undo.entries(optim.param_groups, [*optim.param_groups, *(_scaled(new, factor) for factor, new in rest)])
+        for one in schedulers(scheduler):
+            _follow(one, index, stays, [factor for factor, _ in rest], undo)
+
+
+def _scaled(group: dict[str, object], factor: float) -> dict[str, object]:
+    return {key: value * factor if key in LR_KEYS else value for key, value in group.items()}  # type: ignore
+
+
+def schedulers(scheduler: object | None) -> list[object]:
+    """A scheduler and the schedulers inside it."""
+    if scheduler is None:
+        return []
+    inner: list[object] = list(getattr(scheduler, "_schedulers", []))
+    return [scheduler, *(s for one in inner for s in schedulers(one))]
+
+
+def _follow(scheduler: object, index: int, stays: float, factors: list[float], undo: Undo) -> None:
+    for name in SCHEDULER_LISTS:
+        values = getattr(scheduler, name, None)
+        if isinstance(values, list):
+            kept = [*values[:index], values[index] * stays, *values[index + 1 :]]
+            undo.entries(values, [*kept, *(values[index] * factor for factor in factors)])
+    for name in SCHEDULER_ENTRIES:
+        values = getattr(scheduler, name, None)
+        if isinstance(values, list):
+            undo.entries(values, [*values, *(values[index] for _ in factors)])
+
+
+def check_scheduler(optim: Optimizer, scheduler: object | None) -> None:
+    """Raise PlanError for a scheduler that drives another optimizer, or whose groups cannot be split."""
+    for one in schedulers(scheduler):
+        if getattr(one, "optimizer", optim) is not optim:
+            raise PlanError(f"scheduler: this {type(one).__name__} drives another optimizer.")
+        if not isinstance(one, torch.optim.lr_scheduler.LRScheduler):
+            raise PlanError(f"scheduler: {type(one).__name__} is not a torch LRScheduler; grow with dynamics=None.")
+
+
+def _check(optim: Optimizer) -> None:
+    """An un-grown state corrupts memory under fused=True: look at every one."""
+    for group in optim.param_groups:
+        for p in group["params"]:
+            for key, value in optim.state.get(p, {}).items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != p.shape:
+                    raise CommitError(f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}")

@@ -1,0 +1,23 @@
+"""Depth growth by blocks that start as the identity: exact.
+
+Wu et al., "LLaMA Pro: Progressive LLaMA with Block Expansion", ACL 2024, arXiv:2401.02415: copies of blocks whose attention
+output and down projections are zero, spread evenly. Post-norm blocks take over the last norm of the block before them instead.
+"""
+
+from dataclasses import dataclass
+
+from growkern.plan import BlockRow, Depth
+
+
+@dataclass(frozen=True)
+class IdentityBlocks:
+    """Insert copies of blocks that compute the identity, spread evenly (LLaMA-Pro's positions where they divide)."""
+
+    def deepen(self, n_source: int, n_target: int) -> Depth:
+        """Give the blocks of the target: after source block ``i``, as many new ones as keep the spread even."""
+        n_new = n_target - n_source
+        blocks: list[BlockRow] = []
+        for i in range(n_source):
+            blocks.append(BlockRow(i))
+            blocks += [BlockRow(i, new=True)] * ((i + 1) * n_new // n_source - i * n_new // n_source)
+        return Depth(tuple(blocks), identity=True)

@@ -1,0 +1,205 @@
+"""A live model and optimizer -> what growkern knows of them. The only reader of live structure; it never reads values."""
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from growkern.errors import UnsupportedModelError, UnsupportedOptimizerError, raise_all
+from growkern.families import FAMILIES
+from growkern.spaces import ModelSpec
+from growkern.state import LAWS, OptimSpec
+from growkern.tensors import Tensors
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+WRAPPERS = {
+    "DistributedDataParallel": "grow before wrapping, or wrap anew after",
+    "DataParallel": "pass model.module",
+    "FullyShardedDataParallel": "grow before sharding",
+    "FSDPModule": "grow before sharding",
+    "DeepSpeedEngine": "grow before deepspeed.initialize",
+}
+LEAVES: dict[str, dict[str, int]] = {  # class name of a leaf module -> attribute that caches a size -> axis of its weight
+    "Linear": {"out_features": 0, "in_features": 1},
+    "Conv1D": {"nx": 0, "nf": 1},
+    "Embedding": {"num_embeddings": 0, "embedding_dim": 1},
+    "LayerNorm": {"normalized_shape": 0},
+    "RMSNorm": {"normalized_shape": 0},
+    "Conv2d": {"out_channels": 0, "in_channels": 1},
+}
+
+
+def describe(model: nn.Module, spec: ModelSpec | None = None) -> ModelSpec:
+    """Describe a model: which axes of which tensors use which spaces.
+
+    Args:
+        model: A model of a known family, or any module with its ``spec``.
+        spec: Description of a model of your own; checked against the model.
+
+    Returns:
+        The spec, with the sizes that leaf modules cache.
+
+    Raises:
+        UnsupportedModelError: An unknown family, a wrapper, parameters that cannot be grown, or a spec that does not cover
+            every parameter and persistent buffer; every reason at once.
+    """
+    raise_all(UnsupportedModelError, f"cannot grow this {type(model).__name__}:", [*_wrappers(model)])
+    found = spec or _family(model)
+    live = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    problems = [*_uncovered(model, found, live), *_unfit(model, found)]
+    if not problems:
+        problems = [*_misshapen(found, live), *_ties(model, found)]
+    raise_all(UnsupportedModelError, f"cannot describe {type(model).__name__} as {found.family!r}:", problems)
+    leaves = {
+        f"{name}.{attribute}": (f"{name}.weight", axis)
+        for name, module in model.named_modules(remove_duplicate=False)
+        for attribute, axis in LEAVES.get(type(module).__name__, {}).items()
+        if hasattr(module, attribute) and f"{name}.weight" in found.tensors and axis < len(found.tensors[f"{name}.weight"])
+    }
+    return ModelSpec(**{key: getattr(found, key) for key in found.__dataclass_fields__} | {"leaves": leaves})
+
+
+def describe_optimizer(model: nn.Module, optim: Optimizer, *, drop: bool = False) -> OptimSpec:
+    """Describe an optimizer: its class, its groups and state keys by parameter name.
+
+    Args:
+        model: The model it trains.
+        optim: The optimizer.
+        drop: True when its state is going to be dropped, so that no law is needed.
+
+    Returns:
+        Names only.
+
+    Raises:
+        UnsupportedOptimizerError: It holds no parameter of the model, has state of a class or key whose law is not known, or
+            state that does not fit its parameter.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    held = [tuple(names[id(p)] for p in group["params"] if id(p) in names) for group in optim.param_groups]
+    kind = f"{type(optim).__module__}.{type(optim).__qualname__}"
+    title = f"cannot grow the state of this {type(optim).__name__}:"
+    if not any(held):
+        raise UnsupportedOptimizerError(f"{title} it holds no parameter of this {type(model).__name__}; pass the optimizer that trains it.")
+    states = {names[id(p)]: (p, state) for p, state in optim.state.items() if id(p) in names and state}
+    law = LAWS.get(kind)
+    problems: list[str] = []
+    if law is None and states and not drop:
+        known = ", ".join(name.rpartition(".")[2] for name in LAWS)
+        keys = sorted({str(key) for _, state in states.values() for key in state})
+        problems.append(f"the law of {kind} (state {', '.join(keys)}) is not known. Known: {known}. Grow with state='drop'.")
+    for name, (p, state) in states.items() if law and not drop else ():
+        for key, value in state.items():
+            if key not in law.orders:
+                problems.append(f"{name}: unknown state {key!r}; known: {', '.join(law.orders)}. Grow with state='drop'.")
+            elif isinstance(value, Tensor) and law.orders[key] is not None and value.shape != p.shape:
+                problems.append(f"{name}: state {key!r} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}.")
+            elif isinstance(value, Tensor) and type(value) is not Tensor:
+                problems.append(f"{name}: state {key!r} is a {type(value).__name__}; only plain tensors are grown.")
+    raise_all(UnsupportedOptimizerError, title, problems)
+    scheduled = bool(getattr(optim.step, "_wrapped_by_lr_sched", False))
+    return OptimSpec(kind, tuple(held), {name: tuple(state) for name, (_, state) in states.items()}, scheduled)
+
+
+def tensors_of(model: nn.Module, optim: Optimizer | None, spec: ModelSpec) -> Tensors:
+    """Gather the live tensors by name: parameters, buffers, gradients in flight, optimizer state."""
+    tensors = Tensors()
+    for name, p in model.named_parameters(remove_duplicate=False):
+        tensors.values[name] = p.detach()
+        if p.grad is not None:
+            tensors.grads[name] = p.grad.detach()
+        if optim is not None and optim.state.get(p):
+            tensors.states[name] = dict(optim.state[p])
+    tensors.values |= {name: b for name, b in model.named_buffers() if name in spec.tensors}
+    return tensors
+
+
+def _family(model: nn.Module) -> ModelSpec:
+    kind = type(model)
+    if kind.__name__ not in FAMILIES or not kind.__module__.startswith("transformers."):
+        raise UnsupportedModelError(
+            f"no family describes {kind.__module__}.{kind.__name__}. Known: {', '.join(FAMILIES)} (of transformers). "
+            "Pass spec=ModelSpec(...) to describe it yourself."
+        )
+    return FAMILIES[kind.__name__](model.config)
+
+
+def _wrappers(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in WRAPPERS:
+                yield f"{name or 'it'} is a {kind.__name__}, which is not supported yet: {WRAPPERS[kind.__name__]}."
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        import gc  # a scan of all objects (0.1 s), only where processes run together
+
+        from torch.nn.parallel import DistributedDataParallel
+
+        for thing in gc.get_objects():
+            if issubclass(type(thing), DistributedDataParallel) and thing.module is model:
+                yield f"a DistributedDataParallel holds it, which is not supported yet: {WRAPPERS['DistributedDataParallel']}."
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        yield "a CUDA graph is being captured; grow before, and capture anew."
+
+
+def _unfit(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
+    devices: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module) or any(hasattr(module, f"weight_{suffix}") for suffix in ("orig", "g", "v", "mask")):
+            yield f"{name}: is parametrized or pruned; remove the parametrization first."
+    for name, p in model.named_parameters():
+        if type(p.data) is not Tensor or type(p) is not nn.Parameter:
+            yield f"{name}: is a {type(p if type(p) is not nn.Parameter else p.data).__name__}; only plain parameters are grown."
+        elif p.is_meta:
+            yield f"{name}: is on the meta device; load the weights first."
+        elif p.is_quantized or p.is_sparse or p.layout is not torch.strided or p.dtype not in DTYPES:
+            kind = "quantized" if p.is_quantized else str(p.layout if p.layout is not torch.strided else p.dtype)
+            yield f"{name}: is {kind}; dense {', '.join(str(d).removeprefix('torch.') for d in DTYPES)} are grown."
+        devices.setdefault(str(p.device), name)
+    for name, b in model.named_buffers():
+        if name in spec.tensors:
+            devices.setdefault(str(b.device), name)
+    if len(devices) > 1:
+        yield f"its tensors are on several devices ({', '.join(f'{name} on {d}' for d, name in devices.items())}); move it to one."
+
+
+def _uncovered(model: nn.Module, spec: ModelSpec, live: dict[str, Tensor]) -> Iterator[str]:
+    must = set(dict(model.named_parameters(remove_duplicate=False)))
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        must |= {
+            f"{prefix}.{name}" if prefix else name
+            for name, b in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+        }
+    yield from (f"{name}: the spec does not cover it; every parameter and persistent buffer must be." for name in sorted(must - set(spec.tensors)))
+    yield from (f"{name}: the spec names it, but the model has no such tensor." for name in sorted(set(spec.tensors) - set(live)))
+
+
+def _misshapen(spec: ModelSpec, live: dict[str, Tensor]) -> Iterator[str]:
+    for name in spec.tensors:
+        try:
+            shape = spec.shape(name)
+        except (KeyError, ZeroDivisionError) as error:
+            yield f"{name}: an axis names a space whose size {error} is not in sizes ({', '.join(spec.sizes)})."
+            continue
+        if shape != tuple(live[name].shape):
+            yield f"{name}: has shape {tuple(live[name].shape)}, the spec says {shape} ({', '.join(map(str, spec.tensors[name]))})."
+
+
+def _ties(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
+    live = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(p): name for name, p in model.named_parameters()}
+    storages: dict[int, str] = {}
+    for name, p in live.items():
+        one = first[id(p)]
+        if one != name and one not in (spec.ties.get(name), name) and spec.ties.get(one) != name:
+            yield f"{name}: is the same parameter as {one}, and the spec declares no tie."
+        if name in spec.ties and live.get(spec.ties[name]) is not p:
+            yield f"{name}: the spec ties it to {spec.ties[name]}, but they are different parameters."
+        if p.numel() and not p.is_meta:
+            other = storages.setdefault(p.untyped_storage().data_ptr(), name)
+            if live[other] is not p:
+                yield f"{name}: shares storage with {other} without being the same parameter; give it storage of its own."
+

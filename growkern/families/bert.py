@@ -1,0 +1,107 @@
+"""BERT of transformers: ``BertForMaskedLM``, ``BertForPreTraining``, ``BertModel``.
+
+https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/bert/modeling_bert.py
+
+Post-norm LayerNorm: every sum is normalised before anything reads it, so hidden grows exactly by whole multiples only, and a
+new block takes over the last LayerNorm of the block before it. There is no head_dim of its own (hidden = heads x head_dim).
+The head is tied to the embedding through a transform with a LayerNorm of its own, which carries the scale.
+"""
+
+from typing import Protocol
+
+from growkern.spaces import Blocks, ModelSpec, TensorSpec, embedding, linear, norm, writer
+
+
+class Config(Protocol):
+    """The fields of ``BertConfig`` that are read."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_hidden_layers: int
+    max_position_embeddings: int
+    type_vocab_size: int
+    vocab_size: int
+    tie_word_embeddings: bool
+
+
+def describe(config: Config, base: str = "bert.", mlm: bool = True, pooler: bool = False) -> ModelSpec:
+    """Describe a BERT: ``base`` is the prefix of the backbone, ``mlm`` and ``pooler`` say which heads there are."""
+    layers = range(config.num_hidden_layers)
+    at = f"{base}encoder.layer"
+    blocks = {
+        name: axes
+        for i in layers
+        for heads in [(f"heads.{i}", "head_dim")]
+        for name, axes in (
+            linear(f"{at}.{i}.attention.self.query", reads="residual", writes=heads)
+            | linear(f"{at}.{i}.attention.self.key", reads="residual", writes=heads)
+            | linear(f"{at}.{i}.attention.self.value", reads="residual", writes=heads)
+            | linear(f"{at}.{i}.attention.output.dense", reads=heads, writes="residual:sum")
+            | norm(f"{at}.{i}.attention.output.LayerNorm", reads="residual:sum", writes="residual", kind="layer")
+            | linear(f"{at}.{i}.intermediate.dense", reads="residual", writes=f"ffn.{i}")
+            | linear(f"{at}.{i}.output.dense", reads=f"ffn.{i}", writes="residual:sum")
+            | norm(f"{at}.{i}.output.LayerNorm", reads="residual:sum", writes="residual", kind="layer")
+        ).items()
+    }
+    outputs = [f"{part}.dense.{name}" for part in ("attention.output", "output") for name in ("weight", "bias")]
+    tied = mlm and config.tie_word_embeddings
+    return ModelSpec(
+        family="bert",
+        sizes={
+            "hidden": config.hidden_size,
+            "heads": config.num_attention_heads,
+            "head_dim": config.hidden_size // config.num_attention_heads,
+            "ffn": config.intermediate_size,
+            "layers": config.num_hidden_layers,
+            "positions": config.max_position_embeddings,
+            "vocab": config.vocab_size,
+            "token_types": config.type_vocab_size,
+        },
+        tensors=embedding(f"{base}embeddings.word_embeddings", rows="vocab", writes="residual:sum")
+        | embedding(f"{base}embeddings.position_embeddings", rows="positions", writes="residual:sum")
+        | embedding(f"{base}embeddings.token_type_embeddings", rows="token_types", writes="residual:sum")
+        | {f"{base}embeddings.{name}": (writer((1,)), writer("positions")) for name in ("position_ids", "token_type_ids")}
+        | norm(f"{base}embeddings.LayerNorm", reads="residual:sum", writes="residual", kind="layer")
+        | blocks
+        | (linear(f"{base}pooler.dense", reads="residual", writes="residual:pooled") if pooler else {})
+        | (linear("cls.seq_relationship", reads="residual:pooled", writes=(2,)) if pooler and mlm else {})
+        | (_mlm_head() if mlm else {}),
+        ties={
+            "cls.predictions.decoder.bias": "cls.predictions.bias",
+            "cls.predictions.decoder.weight": f"{base}embeddings.word_embeddings.weight",
+        }
+        if tied
+        else {},
+        blocks=Blocks(
+            at,
+            identity=dict.fromkeys(outputs, 0.0) | {"attention.output.LayerNorm.weight": 1.0, "attention.output.LayerNorm.bias": 0.0},
+            carries={"output.LayerNorm.weight": 1.0, "output.LayerNorm.bias": 0.0},
+        ),
+        attributes={
+            **{f"{at}.{i}.attention.self.num_attention_heads": "heads" for i in layers},
+            **{f"{at}.{i}.attention.self.all_head_size": ("heads", "head_dim") for i in layers},
+            **{f"{at}.{i}.attention.self.layer_idx": "block" for i in layers},
+        },
+        counters=(f"{base}embeddings.position_ids",),
+        config={
+            "hidden_size": "hidden",
+            "num_attention_heads": "heads",
+            "intermediate_size": "ffn",
+            "num_hidden_layers": "layers",
+            "max_position_embeddings": "positions",
+            "vocab_size": "vocab",
+        },
+        config_eps="layer_norm_eps",
+        hidden_is_heads=True,
+        post_norm=True,
+    )
+
+
+def _mlm_head() -> dict[str, TensorSpec]:
+    return (
+        linear("cls.predictions.transform.dense", reads="residual", writes="residual:transform")
+        | norm("cls.predictions.transform.LayerNorm", reads="residual:transform", writes="residual:final", kind="layer")
+        | linear("cls.predictions.decoder", reads="residual:final", writes="vocab")
+        | {"cls.predictions.bias": (writer("vocab"),)}
+    )

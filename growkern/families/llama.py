@@ -1,0 +1,98 @@
+"""Llama-type decoders of transformers: Llama, Mistral, Qwen2, Qwen3, as ``...ForCausalLM`` and ``...Model``.
+
+https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/llama/modeling_llama.py
+
+Pre-norm RMSNorm, RoPE, grouped-query attention, SwiGLU. Query heads are kv heads x group, so groups stay together whatever
+grows. head_dim is kept (RoPE pairs its coordinates); Qwen2 derives it, so growth writes it into the config.
+"""
+
+from typing import Protocol
+
+from growkern.spaces import Blocks, ModelSpec, embedding, linear, norm
+
+
+class Config(Protocol):
+    """The fields that are read; ``attention_bias`` and ``mlp_bias`` where the architecture has them."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    num_hidden_layers: int
+    vocab_size: int
+    tie_word_embeddings: bool
+
+
+def describe(config: Config, base: str = "model.", head: bool = True) -> ModelSpec:
+    """Describe a Llama-type decoder: ``base`` is the prefix of the backbone, ``head`` says whether there is a head."""
+    attention_bias = bool(getattr(config, "attention_bias", False))
+    qkv_bias = attention_bias or config.model_type == "qwen2"
+    mlp_bias = bool(getattr(config, "mlp_bias", False))
+    layers = range(config.num_hidden_layers)
+    at = f"{base}layers"
+    blocks = {
+        name: axes
+        for i in layers
+        for q, kv in [((f"kv_heads.{i}", f"group.{i}", "head_dim"), (f"kv_heads.{i}", "head_dim"))]
+        for name, axes in (
+            norm(f"{at}.{i}.input_layernorm", reads="residual", writes="residual:normed", kind="rms", eps="variance_epsilon")
+            | linear(f"{at}.{i}.self_attn.q_proj", reads="residual:normed", writes=q, bias=qkv_bias)
+            | linear(f"{at}.{i}.self_attn.k_proj", reads="residual:normed", writes=kv, bias=qkv_bias)
+            | linear(f"{at}.{i}.self_attn.v_proj", reads="residual:normed", writes=kv, bias=qkv_bias)
+            | linear(f"{at}.{i}.self_attn.o_proj", reads=q, writes="residual", bias=attention_bias)
+            | (_qk_norms(f"{at}.{i}.self_attn") if config.model_type == "qwen3" else {})
+            | norm(f"{at}.{i}.post_attention_layernorm", reads="residual", writes="residual:normed", kind="rms", eps="variance_epsilon")
+            | linear(f"{at}.{i}.mlp.gate_proj", reads="residual:normed", writes=f"ffn.{i}", bias=mlp_bias)
+            | linear(f"{at}.{i}.mlp.up_proj", reads="residual:normed", writes=f"ffn.{i}", bias=mlp_bias)
+            | linear(f"{at}.{i}.mlp.down_proj", reads=f"ffn.{i}", writes="residual", bias=mlp_bias)
+        ).items()
+    }
+    outputs = ["self_attn.o_proj.weight", "mlp.down_proj.weight"]
+    outputs += ["self_attn.o_proj.bias"] * attention_bias + ["mlp.down_proj.bias"] * mlp_bias
+    return ModelSpec(
+        family=config.model_type,
+        sizes={
+            "hidden": config.hidden_size,
+            "heads": config.num_attention_heads,
+            "kv_heads": config.num_key_value_heads,
+            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            "ffn": config.intermediate_size,
+            "layers": config.num_hidden_layers,
+            "vocab": config.vocab_size,
+        },
+        tensors=embedding(f"{base}embed_tokens", rows="vocab", writes="residual")
+        | blocks
+        | norm(f"{base}norm", reads="residual", writes="residual:final", kind="rms", eps="variance_epsilon")
+        | (linear("lm_head", reads="residual:final", writes="vocab", bias=False) if head else {}),
+        ties={"lm_head.weight": f"{base}embed_tokens.weight"} if head and config.tie_word_embeddings else {},
+        blocks=Blocks(at, identity=dict.fromkeys(outputs, 0.0)),
+        attributes={
+            **{f"{base}vocab_size": "vocab"},
+            **({"vocab_size": "vocab"} if head else {}),
+            **{f"{at}.{i}.hidden_size": "hidden" for i in layers},
+            **{f"{at}.{i}.mlp.hidden_size": "hidden" for i in layers},
+            **{f"{at}.{i}.mlp.intermediate_size": "ffn" for i in layers},
+            **{f"{at}.{i}.self_attn.num_key_value_groups": "group" for i in layers},
+            **{f"{at}.{i}.self_attn.layer_idx": "block" for i in layers},
+        },
+        config={
+            "hidden_size": "hidden",
+            "num_attention_heads": "heads",
+            "num_key_value_heads": "kv_heads",
+            "head_dim": "head_dim",
+            "intermediate_size": "ffn",
+            "num_hidden_layers": "layers",
+            "vocab_size": "vocab",
+        },
+        config_lists=("layer_types",),
+        config_eps="rms_norm_eps",
+    )
+
+
+def _qk_norms(attention: str):
+    return {
+        name: axes
+        for which in ("q_norm", "k_norm")
+        for name, axes in norm(f"{attention}.{which}", reads="head_dim", writes="head_dim", kind="rms", eps="variance_epsilon").items()
+    }

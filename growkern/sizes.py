@@ -1,0 +1,138 @@
+"""From what a user asks (``"2x"``, ``{"hidden": 1024}``) to the target size of every named size."""
+
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from fractions import Fraction
+
+from growkern.errors import PlanError, raise_all
+from growkern.spaces import ModelSpec
+
+WIDTHS = ("hidden", "heads", "kv_heads", "ffn")  # what "2x" means; the rest grows when it is named
+Target = str | Mapping[str, int | str]
+
+
+def resolve_sizes(spec: ModelSpec, to: Target) -> dict[str, int]:
+    """Work out every target size.
+
+    What is not named follows ``hidden``: ffn, heads and kv heads grow in proportion where that is whole (heads and kv heads
+    together, groups intact), else stay; everything else stays.
+
+    Args:
+        spec: Description of the source model.
+        to: A factor for all widths (``"2x"``, ``"1.5x"``), or a mapping from size name to an int or a factor.
+
+    Returns:
+        Every size of ``spec.sizes`` at its target.
+
+    Raises:
+        PlanError: An unknown size name, a factor or target that is not whole, smaller than the source, or that the model
+            cannot express, with the nearest sizes; every reason at once.
+    """
+    source, problems = spec.sizes, list[str]()
+    named = _named(spec, to, problems)
+    target = dict(source) | named
+    if "hidden" in source:
+        ratio = Fraction(target["hidden"], source["hidden"])
+        _follow(spec, named, target, ratio, problems)
+    for name, n in target.items():
+        if n < source[name]:
+            problems.append(f"{name}: the target {n} is smaller than the source {source[name]}; growth only adds.")
+        elif n > source[name] and name in spec.fixed:
+            problems.append(f"{name}: cannot grow in this {spec.family}: {spec.fixed[name]}.")
+    if not problems and "kv_heads" in target and target["heads"] % target["kv_heads"]:
+        kv = target["kv_heads"]
+        problems.append(f"heads: {target['heads']} is not a multiple of kv_heads={kv}; nearest: {_nearest(target['heads'], kv)}.")
+    if not problems and "kv_heads" in target and target["heads"] // target["kv_heads"] < source["heads"] // source["kv_heads"]:
+        problems.append(
+            f"heads: {target['heads']} over kv_heads={target['kv_heads']} would shrink the groups of "
+            f"{source['heads'] // source['kv_heads']}; name kv_heads={source['kv_heads']} to keep them."
+        )
+    if not problems and target == dict(source):
+        problems.append(f"every target equals its source ({', '.join(f'{k}={v}' for k, v in source.items())}); name a larger size.")
+    raise_all(PlanError, f"cannot grow {spec.family} to {to!r}:", problems)
+    return target
+
+
+def _named(spec: ModelSpec, to: Target, problems: list[str]) -> dict[str, int]:
+    if isinstance(to, str):
+        if _factor(to) is None:
+            raise PlanError(f"cannot read to={to!r}: a factor such as '2x' or '1.5x', or a mapping of {', '.join(spec.sizes)}.")
+        if "hidden" in spec.sizes:
+            return {"hidden": _scaled("hidden", spec, to, problems)}
+        return {name: _scaled(name, spec, to, problems) for name in WIDTHS if name in spec.sizes}
+    named: dict[str, int] = {}
+    for name, value in to.items():
+        if name not in spec.sizes:
+            close = get_close_matches(str(name), spec.sizes, 1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            problems.append(f"unknown size {name!r}: {hint}sizes of {spec.family}: {', '.join(spec.sizes)}.")
+        elif isinstance(value, str) and _factor(value) is None:
+            problems.append(f"{name}: cannot read {value!r}; an int, or a factor such as '1.5x'.")
+        elif isinstance(value, str):
+            named[name] = _scaled(name, spec, value, problems)
+        elif isinstance(value, bool) or not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+            problems.append(f"{name}: {value!r} is not an int or a factor such as '1.5x'.")
+        else:
+            named[name] = value
+    return named
+
+
+def _factor(text: str) -> Fraction | None:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*x\s*", text)
+    return Fraction(match[1]) if match and Fraction(match[1]) > 0 else None
+
+
+def _scaled(name: str, spec: ModelSpec, factor: str, problems: list[str]) -> int:
+    exact = spec.sizes[name] * (_factor(factor) or 1)
+    if exact.denominator != 1 and not (name == "hidden" and spec.hidden_is_heads):
+        low = int(exact)
+        problems.append(f"{name}: {factor} of {spec.sizes[name]} is {float(exact):g}, not whole; nearest: {low}, {low + 1}.")
+    return int(exact)
+
+
+def _follow(spec: ModelSpec, named: dict[str, int], target: dict[str, int], ratio: Fraction, problems: list[str]) -> None:
+    source = spec.sizes
+    if "ffn" in source and "ffn" not in named:
+        target["ffn"] = _whole(source["ffn"], ratio)
+    if spec.hidden_is_heads:
+        _hidden_is_heads(spec, named, target, problems)
+    elif "kv_heads" in source:
+        group = source["heads"] // source["kv_heads"]
+        if "kv_heads" not in named:
+            follow = _whole(source["kv_heads"], ratio)
+            target["kv_heads"] = follow if target["heads"] % follow == 0 or "heads" not in named else source["kv_heads"]
+        if "heads" not in named:
+            target["heads"] = target["kv_heads"] * group
+    elif "heads" in source and "heads" not in named:
+        target["heads"] = _whole(source["heads"], ratio)
+
+
+def _hidden_is_heads(spec: ModelSpec, named: dict[str, int], target: dict[str, int], problems: list[str]) -> None:
+    head_dim = target["head_dim"]
+    if "heads" in named and "hidden" not in named:
+        target["hidden"] = target["heads"] * head_dim
+        if "ffn" in target and "ffn" not in named:
+            target["ffn"] = _whole(spec.sizes["ffn"], Fraction(target["hidden"], spec.sizes["hidden"]))
+        return
+    if target["hidden"] % head_dim:
+        problems.append(
+            f"hidden: {target['hidden']} is not a multiple of head_dim={head_dim}, and {spec.family} needs "
+            f"hidden = heads x head_dim; nearest: {_nearest(target['hidden'], head_dim)}."
+        )
+    elif named.get("heads", target["hidden"] // head_dim) != target["hidden"] // head_dim:
+        problems.append(
+            f"heads: {spec.family} needs hidden = heads x head_dim, but {target['hidden']} is not {named['heads']} x {head_dim}; "
+            f"hidden={named['heads'] * head_dim} or heads={target['hidden'] // head_dim} would do."
+        )
+    else:
+        target["heads"] = target["hidden"] // head_dim
+
+
+def _whole(n: int, ratio: Fraction) -> int:
+    return int(n * ratio) if (n * ratio).denominator == 1 else n
+
+
+def _nearest(n: int, unit: int) -> str:
+    low = n // unit * unit
+    return ", ".join(str(k) for k in (low, low + unit) if k)

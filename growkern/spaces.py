@@ -1,0 +1,204 @@
+"""What a model is made of: spaces, the axes that use them, and the data a growth needs beside tensors.
+
+A *space* is a named set of coordinates shared by axes; its name before the first dot is the user's size (``"ffn.3"`` has size
+``ffn``; ``residual`` has size ``hidden``; ``group`` has ``heads / kv_heads``). A *stream* is an activation on a space, written
+``"space"`` or ``"space:name"``: streams of one space share an index map, each has its own scales. An axis is a list of
+segments, each the row-major product of streams and fixed sizes: ``("kv_heads.0", "group.0", "head_dim")``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Literal
+
+Role = Literal["writer", "reader", "gain"]
+Segment = tuple[str | int, ...]
+Axis = str | Segment | Sequence[Segment]
+
+SIZE_OF_SPACE = {"residual": "hidden"}  # every other space is named after its size
+
+
+@dataclass(frozen=True)
+class Norm:
+    """How a normalisation joins two streams of one space.
+
+    Attributes:
+        reads: The stream it normalises.
+        kind: ``"rms"`` divides by the root mean square, ``"layer"`` subtracts the mean first.
+        eps: Name of the module attribute that holds its epsilon.
+    """
+
+    reads: str
+    kind: Literal["rms", "layer"]
+    eps: str = "eps"
+
+
+@dataclass(frozen=True)
+class AxisUse:
+    """One axis of one tensor.
+
+    Attributes:
+        role: ``"writer"`` (fan-out, bias), ``"reader"`` (fan-in) or ``"gain"`` (of a norm: writes one stream, reads another).
+        segments: What the axis holds, in order.
+        norm: The norm, for a gain.
+    """
+
+    role: Role
+    segments: tuple[Segment, ...]
+    norm: Norm | None = None
+
+    def __str__(self) -> str:
+        text = " + ".join(" x ".join(map(str, segment)) for segment in self.segments)
+        return f"{self.role} {text}" + (f" of {self.norm.kind}({self.norm.reads})" if self.norm else "")
+
+
+TensorSpec = tuple[AxisUse, ...]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks that depth growth repeats: ``path.0``, ``path.1``, ...
+
+    Attributes:
+        path: Name of the ``ModuleList``.
+        identity: Tensors of a block (names inside it) and the constant that turns the block into the identity.
+        carries: For post-norm blocks: tensors that move on to the inserted block, and the constant that stays behind.
+    """
+
+    path: str
+    identity: Mapping[str, float] = field(default_factory=dict[str, float])
+    carries: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+Size = str | tuple[str, ...]  # a size name, or a product of them; "block" is the index of the block
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What growkern knows of a model: names, sizes and roles, never values.
+
+    Attributes:
+        family: Name for messages.
+        sizes: Every size that a user can name, e.g. ``{"hidden": 768, "layers": 12}``.
+        tensors: For every parameter and persistent buffer, how its axes use the spaces.
+        ties: Name -> name of the same parameter under its first name. Both are in ``tensors``.
+        blocks: What depth growth repeats; None when the model has no blocks.
+        attributes: ``"module.path.attribute"`` -> size; what modules cache. Sizes of leaf modules follow by themselves.
+        config: Field of ``model.config`` -> size.
+        leaves: ``"module.path.attribute"`` -> tensor and axis whose size it caches; ``describe`` fills it in from module types.
+        counters: Buffers that hold 0, 1, ... n - 1 along their last axis.
+        config_lists: Fields of ``model.config`` that hold one entry per block.
+        config_eps: Field of ``model.config`` that holds the epsilon of the norms.
+        hidden_is_heads: True when the model has no head_dim of its own: hidden = heads x head_dim.
+        post_norm: True when the residual stream itself is normalised after every sum.
+        fixed: Size -> why it cannot grow in this model.
+    """
+
+    family: str
+    sizes: Mapping[str, int]
+    tensors: Mapping[str, TensorSpec]
+    ties: Mapping[str, str] = field(default_factory=dict[str, str])
+    blocks: Blocks | None = None
+    attributes: Mapping[str, Size] = field(default_factory=dict[str, Size])
+    config: Mapping[str, Size] = field(default_factory=dict[str, Size])
+    leaves: Mapping[str, tuple[str, int]] = field(default_factory=dict[str, tuple[str, int]])
+    counters: tuple[str, ...] = ()
+    config_lists: tuple[str, ...] = ()
+    config_eps: str | None = None
+    hidden_is_heads: bool = False
+    post_norm: bool = False
+    fixed: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def shape(self, name: str, sizes: Mapping[str, int] | None = None) -> tuple[int, ...]:
+        """Shape of a tensor at the given sizes (default: the source's)."""
+        at = self.sizes if sizes is None else sizes
+        return tuple(sum(prod(space_size(c, at) for c in segment) for segment in axis.segments) for axis in self.tensors[name])
+
+    def spaces(self) -> dict[str, list[str]]:
+        """Every space and its streams."""
+        spaces: dict[str, list[str]] = {}
+        for stream in self.streams():
+            spaces.setdefault(space_of(stream), []).append(stream)
+        return spaces
+
+    def streams(self) -> list[str]:
+        """Every stream, in order of appearance."""
+        names: dict[str, None] = {}
+        for axes in self.tensors.values():
+            for axis in axes:
+                names.update((c, None) for segment in axis.segments for c in segment if isinstance(c, str))
+                if axis.norm:
+                    names[axis.norm.reads] = None
+        return list(names)
+
+    def norms(self) -> list[tuple[str, AxisUse, Norm]]:
+        """Every norm: the name of its gain, the gain's axis, the norm."""
+        return [(name, axes[0], axes[0].norm) for name, axes in self.tensors.items() if axes and axes[0].norm]
+
+    def block_of(self, name: str) -> tuple[int, str] | None:
+        """Index of the block a tensor or module lies in, and its name inside the block."""
+        prefix = f"{self.blocks.path}." if self.blocks else None
+        if prefix is None or not name.startswith(prefix):
+            return None
+        index, _, rest = name.removeprefix(prefix).partition(".")
+        return int(index), rest
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name} {n}" for name, n in self.sizes.items())
+        return f"{self.family}: {sizes}; {len(self.tensors)} tensors, {len(self.ties)} tied"
+
+
+def space_of(stream: str) -> str:
+    """The space a stream lives on."""
+    return stream.partition(":")[0]
+
+
+def space_size(component: str | int, sizes: Mapping[str, int]) -> int:
+    """Size of a space (or a fixed size) under the given named sizes."""
+    if isinstance(component, int):
+        return component
+    name = space_of(component).partition(".")[0]
+    if name == "group":
+        return sizes["heads"] // sizes["kv_heads"]
+    return sizes[SIZE_OF_SPACE.get(name, name)]
+
+
+def size_value(size: Size, sizes: Mapping[str, int]) -> int:
+    """Value of an attribute or config field: a size, or a product of sizes."""
+    return prod(space_size(name, sizes) for name in ([size] if isinstance(size, str) else size))
+
+
+def _segments(axis: Axis) -> tuple[Segment, ...]:
+    if isinstance(axis, str):
+        return ((axis,),)
+    return (axis,) if isinstance(axis, tuple) else tuple(axis)  # pyright: ignore[reportReturnType]
+
+
+def writer(axis: Axis) -> AxisUse:
+    """An axis that produces its streams."""
+    return AxisUse("writer", _segments(axis))
+
+
+def reader(axis: Axis) -> AxisUse:
+    """An axis that contracts its streams."""
+    return AxisUse("reader", _segments(axis))
+
+
+def linear(name: str, *, reads: Axis, writes: Axis, bias: bool = True, transposed: bool = False) -> dict[str, TensorSpec]:
+    """Describe ``y = W x + b`` with ``W[out, in]`` (``W[in, out]`` when ``transposed``)."""
+    weight = (reader(reads), writer(writes)) if transposed else (writer(writes), reader(reads))
+    return {f"{name}.weight": weight} | ({f"{name}.bias": (writer(writes),)} if bias else {})
+
+
+def embedding(name: str, *, rows: Axis, writes: Axis) -> dict[str, TensorSpec]:
+    """Describe a table ``E[rows, features]`` that is looked up by row."""
+    return {f"{name}.weight": (writer(rows), writer(writes))}
+
+
+def norm(
+    name: str, *, reads: str, writes: str, kind: Literal["rms", "layer"], bias: bool | None = None, eps: str = "eps"
+) -> dict[str, TensorSpec]:
+    """Describe a normalisation with gain ``weight`` and, by default for LayerNorm, ``bias``."""
+    gain = AxisUse("gain", _segments(writes), Norm(reads, kind, eps))
+    has_bias = kind == "layer" if bias is None else bias
+    return {f"{name}.weight": (gain,)} | ({f"{name}.bias": (writer(writes),)} if has_bias else {})

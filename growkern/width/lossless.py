@@ -1,0 +1,131 @@
+"""Lossless width growth: the target computes exactly what the source computed.
+
+Even splits at whole multiples. At other widths, where norms read a space: isometric scaling or a zero pad (RMSNorm), a mean pad
+or centring with a zero pad (LayerNorm). The zero pad, mean pad and eps rules are LEMON's (Wang et al., arXiv:2310.07999);
+the even split is Net2Net's (Chen et al., arXiv:1511.05641); twin noise is HyperCloning's (Samragh et al., arXiv:2409.12903).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+from typing import Literal
+
+from growkern.errors import PlanError, raise_all
+from growkern.index_map import IndexMap, Vector
+from growkern.plan import Contract, Width
+from growkern.spaces import SIZE_OF_SPACE, ModelSpec, space_size
+
+GROWS = ("hidden", "heads", "kv_heads", "ffn", "positions")
+Norms = Literal["isometric", "zero_pad", "mean_pad", "centre_pad"]
+NORM_KINDS: dict[str, str] = {"isometric": "rms", "zero_pad": "rms", "mean_pad": "layer", "centre_pad": "layer"}
+
+
+@dataclass(frozen=True)
+class Lossless:
+    """Grow width and preserve the function, breaking the symmetry of copies on the way.
+
+    Args:
+        noise: Strength of the twin noise, in standard deviations of the weight it is added to: ``+N`` on one copy's column,
+            ``-N`` on its twin's, so the function stays. 0 leaves equal copies, which stay equal for ever. Columns that read a
+            pad are free and always drawn as strong as the weights.
+        norms: What to do at a width that is no whole multiple: ``"isometric"`` or ``"zero_pad"`` under RMSNorm (default
+            isometric), ``"mean_pad"`` or ``"centre_pad"`` under LayerNorm (default mean pad). Whole multiples need none.
+    """
+
+    noise: float = 1.0
+    norms: Norms | None = None
+
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
+        """Give maps and contracts for the target ``sizes``.
+
+        Args:
+            spec: Description of the source model.
+            sizes: Every target size.
+
+        Returns:
+            An even or exact split of every space.
+
+        Raises:
+            PlanError: A size this method does not grow, a width that a post-norm model cannot have, or a ``norms`` that does
+                not go with the model's norms.
+        """
+        problems = [
+            f"{name}: Lossless does not grow it ({spec.sizes[name]} -> {n}); it grows {', '.join(GROWS)}."
+            for name, n in sizes.items()
+            if n != spec.sizes[name] and name not in (*GROWS, "layers")
+        ]
+        if not 0 <= self.noise < float("inf"):
+            problems.append(f"noise={self.noise!r} is not a finite number >= 0.")
+        if self.norms is not None and self.norms not in NORM_KINDS:
+            problems.append(f"norms={self.norms!r} is none of {', '.join(NORM_KINDS)}.")
+        raise_all(PlanError, f"cannot widen {spec.family}:", problems)
+        maps: dict[str, IndexMap] = {}
+        contracts: dict[str, Contract] = {}
+        for space, streams in spec.spaces().items():
+            kinds = {norm.kind for _, _, norm in spec.norms() if norm.reads in streams}
+            n_source, n_target = space_size(space, spec.sizes), space_size(space, sizes)
+            normed = {norm.reads for _, _, norm in spec.norms()} | {"positions"}
+            whole = n_target % n_source == 0
+            how = "positions" if space == "positions" else None if whole or not kinds else self._norms(spec, space, n_source, n_target, kinds)
+            maps[space] = _index_map(n_source, n_target, how)
+            for stream in streams:
+                contracts[stream] = _contract(maps[space], how, stream in normed)
+        _solve_ties(spec, maps, contracts)
+        return Width(maps, contracts, self.noise)
+
+    def _norms(self, spec: ModelSpec, space: str, n_source: int, n_target: int, kinds: set[str]) -> Norms:
+        name = SIZE_OF_SPACE.get(space, space)
+        low = n_target // n_source * n_source
+        nearest = f"nearest whole multiples: {', '.join(str(n) for n in (low, low + n_source))}"
+        ask = f"cannot widen {spec.family} from {name} {n_source} to {n_target} exactly:"
+        if spec.post_norm:
+            raise PlanError(f"{ask} a post-norm model keeps its function only at whole multiples; {nearest}.")
+        if len(kinds) > 1:
+            raise PlanError(f"{ask} its norms are of several kinds; {nearest}.")
+        kind = next(iter(kinds))
+        how: Norms = self.norms or ("isometric" if kind == "rms" else "mean_pad")
+        if NORM_KINDS[how] != kind:
+            raise PlanError(f"{ask} norms={how!r} is for {NORM_KINDS[how]} norms; these are {kind} norms.")
+        return how
+
+
+def _index_map(n_source: int, n_target: int, how: str | None) -> IndexMap:
+    if n_source == n_target:
+        return IndexMap.identity(n_source)
+    if how in ("zero_pad", "centre_pad", "positions"):
+        return _tail(n_source, n_target)
+    return IndexMap.padded(n_source, n_target) if how == "mean_pad" else IndexMap.cyclic(n_source, n_target)
+
+
+def _tail(n_source: int, n_target: int) -> IndexMap:
+    return IndexMap.of([*range(n_source), *[-1] * (n_target - n_source)], n_source)
+
+
+def _contract(index_map: IndexMap, how: str | None, normed: bool) -> Contract:
+    n_copies = max(index_map.counts, default=1)
+    if how == "isometric" and normed:
+        root = index_map.per_copy(lambda c: 1 / sqrt(c), pad=1.0)
+        return Contract(root, root)
+    w = Vector.full(1.0, index_map.n_target)
+    u = index_map.per_copy(lambda c: 1 / c, pad=1 / n_copies)
+    return Contract(w, u, "mean" if how in ("mean_pad", "positions") and normed else "zero", centred=how == "centre_pad" and normed)
+
+
+def _solve_ties(spec: ModelSpec, maps: Mapping[str, IndexMap], contracts: dict[str, Contract]) -> None:
+    """A tied tensor has one scale: where it writes one stream and reads another, the reader's contract takes it back.
+
+    (Tied head: the factor 1/C goes into the final norm, which writes the stream the head reads.)
+    """
+    for tied, first in spec.ties.items():
+        for use, other in zip(spec.tensors[tied], spec.tensors[first], strict=True):
+            if (use.role, other.role) != ("reader", "writer"):
+                continue
+            stream, origin = str(use.segments[0][0]), str(other.segments[0][0])
+            if stream == origin:
+                raise PlanError(f"cannot widen {spec.family}: {tied!r} reads the stream it writes; a norm must lie between.")
+            if contracts[origin].centred:
+                raise PlanError(f"cannot centre {spec.family}: {tied!r} is tied to {first!r}, and its mean reaches the logits; use mean_pad.")
+            index_map = maps[stream.partition(":")[0]]
+            u = contracts[origin].w
+            counts = index_map.per_copy(float, pad=1.0)
+            contracts[stream] = Contract(u.zip(counts, lambda x, c: 1 / (x * c)), u, contracts[stream].pad)
