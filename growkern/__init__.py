@@ -6,6 +6,7 @@ from growkern.describe import describe
 from growkern.plan import GrowthPlan
 from growkern.report import GrowthReport
 from growkern.spaces import Blocks, ModelSpec, embedding, linear, norm, reader, writer
+from growkern.verify import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,7 @@ __all__ = [
     "GrowthPlan",
     "GrowthReport",
     "ModelSpec",
+    "Verification",
     "depth",
     "describe",
     "embedding",
@@ -23,6 +25,7 @@ __all__ = [
     "norm",
     "plan",
     "reader",
+    "verify",
     "width",
     "writer",
 ]

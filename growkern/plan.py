@@ -204,8 +204,6 @@ class GrowthPlan:
 
     def scales(self, row: TensorRow) -> tuple[float | None, float | None]:
         """Weight scale ``s`` and gradient scale ``a`` of a tensor; None where they are not one number."""
-        if row.constant is not None:
-            return 1.0, 1.0
         axes = self.axis_maps(row)
         return _product([axis.weight_scale.uniform for axis in axes]), _product([axis.grad_scale.uniform for axis in axes])
 
@@ -237,7 +235,10 @@ class GrowthPlan:
         if any(block.new for block in self.blocks):
             parts.append("blocks  " + " ".join(f"+{b.source}" if b.new else str(b.source) for b in self.blocks) + "   (+ new, copy of)")
         lines = dict.fromkeys(
-            (fold(row.name), *map(_shape, self.shapes(row)), *map(_scale, self.scales(row))) for row in self.rows if self.changes(row)
+            (fold(row.name), *map(_shape, self.shapes(row)), _scale(s) if row.constant is None else f"all {row.constant:g}", _scale(a))
+            for row in self.rows
+            for s, a in [self.scales(row)]
+            if self.changes(row)
         )
         parts.append(table(["tensor", "source", "target", "weight s", "gradient a"], [list(line) for line in lines]))
         parts.append("function preserving" if self.function_preserving else "not function preserving: " + "; ".join(self.reasons))

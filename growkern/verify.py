@@ -1,0 +1,162 @@
+"""Check a growth from outside: outputs, gradients, copies, optimizer state. Nothing that is passed in is changed."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from growkern.tables import fold, table
+
+# relative to the largest logit; float64 too is loose, because norms of transformers round to float32 whatever their input
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+STEP = 1e-2  # root mean square of the two trial steps, over all elements: far from zero, far from divergence
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What ``verify`` saw.
+
+    Attributes:
+        logits_error: Largest absolute difference of the outputs.
+        logits_scale: Largest absolute output of the source.
+        tolerance: Relative error that rounding in the model's dtype explains.
+        dead: Tensor -> elements without gradient in two steps (rows of an embedding that the batch does not use left out).
+        copies: Tensor -> rows and columns that equal another one, bit for bit, after two steps: they will stay equal.
+        state: Optimizer state that does not fit its parameter.
+        unheld: Trainable parameters that no optimizer group holds.
+    """
+
+    logits_error: float
+    logits_scale: float
+    tolerance: float
+    dead: dict[str, int]
+    copies: dict[str, int]
+    state: tuple[str, ...]
+    unheld: tuple[str, ...]
+
+    @property
+    def same_function(self) -> bool:
+        """True when the outputs agree up to rounding."""
+        return self.logits_error <= self.tolerance * max(1.0, self.logits_scale)
+
+    @property
+    def ok(self) -> bool:
+        """True when the function is the same, everything trains and the optimizer fits. Copies are no failure."""
+        return self.same_function and not (self.dead or self.state or self.unheld)
+
+    def __str__(self) -> str:
+        def count(tensors: dict[str, int]) -> str:
+            folded: dict[str, int] = {}
+            for name, n in tensors.items():
+                folded[fold(name)] = folded.get(fold(name), 0) + n
+            return ", ".join(f"{name} {n:,}" for name, n in folded.items()) or "none"
+
+        def some(names: tuple[str, ...]) -> str:
+            return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"
+
+        rows = [
+            ("logits error", f"{self.logits_error:.2e} of {self.logits_scale:.3g}", "ok" if self.same_function else "DIFFERENT"),
+            ("without gradient in two steps", count(self.dead), "ok" if not self.dead else "DEAD"),
+            ("copies equal after two steps", count(self.copies), "" if not self.copies else "STAY EQUAL"),
+            ("optimizer state that does not fit", some(self.state), "ok" if not self.state else "WRONG"),
+            ("parameters in no group", some(self.unheld), "ok" if not self.unheld else "NOT TRAINED"),
+        ]
+        return table(["check", "found", ""], rows)
+
+
+def verify(
+    source: nn.Module, target: nn.Module, batch: Tensor | Mapping[str, object], optim: Optimizer | None = None
+) -> Verification:
+    """Compare a grown model with its source, and check that every part of it trains.
+
+    Args:
+        source: A copy of the model from before the growth.
+        target: The grown model.
+        batch: Input of both: keyword arguments, or a tensor. With ``labels``, the model's own loss is used.
+        optim: The optimizer of ``target``, to check its state and groups too.
+
+    Returns:
+        The findings; ``print`` it. Gradients are taken in evaluation mode, on copies: two steps of plain gradient descent.
+    """
+    with torch.no_grad():
+        before, after = (_run(model, batch)[0] for model in (source, target))
+    error = float((before - after).abs().max()) if before.shape == after.shape else float("inf")
+    dtype = next(target.parameters()).dtype
+    dead, copies = _trial(target, batch)
+    state, unheld = _optimizer(target, optim) if optim is not None else ((), ())
+    return Verification(
+        logits_error=error,
+        logits_scale=float(before.abs().max()),
+        tolerance=TOLERANCE.get(dtype, 1e-4),
+        dead=dead,
+        copies=copies,
+        state=state,
+        unheld=unheld,
+    )
+
+
+def _run(model: nn.Module, batch: Tensor | Mapping[str, object]) -> tuple[Tensor, Tensor]:
+    """Outputs and a loss, in evaluation mode; the mode is put back."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        out = model(**batch) if isinstance(batch, Mapping) else model(batch)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    logits = getattr(out, "logits", out)
+    if not isinstance(logits, Tensor):
+        logits = getattr(out, "last_hidden_state", None) or next(t for t in out if isinstance(t, Tensor) and t.dim())
+    loss = getattr(out, "loss", None)
+    return logits.detach() if not torch.is_grad_enabled() else logits, logits.float().square().mean() if loss is None else loss
+
+
+def _trial(model: nn.Module, batch: Tensor | Mapping[str, object]) -> tuple[dict[str, int], dict[str, int]]:
+    """Elements without gradient in two steps of a copy, and rows and columns that are equal after them."""
+    trial = copy.deepcopy(model)
+    tables = {f"{name}.weight" for name, module in trial.named_modules() if isinstance(module, nn.Embedding)}
+    params = {name: p for name, p in trial.named_parameters() if p.requires_grad}
+    dead = {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}
+    for _ in range(2):
+        trial.zero_grad(set_to_none=True)
+        _run(trial, batch)[1].backward()
+        grads = {name: p.grad for name, p in params.items() if p.grad is not None}
+        n = sum(grad.numel() for grad in grads.values())
+        rms = float(sum(grad.float().square().sum() for grad in grads.values()) / max(1, n)) ** 0.5
+        with torch.no_grad():
+            for name, grad in grads.items():
+                dead[name] &= grad == 0
+                params[name].add_(grad, alpha=-STEP / (rms or 1.0))
+    for name in tables & set(dead):
+        dead[name] &= ~dead[name].all(1, keepdim=True)
+    copies = {name: n for name, p in params.items() if p.dim() > 1 and (n := _n_copies(p.detach()))}
+    return {name: n for name, mask in dead.items() if (n := int(mask.sum()))}, copies
+
+
+def _n_copies(weight: Tensor) -> int:
+    matrix = weight.reshape(weight.shape[0], -1)
+    return _equal_rows(matrix) + _equal_rows(matrix.T)
+
+
+def _equal_rows(matrix: Tensor) -> int:
+    """Rows that equal another one: candidates by a random projection, then bit for bit. Constant rows (zeros) do not count."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(matrix.shape[1], dtype=torch.float64, generator=generator).to(matrix.device)
+    order = (matrix.double() @ direction).argsort()
+    near = matrix[order]
+    same = (near[1:] == near[:-1]).all(1) & (near[1:] != near[1:, :1]).any(1)
+    return int((torch.cat([same, same.new_zeros(1)]) | torch.cat([same.new_zeros(1), same])).sum())
+
+
+def _optimizer(model: nn.Module, optim: Optimizer) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    held = {id(p) for group in optim.param_groups for p in group["params"]}
+    state = [
+        f"{name}: {key} {tuple(value.shape)}"
+        for name, p in model.named_parameters()
+        for key, value in optim.state.get(p, {}).items()
+        if isinstance(value, Tensor) and value.dim() and value.shape != p.shape
+    ]
+    return tuple(state), tuple(name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held)

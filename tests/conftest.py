@@ -1,0 +1,56 @@
+"""What every test stands on: Triton's interpreter where there is no GPU, one thread per worker, fixed seeds, poisoned memory."""
+
+import os
+from collections.abc import Callable, Iterator
+from functools import wraps
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor
+
+HAS_CUDA = torch.cuda.is_available()
+
+if not HAS_CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by `import triton`, which nothing above does
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # for subprocesses
+    torch.set_num_threads(1)
+
+# no deadline: a busy machine is no failure; derandomized: a run is green or red for the code alone
+hypothesis.settings.register_profile("growkern", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("growkern")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked ``gpu`` where there is none."""
+    for item in items:
+        if not HAS_CUDA and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state, alone or among others."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Fill uninitialised floating memory with NaN, so that an element nobody wrote is seen."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patch.setattr(owner, name, _poisoned(getattr(owner, name)))
+        yield
+
+
+def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(allocate)
+    def poisoned(*args: object, **kwargs: object) -> Tensor:
+        tensor = allocate(*args, **kwargs)
+        if tensor.is_floating_point():
+            with torch.no_grad():  # a leaf that requires grad refuses writes
+                tensor.fill_(float("nan"))
+        return tensor
+
+    return poisoned

@@ -1,0 +1,222 @@
+"""The dual law against autograd, and the flagship: a grown run with scaled hyperparameters is the source's run."""
+
+import copy
+
+import pytest
+import torch
+from models import FAMILIES, batch, exact_norms, grow, loss_of, make, spec_of, train
+
+import growkern
+from growkern import width
+from growkern.index_map import PAD
+
+QUIET = width.Lossless(noise=0)
+
+
+def gathered(plan, row, t):
+    """The source tensor at the target's size, without scales; pads are zero."""
+    for axis, this in enumerate(plan.axis_maps(row)):
+        index = torch.tensor([max(i, 0) for i in this.index_map.indices])
+        t = t.index_select(axis, index)
+    return t * full(plan, row, lambda a: torch.tensor([float(i != PAD) for i in a.index_map.indices]))
+
+
+def full(plan, row, of):
+    """The product of one vector per axis, at the target's shape."""
+    shape = plan.shapes(row)[1]
+    out = torch.ones(shape, dtype=torch.float64)
+    for axis, this in enumerate(plan.axis_maps(row)):
+        view = [1] * len(shape)
+        view[axis] = -1
+        out = out * of(this).double().view(view)
+    return out
+
+
+def weight_scale(plan, row):
+    return full(plan, row, lambda a: torch.tensor(a.weight_scale.expanded(), dtype=torch.float64))
+
+
+def grad_scale(plan, row):
+    return full(plan, row, lambda a: torch.tensor(a.grad_scale.expanded(), dtype=torch.float64))
+
+
+def no_pad(plan, row):
+    return full(plan, row, lambda a: torch.tensor([float(i != PAD) for i in a.index_map.indices])).bool()
+
+
+EXACT = [(f, to) for f in FAMILIES for to in (["2x", "3x"] if f in ("bert", "gpt2", "plain") else ["2x", "1.5x", {"hidden": 42, "ffn": 101}])]
+EXACT += [("gpt2", {"ffn": 131}), ("bert", {"ffn": 57}), ("llama", {"heads": 8})]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(("family", "to"), EXACT, ids=str)
+def test_every_gradient_and_moment_of_the_grown_model_follows_the_dual_law(family, to, tied, monkeypatch):
+    exact_norms(monkeypatch)
+    model = make(family, tied=tied).double()
+    optim = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    loss_of(model, batch()).backward()
+    optim.step()  # lr 0: the weights stay, exp_avg = 0.1 g, exp_avg_sq = 0.001 g^2
+    source = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}  # BERT's untied bias is unused
+    plan = growkern.plan(model, optim, to=to, width=QUIET, spec=spec_of(model))
+
+    grow(model, optim, plan=plan, dynamics=None)
+    in_flight = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    loss_of(model, batch()).backward()
+
+    for row in plan.rows:
+        if row.name not in source:
+            continue
+        p = model.get_parameter(row.name)
+        expected = gathered(plan, row, source[row.source]) * grad_scale(plan, row)
+        size = expected.abs().max().clamp(min=1.0)
+        assert (p.grad - expected).abs().max() < 1e-9 * size, row.name
+        assert (in_flight[row.name] - p.grad).abs().max() < 1e-9 * size, row.name
+        assert (optim.state[p]["exp_avg"] - 0.1 * p.grad).abs().max() < 1e-9 * size, row.name
+        assert (optim.state[p]["exp_avg_sq"] - 0.001 * p.grad.square()).abs().max() < 1e-9 * size**2, row.name
+        assert optim.state[p]["step"] == 1
+
+
+PADDED = [("gpt2", {"hidden": 30}, "mean_pad"), ("gpt2", {"hidden": 30}, "centre_pad"), ("plain", {"hidden": 54}, "mean_pad")]
+PADDED += [("llama", {"hidden": 30}, "zero_pad"), ("qwen3", {"hidden": 54}, "zero_pad")]
+
+
+@pytest.mark.parametrize(("family", "to", "norms"), PADDED, ids=str)
+def test_gradients_beside_pads_follow_the_law(family, to, norms, monkeypatch):
+    """Beside LayerNorm pads, a residual writer's gradient follows the law up to its mean over the residual axis: a direction
+    in which the source's function does not change, because its norms take the mean away."""
+    exact_norms(monkeypatch)
+    model = make(family, tied=False).double()
+    loss_of(model, batch()).backward()
+    source = {name: p.grad.clone() for name, p in model.named_parameters()}
+    plan = growkern.plan(model, to=to, width=width.Lossless(noise=0, norms=norms), spec=spec_of(model))
+
+    grow(model, plan=plan)
+    model.zero_grad()
+    loss_of(model, batch()).backward()
+
+    for row in plan.rows:
+        grad, expected = model.get_parameter(row.name).grad, gathered(plan, row, source[row.source]) * grad_scale(plan, row)
+        mask = no_pad(plan, row)
+        if norms != "zero_pad":
+            for axis, key in enumerate(row.axes):
+                if key == "writer residual":
+                    n = mask.sum(axis, keepdim=True)
+                    grad, expected = (t - (t * mask).sum(axis, keepdim=True) / n for t in (grad, expected))
+        assert ((grad - expected) * mask).abs().max() < 1e-9 * expected.abs().max().clamp(min=1.0), row.name
+
+
+def test_the_law_of_a_llama_is_the_decoder_table():
+    """The table of the design, written by hand: 2x hidden, 2x heads and kv heads, 3x ffn, tied and untied."""
+    d, h, kv, f = 2, 2, 2, 3
+    block = {
+        "self_attn.q_proj.weight": (1 / d, 1 / h),
+        "self_attn.q_proj.bias": (1, 1 / h),
+        "self_attn.k_proj.weight": (1 / d, 1 / kv),
+        "self_attn.v_proj.bias": (1, 1 / kv),
+        "self_attn.o_proj.weight": (1 / h, 1 / d),
+        "self_attn.o_proj.bias": (1, 1 / d),
+        "mlp.up_proj.weight": (1 / d, 1 / f),
+        "mlp.gate_proj.weight": (1 / d, 1 / f),
+        "mlp.down_proj.weight": (1 / f, 1 / d),
+        "input_layernorm.weight": (1, 1 / d),
+    }
+    for tied in (True, False):
+        model = make("llama", tied=tied, attention_bias=True)
+        plan = growkern.plan(model, to={"hidden": 48, "ffn": 120})
+        found = {row.name: plan.scales(row) for row in plan.rows}
+
+        for name, law in block.items():
+            assert found[f"model.layers.1.{name}"] == pytest.approx(law), name
+        assert found["model.embed_tokens.weight"] == pytest.approx((1, 1 / d))
+        assert found["model.norm.weight"] == pytest.approx((1 / d, 1) if tied else (1, 1 / d))
+        assert tied or found["lm_head.weight"] == pytest.approx((1 / d, 1))
+
+
+class ElementwiseAdamW:
+    """AdamW in plain formulas (Loshchilov and Hutter), with lr, eps and decay per element; torch.optim knows no such thing."""
+
+    def __init__(self, params, state, lr, eps, decay, betas=(0.9, 0.999)):
+        self.params, self.lr, self.eps, self.decay, self.betas = params, lr, eps, decay, betas
+        self.m = {n: state[p]["exp_avg"].clone() for n, p in params.items()}
+        self.v = {n: state[p]["exp_avg_sq"].clone() for n, p in params.items()}
+        self.t = int(next(iter(state.values()))["step"])
+
+    def step(self, loss):
+        grads = torch.autograd.grad(loss, list(self.params.values()))
+        self.t += 1
+        b1, b2 = self.betas
+        with torch.no_grad():
+            for (name, p), g in zip(self.params.items(), grads, strict=True):
+                self.m[name] = b1 * self.m[name] + (1 - b1) * g
+                self.v[name] = b2 * self.v[name] + (1 - b2) * g * g
+                m, v = self.m[name] / (1 - b1**self.t), self.v[name] / (1 - b2**self.t)
+                p -= self.lr[name] * (m / (v.sqrt() + self.eps[name]) + self.decay[name] * p)
+
+
+TRAJECTORIES = [("gpt2", "2x"), ("bert", "2x"), ("plain", {"ffn": 131}), ("llama", "2x"), ("llama", "1.5x"), ("qwen3", {"hidden": 42})]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(("family", "to"), TRAJECTORIES, ids=str)
+def test_the_grown_run_is_the_source_run_under_scaled_hyperparameters(family, to, tied, monkeypatch):
+    exact_norms(monkeypatch)
+    lr, eps, decay = 3e-3, 1e-6, 0.1
+    model = make(family, tied=tied).double()
+    optim = torch.optim.AdamW(model.parameters(), lr=lr, eps=eps, weight_decay=decay)
+    train(model, optim, 10)
+    source, source_optim = copy.deepcopy((model, optim))
+    plan = growkern.plan(model, optim, to=to, width=QUIET, spec=spec_of(model))
+
+    grow(model, optim, plan=plan, dynamics=None)
+    params = {name: p for name, p in model.named_parameters() if optim.state[p]}
+    rows = {row.name: row for row in plan.rows if row.name in params}
+    target = ElementwiseAdamW(
+        params,
+        optim.state,
+        lr={n: lr * weight_scale(plan, r) for n, r in rows.items()},
+        eps={n: eps * grad_scale(plan, r) for n, r in rows.items()},
+        decay={n: decay / weight_scale(plan, r) for n, r in rows.items()},
+    )
+
+    expected = train(source, source_optim, 20, first=10)
+    for i, loss_source in enumerate(expected):
+        loss = loss_of(model, batch(seed=10 + i))
+        assert abs(loss.item() - loss_source) < 1e-9, i
+        target.step(loss)
+    assert abs(expected[0] - expected[-1]) > 1e-3  # the run moved
+
+
+def test_sgd_momentum_follows_with_its_own_learning_rate_law():
+    """SGD: lr s/a per tensor is what dynamics="mup" splits the groups by, so torch's own SGD continues the source's run."""
+    model = make("plain", tied=False).double()
+    optim = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, nesterov=True)
+    train(model, optim, 10)
+    source, source_optim = copy.deepcopy((model, optim))
+
+    grow(model, optim, to="2x", width=QUIET)
+
+    assert train(model, optim, 20, first=10) == pytest.approx(train(source, source_optim, 20, first=10), abs=1e-9)
+
+
+@pytest.mark.parametrize("wrong", ["moments dropped", "moments unscaled", "learning rate unscaled"])
+def test_each_omission_would_show(wrong):
+    """The trajectory test can fail: leaving out any part of the law moves the losses by far more than its tolerance."""
+    model = make("plain", tied=False).double()
+    optim = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-12, weight_decay=0.0)
+    train(model, optim, 10)
+    source, source_optim = copy.deepcopy((model, optim))
+    exact = copy.deepcopy((model, optim))
+
+    grow(*exact, to="2x", width=QUIET)
+    grow(model, optim, to="2x", width=QUIET, state="drop" if wrong == "moments dropped" else "exact", dynamics=None if "rate" in wrong else "mup")
+    if wrong == "moments unscaled":
+        for p in (block_weight for block in model.blocks for block_weight in (block.up.weight, block.down.weight)):
+            state = optim.state[p]  # these have a = 1/2: copied as they were, they would be
+            state["exp_avg"].mul_(2)
+            state["exp_avg_sq"].mul_(4)
+
+    expected = train(source, source_optim, 20, first=10)
+    right, off = train(*exact, 20, first=10), train(model, optim, 20, first=10)
+    assert max(abs(x - y) for x, y in zip(right, expected, strict=True)) < 1e-7
+    assert max(abs(x - y) for x, y in zip(off, expected, strict=True)) > 1e-3

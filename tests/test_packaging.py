@@ -1,0 +1,125 @@
+"""Wheel and sdist hold the library and the kernels, nothing else, and work away from the checkout."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.xdist_group("packaging")  # one worker builds, once
+
+ROOT = Path(__file__).parent.parent
+LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "results", "growkern-demo")
+IMPORT_ALL = """
+import importlib, pathlib, pkgutil, sys
+import growkern, growkern.kernels
+here = pathlib.Path(sys.argv[1])
+names = [m.name for m in pkgutil.walk_packages(growkern.__path__, "growkern.")]
+names += [m.name for m in pkgutil.iter_modules(growkern.kernels.__path__, "growkern.kernels.")]
+for name in ["growkern", *names]:
+    module = importlib.import_module(name)
+    assert pathlib.Path(module.__file__).is_relative_to(here), module.__file__
+    print(name)
+"""
+
+
+def run(*command: object, cwd: Path, **env: str) -> str:
+    """Run a command and return what it printed; its output is the message when it fails."""
+    line = [str(part) for part in command]
+    done = subprocess.run(line, cwd=cwd, env=os.environ | env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def sources() -> set[str]:
+    """Files of the library as the wheel must hold them."""
+    library = {p.relative_to(ROOT).as_posix() for p in (ROOT / "growkern").rglob("*.py") if "kernels" not in p.parts}
+    return library | {f"growkern/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")} | {"growkern/py.typed"}
+
+
+def build(tree: Path, out: Path) -> Path:
+    """Build a wheel without the network; the checkout stays clean because ``tree`` is a copy."""
+    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", out, tree, cwd=out)
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout."""
+    tree = tmp_path_factory.mktemp("packaging") / "tree"
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=LEFT_OUT)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sdist, unpacked."""
+    out = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", out, tree, cwd=out)
+    archive = next(out.glob("*.tar.gz"))
+    with tarfile.open(archive) as tar:
+        tar.extractall(out, filter="data")
+    return out / archive.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module", params=["checkout", "sdist"])
+def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the checkout and from the sdist."""
+    origin = request.getfixturevalue("tree" if request.param == "checkout" else "sdist")
+    return build(origin, tmp_path_factory.mktemp("wheel"))
+
+
+def test_wheel_holds_the_library_and_nothing_else(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+
+    info = {name for name in names if ".dist-info/" in name}
+    assert names - info == sources()
+    assert any(name.endswith("/licenses/LICENSE") for name in info)
+
+
+def test_wheel_states_its_requirements(wheel):
+    archive = zipfile.ZipFile(wheel)
+    texts = {Path(n).name: archive.read(n).decode() for n in archive.namelist() if n.endswith(("/METADATA", "/entry_points.txt"))}
+
+    assert "growkern = growkern.cli:main" in texts["entry_points.txt"]
+    required = [line for line in texts["METADATA"].splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    assert required == ["Requires-Dist: torch>=2.9", 'Requires-Dist: triton>=3.5; sys_platform == "linux"']
+
+
+def test_installed_wheel_imports_away_from_the_checkout(wheel, tmp_path):
+    target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", target, wheel, cwd=elsewhere)
+
+    printed = run(sys.executable, "-W", "error", "-c", IMPORT_ALL, target, cwd=elsewhere, PYTHONPATH=str(target))
+
+    expected = {Path(name).with_suffix("").as_posix().replace("/", ".") for name in sources() if name.endswith(".py")}
+    assert set(printed.split()) == {name.removesuffix(".__init__") for name in expected}
+
+
+def test_sdist_holds_the_kernels_and_the_license(sdist):
+    kernels = {f"kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+
+    assert [name for name in sorted(kernels | {"LICENSE", "README.md", "pyproject.toml"}) if not (sdist / name).is_file()] == []
+
+
+def test_kernels_are_no_package_and_do_not_hide_the_one_of_hugging_face():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+    run(sys.executable, "-W", "error", "-c", "from transformers import LlamaForCausalLM", cwd=ROOT)
+
+
+def test_kernels_are_reached_by_a_relative_symlink():
+    link = ROOT / "growkern" / "kernels"
+
+    assert link.is_symlink()
+    assert os.readlink(link) == os.path.join("..", "kernels")
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git checkout")
+def test_symlink_is_committed_as_one():
+    assert run("git", "ls-files", "--stage", "growkern/kernels", cwd=ROOT).startswith("120000 ")

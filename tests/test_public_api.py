@@ -1,0 +1,114 @@
+"""The public names, their docstrings and the signatures that users write against."""
+
+import inspect
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+
+import growkern
+
+NAMES = [
+    "Blocks",
+    "GrowthPlan",
+    "GrowthReport",
+    "ModelSpec",
+    "Verification",
+    "depth",
+    "describe",
+    "embedding",
+    "errors",
+    "expand_inplace",
+    "linear",
+    "norm",
+    "plan",
+    "reader",
+    "verify",
+    "width",
+    "writer",
+]
+REQUIRED = inspect.Parameter.empty
+SIGNATURES = {  # positional names, then keyword-only names with their defaults
+    "expand_inplace": (
+        {"model": REQUIRED, "optim": None},
+        {
+            "to": "2x",
+            "width": None,
+            "depth": None,
+            "state": "exact",
+            "dynamics": "mup",
+            "spec": None,
+            "seed": 0,
+            "backend": None,
+            "plan": None,
+            "scheduler": None,
+        },
+        "GrowthReport",
+    ),
+    "plan": (
+        {"model": REQUIRED, "optim": None},
+        {"to": "2x", "width": None, "depth": None, "state": "exact", "spec": None, "seed": 0},
+        "GrowthPlan",
+    ),
+}
+
+
+def documented() -> Iterator[tuple[str, object]]:
+    """Every public function and class, and the public methods and properties of the classes."""
+    for name in growkern.__all__:
+        value = getattr(growkern, name)
+        inner = {f"{name}.{key}": getattr(value, key) for key in _public(value)} if isinstance(value, ModuleType) else {name: value}
+        for path, member in inner.items():
+            if inspect.isroutine(member) or inspect.isclass(member):
+                yield path, member
+            if inspect.isclass(member):
+                yield from ((f"{path}.{key}", method) for key, method in vars(member).items() if _is_method(key, method))
+
+
+def _public(module: ModuleType) -> list[str]:
+    return getattr(module, "__all__", [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__])
+
+
+def _is_method(name: str, value: object) -> bool:
+    return not name.startswith("_") and (inspect.isroutine(value) or isinstance(value, property | classmethod | staticmethod))
+
+
+def test_public_names_are_exactly_these():
+    assert growkern.__all__ == NAMES
+
+
+def test_every_public_name_exists():
+    assert [name for name in NAMES if not hasattr(growkern, name)] == []
+
+
+@pytest.mark.parametrize("folder", [growkern.width, growkern.depth], ids=["width", "depth"])
+def test_every_method_exists(folder):
+    assert folder.__all__ == sorted(folder.__all__)
+    assert [name for name in folder.__all__ if not inspect.isclass(getattr(folder, name))] == []
+
+
+@pytest.mark.parametrize(("name", "value"), [pytest.param(*case, id=case[0]) for case in documented()])
+def test_public_name_has_a_docstring(name, value):
+    doc = inspect.cleandoc(value.__doc__ or "")
+
+    # a dataclass without a docstring is given its signature
+    assert doc and not doc.startswith(f"{name.rpartition('.')[2]}("), f"{name} has no docstring"
+    assert doc.splitlines()[0].endswith((".", ":", "?")), f"the first line of {name} is no sentence: {doc.splitlines()[0]!r}"
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature_is_the_documented_one(name):
+    positional, keyword_only, returns = SIGNATURES[name]
+
+    signature = inspect.signature(getattr(growkern, name))
+
+    kinds = inspect.Parameter
+    parameters = signature.parameters.values()
+    assert {p.name: p.default for p in parameters if p.kind is kinds.POSITIONAL_OR_KEYWORD} == positional
+    assert {p.name: p.default for p in parameters if p.kind is kinds.KEYWORD_ONLY} == keyword_only
+    assert len(parameters) == len(positional) + len(keyword_only)
+    assert signature.return_annotation is getattr(growkern, returns)
+
+
+def test_verify_takes_source_target_and_batch():
+    assert list(inspect.signature(growkern.verify).parameters)[:3] == ["source", "target", "batch"]
