@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from growkern.commit import check_scheduler, commit
+from growkern.commit import check_scheduler, commit, schedulers
 from growkern.depth import IdentityBlocks
 from growkern.describe import describe, describe_optimizer, tensors_of
 from growkern.errors import GrowthError, PlanError, UnsupportedOptimizerError
@@ -159,7 +159,7 @@ def expand_inplace(
         lr_factors=counts,
         lr_applied=dynamics == "mup",
         grad_norm_factor=grad_norm,
-        notes=(*plan.notes, *_notes(plan, found, described, factors, split)),
+        notes=(*plan.notes, *_notes(plan, found, described, factors, split, scheduler)),
     )
     logger.debug("%s", report)
     return report
@@ -230,8 +230,11 @@ def _notes(
     described: OptimSpec | None,
     factors: Mapping[str, float | None],
     split: Mapping[str, float],
+    scheduler: object | None,
 ) -> list[str]:
     notes: list[str] = []
+    if split and any(getattr(one, "eta_min", 0) for one in schedulers(scheduler)):
+        notes.append("the scheduler's eta_min is one number for all groups: near it, learning-rate factors fade.")
     if split and described:
         notes.append(
             "param groups were split by learning rate; to load this optimizer's state_dict into a new one, build it with the same groups."

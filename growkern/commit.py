@@ -149,6 +149,9 @@ def _new_blocks(plan: GrowthPlan, staged: Tensors, model: nn.Module) -> list[nn.
             memo: dict[int, object] = dict(configs)
             for name, p in source.named_parameters():
                 memo[id(p)] = nn.Parameter(staged.values[f"{plan.path}.{index}.{name}"], requires_grad=p.requires_grad)
+            for name, b in source.named_buffers():
+                if f"{plan.path}.{index}.{name}" in staged.values:
+                    memo[id(b)] = staged.values[f"{plan.path}.{index}.{name}"]
             blocks.append(copy.deepcopy(source, memo))  # pyright: ignore[reportArgumentType]
         else:
             blocks.append(source)
@@ -220,8 +223,7 @@ def _optimizer(
         elif row.name in staged.states:
             states[p] = states.get(p, {}) | staged.states[row.name]
     undo.items(optim.state, states)
-    place = {id(p): i for i, p in enumerate(target.values())}
-    before = {id(p): i for i, p in enumerate(source.values())}
+    place, before = _places(target), _places(source)
     for group in optim.param_groups:
         params: list[nn.Parameter] = group["params"]
         grown = [q for p in params for q in (p, *joins.get(id(p), []))]
@@ -230,6 +232,11 @@ def _optimizer(
             if places == sorted(places) and len(places) == len(params):  # the group is in model order: keep it so
                 grown.sort(key=lambda p: place[id(p)])
             undo.entries(params, grown)
+
+
+def _places(params: dict[str, nn.Parameter]) -> dict[int, int]:
+    """Position of every parameter in model order; a tied one counts where it comes first."""
+    return {id(p): i for i, p in reversed(list(enumerate(params.values())))}
 
 
 def _split_groups(

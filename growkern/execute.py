@@ -96,7 +96,7 @@ def needed_bytes(plan: GrowthPlan, sources: Tensors, orders: Mapping[str, int | 
             n = prod(plan.shapes(row)[1])
             state = sources.states.get(row.source, {}) if row.state == "law" and plan.state == "exact" else {}
             grown: list[object] = [value for key, value in state.items() if orders.get(key) is not None]
-            grown += [sources.values[row.source], None if row.new else sources.grads.get(row.source)]
+            grown += [sources.values[row.source], None if row.new or row.constant is not None else sources.grads.get(row.source)]
             for t in grown:
                 if isinstance(t, Tensor):
                     needed[t.device] = needed.get(t.device, 0) + n * t.element_size()

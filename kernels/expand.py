@@ -3,7 +3,7 @@
 A piece is a rectangle of a target: a contiguous run of columns (or an indexed one), rows in order or indexed, a source of any
 strides. One launch covers every piece of a (source dtype, target dtype, kind): weights and optimizer state of a whole model.
 Gather, scale and twin noise are fused, so each source element is read once per copy and each target element written once.
-Pointers, sizes and strides lie in a table on the device; a program finds its piece by a binary search over the first tiles.
+Pointers, sizes and strides lie in a table on the device; a program finds its piece by a binary search over first tiles.
 Bytes: R C (source) read + R C (target) written per piece, plus R + C of index and scale.
 """
 
@@ -15,10 +15,16 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_R = 8  # rows of a tile: 16 elements a thread (4 warps), two to eight 16-byte accesses in flight each way
-BLOCK_C = 256  # columns of a tile: a warp's 16-byte accesses span 256 bfloat16 or 128 float32; not yet measured on a device
+BLOCK_C = 128  # columns of a tile: fewer than threads, so that vectors along columns load in the layout of the tile
+N_WARPS = 8
 N_FIELDS = tl.constexpr(21)  # columns of the table, in the order of _row
 BYTES_MEAN, INVERSE_STD = tl.constexpr(510.0), tl.constexpr(1 / 147.80054127099805)  # of the sum of four uniform bytes
+DTYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int64: tl.int64}
+
+
+def block_r(n_bytes: int, wide: bool) -> int:
+    """Rows of a tile: 32 bytes a thread in 16-byte accesses, at most 8 elements in others (registers); not yet measured on a device."""
+    return 64 // n_bytes if wide else min(16, 64 // n_bytes)
 
 
 @triton.jit
@@ -37,17 +43,17 @@ def _pointer(field_ptr, dtype: tl.constexpr):
     return tl.load(field_ptr).to(tl.pointer_type(dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pieces"])
 def expand_kernel(
     table_ptr,
     n_pieces,
     SRC: tl.constexpr, DST: tl.constexpr, MATH: tl.constexpr,
-    SRC_UNIT: tl.constexpr, DST_UNIT: tl.constexpr, ALIGN: tl.constexpr,
+    SRC_WIDE: tl.constexpr, DST_WIDE: tl.constexpr, N_WIDE: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NOISE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    low = n_pieces * 0
+    low = 0
     high = n_pieces - 1
     while low < high:  # the last piece whose first tile is not after pid, so never one without tiles
         middle = (low + high + 1) // 2
@@ -57,16 +63,10 @@ def expand_kernel(
     piece = table_ptr + low.to(tl.int64) * N_FIELDS
     n_rows = tl.load(piece + 3)
     n_cols = tl.load(piece + 4)
-    src_row = tl.load(piece + 5)
-    src_col = tl.load(piece + 6)
-    dst_row = tl.load(piece + 7)
-    dst_col = tl.load(piece + 8)
-    src_at = tl.load(piece + 1)
-    dst_at = tl.load(piece + 2)
-    if SRC_UNIT or DST_UNIT:
-        n_cols = tl.multiple_of(n_cols, ALIGN)  # so that the mask does not split a 16-byte access
-    tile = (pid - tl.load(piece)).to(tl.int32)
+    if SRC_WIDE or DST_WIDE:
+        n_cols = tl.multiple_of(n_cols, N_WIDE)  # the mask does not split a 16-byte access
     n_across = tl.cdiv(n_cols, BLOCK_C).to(tl.int32)
+    tile = (pid - tl.load(piece)).to(tl.int32)
     rows = (tile // n_across).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     cols = (tile % n_across).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     row_mask = rows < n_rows
@@ -77,20 +77,22 @@ def expand_kernel(
         index = tl.load(piece + 9)
         found = tl.load(index.to(tl.pointer_type(tl.int32)) + rows, mask=row_mask & (index != 0), other=0)
         src_rows = tl.where(index != 0, found.to(tl.int64), rows)
-    if HAS_INDEX and not SRC_UNIT:
+    if HAS_INDEX and not SRC_WIDE:
         index = tl.load(piece + 10)
         found = tl.load(index.to(tl.pointer_type(tl.int32)) + cols, mask=col_mask & (index != 0), other=0)
         src_cols = tl.where(index != 0, found.to(tl.int64), cols)
-    src_at = src_at.to(tl.pointer_type(SRC)) + src_rows * src_row
-    dst_at = dst_at.to(tl.pointer_type(DST)) + rows * dst_row
-    if SRC_UNIT:
-        src_at = tl.multiple_of(src_at, [16, 16])
-        src_col = 1
-    if DST_UNIT:
-        dst_at = tl.multiple_of(dst_at, [16, 16])
-        dst_col = 1
+    src_ptr = _pointer(piece + 1, SRC) + src_rows * tl.load(piece + 5)
+    dst_ptr = _pointer(piece + 2, DST) + rows * tl.load(piece + 7)
+    if SRC_WIDE:
+        src_ptr = tl.multiple_of(src_ptr, [16, 16]) + src_cols  # bytes; on a block, as a hint on a scalar does not reach the load
+    else:
+        src_ptr += src_cols * tl.load(piece + 6)
+    if DST_WIDE:
+        dst_ptr = tl.multiple_of(dst_ptr, [16, 16]) + cols
+    else:
+        dst_ptr += cols * tl.load(piece + 8)
 
-    values = tl.load(src_at + src_cols * src_col, mask=row_mask & col_mask, other=0)
+    values = tl.load(src_ptr, mask=row_mask & col_mask, other=0)
     if HAS_NOISE:
         row_ids = tl.load(_pointer(piece + 19, tl.int32) + rows, mask=row_mask, other=0)
         col_ids = tl.load(_pointer(piece + 20, tl.int32) + cols, mask=col_mask, other=0)
@@ -107,7 +109,7 @@ def expand_kernel(
         scale = tl.load(piece + 11).to(tl.float64, bitcast=True).to(MATH)
         values = values.to(MATH) * scale * by_row * by_col
 
-    tl.store(dst_at + cols * dst_col, values.to(DST), mask=row_mask & col_mask)
+    tl.store(dst_ptr, values.to(DST), mask=row_mask & col_mask)
 
 
 def expand(pieces: Sequence[Any]) -> None:
@@ -121,51 +123,49 @@ def expand(pieces: Sequence[Any]) -> None:
         if piece.dst.numel():
             kinds.setdefault(_kind(piece), []).append(piece)
     for kind, members in kinds.items():
-        table = []
-        n_tiles = 0
+        options = launch_options(*kind)
+        table, n_tiles = list[list[int]](), 0
         for piece in members:
             table.append([n_tiles, *_row(piece)])
-            n_tiles += triton.cdiv(piece.dst.shape[0], BLOCK_R) * triton.cdiv(piece.dst.shape[1], BLOCK_C)
+            n_tiles += triton.cdiv(piece.dst.shape[0], options["BLOCK_R"]) * triton.cdiv(piece.dst.shape[1], BLOCK_C)
         dst = members[0].dst
-        on_device = torch.tensor(table, dtype=torch.int64).to(dst.device)
         with torch.cuda.device_of(dst):
-            # no fused multiply-add: the same bits as the torch backend
-            expand_kernel[(n_tiles,)](on_device, len(members), **_constants(kind), enable_fp_fusion=False)
+            expand_kernel[(n_tiles,)](torch.tensor(table, dtype=torch.int64).to(dst.device), len(members), **options)
 
 
 def _kind(piece: Any) -> tuple[Any, ...]:
-    """What a launch is specialised on."""
+    """The arguments of ``launch_options``."""
     src, dst = piece.src, piece.dst
-    n_16 = 16 // min(src.element_size(), dst.element_size())
+    n_wide = 16 // min(src.itemsize, dst.itemsize)
 
-    def is_unit(t: torch.Tensor) -> bool:
-        return t.stride(1) == 1 and t.stride(0) % n_16 == dst.shape[1] % n_16 == t.data_ptr() % 16 == 0
+    def wide(t: torch.Tensor) -> bool:
+        return t.stride(1) == 1 and not (t.data_ptr() % 16 or t.stride(0) % n_wide or dst.shape[1] % n_wide)
 
     index = piece.rows is not None or piece.cols is not None
     scaled = piece.scale != 1.0 or piece.row_scale is not None or piece.col_scale is not None
-    return src.dtype, dst.dtype, piece.cols is None and is_unit(src), is_unit(dst), index, scaled, piece.noise is not None
+    return src.dtype, dst.dtype, piece.cols is None and wide(src), wide(dst), index, scaled, piece.noise is not None
 
 
-def _constants(kind: tuple[Any, ...]) -> dict[str, Any]:
-    src, dst, src_unit, dst_unit, index, scaled, noisy = kind
+def launch_options(
+    src: torch.dtype, dst: torch.dtype, src_wide: bool, dst_wide: bool, index: bool, scale: bool, noise: bool
+) -> dict[str, Any]:
+    """What a launch is specialised on: dtypes, which side has columns in aligned 16-byte groups, and what there is to do."""
     return dict(
-        SRC=TYPES[src], DST=TYPES[dst], MATH=tl.float64 if dst == torch.float64 else tl.float32,
-        SRC_UNIT=src_unit, DST_UNIT=dst_unit, ALIGN=16 // min(src.itemsize, dst.itemsize),
-        HAS_INDEX=index, HAS_SCALE=scaled, HAS_NOISE=noisy,
-        BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C,
+        SRC=DTYPES[src], DST=DTYPES[dst], MATH=tl.float64 if dst == torch.float64 else tl.float32,
+        SRC_WIDE=src_wide, DST_WIDE=dst_wide, N_WIDE=16 // min(src.itemsize, dst.itemsize),
+        HAS_INDEX=index, HAS_SCALE=scale, HAS_NOISE=noise,
+        BLOCK_R=block_r(dst.itemsize, src_wide and dst_wide and not noise), BLOCK_C=BLOCK_C,
+        num_warps=N_WARPS, enable_fp_fusion=False,  # no multiply-add in one rounding: the same bits as the torch backend
     )  # fmt: skip
 
 
 def _row(piece: Any) -> list[int]:
+    optional = (piece.rows, piece.cols), (piece.row_scale, piece.col_scale)
+    index, scales = ([0 if t is None else t.data_ptr() for t in pair] for pair in optional)
+    scale = unpack("<q", pack("<d", piece.scale))
+    row = [piece.src.data_ptr(), piece.dst.data_ptr(), *piece.dst.shape, *piece.src.stride(), *piece.dst.stride(), *index, *scale, *scales]
     noise = piece.noise
-    tensors = (piece.src, piece.dst), (piece.rows, piece.cols), (piece.row_scale, piece.col_scale)
-    (src, dst), index, scales = ([0 if t is None else t.data_ptr() for t in pair] for pair in tensors)
-    scale = unpack("<q", pack("<d", piece.scale))[0]
-    row = [src, dst, *piece.dst.shape, *piece.src.stride(), *piece.dst.stride(), *index, scale, *scales]
     if noise is None:
         return row + [0] * (N_FIELDS.value - 1 - len(row))
-    seed = unpack("<q", pack("<Q", noise.key[0]))[0]
-    return [*row, seed, noise.key[1], *(t.data_ptr() for t in (noise.std, noise.rows, noise.cols, noise.row_ids, noise.col_ids))]
-
-
-TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int64: tl.int64}
+    seed = unpack("<q", pack("<Q", noise.key[0]))
+    return [*row, *seed, noise.key[1], *(t.data_ptr() for t in (noise.std, noise.rows, noise.cols, noise.row_ids, noise.col_ids))]

@@ -1,0 +1,184 @@
+"""All or nothing: whatever fails, model and optimizer are bitwise as they were."""
+
+import copy
+import os
+import signal
+
+import pytest
+import torch
+from models import batch, grow, logits, make, train
+
+import growkern
+from growkern import api, commit, execute
+from growkern.errors import CommitError, GrowthError, InsufficientMemoryError
+
+
+def state_of(model, optim, scheduler=None):
+    """Everything a growth could touch, with bits and identities."""
+    return {
+        "params": [(n, id(p), p.shape, p.detach().clone(), p.data_ptr(), p.stride()) for n, p in model.named_parameters()],
+        "grads": [None if p.grad is None else (id(p.grad), p.grad.clone()) for p in model.parameters()],
+        "buffers": [(n, id(b), b.clone()) for n, b in model.named_buffers()],
+        "modules": [(n, id(m), _plain(vars(m))) for n, m in model.named_modules()],
+        "config": copy.deepcopy(model.config.to_dict()),
+        "groups": [(id(g), [id(p) for p in g["params"]], _plain(g)) for g in optim.param_groups],
+        "state": [(id(p), {k: v.clone() for k, v in optim.state[p].items()}) for p in list(optim.state)],
+        "scheduler": copy.deepcopy({k: v for k, v in vars(scheduler).items() if k != "optimizer"}) if scheduler else None,
+    }
+
+
+def _plain(values):
+    return {k: v for k, v in values.items() if isinstance(v, (int, float, tuple, str, bool))}
+
+
+def same(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def fixture(family="bert"):
+    model = make(family, tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.StepLR(optim, 100)
+    train(model, optim, 2)
+    loss = logits(model, batch()).square().mean()
+    loss.backward()
+    return model, optim, scheduler, loss
+
+
+STAGES = {
+    "plan": (api, "build"),
+    "execute": (execute, "_run"),
+    "copy blocks": (commit, "_new_blocks"),
+    "values": (commit.Undo, "storage"),
+    "dicts": (commit.Undo, "items"),
+    "lists": (commit.Undo, "entries"),
+    "attributes": (commit.Undo, "attribute"),
+    "optimizer": (commit, "_optimizer"),
+    "groups": (commit, "_split_groups"),
+    "scheduler": (commit, "_follow"),
+    "last check": (commit, "_check"),
+}
+ERRORS = [RuntimeError("boom"), torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), KeyboardInterrupt()]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("call", [1, 3], ids=["first", "third"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_failure_at_any_stage_leaves_everything_bitwise_unchanged(stage, call, error, monkeypatch):
+    model, optim, scheduler, loss = fixture()
+    before = state_of(model, optim, scheduler)
+    owner, name = STAGES[stage]
+    original, calls = getattr(owner, name), []
+
+    def fails(*args, **kwargs):
+        calls.append(name)
+        result = original(*args, **kwargs)  # fail after the work, when there is most to undo
+        if len(calls) >= call:
+            raise error
+        return result
+
+    monkeypatch.setattr(owner, name, fails)
+    try:
+        grow(model, optim, to={"hidden": 48, "layers": 4}, scheduler=scheduler)
+    except BaseException as raised:
+        assert isinstance(raised, (CommitError, type(error)))
+        assert same(state_of(model, optim, scheduler), before)
+    else:
+        assert len(calls) < call  # this stage runs once in a growth
+    monkeypatch.undo()
+    train(model, optim, 1)
+    assert loss is not None
+
+
+def test_control_c_during_the_writing_waits_until_the_growth_is_whole(monkeypatch):
+    model, optim, scheduler, _ = fixture("llama")
+    original = commit._attributes
+    monkeypatch.setattr(commit, "_attributes", lambda *a: (os.kill(os.getpid(), signal.SIGINT), original(*a)))
+
+    with pytest.raises(KeyboardInterrupt):
+        grow(model, optim, to="2x", scheduler=scheduler)
+
+    assert model.config.hidden_size == 48 and growkern.describe(model).sizes["hidden"] == 48
+    assert all(s["exp_avg"].shape == p.shape for p, s in optim.state.items())
+
+
+def test_a_growth_that_does_not_fit_is_refused_with_both_figures(monkeypatch):
+    model, optim, scheduler, _ = fixture()
+    before = state_of(model, optim, scheduler)
+    monkeypatch.setattr(execute, "free_bytes", lambda device: 1000)
+
+    with pytest.raises(InsufficientMemoryError, match=r"need \d+\.\d+ GiB.*0\.00 GiB are free"):
+        grow(model, optim, to="2x", scheduler=scheduler)
+
+    assert same(state_of(model, optim, scheduler), before)
+
+
+def test_the_bytes_promised_are_the_bytes_staged():
+    model, optim, _, _ = fixture()
+    spec = growkern.describe(model)
+    plan = growkern.plan(model, optim, to={"hidden": 48, "layers": 4})
+    sources = api.tensors_of(model, optim, spec)
+    law = api.describe_optimizer(model, optim).law
+
+    promised = execute.needed_bytes(plan, sources, law.orders)
+    staged = execute.execute(plan, sources, law)
+
+    scalars = sum(t.numel() * t.element_size() for s in staged.states.values() for t in s.values() if t.dim() == 0)
+    assert sum(promised.values()) == staged.n_bytes() - scalars
+
+
+def test_wrong_state_that_appears_on_the_way_is_caught_before_the_next_step(monkeypatch):
+    model, optim, scheduler, _ = fixture()
+    before = state_of(model, optim, scheduler)
+    original = commit._optimizer
+
+    def forgets(plan, staged, *rest):
+        original(plan, type(staged)(staged.values, staged.grads, {}), *rest)
+
+    monkeypatch.setattr(commit, "_optimizer", forgets)
+    with pytest.raises(CommitError, match="exp_avg.*has shape"):
+        grow(model, optim, to="2x", scheduler=scheduler)
+
+    assert same(state_of(model, optim, scheduler), before)
+
+
+def test_hooks_weakrefs_and_names_survive():
+    import weakref
+
+    model, optim, scheduler, _ = fixture("gpt2")
+    p = model.transformer.h[0].mlp.c_fc.weight
+    fired, alive = [], weakref.ref(p)
+    p.register_post_accumulate_grad_hook(lambda q: fired.append(q.shape))
+
+    grow(model, optim, to="2x", scheduler=scheduler)
+    model.zero_grad()
+    logits(model, batch()).square().mean().backward()
+
+    assert fired == [p.shape] and alive() is p and model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_new_blocks_share_the_config_and_the_same_block_list_object():
+    model, optim, scheduler, _ = fixture("llama")
+    layers = model.model.layers
+
+    grow(model, optim, to={"layers": 3}, scheduler=scheduler)
+
+    assert model.model.layers is layers and len(layers) == 3
+    assert all(layer.self_attn.config is model.config for layer in layers)
+    assert model.config.num_hidden_layers == 3
+
+
+def test_a_backend_that_cannot_run_says_why():
+    model, optim, scheduler, _ = fixture()
+    before = state_of(model, optim, scheduler)
+
+    with pytest.raises(GrowthError, match="there is no backend 'cuda'"):
+        grow(model, optim, to="2x", scheduler=scheduler, backend="cuda")
+
+    assert same(state_of(model, optim, scheduler), before)

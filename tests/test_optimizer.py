@@ -1,0 +1,333 @@
+"""Optimizer, schedulers and the training loop after a growth."""
+
+import copy
+
+import pytest
+import torch
+from models import batch, grow, logits, loss_of, make, train
+from torch.optim import lr_scheduler as schedules
+
+import growkern
+from growkern import depth, width
+from growkern.errors import PlanError
+
+VARIANTS = {
+    "plain": dict(foreach=False),
+    "foreach": dict(foreach=True),
+    "fused": dict(fused=True),
+    "amsgrad": dict(amsgrad=True),
+    "tensor-lr": dict(lr=torch.tensor(1e-3), foreach=False),
+    "amsgrad-fused": dict(amsgrad=True, fused=True),
+    "maximize": dict(maximize=True),
+}
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
+def test_the_loop_goes_on_in_every_adam_with_the_old_loss_alive(kind, options):
+    model = make("llama", tied=True)
+    optim = kind(model.parameters(), **({"lr": 1e-3} | options))
+    losses = train(model, optim, 3)
+    loss = loss_of(model, batch(seed=3))
+    loss.backward()
+    identities = [id(p) for p in model.parameters()]
+
+    report = grow(model, optim, to={"hidden": 48})
+    after = loss_of(model, batch(seed=3))
+
+    assert [id(p) for p in model.parameters()] == identities
+    assert after.item() == pytest.approx(loss.item(), abs=1e-5)
+    assert report.function_preserving and losses
+    for p in model.parameters():
+        assert p.grad.shape == p.shape
+        assert all(s.shape == p.shape for key, s in optim.state[p].items() if key != "step")
+    optim.step()
+    assert all(torch.isfinite(torch.tensor(train(model, optim, 3, first=4))))
+
+
+@pytest.mark.parametrize("options", [dict(), dict(momentum=0.9), dict(momentum=0.9, nesterov=True, fused=True)], ids=str)
+def test_the_loop_goes_on_in_sgd(options):
+    model = make("gpt2", tied=True)
+    optim = torch.optim.SGD(model.parameters(), lr=1e-2, **options)
+    train(model, optim, 2)
+
+    grow(model, optim, to="2x")
+
+    assert train(model, optim, 3)[-1] > 0
+
+
+def test_growth_before_the_first_step_leaves_state_to_the_optimizer():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), fused=True)
+
+    grow(model, optim, to={"hidden": 48, "layers": 3})
+
+    assert not optim.state
+    train(model, optim, 2)
+    assert len(optim.state) == len(list(model.parameters()))
+
+
+def test_growing_in_the_middle_of_an_accumulation_is_exact():
+    """Two micro-batches, growth between them: the step equals growth before both."""
+
+    def step(between: bool):
+        model = make("llama", tied=False).double()
+        optim = torch.optim.SGD(model.parameters(), lr=0.1)
+        quiet = dict(to="2x", width=width.Lossless(noise=0), dynamics=None)
+        if not between:
+            grow(model, optim, **quiet)
+        loss_of(model, batch(seed=0)).backward()
+        if between:
+            grow(model, optim, **quiet)
+        loss_of(model, batch(seed=1)).backward()
+        optim.step()
+        return logits(model, batch(seed=2))
+
+    assert (step(True) - step(False)).abs().max() < 1e-6  # the norms of transformers round to float32
+
+
+def test_dropped_state_is_gone_and_said():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters())
+    train(model, optim, 2)
+
+    report = grow(model, optim, to="2x", state="drop")
+
+    assert not optim.state and "warm" in str(report)
+    train(model, optim, 2)
+
+
+def test_elements_without_an_ancestor_start_from_the_mean_second_moment():
+    model = make("gpt2", tied=False)
+    optim = torch.optim.AdamW(model.parameters())
+    train(model, optim, 3)
+
+    grow(model, optim, to={"hidden": 30})
+
+    state = optim.state[model.transformer.wte.weight]
+    old, new = state["exp_avg_sq"][:, :24], state["exp_avg_sq"][:, 24:]
+    assert torch.allclose(new, old.mean().expand_as(new), rtol=1e-5)
+    assert (state["exp_avg"][:, 24:] == 0).all() and (state["exp_avg"][:, :24] != 0).any()
+    assert state["step"] == 3
+
+
+def test_identity_blocks_start_with_a_step_count_of_their_own_and_stacked_blocks_bring_state():
+    fresh, stacked = make("llama", tied=True), make("llama", tied=True)
+    optims = [torch.optim.AdamW(m.parameters()) for m in (fresh, stacked)]
+    for model, optim in zip((fresh, stacked), optims, strict=True):
+        train(model, optim, 3)
+
+    grow(fresh, optims[0], to={"layers": 4})
+    grow(stacked, optims[1], to={"layers": 4}, depth=depth.Stack())
+
+    new = fresh.model.layers[1].mlp.up_proj.weight
+    assert not optims[0].state.get(new)
+    train(fresh, optims[0], 1)
+    assert optims[0].state[new]["step"] == 1 and optims[0].state[fresh.model.layers[0].mlp.up_proj.weight]["step"] == 4
+    one, two = (stacked.model.layers[i].mlp.up_proj.weight for i in (0, 2))
+    assert torch.equal(optims[1].state[one]["exp_avg"], optims[1].state[two]["exp_avg"])
+    assert optims[1].state[two]["step"] == 3 and optims[1].state[two]["step"] is not optims[1].state[one]["step"]
+
+
+def test_new_blocks_join_the_group_of_their_block_in_model_order():
+    model = make("llama", tied=True)
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() == 1]
+    optim = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=rest, weight_decay=0.0)])
+    train(model, optim, 1)
+
+    grow(model, optim, to={"layers": 4})
+
+    assert [p is q for p, q in zip(optim.param_groups[0]["params"], [p for p in model.parameters() if p.dim() > 1], strict=True)]
+    for group, of in zip(optim.param_groups, (lambda p: p.dim() > 1, lambda p: p.dim() == 1), strict=True):
+        assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters() if of(p)]
+
+
+def test_frozen_and_unregistered_parameters_grow_and_are_named():
+    model = make("llama", tied=False)
+    model.model.embed_tokens.weight.requires_grad_(False)
+    held = [p for n, p in model.named_parameters() if p.requires_grad and "lm_head" not in n]
+    optim = torch.optim.AdamW(held)
+    train(model, optim, 2)
+
+    report = grow(model, optim, to={"hidden": 48, "layers": 3})
+
+    assert "embed_tokens" in str(report)
+    assert not model.model.embed_tokens.weight.requires_grad and model.lm_head.weight.shape == (66, 48)
+    train(model, optim, 2)
+
+
+def test_optimizer_state_dict_round_trip_gives_an_equal_next_step():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 3)
+    grow(model, optim, to={"hidden": 48, "layers": 3})
+    train(model, optim, 1, first=3)
+    other = copy.deepcopy(model)
+    names = {id(p): n for n, p in model.named_parameters()}
+
+    again = torch.optim.AdamW([dict(params=[other.get_parameter(names[id(p)]) for p in g["params"]]) for g in optim.param_groups])
+    again.load_state_dict(optim.state_dict())
+    train(model, optim, 2, first=4)
+    train(other, again, 2, first=4)
+
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_depth_alone_keeps_one_group_so_a_fresh_optimizer_loads_its_state():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 3)
+    grow(model, optim, to={"layers": 4})
+    train(model, optim, 1, first=3)
+    other = copy.deepcopy(model)
+
+    again = torch.optim.AdamW(other.parameters())
+    again.load_state_dict(optim.state_dict())
+    train(model, optim, 2, first=4)
+    train(other, again, 2, first=4)
+
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_learning_rates_follow_the_law_for_good():
+    model = make("llama", tied=False)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    shared = torch.tensor(1e-3)
+
+    report = grow(model, optim, to="2x")
+
+    rates = {id(p): g["lr"] for g in optim.param_groups for p in g["params"]}
+    assert rates[id(model.model.layers[0].mlp.up_proj.weight)] == pytest.approx(5e-4)
+    assert rates[id(model.lm_head.weight)] == pytest.approx(5e-4)
+    assert rates[id(model.model.embed_tokens.weight)] == rates[id(model.model.norm.weight)] == 1e-3
+    assert report.lr_applied and report.lr_factors == {1.0: 6, 0.5: 15}
+    assert shared == torch.tensor(1e-3)
+    grow(model, optim, to="2x")
+    assert {round(g["lr"], 9) for g in optim.param_groups} == {1e-3, 2.5e-4}
+
+
+def test_without_dynamics_groups_stay_and_factors_are_reported():
+    model = make("llama", tied=False)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    report = grow(model, optim, to="2x", dynamics=None)
+
+    assert len(optim.param_groups) == 1 and optim.param_groups[0]["lr"] == 1e-3
+    assert report.lr_factors == {1.0: 6, 0.5: 15} and "not applied" in str(report)
+
+
+def test_a_shared_tensor_learning_rate_is_not_multiplied_in_place():
+    lr = torch.tensor(1e-3)
+    model = make("llama", tied=False)
+    optim = torch.optim.AdamW(model.parameters(), lr=lr, foreach=False)
+
+    grow(model, optim, to="2x")
+
+    assert lr == torch.tensor(1e-3) and sorted(float(g["lr"]) for g in optim.param_groups) == pytest.approx([5e-4, 1e-3])
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: schedules.LambdaLR(o, lambda t: 1 / (1 + t)),
+    "MultiplicativeLR": lambda o: schedules.MultiplicativeLR(o, lambda t: 0.9),
+    "StepLR": lambda o: schedules.StepLR(o, 2, 0.5),
+    "MultiStepLR": lambda o: schedules.MultiStepLR(o, [2, 6], 0.5),
+    "ConstantLR": lambda o: schedules.ConstantLR(o, 0.5, 4),
+    "LinearLR": lambda o: schedules.LinearLR(o, 0.1, 1.0, 8),
+    "ExponentialLR": lambda o: schedules.ExponentialLR(o, 0.9),
+    "CosineAnnealingLR": lambda o: schedules.CosineAnnealingLR(o, 12),
+    "CosineAnnealingWarmRestarts": lambda o: schedules.CosineAnnealingWarmRestarts(o, 5),
+    "PolynomialLR": lambda o: schedules.PolynomialLR(o, 12, 2.0),
+    "OneCycleLR": lambda o: schedules.OneCycleLR(o, 1e-2, 20),
+    "CyclicLR": lambda o: schedules.CyclicLR(o, 1e-4, 1e-3, 3, cycle_momentum=False),
+    "SequentialLR": lambda o: schedules.SequentialLR(o, [schedules.LinearLR(o, 0.1, 1.0, 4), schedules.ExponentialLR(o, 0.9)], [4]),
+    "ChainedScheduler": lambda o: schedules.ChainedScheduler([schedules.ConstantLR(o, 0.5, 4), schedules.ExponentialLR(o, 0.9)], o),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, 5e-3, 6),
+    "SWA-per-group": lambda o: schedules.LambdaLR(o, [lambda t: 0.5**t] * len(o.param_groups)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("make_scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_schedulers_go_on_and_keep_the_factor(make_scheduler):
+    def run(grown: bool) -> list[list[float]]:
+        model = make("llama", tied=False)
+        optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        scheduler = make_scheduler(optim)
+        rates = []
+        for t in range(10):
+            if t == 3 and grown:
+                grow(model, optim, to={"hidden": 48, "layers": 3}, scheduler=scheduler)
+            train(model, optim, 1, first=t)
+            scheduler.step()
+            rates.append([float(g["lr"]) for g in optim.param_groups])
+        return rates
+
+    plain, grown = run(False), run(True)
+
+    for t in range(3, 10):
+        (base,), (kept, half) = plain[t], grown[t]
+        assert kept == pytest.approx(base, rel=1e-9) and half == pytest.approx(base / 2, rel=1e-9), t
+
+
+def test_a_plateau_scheduler_keeps_the_factor():
+    model = make("llama", tied=False)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = schedules.ReduceLROnPlateau(optim, patience=0, factor=0.1, min_lr=[1e-5])
+
+    grow(model, optim, to="2x", scheduler=scheduler)
+    for _ in range(8):
+        train(model, optim, 1)
+        scheduler.step(1.0)
+
+    assert [g["lr"] for g in optim.param_groups] == pytest.approx([1e-5, 5e-6])
+
+
+def test_a_scheduler_that_was_not_handed_over_is_refused_before_anything_changes():
+    model = make("llama", tied=False)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedules.StepLR(optim, 2)
+
+    with pytest.raises(PlanError, match="pass scheduler="):
+        grow(model, optim, to="2x")
+
+    assert model.config.hidden_size == 24
+    grow(model, optim, to="2x", dynamics=None)
+    grow(model, optim, to={"layers": 4})  # no group is split, so no scheduler is needed
+
+
+def test_a_floor_that_schedulers_share_between_groups_is_said():
+    model = make("llama", tied=False)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = schedules.CosineAnnealingLR(optim, 10, eta_min=1e-4)
+
+    report = grow(model, optim, to="2x", scheduler=scheduler)
+
+    assert any("eta_min" in note for note in report.notes)
+
+
+def test_the_gradient_norm_factor_is_the_one_that_clipping_sees():
+    model = make("llama", tied=False)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 2)
+    optim.zero_grad()
+    loss_of(model, batch()).backward()
+    before = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+
+    report = grow(model, optim, to="2x", width=width.Lossless(noise=0))
+    optim.zero_grad()
+    loss_of(model, batch()).backward()
+    after = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+
+    assert report.grad_norm_factor == pytest.approx((after / before).item(), rel=1e-4)
+
+
+def test_a_compiled_model_grows_through_its_wrapper():
+    model = make("plain", tied=True)
+    compiled = torch.compile(model, backend="eager")
+    before = compiled(batch()).detach()
+
+    growkern.expand_inplace(compiled, to={"hidden": 48, "layers": 3}, spec=model.spec())
+
+    assert (compiled(batch()) - before).abs().max() < 1e-4
