@@ -120,6 +120,8 @@ def expand_inplace(
     model = _unwrapped(model)
     if dynamics not in ("mup", None):
         raise PlanError(f"unknown dynamics={dynamics!r}: 'mup' or None.")
+    if plan is not None and not isinstance(plan, GrowthPlan):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PlanError(f"plan: expected a GrowthPlan, got {type(plan).__name__}; GrowthPlan.from_json reads one.")
     found = describe(model, spec)
     drop = (plan.state if plan else state) == "drop"
     described = describe_optimizer(model, optim, drop=drop) if optim is not None else None

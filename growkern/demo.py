@@ -29,6 +29,8 @@ SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # no
 SKIPPED |= {"encodings", "pydoc_data"}  # generated tables and prose, not source text
 HELD_OUT = 12  # every twelfth file is for validation
 TOLERANCE = 1e-4  # nats by which a growth may move the validation loss
+CLIP = 0.0
+STD = 0.02
 FLOOR = 0.1  # of the learning rate, at the end of the cosine
 EVAL_BATCH = 32  # windows; bounds memory, not results
 
@@ -120,7 +122,7 @@ def build(setup, seed, device, hidden=None, layers=None):
     h = hidden or setup.hidden
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=h, intermediate_size=h * 11 // 4, num_hidden_layers=layers or setup.layers,
-      num_attention_heads=h // 32, num_key_value_heads=h // 32, head_dim=32, max_position_embeddings=setup.seq, tie_word_embeddings=False, use_cache=False)).to(device)
+      num_attention_heads=h // 32, num_key_value_heads=h // 32, head_dim=32, max_position_embeddings=setup.seq, initializer_range=STD, tie_word_embeddings=False, use_cache=False)).to(device)
 
 
 def train(run, model, stages, lr, setup, train_text, val_text, seed, mode="steps", growkw={}, groups=None, verbose=False):
@@ -148,7 +150,7 @@ def train(run, model, stages, lr, setup, train_text, val_text, seed, mode="steps
         for i in range(steps):
             starts = torch.randint(len(train_text) - setup.seq, (setup.batch,), generator=gen)
             loss = loss_of(model, *windows(train_text, starts, setup.seq))
-            loss.backward(); optim.step(); sched.step(); optim.zero_grad()
+            loss.backward(); CLIP and nn.utils.clip_grad_norm_(model.parameters(), CLIP); optim.step(); sched.step(); optim.zero_grad()
             run.flops += f; run.steps += 1
             if run.steps % max(1, n_steps // setup.evals) == 0:
                 run.curve.append((run.flops, evaluate(model, val_text, setup)))

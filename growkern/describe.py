@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from growkern.errors import UnsupportedModelError, UnsupportedOptimizerError, raise_all
 from growkern.families import FAMILIES
-from growkern.spaces import ModelSpec
+from growkern.spaces import ModelSpec, size_value
 from growkern.state import LAWS, OptimSpec
 from growkern.tensors import Tensors
 
@@ -46,12 +46,16 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> ModelSpec:
         UnsupportedModelError: An unknown family, a wrapper, parameters that cannot be grown, or a spec that does not cover
             every parameter and persistent buffer; every reason at once.
     """
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UnsupportedModelError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
+    if spec is not None and not isinstance(spec, ModelSpec):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UnsupportedModelError(f"spec: expected a growkern.ModelSpec, got {type(spec).__name__}.")
     raise_all(UnsupportedModelError, f"cannot grow this {type(model).__name__}:", [*_wrappers(model)])
     found = spec or _family(model)
     live = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     problems = [*_uncovered(model, found, live), *_unfit(model, found)]
     if not problems:
-        problems = [*_misshapen(found, live), *_ties(model, found)]
+        problems = [*_misshapen(found, live), *_ties(model, found), *_absent(model, found)]
     raise_all(UnsupportedModelError, f"cannot describe {type(model).__name__} as {found.family!r}:", problems)
     leaves = {
         f"{name}.{attribute}": (f"{name}.weight", axis)
@@ -77,6 +81,8 @@ def describe_optimizer(model: nn.Module, optim: Optimizer, *, drop: bool = False
         UnsupportedOptimizerError: It holds no parameter of the model, has state of a class or key whose law is not known, or
             state that does not fit its parameter.
     """
+    if not isinstance(optim, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UnsupportedOptimizerError(f"optim: expected a torch.optim.Optimizer, got {type(optim).__name__}.")
     names = {id(p): name for name, p in model.named_parameters()}
     held = [tuple(names[id(p)] for p in group["params"] if id(p) in names) for group in optim.param_groups]
     kind = f"{type(optim).__module__}.{type(optim).__qualname__}"
@@ -186,6 +192,30 @@ def _misshapen(spec: ModelSpec, live: dict[str, Tensor]) -> Iterator[str]:
             continue
         if shape != tuple(live[name].shape):
             yield f"{name}: has shape {tuple(live[name].shape)}, the spec says {shape} ({', '.join(map(str, spec.tensors[name]))})."
+
+
+def _absent(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
+    """Attributes, sizes and blocks that the spec names and the model does not have."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for where, size in (*spec.attributes.items(), *((f"config.{name}", size) for name, size in spec.config.items())):
+        owner, _, name = where.rpartition(".")
+        if where in spec.attributes and not hasattr(modules.get(owner), name):
+            yield f"{where}: the spec names it, but the model has no such attribute."
+        try:
+            size_value("layers" if size == "block" else size, spec.sizes)
+        except KeyError as error:
+            yield f"{where}: the size {error} is not in sizes ({', '.join(spec.sizes)})."
+    if spec.blocks is None:
+        return
+    container = modules.get(spec.blocks.path)
+    if not isinstance(container, nn.ModuleList):
+        yield f"{spec.blocks.path}: the spec says blocks lie there, but it is no ModuleList of the model."
+    elif len(container) != spec.sizes.get("layers"):
+        yield f"{spec.blocks.path}: holds {len(container)} blocks, the spec says layers={spec.sizes.get('layers')}; set it to {len(container)}."
+    else:
+        for name in (*spec.blocks.identity, *spec.blocks.carries):
+            if f"{spec.blocks.path}.0.{name}" not in spec.tensors:
+                yield f"{spec.blocks.path}.0.{name}: the spec's blocks name it, but there is no such tensor."
 
 
 def _ties(model: nn.Module, spec: ModelSpec) -> Iterator[str]:

@@ -286,8 +286,13 @@ def build(
     Raises:
         PlanError: A method cannot do what is asked.
     """
-    if state not in ("exact", "drop"):
-        raise PlanError(f"unknown state={state!r}: 'exact' or 'drop'.")
+    problems = [
+        *([] if state in ("exact", "drop") else [f"unknown state={state!r}: 'exact' or 'drop'."]),
+        *([] if isinstance(seed, int) and 0 <= seed < 1 << 64 else [f"seed={seed!r}: an int from 0 to 2**64 - 1."]),
+        *([] if hasattr(width, "widen") else [f"width: expected a width method such as Lossless(), got {width!r}."]),
+        *([] if hasattr(depth, "deepen") else [f"depth: expected a depth method such as IdentityBlocks(), got {depth!r}."]),
+    ]
+    raise_all(PlanError, f"cannot grow {spec.family}:", problems)
     wide = width.widen(spec, sizes)
     n_layers = spec.sizes.get("layers", 0)
     deep = depth.deepen(n_layers, sizes["layers"]) if n_layers else Depth(())

@@ -22,9 +22,10 @@ BYTES_MEAN, INVERSE_STD = tl.constexpr(510.0), tl.constexpr(1 / 147.800541270998
 DTYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int64: tl.int64}
 
 
-def block_r(n_bytes: int, wide: bool) -> int:
-    """Rows of a tile: 32 bytes a thread in 16-byte accesses, at most 8 elements in others (registers); not yet measured on a device."""
-    return 64 // n_bytes if wide else min(16, 64 // n_bytes)
+def block_r(n_bytes: int, src_wide: bool, dst_wide: bool, noise: bool) -> int:
+    """Rows of a tile: 32 bytes a thread where all is wide, less where addresses or noise need registers; not yet measured on a device."""
+    most = 32 if src_wide and dst_wide and not noise else 16 if dst_wide or not noise else 8
+    return min(most, 64 // n_bytes)
 
 
 @triton.jit
@@ -36,11 +37,6 @@ def _normal(seed, tensor_id, rows, cols):
     word = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
     pairs = (word & 0x00FF00FF) + ((word >> 8) & 0x00FF00FF)
     return (((pairs & 0xFFFF) + (pairs >> 16)).to(tl.float32) - BYTES_MEAN) * INVERSE_STD
-
-
-@triton.jit
-def _pointer(field_ptr, dtype: tl.constexpr):
-    return tl.load(field_ptr).to(tl.pointer_type(dtype))
 
 
 @triton.jit(do_not_specialize=["n_pieces"])
@@ -65,7 +61,7 @@ def expand_kernel(
     n_cols = tl.load(piece + 4)
     if SRC_WIDE or DST_WIDE:
         n_cols = tl.multiple_of(n_cols, N_WIDE)  # the mask does not split a 16-byte access
-    n_across = tl.cdiv(n_cols, BLOCK_C).to(tl.int32)
+    n_across = ((n_cols + BLOCK_C - 1) // BLOCK_C).to(tl.int32)
     tile = (pid - tl.load(piece)).to(tl.int32)
     rows = (tile // n_across).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     cols = (tile % n_across).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -81,8 +77,8 @@ def expand_kernel(
         index = tl.load(piece + 10)
         found = tl.load(index.to(tl.pointer_type(tl.int32)) + cols, mask=col_mask & (index != 0), other=0)
         src_cols = tl.where(index != 0, found.to(tl.int64), cols)
-    src_ptr = _pointer(piece + 1, SRC) + src_rows * tl.load(piece + 5)
-    dst_ptr = _pointer(piece + 2, DST) + rows * tl.load(piece + 7)
+    src_ptr = tl.load(piece + 1).to(tl.pointer_type(SRC)) + src_rows * tl.load(piece + 5)
+    dst_ptr = tl.load(piece + 2).to(tl.pointer_type(DST)) + rows * tl.load(piece + 7)
     if SRC_WIDE:
         src_ptr = tl.multiple_of(src_ptr, [16, 16]) + src_cols  # bytes; on a block, as a hint on a scalar does not reach the load
     else:
@@ -94,12 +90,12 @@ def expand_kernel(
 
     values = tl.load(src_ptr, mask=row_mask & col_mask, other=0)
     if HAS_NOISE:
-        row_ids = tl.load(_pointer(piece + 19, tl.int32) + rows, mask=row_mask, other=0)
-        col_ids = tl.load(_pointer(piece + 20, tl.int32) + cols, mask=col_mask, other=0)
+        row_ids = tl.load(tl.load(piece + 19).to(tl.pointer_type(tl.int32)) + rows, mask=row_mask, other=0)
+        col_ids = tl.load(tl.load(piece + 20).to(tl.pointer_type(tl.int32)) + cols, mask=col_mask, other=0)
         normal = _normal(tl.load(piece + 14), tl.load(piece + 15).to(tl.int32), row_ids, col_ids)
-        by_row = tl.load(_pointer(piece + 17, tl.float32) + rows, mask=row_mask, other=0)
-        by_col = tl.load(_pointer(piece + 18, tl.float32) + cols, mask=col_mask, other=0)
-        std = tl.load(_pointer(piece + 16, MATH))
+        by_row = tl.load(tl.load(piece + 17).to(tl.pointer_type(tl.float32)) + rows, mask=row_mask, other=0)
+        by_col = tl.load(tl.load(piece + 18).to(tl.pointer_type(tl.float32)) + cols, mask=col_mask, other=0)
+        std = tl.load(tl.load(piece + 16).to(tl.pointer_type(MATH)))
         values = values.to(MATH) + std * by_row.to(MATH) * by_col.to(MATH) * normal.to(MATH)
     if HAS_SCALE:
         row_scale = tl.load(piece + 12)
@@ -120,17 +116,17 @@ def expand(pieces: Sequence[Any]) -> None:
     """
     kinds: dict[tuple[Any, ...], list[Any]] = {}
     for piece in pieces:
-        if piece.dst.numel():
-            kinds.setdefault(_kind(piece), []).append(piece)
+        kinds.setdefault(_kind(piece), []).append(piece)
     for kind, members in kinds.items():
         options = launch_options(*kind)
         table, n_tiles = list[list[int]](), 0
         for piece in members:
             table.append([n_tiles, *_row(piece)])
             n_tiles += triton.cdiv(piece.dst.shape[0], options["BLOCK_R"]) * triton.cdiv(piece.dst.shape[1], BLOCK_C)
-        dst = members[0].dst
-        with torch.cuda.device_of(dst):
-            expand_kernel[(n_tiles,)](torch.tensor(table, dtype=torch.int64).to(dst.device), len(members), **options)
+        if n_tiles:
+            on_device = torch.tensor(table, dtype=torch.int64).to(members[0].dst.device)
+            with torch.cuda.device_of(on_device):
+                expand_kernel[(n_tiles,)](on_device, len(table), **options)
 
 
 def _kind(piece: Any) -> tuple[Any, ...]:
@@ -154,7 +150,7 @@ def launch_options(
         SRC=DTYPES[src], DST=DTYPES[dst], MATH=tl.float64 if dst == torch.float64 else tl.float32,
         SRC_WIDE=src_wide, DST_WIDE=dst_wide, N_WIDE=16 // min(src.itemsize, dst.itemsize),
         HAS_INDEX=index, HAS_SCALE=scale, HAS_NOISE=noise,
-        BLOCK_R=block_r(dst.itemsize, src_wide and dst_wide and not noise), BLOCK_C=BLOCK_C,
+        BLOCK_R=block_r(dst.itemsize, src_wide, dst_wide, noise), BLOCK_C=BLOCK_C,
         num_warps=N_WARPS, enable_fp_fusion=False,  # no multiply-add in one rounding: the same bits as the torch backend
     )  # fmt: skip
 

@@ -16,6 +16,8 @@ if not HAS_CUDA:
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # for subprocesses
     torch.set_num_threads(1)
+with torch.device("meta"):  # torch looks up once which functions a device context redirects: those below, before they are wrapped
+    assert torch.empty(0).is_meta
 
 # no deadline: a busy machine is no failure; derandomized: a run is green or red for the code alone
 hypothesis.settings.register_profile("growkern", deadline=None, derandomize=True)

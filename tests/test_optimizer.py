@@ -167,7 +167,7 @@ def test_optimizer_state_dict_round_trip_gives_an_equal_next_step():
     names = {id(p): n for n, p in model.named_parameters()}
 
     again = torch.optim.AdamW([dict(params=[other.get_parameter(names[id(p)]) for p in g["params"]]) for g in optim.param_groups])
-    again.load_state_dict(optim.state_dict())
+    again.load_state_dict(copy.deepcopy(optim.state_dict()))  # torch shares the tensors otherwise
     train(model, optim, 2, first=4)
     train(other, again, 2, first=4)
 
@@ -184,7 +184,7 @@ def test_depth_alone_keeps_one_group_so_a_fresh_optimizer_loads_its_state():
     other = copy.deepcopy(model)
 
     again = torch.optim.AdamW(other.parameters())
-    again.load_state_dict(optim.state_dict())
+    again.load_state_dict(copy.deepcopy(optim.state_dict()))  # torch shares the tensors otherwise
     train(model, optim, 2, first=4)
     train(other, again, 2, first=4)
 

@@ -1,0 +1,125 @@
+"""Every kernel compiles for the GPUs it is for, without one; on sm_90 without spills, in few registers, with 16-byte accesses.
+
+The interpreter and the compiler cannot share a process: this file runs itself as a script and reads what that prints.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from itertools import product
+from tempfile import NamedTemporaryFile
+
+import pytest
+
+N_REGISTERS = 64  # at most, of 65536 in an SM: 1024 threads at a time
+WORK = {  # index, scale, noise
+    "copy": (False, False, False),
+    "scaled": (False, True, False),
+    "indexed": (True, True, False),
+    "noisy": (False, True, True),
+    "indexed-noisy": (True, True, True),
+}
+SIDES = {"wide": (True, True), "wide-target": (False, True), "wide-source": (True, False), "narrow": (False, False)}
+FULL = [  # source dtype, target dtype, sides, work
+    *((d, d, "wide", work) for d, work in product(["float32", "bfloat16"], ["copy", "scaled", "indexed", "noisy"])),
+    *((d, d, "narrow", work) for d, work in product(["float32", "bfloat16"], ["copy", "indexed-noisy"])),
+    ("float16", "float16", "wide", "scaled"),
+    ("float16", "float16", "narrow", "noisy"),
+    ("float64", "float64", "wide", "copy"),
+    ("float64", "float64", "wide", "noisy"),
+    ("float64", "float64", "narrow", "scaled"),
+    ("float64", "float64", "narrow", "indexed-noisy"),
+    ("float32", "float32", "wide-source", "copy"),
+    ("float32", "float32", "wide-target", "indexed"),
+    ("float32", "bfloat16", "wide-target", "noisy"),
+    ("int64", "int64", "wide", "copy"),
+]
+SOME = [
+    ("bfloat16", "bfloat16", "wide", "copy"),
+    ("float32", "bfloat16", "wide-target", "noisy"),
+    ("float64", "float64", "narrow", "indexed"),
+]
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+COMPILE_ONLY = list(product(["sm_80", "sm_100", "gfx942"], SOME))
+
+
+def case_id(value: object) -> str:
+    return "-".join(value) if isinstance(value, tuple) else str(value)
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, dict[str, int]]:
+    """Target and case -> registers, bytes of stack and local memory, widest load and store in bits; or the error."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    out = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stderr
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("target", "case"), COMPILE_ONLY, ids=case_id)
+def test_expand_compiles(built, target, case):
+    assert built[f"{target} {case_id(case)}"] == {"compiled": 1}
+
+
+@pytest.mark.parametrize("case", FULL, ids=case_id)
+def test_expand_fits_registers_and_moves_16_bytes_where_it_can(built, case):
+    src, dst, side, _ = case
+
+    found = built[f"sm_90 {case_id(case)}"]
+
+    assert (found["stack"], found["local"], found["spills"]) == (0, 0, 0)
+    assert found["registers"] <= N_REGISTERS
+    src_wide, dst_wide = SIDES[side]
+    assert found["load"] == 128 if src_wide else found["load"] <= 64
+    assert found["store"] == 128 if dst_wide else found["store"] <= 64
+
+
+def main() -> None:
+    """Compile every case and print what came out."""
+    jobs = [("sm_90", case) for case in FULL] + COMPILE_ONLY
+    print(json.dumps({f"{target} {case_id(case)}": build(target, case) for target, case in jobs}))
+
+
+def build(target: str, case: tuple[str, str, str, str]) -> dict[str, int]:
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from growkern.kernels.expand import expand_kernel, launch_options
+
+    src, dst, side, work = case
+    options = launch_options(getattr(torch, src), getattr(torch, dst), *SIDES[side], *WORK[work])
+    constants = {name: value for name, value in options.items() if name.isupper()}
+    signature = {"table_ptr": "*i64", "n_pieces": "i32"} | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(expand_kernel, signature, constants, {(0,): [["tt.divisibility", 16]]})
+    rest = {name: value for name, value in options.items() if not name.isupper()}
+    asm = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=rest).asm
+    return measure(asm["cubin"], triton.knobs.nvidia.cuobjdump.path) if target == "sm_90" else {"compiled": 1}
+
+
+def measure(cubin: bytes, cuobjdump: str) -> dict[str, int]:
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([cuobjdump, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True)
+    usage, sass = text.stdout + text.stderr, text.stdout
+    return {
+        "registers": int(re.search(r"\bREG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"\bSTACK:(\d+)", usage)[1]),
+        "local": int(re.search(r"\bLOCAL:(\d+)", usage)[1]),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "load": widest("LDG", sass),
+        "store": widest("STG", sass),
+    }
+
+
+def widest(access: str, sass: str) -> int:
+    """Bits of the widest access to global memory; 32 where the mnemonic has no width."""
+    return max(int((re.search(r"\.U?(8|16|64|128)\b", found) or [0, 32])[1]) for found in re.findall(rf"\b{access}\.E\S*", sass))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Plans: data that can be printed, compared, stored and run later."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import FAMILIES, grow, make, spec_of
+
+import growkern
+from growkern import GrowthPlan, depth, width
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("to", ["2x", {"layers": 5}, {"ffn": 101}], ids=str)
+def test_a_plan_goes_through_json_unchanged(family, to):
+    model = make(family, tied=True)
+    plan = growkern.plan(model, to=to, spec=spec_of(model))
+
+    again = GrowthPlan.from_json(plan.to_json())
+
+    assert again == plan and hash(again) == hash(plan) and again.to_json() == plan.to_json()
+
+
+def test_equal_inputs_give_equal_plans_and_equal_bits_and_another_seed_does_not():
+    def grown(seed):
+        model = make("llama", tied=True)
+        plan = growkern.plan(model, to="2x", seed=seed)
+        grow(model, plan=plan)
+        return plan, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    (plan, bits), (again, same), (other, differ) = grown(3), grown(3), grown(4)
+
+    assert plan == again and torch.equal(bits, same)
+    assert plan != other and not torch.equal(bits, differ)
+
+
+def test_a_stored_plan_grows_to_the_same_bits():
+    one, two = make("gpt2", tied=True), make("gpt2", tied=True)
+    plan = growkern.plan(one, to={"hidden": 30, "layers": 3})
+
+    grow(one, plan=plan)
+    grow(two, plan=GrowthPlan.from_json(plan.to_json()))
+
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_planning_changes_nothing_and_printing_tells_the_story():
+    model = make("llama", tied=True)
+    before = [p.clone() for p in model.parameters()]
+
+    text = str(growkern.plan(model, to={"hidden": 48, "layers": 3}))
+
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    for part in ("hidden", "24", "48", "x 2", "0 1 +1", "model.layers.*.mlp.up_proj.weight", "function preserving", "all 0"):
+        assert part in text
+
+
+def test_what_is_not_named_follows_hidden_where_that_is_whole():
+    def sizes(to, **changes):
+        return dict(growkern.plan(make("llama", tied=True, **changes), to=to).target_sizes)
+
+    assert sizes("2x") == dict(hidden=48, heads=8, kv_heads=4, head_dim=6, ffn=80, layers=2, vocab=66)
+    assert sizes("1.5x") == dict(hidden=36, heads=6, kv_heads=3, head_dim=6, ffn=60, layers=2, vocab=66)
+    assert sizes({"hidden": 30}) == dict(hidden=30, heads=4, kv_heads=2, head_dim=6, ffn=50, layers=2, vocab=66)
+    assert sizes({"hidden": 48, "ffn": 41})["ffn"] == 41
+    assert sizes({"hidden": "2x", "layers": "3x"})["layers"] == 6
+    assert sizes({"heads": 8})["kv_heads"] == 2
+    assert sizes("1.5x", num_key_value_heads=1)["heads"] == 4  # one kv head does not grow by half
+
+
+@pytest.mark.parametrize(("n", "target"), [(4, 6), (4, 7), (4, 8), (3, 10), (12, 16), (32, 40)])
+def test_identity_blocks_lie_where_llama_pro_puts_them(n, target):
+    blocks = depth.IdentityBlocks().deepen(n, target).blocks
+
+    assert len(blocks) == target and [b.source for b in blocks if not b.new] == list(range(n))
+    assert not blocks[0].new and [b.source for b in blocks] == sorted(b.source for b in blocks)
+    if n % (target - n) == 0:  # the paper's rule, where it applies
+        every = n // (target - n)
+        assert [b.source for b in blocks if b.new] == [i for i in range(n) if (i + 1) % every == 0]
+
+
+def test_stack_is_l_mod_n():
+    assert [b.source for b in depth.Stack().deepen(3, 7).blocks] == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_plans_need_neither_torch_nor_triton():
+    code = """
+import sys
+for name in ("torch", "triton", "transformers"):
+    sys.modules[name] = None
+import types
+package = types.ModuleType("growkern")
+package.__path__ = [sys.argv[1]]
+sys.modules["growkern"] = package
+from growkern import plan, sizes, spaces, state, index_map, families, width, depth
+config = types.SimpleNamespace(model_type="llama", hidden_size=24, intermediate_size=40, num_attention_heads=4, num_key_value_heads=2,
+    num_hidden_layers=2, vocab_size=66, tie_word_embeddings=True, head_dim=6)
+spec = families.FAMILIES["LlamaForCausalLM"](config)
+made = plan.build(spec, sizes.resolve_sizes(spec, "2x"), width=width.Lossless(), depth=depth.IdentityBlocks())
+print(made.target_sizes["hidden"])
+"""
+    folder = growkern.__path__[0]
+
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, cwd="/")
+
+    assert done.stdout.strip() == "48", done.stderr
+
+
+def test_methods_say_what_they_are():
+    assert repr(width.Lossless(noise=0)) == "Lossless(noise=0, norms=None)"
+    assert width.Lossless() == width.Lossless() and hash(depth.Stack()) == hash(depth.Stack())

@@ -1,0 +1,80 @@
+"""verify sees what is wrong: each finding is provoked once."""
+
+import copy
+
+import torch
+from models import batch, grow, make, train
+
+import growkern
+from growkern import width
+
+
+def case(**options):
+    model = make("gpt2", tied=True)
+    optim = torch.optim.AdamW(model.parameters())
+    train(model, optim, 2)
+    source = copy.deepcopy(model)
+    grow(model, optim, **({"to": "2x"} | options))
+    return source, model, optim
+
+
+def test_a_good_growth_is_ok_and_prints_a_table():
+    found = growkern.verify(*case()[:2], batch(n=16), case()[2])
+
+    assert found.same_function and not found.dead and not found.copies
+    assert "logits error" in str(found) and "DEAD" not in str(found)
+
+
+def test_equal_copies_are_found():
+    source, model, optim = case(width=width.Lossless(noise=0))
+
+    found = growkern.verify(source, model, batch(n=16), optim)
+
+    assert found.ok and found.copies and "STAY EQUAL" in str(found)
+
+
+def test_another_function_is_found():
+    source, model, optim = case()
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] += 0.1
+
+    found = growkern.verify(source, model, batch(), optim)
+
+    assert not found.ok and "DIFFERENT" in str(found)
+
+
+def test_dead_elements_are_found():
+    source, model, optim = case()
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[:, 5] = 0
+        model.transformer.h[0].mlp.c_fc.bias[5] = 0
+        model.transformer.h[0].mlp.c_proj.weight[5] = 0
+
+    found = growkern.verify(source, model, batch(), optim)
+
+    assert found.dead["transformer.h.0.mlp.c_fc.weight"] == 48 and found.dead["transformer.h.0.mlp.c_proj.weight"] == 48
+
+
+def test_wrong_state_and_forgotten_parameters_are_found():
+    source, model, optim = case()
+    p = model.transformer.h[0].mlp.c_fc.weight
+    optim.state[p]["exp_avg"] = torch.zeros(24, 96)
+    optim.param_groups[0]["params"] = [q for q in optim.param_groups[0]["params"] if q is not model.transformer.ln_f.bias]
+    optim.param_groups[1]["params"] = [q for q in optim.param_groups[1]["params"] if q is not model.transformer.ln_f.bias]
+
+    found = growkern.verify(source, model, batch(), optim)
+
+    assert found.state == ("transformer.h.0.mlp.c_fc.weight: exp_avg (24, 96)",)
+    assert found.unheld == ("transformer.ln_f.bias",) and "NOT TRAINED" in str(found)
+
+
+def test_nothing_that_is_passed_in_is_changed():
+    source, model, optim = case()
+    model.train()
+    before = [p.clone() for p in model.parameters()]
+    grads = [p.grad for p in model.parameters()]
+
+    growkern.verify(source, model, {"input_ids": batch(), "labels": batch()}, optim)
+
+    assert model.training and all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
