@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from growkern.commit import check_scheduler, commit, schedulers
 from growkern.depth import IdentityBlocks
-from growkern.describe import describe, describe_optimizer, tensors_of
+from growkern.describe import describe, describe_optimizer, forgotten_optimizers, tensors_of
 from growkern.errors import GrowthError, PlanError, UnsupportedOptimizerError
 from growkern.execute import execute
 from growkern.plan import DepthMethod, GrowthPlan, WidthMethod, build
@@ -125,6 +125,7 @@ def expand_inplace(
     found = describe(model, spec)
     drop = (plan.state if plan else state) == "drop"
     described = describe_optimizer(model, optim, drop=drop) if optim is not None else None
+    forgotten_optimizers(model, optim)
     if plan is None:
         sizes = resolve_sizes(found, to)
         plan = build(found, sizes, width=width or Lossless(), depth=depth or IdentityBlocks(), state=state, seed=seed)
@@ -135,8 +136,9 @@ def expand_inplace(
     split = _to_split(factors, dynamics, optim, described, scheduler)
     sources = tensors_of(model, optim, found)
     n_params = sum(p.numel() for p in model.parameters())
-    staged = execute(plan, sources, law, backend=backend)
-    grad_norm = _grad_norm_factor(plan, sources, staged)
+    with torch.inference_mode(False), torch.no_grad():
+        staged = execute(plan, sources, law, backend=backend)
+        grad_norm = _grad_norm_factor(plan, sources, staged)
     n_read = sum(_n_bytes(sources, row.source) for row in plan.rows if plan.changes(row) and not row.new)
     n_written = staged.n_bytes()
     commit(plan, staged, model, optim, described, lr_factors=split, scheduler=scheduler)

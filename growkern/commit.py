@@ -101,6 +101,7 @@ def commit(
     source = dict(model.named_parameters(remove_duplicate=False))
     blocks = _new_blocks(plan, staged, model)
     undo = Undo()
+    torch.clear_autocast_cache()  # it holds casts of the source's weights
     with _uninterrupted():
         try:
             _values(plan, staged, model, source, undo)
@@ -123,17 +124,18 @@ def commit(
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Hold Ctrl-C back until the writing is done: half a growth helps no one."""
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
         yield
         return
-    held: list[object] = []
-    before = signal.signal(signal.SIGINT, lambda *_: held.append(None))
+    held: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: held.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
     if held:
-        raise KeyboardInterrupt
+        signal.raise_signal(held[0])
 
 
 def _new_blocks(plan: GrowthPlan, staged: Tensors, model: nn.Module) -> list[nn.Module]:
@@ -141,12 +143,13 @@ def _new_blocks(plan: GrowthPlan, staged: Tensors, model: nn.Module) -> list[nn.
     if not plan.blocks:
         return []
     live = list(model.get_submodule(plan.path).children())
-    configs = {id(c): c for c in _configs(model)}
+    shared: dict[int, object] = {id(c): c for c in _configs(model)}
     blocks: list[nn.Module] = []
     for index, block in enumerate(plan.blocks):
         source = live[block.source]
         if block.new:
-            memo: dict[int, object] = dict(configs)
+            own = set(source.modules())
+            memo = shared | {id(m): m for m in model.modules() if m not in own}  # what a hook may refer to is not copied
             for name, p in source.named_parameters():
                 memo[id(p)] = nn.Parameter(staged.values[f"{plan.path}.{index}.{name}"], requires_grad=p.requires_grad)
             for name, b in source.named_buffers():

@@ -1,5 +1,6 @@
 """A live model and optimizer -> what growkern knows of them. The only reader of live structure; it never reads values."""
 
+import gc
 import sys
 from collections.abc import Iterator
 
@@ -109,6 +110,28 @@ def describe_optimizer(model: nn.Module, optim: Optimizer, *, drop: bool = False
     return OptimSpec(kind, tuple(held), {name: tuple(state) for name, (_, state) in states.items()}, scheduled)
 
 
+def forgotten_optimizers(model: nn.Module, optim: Optimizer | None) -> None:
+    """Look for another live optimizer with state of the model's parameters, which would be left un-grown.
+
+    Raises:
+        UnsupportedOptimizerError: There is one: its next step would fail, or corrupt memory under ``fused=True``.
+    """
+
+    def found() -> list[str]:
+        params = {id(p) for p in model.parameters()}
+        others = [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and o is not optim and hasattr(o, "state")]
+        mine = [o for o in others if (optim is None or o.state is not optim.state) and any(id(p) in params for p in o.state)]
+        return [f"{type(o).__module__}.{type(o).__qualname__}" for o in mine]
+
+    if found():
+        gc.collect()  # one that was let go may only wait for its turn
+        if others := found():
+            raise UnsupportedOptimizerError(
+                f"cannot grow this {type(model).__name__}: another live optimizer holds state of its parameters ({', '.join(others)}), "
+                "which would not be grown. Pass it as optim, or clear its .state and let it go."
+            )
+
+
 def tensors_of(model: nn.Module, optim: Optimizer | None, spec: ModelSpec) -> Tensors:
     """Gather the live tensors by name: parameters, buffers, gradients in flight, optimizer state."""
     tensors = Tensors()
@@ -139,8 +162,6 @@ def _wrappers(model: nn.Module) -> Iterator[str]:
                 yield f"{name or 'it'} is a {kind.__name__}, which is not supported yet: {WRAPPERS[kind.__name__]}."
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        import gc  # a scan of all objects (0.1 s), only where processes run together
-
         from torch.nn.parallel import DistributedDataParallel
 
         for thing in gc.get_objects():
@@ -205,6 +226,12 @@ def _absent(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
             size_value("layers" if size == "block" else size, spec.sizes)
         except KeyError as error:
             yield f"{where}: the size {error} is not in sizes ({', '.join(spec.sizes)})."
+    axes = [axis for tensor in spec.tensors.values() for axis in tensor]
+    written = {c for axis in axes if axis.role != "reader" for segment in axis.segments for c in segment}
+    for name, tensor in spec.tensors.items():
+        read = [c for axis in tensor if axis.role == "reader" for segment in axis.segments for c in segment]
+        read += [axis.norm.reads for axis in tensor if axis.norm]
+        yield from (f"{name}: reads the stream {c!r}, which no tensor of the spec writes." for c in read if c not in written)
     if spec.blocks is None:
         return
     container = modules.get(spec.blocks.path)

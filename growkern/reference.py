@@ -124,9 +124,8 @@ def normal(key: tuple[int, int], row_ids: Tensor, col_ids: Tensor) -> Tensor:
     groups, place = torch.unique(row_ids >> 2, return_inverse=True)  # four rows share a Philox call, a word each
     seed, tensor_id = key
     shape = (len(groups), len(col_ids))
-    words = _philox(
-        [col_ids.long().expand(shape), groups.long()[:, None].expand(shape), torch.tensor(tensor_id), torch.tensor(0)], seed
-    )
+    fixed = [torch.full((1, 1), value, dtype=torch.int64, device=col_ids.device) for value in (tensor_id, 0)]
+    words = _philox([col_ids.long().expand(shape), groups.long()[:, None].expand(shape), *fixed], seed)
     lanes = torch.stack([word.expand(shape) for word in words])
     word = lanes[(row_ids & 3).long(), place]
     pairs = (word & 0x00FF00FF) + ((word >> 8) & 0x00FF00FF)
@@ -134,7 +133,7 @@ def normal(key: tuple[int, int], row_ids: Tensor, col_ids: Tensor) -> Tensor:
 
 
 def _philox(counters: list[Tensor], seed: int) -> list[Tensor]:
-    c0, c1, c2, c3 = (c.to(torch.int64) for c in counters)
+    c0, c1, c2, c3 = counters
     k0, k1, mask = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, 0xFFFFFFFF
     for _ in range(10):
         high_a, low_a = _multiply(c0, 0xD2511F53)
@@ -145,7 +144,6 @@ def _philox(counters: list[Tensor], seed: int) -> list[Tensor]:
 
 
 def _multiply(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32 x 32-bit product, in int64 without overflow."""
-    low = x * (constant & 0xFFFF)
-    high = x * (constant >> 16) + (low >> 16)
-    return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
+    """High and low 32 bits of a 32 x 32-bit product: int64 wraps, so all 64 bits of it are right."""
+    product = x * constant
+    return product >> 32 & 0xFFFFFFFF, product & 0xFFFFFFFF

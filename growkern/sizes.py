@@ -9,6 +9,7 @@ from growkern.errors import PlanError, raise_all
 from growkern.spaces import ModelSpec
 
 WIDTHS = ("hidden", "heads", "kv_heads", "ffn")  # what "2x" means; the rest grows when it is named
+MAX_SIZE = 1 << 22  # coordinates of one size; far beyond any model, and a slip of the finger must not fill the host's memory
 Target = str | Mapping[str, int | str]
 
 
@@ -38,6 +39,8 @@ def resolve_sizes(spec: ModelSpec, to: Target) -> dict[str, int]:
     for name, n in target.items():
         if n < source[name]:
             problems.append(f"{name}: the target {n} is smaller than the source {source[name]}; growth only adds.")
+        elif n > MAX_SIZE:
+            problems.append(f"{name}: the target {n:,} is beyond {MAX_SIZE:,}.")
         elif n > source[name] and name in spec.fixed:
             problems.append(f"{name}: cannot grow in this {spec.family}: {spec.fixed[name]}.")
     if not problems and "kv_heads" in target and target["heads"] % target["kv_heads"]:

@@ -19,7 +19,7 @@ BLOCK_C = 128  # columns of a tile: fewer than threads, so that vectors along co
 N_WARPS = 8
 N_FIELDS = tl.constexpr(21)  # columns of the table, in the order of _row
 BYTES_MEAN, INVERSE_STD = tl.constexpr(510.0), tl.constexpr(1 / 147.80054127099805)  # of the sum of four uniform bytes
-DTYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int64: tl.int64}
+DTYPES = {getattr(torch, name): getattr(tl, name) for name in ("float64", "float32", "float16", "bfloat16", "int64")}
 
 
 def block_r(n_bytes: int, src_wide: bool, dst_wide: bool, noise: bool) -> int:

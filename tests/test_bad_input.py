@@ -28,6 +28,7 @@ SIZES = [
     ("llama", {"head_dim": 12}, "head_dim: Lossless does not grow it"),
     ("llama", {"vocab": 100}, "vocab: Lossless does not grow it"),
     ("llama", {"hidden": 48, "vocab": 10}, "vocab: the target 10 is smaller"),
+    ("llama", {"hidden": 10**10}, "hidden: the target 10,000,000,000 is beyond 4,194,304"),
     ("llama", {}, "every target equals its source"),
     ("gpt2", {"hidden": 31}, "31 is not a multiple of head_dim=6.*hidden = heads x head_dim; nearest: 30, 36"),
     ("gpt2", "1.1x", "not a multiple of head_dim=6.*nearest: 24, 30"),
@@ -103,6 +104,10 @@ SPECS = [
     (lambda s: changed(s, tensors=s.tensors | growkern.linear("extra", reads="residual", writes="vocab")), "extra.bias: .* no such tensor"),
     (lambda s: changed(s, sizes=dict(s.sizes) | {"ffn": 7}), r"up.weight: has shape \(96, 24\), the spec says \(7, 24\)"),
     (lambda s: changed(s, sizes={k: v for k, v in s.sizes.items() if k != "ffn"}), "'ffn' is not in sizes"),
+    (
+        lambda s: changed(s, tensors=s.tensors | growkern.linear("head", reads="residual:finl", writes="vocab", bias=False)),
+        "head.weight: reads the stream 'residual:finl', which no tensor of the spec writes",
+    ),
     (lambda s: changed(s, ties={}), "head.weight: is the same parameter as wte.weight, and the spec declares no tie"),
     (lambda s: changed(s, ties=dict(s.ties) | {"wpe.weight": "wte.weight"}), "wpe.weight: the spec ties it to wte.weight, but"),
     (lambda s: changed(s, attributes={"blocks.0.attention.n_heads": "heads"}), "blocks.0.attention.n_heads.*no such attribute"),
@@ -121,36 +126,57 @@ def test_specs_that_do_not_fit_the_model(change, match):
         growkern.expand_inplace(model, spec=change(model.spec()), to={"hidden": 48, "layers": 3})
 
 
-def test_optimizers_that_do_not_fit():
-    model, other = make("llama", tied=True), make("llama", tied=True)
-    optim = torch.optim.AdamW(other.parameters())
-    unknown = torch.optim.Adagrad(model.parameters())
-    train(model, unknown, 1)
+class MyAdam(torch.optim.AdamW):
+    pass
 
-    class MyAdam(torch.optim.AdamW):
-        pass
 
-    mine = MyAdam(model.parameters())
-    train(model, mine, 1)
-    odd = torch.optim.AdamW(model.parameters())
-    train(model, odd, 1)
-    odd.state[model.model.norm.weight]["ema"] = torch.zeros(24)
-    short = torch.optim.AdamW(model.parameters())
-    train(model, short, 1)
-    short.state[model.model.norm.weight]["exp_avg"] = torch.zeros(23)
+def extra_key(model, optim):
+    optim.state[model.model.norm.weight]["ema"] = torch.zeros(24)
 
-    for bad, match in [
-        (optim, "holds no parameter of this LlamaForCausalLM"),
-        (unknown, "law of torch.optim.adagrad.Adagrad .state .*sum.* not known. Known: Adam, AdamW, SGD"),
-        (mine, "law of .*MyAdam.* not known"),
-        (odd, "norm.weight: unknown state 'ema'"),
-        (short, r"norm.weight: state 'exp_avg' has shape \(23,\), the parameter \(24,\)"),
-    ]:
-        with pytest.raises(UnsupportedOptimizerError, match="(?s)" + match):
-            grow(model, bad, to="2x")
+
+def short_state(model, optim):
+    optim.state[model.model.norm.weight]["exp_avg"] = torch.zeros(23)
+
+
+OPTIMIZERS = [
+    (torch.optim.Adagrad, None, "law of torch.optim.adagrad.Adagrad .state .*sum.* not known. Known: Adam, AdamW, SGD"),
+    (MyAdam, None, "law of .*MyAdam.* not known"),
+    (torch.optim.AdamW, extra_key, "norm.weight: unknown state 'ema'"),
+    (torch.optim.AdamW, short_state, r"norm.weight: state 'exp_avg' has shape \(23,\), the parameter \(24,\)"),
+]
+
+
+@pytest.mark.parametrize(("kind", "damage", "match"), OPTIMIZERS, ids=lambda v: getattr(v, "__name__", ""))
+def test_optimizers_whose_state_cannot_be_grown(kind, damage, match):
+    model = make("llama", tied=True)
+    optim = kind(model.parameters(), lr=1e-3)
+    train(model, optim, 1)
+    if damage:
+        damage(model, optim)
+
+    with pytest.raises(UnsupportedOptimizerError, match="(?s)" + match):
+        grow(model, optim, to="2x")
+
     assert model.config.hidden_size == 24
-    grow(model, unknown, to="2x", state="drop")
-    train(model, unknown, 1)
+    grow(model, optim, to="2x", state="drop")
+    train(model, optim, 1)
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    with pytest.raises(UnsupportedOptimizerError, match="holds no parameter of this LlamaForCausalLM"):
+        grow(make("llama", tied=True), torch.optim.AdamW(make("llama", tied=True).parameters()), to="2x")
+
+
+def test_an_optimizer_that_was_not_handed_over_is_found():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), fused=True)
+    train(model, optim, 1)
+
+    with pytest.raises(UnsupportedOptimizerError, match="another live optimizer holds state .*AdamW.*Pass it as optim"):
+        grow(model, to="2x")
+
+    optim.state.clear()
+    grow(model, to="2x")
 
 
 def test_something_that_is_no_optimizer_or_model():

@@ -65,13 +65,12 @@ def test_expand_compiles(built, target, case):
 
 @pytest.mark.parametrize("case", FULL, ids=case_id)
 def test_expand_fits_registers_and_moves_16_bytes_where_it_can(built, case):
-    src, dst, side, _ = case
+    src_wide, dst_wide = SIDES[case[2]]
 
     found = built[f"sm_90 {case_id(case)}"]
 
     assert (found["stack"], found["local"], found["spills"]) == (0, 0, 0)
     assert found["registers"] <= N_REGISTERS
-    src_wide, dst_wide = SIDES[side]
     assert found["load"] == 128 if src_wide else found["load"] <= 64
     assert found["store"] == 128 if dst_wide else found["store"] <= 64
 

@@ -36,6 +36,7 @@ SOURCES = ["plain", "offset", "transposed", "strided", "row", "column", "element
 TARGETS = ["plain", "aligned", "offset", "transposed", "strided"]
 SEEDS = [0, 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1, 0x0123456789ABCDEF]
 
+
 def bits(t: Tensor) -> Tensor:
     return t.contiguous().view(BITS[t.itemsize])
 
@@ -175,13 +176,13 @@ def check(built: list[tuple[Tensor, Tensor, Piece]]) -> None:
         assert torch.equal(bits(memory), bits(copy))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(case=cases(ROWS, COLS))
 def test_kernel_writes_what_the_reference_writes(case):
     check([case.build()])
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(many=st.lists(cases([0, 1, 9], [0, 1, 40]), max_size=12))
 def test_many_pieces_of_many_kinds_in_one_call(many):
     check([case.build() for case in many])

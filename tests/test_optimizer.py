@@ -331,3 +331,37 @@ def test_a_compiled_model_grows_through_its_wrapper():
     growkern.expand_inplace(compiled, to={"hidden": 48, "layers": 3}, spec=model.spec())
 
     assert (compiled(batch()) - before).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad], ids=["inference", "no-grad"])
+def test_growth_inside_a_context_without_gradients_leaves_a_trainable_model(context):
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters())
+    train(model, optim, 1)
+
+    with context():
+        grow(model, optim, to={"hidden": 48, "layers": 3})
+
+    train(model, optim, 2)
+
+
+def test_growth_inside_autocast_forgets_cached_casts():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters())
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = logits(model, batch()).detach().float()
+        grow(model, optim, to="2x")
+        after = logits(model, batch()).float()
+
+    assert (after - before).abs().max() < 0.05 * before.abs().max()
+
+
+def test_growing_again_and_again():
+    model = make("llama", tied=True).double()
+    optim = torch.optim.AdamW(model.parameters())
+    for i, to in enumerate(["1.5x", "2x", {"layers": 3}, {"hidden": 80, "ffn": 131}, {"layers": 5}]):
+        train(model, optim, 2, first=2 * i)
+        before = logits(model, batch()).detach()
+        grow(model, optim, to=to, seed=i)
+        assert (logits(model, batch()) - before).abs().max() < 1e-5
