@@ -13,7 +13,8 @@ from growkern.depth import IdentityBlocks
 from growkern.describe import describe, describe_optimizer, forgotten_optimizers, tensors_of
 from growkern.errors import GrowthError, PlanError, UnsupportedOptimizerError
 from growkern.execute import execute
-from growkern.plan import DepthMethod, GrowthPlan, WidthMethod, build
+from growkern.methods import DepthMethod, WidthMethod
+from growkern.plan import GrowthPlan, build
 from growkern.reference import arithmetic
 from growkern.report import GrowthReport
 from growkern.sizes import Target, resolve_sizes
@@ -191,17 +192,21 @@ def _check_plan(plan: GrowthPlan, spec: ModelSpec) -> None:
 
 
 def _to_split(
-    factors: Mapping[str, float | None], dynamics: str | None, optim: Optimizer | None, described: OptimSpec | None, scheduler: object | None
+    factors: Mapping[str, float | None],
+    dynamics: str | None,
+    optim: Optimizer | None,
+    described: OptimSpec | None,
+    scheduler: object | None,
 ) -> dict[str, float]:
     if optim is not None:
         check_scheduler(optim, scheduler)
-    split = {name: factor for name, factor in factors.items() if factor not in (None, 1.0)} if dynamics == "mup" else {}
+    split = {name: f for name, f in factors.items() if f is not None and f != 1} if dynamics == "mup" else {}
     if split and described is not None and described.scheduled and scheduler is None:
         raise PlanError(
             "a learning-rate scheduler drives this optimizer, and dynamics='mup' splits its param groups: "
             "pass scheduler=, so that it follows, or dynamics=None."
         )
-    return {name: factor for name, factor in split.items() if factor is not None}
+    return split
 
 
 def _n_bytes(sources: Tensors, name: str) -> int:
@@ -218,7 +223,7 @@ def _grad_norm_factor(plan: GrowthPlan, sources: Tensors, staged: Tensors) -> fl
 
     def total(names: list[str], tensors: Tensors) -> float:
         if sources.grads:
-            return sum(float(tensors.grads[n].norm(dtype=arithmetic(tensors.grads[n].dtype))) ** 2 for n in names if n in tensors.grads)
+            return sum(_norm(tensors.grads[n]) ** 2 for n in names if n in tensors.grads)
         states = [tensors.states[n].get("exp_avg_sq") for n in names if n in tensors.states]
         return sum(float(s.sum(dtype=arithmetic(s.dtype))) for s in states if isinstance(s, torch.Tensor))
 
@@ -226,6 +231,10 @@ def _grad_norm_factor(plan: GrowthPlan, sources: Tensors, staged: Tensors) -> fl
     rest = total([row.source for row in plan.rows if not row.new and not plan.changes(row)], sources)
     before, after = total([row.source for row in kept], sources) + rest, total([row.name for row in kept], staged) + rest
     return (after / before) ** 0.5 if before > 0 and after > 0 else None
+
+
+def _norm(t: torch.Tensor) -> float:
+    return float(torch.norm(t, dtype=arithmetic(t.dtype)))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
 
 
 def _notes(
@@ -243,6 +252,8 @@ def _notes(
         notes.append(
             "param groups were split by learning rate; to load this optimizer's state_dict into a new one, build it with the same groups."
         )
+    if described and described.law is None:
+        notes.append(f"the learning-rate law of {described.kind} is not known, so its groups stayed.")
     uneven = sum(factor is None for factor in factors.values())
     if uneven:
         notes.append(f"{uneven} tensors have a learning-rate factor per element, so theirs stayed; they may want a shorter step.")

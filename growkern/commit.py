@@ -3,9 +3,10 @@
 import copy
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from growkern.plan import GrowthPlan
 from growkern.state import OptimSpec
 from growkern.tensors import Tensors
 
+K = TypeVar("K")
+V = TypeVar("V")
 LR_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")  # what schedulers keep in a param group, besides the group's own
 SCHEDULER_LISTS = ("base_lrs", "min_lrs", "max_lrs")  # one learning rate per group
 SCHEDULER_ENTRIES = ("lr_lambdas", "_last_lr")  # one entry per group, copied
@@ -50,22 +53,22 @@ class Undo:
             p.set_(value)  # pyright: ignore[reportArgumentType]
         p.grad = grad
 
-    def items(self, target: dict, content: dict) -> None:  # pyright: ignore
+    def items(self, target: MutableMapping[K, V], content: Mapping[K, V]) -> None:
         """Replace the content of a dict; the object stays."""
-        before = dict(target)  # pyright: ignore
+        before = dict(target)
 
         def back() -> None:
             target.clear()
-            target.update(before)  # pyright: ignore
+            target.update(before)
 
         self.steps.append(back)
         target.clear()
-        target.update(content)  # pyright: ignore
+        target.update(content)
 
-    def entries(self, target: list, content: list) -> None:  # pyright: ignore
+    def entries(self, target: list[V], content: Sequence[V]) -> None:
         """Replace the content of a list; the object stays."""
-        before = list(target)  # pyright: ignore
-        self.steps.append(lambda: target.__setitem__(slice(None), before))  # pyright: ignore
+        before = list(target)
+        self.steps.append(lambda: target.__setitem__(slice(None), before))
         target[:] = content
 
     def back(self) -> None:
@@ -107,7 +110,7 @@ def commit(
             _values(plan, staged, model, source, undo)
             if plan.blocks:
                 container = model.get_submodule(plan.path)
-                undo.items(container._modules, {str(i): block for i, block in enumerate(blocks)})  # pyright: ignore
+                undo.items(container._modules, {str(i): block for i, block in enumerate(blocks)})  # pyright: ignore[reportPrivateUsage]
             _attributes(plan, model, undo)
             if optim is not None and described is not None:
                 target = dict(model.named_parameters(remove_duplicate=False))
@@ -122,7 +125,7 @@ def commit(
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def _uninterrupted() -> Generator[None, None, None]:
     """Hold Ctrl-C back until the writing is done: half a growth helps no one."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:
@@ -183,8 +186,8 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo) -> None:
     for path, value in plan.attributes.items():
         owner, _, name = path.rpartition(".")
         module = model.get_submodule(owner)
-        before = getattr(module, name)
-        after = (*before[:-1], value) if isinstance(before, tuple) else value
+        before: Any = getattr(module, name)
+        after: Any = (*before[:-1], value) if isinstance(before, tuple) else value
         if after != before:
             undo.attribute(module, name, after)
     for path, factor in plan.eps.items():
@@ -197,9 +200,9 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo) -> None:
             if getattr(config, name, None) != value:
                 undo.attribute(config, name, value)
         for name in plan.config_lists:
-            entries = getattr(config, name, None)
+            entries: Any = getattr(config, name, None)
             if isinstance(entries, list) and order:
-                undo.attribute(config, name, [entries[i] for i in order])
+                undo.attribute(config, name, [entries[i] for i in order])  # pyright: ignore[reportUnknownArgumentType]
         if plan.config_eps and hasattr(config, plan.config_eps[0]):
             undo.attribute(config, plan.config_eps[0], getattr(config, plan.config_eps[0]) * plan.config_eps[1])
 
@@ -213,7 +216,7 @@ def _optimizer(
     undo: Undo,
 ) -> None:
     """State of every parameter, and new parameters into the group of the one they come from."""
-    states = dict(optim.state)
+    states: dict[Any, Any] = dict(optim.state)
     joins: dict[int, list[nn.Parameter]] = {}
     for row in plan.rows:
         if row.source not in source:
@@ -268,8 +271,8 @@ def _split_groups(
             _follow(one, index, stays, [factor for factor, _ in rest], undo)
 
 
-def _scaled(group: dict[str, object], factor: float) -> dict[str, object]:
-    return {key: value * factor if key in LR_KEYS else value for key, value in group.items()}  # type: ignore
+def _scaled(group: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    return {key: value * factor if key in LR_KEYS else value for key, value in group.items()}
 
 
 def schedulers(scheduler: object | None) -> list[object]:
@@ -281,15 +284,15 @@ def schedulers(scheduler: object | None) -> list[object]:
 
 
 def _follow(scheduler: object, index: int, stays: float, factors: list[float], undo: Undo) -> None:
-    for name in SCHEDULER_LISTS:
-        values = getattr(scheduler, name, None)
-        if isinstance(values, list):
-            kept = [*values[:index], values[index] * stays, *values[index + 1 :]]
-            undo.entries(values, [*kept, *(values[index] * factor for factor in factors)])
-    for name in SCHEDULER_ENTRIES:
-        values = getattr(scheduler, name, None)
-        if isinstance(values, list):
-            undo.entries(values, [*values, *(values[index] for _ in factors)])
+    def lists(names: tuple[str, ...]) -> list[list[Any]]:
+        found: list[Any] = [getattr(scheduler, name, None) for name in names]
+        return [values for values in found if isinstance(values, list)]
+
+    for values in lists(SCHEDULER_LISTS):
+        kept = [*values[:index], values[index] * stays, *values[index + 1 :]]
+        undo.entries(values, [*kept, *(values[index] * factor for factor in factors)])
+    for values in lists(SCHEDULER_ENTRIES):
+        undo.entries(values, [*values, *(values[index] for _ in factors)])
 
 
 def check_scheduler(optim: Optimizer, scheduler: object | None) -> None:

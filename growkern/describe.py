@@ -2,7 +2,8 @@
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -60,11 +61,11 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> ModelSpec:
     raise_all(UnsupportedModelError, f"cannot describe {type(model).__name__} as {found.family!r}:", problems)
     leaves = {
         f"{name}.{attribute}": (f"{name}.weight", axis)
-        for name, module in model.named_modules(remove_duplicate=False)
+        for name, module in _modules(model)
         for attribute, axis in LEAVES.get(type(module).__name__, {}).items()
         if hasattr(module, attribute) and f"{name}.weight" in found.tensors and axis < len(found.tensors[f"{name}.weight"])
     }
-    return ModelSpec(**{key: getattr(found, key) for key in found.__dataclass_fields__} | {"leaves": leaves})
+    return replace(found, leaves=leaves)
 
 
 def describe_optimizer(model: nn.Module, optim: Optimizer, *, drop: bool = False) -> OptimSpec:
@@ -97,11 +98,12 @@ def describe_optimizer(model: nn.Module, optim: Optimizer, *, drop: bool = False
         known = ", ".join(name.rpartition(".")[2] for name in LAWS)
         keys = sorted({str(key) for _, state in states.values() for key in state})
         problems.append(f"the law of {kind} (state {', '.join(keys)}) is not known. Known: {known}. Grow with state='drop'.")
+    orders: Mapping[str, int | None] = law.orders if law else {}
     for name, (p, state) in states.items() if law and not drop else ():
         for key, value in state.items():
-            if key not in law.orders:
-                problems.append(f"{name}: unknown state {key!r}; known: {', '.join(law.orders)}. Grow with state='drop'.")
-            elif isinstance(value, Tensor) and law.orders[key] is not None and value.shape != p.shape:
+            if key not in orders:
+                problems.append(f"{name}: unknown state {key!r}; known: {', '.join(orders)}. Grow with state='drop'.")
+            elif isinstance(value, Tensor) and orders[key] is not None and value.shape != p.shape:
                 problems.append(f"{name}: state {key!r} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}.")
             elif isinstance(value, Tensor) and type(value) is not Tensor:
                 problems.append(f"{name}: state {key!r} is a {type(value).__name__}; only plain tensors are grown.")
@@ -145,6 +147,11 @@ def tensors_of(model: nn.Module, optim: Optimizer | None, spec: ModelSpec) -> Te
     return tensors
 
 
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module under every name it has."""
+    return list(model.named_modules(remove_duplicate=False))  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+
+
 def _family(model: nn.Module) -> ModelSpec:
     kind = type(model)
     if kind.__name__ not in FAMILIES or not kind.__module__.startswith("transformers."):
@@ -156,7 +163,7 @@ def _family(model: nn.Module) -> ModelSpec:
 
 
 def _wrappers(model: nn.Module) -> Iterator[str]:
-    for name, module in model.named_modules():
+    for name, module in _modules(model):
         for kind in type(module).__mro__:
             if kind.__name__ in WRAPPERS:
                 yield f"{name or 'it'} is a {kind.__name__}, which is not supported yet: {WRAPPERS[kind.__name__]}."
@@ -173,7 +180,7 @@ def _wrappers(model: nn.Module) -> Iterator[str]:
 
 def _unfit(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
     devices: dict[str, str] = {}
-    for name, module in model.named_modules():
+    for name, module in _modules(model):
         if parametrize.is_parametrized(module) or any(hasattr(module, f"weight_{suffix}") for suffix in ("orig", "g", "v", "mask")):
             yield f"{name}: is parametrized or pruned; remove the parametrization first."
     for name, p in model.named_parameters():
@@ -194,13 +201,15 @@ def _unfit(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
 
 def _uncovered(model: nn.Module, spec: ModelSpec, live: dict[str, Tensor]) -> Iterator[str]:
     must = set(dict(model.named_parameters(remove_duplicate=False)))
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    for prefix, module in _modules(model):
         must |= {
             f"{prefix}.{name}" if prefix else name
-            for name, b in module.named_buffers(recurse=False)
-            if name not in module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+            for name in module._buffers  # pyright: ignore[reportPrivateUsage]
+            if module._buffers[name] is not None and name not in module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
         }
-    yield from (f"{name}: the spec does not cover it; every parameter and persistent buffer must be." for name in sorted(must - set(spec.tensors)))
+    yield from (
+        f"{name}: the spec does not cover it; every parameter and persistent buffer must be." for name in sorted(must - set(spec.tensors))
+    )
     yield from (f"{name}: the spec names it, but the model has no such tensor." for name in sorted(set(spec.tensors) - set(live)))
 
 
@@ -217,7 +226,7 @@ def _misshapen(spec: ModelSpec, live: dict[str, Tensor]) -> Iterator[str]:
 
 def _absent(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
     """Attributes, sizes and blocks that the spec names and the model does not have."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(_modules(model))
     for where, size in (*spec.attributes.items(), *((f"config.{name}", size) for name, size in spec.config.items())):
         owner, _, name = where.rpartition(".")
         if where in spec.attributes and not hasattr(modules.get(owner), name):
@@ -259,4 +268,3 @@ def _ties(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
             other = storages.setdefault(p.untyped_storage().data_ptr(), name)
             if live[other] is not p:
                 yield f"{name}: shares storage with {other} without being the same parameter; give it storage of its own."
-

@@ -57,7 +57,7 @@ def execute(plan: GrowthPlan, sources: Tensors, law: Law | None, *, backend: str
         InsufficientMemoryError: They do not fit beside the sources, with both figures.
         GrowthError: The backend cannot run.
     """
-    orders = law.orders if law else {}
+    orders: Mapping[str, int | None] = law.orders if law else {}
     check_memory(plan, sources, orders)
     staged, pieces, cutter = Tensors(), list[Piece](), _Cutter(plan)
     for row in plan.rows:
@@ -136,9 +136,9 @@ def unavailable(backend: str, device: torch.device) -> list[str]:
         return [f"there is no backend {backend!r}: 'triton', 'torch' or None"]
     if find_spec("triton") is None:
         return ["triton is not installed"]
-    import triton  # imported only where it is used
+    from triton import knobs  # pyright: ignore  (untyped, and imported only where it is used)
 
-    interpreted = bool(triton.knobs.runtime.interpret)
+    interpreted = bool(knobs.runtime.interpret)  # pyright: ignore
     return [] if interpreted or device.type == "cuda" else [f"triton does not run on {device.type}; use backend='torch'"]
 
 
@@ -151,7 +151,7 @@ def _run(pieces: list[Piece], backend: str | None) -> None:
         if reasons := unavailable(chosen, device):
             raise GrowthError(f"cannot run backend={backend!r}: {'; '.join(reasons)}.")
         if chosen == "triton":
-            from growkern.kernels.expand import expand  # triton is imported only where it is used
+            from growkern.kernels.expand import expand
         else:
             expand = reference.expand
         expand(group)
@@ -206,7 +206,7 @@ class _Cutter:
                 value, scaled = fill.of(r, c)
                 noise = None
                 if r.factors is not None and c.factors is not None and r.ids is not None and c.ids is not None and fill.free(r, c):
-                    std = source.norm(dtype=fill.dtype) / max(1, source.numel()) ** 0.5 if std is None else std
+                    std = fill.rms() if std is None else std
                     noise = Noise(std, (self.plan.seed, _tensor_id(row.name)), r.factors, c.factors, r.ids, c.ids)
                 whole = r.source != PAD and c.source != PAD
                 yield Piece(
@@ -327,6 +327,11 @@ class _Fill:
 
     def __init__(self, source: Tensor, rows: _Side, cols: _Side, order: int, dtype: torch.dtype) -> None:
         self.source, self.rows, self.cols, self.order, self.dtype = source, rows, cols, order, dtype
+
+    def rms(self) -> Tensor:
+        """Root mean square of the source: what noise is measured in."""
+        norm: Tensor = torch.norm(self.source, dtype=self.dtype)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        return norm / max(1, self.source.numel()) ** 0.5  # pyright: ignore[reportUnknownVariableType]
 
     def pads(self, r: Span, c: Span) -> list[Pad]:
         return [side.pad for side, span in ((self.rows, r), (self.cols, c)) if span.source == PAD]

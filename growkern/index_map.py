@@ -129,7 +129,9 @@ class IndexMap:
     @cached_property
     def indices(self) -> tuple[int, ...]:
         """``indices[i]`` = source coordinate that target coordinate ``i`` copies, or ``PAD``."""
-        return tuple(i for run in self.runs for i in (range(run.source, run.source + run.length) if run.source != PAD else (PAD,) * run.length))
+        return tuple(
+            i for run in self.runs for i in (range(run.source, run.source + run.length) if run.source != PAD else (PAD,) * run.length)
+        )
 
     @cached_property
     def counts(self) -> tuple[int, ...]:

@@ -13,81 +13,15 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import isclose, prod, sqrt
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 from growkern.errors import PlanError, raise_all
 from growkern.index_map import PAD, IndexMap, Run, Vector, concat_maps, concat_vectors
-from growkern.spaces import AxisUse, ModelSpec, size_value, space_of, space_size
+from growkern.methods import BlockRow, Contract, Depth, DepthMethod, Width, WidthMethod
+from growkern.spaces import AxisUse, ModelSpec, size_value, space_of
 from growkern.tables import fold, table
 
 Pad = Literal["zero", "mean", "normal"]  # what an element without an ancestor is: 0, the mean along the axis, or free noise
-
-
-@dataclass(frozen=True)
-class Contract:
-    """How the activations of a stream grow: ``x'_i = w_i x_g(i)``, and readers take them back with ``u_i``.
-
-    Attributes:
-        w: Scale of the activation, per target coordinate.
-        u: Scale of its readers; over the copies of a coordinate the sum of ``w u`` is 1.
-        pad: Activation of a coordinate that copies nothing: 0, or the mean of the others.
-        centred: True when writers give up their mean over the stream's coordinates first.
-    """
-
-    w: Vector
-    u: Vector
-    pad: Literal["zero", "mean"] = "zero"
-    centred: bool = False
-
-
-@dataclass(frozen=True)
-class Width:
-    """What a width method decides.
-
-    Attributes:
-        maps: Space -> index map, for every space.
-        contracts: Stream -> contract, for every stream.
-        noise: Strength of the twin noise on readers of copies, in standard deviations of the weight; 0 for none.
-        reasons: Why the function is not preserved; empty when it is.
-    """
-
-    maps: Mapping[str, IndexMap]
-    contracts: Mapping[str, Contract]
-    noise: float = 0.0
-    reasons: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class BlockRow:
-    """One block of the target: which source block it copies, and whether it is new."""
-
-    source: int
-    new: bool = False
-
-
-@dataclass(frozen=True)
-class Depth:
-    """What a depth method decides: the blocks of the target; whether new ones start as the identity."""
-
-    blocks: tuple[BlockRow, ...]
-    identity: bool = False
-    reasons: tuple[str, ...] = ()
-
-
-class WidthMethod(Protocol):
-    """Anything that can widen."""
-
-    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
-        """Give maps and contracts for the target ``sizes``; raise PlanError for what the method cannot do."""
-        ...
-
-
-class DepthMethod(Protocol):
-    """Anything that can deepen."""
-
-    def deepen(self, n_source: int, n_target: int) -> Depth:
-        """Give the blocks of the target; raise PlanError for what the method cannot do."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -219,12 +153,15 @@ class GrowthPlan:
     def from_json(text: str) -> "GrowthPlan":
         """Read a plan that ``to_json`` wrote."""
         data = json.loads(text)
-        axes = {key: _axis_from_json(axis) for key, axis in data.pop("axes").items()}
-        rows = tuple(TensorRow(**(row | {"axes": tuple(row["axes"])})) for row in data.pop("rows"))
-        blocks = tuple(BlockRow(**row) for row in data.pop("blocks"))
-        tuples = {name: tuple(data.pop(name)) for name in ("config_lists", "counters", "reasons", "notes")}
-        eps = data.pop("config_eps")
-        return GrowthPlan(**data, **tuples, axes=axes, rows=rows, blocks=blocks, config_eps=tuple(eps) if eps else None)
+        eps = data["config_eps"]
+        data |= {name: tuple(data[name]) for name in ("config_lists", "counters", "reasons", "notes")}
+        data |= {
+            "axes": {key: _axis_from_json(axis) for key, axis in data["axes"].items()},
+            "rows": tuple(TensorRow(**(row | {"axes": tuple(row["axes"])})) for row in data["rows"]),
+            "blocks": tuple(BlockRow(**row) for row in data["blocks"]),
+            "config_eps": tuple(eps) if eps else None,
+        }
+        return GrowthPlan(**data)
 
     def __str__(self) -> str:
         grown = [(k, n, self.target_sizes[k]) for k, n in self.source_sizes.items()]
@@ -245,13 +182,12 @@ class GrowthPlan:
         return "\n\n".join([*parts, *([("\n".join(f"note: {note}" for note in self.notes))] if self.notes else [])])
 
 
-def _axis_from_json(data: dict[str, object]) -> AxisMap:
-    def vector(value: object) -> Vector:
-        return Vector(tuple((v, n) for v, n in value["pieces"]))  # type: ignore
-
-    raw: dict[str, object] = data.pop("index_map")  # type: ignore
-    index_map = IndexMap(raw["n_source"], raw["n_target"], tuple(Run(*run) for run in raw["runs"]))  # type: ignore
-    return AxisMap(index_map, vector(data.pop("weight_scale")), vector(data.pop("grad_scale")), **data)  # type: ignore
+def _axis_from_json(data: dict[str, Any]) -> AxisMap:
+    raw = data["index_map"]
+    data["index_map"] = IndexMap(raw["n_source"], raw["n_target"], tuple(Run(*run) for run in raw["runs"]))
+    for key in ("weight_scale", "grad_scale"):
+        data[key] = Vector(tuple((value, n) for value, n in data[key]["pieces"]))
+    return AxisMap(**data)
 
 
 def _product(values: list[float | None]) -> float | None:
@@ -288,7 +224,7 @@ def build(
     """
     problems = [
         *([] if state in ("exact", "drop") else [f"unknown state={state!r}: 'exact' or 'drop'."]),
-        *([] if isinstance(seed, int) and 0 <= seed < 1 << 64 else [f"seed={seed!r}: an int from 0 to 2**64 - 1."]),
+        *([] if type(seed) is int and 0 <= seed < 1 << 64 else [f"seed={seed!r}: an int from 0 to 2**64 - 1."]),
         *([] if hasattr(width, "widen") else [f"width: expected a width method such as Lossless(), got {width!r}."]),
         *([] if hasattr(depth, "deepen") else [f"depth: expected a depth method such as IdentityBlocks(), got {depth!r}."]),
     ]
@@ -411,17 +347,17 @@ def _rows(spec: ModelSpec, deep: Depth, keys: Mapping[AxisUse, str]) -> Iterator
         row = TensorRow(source, source, tuple(keys[axis] for axis in axes))
         place = spec.block_of(source)
         for name, index in _targets(spec, deep, source):
-            yield replace(row, name=name, **_of_block(spec, deep, index, place[1])) if place and deep.blocks else row
+            yield _in_block(replace(row, name=name), spec, deep, index, place[1]) if place and deep.blocks else row
 
 
-def _of_block(spec: ModelSpec, deep: Depth, index: int, inner: str) -> dict[str, object]:
-    """How a tensor of target block ``index`` differs from a plain copy."""
+def _in_block(row: TensorRow, spec: ModelSpec, deep: Depth, index: int, inner: str) -> TensorRow:
+    """What becomes of a tensor, called ``inner`` inside its block, in target block ``index``."""
     block, blocks = deep.blocks[index], spec.blocks
+    row = replace(row, new=block.new)
     if blocks is None or not deep.identity:
-        return {"new": block.new}
-    after = deep.blocks[index + 1] if index + 1 < len(deep.blocks) else None
+        return row
     if inner in blocks.carries:
-        moved = after is not None and after.new and after.source == block.source
-        return {"new": block.new} | ({"constant": blocks.carries[inner], "state": "fresh"} if moved else {})
-    return {"new": block.new} | ({"constant": blocks.identity.get(inner), "state": "fresh"} if block.new else {})
-
+        after = deep.blocks[index + 1] if index + 1 < len(deep.blocks) else None
+        moves_on = after is not None and after.new and after.source == block.source
+        return replace(row, constant=blocks.carries[inner], state="fresh") if moves_on else row
+    return replace(row, constant=blocks.identity.get(inner), state="fresh") if block.new else row

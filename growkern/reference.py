@@ -121,7 +121,7 @@ def normal(key: tuple[int, int], row_ids: Tensor, col_ids: Tensor) -> Tensor:
     Reference:
         Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
     """
-    groups, place = torch.unique(row_ids >> 2, return_inverse=True)  # four rows share a Philox call, a word each
+    groups, place = _unique(row_ids >> 2)  # four rows share a Philox call, a word each
     seed, tensor_id = key
     shape = (len(groups), len(col_ids))
     fixed = [torch.full((1, 1), value, dtype=torch.int64, device=col_ids.device) for value in (tensor_id, 0)]
@@ -130,6 +130,10 @@ def normal(key: tuple[int, int], row_ids: Tensor, col_ids: Tensor) -> Tensor:
     word = lanes[(row_ids & 3).long(), place]
     pairs = (word & 0x00FF00FF) + ((word >> 8) & 0x00FF00FF)
     return (((pairs & 0xFFFF) + (pairs >> 16)).float() - BYTES_MEAN) * (1 / BYTES_STD)
+
+
+def _unique(ids: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.unique(ids, return_inverse=True)  # pyright: ignore
 
 
 def _philox(counters: list[Tensor], seed: int) -> list[Tensor]:

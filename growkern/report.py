@@ -60,7 +60,7 @@ class GrowthReport:
             ("function preserving", preserved),
             ("moved", f"{_size(self.n_bytes_read)} read, {_size(self.n_bytes_written)} written, {self.seconds:.3g} s, {rate:.3g} GB/s"),
             ("peak memory", f"{_size(self.peak_bytes)} beside the source"),
-            ("learning rate", f"{factors or 'no optimizer'}{'' if self.lr_applied or not factors else ' recommended, not applied'}"),
+            ("learning rate", f"{factors or 'as it was'}{'' if self.lr_applied or not factors else ' recommended, not applied'}"),
         ]
         if self.grad_norm_factor is not None:
             facts.append(("gradient norm", f"expect x {self.grad_norm_factor:.3g}; scale a clipping threshold alike"))

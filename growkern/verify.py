@@ -67,9 +67,7 @@ class Verification:
         return table(["check", "found", ""], rows)
 
 
-def verify(
-    source: nn.Module, target: nn.Module, batch: Tensor | Mapping[str, object], optim: Optimizer | None = None
-) -> Verification:
+def verify(source: nn.Module, target: nn.Module, batch: Tensor | Mapping[str, object], optim: Optimizer | None = None) -> Verification:
     """Compare a grown model with its source, and check that every part of it trains.
 
     Args:
@@ -117,12 +115,13 @@ def _run(model: nn.Module, batch: Tensor | Mapping[str, object]) -> tuple[Tensor
 def _trial(model: nn.Module, batch: Tensor | Mapping[str, object]) -> tuple[dict[str, int], dict[str, int]]:
     """Elements without gradient in two steps of a copy, and rows and columns that are equal after them."""
     trial = copy.deepcopy(model)
-    tables = {f"{name}.weight" for name, module in trial.named_modules() if isinstance(module, nn.Embedding)}
+    embeddings = [m for m in trial.modules() if isinstance(m, nn.Embedding)]
+    tables = {name for name, p in trial.named_parameters() if any(p is m.weight for m in embeddings)}
     params = {name: p for name, p in trial.named_parameters() if p.requires_grad}
     dead = {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}
     for _ in range(2):
         trial.zero_grad(set_to_none=True)
-        _run(trial, batch)[1].backward()
+        _run(trial, batch)[1].backward()  # pyright: ignore[reportUnknownMemberType]
         grads = {name: p.grad for name, p in params.items() if p.grad is not None}
         n = sum(grad.numel() for grad in grads.values())
         rms = float(sum(grad.float().square().sum() for grad in grads.values()) / max(1, n)) ** 0.5

@@ -24,8 +24,7 @@ DTYPES = {getattr(torch, name): getattr(tl, name) for name in ("float64", "float
 
 def block_r(n_bytes: int, src_wide: bool, dst_wide: bool, noise: bool) -> int:
     """Rows of a tile: 32 bytes a thread where all is wide, less where addresses or noise need registers; not yet measured on a device."""
-    most = 32 if src_wide and dst_wide and not noise else 16 if dst_wide or not noise else 8
-    return min(most, 64 // n_bytes)
+    return min(64 // n_bytes, 8 << (src_wide and dst_wide) + (dst_wide and not noise))
 
 
 @triton.jit
@@ -112,7 +111,8 @@ def expand(pieces: Sequence[Any]) -> None:
     """Write every piece (``growkern.reference.Piece``), one launch per kind of piece.
 
     Args:
-        pieces: Rectangles that do not overlap, on one device. Values are rounded once, at the store; a pure copy is bit-exact.
+        pieces: Rectangles that do not overlap, on one device; their vectors (indices, scales, factors) are contiguous. Values are
+            rounded once, at the store; a pure copy is bit-exact.
     """
     kinds: dict[tuple[Any, ...], list[Any]] = {}
     for piece in pieces:

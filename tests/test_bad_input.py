@@ -291,7 +291,9 @@ def test_live_wrappers_are_refused():
 
     found = [line for line in done.stdout.splitlines() if line.startswith("REFUSED")]
     assert len(found) == 4, done.stdout + done.stderr[-2000:]
-    for line, match in zip(found, ["is a DistributedDataParallel", "DistributedDataParallel holds it", "FSDPModule", "is a DataParallel"], strict=True):
+    for line, match in zip(
+        found, ["is a DistributedDataParallel", "DistributedDataParallel holds it", "FSDPModule", "is a DataParallel"], strict=True
+    ):
         assert match in line and "not supported yet" in line
 
 

@@ -44,7 +44,9 @@ def no_pad(plan, row):
     return full(plan, row, lambda a: torch.tensor([float(i != PAD) for i in a.index_map.indices])).bool()
 
 
-EXACT = [(f, to) for f in FAMILIES for to in (["2x", "3x"] if f in ("bert", "gpt2", "plain") else ["2x", "1.5x", {"hidden": 42, "ffn": 101}])]
+EXACT = [
+    (f, to) for f in FAMILIES for to in (["2x", "3x"] if f in ("bert", "gpt2", "plain") else ["2x", "1.5x", {"hidden": 42, "ffn": 101}])
+]
 EXACT += [("gpt2", {"ffn": 131}), ("bert", {"ffn": 57}), ("llama", {"heads": 8})]
 
 
@@ -209,7 +211,14 @@ def test_each_omission_would_show(wrong):
     exact = copy.deepcopy((model, optim))
 
     grow(*exact, to="2x", width=QUIET)
-    grow(model, optim, to="2x", width=QUIET, state="drop" if wrong == "moments dropped" else "exact", dynamics=None if "rate" in wrong else "mup")
+    grow(
+        model,
+        optim,
+        to="2x",
+        width=QUIET,
+        state="drop" if wrong == "moments dropped" else "exact",
+        dynamics=None if "rate" in wrong else "mup",
+    )
     if wrong == "moments unscaled":
         for p in (block_weight for block in model.blocks for block_weight in (block.up.weight, block.down.weight)):
             state = optim.state[p]  # these have a = 1/2: copied as they were, they would be

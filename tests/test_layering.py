@@ -17,6 +17,7 @@ LAYERS = (  # top to bottom: a module imports from lower rows only
     ("families",),
     ("width", "depth"),
     ("plan",),
+    ("methods",),
     ("state", "sizes"),
     ("spaces", "index_map", "tables"),
     ("errors",),
@@ -30,7 +31,7 @@ IMPORTERS = {  # what only some may import -> who
     "kernels": {"execute"},
 }
 STRANGERS = {"commit": {"width", "depth"}}  # who must not know whom, although it is lower
-DEVICE_FREE = {"plan", "spaces", "index_map", "state", "sizes", "tables", "width", "depth", "errors", "families"}
+DEVICE_FREE = {"plan", "methods", "spaces", "index_map", "state", "sizes", "tables", "width", "depth", "errors", "families"}
 DEVICE = {"torch", "triton", "transformers"}
 LAZY = {"triton", "transformers"}  # imported where they are used, inside a function
 PRINTERS = {"cli", "demo"}

@@ -6,7 +6,7 @@ output and down projections are zero, spread evenly. Post-norm blocks take over 
 
 from dataclasses import dataclass
 
-from growkern.plan import BlockRow, Depth
+from growkern.methods import BlockRow, Depth
 
 
 @dataclass(frozen=True)

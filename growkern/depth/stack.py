@@ -6,7 +6,7 @@ NeurIPS 2024, arXiv:2405.15319 (G_stack): target block ``l`` copies source block
 
 from dataclasses import dataclass
 
-from growkern.plan import BlockRow, Depth
+from growkern.methods import BlockRow, Depth
 
 
 @dataclass(frozen=True)

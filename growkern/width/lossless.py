@@ -12,7 +12,7 @@ from typing import Literal
 
 from growkern.errors import PlanError, raise_all
 from growkern.index_map import IndexMap, Vector
-from growkern.plan import Contract, Width
+from growkern.methods import Contract, Width
 from growkern.spaces import SIZE_OF_SPACE, ModelSpec, space_size
 
 GROWS = ("hidden", "heads", "kv_heads", "ffn", "positions")
@@ -66,7 +66,9 @@ class Lossless:
             n_source, n_target = space_size(space, spec.sizes), space_size(space, sizes)
             normed = {norm.reads for _, _, norm in spec.norms()} | {"positions"}
             whole = n_target % n_source == 0
-            how = "positions" if space == "positions" else None if whole or not kinds else self._norms(spec, space, n_source, n_target, kinds)
+            how = (
+                "positions" if space == "positions" else None if whole or not kinds else self._norms(spec, space, n_source, n_target, kinds)
+            )
             maps[space] = _index_map(n_source, n_target, how)
             for stream in streams:
                 contracts[stream] = _contract(maps[space], how, stream in normed)
@@ -124,7 +126,9 @@ def _solve_ties(spec: ModelSpec, maps: Mapping[str, IndexMap], contracts: dict[s
             if stream == origin:
                 raise PlanError(f"cannot widen {spec.family}: {tied!r} reads the stream it writes; a norm must lie between.")
             if contracts[origin].centred:
-                raise PlanError(f"cannot centre {spec.family}: {tied!r} is tied to {first!r}, and its mean reaches the logits; use mean_pad.")
+                raise PlanError(
+                    f"cannot centre {spec.family}: {tied!r} is tied to {first!r}, and its mean reaches the logits; use mean_pad."
+                )
             index_map = maps[stream.partition(":")[0]]
             u = contracts[origin].w
             counts = index_map.per_copy(float, pad=1.0)

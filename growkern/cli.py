@@ -1,0 +1,78 @@
+"""The command line. typer and the demo's extras are imported where they are used, so that a missing one is a sentence, not a traceback."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+if TYPE_CHECKING:
+    from typer import Typer
+
+EXTRAS = {"typer", "rich", "transformers", "matplotlib"}
+
+
+def main() -> None:
+    """Run the command line."""
+    with _extras():
+        app()()
+
+
+def app() -> "Typer":
+    """Build the command line; later subcommands join here.
+
+    Raises:
+        ModuleNotFoundError: typer is missing.
+    """
+    import typer
+
+    cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+    @cli.callback()
+    def growkern() -> None:  # pyright: ignore[reportUnusedFunction]  # with a callback, typer keeps a single command's name
+        """Grow a transformer in the middle of training, in place."""
+
+    @cli.command()
+    def demo(  # pyright: ignore[reportUnusedFunction]
+        out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the picture.")] = Path("growkern-demo"),
+        seed: Annotated[int, typer.Option(min=0, help="Of weights, batches and growth noise.")] = 0,
+        compare: Annotated[bool, typer.Option(help="Train the final size from scratch too, at equal FLOPs.")] = True,
+        device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+        quick: Annotated[bool, typer.Option(help="A few seconds at tiny sizes, to see that it runs; no measurement.")] = False,
+    ) -> None:
+        """Train a small Llama on Python's own library, double its width, add layers, train on, and draw the loss."""
+        import torch
+
+        from growkern import demo
+        from growkern.errors import GrowthError
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise typer.BadParameter(f"torch cannot use {device!r}: {str(error).splitlines()[0]}", param_hint="--device") from None
+        try:
+            with _extras():
+                demo.run(out, seed=seed, compare=compare, device=device, setup=demo.QUICK if quick else None)
+        except GrowthError as error:
+            typer.echo(f"growkern demo failed: {error}", err=True)
+            raise typer.Exit(1) from None
+
+    return cli
+
+
+@contextmanager
+def _extras() -> Iterator[None]:
+    """Turn a missing extra into the way out."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] not in EXTRAS:
+            raise
+        print(f'{error.name} is missing: pip install "growkern[demo]"', file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

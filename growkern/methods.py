@@ -1,0 +1,75 @@
+"""What growth methods decide: a width method gives maps and contracts, a depth method gives blocks. The plan does the rest."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from growkern.index_map import IndexMap, Vector
+from growkern.spaces import ModelSpec
+
+
+@dataclass(frozen=True)
+class Contract:
+    """How the activations of a stream grow: ``x'_i = w_i x_g(i)``, and readers take them back with ``u_i``.
+
+    Attributes:
+        w: Scale of the activation, per target coordinate.
+        u: Scale of its readers; over the copies of a coordinate the sum of ``w u`` is 1.
+        pad: Activation of a coordinate that copies nothing: 0, or the mean of the others.
+        centred: True when writers give up their mean over the stream's coordinates first.
+    """
+
+    w: Vector
+    u: Vector
+    pad: Literal["zero", "mean"] = "zero"
+    centred: bool = False
+
+
+@dataclass(frozen=True)
+class Width:
+    """What a width method decides.
+
+    Attributes:
+        maps: Space -> index map, for every space.
+        contracts: Stream -> contract, for every stream.
+        noise: Strength of the twin noise on readers of copies, in standard deviations of the weight; 0 for none.
+        reasons: Why the function is not preserved; empty when it is.
+    """
+
+    maps: Mapping[str, IndexMap]
+    contracts: Mapping[str, Contract]
+    noise: float = 0.0
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """One block of the target: which source block it copies, and whether it is new."""
+
+    source: int
+    new: bool = False
+
+
+@dataclass(frozen=True)
+class Depth:
+    """What a depth method decides: the blocks of the target; whether new ones start as the identity."""
+
+    blocks: tuple[BlockRow, ...]
+    identity: bool = False
+    reasons: tuple[str, ...] = ()
+
+
+class WidthMethod(Protocol):
+    """Anything that can widen."""
+
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
+        """Give maps and contracts for the target ``sizes``; raise PlanError for what the method cannot do."""
+        ...
+
+
+class DepthMethod(Protocol):
+    """Anything that can deepen."""
+
+    def deepen(self, n_source: int, n_target: int) -> Depth:
+        """Give the blocks of the target; raise PlanError for what the method cannot do."""
+        ...
