@@ -13,8 +13,9 @@ from growkern.depth import IdentityBlocks
 from growkern.describe import describe, describe_optimizer, forgotten_optimizers, tensors_of
 from growkern.errors import GrowthError, PlanError, UnsupportedOptimizerError
 from growkern.execute import execute
+from growkern.law import build
 from growkern.methods import DepthMethod, WidthMethod
-from growkern.plan import GrowthPlan, build
+from growkern.plan import GrowthPlan
 from growkern.reference import arithmetic
 from growkern.report import GrowthReport
 from growkern.sizes import Target, resolve_sizes

@@ -1,7 +1,7 @@
 """The command line. typer and the demo's extras are imported where they are used, so that a missing one is a sentence, not a traceback."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -54,7 +54,7 @@ def app() -> "Typer":
             raise typer.BadParameter(f"torch cannot use {device!r}: {str(error).splitlines()[0]}", param_hint="--device") from None
         try:
             with _extras():
-                demo.run(out, seed=seed, compare=compare, device=device, setup=demo.QUICK if quick else None)
+                demo.run(out, seed=seed, compare=compare, device=device, setup=demo.QUICK if quick else demo.FULL)
         except GrowthError as error:
             typer.echo(f"growkern demo failed: {error}", err=True)
             raise typer.Exit(1) from None
@@ -63,7 +63,7 @@ def app() -> "Typer":
 
 
 @contextmanager
-def _extras() -> Iterator[None]:
+def _extras() -> Generator[None]:
     """Turn a missing extra into the way out."""
     try:
         yield

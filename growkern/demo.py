@@ -4,6 +4,8 @@ Beside it trains a model of the final size from scratch: the same code, text, ba
 learning rate is its own. The verdict is read off the two runs.
 """
 
+# torch and matplotlib leave keywords untyped:
+# pyright: reportUnknownMemberType=false
 import copy
 import sysconfig
 from collections.abc import Callable, Mapping
@@ -14,9 +16,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor, nn
 
 from growkern.api import expand_inplace
 from growkern.errors import GrowthError
@@ -27,46 +27,36 @@ if TYPE_CHECKING:
     from rich.table import Table
     from transformers import LlamaConfig, LlamaForCausalLM
 
+Stages = tuple[tuple[str | Mapping[str, int | str] | None, int], ...]  # what to grow to, if anything; steps from there
+
 TOLERANCE = 1e-4  # nats by which a growth may move the validation loss
-SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # not the library
-SKIPPED |= {"encodings", "pydoc_data"}  # tables and prose, not source text
+SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}  # not source text of the library
 HELD_OUT = 12  # every twelfth file is for validation
 HEAD_DIM = 32
 FLOOR = 0.1  # of the peak learning rate, at the end of the cosine
 WARMUP = 0.1  # of the steps
+CLIP = 1.0  # gradient norm before growth; the report says what becomes of it
 EVAL_BATCH = 32  # windows at a time; bounds memory, changes no result
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Sizes and training of the demo.
+    """Sizes and training of the demo."""
 
-    Attributes:
-        hidden: Width of the source.
-        layers: Its blocks.
-        stages: What to grow to, if anything, and the steps to train from there.
-        lr: Peak learning rate of the grown run; growth scales it where its law says so.
-        scratch_lr: Peak learning rate from scratch: the best of those tried.
-        batch: Windows in a step.
-        seq: Bytes in a window.
-        n_eval: Windows that the validation loss is the mean of.
-        n_points: Validation losses on a curve, about.
-        n_bytes: Source text to read, in bytes.
-    """
-
-    hidden: int = 64
+    hidden: int = 64  # of the source
     layers: int = 4
-    stages: tuple[tuple[str | Mapping[str, int | str] | None, int], ...] = ((None, 1800), ("2x", 500), ({"layers": 6}, 300))
-    lr: float = 4e-3
-    scratch_lr: float = 2e-3
-    batch: int = 4
-    seq: int = 128
-    n_eval: int = 128
-    n_points: int = 16
-    n_bytes: int = 6_000_000
+    stages: Stages = ((None, 1800), ("2x", 500), ({"layers": 6}, 300))
+    lr: float = 4e-3  # peak, of the grown run; growth scales it where its law says so
+    scratch_lr: float = 2e-3  # peak, from scratch: the best of those tried
+    batch: int = 4  # windows in a step
+    seq: int = 128  # bytes in a window
+    n_eval: int = 128  # windows that a validation loss is the mean of
+    n_points: int = 16  # validation losses on a curve, about
+    n_bytes: int = 6_000_000  # of source text
 
 
-QUICK = Setup(hidden=32, layers=2, stages=((None, 30), ("2x", 10), ({"layers": 3}, 10)), n_eval=8, n_points=5, n_bytes=300_000)
+FULL = Setup()
+QUICK = Setup(hidden=32, layers=2, stages=((None, 30), ("2x", 10), ({"layers": 3}, 10)), n_eval=8, n_points=5, n_bytes=1_000_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +78,12 @@ class Run:
     flops: float = 0.0
     seconds: float = 0.0
     n_params: int = 0
+    loss: float = float("nan")  # the last of the curve, nats per byte
     curve: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
     growths: list[Growth] = field(default_factory=list[Growth])
 
-    @property
-    def loss(self) -> float:
-        """The last validation loss, in nats per byte."""
-        return self.curve[-1][1]
 
-
-def run(out: Path, *, seed: int = 0, compare: bool = True, device: str = "cpu", setup: Setup | None = None) -> Path:
+def run(out: Path, *, seed: int = 0, compare: bool = True, device: str = "cpu", setup: Setup = FULL) -> Path:
     """Train, grow, train on, compare, and draw.
 
     Args:
@@ -105,7 +91,7 @@ def run(out: Path, *, seed: int = 0, compare: bool = True, device: str = "cpu", 
         seed: Of weights, batches and growth noise.
         compare: Train a model of the final size from scratch too, at equal FLOPs.
         device: Where to train, as torch names it.
-        setup: Sizes and training; the full demo when None.
+        setup: Sizes and training.
 
     Returns:
         Path of the picture.
@@ -119,7 +105,6 @@ def run(out: Path, *, seed: int = 0, compare: bool = True, device: str = "cpu", 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from transformers import LlamaConfig
 
-    setup = setup or Setup()
     out.mkdir(parents=True, exist_ok=True)
     text = read_corpus(setup.n_bytes, device)
     console = Console()
@@ -130,33 +115,24 @@ def run(out: Path, *, seed: int = 0, compare: bool = True, device: str = "cpu", 
         intermediate_size=setup.hidden * 11 // 4,
         num_hidden_layers=setup.layers,
         num_attention_heads=setup.hidden // HEAD_DIM,
-        num_key_value_heads=setup.hidden // HEAD_DIM,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=setup.seq,
-        tie_word_embeddings=False,
         use_cache=False,
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    texts = TextColumn("{task.description}"), TextColumn("loss {task.fields[loss]}")
+    with Progress(texts[0], BarColumn(), MofNCompleteColumn(), texts[1], TimeElapsedColumn(), console=console) as bars:
         model = build(config, seed, device)
-        runs = [train("grown", model, text, setup, setup.stages, setup.lr, seed, progress)]
+        runs = [train("grown", model, text, setup, setup.stages, setup.lr, seed, bars)]
         if compare:
             final = build(copy.deepcopy(model.config), seed, device)  # the config has grown with the model
             n_steps = max(1, round(runs[0].flops / flops_per_step(final, setup)))
-            runs.append(train("from scratch", final, text, setup, ((None, n_steps),), setup.scratch_lr, seed, progress))
+            runs.append(train("from scratch", final, text, setup, ((None, n_steps),), setup.scratch_lr, seed, bars))
     console.print(summary(runs))
-    console.print(verdict(runs), highlight=False)
     path = draw(runs, out / "loss.png")
-    console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{verdict(runs)}\n\n{path}", highlight=False, markup=False, soft_wrap=True)
     return path
 
 
 def read_corpus(n_bytes: int, device: str) -> tuple[Tensor, Tensor]:
-    """Read the source text of the Python that runs this: bytes to train on, and of other files, bytes held out.
-
-    Raises:
-        GrowthError: There is too little of it.
-    """
+    """Read the source text of the Python that runs this: bytes to train on, and of other files, bytes held out."""
     root = Path(sysconfig.get_path("stdlib"))
     parts = bytearray(), bytearray()
     files = [path for path in sorted(root.rglob("*.py")) if not SKIPPED & set(path.relative_to(root).parts)]
@@ -187,45 +163,34 @@ def flops_per_step(model: "LlamaForCausalLM", setup: Setup) -> float:
     two products of activations (Chowdhery et al., "PaLM", arXiv:2204.02311, appendix B).
     """
     config = model.config
-    n_params = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * HEAD_DIM * setup.seq
+    n_params = sum(p.numel() for p in model.parameters()) - config.vocab_size * config.hidden_size
+    attention = 12 * config.num_hidden_layers * config.hidden_size * setup.seq
     return float((6 * n_params + attention) * setup.batch * setup.seq)
 
 
 def train(
-    name: str,
-    model: "LlamaForCausalLM",
-    text: tuple[Tensor, Tensor],
-    setup: Setup,
-    stages: tuple[tuple[str | Mapping[str, int | str] | None, int], ...],
-    lr: float,
-    seed: int,
-    progress: "Progress",
+    name: str, model: "LlamaForCausalLM", text: tuple[Tensor, Tensor], setup: Setup, stages: Stages, lr: float, seed: int, bars: "Progress"
 ) -> Run:
-    """Train a model through its stages, growing it in place between them; both runs come through here.
-
-    Raises:
-        GrowthError: A growth moved the validation loss.
-    """
+    """Train a model through its stages, growing it in place between them; both runs come through here."""
     optim = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), fused=True)
     n_steps = sum(steps for _, steps in stages)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optim, schedule(n_steps))
     batches = torch.Generator().manual_seed(seed)
-    done, clip, start = Run(name), 1.0, perf_counter()
-    bar = progress.add_task(name, total=n_steps, loss="")
+    done, clip, start = Run(name), CLIP, perf_counter()
+    bar = bars.add_task(name, total=n_steps, loss="")
     for to, steps in stages:
         if to is not None:
             before = evaluate(model, text[1], setup)
             report = expand_inplace(model, optim, to=to, scheduler=scheduler, seed=seed)
             clip *= report.grad_norm_factor or 1.0
             done.growths.append(Growth(done.flops, label(report), before, evaluate(model, text[1], setup)))
-            show_growth(report, done.growths[-1], progress)
+            show_growth(report, done.growths[-1], bars)
         cost = flops_per_step(model, setup)
         for step in range(1, steps + 1):
             starts = torch.randint(len(text[0]) - setup.seq, (setup.batch,), generator=batches)
             loss = loss_at(model, text[0], starts, setup)
             loss.backward()
-            clip_grad_norm_(model.parameters(), clip)
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
             optim.step()
             scheduler.step()
             optim.zero_grad()
@@ -233,8 +198,8 @@ def train(
             if done.steps % max(1, n_steps // setup.n_points) == 0 or step == steps:
                 done.curve.append((done.flops, evaluate(model, text[1], setup)))
             if done.steps % 10 == 0 or step == steps:
-                progress.update(bar, completed=done.steps, loss=f"{float(loss):.3f}")
-    done.seconds, done.n_params = perf_counter() - start, sum(p.numel() for p in model.parameters())
+                bars.update(bar, completed=done.steps, loss=f"{float(loss.detach()):.3f}")
+    done.seconds, done.n_params, done.loss = perf_counter() - start, sum(p.numel() for p in model.parameters()), done.curve[-1][1]
     return done
 
 
@@ -248,7 +213,7 @@ def loss_at(model: "LlamaForCausalLM", text: Tensor, starts: Tensor, setup: Setu
     """Mean loss of predicting each next byte in the windows that begin at ``starts``, in nats per byte."""
     window = text[(starts[:, None] + torch.arange(setup.seq + 1)).to(text.device)].long()
     logits = model(input_ids=window[:, :-1]).logits
-    return cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+    return nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
 
 
 @torch.no_grad()
@@ -256,30 +221,26 @@ def evaluate(model: "LlamaForCausalLM", text: Tensor, setup: Setup) -> float:
     """Mean loss over windows spread evenly over the held-out text, always the same ones, in eval mode."""
     model.eval()
     starts = torch.arange(setup.n_eval) * ((len(text) - setup.seq - 1) // setup.n_eval)
-    losses = [float(loss_at(model, text, part, setup)) * len(part) for part in starts.split(EVAL_BATCH)]
+    parts = [starts[i : i + EVAL_BATCH] for i in range(0, setup.n_eval, EVAL_BATCH)]
+    total = sum(float(loss_at(model, text, part, setup)) * len(part) for part in parts)
     model.train()
-    return sum(losses) / setup.n_eval
+    return total / setup.n_eval
 
 
 def label(report: GrowthReport) -> str:
     """The first size that grew: ``width 64 → 128``."""
     name, n = next((name, n) for name, n in report.source_sizes.items() if report.target_sizes[name] != n)
-    return f"{ {'hidden': 'width'}.get(name, name)} {n} → {report.target_sizes[name]}"
+    return f"{'width' if name == 'hidden' else name} {n} → {report.target_sizes[name]}"
 
 
-def show_growth(report: GrowthReport, growth: Growth, progress: "Progress") -> None:
-    """Print the report, and the loss on either side of the growth.
-
-    Raises:
-        GrowthError: The two losses differ by more than the tolerance.
-    """
+def show_growth(report: GrowthReport, growth: Growth, bars: "Progress") -> None:
+    """Print the report, and the loss on either side of the growth; raise GrowthError when they differ."""
     moved = abs(growth.after - growth.before)
-    show = progress.console.print
-    show(f"\n{report}\n", highlight=False, markup=False, soft_wrap=True)
-    rows = [(growth.label, f"{growth.before:.7f}", f"{growth.after:.7f}", f"{moved:.1e}")]
-    show(_table(("growth", "loss before", "loss after", "difference"), rows))
+    row = growth.label, f"{growth.before:.7f}", f"{growth.after:.7f}", f"{moved:.1e}"
+    bars.console.print(f"\n{report}\n", highlight=False, markup=False, soft_wrap=True)
+    bars.console.print(_table(("growth", "validation loss before", "after", "difference"), [row]))
     if not moved <= TOLERANCE:  # a NaN is no pass
-        raise GrowthError(f"{growth.label} moved the validation loss from {growth.before:.7f} to {growth.after:.7f}; {TOLERANCE:g} is allowed.")
+        raise GrowthError(f"{growth.label}: the validation loss went from {row[1]} to {row[2]}; growth may move it by {TOLERANCE:g}.")
 
 
 def summary(runs: list[Run]) -> "Table":
@@ -293,13 +254,15 @@ def verdict(runs: list[Run]) -> str:
     grown = runs[0]
     if len(runs) == 1:
         moved = max(abs(g.after - g.before) for g in grown.growths)
-        return f"Grown in mid-run: {', then '.join(g.label for g in grown.growths)}\nno growth moved the validation loss by more than {moved:.1e}"
+        return (
+            f"Grown while it trained: {', '.join(g.label for g in grown.growths)}\nvalidation loss at a growth moved by {moved:.1e} at most"
+        )
     scratch = runs[1]
+    losses = f"{grown.loss:.3f} nats per byte grown, {scratch.loss:.3f} from scratch, at equal FLOPs"
     if not grown.loss < scratch.loss:
-        return f"Growing did not pay here\n{grown.loss:.3f} nats per byte, {scratch.loss:.3f} from scratch, at equal FLOPs"
-    reached = next(flops for flops, loss in grown.curve if loss <= scratch.loss)
-    share = f"it was at from-scratch's final loss after {reached / scratch.flops:.0%} of from-scratch's FLOPs"
-    return f"Growing wins by {scratch.loss - grown.loss:.3f} nats per byte at equal FLOPs\n{grown.loss:.3f} against {scratch.loss:.3f}; {share}"
+        return f"Growing did not pay here\n{losses}"
+    reached = next(flops for flops, loss in grown.curve if loss <= scratch.loss) / scratch.flops
+    return f"Growing ends {scratch.loss - grown.loss:.3f} nats per byte lower\n{losses}; level after {reached:.0%} of them"
 
 
 def draw(runs: list[Run], path: Path) -> Path:
@@ -319,10 +282,8 @@ def draw(runs: list[Run], path: Path) -> Path:
     for growth in runs[0].growths:
         axes.axvline(growth.flops / 1e12, color="#57606a", linestyle="--", linewidth=1)
         axes.annotate(growth.label, (growth.flops / 1e12, high), (-4, -8), textcoords="offset points", rotation=90, ha="right", va="top")
-    axes.set_ylim(low - 0.08 * (high - low), high)
-    axes.set_xlim(0, 1.08 * max(r.flops for r in runs) / 1e12)
-    axes.set_xlabel("training compute (10¹² FLOPs)")
-    axes.set_ylabel("validation loss (nats per byte)")
+    axes.set(xlabel="training compute (10¹² FLOPs)", ylabel="validation loss (nats per byte)")
+    axes.set(xlim=(0, 1.08 * max(r.flops for r in runs) / 1e12), ylim=(low - 0.08 * (high - low), high))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")

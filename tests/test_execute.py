@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from growkern import execute as module
+from growkern import pieces
 from growkern.execute import execute
 from growkern.index_map import PAD, IndexMap, Vector
 from growkern.plan import AxisMap, GrowthPlan, TensorRow
@@ -139,7 +139,7 @@ def test_noise_depends_on_seed_name_and_element_alone(monkeypatch):
     plan = plan_of([writer(40, 80), even(40, 80)])
     one = execute(plan, Tensors({"w": source}), None).values["w"]
 
-    monkeypatch.setattr(module, "N_SPANS", 0)  # gather by index instead of run by run
+    monkeypatch.setattr(pieces, "N_SPANS", 0)  # gather by index instead of run by run
     assert torch.equal(execute(plan, Tensors({"w": source}), None).values["w"], one)
 
 

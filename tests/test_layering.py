@@ -9,16 +9,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (  # top to bottom: a module imports from lower rows only
-    ("cli", "demo"),
+    ("cli",),
+    ("demo",),
     ("growkern",),  # growkern/__init__.py
     ("api",),
     ("report", "commit", "execute", "verify"),
+    ("pieces",),
     ("describe",),
     ("families",),
     ("width", "depth"),
+    ("law",),
     ("plan",),
-    ("methods",),
-    ("state", "sizes"),
+    ("methods", "state", "sizes"),
     ("spaces", "index_map", "tables"),
     ("errors",),
 )
@@ -31,7 +33,7 @@ IMPORTERS = {  # what only some may import -> who
     "kernels": {"execute"},
 }
 STRANGERS = {"commit": {"width", "depth"}}  # who must not know whom, although it is lower
-DEVICE_FREE = {"plan", "methods", "spaces", "index_map", "state", "sizes", "tables", "width", "depth", "errors", "families"}
+DEVICE_FREE = {"law", "plan", "methods", "spaces", "index_map", "state", "sizes", "tables", "width", "depth", "errors", "families"}
 DEVICE = {"torch", "triton", "transformers"}
 LAZY = {"triton", "transformers"}  # imported where they are used, inside a function
 PRINTERS = {"cli", "demo"}

@@ -93,11 +93,11 @@ import types
 package = types.ModuleType("growkern")
 package.__path__ = [sys.argv[1]]
 sys.modules["growkern"] = package
-from growkern import plan, sizes, spaces, state, index_map, families, width, depth
+from growkern import law, sizes, spaces, state, index_map, families, width, depth
 config = types.SimpleNamespace(model_type="llama", hidden_size=24, intermediate_size=40, num_attention_heads=4, num_key_value_heads=2,
     num_hidden_layers=2, vocab_size=66, tie_word_embeddings=True, head_dim=6)
 spec = families.FAMILIES["LlamaForCausalLM"](config)
-made = plan.build(spec, sizes.resolve_sizes(spec, "2x"), width=width.Lossless(), depth=depth.IdentityBlocks())
+made = law.build(spec, sizes.resolve_sizes(spec, "2x"), width=width.Lossless(), depth=depth.IdentityBlocks())
 print(made.target_sizes["hidden"])
 """
     folder = growkern.__path__[0]

@@ -1,0 +1,177 @@
+"""The dual law: methods decide maps, contracts and blocks; the roles of the axes decide all the rest.
+
+    writer: weight x w, gradient x u        reader: weight x u, gradient x w
+    gain of a norm from stream a to stream b: weight x w_b sqrt(f) / w_a, gradient x u_b w_a / sqrt(f)
+
+where ``f`` is the factor by which the norm's mean square changes, which its epsilon must follow.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import isclose, sqrt
+
+from growkern.errors import PlanError, raise_all
+from growkern.index_map import PAD, IndexMap, Vector, concat_maps, concat_vectors
+from growkern.methods import Contract, Depth, DepthMethod, Width, WidthMethod
+from growkern.plan import AxisMap, GrowthPlan, Pad, TensorRow
+from growkern.spaces import AxisUse, ModelSpec, size_value, space_of
+
+
+def build(
+    spec: ModelSpec, sizes: Mapping[str, int], *, width: WidthMethod, depth: DepthMethod, state: str = "exact", seed: int = 0
+) -> GrowthPlan:
+    """Plan a growth: methods decide maps, contracts and blocks, roles decide the rest.
+
+    Args:
+        spec: Description of the source model.
+        sizes: Every target size (``growkern.sizes.resolve_sizes``).
+        width: Width method.
+        depth: Depth method.
+        state: ``"exact"`` grows the optimizer's state by the dual law, ``"drop"`` clears it.
+        seed: Of all noise.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanError: A method cannot do what is asked.
+    """
+    problems = [
+        *([] if state in ("exact", "drop") else [f"unknown state={state!r}: 'exact' or 'drop'."]),
+        *([] if type(seed) is int and 0 <= seed < 1 << 64 else [f"seed={seed!r}: an int from 0 to 2**64 - 1."]),
+        *([] if hasattr(width, "widen") else [f"width: expected a width method such as Lossless(), got {width!r}."]),
+        *([] if hasattr(depth, "deepen") else [f"depth: expected a depth method such as IdentityBlocks(), got {depth!r}."]),
+    ]
+    raise_all(PlanError, f"cannot grow {spec.family}:", problems)
+    wide = width.widen(spec, sizes)
+    n_layers = spec.sizes.get("layers", 0)
+    deep = depth.deepen(n_layers, sizes["layers"]) if n_layers else Depth(())
+    if spec.blocks is None and n_layers:
+        raise_all(PlanError, f"cannot deepen {spec.family}:", ["the spec names no blocks."] if sizes["layers"] != n_layers else [])
+    if deep.identity and any(b.new for b in deep.blocks) and spec.blocks and not spec.blocks.identity:
+        raise PlanError(f"cannot add identity blocks to {spec.family}: its spec says not which tensors make a block the identity.")
+    factors = norm_factors(spec, wide)
+    unequal = [stream for stream, factor in factors.items() if factor is None]
+    reasons = (*wide.reasons, *deep.reasons, *(f"the norms of {s!r} see unequal copies" for s in unequal))
+    keys = {axis: str(axis) for axes in spec.tensors.values() for axis in axes}
+    axes = {key: _axis_map(axis, wide, factors) for axis, key in keys.items()}
+    eps = {f"{name.removesuffix('.weight')}.{norm.eps}": factors[norm.reads] or 1.0 for name, _, norm in spec.norms()}
+    norm_eps = set(eps.values())
+    eps_of_config = max(norm_eps, key=lambda f: f != 1) if spec.config_eps and norm_eps != {1.0} else None
+    shared = f"config.{spec.config_eps} feeds norms of several widths; the live model is exact, a reload takes it for all of them"
+    return GrowthPlan(
+        family=spec.family,
+        source_sizes=dict(spec.sizes),
+        target_sizes=dict(sizes),
+        width=str(width),
+        depth=str(depth),
+        seed=seed,
+        state=state,
+        axes=axes,
+        rows=tuple(_rows(spec, deep, keys)),
+        path=spec.blocks.path if spec.blocks else "",
+        blocks=deep.blocks if spec.blocks else (),
+        ties=dict(spec.ties),
+        counters=spec.counters,
+        attributes={
+            name: index if size == "block" else size_value(size, sizes)
+            for source, size in spec.attributes.items()
+            for name, index in _targets(spec, deep, source)
+        }
+        | {
+            name: axes[keys[spec.tensors[tensor][axis]]].index_map.n_target
+            for source, (tensor, axis) in spec.leaves.items()
+            for name, _ in _targets(spec, deep, source)
+        },
+        eps={name: factor for source, factor in eps.items() for name, _ in _targets(spec, deep, source) if factor != 1},
+        config={name: size_value(size, sizes) for name, size in spec.config.items()},
+        config_lists=spec.config_lists,
+        config_eps=(spec.config_eps, eps_of_config) if spec.config_eps and eps_of_config else None,
+        reasons=reasons,
+        notes=(shared,) if spec.config_eps and len(norm_eps) > 1 else (),
+    )
+
+
+def norm_factors(spec: ModelSpec, wide: Width) -> dict[str, float | None]:
+    """The factor on the mean square of every normalised stream; None where copies are unequal, so that there is no one factor."""
+    factors: dict[str, float | None] = {}
+    for _, _, norm in spec.norms():
+        index_map, contract = wide.maps[space_of(norm.reads)], wide.contracts[norm.reads]
+        if index_map.is_identity:
+            factors[norm.reads] = 1.0
+            continue
+        weight = [0.0] * index_map.n_source
+        for j, w in zip(index_map.indices, contract.w.expanded(), strict=True):
+            if j != PAD:
+                weight[j] += w * w
+        even = all(isclose(value, weight[0], rel_tol=1e-12) for value in weight)
+        factor = sum(weight) / index_map.n_target
+        factors[norm.reads] = (1.0 if isclose(factor, 1, rel_tol=1e-12) else factor) if even else None
+    return factors
+
+
+def _axis_map(axis: AxisUse, wide: Width, factors: Mapping[str, float | None]) -> AxisMap:
+    def one(component: str | int) -> tuple[IndexMap, Contract]:
+        if isinstance(component, int):
+            return IndexMap.identity(component), Contract(Vector.full(1, component), Vector.full(1, component))
+        return wide.maps[space_of(component)], wide.contracts[component]
+
+    maps, w, u, pads, centred = list[IndexMap](), list[Vector](), list[Vector](), set[Pad](), False
+    for segment in axis.segments:
+        index_map, contract = one(segment[0])
+        segment_w, segment_u = contract.w, contract.u
+        pads.add(contract.pad)
+        centred = centred or contract.centred
+        for component in segment[1:]:
+            inner, inner_contract = one(component)
+            index_map = index_map.product(inner)
+            segment_w, segment_u = segment_w.outer(inner_contract.w), segment_u.outer(inner_contract.u)
+        maps.append(index_map)
+        w.append(segment_w)
+        u.append(segment_u)
+    index_map, w_axis, u_axis = concat_maps(maps), concat_vectors(w), concat_vectors(u)
+    pad: Pad = pads.pop() if len(pads) == 1 else "zero"
+    if axis.role == "writer":
+        return AxisMap(index_map, w_axis, u_axis, pad, centred=centred)
+    if axis.role == "reader":
+        copies = any(count > 1 for count in index_map.counts)
+        return AxisMap(index_map, u_axis, w_axis, "normal", noise=wide.noise if copies else 0.0)
+    norm = axis.norm
+    assert norm is not None, "a gain has a norm"
+    root = sqrt(factors[norm.reads] or 1.0)
+    back = wide.contracts[norm.reads].w.map(lambda value: root / value)
+    return AxisMap(index_map, w_axis.zip(back, lambda x, y: x * y), u_axis.zip(back, lambda x, y: x / y), "mean")
+
+
+def _targets(spec: ModelSpec, deep: Depth, name: str) -> Iterator[tuple[str, int]]:
+    """Every name that a source name has in the target, and the index of its block."""
+    place = spec.block_of(name)
+    if place is None or not deep.blocks:
+        yield name, 0
+        return
+    for index, block in enumerate(deep.blocks):
+        if block.source == place[0]:
+            yield f"{spec.blocks.path}.{index}.{place[1]}" if spec.blocks else name, index
+
+
+def _rows(spec: ModelSpec, deep: Depth, keys: Mapping[AxisUse, str]) -> Iterator[TensorRow]:
+    for source, axes in spec.tensors.items():
+        if source in spec.ties:
+            continue
+        row = TensorRow(source, source, tuple(keys[axis] for axis in axes))
+        place = spec.block_of(source)
+        for name, index in _targets(spec, deep, source):
+            yield _in_block(replace(row, name=name), spec, deep, index, place[1]) if place and deep.blocks else row
+
+
+def _in_block(row: TensorRow, spec: ModelSpec, deep: Depth, index: int, inner: str) -> TensorRow:
+    """What becomes of a tensor, called ``inner`` inside its block, in target block ``index``."""
+    block, blocks = deep.blocks[index], spec.blocks
+    row = replace(row, new=block.new)
+    if blocks is None or not deep.identity:
+        return row
+    if inner in blocks.carries:
+        after = deep.blocks[index + 1] if index + 1 < len(deep.blocks) else None
+        moves_on = after is not None and after.new and after.source == block.source
+        return replace(row, constant=blocks.carries[inner], state="fresh") if moves_on else row
+    return replace(row, constant=blocks.identity.get(inner), state="fresh") if block.new else row
