@@ -195,7 +195,7 @@ def train(
             scheduler.step()
             optim.zero_grad()
             done.steps, done.flops = done.steps + 1, done.flops + cost
-            if done.steps % max(1, n_steps // setup.n_points) == 0 or step == steps:
+            if step % max(1, steps * len(stages) // setup.n_points) == 0 or step == steps:
                 done.curve.append((done.flops, evaluate(model, text[1], setup)))
             if done.steps % 10 == 0 or step == steps:
                 bars.update(bar, completed=done.steps, loss=f"{float(loss.detach()):.3f}")
@@ -258,11 +258,11 @@ def verdict(runs: list[Run]) -> str:
             f"Grown while it trained: {', '.join(g.label for g in grown.growths)}\nvalidation loss at a growth moved by {moved:.1e} at most"
         )
     scratch = runs[1]
-    losses = f"{grown.loss:.3f} nats per byte grown, {scratch.loss:.3f} from scratch, at equal FLOPs"
+    losses = f"{grown.loss:.3f} nats per byte grown, {scratch.loss:.3f} from scratch"
     if not grown.loss < scratch.loss:
-        return f"Growing did not pay here\n{losses}"
+        return f"Growing did not pay here: {losses}\nat equal FLOPs"
     reached = next(flops for flops, loss in grown.curve if loss <= scratch.loss) / scratch.flops
-    return f"Growing ends {scratch.loss - grown.loss:.3f} nats per byte lower\n{losses}; level after {reached:.0%} of them"
+    return f"Growing paid: {losses}\nat equal FLOPs; the grown run passed from-scratch's final loss after {reached:.0%} of them"
 
 
 def draw(runs: list[Run], path: Path) -> Path:
@@ -281,15 +281,15 @@ def draw(runs: list[Run], path: Path) -> Path:
         axes.annotate(f"{r.loss:.3f}", (tera[-1], r.loss), (6, 0), textcoords="offset points", va="center", color=color, weight="bold")
     for growth in runs[0].growths:
         axes.axvline(growth.flops / 1e12, color="#57606a", linestyle="--", linewidth=1)
-        axes.annotate(growth.label, (growth.flops / 1e12, high), (-4, -8), textcoords="offset points", rotation=90, ha="right", va="top")
+        axes.annotate(growth.label, (growth.flops / 1e12, 0), (5, 8), xycoords=("data", "axes fraction"), textcoords="offset points")
     axes.set(xlabel="training compute (10¹² FLOPs)", ylabel="validation loss (nats per byte)")
-    axes.set(xlim=(0, 1.08 * max(r.flops for r in runs) / 1e12), ylim=(low - 0.08 * (high - low), high))
+    axes.set(xlim=(0, 1.08 * max(r.flops for r in runs) / 1e12), ylim=(low - 0.15 * (high - low), high))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
     title, below = verdict(runs).split("\n")
-    figure.suptitle(title, x=0.02, ha="left", weight="bold", size=13)
-    axes.set_title(below, loc="left", size=10, color="#57606a")
+    axes.set_title(title, loc="left", weight="bold", size=12.5, pad=26)
+    axes.annotate(below, (0, 1), (0, 10), xycoords="axes fraction", textcoords="offset points", color="#57606a")
     figure.savefig(path)
     return path
 

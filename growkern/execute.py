@@ -117,7 +117,9 @@ def unavailable(backend: str, device: torch.device) -> list[str]:
     from triton import knobs  # pyright: ignore  (untyped, and imported only where it is used)
 
     interpreted = bool(knobs.runtime.interpret)  # pyright: ignore
-    return [] if interpreted or device.type == "cuda" else [f"triton does not run on {device.type}; use backend='torch'"]
+    if device.type != ("cpu" if interpreted else "cuda"):
+        return [f"triton{' (interpreted)' if interpreted else ''} does not run on {device.type}; use backend='torch'"]
+    return []
 
 
 def _run(pieces: list[Piece], backend: str | None) -> None:

@@ -66,7 +66,8 @@ class Cutter:
     def pieces(self, row: TensorRow, src: Tensor, dst: Tensor, order: int) -> Iterator[Piece]:
         """Cut one target tensor. ``order``: 0 for a weight, k for state of order k in the gradient."""
         if row.constant is not None:
-            yield Piece(torch.full((1, 1), row.constant, dtype=dst.dtype, device=dst.device).expand(dst.numel(), 1), dst.view(-1, 1))
+            target = dst.view(-1, dst.shape[-1])
+            yield Piece(torch.full((1, 1), row.constant, dtype=dst.dtype, device=dst.device).expand_as(target), target)
             return
         for axis, this in enumerate(self.plan.axis_maps(row)):
             if this.centred and order == 0:
