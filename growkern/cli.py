@@ -19,11 +19,7 @@ def main() -> None:
 
 
 def app() -> "Typer":
-    """Build the command line; later subcommands join here.
-
-    Raises:
-        ModuleNotFoundError: typer is missing.
-    """
+    """Build the command line; later subcommands join here."""
     import typer
 
     cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -52,6 +48,8 @@ def app() -> "Typer":
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise typer.BadParameter(f"torch cannot use {device!r}: {str(error).splitlines()[0]}", param_hint="--device") from None
+        if quick:
+            typer.echo("quick: tiny sizes and few steps, to see that it runs; its losses compare nothing")
         try:
             with _extras():
                 demo.run(out, seed=seed, compare=compare, device=device, setup=demo.QUICK if quick else demo.FULL)
@@ -68,9 +66,10 @@ def _extras() -> Generator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] not in EXTRAS:
+        name = str(error.name).partition(".")[0]
+        if name not in EXTRAS:
             raise
-        print(f'{error.name} is missing: pip install "growkern[demo]"', file=sys.stderr)
+        print(f'{name} is missing: pip install "growkern[demo]"', file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -4,7 +4,6 @@ Beside it trains a model of the final size from scratch: the same code, text, ba
 learning rate is its own. The verdict is read off the two runs.
 """
 
-# torch and matplotlib leave keywords untyped:
 # pyright: reportUnknownMemberType=false
 import copy
 import sysconfig
@@ -107,8 +106,7 @@ def run(out: Path, *, seed: int = 0, compare: bool = True, device: str = "cpu", 
 
     out.mkdir(parents=True, exist_ok=True)
     text = read_corpus(setup.n_bytes, device)
-    console = Console()
-    console.print(f"{len(text[0]):,} bytes of Python's library to train on, {len(text[1]):,} held out, on {device}")
+    (console := Console()).print(f"{len(text[0]):,} bytes of Python's library to train on, {len(text[1]):,} held out, on {device}")
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=setup.hidden,
@@ -117,8 +115,8 @@ def run(out: Path, *, seed: int = 0, compare: bool = True, device: str = "cpu", 
         num_attention_heads=setup.hidden // HEAD_DIM,
         use_cache=False,
     )
-    texts = TextColumn("{task.description}"), TextColumn("loss {task.fields[loss]}")
-    with Progress(texts[0], BarColumn(), MofNCompleteColumn(), texts[1], TimeElapsedColumn(), console=console) as bars:
+    name, loss = TextColumn("{task.description}"), TextColumn("loss {task.fields[loss]}")
+    with Progress(name, BarColumn(), MofNCompleteColumn(), loss, TimeElapsedColumn(), console=console) as bars:
         model = build(config, seed, device)
         runs = [train("grown", model, text, setup, setup.stages, setup.lr, seed, bars)]
         if compare:
@@ -126,7 +124,7 @@ def run(out: Path, *, seed: int = 0, compare: bool = True, device: str = "cpu", 
             n_steps = max(1, round(runs[0].flops / flops_per_step(final, setup)))
             runs.append(train("from scratch", final, text, setup, ((None, n_steps),), setup.scratch_lr, seed, bars))
     console.print(summary(runs))
-    path = draw(runs, out / "loss.png")
+    draw(runs, path := out / "loss.png")
     console.print(f"{verdict(runs)}\n\n{path}", highlight=False, markup=False, soft_wrap=True)
     return path
 
@@ -162,9 +160,9 @@ def flops_per_step(model: "LlamaForCausalLM", setup: Setup) -> float:
     Per byte, 6 for every parameter but the embedding's, which is looked up; and 12 x layers x width x window for attention's
     two products of activations (Chowdhery et al., "PaLM", arXiv:2204.02311, appendix B).
     """
-    config = model.config
-    n_params = sum(p.numel() for p in model.parameters()) - config.vocab_size * config.hidden_size
-    attention = 12 * config.num_hidden_layers * config.hidden_size * setup.seq
+    c = model.config
+    n_params = sum(p.numel() for p in model.parameters()) - c.vocab_size * c.hidden_size
+    attention = 12 * c.num_hidden_layers * c.hidden_size * setup.seq
     return float((6 * n_params + attention) * setup.batch * setup.seq)
 
 
@@ -222,9 +220,9 @@ def evaluate(model: "LlamaForCausalLM", text: Tensor, setup: Setup) -> float:
     model.eval()
     starts = torch.arange(setup.n_eval) * ((len(text) - setup.seq - 1) // setup.n_eval)
     parts = [starts[i : i + EVAL_BATCH] for i in range(0, setup.n_eval, EVAL_BATCH)]
-    total = sum(float(loss_at(model, text, part, setup)) * len(part) for part in parts)
+    loss = sum(float(loss_at(model, text, part, setup)) * len(part) for part in parts) / setup.n_eval
     model.train()
-    return total / setup.n_eval
+    return loss
 
 
 def label(report: GrowthReport) -> str:
@@ -253,10 +251,8 @@ def verdict(runs: list[Run]) -> str:
     """Say in two lines what was measured, whoever won."""
     grown = runs[0]
     if len(runs) == 1:
-        moved = max(abs(g.after - g.before) for g in grown.growths)
-        return (
-            f"Grown while it trained: {', '.join(g.label for g in grown.growths)}\nvalidation loss at a growth moved by {moved:.1e} at most"
-        )
+        labels, moved = ", ".join(g.label for g in grown.growths), max(abs(g.after - g.before) for g in grown.growths)
+        return f"Grown while it trained: {labels}\nno growth moved the validation loss by more than {moved:.1e}"
     scratch = runs[1]
     losses = f"{grown.loss:.3f} nats per byte grown, {scratch.loss:.3f} from scratch"
     if not grown.loss < scratch.loss:
@@ -265,14 +261,14 @@ def verdict(runs: list[Run]) -> str:
     return f"Growing paid: {losses}\nat equal FLOPs; the grown run passed from-scratch's final loss after {reached:.0%} of them"
 
 
-def draw(runs: list[Run], path: Path) -> Path:
+def draw(runs: list[Run], path: Path) -> None:
     """Draw validation loss over training FLOPs, every growth marked."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.4), dpi=150, layout="tight")
     axes = figure.add_subplot()
     low = min(loss for r in runs for _, loss in r.curve)
-    late = [loss for r in runs for flops, loss in r.curve if flops >= r.flops / 10]  # the first fall would flatten the rest
+    late = [loss for r in runs for flops, loss in r.curve if flops >= r.flops / 8]  # the first fall would flatten the rest
     high = low + 1.25 * (max(late) - low) + 1e-3
     for r, color in zip(runs, ("#0969da", "#9a6700"), strict=False):
         tera = [flops / 1e12 for flops, _ in r.curve]
@@ -286,12 +282,11 @@ def draw(runs: list[Run], path: Path) -> Path:
     axes.set(xlim=(0, 1.08 * max(r.flops for r in runs) / 1e12), ylim=(low - 0.15 * (high - low), high))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(loc="upper right", framealpha=1, edgecolor="white")
     title, below = verdict(runs).split("\n")
     axes.set_title(title, loc="left", weight="bold", size=12.5, pad=26)
     axes.annotate(below, (0, 1), (0, 10), xycoords="axes fraction", textcoords="offset points", color="#57606a")
     figure.savefig(path)
-    return path
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> "Table":

@@ -1,11 +1,12 @@
 """Execution against plain loops over elements: maps, scales, pads, means, moments, noise."""
 
 import itertools
+from math import prod
 
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 
 from growkern import pieces
 from growkern.execute import execute
@@ -49,8 +50,9 @@ def expected(source, axes, order, fill):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 4).flatmap(lambda n: st.tuples(*[axes("zero")] * n)), st.booleans())
+@given(st.integers(1, 3).flatmap(lambda n: st.tuples(*[axes("zero")] * n)), st.booleans())
 def test_weights_and_moments_equal_a_loop_over_elements(axes, transposed):
+    assume(prod(a.index_map.n_target for a in axes) < 4000)  # the oracle is a loop
     shape = [a.index_map.n_source for a in axes]
     source = torch.rand(shape, dtype=torch.float64) + 0.5
     if transposed:

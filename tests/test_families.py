@@ -1,6 +1,7 @@
 """Every family: the function is preserved, everything trains, and differential probing agrees with the description."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -201,27 +202,14 @@ def test_sandwich_norms_become_the_identity_through_their_gains():
 
 
 def model_spec_with_sandwich(model):
-    tensors = {}
-    for name, axes in spec_without(model).items():
-        inner = name.replace("attention.out.", "attention.out.0.").replace(".down.", ".down.0.")
-        tensors[inner] = axes
-    for i in range(2):
-        for at in (f"blocks.{i}.attention.out.1", f"blocks.{i}.down.1"):
-            tensors |= growkern.norm(at, reads="residual:branch", writes="residual", kind="layer")
-    identity = dict.fromkeys(["attention.out.1.weight", "attention.out.1.bias", "down.1.weight", "down.1.bias"], 0.0)
     plain = make("plain", tied=True).spec()
-    return growkern.ModelSpec(
-        family="sandwich",
-        sizes=plain.sizes,
-        tensors=tensors,
-        ties=plain.ties,
-        blocks=growkern.Blocks("blocks", identity=identity),
-        attributes=plain.attributes,
-    )
-
-
-def spec_without(model):
-    return make("plain", tied=True).spec().tensors
+    tensors = {n.replace("attention.out.", "attention.out.0.").replace(".down.", ".down.0."): axes for n, axes in plain.tensors.items()}
+    for i in range(2):
+        for at, reads in ((f"blocks.{i}.attention.out", (f"heads.{i}", "head_dim")), (f"blocks.{i}.down", f"ffn.{i}")):
+            tensors |= growkern.linear(f"{at}.0", reads=reads, writes="residual:branch")
+            tensors |= growkern.norm(f"{at}.1", reads="residual:branch", writes="residual", kind="layer")
+    identity = dict.fromkeys(["attention.out.1.weight", "attention.out.1.bias", "down.1.weight", "down.1.bias"], 0.0)
+    return dataclasses.replace(plain, family="sandwich", tensors=tensors, blocks=growkern.Blocks("blocks", identity=identity))
 
 
 PROBES = {
