@@ -63,7 +63,14 @@ def plan(
     if optim is not None:
         describe_optimizer(model, optim, drop=state == "drop")
     sizes = resolve_sizes(found, to)
-    return build(found, sizes, width=width or Lossless(), depth=depth or IdentityBlocks(), state=state, seed=seed)
+    return build(
+        found,
+        sizes,
+        width=width or Lossless(),
+        depth=depth or IdentityBlocks(),
+        state=state,
+        seed=seed,
+    )
 
 
 def expand_inplace(
@@ -123,14 +130,23 @@ def expand_inplace(
     if dynamics not in ("mup", None):
         raise PlanError(f"unknown dynamics={dynamics!r}: 'mup' or None.")
     if plan is not None and not isinstance(plan, GrowthPlan):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise PlanError(f"plan: expected a GrowthPlan, got {type(plan).__name__}; GrowthPlan.from_json reads one.")
+        raise PlanError(
+            f"plan: expected a GrowthPlan, got {type(plan).__name__}; GrowthPlan.from_json reads one."
+        )
     found = describe(model, spec)
     drop = (plan.state if plan else state) == "drop"
     described = describe_optimizer(model, optim, drop=drop) if optim is not None else None
     forgotten_optimizers(model, optim)
     if plan is None:
         sizes = resolve_sizes(found, to)
-        plan = build(found, sizes, width=width or Lossless(), depth=depth or IdentityBlocks(), state=state, seed=seed)
+        plan = build(
+            found,
+            sizes,
+            width=width or Lossless(),
+            depth=depth or IdentityBlocks(),
+            state=state,
+            seed=seed,
+        )
     else:
         _check_plan(plan, found)
     law = described.law if described else None
@@ -141,7 +157,9 @@ def expand_inplace(
     with torch.inference_mode(False), torch.no_grad():
         staged = execute(plan, sources, law, backend=backend)
         grad_norm = _grad_norm_factor(plan, sources, staged)
-    n_read = sum(_n_bytes(sources, row.source) for row in plan.rows if plan.changes(row) and not row.new)
+    n_read = sum(
+        _n_bytes(sources, row.source) for row in plan.rows if plan.changes(row) and not row.new
+    )
     n_written = staged.n_bytes()
     commit(plan, staged, model, optim, described, lr_factors=split, scheduler=scheduler)
     counts: dict[float | None, int] = {}
@@ -171,7 +189,9 @@ def expand_inplace(
     return report
 
 
-def lr_factors(plan: GrowthPlan, law: Law | None, described: OptimSpec | None) -> dict[str, float | None]:
+def lr_factors(
+    plan: GrowthPlan, law: Law | None, described: OptimSpec | None
+) -> dict[str, float | None]:
     """The law's learning-rate factor of every target parameter that the optimizer holds; None where it is not one number."""
     if law is None or described is None:
         return {}
@@ -186,7 +206,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _check_plan(plan: GrowthPlan, spec: ModelSpec) -> None:
-    if dict(plan.source_sizes) != dict(spec.sizes) or {row.source for row in plan.rows} != set(spec.tensors) - set(spec.ties):
+    if dict(plan.source_sizes) != dict(spec.sizes) or {row.source for row in plan.rows} != set(
+        spec.tensors
+    ) - set(spec.ties):
         raise PlanError(
             f"the plan is for a {plan.family} of {dict(plan.source_sizes)}, this {spec.family} has {dict(spec.sizes)}; plan anew."
         )
@@ -201,7 +223,11 @@ def _to_split(
 ) -> dict[str, float]:
     if optim is not None:
         check_scheduler(optim, scheduler)
-    split = {name: f for name, f in factors.items() if f is not None and f != 1} if dynamics == "mup" else {}
+    split = (
+        {name: f for name, f in factors.items() if f is not None and f != 1}
+        if dynamics == "mup"
+        else {}
+    )
     if split and described is not None and described.scheduled and scheduler is None:
         raise PlanError(
             "a learning-rate scheduler drives this optimizer, and dynamics='mup' splits its param groups: "
@@ -226,11 +252,18 @@ def _grad_norm_factor(plan: GrowthPlan, sources: Tensors, staged: Tensors) -> fl
         if sources.grads:
             return sum(_norm(tensors.grads[n]) ** 2 for n in names if n in tensors.grads)
         states = [tensors.states[n].get("exp_avg_sq") for n in names if n in tensors.states]
-        return sum(float(s.sum(dtype=arithmetic(s.dtype))) for s in states if isinstance(s, torch.Tensor))
+        return sum(
+            float(s.sum(dtype=arithmetic(s.dtype))) for s in states if isinstance(s, torch.Tensor)
+        )
 
     kept = [row for row in plan.rows if not row.new and plan.changes(row) and row.constant is None]
-    rest = total([row.source for row in plan.rows if not row.new and not plan.changes(row)], sources)
-    before, after = total([row.source for row in kept], sources) + rest, total([row.name for row in kept], staged) + rest
+    rest = total(
+        [row.source for row in plan.rows if not row.new and not plan.changes(row)], sources
+    )
+    before, after = (
+        total([row.source for row in kept], sources) + rest,
+        total([row.name for row in kept], staged) + rest,
+    )
     return (after / before) ** 0.5 if before > 0 and after > 0 else None
 
 
@@ -248,21 +281,33 @@ def _notes(
 ) -> list[str]:
     notes: list[str] = []
     if split and any(getattr(one, "eta_min", 0) for one in schedulers(scheduler)):
-        notes.append("the scheduler's eta_min is one number for all groups: near it, learning-rate factors fade.")
+        notes.append(
+            "the scheduler's eta_min is one number for all groups: near it, learning-rate factors fade."
+        )
     if split and described:
         notes.append(
             "param groups were split by learning rate; to load this optimizer's state_dict into a new one, build it with the same groups."
         )
     if described and described.law is None:
-        notes.append(f"the learning-rate law of {described.kind} is not known, so its groups stayed.")
+        notes.append(
+            f"the learning-rate law of {described.kind} is not known, so its groups stayed."
+        )
     uneven = sum(factor is None for factor in factors.values())
     if uneven:
-        notes.append(f"{uneven} tensors have a learning-rate factor per element, so theirs stayed; they may want a shorter step.")
+        notes.append(
+            f"{uneven} tensors have a learning-rate factor per element, so theirs stayed; they may want a shorter step."
+        )
     if described:
         held = {name for group in described.groups for name in group}
-        missing = [row.source for row in plan.rows if not row.new and row.source in spec.tensors and row.source not in held]
+        missing = [
+            row.source
+            for row in plan.rows
+            if not row.new and row.source in spec.tensors and row.source not in held
+        ]
         if missing:
-            notes.append(f"{len(missing)} tensors are in no param group (frozen, buffers or forgotten): {', '.join(missing[:3])}...")
+            notes.append(
+                f"{len(missing)} tensors are in no param group (frozen, buffers or forgotten): {', '.join(missing[:3])}..."
+            )
     if plan.state == "drop" and described:
         notes.append("optimizer state was dropped: warm the learning rate up again.")
     return notes

@@ -30,11 +30,18 @@ def app() -> "Typer":
 
     @cli.command()
     def demo(  # pyright: ignore[reportUnusedFunction]
-        out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the picture.")] = Path("growkern-demo"),
+        out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the picture.")] = Path(
+            "growkern-demo"
+        ),
         seed: Annotated[int, typer.Option(min=0, help="Of weights, batches and growth noise.")] = 0,
-        compare: Annotated[bool, typer.Option(help="Train the final size from scratch too, at equal FLOPs.")] = True,
+        compare: Annotated[
+            bool, typer.Option(help="Train the final size from scratch too, at equal FLOPs.")
+        ] = True,
         device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-        quick: Annotated[bool, typer.Option(help="A few seconds at tiny sizes, to see that it runs; no measurement.")] = False,
+        quick: Annotated[
+            bool,
+            typer.Option(help="A few seconds at tiny sizes, to see that it runs; no measurement."),
+        ] = False,
     ) -> None:
         """Train a small Llama on Python's own library, double its width, add layers, train on, and draw the loss."""
         import torch
@@ -47,12 +54,22 @@ def app() -> "Typer":
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise typer.BadParameter(f"torch cannot use {device!r}: {str(error).splitlines()[0]}", param_hint="--device") from None
+            raise typer.BadParameter(
+                f"torch cannot use {device!r}: {str(error).splitlines()[0]}", param_hint="--device"
+            ) from None
         if quick:
-            typer.echo("quick: tiny sizes and few steps, to see that it runs; its losses compare nothing")
+            typer.echo(
+                "quick: tiny sizes and few steps, to see that it runs; its losses compare nothing"
+            )
         try:
             with _extras():
-                demo.run(out, seed=seed, compare=compare, device=device, setup=demo.QUICK if quick else demo.FULL)
+                demo.run(
+                    out,
+                    seed=seed,
+                    compare=compare,
+                    device=device,
+                    setup=demo.QUICK if quick else demo.FULL,
+                )
         except GrowthError as error:
             typer.echo(f"growkern demo failed: {error}", err=True)
             raise typer.Exit(1) from None

@@ -19,7 +19,13 @@ from growkern.tensors import Tensors
 
 K = TypeVar("K")
 V = TypeVar("V")
-LR_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")  # what schedulers keep in a param group, besides the group's own
+LR_KEYS = (
+    "lr",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "swa_lr",
+)  # what schedulers keep in a param group, besides the group's own
 SCHEDULER_LISTS = ("base_lrs", "min_lrs", "max_lrs")  # one learning rate per group
 SCHEDULER_ENTRIES = ("lr_lambdas", "_last_lr")  # one entry per group, copied
 
@@ -34,7 +40,9 @@ class Undo:
         """Set an attribute."""
         missing = object()
         before = getattr(owner, name, missing)
-        self.steps.append(lambda: delattr(owner, name) if before is missing else setattr(owner, name, before))
+        self.steps.append(
+            lambda: delattr(owner, name) if before is missing else setattr(owner, name, before)
+        )
         setattr(owner, name, value)
 
     def storage(self, p: Tensor, value: Tensor, grad: Tensor | None) -> None:
@@ -152,9 +160,13 @@ def _new_blocks(plan: GrowthPlan, staged: Tensors, model: nn.Module) -> list[nn.
         source = live[block.source]
         if block.new:
             own = set(source.modules())
-            memo = shared | {id(m): m for m in model.modules() if m not in own}  # what a hook may refer to is not copied
+            memo = shared | {
+                id(m): m for m in model.modules() if m not in own
+            }  # what a hook may refer to is not copied
             for name, p in source.named_parameters():
-                memo[id(p)] = nn.Parameter(staged.values[f"{plan.path}.{index}.{name}"], requires_grad=p.requires_grad)
+                memo[id(p)] = nn.Parameter(
+                    staged.values[f"{plan.path}.{index}.{name}"], requires_grad=p.requires_grad
+                )
             for name, b in source.named_buffers():
                 if f"{plan.path}.{index}.{name}" in staged.values:
                     memo[id(b)] = staged.values[f"{plan.path}.{index}.{name}"]
@@ -170,7 +182,9 @@ def _configs(model: nn.Module) -> list[object]:
     return list(found.values())
 
 
-def _values(plan: GrowthPlan, staged: Tensors, model: nn.Module, source: dict[str, nn.Parameter], undo: Undo) -> None:
+def _values(
+    plan: GrowthPlan, staged: Tensors, model: nn.Module, source: dict[str, nn.Parameter], undo: Undo
+) -> None:
     for row in plan.rows:
         if row.new or row.name not in staged.values:
             continue
@@ -204,7 +218,9 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo) -> None:
             if isinstance(entries, list) and order:
                 undo.attribute(config, name, [entries[i] for i in order])  # pyright: ignore[reportUnknownArgumentType]
         if plan.config_eps and hasattr(config, plan.config_eps[0]):
-            undo.attribute(config, plan.config_eps[0], getattr(config, plan.config_eps[0]) * plan.config_eps[1])
+            undo.attribute(
+                config, plan.config_eps[0], getattr(config, plan.config_eps[0]) * plan.config_eps[1]
+            )
 
 
 def _optimizer(
@@ -235,7 +251,9 @@ def _optimizer(
         grown = [q for p in params for q in (p, *joins.get(id(p), []))]
         places = [before[id(p)] for p in params if id(p) in before]
         if len(grown) > len(params):
-            if places == sorted(places) and len(places) == len(params):  # the group is in model order: keep it so
+            if places == sorted(places) and len(places) == len(
+                params
+            ):  # the group is in model order: keep it so
                 grown.sort(key=lambda p: place[id(p)])
             undo.entries(params, grown)
 
@@ -266,7 +284,10 @@ def _split_groups(
         rest = [(factor, {**group, "params": params}) for factor, params in parts.items()]
         if stays != 1.0:
             undo.items(group, _scaled(group, stays))
-        undo.entries(optim.param_groups, [*optim.param_groups, *(_scaled(new, factor) for factor, new in rest)])
+        undo.entries(
+            optim.param_groups,
+            [*optim.param_groups, *(_scaled(new, factor) for factor, new in rest)],
+        )
         for one in schedulers(scheduler):
             _follow(one, index, stays, [factor for factor, _ in rest], undo)
 
@@ -301,7 +322,9 @@ def check_scheduler(optim: Optimizer, scheduler: object | None) -> None:
         if getattr(one, "optimizer", optim) is not optim:
             raise PlanError(f"scheduler: this {type(one).__name__} drives another optimizer.")
         if not isinstance(one, torch.optim.lr_scheduler.LRScheduler):
-            raise PlanError(f"scheduler: {type(one).__name__} is not a torch LRScheduler; grow with dynamics=None.")
+            raise PlanError(
+                f"scheduler: {type(one).__name__} is not a torch LRScheduler; grow with dynamics=None."
+            )
 
 
 def _check(optim: Optimizer) -> None:
@@ -310,4 +333,6 @@ def _check(optim: Optimizer) -> None:
         for p in group["params"]:
             for key, value in optim.state.get(p, {}).items():
                 if isinstance(value, Tensor) and value.dim() and value.shape != p.shape:
-                    raise CommitError(f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}")
+                    raise CommitError(
+                        f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}"
+                    )

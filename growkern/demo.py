@@ -26,10 +26,20 @@ if TYPE_CHECKING:
     from rich.table import Table
     from transformers import LlamaConfig, LlamaForCausalLM
 
-Stages = tuple[tuple[str | Mapping[str, int | str] | None, int], ...]  # what to grow to, if anything; steps from there
+Stages = tuple[
+    tuple[str | Mapping[str, int | str] | None, int], ...
+]  # what to grow to, if anything; steps from there
 
 TOLERANCE = 1e-4  # nats by which a growth may move the validation loss
-SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}  # not source text of the library
+SKIPPED = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "pydoc_data",
+}  # not source text of the library
 HELD_OUT = 12  # every twelfth file is for validation
 HEAD_DIM = 32
 FLOOR = 0.1  # of the peak learning rate, at the end of the cosine
@@ -55,7 +65,14 @@ class Setup:
 
 
 FULL = Setup()
-QUICK = Setup(hidden=32, layers=2, stages=((None, 30), ("2x", 10), ({"layers": 3}, 10)), n_eval=8, n_points=5, n_bytes=1_000_000)
+QUICK = Setup(
+    hidden=32,
+    layers=2,
+    stages=((None, 30), ("2x", 10), ({"layers": 3}, 10)),
+    n_eval=8,
+    n_points=5,
+    n_bytes=1_000_000,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +99,9 @@ class Run:
     growths: list[Growth] = field(default_factory=list[Growth])
 
 
-def run(out: Path, *, seed: int = 0, compare: bool = True, device: str = "cpu", setup: Setup = FULL) -> Path:
+def run(
+    out: Path, *, seed: int = 0, compare: bool = True, device: str = "cpu", setup: Setup = FULL
+) -> Path:
     """Train, grow, train on, compare, and draw.
 
     Args:
@@ -106,7 +125,9 @@ def run(out: Path, *, seed: int = 0, compare: bool = True, device: str = "cpu", 
 
     out.mkdir(parents=True, exist_ok=True)
     text = read_corpus(setup.n_bytes, device)
-    (console := Console()).print(f"{len(text[0]):,} bytes of Python's library to train on, {len(text[1]):,} held out, on {device}")
+    (console := Console()).print(
+        f"{len(text[0]):,} bytes of Python's library to train on, {len(text[1]):,} held out, on {device}"
+    )
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=setup.hidden,
@@ -116,13 +137,28 @@ def run(out: Path, *, seed: int = 0, compare: bool = True, device: str = "cpu", 
         use_cache=False,
     )
     name, loss = TextColumn("{task.description}"), TextColumn("loss {task.fields[loss]}")
-    with Progress(name, BarColumn(), MofNCompleteColumn(), loss, TimeElapsedColumn(), console=console) as bars:
+    with Progress(
+        name, BarColumn(), MofNCompleteColumn(), loss, TimeElapsedColumn(), console=console
+    ) as bars:
         model = build(config, seed, device)
         runs = [train("grown", model, text, setup, setup.stages, setup.lr, seed, bars)]
         if compare:
-            final = build(copy.deepcopy(model.config), seed, device)  # the config has grown with the model
+            final = build(
+                copy.deepcopy(model.config), seed, device
+            )  # the config has grown with the model
             n_steps = max(1, round(runs[0].flops / flops_per_step(final, setup)))
-            runs.append(train("from scratch", final, text, setup, ((None, n_steps),), setup.scratch_lr, seed, bars))
+            runs.append(
+                train(
+                    "from scratch",
+                    final,
+                    text,
+                    setup,
+                    ((None, n_steps),),
+                    setup.scratch_lr,
+                    seed,
+                    bars,
+                )
+            )
     console.print(summary(runs))
     draw(runs, path := out / "loss.png")
     console.print(f"{verdict(runs)}\n\n{path}", highlight=False, markup=False, soft_wrap=True)
@@ -133,13 +169,19 @@ def read_corpus(n_bytes: int, device: str) -> tuple[Tensor, Tensor]:
     """Read the source text of the Python that runs this: bytes to train on, and of other files, bytes held out."""
     root = Path(sysconfig.get_path("stdlib"))
     parts = bytearray(), bytearray()
-    files = [path for path in sorted(root.rglob("*.py")) if not SKIPPED & set(path.relative_to(root).parts)]
+    files = [
+        path
+        for path in sorted(root.rglob("*.py"))
+        if not SKIPPED & set(path.relative_to(root).parts)
+    ]
     for i, path in enumerate(files):
         parts[i % HELD_OUT == 0].extend(path.read_bytes())
         if sum(map(len, parts)) >= n_bytes:
             break
     if min(map(len, parts)) < n_bytes // 100:
-        raise GrowthError(f"the demo trains on the source text of Python's library, and {root} holds {len(files)} files of it.")
+        raise GrowthError(
+            f"the demo trains on the source text of Python's library, and {root} holds {len(files)} files of it."
+        )
     train, held_out = (torch.frombuffer(part, dtype=torch.uint8).to(device) for part in parts)
     return train, held_out
 
@@ -167,7 +209,14 @@ def flops_per_step(model: "LlamaForCausalLM", setup: Setup) -> float:
 
 
 def train(
-    name: str, model: "LlamaForCausalLM", text: tuple[Tensor, Tensor], setup: Setup, stages: Stages, lr: float, seed: int, bars: "Progress"
+    name: str,
+    model: "LlamaForCausalLM",
+    text: tuple[Tensor, Tensor],
+    setup: Setup,
+    stages: Stages,
+    lr: float,
+    seed: int,
+    bars: "Progress",
 ) -> Run:
     """Train a model through its stages, growing it in place between them; both runs come through here."""
     optim = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), fused=True)
@@ -181,7 +230,9 @@ def train(
             before = evaluate(model, text[1], setup)
             report = expand_inplace(model, optim, to=to, scheduler=scheduler, seed=seed)
             clip *= report.grad_norm_factor or 1.0
-            done.growths.append(Growth(done.flops, label(report), before, evaluate(model, text[1], setup)))
+            done.growths.append(
+                Growth(done.flops, label(report), before, evaluate(model, text[1], setup))
+            )
             show_growth(report, done.growths[-1], bars)
         cost = flops_per_step(model, setup)
         for step in range(1, steps + 1):
@@ -197,14 +248,21 @@ def train(
                 done.curve.append((done.flops, evaluate(model, text[1], setup)))
             if done.steps % 10 == 0 or step == steps:
                 bars.update(bar, completed=done.steps, loss=f"{float(loss.detach()):.3f}")
-    done.seconds, done.n_params, done.loss = perf_counter() - start, sum(p.numel() for p in model.parameters()), done.curve[-1][1]
+    done.seconds, done.n_params, done.loss = (
+        perf_counter() - start,
+        sum(p.numel() for p in model.parameters()),
+        done.curve[-1][1],
+    )
     return done
 
 
 def schedule(n_steps: int) -> Callable[[int], float]:
     """Rise linearly, then fall by a cosine: the factor on the learning rate at every step."""
     n_warmup = max(1, round(WARMUP * n_steps))
-    return lambda step: min(1.0, (step + 1) / n_warmup) * (FLOOR + (1 - FLOOR) * (1 + cos(pi * min(1.0, step / n_steps))) / 2)
+    return lambda step: (
+        min(1.0, (step + 1) / n_warmup)
+        * (FLOOR + (1 - FLOOR) * (1 + cos(pi * min(1.0, step / n_steps))) / 2)
+    )
 
 
 def loss_at(model: "LlamaForCausalLM", text: Tensor, starts: Tensor, setup: Setup) -> Tensor:
@@ -220,14 +278,18 @@ def evaluate(model: "LlamaForCausalLM", text: Tensor, setup: Setup) -> float:
     model.eval()
     starts = torch.arange(setup.n_eval) * ((len(text) - setup.seq - 1) // setup.n_eval)
     parts = [starts[i : i + EVAL_BATCH] for i in range(0, setup.n_eval, EVAL_BATCH)]
-    loss = sum(float(loss_at(model, text, part, setup)) * len(part) for part in parts) / setup.n_eval
+    loss = (
+        sum(float(loss_at(model, text, part, setup)) * len(part) for part in parts) / setup.n_eval
+    )
     model.train()
     return loss
 
 
 def label(report: GrowthReport) -> str:
     """The first size that grew: ``width 64 → 128``."""
-    name, n = next((name, n) for name, n in report.source_sizes.items() if report.target_sizes[name] != n)
+    name, n = next(
+        (name, n) for name, n in report.source_sizes.items() if report.target_sizes[name] != n
+    )
     return f"{'width' if name == 'hidden' else name} {n} → {report.target_sizes[name]}"
 
 
@@ -238,20 +300,37 @@ def show_growth(report: GrowthReport, growth: Growth, bars: "Progress") -> None:
     bars.console.print(f"\n{report}\n", highlight=False, markup=False, soft_wrap=True)
     bars.console.print(_table(("growth", "validation loss before", "after", "difference"), [row]))
     if not moved <= TOLERANCE:  # a NaN is no pass
-        raise GrowthError(f"{growth.label}: the validation loss went from {row[1]} to {row[2]}; growth may move it by {TOLERANCE:g}.")
+        raise GrowthError(
+            f"{growth.label}: the validation loss went from {row[1]} to {row[2]}; growth may move it by {TOLERANCE:g}."
+        )
 
 
 def summary(runs: list[Run]) -> "Table":
     """The runs beside each other."""
-    rows = [(r.name, f"{r.loss:.4f}", f"{r.flops:.3e}", f"{r.n_params:,}", f"{r.steps:,}", f"{r.seconds:.0f}") for r in runs]
-    return _table(("run", "validation loss (nats / byte)", "FLOPs", "parameters", "steps", "seconds"), rows)
+    rows = [
+        (
+            r.name,
+            f"{r.loss:.4f}",
+            f"{r.flops:.3e}",
+            f"{r.n_params:,}",
+            f"{r.steps:,}",
+            f"{r.seconds:.0f}",
+        )
+        for r in runs
+    ]
+    return _table(
+        ("run", "validation loss (nats / byte)", "FLOPs", "parameters", "steps", "seconds"), rows
+    )
 
 
 def verdict(runs: list[Run]) -> str:
     """Say in two lines what was measured, whoever won."""
     grown = runs[0]
     if len(runs) == 1:
-        labels, moved = ", ".join(g.label for g in grown.growths), max(abs(g.after - g.before) for g in grown.growths)
+        labels, moved = (
+            ", ".join(g.label for g in grown.growths),
+            max(abs(g.after - g.before) for g in grown.growths),
+        )
         return f"Grown while it trained: {labels}\nno growth moved the validation loss by more than {moved:.1e}"
     scratch = runs[1]
     losses = f"{grown.loss:.3f} nats per byte grown, {scratch.loss:.3f} from scratch"
@@ -268,24 +347,57 @@ def draw(runs: list[Run], path: Path) -> None:
     figure = Figure(figsize=(9, 5.4), dpi=150, layout="tight")
     axes = figure.add_subplot()
     low = min(loss for r in runs for _, loss in r.curve)
-    late = [loss for r in runs for flops, loss in r.curve if flops >= r.flops / 8]  # the first fall would flatten the rest
+    late = [
+        loss for r in runs for flops, loss in r.curve if flops >= r.flops / 8
+    ]  # the first fall would flatten the rest
     high = low + 1.25 * (max(late) - low) + 1e-3
     for r, color in zip(runs, ("#0969da", "#9a6700"), strict=False):
         tera = [flops / 1e12 for flops, _ in r.curve]
         text = f"{r.name}: {r.n_params / 1e6:.2f} M parameters at the end, {r.steps:,} steps"
-        axes.plot(tera, [loss for _, loss in r.curve], "o-", color=color, markersize=3.5, linewidth=1.8, label=text)
-        axes.annotate(f"{r.loss:.3f}", (tera[-1], r.loss), (6, 0), textcoords="offset points", va="center", color=color, weight="bold")
+        axes.plot(
+            tera,
+            [loss for _, loss in r.curve],
+            "o-",
+            color=color,
+            markersize=3.5,
+            linewidth=1.8,
+            label=text,
+        )
+        axes.annotate(
+            f"{r.loss:.3f}",
+            (tera[-1], r.loss),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            color=color,
+            weight="bold",
+        )
     for growth in runs[0].growths:
         axes.axvline(growth.flops / 1e12, color="#57606a", linestyle="--", linewidth=1)
-        axes.annotate(growth.label, (growth.flops / 1e12, 0), (5, 8), xycoords=("data", "axes fraction"), textcoords="offset points")
+        axes.annotate(
+            growth.label,
+            (growth.flops / 1e12, 0),
+            (5, 8),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+        )
     axes.set(xlabel="training compute (10¹² FLOPs)", ylabel="validation loss (nats per byte)")
-    axes.set(xlim=(0, 1.08 * max(r.flops for r in runs) / 1e12), ylim=(low - 0.15 * (high - low), high))
+    axes.set(
+        xlim=(0, 1.08 * max(r.flops for r in runs) / 1e12), ylim=(low - 0.15 * (high - low), high)
+    )
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper right", framealpha=1, edgecolor="white")
     title, below = verdict(runs).split("\n")
     axes.set_title(title, loc="left", weight="bold", size=12.5, pad=26)
-    axes.annotate(below, (0, 1), (0, 10), xycoords="axes fraction", textcoords="offset points", color="#57606a")
+    axes.annotate(
+        below,
+        (0, 1),
+        (0, 10),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        color="#57606a",
+    )
     figure.savefig(path)
 
 

@@ -24,7 +24,9 @@ WRAPPERS = {
     "FSDPModule": "grow before sharding",
     "DeepSpeedEngine": "grow before deepspeed.initialize",
 }
-LEAVES: dict[str, dict[str, int]] = {  # class name of a leaf module -> attribute that caches a size -> axis of its weight
+LEAVES: dict[
+    str, dict[str, int]
+] = {  # class name of a leaf module -> attribute that caches a size -> axis of its weight
     "Linear": {"out_features": 0, "in_features": 1},
     "Conv1D": {"nx": 0, "nf": 1},
     "Embedding": {"num_embeddings": 0, "embedding_dim": 1},
@@ -49,21 +51,35 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> ModelSpec:
             every parameter and persistent buffer; every reason at once.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise UnsupportedModelError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
+        raise UnsupportedModelError(
+            f"model: expected a torch.nn.Module, got {type(model).__name__}."
+        )
     if spec is not None and not isinstance(spec, ModelSpec):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise UnsupportedModelError(f"spec: expected a growkern.ModelSpec, got {type(spec).__name__}.")
-    raise_all(UnsupportedModelError, f"cannot grow this {type(model).__name__}:", [*_wrappers(model)])
+        raise UnsupportedModelError(
+            f"spec: expected a growkern.ModelSpec, got {type(spec).__name__}."
+        )
+    raise_all(
+        UnsupportedModelError, f"cannot grow this {type(model).__name__}:", [*_wrappers(model)]
+    )
     found = spec or _family(model)
-    live = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    live = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
     problems = [*_uncovered(model, found, live), *_unfit(model, found)]
     if not problems:
         problems = [*_misshapen(found, live), *_ties(model, found), *_absent(model, found)]
-    raise_all(UnsupportedModelError, f"cannot describe {type(model).__name__} as {found.family!r}:", problems)
+    raise_all(
+        UnsupportedModelError,
+        f"cannot describe {type(model).__name__} as {found.family!r}:",
+        problems,
+    )
     leaves = {
         f"{name}.{attribute}": (f"{name}.weight", axis)
         for name, module in _modules(model)
         for attribute, axis in LEAVES.get(type(module).__name__, {}).items()
-        if hasattr(module, attribute) and f"{name}.weight" in found.tensors and axis < len(found.tensors[f"{name}.weight"])
+        if hasattr(module, attribute)
+        and f"{name}.weight" in found.tensors
+        and axis < len(found.tensors[f"{name}.weight"])
     }
     return replace(found, leaves=leaves)
 
@@ -84,32 +100,51 @@ def describe_optimizer(model: nn.Module, optim: Optimizer, *, drop: bool = False
             state that does not fit its parameter.
     """
     if not isinstance(optim, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise UnsupportedOptimizerError(f"optim: expected a torch.optim.Optimizer, got {type(optim).__name__}.")
+        raise UnsupportedOptimizerError(
+            f"optim: expected a torch.optim.Optimizer, got {type(optim).__name__}."
+        )
     names = {id(p): name for name, p in model.named_parameters()}
-    held = [tuple(names[id(p)] for p in group["params"] if id(p) in names) for group in optim.param_groups]
+    held = [
+        tuple(names[id(p)] for p in group["params"] if id(p) in names)
+        for group in optim.param_groups
+    ]
     kind = f"{type(optim).__module__}.{type(optim).__qualname__}"
     title = f"cannot grow the state of this {type(optim).__name__}:"
     if not any(held):
-        raise UnsupportedOptimizerError(f"{title} it holds no parameter of this {type(model).__name__}; pass the optimizer that trains it.")
-    states = {names[id(p)]: (p, state) for p, state in optim.state.items() if id(p) in names and state}
+        raise UnsupportedOptimizerError(
+            f"{title} it holds no parameter of this {type(model).__name__}; pass the optimizer that trains it."
+        )
+    states = {
+        names[id(p)]: (p, state) for p, state in optim.state.items() if id(p) in names and state
+    }
     law = LAWS.get(kind)
     problems: list[str] = []
     if law is None and states and not drop:
         known = ", ".join(name.rpartition(".")[2] for name in LAWS)
         keys = sorted({str(key) for _, state in states.values() for key in state})
-        problems.append(f"the law of {kind} (state {', '.join(keys)}) is not known. Known: {known}. Grow with state='drop'.")
+        problems.append(
+            f"the law of {kind} (state {', '.join(keys)}) is not known. Known: {known}. Grow with state='drop'."
+        )
     orders: Mapping[str, int | None] = law.orders if law else {}
     for name, (p, state) in states.items() if law and not drop else ():
         for key, value in state.items():
             if key not in orders:
-                problems.append(f"{name}: unknown state {key!r}; known: {', '.join(orders)}. Grow with state='drop'.")
+                problems.append(
+                    f"{name}: unknown state {key!r}; known: {', '.join(orders)}. Grow with state='drop'."
+                )
             elif isinstance(value, Tensor) and orders[key] is not None and value.shape != p.shape:
-                problems.append(f"{name}: state {key!r} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}.")
+                problems.append(
+                    f"{name}: state {key!r} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}."
+                )
             elif isinstance(value, Tensor) and type(value) is not Tensor:
-                problems.append(f"{name}: state {key!r} is a {type(value).__name__}; only plain tensors are grown.")
+                problems.append(
+                    f"{name}: state {key!r} is a {type(value).__name__}; only plain tensors are grown."
+                )
     raise_all(UnsupportedOptimizerError, title, problems)
     scheduled = bool(getattr(optim.step, "_wrapped_by_lr_sched", False))
-    return OptimSpec(kind, tuple(held), {name: tuple(state) for name, (_, state) in states.items()}, scheduled)
+    return OptimSpec(
+        kind, tuple(held), {name: tuple(state) for name, (_, state) in states.items()}, scheduled
+    )
 
 
 def forgotten_optimizers(model: nn.Module, optim: Optimizer | None) -> None:
@@ -121,8 +156,17 @@ def forgotten_optimizers(model: nn.Module, optim: Optimizer | None) -> None:
 
     def found() -> list[str]:
         params = {id(p) for p in model.parameters()}
-        others = [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and o is not optim and hasattr(o, "state")]
-        mine = [o for o in others if (optim is None or o.state is not optim.state) and any(id(p) in params for p in o.state)]
+        others = [
+            o
+            for o in gc.get_objects()
+            if issubclass(type(o), Optimizer) and o is not optim and hasattr(o, "state")
+        ]
+        mine = [
+            o
+            for o in others
+            if (optim is None or o.state is not optim.state)
+            and any(id(p) in params for p in o.state)
+        ]
         return [f"{type(o).__module__}.{type(o).__qualname__}" for o in mine]
 
     if found():
@@ -181,15 +225,23 @@ def _wrappers(model: nn.Module) -> Iterator[str]:
 def _unfit(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
     devices: dict[str, str] = {}
     for name, module in _modules(model):
-        if parametrize.is_parametrized(module) or any(hasattr(module, f"weight_{suffix}") for suffix in ("orig", "g", "v", "mask")):
+        if parametrize.is_parametrized(module) or any(
+            hasattr(module, f"weight_{suffix}") for suffix in ("orig", "g", "v", "mask")
+        ):
             yield f"{name}: is parametrized or pruned; remove the parametrization first."
     for name, p in model.named_parameters():
         if type(p.data) is not Tensor or type(p) is not nn.Parameter:
             yield f"{name}: is a {type(p if type(p) is not nn.Parameter else p.data).__name__}; only plain parameters are grown."
         elif p.is_meta:
             yield f"{name}: is on the meta device; load the weights first."
-        elif p.is_quantized or p.is_sparse or p.layout is not torch.strided or p.dtype not in DTYPES:
-            kind = "quantized" if p.is_quantized else str(p.layout if p.layout is not torch.strided else p.dtype)
+        elif (
+            p.is_quantized or p.is_sparse or p.layout is not torch.strided or p.dtype not in DTYPES
+        ):
+            kind = (
+                "quantized"
+                if p.is_quantized
+                else str(p.layout if p.layout is not torch.strided else p.dtype)
+            )
             yield f"{name}: is {kind}; dense {', '.join(str(d).removeprefix('torch.') for d in DTYPES)} are grown."
         devices.setdefault(str(p.device), name)
     for name, b in model.named_buffers():
@@ -208,9 +260,13 @@ def _uncovered(model: nn.Module, spec: ModelSpec, live: dict[str, Tensor]) -> It
             if module._buffers[name] is not None and name not in module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
         }
     yield from (
-        f"{name}: the spec does not cover it; every parameter and persistent buffer must be." for name in sorted(must - set(spec.tensors))
+        f"{name}: the spec does not cover it; every parameter and persistent buffer must be."
+        for name in sorted(must - set(spec.tensors))
     )
-    yield from (f"{name}: the spec names it, but the model has no such tensor." for name in sorted(set(spec.tensors) - set(live)))
+    yield from (
+        f"{name}: the spec names it, but the model has no such tensor."
+        for name in sorted(set(spec.tensors) - set(live))
+    )
 
 
 def _misshapen(spec: ModelSpec, live: dict[str, Tensor]) -> Iterator[str]:
@@ -227,7 +283,10 @@ def _misshapen(spec: ModelSpec, live: dict[str, Tensor]) -> Iterator[str]:
 def _absent(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
     """Attributes, sizes and blocks that the spec names and the model does not have."""
     modules = dict(_modules(model))
-    for where, size in (*spec.attributes.items(), *((f"config.{name}", size) for name, size in spec.config.items())):
+    for where, size in (
+        *spec.attributes.items(),
+        *((f"config.{name}", size) for name, size in spec.config.items()),
+    ):
         owner, _, name = where.rpartition(".")
         if where in spec.attributes and not hasattr(modules.get(owner), name):
             yield f"{where}: the spec names it, but the model has no such attribute."
@@ -236,18 +295,31 @@ def _absent(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
         except KeyError as error:
             yield f"{where}: the size {error} is not in sizes ({', '.join(spec.sizes)})."
     axes = [axis for tensor in spec.tensors.values() for axis in tensor]
-    written = {c for axis in axes if axis.role != "reader" for segment in axis.segments for c in segment}
+    written = {
+        c for axis in axes if axis.role != "reader" for segment in axis.segments for c in segment
+    }
     for name, tensor in spec.tensors.items():
-        read = [c for axis in tensor if axis.role == "reader" for segment in axis.segments for c in segment]
+        read = [
+            c
+            for axis in tensor
+            if axis.role == "reader"
+            for segment in axis.segments
+            for c in segment
+        ]
         read += [axis.norm.reads for axis in tensor if axis.norm]
-        yield from (f"{name}: reads the stream {c!r}, which no tensor of the spec writes." for c in read if c not in written)
+        yield from (
+            f"{name}: reads the stream {c!r}, which no tensor of the spec writes."
+            for c in read
+            if c not in written
+        )
     if spec.blocks is None:
         return
     container = modules.get(spec.blocks.path)
     if not isinstance(container, nn.ModuleList):
         yield f"{spec.blocks.path}: the spec says blocks lie there, but it is no ModuleList of the model."
     elif len(container) != spec.sizes.get("layers"):
-        yield f"{spec.blocks.path}: holds {len(container)} blocks, the spec says layers={spec.sizes.get('layers')}; set it to {len(container)}."
+        said, n = spec.sizes.get("layers"), len(container)
+        yield f"{spec.blocks.path}: holds {n} blocks, the spec says layers={said}; set it to {n}."
     else:
         for name in (*spec.blocks.identity, *spec.blocks.carries):
             if f"{spec.blocks.path}.0.{name}" not in spec.tensors:

@@ -19,7 +19,9 @@ from growkern.state import Law
 from growkern.tensors import Tensors
 
 
-def execute(plan: GrowthPlan, sources: Tensors, law: Law | None, *, backend: str | None = None) -> Tensors:
+def execute(
+    plan: GrowthPlan, sources: Tensors, law: Law | None, *, backend: str | None = None
+) -> Tensors:
     """Compute every target tensor that differs from its source.
 
     Args:
@@ -42,7 +44,9 @@ def execute(plan: GrowthPlan, sources: Tensors, law: Law | None, *, backend: str
         if not plan.changes(row):
             continue
         source = sources.values[row.source]
-        target = staged.values[row.name] = torch.empty(plan.shapes(row)[1], dtype=source.dtype, device=source.device)
+        target = staged.values[row.name] = torch.empty(
+            plan.shapes(row)[1], dtype=source.dtype, device=source.device
+        )
         if row.source in plan.counters:
             target.copy_(torch.arange(target.shape[-1], device=target.device).expand_as(target))
             continue
@@ -56,7 +60,9 @@ def execute(plan: GrowthPlan, sources: Tensors, law: Law | None, *, backend: str
             for key, value in sources.states[row.source].items():
                 order = orders[key]
                 if order is not None and isinstance(value, Tensor):
-                    grown = state[key] = torch.empty(target.shape, dtype=value.dtype, device=value.device)
+                    grown = state[key] = torch.empty(
+                        target.shape, dtype=value.dtype, device=value.device
+                    )
                     jobs.append((value, grown, order))
                 elif row.new:
                     state[key] = value.clone() if isinstance(value, Tensor) else value
@@ -66,15 +72,26 @@ def execute(plan: GrowthPlan, sources: Tensors, law: Law | None, *, backend: str
     return staged
 
 
-def needed_bytes(plan: GrowthPlan, sources: Tensors, orders: Mapping[str, int | None]) -> dict[torch.device, int]:
+def needed_bytes(
+    plan: GrowthPlan, sources: Tensors, orders: Mapping[str, int | None]
+) -> dict[torch.device, int]:
     """Bytes that the staged tensors take, per device."""
     needed: dict[torch.device, int] = {}
     for row in plan.rows:
         if plan.changes(row):
             n = prod(plan.shapes(row)[1])
-            state = sources.states.get(row.source, {}) if row.state == "law" and plan.state == "exact" else {}
-            grown: list[object] = [value for key, value in state.items() if orders.get(key) is not None]
-            grown += [sources.values[row.source], None if row.new or row.constant is not None else sources.grads.get(row.source)]
+            state = (
+                sources.states.get(row.source, {})
+                if row.state == "law" and plan.state == "exact"
+                else {}
+            )
+            grown: list[object] = [
+                value for key, value in state.items() if orders.get(key) is not None
+            ]
+            grown += [
+                sources.values[row.source],
+                None if row.new or row.constant is not None else sources.grads.get(row.source),
+            ]
             for t in grown:
                 if isinstance(t, Tensor):
                     needed[t.device] = needed.get(t.device, 0) + n * t.element_size()
@@ -100,7 +117,9 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cpu":
         try:
             with open("/proc/meminfo") as lines:
-                return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+                return next(
+                    int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
+                )
         except (OSError, StopIteration):
             return None
     return None
@@ -118,7 +137,9 @@ def unavailable(backend: str, device: torch.device) -> list[str]:
 
     interpreted = bool(knobs.runtime.interpret)  # pyright: ignore
     if device.type != ("cpu" if interpreted else "cuda"):
-        return [f"triton{' (interpreted)' if interpreted else ''} does not run on {device.type}; use backend='torch'"]
+        return [
+            f"triton{' (interpreted)' if interpreted else ''} does not run on {device.type}; use backend='torch'"
+        ]
     return []
 
 
@@ -127,7 +148,9 @@ def _run(pieces: list[Piece], backend: str | None) -> None:
     for piece in pieces:
         by_device.setdefault(piece.dst.device, []).append(piece)
     for device, group in by_device.items():
-        chosen = backend or ("triton" if device.type == "cuda" and not unavailable("triton", device) else "torch")
+        chosen = backend or (
+            "triton" if device.type == "cuda" and not unavailable("triton", device) else "torch"
+        )
         if reasons := unavailable(chosen, device):
             raise GrowthError(f"cannot run backend={backend!r}: {'; '.join(reasons)}.")
         if chosen == "triton":

@@ -105,14 +105,20 @@ class IndexMap:
     def cyclic(n_source: int, n_target: int) -> "IndexMap":
         """``g(i) = i mod n_source``."""
         starts = range(0, n_target, n_source)
-        return IndexMap(n_source, n_target, tuple(Run(t, min(n_source, n_target - t), 0) for t in starts))
+        return IndexMap(
+            n_source, n_target, tuple(Run(t, min(n_source, n_target - t), 0) for t in starts)
+        )
 
     @staticmethod
     def padded(n_source: int, n_target: int) -> "IndexMap":
         """As many whole copies as fit; the rest are pads."""
         n_copied = n_target // n_source * n_source
         runs = IndexMap.cyclic(n_source, n_copied).runs
-        return IndexMap(n_source, n_target, (*runs, Run(n_copied, n_target - n_copied, PAD)) if n_target > n_copied else runs)
+        return IndexMap(
+            n_source,
+            n_target,
+            (*runs, Run(n_copied, n_target - n_copied, PAD)) if n_target > n_copied else runs,
+        )
 
     @staticmethod
     def of(indices: Iterable[int], n_source: int) -> "IndexMap":
@@ -120,7 +126,9 @@ class IndexMap:
         runs: list[Run] = []
         for i, source in enumerate(indices):
             last = runs[-1] if runs else None
-            if last and (source == PAD if last.source == PAD else source == last.source + last.length):
+            if last and (
+                source == PAD if last.source == PAD else source == last.source + last.length
+            ):
                 runs[-1] = Run(last.target, last.length + 1, last.source)
             else:
                 runs.append(Run(i, 1, source))
@@ -130,7 +138,13 @@ class IndexMap:
     def indices(self) -> tuple[int, ...]:
         """``indices[i]`` = source coordinate that target coordinate ``i`` copies, or ``PAD``."""
         return tuple(
-            i for run in self.runs for i in (range(run.source, run.source + run.length) if run.source != PAD else (PAD,) * run.length)
+            i
+            for run in self.runs
+            for i in (
+                range(run.source, run.source + run.length)
+                if run.source != PAD
+                else (PAD,) * run.length
+            )
         )
 
     @cached_property
@@ -163,8 +177,19 @@ class IndexMap:
         n_source, n_target = self.n_source * inner.n_source, self.n_target * inner.n_target
         if inner.is_identity:
             n = inner.n_source
-            return IndexMap(n_source, n_target, tuple(Run(t * n, k * n, PAD if s == PAD else s * n) for t, k, s in self.runs))
-        return IndexMap.of((PAD if PAD in (i, j) else i * inner.n_source + j for i in self.indices for j in inner.indices), n_source)
+            return IndexMap(
+                n_source,
+                n_target,
+                tuple(Run(t * n, k * n, PAD if s == PAD else s * n) for t, k, s in self.runs),
+            )
+        return IndexMap.of(
+            (
+                PAD if PAD in (i, j) else i * inner.n_source + j
+                for i in self.indices
+                for j in inner.indices
+            ),
+            n_source,
+        )
 
 
 def concat_maps(maps: Sequence[IndexMap]) -> IndexMap:

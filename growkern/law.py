@@ -18,7 +18,13 @@ from growkern.spaces import AxisUse, ModelSpec, size_value, space_of
 
 
 def build(
-    spec: ModelSpec, sizes: Mapping[str, int], *, width: WidthMethod, depth: DepthMethod, state: str = "exact", seed: int = 0
+    spec: ModelSpec,
+    sizes: Mapping[str, int],
+    *,
+    width: WidthMethod,
+    depth: DepthMethod,
+    state: str = "exact",
+    seed: int = 0,
 ) -> GrowthPlan:
     """Plan a growth: methods decide maps, contracts and blocks, roles decide the rest.
 
@@ -38,26 +44,58 @@ def build(
     """
     problems = [
         *([] if state in ("exact", "drop") else [f"unknown state={state!r}: 'exact' or 'drop'."]),
-        *([] if type(seed) is int and 0 <= seed < 1 << 64 else [f"seed={seed!r}: an int from 0 to 2**64 - 1."]),
-        *([] if hasattr(width, "widen") else [f"width: expected a width method such as Lossless(), got {width!r}."]),
-        *([] if hasattr(depth, "deepen") else [f"depth: expected a depth method such as IdentityBlocks(), got {depth!r}."]),
+        *(
+            []
+            if type(seed) is int and 0 <= seed < 1 << 64
+            else [f"seed={seed!r}: an int from 0 to 2**64 - 1."]
+        ),
+        *(
+            []
+            if hasattr(width, "widen")
+            else [f"width: expected a width method such as Lossless(), got {width!r}."]
+        ),
+        *(
+            []
+            if hasattr(depth, "deepen")
+            else [f"depth: expected a depth method such as IdentityBlocks(), got {depth!r}."]
+        ),
     ]
     raise_all(PlanError, f"cannot grow {spec.family}:", problems)
     wide = width.widen(spec, sizes)
     n_layers = spec.sizes.get("layers", 0)
     deep = depth.deepen(n_layers, sizes["layers"]) if n_layers else Depth(())
     if spec.blocks is None and n_layers:
-        raise_all(PlanError, f"cannot deepen {spec.family}:", ["the spec names no blocks."] if sizes["layers"] != n_layers else [])
-    if deep.identity and any(b.new for b in deep.blocks) and spec.blocks and not spec.blocks.identity:
-        raise PlanError(f"cannot add identity blocks to {spec.family}: its spec says not which tensors make a block the identity.")
+        raise_all(
+            PlanError,
+            f"cannot deepen {spec.family}:",
+            ["the spec names no blocks."] if sizes["layers"] != n_layers else [],
+        )
+    if (
+        deep.identity
+        and any(b.new for b in deep.blocks)
+        and spec.blocks
+        and not spec.blocks.identity
+    ):
+        raise PlanError(
+            f"cannot add identity blocks to {spec.family}: its spec says not which tensors make a block the identity."
+        )
     factors = norm_factors(spec, wide)
     unequal = [stream for stream, factor in factors.items() if factor is None]
-    reasons = (*wide.reasons, *deep.reasons, *(f"the norms of {s!r} see unequal copies" for s in unequal))
+    reasons = (
+        *wide.reasons,
+        *deep.reasons,
+        *(f"the norms of {s!r} see unequal copies" for s in unequal),
+    )
     keys = {axis: str(axis) for axes in spec.tensors.values() for axis in axes}
     axes = {key: _axis_map(axis, wide, factors) for axis, key in keys.items()}
-    eps = {f"{name.removesuffix('.weight')}.{norm.eps}": factors[norm.reads] or 1.0 for name, _, norm in spec.norms()}
+    eps = {
+        f"{name.removesuffix('.weight')}.{norm.eps}": factors[norm.reads] or 1.0
+        for name, _, norm in spec.norms()
+    }
     norm_eps = set(eps.values())
-    eps_of_config = max(norm_eps, key=lambda f: f != 1) if spec.config_eps and norm_eps != {1.0} else None
+    eps_of_config = (
+        max(norm_eps, key=lambda f: f != 1) if spec.config_eps and norm_eps != {1.0} else None
+    )
     shared = f"config.{spec.config_eps} feeds norms of several widths; the live model is exact, a reload takes it for all of them"
     return GrowthPlan(
         family=spec.family,
@@ -83,7 +121,12 @@ def build(
             for source, (tensor, axis) in spec.leaves.items()
             for name, _ in _targets(spec, deep, source)
         },
-        eps={name: factor for source, factor in eps.items() for name, _ in _targets(spec, deep, source) if factor != 1},
+        eps={
+            name: factor
+            for source, factor in eps.items()
+            for name, _ in _targets(spec, deep, source)
+            if factor != 1
+        },
         config={name: size_value(size, sizes) for name, size in spec.config.items()},
         config_lists=spec.config_lists,
         config_eps=(spec.config_eps, eps_of_config) if spec.config_eps and eps_of_config else None,
@@ -106,14 +149,18 @@ def norm_factors(spec: ModelSpec, wide: Width) -> dict[str, float | None]:
                 weight[j] += w * w
         even = all(isclose(value, weight[0], rel_tol=1e-12) for value in weight)
         factor = sum(weight) / index_map.n_target
-        factors[norm.reads] = (1.0 if isclose(factor, 1, rel_tol=1e-12) else factor) if even else None
+        factors[norm.reads] = (
+            (1.0 if isclose(factor, 1, rel_tol=1e-12) else factor) if even else None
+        )
     return factors
 
 
 def _axis_map(axis: AxisUse, wide: Width, factors: Mapping[str, float | None]) -> AxisMap:
     def one(component: str | int) -> tuple[IndexMap, Contract]:
         if isinstance(component, int):
-            return IndexMap.identity(component), Contract(Vector.full(1, component), Vector.full(1, component))
+            return IndexMap.identity(component), Contract(
+                Vector.full(1, component), Vector.full(1, component)
+            )
         return wide.maps[space_of(component)], wide.contracts[component]
 
     maps, w, u, pads, centred = list[IndexMap](), list[Vector](), list[Vector](), set[Pad](), False
@@ -125,7 +172,10 @@ def _axis_map(axis: AxisUse, wide: Width, factors: Mapping[str, float | None]) -
         for component in segment[1:]:
             inner, inner_contract = one(component)
             index_map = index_map.product(inner)
-            segment_w, segment_u = segment_w.outer(inner_contract.w), segment_u.outer(inner_contract.u)
+            segment_w, segment_u = (
+                segment_w.outer(inner_contract.w),
+                segment_u.outer(inner_contract.u),
+            )
         maps.append(index_map)
         w.append(segment_w)
         u.append(segment_u)
@@ -140,7 +190,12 @@ def _axis_map(axis: AxisUse, wide: Width, factors: Mapping[str, float | None]) -
     assert norm is not None, "a gain has a norm"
     root = sqrt(factors[norm.reads] or 1.0)
     back = wide.contracts[norm.reads].w.map(lambda value: root / value)
-    return AxisMap(index_map, w_axis.zip(back, lambda x, y: x * y), u_axis.zip(back, lambda x, y: x / y), "mean")
+    return AxisMap(
+        index_map,
+        w_axis.zip(back, lambda x, y: x * y),
+        u_axis.zip(back, lambda x, y: x / y),
+        "mean",
+    )
 
 
 def _targets(spec: ModelSpec, deep: Depth, name: str) -> Iterator[tuple[str, int]]:
@@ -161,7 +216,11 @@ def _rows(spec: ModelSpec, deep: Depth, keys: Mapping[AxisUse, str]) -> Iterator
         row = TensorRow(source, source, tuple(keys[axis] for axis in axes))
         place = spec.block_of(source)
         for name, index in _targets(spec, deep, source):
-            yield _in_block(replace(row, name=name), spec, deep, index, place[1]) if place and deep.blocks else row
+            yield (
+                _in_block(replace(row, name=name), spec, deep, index, place[1])
+                if place and deep.blocks
+                else row
+            )
 
 
 def _in_block(row: TensorRow, spec: ModelSpec, deep: Depth, index: int, inner: str) -> TensorRow:

@@ -67,7 +67,12 @@ class Cutter:
         """Cut one target tensor. ``order``: 0 for a weight, k for state of order k in the gradient."""
         if row.constant is not None:
             target = dst.view(-1, dst.shape[-1])
-            yield Piece(torch.full((1, 1), row.constant, dtype=dst.dtype, device=dst.device).expand_as(target), target)
+            yield Piece(
+                torch.full((1, 1), row.constant, dtype=dst.dtype, device=dst.device).expand_as(
+                    target
+                ),
+                target,
+            )
             return
         for axis, this in enumerate(self.plan.axis_maps(row)):
             if this.centred and order == 0:
@@ -83,9 +88,22 @@ class Cutter:
                 into = target[r.target : r.target + r.n, c.target : c.target + c.n]
                 value, scaled = fill.of(r, c)
                 noise = None
-                if r.factors is not None and c.factors is not None and r.ids is not None and c.ids is not None and fill.free(r, c):
+                if (
+                    r.factors is not None
+                    and c.factors is not None
+                    and r.ids is not None
+                    and c.ids is not None
+                    and fill.free(r, c)
+                ):
                     std = fill.rms() if std is None else std
-                    noise = Noise(std, (self.plan.seed, _tensor_id(row.name)), r.factors, c.factors, r.ids, c.ids)
+                    noise = Noise(
+                        std,
+                        (self.plan.seed, _tensor_id(row.name)),
+                        r.factors,
+                        c.factors,
+                        r.ids,
+                        c.ids,
+                    )
                 whole = r.source != PAD and c.source != PAD
                 yield Piece(
                     value,
@@ -119,7 +137,9 @@ class Cutter:
         for axis in axes:
             n = axis.index_map.n_target
             index_map = index_map.product(axis.index_map)
-            scale = scale.outer(axis.weight_scale if order == 0 else axis.grad_scale.map(lambda a: a**order))
+            scale = scale.outer(
+                axis.weight_scale if order == 0 else axis.grad_scale.map(lambda a: a**order)
+            )
             own_factors, own_ids = _noise(axis)
             factors, ids = factors.outer(own_factors), [i * n + j for i in ids for j in own_ids]
             pad = pad if axis.index_map.is_identity else axis.pad
@@ -128,7 +148,9 @@ class Cutter:
         for j, s in zip(index_map.indices, scale.expanded(), strict=True):
             if j != PAD:
                 copies[j] += s
-        side = self.sides[keys, order] = _Side(index_map, scale, pad, factors, tuple(ids), noisy, tuple(copies))
+        side = self.sides[keys, order] = _Side(
+            index_map, scale, pad, factors, tuple(ids), noisy, tuple(copies)
+        )
         return side
 
     def _spans(self, keys: tuple[str, ...], order: int, fill: "_Fill") -> list[Span]:
@@ -152,7 +174,10 @@ def _noise(axis: AxisMap) -> tuple[Vector, list[int]]:
     if axis.pad != "normal" or index_map.is_identity:
         return Vector.full(1.0, index_map.n_target), own
     signs, partners = twins(index_map)
-    values = [1.0 if j == PAD else axis.noise * sign for j, sign in zip(index_map.indices, signs, strict=True)]
+    values = [
+        1.0 if j == PAD else axis.noise * sign
+        for j, sign in zip(index_map.indices, signs, strict=True)
+    ]
     return Vector.of(values), list(partners)
 
 
@@ -182,7 +207,11 @@ def _gather(side: _Side, cuts: list[Span], device: torch.device, dtype: torch.dt
     indices = torch.tensor(side.index_map.indices, dtype=torch.int32)
     scales = torch.tensor(side.scale.expanded(), dtype=dtype)
     return [
-        replace(s, index=None if s.source == PAD else indices[part].to(device), scales=scales[part].to(device))
+        replace(
+            s,
+            index=None if s.source == PAD else indices[part].to(device),
+            scales=scales[part].to(device),
+        )
         for s in joined
         for part in [slice(s.target, s.target + s.n)]
     ]
@@ -192,18 +221,24 @@ def _with_noise(side: _Side, span: Span, device: torch.device) -> Span:
     factors = side.factors.expanded()[span.target : span.target + span.n]
     if not any(factors):
         return span
-    ids = torch.tensor(side.ids[span.target : span.target + span.n], dtype=torch.int32, device=device)
+    ids = torch.tensor(
+        side.ids[span.target : span.target + span.n], dtype=torch.int32, device=device
+    )
     return replace(span, factors=torch.tensor(factors, dtype=torch.float32, device=device), ids=ids)
 
 
 def _tensor_id(name: str) -> int:
-    return int.from_bytes(blake2b(name.encode(), digest_size=4).digest(), "little") >> 1  # 31 bits: non-negative as int32
+    return (
+        int.from_bytes(blake2b(name.encode(), digest_size=4).digest(), "little") >> 1
+    )  # 31 bits: non-negative as int32
 
 
 class _Fill:
     """What a piece is read from: the source where both spans copy, else what stands for it, broadcast."""
 
-    def __init__(self, source: Tensor, rows: _Side, cols: _Side, order: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, source: Tensor, rows: _Side, cols: _Side, order: int, dtype: torch.dtype
+    ) -> None:
         self.source, self.rows, self.cols, self.order, self.dtype = source, rows, cols, order, dtype
 
     def rms(self) -> Tensor:
@@ -216,7 +251,11 @@ class _Fill:
 
     def free(self, r: Span, c: Span) -> bool:
         """True where noise may be: weights that copy, or that read a pad, but not those that write one."""
-        return self.order == 0 and (self.rows.noisy or self.cols.noisy) and all(pad == "normal" for pad in self.pads(r, c))
+        return (
+            self.order == 0
+            and (self.rows.noisy or self.cols.noisy)
+            and all(pad == "normal" for pad in self.pads(r, c))
+        )
 
     def of(self, r: Span, c: Span) -> tuple[Tensor, bool]:
         """The tensor to read, and whether the scales apply to it."""
@@ -234,7 +273,10 @@ class _Fill:
 
     def _mean_of_law(self) -> Tensor:
         """Mean over the elements that copy, each scaled by the law: what an element without an ancestor starts from."""
-        rows, cols = (torch.tensor(side.copies, dtype=self.dtype, device=self.source.device) for side in (self.rows, self.cols))
+        rows, cols = (
+            torch.tensor(side.copies, dtype=self.dtype, device=self.source.device)
+            for side in (self.rows, self.cols)
+        )
         n = self.rows.n_copied * self.cols.n_copied
         return (rows @ (self.source.to(self.dtype) @ cols) / max(1, n)).view(1, 1)
 
@@ -245,4 +287,8 @@ def _part(tensor: Tensor, r: Span, c: Span) -> Tensor:
 
 
 def _gathered(tensor: Tensor, axis: int, span: Span) -> Tensor:
-    return tensor.narrow(axis, span.source, span.n) if span.index is None else tensor.index_select(axis, span.index)
+    return (
+        tensor.narrow(axis, span.source, span.n)
+        if span.index is None
+        else tensor.index_select(axis, span.index)
+    )

@@ -10,7 +10,9 @@ from growkern.index_map import IndexMap, Run, Vector
 from growkern.methods import BlockRow
 from growkern.tables import fold, table
 
-Pad = Literal["zero", "mean", "normal"]  # what an element without an ancestor is: 0, the mean along the axis, or free noise
+Pad = Literal[
+    "zero", "mean", "normal"
+]  # what an element without an ancestor is: 0, the mean along the axis, or free noise
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,11 @@ class AxisMap:
     @property
     def is_identity(self) -> bool:
         """True when the axis is left as it is."""
-        return self.index_map.is_identity and self.weight_scale.uniform == 1 and self.grad_scale.uniform == 1
+        return (
+            self.index_map.is_identity
+            and self.weight_scale.uniform == 1
+            and self.grad_scale.uniform == 1
+        )
 
 
 @dataclass(frozen=True)
@@ -128,11 +134,17 @@ class GrowthPlan:
     def scales(self, row: TensorRow) -> tuple[float | None, float | None]:
         """Weight scale ``s`` and gradient scale ``a`` of a tensor; None where they are not one number."""
         axes = self.axis_maps(row)
-        return _product([axis.weight_scale.uniform for axis in axes]), _product([axis.grad_scale.uniform for axis in axes])
+        return _product([axis.weight_scale.uniform for axis in axes]), _product(
+            [axis.grad_scale.uniform for axis in axes]
+        )
 
     def changes(self, row: TensorRow) -> bool:
         """True when the tensor is not left exactly as it is."""
-        return row.new or row.constant is not None or not all(axis.is_identity for axis in self.axis_maps(row))
+        return (
+            row.new
+            or row.constant is not None
+            or not all(axis.is_identity for axis in self.axis_maps(row))
+        )
 
     def to_json(self) -> str:
         """Write the plan as JSON."""
@@ -143,10 +155,14 @@ class GrowthPlan:
         """Read a plan that ``to_json`` wrote."""
         data = json.loads(text)
         eps = data["config_eps"]
-        data |= {name: tuple(data[name]) for name in ("config_lists", "counters", "reasons", "notes")}
+        data |= {
+            name: tuple(data[name]) for name in ("config_lists", "counters", "reasons", "notes")
+        }
         data |= {
             "axes": {key: _axis_from_json(axis) for key, axis in data["axes"].items()},
-            "rows": tuple(TensorRow(**(row | {"axes": tuple(row["axes"])})) for row in data["rows"]),
+            "rows": tuple(
+                TensorRow(**(row | {"axes": tuple(row["axes"])})) for row in data["rows"]
+            ),
             "blocks": tuple(BlockRow(**row) for row in data["blocks"]),
             "config_eps": tuple(eps) if eps else None,
         }
@@ -156,24 +172,49 @@ class GrowthPlan:
         grown = [(k, n, self.target_sizes[k]) for k, n in self.source_sizes.items()]
         parts = [
             f"Growth plan for {self.family}: {self.width}, {self.depth}, seed {self.seed}, state {self.state!r}",
-            table(["size", "source", "target", ""], [[k, a, b, f"x {b / a:g}" if b != a else ""] for k, a, b in grown]),
+            table(
+                ["size", "source", "target", ""],
+                [[k, a, b, f"x {b / a:g}" if b != a else ""] for k, a, b in grown],
+            ),
         ]
         if any(block.new for block in self.blocks):
-            parts.append("blocks  " + " ".join(f"+{b.source}" if b.new else str(b.source) for b in self.blocks) + "   (+ new, copy of)")
+            parts.append(
+                "blocks  "
+                + " ".join(f"+{b.source}" if b.new else str(b.source) for b in self.blocks)
+                + "   (+ new, copy of)"
+            )
         lines = dict.fromkeys(
-            (fold(row.name), *map(_shape, self.shapes(row)), _scale(s) if row.constant is None else f"all {row.constant:g}", _scale(a))
+            (
+                fold(row.name),
+                *map(_shape, self.shapes(row)),
+                _scale(s) if row.constant is None else f"all {row.constant:g}",
+                _scale(a),
+            )
             for row in self.rows
             for s, a in [self.scales(row)]
             if self.changes(row)
         )
-        parts.append(table(["tensor", "source", "target", "weight s", "gradient a"], [list(line) for line in lines]))
-        parts.append("function preserving" if self.function_preserving else "not function preserving: " + "; ".join(self.reasons))
-        return "\n\n".join([*parts, *([("\n".join(f"note: {note}" for note in self.notes))] if self.notes else [])])
+        parts.append(
+            table(
+                ["tensor", "source", "target", "weight s", "gradient a"],
+                [list(line) for line in lines],
+            )
+        )
+        parts.append(
+            "function preserving"
+            if self.function_preserving
+            else "not function preserving: " + "; ".join(self.reasons)
+        )
+        return "\n\n".join(
+            [*parts, *([("\n".join(f"note: {note}" for note in self.notes))] if self.notes else [])]
+        )
 
 
 def _axis_from_json(data: dict[str, Any]) -> AxisMap:
     raw = data["index_map"]
-    data["index_map"] = IndexMap(raw["n_source"], raw["n_target"], tuple(Run(*run) for run in raw["runs"]))
+    data["index_map"] = IndexMap(
+        raw["n_source"], raw["n_target"], tuple(Run(*run) for run in raw["runs"])
+    )
     for key in ("weight_scale", "grad_scale"):
         data[key] = Vector(tuple((value, n) for value, n in data[key]["pieces"]))
     return AxisMap(**data)

@@ -6,8 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 16  # elements computed at a time where temporaries are needed, so that they stay in cache
-BYTES_MEAN, BYTES_STD = 510.0, 147.80054127099805  # of the sum of four uniform bytes: 4 * 127.5, sqrt(4 * (256**2 - 1) / 12)
+BLOCK = (
+    1 << 16
+)  # elements computed at a time where temporaries are needed, so that they stay in cache
+BYTES_MEAN, BYTES_STD = (
+    510.0,
+    147.80054127099805,
+)  # of the sum of four uniform bytes: 4 * 127.5, sqrt(4 * (256**2 - 1) / 12)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,12 @@ class Piece:
     @property
     def pure_copy(self) -> bool:
         """True when no arithmetic is done."""
-        return self.scale == 1.0 and self.row_scale is None and self.col_scale is None and self.noise is None
+        return (
+            self.scale == 1.0
+            and self.row_scale is None
+            and self.col_scale is None
+            and self.noise is None
+        )
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -84,7 +94,12 @@ def _expand(piece: Piece) -> None:
         src = src.index_select(1, piece.cols)
     if piece.pure_copy:
         dst.copy_(src)
-    elif piece.noise is None and piece.row_scale is None and piece.col_scale is None and src.dtype == dst.dtype:
+    elif (
+        piece.noise is None
+        and piece.row_scale is None
+        and piece.col_scale is None
+        and src.dtype == dst.dtype
+    ):
         torch.mul(src, piece.scale, out=dst)
     else:
         step = max(1, BLOCK // max(1, dst.shape[1]))
@@ -96,7 +111,9 @@ def _values(piece: Piece, src: Tensor, rows: slice) -> Tensor:
     values = src[rows].to(arithmetic(piece.dst.dtype))
     if piece.noise is not None:
         n = piece.noise
-        amplitude = n.std.to(values.dtype) * n.rows[rows, None].to(values.dtype) * n.cols.to(values.dtype)
+        amplitude = (
+            n.std.to(values.dtype) * n.rows[rows, None].to(values.dtype) * n.cols.to(values.dtype)
+        )
         values = values + amplitude * normal(n.key, n.row_ids[rows], n.col_ids).to(values.dtype)
     if piece.scale != 1.0:
         values = values * piece.scale
@@ -124,8 +141,13 @@ def normal(key: tuple[int, int], row_ids: Tensor, col_ids: Tensor) -> Tensor:
     groups, place = _unique(row_ids >> 2)  # four rows share a Philox call, a word each
     seed, tensor_id = key
     shape = (len(groups), len(col_ids))
-    fixed = [torch.full((1, 1), value, dtype=torch.int64, device=col_ids.device) for value in (tensor_id, 0)]
-    words = _philox([col_ids.long().expand(shape), groups.long()[:, None].expand(shape), *fixed], seed)
+    fixed = [
+        torch.full((1, 1), value, dtype=torch.int64, device=col_ids.device)
+        for value in (tensor_id, 0)
+    ]
+    words = _philox(
+        [col_ids.long().expand(shape), groups.long()[:, None].expand(shape), *fixed], seed
+    )
     lanes = torch.stack([word.expand(shape) for word in words])
     word = lanes[(row_ids & 3).long(), place]
     pairs = (word & 0x00FF00FF) + ((word >> 8) & 0x00FF00FF)

@@ -52,20 +52,47 @@ class GrowthReport:
             if self.target_sizes[name] != n
         ]
         ratio = self.n_params_target / max(1, self.n_params_source)
-        rows.append(("parameters", f"{self.n_params_source:,}", f"{self.n_params_target:,}", f"x {ratio:.4g}"))
+        rows.append(
+            (
+                "parameters",
+                f"{self.n_params_source:,}",
+                f"{self.n_params_target:,}",
+                f"x {ratio:.4g}",
+            )
+        )
         rate = (self.n_bytes_read + self.n_bytes_written) / max(self.seconds, 1e-9) / 1e9
         preserved = "yes" if self.function_preserving else "no: " + "; ".join(self.reasons)
-        factors = ", ".join(f"{'per element' if f is None else f'x {f:.4g}'} ({n})" for f, n in self.lr_factors.items())
+        factors = ", ".join(
+            f"{'per element' if f is None else f'x {f:.4g}'} ({n})"
+            for f, n in self.lr_factors.items()
+        )
         facts: list[tuple[object, ...]] = [
             ("function preserving", preserved),
-            ("moved", f"{_size(self.n_bytes_read)} read, {_size(self.n_bytes_written)} written, {self.seconds:.3g} s, {rate:.3g} GB/s"),
+            (
+                "moved",
+                f"{_size(self.n_bytes_read)} read, {_size(self.n_bytes_written)} written, {self.seconds:.3g} s, {rate:.3g} GB/s",
+            ),
             ("peak memory", f"{_size(self.peak_bytes)} beside the source"),
-            ("learning rate", f"{factors or 'as it was'}{'' if self.lr_applied or not factors else ' recommended, not applied'}"),
+            (
+                "learning rate",
+                f"{factors or 'as it was'}{'' if self.lr_applied or not factors else ' recommended, not applied'}",
+            ),
         ]
         if self.grad_norm_factor is not None:
-            facts.append(("gradient norm", f"expect x {self.grad_norm_factor:.3g}; scale a clipping threshold alike"))
-        text = [f"Grew {self.family}", table(["size", "source", "target", ""], rows), "\n".join(f"{k:<20} {v}" for k, v in facts)]
-        return "\n\n".join([*text, *(["\n".join(f"note: {note}" for note in self.notes)] if self.notes else [])])
+            facts.append(
+                (
+                    "gradient norm",
+                    f"expect x {self.grad_norm_factor:.3g}; scale a clipping threshold alike",
+                )
+            )
+        text = [
+            f"Grew {self.family}",
+            table(["size", "source", "target", ""], rows),
+            "\n".join(f"{k:<20} {v}" for k, v in facts),
+        ]
+        return "\n\n".join(
+            [*text, *(["\n".join(f"note: {note}" for note in self.notes)] if self.notes else [])]
+        )
 
 
 def _size(n_bytes: int) -> str:

@@ -9,7 +9,9 @@ from growkern.errors import PlanError, raise_all
 from growkern.spaces import ModelSpec
 
 WIDTHS = ("hidden", "heads", "kv_heads", "ffn")  # what "2x" means; the rest grows when it is named
-MAX_SIZE = 1 << 22  # coordinates of one size; far beyond any model, and a slip of the finger must not fill the host's memory
+MAX_SIZE = (
+    1 << 22
+)  # coordinates of one size; far beyond any model, and a slip of the finger must not fill the host's memory
 Target = str | Mapping[str, int | str]
 
 
@@ -38,21 +40,31 @@ def resolve_sizes(spec: ModelSpec, to: Target) -> dict[str, int]:
         _follow(spec, named, target, ratio, problems)
     for name, n in target.items():
         if n < source[name]:
-            problems.append(f"{name}: the target {n} is smaller than the source {source[name]}; growth only adds.")
+            problems.append(
+                f"{name}: the target {n} is smaller than the source {source[name]}; growth only adds."
+            )
         elif n > MAX_SIZE:
             problems.append(f"{name}: the target {n:,} is beyond {MAX_SIZE:,}.")
         elif n > source[name] and name in spec.fixed:
             problems.append(f"{name}: cannot grow in this {spec.family}: {spec.fixed[name]}.")
     if not problems and "kv_heads" in target and target["heads"] % target["kv_heads"]:
         kv = target["kv_heads"]
-        problems.append(f"heads: {target['heads']} is not a multiple of kv_heads={kv}; nearest: {_nearest(target['heads'], kv)}.")
-    if not problems and "kv_heads" in target and target["heads"] // target["kv_heads"] < source["heads"] // source["kv_heads"]:
+        problems.append(
+            f"heads: {target['heads']} is not a multiple of kv_heads={kv}; nearest: {_nearest(target['heads'], kv)}."
+        )
+    if (
+        not problems
+        and "kv_heads" in target
+        and target["heads"] // target["kv_heads"] < source["heads"] // source["kv_heads"]
+    ):
         problems.append(
             f"heads: {target['heads']} over kv_heads={target['kv_heads']} would shrink the groups of "
             f"{source['heads'] // source['kv_heads']}; name kv_heads={source['kv_heads']} to keep them."
         )
     if not problems and target == dict(source):
-        problems.append(f"every target equals its source ({', '.join(f'{k}={v}' for k, v in source.items())}); name a larger size.")
+        problems.append(
+            f"every target equals its source ({', '.join(f'{k}={v}' for k, v in source.items())}); name a larger size."
+        )
     raise_all(PlanError, f"cannot grow {spec.family} to {to!r}:", problems)
     return target
 
@@ -60,7 +72,9 @@ def resolve_sizes(spec: ModelSpec, to: Target) -> dict[str, int]:
 def _named(spec: ModelSpec, to: Target, problems: list[str]) -> dict[str, int]:
     if isinstance(to, str):
         if _factor(to) is None:
-            raise PlanError(f"cannot read to={to!r}: a factor such as '2x' or '1.5x', or a mapping of {', '.join(spec.sizes)}.")
+            raise PlanError(
+                f"cannot read to={to!r}: a factor such as '2x' or '1.5x', or a mapping of {', '.join(spec.sizes)}."
+            )
         if "hidden" in spec.sizes:
             return {"hidden": _scaled("hidden", spec, to, problems)}
         return {name: _scaled(name, spec, to, problems) for name in WIDTHS if name in spec.sizes}
@@ -69,7 +83,9 @@ def _named(spec: ModelSpec, to: Target, problems: list[str]) -> dict[str, int]:
         if name not in spec.sizes:
             close = get_close_matches(str(name), spec.sizes, 1)
             hint = f"did you mean {close[0]!r}? " if close else ""
-            problems.append(f"unknown size {name!r}: {hint}sizes of {spec.family}: {', '.join(spec.sizes)}.")
+            problems.append(
+                f"unknown size {name!r}: {hint}sizes of {spec.family}: {', '.join(spec.sizes)}."
+            )
         elif isinstance(value, str) and _factor(value) is None:
             problems.append(f"{name}: cannot read {value!r}; an int, or a factor such as '1.5x'.")
         elif isinstance(value, str):
@@ -90,11 +106,19 @@ def _scaled(name: str, spec: ModelSpec, factor: str, problems: list[str]) -> int
     exact = spec.sizes[name] * (_factor(factor) or 1)
     if exact.denominator != 1 and not (name == "hidden" and spec.hidden_is_heads):
         low = int(exact)
-        problems.append(f"{name}: {factor} of {spec.sizes[name]} is {float(exact):g}, not whole; nearest: {low}, {low + 1}.")
+        problems.append(
+            f"{name}: {factor} of {spec.sizes[name]} is {float(exact):g}, not whole; nearest: {low}, {low + 1}."
+        )
     return int(exact)
 
 
-def _follow(spec: ModelSpec, named: dict[str, int], target: dict[str, int], ratio: Fraction, problems: list[str]) -> None:
+def _follow(
+    spec: ModelSpec,
+    named: dict[str, int],
+    target: dict[str, int],
+    ratio: Fraction,
+    problems: list[str],
+) -> None:
     source = spec.sizes
     if "ffn" in source and "ffn" not in named:
         target["ffn"] = _whole(source["ffn"], ratio)
@@ -104,19 +128,27 @@ def _follow(spec: ModelSpec, named: dict[str, int], target: dict[str, int], rati
         group = source["heads"] // source["kv_heads"]
         if "kv_heads" not in named:
             follow = _whole(source["kv_heads"], ratio)
-            target["kv_heads"] = follow if target["heads"] % follow == 0 or "heads" not in named else source["kv_heads"]
+            target["kv_heads"] = (
+                follow
+                if target["heads"] % follow == 0 or "heads" not in named
+                else source["kv_heads"]
+            )
         if "heads" not in named:
             target["heads"] = target["kv_heads"] * group
     elif "heads" in source and "heads" not in named:
         target["heads"] = _whole(source["heads"], ratio)
 
 
-def _hidden_is_heads(spec: ModelSpec, named: dict[str, int], target: dict[str, int], problems: list[str]) -> None:
+def _hidden_is_heads(
+    spec: ModelSpec, named: dict[str, int], target: dict[str, int], problems: list[str]
+) -> None:
     head_dim = target["head_dim"]
     if "heads" in named and "hidden" not in named:
         target["hidden"] = target["heads"] * head_dim
         if "ffn" in target and "ffn" not in named:
-            target["ffn"] = _whole(spec.sizes["ffn"], Fraction(target["hidden"], spec.sizes["hidden"]))
+            target["ffn"] = _whole(
+                spec.sizes["ffn"], Fraction(target["hidden"], spec.sizes["hidden"])
+            )
         return
     if target["hidden"] % head_dim:
         problems.append(

@@ -49,7 +49,9 @@ class AxisUse:
 
     def __str__(self) -> str:
         text = " + ".join(" x ".join(map(str, segment)) for segment in self.segments)
-        return f"{self.role} {text}" + (f" of {self.norm.kind}({self.norm.reads})" if self.norm else "")
+        return f"{self.role} {text}" + (
+            f" of {self.norm.kind}({self.norm.reads})" if self.norm else ""
+        )
 
 
 TensorSpec = tuple[AxisUse, ...]
@@ -112,7 +114,10 @@ class ModelSpec:
     def shape(self, name: str, sizes: Mapping[str, int] | None = None) -> tuple[int, ...]:
         """Shape of a tensor at the given sizes (default: the source's)."""
         at = self.sizes if sizes is None else sizes
-        return tuple(sum(prod(space_size(c, at) for c in segment) for segment in axis.segments) for axis in self.tensors[name])
+        return tuple(
+            sum(prod(space_size(c, at) for c in segment) for segment in axis.segments)
+            for axis in self.tensors[name]
+        )
 
     def spaces(self) -> dict[str, list[str]]:
         """Every space and its streams."""
@@ -126,14 +131,20 @@ class ModelSpec:
         names: dict[str, None] = {}
         for axes in self.tensors.values():
             for axis in axes:
-                names.update((c, None) for segment in axis.segments for c in segment if isinstance(c, str))
+                names.update(
+                    (c, None) for segment in axis.segments for c in segment if isinstance(c, str)
+                )
                 if axis.norm:
                     names[axis.norm.reads] = None
         return list(names)
 
     def norms(self) -> list[tuple[str, AxisUse, Norm]]:
         """Every norm: the name of its gain, the gain's axis, the norm."""
-        return [(name, axes[0], axes[0].norm) for name, axes in self.tensors.items() if axes and axes[0].norm]
+        return [
+            (name, axes[0], axes[0].norm)
+            for name, axes in self.tensors.items()
+            if axes and axes[0].norm
+        ]
 
     def block_of(self, name: str) -> tuple[int, str] | None:
         """Index of the block a tensor or module lies in, and its name inside the block."""
@@ -184,7 +195,9 @@ def reader(axis: Axis) -> AxisUse:
     return AxisUse("reader", _segments(axis))
 
 
-def linear(name: str, *, reads: Axis, writes: Axis, bias: bool = True, transposed: bool = False) -> dict[str, TensorSpec]:
+def linear(
+    name: str, *, reads: Axis, writes: Axis, bias: bool = True, transposed: bool = False
+) -> dict[str, TensorSpec]:
     """Describe ``y = W x + b`` with ``W[out, in]`` (``W[in, out]`` when ``transposed``)."""
     weight = (reader(reads), writer(writes)) if transposed else (writer(writes), reader(reads))
     return {f"{name}.weight": weight} | ({f"{name}.bias": (writer(writes),)} if bias else {})
@@ -196,7 +209,13 @@ def embedding(name: str, *, rows: Axis, writes: Axis) -> dict[str, TensorSpec]:
 
 
 def norm(
-    name: str, *, reads: str, writes: str, kind: Literal["rms", "layer"], bias: bool | None = None, eps: str = "eps"
+    name: str,
+    *,
+    reads: str,
+    writes: str,
+    kind: Literal["rms", "layer"],
+    bias: bool | None = None,
+    eps: str = "eps",
 ) -> dict[str, TensorSpec]:
     """Describe a normalisation with gain ``weight`` and, by default for LayerNorm, ``bias``."""
     gain = AxisUse("gain", _segments(writes), Norm(reads, kind, eps))

@@ -7,10 +7,16 @@ from collections.abc import Sequence
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Lay rows out in columns; numbers to the right."""
     cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
-    right = [bool(rows) and all(isinstance(row[c], int | float) for row in rows) for c in range(len(header))]
+    right = [
+        bool(rows) and all(isinstance(row[c], int | float) for row in rows)
+        for c in range(len(header))
+    ]
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
     lines = [
-        "  ".join(cell.rjust(width) if r else cell.ljust(width) for cell, width, r in zip(row, widths, right, strict=True)).rstrip()
+        "  ".join(
+            cell.rjust(width) if r else cell.ljust(width)
+            for cell, width, r in zip(row, widths, right, strict=True)
+        ).rstrip()
         for row in [list(header), ["-" * width for width in widths], *cells]
     ]
     return "\n".join(lines)

@@ -24,7 +24,9 @@ class Tensors:
         """Every tensor."""
         yield from self.values.values()
         yield from self.grads.values()
-        yield from (t for state in self.states.values() for t in state.values() if isinstance(t, Tensor))
+        yield from (
+            t for state in self.states.values() for t in state.values() if isinstance(t, Tensor)
+        )
 
     def n_bytes(self) -> int:
         """Bytes of all tensors."""

@@ -55,19 +55,44 @@ class Verification:
             return ", ".join(f"{name} {n:,}" for name, n in folded.items()) or "none"
 
         def some(names: tuple[str, ...]) -> str:
-            return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"
+            return (
+                ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+                if names
+                else "none"
+            )
 
         rows = [
-            ("logits error", f"{self.logits_error:.2e} of {self.logits_scale:.3g}", "ok" if self.same_function else "DIFFERENT"),
+            (
+                "logits error",
+                f"{self.logits_error:.2e} of {self.logits_scale:.3g}",
+                "ok" if self.same_function else "DIFFERENT",
+            ),
             ("without gradient in two steps", count(self.dead), "ok" if not self.dead else "DEAD"),
-            ("copies equal after two steps", count(self.copies), "" if not self.copies else "STAY EQUAL"),
-            ("optimizer state that does not fit", some(self.state), "ok" if not self.state else "WRONG"),
-            ("parameters in no group", some(self.unheld), "ok" if not self.unheld else "NOT TRAINED"),
+            (
+                "copies equal after two steps",
+                count(self.copies),
+                "" if not self.copies else "STAY EQUAL",
+            ),
+            (
+                "optimizer state that does not fit",
+                some(self.state),
+                "ok" if not self.state else "WRONG",
+            ),
+            (
+                "parameters in no group",
+                some(self.unheld),
+                "ok" if not self.unheld else "NOT TRAINED",
+            ),
         ]
         return table(["check", "found", ""], rows)
 
 
-def verify(source: nn.Module, target: nn.Module, batch: Tensor | Mapping[str, object], optim: Optimizer | None = None) -> Verification:
+def verify(
+    source: nn.Module,
+    target: nn.Module,
+    batch: Tensor | Mapping[str, object],
+    optim: Optimizer | None = None,
+) -> Verification:
     """Compare a grown model with its source, and check that every part of it trains.
 
     Args:
@@ -107,16 +132,25 @@ def _run(model: nn.Module, batch: Tensor | Mapping[str, object]) -> tuple[Tensor
             module.training = mode
     logits = getattr(out, "logits", out)
     if not isinstance(logits, Tensor):
-        logits = getattr(out, "last_hidden_state", None) or next(t for t in out if isinstance(t, Tensor) and t.dim())
+        logits = getattr(out, "last_hidden_state", None) or next(
+            t for t in out if isinstance(t, Tensor) and t.dim()
+        )
     loss = getattr(out, "loss", None)
-    return logits.detach() if not torch.is_grad_enabled() else logits, logits.float().square().mean() if loss is None else loss
+    return (
+        logits.detach() if not torch.is_grad_enabled() else logits,
+        logits.float().square().mean() if loss is None else loss,
+    )
 
 
-def _trial(model: nn.Module, batch: Tensor | Mapping[str, object]) -> tuple[dict[str, int], dict[str, int]]:
+def _trial(
+    model: nn.Module, batch: Tensor | Mapping[str, object]
+) -> tuple[dict[str, int], dict[str, int]]:
     """Elements without gradient in two steps of a copy, and rows and columns that are equal after them."""
     trial = copy.deepcopy(model)
     embeddings = [m for m in trial.modules() if isinstance(m, nn.Embedding)]
-    tables = {name for name, p in trial.named_parameters() if any(p is m.weight for m in embeddings)}
+    tables = {
+        name for name, p in trial.named_parameters() if any(p is m.weight for m in embeddings)
+    }
     params = {name: p for name, p in trial.named_parameters() if p.requires_grad}
     dead = {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}
     for _ in range(2):
@@ -143,7 +177,9 @@ def _n_copies(weight: Tensor) -> int:
 def _equal_rows(matrix: Tensor) -> int:
     """Rows that equal another one: candidates by a random projection, then bit for bit. Constant rows (zeros) do not count."""
     generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(matrix.shape[1], dtype=torch.float64, generator=generator).to(matrix.device)
+    direction = torch.randn(matrix.shape[1], dtype=torch.float64, generator=generator).to(
+        matrix.device
+    )
     order = (matrix.double() @ direction).argsort()
     near = matrix[order]
     same = (near[1:] == near[:-1]).all(1) & (near[1:] != near[1:, :1]).any(1)
@@ -158,4 +194,6 @@ def _optimizer(model: nn.Module, optim: Optimizer) -> tuple[tuple[str, ...], tup
         for key, value in optim.state.get(p, {}).items()
         if isinstance(value, Tensor) and value.dim() and value.shape != p.shape
     ]
-    return tuple(state), tuple(name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held)
+    return tuple(state), tuple(
+        name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held
+    )

@@ -18,8 +18,14 @@ import triton.language as tl
 BLOCK_C = 128  # columns of a tile: fewer than threads, so that vectors along columns load in the layout of the tile
 N_WARPS = 8
 N_FIELDS = tl.constexpr(21)  # columns of the table, in the order of _row
-BYTES_MEAN, INVERSE_STD = tl.constexpr(510.0), tl.constexpr(1 / 147.80054127099805)  # of the sum of four uniform bytes
-DTYPES = {getattr(torch, name): getattr(tl, name) for name in ("float64", "float32", "float16", "bfloat16", "int64")}
+BYTES_MEAN, INVERSE_STD = (
+    tl.constexpr(510.0),
+    tl.constexpr(1 / 147.80054127099805),
+)  # of the sum of four uniform bytes
+DTYPES = {
+    getattr(torch, name): getattr(tl, name)
+    for name in ("float64", "float32", "float16", "bfloat16", "int64")
+}
 
 
 def block_r(n_bytes: int, src_wide: bool, dst_wide: bool, noise: bool) -> int:
@@ -50,7 +56,9 @@ def expand_kernel(
     pid = tl.program_id(0).to(tl.int64)
     low = 0
     high = n_pieces - 1
-    while low < high:  # the last piece whose first tile is not after pid, so never one without tiles
+    while (
+        low < high
+    ):  # the last piece whose first tile is not after pid, so never one without tiles
         middle = (low + high + 1) // 2
         found = tl.load(table_ptr + middle.to(tl.int64) * N_FIELDS) <= pid
         low = tl.where(found, middle, low)
@@ -70,16 +78,22 @@ def expand_kernel(
     src_cols = cols
     if HAS_INDEX:
         index = tl.load(piece + 9)
-        found = tl.load(index.to(tl.pointer_type(tl.int32)) + rows, mask=row_mask & (index != 0), other=0)
+        found = tl.load(
+            index.to(tl.pointer_type(tl.int32)) + rows, mask=row_mask & (index != 0), other=0
+        )
         src_rows = tl.where(index != 0, found.to(tl.int64), rows)
     if HAS_INDEX and not SRC_WIDE:
         index = tl.load(piece + 10)
-        found = tl.load(index.to(tl.pointer_type(tl.int32)) + cols, mask=col_mask & (index != 0), other=0)
+        found = tl.load(
+            index.to(tl.pointer_type(tl.int32)) + cols, mask=col_mask & (index != 0), other=0
+        )
         src_cols = tl.where(index != 0, found.to(tl.int64), cols)
     src_ptr = tl.load(piece + 1).to(tl.pointer_type(SRC)) + src_rows * tl.load(piece + 5)
     dst_ptr = tl.load(piece + 2).to(tl.pointer_type(DST)) + rows * tl.load(piece + 7)
     if SRC_WIDE:
-        src_ptr = tl.multiple_of(src_ptr, [16, 16]) + src_cols  # bytes; on a block, as a hint on a scalar does not reach the load
+        src_ptr = (
+            tl.multiple_of(src_ptr, [16, 16]) + src_cols
+        )  # bytes; on a block, as a hint on a scalar does not reach the load
     else:
         src_ptr += src_cols * tl.load(piece + 6)
     if DST_WIDE:
@@ -89,18 +103,30 @@ def expand_kernel(
 
     values = tl.load(src_ptr, mask=row_mask & col_mask, other=0)
     if HAS_NOISE:
-        row_ids = tl.load(tl.load(piece + 19).to(tl.pointer_type(tl.int32)) + rows, mask=row_mask, other=0)
-        col_ids = tl.load(tl.load(piece + 20).to(tl.pointer_type(tl.int32)) + cols, mask=col_mask, other=0)
+        row_ids = tl.load(
+            tl.load(piece + 19).to(tl.pointer_type(tl.int32)) + rows, mask=row_mask, other=0
+        )
+        col_ids = tl.load(
+            tl.load(piece + 20).to(tl.pointer_type(tl.int32)) + cols, mask=col_mask, other=0
+        )
         normal = _normal(tl.load(piece + 14), tl.load(piece + 15).to(tl.int32), row_ids, col_ids)
-        by_row = tl.load(tl.load(piece + 17).to(tl.pointer_type(tl.float32)) + rows, mask=row_mask, other=0)
-        by_col = tl.load(tl.load(piece + 18).to(tl.pointer_type(tl.float32)) + cols, mask=col_mask, other=0)
+        by_row = tl.load(
+            tl.load(piece + 17).to(tl.pointer_type(tl.float32)) + rows, mask=row_mask, other=0
+        )
+        by_col = tl.load(
+            tl.load(piece + 18).to(tl.pointer_type(tl.float32)) + cols, mask=col_mask, other=0
+        )
         std = tl.load(tl.load(piece + 16).to(tl.pointer_type(MATH)))
         values = values.to(MATH) + std * by_row.to(MATH) * by_col.to(MATH) * normal.to(MATH)
     if HAS_SCALE:
         row_scale = tl.load(piece + 12)
         col_scale = tl.load(piece + 13)
-        by_row = tl.load(row_scale.to(tl.pointer_type(MATH)) + rows, mask=row_mask & (row_scale != 0), other=1)
-        by_col = tl.load(col_scale.to(tl.pointer_type(MATH)) + cols, mask=col_mask & (col_scale != 0), other=1)
+        by_row = tl.load(
+            row_scale.to(tl.pointer_type(MATH)) + rows, mask=row_mask & (row_scale != 0), other=1
+        )
+        by_col = tl.load(
+            col_scale.to(tl.pointer_type(MATH)) + cols, mask=col_mask & (col_scale != 0), other=1
+        )
         scale = tl.load(piece + 11).to(tl.float64, bitcast=True).to(MATH)
         values = values.to(MATH) * scale * by_row * by_col
 
@@ -122,7 +148,9 @@ def expand(pieces: Sequence[Any]) -> None:
         table, n_tiles = list[list[int]](), 0
         for piece in members:
             table.append([n_tiles, *_row(piece)])
-            n_tiles += triton.cdiv(piece.dst.shape[0], options["BLOCK_R"]) * triton.cdiv(piece.dst.shape[1], BLOCK_C)
+            n_tiles += triton.cdiv(piece.dst.shape[0], options["BLOCK_R"]) * triton.cdiv(
+                piece.dst.shape[1], BLOCK_C
+            )
         if n_tiles:
             on_device = torch.tensor(table, dtype=torch.int64).to(members[0].dst.device)
             with torch.cuda.device_of(on_device):
@@ -135,15 +163,31 @@ def _kind(piece: Any) -> tuple[Any, ...]:
     n_wide = 16 // min(src.itemsize, dst.itemsize)
 
     def wide(t: torch.Tensor) -> bool:
-        return t.stride(1) == 1 and not (t.data_ptr() % 16 or t.stride(0) % n_wide or dst.shape[1] % n_wide)
+        return t.stride(1) == 1 and not (
+            t.data_ptr() % 16 or t.stride(0) % n_wide or dst.shape[1] % n_wide
+        )
 
     index = piece.rows is not None or piece.cols is not None
     scaled = piece.scale != 1.0 or piece.row_scale is not None or piece.col_scale is not None
-    return src.dtype, dst.dtype, piece.cols is None and wide(src), wide(dst), index, scaled, piece.noise is not None
+    return (
+        src.dtype,
+        dst.dtype,
+        piece.cols is None and wide(src),
+        wide(dst),
+        index,
+        scaled,
+        piece.noise is not None,
+    )
 
 
 def launch_options(
-    src: torch.dtype, dst: torch.dtype, src_wide: bool, dst_wide: bool, index: bool, scale: bool, noise: bool
+    src: torch.dtype,
+    dst: torch.dtype,
+    src_wide: bool,
+    dst_wide: bool,
+    index: bool,
+    scale: bool,
+    noise: bool,
 ) -> dict[str, Any]:
     """What a launch is specialised on: dtypes, which side has columns in aligned 16-byte groups, and what there is to do."""
     return dict(
@@ -159,9 +203,23 @@ def _row(piece: Any) -> list[int]:
     optional = (piece.rows, piece.cols), (piece.row_scale, piece.col_scale)
     index, scales = ([0 if t is None else t.data_ptr() for t in pair] for pair in optional)
     scale = unpack("<q", pack("<d", piece.scale))
-    row = [piece.src.data_ptr(), piece.dst.data_ptr(), *piece.dst.shape, *piece.src.stride(), *piece.dst.stride(), *index, *scale, *scales]
+    row = [
+        piece.src.data_ptr(),
+        piece.dst.data_ptr(),
+        *piece.dst.shape,
+        *piece.src.stride(),
+        *piece.dst.stride(),
+        *index,
+        *scale,
+        *scales,
+    ]
     noise = piece.noise
     if noise is None:
         return row + [0] * (N_FIELDS.value - 1 - len(row))
     seed = unpack("<q", pack("<Q", noise.key[0]))
-    return [*row, *seed, noise.key[1], *(t.data_ptr() for t in (noise.std, noise.rows, noise.cols, noise.row_ids, noise.col_ids))]
+    return [
+        *row,
+        *seed,
+        noise.key[1],
+        *(t.data_ptr() for t in (noise.std, noise.rows, noise.cols, noise.row_ids, noise.col_ids)),
+    ]

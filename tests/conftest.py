@@ -12,11 +12,15 @@ from torch import Tensor
 HAS_CUDA = torch.cuda.is_available()
 
 if not HAS_CUDA:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by `import triton`, which nothing above does
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read by `import triton`, which nothing above does
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # for subprocesses
     torch.set_num_threads(1)
-with torch.device("meta"):  # torch looks up once which functions a device context redirects: those below, before they are wrapped
+with torch.device(
+    "meta"
+):  # torch looks up once which functions a device context redirects: those below, before they are wrapped
     assert torch.empty(0).is_meta
 
 # no deadline: a busy machine is no failure; derandomized: a run is green or red for the code alone

@@ -36,16 +36,39 @@ def _make(family: str, tied: bool, changes: dict) -> nn.Module:
     if family == "plain":
         return Plain(tied=tied, **changes)
     if family == "gpt2":
-        sizes = dict(n_embd=24, n_head=4, n_layer=2, n_positions=64, vocab_size=VOCAB, bos_token_id=0, eos_token_id=1)
+        sizes = dict(
+            n_embd=24,
+            n_head=4,
+            n_layer=2,
+            n_positions=64,
+            vocab_size=VOCAB,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
         drop = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**(sizes | drop | changes), tie_word_embeddings=tied))
+        return transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(**(sizes | drop | changes), tie_word_embeddings=tied)
+        )
     if family == "bert":
-        sizes = dict(hidden_size=24, num_attention_heads=4, intermediate_size=40, num_hidden_layers=2, vocab_size=VOCAB)
-        rest = dict(max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, tie_word_embeddings=tied)
+        sizes = dict(
+            hidden_size=24,
+            num_attention_heads=4,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            vocab_size=VOCAB,
+        )
+        rest = dict(
+            max_position_embeddings=64,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            tie_word_embeddings=tied,
+        )
         return transformers.BertForMaskedLM(transformers.BertConfig(**(sizes | rest | changes)))
     name = family.capitalize()
     own = {} if family == "qwen2" else {"head_dim": 6}
-    config = getattr(transformers, f"{name}Config")(**(LLAMA | own | changes), tie_word_embeddings=tied)
+    config = getattr(transformers, f"{name}Config")(
+        **(LLAMA | own | changes), tie_word_embeddings=tied
+    )
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
@@ -61,7 +84,9 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     """Next-token (or, for BERT, same-token) cross entropy."""
-    return nn.functional.cross_entropy(logits(model, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    return nn.functional.cross_entropy(
+        logits(model, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    )
 
 
 def batch(seed: int = 0, n: int = 2) -> Tensor:
@@ -76,8 +101,14 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
-        return self.out(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        q, k, v = (
+            t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1)
+        )
+        return self.out(
+            nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            .transpose(1, 2)
+            .flatten(2)
+        )
 
 
 class Block(nn.Module):
@@ -95,7 +126,9 @@ class Block(nn.Module):
 class Plain(nn.Module):
     """A nanoGPT-style decoder: nothing of transformers in it."""
 
-    def __init__(self, width: int = 24, n_head: int = 4, n_layer: int = 2, tied: bool = True) -> None:
+    def __init__(
+        self, width: int = 24, n_head: int = 4, n_layer: int = 2, tied: bool = True
+    ) -> None:
         super().__init__()
         self.wte, self.wpe = nn.Embedding(VOCAB, width), nn.Embedding(64, width)
         self.blocks = nn.ModuleList(Block(width, n_head) for _ in range(n_layer))
@@ -112,11 +145,15 @@ class Plain(nn.Module):
 
     def spec(self) -> ModelSpec:
         heads, width = self.blocks[0].attention.n_head, self.wte.embedding_dim
-        tensors = embedding("wte", rows="vocab", writes="residual") | embedding("wpe", rows="positions", writes="residual")
+        tensors = embedding("wte", rows="vocab", writes="residual") | embedding(
+            "wpe", rows="positions", writes="residual"
+        )
         for i in range(len(self.blocks)):
             at, qkv = f"blocks.{i}", (f"heads.{i}", "head_dim")
             tensors |= norm(f"{at}.ln_1", reads="residual", writes="residual:normed", kind="layer")
-            tensors |= linear(f"{at}.attention.qkv", reads="residual:normed", writes=[qkv, qkv, qkv])
+            tensors |= linear(
+                f"{at}.attention.qkv", reads="residual:normed", writes=[qkv, qkv, qkv]
+            )
             tensors |= linear(f"{at}.attention.out", reads=qkv, writes="residual")
             tensors |= norm(f"{at}.ln_2", reads="residual", writes="residual:normed", kind="layer")
             tensors |= linear(f"{at}.up", reads="residual:normed", writes=f"ffn.{i}")
@@ -151,10 +188,14 @@ def exact_norms(monkeypatch) -> None:
 
 
 def _rms_norm(self: nn.Module, x: Tensor) -> Tensor:
-    return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+    return self.weight * (
+        x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+    )
 
 
-def train(model: nn.Module, optim: torch.optim.Optimizer, steps: int, first: int = 0) -> list[float]:
+def train(
+    model: nn.Module, optim: torch.optim.Optimizer, steps: int, first: int = 0
+) -> list[float]:
     """Ordinary steps, one batch each; the old loss stays alive as in an ordinary loop."""
     losses = []
     for i in range(first, first + steps):
@@ -166,5 +207,7 @@ def train(model: nn.Module, optim: torch.optim.Optimizer, steps: int, first: int
     return losses
 
 
-def grow(model: nn.Module, optim: torch.optim.Optimizer | None = None, **options: object) -> growkern.GrowthReport:
+def grow(
+    model: nn.Module, optim: torch.optim.Optimizer | None = None, **options: object
+) -> growkern.GrowthReport:
     return growkern.expand_inplace(model, optim, spec=spec_of(model), **options)

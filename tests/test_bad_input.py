@@ -30,7 +30,11 @@ SIZES = [
     ("llama", {"hidden": 48, "vocab": 10}, "vocab: the target 10 is smaller"),
     ("llama", {"hidden": 10**10}, "hidden: the target 10,000,000,000 is beyond 4,194,304"),
     ("llama", {}, "every target equals its source"),
-    ("gpt2", {"hidden": 31}, "31 is not a multiple of head_dim=6.*hidden = heads x head_dim; nearest: 30, 36"),
+    (
+        "gpt2",
+        {"hidden": 31},
+        "31 is not a multiple of head_dim=6.*hidden = heads x head_dim; nearest: 30, 36",
+    ),
     ("gpt2", "1.1x", "not a multiple of head_dim=6.*nearest: 24, 30"),
     ("gpt2", {"hidden": 48, "heads": 4}, "48 is not 4 x 6; hidden=24 or heads=8"),
     ("bert", {"hidden": 50}, "50 is not a multiple of head_dim=6"),
@@ -57,7 +61,10 @@ def test_all_reasons_come_at_once():
 
 
 METHODS = [
-    (dict(width=width.Lossless(norms="mean_pad"), to="1.5x"), "mean_pad' is for layer norms; these are rms norms"),
+    (
+        dict(width=width.Lossless(norms="mean_pad"), to="1.5x"),
+        "mean_pad' is for layer norms; these are rms norms",
+    ),
     (dict(width=width.Lossless(norms="fancy"), to="1.5x"), "norms='fancy' is none of isometric"),
     (dict(width=width.Lossless(noise=-1), to="2x"), "noise=-1"),
     (dict(width=width.Lossless(noise=float("nan")), to="2x"), "noise=nan"),
@@ -79,7 +86,9 @@ def test_centring_a_tied_model_is_refused():
 
 
 def test_an_unknown_model_names_the_known_families_and_the_way_out():
-    with pytest.raises(UnsupportedModelError, match="(?s)no family describes.*GPT2LMHeadModel.*spec=ModelSpec"):
+    with pytest.raises(
+        UnsupportedModelError, match="(?s)no family describes.*GPT2LMHeadModel.*spec=ModelSpec"
+    ):
         growkern.expand_inplace(torch.nn.Linear(2, 2))
 
 
@@ -101,19 +110,52 @@ def without(spec, name):
 
 SPECS = [
     (lambda s: without(s, "blocks.0.up.bias"), r"blocks\.0\.up\.bias: the spec does not cover it"),
-    (lambda s: changed(s, tensors=s.tensors | growkern.linear("extra", reads="residual", writes="vocab")), "extra.bias: .* no such tensor"),
-    (lambda s: changed(s, sizes=dict(s.sizes) | {"ffn": 7}), r"up.weight: has shape \(96, 24\), the spec says \(7, 24\)"),
-    (lambda s: changed(s, sizes={k: v for k, v in s.sizes.items() if k != "ffn"}), "'ffn' is not in sizes"),
     (
-        lambda s: changed(s, tensors=s.tensors | growkern.linear("head", reads="residual:finl", writes="vocab", bias=False)),
+        lambda s: changed(
+            s, tensors=s.tensors | growkern.linear("extra", reads="residual", writes="vocab")
+        ),
+        "extra.bias: .* no such tensor",
+    ),
+    (
+        lambda s: changed(s, sizes=dict(s.sizes) | {"ffn": 7}),
+        r"up.weight: has shape \(96, 24\), the spec says \(7, 24\)",
+    ),
+    (
+        lambda s: changed(s, sizes={k: v for k, v in s.sizes.items() if k != "ffn"}),
+        "'ffn' is not in sizes",
+    ),
+    (
+        lambda s: changed(
+            s,
+            tensors=s.tensors
+            | growkern.linear("head", reads="residual:finl", writes="vocab", bias=False),
+        ),
         "head.weight: reads the stream 'residual:finl', which no tensor of the spec writes",
     ),
-    (lambda s: changed(s, ties={}), "head.weight: is the same parameter as wte.weight, and the spec declares no tie"),
-    (lambda s: changed(s, ties=dict(s.ties) | {"wpe.weight": "wte.weight"}), "wpe.weight: the spec ties it to wte.weight, but"),
-    (lambda s: changed(s, attributes={"blocks.0.attention.n_heads": "heads"}), "blocks.0.attention.n_heads.*no such attribute"),
-    (lambda s: changed(s, attributes={"blocks.0.attention.n_head": "width"}), "n_head.*'width' is not in sizes"),
-    (lambda s: changed(s, blocks=growkern.Blocks("layers")), "layers: the spec says blocks lie there, but it is no ModuleList"),
-    (lambda s: changed(s, blocks=growkern.Blocks("blocks", identity={"down.wait": 0.0})), "down.wait"),
+    (
+        lambda s: changed(s, ties={}),
+        "head.weight: is the same parameter as wte.weight, and the spec declares no tie",
+    ),
+    (
+        lambda s: changed(s, ties=dict(s.ties) | {"wpe.weight": "wte.weight"}),
+        "wpe.weight: the spec ties it to wte.weight, but",
+    ),
+    (
+        lambda s: changed(s, attributes={"blocks.0.attention.n_heads": "heads"}),
+        "blocks.0.attention.n_heads.*no such attribute",
+    ),
+    (
+        lambda s: changed(s, attributes={"blocks.0.attention.n_head": "width"}),
+        "n_head.*'width' is not in sizes",
+    ),
+    (
+        lambda s: changed(s, blocks=growkern.Blocks("layers")),
+        "layers: the spec says blocks lie there, but it is no ModuleList",
+    ),
+    (
+        lambda s: changed(s, blocks=growkern.Blocks("blocks", identity={"down.wait": 0.0})),
+        "down.wait",
+    ),
     (lambda s: changed(s, sizes=dict(s.sizes) | {"layers": 3}), "layers.*3.*2"),
 ]
 
@@ -139,14 +181,24 @@ def short_state(model, optim):
 
 
 OPTIMIZERS = [
-    (torch.optim.Adagrad, None, "law of torch.optim.adagrad.Adagrad .state .*sum.* not known. Known: Adam, AdamW, SGD"),
+    (
+        torch.optim.Adagrad,
+        None,
+        "law of torch.optim.adagrad.Adagrad .state .*sum.* not known. Known: Adam, AdamW, SGD",
+    ),
     (MyAdam, None, "law of .*MyAdam.* not known"),
     (torch.optim.AdamW, extra_key, "norm.weight: unknown state 'ema'"),
-    (torch.optim.AdamW, short_state, r"norm.weight: state 'exp_avg' has shape \(23,\), the parameter \(24,\)"),
+    (
+        torch.optim.AdamW,
+        short_state,
+        r"norm.weight: state 'exp_avg' has shape \(23,\), the parameter \(24,\)",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("kind", "damage", "match"), OPTIMIZERS, ids=lambda v: getattr(v, "__name__", ""))
+@pytest.mark.parametrize(
+    ("kind", "damage", "match"), OPTIMIZERS, ids=lambda v: getattr(v, "__name__", "")
+)
 def test_optimizers_whose_state_cannot_be_grown(kind, damage, match):
     model = make("llama", tied=True)
     optim = kind(model.parameters(), lr=1e-3)
@@ -163,8 +215,14 @@ def test_optimizers_whose_state_cannot_be_grown(kind, damage, match):
 
 
 def test_an_optimizer_of_another_model_is_refused():
-    with pytest.raises(UnsupportedOptimizerError, match="holds no parameter of this LlamaForCausalLM"):
-        grow(make("llama", tied=True), torch.optim.AdamW(make("llama", tied=True).parameters()), to="2x")
+    with pytest.raises(
+        UnsupportedOptimizerError, match="holds no parameter of this LlamaForCausalLM"
+    ):
+        grow(
+            make("llama", tied=True),
+            torch.optim.AdamW(make("llama", tied=True).parameters()),
+            to="2x",
+        )
 
 
 def test_an_optimizer_that_was_not_handed_over_is_found():
@@ -172,7 +230,10 @@ def test_an_optimizer_that_was_not_handed_over_is_found():
     optim = torch.optim.AdamW(model.parameters(), fused=True)
     train(model, optim, 1)
 
-    with pytest.raises(UnsupportedOptimizerError, match="another live optimizer holds state .*AdamW.*Pass it as optim"):
+    with pytest.raises(
+        UnsupportedOptimizerError,
+        match="another live optimizer holds state .*AdamW.*Pass it as optim",
+    ):
         grow(model, to="2x")
 
     optim.state.clear()
@@ -201,7 +262,11 @@ def test_something_that_is_no_optimizer_or_model():
 def test_a_plan_of_another_model_is_refused():
     plan = growkern.plan(make("llama", tied=True), to="2x")
 
-    for other in (make("llama", tied=True, intermediate_size=44), make("mistral", tied=False), make("gpt2", tied=True)):
+    for other in (
+        make("llama", tied=True, intermediate_size=44),
+        make("mistral", tied=False),
+        make("gpt2", tied=True),
+    ):
         with pytest.raises(PlanError, match="the plan is for a llama"):
             grow(other, plan=plan)
 
@@ -217,16 +282,23 @@ def broken(model, how):
     elif how == "sparse":
         block.up.weight = torch.nn.Parameter(torch.zeros(96, 24).to_sparse())
     elif how == "integer":
-        block.up.weight = torch.nn.Parameter(torch.zeros(96, 24, dtype=torch.int8), requires_grad=False)
+        block.up.weight = torch.nn.Parameter(
+            torch.zeros(96, 24, dtype=torch.int8), requires_grad=False
+        )
     elif how == "quantized":
-        block.up.weight = torch.nn.Parameter(torch.quantize_per_tensor(torch.zeros(96, 24), 1.0, 0, torch.qint8), requires_grad=False)
+        block.up.weight = torch.nn.Parameter(
+            torch.quantize_per_tensor(torch.zeros(96, 24), 1.0, 0, torch.qint8), requires_grad=False
+        )
     elif how == "subclass":
         block.up.weight = type("Fancy", (torch.nn.Parameter,), {})(torch.zeros(96, 24))
     elif how == "shared":
         block.ln_2.weight = torch.nn.Parameter(block.ln_1.weight.data)
     elif how == "view":
         flat = torch.zeros(48)
-        block.ln_1.weight, block.ln_2.weight = torch.nn.Parameter(flat[:24]), torch.nn.Parameter(flat[24:])
+        block.ln_1.weight, block.ln_2.weight = (
+            torch.nn.Parameter(flat[:24]),
+            torch.nn.Parameter(flat[24:]),
+        )
     elif how == "pruned":
         from torch.nn.utils import prune
 
@@ -263,7 +335,9 @@ def test_tensors_on_several_devices_are_refused():
     spec = model.spec()
     model.wpe.to("meta")
 
-    with pytest.raises(UnsupportedModelError, match="several devices .*wte.weight on cpu, wpe.weight on meta"):
+    with pytest.raises(
+        UnsupportedModelError, match="several devices .*wte.weight on cpu, wpe.weight on meta"
+    ):
         growkern.expand_inplace(model, spec=spec)
 
 
@@ -292,7 +366,14 @@ def test_live_wrappers_are_refused():
     found = [line for line in done.stdout.splitlines() if line.startswith("REFUSED")]
     assert len(found) == 4, done.stdout + done.stderr[-2000:]
     for line, match in zip(
-        found, ["is a DistributedDataParallel", "DistributedDataParallel holds it", "FSDPModule", "is a DataParallel"], strict=True
+        found,
+        [
+            "is a DistributedDataParallel",
+            "DistributedDataParallel holds it",
+            "FSDPModule",
+            "is a DataParallel",
+        ],
+        strict=True,
     ):
         assert match in line and "not supported yet" in line
 

@@ -16,14 +16,23 @@ from growkern.errors import CommitError, GrowthError, InsufficientMemoryError
 def state_of(model, optim, scheduler=None):
     """Everything a growth could touch, with bits and identities."""
     return {
-        "params": [(n, id(p), p.shape, p.detach().clone(), p.data_ptr(), p.stride()) for n, p in model.named_parameters()],
-        "grads": [None if p.grad is None else (id(p.grad), p.grad.clone()) for p in model.parameters()],
+        "params": [
+            (n, id(p), p.shape, p.detach().clone(), p.data_ptr(), p.stride())
+            for n, p in model.named_parameters()
+        ],
+        "grads": [
+            None if p.grad is None else (id(p.grad), p.grad.clone()) for p in model.parameters()
+        ],
         "buffers": [(n, id(b), b.clone()) for n, b in model.named_buffers()],
         "modules": [(n, id(m), _plain(vars(m))) for n, m in model.named_modules()],
         "config": copy.deepcopy(model.config.to_dict()),
         "groups": [(id(g), [id(p) for p in g["params"]], _plain(g)) for g in optim.param_groups],
-        "state": [(id(p), {k: v.clone() for k, v in optim.state[p].items()}) for p in list(optim.state)],
-        "scheduler": copy.deepcopy({k: v for k, v in vars(scheduler).items() if k != "optimizer"}) if scheduler else None,
+        "state": [
+            (id(p), {k: v.clone() for k, v in optim.state[p].items()}) for p in list(optim.state)
+        ],
+        "scheduler": copy.deepcopy({k: v for k, v in vars(scheduler).items() if k != "optimizer"})
+        if scheduler
+        else None,
     }
 
 
@@ -64,13 +73,20 @@ STAGES = {
     "scheduler": (commit, "_follow"),
     "last check": (commit, "_check"),
 }
-ERRORS = [RuntimeError("boom"), torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), KeyboardInterrupt()]
+ERRORS = [
+    RuntimeError("boom"),
+    torch.OutOfMemoryError("CUDA out of memory"),
+    MemoryError(),
+    KeyboardInterrupt(),
+]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("call", [1, 3], ids=["first", "third"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_failure_at_any_stage_leaves_everything_bitwise_unchanged(stage, call, error, monkeypatch):
+def test_a_failure_at_any_stage_leaves_everything_bitwise_unchanged(
+    stage, call, error, monkeypatch
+):
     model, optim, scheduler, loss = fixture()
     before = state_of(model, optim, scheduler)
     owner, name = STAGES[stage]
@@ -99,7 +115,9 @@ def test_a_failure_at_any_stage_leaves_everything_bitwise_unchanged(stage, call,
 def test_control_c_during_the_writing_waits_until_the_growth_is_whole(monkeypatch):
     model, optim, scheduler, _ = fixture("llama")
     original = commit._attributes
-    monkeypatch.setattr(commit, "_attributes", lambda *a: (os.kill(os.getpid(), signal.SIGINT), original(*a)))
+    monkeypatch.setattr(
+        commit, "_attributes", lambda *a: (os.kill(os.getpid(), signal.SIGINT), original(*a))
+    )
 
     with pytest.raises(KeyboardInterrupt):
         grow(model, optim, to="2x", scheduler=scheduler)
@@ -129,7 +147,12 @@ def test_the_bytes_promised_are_the_bytes_staged():
     promised = execute.needed_bytes(plan, sources, law.orders)
     staged = execute.execute(plan, sources, law)
 
-    scalars = sum(t.numel() * t.element_size() for s in staged.states.values() for t in s.values() if t.dim() == 0)
+    scalars = sum(
+        t.numel() * t.element_size()
+        for s in staged.states.values()
+        for t in s.values()
+        if t.dim() == 0
+    )
     assert sum(promised.values()) == staged.n_bytes() - scalars
 
 
@@ -160,7 +183,9 @@ def test_hooks_weakrefs_and_names_survive():
     model.zero_grad()
     logits(model, batch()).square().mean().backward()
 
-    assert fired == [p.shape] and alive() is p and model.lm_head.weight is model.transformer.wte.weight
+    assert (
+        fired == [p.shape] and alive() is p and model.lm_head.weight is model.transformer.wte.weight
+    )
 
 
 def test_new_blocks_share_the_config_and_the_same_block_list_object():

@@ -21,10 +21,21 @@ WORK = {  # index, scale, noise
     "noisy": (False, True, True),
     "indexed-noisy": (True, True, True),
 }
-SIDES = {"wide": (True, True), "wide-target": (False, True), "wide-source": (True, False), "narrow": (False, False)}
+SIDES = {
+    "wide": (True, True),
+    "wide-target": (False, True),
+    "wide-source": (True, False),
+    "narrow": (False, False),
+}
 FULL = [  # source dtype, target dtype, sides, work
-    *((d, d, "wide", work) for d, work in product(["float32", "bfloat16"], ["copy", "scaled", "indexed", "noisy"])),
-    *((d, d, "narrow", work) for d, work in product(["float32", "bfloat16"], ["copy", "indexed", "indexed-noisy"])),
+    *(
+        (d, d, "wide", work)
+        for d, work in product(["float32", "bfloat16"], ["copy", "scaled", "indexed", "noisy"])
+    ),
+    *(
+        (d, d, "narrow", work)
+        for d, work in product(["float32", "bfloat16"], ["copy", "indexed", "indexed-noisy"])
+    ),
     ("float16", "float16", "wide", "scaled"),
     ("float16", "float16", "narrow", "noisy"),
     ("float64", "float64", "wide", "copy"),
@@ -41,7 +52,12 @@ SOME = [
     ("float32", "bfloat16", "wide-target", "noisy"),
     ("float64", "float64", "narrow", "indexed"),
 ]
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
 COMPILE_ONLY = list(product(["sm_80", "sm_100", "gfx942"], SOME))
 
 
@@ -53,7 +69,9 @@ def case_id(value: object) -> str:
 def built() -> dict[str, dict[str, int]]:
     """Target and case -> registers, bytes of stack and local memory, widest load and store in bits; or the error."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    out = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
+    out = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert out.returncode == 0, out.stderr
     return json.loads(out.stdout.splitlines()[-1])
 
@@ -71,8 +89,14 @@ def test_expand_fits_registers_and_moves_16_bytes_where_it_can(built, case):
 
     assert (found["stack"], found["local"], found["spills"]) == (0, 0, 0)
     assert found["registers"] <= N_REGISTERS
-    assert found["load"] == 128 if src_wide and dst_wide else src_wide or found["load"] <= 64  # 64: what the table holds
-    assert found["store"] == 128 if dst_wide and (src_wide or "noisy" not in case[3]) else dst_wide or found["store"] <= 64
+    assert (
+        found["load"] == 128 if src_wide and dst_wide else src_wide or found["load"] <= 64
+    )  # 64: what the table holds
+    assert (
+        found["store"] == 128
+        if dst_wide and (src_wide or "noisy" not in case[3])
+        else dst_wide or found["store"] <= 64
+    )
 
 
 def main() -> None:
@@ -96,14 +120,23 @@ def build(target: str, case: tuple[str, str, str, str]) -> dict[str, int]:
     source = ASTSource(expand_kernel, signature, constants, {(0,): [["tt.divisibility", 16]]})
     rest = {name: value for name, value in options.items() if not name.isupper()}
     asm = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=rest).asm
-    return measure(asm["cubin"], triton.knobs.nvidia.cuobjdump.path) if target == "sm_90" else {"compiled": 1}
+    return (
+        measure(asm["cubin"], triton.knobs.nvidia.cuobjdump.path)
+        if target == "sm_90"
+        else {"compiled": 1}
+    )
 
 
 def measure(cubin: bytes, cuobjdump: str) -> dict[str, int]:
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([cuobjdump, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True)
+        text = subprocess.run(
+            [cuobjdump, "-res-usage", "-sass", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     usage, sass = text.stdout + text.stderr, text.stdout
     return {
         "registers": int(re.search(r"\bREG:(\d+)", usage)[1]),
@@ -117,7 +150,10 @@ def measure(cubin: bytes, cuobjdump: str) -> dict[str, int]:
 
 def widest(access: str, sass: str) -> int:
     """Bits of the widest access to global memory; 32 where the mnemonic has no width."""
-    return max(int((re.search(r"\.U?(8|16|64|128)\b", found) or [0, 32])[1]) for found in re.findall(rf"\b{access}\.E\S*", sass))
+    return max(
+        int((re.search(r"\.U?(8|16|64|128)\b", found) or [0, 32])[1])
+        for found in re.findall(rf"\b{access}\.E\S*", sass)
+    )
 
 
 if __name__ == "__main__":

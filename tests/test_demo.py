@@ -11,7 +11,9 @@ pytestmark = pytest.mark.xdist_group("demo")  # one worker trains, once
 
 
 def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app(), ["demo", "--quick", "--device", "cpu", *map(str, arguments)])
+    return CliRunner().invoke(
+        cli.app(), ["demo", "--quick", "--device", "cpu", *map(str, arguments)]
+    )
 
 
 def losses(output: str) -> list[tuple[str, float, float]]:
@@ -58,7 +60,9 @@ def test_both_growths_are_reported_and_keep_the_loss(compared):
 def test_both_runs_end_at_the_same_size_and_flops(compared):
     result, _ = compared
 
-    rows = re.findall(r"(grown|from scratch)\W+(\d\.\d{4})\D+(\d\.\d+e\+\d+)\W+([\d,]+)", result.output)
+    rows = re.findall(
+        r"(grown|from scratch)\W+(\d\.\d{4})\D+(\d\.\d+e\+\d+)\W+([\d,]+)", result.output
+    )
 
     (_, grown_loss, grown_flops, grown_params), (_, loss, flops, params) = rows
     assert grown_params == params
@@ -97,7 +101,11 @@ def test_loss_that_is_not_a_number_is_a_failure(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("won", "sentence"), [(True, "Growing paid: 1.000 nats per byte grown, 2.000"), (False, "Growing did not pay here: 2.000")]
+    ("won", "sentence"),
+    [
+        (True, "Growing paid: 1.000 nats per byte grown, 2.000"),
+        (False, "Growing did not pay here: 2.000"),
+    ],
 )
 def test_verdict_follows_the_numbers(won, sentence):
     better = demo.Run("", flops=2.0, loss=1.0, curve=[(1.0, 1.5), (2.0, 1.0)])
@@ -131,7 +139,9 @@ def test_missing_extra_is_named_with_the_way_out(missing, tmp_path, monkeypatch,
     for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.setattr(sys, "argv", ["growkern", "demo", "--quick", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(
+        sys, "argv", ["growkern", "demo", "--quick", "--out", str(tmp_path / "out")]
+    )
 
     with pytest.raises(SystemExit, match="1"):
         cli.main()

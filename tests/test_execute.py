@@ -32,14 +32,20 @@ def axes(draw, pad):
         length = 90 if kind == "long" else draw(st.integers(1, 9))
         m = IndexMap.of(draw(st.lists(st.integers(-1, n - 1), min_size=length, max_size=length)), n)
     values = st.sampled_from([0.25, 0.5, 1.0, 3.0])
-    scales = [Vector.of(draw(st.lists(values, min_size=m.n_target, max_size=m.n_target))) for _ in range(2)]
+    scales = [
+        Vector.of(draw(st.lists(values, min_size=m.n_target, max_size=m.n_target)))
+        for _ in range(2)
+    ]
     return AxisMap(m, *scales, pad=pad)
 
 
 def expected(source, axes, order, fill):
     shape = [a.index_map.n_target for a in axes]
     out = torch.empty(shape, dtype=torch.float64)
-    scales = [(a.weight_scale if order == 0 else a.grad_scale.map(lambda x: x**order)).expanded() for a in axes]
+    scales = [
+        (a.weight_scale if order == 0 else a.grad_scale.map(lambda x: x**order)).expanded()
+        for a in axes
+    ]
     for at in itertools.product(*map(range, shape)):
         where = [a.index_map.indices[i] for a, i in zip(axes, at, strict=True)]
         scale = 1.0
@@ -62,14 +68,28 @@ def test_weights_and_moments_equal_a_loop_over_elements(axes, transposed):
     if not plan.changes(plan.rows[0]):
         return
 
-    staged = execute(plan, Tensors({"w": source}, {"w": m}, {"w": {"exp_avg": m, "exp_avg_sq": v, "step": torch.tensor(3.0)}}), ADAM)
+    staged = execute(
+        plan,
+        Tensors(
+            {"w": source},
+            {"w": m},
+            {"w": {"exp_avg": m, "exp_avg_sq": v, "step": torch.tensor(3.0)}},
+        ),
+        ADAM,
+    )
 
     copied = expected(v, axes, 2, float("nan"))
     mean = copied[~copied.isnan()].mean() if (~copied.isnan()).any() else torch.tensor(0.0)
-    torch.testing.assert_close(staged.values["w"], expected(source, axes, 0, 0.0), rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        staged.values["w"], expected(source, axes, 0, 0.0), rtol=1e-13, atol=0
+    )
     torch.testing.assert_close(staged.grads["w"], expected(m, axes, 1, 0.0), rtol=1e-13, atol=0)
-    torch.testing.assert_close(staged.states["w"]["exp_avg"], expected(m, axes, 1, 0.0), rtol=1e-13, atol=0)
-    torch.testing.assert_close(staged.states["w"]["exp_avg_sq"], expected(v, axes, 2, mean.item()), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        staged.states["w"]["exp_avg"], expected(m, axes, 1, 0.0), rtol=1e-13, atol=0
+    )
+    torch.testing.assert_close(
+        staged.states["w"]["exp_avg_sq"], expected(v, axes, 2, mean.item()), rtol=1e-12, atol=0
+    )
     assert "step" not in staged.states["w"]  # kept where it is
 
 
@@ -86,19 +106,28 @@ def writer(n, k, pad="zero"):
 def test_twin_noise_is_as_strong_as_asked_and_cancels():
     source = torch.randn(64, 96, dtype=torch.float64)
 
-    staged = execute(plan_of([writer(64, 128), even(96, 192)]), Tensors({"w": source}), None).values["w"]
+    staged = execute(
+        plan_of([writer(64, 128), even(96, 192)]), Tensors({"w": source}), None
+    ).values["w"]
 
     noise = (staged - torch.cat([torch.cat([source, source], 0)] * 2, 1) / 2) * 2
     rms = source.square().mean().sqrt()
     assert (noise[:, :96] + noise[:, 96:]).abs().max() < 1e-12
-    assert noise.std() == pytest.approx(0.5 * rms.item(), rel=0.02) and abs(noise[:, :96].mean()) < 0.02
-    assert not torch.equal(noise[:64], noise[64:])  # rows that copy the same row get noise of their own
+    assert (
+        noise.std() == pytest.approx(0.5 * rms.item(), rel=0.02)
+        and abs(noise[:, :96].mean()) < 0.02
+    )
+    assert not torch.equal(
+        noise[:64], noise[64:]
+    )  # rows that copy the same row get noise of their own
 
 
 def test_noise_on_the_reader_axis_of_a_transposed_weight_cancels_too():
     source = torch.randn(96, 64, dtype=torch.float64)
 
-    staged = execute(plan_of([even(96, 192), writer(64, 128)]), Tensors({"w": source}), None).values["w"]
+    staged = execute(
+        plan_of([even(96, 192), writer(64, 128)]), Tensors({"w": source}), None
+    ).values["w"]
 
     total = staged[:96] + staged[96:]
     assert (total - torch.cat([source, source], 1)).abs().max() < 1e-12
@@ -108,17 +137,27 @@ def test_noise_on_the_reader_axis_of_a_transposed_weight_cancels_too():
 def test_odd_copies_and_single_ones_are_handled():
     source = torch.randn(8, 4, dtype=torch.float64)
 
-    three, uneven = (execute(plan_of([writer(8, 8), even(4, k)]), Tensors({"w": source}), None).values["w"] for k in (12, 6))
+    three, uneven = (
+        execute(plan_of([writer(8, 8), even(4, k)]), Tensors({"w": source}), None).values["w"]
+        for k in (12, 6)
+    )
 
     assert (three.view(8, 3, 4).sum(1) - source).abs().max() < 1e-12
-    assert (uneven[:, :2] + uneven[:, 4:] - source[:, :2]).abs().max() < 1e-12 and torch.equal(uneven[:, 2:4], source[:, 2:4])
+    assert (uneven[:, :2] + uneven[:, 4:] - source[:, :2]).abs().max() < 1e-12 and torch.equal(
+        uneven[:, 2:4], source[:, 2:4]
+    )
 
 
 def test_pads_of_writers_are_zero_or_the_mean_and_those_of_readers_are_free():
     source = torch.randn(6, 4, dtype=torch.float64)
     free = AxisMap(IndexMap.padded(4, 7), Vector.full(1.0, 7), Vector.full(1.0, 7), "normal")
 
-    zero, mean = (execute(plan_of([writer(6, 8, pad), writer(4, 4)]), Tensors({"w": source}), None).values["w"] for pad in ("zero", "mean"))
+    zero, mean = (
+        execute(plan_of([writer(6, 8, pad), writer(4, 4)]), Tensors({"w": source}), None).values[
+            "w"
+        ]
+        for pad in ("zero", "mean")
+    )
     drawn = execute(plan_of([writer(6, 6), free]), Tensors({"w": source}), None).values["w"]
 
     assert torch.equal(zero[:6], source) and (zero[6:] == 0).all()
@@ -128,7 +167,9 @@ def test_pads_of_writers_are_zero_or_the_mean_and_those_of_readers_are_free():
 
 def test_centring_takes_the_mean_of_the_weight_and_not_of_its_state():
     source = torch.randn(6, 4, dtype=torch.float64)
-    axis = AxisMap(IndexMap.padded(6, 8), Vector.full(1.0, 8), Vector.full(1.0, 8), "zero", centred=True)
+    axis = AxisMap(
+        IndexMap.padded(6, 8), Vector.full(1.0, 8), Vector.full(1.0, 8), "zero", centred=True
+    )
 
     staged = execute(plan_of([axis, writer(4, 4)]), Tensors({"w": source}, {"w": source}), None)
 
@@ -149,15 +190,23 @@ def test_noise_depends_on_seed_name_and_element_alone(monkeypatch):
 def test_weights_of_half_precision_keep_float32_state(dtype):
     source, m = torch.randn(8, 8, dtype=dtype), torch.randn(8, 8)
 
-    staged = execute(plan_of([writer(8, 16), even(8, 16)]), Tensors({"w": source}, {}, {"w": {"exp_avg": m}}), ADAM)
+    staged = execute(
+        plan_of([writer(8, 16), even(8, 16)]),
+        Tensors({"w": source}, {}, {"w": {"exp_avg": m}}),
+        ADAM,
+    )
 
-    assert staged.values["w"].dtype == dtype and staged.states["w"]["exp_avg"].dtype == torch.float32
+    assert (
+        staged.values["w"].dtype == dtype and staged.states["w"]["exp_avg"].dtype == torch.float32
+    )
 
 
 def test_a_pure_copy_is_bit_exact_even_for_nan_payloads():
     bits = torch.randint(-(2**31), 2**31 - 1, (16, 16), dtype=torch.int32)
     source = bits.view(torch.float32)
 
-    staged = execute(plan_of([writer(16, 32), writer(16, 16)]), Tensors({"w": source}), None).values["w"]
+    staged = execute(
+        plan_of([writer(16, 32), writer(16, 16)]), Tensors({"w": source}), None
+    ).values["w"]
 
     assert torch.equal(staged.view(torch.int32), torch.cat([bits, bits]))

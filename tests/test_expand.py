@@ -28,11 +28,27 @@ from growkern.reference import Noise, Piece, arithmetic, normal
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 F64, F32, F16, BF16, I64 = torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64
-BITS = {8: I64, 4: torch.int32, 2: torch.int16}  # bytes -> integers of that size, to compare NaN payloads and -0.0 too
-POISON = {8: 0x7FF8DEADDEADDEAD, 4: 0x7FC0DEAD, 2: 0x7FFF}  # NaN as float64, float32, and as both float16 and bfloat16
+BITS = {
+    8: I64,
+    4: torch.int32,
+    2: torch.int16,
+}  # bytes -> integers of that size, to compare NaN payloads and -0.0 too
+POISON = {
+    8: 0x7FF8DEADDEADDEAD,
+    4: 0x7FC0DEAD,
+    2: 0x7FFF,
+}  # NaN as float64, float32, and as both float16 and bfloat16
 ROWS = [1, 7, 15, 16, 17, 31, 32, 33, 64, 67]  # BLOCK_R is 8, 16 or 32
 COLS = [1, 13, 64, BLOCK_C - 1, BLOCK_C, BLOCK_C + 1, 2 * BLOCK_C, 2 * BLOCK_C + 8]
-SOURCES = ["plain", "offset", "transposed", "strided", "row", "column", "element"]  # the last three broadcast
+SOURCES = [
+    "plain",
+    "offset",
+    "transposed",
+    "strided",
+    "row",
+    "column",
+    "element",
+]  # the last three broadcast
 TARGETS = ["plain", "aligned", "offset", "transposed", "strided"]
 SEEDS = [0, 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1, 0x0123456789ABCDEF]
 
@@ -44,12 +60,16 @@ def bits(t: Tensor) -> Tensor:
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype, g: torch.Generator) -> Tensor:
     """Every bit pattern: NaN with payloads, infinities, -0.0, subnormals."""
     n = 8 * dtype.itemsize
-    return torch.randint(-(2 ** (n - 1)), 2 ** (n - 1) - 1, shape, generator=g, dtype=BITS[dtype.itemsize]).view(dtype)
+    return torch.randint(
+        -(2 ** (n - 1)), 2 ** (n - 1) - 1, shape, generator=g, dtype=BITS[dtype.itemsize]
+    ).view(dtype)
 
 
 def numbers(shape: tuple[int, ...], dtype: torch.dtype, g: torch.Generator) -> Tensor:
     """Numbers of many sizes and both signs, with zeros; no subnormals, which the interpreter's bfloat16 cannot do."""
-    values = torch.randn(shape, generator=g, dtype=F64) * 10.0 ** torch.randint(-2, 3, shape, generator=g)
+    values = torch.randn(shape, generator=g, dtype=F64) * 10.0 ** torch.randint(
+        -2, 3, shape, generator=g
+    )
     return torch.where(torch.rand(shape, generator=g) < 0.1, 0.0 * values, values).to(dtype)
 
 
@@ -79,7 +99,11 @@ def target(shape: tuple[int, int], dtype: torch.dtype, layout: str) -> tuple[Ten
     """Poisoned memory, and a rectangle in it."""
     r, c = shape
     n_wide = 16 // dtype.itemsize
-    memory = torch.full((2 * r + 2, 3 * (c + n_wide) // n_wide * n_wide), POISON[dtype.itemsize], dtype=BITS[dtype.itemsize])
+    memory = torch.full(
+        (2 * r + 2, 3 * (c + n_wide) // n_wide * n_wide),
+        POISON[dtype.itemsize],
+        dtype=BITS[dtype.itemsize],
+    )
     memory = memory.view(dtype).to(DEVICE)
     if layout == "plain":
         return memory, memory.view(-1)[: r * c].view(r, c)
@@ -110,31 +134,66 @@ class Case:
     @property
     def bits(self) -> bool:
         """True for a pure copy, which copies every bit pattern."""
-        return self.src == self.dst and self.scale == 1.0 and not any(self.scales) and self.noise is None
+        return (
+            self.src == self.dst
+            and self.scale == 1.0
+            and not any(self.scales)
+            and self.noise is None
+        )
 
     def build(self) -> tuple[Tensor, Tensor, Piece]:
         """Poisoned memory, a copy of it, and the piece that writes a rectangle of the first."""
         g = torch.Generator().manual_seed(self.values)
-        n_rows, n_cols = (n if s is None else s for n, s in zip(self.shape, self.n_sources, strict=True))
+        n_rows, n_cols = (
+            n if s is None else s for n, s in zip(self.shape, self.n_sources, strict=True)
+        )
         src = (random_bits if self.bits else numbers)((n_rows, n_cols), self.src, g)
         memory, dst = target(self.shape, self.dst, self.target)
         rows, cols = (
-            None if s is None else torch.randint(0, s, (n,), generator=g, dtype=torch.int32).to(DEVICE)
+            None
+            if s is None
+            else torch.randint(0, s, (n,), generator=g, dtype=torch.int32).to(DEVICE)
             for n, s in zip(self.shape, self.n_sources, strict=True)
         )
         dtype, noise = arithmetic(self.dst), None
-        by_row, by_col = (factors(n, dtype, g) if has else None for n, has in zip(self.shape, self.scales, strict=True))
+        by_row, by_col = (
+            factors(n, dtype, g) if has else None
+            for n, has in zip(self.shape, self.scales, strict=True)
+        )
         if self.noise is not None:
             seed, tensor_id, end, std = self.noise
-            ids = [torch.randint(0, end, (n,), generator=g, dtype=torch.int32).to(DEVICE) for n in self.shape]
+            ids = [
+                torch.randint(0, end, (n,), generator=g, dtype=torch.int32).to(DEVICE)
+                for n in self.shape
+            ]
             strength = torch.tensor(std, dtype=dtype, device=DEVICE)
-            noise = Noise(strength, (seed, tensor_id), *(factors(n, F32, g) for n in self.shape), *ids)
-        return memory, memory.clone(), Piece(laid_out(src.to(DEVICE), self.source), dst, rows, cols, self.scale, by_row, by_col, noise)
+            noise = Noise(
+                strength, (seed, tensor_id), *(factors(n, F32, g) for n in self.shape), *ids
+            )
+        return (
+            memory,
+            memory.clone(),
+            Piece(
+                laid_out(src.to(DEVICE), self.source),
+                dst,
+                rows,
+                cols,
+                self.scale,
+                by_row,
+                by_col,
+                noise,
+            ),
+        )
 
 
 def cases(rows: list[int], cols: list[int]) -> st.SearchStrategy[Case]:
     """Pure copies, and pieces with arithmetic."""
-    any_noise = st.tuples(st.sampled_from(SEEDS), st.sampled_from([0, 1, 2**31 - 1]), st.sampled_from([8, 2**31 - 1]), st.just(0.02))
+    any_noise = st.tuples(
+        st.sampled_from(SEEDS),
+        st.sampled_from([0, 1, 2**31 - 1]),
+        st.sampled_from([8, 2**31 - 1]),
+        st.just(0.02),
+    )
     index = st.sampled_from([None, None, 1, 5, 40])
     parts = dict(
         shape=st.tuples(st.sampled_from(rows), st.sampled_from(cols)),
@@ -148,9 +207,16 @@ def cases(rows: list[int], cols: list[int]) -> st.SearchStrategy[Case]:
         scales=st.tuples(st.booleans(), st.booleans()),
         noise=st.none() | any_noise,
     )
-    same = st.one_of(*(st.builds(Case, src=st.just(d), dst=st.just(d), **parts) for d in (F64, F32, F16, BF16, I64)))
+    same = st.one_of(
+        *(
+            st.builds(Case, src=st.just(d), dst=st.just(d), **parts)
+            for d in (F64, F32, F16, BF16, I64)
+        )
+    )
     pairs = [(F64, F64), (F32, F32), (F16, F16), (BF16, BF16), (F32, BF16), (F32, F16)]
-    return same | st.one_of(*(st.builds(Case, src=st.just(a), dst=st.just(b), **parts, **work) for a, b in pairs))
+    return same | st.one_of(
+        *(st.builds(Case, src=st.just(a), dst=st.just(b), **parts, **work) for a, b in pairs)
+    )
 
 
 def moved(piece: Piece, memory: Tensor, copy: Tensor) -> Piece:
@@ -169,7 +235,11 @@ def check(built: list[tuple[Tensor, Tensor, Piece]]) -> None:
     reference.expand([moved(piece, memory, copy) for memory, copy, piece in built])
 
     for memory, copy, piece in built:
-        if INTERPRETED and piece.dst.dtype == BF16 and not (piece.pure_copy and piece.src.dtype == BF16):
+        if (
+            INTERPRETED
+            and piece.dst.dtype == BF16
+            and not (piece.pure_copy and piece.src.dtype == BF16)
+        ):
             actual, expected = piece.dst.to(F64), moved(piece, memory, copy).dst.to(F64)
             torch.testing.assert_close(actual, expected, rtol=torch.finfo(BF16).eps, atol=0)
             piece.dst.copy_(moved(piece, memory, copy).dst)  # what lies around is compared below
@@ -190,13 +260,22 @@ def test_many_pieces_of_many_kinds_in_one_call(many):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9, 33])
 def test_every_program_finds_its_piece_when_some_have_no_tiles(n):
-    shapes = [(r, 3) if k % 2 else (1, c) for k in range(n) for r, c in [((0, 1, 40)[k % 3], (0, BLOCK_C + 1, 5)[k % 3])]]
-    cases = [Case(F32, F32, shape, "plain", "offset", values=k) for k, shape in enumerate([(0, 3), *shapes, (2, 0), (1, 2), (0, 2)])]
+    shapes = [
+        (r, 3) if k % 2 else (1, c)
+        for k in range(n)
+        for r, c in [((0, 1, 40)[k % 3], (0, BLOCK_C + 1, 5)[k % 3])]
+    ]
+    cases = [
+        Case(F32, F32, shape, "plain", "offset", values=k)
+        for k, shape in enumerate([(0, 3), *shapes, (2, 0), (1, 2), (0, 2)])
+    ]
 
     check([case.build() for case in cases])
 
 
-@pytest.mark.parametrize("pieces", [[], [Piece(torch.zeros(0, 4), torch.zeros(0, 4))]], ids=["none", "empty"])
+@pytest.mark.parametrize(
+    "pieces", [[], [Piece(torch.zeros(0, 4), torch.zeros(0, 4))]], ids=["none", "empty"]
+)
 def test_nothing_to_write_is_no_launch(pieces):
     expand(pieces)
 
@@ -211,22 +290,40 @@ def test_only_columns_in_aligned_groups_of_16_bytes_are_wide(case):
 
     n_wide = 16 // min(piece.src.itemsize, piece.dst.itemsize)
     for t, wide in [(src, src_wide), (piece.dst, dst_wide)]:
-        starts = [t[i, j:].data_ptr() for i, j in product(range(t.shape[0]), range(0, t.shape[1], n_wide))]
-        grouped = t.stride(1) == 1 and t.shape[1] % n_wide == 0 and not any(start % 16 for start in starts)
+        starts = [
+            t[i, j:].data_ptr() for i, j in product(range(t.shape[0]), range(0, t.shape[1], n_wide))
+        ]
+        grouped = (
+            t.stride(1) == 1
+            and t.shape[1] % n_wide == 0
+            and not any(start % 16 for start in starts)
+        )
         assert grouped or not wide
     assert dst_wide or case.target != "aligned" or case.shape[1] % n_wide
-    assert src_wide or case.source != "plain" or case.shape[1] % n_wide or case.n_sources[1] is not None
+    assert (
+        src_wide
+        or case.source != "plain"
+        or case.shape[1] % n_wide
+        or case.n_sources[1] is not None
+    )
 
 
 WIDE = list(product([F64, F32, F16, BF16, I64], [False, True], [-1, 0, 1, 2]))
 
 
-@pytest.mark.parametrize(("dtype", "by_index", "n"), WIDE, ids=lambda v: str(v).removeprefix("torch."))
+@pytest.mark.parametrize(
+    ("dtype", "by_index", "n"), WIDE, ids=lambda v: str(v).removeprefix("torch.")
+)
 def test_wide_accesses_copy_exactly_around_the_block_size(dtype, by_index, n):
     n_wide = 16 // dtype.itemsize
-    shape = max(1, block_r(dtype.itemsize, src_wide=True, dst_wide=True, noise=False) + n), BLOCK_C * max(1, n) + n * n_wide
+    shape = (
+        max(1, block_r(dtype.itemsize, src_wide=True, dst_wide=True, noise=False) + n),
+        BLOCK_C * max(1, n) + n * n_wide,
+    )
     memory, dst = target(shape, dtype, "aligned")
-    src = random_bits((shape[0], shape[1] + 2 * n_wide), dtype, torch.Generator().manual_seed(0)).to(DEVICE)[:, n_wide:-n_wide]
+    src = random_bits(
+        (shape[0], shape[1] + 2 * n_wide), dtype, torch.Generator().manual_seed(0)
+    ).to(DEVICE)[:, n_wide:-n_wide]
     rows = torch.arange(shape[0], dtype=torch.int32).flip(0).to(DEVICE) if by_index else None
 
     check([(memory, memory.clone(), Piece(src, dst, rows=rows))])
@@ -236,11 +333,25 @@ def test_wide_accesses_copy_exactly_around_the_block_size(dtype, by_index, n):
 @pytest.mark.parametrize("dtype", [F64, F32])
 def test_kernel_and_reference_draw_the_same_noise(seed, dtype):
     g = torch.Generator().manual_seed(0)
-    rows, cols = (torch.randint(0, 2**31 - 1, (n,), generator=g, dtype=torch.int32).to(DEVICE) for n in (19, BLOCK_C + 9))
-    ones, dst = [torch.ones(n, device=DEVICE) for n in (19, BLOCK_C + 9)], torch.empty(19, BLOCK_C + 9, dtype=dtype, device=DEVICE)
+    rows, cols = (
+        torch.randint(0, 2**31 - 1, (n,), generator=g, dtype=torch.int32).to(DEVICE)
+        for n in (19, BLOCK_C + 9)
+    )
+    ones, dst = (
+        [torch.ones(n, device=DEVICE) for n in (19, BLOCK_C + 9)],
+        torch.empty(19, BLOCK_C + 9, dtype=dtype, device=DEVICE),
+    )
     zero, key = torch.zeros(1, 1, dtype=dtype, device=DEVICE).expand_as(dst), (seed, 2**31 - 1)
 
-    expand([Piece(zero, dst, noise=Noise(torch.ones((), dtype=dtype, device=DEVICE), key, *ones, rows, cols))])
+    expand(
+        [
+            Piece(
+                zero,
+                dst,
+                noise=Noise(torch.ones((), dtype=dtype, device=DEVICE), key, *ones, rows, cols),
+            )
+        ]
+    )
 
     assert torch.equal(bits(dst), bits(normal(key, rows, cols).to(dtype)))
 
@@ -276,13 +387,21 @@ def test_philox_gives_the_published_words(counter, key, words):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_normal_sums_the_bytes_of_philox_words(seed):
-    rows, cols, tensor_id = [0, 1, 2, 3, 4, 5, 7, 1000003, 2**31 - 1], [0, 1, 77, 2**31 - 1], 0x12345678
+    rows, cols, tensor_id = (
+        [0, 1, 2, 3, 4, 5, 7, 1000003, 2**31 - 1],
+        [0, 1, 77, 2**31 - 1],
+        0x12345678,
+    )
 
-    actual = normal((seed, tensor_id), *(torch.tensor(ids, dtype=torch.int32) for ids in (rows, cols)))
+    actual = normal(
+        (seed, tensor_id), *(torch.tensor(ids, dtype=torch.int32) for ids in (rows, cols))
+    )
 
     for (i, row), (j, col) in product(enumerate(rows), enumerate(cols)):
         word = philox((col, row // 4, tensor_id, 0), (seed % 2**32, seed >> 32))[row % 4]
-        expected = np.float32(sum(word.to_bytes(4, "little")) - 510) * np.float32(1 / sqrt(4 * (256**2 - 1) / 12))
+        expected = np.float32(sum(word.to_bytes(4, "little")) - 510) * np.float32(
+            1 / sqrt(4 * (256**2 - 1) / 12)
+        )
         assert actual[i, j].item() == expected
 
 
@@ -305,7 +424,10 @@ def test_reference_is_the_formula_element_by_element(case):
     reference.expand([piece])
 
     for i, j in product(*map(range, piece.dst.shape)):
-        at = i if piece.rows is None else int(piece.rows[i]), j if piece.cols is None else int(piece.cols[j])
+        at = (
+            i if piece.rows is None else int(piece.rows[i]),
+            j if piece.cols is None else int(piece.cols[j]),
+        )
         if case.bits:
             assert bits(piece.dst[i, j]) == bits(piece.src[at])
             continue
@@ -313,25 +435,45 @@ def test_reference_is_the_formula_element_by_element(case):
         if n is not None:
             row, col = int(n.row_ids[i]), int(n.col_ids[j])
             word = philox((col, row // 4, n.key[1], 0), (n.key[0] % 2**32, n.key[0] >> 32))[row % 4]
-            noise = (sum(word.to_bytes(4, "little")) - 510) / sqrt(21845) * float(n.std) * float(n.rows[i]) * float(n.cols[j])
+            noise = (
+                (sum(word.to_bytes(4, "little")) - 510)
+                / sqrt(21845)
+                * float(n.std)
+                * float(n.rows[i])
+                * float(n.cols[j])
+            )
         for scale, k in ((piece.row_scale, i), (piece.col_scale, j)):
             factor *= 1.0 if scale is None else float(scale[k])
         source = float(piece.src[at])
         # one rounding to the target, and eight in the arithmetic (five of the noise, one each of the sum and the two scales;
         # float32 noise in float64 too) of what may cancel
-        eps = 8 * (2.0**-24 if n is not None else torch.finfo(arithmetic(dtype)).eps) + torch.finfo(dtype).eps
+        eps = (
+            8 * (2.0**-24 if n is not None else torch.finfo(arithmetic(dtype)).eps)
+            + torch.finfo(dtype).eps
+        )
         expected = (source + noise) * factor
-        assert abs(float(piece.dst[i, j]) - expected) <= eps * (abs(source) + abs(noise)) * abs(factor) + torch.finfo(dtype).smallest_normal
+        assert (
+            abs(float(piece.dst[i, j]) - expected)
+            <= eps * (abs(source) + abs(noise)) * abs(factor) + torch.finfo(dtype).smallest_normal
+        )
 
 
 def trained(dtype: torch.dtype, tied: bool) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    sizes = dict(hidden_size=16, num_hidden_layers=1, vocab_size=11, intermediate_size=24, num_attention_heads=4)
+    sizes = dict(
+        hidden_size=16,
+        num_hidden_layers=1,
+        vocab_size=11,
+        intermediate_size=24,
+        num_attention_heads=4,
+    )
     model = make("llama", tied=tied, **sizes).to(DEVICE, dtype)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
     ids = torch.randint(0, 11, (2, 8), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     for _ in range(2):
         optim.zero_grad()
-        torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
+        torch.nn.functional.cross_entropy(
+            model(ids).logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
+        ).backward()
         optim.step()
     return model, optim
 
@@ -349,7 +491,11 @@ def test_backends_grow_a_model_and_its_optimizer_to_the_same_tensors(dtype, to, 
 
     n_compared = 0
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        for a, b in [(p, q), (p.grad, q.grad), *((optim.state[p][k], other_optim.state[q][k]) for k in other_optim.state.get(q, {}))]:
+        for a, b in [
+            (p, q),
+            (p.grad, q.grad),
+            *((optim.state[p][k], other_optim.state[q][k]) for k in other_optim.state.get(q, {})),
+        ]:
             if a is not None and b is not None:
                 torch.testing.assert_close(a, b, rtol=eps, atol=0)
                 n_compared += 1

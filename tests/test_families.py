@@ -26,7 +26,9 @@ TARGETS = {
     "2.5x": "2.5x",
 }
 BERT_TARGETS = ["2x", "3x", "2x-and-deeper", "deeper", "ffn", "positions"]
-CASES = [(f, t) for f in DECODERS for t in TARGETS if t != "positions" or f in ("gpt2", "plain")] + [("bert", t) for t in BERT_TARGETS]
+CASES = [
+    (f, t) for f in DECODERS for t in TARGETS if t != "positions" or f in ("gpt2", "plain")
+] + [("bert", t) for t in BERT_TARGETS]
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -41,7 +43,11 @@ def test_growth_preserves_the_function_in_float64(family, target, tied, monkeypa
 
     assert report.function_preserving
     assert (logits(model, ids) - before).abs().max() < 1e-10
-    assert sum(p.numel() for p in model.parameters()) == report.n_params_target > report.n_params_source
+    assert (
+        sum(p.numel() for p in model.parameters())
+        == report.n_params_target
+        > report.n_params_source
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -57,7 +63,9 @@ def test_growth_preserves_the_function_in_float32(family):
 
 
 @pytest.mark.parametrize(
-    ("family", "norms"), [("llama", "isometric"), ("llama", "zero_pad"), ("gpt2", "mean_pad"), ("gpt2", "centre_pad")], ids=lambda v: v
+    ("family", "norms"),
+    [("llama", "isometric"), ("llama", "zero_pad"), ("gpt2", "mean_pad"), ("gpt2", "centre_pad")],
+    ids=lambda v: v,
 )
 @pytest.mark.parametrize("hidden", [30, 42, 54])
 def test_every_norm_rule_is_exact_at_awkward_widths(family, norms, hidden, monkeypatch):
@@ -118,7 +126,12 @@ def test_copies_differ_after_fifty_steps_by_default_and_never_without_noise(fami
     broken, equal = grown(1.0), grown(0.0)
 
     for name, p in broken.named_parameters():
-        if p.dim() == 2 and "position" not in name and "wpe" not in name and "token_type" not in name:
+        if (
+            p.dim() == 2
+            and "position" not in name
+            and "wpe" not in name
+            and "token_type" not in name
+        ):
             assert not _has_equal_columns(p), name
     assert any(_has_equal_columns(p) for p in equal.parameters() if p.dim() == 2)
 
@@ -137,7 +150,9 @@ def test_a_saved_grown_model_loads_with_equal_logits(family, tmp_path):
 
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     error = (logits(loaded.eval(), batch()) - logits(model, batch())).abs().max()
-    assert error == 0 if family != "qwen3" else error < 1e-4  # qwen3: one eps in the config for norms of two widths
+    assert (
+        error == 0 if family != "qwen3" else error < 1e-4
+    )  # qwen3: one eps in the config for norms of two widths
 
 
 def test_the_report_says_when_a_config_field_feeds_norms_of_two_widths():
@@ -153,13 +168,22 @@ def test_generation_with_a_cache_equals_generation_without(family):
     ids = batch(n=1)[:, :4]
     options = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
 
-    with_cache, without = (model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=c, **options) for c in (True, False))
+    with_cache, without = (
+        model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=c, **options)
+        for c in (True, False)
+    )
 
     assert torch.equal(with_cache, without)
 
 
 def test_layer_types_follow_their_blocks():
-    model = make("qwen2", tied=True, layer_types=["full_attention", "sliding_attention"], use_sliding_window=True, sliding_window=4)
+    model = make(
+        "qwen2",
+        tied=True,
+        layer_types=["full_attention", "sliding_attention"],
+        use_sliding_window=True,
+        sliding_window=4,
+    )
     ids = batch()
     before = logits(model, ids).detach()
 
@@ -179,7 +203,11 @@ def test_stacking_is_said_not_to_preserve_the_function_and_copies_blocks():
     assert not report.function_preserving and "stack" in str(report)
     assert (logits(model, batch()) - before).abs().max() > 1e-3
     for i in range(2):
-        for (name, p), (_, q) in zip(model.model.layers[i].named_parameters(), model.model.layers[i + 2].named_parameters(), strict=True):
+        for (name, p), (_, q) in zip(
+            model.model.layers[i].named_parameters(),
+            model.model.layers[i + 2].named_parameters(),
+            strict=True,
+        ):
             assert torch.equal(p, q) and p is not q, name
 
 
@@ -188,7 +216,9 @@ def test_sandwich_norms_become_the_identity_through_their_gains():
     model = make("plain", tied=True).double()
     for block in model.blocks:
         block.down = torch.nn.Sequential(block.down, torch.nn.LayerNorm(24)).double()
-        block.attention.out = torch.nn.Sequential(block.attention.out, torch.nn.LayerNorm(24)).double()
+        block.attention.out = torch.nn.Sequential(
+            block.attention.out, torch.nn.LayerNorm(24)
+        ).double()
     spec = model_spec_with_sandwich(model)
     before = logits(model, batch()).detach()
     loss_of(model, batch()).backward()
@@ -203,30 +233,63 @@ def test_sandwich_norms_become_the_identity_through_their_gains():
 
 def model_spec_with_sandwich(model):
     plain = make("plain", tied=True).spec()
-    tensors = {n.replace("attention.out.", "attention.out.0.").replace(".down.", ".down.0."): axes for n, axes in plain.tensors.items()}
+    tensors = {
+        n.replace("attention.out.", "attention.out.0.").replace(".down.", ".down.0."): axes
+        for n, axes in plain.tensors.items()
+    }
     for i in range(2):
-        for at, reads in ((f"blocks.{i}.attention.out", (f"heads.{i}", "head_dim")), (f"blocks.{i}.down", f"ffn.{i}")):
+        for at, reads in (
+            (f"blocks.{i}.attention.out", (f"heads.{i}", "head_dim")),
+            (f"blocks.{i}.down", f"ffn.{i}"),
+        ):
             tensors |= growkern.linear(f"{at}.0", reads=reads, writes="residual:branch")
-            tensors |= growkern.norm(f"{at}.1", reads="residual:branch", writes="residual", kind="layer")
-    identity = dict.fromkeys(["attention.out.1.weight", "attention.out.1.bias", "down.1.weight", "down.1.bias"], 0.0)
-    return dataclasses.replace(plain, family="sandwich", tensors=tensors, blocks=growkern.Blocks("blocks", identity=identity))
+            tensors |= growkern.norm(
+                f"{at}.1", reads="residual:branch", writes="residual", kind="layer"
+            )
+    identity = dict.fromkeys(
+        ["attention.out.1.weight", "attention.out.1.bias", "down.1.weight", "down.1.bias"], 0.0
+    )
+    return dataclasses.replace(
+        plain,
+        family="sandwich",
+        tensors=tensors,
+        blocks=growkern.Blocks("blocks", identity=identity),
+    )
 
 
 PROBES = {
     "gpt2": {"n_embd": 48, "n_head": 8, "n_inner": 60, "n_positions": 80, "vocab_size": 70},
-    "llama": {"hidden_size": 48, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 60, "vocab_size": 70},
-    "bert": {"hidden_size": 48, "num_attention_heads": 8, "intermediate_size": 60, "max_position_embeddings": 80, "vocab_size": 70},
+    "llama": {
+        "hidden_size": 48,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 60,
+        "vocab_size": 70,
+    },
+    "bert": {
+        "hidden_size": 48,
+        "num_attention_heads": 8,
+        "intermediate_size": 60,
+        "max_position_embeddings": 80,
+        "vocab_size": 70,
+    },
 }
 PROBES |= dict.fromkeys(["mistral", "qwen2", "qwen3"], PROBES["llama"])
 
 
-@pytest.mark.parametrize(("family", "field"), [(f, field) for f, fields in PROBES.items() for field in fields])
+@pytest.mark.parametrize(
+    ("family", "field"), [(f, field) for f, fields in PROBES.items() for field in fields]
+)
 def test_differential_probing_agrees_with_the_family(family, field):
     """Two meta models that differ in one config field show which axes that field sizes: the family must say the same."""
     with torch.device("meta"):
         one = make(family, tied=False, n_inner=50) if family == "gpt2" else make(family, tied=False)
-        other = type(one)(type(one.config)(**(one.config.to_dict() | {field: PROBES[family][field]})))
-    spec, spec_other = (growkern.families.FAMILIES[type(m).__name__](m.config) for m in (one, other))
+        other = type(one)(
+            type(one.config)(**(one.config.to_dict() | {field: PROBES[family][field]}))
+        )
+    spec, spec_other = (
+        growkern.families.FAMILIES[type(m).__name__](m.config) for m in (one, other)
+    )
 
     for name, p in other.named_parameters():
         assert spec_other.shape(name) == tuple(p.shape), name
@@ -239,7 +302,10 @@ def test_differential_probing_agrees_with_the_family(family, field):
             after = vars(other.get_submodule(name)).get(attribute)
             if isinstance(value, int) and value != after and not attribute.startswith("_"):
                 described = f"{name}.{attribute}" if name else attribute
-                leaf = type(module).__name__ in growkern_leaves() or attribute in ("head_dim", "attention_head_size")
+                leaf = type(module).__name__ in growkern_leaves() or attribute in (
+                    "head_dim",
+                    "attention_head_size",
+                )
                 assert described in spec.attributes or leaf, f"{described} caches {field}"
 
 
@@ -257,7 +323,10 @@ def test_group_growth_stays_inside_its_kv_head(monkeypatch):
 
     grow(model, to={"heads": 8})
 
-    assert model.config.num_key_value_heads == 2 and model.model.layers[0].self_attn.num_key_value_groups == 4
+    assert (
+        model.config.num_key_value_heads == 2
+        and model.model.layers[0].self_attn.num_key_value_groups == 4
+    )
     assert (logits(model, batch()) - before).abs().max() < 1e-12
 
 

@@ -23,7 +23,9 @@ def vectors(draw):
 
 @given(maps())
 def test_runs_tile_the_target_and_give_back_the_indices(m):
-    assert [run.target for run in m.runs] == [sum(r.length for r in m.runs[:i]) for i in range(len(m.runs))]
+    assert [run.target for run in m.runs] == [
+        sum(r.length for r in m.runs[:i]) for i in range(len(m.runs))
+    ]
     assert len(m.indices) == m.n_target == sum(run.length for run in m.runs)
     assert IndexMap.of(m.indices, m.n_source) == m
     assert m.counts == tuple(m.indices.count(j) for j in range(m.n_source))
@@ -34,17 +36,26 @@ def test_runs_tile_the_target_and_give_back_the_indices(m):
 def test_cyclic_and_padded_maps_are_what_they_say(n, more):
     assert IndexMap.cyclic(n, n + more).indices == tuple(i % n for i in range(n + more))
     whole = (n + more) // n * n
-    assert IndexMap.padded(n, n + more).indices == tuple(i % n if i < whole else PAD for i in range(n + more))
+    assert IndexMap.padded(n, n + more).indices == tuple(
+        i % n if i < whole else PAD for i in range(n + more)
+    )
     assert IndexMap.identity(n).is_identity and IndexMap.cyclic(n, n).is_identity
 
 
 @given(maps(), maps())
 def test_products_and_concatenations_are_row_major(a, b):
     product = a.product(b)
-    assert product.indices == tuple(PAD if PAD in (i, j) else i * b.n_source + j for i in a.indices for j in b.indices)
-    assert (product.n_source, product.n_target) == (a.n_source * b.n_source, a.n_target * b.n_target)
+    assert product.indices == tuple(
+        PAD if PAD in (i, j) else i * b.n_source + j for i in a.indices for j in b.indices
+    )
+    assert (product.n_source, product.n_target) == (
+        a.n_source * b.n_source,
+        a.n_target * b.n_target,
+    )
     joined = concat_maps([a, b])
-    assert joined.indices == a.indices + tuple(PAD if j == PAD else j + a.n_source for j in b.indices)
+    assert joined.indices == a.indices + tuple(
+        PAD if j == PAD else j + a.n_source for j in b.indices
+    )
 
 
 @given(vectors(), vectors())

@@ -18,7 +18,9 @@ def gathered(plan, row, t):
     for axis, this in enumerate(plan.axis_maps(row)):
         index = torch.tensor([max(i, 0) for i in this.index_map.indices])
         t = t.index_select(axis, index)
-    return t * full(plan, row, lambda a: torch.tensor([float(i != PAD) for i in a.index_map.indices]))
+    return t * full(
+        plan, row, lambda a: torch.tensor([float(i != PAD) for i in a.index_map.indices])
+    )
 
 
 def full(plan, row, of):
@@ -41,24 +43,36 @@ def grad_scale(plan, row):
 
 
 def no_pad(plan, row):
-    return full(plan, row, lambda a: torch.tensor([float(i != PAD) for i in a.index_map.indices])).bool()
+    return full(
+        plan, row, lambda a: torch.tensor([float(i != PAD) for i in a.index_map.indices])
+    ).bool()
 
 
 EXACT = [
-    (f, to) for f in FAMILIES for to in (["2x", "3x"] if f in ("bert", "gpt2", "plain") else ["2x", "1.5x", {"hidden": 42, "ffn": 101}])
+    (f, to)
+    for f in FAMILIES
+    for to in (
+        ["2x", "3x"]
+        if f in ("bert", "gpt2", "plain")
+        else ["2x", "1.5x", {"hidden": 42, "ffn": 101}]
+    )
 ]
 EXACT += [("gpt2", {"ffn": 131}), ("bert", {"ffn": 57}), ("llama", {"heads": 8})]
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(("family", "to"), EXACT, ids=str)
-def test_every_gradient_and_moment_of_the_grown_model_follows_the_dual_law(family, to, tied, monkeypatch):
+def test_every_gradient_and_moment_of_the_grown_model_follows_the_dual_law(
+    family, to, tied, monkeypatch
+):
     exact_norms(monkeypatch)
     model = make(family, tied=tied).double()
     optim = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     loss_of(model, batch()).backward()
     optim.step()  # lr 0: the weights stay, exp_avg = 0.1 g, exp_avg_sq = 0.001 g^2
-    source = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}  # BERT's untied bias is unused
+    source = {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }  # BERT's untied bias is unused
     plan = growkern.plan(model, optim, to=to, width=QUIET, spec=spec_of(model))
 
     grow(model, optim, plan=plan, dynamics=None)
@@ -75,11 +89,17 @@ def test_every_gradient_and_moment_of_the_grown_model_follows_the_dual_law(famil
         assert (p.grad - expected).abs().max() < 1e-9 * size, row.name
         assert (in_flight[row.name] - p.grad).abs().max() < 1e-9 * size, row.name
         assert (optim.state[p]["exp_avg"] - 0.1 * p.grad).abs().max() < 1e-9 * size, row.name
-        assert (optim.state[p]["exp_avg_sq"] - 0.001 * p.grad.square()).abs().max() < 1e-9 * size**2, row.name
+        assert (
+            optim.state[p]["exp_avg_sq"] - 0.001 * p.grad.square()
+        ).abs().max() < 1e-9 * size**2, row.name
         assert optim.state[p]["step"] == 1
 
 
-PADDED = [("gpt2", {"hidden": 30}, "mean_pad"), ("gpt2", {"hidden": 30}, "centre_pad"), ("plain", {"hidden": 54}, "mean_pad")]
+PADDED = [
+    ("gpt2", {"hidden": 30}, "mean_pad"),
+    ("gpt2", {"hidden": 30}, "centre_pad"),
+    ("plain", {"hidden": 54}, "mean_pad"),
+]
 PADDED += [("llama", {"hidden": 30}, "zero_pad"), ("qwen3", {"hidden": 54}, "zero_pad")]
 
 
@@ -91,21 +111,30 @@ def test_gradients_beside_pads_follow_the_law(family, to, norms, monkeypatch):
     model = make(family, tied=False).double()
     loss_of(model, batch()).backward()
     source = {name: p.grad.clone() for name, p in model.named_parameters()}
-    plan = growkern.plan(model, to=to, width=width.Lossless(noise=0, norms=norms), spec=spec_of(model))
+    plan = growkern.plan(
+        model, to=to, width=width.Lossless(noise=0, norms=norms), spec=spec_of(model)
+    )
 
     grow(model, plan=plan)
     model.zero_grad()
     loss_of(model, batch()).backward()
 
     for row in plan.rows:
-        grad, expected = model.get_parameter(row.name).grad, gathered(plan, row, source[row.source]) * grad_scale(plan, row)
+        grad, expected = (
+            model.get_parameter(row.name).grad,
+            gathered(plan, row, source[row.source]) * grad_scale(plan, row),
+        )
         mask = no_pad(plan, row)
         if norms != "zero_pad":
             for axis, key in enumerate(row.axes):
                 if key == "writer residual":
                     n = mask.sum(axis, keepdim=True)
-                    grad, expected = (t - (t * mask).sum(axis, keepdim=True) / n for t in (grad, expected))
-        assert ((grad - expected) * mask).abs().max() < 1e-9 * expected.abs().max().clamp(min=1.0), row.name
+                    grad, expected = (
+                        t - (t * mask).sum(axis, keepdim=True) / n for t in (grad, expected)
+                    )
+        assert ((grad - expected) * mask).abs().max() < 1e-9 * expected.abs().max().clamp(
+            min=1.0
+        ), row.name
 
 
 def test_the_law_of_a_llama_is_the_decoder_table():
@@ -156,12 +185,21 @@ class ElementwiseAdamW:
                 p -= self.lr[name] * (m / (v.sqrt() + self.eps[name]) + self.decay[name] * p)
 
 
-TRAJECTORIES = [("gpt2", "2x"), ("bert", "2x"), ("plain", {"ffn": 131}), ("llama", "2x"), ("llama", "1.5x"), ("qwen3", {"hidden": 42})]
+TRAJECTORIES = [
+    ("gpt2", "2x"),
+    ("bert", "2x"),
+    ("plain", {"ffn": 131}),
+    ("llama", "2x"),
+    ("llama", "1.5x"),
+    ("qwen3", {"hidden": 42}),
+]
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(("family", "to"), TRAJECTORIES, ids=str)
-def test_the_grown_run_is_the_source_run_under_scaled_hyperparameters(family, to, tied, monkeypatch):
+def test_the_grown_run_is_the_source_run_under_scaled_hyperparameters(
+    family, to, tied, monkeypatch
+):
     exact_norms(monkeypatch)
     lr, eps, decay = 3e-3, 1e-6, 0.1
     model = make(family, tied=tied).double()
@@ -198,7 +236,9 @@ def test_sgd_momentum_follows_with_its_own_learning_rate_law():
 
     grow(model, optim, to="2x", width=QUIET)
 
-    assert train(model, optim, 20, first=10) == pytest.approx(train(source, source_optim, 20, first=10), abs=1e-9)
+    assert train(model, optim, 20, first=10) == pytest.approx(
+        train(source, source_optim, 20, first=10), abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("wrong", ["moments dropped", "moments unscaled", "learning rate unscaled"])
@@ -220,7 +260,11 @@ def test_each_omission_would_show(wrong):
         dynamics=None if "rate" in wrong else "mup",
     )
     if wrong == "moments unscaled":
-        for p in (block_weight for block in model.blocks for block_weight in (block.up.weight, block.down.weight)):
+        for p in (
+            block_weight
+            for block in model.blocks
+            for block_weight in (block.up.weight, block.down.weight)
+        ):
             state = optim.state[p]  # these have a = 1/2: copied as they were, they would be
             state["exp_avg"].mul_(2)
             state["exp_avg_sq"].mul_(4)

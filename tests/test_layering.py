@@ -26,14 +26,29 @@ LAYERS = (  # top to bottom: a module imports from lower rows only
 )
 LEAVES = ("tensors", "reference")  # torch only; anybody may import them who may import torch
 FOLDERS = ("families", "width", "depth")
-RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names} | dict.fromkeys(LEAVES, len(LAYERS))
+RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names} | dict.fromkeys(
+    LEAVES, len(LAYERS)
+)
 IMPORTERS = {  # what only some may import -> who
     "api": {"growkern", "cli", "demo"},
     "families": {"describe"},
     "kernels": {"execute"},
 }
 STRANGERS = {"commit": {"width", "depth"}}  # who must not know whom, although it is lower
-DEVICE_FREE = {"law", "plan", "methods", "spaces", "index_map", "state", "sizes", "tables", "width", "depth", "errors", "families"}
+DEVICE_FREE = {
+    "law",
+    "plan",
+    "methods",
+    "spaces",
+    "index_map",
+    "state",
+    "sizes",
+    "tables",
+    "width",
+    "depth",
+    "errors",
+    "families",
+}
 DEVICE = {"torch", "triton", "transformers"}
 LAZY = {"triton", "transformers"}  # imported where they are used, inside a function
 PRINTERS = {"cli", "demo"}
@@ -46,7 +61,12 @@ def group_of(module: str) -> str:
 
 def imports_of(tree: ast.AST) -> Iterator[tuple[str, bool]]:
     """Each imported module, and whether the import runs inside a function."""
-    inside = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for node in ast.walk(f)}
+    inside = {
+        id(node)
+        for f in ast.walk(tree)
+        if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(f)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -114,12 +134,21 @@ def _kernel_violations(tree: ast.AST) -> Iterator[str]:
 
 def modules() -> list[tuple[str, Path]]:
     """Module name and path of every file of the library."""
-    library = [p for p in (ROOT / "growkern").rglob("*.py") if "kernels" not in p.parts]  # a symlink; some Pythons follow it
-    names = [(".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), p) for p in library]
-    return sorted(names + [(f"growkern.kernels.{p.stem}", p) for p in (ROOT / "kernels").glob("*.py")])
+    library = [
+        p for p in (ROOT / "growkern").rglob("*.py") if "kernels" not in p.parts
+    ]  # a symlink; some Pythons follow it
+    names = [
+        (".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), p)
+        for p in library
+    ]
+    return sorted(
+        names + [(f"growkern.kernels.{p.stem}", p) for p in (ROOT / "kernels").glob("*.py")]
+    )
 
 
-@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("module", "path"), modules(), ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_module_keeps_the_rules(module, path):
     assert violations(module, path.read_text()) == []
 
@@ -135,31 +164,95 @@ BROKEN = {
     "plan-imports-commit": ("growkern.plan", "from growkern.commit import commit", "not below it"),
     "errors-imports-tables": ("growkern.errors", "from growkern import tables", "not below it"),
     "commit-imports-report": ("growkern.commit", "import growkern.report", "not below it"),
-    "width-imports-depth": ("growkern.width.lossless", "from growkern.depth.stack import Stack", "not below it"),
-    "report-imports-package": ("growkern.report", "from growkern import expand_inplace", "not below it"),
-    "in-a-function-too": ("growkern.spaces", "def f():\n    from growkern.plan import build", "not below it"),
+    "width-imports-depth": (
+        "growkern.width.lossless",
+        "from growkern.depth.stack import Stack",
+        "not below it",
+    ),
+    "report-imports-package": (
+        "growkern.report",
+        "from growkern import expand_inplace",
+        "not below it",
+    ),
+    "in-a-function-too": (
+        "growkern.spaces",
+        "def f():\n    from growkern.plan import build",
+        "not below it",
+    ),
     "unknown-target": ("growkern.api", "from growkern.nowhere import x", "in no layer"),
     "unknown-module": ("growkern.nowhere", "", "in no layer"),
     "relative": ("growkern.plan", "from .errors import PlanError", "relative import"),
-    "verify-imports-api": ("growkern.verify", "from growkern.api import expand_inplace", "only cli, demo, growkern may"),
-    "api-imports-family": ("growkern.api", "from growkern.families.gpt2 import describe", "only describe may"),
-    "family-imports-family": ("growkern.families.gpt2", "from growkern.families import llama", "another family"),
-    "commit-imports-width": ("growkern.commit", "from growkern.width import Lossless", "must not know"),
+    "verify-imports-api": (
+        "growkern.verify",
+        "from growkern.api import expand_inplace",
+        "only cli, demo, growkern may",
+    ),
+    "api-imports-family": (
+        "growkern.api",
+        "from growkern.families.gpt2 import describe",
+        "only describe may",
+    ),
+    "family-imports-family": (
+        "growkern.families.gpt2",
+        "from growkern.families import llama",
+        "another family",
+    ),
+    "commit-imports-width": (
+        "growkern.commit",
+        "from growkern.width import Lossless",
+        "must not know",
+    ),
     "commit-imports-depth": ("growkern.commit", "from growkern import depth", "must not know"),
-    "tensors-imports-errors": ("growkern.tensors", "from growkern.errors import GrowthError", "is a leaf"),
-    "reference-imports-tensors": ("growkern.reference", "from growkern.tensors import Tensors", "is a leaf"),
+    "tensors-imports-errors": (
+        "growkern.tensors",
+        "from growkern.errors import GrowthError",
+        "is a leaf",
+    ),
+    "reference-imports-tensors": (
+        "growkern.reference",
+        "from growkern.tensors import Tensors",
+        "is a leaf",
+    ),
     "plan-imports-torch": ("growkern.plan", "import torch.nn", "without a device"),
-    "family-imports-transformers": ("growkern.families.bert", "def f():\n    import transformers", "without a device"),
+    "family-imports-transformers": (
+        "growkern.families.bert",
+        "def f():\n    import transformers",
+        "without a device",
+    ),
     "state-imports-triton": ("growkern.state", "from triton import cdiv", "without a device"),
-    "plan-imports-tensors": ("growkern.plan", "from growkern.tensors import Tensors", "with it torch"),
+    "plan-imports-tensors": (
+        "growkern.plan",
+        "from growkern.tensors import Tensors",
+        "with it torch",
+    ),
     "eager-triton": ("growkern.execute", "import triton", "outside a function"),
     "eager-transformers": ("growkern.describe", "import transformers", "outside a function"),
-    "eager-kernels": ("growkern.execute", "from growkern.kernels.expand import expand", "outside a function"),
-    "api-imports-kernels": ("growkern.api", "def f():\n    from growkern.kernels import expand", "only execute may"),
-    "package-of-kernels": ("growkern.commit", "def f():\n    from growkern import kernels", "only execute may"),
-    "kernel-imports-growkern": ("growkern.kernels.expand", "from growkern.reference import Piece", "a kernel imports"),
+    "eager-kernels": (
+        "growkern.execute",
+        "from growkern.kernels.expand import expand",
+        "outside a function",
+    ),
+    "api-imports-kernels": (
+        "growkern.api",
+        "def f():\n    from growkern.kernels import expand",
+        "only execute may",
+    ),
+    "package-of-kernels": (
+        "growkern.commit",
+        "def f():\n    from growkern import kernels",
+        "only execute may",
+    ),
+    "kernel-imports-growkern": (
+        "growkern.kernels.expand",
+        "from growkern.reference import Piece",
+        "a kernel imports",
+    ),
     "kernel-imports-numpy": ("growkern.kernels.expand", "import numpy as np", "a kernel imports"),
-    "kernel-imports-relative": ("growkern.kernels.expand", "from . import other", "a kernel imports"),
+    "kernel-imports-relative": (
+        "growkern.kernels.expand",
+        "from . import other",
+        "a kernel imports",
+    ),
     "print": ("growkern.api", "def f():\n    print('hello')", "prints"),
 }
 SOUND = {
@@ -168,9 +261,18 @@ SOUND = {
     "folder": ("growkern.width", "from growkern.width.lossless import Lossless"),
     "families": ("growkern.families", "from growkern.families import bert"),
     "describe": ("growkern.describe", "from growkern.families import FAMILIES"),
-    "lazy": ("growkern.execute", "def f():\n    import triton\n    from growkern.kernels.expand import expand"),
-    "public": ("growkern.cli", "import growkern\nfrom growkern import expand_inplace, plan\nprint(growkern.__version__)"),
-    "sibling": ("growkern.kernels.expand", "import triton.language as tl\nfrom growkern.kernels.noise import normal\nimport math"),
+    "lazy": (
+        "growkern.execute",
+        "def f():\n    import triton\n    from growkern.kernels.expand import expand",
+    ),
+    "public": (
+        "growkern.cli",
+        "import growkern\nfrom growkern import expand_inplace, plan\nprint(growkern.__version__)",
+    ),
+    "sibling": (
+        "growkern.kernels.expand",
+        "import triton.language as tl\nfrom growkern.kernels.noise import normal\nimport math",
+    ),
     "no-call": ("growkern.report", "printer = 'print(x)'\nlogger.print(1)"),
 }
 

@@ -45,7 +45,9 @@ def test_the_loop_goes_on_in_every_adam_with_the_old_loss_alive(kind, options):
     assert all(torch.isfinite(torch.tensor(train(model, optim, 3, first=4))))
 
 
-@pytest.mark.parametrize("options", [dict(), dict(momentum=0.9), dict(momentum=0.9, nesterov=True, fused=True)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(momentum=0.9), dict(momentum=0.9, nesterov=True, fused=True)], ids=str
+)
 def test_the_loop_goes_on_in_sgd(options):
     model = make("gpt2", tied=True)
     optim = torch.optim.SGD(model.parameters(), lr=1e-2, **options)
@@ -83,7 +85,9 @@ def test_growing_in_the_middle_of_an_accumulation_is_exact():
         optim.step()
         return logits(model, batch(seed=2))
 
-    assert (step(True) - step(False)).abs().max() < 1e-6  # the norms of transformers round to float32
+    assert (
+        step(True) - step(False)
+    ).abs().max() < 1e-6  # the norms of transformers round to float32
 
 
 def test_dropped_state_is_gone_and_said():
@@ -123,23 +127,40 @@ def test_identity_blocks_start_with_a_step_count_of_their_own_and_stacked_blocks
     new = fresh.model.layers[1].mlp.up_proj.weight
     assert not optims[0].state.get(new)
     train(fresh, optims[0], 1)
-    assert optims[0].state[new]["step"] == 1 and optims[0].state[fresh.model.layers[0].mlp.up_proj.weight]["step"] == 4
+    assert (
+        optims[0].state[new]["step"] == 1
+        and optims[0].state[fresh.model.layers[0].mlp.up_proj.weight]["step"] == 4
+    )
     one, two = (stacked.model.layers[i].mlp.up_proj.weight for i in (0, 2))
     assert torch.equal(optims[1].state[one]["exp_avg"], optims[1].state[two]["exp_avg"])
-    assert optims[1].state[two]["step"] == 3 and optims[1].state[two]["step"] is not optims[1].state[one]["step"]
+    assert (
+        optims[1].state[two]["step"] == 3
+        and optims[1].state[two]["step"] is not optims[1].state[one]["step"]
+    )
 
 
 def test_new_blocks_join_the_group_of_their_block_in_model_order():
     model = make("llama", tied=True)
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() == 1]
-    optim = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=rest, weight_decay=0.0)])
+    optim = torch.optim.AdamW(
+        [dict(params=decay, weight_decay=0.1), dict(params=rest, weight_decay=0.0)]
+    )
     train(model, optim, 1)
 
     grow(model, optim, to={"layers": 4})
 
-    assert [p is q for p, q in zip(optim.param_groups[0]["params"], [p for p in model.parameters() if p.dim() > 1], strict=True)]
-    for group, of in zip(optim.param_groups, (lambda p: p.dim() > 1, lambda p: p.dim() == 1), strict=True):
+    assert [
+        p is q
+        for p, q in zip(
+            optim.param_groups[0]["params"],
+            [p for p in model.parameters() if p.dim() > 1],
+            strict=True,
+        )
+    ]
+    for group, of in zip(
+        optim.param_groups, (lambda p: p.dim() > 1, lambda p: p.dim() == 1), strict=True
+    ):
         assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters() if of(p)]
 
 
@@ -153,7 +174,10 @@ def test_frozen_and_unregistered_parameters_grow_and_are_named():
     report = grow(model, optim, to={"hidden": 48, "layers": 3})
 
     assert "embed_tokens" in str(report)
-    assert not model.model.embed_tokens.weight.requires_grad and model.lm_head.weight.shape == (66, 48)
+    assert not model.model.embed_tokens.weight.requires_grad and model.lm_head.weight.shape == (
+        66,
+        48,
+    )
     train(model, optim, 2)
 
 
@@ -166,7 +190,12 @@ def test_optimizer_state_dict_round_trip_gives_an_equal_next_step():
     other = copy.deepcopy(model)
     names = {id(p): n for n, p in model.named_parameters()}
 
-    again = torch.optim.AdamW([dict(params=[other.get_parameter(names[id(p)]) for p in g["params"]]) for g in optim.param_groups])
+    again = torch.optim.AdamW(
+        [
+            dict(params=[other.get_parameter(names[id(p)]) for p in g["params"]])
+            for g in optim.param_groups
+        ]
+    )
     again.load_state_dict(copy.deepcopy(optim.state_dict()))  # torch shares the tensors otherwise
     train(model, optim, 2, first=4)
     train(other, again, 2, first=4)
@@ -188,7 +217,9 @@ def test_depth_alone_keeps_one_group_so_a_fresh_optimizer_loads_its_state():
     train(model, optim, 2, first=4)
     train(other, again, 2, first=4)
 
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True)
+    )
 
 
 def test_learning_rates_follow_the_law_for_good():
@@ -225,7 +256,9 @@ def test_a_shared_tensor_learning_rate_is_not_multiplied_in_place():
 
     grow(model, optim, to="2x")
 
-    assert lr == torch.tensor(1e-3) and sorted(float(g["lr"]) for g in optim.param_groups) == pytest.approx([5e-4, 1e-3])
+    assert lr == torch.tensor(1e-3) and sorted(
+        float(g["lr"]) for g in optim.param_groups
+    ) == pytest.approx([5e-4, 1e-3])
 
 
 SCHEDULERS = {
@@ -241,8 +274,12 @@ SCHEDULERS = {
     "PolynomialLR": lambda o: schedules.PolynomialLR(o, 12, 2.0),
     "OneCycleLR": lambda o: schedules.OneCycleLR(o, 1e-2, 20),
     "CyclicLR": lambda o: schedules.CyclicLR(o, 1e-4, 1e-3, 3, cycle_momentum=False),
-    "SequentialLR": lambda o: schedules.SequentialLR(o, [schedules.LinearLR(o, 0.1, 1.0, 4), schedules.ExponentialLR(o, 0.9)], [4]),
-    "ChainedScheduler": lambda o: schedules.ChainedScheduler([schedules.ConstantLR(o, 0.5, 4), schedules.ExponentialLR(o, 0.9)], o),
+    "SequentialLR": lambda o: schedules.SequentialLR(
+        o, [schedules.LinearLR(o, 0.1, 1.0, 4), schedules.ExponentialLR(o, 0.9)], [4]
+    ),
+    "ChainedScheduler": lambda o: schedules.ChainedScheduler(
+        [schedules.ConstantLR(o, 0.5, 4), schedules.ExponentialLR(o, 0.9)], o
+    ),
     "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, 5e-3, 6),
     "SWA-per-group": lambda o: schedules.LambdaLR(o, [lambda t: 0.5**t] * len(o.param_groups)),
 }
@@ -268,7 +305,9 @@ def test_schedulers_go_on_and_keep_the_factor(make_scheduler):
 
     for t in range(3, 10):
         (base,), (kept, half) = plain[t], grown[t]
-        assert kept == pytest.approx(base, rel=1e-9) and half == pytest.approx(base / 2, rel=1e-9), t
+        assert kept == pytest.approx(base, rel=1e-9) and half == pytest.approx(
+            base / 2, rel=1e-9
+        ), t
 
 
 def test_a_plateau_scheduler_keeps_the_factor():
@@ -333,7 +372,9 @@ def test_a_compiled_model_grows_through_its_wrapper():
     assert (compiled(batch()) - before).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad], ids=["inference", "no-grad"])
+@pytest.mark.parametrize(
+    "context", [torch.inference_mode, torch.no_grad], ids=["inference", "no-grad"]
+)
 def test_growth_inside_a_context_without_gradients_leaves_a_trainable_model(context):
     model = make("llama", tied=True)
     optim = torch.optim.AdamW(model.parameters())
@@ -360,7 +401,9 @@ def test_growth_inside_autocast_forgets_cached_casts():
 def test_growing_again_and_again():
     model = make("llama", tied=True).double()
     optim = torch.optim.AdamW(model.parameters())
-    for i, to in enumerate(["1.5x", "2x", {"layers": 3}, {"hidden": 80, "ffn": 131}, {"layers": 5}]):
+    for i, to in enumerate(
+        ["1.5x", "2x", {"layers": 3}, {"hidden": 80, "ffn": 131}, {"layers": 5}]
+    ):
         train(model, optim, 2, first=2 * i)
         before = logits(model, batch()).detach()
         grow(model, optim, to=to, seed=i)

@@ -13,7 +13,9 @@ import pytest
 pytestmark = pytest.mark.xdist_group("packaging")  # one worker builds, once
 
 ROOT = Path(__file__).parent.parent
-LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "results", "growkern-demo")
+LEFT_OUT = shutil.ignore_patterns(
+    ".*", "__pycache__", "build", "dist", "*.egg-info", "results", "growkern-demo"
+)
 IMPORT_ALL = """
 import importlib, pathlib, pkgutil, sys
 import growkern, growkern.kernels
@@ -30,15 +32,30 @@ for name in ["growkern", *names]:
 def run(*command: object, cwd: Path, **env: str) -> str:
     """Run a command and return what it printed; its output is the message when it fails."""
     line = [str(part) for part in command]
-    done = subprocess.run(line, cwd=cwd, env=os.environ | env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(
+        line,
+        cwd=cwd,
+        env=os.environ | env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def sources() -> set[str]:
     """Files of the library as the wheel must hold them."""
-    library = {p.relative_to(ROOT).as_posix() for p in (ROOT / "growkern").rglob("*.py") if "kernels" not in p.parts}
-    return library | {f"growkern/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")} | {"growkern/py.typed"}
+    library = {
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / "growkern").rglob("*.py")
+        if "kernels" not in p.parts
+    }
+    return (
+        library
+        | {f"growkern/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+        | {"growkern/py.typed"}
+    )
 
 
 def build(tree: Path, out: Path) -> Path:
@@ -83,28 +100,68 @@ def test_wheel_holds_the_library_and_nothing_else(wheel):
 
 def test_wheel_states_its_requirements(wheel):
     archive = zipfile.ZipFile(wheel)
-    texts = {Path(n).name: archive.read(n).decode() for n in archive.namelist() if n.endswith(("/METADATA", "/entry_points.txt"))}
+    texts = {
+        Path(n).name: archive.read(n).decode()
+        for n in archive.namelist()
+        if n.endswith(("/METADATA", "/entry_points.txt"))
+    }
 
     assert "growkern = growkern.cli:main" in texts["entry_points.txt"]
-    required = [line for line in texts["METADATA"].splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
-    assert required == ["Requires-Dist: torch>=2.9", 'Requires-Dist: triton>=3.5; sys_platform == "linux"']
+    required = [
+        line
+        for line in texts["METADATA"].splitlines()
+        if line.startswith("Requires-Dist:") and "extra ==" not in line
+    ]
+    assert required == [
+        "Requires-Dist: torch>=2.9",
+        'Requires-Dist: triton>=3.5; sys_platform == "linux"',
+    ]
 
 
 def test_installed_wheel_imports_away_from_the_checkout(wheel, tmp_path):
     target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", target, wheel, cwd=elsewhere)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--quiet",
+        "--target",
+        target,
+        wheel,
+        cwd=elsewhere,
+    )
 
-    printed = run(sys.executable, "-W", "error", "-c", IMPORT_ALL, target, cwd=elsewhere, PYTHONPATH=str(target))
+    printed = run(
+        sys.executable,
+        "-W",
+        "error",
+        "-c",
+        IMPORT_ALL,
+        target,
+        cwd=elsewhere,
+        PYTHONPATH=str(target),
+    )
 
-    expected = {Path(name).with_suffix("").as_posix().replace("/", ".") for name in sources() if name.endswith(".py")}
+    expected = {
+        Path(name).with_suffix("").as_posix().replace("/", ".")
+        for name in sources()
+        if name.endswith(".py")
+    }
     assert set(printed.split()) == {name.removesuffix(".__init__") for name in expected}
 
 
 def test_sdist_holds_the_kernels_and_the_license(sdist):
     kernels = {f"kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
 
-    assert [name for name in sorted(kernels | {"LICENSE", "README.md", "pyproject.toml"}) if not (sdist / name).is_file()] == []
+    assert [
+        name
+        for name in sorted(kernels | {"LICENSE", "README.md", "pyproject.toml"})
+        if not (sdist / name).is_file()
+    ] == []
 
 
 def test_kernels_are_no_package_and_do_not_hide_the_one_of_hugging_face():

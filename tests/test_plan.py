@@ -52,7 +52,16 @@ def test_planning_changes_nothing_and_printing_tells_the_story():
     text = str(growkern.plan(model, to={"hidden": 48, "layers": 3}))
 
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
-    for part in ("hidden", "24", "48", "x 2", "0 1 +1", "model.layers.*.mlp.up_proj.weight", "function preserving", "all 0"):
+    for part in (
+        "hidden",
+        "24",
+        "48",
+        "x 2",
+        "0 1 +1",
+        "model.layers.*.mlp.up_proj.weight",
+        "function preserving",
+        "all 0",
+    ):
         assert part in text
 
 
@@ -60,9 +69,15 @@ def test_what_is_not_named_follows_hidden_where_that_is_whole():
     def sizes(to, **changes):
         return dict(growkern.plan(make("llama", tied=True, **changes), to=to).target_sizes)
 
-    assert sizes("2x") == dict(hidden=48, heads=8, kv_heads=4, head_dim=6, ffn=80, layers=2, vocab=66)
-    assert sizes("1.5x") == dict(hidden=36, heads=6, kv_heads=3, head_dim=6, ffn=60, layers=2, vocab=66)
-    assert sizes({"hidden": 30}) == dict(hidden=30, heads=4, kv_heads=2, head_dim=6, ffn=50, layers=2, vocab=66)
+    assert sizes("2x") == dict(
+        hidden=48, heads=8, kv_heads=4, head_dim=6, ffn=80, layers=2, vocab=66
+    )
+    assert sizes("1.5x") == dict(
+        hidden=36, heads=6, kv_heads=3, head_dim=6, ffn=60, layers=2, vocab=66
+    )
+    assert sizes({"hidden": 30}) == dict(
+        hidden=30, heads=4, kv_heads=2, head_dim=6, ffn=50, layers=2, vocab=66
+    )
     assert sizes({"hidden": 48, "ffn": 41})["ffn"] == 41
     assert sizes({"hidden": "2x", "layers": "3x"})["layers"] == 6
     assert sizes({"heads": 8})["kv_heads"] == 2
@@ -102,7 +117,9 @@ print(made.target_sizes["hidden"])
 """
     folder = growkern.__path__[0]
 
-    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, cwd="/")
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder], capture_output=True, text=True, cwd="/"
+    )
 
     assert done.stdout.strip() == "48", done.stderr
 

@@ -57,20 +57,38 @@ def documented() -> Iterator[tuple[str, object]]:
     """Every public function and class, and the public methods and properties of the classes."""
     for name in growkern.__all__:
         value = getattr(growkern, name)
-        inner = {f"{name}.{key}": getattr(value, key) for key in _public(value)} if isinstance(value, ModuleType) else {name: value}
+        inner = (
+            {f"{name}.{key}": getattr(value, key) for key in _public(value)}
+            if isinstance(value, ModuleType)
+            else {name: value}
+        )
         for path, member in inner.items():
             if inspect.isroutine(member) or inspect.isclass(member):
                 yield path, member
             if inspect.isclass(member):
-                yield from ((f"{path}.{key}", method) for key, method in vars(member).items() if _is_method(key, method))
+                yield from (
+                    (f"{path}.{key}", method)
+                    for key, method in vars(member).items()
+                    if _is_method(key, method)
+                )
 
 
 def _public(module: ModuleType) -> list[str]:
-    return getattr(module, "__all__", [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__])
+    return getattr(
+        module,
+        "__all__",
+        [
+            name
+            for name, value in vars(module).items()
+            if getattr(value, "__module__", "") == module.__name__
+        ],
+    )
 
 
 def _is_method(name: str, value: object) -> bool:
-    return not name.startswith("_") and (inspect.isroutine(value) or isinstance(value, property | classmethod | staticmethod))
+    return not name.startswith("_") and (
+        inspect.isroutine(value) or isinstance(value, property | classmethod | staticmethod)
+    )
 
 
 def test_public_names_are_exactly_these():
@@ -87,13 +105,17 @@ def test_every_method_exists(folder):
     assert [name for name in folder.__all__ if not inspect.isclass(getattr(folder, name))] == []
 
 
-@pytest.mark.parametrize(("name", "value"), [pytest.param(*case, id=case[0]) for case in documented()])
+@pytest.mark.parametrize(
+    ("name", "value"), [pytest.param(*case, id=case[0]) for case in documented()]
+)
 def test_public_name_has_a_docstring(name, value):
     doc = inspect.cleandoc(value.__doc__ or "")
 
     # a dataclass without a docstring is given its signature
     assert doc and not doc.startswith(f"{name.rpartition('.')[2]}("), f"{name} has no docstring"
-    assert doc.splitlines()[0].endswith((".", ":", "?")), f"the first line of {name} is no sentence: {doc.splitlines()[0]!r}"
+    assert doc.splitlines()[0].endswith((".", ":", "?")), (
+        f"the first line of {name} is no sentence: {doc.splitlines()[0]!r}"
+    )
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -104,7 +126,9 @@ def test_signature_is_the_documented_one(name):
 
     kinds = inspect.Parameter
     parameters = signature.parameters.values()
-    assert {p.name: p.default for p in parameters if p.kind is kinds.POSITIONAL_OR_KEYWORD} == positional
+    assert {
+        p.name: p.default for p in parameters if p.kind is kinds.POSITIONAL_OR_KEYWORD
+    } == positional
     assert {p.name: p.default for p in parameters if p.kind is kinds.KEYWORD_ONLY} == keyword_only
     assert len(parameters) == len(positional) + len(keyword_only)
     assert signature.return_annotation is getattr(growkern, returns)

@@ -52,15 +52,22 @@ def test_dead_elements_are_found():
 
     found = growkern.verify(source, model, batch(), optim)
 
-    assert found.dead["transformer.h.0.mlp.c_fc.weight"] == 48 and found.dead["transformer.h.0.mlp.c_proj.weight"] == 48
+    assert (
+        found.dead["transformer.h.0.mlp.c_fc.weight"] == 48
+        and found.dead["transformer.h.0.mlp.c_proj.weight"] == 48
+    )
 
 
 def test_wrong_state_and_forgotten_parameters_are_found():
     source, model, optim = case()
     p = model.transformer.h[0].mlp.c_fc.weight
     optim.state[p]["exp_avg"] = torch.zeros(24, 96)
-    optim.param_groups[0]["params"] = [q for q in optim.param_groups[0]["params"] if q is not model.transformer.ln_f.bias]
-    optim.param_groups[1]["params"] = [q for q in optim.param_groups[1]["params"] if q is not model.transformer.ln_f.bias]
+    optim.param_groups[0]["params"] = [
+        q for q in optim.param_groups[0]["params"] if q is not model.transformer.ln_f.bias
+    ]
+    optim.param_groups[1]["params"] = [
+        q for q in optim.param_groups[1]["params"] if q is not model.transformer.ln_f.bias
+    ]
 
     found = growkern.verify(source, model, batch(), optim)
 
@@ -76,5 +83,7 @@ def test_nothing_that_is_passed_in_is_changed():
 
     growkern.verify(source, model, {"input_ids": batch(), "labels": batch()}, optim)
 
-    assert model.training and all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert model.training and all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)
+    )
     assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))

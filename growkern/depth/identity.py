@@ -19,5 +19,7 @@ class IdentityBlocks:
         blocks: list[BlockRow] = []
         for i in range(n_source):
             blocks.append(BlockRow(i))
-            blocks += [BlockRow(i, new=True)] * ((i + 1) * n_new // n_source - i * n_new // n_source)
+            blocks += [BlockRow(i, new=True)] * (
+                (i + 1) * n_new // n_source - i * n_new // n_source
+            )
         return Depth(tuple(blocks), identity=True)

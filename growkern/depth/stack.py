@@ -16,4 +16,7 @@ class Stack:
     def deepen(self, n_source: int, n_target: int) -> Depth:
         """Give the blocks of the target: ``l mod n_source``."""
         blocks = tuple(BlockRow(i % n_source, new=i >= n_source) for i in range(n_target))
-        return Depth(blocks, reasons=("stacked blocks compute their function twice",) if n_target > n_source else ())
+        return Depth(
+            blocks,
+            reasons=("stacked blocks compute their function twice",) if n_target > n_source else (),
+        )

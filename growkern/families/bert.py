@@ -25,7 +25,9 @@ class Config(Protocol):
     tie_word_embeddings: bool
 
 
-def describe(config: Config, base: str = "bert.", mlm: bool = True, pooler: bool = False) -> ModelSpec:
+def describe(
+    config: Config, base: str = "bert.", mlm: bool = True, pooler: bool = False
+) -> ModelSpec:
     """Describe a BERT: ``base`` is the prefix of the backbone, ``mlm`` and ``pooler`` say which heads there are."""
     layers = range(config.num_hidden_layers)
     at = f"{base}encoder.layer"
@@ -38,13 +40,24 @@ def describe(config: Config, base: str = "bert.", mlm: bool = True, pooler: bool
             | linear(f"{at}.{i}.attention.self.key", reads="residual", writes=heads)
             | linear(f"{at}.{i}.attention.self.value", reads="residual", writes=heads)
             | linear(f"{at}.{i}.attention.output.dense", reads=heads, writes="residual:sum")
-            | norm(f"{at}.{i}.attention.output.LayerNorm", reads="residual:sum", writes="residual", kind="layer")
+            | norm(
+                f"{at}.{i}.attention.output.LayerNorm",
+                reads="residual:sum",
+                writes="residual",
+                kind="layer",
+            )
             | linear(f"{at}.{i}.intermediate.dense", reads="residual", writes=f"ffn.{i}")
             | linear(f"{at}.{i}.output.dense", reads=f"ffn.{i}", writes="residual:sum")
-            | norm(f"{at}.{i}.output.LayerNorm", reads="residual:sum", writes="residual", kind="layer")
+            | norm(
+                f"{at}.{i}.output.LayerNorm", reads="residual:sum", writes="residual", kind="layer"
+            )
         ).items()
     }
-    outputs = [f"{part}.dense.{name}" for part in ("attention.output", "output") for name in ("weight", "bias")]
+    outputs = [
+        f"{part}.dense.{name}"
+        for part in ("attention.output", "output")
+        for name in ("weight", "bias")
+    ]
     tied = mlm and config.tie_word_embeddings
     return ModelSpec(
         family="bert",
@@ -59,13 +72,28 @@ def describe(config: Config, base: str = "bert.", mlm: bool = True, pooler: bool
             "token_types": config.type_vocab_size,
         },
         tensors=embedding(f"{base}embeddings.word_embeddings", rows="vocab", writes="residual:sum")
-        | embedding(f"{base}embeddings.position_embeddings", rows="positions", writes="residual:sum")
-        | embedding(f"{base}embeddings.token_type_embeddings", rows="token_types", writes="residual:sum")
-        | {f"{base}embeddings.{name}": (writer((1,)), writer("positions")) for name in ("position_ids", "token_type_ids")}
+        | embedding(
+            f"{base}embeddings.position_embeddings", rows="positions", writes="residual:sum"
+        )
+        | embedding(
+            f"{base}embeddings.token_type_embeddings", rows="token_types", writes="residual:sum"
+        )
+        | {
+            f"{base}embeddings.{name}": (writer((1,)), writer("positions"))
+            for name in ("position_ids", "token_type_ids")
+        }
         | norm(f"{base}embeddings.LayerNorm", reads="residual:sum", writes="residual", kind="layer")
         | blocks
-        | (linear(f"{base}pooler.dense", reads="residual", writes="residual:pooled") if pooler else {})
-        | (linear("cls.seq_relationship", reads="residual:pooled", writes=(2,)) if pooler and mlm else {})
+        | (
+            linear(f"{base}pooler.dense", reads="residual", writes="residual:pooled")
+            if pooler
+            else {}
+        )
+        | (
+            linear("cls.seq_relationship", reads="residual:pooled", writes=(2,))
+            if pooler and mlm
+            else {}
+        )
         | (_mlm_head() if mlm else {}),
         ties={
             "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -75,7 +103,8 @@ def describe(config: Config, base: str = "bert.", mlm: bool = True, pooler: bool
         else {},
         blocks=Blocks(
             at,
-            identity=dict.fromkeys(outputs, 0.0) | {"attention.output.LayerNorm.weight": 1.0, "attention.output.LayerNorm.bias": 0.0},
+            identity=dict.fromkeys(outputs, 0.0)
+            | {"attention.output.LayerNorm.weight": 1.0, "attention.output.LayerNorm.bias": 0.0},
             carries={"output.LayerNorm.weight": 1.0, "output.LayerNorm.bias": 0.0},
         ),
         attributes={
@@ -101,7 +130,12 @@ def describe(config: Config, base: str = "bert.", mlm: bool = True, pooler: bool
 def _mlm_head() -> dict[str, TensorSpec]:
     return (
         linear("cls.predictions.transform.dense", reads="residual", writes="residual:transform")
-        | norm("cls.predictions.transform.LayerNorm", reads="residual:transform", writes="residual:final", kind="layer")
+        | norm(
+            "cls.predictions.transform.LayerNorm",
+            reads="residual:transform",
+            writes="residual:final",
+            kind="layer",
+        )
         | linear("cls.predictions.decoder", reads="residual:final", writes="vocab")
         | {"cls.predictions.bias": (writer("vocab"),)}
     )

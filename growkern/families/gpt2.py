@@ -34,10 +34,22 @@ def describe(config: Config, base: str = "transformer.", head: bool = True) -> M
         for i in layers
         for name, axes in (
             norm(f"{h}.{i}.ln_1", reads="residual", writes="residual:normed", kind="layer")
-            | linear(f"{h}.{i}.attn.c_attn", reads="residual:normed", writes=[(f"heads.{i}", "head_dim")] * 3, transposed=True)
-            | linear(f"{h}.{i}.attn.c_proj", reads=(f"heads.{i}", "head_dim"), writes="residual", transposed=True)
+            | linear(
+                f"{h}.{i}.attn.c_attn",
+                reads="residual:normed",
+                writes=[(f"heads.{i}", "head_dim")] * 3,
+                transposed=True,
+            )
+            | linear(
+                f"{h}.{i}.attn.c_proj",
+                reads=(f"heads.{i}", "head_dim"),
+                writes="residual",
+                transposed=True,
+            )
             | norm(f"{h}.{i}.ln_2", reads="residual", writes="residual:normed", kind="layer")
-            | linear(f"{h}.{i}.mlp.c_fc", reads="residual:normed", writes=f"ffn.{i}", transposed=True)
+            | linear(
+                f"{h}.{i}.mlp.c_fc", reads="residual:normed", writes=f"ffn.{i}", transposed=True
+            )
             | linear(f"{h}.{i}.mlp.c_proj", reads=f"ffn.{i}", writes="residual", transposed=True)
         ).items()
     }
@@ -58,10 +70,20 @@ def describe(config: Config, base: str = "transformer.", head: bool = True) -> M
         | norm(f"{base}ln_f", reads="residual", writes="residual:final", kind="layer")
         | (linear("lm_head", reads="residual:final", writes="vocab", bias=False) if head else {}),
         ties={"lm_head.weight": f"{base}wte.weight"} if head and config.tie_word_embeddings else {},
-        blocks=Blocks(h, identity=dict.fromkeys(["attn.c_proj.weight", "attn.c_proj.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"], 0.0)),
+        blocks=Blocks(
+            h,
+            identity=dict.fromkeys(
+                ["attn.c_proj.weight", "attn.c_proj.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"],
+                0.0,
+            ),
+        ),
         attributes={
             f"{base}embed_dim": "hidden",
-            **{f"{h}.{i}.attn.{name}": "hidden" for i in layers for name in ("embed_dim", "split_size")},
+            **{
+                f"{h}.{i}.attn.{name}": "hidden"
+                for i in layers
+                for name in ("embed_dim", "split_size")
+            },
             **{f"{h}.{i}.attn.num_heads": "heads" for i in layers},
             **{f"{h}.{i}.attn.layer_idx": "block" for i in layers},
         },

@@ -36,15 +36,35 @@ def describe(config: Config, base: str = "model.", head: bool = True) -> ModelSp
         for i in layers
         for q, kv in [((f"kv_heads.{i}", f"group.{i}", "head_dim"), (f"kv_heads.{i}", "head_dim"))]
         for name, axes in (
-            norm(f"{at}.{i}.input_layernorm", reads="residual", writes="residual:normed", kind="rms", eps="variance_epsilon")
+            norm(
+                f"{at}.{i}.input_layernorm",
+                reads="residual",
+                writes="residual:normed",
+                kind="rms",
+                eps="variance_epsilon",
+            )
             | linear(f"{at}.{i}.self_attn.q_proj", reads="residual:normed", writes=q, bias=qkv_bias)
-            | linear(f"{at}.{i}.self_attn.k_proj", reads="residual:normed", writes=kv, bias=qkv_bias)
-            | linear(f"{at}.{i}.self_attn.v_proj", reads="residual:normed", writes=kv, bias=qkv_bias)
+            | linear(
+                f"{at}.{i}.self_attn.k_proj", reads="residual:normed", writes=kv, bias=qkv_bias
+            )
+            | linear(
+                f"{at}.{i}.self_attn.v_proj", reads="residual:normed", writes=kv, bias=qkv_bias
+            )
             | linear(f"{at}.{i}.self_attn.o_proj", reads=q, writes="residual", bias=attention_bias)
             | (_qk_norms(f"{at}.{i}.self_attn") if config.model_type == "qwen3" else {})
-            | norm(f"{at}.{i}.post_attention_layernorm", reads="residual", writes="residual:normed", kind="rms", eps="variance_epsilon")
-            | linear(f"{at}.{i}.mlp.gate_proj", reads="residual:normed", writes=f"ffn.{i}", bias=mlp_bias)
-            | linear(f"{at}.{i}.mlp.up_proj", reads="residual:normed", writes=f"ffn.{i}", bias=mlp_bias)
+            | norm(
+                f"{at}.{i}.post_attention_layernorm",
+                reads="residual",
+                writes="residual:normed",
+                kind="rms",
+                eps="variance_epsilon",
+            )
+            | linear(
+                f"{at}.{i}.mlp.gate_proj", reads="residual:normed", writes=f"ffn.{i}", bias=mlp_bias
+            )
+            | linear(
+                f"{at}.{i}.mlp.up_proj", reads="residual:normed", writes=f"ffn.{i}", bias=mlp_bias
+            )
             | linear(f"{at}.{i}.mlp.down_proj", reads=f"ffn.{i}", writes="residual", bias=mlp_bias)
         ).items()
     }
@@ -56,16 +76,25 @@ def describe(config: Config, base: str = "model.", head: bool = True) -> ModelSp
             "hidden": config.hidden_size,
             "heads": config.num_attention_heads,
             "kv_heads": config.num_key_value_heads,
-            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            "head_dim": getattr(config, "head_dim", None)
+            or config.hidden_size // config.num_attention_heads,
             "ffn": config.intermediate_size,
             "layers": config.num_hidden_layers,
             "vocab": config.vocab_size,
         },
         tensors=embedding(f"{base}embed_tokens", rows="vocab", writes="residual")
         | blocks
-        | norm(f"{base}norm", reads="residual", writes="residual:final", kind="rms", eps="variance_epsilon")
+        | norm(
+            f"{base}norm",
+            reads="residual",
+            writes="residual:final",
+            kind="rms",
+            eps="variance_epsilon",
+        )
         | (linear("lm_head", reads="residual:final", writes="vocab", bias=False) if head else {}),
-        ties={"lm_head.weight": f"{base}embed_tokens.weight"} if head and config.tie_word_embeddings else {},
+        ties={"lm_head.weight": f"{base}embed_tokens.weight"}
+        if head and config.tie_word_embeddings
+        else {},
         blocks=Blocks(at, identity=dict.fromkeys(outputs, 0.0)),
         attributes={
             **{f"{base}vocab_size": "vocab"},
@@ -94,5 +123,11 @@ def _qk_norms(attention: str):
     return {
         name: axes
         for which in ("q_norm", "k_norm")
-        for name, axes in norm(f"{attention}.{which}", reads="head_dim", writes="head_dim", kind="rms", eps="variance_epsilon").items()
+        for name, axes in norm(
+            f"{attention}.{which}",
+            reads="head_dim",
+            writes="head_dim",
+            kind="rms",
+            eps="variance_epsilon",
+        ).items()
     }

@@ -17,7 +17,12 @@ from growkern.spaces import SIZE_OF_SPACE, ModelSpec, space_size
 
 GROWS = ("hidden", "heads", "kv_heads", "ffn", "positions")
 Norms = Literal["isometric", "zero_pad", "mean_pad", "centre_pad"]
-NORM_KINDS: dict[str, str] = {"isometric": "rms", "zero_pad": "rms", "mean_pad": "layer", "centre_pad": "layer"}
+NORM_KINDS: dict[str, str] = {
+    "isometric": "rms",
+    "zero_pad": "rms",
+    "mean_pad": "layer",
+    "centre_pad": "layer",
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,11 @@ class Lossless:
             normed = {norm.reads for _, _, norm in spec.norms()} | {"positions"}
             whole = n_target % n_source == 0
             how = (
-                "positions" if space == "positions" else None if whole or not kinds else self._norms(spec, space, n_source, n_target, kinds)
+                "positions"
+                if space == "positions"
+                else None
+                if whole or not kinds
+                else self._norms(spec, space, n_source, n_target, kinds)
             )
             maps[space] = _index_map(n_source, n_target, how)
             for stream in streams:
@@ -75,19 +84,25 @@ class Lossless:
         _solve_ties(spec, maps, contracts)
         return Width(maps, contracts, self.noise)
 
-    def _norms(self, spec: ModelSpec, space: str, n_source: int, n_target: int, kinds: set[str]) -> Norms:
+    def _norms(
+        self, spec: ModelSpec, space: str, n_source: int, n_target: int, kinds: set[str]
+    ) -> Norms:
         name = SIZE_OF_SPACE.get(space, space)
         low = n_target // n_source * n_source
         nearest = f"nearest whole multiples: {', '.join(str(n) for n in (low, low + n_source))}"
         ask = f"cannot widen {spec.family} from {name} {n_source} to {n_target} exactly:"
         if spec.post_norm:
-            raise PlanError(f"{ask} a post-norm model keeps its function only at whole multiples; {nearest}.")
+            raise PlanError(
+                f"{ask} a post-norm model keeps its function only at whole multiples; {nearest}."
+            )
         if len(kinds) > 1:
             raise PlanError(f"{ask} its norms are of several kinds; {nearest}.")
         kind = next(iter(kinds))
         how: Norms = self.norms or ("isometric" if kind == "rms" else "mean_pad")
         if NORM_KINDS[how] != kind:
-            raise PlanError(f"{ask} norms={how!r} is for {NORM_KINDS[how]} norms; these are {kind} norms.")
+            raise PlanError(
+                f"{ask} norms={how!r} is for {NORM_KINDS[how]} norms; these are {kind} norms."
+            )
         return how
 
 
@@ -96,7 +111,11 @@ def _index_map(n_source: int, n_target: int, how: str | None) -> IndexMap:
         return IndexMap.identity(n_source)
     if how in ("zero_pad", "centre_pad", "positions"):
         return _tail(n_source, n_target)
-    return IndexMap.padded(n_source, n_target) if how == "mean_pad" else IndexMap.cyclic(n_source, n_target)
+    return (
+        IndexMap.padded(n_source, n_target)
+        if how == "mean_pad"
+        else IndexMap.cyclic(n_source, n_target)
+    )
 
 
 def _tail(n_source: int, n_target: int) -> IndexMap:
@@ -110,10 +129,17 @@ def _contract(index_map: IndexMap, how: str | None, normed: bool) -> Contract:
         return Contract(root, root)
     w = Vector.full(1.0, index_map.n_target)
     u = index_map.per_copy(lambda c: 1 / c, pad=1 / n_copies)
-    return Contract(w, u, "mean" if how in ("mean_pad", "positions") and normed else "zero", centred=how == "centre_pad" and normed)
+    return Contract(
+        w,
+        u,
+        "mean" if how in ("mean_pad", "positions") and normed else "zero",
+        centred=how == "centre_pad" and normed,
+    )
 
 
-def _solve_ties(spec: ModelSpec, maps: Mapping[str, IndexMap], contracts: dict[str, Contract]) -> None:
+def _solve_ties(
+    spec: ModelSpec, maps: Mapping[str, IndexMap], contracts: dict[str, Contract]
+) -> None:
     """A tied tensor has one scale: where it writes one stream and reads another, the reader's contract takes it back.
 
     (Tied head: the factor 1/C goes into the final norm, which writes the stream the head reads.)
@@ -124,7 +150,9 @@ def _solve_ties(spec: ModelSpec, maps: Mapping[str, IndexMap], contracts: dict[s
                 continue
             stream, origin = str(use.segments[0][0]), str(other.segments[0][0])
             if stream == origin:
-                raise PlanError(f"cannot widen {spec.family}: {tied!r} reads the stream it writes; a norm must lie between.")
+                raise PlanError(
+                    f"cannot widen {spec.family}: {tied!r} reads the stream it writes; a norm must lie between."
+                )
             if contracts[origin].centred:
                 raise PlanError(
                     f"cannot centre {spec.family}: {tied!r} is tied to {first!r}, and its mean reaches the logits; use mean_pad."
@@ -132,4 +160,6 @@ def _solve_ties(spec: ModelSpec, maps: Mapping[str, IndexMap], contracts: dict[s
             index_map = maps[stream.partition(":")[0]]
             u = contracts[origin].w
             counts = index_map.per_copy(float, pad=1.0)
-            contracts[stream] = Contract(u.zip(counts, lambda x, c: 1 / (x * c)), u, contracts[stream].pad)
+            contracts[stream] = Contract(
+                u.zip(counts, lambda x, c: 1 / (x * c)), u, contracts[stream].pad
+            )
