@@ -8,9 +8,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from growkern.commit import check_scheduler, commit, schedulers
+from growkern.commit import check_blocks, check_scheduler, commit, schedulers
 from growkern.depth import IdentityBlocks
-from growkern.describe import describe, describe_optimizer, forgotten_optimizers, tensors_of
+from growkern.describe import (
+    describe,
+    describe_optimizer,
+    forgotten_schedulers,
+    refuse_forgotten,
+    tensors_of,
+)
 from growkern.errors import GrowthError, PlanError, UnsupportedOptimizerError
 from growkern.execute import execute
 from growkern.law import build
@@ -61,16 +67,8 @@ def plan(
     model = _unwrapped(model)
     found = describe(model, spec)
     if optim is not None:
-        describe_optimizer(model, optim, drop=state == "drop")
-    sizes = resolve_sizes(found, to)
-    return build(
-        found,
-        sizes,
-        width=width or Lossless(),
-        depth=depth or IdentityBlocks(),
-        state=state,
-        seed=seed,
-    )
+        describe_optimizer(model, optim, found, drop=state == "drop")
+    return _plan(found, to, width, depth, state, seed)
 
 
 def expand_inplace(
@@ -102,12 +100,15 @@ def expand_inplace(
         depth: Depth method; default ``depth.IdentityBlocks()``: exact.
         state: ``"exact"`` grows optimizer state by the dual law, ``"drop"`` clears it.
         dynamics: ``"mup"`` multiplies learning rates by the law's factor for good, where it is one number per tensor, by
-            splitting param groups; None leaves the groups alone and reports the factors.
+            splitting param groups, and divides their weight decay by it, so that decay per step stays; None leaves the
+            groups alone and reports the factors.
         spec: Description of a model of your own.
         seed: Of all noise.
         backend: ``"triton"``, ``"torch"``, or None for triton on a GPU and torch elsewhere.
         plan: A plan made before, in place of ``to``, ``width``, ``depth``, ``state`` and ``seed``.
-        scheduler: The learning-rate scheduler that drives ``optim``; it follows the split groups.
+        scheduler: The learning-rate scheduler that drives ``optim``, or a list of them; they follow the split groups.
+
+    The model gets a config of its own (a changed copy), so other models built from the same config object stay whole.
 
     Returns:
         What was done; ``print`` it.
@@ -127,31 +128,36 @@ def expand_inplace(
     """
     start = perf_counter()
     model = _unwrapped(model)
-    if dynamics not in ("mup", None):
+    if dynamics is not None and (not isinstance(dynamics, str) or dynamics != "mup"):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PlanError(f"unknown dynamics={dynamics!r}: 'mup' or None.")
     if plan is not None and not isinstance(plan, GrowthPlan):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PlanError(
             f"plan: expected a GrowthPlan, got {type(plan).__name__}; GrowthPlan.from_json reads one."
         )
+    if plan is not None and (to != "2x" or width is not None or depth is not None):
+        raise PlanError("plan= already says what to grow; leave to=, width= and depth= out.")
+    check_scheduler(optim, scheduler)
     found = describe(model, spec)
     drop = (plan.state if plan else state) == "drop"
-    described = describe_optimizer(model, optim, drop=drop) if optim is not None else None
-    forgotten_optimizers(model, optim)
+    described = describe_optimizer(model, optim, found, drop=drop) if optim is not None else None
+    refuse_forgotten(model, optim)
     if plan is None:
-        sizes = resolve_sizes(found, to)
-        plan = build(
-            found,
-            sizes,
-            width=width or Lossless(),
-            depth=depth or IdentityBlocks(),
-            state=state,
-            seed=seed,
-        )
+        plan = _plan(found, to, width, depth, state, seed)
     else:
         _check_plan(plan, found)
     law = described.law if described else None
     factors = lr_factors(plan, law, described)
-    split = _to_split(factors, dynamics, optim, described, scheduler)
+    split = {name: f for name, f in factors.items() if f and f != 1} if dynamics == "mup" else {}
+    if (
+        optim is not None
+        and split
+        and (alone := forgotten_schedulers(optim, schedulers(scheduler)))
+    ):
+        raise PlanError(
+            f"a learning-rate scheduler ({', '.join(alone)}) drives this optimizer, and dynamics='mup' splits its "
+            "param groups: pass scheduler=, one or a list, so that it follows, or dynamics=None."
+        )
+    check_blocks(plan, model)
     sources = tensors_of(model, optim, found)
     n_params = sum(p.numel() for p in model.parameters())
     with torch.inference_mode(False), torch.no_grad():
@@ -183,10 +189,29 @@ def expand_inplace(
         lr_factors=counts,
         lr_applied=dynamics == "mup",
         grad_norm_factor=grad_norm,
+        noisy=plan.noisy,
         notes=(*plan.notes, *_notes(plan, found, described, factors, split, scheduler)),
     )
     logger.debug("%s", report)
     return report
+
+
+def _plan(
+    spec: ModelSpec,
+    to: Target,
+    width: WidthMethod | None,
+    depth: DepthMethod | None,
+    state: str,
+    seed: int,
+) -> GrowthPlan:
+    return build(
+        spec,
+        resolve_sizes(spec, to),
+        width=Lossless() if width is None else width,
+        depth=IdentityBlocks() if depth is None else depth,
+        state=state,
+        seed=seed,
+    )
 
 
 def lr_factors(
@@ -212,28 +237,6 @@ def _check_plan(plan: GrowthPlan, spec: ModelSpec) -> None:
         raise PlanError(
             f"the plan is for a {plan.family} of {dict(plan.source_sizes)}, this {spec.family} has {dict(spec.sizes)}; plan anew."
         )
-
-
-def _to_split(
-    factors: Mapping[str, float | None],
-    dynamics: str | None,
-    optim: Optimizer | None,
-    described: OptimSpec | None,
-    scheduler: object | None,
-) -> dict[str, float]:
-    if optim is not None:
-        check_scheduler(optim, scheduler)
-    split = (
-        {name: f for name, f in factors.items() if f is not None and f != 1}
-        if dynamics == "mup"
-        else {}
-    )
-    if split and described is not None and described.scheduled and scheduler is None:
-        raise PlanError(
-            "a learning-rate scheduler drives this optimizer, and dynamics='mup' splits its param groups: "
-            "pass scheduler=, so that it follows, or dynamics=None."
-        )
-    return split
 
 
 def _n_bytes(sources: Tensors, name: str) -> int:
@@ -285,6 +288,9 @@ def _notes(
             "the scheduler's eta_min is one number for all groups: near it, learning-rate factors fade."
         )
     if split and described:
+        notes.append(
+            "weight decay was divided by the learning-rate factor where that is not 1, so that decay per step stays."
+        )
         notes.append(
             "param groups were split by learning rate; to load this optimizer's state_dict into a new one, build it with the same groups."
         )

@@ -6,13 +6,14 @@ import threading
 from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from growkern.errors import CommitError, PlanError
+from growkern.errors import CommitError, PlanError, UnsupportedModelError
 from growkern.plan import GrowthPlan
 from growkern.state import OptimSpec
 from growkern.tensors import Tensors
@@ -27,7 +28,12 @@ LR_KEYS = (
     "swa_lr",
 )  # what schedulers keep in a param group, besides the group's own
 SCHEDULER_LISTS = ("base_lrs", "min_lrs", "max_lrs")  # one learning rate per group
-SCHEDULER_ENTRIES = ("lr_lambdas", "_last_lr")  # one entry per group, copied
+SCHEDULER_ENTRIES = (
+    "lr_lambdas",
+    "_last_lr",
+    "base_momentums",
+    "max_momentums",
+)  # one entry per group, copied
 
 
 @dataclass
@@ -123,7 +129,8 @@ def commit(
             if optim is not None and described is not None:
                 target = dict(model.named_parameters(remove_duplicate=False))
                 _optimizer(plan, staged, optim, source, target, undo)
-                _split_groups(plan, optim, target, lr_factors or {}, scheduler, undo)
+                decay = bool(described.law and described.law.keeps_decay)
+                _split_groups(plan, optim, target, lr_factors or {}, scheduler, decay, undo)
                 _check(optim)
         except BaseException as error:
             undo.back()
@@ -153,16 +160,15 @@ def _new_blocks(plan: GrowthPlan, staged: Tensors, model: nn.Module) -> list[nn.
     """Every block of the target: the live ones, and copies of modules (not of their tensors) for new ones."""
     if not plan.blocks:
         return []
-    live = list(model.get_submodule(plan.path).children())
+    live = [m for m in model.get_submodule(plan.path)._modules.values() if m is not None]  # pyright: ignore[reportPrivateUsage]
     shared: dict[int, object] = {id(c): c for c in _configs(model)}
     blocks: list[nn.Module] = []
     for index, block in enumerate(plan.blocks):
         source = live[block.source]
         if block.new:
             own = set(source.modules())
-            memo = shared | {
-                id(m): m for m in model.modules() if m not in own
-            }  # what a hook may refer to is not copied
+            memo = shared | {id(m): m for m in model.modules() if m not in own}
+            memo |= {id(o): o for m in own for o in _hook_owners(m) if o not in own}
             for name, p in source.named_parameters():
                 memo[id(p)] = nn.Parameter(
                     staged.values[f"{plan.path}.{index}.{name}"], requires_grad=p.requires_grad
@@ -170,15 +176,45 @@ def _new_blocks(plan: GrowthPlan, staged: Tensors, model: nn.Module) -> list[nn.
             for name, b in source.named_buffers():
                 if f"{plan.path}.{index}.{name}" in staged.values:
                     memo[id(b)] = staged.values[f"{plan.path}.{index}.{name}"]
-            blocks.append(copy.deepcopy(source, memo))  # pyright: ignore[reportArgumentType]
+            try:
+                blocks.append(copy.deepcopy(source, memo))  # pyright: ignore[reportArgumentType]
+            except Exception as error:
+                raise CommitError(
+                    f"cannot copy block {plan.path}.{block.source} ({error}); take what cannot be copied off its modules, "
+                    "grow, and put it back. Nothing was changed."
+                ) from error
         else:
             blocks.append(source)
     return blocks
 
 
+def _hook_owners(module: nn.Module) -> list[object]:
+    """The objects whose bound methods are hooks of a module: they belong to the user and are not copied."""
+    hooks = [v for k, v in vars(module).items() if k.endswith("_hooks") and isinstance(v, dict)]
+    owners: list[Any] = [getattr(hook, "__self__", None) for h in hooks for hook in h.values()]
+    return [owner for owner in owners if owner is not None]
+
+
+def check_blocks(plan: GrowthPlan, model: nn.Module) -> None:
+    """Raise UnsupportedModelError where a block that is copied has a patched forward: the copy would run the original's."""
+    live = model.get_submodule(plan.path) if plan.path else nn.Module()
+    copied = sorted({block.source for block in plan.blocks if block.new})
+    patched = [
+        f"{plan.path}.{i}.{name}".rstrip(".")
+        for i in copied
+        for name, module in live.get_submodule(str(i)).named_modules()
+        if isinstance(vars(module).get("forward"), FunctionType)
+    ]
+    if patched:
+        raise UnsupportedModelError(
+            f"cannot copy blocks whose forward is patched by a function ({', '.join(patched[:3])}): the copy would run the "
+            "original's weights. Take the patch off, grow, and patch again."
+        )
+
+
 def _configs(model: nn.Module) -> list[object]:
     """Every config object that the model or a part of it holds."""
-    found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    found = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
     return list(found.values())
 
 
@@ -208,19 +244,30 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo) -> None:
         owner, _, name = path.rpartition(".")
         module = model.get_submodule(owner)
         undo.attribute(module, name, getattr(module, name) * factor)
+    copies = {id(config): _grown_config(plan, config) for config in _configs(model)}
+    for module in model.modules():
+        if (config := vars(module).get("config")) is not None and copies[id(config)] is not config:
+            undo.attribute(module, "config", copies[id(config)])
+
+
+def _grown_config(plan: GrowthPlan, config: object) -> object:
+    """A copy of a config with the target's sizes, so that other models built from the same object stay whole."""
     order = [block.source for block in plan.blocks]
-    for config in _configs(model):
-        for name, value in plan.config.items():
-            if getattr(config, name, None) != value:
-                undo.attribute(config, name, value)
-        for name in plan.config_lists:
-            entries: Any = getattr(config, name, None)
-            if isinstance(entries, list) and order:
-                undo.attribute(config, name, [entries[i] for i in order])  # pyright: ignore[reportUnknownArgumentType]
-        if plan.config_eps and hasattr(config, plan.config_eps[0]):
-            undo.attribute(
-                config, plan.config_eps[0], getattr(config, plan.config_eps[0]) * plan.config_eps[1]
-            )
+    changed: dict[str, object] = {
+        k: v for k, v in plan.config.items() if getattr(config, k, None) != v
+    }
+    for name in plan.config_lists:
+        entries: Any = getattr(config, name, None)
+        if isinstance(entries, list) and order and order != list(range(len(order))):
+            changed[name] = [entries[i] for i in order]  # pyright: ignore[reportUnknownVariableType]
+    if plan.config_eps and hasattr(config, plan.config_eps[0]):
+        changed[plan.config_eps[0]] = getattr(config, plan.config_eps[0]) * plan.config_eps[1]
+    if not changed:
+        return config
+    grown = copy.deepcopy(config)
+    for name, value in changed.items():
+        setattr(grown, name, value)
+    return grown
 
 
 def _optimizer(
@@ -248,14 +295,22 @@ def _optimizer(
     place, before = _places(target), _places(source)
     for group in optim.param_groups:
         params: list[nn.Parameter] = group["params"]
+        names = _own_names(group, source)
         grown = [q for p in params for q in (p, *joins.get(id(p), []))]
         places = [before[id(p)] for p in params if id(p) in before]
-        if len(grown) > len(params):
-            if places == sorted(places) and len(places) == len(
-                params
-            ):  # the group is in model order: keep it so
-                grown.sort(key=lambda p: place[id(p)])
-            undo.entries(params, grown)
+        in_order = places == sorted(places) and len(places) == len(params)
+        if len(grown) > len(params) and in_order:  # keep it so
+            grown.sort(key=lambda p: place[id(p)])
+        undo.entries(params, grown)
+        if "param_names" in group:
+            new = {id(p): name for name, p in reversed(target.items())}
+            undo.entries(group["param_names"], [names.get(id(p)) or new[id(p)] for p in grown])
+
+
+def _own_names(group: Mapping[str, Any], source: dict[str, nn.Parameter]) -> dict[int, str]:
+    """Names in a group that are not the model's: of other parameters, or of the user's choice."""
+    names = {id(p): n for p, n in zip(group["params"], group.get("param_names", []), strict=False)}
+    return {i: n for i, n in names.items() if n not in source or id(source[n]) != i}
 
 
 def _places(params: dict[str, nn.Parameter]) -> dict[int, int]:
@@ -269,39 +324,54 @@ def _split_groups(
     target: dict[str, nn.Parameter],
     factors: dict[str, float],
     scheduler: object | None,
+    keeps_decay: bool,
     undo: Undo,
 ) -> None:
     """Give parameters whose learning-rate factor is not 1 a group of their own, behind the others."""
-    names = {id(p): name for name, p in reversed(target.items())}
+    names = {id(p): name for name, p in target.items() if name in factors}
     for index, group in enumerate(list(optim.param_groups)):
-        parts: dict[float, list[nn.Parameter]] = {}
-        for p in group["params"]:
-            parts.setdefault(factors.get(names.get(id(p), ""), 1.0), []).append(p)
+        parts: dict[float, list[int]] = {}
+        for i, p in enumerate(group["params"]):
+            parts.setdefault(factors[names[id(p)]] if id(p) in names else 1.0, []).append(i)
         if set(parts) <= {1.0}:
             continue
         stays = 1.0 if 1.0 in parts else next(iter(parts))
-        undo.entries(group["params"], parts.pop(stays))
-        rest = [(factor, {**group, "params": params}) for factor, params in parts.items()]
-        if stays != 1.0:
-            undo.items(group, _scaled(group, stays))
-        undo.entries(
-            optim.param_groups,
-            [*optim.param_groups, *(_scaled(new, factor) for factor, new in rest)],
-        )
+        groups = {
+            factor: _scaled(group, factor, keeps_decay)
+            | {
+                key: [group[key][i] for i in part]
+                for key in ("params", "param_names")
+                if key in group
+            }
+            for factor, part in parts.items()
+        }
+        kept = groups.pop(stays)
+        for key in ("params", "param_names"):
+            if key in group:
+                undo.entries(group[key], kept[key])
+                kept[key] = group[key]
+        undo.items(group, kept)
+        undo.entries(optim.param_groups, [*optim.param_groups, *groups.values()])
         for one in schedulers(scheduler):
-            _follow(one, index, stays, [factor for factor, _ in rest], undo)
+            _follow(one, index, stays, list(groups), undo)
 
 
-def _scaled(group: Mapping[str, Any], factor: float) -> dict[str, Any]:
-    return {key: value * factor if key in LR_KEYS else value for key, value in group.items()}
+def _scaled(group: Mapping[str, Any], factor: float, keeps_decay: bool) -> dict[str, Any]:
+    scaled = {key: value * factor if key in LR_KEYS else value for key, value in group.items()}
+    if keeps_decay and factor != 1:
+        scaled["weight_decay"] = group["weight_decay"] / factor
+    return scaled
 
 
 def schedulers(scheduler: object | None) -> list[object]:
-    """A scheduler and the schedulers inside it."""
+    """A scheduler, or several, and the schedulers inside."""
     if scheduler is None:
         return []
+    if isinstance(scheduler, list | tuple):
+        several: list[object] = list(scheduler)  # pyright: ignore[reportUnknownArgumentType]
+        return [s for one in several for s in schedulers(one)]
     inner: list[object] = list(getattr(scheduler, "_schedulers", []))
-    return [scheduler, *(s for one in inner for s in schedulers(one))]
+    return [scheduler, *schedulers(inner)]
 
 
 def _follow(scheduler: object, index: int, stays: float, factors: list[float], undo: Undo) -> None:
@@ -316,8 +386,10 @@ def _follow(scheduler: object, index: int, stays: float, factors: list[float], u
         undo.entries(values, [*values, *(values[index] for _ in factors)])
 
 
-def check_scheduler(optim: Optimizer, scheduler: object | None) -> None:
+def check_scheduler(optim: Optimizer | None, scheduler: object | None) -> None:
     """Raise PlanError for a scheduler that drives another optimizer, or whose groups cannot be split."""
+    if optim is None and scheduler is not None:
+        raise PlanError("scheduler: pass the optimizer that it drives too, as optim.")
     for one in schedulers(scheduler):
         if getattr(one, "optimizer", optim) is not optim:
             raise PlanError(f"scheduler: this {type(one).__name__} drives another optimizer.")

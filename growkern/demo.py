@@ -54,7 +54,7 @@ class Setup:
 
     hidden: int = 64  # of the source
     layers: int = 4
-    stages: Stages = ((None, 1800), ("2x", 500), ({"layers": 6}, 300))
+    stages: Stages = ((None, 600), ("2x", 220), ({"layers": 6}, 100))
     lr: float = 4e-3  # peak, of the grown run; growth scales it where its law says so
     scratch_lr: float = 2e-3  # peak, from scratch: the best of those tried
     batch: int = 4  # windows in a step

@@ -2,13 +2,15 @@
 
 import gc
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from growkern.errors import UnsupportedModelError, UnsupportedOptimizerError, raise_all
 from growkern.families import FAMILIES
@@ -62,6 +64,11 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> ModelSpec:
         UnsupportedModelError, f"cannot grow this {type(model).__name__}:", [*_wrappers(model)]
     )
     found = spec or _family(model)
+    sizes = [f"{k}={n!r}" for k, n in found.sizes.items() if type(n) is not int or n < 1]
+    if sizes:
+        raise UnsupportedModelError(
+            f"spec: sizes are whole numbers from 1; got {', '.join(sizes)}."
+        )
     live = dict(model.named_parameters(remove_duplicate=False)) | dict(
         model.named_buffers(remove_duplicate=False)
     )
@@ -73,6 +80,7 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> ModelSpec:
         f"cannot describe {type(model).__name__} as {found.family!r}:",
         problems,
     )
+    found = replace(found, ties=dict(_directed(found, *tie) for tie in found.ties.items()))
     leaves = {
         f"{name}.{attribute}": (f"{name}.weight", axis)
         for name, module in _modules(model)
@@ -84,12 +92,15 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> ModelSpec:
     return replace(found, leaves=leaves)
 
 
-def describe_optimizer(model: nn.Module, optim: Optimizer, *, drop: bool = False) -> OptimSpec:
+def describe_optimizer(
+    model: nn.Module, optim: Optimizer, spec: ModelSpec, *, drop: bool = False
+) -> OptimSpec:
     """Describe an optimizer: its class, its groups and state keys by parameter name.
 
     Args:
         model: The model it trains.
         optim: The optimizer.
+        spec: Of the model.
         drop: True when its state is going to be dropped, so that no law is needed.
 
     Returns:
@@ -103,7 +114,8 @@ def describe_optimizer(model: nn.Module, optim: Optimizer, *, drop: bool = False
         raise UnsupportedOptimizerError(
             f"optim: expected a torch.optim.Optimizer, got {type(optim).__name__}."
         )
-    names = {id(p): name for name, p in model.named_parameters()}
+    live = model.named_parameters(remove_duplicate=False)
+    names = {id(p): name for name, p in live if name not in spec.ties}
     held = [
         tuple(names[id(p)] for p in group["params"] if id(p) in names)
         for group in optim.param_groups
@@ -141,41 +153,65 @@ def describe_optimizer(model: nn.Module, optim: Optimizer, *, drop: bool = False
                     f"{name}: state {key!r} is a {type(value).__name__}; only plain tensors are grown."
                 )
     raise_all(UnsupportedOptimizerError, title, problems)
-    scheduled = bool(getattr(optim.step, "_wrapped_by_lr_sched", False))
-    return OptimSpec(
-        kind, tuple(held), {name: tuple(state) for name, (_, state) in states.items()}, scheduled
-    )
+    return OptimSpec(kind, tuple(held), {name: tuple(s) for name, (_, s) in states.items()})
 
 
-def forgotten_optimizers(model: nn.Module, optim: Optimizer | None) -> None:
-    """Look for another live optimizer with state of the model's parameters, which would be left un-grown.
+def refuse_forgotten(model: nn.Module, optim: Optimizer | None) -> None:
+    """Look for live objects that the growth would leave behind: optimizers with state, modules that share a parameter.
 
     Raises:
-        UnsupportedOptimizerError: There is one: its next step would fail, or corrupt memory under ``fused=True``.
+        UnsupportedOptimizerError: Another optimizer holds state of the parameters; its next step would fail, or corrupt
+            memory under ``fused=True``.
+        UnsupportedModelError: A module outside the model holds one of its parameters (a head tied to this backbone).
     """
+    params = {id(p): name for name, p in model.named_parameters()}
+    inside = {id(m) for m in model.modules()}
 
-    def found() -> list[str]:
-        params = {id(p) for p in model.parameters()}
-        others = [
-            o
-            for o in gc.get_objects()
-            if issubclass(type(o), Optimizer) and o is not optim and hasattr(o, "state")
-        ]
-        mine = [
-            o
-            for o in others
-            if (optim is None or o.state is not optim.state)
-            and any(id(p) in params for p in o.state)
-        ]
-        return [f"{type(o).__module__}.{type(o).__qualname__}" for o in mine]
+    def optimizers() -> list[str]:
+        others = [o for o in _live(Optimizer) if o is not optim and hasattr(o, "state")]
+        others = [o for o in others if optim is None or o.state is not optim.state]
+        return [_kind(o) for o in others if any(id(p) in params for p in o.state)]
 
-    if found():
-        gc.collect()  # one that was let go may only wait for its turn
-        if others := found():
+    def modules() -> list[str]:
+        others = [m for m in _live(nn.Module) if id(m) not in inside and "_parameters" in vars(m)]
+        shared = [(m, p) for m in others for p in m.parameters(recurse=False) if id(p) in params]
+        return [f"{type(m).__name__} ({params[id(p)]})" for m, p in shared]
+
+    if optimizers() or modules():
+        gc.collect()  # what was let go may only wait for its turn
+        title = f"cannot grow this {type(model).__name__}:"
+        if others := optimizers():
             raise UnsupportedOptimizerError(
-                f"cannot grow this {type(model).__name__}: another live optimizer holds state of its parameters ({', '.join(others)}), "
+                f"{title} another live optimizer holds state of its parameters ({', '.join(others)}), "
                 "which would not be grown. Pass it as optim, or clear its .state and let it go."
             )
+        if others := modules():
+            raise UnsupportedModelError(
+                f"{title} modules outside it hold its parameters ({', '.join(others[:3])}) and would not be grown. "
+                "Pass the whole model."
+            )
+
+
+def forgotten_schedulers(optim: Optimizer, handed: Sequence[object]) -> list[str]:
+    """Class names of live schedulers that drive the optimizer and were not handed over."""
+
+    def found() -> list[str]:
+        live = [s for s in _live(LRScheduler) if getattr(s, "optimizer", None) is optim]
+        return [type(s).__name__ for s in live if not any(s is one for one in handed)]
+
+    return found() and (gc.collect(), found())[1]
+
+
+T = TypeVar("T")
+
+
+def _live(kind: type[T]) -> list[T]:
+    """Every live object of a class (a scan of the heap, about 0.1 s)."""
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
+
+
+def _kind(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
 def tensors_of(model: nn.Module, optim: Optimizer | None, spec: ModelSpec) -> Tensors:
@@ -232,6 +268,8 @@ def _unfit(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
     for name, p in model.named_parameters():
         if type(p.data) is not Tensor or type(p) is not nn.Parameter:
             yield f"{name}: is a {type(p if type(p) is not nn.Parameter else p.data).__name__}; only plain parameters are grown."
+        elif p.grad is not None and p.grad.layout is not torch.strided:
+            yield f"{name}: has a sparse gradient; step and zero_grad(set_to_none=True) before growing."
         elif p.is_meta:
             yield f"{name}: is on the meta device; load the weights first."
         elif (
@@ -324,6 +362,16 @@ def _absent(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
         for name in (*spec.blocks.identity, *spec.blocks.carries):
             if f"{spec.blocks.path}.0.{name}" not in spec.tensors:
                 yield f"{spec.blocks.path}.0.{name}: the spec's blocks name it, but there is no such tensor."
+
+
+def _directed(spec: ModelSpec, tied: str, first: str) -> tuple[str, str]:
+    """A tie, with the use that writes a stream as the first name: it decides how the tensor grows."""
+    roles = zip(spec.tensors[tied], spec.tensors[first], strict=True)
+    return (
+        (first, tied)
+        if any((a.role, b.role) == ("writer", "reader") for a, b in roles)
+        else (tied, first)
+    )
 
 
 def _ties(model: nn.Module, spec: ModelSpec) -> Iterator[str]:

@@ -46,17 +46,17 @@ def build(
         *([] if state in ("exact", "drop") else [f"unknown state={state!r}: 'exact' or 'drop'."]),
         *(
             []
-            if type(seed) is int and 0 <= seed < 1 << 64
+            if isinstance(seed, int) and 0 <= seed < 1 << 64
             else [f"seed={seed!r}: an int from 0 to 2**64 - 1."]
         ),
         *(
             []
-            if hasattr(width, "widen")
+            if hasattr(width, "widen") and not isinstance(width, type)
             else [f"width: expected a width method such as Lossless(), got {width!r}."]
         ),
         *(
             []
-            if hasattr(depth, "deepen")
+            if hasattr(depth, "deepen") and not isinstance(depth, type)
             else [f"depth: expected a depth method such as IdentityBlocks(), got {depth!r}."]
         ),
     ]

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any, Literal
 
+from growkern.errors import PlanError
 from growkern.index_map import IndexMap, Run, Vector
 from growkern.methods import BlockRow
 from growkern.tables import fold, table
@@ -118,6 +119,11 @@ class GrowthPlan:
         return hash(self.to_json())
 
     @property
+    def noisy(self) -> bool:
+        """True when twin noise is added, so that gradients follow the law only up to what the noise adds."""
+        return any(axis.noise for axis in self.axes.values())
+
+    @property
     def function_preserving(self) -> bool:
         """True when the target computes what the source computed."""
         return not self.reasons
@@ -152,21 +158,24 @@ class GrowthPlan:
 
     @staticmethod
     def from_json(text: str) -> "GrowthPlan":
-        """Read a plan that ``to_json`` wrote."""
-        data = json.loads(text)
-        eps = data["config_eps"]
-        data |= {
-            name: tuple(data[name]) for name in ("config_lists", "counters", "reasons", "notes")
-        }
-        data |= {
-            "axes": {key: _axis_from_json(axis) for key, axis in data["axes"].items()},
-            "rows": tuple(
-                TensorRow(**(row | {"axes": tuple(row["axes"])})) for row in data["rows"]
-            ),
-            "blocks": tuple(BlockRow(**row) for row in data["blocks"]),
-            "config_eps": tuple(eps) if eps else None,
-        }
-        return GrowthPlan(**data)
+        """Read a plan that ``to_json`` wrote; raise PlanError for anything else."""
+        try:
+            data = json.loads(text)
+            eps = data["config_eps"]
+            data |= {
+                name: tuple(data[name]) for name in ("config_lists", "counters", "reasons", "notes")
+            }
+            data |= {
+                "axes": {key: _axis_from_json(axis) for key, axis in data["axes"].items()},
+                "rows": tuple(
+                    TensorRow(**(row | {"axes": tuple(row["axes"])})) for row in data["rows"]
+                ),
+                "blocks": tuple(BlockRow(**row) for row in data["blocks"]),
+                "config_eps": tuple(eps) if eps else None,
+            }
+            return GrowthPlan(**data)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"cannot read the plan: {error!r}; only what to_json wrote.") from None
 
     def __str__(self) -> str:
         grown = [(k, n, self.target_sizes[k]) for k, n in self.source_sizes.items()]

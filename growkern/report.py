@@ -24,7 +24,8 @@ class GrowthReport:
         peak_bytes: Staged tensors beside the source: what the growth took at most, beyond what was there.
         lr_factors: Learning-rate factor of the law -> number of parameter tensors; None where it is not one number.
         lr_applied: True when param groups were split by these factors.
-        grad_norm_factor: Expected factor on the global gradient norm; None without second moments or gradients.
+        grad_norm_factor: The law's factor on the global gradient norm; None without second moments or gradients.
+        noisy: True when twin noise was added: gradients then hold a part of its making beside what the law says.
         notes: What the user should do or know next.
     """
 
@@ -43,6 +44,7 @@ class GrowthReport:
     lr_factors: dict[float | None, int]
     lr_applied: bool
     grad_norm_factor: float | None
+    noisy: bool
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -79,12 +81,12 @@ class GrowthReport:
             ),
         ]
         if self.grad_norm_factor is not None:
-            facts.append(
-                (
-                    "gradient norm",
-                    f"expect x {self.grad_norm_factor:.3g}; scale a clipping threshold alike",
-                )
+            advice = (
+                "twin noise adds to it: measure"
+                if self.noisy
+                else "scale a clipping threshold alike"
             )
+            facts.append(("gradient norm", f"x {self.grad_norm_factor:.3g} by the law; {advice}"))
         text = [
             f"Grew {self.family}",
             table(["size", "source", "target", ""], rows),

@@ -4,14 +4,14 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from fractions import Fraction
+from operator import index
 
 from growkern.errors import PlanError, raise_all
 from growkern.spaces import ModelSpec
 
 WIDTHS = ("hidden", "heads", "kv_heads", "ffn")  # what "2x" means; the rest grows when it is named
-MAX_SIZE = (
-    1 << 22
-)  # coordinates of one size; far beyond any model, and a slip of the finger must not fill the host's memory
+MAX_SIZE = 1 << 18  # beyond any model: a slip of the finger must not fill the host's memory
+MAX_LAYERS = 1 << 12
 Target = str | Mapping[str, int | str]
 
 
@@ -32,19 +32,24 @@ def resolve_sizes(spec: ModelSpec, to: Target) -> dict[str, int]:
         PlanError: An unknown size name, a factor or target that is not whole, smaller than the source, or that the model
             cannot express, with the nearest sizes; every reason at once.
     """
+    if not isinstance(to, str | Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PlanError(
+            f"cannot read to={to!r}: a factor such as '2x' or '1.5x', or a mapping of {', '.join(spec.sizes)}."
+        )
     source, problems = spec.sizes, list[str]()
     named = _named(spec, to, problems)
     target = dict(source) | named
-    if "hidden" in source:
+    if "hidden" in source and not problems:
         ratio = Fraction(target["hidden"], source["hidden"])
         _follow(spec, named, target, ratio, problems)
     for name, n in target.items():
+        limit = MAX_LAYERS if name == "layers" else MAX_SIZE
         if n < source[name]:
             problems.append(
                 f"{name}: the target {n} is smaller than the source {source[name]}; growth only adds."
             )
-        elif n > MAX_SIZE:
-            problems.append(f"{name}: the target {n:,} is beyond {MAX_SIZE:,}.")
+        elif n > max(limit, source[name]):
+            problems.append(f"{name}: the target {n:,} is beyond {limit:,}.")
         elif n > source[name] and name in spec.fixed:
             problems.append(f"{name}: cannot grow in this {spec.family}: {spec.fixed[name]}.")
     if not problems and "kv_heads" in target and target["heads"] % target["kv_heads"]:
@@ -90,10 +95,14 @@ def _named(spec: ModelSpec, to: Target, problems: list[str]) -> dict[str, int]:
             problems.append(f"{name}: cannot read {value!r}; an int, or a factor such as '1.5x'.")
         elif isinstance(value, str):
             named[name] = _scaled(name, spec, value, problems)
-        elif isinstance(value, bool) or not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+        elif isinstance(value, bool) or not hasattr(value, "__index__"):
             problems.append(f"{name}: {value!r} is not an int or a factor such as '1.5x'.")
+        elif index(value) < spec.sizes[name]:
+            problems.append(
+                f"{name}: the target {value} is smaller than the source {spec.sizes[name]}; growth only adds."
+            )
         else:
-            named[name] = value
+            named[name] = index(value)
     return named
 
 

@@ -16,10 +16,12 @@ class Law:
     Attributes:
         orders: State key -> order in the gradient; None for a scalar that is kept.
         lr: Which factor on the learning rate keeps the source's dynamics: ``"s"``, or ``"s/a"`` for plain gradient steps.
+        keeps_decay: True when the same dynamics want weight decay divided by that factor (decoupled decay, SGD).
     """
 
     orders: Mapping[str, int | None]
     lr: Literal["s", "s/a"]
+    keeps_decay: bool = False
 
     def lr_factor(self, weight_scale: float | None, grad_scale: float | None) -> float | None:
         """The factor on the learning rate of a tensor; None where it is not one number."""
@@ -28,12 +30,12 @@ class Law:
         return weight_scale if self.lr == "s" or grad_scale is None else weight_scale / grad_scale
 
 
-ADAM = Law({"step": None, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}, lr="s")
+ADAM: dict[str, int | None] = {"step": None, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 
 LAWS: dict[str, Law] = {
-    "torch.optim.adam.Adam": ADAM,
-    "torch.optim.adamw.AdamW": ADAM,
-    "torch.optim.sgd.SGD": Law({"momentum_buffer": 1}, lr="s/a"),
+    "torch.optim.adam.Adam": Law(ADAM, lr="s"),
+    "torch.optim.adamw.AdamW": Law(ADAM, lr="s", keeps_decay=True),
+    "torch.optim.sgd.SGD": Law({"momentum_buffer": 1}, lr="s/a", keeps_decay=True),
 }
 
 
@@ -45,13 +47,11 @@ class OptimSpec:
         kind: Qualified class name.
         groups: Names of the model's parameters in each param group.
         states: Parameter name -> its state keys.
-        scheduled: True when a learning-rate scheduler drives it.
     """
 
     kind: str
     groups: tuple[tuple[str, ...], ...]
     states: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
-    scheduled: bool = False
 
     @property
     def law(self) -> Law | None:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isnan
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class Verification:
     """What ``verify`` saw.
 
     Attributes:
-        logits_error: Largest absolute difference of the outputs.
+        logits_error: Largest absolute difference of the outputs; nan when their shapes differ (a backbone's hidden states).
         logits_scale: Largest absolute output of the source.
         tolerance: Relative error that rounding in the model's dtype explains.
         dead: Tensor -> elements without gradient in two steps (rows of an embedding that the batch does not use left out).
@@ -65,7 +66,11 @@ class Verification:
             (
                 "logits error",
                 f"{self.logits_error:.2e} of {self.logits_scale:.3g}",
-                "ok" if self.same_function else "DIFFERENT",
+                "ok"
+                if self.same_function
+                else "NOT COMPARABLE"
+                if isnan(self.logits_error)
+                else "DIFFERENT",
             ),
             ("without gradient in two steps", count(self.dead), "ok" if not self.dead else "DEAD"),
             (
@@ -106,7 +111,7 @@ def verify(
     """
     with torch.no_grad():
         before, after = (_run(model, batch)[0] for model in (source, target))
-    error = float((before - after).abs().max()) if before.shape == after.shape else float("inf")
+    error = float((before - after).abs().max()) if before.shape == after.shape else float("nan")
     dtype = next(target.parameters()).dtype
     dead, copies = _trial(target, batch)
     state, unheld = _optimizer(target, optim) if optim is not None else ((), ())
@@ -130,11 +135,11 @@ def _run(model: nn.Module, batch: Tensor | Mapping[str, object]) -> tuple[Tensor
     finally:
         for module, mode in training.items():
             module.training = mode
-    logits = getattr(out, "logits", out)
-    if not isinstance(logits, Tensor):
-        logits = getattr(out, "last_hidden_state", None) or next(
-            t for t in out if isinstance(t, Tensor) and t.dim()
-        )
+    named = [
+        getattr(out, name, None) for name in ("logits", "prediction_logits", "last_hidden_state")
+    ]
+    tensors = [t for t in (out, *named) if isinstance(t, Tensor)]
+    logits = tensors[0] if tensors else next(t for t in out if isinstance(t, Tensor) and t.dim())
     loss = getattr(out, "loss", None)
     return (
         logits.detach() if not torch.is_grad_enabled() else logits,

@@ -22,13 +22,18 @@ SIZES = [
     ("llama", "twice", "cannot read to='twice'"),
     ("llama", {"hidden": "much"}, "cannot read 'much'"),
     ("llama", {"hidden": 48.0}, "48.0 is not an int"),
+    ("llama", None, "cannot read to=None"),
+    ("llama", 2, "cannot read to=2"),
+    ("llama", ["hidden"], "cannot read to="),
+    ("llama", {"hidden": 0}, "hidden: the target 0 is smaller than the source 24"),
+    ("llama", {"layers": 100_000}, "layers: the target 100,000 is beyond 4,096"),
     ("llama", {"hidden": True}, "True is not an int"),
     ("llama", {"hidden": 24}, "every target equals its source"),
     ("llama", {"heads": 5}, "heads: 5 is not a multiple of kv_heads=2; nearest: 4, 6"),
     ("llama", {"head_dim": 12}, "head_dim: Lossless does not grow it"),
     ("llama", {"vocab": 100}, "vocab: Lossless does not grow it"),
     ("llama", {"hidden": 48, "vocab": 10}, "vocab: the target 10 is smaller"),
-    ("llama", {"hidden": 10**10}, "hidden: the target 10,000,000,000 is beyond 4,194,304"),
+    ("llama", {"hidden": 10**10}, "hidden: the target 10,000,000,000 is beyond 262,144"),
     ("llama", {}, "every target equals its source"),
     (
         "gpt2",
@@ -68,6 +73,13 @@ METHODS = [
     (dict(width=width.Lossless(norms="fancy"), to="1.5x"), "norms='fancy' is none of isometric"),
     (dict(width=width.Lossless(noise=-1), to="2x"), "noise=-1"),
     (dict(width=width.Lossless(noise=float("nan")), to="2x"), "noise=nan"),
+    (dict(width=width.Lossless), "expected a width method"),
+    (dict(width=0), "expected a width method"),
+    (dict(depth=[]), "expected a depth method"),
+    (dict(width=width.Lossless(noise="a")), "noise='a'"),
+    (dict(width=width.Lossless(norms=["isometric"]), to="1.5x"), "is none of"),
+    (dict(scheduler="cosine"), "pass the optimizer that it drives"),
+    (dict(dynamics=[0]), "unknown dynamics"),
     (dict(state="keep"), "unknown state='keep'"),
     (dict(dynamics="exact"), "unknown dynamics='exact'"),
     (dict(to={"layers": 3}, plan=None, seed=-1), "seed"),
@@ -398,3 +410,50 @@ def test_identity_blocks_need_to_know_what_makes_one():
     with pytest.raises(PlanError, match="which tensors make a block the identity"):
         growkern.expand_inplace(model, spec=spec, to={"layers": 3})
     assert batch().shape == (2, 16)
+
+
+def test_a_plan_and_a_wish_are_one_too_many():
+    model = make("llama", tied=True)
+
+    with pytest.raises(PlanError, match="leave to=, width= and depth= out"):
+        grow(model, plan=growkern.plan(model, to="1.5x"), to={"hidden": 48})
+    for text in ("{}", "x", "[]"):
+        with pytest.raises(PlanError, match="cannot read the plan"):
+            growkern.GrowthPlan.from_json(text)
+
+
+def test_a_block_with_a_patched_forward_is_not_copied():
+    model = make("llama", tied=True)
+    layer = model.model.layers[0].mlp
+    original = layer.forward
+    layer.forward = lambda *args, **kwargs: original(*args, **kwargs)
+
+    with pytest.raises(UnsupportedModelError, match="model.layers.0.mlp.*Take the patch off"):
+        grow(model, to={"layers": 4})
+
+    grow(model, to="2x")  # width copies no module
+
+
+def test_a_backbone_whose_head_is_elsewhere_is_refused():
+    model = make("llama", tied=True)
+
+    with pytest.raises(
+        UnsupportedModelError, match="Linear .embed_tokens.weight.*Pass the whole model"
+    ):
+        growkern.expand_inplace(model.model, to="2x")
+
+    assert model.config.hidden_size == 24
+
+
+def test_what_cannot_be_copied_and_sparse_gradients_are_named():
+    import threading
+
+    model = make("plain", tied=True)
+    model.blocks[0].lock = threading.Lock()
+    with pytest.raises(GrowthError, match="cannot copy block blocks.0"):
+        grow(model, to={"layers": 4})
+    assert len(model.blocks) == 2
+
+    model.wpe.weight.grad = torch.zeros(64, 24).to_sparse()
+    with pytest.raises(UnsupportedModelError, match="wpe.weight: has a sparse gradient"):
+        grow(model, to="2x")

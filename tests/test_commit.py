@@ -142,7 +142,7 @@ def test_the_bytes_promised_are_the_bytes_staged():
     spec = growkern.describe(model)
     plan = growkern.plan(model, optim, to={"hidden": 48, "layers": 4})
     sources = api.tensors_of(model, optim, spec)
-    law = api.describe_optimizer(model, optim).law
+    law = api.describe_optimizer(model, optim, spec).law
 
     promised = execute.needed_bytes(plan, sources, law.orders)
     staged = execute.execute(plan, sources, law)

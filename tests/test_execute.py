@@ -12,7 +12,7 @@ from growkern import pieces
 from growkern.execute import execute
 from growkern.index_map import PAD, IndexMap, Vector
 from growkern.plan import AxisMap, GrowthPlan, TensorRow
-from growkern.state import ADAM
+from growkern.state import LAWS
 from growkern.tensors import Tensors
 
 
@@ -75,7 +75,7 @@ def test_weights_and_moments_equal_a_loop_over_elements(axes, transposed):
             {"w": m},
             {"w": {"exp_avg": m, "exp_avg_sq": v, "step": torch.tensor(3.0)}},
         ),
-        ADAM,
+        LAWS["torch.optim.adamw.AdamW"],
     )
 
     copied = expected(v, axes, 2, float("nan"))
@@ -193,7 +193,7 @@ def test_weights_of_half_precision_keep_float32_state(dtype):
     staged = execute(
         plan_of([writer(8, 16), even(8, 16)]),
         Tensors({"w": source}, {}, {"w": {"exp_avg": m}}),
-        ADAM,
+        LAWS["torch.optim.adamw.AdamW"],
     )
 
     assert (

@@ -326,7 +326,7 @@ def test_a_plateau_scheduler_keeps_the_factor():
 def test_a_scheduler_that_was_not_handed_over_is_refused_before_anything_changes():
     model = make("llama", tied=False)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    schedules.StepLR(optim, 2)
+    scheduler = schedules.StepLR(optim, 2)
 
     with pytest.raises(PlanError, match="pass scheduler="):
         grow(model, optim, to="2x")
@@ -334,6 +334,7 @@ def test_a_scheduler_that_was_not_handed_over_is_refused_before_anything_changes
     assert model.config.hidden_size == 24
     grow(model, optim, to="2x", dynamics=None)
     grow(model, optim, to={"layers": 4})  # no group is split, so no scheduler is needed
+    assert scheduler.optimizer is optim
 
 
 def test_a_floor_that_schedulers_share_between_groups_is_said():
@@ -408,3 +409,109 @@ def test_growing_again_and_again():
         before = logits(model, batch()).detach()
         grow(model, optim, to=to, seed=i)
         assert (logits(model, batch()) - before).abs().max() < 1e-5
+
+
+def test_weight_decay_per_step_stays_so_the_grown_run_is_the_source_run():
+    for kind, options in [
+        (torch.optim.AdamW, dict(eps=1e-12)),
+        (torch.optim.SGD, dict(momentum=0.9)),
+    ]:
+        model = make("plain", tied=False).double()
+        optim = kind(model.parameters(), lr=1e-2, weight_decay=0.3, **options)
+        train(model, optim, 5)
+        source, source_optim = copy.deepcopy((model, optim))
+
+        report = grow(model, optim, to="2x", width=width.Lossless(noise=0))
+
+        assert "weight decay" in str(report)
+        expected = train(source, source_optim, 20, first=5)
+        assert train(model, optim, 20, first=5) == pytest.approx(expected, abs=1e-7), kind
+
+
+def test_names_in_param_groups_follow():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.named_parameters())
+    train(model, optim, 1)
+
+    grow(model, optim, to={"hidden": 48, "layers": 3})
+
+    for group in optim.param_groups:
+        assert [
+            model.get_parameter(name) is p
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+        ]
+        assert all(
+            model.get_parameter(n) is p
+            for n, p in zip(group["param_names"], group["params"], strict=True)
+        )
+    optim.state_dict()
+
+
+def test_a_second_scheduler_that_was_not_handed_over_is_refused_and_a_list_is_followed():
+    model = make("llama", tied=False)
+    optim = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    one, two = schedules.CyclicLR(optim, 1e-3, 1e-2, 4), schedules.ExponentialLR(optim, 0.9)
+
+    with pytest.raises(PlanError, match="ExponentialLR.*drives this optimizer"):
+        grow(model, optim, to="2x", scheduler=one)
+    grow(model, optim, to="2x", scheduler=[one, two])
+
+    for _ in range(3):
+        train(model, optim, 1)
+        one.step()
+        two.step()
+    rates = {round(g["lr"], 12) for g in optim.param_groups}
+    assert len(rates) == len(optim.param_groups) > 1
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [{"head.weight": "wte.weight"}, {"wte.weight": "head.weight"}],
+    ids=["head", "table"],
+)
+def test_a_tie_may_be_declared_either_way(declared):
+    import dataclasses
+
+    model = make("plain", tied=True).double()
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 2)
+    before = logits(model, batch()).detach()
+
+    growkern.expand_inplace(
+        model, optim, spec=dataclasses.replace(model.spec(), ties=declared), to="2x"
+    )
+
+    assert (logits(model, batch()) - before).abs().max() < 1e-12
+    rates = {id(p): g["lr"] for g in optim.param_groups for p in g["params"]}
+    assert rates[id(model.wte.weight)] == 1e-3 and rates[id(model.blocks[0].up.weight)] == 5e-4
+
+
+def test_a_model_that_shares_its_config_is_left_whole():
+    config = make("llama", tied=True).config
+    one, other = type(make("llama", tied=True))(config), type(make("llama", tied=True))(config)
+
+    grow(one, to={"hidden": 48, "layers": 3})
+
+    assert (one.config.hidden_size, other.config.hidden_size, config.num_hidden_layers) == (
+        48,
+        24,
+        2,
+    )
+    assert all(m.config is one.config for m in one.modules() if hasattr(m, "config"))
+
+
+def test_hooks_of_the_users_objects_see_new_blocks_too():
+    class Recorder:
+        n = 0
+
+        def hook(self, *_):
+            self.n += 1
+
+    model, recorder = make("llama", tied=True), Recorder()
+    for layer in model.model.layers:
+        layer.register_forward_hook(recorder.hook)
+
+    grow(model, to={"layers": 4})
+    model(batch())
+
+    assert recorder.n == 4

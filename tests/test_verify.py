@@ -87,3 +87,26 @@ def test_nothing_that_is_passed_in_is_changed():
         torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)
     )
     assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
+
+
+def test_backbones_without_a_head_are_checked_as_far_as_they_compare():
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=40,
+        num_hidden_layers=2,
+    )
+    model = LlamaModel(LlamaConfig(**sizes, vocab_size=66, bos_token_id=0, eos_token_id=1))
+    source = copy.deepcopy(model)
+
+    growkern.expand_inplace(model, to={"layers": 3})
+    deeper = growkern.verify(source, model, batch(n=16))
+    growkern.expand_inplace(model, to="2x")
+    wider = growkern.verify(source, model, batch(n=16))
+
+    assert deeper.same_function and not deeper.dead
+    assert not wider.same_function and "NOT COMPARABLE" in str(wider)

@@ -59,9 +59,9 @@ class Lossless:
             for name, n in sizes.items()
             if n != spec.sizes[name] and name not in (*GROWS, "layers")
         ]
-        if not 0 <= self.noise < float("inf"):
+        if not isinstance(self.noise, int | float) or not 0 <= self.noise < float("inf"):  # pyright: ignore[reportUnnecessaryIsInstance]
             problems.append(f"noise={self.noise!r} is not a finite number >= 0.")
-        if self.norms is not None and self.norms not in NORM_KINDS:
+        if self.norms is not None and self.norms not in list(NORM_KINDS):
             problems.append(f"norms={self.norms!r} is none of {', '.join(NORM_KINDS)}.")
         raise_all(PlanError, f"cannot widen {spec.family}:", problems)
         maps: dict[str, IndexMap] = {}
