@@ -190,8 +190,9 @@ def _new_blocks(plan: GrowthPlan, staged: Tensors, model: nn.Module) -> list[nn.
 
 def _hook_owners(module: nn.Module) -> list[object]:
     """The objects whose bound methods are hooks of a module: they belong to the user and are not copied."""
-    hooks = [v for k, v in vars(module).items() if k.endswith("_hooks") and isinstance(v, dict)]
-    owners: list[Any] = [getattr(hook, "__self__", None) for h in hooks for hook in h.values()]
+    tables: list[Any] = [v for k, v in vars(module).items() if k.endswith("_hooks")]
+    hooks: list[Any] = [hook for t in tables if isinstance(t, dict) for hook in t.values()]  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+    owners: list[Any] = [getattr(hook, "__self__", None) for hook in hooks]
     return [owner for owner in owners if owner is not None]
 
 
@@ -202,8 +203,8 @@ def check_blocks(plan: GrowthPlan, model: nn.Module) -> None:
     patched = [
         f"{plan.path}.{i}.{name}".rstrip(".")
         for i in copied
-        for name, module in live.get_submodule(str(i)).named_modules()
-        if isinstance(vars(module).get("forward"), FunctionType)
+        for name, module in live.get_submodule(str(i)).named_modules()  # pyright: ignore[reportUnknownVariableType]
+        if isinstance(vars(module).get("forward"), FunctionType)  # pyright: ignore[reportUnknownArgumentType]
     ]
     if patched:
         raise UnsupportedModelError(

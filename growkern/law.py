@@ -46,7 +46,7 @@ def build(
         *([] if state in ("exact", "drop") else [f"unknown state={state!r}: 'exact' or 'drop'."]),
         *(
             []
-            if isinstance(seed, int) and 0 <= seed < 1 << 64
+            if type(seed) is int and 0 <= seed < 1 << 64
             else [f"seed={seed!r}: an int from 0 to 2**64 - 1."]
         ),
         *(
