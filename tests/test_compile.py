@@ -65,6 +65,9 @@ def case_id(value: object) -> str:
     return "-".join(value) if isinstance(value, tuple) else str(value)
 
 
+pytestmark = pytest.mark.xdist_group("compile")  # one worker compiles, once
+
+
 @pytest.fixture(scope="module")
 def built() -> dict[str, dict[str, int]]:
     """Target and case -> registers, bytes of stack and local memory, widest load and store in bits; or the error."""
