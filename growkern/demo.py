@@ -1,7 +1,8 @@
 """A run that grows: a byte-level Llama learns Python's own library, doubles its width, gains layers and trains on.
 
 Beside it trains a model of the final size from scratch: the same code, text, batches, schedule, clipping and FLOPs; only its
-learning rate is its own. The verdict is read off the two runs.
+learning rate is its own. The verdict is read off the two runs, and is about them: it does not say that a run of this length
+needs the final size.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -333,11 +334,12 @@ def verdict(runs: list[Run]) -> str:
         )
         return f"Grown while it trained: {labels}\nno growth moved the validation loss by more than {moved:.1e}"
     scratch = runs[1]
-    losses = f"{grown.loss:.3f} nats per byte grown, {scratch.loss:.3f} from scratch"
+    losses = f"{grown.loss:.3f} against {scratch.loss:.3f} nats per byte"
     if not grown.loss < scratch.loss:
-        return f"Growing did not pay here: {losses}\nat equal FLOPs"
+        return f"Growing did not beat the final size from scratch: {losses}\nat equal FLOPs"
     reached = next(flops for flops, loss in grown.curve if loss <= scratch.loss) / scratch.flops
-    return f"Growing paid: {losses}\nat equal FLOPs; the grown run passed from-scratch's final loss after {reached:.0%} of them"
+    passed = f"the grown run passed from-scratch's final loss after {reached:.0%} of them"
+    return f"Growing beat the final size from scratch: {losses}\nat equal FLOPs; {passed}"
 
 
 def draw(runs: list[Run], path: Path) -> None:

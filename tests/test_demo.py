@@ -68,8 +68,8 @@ def test_both_runs_end_at_the_same_size_and_flops(compared):
     assert grown_params == params
     assert float(grown_flops) == pytest.approx(float(flops), rel=0.02)  # half a step
     wins = float(grown_loss) < float(loss)
-    assert ("Growing paid" in result.output) == wins
-    assert ("Growing did not pay" in result.output) != wins
+    assert ("Growing beat the final size from scratch" in result.output) == wins
+    assert ("Growing did not beat" in result.output) != wins
 
 
 def test_no_compare_trains_the_grown_run_only_and_equal_seeds_give_equal_losses(compared, tmp_path):
@@ -103,8 +103,8 @@ def test_loss_that_is_not_a_number_is_a_failure(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("won", "sentence"),
     [
-        (True, "Growing paid: 1.000 nats per byte grown, 2.000"),
-        (False, "Growing did not pay here: 2.000"),
+        (True, "Growing beat the final size from scratch: 1.000 against 2.000"),
+        (False, "Growing did not beat the final size from scratch: 2.000"),
     ],
 )
 def test_verdict_follows_the_numbers(won, sentence):
@@ -120,7 +120,7 @@ def test_verdict_follows_the_numbers(won, sentence):
 def test_equal_losses_are_no_win():
     same = demo.Run("", flops=1.0, loss=1.0, curve=[(1.0, 1.0)])
 
-    assert "did not pay" in demo.verdict([same, same])
+    assert "did not beat" in demo.verdict([same, same])
 
 
 def test_learning_rate_rises_then_falls_to_its_floor():
