@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from growkern.commit import check_blocks, check_scheduler, commit, schedulers
+from growkern.commit import check_blocks, commit
 from growkern.depth import IdentityBlocks
 from growkern.describe import (
     describe,
@@ -19,6 +19,7 @@ from growkern.describe import (
 )
 from growkern.errors import GrowthError, PlanError, UnsupportedOptimizerError
 from growkern.execute import execute
+from growkern.groups import check_scheduler, schedulers
 from growkern.law import build
 from growkern.methods import DepthMethod, WidthMethod
 from growkern.plan import GrowthPlan

@@ -3,92 +3,21 @@
 import copy
 import signal
 import threading
-from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from growkern.errors import CommitError, PlanError, UnsupportedModelError
+from growkern.errors import CommitError, UnsupportedModelError
+from growkern.groups import split_groups
 from growkern.plan import GrowthPlan
 from growkern.state import OptimSpec
 from growkern.tensors import Tensors
-
-K = TypeVar("K")
-V = TypeVar("V")
-LR_KEYS = (
-    "lr",
-    "initial_lr",
-    "max_lr",
-    "min_lr",
-    "swa_lr",
-)  # what schedulers keep in a param group, besides the group's own
-SCHEDULER_LISTS = ("base_lrs", "min_lrs", "max_lrs")  # one learning rate per group
-SCHEDULER_ENTRIES = (
-    "lr_lambdas",
-    "_last_lr",
-    "base_momentums",
-    "max_momentums",
-)  # one entry per group, copied
-
-
-@dataclass
-class Undo:
-    """What has been written, and how to take it back, latest first."""
-
-    steps: list[Callable[[], object]] = field(default_factory=list[Callable[[], object]])
-
-    def attribute(self, owner: object, name: str, value: object) -> None:
-        """Set an attribute."""
-        missing = object()
-        before = getattr(owner, name, missing)
-        self.steps.append(
-            lambda: delattr(owner, name) if before is missing else setattr(owner, name, before)
-        )
-        setattr(owner, name, value)
-
-    def storage(self, p: Tensor, value: Tensor, grad: Tensor | None) -> None:
-        """Give a parameter new storage and a new gradient; the object stays."""
-        before, before_grad = p.detach(), p.grad
-
-        def back() -> None:
-            p.grad = None
-            with torch.no_grad():
-                p.set_(before)  # pyright: ignore[reportArgumentType]
-            p.grad = before_grad
-
-        self.steps.append(back)
-        p.grad = None  # its setter checks shapes
-        with torch.no_grad():
-            p.set_(value)  # pyright: ignore[reportArgumentType]
-        p.grad = grad
-
-    def items(self, target: MutableMapping[K, V], content: Mapping[K, V]) -> None:
-        """Replace the content of a dict; the object stays."""
-        before = dict(target)
-
-        def back() -> None:
-            target.clear()
-            target.update(before)
-
-        self.steps.append(back)
-        target.clear()
-        target.update(content)
-
-    def entries(self, target: list[V], content: Sequence[V]) -> None:
-        """Replace the content of a list; the object stays."""
-        before = list(target)
-        self.steps.append(lambda: target.__setitem__(slice(None), before))
-        target[:] = content
-
-    def back(self) -> None:
-        """Take everything back."""
-        while self.steps:
-            self.steps.pop()()
+from growkern.undo import Undo
 
 
 def commit(
@@ -130,7 +59,7 @@ def commit(
                 target = dict(model.named_parameters(remove_duplicate=False))
                 _optimizer(plan, staged, optim, source, target, undo)
                 decay = bool(described.law and described.law.keeps_decay)
-                _split_groups(plan, optim, target, lr_factors or {}, scheduler, decay, undo)
+                split_groups(optim, target, lr_factors or {}, scheduler, decay, undo)
                 _check(optim)
         except BaseException as error:
             undo.back()
@@ -317,87 +246,6 @@ def _own_names(group: Mapping[str, Any], source: dict[str, nn.Parameter]) -> dic
 def _places(params: dict[str, nn.Parameter]) -> dict[int, int]:
     """Position of every parameter in model order; a tied one counts where it comes first."""
     return {id(p): i for i, p in reversed(list(enumerate(params.values())))}
-
-
-def _split_groups(
-    plan: GrowthPlan,
-    optim: Optimizer,
-    target: dict[str, nn.Parameter],
-    factors: dict[str, float],
-    scheduler: object | None,
-    keeps_decay: bool,
-    undo: Undo,
-) -> None:
-    """Give parameters whose learning-rate factor is not 1 a group of their own, behind the others."""
-    names = {id(p): name for name, p in target.items() if name in factors}
-    for index, group in enumerate(list(optim.param_groups)):
-        parts: dict[float, list[int]] = {}
-        for i, p in enumerate(group["params"]):
-            parts.setdefault(factors[names[id(p)]] if id(p) in names else 1.0, []).append(i)
-        if set(parts) <= {1.0}:
-            continue
-        stays = 1.0 if 1.0 in parts else next(iter(parts))
-        groups = {
-            factor: _scaled(group, factor, keeps_decay)
-            | {
-                key: [group[key][i] for i in part]
-                for key in ("params", "param_names")
-                if key in group
-            }
-            for factor, part in parts.items()
-        }
-        kept = groups.pop(stays)
-        for key in ("params", "param_names"):
-            if key in group:
-                undo.entries(group[key], kept[key])
-                kept[key] = group[key]
-        undo.items(group, kept)
-        undo.entries(optim.param_groups, [*optim.param_groups, *groups.values()])
-        for one in schedulers(scheduler):
-            _follow(one, index, stays, list(groups), undo)
-
-
-def _scaled(group: Mapping[str, Any], factor: float, keeps_decay: bool) -> dict[str, Any]:
-    scaled = {key: value * factor if key in LR_KEYS else value for key, value in group.items()}
-    if keeps_decay and factor != 1:
-        scaled["weight_decay"] = group["weight_decay"] / factor
-    return scaled
-
-
-def schedulers(scheduler: object | None) -> list[object]:
-    """A scheduler, or several, and the schedulers inside."""
-    if scheduler is None:
-        return []
-    if isinstance(scheduler, list | tuple):
-        several: list[object] = list(scheduler)  # pyright: ignore[reportUnknownArgumentType]
-        return [s for one in several for s in schedulers(one)]
-    inner: list[object] = list(getattr(scheduler, "_schedulers", []))
-    return [scheduler, *schedulers(inner)]
-
-
-def _follow(scheduler: object, index: int, stays: float, factors: list[float], undo: Undo) -> None:
-    def lists(names: tuple[str, ...]) -> list[list[Any]]:
-        found: list[Any] = [getattr(scheduler, name, None) for name in names]
-        return [values for values in found if isinstance(values, list)]
-
-    for values in lists(SCHEDULER_LISTS):
-        kept = [*values[:index], values[index] * stays, *values[index + 1 :]]
-        undo.entries(values, [*kept, *(values[index] * factor for factor in factors)])
-    for values in lists(SCHEDULER_ENTRIES):
-        undo.entries(values, [*values, *(values[index] for _ in factors)])
-
-
-def check_scheduler(optim: Optimizer | None, scheduler: object | None) -> None:
-    """Raise PlanError for a scheduler that drives another optimizer, or whose groups cannot be split."""
-    if optim is None and scheduler is not None:
-        raise PlanError("scheduler: pass the optimizer that it drives too, as optim.")
-    for one in schedulers(scheduler):
-        if getattr(one, "optimizer", optim) is not optim:
-            raise PlanError(f"scheduler: this {type(one).__name__} drives another optimizer.")
-        if not isinstance(one, torch.optim.lr_scheduler.LRScheduler):
-            raise PlanError(
-                f"scheduler: {type(one).__name__} is not a torch LRScheduler; grow with dynamics=None."
-            )
 
 
 def _check(optim: Optimizer) -> None:

@@ -358,6 +358,8 @@ def _absent(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
     elif len(container) != spec.sizes.get("layers"):
         said, n = spec.sizes.get("layers"), len(container)
         yield f"{spec.blocks.path}: holds {n} blocks, the spec says layers={said}; set it to {n}."
+    elif len({id(block) for block in container}) < len(container):
+        yield f"{spec.blocks.path}: layers share one module, so it cannot gain layers; leave blocks out of the spec to grow in width."
     else:
         for name in (*spec.blocks.identity, *spec.blocks.carries):
             if f"{spec.blocks.path}.0.{name}" not in spec.tensors:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -340,6 +341,38 @@ def test_tensors_that_cannot_be_grown(how, match):
 
     with pytest.raises(UnsupportedModelError, match=match):
         growkern.expand_inplace(broken(model, how), spec=spec)
+
+
+def shared_blocks():
+    model = make("plain", tied=True)
+    model.blocks[1] = model.blocks[0]
+    spec = model.spec()
+    layers = {
+        name: name.replace("blocks.1.", "blocks.0.")
+        for name in spec.tensors
+        if name.startswith("blocks.1.")
+    }
+    tensors = {name: spec.tensors[layers.get(name, name)] for name in spec.tensors}
+    attributes = {name: size for name, size in spec.attributes.items() if name not in layers}
+    return model, replace(
+        spec, tensors=tensors, ties=dict(spec.ties) | layers, attributes=attributes
+    )
+
+
+def test_blocks_that_are_one_module_are_refused():
+    model, spec = shared_blocks()
+
+    with pytest.raises(UnsupportedModelError, match="blocks: layers share one module"):
+        growkern.expand_inplace(model, spec=spec, to={"layers": 4})
+
+
+def test_blocks_that_are_one_module_grow_in_width():
+    model, spec = shared_blocks()
+    before = model(batch())
+
+    growkern.expand_inplace(model, spec=replace(spec, blocks=None))
+
+    assert torch.allclose(model(batch()), before, atol=1e-5)
 
 
 def test_tensors_on_several_devices_are_refused():

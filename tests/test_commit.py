@@ -9,7 +9,7 @@ import torch
 from models import batch, grow, logits, make, train
 
 import growkern
-from growkern import api, commit, execute
+from growkern import api, commit, execute, groups
 from growkern.errors import CommitError, GrowthError, InsufficientMemoryError
 
 
@@ -69,8 +69,8 @@ STAGES = {
     "lists": (commit.Undo, "entries"),
     "attributes": (commit.Undo, "attribute"),
     "optimizer": (commit, "_optimizer"),
-    "groups": (commit, "_split_groups"),
-    "scheduler": (commit, "_follow"),
+    "groups": (commit, "split_groups"),
+    "scheduler": (groups, "_follow"),
     "last check": (commit, "_check"),
 }
 ERRORS = [

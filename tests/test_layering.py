@@ -14,6 +14,7 @@ LAYERS = (  # top to bottom: a module imports from lower rows only
     ("growkern",),  # growkern/__init__.py
     ("api",),
     ("report", "commit", "execute", "verify"),
+    ("groups",),
     ("pieces",),
     ("describe",),
     ("families",),
@@ -24,7 +25,11 @@ LAYERS = (  # top to bottom: a module imports from lower rows only
     ("spaces", "index_map", "tables"),
     ("errors",),
 )
-LEAVES = ("tensors", "reference")  # torch only; anybody may import them who may import torch
+LEAVES = (
+    "tensors",
+    "reference",
+    "undo",
+)  # torch only; anybody may import them who may import torch
 FOLDERS = ("families", "width", "depth")
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names} | dict.fromkeys(
     LEAVES, len(LAYERS)

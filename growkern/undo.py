@@ -1,0 +1,66 @@
+"""Writes that can be taken back: what commit and its helpers change live objects through."""
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+@dataclass
+class Undo:
+    """What has been written, and how to take it back, latest first."""
+
+    steps: list[Callable[[], object]] = field(default_factory=list[Callable[[], object]])
+
+    def attribute(self, owner: object, name: str, value: object) -> None:
+        """Set an attribute."""
+        missing = object()
+        before = getattr(owner, name, missing)
+        self.steps.append(
+            lambda: delattr(owner, name) if before is missing else setattr(owner, name, before)
+        )
+        setattr(owner, name, value)
+
+    def storage(self, p: Tensor, value: Tensor, grad: Tensor | None) -> None:
+        """Give a parameter new storage and a new gradient; the object stays."""
+        before, before_grad = p.detach(), p.grad
+
+        def back() -> None:
+            p.grad = None
+            with torch.no_grad():
+                p.set_(before)  # pyright: ignore[reportArgumentType]
+            p.grad = before_grad
+
+        self.steps.append(back)
+        p.grad = None  # its setter checks shapes
+        with torch.no_grad():
+            p.set_(value)  # pyright: ignore[reportArgumentType]
+        p.grad = grad
+
+    def items(self, target: MutableMapping[K, V], content: Mapping[K, V]) -> None:
+        """Replace the content of a dict; the object stays."""
+        before = dict(target)
+
+        def back() -> None:
+            target.clear()
+            target.update(before)
+
+        self.steps.append(back)
+        target.clear()
+        target.update(content)
+
+    def entries(self, target: list[V], content: Sequence[V]) -> None:
+        """Replace the content of a list; the object stays."""
+        before = list(target)
+        self.steps.append(lambda: target.__setitem__(slice(None), before))
+        target[:] = content
+
+    def back(self) -> None:
+        """Take everything back."""
+        while self.steps:
+            self.steps.pop()()
