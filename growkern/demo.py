@@ -32,15 +32,7 @@ Stages = tuple[
 ]  # what to grow to, if anything; steps from there
 
 TOLERANCE = 1e-4  # nats by which a growth may move the validation loss
-SKIPPED = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "encodings",
-    "pydoc_data",
-}  # not source text of the library
+NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings"}
 HELD_OUT = 12  # every twelfth file is for validation
 HEAD_DIM = 32
 FLOOR = 0.1  # of the peak learning rate, at the end of the cosine
@@ -148,17 +140,9 @@ def run(
                 copy.deepcopy(model.config), seed, device
             )  # the config has grown with the model
             n_steps = max(1, round(runs[0].flops / flops_per_step(final, setup)))
+            alone: Stages = ((None, n_steps),)
             runs.append(
-                train(
-                    "from scratch",
-                    final,
-                    text,
-                    setup,
-                    ((None, n_steps),),
-                    setup.scratch_lr,
-                    seed,
-                    bars,
-                )
+                train("from scratch", final, text, setup, alone, setup.scratch_lr, seed, bars)
             )
     console.print(summary(runs))
     draw(runs, path := out / "loss.png")
@@ -173,7 +157,7 @@ def read_corpus(n_bytes: int, device: str) -> tuple[Tensor, Tensor]:
     files = [
         path
         for path in sorted(root.rglob("*.py"))
-        if not SKIPPED & set(path.relative_to(root).parts)
+        if not NOT_LIBRARY & {*path.relative_to(root).parts}
     ]
     for i, path in enumerate(files):
         parts[i % HELD_OUT == 0].extend(path.read_bytes())
@@ -328,10 +312,8 @@ def verdict(runs: list[Run]) -> str:
     """Say in two lines what was measured, whoever won."""
     grown = runs[0]
     if len(runs) == 1:
-        labels, moved = (
-            ", ".join(g.label for g in grown.growths),
-            max(abs(g.after - g.before) for g in grown.growths),
-        )
+        labels = ", ".join(g.label for g in grown.growths)
+        moved = max(abs(g.after - g.before) for g in grown.growths)
         return f"Grown while it trained: {labels}\nno growth moved the validation loss by more than {moved:.1e}"
     scratch = runs[1]
     losses = f"{grown.loss:.3f} against {scratch.loss:.3f} nats per byte"
