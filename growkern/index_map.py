@@ -7,7 +7,7 @@ runs ``(target, length, source)``: contiguous in the target and in the source, s
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
 PAD = -1  # source of a run of target coordinates that copy nothing
@@ -43,6 +43,12 @@ class Vector:
     def expanded(self) -> list[float]:
         """All values, one by one."""
         return [value for value, length in self.pieces for _ in range(length)]
+
+    @cached_property
+    def changes(self) -> dict[int, float]:
+        """Coordinate -> the value from there on."""
+        starts = accumulate((length for _, length in self.pieces), initial=0)
+        return {start: value for start, (value, _) in zip(starts, self.pieces, strict=False)}
 
     @property
     def uniform(self) -> float | None:
@@ -123,16 +129,8 @@ class IndexMap:
     @staticmethod
     def of(indices: Iterable[int], n_source: int) -> "IndexMap":
         """Compress a list of source coordinates (``PAD`` for a pad)."""
-        runs: list[Run] = []
-        for i, source in enumerate(indices):
-            last = runs[-1] if runs else None
-            if last and (
-                source == PAD if last.source == PAD else source == last.source + last.length
-            ):
-                runs[-1] = Run(last.target, last.length + 1, last.source)
-            else:
-                runs.append(Run(i, 1, source))
-        return IndexMap(n_source, runs[-1].target + runs[-1].length if runs else 0, tuple(runs))
+        runs = _joined(Run(i, 1, source) for i, source in enumerate(indices))
+        return IndexMap(n_source, runs[-1].target + runs[-1].length if runs else 0, runs)
 
     @cached_property
     def indices(self) -> tuple[int, ...]:
@@ -148,13 +146,24 @@ class IndexMap:
         )
 
     @cached_property
-    def counts(self) -> tuple[int, ...]:
-        """``counts[j]`` = target coordinates that copy source coordinate ``j``."""
-        counts = [0] * self.n_source
-        for j in self.indices:
-            if j != PAD:
-                counts[j] += 1
-        return tuple(counts)
+    def segments(self) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+        """Source stretches whose coordinates are copied alike, in order: source, length, target start of every copy."""
+        copying = [run for run in self.runs if run.source != PAD]
+        ends = (run.source + run.length for run in copying)
+        bounds = sorted({0, self.n_source, *(run.source for run in copying), *ends})
+        following = dict(pairwise(bounds))
+        targets: dict[int, list[int]] = {start: [] for start in following}
+        for run in copying:
+            start = run.source
+            while start < run.source + run.length:
+                targets[start].append(run.target + start - run.source)
+                start = following[start]
+        return tuple((j, end - j, tuple(targets[j])) for j, end in following.items())
+
+    @property
+    def counts(self) -> Vector:
+        """Per source coordinate, how many target coordinates copy it."""
+        return _merged((len(targets), n) for _, n, targets in self.segments)
 
     @property
     def is_identity(self) -> bool:
@@ -170,26 +179,39 @@ class IndexMap:
         """``function(C(g(i)))`` for every target coordinate ``i``; ``pad`` where it copies nothing."""
         if self.is_identity:
             return Vector.full(function(1), self.n_target)
-        return Vector.of(pad if j == PAD else function(self.counts[j]) for j in self.indices)
+        values = [(t, n, function(len(ts))) for _, n, ts in self.segments for t in ts]
+        pads = [(run.target, run.length, pad) for run in self.runs if run.source == PAD]
+        return _merged((value, n) for _, n, value in sorted([*values, *pads]))
 
     def product(self, inner: "IndexMap") -> "IndexMap":
         """The map of a row-major product of two spaces: coordinate ``i * inner.n + j``."""
-        n_source, n_target = self.n_source * inner.n_source, self.n_target * inner.n_target
+        n_source, n_target = inner.n_source, inner.n_target
+        runs: list[Run] = []
         if inner.is_identity:
-            n = inner.n_source
-            return IndexMap(
-                n_source,
-                n_target,
-                tuple(Run(t * n, k * n, PAD if s == PAD else s * n) for t, k, s in self.runs),
-            )
-        return IndexMap.of(
-            (
-                PAD if PAD in (i, j) else i * inner.n_source + j
-                for i in self.indices
-                for j in inner.indices
-            ),
-            n_source,
-        )
+            n = n_source
+            runs = [Run(t * n, k * n, PAD if s == PAD else s * n) for t, k, s in self.runs]
+        else:
+            for i, j in enumerate(self.indices):
+                if j == PAD:
+                    runs.append(Run(i * n_target, n_target, PAD))
+                    continue
+                for t, k, s in inner.runs:
+                    source = PAD if s == PAD else j * n_source + s
+                    runs.append(Run(i * n_target + t, k, source))
+        return IndexMap(self.n_source * n_source, self.n_target * n_target, _joined(runs))
+
+
+def _joined(runs: Iterable[Run]) -> tuple[Run, ...]:
+    joined: list[Run] = []
+    for run in runs:
+        last = joined[-1] if joined else None
+        if last and (
+            run.source == PAD if last.source == PAD else run.source == last.source + last.length
+        ):
+            joined[-1] = Run(last.target, last.length + run.length, last.source)
+        elif run.length:
+            joined.append(run)
+    return tuple(joined)
 
 
 def concat_maps(maps: Sequence[IndexMap]) -> IndexMap:
@@ -204,18 +226,20 @@ def concat_maps(maps: Sequence[IndexMap]) -> IndexMap:
     return IndexMap(n_source, n_target, tuple(runs))
 
 
-def twins(m: IndexMap) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def twins(m: IndexMap) -> tuple[Vector, IndexMap]:
     """Pair the copies of each source coordinate: per target coordinate a sign (1, -1, 0) and the first of its pair.
 
     Noise with these signs, drawn once per pair, sums to zero over the copies of every coordinate. An odd copy has sign 0.
     """
-    signs, partners, open_pair = [0] * m.n_target, list(range(m.n_target)), dict[int, int]()
-    for i, j in enumerate(m.indices):
-        if j == PAD:
-            continue
-        if j in open_pair:
-            first = open_pair.pop(j)
-            signs[first], signs[i], partners[i] = 1, -1, first
-        else:
-            open_pair[j] = i
-    return tuple(signs), tuple(partners)
+    found = [(run.target, run.length, 0.0, run.target) for run in m.runs if run.source == PAD]
+    for _, n, targets in m.segments:
+        for first, second in zip(targets[::2], targets[1::2], strict=False):
+            found += [(first, n, 1.0, first), (second, n, -1.0, first)]
+        if len(targets) % 2:
+            found.append((targets[-1], n, 0.0, targets[-1]))
+    found.sort()
+    runs = (Run(target, n, first) for target, n, _, first in found)
+    return (
+        _merged((sign, n) for _, n, sign, _ in found),
+        IndexMap(m.n_target, m.n_target, _joined(runs)),
+    )

@@ -138,20 +138,19 @@ def build(
 def norm_factors(spec: ModelSpec, wide: Width) -> dict[str, float | None]:
     """The factor on the mean square of every normalised stream; None where copies are unequal, so that there is no one factor."""
     factors: dict[str, float | None] = {}
-    for _, _, norm in spec.norms():
-        index_map, contract = wide.maps[space_of(norm.reads)], wide.contracts[norm.reads]
+    for reads in dict.fromkeys(norm.reads for _, _, norm in spec.norms()):
+        index_map, w = wide.maps[space_of(reads)], wide.contracts[reads].w
         if index_map.is_identity:
-            factors[norm.reads] = 1.0
+            factors[reads] = 1.0
             continue
         weight = [0.0] * index_map.n_source
-        for j, w in zip(index_map.indices, contract.w.expanded(), strict=True):
+        for j, value in zip(index_map.indices, w.expanded(), strict=True):
             if j != PAD:
-                weight[j] += w * w
+                weight[j] += value * value
         even = all(isclose(value, weight[0], rel_tol=1e-12) for value in weight)
         factor = sum(weight) / index_map.n_target
-        factors[norm.reads] = (
-            (1.0 if isclose(factor, 1, rel_tol=1e-12) else factor) if even else None
-        )
+        factor = 1.0 if isclose(factor, 1, rel_tol=1e-12) else factor
+        factors[reads] = factor if even else None
     return factors
 
 
@@ -184,7 +183,7 @@ def _axis_map(axis: AxisUse, wide: Width, factors: Mapping[str, float | None]) -
     if axis.role == "writer":
         return AxisMap(index_map, w_axis, u_axis, pad, centred=centred)
     if axis.role == "reader":
-        copies = any(count > 1 for count in index_map.counts)
+        copies = any(count > 1 for count, _ in index_map.counts.pieces)
         return AxisMap(index_map, u_axis, w_axis, "normal", noise=wide.noise if copies else 0.0)
     norm = axis.norm
     assert norm is not None, "a gain has a norm"

@@ -1,58 +1,200 @@
-"""Target tensors -> pieces: every tensor is seen as rows x columns; every pair of a row span and a column span is a rectangle that
-copies a rectangle of the source, the mean of one, or a constant.
+"""Target tensors -> pieces: every tensor is seen as rows x columns; every stretch of source rows and stretch of source columns is
+a rectangle that goes to all its copies in the target, or stands for what no source is copied to: a mean, a constant.
 """
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import blake2b
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from growkern import reference
-from growkern.index_map import PAD, IndexMap, Vector, twins
+from growkern.index_map import PAD, IndexMap, Run, Vector, twins
 from growkern.plan import AxisMap, GrowthPlan, Pad, TensorRow
-from growkern.reference import Noise, Piece
+from growkern.reference import Copy, Noise, Piece
 
-N_SPANS = 32  # an axis of more runs than this is gathered by an index instead of run by run
+N_RUNS, N_LONG_RUNS = (
+    32,
+    1024,
+)  # an axis of more runs is copied by an index; of long runs, more are worth it
+LONG = 64  # coordinates: 128 bytes of the smallest dtype
 
 
-@dataclass(frozen=True)
-class Span:
-    """A stretch of one side of a target: ``n`` coordinates from ``target`` copy those from ``source`` on, or those of ``index``.
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """``n`` source coordinates from ``source`` on (``PAD``: none), or those of ``index``, and where they go."""
 
-    ``factors`` and ``ids`` (of the noise) are None where there is none.
-    """
+    source: int
+    n: int
+    copies: tuple[Copy, ...]
+    index: Tensor | None = None
 
+    @cached_property
+    def unscaled(self) -> "Stretch":
+        """The same, copied as it is."""
+        return replace(self, copies=tuple(replace(c, scale=1.0, scales=None) for c in self.copies))
+
+
+class _Cut(NamedTuple):
     target: int
     n: int
     source: int
     scale: float
-    index: Tensor | None = None
-    scales: Tensor | None = None
-    factors: Tensor | None = None
-    ids: Tensor | None = None
+    noise: float
+    first_id: int
 
 
-@dataclass(frozen=True)
-class _Side:
-    """The rows or the columns of a target seen as a matrix: some of its axes, row-major.
+class Side:
+    """The rows or the columns of a target seen as a matrix: some of its axes, row-major; ``order`` as in ``Cutter.pieces``."""
 
-    ``factors`` and ``ids``: noise per coordinate (0 for none) and the counter it is drawn from; twins share a counter.
-    ``copies``: per source coordinate, the sum of the scales of its copies.
-    """
+    def __init__(self, axes: Sequence[AxisMap], order: int) -> None:
+        self.index_map = IndexMap.identity(1)
+        self.scale, self.factors = Vector.full(1.0, 1), Vector.full(1.0, 1)
+        self.pad: Pad = "zero"
+        self.noisy = False
+        self.ids = IndexMap.identity(1)
+        for axis in axes:
+            n = axis.index_map.n_target
+            own = axis.weight_scale if order == 0 else axis.grad_scale.map(lambda a: a**order)
+            quiet = Vector.full(0.0, n), IndexMap.identity(n)
+            factors, ids = _noise(axis) if order == 0 else quiet
+            self.ids = self.ids.product(ids)
+            self.index_map = self.index_map.product(axis.index_map)
+            self.scale, self.factors = self.scale.outer(own), self.factors.outer(factors)
+            if not axis.index_map.is_identity:
+                self.pad = axis.pad
+                self.noisy = self.noisy or axis.pad == "normal"
+        self.quiet = not any(value for value, _ in self.factors.pieces)
 
-    index_map: IndexMap
-    scale: Vector
-    pad: Pad
-    factors: Vector
-    ids: tuple[int, ...]
-    noisy: bool
-    copies: tuple[float, ...]
+    @cached_property
+    def copies(self) -> list[float]:
+        """Per source coordinate, the sum of the scales of its copies."""
+        sums = [0.0] * self.index_map.n_source
+        for j, s in zip(self.index_map.indices, self.scale.expanded(), strict=True):
+            if j != PAD:
+                sums[j] += s
+        return sums
 
-    @property
+    @cached_property
     def n_copied(self) -> int:
+        """Target coordinates that copy one."""
         return sum(run.length for run in self.index_map.runs if run.source != PAD)
+
+    def stretches(self, device: torch.device, dtype: torch.dtype, *, rows: bool) -> list[Stretch]:
+        """Cut the side where what is copied, or how, changes; go by an index where that is too often."""
+        make = _Copies(self, device, dtype)
+        cuts = self._cuts()
+        n, length = len(cuts), self.index_map.n_target / max(1, len(cuts))
+        if n <= N_RUNS or (length >= LONG and n <= N_LONG_RUNS):
+            pads = [Stretch(PAD, cut.n, (_copy(cut),)) for cut in cuts if cut.source == PAD]
+            return [*_segments([cut for cut in cuts if cut.source != PAD]), *pads]
+        return list(self._scattered(make) if rows else self._gathered(make))
+
+    def _cuts(self) -> list["_Cut"]:
+        """Runs of one scale and one noise factor."""
+        n_target, cuts = self.index_map.n_target, list[_Cut]()
+        changes = {run.target: run for run in self.index_map.runs}
+        ids = {run.target: run for run in self.ids.runs}
+        scales, factors = self.scale.changes, self.factors.changes
+        starts = sorted({*changes, *ids, *scales, *factors} - {n_target})
+        run, own, scale, factor = Run(0, 0, PAD), Run(0, 0, 0), 1.0, 1.0
+        for start, end in zip(starts, [*starts[1:], n_target], strict=True):
+            run, own = changes.get(start, run), ids.get(start, own)
+            scale, factor = scales.get(start, scale), factors.get(start, factor)
+            source = PAD if run.source == PAD else run.source + start - run.target
+            first_id = own.source + start - own.target
+            cuts.append(_Cut(start, end - start, source, scale, factor, first_id))
+        return cuts
+
+    def _scattered(self, make: "_Copies") -> Iterator[Stretch]:
+        """Source coordinates of equally many copies go together, each copy to a list of target coordinates."""
+        targets: dict[int, list[int]] = defaultdict(list)
+        for i, j in enumerate(self.index_map.indices):
+            targets[j].append(i)
+        if pads := targets.pop(PAD, []):
+            yield Stretch(PAD, len(pads), (make.listed(pads, place=True),))
+        by_count: dict[int, list[int]] = defaultdict(list)
+        for j in sorted(targets):
+            by_count[len(targets[j])].append(j)
+        for count, sources in sorted(by_count.items()):
+            copies = [
+                make.listed([targets[j][c] for j in sources], place=True) for c in range(count)
+            ]
+            yield Stretch(0, len(sources), tuple(copies), make.int32(sources))
+
+    def _gathered(self, make: "_Copies") -> Iterator[Stretch]:
+        """Neighbouring target coordinates that copy something go together, and those that do not."""
+        indices = self.index_map.indices
+        start = 0
+        for end in range(1, len(indices) + 1):
+            if end == len(indices) or (indices[end] == PAD) != (indices[start] == PAD):
+                copy = replace(make.listed(range(start, end)), target=start)
+                pad = indices[start] == PAD
+                index = None if pad else make.int32(indices[start:end])
+                yield Stretch(PAD if pad else 0, end - start, (copy,), index)
+                start = end
+
+
+class _Copies:
+    """Makes the copies of a side."""
+
+    def __init__(self, side: Side, device: torch.device, dtype: torch.dtype) -> None:
+        self.side, self.device, self.dtype = side, device, dtype
+
+    def int32(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def floats(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=self.dtype, device=self.device)
+
+    def listed(self, targets: Sequence[int], *, place: bool = False) -> Copy:
+        """Any coordinates of the target."""
+        side = self.side
+        scales, factors, ids = side.scale.expanded(), side.factors.expanded(), side.ids.indices
+        return Copy(
+            targets=self.int32(targets) if place else None,
+            scales=self.floats([scales[i] for i in targets]),
+            noise=0.0 if side.quiet else 1.0,
+            noises=None if side.quiet else self.floats([factors[i] for i in targets]),
+            ids=self.int32([ids[i] for i in targets]),
+        )
+
+
+def _copy(cut: _Cut, skip: int = 0) -> Copy:
+    target, first_id = cut.target + skip, cut.first_id + skip
+    return Copy(target, scale=cut.scale, noise=cut.noise, first_id=first_id)
+
+
+def _segments(cuts: list[_Cut]) -> Iterator[Stretch]:
+    """Cut the source where a cut begins or ends, so that every cut is made of whole segments."""
+    bounds = sorted({bound for cut in cuts for bound in (cut.source, cut.source + cut.n)})
+    following = dict(pairwise(bounds))
+    copies: dict[int, list[Copy]] = defaultdict(list)
+    for cut in cuts:
+        start = cut.source
+        while start < cut.source + cut.n:
+            copies[start].append(_copy(cut, start - cut.source))
+            start = following[start]
+    for start, found in sorted(copies.items()):
+        yield Stretch(start, following[start] - start, tuple(found))
+
+
+def _noise(axis: AxisMap) -> tuple[Vector, IndexMap]:
+    """Noise factor of each target coordinate of an axis, and the counter it is drawn from; twins share a counter."""
+    index_map = axis.index_map
+    if axis.pad != "normal" or index_map.is_identity:
+        return Vector.full(1.0, index_map.n_target), IndexMap.identity(index_map.n_target)
+    signs, partners = twins(index_map)
+    if not index_map.has_pads:
+        return signs.map(lambda sign: axis.noise * sign), partners
+    copied = index_map.per_copy(lambda _: axis.noise, pad=0.0)
+    free = index_map.per_copy(lambda _: 0.0, pad=1.0)
+    return signs.zip(copied, lambda x, y: x * y).zip(free, lambda x, y: x + y), partners
 
 
 class Cutter:
@@ -60,218 +202,121 @@ class Cutter:
 
     def __init__(self, plan: GrowthPlan) -> None:
         self.plan = plan
-        self.sides: dict[tuple[tuple[str, ...], int], _Side] = {}
-        self.cuts: dict[tuple[tuple[str, ...], int, torch.device, torch.dtype], list[Span]] = {}
+        self._sides: dict[tuple[tuple[AxisMap, ...], int], Side] = {}
+        self._stretches: dict[tuple[Side, bool, torch.device, torch.dtype], list[Stretch]] = {}
+        self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
     def pieces(self, row: TensorRow, src: Tensor, dst: Tensor, order: int) -> Iterator[Piece]:
         """Cut one target tensor. ``order``: 0 for a weight, k for state of order k in the gradient."""
+        axes = self.plan.axis_maps(row)
         if row.constant is not None:
-            target = dst.view(-1, dst.shape[-1])
-            yield Piece(
-                torch.full((1, 1), row.constant, dtype=dst.dtype, device=dst.device).expand_as(
-                    target
-                ),
-                target,
-            )
+            into = dst.view(-1, dst.shape[-1])
+            yield Piece(self._constant(row.constant, dst).expand_as(into), into)
             return
-        for axis, this in enumerate(self.plan.axis_maps(row)):
+        for axis, this in enumerate(axes):
             if this.centred and order == 0:
                 src = src - src.mean(axis, keepdim=True)
-        keys = self._split(row)
-        rows, cols = (self._side(key, order) for key in keys)
+        at = _split(axes)
+        rows, cols = self._side(axes[:at], order), self._side(axes[at:], order)
         source = src.reshape(rows.index_map.n_source, cols.index_map.n_source)
         target = dst.view(rows.index_map.n_target, cols.index_map.n_target)
         fill = _Fill(source, rows, cols, order, reference.arithmetic(dst.dtype))
-        std: Tensor | None = None
-        for r in self._spans(keys[0], order, fill):
-            for c in self._spans(keys[1], order, fill):
-                into = target[r.target : r.target + r.n, c.target : c.target + c.n]
+        for r in self._cut(rows, fill, True):
+            for c in self._cut(cols, fill, False):
+                if not r.n or not c.n:
+                    continue
                 value, scaled = fill.of(r, c)
-                noise = None
-                if (
-                    r.factors is not None
-                    and c.factors is not None
-                    and r.ids is not None
-                    and c.ids is not None
-                    and fill.free(r, c)
-                ):
-                    std = fill.rms() if std is None else std
-                    noise = Noise(
-                        std,
-                        (self.plan.seed, _tensor_id(row.name)),
-                        r.factors,
-                        c.factors,
-                        r.ids,
-                        c.ids,
-                    )
                 whole = r.source != PAD and c.source != PAD
+                noise = None
+                if fill.free(r, c):
+                    noise = Noise(fill.std, (self.plan.seed, _tensor_id(row.name)))
                 yield Piece(
                     value,
-                    into,
-                    rows=r.index if whole else None,
-                    cols=c.index if whole else None,
-                    scale=r.scale * c.scale if scaled else 1.0,
-                    row_scale=r.scales if scaled else None,
-                    col_scale=c.scales if scaled else None,
-                    noise=noise,
+                    target,
+                    (r if scaled else r.unscaled).copies,
+                    (c if scaled else c.unscaled).copies,
+                    r.index if whole else None,
+                    c.index if whole else None,
+                    noise,
                 )
 
-    def _split(self, row: TensorRow) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Which axes are rows and which columns: at most the last grown axis, and what follows it, are columns."""
-        grown = [i for i, axis in enumerate(self.plan.axis_maps(row)) if not axis.is_identity]
-        at = len(row.axes) - 1
-        if len(grown) == 1 and grown[0] < at:
-            at = grown[0] + 1
-        elif grown:
-            at = grown[-1]
-        return row.axes[:at], row.axes[at:]
+    def _side(self, axes: tuple[AxisMap, ...], order: int) -> Side:
+        if (axes, order) not in self._sides:
+            self._sides[axes, order] = Side(axes, order)
+        return self._sides[axes, order]
 
-    def _side(self, keys: tuple[str, ...], order: int) -> _Side:
-        if (keys, order) in self.sides:
-            return self.sides[keys, order]
-        axes = [self.plan.axes[key] for key in keys]
-        index_map, scale, factors = IndexMap.identity(1), Vector.full(1.0, 1), Vector.full(1.0, 1)
-        ids = [0]
-        pad: Pad = "zero"
-        noisy = False
-        for axis in axes:
-            n = axis.index_map.n_target
-            index_map = index_map.product(axis.index_map)
-            scale = scale.outer(
-                axis.weight_scale if order == 0 else axis.grad_scale.map(lambda a: a**order)
-            )
-            own_factors, own_ids = _noise(axis)
-            factors, ids = factors.outer(own_factors), [i * n + j for i in ids for j in own_ids]
-            pad = pad if axis.index_map.is_identity else axis.pad
-            noisy = noisy or (axis.pad == "normal" and not axis.index_map.is_identity)
-        copies = [0.0] * index_map.n_source
-        for j, s in zip(index_map.indices, scale.expanded(), strict=True):
-            if j != PAD:
-                copies[j] += s
-        side = self.sides[keys, order] = _Side(
-            index_map, scale, pad, factors, tuple(ids), noisy, tuple(copies)
-        )
-        return side
+    def _cut(self, side: Side, fill: "_Fill", rows: bool) -> list[Stretch]:
+        key = side, rows, fill.source.device, fill.dtype
+        if key not in self._stretches:
+            self._stretches[key] = side.stretches(fill.source.device, fill.dtype, rows=rows)
+        return self._stretches[key]
 
-    def _spans(self, keys: tuple[str, ...], order: int, fill: "_Fill") -> list[Span]:
-        """Cut a side where its runs or its scale change; gather by index where that is too often."""
-        device, dtype = fill.source.device, fill.dtype
-        if (keys, order, device, dtype) not in self.cuts:
-            side = self._side(keys, order)
-            spans = _cut(side)
-            if len(spans) > N_SPANS:
-                spans = _gather(side, spans, device, dtype)
-            if order == 0:
-                spans = [_with_noise(side, span, device) for span in spans]
-            self.cuts[keys, order, device, dtype] = spans
-        return self.cuts[keys, order, device, dtype]
+    def _constant(self, value: float, like: Tensor) -> Tensor:
+        key = value, like.dtype, like.device
+        if key not in self._constants:
+            self._constants[key] = torch.full((1, 1), value, dtype=like.dtype, device=like.device)
+        return self._constants[key]
 
 
-def _noise(axis: AxisMap) -> tuple[Vector, list[int]]:
-    """Noise factor of each target coordinate of an axis, and the counter it is drawn from."""
-    index_map = axis.index_map
-    own = list(range(index_map.n_target))
-    if axis.pad != "normal" or index_map.is_identity:
-        return Vector.full(1.0, index_map.n_target), own
-    signs, partners = twins(index_map)
-    values = [
-        1.0 if j == PAD else axis.noise * sign
-        for j, sign in zip(index_map.indices, signs, strict=True)
-    ]
-    return Vector.of(values), list(partners)
-
-
-def _cut(side: _Side) -> list[Span]:
-    spans, pieces = list[Span](), iter(side.scale.pieces)
-    value, left = 1.0, 0
-    for target, n, source in side.index_map.runs:
-        done = 0
-        while done < n:
-            if left == 0:
-                value, left = next(pieces)
-            step = min(left, n - done)
-            spans.append(Span(target + done, step, PAD if source == PAD else source + done, value))
-            done, left = done + step, left - step
-    return spans
-
-
-def _gather(side: _Side, cuts: list[Span], device: torch.device, dtype: torch.dtype) -> list[Span]:
-    """Join neighbouring spans that copy, and those that do not."""
-    joined: list[Span] = []
-    for cut in cuts:
-        last = joined[-1] if joined else None
-        if last is not None and (last.source == PAD) == (cut.source == PAD):
-            joined[-1] = replace(last, n=last.n + cut.n)
-        else:
-            joined.append(replace(cut, source=min(cut.source, 0), scale=1.0))
-    indices = torch.tensor(side.index_map.indices, dtype=torch.int32)
-    scales = torch.tensor(side.scale.expanded(), dtype=dtype)
-    return [
-        replace(
-            s,
-            index=None if s.source == PAD else indices[part].to(device),
-            scales=scales[part].to(device),
-        )
-        for s in joined
-        for part in [slice(s.target, s.target + s.n)]
-    ]
-
-
-def _with_noise(side: _Side, span: Span, device: torch.device) -> Span:
-    factors = side.factors.expanded()[span.target : span.target + span.n]
-    if not any(factors):
-        return span
-    ids = torch.tensor(
-        side.ids[span.target : span.target + span.n], dtype=torch.int32, device=device
-    )
-    return replace(span, factors=torch.tensor(factors, dtype=torch.float32, device=device), ids=ids)
+def _split(axes: tuple[AxisMap, ...]) -> int:
+    """How many axes are rows: at most the last grown axis, and what follows it, are columns."""
+    grown = [i for i, axis in enumerate(axes) if not axis.is_identity]
+    if len(grown) == 1 and grown[0] < len(axes) - 1:
+        return grown[0] + 1
+    return grown[-1] if grown else len(axes) - 1
 
 
 def _tensor_id(name: str) -> int:
-    return (
-        int.from_bytes(blake2b(name.encode(), digest_size=4).digest(), "little") >> 1
-    )  # 31 bits: non-negative as int32
+    return int.from_bytes(blake2b(name.encode(), digest_size=4).digest(), "little")
 
 
 class _Fill:
-    """What a piece is read from: the source where both spans copy, else what stands for it, broadcast."""
+    """What a piece is read from: the source where both stretches copy, else what stands for it, broadcast."""
 
     def __init__(
-        self, source: Tensor, rows: _Side, cols: _Side, order: int, dtype: torch.dtype
+        self, source: Tensor, rows: Side, cols: Side, order: int, dtype: torch.dtype
     ) -> None:
         self.source, self.rows, self.cols, self.order, self.dtype = source, rows, cols, order, dtype
 
-    def rms(self) -> Tensor:
-        """Root mean square of the source: what noise is measured in."""
+    @cached_property
+    def std(self) -> Tensor:
+        """Root mean square of the source, in which noise is measured, per whole number that is drawn.
+
+        Rounded to eight bits, so that devices that sum in another order agree.
+        """
         norm: Tensor = torch.norm(self.source, dtype=self.dtype)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-        return norm / max(1, self.source.numel()) ** 0.5  # pyright: ignore[reportUnknownVariableType]
+        rms = norm / max(1, self.source.numel()) ** 0.5  # pyright: ignore[reportUnknownVariableType]
+        return rms.to(torch.bfloat16).to(self.dtype) / reference.BYTES_STD  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
 
-    def pads(self, r: Span, c: Span) -> list[Pad]:
-        return [side.pad for side, span in ((self.rows, r), (self.cols, c)) if span.source == PAD]
+    def pads(self, r: Stretch, c: Stretch) -> list[Pad]:
+        return [side.pad for side, s in ((self.rows, r), (self.cols, c)) if s.source == PAD]
 
-    def free(self, r: Span, c: Span) -> bool:
-        """True where noise may be: weights that copy, or that read a pad, but not those that write one."""
+    def free(self, r: Stretch, c: Stretch) -> bool:
+        """True where there is noise: weights that copy, or that read a pad, but not those that write one."""
         return (
             self.order == 0
             and (self.rows.noisy or self.cols.noisy)
             and all(pad == "normal" for pad in self.pads(r, c))
+            and any(copy.noise for copy in r.copies)
+            and any(copy.noise for copy in c.copies)
         )
 
-    def of(self, r: Span, c: Span) -> tuple[Tensor, bool]:
+    def of(self, r: Stretch, c: Stretch) -> tuple[Tensor, bool]:
         """The tensor to read, and whether the scales apply to it."""
         pads = self.pads(r, c)
         if not pads:
             return _part(self.source, r, c), True
         if self.order == 2:
-            return self._mean_of_law().expand(r.n, c.n), False
+            return self.mean_of_law.expand(r.n, c.n), False
         if self.order or any(pad != "mean" for pad in pads):
             return self.source.new_zeros(1, 1).expand(r.n, c.n), True
         axes = [axis for axis, span in enumerate((r, c)) if span.source == PAD]
         mean = self.source.mean(axes, keepdim=True, dtype=self.dtype)
-        rows = mean if r.source == PAD else _gathered(mean, 0, r)
-        return (rows if c.source == PAD else _gathered(rows, 1, c)).expand(r.n, c.n), True
+        rows = mean if r.source == PAD else _taken(mean, 0, r)
+        return (rows if c.source == PAD else _taken(rows, 1, c)).expand(r.n, c.n), True
 
-    def _mean_of_law(self) -> Tensor:
+    @cached_property
+    def mean_of_law(self) -> Tensor:
         """Mean over the elements that copy, each scaled by the law: what an element without an ancestor starts from."""
         rows, cols = (
             torch.tensor(side.copies, dtype=self.dtype, device=self.source.device)
@@ -281,14 +326,19 @@ class _Fill:
         return (rows @ (self.source.to(self.dtype) @ cols) / max(1, n)).view(1, 1)
 
 
-def _part(tensor: Tensor, r: Span, c: Span) -> Tensor:
-    rows = tensor if r.index is not None else tensor[r.source : r.source + r.n]
-    return rows if c.index is not None else rows[:, c.source : c.source + c.n]
-
-
-def _gathered(tensor: Tensor, axis: int, span: Span) -> Tensor:
+def _part(tensor: Tensor, r: Stretch, c: Stretch) -> Tensor:
+    if r.index is None and r.n != tensor.shape[0]:
+        tensor = tensor[r.source : r.source + r.n]
     return (
-        tensor.narrow(axis, span.source, span.n)
-        if span.index is None
-        else tensor.index_select(axis, span.index)
+        tensor[:, c.source : c.source + c.n]
+        if c.index is None and c.n != tensor.shape[1]
+        else tensor
+    )
+
+
+def _taken(tensor: Tensor, axis: int, s: Stretch) -> Tensor:
+    return (
+        tensor.narrow(axis, s.source, s.n)
+        if s.index is None
+        else tensor.index_select(axis, s.index)
     )

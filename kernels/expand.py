@@ -1,225 +1,171 @@
-"""``dst[i, j] = (src[row(i), col(j)] + noise[i, j]) * scale * row_scale[i] * col_scale[j]`` over many rectangles per launch.
+"""``dst[r.target + i, c.target + j] = (src[row(i), col(j)] + noise) * r.scale * c.scale * r.scales[i] * c.scales[j]`` for all copies
+``r`` of the rows and ``c`` of the columns of a rectangle, over many rectangles per launch.
 
-A piece is a rectangle of a target: a contiguous run of columns (or an indexed one), rows in order or indexed, a source of any
-strides. One launch covers every piece of a (source dtype, target dtype, kind): weights and optimizer state of a whole model.
-Gather, scale and twin noise are fused, so each source element is read once per copy and each target element written once.
-Pointers, sizes and strides lie in a table on the device; a program finds its piece by a binary search over first tiles.
-Bytes: R C (source) read + R C (target) written per piece, plus R + C of index and scale.
+One launch covers every piece of a (source dtype, target dtype): weights, gradients and optimizer state of a whole model. A program
+finds its piece by a binary search over first tiles, loads a tile of the source once, and writes it to every place it goes to: scale,
+twin noise and fills (sources of stride 0) in the same pass.
+Bytes: R C (source) read once + copies R C (target) written once per piece, plus what the vectors of a random map take.
 """
 
 from collections.abc import Sequence
-from struct import pack, unpack
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from growkern.kernels.permute import BLOCK_R as PERMUTED_R
+from growkern.kernels.permute import n_warps, permute_kernel, staged
+from growkern.kernels.table import (
+    COL_INDEX,
+    DST_WIDE,
+    FIRST_COL,
+    FIRST_TILE,
+    FLAGS,
+    N_COLS,
+    N_ROWS,
+    ROW_INDEX,
+    SRC_COL,
+    SRC_PTR,
+    SRC_ROW,
+    SRC_WIDE,
+    Table,
+)
+from growkern.kernels.write import find, vector, write
+
 BLOCK_C = 128  # columns of a tile: fewer than threads, so that vectors along columns load in the layout of the tile
+BLOCK_NARROW = 4  # rows at a time where addresses are not aligned: 2 elements a thread, so that their addresses fit
 N_WARPS = 8
-N_FIELDS = tl.constexpr(21)  # columns of the table, in the order of _row
-BYTES_MEAN, INVERSE_STD = (
-    tl.constexpr(510.0),
-    tl.constexpr(1 / 147.80054127099805),
-)  # of the sum of four uniform bytes
 DTYPES = {
     getattr(torch, name): getattr(tl, name)
     for name in ("float64", "float32", "float16", "bfloat16", "int64")
 }
 
 
-def block_r(n_bytes: int, src_wide: bool, dst_wide: bool, noise: bool) -> int:
-    """Rows of a tile: 32 bytes a thread where all is wide, less where addresses or noise need registers; not yet measured on a device."""
-    return min(64 // n_bytes, 8 << (src_wide and dst_wide) + (dst_wide and not noise))
+def block_r(n_bytes: int) -> int:
+    """Rows of a tile: 8 elements a thread, 4 of 8 bytes; not yet measured on a device."""
+    return min(16, 64 // n_bytes)
 
 
 @triton.jit
-def _normal(seed, tensor_id, rows, cols):
-    """Mean 0, variance 1: the sum of the four bytes of a Philox word; four rows share a call, a word each."""
-    zero = rows * 0 + cols * 0
-    w0, w1, w2, w3 = tl.philox(seed, cols + zero, (rows >> 2) + zero, tensor_id + zero, zero)
-    lane = rows & 3
-    word = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
-    pairs = (word & 0x00FF00FF) + ((word >> 8) & 0x00FF00FF)
-    return (((pairs & 0xFFFF) + (pairs >> 16)).to(tl.float32) - BYTES_MEAN) * INVERSE_STD
-
-
-@triton.jit(do_not_specialize=["n_pieces"])
-def expand_kernel(
-    table_ptr,
-    n_pieces,
+def _tile(
+    table_ptr, piece, row, col,
     SRC: tl.constexpr, DST: tl.constexpr, MATH: tl.constexpr,
-    SRC_WIDE: tl.constexpr, DST_WIDE: tl.constexpr, N_WIDE: tl.constexpr,
-    HAS_INDEX: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NOISE: tl.constexpr,
+    FROM_WIDE: tl.constexpr, TO_WIDE: tl.constexpr, N_WIDE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    low = 0
-    high = n_pieces - 1
-    while (
-        low < high
-    ):  # the last piece whose first tile is not after pid, so never one without tiles
-        middle = (low + high + 1) // 2
-        found = tl.load(table_ptr + middle.to(tl.int64) * N_FIELDS) <= pid
-        low = tl.where(found, middle, low)
-        high = tl.where(found, high, middle - 1)
-    piece = table_ptr + low.to(tl.int64) * N_FIELDS
-    n_rows = tl.load(piece + 3)
-    n_cols = tl.load(piece + 4)
-    if SRC_WIDE or DST_WIDE:
+    """A tile of a piece; columns count from the first of the piece, so that they lie on groups of 16 bytes."""
+    first = tl.load(piece + FIRST_COL)
+    n_cols = tl.load(piece + N_COLS)
+    if TO_WIDE:
         n_cols = tl.multiple_of(n_cols, N_WIDE)  # the mask does not split a 16-byte access
-    n_across = ((n_cols + BLOCK_C - 1) // BLOCK_C).to(tl.int32)
-    tile = (pid - tl.load(piece)).to(tl.int32)
-    rows = (tile // n_across).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    cols = (tile % n_across).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    row_mask = rows < n_rows
+    rows = row + tl.arange(0, BLOCK_R)[:, None]
+    cols = col + tl.arange(0, BLOCK_C)[None, :]
+    row_mask = rows < tl.load(piece + N_ROWS)
     col_mask = cols < n_cols
     src_rows = rows
-    src_cols = cols
-    if HAS_INDEX:
-        index = tl.load(piece + 9)
-        found = tl.load(
-            index.to(tl.pointer_type(tl.int32)) + rows, mask=row_mask & (index != 0), other=0
-        )
-        src_rows = tl.where(index != 0, found.to(tl.int64), rows)
-    if HAS_INDEX and not SRC_WIDE:
-        index = tl.load(piece + 10)
-        found = tl.load(
-            index.to(tl.pointer_type(tl.int32)) + cols, mask=col_mask & (index != 0), other=0
-        )
-        src_cols = tl.where(index != 0, found.to(tl.int64), cols)
-    src_ptr = tl.load(piece + 1).to(tl.pointer_type(SRC)) + src_rows * tl.load(piece + 5)
-    dst_ptr = tl.load(piece + 2).to(tl.pointer_type(DST)) + rows * tl.load(piece + 7)
-    if SRC_WIDE:
-        src_ptr = (
-            tl.multiple_of(src_ptr, [16, 16]) + src_cols
-        )  # bytes; on a block, as a hint on a scalar does not reach the load
-    else:
-        src_ptr += src_cols * tl.load(piece + 6)
-    if DST_WIDE:
-        dst_ptr = tl.multiple_of(dst_ptr, [16, 16]) + cols
-    else:
-        dst_ptr += cols * tl.load(piece + 8)
+    if tl.load(piece + ROW_INDEX) != 0:
+        src_rows = vector(tl.load(piece + ROW_INDEX), rows, row_mask, 0, tl.int32).to(tl.int64)
+    src_ptr = tl.load(piece + SRC_PTR).to(tl.pointer_type(SRC)) + src_rows * tl.load(
+        piece + SRC_ROW
+    )
 
+    if FROM_WIDE:  # bytes; on a block, as a hint on a scalar does not reach the load
+        src_ptr = tl.multiple_of(src_ptr + first, [16, 16]) + cols
+    else:
+        src_cols = first + cols
+        if not TO_WIDE:  # noqa: SIM102  (constexpr and tensor do not combine)
+            if tl.load(piece + COL_INDEX) != 0:
+                src_cols = vector(tl.load(piece + COL_INDEX), src_cols, col_mask, 0, tl.int32).to(
+                    tl.int64
+                )
+        src_ptr += src_cols * tl.load(piece + SRC_COL)
     values = tl.load(src_ptr, mask=row_mask & col_mask, other=0)
-    if HAS_NOISE:
-        row_ids = tl.load(
-            tl.load(piece + 19).to(tl.pointer_type(tl.int32)) + rows, mask=row_mask, other=0
-        )
-        col_ids = tl.load(
-            tl.load(piece + 20).to(tl.pointer_type(tl.int32)) + cols, mask=col_mask, other=0
-        )
-        normal = _normal(tl.load(piece + 14), tl.load(piece + 15).to(tl.int32), row_ids, col_ids)
-        by_row = tl.load(
-            tl.load(piece + 17).to(tl.pointer_type(tl.float32)) + rows, mask=row_mask, other=0
-        )
-        by_col = tl.load(
-            tl.load(piece + 18).to(tl.pointer_type(tl.float32)) + cols, mask=col_mask, other=0
-        )
-        std = tl.load(tl.load(piece + 16).to(tl.pointer_type(MATH)))
-        values = values.to(MATH) + std * by_row.to(MATH) * by_col.to(MATH) * normal.to(MATH)
-    if HAS_SCALE:
-        row_scale = tl.load(piece + 12)
-        col_scale = tl.load(piece + 13)
-        by_row = tl.load(
-            row_scale.to(tl.pointer_type(MATH)) + rows, mask=row_mask & (row_scale != 0), other=1
-        )
-        by_col = tl.load(
-            col_scale.to(tl.pointer_type(MATH)) + cols, mask=col_mask & (col_scale != 0), other=1
-        )
-        scale = tl.load(piece + 11).to(tl.float64, bitcast=True).to(MATH)
-        values = values.to(MATH) * scale * by_row * by_col
 
-    tl.store(dst_ptr, values.to(DST), mask=row_mask & col_mask)
+    write(values, table_ptr, piece, rows, cols, row_mask, col_mask, DST, MATH, TO_WIDE, not TO_WIDE)
+
+
+@triton.jit(do_not_specialize=["first_piece", "n_pieces"])
+def expand_kernel(
+    table_ptr,
+    first_piece, n_pieces,
+    SRC: tl.constexpr, DST: tl.constexpr, MATH: tl.constexpr,
+    N_WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_NARROW: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    piece = find(table_ptr + first_piece, n_pieces, pid)
+    tile = pid - tl.load(piece + FIRST_TILE)
+    n_across = (tl.load(piece + N_COLS) + BLOCK_C - 1) // BLOCK_C
+    row = tile // n_across * BLOCK_R
+    col = tile % n_across * BLOCK_C
+    flags = tl.load(piece + FLAGS)
+    if flags & SRC_WIDE != 0:
+        _tile(table_ptr, piece, row, col, SRC, DST, MATH, True, True, N_WIDE, BLOCK_R, BLOCK_C)
+    elif flags & DST_WIDE != 0:
+        _tile(table_ptr, piece, row, col, SRC, DST, MATH, False, True, N_WIDE, BLOCK_R, BLOCK_C)
+    else:  # an address for every element: a few rows at a time
+        for start in range(row, tl.minimum(row + BLOCK_R, tl.load(piece + N_ROWS)), BLOCK_NARROW):
+            _tile(
+                table_ptr,
+                piece,
+                start,
+                col,
+                SRC,
+                DST,
+                MATH,
+                False,
+                False,
+                N_WIDE,
+                BLOCK_NARROW,
+                BLOCK_C,
+            )
 
 
 def expand(pieces: Sequence[Any]) -> None:
-    """Write every piece (``growkern.reference.Piece``), one launch per kind of piece.
+    """Write every piece (``growkern.reference.Piece``): one launch per source and target dtype, one more per length of staged rows.
 
     Args:
-        pieces: Rectangles that do not overlap, on one device; their vectors (indices, scales, factors) are contiguous. Values are
-            rounded once, at the store; a pure copy is bit-exact.
+        pieces: What they write does not overlap; on one device; their vectors are contiguous. Values are rounded once, at the
+            store; a pure copy is bit-exact.
+
+    Raises:
+        IndexError: A piece reads or writes beyond its tensors; nothing has been launched.
     """
-    kinds: dict[tuple[Any, ...], list[Any]] = {}
+    table, launches = Table(), []
+    for (src, dst, n_staged), members in kinds(pieces).items():
+        options = launch_options(src, dst, n_staged)
+        block = options["BLOCK_R"], None if n_staged else BLOCK_C
+        launches.append((options, *table.add(members, *block)))
+    if not any(n_tiles for *_, n_tiles in launches):
+        return
+    on_device = table.upload(pieces[0].dst.device)
+    with torch.cuda.device_of(on_device):
+        for options, first, n_pieces, n_tiles in launches:
+            if n_tiles:
+                kernel = permute_kernel if "BLOCK_S" in options else expand_kernel
+                kernel[(n_tiles,)](on_device, first, n_pieces, **options)
+
+
+def kinds(pieces: Sequence[Any]) -> dict[tuple[torch.dtype, torch.dtype, int], list[Any]]:
+    """Pieces by what a launch is specialised on: dtypes, and the block that a staged row fits in (0: rows are not staged)."""
+    found: dict[tuple[torch.dtype, torch.dtype, int], list[Any]] = {}
     for piece in pieces:
-        kinds.setdefault(_kind(piece), []).append(piece)
-    for kind, members in kinds.items():
-        options = launch_options(*kind)
-        table, n_tiles = list[list[int]](), 0
-        for piece in members:
-            table.append([n_tiles, *_row(piece)])
-            n_tiles += triton.cdiv(piece.dst.shape[0], options["BLOCK_R"]) * triton.cdiv(
-                piece.dst.shape[1], BLOCK_C
-            )
-        if n_tiles:
-            on_device = torch.tensor(table, dtype=torch.int64).to(members[0].dst.device)
-            with torch.cuda.device_of(on_device):
-                expand_kernel[(n_tiles,)](on_device, len(table), **options)
+        n_staged = 0 if piece.cols is None else staged(piece.src.shape[1], piece.src.itemsize)
+        found.setdefault((piece.src.dtype, piece.dst.dtype, n_staged), []).append(piece)
+    return found
 
 
-def _kind(piece: Any) -> tuple[Any, ...]:
-    """The arguments of ``launch_options``."""
-    src, dst = piece.src, piece.dst
-    n_wide = 16 // min(src.itemsize, dst.itemsize)
-
-    def wide(t: torch.Tensor) -> bool:
-        return t.stride(1) == 1 and not (
-            t.data_ptr() % 16 or t.stride(0) % n_wide or dst.shape[1] % n_wide
-        )
-
-    index = piece.rows is not None or piece.cols is not None
-    scaled = piece.scale != 1.0 or piece.row_scale is not None or piece.col_scale is not None
-    return (
-        src.dtype,
-        dst.dtype,
-        piece.cols is None and wide(src),
-        wide(dst),
-        index,
-        scaled,
-        piece.noise is not None,
-    )
-
-
-def launch_options(
-    src: torch.dtype,
-    dst: torch.dtype,
-    src_wide: bool,
-    dst_wide: bool,
-    index: bool,
-    scale: bool,
-    noise: bool,
-) -> dict[str, Any]:
-    """What a launch is specialised on: dtypes, which side has columns in aligned 16-byte groups, and what there is to do."""
-    return dict(
+def launch_options(src: torch.dtype, dst: torch.dtype, n_staged: int) -> dict[str, Any]:
+    """What a launch is specialised on."""
+    options = dict(
         SRC=DTYPES[src], DST=DTYPES[dst], MATH=tl.float64 if dst == torch.float64 else tl.float32,
-        SRC_WIDE=src_wide, DST_WIDE=dst_wide, N_WIDE=16 // min(src.itemsize, dst.itemsize),
-        HAS_INDEX=index, HAS_SCALE=scale, HAS_NOISE=noise,
-        BLOCK_R=block_r(dst.itemsize, src_wide, dst_wide, noise), BLOCK_C=BLOCK_C,
         num_warps=N_WARPS, enable_fp_fusion=False,  # no multiply-add in one rounding: the same bits as the torch backend
     )  # fmt: skip
-
-
-def _row(piece: Any) -> list[int]:
-    optional = (piece.rows, piece.cols), (piece.row_scale, piece.col_scale)
-    index, scales = ([0 if t is None else t.data_ptr() for t in pair] for pair in optional)
-    scale = unpack("<q", pack("<d", piece.scale))
-    row = [
-        piece.src.data_ptr(),
-        piece.dst.data_ptr(),
-        *piece.dst.shape,
-        *piece.src.stride(),
-        *piece.dst.stride(),
-        *index,
-        *scale,
-        *scales,
-    ]
-    noise = piece.noise
-    if noise is None:
-        return row + [0] * (N_FIELDS.value - 1 - len(row))
-    seed = unpack("<q", pack("<Q", noise.key[0]))
-    return [
-        *row,
-        *seed,
-        noise.key[1],
-        *(t.data_ptr() for t in (noise.std, noise.rows, noise.cols, noise.row_ids, noise.col_ids)),
-    ]
+    if n_staged:
+        warps = n_warps(n_staged)
+        block_c = 2 * 32 * warps
+        return options | dict(
+            num_warps=warps, BLOCK_R=PERMUTED_R, BLOCK_S=n_staged, BLOCK_C=block_c
+        )
+    n_wide, rows = 16 // min(src.itemsize, dst.itemsize), block_r(dst.itemsize)
+    return options | dict(N_WIDE=n_wide, BLOCK_R=rows, BLOCK_C=BLOCK_C, BLOCK_NARROW=BLOCK_NARROW)

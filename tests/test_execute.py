@@ -182,7 +182,8 @@ def test_noise_depends_on_seed_name_and_element_alone(monkeypatch):
     plan = plan_of([writer(40, 80), even(40, 80)])
     one = execute(plan, Tensors({"w": source}), None).values["w"]
 
-    monkeypatch.setattr(pieces, "N_SPANS", 0)  # gather by index instead of run by run
+    monkeypatch.setattr(pieces, "N_RUNS", 0)
+    monkeypatch.setattr(pieces, "N_LONG_RUNS", 0)  # gather by index instead of run by run
     assert torch.equal(execute(plan, Tensors({"w": source}), None).values["w"], one)
 
 

@@ -11,7 +11,7 @@ from math import sqrt
 from typing import Literal
 
 from growkern.errors import PlanError, raise_all
-from growkern.index_map import IndexMap, Vector
+from growkern.index_map import PAD, IndexMap, Run, Vector
 from growkern.methods import Contract, Width
 from growkern.spaces import SIZE_OF_SPACE, ModelSpec, space_size
 
@@ -119,11 +119,13 @@ def _index_map(n_source: int, n_target: int, how: str | None) -> IndexMap:
 
 
 def _tail(n_source: int, n_target: int) -> IndexMap:
-    return IndexMap.of([*range(n_source), *[-1] * (n_target - n_source)], n_source)
+    return IndexMap(
+        n_source, n_target, (Run(0, n_source, 0), Run(n_source, n_target - n_source, PAD))
+    )
 
 
 def _contract(index_map: IndexMap, how: str | None, normed: bool) -> Contract:
-    n_copies = max(index_map.counts, default=1)
+    n_copies = max((count for count, _ in index_map.counts.pieces), default=1)
     if how == "isometric" and normed:
         root = index_map.per_copy(lambda c: 1 / sqrt(c), pad=1.0)
         return Contract(root, root)

@@ -1,0 +1,151 @@
+"""What growkern promises of its speed, and what a run measured of it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from bench.bench_models import DOUBLE, GPT2_WIDE, REPEAT, XL_WIDE
+from bench.harness import ROOF, Row, number
+
+LARGE = 60 << 20  # bytes of a large tensor's weight: 64 MB and what rounding leaves of 64 MiB
+RUN_MAPS = ("x1.5 adam", "x2 adam", "x3 adam")
+RANDOM_MAPS = ("random x2 adam",)
+NOISES = ("noise=1", "noise=0")  # the default, and none
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One promise.
+
+    Attributes:
+        text: What is promised.
+        limit: The figure.
+        unit: Of it.
+        measure: Rows, backend and noise -> the figures of all cases it is about; the worst counts.
+        at_most: True when the figure may not be more.
+        gpu: True when it is about a GPU.
+    """
+
+    text: str
+    limit: float
+    unit: str
+    measure: Callable[[Sequence[Row], str, str], Iterator[float]]
+    at_most: bool = False
+    gpu: bool = False
+
+    def worst(self, rows: Sequence[Row], backend: str, noise: str) -> float | None:
+        """The figure that counts; None where nothing was measured."""
+        found = list(self.measure(rows, backend, noise))
+        return (max if self.at_most else min)(found) if found else None
+
+    def held(self, figure: float) -> bool:
+        """Whether a figure keeps the promise."""
+        return figure <= self.limit if self.at_most else figure >= self.limit
+
+
+def find(rows: Sequence[Row], **wanted: object) -> list[Row]:
+    """The rows that have these values."""
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def times(row: Row, other: Row, *, per_byte: bool = False) -> float:
+    """How many times faster a row is than another one."""
+    speed = number(other["p50_ms"]) / number(row["p50_ms"])
+    return speed * number(row["n_bytes"]) / number(other["n_bytes"]) if per_byte else speed
+
+
+def _model(rows: Sequence[Row], case: str, backend: str, phase: str = "cold") -> list[Row]:
+    return find(rows, op="model", case=case, backend=backend, phase=phase)
+
+
+def _model_roof(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
+    for row in _model(rows, GPT2_WIDE, f"{backend} {noise}"):
+        yield number(row["roof_percent"])
+
+
+def _over_double(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
+    for row in _model(rows, GPT2_WIDE, f"{backend} {noise}"):
+        yield from (times(row, other) for other in _model(rows, GPT2_WIDE, DOUBLE))
+
+
+def _over_repeat(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
+    for row in _model(rows, GPT2_WIDE, f"{backend} {noise}"):
+        for other in _model(rows, GPT2_WIDE, REPEAT):
+            yield times(row, other, per_byte=True)
+
+
+def _peak(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
+    for row in _model(rows, GPT2_WIDE, f"{backend} {noise}"):
+        yield 100 * abs(number(row["peak_bytes"]) / number(row["promised_bytes"]) - 1)
+
+
+def _large(rows: Sequence[Row], cases: Sequence[str], backend: str, noise: str) -> list[Row]:
+    names = {f"{case} {noise}" for case in cases}
+    found = find(rows, op="expand", backend=backend, phase="warm")
+    return [r for r in found if r["case"] in names and number(r["tensor_bytes"]) >= LARGE]
+
+
+def _roof(cases: Sequence[str]) -> Callable[[Sequence[Row], str, str], Iterator[float]]:
+    def measure(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
+        yield from (number(r["roof_percent"]) for r in _large(rows, cases, backend, noise))
+
+    return measure
+
+
+def _over(baseline: str) -> Callable[[Sequence[Row], str, str], Iterator[float]]:
+    def measure(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
+        for row in _large(rows, RUN_MAPS, backend, noise):
+            same = {key: row[key] for key in ("op", "case", "dtype", "tensor_bytes")}
+            yield from (times(row, other) for other in find(rows, backend=baseline, **same))
+
+    return measure
+
+
+def _over_copy(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
+    for row in _model(rows, XL_WIDE, f"{backend} {noise}"):
+        for other in _model(rows, XL_WIDE, ROOF):
+            if row["dtype"] == other["dtype"]:
+                yield 1 / times(row, other)
+
+
+def _first(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
+    for row in find(rows, op="model", backend=f"{backend} {noise}", phase="first"):
+        yield number(row["p50_ms"]) / 1e3
+
+
+BARS = (
+    Bar(f"{GPT2_WIDE}: of a cold copy_ of the same bytes", 50, "%", _model_roof),
+    Bar(f"{GPT2_WIDE}: over {DOUBLE}", 8, "x", _over_double),
+    Bar(f"{GPT2_WIDE}: over {REPEAT}, per byte", 8, "x", _over_repeat),
+    Bar(f"{GPT2_WIDE}: peak memory off the promise", 2, "%", _peak, at_most=True),
+    Bar("run maps, >= 64 MB, Adam: of the roof", 90, "%", _roof(RUN_MAPS), gpu=True),
+    Bar("random maps, >= 64 MB, Adam: of the roof", 60, "%", _roof(RANDOM_MAPS), gpu=True),
+    Bar(f"{XL_WIDE}: time over that of a copy", 1.25, "x", _over_copy, at_most=True, gpu=True),
+    Bar("run maps, >= 64 MB, Adam: over index_select", 5, "x", _over("index_select"), gpu=True),
+    Bar("run maps, >= 64 MB, Adam: over torch.compile", 1.5, "x", _over("torch.compile"), gpu=True),
+    Bar("first call of a process, every model", 3, "s", _first, at_most=True, gpu=True),
+)
+
+
+def bars(rows: Sequence[Row], *, gpu: bool) -> Table:
+    """Every bar with what was measured: with the default noise, and with none."""
+    drawn = Table(title="bars (the worst case counts)", title_justify="left")
+    drawn.add_column("promise")
+    for name in ("bar", *NOISES):
+        drawn.add_column(name, justify="right", no_wrap=True)
+    backend = "triton" if gpu else "torch"
+    for bar in BARS:
+        if bar.gpu and not gpu:
+            continue
+        cells: list[str] = []
+        for noise in NOISES:
+            figure = bar.worst(rows, backend, noise)
+            if figure is None:
+                cells.append("not measured")
+                continue
+            colour = "green" if bar.held(figure) else "red"
+            cells.append(f"[{colour}]{figure:.3g} {bar.unit}[/{colour}]")
+        sign = "<=" if bar.at_most else ">="
+        drawn.add_row(bar.text, f"{sign} {bar.limit:g} {bar.unit}", *cells)
+    return drawn

@@ -1,0 +1,291 @@
+"""How close does ``expand`` come to a ``copy_`` of the same bytes, and how far is it ahead of what people write?
+
+One weight, alone or with both moments of Adam, grown on both axes at once. Baselines: ``index_select`` twice and multiply, out of
+place; the same under ``torch.compile`` (GPU only); the roof. Every case is checked against plain indexing first, and a red one
+is not timed.
+
+    python -m pytest bench/bench_expand.py --bench-scope cpu      # or quick, gpu; `python -m bench` keeps the results
+
+*cold* is ``execute``, which allocates; *warm* is ``expand`` of the same pieces, again and again.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from math import sqrt
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import harness
+from growkern import ModelSpec, linear, reference
+from growkern.depth import IdentityBlocks
+from growkern.execute import execute
+from growkern.index_map import IndexMap, Vector
+from growkern.law import build
+from growkern.methods import Contract, Width, WidthMethod
+from growkern.pieces import Cutter
+from growkern.plan import GrowthPlan
+from growkern.spaces import space_size
+from growkern.state import LAWS
+from growkern.tensors import Tensors
+from growkern.width import Lossless
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+OURS = "triton" if GPU else "torch"
+ALLOCATES = "warm" if GPU else "cold"  # a GPU's caching allocator hands out what it has
+NAME = "layer.weight"
+LAW = LAWS["torch.optim.adamw.AdamW"]
+STATE = {"weights": (), "adam": ("exp_avg", "exp_avg_sq")}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the weight; moments are float32
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+SECONDS = {"quick": 0.01, "cpu": 0.15, "gpu": 0.1}  # that one line of a case may take
+ROUNDS = (3, 100)  # least and most
+MIN_COMPILED = 64 << 20  # bytes of a target that is worth a compilation
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """What grows and how: the factor on both sides, in runs or by a random map, with which state and noise."""
+
+    factor: float
+    state: str
+    noise: float
+    random: bool = False
+
+
+@dataclass(frozen=True)
+class Random:
+    """A width method that nobody wants: every target coordinate copies a random source coordinate."""
+
+    noise: float
+    seed: int = 0
+
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
+        """Draw a map for every space, with an even split over the copies."""
+        draw = random.Random(self.seed)
+        maps: dict[str, IndexMap] = {}
+        contracts: dict[str, Contract] = {}
+        for space, streams in spec.spaces().items():
+            n_source, n_target = space_size(space, spec.sizes), space_size(space, sizes)
+            indices = [*range(n_source), *draw.choices(range(n_source), k=n_target - n_source)]
+            draw.shuffle(indices)
+            maps[space] = IndexMap.of(indices, n_source)
+            split = maps[space].per_copy(lambda n: 1 / n, pad=1.0)
+            contracts |= dict.fromkeys(streams, Contract(Vector.full(1.0, n_target), split))
+        return Width(maps, contracts, self.noise)
+
+
+MAPS = {"x1.5": (1.5, False), "x2": (2.0, False), "x3": (3.0, False), "random x2": (2.0, True)}
+CASES = {
+    f"{how} {state} noise={noise:g}": Growth(factor, state, noise, is_random)
+    for how, (factor, is_random) in MAPS.items()
+    for state in STATE
+    for noise in (0.0, Lossless().noise)
+}
+KIB, MIB = 1 << 10, 1 << 20
+SIZES = {  # bytes of the target's weight, if it were float32
+    "quick": [64 * KIB, 256 * KIB],
+    "cpu": [64 * KIB, MIB, 16 * MIB, 128 * MIB],
+    "gpu": [64 * KIB, MIB, 16 * MIB, 64 * MIB, 128 * MIB, 1024 * MIB],
+}
+ALL_SIZES = {  # cases that run at every size; the others run at the size below
+    "quick": ["x2 adam noise=0"],
+    "cpu": ["x2 adam noise=0", "x2 adam noise=1", "random x2 adam noise=0"],
+    "gpu": [case for case in CASES if "adam" in case],
+}
+ONE_SIZE = {"quick": 64 * KIB, "cpu": 16 * MIB, "gpu": 128 * MIB}
+QUICK = ["x2 adam noise=0", "x1.5 weights noise=1", "random x2 adam noise=0"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A case with its tensors, checked: ``jobs`` are (source, target, order in the gradient)."""
+
+    plan: GrowthPlan
+    tensors: Tensors
+    jobs: list[tuple[Tensor, Tensor, int]]
+    rows: Tensor
+    cols: Tensor
+    scales: list[tuple[Tensor | None, Tensor | None]]
+
+    @property
+    def sources(self) -> list[Tensor]:
+        return [source for source, _, _ in self.jobs]
+
+    @property
+    def targets(self) -> list[Tensor]:
+        return [target for _, target, _ in self.jobs]
+
+
+def chosen(scope: str) -> Iterator[tuple[str, int, str]]:
+    """Case, bytes of its target and dtype, of everything in a scope."""
+    for case in QUICK if scope == "quick" else CASES:
+        every = case in ALL_SIZES[scope]
+        for dtype in DTYPES:
+            sizes = SIZES[scope] if every and dtype == "fp32" else [ONE_SIZE[scope]]
+            for n_bytes in sizes if scope != "quick" or dtype == "fp32" else []:
+                yield case, n_bytes, dtype
+
+
+def lines(n_bytes: int) -> list[tuple[str, str]]:
+    """Backend and phase of everything that is timed in a case."""
+    compiled = [("torch.compile", ALLOCATES)] if GPU and n_bytes >= MIN_COMPILED else []
+    return [line for line in LINES if line[0] != "torch.compile"] + compiled
+
+
+@lru_cache(maxsize=1)
+def ready(case: str, n_bytes: int, dtype: str) -> Ready | str:
+    """Build a case and check it: what is wrong with it, if anything is."""
+    growth = CASES[case]
+    n_target = sqrt(n_bytes / 4)
+    n_source = max(16, round(n_target / growth.factor / 16) * 16)
+    sizes = {"hidden": int(n_source * growth.factor), "ffn": int(n_source * growth.factor)}
+    spec = ModelSpec(
+        "one tensor",
+        {"hidden": n_source, "ffn": n_source},
+        linear(NAME.removesuffix(".weight"), reads="residual", writes="ffn", bias=False),
+    )
+    width: WidthMethod = Random(growth.noise) if growth.random else Lossless(noise=growth.noise)
+    plan = build(spec, sizes, width=width, depth=IdentityBlocks())
+    torch.manual_seed(0)
+    shape = (n_source, n_source)
+    weight = torch.randn(shape, device=DEVICE).to(DTYPES[dtype])
+    state: dict[str, object] = {
+        key: torch.rand(shape, device=DEVICE) for key in STATE[growth.state]
+    }
+    tensors = Tensors({NAME: weight}, {}, {NAME: state} if state else {})
+    staged = execute(plan, tensors, LAW)
+    grown = [staged.values[NAME], *(staged.states[NAME][key] for key in state)]
+    jobs = [
+        (source, target, order)
+        for order, (source, target) in enumerate(zip([weight, *state.values()], grown, strict=True))
+        if isinstance(source, Tensor) and isinstance(target, Tensor)
+    ]
+    maps = [axis.index_map.indices for axis in plan.axis_maps(plan.rows[0])]
+    rows, cols = (torch.tensor(m, device=DEVICE) for m in maps)
+    shares = [1 / torch.bincount(m, minlength=n_source)[m].float() for m in (rows, cols)]
+    scales = [
+        (None, shares[1]) if order == 0 else (shares[0] ** order, None) for _, _, order in jobs
+    ]
+    found = Ready(plan, tensors, jobs, rows, cols, scales)
+    return "; ".join(wrong(found, growth.noise)) or found
+
+
+def wrong(case: Ready, noise: float) -> Iterator[str]:
+    """Hold what was grown against plain indexing; noise must leave the sums over the copies of a column."""
+    for (source, target, order), scales in zip(case.jobs, case.scales, strict=True):
+        name, rounding = ("weight", *STATE["adam"])[order], ROUNDING[target.dtype]
+        actual = target.float()
+        if noise and order == 0:
+            actual = torch.zeros(len(case.rows), source.shape[1], device=DEVICE).index_add_(
+                1, case.cols, actual
+            )
+            expected, tolerance = source.float()[case.rows], 4 * rounding
+        else:
+            expected, tolerance = source.float()[case.rows][:, case.cols], rounding
+            expected = _scaled(expected, *scales)
+        worst = float((actual - expected).abs().max())  # NaN is not below any limit
+        if not worst <= tolerance * float(expected.abs().max()):
+            yield f"{name} is off by {worst:.3g}"
+
+
+def _scaled(values: Tensor, by_row: Tensor | None, by_col: Tensor | None) -> Tensor:
+    values = values if by_row is None else values * by_row[:, None].to(values.dtype)
+    return values if by_col is None else values * by_col.to(values.dtype)
+
+
+def gathered(
+    sources: Sequence[Tensor],
+    rows: Tensor,
+    cols: Tensor,
+    scales: Sequence[tuple[Tensor | None, Tensor | None]],
+) -> list[Tensor]:
+    """What people write: ``index_select`` twice and multiply."""
+    return [
+        _scaled(source.index_select(0, rows).index_select(1, cols), *both)
+        for source, both in zip(sources, scales, strict=True)
+    ]
+
+
+def _warm(case: Ready) -> Callable[[], object]:
+    if GPU:
+        from growkern.kernels.expand import expand
+    else:
+        expand = reference.expand
+    cutter, row = Cutter(case.plan), case.plan.rows[0]
+    return partial(expand, [p for job in case.jobs for p in cutter.pieces(row, *job)])
+
+
+def _cold(case: Ready) -> Callable[[], object]:
+    return lambda: execute(case.plan, case.tensors, LAW)
+
+
+def _index_select(case: Ready) -> Callable[[], object]:
+    return partial(gathered, case.sources, case.rows, case.cols, case.scales)
+
+
+def _compiled(case: Ready) -> Callable[[], object]:
+    torch.compiler.reset()  # a kernel of its own for every case, not one for all shapes
+    compiled = torch.compile(gathered, dynamic=False)
+    return partial(compiled, case.sources, case.rows, case.cols, case.scales)
+
+
+def _cold_roof(case: Ready) -> Callable[[], object]:
+    if GPU:
+        return harness.roof(case.sources, case.targets)
+
+    def copy() -> object:
+        targets = [torch.empty_like(target) for target in case.targets]
+        return harness.roof(case.sources, targets)()
+
+    return copy
+
+
+LINES: dict[tuple[str, str], Callable[[Ready], Callable[[], object]]] = {
+    (OURS, "warm"): _warm,
+    (harness.ROOF, "warm"): lambda case: harness.roof(case.sources, case.targets),
+    (OURS, "cold"): _cold,
+    (harness.ROOF, "cold"): _cold_roof,
+    ("index_select", ALLOCATES): _index_select,
+    ("torch.compile", ALLOCATES): _compiled,
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Everything in the scope that the command line names; the lines of a case follow each other."""
+    scope = str(metafunc.config.getoption("--bench-scope"))
+    found = [(*one, *line) for one in chosen(scope) for line in lines(one[1])]
+    ids = [
+        f"{case}, {harness.size_text(n)}, {dtype}, {backend}, {phase}"
+        for case, n, dtype, backend, phase in found
+    ]
+    metafunc.parametrize(("case", "size", "dtype", "backend", "phase"), found, ids=ids)
+
+
+@pytest.mark.benchmark(timer=harness.device_timer())
+def test_expand(benchmark, request, case: str, size: int, dtype: str, backend: str, phase: str):
+    """Time one line of one case, if the case is right."""
+    found = ready(case, size, dtype)
+    assert isinstance(found, Ready), f"not timed: {found}"
+    call = LINES[backend, phase](found)
+    call()
+    seconds, peak = harness.measured(call, room=2 * harness.n_bytes(found.targets))
+    allowed = SECONDS[str(request.config.getoption("--bench-scope"))]
+    rounds = min(max(ROUNDS[0], int(allowed / seconds)), ROUNDS[1])
+
+    benchmark.pedantic(call, setup=harness.flush, rounds=rounds)
+
+    benchmark.extra_info |= {
+        "op": "expand",
+        "case": case,
+        "dtype": dtype,
+        "backend": backend,
+        "phase": phase,
+        "tensor_bytes": harness.n_bytes(found.targets[:1]),
+        "moved": harness.n_bytes([*found.sources, *found.targets]),
+        "peak": peak,
+    }

@@ -1,0 +1,344 @@
+"""How long does it take to grow a whole model with its optimizer, and what do others need for the same?
+
+Lines: ``expand_inplace`` with default noise and without; the roof, a cold ``copy_`` of the same bytes; and two baselines, written
+from what each does:
+
+- *state_dict double* (staged-training): every weight and both moments are concatenated with themselves along every doubled
+  axis and divided; the target model and its AdamW are built, and load them;
+- *repeat and divide* (HyperCloning): the target model is built, every weight is repeated, divided and copied into it. As
+  published it drops the optimizer, so it is compared per byte.
+
+Every case has a process of its own (``python -m bench.bench_models CASE FILE``), so that first calls and resident memory are its
+own. The grown model's logits are held against the source's first, and a red case is not timed.
+"""
+
+import copy
+import gc
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+import growkern
+from bench import harness
+from growkern.plan import GrowthPlan
+from growkern.width import Lossless
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+OURS = "triton" if GPU else "torch"
+REPEATS = 3
+TOLERANCE = {"fp32": 1e-4, "bf16": 4e-2}  # of logits, relative to the largest
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Job = tuple[Tensor, tuple[int, ...]]  # a source and the shape of its target
+Line = tuple[str, str]  # backend and phase
+CHECK = "check"  # a phase that is no row
+DOUBLE, REPEAT = "state_dict double", "repeat and divide"
+ROOM = {DOUBLE: 0.8, REPEAT: 0.3}  # of a case's memory, touched before a call
+OTHER_ROOM = 0.6
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model and what it grows to.
+
+    Attributes:
+        family: ``"GPT2"`` or ``"Llama"``.
+        config: Fields of its config that differ from the default.
+        to: Target sizes.
+        scope: Where it runs: ``"quick"``, ``"cpu"`` (on a GPU too) or ``"gpu"``.
+        memory: Bytes that it needs in all.
+        dtype: Of the weights; moments are float32.
+        doubles: True when every grown axis is doubled and nothing else: what the baselines can do.
+    """
+
+    family: str
+    config: Mapping[str, object]
+    to: str | Mapping[str, int | str]
+    scope: str
+    memory: int
+    dtype: str = "fp32"
+    doubles: bool = False
+
+
+GB = 10**9
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+GPT2_XL = NO_DROPOUT | {"n_embd": 1600, "n_layer": 48, "n_head": 25}
+LLAMA_125M = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "intermediate_size": 2048,
+    "vocab_size": 32000,
+}
+ENDS = {"bos_token_id": 0, "eos_token_id": 1}
+TINY = ENDS | {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 256, "n_positions": 64}
+TINY_LLAMA = {
+    **{"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6},
+    **{"num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 256},
+}
+GPT2_WIDE, XL_WIDE = "GPT-2 124M 2x wide", "GPT-2 XL 1.5x wide"
+CASES = {
+    "tiny GPT-2 2x wide": Case("GPT2", NO_DROPOUT | TINY, "2x", "quick", GB // 4, doubles=True),
+    "tiny Llama 2x wide": Case("Llama", TINY_LLAMA, "2x", "test", GB // 4, doubles=True),
+    GPT2_WIDE: Case("GPT2", NO_DROPOUT, "2x", "cpu", 9 * GB, doubles=True),
+    "Llama 125M 2x wide": Case("Llama", LLAMA_125M, "2x", "cpu", 9 * GB, doubles=True),
+    "GPT-2 124M 2x deep": Case("GPT2", NO_DROPOUT, {"layers": "2x"}, "cpu", 3 * GB),
+    XL_WIDE: Case("GPT2", GPT2_XL, "1.5x", "gpu", 90 * GB),
+    "GPT-2 XL 1.5x wide bf16": Case("GPT2", GPT2_XL, "1.5x", "gpu", 75 * GB, "bf16"),
+    "Llama 7B 2x deep": Case("Llama", {}, {"layers": "2x"}, "gpu", 118 * GB),
+    "Llama 7B 2x deep bf16": Case("Llama", {}, {"layers": "2x"}, "gpu", 90 * GB, "bf16"),
+}
+
+
+def chosen(scope: str) -> list[str]:
+    """The cases of a scope that fit in memory."""
+    scopes = {"quick": ("quick",), "cpu": ("cpu",), "gpu": ("cpu", "gpu")}[scope]
+    room = harness.available_bytes()
+    return [name for name, case in CASES.items() if case.scope in scopes and case.memory <= room]
+
+
+def build(case: Case) -> tuple[nn.Module, AdamW]:
+    """The source model and an AdamW whose moments are filled, as after training."""
+    import transformers
+
+    config = getattr(transformers, f"{case.family}Config")(**case.config)
+    kind = getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(case.family, "LlamaForCausalLM"))
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = kind(config).to(DTYPES[case.dtype]).eval()
+    return model, filled(AdamW(model.parameters(), lr=1e-3))
+
+
+def filled(optim: AdamW) -> AdamW:
+    """Give every parameter the moments of some gradient."""
+    for group in optim.param_groups:
+        for p in group["params"]:
+            avg = torch.full_like(p, 1e-3, dtype=torch.float32).add_(p.detach(), alpha=1e-2)
+            optim.state[p] = {"step": torch.tensor(9.0), MOMENTS[0]: avg, MOMENTS[1]: avg.square()}
+    return optim
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    """What a model says to a fixed batch."""
+    ids = torch.arange(2 * 16, device=DEVICE).view(2, 16) % 251
+    return model(ids).logits.float().clone()
+
+
+def jobs(model: nn.Module, optim: AdamW, plan: GrowthPlan) -> tuple[list[Job], list[Job]]:
+    """Every source tensor that the plan grows, and the shape of its target: weights, and moments."""
+    parameters = dict(model.named_parameters())
+    rows = [row for row in plan.rows if plan.changes(row)]
+    weights = [(parameters[row.source].detach(), plan.shapes(row)[1]) for row in rows]
+    moments = [
+        (optim.state[parameters[row.source]][key], plan.shapes(row)[1])
+        for row in rows
+        for key in MOMENTS
+        if row.state == "law"
+    ]
+    return weights, moments
+
+
+def moved(work: Sequence[Job]) -> tuple[int, int]:
+    """Bytes read, each source once, and bytes written."""
+    sources = {id(t): t for t, _ in work}.values()
+    written = sum(torch.Size(shape).numel() * t.element_size() for t, shape in work)
+    return harness.n_bytes(sources), written
+
+
+def roof(work: Sequence[Job]) -> Callable[[], object]:
+    """Allocate every target and copy as many bytes into it; on a GPU, copy as many bytes."""
+    if GPU:
+        return harness.gpu_roof(sum(moved(work)))
+
+    def copy() -> object:
+        targets = [torch.empty(shape, dtype=t.dtype) for t, shape in work]
+        harness.roof([source for source, _ in work], targets)()
+        return targets
+
+    return copy
+
+
+def doubling(
+    name: str, source: Tensor, shape: tuple[int, ...], tied: bool
+) -> tuple[list[int], int]:
+    """Axes that are doubled, and what the weight is divided by: 2 where an axis is read."""
+    axes = [axis for axis, n in enumerate(source.shape) if n != shape[axis]]
+    if source.dim() == 1:  # a tied head reads what the final norm writes
+        return axes, 2 if tied and name.startswith(("transformer.ln_f", "model.norm")) else 1
+    if "wte" in name or "wpe" in name or "embed_tokens" in name:
+        return axes, 1
+    reads = 0 if any(part in name for part in ("c_attn", "c_proj", "c_fc")) else 1
+    return axes, 2 if reads in axes else 1
+
+
+def segments(name: str, source: Tensor) -> tuple[Tensor, ...]:
+    """A fused q, k, v is three tensors."""
+    return source.chunk(3, -1) if "c_attn" in name else (source,)
+
+
+def concatenated(name: str, source: Tensor, axes: list[int], divisor: float) -> Tensor:
+    """Double a tensor as staged-training does."""
+    parts: list[Tensor] = []
+    for part in segments(name, source):
+        for axis in axes:
+            part = torch.cat([part, part], axis)
+        parts.append(part / divisor)
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+
+def repeated(name: str, source: Tensor, axes: list[int], divisor: float) -> Tensor:
+    """Double a tensor as HyperCloning does."""
+    times = [2 if axis in axes else 1 for axis in range(source.dim())]
+    parts = [part.repeat(times) / divisor for part in segments(name, source)]
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+
+def fresh(model: nn.Module, config: object, dtype: torch.dtype) -> nn.Module:
+    """A freshly built model of the target's size."""
+    with torch.device(DEVICE):
+        return type(model)(config).to(dtype)
+
+
+@torch.no_grad()
+def state_dict_double(
+    model: nn.Module, optim: AdamW, config: object, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[nn.Module, AdamW]:
+    """Double the state dicts of model and optimizer, build the target, load both."""
+    tied = model.config.tie_word_embeddings
+    names = {id(p): name for name, p in model.named_parameters()}
+    order = [names[id(p)] for group in optim.param_groups for p in group["params"]]
+    doubled = {
+        name: concatenated(name, t, *doubling(name, t, shapes[name], tied))
+        for name, t in model.state_dict().items()
+        if name in shapes
+    }
+    loaded = optim.state_dict()
+    for index, name in enumerate(order):
+        state = dict(loaded["state"][index])
+        for power, key in enumerate(MOMENTS, 1):
+            axes, divisor = doubling(name, state[key], shapes[name], tied)
+            share = 2 ** len(axes) / divisor  # a gradient is split over the axes that write
+            state[key] = concatenated(name, state[key], axes, share**power)
+        loaded["state"][index] = state
+    target = fresh(model, config, next(model.parameters()).dtype)
+    target.load_state_dict(doubled, strict=not tied)
+    grown = AdamW(target.parameters(), lr=1e-3)
+    grown.load_state_dict(loaded)
+    return target.eval(), grown
+
+
+@torch.no_grad()
+def repeat_and_divide(
+    model: nn.Module, config: object, shapes: Mapping[str, tuple[int, ...]]
+) -> nn.Module:
+    """Build the target, and copy every weight into it, repeated and divided."""
+    tied = model.config.tie_word_embeddings
+    target = fresh(model, config, next(model.parameters()).dtype)
+    into = dict(target.named_parameters())
+    for name, p in model.named_parameters():
+        into[name].copy_(repeated(name, p, *doubling(name, p, shapes[name], tied)))
+    return target.eval()
+
+
+def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -> list[harness.Row]:
+    """Check a case, then time its lines one after the other, several times over.
+
+    Args:
+        name: In ``CASES``.
+        repeats: Samples per line.
+        say: Told what happens.
+
+    Returns:
+        Its rows.
+
+    Raises:
+        AssertionError: The grown model does not compute what the source computed.
+    """
+    case = CASES[name]
+    samples: dict[Line, list[tuple[float, int]]] = {}
+    promised: dict[Line, int] = {}
+    methods = {f"{OURS} noise={noise:g}": noise for noise in (Lossless().noise, 0.0)}
+
+    def timed(line: Line, call: Callable[[], object]) -> None:
+        say(" ".join(line))
+        gc.collect()
+        room = int(ROOM.get(line[0], OTHER_ROOM) * case.memory)
+        samples.setdefault(line, []).append(harness.measured(call, room))
+
+    def grow(line: Line, model: nn.Module, optim: AdamW) -> None:
+        reports: list[growkern.GrowthReport] = []
+        method = Lossless(noise=methods[line[0]])
+        call = partial(growkern.expand_inplace, to=case.to, width=method, dynamics=None)
+        timed(line, lambda: reports.append(call(model, optim)))
+        promised[line] = reports[0].peak_bytes
+
+    def checked(line: Line) -> object:
+        model, optim = build(case)
+        before = logits(model)
+        grow(line, model, optim)
+        off = float((logits(model) - before).abs().max() / before.abs().max())
+        assert off <= TOLERANCE[case.dtype], f"{line[0]}: logits are off by {off:.2g}"
+        return copy.deepcopy(model.config)
+
+    config: object = None
+    for backend in methods:  # the first growth of a process is timed too; the others are not
+        config = checked((backend, CHECK if samples else "first"))
+    work: tuple[list[Job], list[Job]] = [], []
+    for _ in range(repeats):
+        for backend in methods:
+            model, optim = build(case)
+            if backend == next(iter(methods)):
+                plan = growkern.plan(model, optim, to=case.to)
+                work = jobs(model, optim, plan)
+                timed((harness.ROOF, "cold"), roof([*work[0], *work[1]]))
+                if case.doubles:
+                    shapes = {row.name: plan.shapes(row)[1] for row in plan.rows}
+                    double = partial(state_dict_double, model, optim, config, shapes)
+                    timed((DOUBLE, "cold"), double)
+                    timed((REPEAT, "cold"), partial(repeat_and_divide, model, config, shapes))
+            grow((backend, "cold"), model, optim)
+            del model, optim
+    read, written = moved([*work[0], *work[1]])
+    return [
+        harness.row(
+            "model",
+            name,
+            case.dtype,
+            *line,
+            [seconds for seconds, _ in found],
+            moved=sum(moved(work[0])) if line[0] == REPEAT else read + written,
+            peak=max(peak for _, peak in found),
+            tensor_bytes=written,
+            promised=promised.get(line),
+        )
+        for line, found in samples.items()
+        if line[1] != CHECK
+    ]
+
+
+def main(name: str, path: str) -> int:
+    """Run one case and write ``{"rows": [...], "red": "..."}``."""
+    console = Console()
+    quick = CASES[name].scope in ("quick", "test")
+    found: dict[str, object] = {"rows": [], "red": ""}
+    try:
+        found["rows"] = run(name, 1 if quick else REPEATS, console.print)
+    except AssertionError as error:
+        found["red"] = str(error)
+    Path(path).write_text(json.dumps(found))
+    return 1 if found["red"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

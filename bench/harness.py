@@ -1,0 +1,356 @@
+"""What every bench stands on: time, peak memory, the roof, the machine, rows that are appended.
+
+A row holds the time of one line (a backend or a baseline) of one case in one phase:
+
+- *first*: the first call of a fresh process, compilation included;
+- *cold*: the call allocates what it writes, so the process's own page faults are in it;
+- *warm*: the call writes where it has written before.
+
+The roof is a ``copy_`` of the same bytes, measured in the same run and phase; every row is given in percent of it.
+"""
+
+import csv
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from ctypes import CDLL
+from datetime import datetime, timezone
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+ROOF = "copy_"
+QUANTILES = {"p20_ms": 0.2, "p50_ms": 0.5, "p80_ms": 0.8}
+COLUMNS = (
+    "op", "case", "tensor_bytes", "dtype", "backend", "phase", "n_runs", *QUANTILES, "n_bytes", "gb_s", "roof_percent",
+    "peak_bytes", "promised_bytes", "commit", "date", "device", "driver", "torch", "triton",
+)  # fmt: skip
+FLUSH_BYTES = 256 << 20  # beyond every L2 cache there is
+GPU_BUFFER = 4 << 30  # bytes; a whole model's roof is copied in parts of it
+SLEEP_CYCLES = 2_000_000  # about a millisecond of a GPU: the host prepares a launch meanwhile
+PAGE = 4096
+Row = dict[str, object]
+EVENT_PAIR: list[torch.cuda.Event] = []  # the start of the interval that is being timed
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def wall(call: Callable[[], object]) -> float:
+    """Seconds that a call takes, host and device together."""
+    synchronize()
+    start = perf_counter()
+    call()
+    synchronize()
+    return perf_counter() - start
+
+
+def device_timer() -> Callable[[], float]:
+    """A clock in seconds whose calls come in pairs: CUDA events on a GPU, ``perf_counter`` elsewhere."""
+    if not torch.cuda.is_available():
+        return perf_counter
+    total = [0.0]
+
+    def clock() -> float:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        if not EVENT_PAIR:
+            EVENT_PAIR.append(event)
+        else:
+            event.synchronize()
+            total[0] += EVENT_PAIR.pop().elapsed_time(event) / 1e3
+        return total[0]
+
+    return clock
+
+
+@cache
+def _flushed() -> Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+
+def trim() -> None:
+    """Give back to the system what was freed: pages are cold then, and resident memory is what is held."""
+    if give_back := getattr(CDLL(None), "malloc_trim", None):  # glibc has it
+        give_back(0)
+
+
+def flush() -> None:
+    """Make runs alike: empty the GPU's cache and keep it busy while the host prepares the next launch; on a CPU, ``trim``."""
+    EVENT_PAIR.clear()  # of a call that failed
+    if torch.cuda.is_available():
+        _flushed().zero_()
+        torch.cuda._sleep(SLEEP_CYCLES)  # pyright: ignore[reportPrivateUsage]
+    else:
+        trim()
+
+
+def available_bytes() -> int:
+    """Memory that a bench may take: the GPU's, or the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    with open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line)
+
+
+def touch(n_bytes: int) -> None:
+    """Write to as much memory as the next call will need, and free it; nothing on a GPU.
+
+    On a virtual machine the host backs guest memory at its first touch, at several times the cost of a page fault, and takes
+    it back some seconds after it is freed. So touch right before timing: cold means the process's own page faults alone.
+    """
+    if not torch.cuda.is_available():
+        n = min(n_bytes, available_bytes() * 3 // 4)
+        torch.empty(n, dtype=torch.uint8)[::PAGE].fill_(1)
+
+
+def _status_bytes(key: str) -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def measured(call: Callable[[], object], room: int = 0) -> tuple[float, int]:
+    """Run a call once, for which ``room`` bytes are touched: seconds, and peak bytes above what was held at its start.
+
+    The peak is one of device memory on a GPU, of resident memory elsewhere.
+    """
+    trim()
+    touch(room)
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+        start = _status_bytes("VmRSS")
+    seconds = wall(call)
+    peak = torch.cuda.max_memory_allocated() if cuda else _status_bytes("VmHWM")
+    return seconds, max(0, peak - start)
+
+
+def roof(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Callable[[], object]:
+    """A call that copies the same bytes: as many read, as many written, nothing computed.
+
+    On a GPU, where reading and writing cost the same, half of all bytes are copied at once, so that no launch and no cache
+    shows (``gpu_roof``). On a CPU every source is copied into each source-sized part of its target.
+    """
+    if targets[0].is_cuda:
+        return gpu_roof(n_bytes(sources) + n_bytes(targets))
+
+    def copy() -> None:
+        for source, target in zip(sources, targets, strict=True):
+            flat, into = source.view(-1), target.view(-1)
+            for part in into.split(max(1, flat.numel())):
+                part.copy_(flat[: part.numel()])
+
+    return copy
+
+
+def gpu_roof(moved: int) -> Callable[[], object]:
+    """A call that reads and writes ``moved`` bytes in all, by ``copy_`` from one buffer to another."""
+    n = moved // 2
+    a, b = (torch.empty(min(n, GPU_BUFFER), dtype=torch.uint8, device="cuda") for _ in range(2))
+
+    def copy() -> None:
+        for start in range(0, n, GPU_BUFFER):
+            b[: n - start].copy_(a[: n - start])
+
+    return copy
+
+
+def n_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@cache
+def machine() -> dict[str, str]:
+    """What a row says of the machine and the code."""
+    cuda = torch.cuda.is_available()
+    return {
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "device": torch.cuda.get_device_name() if cuda else _cpu(),
+        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+    }
+
+
+def _cpu() -> str:
+    with open("/proc/cpuinfo") as lines:
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()} {len(os.sched_getaffinity(0))} cores"
+
+
+def _commit() -> str:
+    """The commit, and whether anything but results differs from it."""
+    commit = _said("git", "rev-parse", "--short=12", "HEAD") or "unknown"
+    changed = _said("git", "status", "--porcelain", "--", ".", ":!bench/results")
+    return f"{commit}+dirty" if changed else commit
+
+
+def _said(*command: str) -> str:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def quantile(samples: Sequence[float], q: float) -> float:
+    """The q-quantile of some samples, linear between neighbours."""
+    ordered = sorted(samples)
+    at = q * (len(ordered) - 1)
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+def row(
+    op: str,
+    case: str,
+    dtype: str,
+    backend: str,
+    phase: str,
+    seconds: Sequence[float],
+    *,
+    moved: int,
+    peak: int,
+    tensor_bytes: int,
+    promised: int | None = None,
+) -> Row:
+    """Make a row of what was measured.
+
+    Args:
+        op: Name of the bench.
+        case: Name of the case.
+        dtype: Of weights, and of state where it differs.
+        backend: ``"torch"``, ``"triton"``, or the name of a baseline; ``"copy_"`` is the roof.
+        phase: ``"first"``, ``"cold"`` or ``"warm"``.
+        seconds: One sample per run.
+        moved: Bytes of the sources and of the targets, each counted once.
+        peak: Bytes above what was held before the call.
+        tensor_bytes: Size of the case: of the target's weight, or of all that a whole model's growth writes.
+        promised: The peak that growkern's report states, where there is one.
+
+    Returns:
+        A row with every column; ``with_roof`` fills in the percentage.
+    """
+    times: Row = {name: quantile(seconds, q) * 1e3 for name, q in QUANTILES.items()}
+    values: Row = {
+        "op": op,
+        "case": case,
+        "tensor_bytes": tensor_bytes,
+        "dtype": dtype,
+        "backend": backend,
+        "phase": phase,
+        "n_runs": len(seconds),
+        "n_bytes": moved,
+        "gb_s": moved / quantile(seconds, 0.5) / 1e9,
+        "roof_percent": "",
+        "peak_bytes": peak,
+        "promised_bytes": "" if promised is None else promised,
+    }
+    return {name: (values | times | machine())[name] for name in COLUMNS}
+
+
+def number(cell: object) -> float:
+    """The number in a cell, read from a file or just measured."""
+    return float(str(cell))
+
+
+def with_roof(rows: Sequence[Row]) -> list[Row]:
+    """Give every row its GB/s in percent of the roof's, of the same case and phase; a first call is held against cold ones."""
+    key = ("op", "case", "tensor_bytes", "dtype")
+
+    def at(row: Row, phase: object) -> tuple[object, ...]:
+        return (*(row[name] for name in key), phase)
+
+    roofs = {at(r, r["phase"]): number(r["gb_s"]) for r in rows if r["backend"] == ROOF}
+    found: list[Row] = []
+    for r in rows:
+        limit = roofs.get(at(r, "cold" if r["phase"] == "first" else r["phase"]))
+        found.append(r | {"roof_percent": 100 * number(r["gb_s"]) / limit if limit else ""})
+    return found
+
+
+def slug(name: str) -> str:
+    """A device's name as a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def append(rows: Sequence[Row], folder: Path) -> Path:
+    """Append rows to ``<device>.csv``; the header is written once, with the file.
+
+    Raises:
+        ValueError: The file there has other columns.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{slug(machine()['device'])}.csv"
+    fresh = not path.exists() or not path.stat().st_size
+    if not fresh and path.open().readline().strip() != ",".join(COLUMNS):
+        raise ValueError(f"{path} has other columns than {', '.join(COLUMNS)}; move it away first.")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerows({k: _cell(v) for k, v in one.items()} for one in rows)
+    return path
+
+
+def _cell(value: object) -> object:
+    return f"{value:.5g}" if isinstance(value, float) else value
+
+
+def size_text(n: float) -> str:
+    """Bytes, for a reader."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n >= scale:
+            return f"{n / scale:.3g} {unit}"
+    return f"{n:.0f} B"
+
+
+def follow(module: Sequence[str], on_line: Callable[[str], None], **env: str) -> tuple[int, str]:
+    """Run a Python module in a fresh process from the repository's root; hand over every line it writes.
+
+    Returns:
+        Its exit status, and the last lines it wrote.
+    """
+    tail: list[str] = []
+    inherited: Mapping[str, str] = {  # under xdist, pytest-benchmark would not time anything
+        k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", *module],
+        cwd=ROOT,
+        env={**inherited, "PYTHONUNBUFFERED": "1", "COLUMNS": "200", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None, "it was asked for"
+    with process.stdout as lines:
+        for line in lines:
+            tail = [*tail, line.rstrip()][-40:]
+            on_line(line.rstrip())
+    return process.wait(), "\n".join(tail)

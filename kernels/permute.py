@@ -1,0 +1,87 @@
+"""``expand`` for maps that are random on the columns: whole source rows are staged on chip, then permuted.
+
+``dst[r.target + i, c.target + j] = (src[row(i), index[j]] + noise) * ...`` as in ``expand``. A gather from device memory fetches 32
+bytes for every element; staged, each source row is read once, in order, and the gather runs in shared memory.
+Bytes: R C_source read once + R C_target per copy of the rows written once, plus 4 C_target of index per tile of rows.
+"""
+
+import triton
+import triton.language as tl
+
+from growkern.kernels.table import (
+    COL_INDEX,
+    FIRST_TILE,
+    N_COLS,
+    N_ROWS,
+    N_SRC,
+    ROW_INDEX,
+    SRC_COL,
+    SRC_PTR,
+    SRC_ROW,
+)
+from growkern.kernels.write import find, vector, write
+
+SMALLEST, LARGEST = (
+    1024,
+    8192,
+)  # blocks of columns that a staged row fits in; longer rows are gathered through the caches
+BLOCK_R = 8  # rows of a program, one after the other
+
+
+def staged(n_cols: int, n_bytes: int) -> int:
+    """The block that a source row of ``n_cols`` fits in; 0 where none is large enough, and for float64, whose gather spills."""
+    block = max(SMALLEST, triton.next_power_of_2(n_cols))
+    return block if block <= LARGEST and n_bytes <= 4 else 0
+
+
+def n_warps(block: int) -> int:
+    """Warps of a program: 8 staged elements a thread at most, so that they fit beside what the stores need."""
+    return max(8, block // 256)
+
+
+@triton.jit(do_not_specialize=["first_piece", "n_pieces"])
+def permute_kernel(
+    table_ptr,
+    first_piece, n_pieces,
+    SRC: tl.constexpr, DST: tl.constexpr, MATH: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    piece = find(table_ptr + first_piece, n_pieces, pid)
+    first = (pid - tl.load(piece + FIRST_TILE)) * BLOCK_R
+    n_cols = tl.load(piece + N_COLS).to(tl.int32)
+    n_src = tl.load(piece + N_SRC).to(tl.int32)
+    src_cols = tl.arange(0, BLOCK_S)
+    for row in range(first, tl.minimum(first + BLOCK_R, tl.load(piece + N_ROWS))):
+        src_row = row
+        if tl.load(piece + ROW_INDEX) != 0:
+            src_row = tl.load(tl.load(piece + ROW_INDEX).to(tl.pointer_type(tl.int32)) + row).to(
+                tl.int64
+            )
+        src_ptr = tl.load(piece + SRC_PTR).to(tl.pointer_type(SRC)) + src_row * tl.load(
+            piece + SRC_ROW
+        )
+
+        values = tl.load(
+            src_ptr + src_cols * tl.load(piece + SRC_COL), mask=src_cols < n_src, other=0
+        )
+
+        rows = row + tl.zeros([1, 1], tl.int64)
+        for start in range(0, n_cols, BLOCK_C):
+            cols = start + tl.arange(0, BLOCK_C)
+            index = vector(tl.load(piece + COL_INDEX), cols, cols < n_cols, 0, tl.int32)
+            taken = tl.gather(values, index, axis=0)[None, :]
+            mask = cols[None, :] < n_cols
+            write(
+                taken,
+                table_ptr,
+                piece,
+                rows,
+                cols[None, :],
+                rows >= 0,
+                mask,
+                DST,
+                MATH,
+                False,
+                True,
+            )

@@ -1,0 +1,176 @@
+"""Pieces as a table of whole numbers on the device: pointers, sizes, strides, and where each rectangle goes; uploaded once."""
+
+from array import array
+from collections.abc import Iterator, Sequence
+from struct import pack, unpack
+from typing import Any
+
+import torch
+import triton.language as tl
+
+(
+    FIRST_TILE,
+    SRC_PTR,
+    DST_PTR,
+    N_ROWS,
+    N_COLS,
+    SRC_ROW,
+    SRC_COL,
+    DST_ROW,
+    ROW_INDEX,
+    COL_INDEX,
+    FLAGS,
+    STD,
+    ROW_KEY,
+    COL_KEY,
+    ROW_COPIES,
+    COL_COPIES,
+    N_SRC,
+    FIRST_COL,
+) = map(tl.constexpr, range(18))  # fields of a piece; copies: how many, and where in the table
+N_FIELDS = tl.constexpr(18)
+TARGET, TARGETS, SCALE, SCALES, FACTOR, FACTORS, FIRST_ID, IDS = map(
+    tl.constexpr, range(8)
+)  # of a copy
+N_COPY = tl.constexpr(8)
+SRC_WIDE, DST_WIDE, ARITHMETIC, NOISE = (
+    tl.constexpr(1 << i) for i in range(4)
+)  # flags: sides in aligned 16-byte groups, ...
+MULTIPLIER_A, MULTIPLIER_B, GOLDEN = 0x7FEB352D, 0x846CA68B, 0x9E3779B9  # of growkern.kernels.noise
+
+
+class Table:
+    """Records of copies and pieces, one after the other."""
+
+    def __init__(self) -> None:
+        self.numbers = array("q")
+        self.copies: dict[int, int] = {}
+        self.kept: list[Any] = []  # ids are those of live tuples
+
+    def add(self, pieces: Sequence[Any], block_r: int, block_c: int | None) -> tuple[int, int, int]:
+        """Append pieces cut into tiles of ``block_r`` rows, and of ``block_c`` columns or all.
+
+        Returns:
+            Where they begin, how many there are, and how many tiles.
+        """
+        records, n_tiles = array("q"), 0
+        n_pieces = 0
+        for piece in pieces:
+            check(piece)
+            fixed = self._fixed(piece)
+            n_rows, n_cols = piece.shape
+            for first, n, flags in stretches(piece, n_cols):
+                records.append(n_tiles)
+                records.extend(fixed[:3])
+                records.append(n)
+                records.extend(fixed[3:9])
+                records[-1] |= flags
+                records.extend(fixed[9:])
+                records.append(first)
+                n_pieces += 1
+                across = -(-n // block_c) if block_c else min(n, 1)
+                n_tiles += -(-n_rows // block_r) * across
+        start = len(self.numbers)
+        self.numbers.extend(records)
+        return start, n_pieces, n_tiles
+
+    def upload(self, device: torch.device) -> torch.Tensor:
+        """The table on a device."""
+        return torch.frombuffer(self.numbers, dtype=torch.int64).to(device, copy=True)
+
+    def _fixed(self, piece: Any) -> list[int]:
+        """All fields but the first tile, the columns, and what follows from these."""
+        src, dst, noise = piece.src, piece.dst, piece.noise
+        drawn = (
+            (0, 0, 0)
+            if noise is None
+            else (noise.std.data_ptr(), *map(_signed, axis_keys(noise.key)))
+        )
+        flags = (0 if piece.pure_copy else ARITHMETIC.value) | (0 if noise is None else NOISE.value)
+        return [
+            src.data_ptr(), dst.data_ptr(), piece.shape[0],
+            *src.stride(), dst.stride(0), _pointer(piece.rows), _pointer(piece.cols), flags,
+            *drawn, self._copies(piece.row_copies), self._copies(piece.col_copies), src.shape[1],
+        ]  # fmt: skip
+
+    def _copies(self, copies: tuple[Any, ...]) -> int:
+        """How many, and where: copies that pieces share are written once."""
+        if id(copies) not in self.copies:
+            self.kept.append(copies)
+            self.copies[id(copies)] = len(copies) << 32 | len(self.numbers)
+            for copy in copies:
+                self.numbers.extend(_copy(copy))
+        return self.copies[id(copies)]
+
+
+def _copy(copy: Any) -> list[int]:
+    scale, factor = unpack("<2q", pack("<2d", copy.scale, copy.noise))
+    vectors = (_pointer(t) for t in (copy.targets, copy.scales, copy.noises, copy.ids))
+    targets, scales, factors, ids = vectors
+    return [copy.target, targets, scale, scales, factor, factors, copy.first_id, ids]
+
+
+def _pointer(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def check(piece: Any) -> None:
+    """Raise IndexError for a piece that reads or writes beyond its tensors."""
+    (n_rows, n_cols), (dst_rows, dst_cols) = piece.shape, piece.dst.shape
+    last_row = max((c.target + n_rows for c in piece.row_copies if c.targets is None), default=0)
+    last_col = max((c.target + n_cols for c in piece.col_copies), default=0)
+    if last_row > dst_rows or last_col > dst_cols or (piece.dst.stride(1) != 1 and dst_cols > 1):
+        raise IndexError(
+            f"a piece of {n_rows} x {n_cols} writes beyond a target of {dst_rows} x {dst_cols}"
+        )
+    for copies, n in ((piece.row_copies, n_rows), (piece.col_copies, n_cols)):
+        for copy in copies:
+            vectors = (copy.targets, copy.scales, copy.noises, copy.ids)
+            if copy.target < 0 or any(v is not None and len(v) != n for v in vectors):
+                raise IndexError(f"a copy of {n} rows or columns has vectors of another length")
+
+
+def stretches(piece: Any, n_cols: int) -> Iterator[tuple[int, int, int]]:
+    """Columns whose groups of 16 bytes are aligned, and the head and the tail that are not: first, how many, flags."""
+    src, dst = piece.src, piece.dst
+    n_wide = 16 // min(src.itemsize, dst.itemsize)
+    places = {copy.target % n_wide for copy in piece.col_copies}
+    vectors = any(v is not None for c in piece.col_copies for v in (c.scales, c.noises, c.ids))
+    if (
+        vectors
+        or piece.cols is not None
+        or len(places) != 1
+        or dst.data_ptr() % 16
+        or dst.stride(0) % n_wide
+    ):
+        yield 0, n_cols, 0
+        return
+    head = min(n_cols, -places.pop() % n_wide)
+    body = (n_cols - head) // n_wide * n_wide
+    wide = src.stride(1) == 1 and src.stride(0) % n_wide == 0
+    wide = wide and (src.data_ptr() + head * src.itemsize) % 16 == 0
+    flags = DST_WIDE.value | (SRC_WIDE.value if wide else 0)
+    for first, n, found in (
+        (0, head, 0),
+        (head, body, flags),
+        (head + body, n_cols - head - body, 0),
+    ):
+        if n:
+            yield first, n, found
+
+
+def axis_keys(key: tuple[int, int]) -> tuple[int, int]:
+    """What the counters of rows and of columns start from: 32 bits each, of 64-bit seed and 32-bit tensor id."""
+    seed, tensor_id = key
+    of_rows = _mix(_mix(_mix(seed & 0xFFFFFFFF) ^ seed >> 32) ^ tensor_id)
+    return of_rows, _mix(of_rows ^ GOLDEN)
+
+
+def _mix(x: int) -> int:
+    for shift, multiplier in ((16, MULTIPLIER_A), (15, MULTIPLIER_B), (16, 1)):
+        x = (x ^ x >> shift) * multiplier & 0xFFFFFFFF
+    return x
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 32) if x >> 31 else x

@@ -1,0 +1,175 @@
+"""The bench runs end to end at tiny sizes, keeps what it measures, and times nothing that is wrong."""
+
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+pytest.importorskip("transformers")
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # bench/ is not installed
+try:
+    from bench import __main__ as bench
+    from bench import bars, bench_models, harness
+finally:
+    sys.path.remove(str(ROOT))
+
+BREAKER = '''"""Loaded by pytest: makes random maps wrong."""
+from growkern import execute
+
+def broken(plan, *arguments, _sound=execute.execute, **options):
+    staged = _sound(plan, *arguments, **options)
+    if "Random" in plan.width:
+        staged.values["layer.weight"][-1, -1] += 1
+    return staged
+
+execute.execute = broken
+'''
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Memory is not poisoned here: nothing but time is measured."""
+    yield
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    (path,) = folder.glob("*.csv")
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def fake(case: str, backend: str, phase: str, gb_s: float, **values: object) -> harness.Row:
+    empty: harness.Row = dict.fromkeys(harness.COLUMNS, "")
+    names = {"op": "model", "case": case, "backend": backend, "phase": phase, "dtype": "fp32"}
+    return empty | names | {"gb_s": gb_s, "tensor_bytes": 1 << 30} | values
+
+
+def test_quick_run_measures_keeps_and_draws_and_a_red_case_is_not_timed(tmp_path, monkeypatch):
+    results = tmp_path / "results"
+
+    assert bench.main(["--quick", "--out", str(results)]) == 0
+
+    first = rows_of(results)
+    assert {row["op"] for row in first} == {"expand", "model"}
+    for row in first:
+        assert tuple(row) == harness.COLUMNS
+        may_be_empty = {"driver", "triton", "promised_bytes"}
+        assert all(row[name] for name in harness.COLUMNS if name not in may_be_empty), row
+        assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+    for key in {(row["op"], row["case"], row["tensor_bytes"], row["dtype"]) for row in first}:
+        members = [
+            row
+            for row in first
+            if (row["op"], row["case"], row["tensor_bytes"], row["dtype"]) == key
+        ]
+        assert harness.ROOF in {row["backend"] for row in members}
+    assert any("random" in row["case"] for row in first)
+    (picture,) = results.glob("*.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+    (tmp_path / "breaker.py").write_text(BREAKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTEST_PLUGINS", "breaker")
+
+    assert bench.main(["--quick", "--only", "kernels", "--out", str(results)]) == 1
+
+    both = rows_of(results)
+    assert both[: len(first)] == first and len(both) > len(first)
+    assert not any("random" in row["case"] for row in both[len(first) :])
+    (path,) = results.glob("*.csv")
+    assert sum(line.startswith("op,case,") for line in path.read_text().splitlines()) == 1
+
+
+def test_a_model_that_does_not_compute_the_same_is_not_timed(monkeypatch, tmp_path):
+    grow = bench_models.growkern.expand_inplace
+
+    def broken(model, *arguments, **options):
+        report = grow(model, *arguments, **options)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.01)
+        return report
+
+    monkeypatch.setattr(bench_models.growkern, "expand_inplace", broken)
+
+    assert bench_models.main("tiny GPT-2 2x wide", str(tmp_path / "found.json")) == 1
+
+    found = bench_models.json.loads((tmp_path / "found.json").read_text())
+    assert found["rows"] == [] and "logits are off by" in found["red"]
+
+
+@pytest.mark.parametrize("case", ["tiny GPT-2 2x wide", "tiny Llama 2x wide"])
+def test_baselines_double_what_they_claim_to(case):
+    model, optim = bench_models.build(bench_models.CASES[case])
+    before = bench_models.logits(model)
+    grown, grown_optim = bench_models.build(bench_models.CASES[case])
+    plan = bench_models.growkern.plan(model, optim)
+    bench_models.growkern.expand_inplace(
+        grown, grown_optim, width=bench_models.Lossless(noise=0.0), dynamics=None
+    )
+    shapes = {row.name: plan.shapes(row)[1] for row in plan.rows}
+
+    doubled, doubled_optim = bench_models.state_dict_double(model, optim, grown.config, shapes)
+    repeated = bench_models.repeat_and_divide(model, grown.config, shapes)
+
+    for target in (doubled, repeated):
+        torch.testing.assert_close(bench_models.logits(target), before, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(grown.parameters(), doubled.parameters(), strict=True):
+        for key, value in grown_optim.state[ours].items():
+            torch.testing.assert_close(doubled_optim.state[theirs][key], value)
+
+
+def test_percent_of_the_roof_is_that_of_the_same_case_and_phase():
+    rows = [
+        fake("a", "copy_", "cold", 4.0),
+        fake("a", "copy_", "warm", 10.0),
+        fake("a", "torch", "cold", 3.0),
+        fake("a", "torch", "warm", 5.0),
+        fake("a", "torch", "first", 1.0),
+        fake("a", "torch", "cold", 3.0, dtype="bf16"),
+        fake("b", "torch", "cold", 3.0),
+    ]
+
+    percents = [row["roof_percent"] for row in harness.with_roof(rows)]
+
+    assert percents == [100, 100, 75, 50, 25, "", ""]
+
+
+def test_row_says_quantiles_and_speed():
+    row = harness.row(
+        "expand", "a", "fp32", "torch", "cold", [0.1, 0.2, 0.3, 0.4, 0.6], moved=6 * 10**8, peak=5, tensor_bytes=7
+    )  # fmt: skip
+
+    assert [row[name] for name in harness.QUANTILES] == pytest.approx([180, 300, 440])
+    assert row["gb_s"] == pytest.approx(2.0) and row["n_runs"] == 5
+
+
+def test_bars_take_the_worst_case_and_both_sides_of_a_limit():
+    at = bench_models.GPT2_WIDE
+    figures = {"p50_ms": 100.0, "n_bytes": 900, "promised_bytes": 1000, "peak_bytes": 1015}
+    rows = [
+        fake(at, "torch noise=1", "cold", 3.0, roof_percent=75, **figures),
+        fake(at, bench_models.DOUBLE, "cold", 0.3, p50_ms=700.0, n_bytes=900),
+        fake(at, bench_models.REPEAT, "cold", 0.3, p50_ms=300.0, n_bytes=300),
+    ]
+
+    found = [bar.worst(rows, "torch", "noise=1") for bar in bars.BARS]
+
+    assert found[:4] == pytest.approx([75, 7, 9, 1.5]) and set(found[4:]) == {None}
+    assert [bar.held(figure) for bar, figure in zip(bars.BARS, found, strict=False) if figure] == [True, False, True, True]  # fmt: skip
+
+
+def test_peak_is_what_a_call_held_at_most():
+    def hold() -> None:
+        torch.ones(64 << 18)  # 64 MiB
+
+    _, peak = harness.measured(hold)
+
+    assert peak == pytest.approx(64 << 20, rel=0.05)
