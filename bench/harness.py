@@ -308,7 +308,7 @@ def append(rows: Sequence[Row], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{slug(machine()['device'])}.csv"
     fresh = not path.exists() or not path.stat().st_size
-    if not fresh and path.open().readline().strip() != ",".join(COLUMNS):
+    if not fresh and path.read_text().splitlines()[0] != ",".join(COLUMNS):
         raise ValueError(f"{path} has other columns than {', '.join(COLUMNS)}; move it away first.")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

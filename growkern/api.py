@@ -18,9 +18,10 @@ from growkern.describe import (
     tensors_of,
 )
 from growkern.errors import GrowthError, PlanError, UnsupportedOptimizerError
-from growkern.execute import execute
+from growkern.execute import Execution, Memory
 from growkern.groups import check_scheduler, schedulers
 from growkern.law import build
+from growkern.memory import elsewhere, in_place
 from growkern.methods import DepthMethod, WidthMethod
 from growkern.plan import GrowthPlan
 from growkern.reference import arithmetic
@@ -86,6 +87,7 @@ def expand_inplace(
     backend: str | None = None,
     plan: GrowthPlan | None = None,
     scheduler: object | None = None,
+    memory: Memory | None = None,
 ) -> GrowthReport:
     """Grow a model and its optimizer in place, in the middle of training.
 
@@ -109,6 +111,9 @@ def expand_inplace(
         plan: A plan made before, in place of ``to``, ``width``, ``depth``, ``state`` and ``seed``.
         scheduler: The learning-rate scheduler that drives ``optim``, or a list of them; they follow the split groups.
 
+        memory: ``"stage"`` computes every target beside the source, then swaps; ``"lean"`` goes tensor by tensor and keeps
+            replaced sources on the host (of a CPU: in a temporary file) for the undo; None takes the first that fits.
+
     The model gets a config of its own (a changed copy), so other models built from the same config object stay whole.
 
     Returns:
@@ -118,7 +123,7 @@ def expand_inplace(
         PlanError: The growth cannot be planned; every reason at once, with the way out.
         UnsupportedModelError: See ``describe``.
         UnsupportedOptimizerError: The optimizer's state cannot be grown.
-        InsufficientMemoryError: Source and target do not fit together.
+        InsufficientMemoryError: The growth does not fit, with the figures.
         CommitError: The growth failed on its way and was taken back.
 
     Example:
@@ -159,21 +164,24 @@ def expand_inplace(
             "param groups: pass scheduler=, one or a list, so that it follows, or dynamics=None."
         )
     check_blocks(plan, model)
-    sources = tensors_of(model, optim, found)
     n_params = sum(p.numel() for p in model.parameters())
     with torch.inference_mode(False), torch.no_grad():
-        staged = execute(plan, sources, law, backend=backend)
-        grad_norm = _grad_norm_factor(plan, sources, staged)
-    n_read = sum(
-        _n_bytes(sources, row.source) for row in plan.rows if plan.changes(row) and not row.new
-    )
-    n_written = staged.n_bytes()
-    commit(plan, staged, model, optim, described, lr_factors=split, scheduler=scheduler)
+        sources = tensors_of(model, optim, found)
+        run = Execution(plan, sources, law, backend=backend, memory=memory)
+        norm = _grad_norm(plan, sources, "source")
+        parts, keep = (
+            (run.parts(), elsewhere()) if run.memory == "lean" else ([*run.parts()], in_place)
+        )
+        commit(
+            plan, parts, model, optim, described, keep=keep, lr_factors=split, scheduler=scheduler
+        )
+        del parts
+        grown = _grad_norm(plan, tensors_of(model, optim, found), "name")
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     counts: dict[float | None, int] = {}
     for factor in factors.values():
         counts[factor] = counts.get(factor, 0) + 1
-    if any(t.is_cuda for t in staged.all()):
-        torch.cuda.synchronize()
     report = GrowthReport(
         family=plan.family,
         source_sizes=dict(plan.source_sizes),
@@ -183,13 +191,14 @@ def expand_inplace(
         n_new_blocks=sum(block.new for block in plan.blocks),
         function_preserving=plan.function_preserving,
         reasons=plan.reasons,
-        n_bytes_read=n_read,
-        n_bytes_written=n_written,
+        n_bytes_read=run.n_read,
+        n_bytes_written=run.n_written,
         seconds=perf_counter() - start,
-        peak_bytes=n_written,
+        memory=run.memory,
+        peak_bytes=run.peak_bytes,
         lr_factors=counts,
         lr_applied=dynamics == "mup",
-        grad_norm_factor=grad_norm,
+        grad_norm_factor=grown / norm if norm > 0 and grown > 0 else None,
         noisy=plan.noisy,
         notes=(*plan.notes, *_notes(plan, found, described, factors, split, scheduler)),
     )
@@ -240,35 +249,14 @@ def _check_plan(plan: GrowthPlan, spec: ModelSpec) -> None:
         )
 
 
-def _n_bytes(sources: Tensors, name: str) -> int:
-    one = Tensors(
-        {name: sources.values[name]},
-        {name: sources.grads[name]} if name in sources.grads else {},
-        {name: sources.states[name]} if name in sources.states else {},
-    )
-    return one.n_bytes()
-
-
-def _grad_norm_factor(plan: GrowthPlan, sources: Tensors, staged: Tensors) -> float | None:
-    """Ratio of the global gradient norm: from gradients in flight, else from second moments."""
-
-    def total(names: list[str], tensors: Tensors) -> float:
-        if sources.grads:
-            return sum(_norm(tensors.grads[n]) ** 2 for n in names if n in tensors.grads)
-        states = [tensors.states[n].get("exp_avg_sq") for n in names if n in tensors.states]
-        return sum(
-            float(s.sum(dtype=arithmetic(s.dtype))) for s in states if isinstance(s, torch.Tensor)
-        )
-
-    kept = [row for row in plan.rows if not row.new and plan.changes(row) and row.constant is None]
-    rest = total(
-        [row.source for row in plan.rows if not row.new and not plan.changes(row)], sources
-    )
-    before, after = (
-        total([row.source for row in kept], sources) + rest,
-        total([row.name for row in kept], staged) + rest,
-    )
-    return (after / before) ** 0.5 if before > 0 and after > 0 else None
+def _grad_norm(plan: GrowthPlan, tensors: Tensors, side: str) -> float:
+    """The global gradient norm without new blocks: from gradients in flight, else from second moments."""
+    names = [getattr(row, side) for row in plan.rows if not row.new and row.constant is None]
+    if tensors.grads:
+        return sum(_norm(tensors.grads[n]) ** 2 for n in names if n in tensors.grads) ** 0.5
+    states = [tensors.states[n].get("exp_avg_sq") for n in names if n in tensors.states]
+    moments = [s for s in states if isinstance(s, torch.Tensor)]
+    return sum(float(s.sum(dtype=arithmetic(s.dtype))) for s in moments) ** 0.5
 
 
 def _norm(t: torch.Tensor) -> float:

@@ -3,7 +3,7 @@
 import copy
 import signal
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from growkern.errors import CommitError, UnsupportedModelError
 from growkern.groups import split_groups
-from growkern.plan import GrowthPlan
+from growkern.memory import Keep, in_place
+from growkern.plan import GrowthPlan, TensorRow
 from growkern.state import OptimSpec
 from growkern.tensors import Tensors
 from growkern.undo import Undo
@@ -22,11 +23,12 @@ from growkern.undo import Undo
 
 def commit(
     plan: GrowthPlan,
-    staged: Tensors,
+    parts: Iterable[Tensors],
     model: nn.Module,
     optim: Optimizer | None = None,
     described: OptimSpec | None = None,
     *,
+    keep: Keep = in_place,
     lr_factors: dict[str, float] | None = None,
     scheduler: object | None = None,
 ) -> None:
@@ -34,10 +36,11 @@ def commit(
 
     Args:
         plan: What was planned.
-        staged: What ``execute`` computed; handed over.
+        parts: What ``Execution.parts`` computes, in any number of parts; handed over.
         model: The source model, changed in place. Parameter objects keep their identity.
         optim: Its optimizer, changed in place.
         described: Of the optimizer.
+        keep: Where replaced tensors wait until the growth has succeeded.
         lr_factors: Parameter name -> lasting factor on its learning rate; groups are split where they differ.
         scheduler: The learning-rate scheduler that drives ``optim``; follows the groups.
 
@@ -45,40 +48,49 @@ def commit(
         CommitError: Something failed; everything has been put back.
     """
     source = dict(model.named_parameters(remove_duplicate=False))
-    blocks = _new_blocks(plan, staged, model)
-    undo = Undo()
+    rows = {row.name: row for row in plan.rows}
+    undo, fresh = Undo(keep), Tensors()
     torch.clear_autocast_cache()  # it holds casts of the source's weights
-    with _uninterrupted():
+    with _uninterrupted() as held:
         try:
-            _values(plan, staged, model, source, undo)
+            for staged in parts:
+                _values([rows[name] for name in staged.values], staged, model, source, optim, undo)
+                fresh.values |= {k: v for k, v in staged.values.items() if rows[k].new}
+                fresh.states |= {k: v for k, v in staged.states.items() if rows[k].new}
+                del staged
+                if held:
+                    raise KeyboardInterrupt
             if plan.blocks:
+                blocks = _new_blocks(plan, fresh, model)
                 container = model.get_submodule(plan.path)
                 undo.items(container._modules, {str(i): block for i, block in enumerate(blocks)})  # pyright: ignore[reportPrivateUsage]
             _attributes(plan, model, undo)
             if optim is not None and described is not None:
                 target = dict(model.named_parameters(remove_duplicate=False))
-                _optimizer(plan, staged, optim, source, target, undo)
+                _optimizer(plan, fresh, optim, source, target, undo)
                 decay = bool(described.law and described.law.keeps_decay)
                 split_groups(optim, target, lr_factors or {}, scheduler, decay, undo)
                 _check(optim)
         except BaseException as error:
             undo.back()
+            if isinstance(error, CommitError):
+                raise
             if isinstance(error, Exception):
                 raise CommitError(f"the growth failed and was taken back: {error}") from error
             raise
 
 
 @contextmanager
-def _uninterrupted() -> Generator[None, None, None]:
-    """Hold Ctrl-C back until the writing is done: half a growth helps no one."""
+def _uninterrupted() -> Generator[list[int], None, None]:
+    """Hold Ctrl-C back while something is written: half a growth helps no one; gives the signals that wait."""
     before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:
-        yield
-        return
     held: list[int] = []
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield held
+        return
     signal.signal(signal.SIGINT, lambda number, _: held.append(number))
     try:
-        yield
+        yield held
     finally:
         signal.signal(signal.SIGINT, before)
     if held:
@@ -149,17 +161,26 @@ def _configs(model: nn.Module) -> list[object]:
 
 
 def _values(
-    plan: GrowthPlan, staged: Tensors, model: nn.Module, source: dict[str, nn.Parameter], undo: Undo
+    rows: list[TensorRow],
+    staged: Tensors,
+    model: nn.Module,
+    source: dict[str, nn.Parameter],
+    optim: Optimizer | None,
+    undo: Undo,
 ) -> None:
-    for row in plan.rows:
-        if row.new or row.name not in staged.values:
+    """Storage, gradients and state of parameters that stay, and buffers."""
+    for row in rows:
+        if row.new:
             continue
-        if row.source in source:
-            undo.storage(source[row.source], staged.values[row.name], staged.grads.get(row.name))
-        else:
+        value, p = staged.values[row.name], source.get(row.source)
+        if p is None:
             owner, _, name = row.source.rpartition(".")
             buffers = model.get_submodule(owner)._buffers  # pyright: ignore[reportPrivateUsage]
-            undo.items(buffers, buffers | {name: staged.values[row.name]})
+            undo.items(buffers, buffers | {name: value})
+            continue
+        undo.storage(p, value, staged.grads.get(row.name))
+        if optim is not None and row.name in staged.states:
+            undo.items(optim.state[p], optim.state[p] | staged.states[row.name])
 
 
 def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo) -> None:
@@ -202,13 +223,13 @@ def _grown_config(plan: GrowthPlan, config: object) -> object:
 
 def _optimizer(
     plan: GrowthPlan,
-    staged: Tensors,
+    fresh: Tensors,
     optim: Optimizer,
     source: dict[str, nn.Parameter],
     target: dict[str, nn.Parameter],
     undo: Undo,
 ) -> None:
-    """State of every parameter, and new parameters into the group of the one they come from."""
+    """State of new parameters, and they themselves into the group of the one they come from."""
     states: dict[Any, Any] = dict(optim.state)
     joins: dict[int, list[nn.Parameter]] = {}
     for row in plan.rows:
@@ -219,8 +240,8 @@ def _optimizer(
             joins.setdefault(id(origin), []).append(p)
         if plan.state == "drop" or row.state == "fresh":
             states.pop(p, None)
-        elif row.name in staged.states:
-            states[p] = states.get(p, {}) | staged.states[row.name]
+        elif row.name in fresh.states:
+            states[p] = fresh.states[row.name]
     undo.items(optim.state, states)
     place, before = _places(target), _places(source)
     for group in optim.param_groups:

@@ -218,6 +218,8 @@ def tensors_of(model: nn.Module, optim: Optimizer | None, spec: ModelSpec) -> Te
     """Gather the live tensors by name: parameters, buffers, gradients in flight, optimizer state."""
     tensors = Tensors()
     for name, p in model.named_parameters(remove_duplicate=False):
+        if name in spec.ties:
+            continue
         tensors.values[name] = p.detach()
         if p.grad is not None:
             tensors.grads[name] = p.grad.detach()

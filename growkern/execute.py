@@ -1,22 +1,132 @@
 """Plans and source tensors -> staged target tensors. Knows no model and writes nothing that lives.
 
-Targets are cut into pieces; a backend writes all pieces of a device.
+Targets are cut into pieces; a backend writes all pieces of a device, all at once, or one set of tensors after the other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from growkern import reference
-from growkern.errors import GrowthError, InsufficientMemoryError
+from growkern.errors import GrowthError, InsufficientMemoryError, PlanError, raise_all
+from growkern.memory import empty, free_bytes, trim
 from growkern.pieces import Cutter
-from growkern.plan import GrowthPlan
+from growkern.plan import GrowthPlan, TensorRow
 from growkern.reference import Piece
 from growkern.state import Law
 from growkern.tensors import Tensors
+
+Memory = Literal["stage", "lean"]
+MEMORIES = ("stage", "lean")
+Job = tuple[TensorRow, Tensor, Tensor, int]  # row, source, target, order in the gradient
+
+
+@dataclass(frozen=True)
+class TensorSet:
+    """All that grows from one parameter or buffer: its value, gradient and state, wherever they go.
+
+    Attributes:
+        rows: Of the plan, all of one source.
+        n_bytes: Of the targets, per device.
+        n_freed: Bytes of the sources that the targets replace, per device.
+    """
+
+    rows: tuple[TensorRow, ...]
+    n_bytes: Mapping[torch.device, int]
+    n_freed: Mapping[torch.device, int]
+
+
+class Execution:
+    """A growth that is ready to run: its memory is known and fits.
+
+    Attributes:
+        memory: ``"stage"``: every target beside every source, then one swap. ``"lean"``: set by set, sources freed on the way.
+        peak_bytes: What it takes at most beyond what was there, on the device that takes most.
+        n_read: Bytes read so far, of sources and of statistics.
+        n_written: Bytes written so far.
+    """
+
+    def __init__(
+        self,
+        plan: GrowthPlan,
+        sources: Tensors,
+        law: Law | None,
+        *,
+        backend: str | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        """Check that the plan fits the tensors and the tensors the memory; see ``execute``.
+
+        Raises:
+            PlanError: The plan is for tensors of other shapes; ``memory`` is unknown.
+            InsufficientMemoryError: It does not fit, with both figures.
+        """
+        self.plan, self.sources, self.backend = plan, sources, backend
+        self.orders: Mapping[str, int | None] = law.orders if law else {}
+        if memory is not None and memory not in MEMORIES:
+            raise PlanError(f"unknown memory={memory!r}: 'stage', 'lean' or None, for what fits.")
+        shapes = [
+            f"{row.source}: has shape {tuple(sources.values[row.source].shape)}, the plan is for {plan.shapes(row)[0]}"
+            for row in plan.rows
+            if tuple(sources.values[row.source].shape) != plan.shapes(row)[0]
+        ]
+        raise_all(PlanError, f"this plan for a {plan.family} does not fit:", shapes)
+        self.sets = tensor_sets(plan, sources, self.orders)
+        self.memory, self.peak_bytes = _choose(self.sets, memory)
+        self.n_read = self.n_written = 0
+
+    def parts(self) -> Iterator[Tensors]:
+        """Targets: all at once, or set by set; a set's sources are forgotten before it is given, so that they can be freed."""
+        cutter = Cutter(self.plan)
+        if self.memory == "stage":
+            staged = Tensors()
+            self._run([job for one in self.sets for job in self._jobs(one, staged)], cutter)
+            yield staged
+            return
+        for one in self.sets:
+            staged = Tensors()
+            self._run(self._jobs(one, staged), cutter)
+            self.sources.forget(one.rows[0].source)
+            yield staged
+            trim()
+
+    def _run(self, jobs: list[Job], cutter: Cutter) -> None:
+        pieces = [piece for job in jobs for piece in cutter.pieces(*job)]
+        self.n_read += sum(piece.n_read for piece in pieces) + cutter.n_read
+        self.n_written += sum(piece.n_written for piece in pieces)
+        cutter.n_read = 0
+        _run(pieces, self.backend)
+
+    def _jobs(self, one: TensorSet, staged: Tensors) -> list[Job]:
+        """Allocate the targets of a set; what is no job (counters, scalars of new blocks) is done at once."""
+        jobs: list[Job] = []
+        for row in one.rows:
+            source, shape = self.sources.values[row.source], self.plan.shapes(row)[1]
+            target = staged.values[row.name] = empty(shape, source.dtype, source.device)
+            if row.source in self.plan.counters:
+                target.copy_(torch.arange(target.shape[-1], device=target.device).expand_as(target))
+                continue
+            jobs.append((row, source, target, 0))
+            if _grows_grad(row, self.sources):
+                grad = self.sources.grads[row.source]
+                staged.grads[row.name] = empty(shape, grad.dtype, grad.device)
+                jobs.append((row, grad, staged.grads[row.name], 1))
+            if not _grows_state(self.plan, row, self.sources):
+                continue
+            state = staged.states[row.name] = dict[str, object]()
+            for key, value in self.sources.states[row.source].items():
+                order = self.orders[key]
+                if order is not None and isinstance(value, Tensor):
+                    grown = state[key] = empty(shape, value.dtype, value.device)
+                    jobs.append((row, value, grown, order))
+                elif row.new:
+                    state[key] = value.clone() if isinstance(value, Tensor) else value
+        return jobs
 
 
 def execute(
@@ -34,95 +144,81 @@ def execute(
         Staged tensors by target name, in fresh storage. Scalars of the state are copied for new blocks only.
 
     Raises:
+        PlanError: The plan is for tensors of other shapes.
         InsufficientMemoryError: They do not fit beside the sources, with both figures.
         GrowthError: The backend cannot run.
     """
-    orders: Mapping[str, int | None] = law.orders if law else {}
-    check_memory(plan, sources, orders)
-    staged, pieces, cutter = Tensors(), list[Piece](), Cutter(plan)
-    for row in plan.rows:
-        if not plan.changes(row):
-            continue
-        source = sources.values[row.source]
-        target = staged.values[row.name] = torch.empty(
-            plan.shapes(row)[1], dtype=source.dtype, device=source.device
-        )
-        if row.source in plan.counters:
-            target.copy_(torch.arange(target.shape[-1], device=target.device).expand_as(target))
-            continue
-        jobs = [(source, target, 0)]
-        if row.constant is None and row.source in sources.grads and not row.new:
-            grad = sources.grads[row.source]
-            staged.grads[row.name] = torch.empty(target.shape, dtype=grad.dtype, device=grad.device)
-            jobs.append((grad, staged.grads[row.name], 1))
-        if row.state == "law" and plan.state == "exact" and row.source in sources.states:
-            state = staged.states[row.name] = dict[str, object]()
-            for key, value in sources.states[row.source].items():
-                order = orders[key]
-                if order is not None and isinstance(value, Tensor):
-                    grown = state[key] = torch.empty(
-                        target.shape, dtype=value.dtype, device=value.device
-                    )
-                    jobs.append((value, grown, order))
-                elif row.new:
-                    state[key] = value.clone() if isinstance(value, Tensor) else value
-        for src, dst, order in jobs:
-            pieces += cutter.pieces(row, src, dst, order)
-    _run(pieces, backend)
-    return staged
+    return next(Execution(plan, sources, law, backend=backend, memory="stage").parts())
 
 
-def needed_bytes(
+def tensor_sets(
     plan: GrowthPlan, sources: Tensors, orders: Mapping[str, int | None]
-) -> dict[torch.device, int]:
-    """Bytes that the staged tensors take, per device."""
-    needed: dict[torch.device, int] = {}
+) -> list[TensorSet]:
+    """What changes, by source, the largest sources first: in this order the peak of ``"lean"`` is lowest."""
+    by_source: dict[str, list[TensorRow]] = {}
     for row in plan.rows:
         if plan.changes(row):
+            by_source.setdefault(row.source, []).append(row)
+    sets: list[TensorSet] = []
+    for rows in by_source.values():
+        made: dict[torch.device, int] = {}
+        freed: dict[torch.device, int] = {}
+        for row in rows:
             n = prod(plan.shapes(row)[1])
-            state = (
-                sources.states.get(row.source, {})
-                if row.state == "law" and plan.state == "exact"
-                else {}
-            )
-            grown: list[object] = [
-                value for key, value in state.items() if orders.get(key) is not None
-            ]
-            grown += [
-                sources.values[row.source],
-                None if row.new or row.constant is not None else sources.grads.get(row.source),
-            ]
+            grown: list[object] = [sources.values[row.source]]
+            if _grows_grad(row, sources):
+                grown.append(sources.grads[row.source])
+            if _grows_state(plan, row, sources):
+                state = sources.states[row.source]
+                grown += [value for key, value in state.items() if orders.get(key) is not None]
             for t in grown:
                 if isinstance(t, Tensor):
-                    needed[t.device] = needed.get(t.device, 0) + n * t.element_size()
-    return needed
+                    made[t.device] = made.get(t.device, 0) + n * t.element_size()
+                    if not row.new:
+                        n_source = t.numel() * t.element_size()
+                        freed[t.device] = freed.get(t.device, 0) + n_source
+        sets.append(TensorSet(tuple(rows), made, freed))
+    return sorted(sets, key=lambda one: -sum(one.n_freed.values()))
 
 
-def check_memory(plan: GrowthPlan, sources: Tensors, orders: Mapping[str, int | None]) -> None:
-    """Raise InsufficientMemoryError when the staged tensors do not fit beside the sources."""
-    for device, n_bytes in needed_bytes(plan, sources, orders).items():
-        free = free_bytes(device)
-        if free is not None and n_bytes > free:
-            raise InsufficientMemoryError(
-                f"the grown tensors need {n_bytes / 2**30:.2f} GiB on {device} beside the source, {free / 2**30:.2f} GiB are free; "
-                "free memory, choose a smaller target, or grow with state='drop'."
-            )
+def _grows_grad(row: TensorRow, sources: Tensors) -> bool:
+    return row.source in sources.grads and not row.new and row.constant is None
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can be allocated on a device; None when that is not known."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    if device.type == "cpu":
-        try:
-            with open("/proc/meminfo") as lines:
-                return next(
-                    int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
-                )
-        except (OSError, StopIteration):
-            return None
-    return None
+def _grows_state(plan: GrowthPlan, row: TensorRow, sources: Tensors) -> bool:
+    return row.source in sources.states and row.state == "law" and plan.state == "exact"
+
+
+def peaks(sets: list[TensorSet], memory: str) -> dict[torch.device, int]:
+    """What a growth takes at most beyond what was there, per device."""
+    now: dict[torch.device, int] = {}
+    peak: dict[torch.device, int] = {}
+    for one in sets:
+        for device, n_bytes in one.n_bytes.items():
+            now[device] = now.get(device, 0) + n_bytes
+            peak[device] = max(peak.get(device, 0), now[device])
+        for device, n_bytes in one.n_freed.items() if memory == "lean" else ():
+            now[device] -= n_bytes
+    return peak
+
+
+def _choose(sets: list[TensorSet], memory: Memory | None) -> tuple[Memory, int]:
+    """The fastest way that fits, and its peak."""
+    free = {device: free_bytes(device) for one in sets for device in one.n_bytes}
+    for mode in MEMORIES if memory is None else (memory,):
+        needed = peaks(sets, mode)
+        if all((have := free[device]) is None or n <= have for device, n in needed.items()):
+            return mode, max(needed.values(), default=0)
+    lacks = [
+        f"{peaks(sets, mode)[device] / 2**30:.2f} GiB on {device} with memory={mode!r}"
+        for mode in MEMORIES
+        for device in free
+    ]
+    have = ", ".join(f"{(n or 0) / 2**30:.2f} GiB on {device}" for device, n in free.items())
+    raise InsufficientMemoryError(
+        f"the grown tensors need, beside the source, {'; '.join(lacks)}; free: {have}. "
+        "Free memory, choose a smaller target, or grow with state='drop'."
+    )
 
 
 def unavailable(backend: str, device: torch.device) -> list[str]:

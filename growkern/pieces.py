@@ -202,6 +202,7 @@ class Cutter:
 
     def __init__(self, plan: GrowthPlan) -> None:
         self.plan = plan
+        self.n_read = 0  # bytes that statistics of sources read
         self._sides: dict[tuple[tuple[AxisMap, ...], int], Side] = {}
         self._stretches: dict[tuple[Side, bool, torch.device, torch.dtype], list[Stretch]] = {}
         self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
@@ -239,6 +240,7 @@ class Cutter:
                     c.index if whole else None,
                     noise,
                 )
+        self.n_read += fill.n_statistics * source.numel() * source.element_size()
 
     def _side(self, axes: tuple[AxisMap, ...], order: int) -> Side:
         if (axes, order) not in self._sides:
@@ -277,6 +279,7 @@ class _Fill:
         self, source: Tensor, rows: Side, cols: Side, order: int, dtype: torch.dtype
     ) -> None:
         self.source, self.rows, self.cols, self.order, self.dtype = source, rows, cols, order, dtype
+        self.n_statistics = 0  # times that the whole source is read for one
 
     @cached_property
     def std(self) -> Tensor:
@@ -284,6 +287,7 @@ class _Fill:
 
         Rounded to eight bits, so that devices that sum in another order agree.
         """
+        self.n_statistics += 1
         norm: Tensor = torch.norm(self.source, dtype=self.dtype)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
         rms = norm / max(1, self.source.numel()) ** 0.5  # pyright: ignore[reportUnknownVariableType]
         return rms.to(torch.bfloat16).to(self.dtype) / reference.BYTES_STD  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
@@ -311,6 +315,7 @@ class _Fill:
         if self.order or any(pad != "mean" for pad in pads):
             return self.source.new_zeros(1, 1).expand(r.n, c.n), True
         axes = [axis for axis, span in enumerate((r, c)) if span.source == PAD]
+        self.n_statistics += 1
         mean = self.source.mean(axes, keepdim=True, dtype=self.dtype)
         rows = mean if r.source == PAD else _taken(mean, 0, r)
         return (rows if c.source == PAD else _taken(rows, 1, c)).expand(r.n, c.n), True
@@ -322,6 +327,7 @@ class _Fill:
             torch.tensor(side.copies, dtype=self.dtype, device=self.source.device)
             for side in (self.rows, self.cols)
         )
+        self.n_statistics += 1
         n = self.rows.n_copied * self.cols.n_copied
         return (rows @ (self.source.to(self.dtype) @ cols) / max(1, n)).view(1, 1)
 

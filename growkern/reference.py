@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -93,6 +94,21 @@ class Piece:
             n_rows if self.rows is None else len(self.rows),
             n_cols if self.cols is None else len(self.cols),
         )
+
+    @property
+    def n_read(self) -> int:
+        """Bytes of the source, once; a broadcast one is as good as none."""
+        n_rows, n_cols = (
+            self.src.shape[0] if self.rows is None else len(self.rows),
+            self.src.shape[1],
+        )
+        return 0 if 0 in self.src.stride() else n_rows * n_cols * self.src.itemsize
+
+    @property
+    def n_written(self) -> int:
+        """Bytes of all copies."""
+        n_copies = len(self.row_copies) * len(self.col_copies)
+        return prod(self.shape) * n_copies * self.dst.itemsize
 
     @property
     def pure_copy(self) -> bool:

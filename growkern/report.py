@@ -18,10 +18,11 @@ class GrowthReport:
         n_new_blocks: Blocks that were added.
         function_preserving: True when the target computes what the source computed, up to rounding.
         reasons: Why not, when not.
-        n_bytes_read: Bytes of the source tensors that were read, once each.
-        n_bytes_written: Bytes of the staged tensors.
+        n_bytes_read: Bytes of source tensors that were read: once each, and once more where noise or a mean is measured.
+        n_bytes_written: Bytes of target tensors that were written, once each.
         seconds: Wall time of the growth.
-        peak_bytes: Staged tensors beside the source: what the growth took at most, beyond what was there.
+        memory: ``"stage"``: all targets beside all sources. ``"lean"``: one set of tensors after the other.
+        peak_bytes: What that takes at most beyond what was there, on the device that takes most.
         lr_factors: Learning-rate factor of the law -> number of parameter tensors; None where it is not one number.
         lr_applied: True when param groups were split by these factors.
         grad_norm_factor: The law's factor on the global gradient norm; None without second moments or gradients.
@@ -40,6 +41,7 @@ class GrowthReport:
     n_bytes_read: int
     n_bytes_written: int
     seconds: float
+    memory: str
     peak_bytes: int
     lr_factors: dict[float | None, int]
     lr_applied: bool
@@ -74,7 +76,7 @@ class GrowthReport:
                 "moved",
                 f"{_size(self.n_bytes_read)} read, {_size(self.n_bytes_written)} written, {self.seconds:.3g} s, {rate:.3g} GB/s",
             ),
-            ("peak memory", f"{_size(self.peak_bytes)} beside the source"),
+            ("peak memory", f"{_size(self.peak_bytes)} beyond the source ({self.memory})"),
             (
                 "learning rate",
                 f"{factors or 'as it was'}{'' if self.lr_applied or not factors else ' recommended, not applied'}",

@@ -28,6 +28,11 @@ class Tensors:
             t for state in self.states.values() for t in state.values() if isinstance(t, Tensor)
         )
 
+    def forget(self, name: str) -> None:
+        """Let the tensors of a name go."""
+        for tensors in (self.values, self.grads, self.states):
+            tensors.pop(name, None)
+
     def n_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.numel() * t.element_size() for t in self.all())

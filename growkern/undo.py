@@ -7,14 +7,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from growkern.memory import Keep, in_place
+
 K = TypeVar("K")
 V = TypeVar("V")
 
 
 @dataclass
 class Undo:
-    """What has been written, and how to take it back, latest first."""
+    """What has been written, and how to take it back, latest first; ``keep``: where tensors that are replaced wait."""
 
+    keep: Keep = in_place
     steps: list[Callable[[], object]] = field(default_factory=list[Callable[[], object]])
 
     def attribute(self, owner: object, name: str, value: object) -> None:
@@ -28,13 +31,15 @@ class Undo:
 
     def storage(self, p: Tensor, value: Tensor, grad: Tensor | None) -> None:
         """Give a parameter new storage and a new gradient; the object stays."""
-        before, before_grad = p.detach(), p.grad
+        before = self.keep(p.detach())
+        before_grad = None if p.grad is None or grad is None else self.keep(p.grad)
+        left = p.grad if grad is None else None
 
         def back() -> None:
             p.grad = None
             with torch.no_grad():
-                p.set_(before)  # pyright: ignore[reportArgumentType]
-            p.grad = before_grad
+                p.set_(before())  # pyright: ignore[reportArgumentType]
+            p.grad = left if before_grad is None else before_grad()
 
         self.steps.append(back)
         p.grad = None  # its setter checks shapes
@@ -44,15 +49,21 @@ class Undo:
 
     def items(self, target: MutableMapping[K, V], content: Mapping[K, V]) -> None:
         """Replace the content of a dict; the object stays."""
-        before = dict(target)
+        before = {key: self._kept(value, content.get(key)) for key, value in target.items()}
 
         def back() -> None:
+            kept = {key: value() for key, value in before.items()}
             target.clear()
-            target.update(before)
+            target.update(kept)
 
         self.steps.append(back)
         target.clear()
         target.update(content)
+
+    def _kept(self, value: V, after: object) -> Callable[[], V]:
+        if isinstance(value, Tensor) and after is not value:
+            return self.keep(value)  # pyright: ignore[reportReturnType]
+        return lambda: value
 
     def entries(self, target: list[V], content: Sequence[V]) -> None:
         """Replace the content of a list; the object stays."""

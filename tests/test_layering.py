@@ -15,6 +15,7 @@ LAYERS = (  # top to bottom: a module imports from lower rows only
     ("api",),
     ("report", "commit", "execute", "verify"),
     ("groups",),
+    ("undo",),
     ("pieces",),
     ("describe",),
     ("families",),

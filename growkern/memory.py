@@ -1,0 +1,111 @@
+"""Memory: fresh tensors, what is free, and where a source waits for the growth to succeed when it cannot wait on its device."""
+
+import ctypes
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PAGE, HUGE_PAGE, MADV_HUGEPAGE = 1 << 12, 1 << 21, 14
+
+Keep = Callable[
+    [Tensor], Callable[[], Tensor]
+]  # takes a tensor that is about to be replaced; gives the way to have it back
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A fresh tensor; large ones on a CPU lie in huge pages where the system grants them: its pages are half of what growth costs."""
+    tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
+    n_bytes = tensor.numel() * tensor.element_size()
+    if device.type == "cpu" and n_bytes >= 2 * HUGE_PAGE and sys.platform == "linux":
+        start = -(-tensor.data_ptr() // PAGE) * PAGE
+        end = (tensor.data_ptr() + n_bytes) // PAGE * PAGE
+        advise = ctypes.CDLL(None).madvise  # advice only: refused, the pages are small
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(MADV_HUGEPAGE))
+    return tensor
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that can be allocated on a device; None when that is not known."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "cpu":
+        try:
+            with open("/proc/meminfo") as lines:
+                return next(
+                    int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
+                )
+        except (OSError, StopIteration):
+            return None
+    return None
+
+
+def in_place(tensor: Tensor) -> Callable[[], Tensor]:
+    """Keep a tensor where it is."""
+    return lambda: tensor
+
+
+def elsewhere() -> Keep:
+    """Keep tensors of a GPU on the host, and those of the host in a temporary file, so that their memory is free at once."""
+    files: list[Any] = []
+
+    def keep(tensor: Tensor) -> Callable[[], Tensor]:
+        raw = _raw(tensor)
+        back = _to_host(raw) if tensor.is_cuda else _to_file(raw, files)
+        dtype, device, layout = (
+            tensor.dtype,
+            tensor.device,
+            (tensor.storage_offset(), tensor.shape, tensor.stride()),
+        )
+        return lambda: torch.empty(0, dtype=dtype, device=device).set_(
+            back().untyped_storage(), *layout
+        )
+
+    return keep
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    """The bytes that lie under a tensor."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def _to_host(raw: Tensor) -> Callable[[], Tensor]:
+    host, device = raw.cpu(), raw.device
+    return lambda: host.to(device)
+
+
+def _to_file(raw: Tensor, files: list[Any]) -> Callable[[], Tensor]:
+    if not files:
+        files.append(tempfile.TemporaryFile(prefix="growkern-", buffering=0))  # noqa: SIM115  (deletes itself)
+    file, n_bytes = files[0], raw.numel()
+    start = file.seek(0, 2)
+    done, buffer = 0, memoryview(_buffer(raw))
+    while done < n_bytes:
+        done += file.write(buffer[done : done + (1 << 28)])
+
+    def back() -> Tensor:
+        tensor = torch.empty(n_bytes, dtype=torch.uint8)
+        into, read = memoryview(_buffer(tensor)), 0
+        file.seek(start)
+        while read < n_bytes:
+            got = int(file.readinto(into[read:]))
+            if not got:
+                raise OSError(f"the temporary file of a source ended {n_bytes - read} bytes early")
+            read += got
+        return tensor
+
+    return back
+
+
+def _buffer(raw: Tensor) -> ctypes.Array[ctypes.c_ubyte]:
+    return (ctypes.c_ubyte * raw.numel()).from_address(raw.data_ptr())
+
+
+def trim() -> None:
+    """Give freed memory of the host back to the system."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc
+        ctypes.CDLL(None).malloc_trim(0)
