@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from time import perf_counter
 
 import torch
@@ -10,15 +11,10 @@ from torch.optim import Optimizer
 
 from growkern.commit import check_blocks, commit
 from growkern.depth import IdentityBlocks
-from growkern.describe import (
-    describe,
-    describe_optimizer,
-    forgotten_schedulers,
-    refuse_forgotten,
-    tensors_of,
-)
+from growkern.describe import describe, describe_optimizer, tensors_of
 from growkern.errors import GrowthError, PlanError, UnsupportedOptimizerError
 from growkern.execute import Execution, Memory
+from growkern.forgotten import Live, forgotten_schedulers, refuse_forgotten
 from growkern.groups import check_scheduler, schedulers
 from growkern.law import build
 from growkern.memory import elsewhere, in_place
@@ -146,7 +142,8 @@ def expand_inplace(
     found = describe(model, spec)
     drop = (plan.state if plan else state) == "drop"
     described = describe_optimizer(model, optim, found, drop=drop) if optim is not None else None
-    refuse_forgotten(model, optim)
+    live = Live.scan()
+    refuse_forgotten(model, optim, live)
     if plan is None:
         plan = _plan(found, to, width, depth, state, seed)
     else:
@@ -157,24 +154,32 @@ def expand_inplace(
     if (
         optim is not None
         and split
-        and (alone := forgotten_schedulers(optim, schedulers(scheduler)))
+        and (alone := forgotten_schedulers(optim, schedulers(scheduler), live))
     ):
         raise PlanError(
             f"a learning-rate scheduler ({', '.join(alone)}) drives this optimizer, and dynamics='mup' splits its "
             "param groups: pass scheduler=, one or a list, so that it follows, or dynamics=None."
         )
+    del live
     check_blocks(plan, model)
     n_params = sum(p.numel() for p in model.parameters())
     with torch.inference_mode(False), torch.no_grad():
         sources = tensors_of(model, optim, found)
         run = Execution(plan, sources, law, backend=backend, memory=memory)
         norm = _grad_norm(plan, sources, "source")
-        parts, keep = (
-            (run.parts(), elsewhere()) if run.memory == "lean" else ([*run.parts()], in_place)
-        )
-        commit(
-            plan, parts, model, optim, described, keep=keep, lr_factors=split, scheduler=scheduler
-        )
+        lean = run.memory == "lean"
+        parts = run.parts() if lean else [*run.parts()]
+        with elsewhere() if lean else nullcontext(in_place) as keep:
+            commit(
+                plan,
+                parts,
+                model,
+                optim,
+                described,
+                keep=keep,
+                lr_factors=split,
+                scheduler=scheduler,
+            )
         del parts
         grown = _grad_norm(plan, tensors_of(model, optim, found), "name")
     if torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -2,15 +2,13 @@
 
 import gc
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from growkern.errors import UnsupportedModelError, UnsupportedOptimizerError, raise_all
 from growkern.families import FAMILIES
@@ -156,64 +154,6 @@ def describe_optimizer(
     return OptimSpec(kind, tuple(held), {name: tuple(s) for name, (_, s) in states.items()})
 
 
-def refuse_forgotten(model: nn.Module, optim: Optimizer | None) -> None:
-    """Look for live objects that the growth would leave behind: optimizers with state, modules that share a parameter.
-
-    Raises:
-        UnsupportedOptimizerError: Another optimizer holds state of the parameters; its next step would fail, or corrupt
-            memory under ``fused=True``.
-        UnsupportedModelError: A module outside the model holds one of its parameters (a head tied to this backbone).
-    """
-    params = {id(p): name for name, p in model.named_parameters()}
-    inside = {id(m) for m in model.modules()}
-
-    def optimizers() -> list[str]:
-        others = [o for o in _live(Optimizer) if o is not optim and hasattr(o, "state")]
-        others = [o for o in others if optim is None or o.state is not optim.state]
-        return [_kind(o) for o in others if any(id(p) in params for p in o.state)]
-
-    def modules() -> list[str]:
-        others = [m for m in _live(nn.Module) if id(m) not in inside and "_parameters" in vars(m)]
-        shared = [(m, p) for m in others for p in m.parameters(recurse=False) if id(p) in params]
-        return [f"{type(m).__name__} ({params[id(p)]})" for m, p in shared]
-
-    if optimizers() or modules():
-        gc.collect()  # what was let go may only wait for its turn
-        title = f"cannot grow this {type(model).__name__}:"
-        if others := optimizers():
-            raise UnsupportedOptimizerError(
-                f"{title} another live optimizer holds state of its parameters ({', '.join(others)}), "
-                "which would not be grown. Pass it as optim, or clear its .state and let it go."
-            )
-        if others := modules():
-            raise UnsupportedModelError(
-                f"{title} modules outside it hold its parameters ({', '.join(others[:3])}) and would not be grown. "
-                "Pass the whole model."
-            )
-
-
-def forgotten_schedulers(optim: Optimizer, handed: Sequence[object]) -> list[str]:
-    """Class names of live schedulers that drive the optimizer and were not handed over."""
-
-    def found() -> list[str]:
-        live = [s for s in _live(LRScheduler) if getattr(s, "optimizer", None) is optim]
-        return [type(s).__name__ for s in live if not any(s is one for one in handed)]
-
-    return found() and (gc.collect(), found())[1]
-
-
-T = TypeVar("T")
-
-
-def _live(kind: type[T]) -> list[T]:
-    """Every live object of a class (a scan of the heap, about 0.1 s)."""
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
-
-
-def _kind(thing: object) -> str:
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
-
-
 def tensors_of(model: nn.Module, optim: Optimizer | None, spec: ModelSpec) -> Tensors:
     """Gather the live tensors by name: parameters, buffers, gradients in flight, optimizer state."""
     tensors = Tensors()
@@ -272,6 +212,8 @@ def _unfit(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
             yield f"{name}: is a {type(p if type(p) is not nn.Parameter else p.data).__name__}; only plain parameters are grown."
         elif p.grad is not None and p.grad.layout is not torch.strided:
             yield f"{name}: has a sparse gradient; step and zero_grad(set_to_none=True) before growing."
+        elif p.layout is torch.strided and _overlaps(p):
+            yield f"{name}: its elements overlap in memory (strides {p.stride()}); give it storage of its own."
         elif p.is_meta:
             yield f"{name}: is on the meta device; load the weights first."
         elif (
@@ -289,6 +231,18 @@ def _unfit(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
             devices.setdefault(str(b.device), name)
     if len(devices) > 1:
         yield f"its tensors are on several devices ({', '.join(f'{name} on {d}' for d, name in devices.items())}); move it to one."
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """True where two elements may lie in one place."""
+    span = 1
+    for stride, n in sorted(
+        (s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1
+    ):
+        if stride < span:
+            return tensor.numel() > 0
+        span += stride * (n - 1)
+    return False
 
 
 def _uncovered(model: nn.Module, spec: ModelSpec, live: dict[str, Tensor]) -> Iterator[str]:

@@ -10,6 +10,8 @@ from functools import cached_property
 from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
+from growkern.errors import PlanError
+
 PAD = -1  # source of a run of target coordinates that copy nothing
 
 
@@ -101,6 +103,18 @@ class IndexMap:
     n_source: int
     n_target: int
     runs: tuple[Run, ...]
+
+    def __post_init__(self) -> None:
+        at = 0
+        for run in self.runs:
+            inside = run.source == PAD or 0 <= run.source <= self.n_source - run.length
+            if run.target != at or run.length < 1 or not inside:
+                raise PlanError(
+                    f"an index map from {self.n_source} to {self.n_target} coordinates cannot have the run {tuple(run)}."
+                )
+            at += run.length
+        if at != self.n_target:
+            raise PlanError(f"the runs of an index map end at {at}, its target at {self.n_target}.")
 
     @staticmethod
     def identity(n: int) -> "IndexMap":

@@ -3,7 +3,8 @@
 import ctypes
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -49,13 +50,18 @@ def in_place(tensor: Tensor) -> Callable[[], Tensor]:
     return lambda: tensor
 
 
-def elsewhere() -> Keep:
+@contextmanager
+def elsewhere() -> Generator[Keep, None, None]:
     """Keep tensors of a GPU on the host, and those of the host in a temporary file, so that their memory is free at once."""
-    files: list[Any] = []
+    files = ExitStack()
+    file: list[Any] = []
 
     def keep(tensor: Tensor) -> Callable[[], Tensor]:
         raw = _raw(tensor)
-        back = _to_host(raw) if tensor.is_cuda else _to_file(raw, files)
+        if not tensor.is_cuda and not file:
+            opened = tempfile.TemporaryFile(prefix="growkern-", buffering=0)  # noqa: SIM115
+            file.append(files.enter_context(opened))
+        back = _to_host(raw) if tensor.is_cuda else _to_file(raw, file[0])
         dtype, device, layout = (
             tensor.dtype,
             tensor.device,
@@ -65,7 +71,8 @@ def elsewhere() -> Keep:
             back().untyped_storage(), *layout
         )
 
-    return keep
+    with files:
+        yield keep
 
 
 def _raw(tensor: Tensor) -> Tensor:
@@ -78,10 +85,8 @@ def _to_host(raw: Tensor) -> Callable[[], Tensor]:
     return lambda: host.to(device)
 
 
-def _to_file(raw: Tensor, files: list[Any]) -> Callable[[], Tensor]:
-    if not files:
-        files.append(tempfile.TemporaryFile(prefix="growkern-", buffering=0))  # noqa: SIM115  (deletes itself)
-    file, n_bytes = files[0], raw.numel()
+def _to_file(raw: Tensor, file: Any) -> Callable[[], Tensor]:
+    n_bytes = raw.numel()
     start = file.seek(0, 2)
     done, buffer = 0, memoryview(_buffer(raw))
     while done < n_bytes:

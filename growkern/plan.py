@@ -36,6 +36,13 @@ class AxisMap:
     noise: float = 0.0
     centred: bool = False
 
+    def __post_init__(self) -> None:
+        lengths = len(self.weight_scale), len(self.grad_scale)
+        if lengths != (self.index_map.n_target,) * 2:
+            raise PlanError(
+                f"an axis of {self.index_map.n_target} coordinates has scales of {lengths}."
+            )
+
     @property
     def is_identity(self) -> bool:
         """True when the axis is left as it is."""

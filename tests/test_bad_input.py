@@ -1,5 +1,6 @@
 """What cannot be done is refused before anything changes, with the numbers at fault and the way out."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -306,6 +307,8 @@ def broken(model, how):
         block.up.weight = type("Fancy", (torch.nn.Parameter,), {})(torch.zeros(96, 24))
     elif how == "shared":
         block.ln_2.weight = torch.nn.Parameter(block.ln_1.weight.data)
+    elif how == "overlapping":
+        block.up.weight = torch.nn.Parameter(torch.zeros(24).expand(96, 24))
     elif how == "view":
         flat = torch.zeros(48)
         block.ln_1.weight, block.ln_2.weight = (
@@ -328,6 +331,7 @@ MODELS = {
     "quantized": "up.weight: is quantized",
     "subclass": "up.weight: is a Fancy",
     "shared": "ln_2.weight: shares storage with blocks.0.ln_1.weight",
+    "overlapping": r"up.weight: its elements overlap in memory \(strides \(0, 1\)\)",
     "view": "ln_2.weight: shares storage with blocks.0.ln_1.weight",
     "pruned": "up: is parametrized or pruned",
 }
@@ -341,6 +345,48 @@ def test_tensors_that_cannot_be_grown(how, match):
 
     with pytest.raises(UnsupportedModelError, match=match):
         growkern.expand_inplace(broken(model, how), spec=spec)
+
+
+MAPS = {
+    "beyond": dict(runs=[[0, 24, 0], [24, 24, 1]]),
+    "gap": dict(runs=[[0, 24, 0], [25, 23, 0]]),
+    "short": dict(runs=[[0, 24, 0]]),
+    "before": dict(runs=[[0, 24, -2], [24, 24, 0]]),
+    "empty": dict(runs=[[0, 48, 0], [48, 0, 0]]),
+}
+
+
+@pytest.mark.parametrize("change", MAPS.values(), ids=MAPS)
+def test_a_plan_whose_maps_do_not_fit_is_not_read(change):
+    plan = growkern.plan(make("llama", tied=True))
+    data = json.loads(plan.to_json())
+    key = next(key for key, axis in data["axes"].items() if axis["index_map"]["n_source"] == 24)
+    data["axes"][key]["index_map"] |= change
+
+    with pytest.raises(PlanError, match=r"index map.*(cannot have the run|end at)"):
+        growkern.GrowthPlan.from_json(json.dumps(data))
+
+
+def test_a_plan_whose_scales_do_not_fit_is_not_read():
+    data = json.loads(growkern.plan(make("llama", tied=True)).to_json())
+    next(iter(data["axes"].values()))["weight_scale"]["pieces"] = [[1.0, 3]]
+
+    with pytest.raises(PlanError, match="has scales of"):
+        growkern.GrowthPlan.from_json(json.dumps(data))
+
+
+def test_a_plan_for_tensors_of_other_shapes_changes_nothing():
+    model = make("llama", tied=True)
+    data = json.loads(growkern.plan(model).to_json())
+    rows = {row["name"]: row for row in data["rows"]}
+    up, down = (rows[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("up", "down"))
+    up["axes"], down["axes"] = down["axes"], up["axes"]
+    before = {name: p.clone() for name, p in model.named_parameters()}
+
+    with pytest.raises(PlanError, match=r"up_proj.weight: has shape \(.*\), the plan is for"):
+        growkern.expand_inplace(model, plan=growkern.GrowthPlan.from_json(json.dumps(data)))
+
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def shared_blocks():

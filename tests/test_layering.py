@@ -16,8 +16,9 @@ LAYERS = (  # top to bottom: a module imports from lower rows only
     ("report", "commit", "execute", "verify"),
     ("groups",),
     ("undo",),
+    ("undo",),
     ("pieces",),
-    ("describe",),
+    ("describe", "forgotten"),
     ("families",),
     ("width", "depth"),
     ("law",),
@@ -29,7 +30,7 @@ LAYERS = (  # top to bottom: a module imports from lower rows only
 LEAVES = (
     "tensors",
     "reference",
-    "undo",
+    "memory",
 )  # torch only; anybody may import them who may import torch
 FOLDERS = ("families", "width", "depth")
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names} | dict.fromkeys(

@@ -42,6 +42,7 @@ SIGNATURES = {  # positional names, then keyword-only names with their defaults
             "backend": None,
             "plan": None,
             "scheduler": None,
+            "memory": None,
         },
         "GrowthReport",
     ),
