@@ -14,7 +14,7 @@ from torch import Tensor
 
 from growkern import reference
 from growkern.errors import GrowthError, InsufficientMemoryError, PlanError, raise_all
-from growkern.memory import empty, free_bytes, trim
+from growkern.memory import free_bytes, trim
 from growkern.pieces import Cutter
 from growkern.plan import GrowthPlan, TensorRow
 from growkern.reference import Piece
@@ -107,14 +107,16 @@ class Execution:
         jobs: list[Job] = []
         for row in one.rows:
             source, shape = self.sources.values[row.source], self.plan.shapes(row)[1]
-            target = staged.values[row.name] = empty(shape, source.dtype, source.device)
+            target = staged.values[row.name] = torch.empty(
+                shape, dtype=source.dtype, device=source.device
+            )
             if row.source in self.plan.counters:
                 target.copy_(torch.arange(target.shape[-1], device=target.device).expand_as(target))
                 continue
             jobs.append((row, source, target, 0))
             if _grows_grad(row, self.sources):
                 grad = self.sources.grads[row.source]
-                staged.grads[row.name] = empty(shape, grad.dtype, grad.device)
+                staged.grads[row.name] = torch.empty(shape, dtype=grad.dtype, device=grad.device)
                 jobs.append((row, grad, staged.grads[row.name], 1))
             if not _grows_state(self.plan, row, self.sources):
                 continue
@@ -122,7 +124,7 @@ class Execution:
             for key, value in self.sources.states[row.source].items():
                 order = self.orders[key]
                 if order is not None and isinstance(value, Tensor):
-                    grown = state[key] = empty(shape, value.dtype, value.device)
+                    grown = state[key] = torch.empty(shape, dtype=value.dtype, device=value.device)
                     jobs.append((row, value, grown, order))
                 elif row.new:
                     state[key] = value.clone() if isinstance(value, Tensor) else value

@@ -1,32 +1,18 @@
-"""Memory: fresh tensors, what is free, and where a source waits for the growth to succeed when it cannot wait on its device."""
+"""Memory: what is free, and where a source waits for the growth to succeed when it cannot wait on its device."""
 
 import ctypes
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-PAGE, HUGE_PAGE, MADV_HUGEPAGE = 1 << 12, 1 << 21, 14
-
 Keep = Callable[
     [Tensor], Callable[[], Tensor]
 ]  # takes a tensor that is about to be replaced; gives the way to have it back
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A fresh tensor; large ones on a CPU lie in huge pages where the system grants them: its pages are half of what growth costs."""
-    tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
-    n_bytes = tensor.numel() * tensor.element_size()
-    if device.type == "cpu" and n_bytes >= 2 * HUGE_PAGE and sys.platform == "linux":
-        start = -(-tensor.data_ptr() // PAGE) * PAGE
-        end = (tensor.data_ptr() + n_bytes) // PAGE * PAGE
-        advise = ctypes.CDLL(None).madvise  # advice only: refused, the pages are small
-        advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(MADV_HUGEPAGE))
-    return tensor
 
 
 def free_bytes(device: torch.device) -> int | None:
