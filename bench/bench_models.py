@@ -3,8 +3,8 @@
 Lines: ``expand_inplace`` with default noise and without; the roof, a cold ``copy_`` of the same bytes; and two baselines, written
 from what each does:
 
-- *state_dict double* (staged-training): every weight and both moments are concatenated with themselves along every doubled
-  axis and divided; the target model and its AdamW are built, and load them;
+- *state_dict double* (staged-training): every weight and both moments are doubled into fresh zeros by its growth operator; the
+  target model and its AdamW are built, and load them;
 - *repeat and divide* (HyperCloning): the target model is built, every weight is repeated, divided and copied into it. As
   published it drops the optimizer, so it is compared per byte.
 
@@ -187,14 +187,37 @@ def segments(name: str, source: Tensor) -> tuple[Tensor, ...]:
     return source.chunk(3, -1) if "c_attn" in name else (source,)
 
 
-def concatenated(name: str, source: Tensor, axes: list[int], divisor: float) -> Tensor:
-    """Double a tensor as staged-training does."""
-    parts: list[Tensor] = []
-    for part in segments(name, source):
-        for axis in axes:
-            part = torch.cat([part, part], axis)
-        parts.append(part / divisor)
-    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+def doubled(name: str, source: Tensor, order: int = 0) -> Tensor:
+    """Double a tensor as staged-training's growth operator does: a matrix becomes two blocks on the diagonal.
+
+    ``order``: 0 for a weight, k for a moment of order k, which is divided by 2**k. (Li et al., arXiv:2203.06211,
+    ``tools/growth_operator.py`` of allenai/staged-training.)
+    """
+    if "c_attn.weight" in name:
+        parts = segments(name, source)
+        y, width = source.new_zeros([2 * n for n in source.shape]), 2 * parts[0].shape[1]
+        for i, part in enumerate(parts):
+            y[:, i * width : (i + 1) * width] = doubled("", part, order).detach().clone()
+        return y
+    if "c_attn.bias" in name:
+        parts = [doubled("", part, order) for part in segments(name, source)]
+        return torch.cat(parts)
+    table = any(part in name for part in ("wte", "wpe", "embed_tokens", "lm_head"))
+    y = source.new_zeros(
+        [n if table and axis == 0 else 2 * n for axis, n in enumerate(source.shape)]
+    )
+    first, last = [
+        tuple(slice(n) for n in source.shape),
+        tuple(slice(-n, None) for n in source.shape),
+    ]
+    y[first] = source.detach().clone()
+    y[last] = source.detach().clone()
+    final = name.startswith(("transformer.ln_f", "model.norm"))
+    if order and not final:
+        y /= 2.0**order
+    elif final and not order:
+        y /= 2.0
+    return y
 
 
 def repeated(name: str, source: Tensor, axes: list[int], divisor: float) -> Tensor:
@@ -211,28 +234,19 @@ def fresh(model: nn.Module, config: object, dtype: torch.dtype) -> nn.Module:
 
 
 @torch.no_grad()
-def state_dict_double(
-    model: nn.Module, optim: AdamW, config: object, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[nn.Module, AdamW]:
+def state_dict_double(model: nn.Module, optim: AdamW, config: object) -> tuple[nn.Module, AdamW]:
     """Double the state dicts of model and optimizer, build the target, load both."""
-    tied = model.config.tie_word_embeddings
     names = {id(p): name for name, p in model.named_parameters()}
     order = [names[id(p)] for group in optim.param_groups for p in group["params"]]
-    doubled = {
-        name: concatenated(name, t, *doubling(name, t, shapes[name], tied))
-        for name, t in model.state_dict().items()
-        if name in shapes
-    }
+    weights = {name: doubled(name, t) for name, t in model.state_dict().items()}
     loaded = optim.state_dict()
     for index, name in enumerate(order):
         state = dict(loaded["state"][index])
         for power, key in enumerate(MOMENTS, 1):
-            axes, divisor = doubling(name, state[key], shapes[name], tied)
-            share = 2 ** len(axes) / divisor  # a gradient is split over the axes that write
-            state[key] = concatenated(name, state[key], axes, share**power)
+            state[key] = doubled(name, state[key], power)
         loaded["state"][index] = state
     target = fresh(model, config, next(model.parameters()).dtype)
-    target.load_state_dict(doubled, strict=not tied)
+    target.load_state_dict(weights)
     grown = AdamW(target.parameters(), lr=1e-3)
     grown.load_state_dict(loaded)
     return target.eval(), grown
@@ -304,7 +318,7 @@ def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -
                 timed((harness.ROOF, "cold"), roof([*work[0], *work[1]]))
                 if case.doubles:
                     shapes = {row.name: plan.shapes(row)[1] for row in plan.rows}
-                    double = partial(state_dict_double, model, optim, config, shapes)
+                    double = partial(state_dict_double, model, optim, config)
                     timed((DOUBLE, "cold"), double)
                     timed((REPEAT, "cold"), partial(repeat_and_divide, model, config, shapes))
             grow((backend, "cold"), model, optim)

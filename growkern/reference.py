@@ -1,7 +1,8 @@
 """The torch backend: the meaning of every kernel, and the real backend on a CPU. Same names and signatures as ``kernels/``."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 
 import torch
@@ -128,75 +129,119 @@ def expand(pieces: Sequence[Piece]) -> None:
     Args:
         pieces: What they write does not overlap. Values are rounded once, at the store; a pure copy is bit-exact.
     """
+    scratch = Scratch()
     for piece in pieces:
         n_rows, n_cols = piece.shape
         step = max(1, BLOCK // max(1, n_cols))
+        draws = [*_draws(piece)] if n_rows and n_cols else []
         for start in range(0, n_rows if n_cols else 0, step):
-            _expand(piece, slice(start, min(n_rows, start + step)))
+            _expand(piece, draws, slice(start, min(n_rows, start + step)), scratch)
 
 
-def _expand(piece: Piece, at: slice) -> None:
+class Scratch:
+    """Memory for temporaries, used again and again, so that it stays in cache."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+
+    def get(self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor; what the name held before is gone."""
+        n, buffer = prod(shape), self.buffers.get(f"{name} {dtype}")
+        if buffer is None or buffer.numel() < n or buffer.device != like.device:
+            buffer = torch.empty(n, dtype=dtype, device=like.device)
+            self.buffers[f"{name} {dtype}"] = buffer
+        return buffer[:n].view(*shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Draw:
+    """Copies that share their noise: counters of rows (R,) and columns (C,), mixed, and every pair with its factor."""
+
+    rows: Tensor | None
+    cols: Tensor | None
+    pairs: list[tuple[Copy, Copy, float]]
+
+
+def _draws(piece: Piece) -> Iterator[_Draw]:
+    pairs: dict[object, list[tuple[Copy, Copy, float]]] = {}
+    for r, c in product(piece.row_copies, piece.col_copies):
+        factor = r.noise * c.noise if piece.noise is not None else 0.0
+        key = (r.first_id, id(r.ids), c.first_id, id(c.ids)) if factor else None
+        pairs.setdefault(key, []).append((r, c, factor))
+    for key, members in pairs.items():
+        if key is None or piece.noise is None:
+            yield _Draw(None, None, members)
+            continue
+        (r, c, _), (of_rows, of_cols) = members[0], axis_keys(piece.noise.key)
+        n_rows, n_cols = piece.shape
+        rows, cols = (
+            _counters(r, n_rows, of_rows, piece.src),
+            _counters(c, n_cols, of_cols, piece.src),
+        )
+        yield _Draw(rows, cols, members)
+
+
+def _expand(piece: Piece, draws: list[_Draw], at: slice, scratch: Scratch) -> None:
     """Write every copy of some rows: they stay in cache, so each source is read once."""
     src = piece.src[at] if piece.rows is None else piece.src.index_select(0, piece.rows[at])
     if piece.cols is not None:
         src = src.index_select(1, piece.cols)
-    drawn: dict[tuple[object, ...], Tensor] = {}
-    for r in piece.row_copies:
-        into = piece.dst[r.target + at.start : r.target + at.stop]
-        for c in piece.col_copies:
-            values = src
-            if piece.noise is not None and (factor := r.noise * c.noise):
-                key = (r.first_id, id(r.ids), c.first_id, id(c.ids))
-                if key not in drawn:
-                    ids = _ids(r, slice(at.start, at.stop), src), _ids(c, slice(src.shape[1]), src)
-                    drawn[key] = normal(piece.noise.key, *ids)
-                values = _noisy(values, drawn[key], factor * piece.noise.std, r, c, at)
-            _store(values, into, r, c, at, piece.dst if r.targets is not None else None)
+    for draw in draws:
+        if piece.noise is None or draw.rows is None or draw.cols is None:
+            for r, c, _ in draw.pairs:
+                _store(src, piece.dst, r, c, at)
+            continue
+        drawn = _hash(draw.rows[at], draw.cols, scratch)
+        values = scratch.get("values", src.shape, src, piece.noise.std.dtype)
+        before = noise = None
+        for r, c, factor in draw.pairs:
+            plain = r.noises is None and c.noises is None
+            if noise is not None and plain and before == -factor:  # twins
+                torch.sub(src, noise, out=values)
+            else:
+                noise = _noise(drawn, factor * piece.noise.std, r, c, at, scratch)
+                torch.add(src, noise, out=values)
+                before = factor if plain else None
+            _store(values, piece.dst, r, c, at)
 
 
-def _store(
-    src: Tensor, into: Tensor, r: Copy, c: Copy, at: slice, scattered: Tensor | None
-) -> None:
-    """Scale and write one copy; ``scattered``: the target whose rows are named, not consecutive."""
+def _store(src: Tensor, dst: Tensor, r: Copy, c: Copy, at: slice) -> None:
+    """Scale and write one copy."""
     columns = slice(c.target, c.target + src.shape[1])
     scale, vectors = (
         r.scale * c.scale,
         [v for v in (_column(r.scales, at), c.scales) if v is not None],
     )
-    dtype = into.dtype
-    if scattered is None and not vectors and src.dtype == dtype:
+    into = dst[r.target + at.start : r.target + at.stop, columns] if r.targets is None else None
+    if into is not None and not vectors and src.dtype == dst.dtype:
         if scale == 1.0:
-            into[:, columns].copy_(src)
+            into.copy_(src)
         else:
-            torch.mul(src, scale, out=into[:, columns])
+            torch.mul(src, scale, out=into)
         return
     if scale != 1.0 or vectors:
-        src = src.to(arithmetic(dtype)) * scale
+        src = src.to(arithmetic(dst.dtype)) * scale
     for vector in vectors:
         src = src * vector
-    if scattered is None:
-        into[:, columns].copy_(src)
+    if into is not None:
+        into.copy_(src)
     elif r.targets is not None:
-        scattered[:, columns].index_copy_(0, r.targets[at].long(), src.to(dtype))
+        dst[:, columns].index_copy_(0, r.targets[at].long(), src.to(dst.dtype))
 
 
-def _noisy(src: Tensor, normal: Tensor, std: Tensor, r: Copy, c: Copy, at: slice) -> Tensor:
-    amplitude = std
+def _noise(drawn: Tensor, std: Tensor, r: Copy, c: Copy, at: slice, scratch: Scratch) -> Tensor:
     for vector in (_column(r.noises, at), c.noises):
-        amplitude = amplitude if vector is None else amplitude * vector
-    noise = normal.to(std.dtype) * amplitude
-    return noise.add_(src)
+        std = std if vector is None else std * vector
+    noise = scratch.get("noise", drawn.shape, drawn, std.dtype)
+    return (
+        torch.mul(drawn, std, out=noise)
+        if drawn.dtype == std.dtype
+        else noise.copy_(drawn).mul_(std)
+    )
 
 
 def _column(vector: Tensor | None, at: slice) -> Tensor | None:
     return None if vector is None else vector[at, None]
-
-
-def _ids(copy: Copy, at: slice, like: Tensor) -> Tensor:
-    if copy.ids is not None:
-        return copy.ids[at]
-    first, last = copy.first_id + (at.start or 0), copy.first_id + at.stop
-    return torch.arange(first, last, dtype=torch.int32, device=like.device)
 
 
 def normal(key: tuple[int, int], row_ids: Tensor, col_ids: Tensor) -> Tensor:
@@ -213,20 +258,33 @@ def normal(key: tuple[int, int], row_ids: Tensor, col_ids: Tensor) -> Tensor:
         float32 (R, C). Element (i, j) depends on ``key``, ``row_ids[i]`` and ``col_ids[j]`` alone.
     """
     of_rows, of_cols = axis_keys(key)
-    rows, cols = (
-        _mix(ids * signed(GOLDEN) + signed(key))
-        for ids, key in ((row_ids, of_rows), (col_ids, of_cols))
-    )
-    word = _mix(rows[:, None] + cols)
-    low = word & 0x00FF00FF
-    word.bitwise_right_shift_(8).bitwise_and_(0x00FF00FF).add_(low)
-    word.mul_(0x00010001).bitwise_right_shift_(16)
-    return word.sub_(BYTES_MEAN).float()
+    return _hash(_mixed(row_ids, of_rows), _mixed(col_ids, of_cols), Scratch())
 
 
-def _mix(x: Tensor) -> Tensor:
+def _counters(copy: Copy, n: int, key: int, like: Tensor) -> Tensor:
+    first, ids = copy.first_id, copy.ids
+    if ids is None:
+        ids = torch.arange(first, first + n, dtype=torch.int32, device=like.device)
+    return _mixed(ids, key)
+
+
+def _mixed(ids: Tensor, key: int) -> Tensor:
+    return _mix(ids * signed(GOLDEN) + signed(key), torch.empty_like(ids))
+
+
+def _hash(rows: Tensor, cols: Tensor, scratch: Scratch) -> Tensor:
+    """The numbers of ``normal`` from mixed counters; they lie in ``scratch``."""
+    shape = len(rows), len(cols)
+    word, spare = (scratch.get(name, shape, rows, torch.int32) for name in ("word", "spare"))
+    _mix(torch.add(rows[:, None], cols, out=word), spare)
+    torch.bitwise_right_shift(word, 8, out=spare).bitwise_and_(0x00FF00FF)
+    word.bitwise_and_(0x00FF00FF).add_(spare)
+    word.mul_(0x00010001).bitwise_right_shift_(16).sub_(BYTES_MEAN)
+    return scratch.get("drawn", shape, rows, torch.float32).copy_(word)
+
+
+def _mix(x: Tensor, shifted: Tensor) -> Tensor:
     """Mix 32 bits in place; int32 wraps, and a mask makes its shifts logical."""
-    shifted = torch.empty_like(x)
     for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, None), strict=True):
         torch.bitwise_right_shift(x, shift, out=shifted)
         x.bitwise_xor_(shifted.bitwise_and_((1 << 32 - shift) - 1))
