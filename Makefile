@@ -3,10 +3,13 @@
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 
+GPU_PYTHON ?= python3
+GPU_OUT ?= gpu-check
+
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: test lint fmt demo clean
+.PHONY: test lint fmt demo bench bench-gpu gpu-check clean
 
 test: lint
 	$(BIN)/pytest $(PYTEST_ARGS)
@@ -23,6 +26,16 @@ fmt: .venv/test.stamp
 demo: .venv/demo.stamp
 	$(BIN)/growkern demo
 
+bench: .venv/bench.stamp
+	$(BIN)/python -m bench
+
+bench-gpu: .venv/bench.stamp
+	$(BIN)/python -m bench --gpu
+
+# With the Python of a machine that has a GPU and no network: GPU_PYTHON has torch, triton, transformers, pytest, ...
+gpu-check:
+	$(GPU_PYTHON) tests/gpu_check.py $(GPU_OUT)
+
 # torch first: pip then keeps the build it finds for this machine while it resolves the rest
 .venv/%.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -31,5 +44,5 @@ demo: .venv/demo.stamp
 	touch $@
 
 clean:
-	rm -rf .venv build dist growkern.egg-info .pytest_cache .ruff_cache .hypothesis growkern-demo
+	rm -rf .venv build dist growkern.egg-info .pytest_cache .ruff_cache .hypothesis growkern-demo gpu-check
 	find . -name __pycache__ -prune -exec rm -rf {} +

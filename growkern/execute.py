@@ -206,7 +206,7 @@ def peaks(sets: list[TensorSet], memory: str) -> dict[torch.device, int]:
 
 def _choose(sets: list[TensorSet], memory: Memory | None) -> tuple[Memory, int]:
     """The fastest way that fits, and its peak."""
-    free = {device: free_bytes(device) for one in sets for device in one.n_bytes}
+    free = {device: free_bytes(device) for device in {d for one in sets for d in one.n_bytes}}
     for mode in MEMORIES if memory is None else (memory,):
         needed = peaks(sets, mode)
         if all((have := free[device]) is None or n <= have for device, n in needed.items()):

@@ -179,7 +179,7 @@ class IndexMap:
         """Per source coordinate, how many target coordinates copy it."""
         return _merged((len(targets), n) for _, n, targets in self.segments)
 
-    @property
+    @cached_property
     def is_identity(self) -> bool:
         """True when nothing moves and nothing is added."""
         return self.n_source == self.n_target and all(run.target == run.source for run in self.runs)

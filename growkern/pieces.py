@@ -203,22 +203,23 @@ class Cutter:
     def __init__(self, plan: GrowthPlan) -> None:
         self.plan = plan
         self.n_read = 0  # bytes that statistics of sources read
-        self._sides: dict[tuple[tuple[AxisMap, ...], int], Side] = {}
+        equal: dict[AxisMap, AxisMap] = {}
+        self._axes = {key: equal.setdefault(axis, axis) for key, axis in plan.axes.items()}
+        self._sides: dict[tuple[object, ...], Side] = {}
+        self._pairs: dict[tuple[tuple[str, ...], int], tuple[Side, Side]] = {}
         self._stretches: dict[tuple[Side, bool, torch.device, torch.dtype], list[Stretch]] = {}
         self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
     def pieces(self, row: TensorRow, src: Tensor, dst: Tensor, order: int) -> Iterator[Piece]:
         """Cut one target tensor. ``order``: 0 for a weight, k for state of order k in the gradient."""
-        axes = self.plan.axis_maps(row)
         if row.constant is not None:
             into = dst.view(-1, dst.shape[-1])
             yield Piece(self._constant(row.constant, dst).expand_as(into), into)
             return
-        for axis, this in enumerate(axes):
-            if this.centred and order == 0:
+        for axis, key in enumerate(row.axes):
+            if order == 0 and self._axes[key].centred:
                 src = src - src.mean(axis, keepdim=True)
-        at = _split(axes)
-        rows, cols = self._side(axes[:at], order), self._side(axes[at:], order)
+        rows, cols = self._two_sides(row.axes, order)
         source = src.reshape(rows.index_map.n_source, cols.index_map.n_source)
         target = dst.view(rows.index_map.n_target, cols.index_map.n_target)
         fill = _Fill(source, rows, cols, order, reference.arithmetic(dst.dtype))
@@ -242,10 +243,18 @@ class Cutter:
                 )
         self.n_read += fill.n_statistics * source.numel() * source.element_size()
 
+    def _two_sides(self, keys: tuple[str, ...], order: int) -> tuple[Side, Side]:
+        if (keys, order) not in self._pairs:
+            axes = tuple(self._axes[key] for key in keys)
+            at = _split(axes)
+            self._pairs[keys, order] = self._side(axes[:at], order), self._side(axes[at:], order)
+        return self._pairs[keys, order]
+
     def _side(self, axes: tuple[AxisMap, ...], order: int) -> Side:
-        if (axes, order) not in self._sides:
-            self._sides[axes, order] = Side(axes, order)
-        return self._sides[axes, order]
+        key = (*map(id, axes), order)
+        if key not in self._sides:
+            self._sides[key] = Side(axes, order)
+        return self._sides[key]
 
     def _cut(self, side: Side, fill: "_Fill", rows: bool) -> list[Stretch]:
         key = side, rows, fill.source.device, fill.dtype

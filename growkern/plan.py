@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any, Literal
 
@@ -43,7 +44,7 @@ class AxisMap:
                 f"an axis of {self.index_map.n_target} coordinates has scales of {lengths}."
             )
 
-    @property
+    @cached_property
     def is_identity(self) -> bool:
         """True when the axis is left as it is."""
         return (

@@ -34,8 +34,8 @@ from growkern.kernels.table import (
 from growkern.kernels.write import find, vector, write
 
 BLOCK_C = 128  # columns of a tile: fewer than threads, so that vectors along columns load in the layout of the tile
-BLOCK_NARROW = 4  # rows at a time where addresses are not aligned: 2 elements a thread, so that their addresses fit
 N_WARPS = 8
+N_REGISTERS = 64  # a thread: 1024 threads at a time on an SM; left alone, ptxas spills a few to make room for more
 DTYPES = {
     getattr(torch, name): getattr(tl, name)
     for name in ("float64", "float32", "float16", "bfloat16", "int64")
@@ -44,7 +44,12 @@ DTYPES = {
 
 def block_r(n_bytes: int) -> int:
     """Rows of a tile: 8 elements a thread, 4 of 8 bytes; not yet measured on a device."""
-    return min(16, 64 // n_bytes)
+    return 16 if n_bytes < 8 else 8
+
+
+def narrow_r(n_bytes: int) -> int:
+    """Rows at a time where addresses are not aligned: 2 elements a thread, 1 of 8 bytes, so that their addresses fit."""
+    return 4 if n_bytes < 8 else 2
 
 
 @triton.jit
@@ -55,20 +60,19 @@ def _tile(
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A tile of a piece; columns count from the first of the piece, so that they lie on groups of 16 bytes."""
-    first = tl.load(piece + FIRST_COL)
-    n_cols = tl.load(piece + N_COLS)
+    first = tl.load(piece + FIRST_COL).to(tl.int32)
+    n_cols = tl.load(piece + N_COLS).to(tl.int32)
     if TO_WIDE:
         n_cols = tl.multiple_of(n_cols, N_WIDE)  # the mask does not split a 16-byte access
     rows = row + tl.arange(0, BLOCK_R)[:, None]
     cols = col + tl.arange(0, BLOCK_C)[None, :]
-    row_mask = rows < tl.load(piece + N_ROWS)
+    row_mask = rows < tl.load(piece + N_ROWS).to(tl.int32)
     col_mask = cols < n_cols
     src_rows = rows
     if tl.load(piece + ROW_INDEX) != 0:
-        src_rows = vector(tl.load(piece + ROW_INDEX), rows, row_mask, 0, tl.int32).to(tl.int64)
-    src_ptr = tl.load(piece + SRC_PTR).to(tl.pointer_type(SRC)) + src_rows * tl.load(
-        piece + SRC_ROW
-    )
+        src_rows = vector(tl.load(piece + ROW_INDEX), rows, row_mask, 0, tl.int32)
+    src_ptr = tl.load(piece + SRC_PTR).to(tl.pointer_type(SRC))
+    src_ptr += src_rows.to(tl.int64) * tl.load(piece + SRC_ROW)
 
     if FROM_WIDE:  # bytes; on a block, as a hint on a scalar does not reach the load
         src_ptr = tl.multiple_of(src_ptr + first, [16, 16]) + cols
@@ -76,10 +80,8 @@ def _tile(
         src_cols = first + cols
         if not TO_WIDE:  # noqa: SIM102  (constexpr and tensor do not combine)
             if tl.load(piece + COL_INDEX) != 0:
-                src_cols = vector(tl.load(piece + COL_INDEX), src_cols, col_mask, 0, tl.int32).to(
-                    tl.int64
-                )
-        src_ptr += src_cols * tl.load(piece + SRC_COL)
+                src_cols = vector(tl.load(piece + COL_INDEX), src_cols, col_mask, 0, tl.int32)
+        src_ptr += src_cols.to(tl.int64) * tl.load(piece + SRC_COL)
     values = tl.load(src_ptr, mask=row_mask & col_mask, other=0)
 
     write(values, table_ptr, piece, rows, cols, row_mask, col_mask, DST, MATH, TO_WIDE, not TO_WIDE)
@@ -94,8 +96,8 @@ def expand_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     piece = find(table_ptr + first_piece, n_pieces, pid)
-    tile = pid - tl.load(piece + FIRST_TILE)
-    n_across = (tl.load(piece + N_COLS) + BLOCK_C - 1) // BLOCK_C
+    tile = (pid - tl.load(piece + FIRST_TILE)).to(tl.int32)
+    n_across = (tl.load(piece + N_COLS).to(tl.int32) + BLOCK_C - 1) // BLOCK_C
     row = tile // n_across * BLOCK_R
     col = tile % n_across * BLOCK_C
     flags = tl.load(piece + FLAGS)
@@ -104,7 +106,9 @@ def expand_kernel(
     elif flags & DST_WIDE != 0:
         _tile(table_ptr, piece, row, col, SRC, DST, MATH, False, True, N_WIDE, BLOCK_R, BLOCK_C)
     else:  # an address for every element: a few rows at a time
-        for start in range(row, tl.minimum(row + BLOCK_R, tl.load(piece + N_ROWS)), BLOCK_NARROW):
+        for start in range(
+            row, tl.minimum(row + BLOCK_R, tl.load(piece + N_ROWS).to(tl.int32)), BLOCK_NARROW
+        ):
             _tile(
                 table_ptr,
                 piece,
@@ -157,10 +161,12 @@ def kinds(pieces: Sequence[Any]) -> dict[tuple[torch.dtype, torch.dtype, int], l
 
 def launch_options(src: torch.dtype, dst: torch.dtype, n_staged: int) -> dict[str, Any]:
     """What a launch is specialised on."""
-    options = dict(
+    options: dict[str, Any] = dict(
         SRC=DTYPES[src], DST=DTYPES[dst], MATH=tl.float64 if dst == torch.float64 else tl.float32,
         num_warps=N_WARPS, enable_fp_fusion=False,  # no multiply-add in one rounding: the same bits as the torch backend
     )  # fmt: skip
+    if torch.version.hip is None:
+        options |= dict(maxnreg=N_REGISTERS)
     if n_staged:
         warps = n_warps(n_staged)
         block_c = 2 * 32 * warps
@@ -168,4 +174,6 @@ def launch_options(src: torch.dtype, dst: torch.dtype, n_staged: int) -> dict[st
             num_warps=warps, BLOCK_R=PERMUTED_R, BLOCK_S=n_staged, BLOCK_C=block_c
         )
     n_wide, rows = 16 // min(src.itemsize, dst.itemsize), block_r(dst.itemsize)
-    return options | dict(N_WIDE=n_wide, BLOCK_R=rows, BLOCK_C=BLOCK_C, BLOCK_NARROW=BLOCK_NARROW)
+    return options | dict(
+        N_WIDE=n_wide, BLOCK_R=rows, BLOCK_C=BLOCK_C, BLOCK_NARROW=narrow_r(dst.itemsize)
+    )

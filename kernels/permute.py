@@ -48,25 +48,22 @@ def permute_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     piece = find(table_ptr + first_piece, n_pieces, pid)
-    first = (pid - tl.load(piece + FIRST_TILE)) * BLOCK_R
+    first = (pid - tl.load(piece + FIRST_TILE)).to(tl.int32) * BLOCK_R
     n_cols = tl.load(piece + N_COLS).to(tl.int32)
     n_src = tl.load(piece + N_SRC).to(tl.int32)
     src_cols = tl.arange(0, BLOCK_S)
-    for row in range(first, tl.minimum(first + BLOCK_R, tl.load(piece + N_ROWS))):
+    for row in range(first, tl.minimum(first + BLOCK_R, tl.load(piece + N_ROWS).to(tl.int32))):
         src_row = row
         if tl.load(piece + ROW_INDEX) != 0:
-            src_row = tl.load(tl.load(piece + ROW_INDEX).to(tl.pointer_type(tl.int32)) + row).to(
-                tl.int64
-            )
-        src_ptr = tl.load(piece + SRC_PTR).to(tl.pointer_type(SRC)) + src_row * tl.load(
-            piece + SRC_ROW
-        )
+            src_row = tl.load(tl.load(piece + ROW_INDEX).to(tl.pointer_type(tl.int32)) + row)
+        src_ptr = tl.load(piece + SRC_PTR).to(tl.pointer_type(SRC))
+        src_ptr += src_row.to(tl.int64) * tl.load(piece + SRC_ROW)
 
         values = tl.load(
             src_ptr + src_cols * tl.load(piece + SRC_COL), mask=src_cols < n_src, other=0
         )
 
-        rows = row + tl.zeros([1, 1], tl.int64)
+        rows = row + tl.zeros([1, 1], tl.int32)
         for start in range(0, n_cols, BLOCK_C):
             cols = start + tl.arange(0, BLOCK_C)
             index = vector(tl.load(piece + COL_INDEX), cols, cols < n_cols, 0, tl.int32)

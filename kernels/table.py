@@ -45,7 +45,8 @@ class Table:
     def __init__(self) -> None:
         self.numbers = array("q")
         self.copies: dict[int, int] = {}
-        self.kept: list[Any] = []  # ids are those of live tuples
+        self.geometries: dict[tuple[Any, ...], tuple[int, list[tuple[int, int, int]], int]] = {}
+        self.kept: list[Any] = []  # ids above are those of live objects
 
     def add(self, pieces: Sequence[Any], block_r: int, block_c: int | None) -> tuple[int, int, int]:
         """Append pieces cut into tiles of ``block_r`` rows, and of ``block_c`` columns or all.
@@ -53,23 +54,41 @@ class Table:
         Returns:
             Where they begin, how many there are, and how many tiles.
         """
-        records, n_tiles = array("q"), 0
-        n_pieces = 0
+        records, n_tiles, n_pieces = array("q"), 0, 0
         for piece in pieces:
-            check(piece)
-            fixed = self._fixed(piece)
-            n_rows, n_cols = piece.shape
-            for first, n, flags in stretches(piece, n_cols):
-                records.append(n_tiles)
-                records.extend(fixed[:3])
-                records.append(n)
-                records.extend(fixed[3:9])
-                records[-1] |= flags
-                records.extend(fixed[9:])
-                records.append(first)
+            src, dst, noise = piece.src, piece.dst, piece.noise
+            n_rows, cuts, flags = self._geometry(piece)
+            row_copies, col_copies = self._copies(piece.row_copies), self._copies(piece.col_copies)
+            drawn = 0, 0, 0
+            if noise is not None:
+                flags |= NOISE.value
+                drawn = noise.std.data_ptr(), *map(_signed, axis_keys(noise.key))
+            at, into, index = (
+                src.data_ptr(),
+                dst.data_ptr(),
+                (_pointer(piece.rows), _pointer(piece.cols)),
+            )
+            strides, n_src = (*src.stride(), dst.stride(0)), src.shape[1]
+            for first, n, wide in cuts:
+                records.extend(
+                    (
+                        n_tiles,
+                        at,
+                        into,
+                        n_rows,
+                        n,
+                        *strides,
+                        *index,
+                        flags | wide,
+                        *drawn,
+                        row_copies,
+                        col_copies,
+                        n_src,
+                        first,
+                    )
+                )
                 n_pieces += 1
-                across = -(-n // block_c) if block_c else min(n, 1)
-                n_tiles += -(-n_rows // block_r) * across
+                n_tiles += -(-n_rows // block_r) * (-(-n // block_c) if block_c else min(n, 1))
         start = len(self.numbers)
         self.numbers.extend(records)
         return start, n_pieces, n_tiles
@@ -78,20 +97,20 @@ class Table:
         """The table on a device."""
         return torch.frombuffer(self.numbers, dtype=torch.int64).to(device, copy=True)
 
-    def _fixed(self, piece: Any) -> list[int]:
-        """All fields but the first tile, the columns, and what follows from these."""
-        src, dst, noise = piece.src, piece.dst, piece.noise
-        drawn = (
-            (0, 0, 0)
-            if noise is None
-            else (noise.std.data_ptr(), *map(_signed, axis_keys(noise.key)))
-        )
-        flags = (0 if piece.pure_copy else ARITHMETIC.value) | (0 if noise is None else NOISE.value)
-        return [
-            src.data_ptr(), dst.data_ptr(), piece.shape[0],
-            *src.stride(), dst.stride(0), _pointer(piece.rows), _pointer(piece.cols), flags,
-            *drawn, self._copies(piece.row_copies), self._copies(piece.col_copies), src.shape[1],
-        ]  # fmt: skip
+    def _geometry(self, piece: Any) -> tuple[int, list[tuple[int, int, int]], int]:
+        """Rows, stretches of columns and flags: checked and worked out once for tensors of one shape and alignment."""
+        src, dst = piece.src, piece.dst
+        key = (
+            id(piece.row_copies), id(piece.col_copies), id(piece.rows), id(piece.cols), piece.noise is None,
+            src.shape, src.stride(), src.data_ptr() % 16, src.dtype, dst.shape, dst.stride(), dst.data_ptr() % 16, dst.dtype,
+        )  # fmt: skip
+        if key not in self.geometries:
+            check(piece)
+            flags = 0 if piece.pure_copy else ARITHMETIC.value
+            n_rows, n_cols = piece.shape
+            self.kept.append(piece)
+            self.geometries[key] = n_rows, [*stretches(piece, n_cols)], flags
+        return self.geometries[key]
 
     def _copies(self, copies: tuple[Any, ...]) -> int:
         """How many, and where: copies that pieces share are written once."""

@@ -70,10 +70,10 @@ def grown(
     x = values.to(MATH)
     factor = _product(r, c, FACTOR, MATH)
     if (tl.load(piece + FLAGS) & NOISE != 0) & (factor != 0):
-        row_ids = (tl.load(r + FIRST_ID) + rows).to(tl.int32)
+        row_ids = tl.load(r + FIRST_ID).to(tl.int32) + rows
         if tl.load(r + IDS) != 0:
             row_ids = vector(tl.load(r + IDS), rows, row_mask, 0, tl.int32)
-        col_ids = (tl.load(c + FIRST_ID) + cols).to(tl.int32)
+        col_ids = tl.load(c + FIRST_ID).to(tl.int32) + cols
         std = tl.load(tl.load(piece + STD).to(tl.pointer_type(MATH))) * factor
         amplitude = std * vector(tl.load(r + FACTORS), rows, row_mask, 1, MATH)
         if COL_VECTORS:
@@ -98,16 +98,16 @@ def write(
     arithmetic = tl.load(piece + FLAGS) & ARITHMETIC != 0
     dst = tl.load(piece + DST_PTR).to(tl.pointer_type(DST))
     stride = tl.load(piece + DST_ROW)
-    first = tl.load(piece + FIRST_COL)
+    first = tl.load(piece + FIRST_COL).to(tl.int32)
     mask = row_mask & col_mask
     for i in range((tl.load(piece + ROW_COPIES) >> 32).to(tl.int32)):
         r = table_ptr + (tl.load(piece + ROW_COPIES) & 0x7FFFFFFF) + i * N_COPY
-        targets = tl.load(r + TARGET) + rows
+        targets = tl.load(r + TARGET).to(tl.int32) + rows
         if tl.load(r + TARGETS) != 0:
-            targets = vector(tl.load(r + TARGETS), rows, row_mask, 0, tl.int32).to(tl.int64)
+            targets = vector(tl.load(r + TARGETS), rows, row_mask, 0, tl.int32)
         for j in range((tl.load(piece + COL_COPIES) >> 32).to(tl.int32)):
             c = table_ptr + (tl.load(piece + COL_COPIES) & 0x7FFFFFFF) + j * N_COPY
-            into = dst + targets * stride + tl.load(c + TARGET) + first
+            into = dst + targets.to(tl.int64) * stride + tl.load(c + TARGET) + first
             if WIDE:  # bytes; on a block, as a hint on a scalar does not reach the store
                 into = tl.multiple_of(into, [16, 16])
             into += cols

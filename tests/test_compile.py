@@ -104,7 +104,11 @@ def build(target: str, case: tuple[str, str, int]) -> dict[str, int]:
     signature = scalars | dict.fromkeys(constants, "constexpr")
     kernel = permute_kernel if n_staged else expand_kernel
     source = ASTSource(kernel, signature, constants, {(0,): [["tt.divisibility", 16]]})
-    rest = {name: value for name, value in options.items() if not name.isupper()}
+    rest = {
+        name: value
+        for name, value in options.items()
+        if not name.isupper() and (name != "maxnreg" or TARGETS[target][0] == "cuda")
+    }
     asm = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=rest).asm
     return (
         measure(asm["cubin"], triton.knobs.nvidia.cuobjdump.path)
