@@ -106,13 +106,14 @@ def expand_kernel(
     elif flags & DST_WIDE != 0:
         _tile(table_ptr, piece, row, col, SRC, DST, MATH, False, True, N_WIDE, BLOCK_R, BLOCK_C)
     else:  # an address for every element: a few rows at a time
-        for start in range(
-            row, tl.minimum(row + BLOCK_R, tl.load(piece + N_ROWS).to(tl.int32)), BLOCK_NARROW
-        ):
+        end = tl.minimum(row + BLOCK_R, tl.load(piece + N_ROWS).to(tl.int32))
+        while (
+            row < end
+        ):  # not range: the interpreter of triton 3.6 cannot count to a bound that was loaded
             _tile(
                 table_ptr,
                 piece,
-                start,
+                row,
                 col,
                 SRC,
                 DST,
@@ -123,6 +124,7 @@ def expand_kernel(
                 BLOCK_NARROW,
                 BLOCK_C,
             )
+            row += BLOCK_NARROW
 
 
 def expand(pieces: Sequence[Any]) -> None:

@@ -48,37 +48,40 @@ def permute_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     piece = find(table_ptr + first_piece, n_pieces, pid)
-    first = (pid - tl.load(piece + FIRST_TILE)).to(tl.int32) * BLOCK_R
+    row = (pid - tl.load(piece + FIRST_TILE)).to(tl.int32) * BLOCK_R
+    end = tl.minimum(row + BLOCK_R, tl.load(piece + N_ROWS).to(tl.int32))
     n_cols = tl.load(piece + N_COLS).to(tl.int32)
     n_src = tl.load(piece + N_SRC).to(tl.int32)
     src_cols = tl.arange(0, BLOCK_S)
-    for row in range(first, tl.minimum(first + BLOCK_R, tl.load(piece + N_ROWS).to(tl.int32))):
+    while row < end:
         src_row = row
         if tl.load(piece + ROW_INDEX) != 0:
             src_row = tl.load(tl.load(piece + ROW_INDEX).to(tl.pointer_type(tl.int32)) + row)
         src_ptr = tl.load(piece + SRC_PTR).to(tl.pointer_type(SRC))
         src_ptr += src_row.to(tl.int64) * tl.load(piece + SRC_ROW)
+        src_ptr += src_cols.to(tl.int64) * tl.load(piece + SRC_COL)
 
-        values = tl.load(
-            src_ptr + src_cols * tl.load(piece + SRC_COL), mask=src_cols < n_src, other=0
-        )
+        values = tl.load(src_ptr, mask=src_cols < n_src, other=0)
 
         rows = row + tl.zeros([1, 1], tl.int32)
-        for start in range(0, n_cols, BLOCK_C):
+        start = 0
+        while start < n_cols:
             cols = start + tl.arange(0, BLOCK_C)
             index = vector(tl.load(piece + COL_INDEX), cols, cols < n_cols, 0, tl.int32)
             taken = tl.gather(values, index, axis=0)[None, :]
-            mask = cols[None, :] < n_cols
+            cols = cols[None, :]
             write(
                 taken,
                 table_ptr,
                 piece,
                 rows,
-                cols[None, :],
+                cols,
                 rows >= 0,
-                mask,
+                cols < n_cols,
                 DST,
                 MATH,
                 False,
                 True,
             )
+            start += BLOCK_C
+        row += 1

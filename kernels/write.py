@@ -100,12 +100,14 @@ def write(
     stride = tl.load(piece + DST_ROW)
     first = tl.load(piece + FIRST_COL).to(tl.int32)
     mask = row_mask & col_mask
-    for i in range((tl.load(piece + ROW_COPIES) >> 32).to(tl.int32)):
+    i = 0
+    while i < (tl.load(piece + ROW_COPIES) >> 32).to(tl.int32):
         r = table_ptr + (tl.load(piece + ROW_COPIES) & 0x7FFFFFFF) + i * N_COPY
         targets = tl.load(r + TARGET).to(tl.int32) + rows
         if tl.load(r + TARGETS) != 0:
             targets = vector(tl.load(r + TARGETS), rows, row_mask, 0, tl.int32)
-        for j in range((tl.load(piece + COL_COPIES) >> 32).to(tl.int32)):
+        j = 0
+        while j < (tl.load(piece + COL_COPIES) >> 32).to(tl.int32):
             c = table_ptr + (tl.load(piece + COL_COPIES) & 0x7FFFFFFF) + j * N_COPY
             into = dst + targets.to(tl.int64) * stride + tl.load(c + TARGET) + first
             if WIDE:  # bytes; on a block, as a hint on a scalar does not reach the store
@@ -118,3 +120,5 @@ def write(
                 tl.store(into, out.to(DST), mask=mask)
             else:
                 tl.store(into, values.to(DST), mask=mask)
+            j += 1
+        i += 1

@@ -1,5 +1,7 @@
 """Tiny real models, shared by the tests: stock transformers, and a plain module with its spec."""
 
+import os
+
 import torch
 import transformers
 from torch import Tensor, nn
@@ -7,6 +9,9 @@ from torch import Tensor, nn
 import growkern
 from growkern import Blocks, ModelSpec, embedding, linear, norm
 
+DEVICE = os.environ.get(
+    "GROWKERN_TEST_DEVICE", "cpu"
+)  # "cuda": models and batches of the tests, as in gpu_check.py
 VOCAB, LENGTH = 66, 16
 LLAMA = dict(
     hidden_size=24,
@@ -29,7 +34,7 @@ def make(family: str, *, tied: bool, seed: int = 0, **changes: object) -> nn.Mod
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    return model
+    return model if DEVICE == "cpu" else model.to(DEVICE)
 
 
 def _make(family: str, tied: bool, changes: dict) -> nn.Module:
@@ -90,7 +95,8 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def batch(seed: int = 0, n: int = 2) -> Tensor:
-    return torch.randint(0, VOCAB, (n, LENGTH), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(0, VOCAB, (n, LENGTH), generator=torch.Generator().manual_seed(seed))
+    return ids.to(DEVICE)
 
 
 class Attention(nn.Module):

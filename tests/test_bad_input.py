@@ -196,9 +196,9 @@ def short_state(model, optim):
 
 OPTIMIZERS = [
     (
-        torch.optim.Adagrad,
+        torch.optim.Adadelta,
         None,
-        "law of torch.optim.adagrad.Adagrad .state .*sum.* not known. Known: Adam, AdamW, SGD",
+        "law of torch.optim.adadelta.Adadelta .state .*acc_delta.* not known. Known: Adam, AdamW, SGD",
     ),
     (MyAdam, None, "law of .*MyAdam.* not known"),
     (torch.optim.AdamW, extra_key, "norm.weight: unknown state 'ema'"),

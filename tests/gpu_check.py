@@ -1,0 +1,93 @@
+"""Everything that needs a GPU, on a machine that has one: ``make gpu-check``, or ``python tests/gpu_check.py [FOLDER]``.
+
+Needs no network and installs nothing: the Python that runs this has torch, triton, transformers, pytest, hypothesis and, for the
+bench, pytest-benchmark. Logs, the picture and ``results/<device>.csv`` go to one folder; the exit status is 0 when all is green.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNEL_TESTS = ["tests/test_expand.py"]
+MODEL_TESTS = [
+    f"tests/test_{name}.py"
+    for name in ("families", "law", "optimizer", "commit", "memory", "verify")
+]
+NOT_HERE = [
+    "tests/test_packaging.py",
+    "tests/test_bench.py",
+]  # builds, and what the bench itself does below
+
+
+def steps(out: Path) -> dict[str, list[str] | str]:
+    """Name -> command, or why it is left out."""
+    python = [sys.executable, "-m"]
+    ignored = [f"--ignore={path}" for path in NOT_HERE]
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    checked = [
+        sanitizer,
+        "--tool",
+        "memcheck",
+        "--error-exitcode",
+        "9",
+        *python,
+        "pytest",
+        "-q",
+        "-x",
+        *KERNEL_TESTS,
+    ]
+    return {
+        "kernels": [*python, "pytest", "-q", *KERNEL_TESTS],
+        "tests": [*python, "pytest", "-q", *ignored, "tests"],
+        "device": [
+            *python,
+            "pytest",
+            "-q",
+            *MODEL_TESTS,
+        ],  # the same models, on the GPU and through the kernels
+        "memcheck": checked if Path(sanitizer).exists() else "compute-sanitizer is not installed",
+        "demo": [*python, "growkern.cli", "demo", "--device", "cuda", "--out", str(out / "demo")],
+        "bench": [*python, "bench", "--gpu", "--out", str(out / "results")],
+    }
+
+
+def main(folder: str = "gpu-check", *only: str) -> int:
+    """Run every step, or those named; each writes ``<step>.log``."""
+    import torch
+
+    if not torch.cuda.is_available():
+        print("gpu-check: this machine has no CUDA device; nothing was checked.")
+        return 2
+    out = Path(folder).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    failed = []
+    for name, command in steps(out).items():
+        if only and name not in only:
+            continue
+        if isinstance(command, str):
+            print(f"{name:10} left out: {command}", flush=True)
+            continue
+        environment["GROWKERN_TEST_DEVICE"] = "cuda" if name == "device" else "cpu"
+        start = perf_counter()
+        with (out / f"{name}.log").open("w") as log:
+            code = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            ).returncode
+        last = (out / f"{name}.log").read_text().strip().splitlines()[-1:]
+        print(
+            f"{name:10} {'ok' if code == 0 else f'FAILED ({code})'} in {perf_counter() - start:.0f} s: {' '.join(last)}",
+            flush=True,
+        )
+        failed += [name] if code else []
+    print(f"logs and results: {out}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
