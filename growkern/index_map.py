@@ -174,6 +174,22 @@ class IndexMap:
                 start = following[start]
         return tuple((j, end - j, tuple(targets[j])) for j, end in following.items())
 
+    @cached_property
+    def by_count(self) -> dict[int, tuple[list[int], list[list[int]]]]:
+        """Number of copies -> source coordinates that are copied so often, and for every copy their target coordinates."""
+        targets: list[list[int]] = [[] for _ in range(self.n_source)]
+        for i, j in enumerate(self.indices):
+            if j != PAD:
+                targets[j].append(i)
+        found: dict[int, tuple[list[int], list[list[int]]]] = {}
+        for j, own in enumerate(targets):
+            if own:
+                sources, copies = found.setdefault(len(own), ([], [[] for _ in own]))
+                sources.append(j)
+                for copy, i in zip(copies, own, strict=True):
+                    copy.append(i)
+        return dict(sorted(found.items()))
+
     @property
     def counts(self) -> Vector:
         """Per source coordinate, how many target coordinates copy it."""
@@ -199,6 +215,8 @@ class IndexMap:
 
     def product(self, inner: "IndexMap") -> "IndexMap":
         """The map of a row-major product of two spaces: coordinate ``i * inner.n + j``."""
+        if self == ONE or inner == ONE:
+            return inner if self == ONE else self
         n_source, n_target = inner.n_source, inner.n_target
         runs: list[Run] = []
         if inner.is_identity:
@@ -213,6 +231,9 @@ class IndexMap:
                     source = PAD if s == PAD else j * n_source + s
                     runs.append(Run(i * n_target + t, k, source))
         return IndexMap(self.n_source * n_source, self.n_target * n_target, _joined(runs))
+
+
+ONE = IndexMap.identity(1)
 
 
 def _joined(runs: Iterable[Run]) -> tuple[Run, ...]:

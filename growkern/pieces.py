@@ -87,12 +87,14 @@ class Side:
 
     def stretches(self, device: torch.device, dtype: torch.dtype, *, rows: bool) -> list[Stretch]:
         """Cut the side where what is copied, or how, changes; go by an index where that is too often."""
+        n, n_target = len(self.index_map.runs), self.index_map.n_target
+        long = n <= N_LONG_RUNS and n_target >= LONG * n
+        if n <= N_RUNS or long:
+            cuts = self._cuts()
+            if len(cuts) <= 4 * N_RUNS or long:
+                pads = [Stretch(PAD, cut.n, (_copy(cut),)) for cut in cuts if cut.source == PAD]
+                return [*_segments([cut for cut in cuts if cut.source != PAD]), *pads]
         make = _Copies(self, device, dtype)
-        cuts = self._cuts()
-        n, length = len(cuts), self.index_map.n_target / max(1, len(cuts))
-        if n <= N_RUNS or (length >= LONG and n <= N_LONG_RUNS):
-            pads = [Stretch(PAD, cut.n, (_copy(cut),)) for cut in cuts if cut.source == PAD]
-            return [*_segments([cut for cut in cuts if cut.source != PAD]), *pads]
         return list(self._scattered(make) if rows else self._gathered(make))
 
     def _cuts(self) -> list["_Cut"]:
@@ -103,7 +105,7 @@ class Side:
         scales, factors = self.scale.changes, self.factors.changes
         starts = sorted({*changes, *ids, *scales, *factors} - {n_target})
         run, own, scale, factor = Run(0, 0, PAD), Run(0, 0, 0), 1.0, 1.0
-        for start, end in zip(starts, [*starts[1:], n_target], strict=True):
+        for start, end in pairwise([*starts, n_target]):
             run, own = changes.get(start, run), ids.get(start, own)
             scale, factor = scales.get(start, scale), factors.get(start, factor)
             source = PAD if run.source == PAD else run.source + start - run.target
@@ -113,18 +115,11 @@ class Side:
 
     def _scattered(self, make: "_Copies") -> Iterator[Stretch]:
         """Source coordinates of equally many copies go together, each copy to a list of target coordinates."""
-        targets: dict[int, list[int]] = defaultdict(list)
-        for i, j in enumerate(self.index_map.indices):
-            targets[j].append(i)
-        if pads := targets.pop(PAD, []):
+        pads = [i for i, j in enumerate(self.index_map.indices) if j == PAD]
+        if pads:
             yield Stretch(PAD, len(pads), (make.listed(pads, place=True),))
-        by_count: dict[int, list[int]] = defaultdict(list)
-        for j in sorted(targets):
-            by_count[len(targets[j])].append(j)
-        for count, sources in sorted(by_count.items()):
-            copies = [
-                make.listed([targets[j][c] for j in sources], place=True) for c in range(count)
-            ]
+        for sources, targets in self.index_map.by_count.values():
+            copies = [make.listed(own, place=True) for own in targets]
             yield Stretch(0, len(sources), tuple(copies), make.int32(sources))
 
     def _gathered(self, make: "_Copies") -> Iterator[Stretch]:
@@ -141,27 +136,28 @@ class Side:
 
 
 class _Copies:
-    """Makes the copies of a side."""
+    """Makes the copies of a side that list their coordinates."""
 
     def __init__(self, side: Side, device: torch.device, dtype: torch.dtype) -> None:
-        self.side, self.device, self.dtype = side, device, dtype
+        self.side, self.device = side, device
+        self.scales = torch.tensor(side.scale.expanded(), dtype=dtype, device=device)
+        self.factors = self.ids = None
+        if not side.quiet:
+            self.factors = torch.tensor(side.factors.expanded(), dtype=dtype, device=device)
+            self.ids = self.int32(side.ids.indices)
 
     def int32(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
-    def floats(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=self.dtype, device=self.device)
-
     def listed(self, targets: Sequence[int], *, place: bool = False) -> Copy:
         """Any coordinates of the target."""
-        side = self.side
-        scales, factors, ids = side.scale.expanded(), side.factors.expanded(), side.ids.indices
+        at = self.int32(targets)
         return Copy(
-            targets=self.int32(targets) if place else None,
-            scales=self.floats([scales[i] for i in targets]),
-            noise=0.0 if side.quiet else 1.0,
-            noises=None if side.quiet else self.floats([factors[i] for i in targets]),
-            ids=self.int32([ids[i] for i in targets]),
+            targets=at if place else None,
+            scales=self.scales[at],
+            noise=0.0 if self.factors is None else 1.0,
+            noises=None if self.factors is None else self.factors[at],
+            ids=None if self.ids is None else self.ids[at],
         )
 
 

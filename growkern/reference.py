@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 17  # elements computed at a time: temporaries stay in cache, and two threads have work
+BLOCK = 1 << 18  # elements computed at a time: temporaries stay in cache, and every thread has work
 BYTES_MEAN, BYTES_STD = (
     510,
     147.80054127099805,
@@ -279,7 +279,7 @@ def _hash(rows: Tensor, cols: Tensor, scratch: Scratch) -> Tensor:
     _mix(torch.add(rows[:, None], cols, out=word), spare)
     torch.bitwise_right_shift(word, 8, out=spare).bitwise_and_(0x00FF00FF)
     word.bitwise_and_(0x00FF00FF).add_(spare)
-    word.mul_(0x00010001).bitwise_right_shift_(16).sub_(BYTES_MEAN)
+    word.mul_(0x00010001).bitwise_right_shift_(16).add_(-BYTES_MEAN)
     return scratch.get("drawn", shape, rows, torch.float32).copy_(word)
 
 

@@ -142,6 +142,8 @@ def check(piece: Any) -> None:
         raise IndexError(
             f"a piece of {n_rows} x {n_cols} writes beyond a target of {dst_rows} x {dst_cols}"
         )
+    if max(n_rows, n_cols, dst_rows, dst_cols) >= 1 << 31:
+        raise IndexError(f"a side of {max(dst_rows, dst_cols)} is counted in 32 bits")
     for copies, n in ((piece.row_copies, n_rows), (piece.col_copies, n_cols)):
         for copy in copies:
             vectors = (copy.targets, copy.scales, copy.noises, copy.ids)

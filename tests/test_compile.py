@@ -67,6 +67,12 @@ def test_expand_fits_registers_and_moves_16_bytes_where_it_can(built, case):
         assert (found["load"], found["store"]) == (128, 128)
 
 
+@pytest.mark.parametrize("case", FULL, ids=case_id)
+def test_rows_are_addressed_in_64_bits(built, case):
+    """A row times a stride of a tensor of 2**31 elements and more does not fit in 32."""
+    assert built[f"sm_90 {case_id(case)}"]["narrow_products"] == 0
+
+
 def test_every_specialisation_is_compiled():
     """What launches are specialised on, asked of the launcher itself."""
     import torch
@@ -110,11 +116,28 @@ def build(target: str, case: tuple[str, str, int]) -> dict[str, int]:
         if not name.isupper() and (name != "maxnreg" or TARGETS[target][0] == "cuda")
     }
     asm = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=rest).asm
-    return (
-        measure(asm["cubin"], triton.knobs.nvidia.cuobjdump.path)
-        if target == "sm_90"
-        else {"compiled": 1}
-    )
+    if target != "sm_90":
+        return {"compiled": 1}
+    found = measure(asm["cubin"], triton.knobs.nvidia.cuobjdump.path)
+    return found | {"narrow_products": narrow_products(asm["ttir"])}
+
+
+def narrow_products(ttir: str) -> int:
+    """Products of 32 bits that reach a pointer, in any number of steps that are not an index into a vector."""
+    made = {m[1]: (m[2], m[3]) for m in re.finditer(r"(%\S+) = (\S+) ([^\n]*)", ttir)}
+
+    def reaches(name: str, seen: frozenset[str]) -> int:
+        operation, rest = made.get(name, ("", ""))
+        if name in seen or operation in ("tt.load", "tt.splat", "tt.make_range", "arith.constant"):
+            return 0
+        if operation == "arith.muli":
+            return int(re.search(r"tensor<.*i32>", rest.rpartition(":")[2]) is not None)
+        return sum(
+            reaches(n, seen | {name}) for n in re.findall(r"%[\w-]+", rest.partition(":")[0])
+        )
+
+    offsets = re.findall(r"tt\.addptr %[\w-]+, (%[\w-]+) : tensor<[\dx]+x!tt", ttir)
+    return sum(reaches(name, frozenset()) for name in offsets)
 
 
 def measure(cubin: bytes, cuobjdump: str) -> dict[str, int]:

@@ -165,6 +165,21 @@ def test_pads_of_writers_are_zero_or_the_mean_and_those_of_readers_are_free():
     assert torch.equal(drawn[:, :4], source) and (drawn[:, 4:] != 0).all()
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_axes_of_no_coordinates_give_tensors_of_no_elements(backend):
+    none = AxisMap(IndexMap.identity(0), Vector.full(1.0, 0), Vector.full(1.0, 0))
+    source = torch.zeros(0, 4)
+
+    staged = execute(
+        plan_of([none, even(4, 8)]),
+        Tensors({"w": source}, {}, {"w": {"exp_avg_sq": source}}),
+        LAWS["torch.optim.adamw.AdamW"],
+        backend=backend,
+    )
+
+    assert staged.values["w"].shape == staged.states["w"]["exp_avg_sq"].shape == (0, 8)
+
+
 def test_centring_takes_the_mean_of_the_weight_and_not_of_its_state():
     source = torch.randn(6, 4, dtype=torch.float64)
     axis = AxisMap(

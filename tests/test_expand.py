@@ -364,6 +364,19 @@ def test_only_aligned_groups_of_16_bytes_are_wide_and_the_rest_is_peeled(case):
     assert not lined_up or sum(narrow) < 2 * n_wide
 
 
+@pytest.mark.gpu
+def test_targets_of_more_than_2_to_the_31_elements():
+    n_rows, n_cols = (1 << 16) + 8, 1 << 15
+    src = torch.randn(n_rows // 2, n_cols, dtype=BF16, device="cuda")
+    dst = torch.zeros(n_rows, n_cols, dtype=BF16, device="cuda")
+
+    expand([Piece(src, dst, (Copy(0), Copy(n_rows // 2)))])
+
+    for rows in (slice(0, 4), slice(n_rows // 2 - 2, n_rows // 2 + 2), slice(n_rows - 4, n_rows)):
+        at = torch.arange(n_rows, device="cuda")[rows] % (n_rows // 2)
+        assert torch.equal(dst[rows], src[at])
+
+
 WIDE = list(product([F64, F32, F16, BF16, I64], [False, True], [-1, 0, 1, 2]))
 
 
