@@ -96,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
     console = Console()
+    console.width = max(console.width, 100)  # the table, whole, in a log too
     has_gpu = torch.cuda.is_available()
     if options.gpu and not has_gpu:
         console.print("[red]--gpu: torch sees no CUDA device here[/red]")

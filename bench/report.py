@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from bench.harness import QUANTILES, ROOF, Row, machine, number, size_text, slug
+from bench.harness import ROOF, Row, machine, number, size_text, slug
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -16,7 +16,7 @@ def table(rows: Sequence[Row]) -> Table:
     drawn = Table(title=title, title_justify="left")
     for name in ("case", "size", "dtype", "backend", "phase"):
         drawn.add_column(name, no_wrap=True)
-    for name in ("p20 ms", "p50 ms", "p80 ms", "GB/s", "% roof", "peak"):
+    for name in ("ms", "GB/s", "% roof"):  # medians; the rest is in the file
         drawn.add_column(name, justify="right", no_wrap=True)
     last: tuple[object, ...] = ()
     for r in rows:
@@ -24,11 +24,10 @@ def table(rows: Sequence[Row]) -> Table:
         if last and case != last:
             drawn.add_section()
         names = [str(r["case"]), size_text(number(r["tensor_bytes"])), str(r["dtype"])]
-        times = [f"{number(r[name]):.3g}" for name in (*QUANTILES, "gb_s")]
+        times = [f"{number(r[name]):.3g}" for name in ("p50_ms", "gb_s")]
         percent = f"{number(r['roof_percent']):.0f}" if r["roof_percent"] != "" else "-"
         shown = names if case != last else ["", "", ""]
-        cells = [*shown, str(r["backend"]), str(r["phase"]), *times, percent]
-        drawn.add_row(*cells, size_text(number(r["peak_bytes"])))
+        drawn.add_row(*shown, str(r["backend"]), str(r["phase"]), *times, percent)
         last = case
     return drawn
 

@@ -258,14 +258,22 @@ def _grad_norm(plan: GrowthPlan, tensors: Tensors, side: str) -> float:
     """The global gradient norm without new blocks: from gradients in flight, else from second moments."""
     names = [getattr(row, side) for row in plan.rows if not row.new and row.constant is None]
     if tensors.grads:
-        return sum(_norm(tensors.grads[n]) ** 2 for n in names if n in tensors.grads) ** 0.5
+        return _total([tensors.grads[n] for n in names if n in tensors.grads], 2)
     states = [tensors.states[n].get("exp_avg_sq") for n in names if n in tensors.states]
-    moments = [s for s in states if isinstance(s, torch.Tensor)]
-    return sum(float(s.sum(dtype=arithmetic(s.dtype))) for s in moments) ** 0.5
+    return _total([s for s in states if isinstance(s, torch.Tensor)], 1) ** 0.5
 
 
-def _norm(t: torch.Tensor) -> float:
-    return float(torch.norm(t, dtype=arithmetic(t.dtype)))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+def _total(tensors: list[torch.Tensor], order: int) -> float:
+    """The norm of all elements, of order 1 or 2; few launches, one wait."""
+    by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for t in tensors:
+        if t.numel():
+            by_kind.setdefault((t.device, arithmetic(t.dtype)), []).append(t)
+    sums = [
+        float(torch.stack(torch._foreach_norm(members, order, dtype)).pow(order).sum())  # pyright: ignore
+        for (_, dtype), members in by_kind.items()
+    ]
+    return sum(sums) ** (1 / order)
 
 
 def _notes(

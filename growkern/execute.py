@@ -96,6 +96,7 @@ class Execution:
             trim()
 
     def _run(self, jobs: list[Job], cutter: Cutter) -> None:
+        cutter.measure(jobs)
         pieces = [piece for job in jobs for piece in cutter.pieces(*job)]
         self.n_read += sum(piece.n_read for piece in pieces) + cutter.n_read
         self.n_written += sum(piece.n_written for piece in pieces)

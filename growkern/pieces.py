@@ -3,7 +3,7 @@ a rectangle that goes to all its copies in the target, or stands for what no sou
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -204,7 +204,29 @@ class Cutter:
         self._sides: dict[tuple[object, ...], Side] = {}
         self._pairs: dict[tuple[tuple[str, ...], int], tuple[Side, Side]] = {}
         self._stretches: dict[tuple[Side, bool, torch.device, torch.dtype], list[Stretch]] = {}
+        self._stds: dict[int, Tensor] = {}
         self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+
+    def measure(self, jobs: Iterable[tuple[TensorRow, Tensor, Tensor, int]]) -> None:
+        """Measure every weight that gets noise at once, rather than each by itself; jobs as arguments of ``pieces``."""
+        noisy: dict[tuple[torch.device, torch.dtype], dict[int, Tensor]] = defaultdict(dict)
+        for row, source, target, order in jobs:
+            if order or row.constant is not None or not source.numel():
+                continue
+            centred = any(self._axes[key].centred for key in row.axes)
+            sides = self._two_sides(row.axes, 0)
+            if not centred and any(side.noisy and not side.quiet for side in sides):
+                kind = source.device, reference.arithmetic(target.dtype)
+                noisy[kind][source.data_ptr()] = source
+        for (device, dtype), by_place in noisy.items():
+            sources = list(by_place.values())
+            norms = torch.stack(torch._foreach_norm(sources, 2, dtype))  # pyright: ignore
+            roots = torch.tensor([source.numel() ** 0.5 for source in sources], dtype=dtype)
+            stds = _std(norms / roots.to(device))
+            self._stds |= {
+                source.data_ptr(): std for source, std in zip(sources, stds, strict=True)
+            }
+            self.n_read += sum(source.numel() * source.element_size() for source in sources)
 
     def pieces(self, row: TensorRow, src: Tensor, dst: Tensor, order: int) -> Iterator[Piece]:
         """Cut one target tensor. ``order``: 0 for a weight, k for state of order k in the gradient."""
@@ -227,7 +249,9 @@ class Cutter:
                 whole = r.source != PAD and c.source != PAD
                 noise = None
                 if fill.free(r, c):
-                    noise = Noise(fill.std, (self.plan.seed, _tensor_id(row.name)))
+                    std = self._stds.get(source.data_ptr())
+                    std = fill.std if std is None else std
+                    noise = Noise(std, (self.plan.seed, _tensor_id(row.name)))
                 yield Piece(
                     value,
                     target,
@@ -273,6 +297,11 @@ def _split(axes: tuple[AxisMap, ...]) -> int:
     return grown[-1] if grown else len(axes) - 1
 
 
+def _std(rms: Tensor) -> Tensor:
+    """Noise is measured in the root mean square of its weight, rounded to eight bits, so that devices that sum in another order agree."""
+    return rms.to(torch.bfloat16).to(rms.dtype) / reference.BYTES_STD
+
+
 def _tensor_id(name: str) -> int:
     return int.from_bytes(blake2b(name.encode(), digest_size=4).digest(), "little")
 
@@ -288,14 +317,10 @@ class _Fill:
 
     @cached_property
     def std(self) -> Tensor:
-        """Root mean square of the source, in which noise is measured, per whole number that is drawn.
-
-        Rounded to eight bits, so that devices that sum in another order agree.
-        """
+        """Of the noise, where it was not measured before."""
         self.n_statistics += 1
         norm: Tensor = torch.norm(self.source, dtype=self.dtype)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-        rms = norm / max(1, self.source.numel()) ** 0.5  # pyright: ignore[reportUnknownVariableType]
-        return rms.to(torch.bfloat16).to(self.dtype) / reference.BYTES_STD  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+        return _std(norm / max(1, self.source.numel()) ** 0.5)  # pyright: ignore[reportUnknownArgumentType]
 
     def pads(self, r: Stretch, c: Stretch) -> list[Pad]:
         return [side.pad for side, s in ((self.rows, r), (self.cols, c)) if s.source == PAD]
