@@ -234,6 +234,7 @@ class Cutter:
             into = dst.view(-1, dst.shape[-1])
             yield Piece(self._constant(row.constant, dst).expand_as(into), into)
             return
+        measured = self._stds.get(src.data_ptr())  # of the live tensor: memory of a copy may have been another's
         for axis, key in enumerate(row.axes):
             if order == 0 and self._axes[key].centred:
                 src = src - src.mean(axis, keepdim=True)
@@ -249,8 +250,7 @@ class Cutter:
                 whole = r.source != PAD and c.source != PAD
                 noise = None
                 if fill.free(r, c):
-                    std = self._stds.get(source.data_ptr())
-                    std = fill.std if std is None else std
+                    std = fill.std if measured is None else measured
                     noise = Noise(std, (self.plan.seed, _tensor_id(row.name)))
                 yield Piece(
                     value,

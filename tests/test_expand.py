@@ -101,7 +101,8 @@ class Case:
 
     ``n_copies``: of the rows and of the columns. ``n_sources``: rows and columns of the source where they are indexed.
     ``vectors``: a number per row (per column) instead of one for all: scales, noise factors, counters. ``scattered``: every row
-    goes to a place of its own. ``offset``: of the target in memory, in columns.
+    goes to a place of its own. ``offset``: of the target in memory, in columns; ``skip``: columns of it
+    before the first copy.
     """
 
     src: torch.dtype
@@ -110,6 +111,7 @@ class Case:
     source: str = "plain"
     offset: int = 0
     gap: int = 0
+    skip: int = 0
     n_copies: tuple[int, int] = (1, 1)
     n_sources: tuple[int | None, int | None] = (None, None)
     scales: tuple[float, ...] = (1.0,)
@@ -138,6 +140,7 @@ class Case:
         src = (random_bits if self.bits else numbers)((from_rows, from_cols), self.src, g)
         height, width = ((n + self.gap) * k for n, k in zip(self.shape, self.n_copies, strict=True))
         n_wide = 16 // self.dst.itemsize
+        width += self.skip
         memory = torch.full(
             (height + 2, (width + self.offset + 2 * n_wide) // n_wide * n_wide),
             POISON[self.dst.itemsize],
@@ -153,7 +156,7 @@ class Case:
         row_copies, col_copies = (
             tuple(
                 Copy(
-                    (n + self.gap) * k,
+                    (n + self.gap) * k + skip,
                     scale=self.scales[k % len(self.scales)],
                     scales=factors(n, dtype, g) if has else None,
                     noise=[1.0, -0.5, 0.0][k % 3],
@@ -163,7 +166,9 @@ class Case:
                 )
                 for k in range(count)
             )
-            for n, count, has in zip(self.shape, self.n_copies, self.vectors, strict=True)
+            for n, count, has, skip in zip(
+                self.shape, self.n_copies, self.vectors, (0, self.skip), strict=True
+            )
         )
         if self.scattered:
             row_copies = tuple(
@@ -190,6 +195,7 @@ def cases(rows: list[int], cols: list[int]) -> st.SearchStrategy[Case]:
         source=st.sampled_from(SOURCES),
         offset=st.sampled_from([0, 0, 1, 3, 8]),
         gap=st.sampled_from([0, 0, 1, 8]),
+        skip=st.sampled_from([0, 0, 1, 3]),
         n_copies=st.tuples(st.integers(1, 3), st.integers(1, 3)),
         n_sources=st.tuples(index, index),
         scattered=st.booleans(),
@@ -375,6 +381,22 @@ def test_targets_of_more_than_2_to_the_31_elements():
     for rows in (slice(0, 4), slice(n_rows // 2 - 2, n_rows // 2 + 2), slice(n_rows - 4, n_rows)):
         at = torch.arange(n_rows, device="cuda")[rows] % (n_rows // 2)
         assert torch.equal(dst[rows], src[at])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("skip", [1, 3, 5])
+@pytest.mark.parametrize("n_cols", [2, 60, 64, BLOCK_C + 9])
+def test_heads_and_tails_are_peeled_off_an_aligned_body(dtype, skip, n_cols):
+    n_wide = 16 // dtype.itemsize
+    gap = -n_cols % n_wide
+    built = Case(dtype, dtype, (5, n_cols), skip=skip, gap=gap, n_copies=(2, 2)).build()
+
+    found = list(table.stretches(built[2], n_cols))
+
+    wide = [n for _, n, flags in found if flags & table.DST_WIDE.value]
+    head = min(n_cols, -skip % n_wide)
+    assert wide == [n for n in [(n_cols - head) // n_wide * n_wide] if n]
+    check([built])
 
 
 WIDE = list(product([F64, F32, F16, BF16, I64], [False, True], [-1, 0, 1, 2]))
