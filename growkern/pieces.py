@@ -234,7 +234,9 @@ class Cutter:
             into = dst.view(-1, dst.shape[-1])
             yield Piece(self._constant(row.constant, dst).expand_as(into), into)
             return
-        measured = self._stds.get(src.data_ptr())  # of the live tensor: memory of a copy may have been another's
+        measured = self._stds.get(
+            src.data_ptr()
+        )  # of the live tensor: memory of a copy may have been another's
         for axis, key in enumerate(row.axes):
             if order == 0 and self._axes[key].centred:
                 src = src - src.mean(axis, keepdim=True)
