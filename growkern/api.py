@@ -12,15 +12,15 @@ from torch.optim import Optimizer
 from growkern.commit import check_blocks, commit
 from growkern.depth import IdentityBlocks
 from growkern.describe import describe, describe_optimizer, tensors_of
-from growkern.errors import GrowthError, PlanError, UnsupportedOptimizerError
+from growkern.errors import CommitError, GrowthError, PlanError, UnsupportedOptimizerError
 from growkern.execute import Execution, Memory
 from growkern.forgotten import Live, forgotten_schedulers, refuse_forgotten
 from growkern.groups import check_scheduler, schedulers
-from growkern.law import build
+from growkern.law import build, check
 from growkern.memory import elsewhere, in_place
 from growkern.methods import DepthMethod, WidthMethod
 from growkern.plan import GrowthPlan
-from growkern.reference import arithmetic
+from growkern.reference import norm_of
 from growkern.report import GrowthReport
 from growkern.sizes import Target, resolve_sizes
 from growkern.spaces import ModelSpec
@@ -147,7 +147,7 @@ def expand_inplace(
     if plan is None:
         plan = _plan(found, to, width, depth, state, seed)
     else:
-        _check_plan(plan, found)
+        check(plan, found)
     law = described.law if described else None
     factors = lr_factors(plan, law, described)
     split = {name: f for name, f in factors.items() if f and f != 1} if dynamics == "mup" else {}
@@ -166,22 +166,21 @@ def expand_inplace(
     with torch.inference_mode(False), torch.no_grad():
         sources = tensors_of(model, optim, found)
         run = Execution(plan, sources, law, backend=backend, memory=memory)
-        norm = _grad_norm(plan, sources, "source")
+        norms = [_grad_norm(plan, sources, "source")]
         lean = run.memory == "lean"
-        parts = run.parts() if lean else [*run.parts()]
+        try:
+            parts = run.parts() if lean else [*run.parts()]
+        except GrowthError:
+            raise
+        except Exception as error:
+            raise CommitError(f"the growth failed before anything was changed: {error}") from error
         with elsewhere() if lean else nullcontext(in_place) as keep:
             commit(
-                plan,
-                parts,
-                model,
-                optim,
-                described,
-                keep=keep,
-                lr_factors=split,
-                scheduler=scheduler,
-            )
+                plan, parts, model, optim, described, keep=keep, lr_factors=split, scheduler=scheduler,
+                last=lambda: norms.append(_grad_norm(plan, tensors_of(model, optim, found), "name")),
+            )  # fmt: skip
         del parts
-        grown = _grad_norm(plan, tensors_of(model, optim, found), "name")
+        before, after = norms
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
     counts: dict[float | None, int] = {}
@@ -203,7 +202,7 @@ def expand_inplace(
         peak_bytes=run.peak_bytes,
         lr_factors=counts,
         lr_applied=dynamics == "mup",
-        grad_norm_factor=grown / norm if norm > 0 and grown > 0 else None,
+        grad_norm_factor=after / before if before > 0 and after > 0 else None,
         noisy=plan.noisy,
         notes=(*plan.notes, *_notes(plan, found, described, factors, split, scheduler)),
     )
@@ -245,35 +244,13 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def _check_plan(plan: GrowthPlan, spec: ModelSpec) -> None:
-    if dict(plan.source_sizes) != dict(spec.sizes) or {row.source for row in plan.rows} != set(
-        spec.tensors
-    ) - set(spec.ties):
-        raise PlanError(
-            f"the plan is for a {plan.family} of {dict(plan.source_sizes)}, this {spec.family} has {dict(spec.sizes)}; plan anew."
-        )
-
-
 def _grad_norm(plan: GrowthPlan, tensors: Tensors, side: str) -> float:
     """The global gradient norm without new blocks: from gradients in flight, else from second moments."""
     names = [getattr(row, side) for row in plan.rows if not row.new and row.constant is None]
     if tensors.grads:
-        return _total([tensors.grads[n] for n in names if n in tensors.grads], 2)
+        return norm_of([tensors.grads[n] for n in names if n in tensors.grads], 2)
     states = [tensors.states[n].get("exp_avg_sq") for n in names if n in tensors.states]
-    return _total([s for s in states if isinstance(s, torch.Tensor)], 1) ** 0.5
-
-
-def _total(tensors: list[torch.Tensor], order: int) -> float:
-    """The norm of all elements, of order 1 or 2; few launches, one wait."""
-    by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    for t in tensors:
-        if t.numel():
-            by_kind.setdefault((t.device, arithmetic(t.dtype)), []).append(t)
-    sums = [
-        float(torch.stack(torch._foreach_norm(members, order, dtype)).pow(order).sum())  # pyright: ignore
-        for (_, dtype), members in by_kind.items()
-    ]
-    return sum(sums) ** (1 / order)
+    return norm_of([s for s in states if isinstance(s, torch.Tensor)], 1) ** 0.5
 
 
 def _notes(

@@ -3,7 +3,7 @@
 import copy
 import signal
 import threading
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -31,6 +31,7 @@ def commit(
     keep: Keep = in_place,
     lr_factors: dict[str, float] | None = None,
     scheduler: object | None = None,
+    last: Callable[[], object] = lambda: None,
 ) -> None:
     """Make the model and the optimizer the target, or leave them bitwise as they were.
 
@@ -43,6 +44,7 @@ def commit(
         keep: Where replaced tensors wait until the growth has succeeded.
         lr_factors: Parameter name -> lasting factor on its learning rate; groups are split where they differ.
         scheduler: The learning-rate scheduler that drives ``optim``; follows the groups.
+        last: Called on the grown model, while everything can still be taken back.
 
     Raises:
         CommitError: Something failed; everything has been put back.
@@ -71,6 +73,9 @@ def commit(
                 decay = bool(described.law and described.law.keeps_decay)
                 split_groups(optim, target, lr_factors or {}, scheduler, decay, undo)
                 _check(optim)
+            last()
+            if held:
+                raise KeyboardInterrupt
         except BaseException as error:
             undo.back()
             if isinstance(error, CommitError):
@@ -93,7 +98,7 @@ def _uninterrupted() -> Generator[list[int], None, None]:
         yield held
     finally:
         signal.signal(signal.SIGINT, before)
-    if held:
+    if held:  # since the last look; what was written stays
         signal.raise_signal(held[0])
 
 

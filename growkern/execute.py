@@ -113,6 +113,7 @@ class Execution:
             )
             if row.source in self.plan.counters:
                 target.copy_(torch.arange(target.shape[-1], device=target.device).expand_as(target))
+                self.n_written += target.numel() * target.element_size()
                 continue
             jobs.append((row, source, target, 0))
             if _grows_grad(row, self.sources):
@@ -253,7 +254,10 @@ def _run(pieces: list[Piece], backend: str | None) -> None:
         if reasons := unavailable(chosen, device):
             raise GrowthError(f"cannot run backend={backend!r}: {'; '.join(reasons)}.")
         if chosen == "triton":
-            from growkern.kernels.expand import expand
-        else:
-            expand = reference.expand
-        expand(group)
+            from growkern.kernels.expand import DTYPES, expand
+
+            expand([piece for piece in group if piece.dst.dtype in DTYPES])
+            group = [
+                piece for piece in group if piece.dst.dtype not in DTYPES
+            ]  # bool and small integers: buffers
+        reference.expand(group)

@@ -6,13 +6,13 @@
 where ``f`` is the factor by which the norm's mean square changes, which its epsilon must follow.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import isclose, sqrt
+from math import isclose, isfinite, sqrt
 
 from growkern.errors import PlanError, raise_all
 from growkern.index_map import PAD, IndexMap, Vector, concat_maps, concat_vectors
-from growkern.methods import Contract, Depth, DepthMethod, Width, WidthMethod
+from growkern.methods import BlockRow, Contract, Depth, DepthMethod, Width, WidthMethod
 from growkern.plan import AxisMap, GrowthPlan, Pad, TensorRow
 from growkern.spaces import AxisUse, ModelSpec, size_value, space_of
 
@@ -111,20 +111,11 @@ def build(
         blocks=deep.blocks if spec.blocks else (),
         ties=dict(spec.ties),
         counters=spec.counters,
-        attributes={
-            name: index if size == "block" else size_value(size, sizes)
-            for source, size in spec.attributes.items()
-            for name, index in _targets(spec, deep, source)
-        }
-        | {
-            name: axes[keys[spec.tensors[tensor][axis]]].index_map.n_target
-            for source, (tensor, axis) in spec.leaves.items()
-            for name, _ in _targets(spec, deep, source)
-        },
+        attributes=_attributes(spec, deep.blocks, sizes),
         eps={
             name: factor
             for source, factor in eps.items()
-            for name, _ in _targets(spec, deep, source)
+            for name, _ in _targets(spec, deep.blocks, source)
             if factor != 1
         },
         config={name: size_value(size, sizes) for name, size in spec.config.items()},
@@ -133,6 +124,72 @@ def build(
         reasons=reasons,
         notes=(shared,) if spec.config_eps and len(norm_eps) > 1 else (),
     )
+
+
+def _attributes(
+    spec: ModelSpec, blocks: Sequence[BlockRow], sizes: Mapping[str, int]
+) -> dict[str, int]:
+    """Every size that a module of the target caches."""
+    target = replace(spec, sizes=sizes)
+    own = {
+        name: index if size == "block" else size_value(size, sizes)
+        for source, size in spec.attributes.items()
+        for name, index in _targets(spec, blocks, source)
+    }
+    return own | {
+        name: target.shape(tensor)[axis]
+        for source, (tensor, axis) in spec.leaves.items()
+        for name, _ in _targets(spec, blocks, source)
+    }
+
+
+def check(plan: GrowthPlan, spec: ModelSpec) -> None:
+    """Raise PlanError for a plan that is not one for this model: it may have been made for another, or written by hand."""
+    names = set(spec.tensors) - set(spec.ties)
+    blocks = plan.blocks
+    if dict(plan.source_sizes) != dict(spec.sizes) or {row.source for row in plan.rows} != names:
+        raise PlanError(
+            f"the plan is for a {plan.family} of {dict(plan.source_sizes)}, this {spec.family} has {dict(spec.sizes)}; plan anew."
+        )
+    problems: list[str] = []
+    kept = [block.source for block in blocks if not block.new]
+    n_layers = spec.sizes.get("layers", 0)
+    if blocks and (
+        kept != list(range(n_layers))
+        or not all(0 <= block.source < n_layers for block in blocks)
+        or len(blocks) != plan.target_sizes.get("layers")
+        or plan.path != (spec.blocks.path if spec.blocks else "")
+    ):
+        problems.append("its blocks are not those of the model and new ones.")
+    else:
+        expected = [(n, source) for source in names for n, _ in _targets(spec, blocks, source)]
+        if sorted((row.name, row.source) for row in plan.rows) != sorted(expected):
+            problems.append("its rows are not the tensors of the target.")
+        target = replace(spec, sizes=plan.target_sizes)
+        for row in plan.rows:
+            known = set(row.axes) <= set(plan.axes)
+            found, wanted = plan.shapes(row)[1] if known else row.axes, target.shape(row.source)
+            if found != wanted:
+                problems.append(f"{row.name}: has shape {found}, the target {wanted}.")
+        if dict(plan.attributes) != _attributes(spec, blocks, plan.target_sizes):
+            problems.append("its attributes are not the sizes that the target's modules cache.")
+    eps = {f"{name.removesuffix('.weight')}.{norm.eps}" for name, _, norm in spec.norms()}
+    eps = (
+        {name for source in eps for name, _ in _targets(spec, blocks, source)}
+        if not problems
+        else eps
+    )
+    if not problems and (
+        not set(plan.eps) <= eps or not all(isfinite(f) and f > 0 for f in plan.eps.values())
+    ):
+        problems.append("its factors on eps are not of the target's norms, or no positive numbers.")
+    if dict(plan.ties) != dict(spec.ties) or tuple(plan.counters) != tuple(spec.counters):
+        problems.append("its ties or counters are not the model's.")
+    if plan.state not in ("exact", "drop") or any(
+        row.state not in ("law", "fresh") for row in plan.rows
+    ):
+        problems.append("its state is neither 'exact' nor 'drop'.")
+    raise_all(PlanError, f"this plan for a {plan.family} cannot be run:", problems)
 
 
 def norm_factors(spec: ModelSpec, wide: Width) -> dict[str, float | None]:
@@ -197,13 +254,13 @@ def _axis_map(axis: AxisUse, wide: Width, factors: Mapping[str, float | None]) -
     )
 
 
-def _targets(spec: ModelSpec, deep: Depth, name: str) -> Iterator[tuple[str, int]]:
+def _targets(spec: ModelSpec, blocks: Sequence[BlockRow], name: str) -> Iterator[tuple[str, int]]:
     """Every name that a source name has in the target, and the index of its block."""
     place = spec.block_of(name)
-    if place is None or not deep.blocks:
+    if place is None or not blocks:
         yield name, 0
         return
-    for index, block in enumerate(deep.blocks):
+    for index, block in enumerate(blocks):
         if block.source == place[0]:
             yield f"{spec.blocks.path}.{index}.{place[1]}" if spec.blocks else name, index
 
@@ -214,7 +271,7 @@ def _rows(spec: ModelSpec, deep: Depth, keys: Mapping[AxisUse, str]) -> Iterator
             continue
         row = TensorRow(source, source, tuple(keys[axis] for axis in axes))
         place = spec.block_of(source)
-        for name, index in _targets(spec, deep, source):
+        for name, index in _targets(spec, deep.blocks, source):
             yield (
                 _in_block(replace(row, name=name), spec, deep, index, place[1])
                 if place and deep.blocks

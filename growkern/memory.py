@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,18 +42,19 @@ def elsewhere() -> Generator[Keep, None, None]:
     """Keep tensors of a GPU on the host, and those of the host in a temporary file, so that their memory is free at once."""
     files = ExitStack()
     file: list[Any] = []
+    kept: dict[
+        int, Callable[[], Tensor]
+    ] = {}  # by storage: tensors that share one still do when they are back
 
     def keep(tensor: Tensor) -> Callable[[], Tensor]:
-        raw = _raw(tensor)
+        raw, place = _raw(tensor), tensor.untyped_storage().data_ptr()
         if not tensor.is_cuda and not file:
             opened = tempfile.TemporaryFile(prefix="growkern-", buffering=0)  # noqa: SIM115
             file.append(files.enter_context(opened))
-        back = _to_host(raw) if tensor.is_cuda else _to_file(raw, file[0])
-        dtype, device, layout = (
-            tensor.dtype,
-            tensor.device,
-            (tensor.storage_offset(), tensor.shape, tensor.stride()),
-        )
+        if place not in kept:
+            kept[place] = cache(_to_host(raw) if tensor.is_cuda else _to_file(raw, file[0]))
+        back, dtype, device = kept[place], tensor.dtype, tensor.device
+        layout = tensor.storage_offset(), tensor.shape, tensor.stride()
         return lambda: torch.empty(0, dtype=dtype, device=device).set_(
             back().untyped_storage(), *layout
         )

@@ -209,18 +209,20 @@ class Cutter:
 
     def measure(self, jobs: Iterable[tuple[TensorRow, Tensor, Tensor, int]]) -> None:
         """Measure every weight that gets noise at once, rather than each by itself; jobs as arguments of ``pieces``."""
-        noisy: dict[tuple[torch.device, torch.dtype], dict[int, Tensor]] = defaultdict(dict)
+        noisy: dict[tuple[torch.device, torch.dtype, torch.dtype], dict[int, Tensor]] = defaultdict(
+            dict
+        )
         for row, source, target, order in jobs:
             if order or row.constant is not None or not source.numel():
                 continue
             centred = any(self._axes[key].centred for key in row.axes)
             sides = self._two_sides(row.axes, 0)
             if not centred and any(side.noisy and not side.quiet for side in sides):
-                kind = source.device, reference.arithmetic(target.dtype)
+                kind = source.device, reference.arithmetic(target.dtype), source.dtype
                 noisy[kind][source.data_ptr()] = source
-        for (device, dtype), by_place in noisy.items():
+        for (device, dtype, _), by_place in noisy.items():
             sources = list(by_place.values())
-            norms = torch.stack(torch._foreach_norm(sources, 2, dtype))  # pyright: ignore
+            norms = reference.norms_of(sources, 2)
             roots = torch.tensor([source.numel() ** 0.5 for source in sources], dtype=dtype)
             stds = _std(norms / roots.to(device))
             self._stds |= {
@@ -231,7 +233,7 @@ class Cutter:
     def pieces(self, row: TensorRow, src: Tensor, dst: Tensor, order: int) -> Iterator[Piece]:
         """Cut one target tensor. ``order``: 0 for a weight, k for state of order k in the gradient."""
         if row.constant is not None:
-            into = dst.view(-1, dst.shape[-1])
+            into = dst.view(1, dst.numel())
             yield Piece(self._constant(row.constant, dst).expand_as(into), into)
             return
         measured = self._stds.get(
@@ -239,6 +241,7 @@ class Cutter:
         )  # of the live tensor: memory of a copy may have been another's
         for axis, key in enumerate(row.axes):
             if order == 0 and self._axes[key].centred:
+                self.n_read += 2 * src.numel() * src.element_size()
                 src = src - src.mean(axis, keepdim=True)
         rows, cols = self._two_sides(row.axes, order)
         source = src.reshape(rows.index_map.n_source, cols.index_map.n_source)
@@ -315,14 +318,15 @@ class _Fill:
         self, source: Tensor, rows: Side, cols: Side, order: int, dtype: torch.dtype
     ) -> None:
         self.source, self.rows, self.cols, self.order, self.dtype = source, rows, cols, order, dtype
+        self._means: dict[tuple[bool, bool], Tensor] = {}
         self.n_statistics = 0  # times that the whole source is read for one
 
     @cached_property
     def std(self) -> Tensor:
         """Of the noise, where it was not measured before."""
         self.n_statistics += 1
-        norm: Tensor = torch.norm(self.source, dtype=self.dtype)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-        return _std(norm / max(1, self.source.numel()) ** 0.5)  # pyright: ignore[reportUnknownArgumentType]
+        norm = reference.norms_of([self.source], 2)[0]
+        return _std(norm / max(1, self.source.numel()) ** 0.5)
 
     def pads(self, r: Stretch, c: Stretch) -> list[Pad]:
         return [side.pad for side, s in ((self.rows, r), (self.cols, c)) if s.source == PAD]
@@ -346,11 +350,22 @@ class _Fill:
             return self.mean_of_law.expand(r.n, c.n), False
         if self.order or any(pad != "mean" for pad in pads):
             return self.source.new_zeros(1, 1).expand(r.n, c.n), True
-        axes = [axis for axis, span in enumerate((r, c)) if span.source == PAD]
-        self.n_statistics += 1
-        mean = self.source.mean(axes, keepdim=True, dtype=self.dtype)
+        mean = self.mean(r.source == PAD, c.source == PAD)
         rows = mean if r.source == PAD else _taken(mean, 0, r)
         return (rows if c.source == PAD else _taken(rows, 1, c)).expand(r.n, c.n), True
+
+    def mean(self, over_rows: bool, over_cols: bool) -> Tensor:
+        """Mean over the rows, the columns or both, (1, C), (R, 1) or (1, 1); measured once."""
+        if (over_rows, over_cols) not in self._means:
+            self.n_statistics += 1
+            found = list(reference.blocks(self.source))
+            if over_cols:
+                found = [block.mean(1, keepdim=True) for block in found]
+            if over_rows:
+                n = max(1, self.source.shape[0])
+                found = [torch.stack([block.sum(0, keepdim=True) for block in found]).sum(0) / n]
+            self._means[over_rows, over_cols] = torch.cat(found)
+        return self._means[over_rows, over_cols]
 
     @cached_property
     def mean_of_law(self) -> Tensor:
@@ -361,7 +376,8 @@ class _Fill:
         )
         self.n_statistics += 1
         n = self.rows.n_copied * self.cols.n_copied
-        return (rows @ (self.source.to(self.dtype) @ cols) / max(1, n)).view(1, 1)
+        by_row = torch.cat([block @ cols for block in reference.blocks(self.source)])
+        return (rows @ by_row / max(1, n)).view(1, 1)
 
 
 def _part(tensor: Tensor, r: Stretch, c: Stretch) -> Tensor:

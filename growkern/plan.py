@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from math import prod
+from math import isfinite, prod
 from typing import Any, Literal
 
 from growkern.errors import PlanError
@@ -39,7 +39,20 @@ class AxisMap:
 
     def __post_init__(self) -> None:
         lengths = len(self.weight_scale), len(self.grad_scale)
-        if lengths != (self.index_map.n_target,) * 2:
+        values = [
+            v for vector in (self.weight_scale, self.grad_scale) for v, n in vector.pieces if n > 0
+        ]
+        if not all(map(isfinite, [*values, self.noise])) or self.pad not in (
+            "zero",
+            "mean",
+            "normal",
+        ):
+            raise PlanError(
+                f"an axis has scales or noise that are no numbers, or the pad {self.pad!r}."
+            )
+        if lengths != (self.index_map.n_target,) * 2 or any(
+            n < 1 for vector in (self.weight_scale, self.grad_scale) for _, n in vector.pieces
+        ):
             raise PlanError(
                 f"an axis of {self.index_map.n_target} coordinates has scales of {lengths}."
             )
@@ -182,7 +195,14 @@ class GrowthPlan:
                 "config_eps": tuple(eps) if eps else None,
             }
             return GrowthPlan(**data)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise PlanError(f"cannot read the plan: {error!r}; only what to_json wrote.") from None
 
     def __str__(self) -> str:

@@ -123,6 +123,34 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """Parts of a tensor in its arithmetic's dtype; one of lower precision goes block by block, so that no copy of it is made."""
+    dtype = arithmetic(tensor.dtype)
+    if tensor.dtype == dtype or tensor.dim() == 0:
+        yield tensor.to(dtype)
+        return
+    step = max(1, BLOCK * tensor.shape[0] // max(1, tensor.numel()))
+    for start in range(0, tensor.shape[0], step):
+        yield tensor[start : start + step].to(dtype)
+
+
+def norms_of(tensors: Sequence[Tensor], order: int) -> Tensor:
+    """The norm of every tensor, of order 1 or 2, without a copy of any; all on one device, computed in one dtype."""
+    if all(tensor.dtype == arithmetic(tensor.dtype) for tensor in tensors):
+        return torch.stack(torch._foreach_norm(list(tensors), order))  # pyright: ignore
+    parts = [torch.stack([torch.norm(b, order) for b in blocks(t)]) for t in tensors]  # pyright: ignore
+    return torch.stack([part.pow(order).sum().pow(1 / order) for part in parts])  # pyright: ignore
+
+
+def norm_of(tensors: Sequence[Tensor], order: int) -> float:
+    """The norm of all elements of all tensors; one wait per device and dtype."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return sum(float(norms_of(ts, order).pow(order).sum()) for ts in kinds.values()) ** (1 / order)
+
+
 def expand(pieces: Sequence[Piece]) -> None:
     """Write every piece.
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from growkern.errors import CommitError
 from growkern.memory import Keep, in_place
 
 K = TypeVar("K")
@@ -38,6 +39,7 @@ class Undo:
         def back() -> None:
             p.grad = None
             with torch.no_grad():
+                p.set_(torch.empty(0, dtype=p.dtype, device=p.device))  # pyright: ignore[reportArgumentType]  # room for the source
                 p.set_(before())  # pyright: ignore[reportArgumentType]
             p.grad = left if before_grad is None else before_grad()
 
@@ -72,6 +74,24 @@ class Undo:
         target[:] = content
 
     def back(self) -> None:
-        """Take everything back."""
-        while self.steps:
-            self.steps.pop()()
+        """Take everything back; a step that fails is tried again when the others have freed their memory.
+
+        Raises:
+            CommitError: Something could not be taken back.
+        """
+        for last in (False, True):
+            failed: list[Callable[[], object]] = []
+            errors: list[Exception] = []
+            while self.steps:
+                step = self.steps.pop()
+                try:
+                    step()
+                except Exception as error:
+                    failed.append(step)
+                    errors.append(error)
+            self.steps = failed[::-1]
+            if failed and last:
+                raise CommitError(
+                    f"the growth failed, and {len(failed)} of its changes could not be taken back ({errors[0]}): model and "
+                    "optimizer are lost; load them from a checkpoint."
+                )

@@ -135,7 +135,7 @@ def expand(pieces: Sequence[Any]) -> None:
             store; a pure copy is bit-exact.
 
     Raises:
-        IndexError: A piece reads or writes beyond its tensors; nothing has been launched.
+        IndexError: A piece does not fit its tensors (values of indices are not looked at); nothing has been launched.
     """
     table, launches = Table(), []
     for (src, dst, n_staged), members in kinds(pieces).items():

@@ -134,7 +134,7 @@ def _pointer(t: torch.Tensor | None) -> int:
 
 
 def check(piece: Any) -> None:
-    """Raise IndexError for a piece that reads or writes beyond its tensors."""
+    """Raise IndexError for a piece that reads or writes beyond its tensors; values of indices are the plan's, which has checked them."""
     (n_rows, n_cols), (dst_rows, dst_cols) = piece.shape, piece.dst.shape
     last_row = max((c.target + n_rows for c in piece.row_copies if c.targets is None), default=0)
     last_col = max((c.target + n_cols for c in piece.col_copies), default=0)
@@ -144,11 +144,38 @@ def check(piece: Any) -> None:
         )
     if max(n_rows, n_cols, dst_rows, dst_cols) >= 1 << 31:
         raise IndexError(f"a side of {max(dst_rows, dst_cols)} is counted in 32 bits")
+    if n_cols and dst_rows > 1 and piece.dst.stride(0) < dst_cols:
+        raise IndexError("the rows of a target overlap")
+    math = torch.float64 if piece.dst.dtype == torch.float64 else torch.float32
+    whole = [(piece.rows, n_rows), (piece.cols, n_cols)]
+    parts: list[tuple[Any, int]] = []
     for copies, n in ((piece.row_copies, n_rows), (piece.col_copies, n_cols)):
-        for copy in copies:
-            vectors = (copy.targets, copy.scales, copy.noises, copy.ids)
-            if copy.target < 0 or any(v is not None and len(v) != n for v in vectors):
+        whole += [(vector, n) for copy in copies for vector in (copy.targets, copy.ids)]
+        parts += [(vector, n) for copy in copies for vector in (copy.scales, copy.noises)]
+        if any(not copy.target >= 0 or not 0 <= copy.first_id <= (1 << 31) - n for copy in copies):
+            raise IndexError(
+                f"a copy of {n} rows or columns begins before its target or its counters"
+            )
+    if any(copy.targets is not None for copy in piece.col_copies):
+        raise IndexError("columns cannot be scattered")
+    if piece.noise is not None:
+        parts.append((piece.noise.std.view(-1), 1))
+    for vectors, dtype in ((whole, torch.int32), (parts, math)):
+        for vector, n in vectors:
+            if vector is None:
+                continue
+            if len(vector) != n:
                 raise IndexError(f"a copy of {n} rows or columns has vectors of another length")
+            if (
+                vector.dtype != dtype
+                or not vector.is_contiguous()
+                or vector.device != piece.dst.device
+            ):
+                raise IndexError(
+                    f"a vector is {vector.dtype} on {vector.device}; contiguous {dtype} is read"
+                )
+    if piece.src.device != piece.dst.device or piece.src.is_meta:
+        raise IndexError(f"a piece goes from {piece.src.device} to {piece.dst.device}")
 
 
 def stretches(piece: Any, n_cols: int) -> Iterator[tuple[int, int, int]]:

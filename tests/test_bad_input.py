@@ -383,10 +383,62 @@ def test_a_plan_for_tensors_of_other_shapes_changes_nothing():
     up["axes"], down["axes"] = down["axes"], up["axes"]
     before = {name: p.clone() for name, p in model.named_parameters()}
 
-    with pytest.raises(PlanError, match=r"up_proj.weight: has shape \(.*\), the plan is for"):
+    with pytest.raises(
+        PlanError, match=r"up_proj.weight: has shape \(48, 80\), the target \(80, 48\)"
+    ):
         growkern.expand_inplace(model, plan=growkern.GrowthPlan.from_json(json.dumps(data)))
 
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def edit(path, value):
+    """A hand in a plan: ``a.b.0`` names a place in its JSON."""
+
+    def edited(data):
+        *parts, last = path.split("/")
+        for part in parts:
+            data = data[int(part) if isinstance(data, list) else part]
+        data[int(last) if isinstance(data, list) else last] = value
+
+    return edited
+
+
+EDITS = {
+    "a name": (edit("rows/3/name", "model.norm.weight"), "rows are not the tensors"),
+    "an axis key": (edit("rows/3/axes", ["no", "such"]), "has shape .*no.*such"),
+    "a block": (edit("blocks/0/source", 7), "blocks are not those"),
+    "the path": (edit("path", "model.nowhere"), "blocks are not those"),
+    "an attribute": (edit("attributes/model.forward", 3), "attributes are not the sizes"),
+    "a size": (edit("target_sizes/vocab", 70), "has shape|attributes"),
+    "a tie": (edit("ties", {}), "ties or counters"),
+    "the state": (edit("state", "maybe"), "state is neither"),
+    "eps": (edit("eps", {"model.norm.variance_epsilon": -1.0}), "factors on eps"),
+}
+
+
+@pytest.mark.parametrize(("change", "match"), EDITS.values(), ids=EDITS)
+def test_a_plan_that_a_hand_has_edited_changes_nothing(change, match):
+    model = make("llama", tied=True)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    data = json.loads(growkern.plan(model, to={"hidden": 48, "layers": 3}).to_json())
+    change(data)
+
+    with pytest.raises(PlanError, match=match):
+        growkern.expand_inplace(model, plan=growkern.GrowthPlan.from_json(json.dumps(data)))
+
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["weight_scale", "grad_scale", "noise"])
+def test_a_plan_with_numbers_that_are_none_is_not_read(key, value):
+    data = json.loads(growkern.plan(make("llama", tied=True)).to_json())
+    axis = next(iter(data["axes"].values()))
+    n = axis["index_map"]["n_target"]
+    axis[key] = value if key == "noise" else {"pieces": [[value, n]]}
+
+    with pytest.raises(PlanError, match="scales or noise that are no numbers"):
+        growkern.GrowthPlan.from_json(json.dumps(data))
 
 
 def shared_blocks():

@@ -180,6 +180,27 @@ def test_axes_of_no_coordinates_give_tensors_of_no_elements(backend):
     assert staged.values["w"].shape == staged.states["w"]["exp_avg_sq"].shape == (0, 8)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32])
+def test_buffers_of_any_dtype_are_copied(backend, dtype):
+    source = torch.randint(0, 2, (4, 6)).to(dtype)
+
+    staged = execute(
+        plan_of([writer(4, 8), writer(6, 6)]), Tensors({"w": source}), None, backend=backend
+    )
+
+    assert torch.equal(staged.values["w"], torch.cat([source, source]))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3, 2)])
+def test_constants_fill_tensors_of_any_shape(shape):
+    axes = [AxisMap(IndexMap.identity(n), Vector.full(1.0, n), Vector.full(1.0, n)) for n in shape]
+
+    staged = execute(plan_of(axes, constant=0.5), Tensors({"w": torch.ones(shape)}), None)
+
+    assert torch.equal(staged.values["w"], torch.full(shape, 0.5))
+
+
 def test_centring_takes_the_mean_of_the_weight_and_not_of_its_state():
     source = torch.randn(6, 4, dtype=torch.float64)
     axis = AxisMap(

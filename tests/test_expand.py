@@ -432,6 +432,27 @@ BEYOND = {
         Piece(torch.zeros(3, 4), torch.zeros(3, 4), col_copies=(Copy(ids=torch.ones(5).int()),)),
         "length",
     ),
+    "int64": (
+        Piece(torch.zeros(3, 4), torch.zeros(3, 4), rows=torch.zeros(3).long()),
+        "int32 is read",
+    ),
+    "float64": (
+        Piece(torch.zeros(3, 4), torch.zeros(3, 4), (Copy(scales=torch.ones(3).double()),)),
+        "float32 is read",
+    ),
+    "every other": (
+        Piece(torch.zeros(3, 4), torch.zeros(3, 4), (Copy(scales=torch.ones(6)[::2]),)),
+        "contiguous",
+    ),
+    "overlapping": (
+        Piece(torch.zeros(3, 4), torch.zeros(1, 4).expand(3, 4)),
+        "rows of a target overlap",
+    ),
+    "counters": (
+        Piece(torch.zeros(3, 4), torch.zeros(3, 4), (Copy(first_id=2**31 - 1),)),
+        "counters",
+    ),
+    "meta": (Piece(torch.zeros(3, 4, device="meta"), torch.zeros(3, 4)), "from meta to cpu"),
     "strides": (Piece(torch.zeros(3, 4), torch.zeros(4, 3).T), "beyond"),
 }
 

@@ -199,6 +199,47 @@ def test_a_full_disk_takes_the_growth_back(monkeypatch):
     assert equal(snapshot(model, optim, scheduler), before)
 
 
+def test_tensors_that_share_memory_are_kept_once_and_still_share_it():
+    flat = torch.arange(12.0)
+    with memory.elsewhere() as keep:
+        one, other = (keep(part) for part in flat.view(2, 6))
+
+        assert torch.equal(one(), flat[:6]) and torch.equal(other(), flat[6:])
+        assert one().untyped_storage().data_ptr() == other().untyped_storage().data_ptr()
+
+
+def test_an_undo_that_fails_once_is_tried_again(monkeypatch):
+    model, optim, scheduler = fixture()
+    before, calls, buffer = snapshot(model, optim, scheduler), [], memory._buffer
+
+    def fails(raw):
+        if failing:
+            calls.append(1)
+            if len(calls) == 2:
+                raise MemoryError
+        return buffer(raw)
+
+    failing = []
+    monkeypatch.setattr(memory, "_buffer", fails)
+    monkeypatch.setattr(commit, "_check", lambda optim: (failing.append(1), 1 / 0))
+
+    with pytest.raises(CommitError, match="taken back: division by zero"):
+        grow(model, optim, to="2x", scheduler=scheduler, memory="lean")
+
+    assert len(calls) > 2 and equal(snapshot(model, optim, scheduler), before)
+
+
+def test_what_cannot_be_brought_back_is_said(monkeypatch):
+    model, optim, scheduler = fixture()
+    gone = []
+    monkeypatch.setattr(commit, "_check", lambda optim: (gone.append(1), 1 / 0))
+    buffer = memory._buffer
+    monkeypatch.setattr(memory, "_buffer", lambda raw: 1 / 0 if gone else buffer(raw))
+
+    with pytest.raises(CommitError, match="could not be taken back .*load them from a checkpoint"):
+        grow(model, optim, to="2x", scheduler=scheduler, memory="lean")
+
+
 @pytest.mark.parametrize("to", ["2x", "1.5x", {"layers": 4}], ids=str)
 def test_the_bytes_reported_are_those_of_the_table(to):
     model, optim, _ = fixture("gpt2")
@@ -257,7 +298,7 @@ torch.set_num_threads(1)
 def model(width, layers, vocab):
     config = transformers.LlamaConfig(hidden_size=width, num_attention_heads=8, num_key_value_heads=4, vocab_size=vocab,
                                       intermediate_size=2 * width, num_hidden_layers=layers, tie_word_embeddings={tied})
-    model = transformers.LlamaForCausalLM(config)
+    model = transformers.LlamaForCausalLM(config).to(torch.{dtype})
     optim = torch.optim.AdamW(model.parameters())
     for p in model.parameters():
         optim.state[p] = dict(step=torch.tensor(9.0), exp_avg=torch.ones_like(p), exp_avg_sq=torch.ones_like(p))
@@ -277,9 +318,12 @@ print(memory("VmHWM") - start, report.peak_bytes, report.n_bytes_written)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["stage", "lean"])
-def test_resident_memory_peaks_at_what_was_promised(mode, tmp_path):
-    code = PEAK.format(tests=str(tmp_path), mode=mode, tied=True, width=512, layers=8, vocab=4000)
+def test_resident_memory_peaks_at_what_was_promised(mode, dtype, tmp_path):
+    code = PEAK.format(
+        tests=str(tmp_path), mode=mode, dtype=dtype, tied=dtype == "float32", width=512, layers=8, vocab=16000
+    )  # fmt: skip
 
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
 
