@@ -1,6 +1,5 @@
-"""Target tensors -> pieces: every tensor is seen as rows x columns; every stretch of source rows and stretch of source columns is
-a rectangle that goes to all its copies in the target, or stands for what no source is copied to: a mean, a constant.
-"""
+"""Target tensors -> pieces: a tensor is seen as rows x columns; every stretch of source rows and stretch of source columns is a
+rectangle that goes to all its copies in the target, or stands for what no source is copied to: a mean, a constant."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -95,7 +94,7 @@ class Side:
                 pads = [Stretch(PAD, cut.n, (_copy(cut),)) for cut in cuts if cut.source == PAD]
                 return [*_segments([cut for cut in cuts if cut.source != PAD]), *pads]
         make = _Copies(self, device, dtype)
-        return list(self._scattered(make) if rows else self._gathered(make))
+        return list(self._scattered(make) if rows and scatters(device) else self._gathered(make))
 
     def _cuts(self) -> list["_Cut"]:
         """Runs of one scale and one noise factor."""
@@ -115,8 +114,7 @@ class Side:
 
     def _scattered(self, make: "_Copies") -> Iterator[Stretch]:
         """Source coordinates of equally many copies go together, each copy to a list of target coordinates."""
-        pads = [i for i, j in enumerate(self.index_map.indices) if j == PAD]
-        if pads:
+        if pads := [i for i, j in enumerate(self.index_map.indices) if j == PAD]:
             yield Stretch(PAD, len(pads), (make.listed(pads, place=True),))
         for sources, targets in self.index_map.by_count.values():
             copies = [make.listed(own, place=True) for own in targets]
@@ -135,11 +133,16 @@ class Side:
                 start = end
 
 
+def scatters(device: torch.device) -> bool:
+    """Whether rows of a random map go from a source row to all its places (a GPU loads it once), or are fetched in target order."""
+    return device.type == "cuda"
+
+
 class _Copies:
     """Makes the copies of a side that list their coordinates."""
 
     def __init__(self, side: Side, device: torch.device, dtype: torch.dtype) -> None:
-        self.side, self.device = side, device
+        self.device = device
         self.scales = torch.tensor(side.scale.expanded(), dtype=dtype, device=device)
         self.factors = self.ids = None
         if not side.quiet:
@@ -303,7 +306,7 @@ def _split(axes: tuple[AxisMap, ...]) -> int:
 
 
 def _std(rms: Tensor) -> Tensor:
-    """Noise is measured in the root mean square of its weight, rounded to eight bits, so that devices that sum in another order agree."""
+    """Noise is measured in the root mean square of its weight, to eight bits, so that devices that sum in another order agree."""
     return rms.to(torch.bfloat16).to(rms.dtype) / reference.BYTES_STD
 
 

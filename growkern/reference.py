@@ -99,10 +99,9 @@ class Piece:
     @property
     def n_read(self) -> int:
         """Bytes of the source, once; a broadcast one is as good as none."""
-        n_rows, n_cols = (
-            self.src.shape[0] if self.rows is None else len(self.rows),
-            self.src.shape[1],
-        )
+        n_rows, n_cols = self.src.shape
+        if self.rows is not None:
+            n_rows = min(n_rows, len(self.rows))
         return 0 if 0 in self.src.stride() else n_rows * n_cols * self.src.itemsize
 
     @property
@@ -248,9 +247,15 @@ def _store(src: Tensor, dst: Tensor, r: Copy, c: Copy, at: slice) -> None:
             torch.mul(src, scale, out=into)
         return
     if scale != 1.0 or vectors:
-        src = src.to(arithmetic(dst.dtype)) * scale
-    for vector in vectors:
+        src = src.to(arithmetic(dst.dtype))
+        src = src * scale if scale != 1.0 else src
+    for vector in vectors[:-1]:
         src = src * vector
+    if vectors and into is not None and src.dtype == dst.dtype:
+        torch.mul(src, vectors[-1], out=into)
+        return
+    if vectors:
+        src = src * vectors[-1]
     if into is not None:
         into.copy_(src)
     elif r.targets is not None:

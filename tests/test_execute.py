@@ -56,8 +56,12 @@ def expected(source, axes, order, fill):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 3).flatmap(lambda n: st.tuples(*[axes("zero")] * n)), st.booleans())
-def test_weights_and_moments_equal_a_loop_over_elements(axes, transposed):
+@given(
+    st.integers(1, 3).flatmap(lambda n: st.tuples(*[axes("zero")] * n)),
+    st.booleans(),
+    st.booleans(),
+)
+def test_weights_and_moments_equal_a_loop_over_elements(axes, transposed, scatters):
     assume(prod(a.index_map.n_target for a in axes) < 4000)  # the oracle is a loop
     shape = [a.index_map.n_source for a in axes]
     source = torch.rand(shape, dtype=torch.float64) + 0.5
@@ -68,15 +72,17 @@ def test_weights_and_moments_equal_a_loop_over_elements(axes, transposed):
     if not plan.changes(plan.rows[0]):
         return
 
-    staged = execute(
-        plan,
-        Tensors(
-            {"w": source},
-            {"w": m},
-            {"w": {"exp_avg": m, "exp_avg_sq": v, "step": torch.tensor(3.0)}},
-        ),
-        LAWS["torch.optim.adamw.AdamW"],
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "scatters", lambda device: scatters)
+        staged = execute(
+            plan,
+            Tensors(
+                {"w": source},
+                {"w": m},
+                {"w": {"exp_avg": m, "exp_avg_sq": v, "step": torch.tensor(3.0)}},
+            ),
+            LAWS["torch.optim.adamw.AdamW"],
+        )
 
     copied = expected(v, axes, 2, float("nan"))
     mean = copied[~copied.isnan()].mean() if (~copied.isnan()).any() else torch.tensor(0.0)
@@ -220,7 +226,10 @@ def test_noise_depends_on_seed_name_and_element_alone(monkeypatch):
 
     monkeypatch.setattr(pieces, "N_RUNS", 0)
     monkeypatch.setattr(pieces, "N_LONG_RUNS", 0)  # gather by index instead of run by run
-    assert torch.equal(execute(plan, Tensors({"w": source}), None).values["w"], one)
+    for scatters, backend in itertools.product((False, True), ("torch", "triton")):
+        monkeypatch.setattr(pieces, "scatters", lambda device, scatters=scatters: scatters)
+        other = execute(plan, Tensors({"w": source}), None, backend=backend)
+        assert torch.equal(other.values["w"], one)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
