@@ -58,10 +58,8 @@ class Side:
         self.noisy = False
         self.ids = IndexMap.identity(1)
         for axis in axes:
-            n = axis.index_map.n_target
             own = axis.weight_scale if order == 0 else axis.grad_scale.map(lambda a: a**order)
-            quiet = Vector.full(0.0, n), IndexMap.identity(n)
-            factors, ids = _noise(axis) if order == 0 else quiet
+            factors, ids = _noise(axis, order)
             self.ids = self.ids.product(ids)
             self.index_map = self.index_map.product(axis.index_map)
             self.scale, self.factors = self.scale.outer(own), self.factors.outer(factors)
@@ -183,11 +181,11 @@ def _segments(cuts: list[_Cut]) -> Iterator[Stretch]:
         yield Stretch(start, following[start] - start, tuple(found))
 
 
-def _noise(axis: AxisMap) -> tuple[Vector, IndexMap]:
-    """Noise factor of each target coordinate of an axis, and the counter it is drawn from; twins share a counter."""
-    index_map = axis.index_map
-    if axis.pad != "normal" or index_map.is_identity:
-        return Vector.full(1.0, index_map.n_target), IndexMap.identity(index_map.n_target)
+def _noise(axis: AxisMap, order: int) -> tuple[Vector, IndexMap]:
+    """Noise factor of each target coordinate of an axis (0 in state), and its counter; twins share a counter."""
+    index_map, value = axis.index_map, 0.0 if order else 1.0
+    if order or axis.pad != "normal" or index_map.is_identity:
+        return Vector.full(value, index_map.n_target), IndexMap.identity(index_map.n_target)
     signs, partners = twins(index_map)
     if not index_map.has_pads:
         return signs.map(lambda sign: axis.noise * sign), partners
@@ -259,7 +257,7 @@ class Cutter:
                 noise = None
                 if fill.free(r, c):
                     std = fill.std if measured is None else measured
-                    noise = Noise(std, (self.plan.seed, _tensor_id(row.name)))
+                    noise = Noise(std, reference.axis_keys(self.plan.seed, _tensor_id(row.name)))
                 yield Piece(
                     value,
                     target,

@@ -50,15 +50,15 @@ class Copy:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Noise:
-    """Noise of a tensor: ``std * normal(key, row id, column id)``, times the factors of the copies.
+    """Noise of a tensor: ``std * normal(keys, row id, column id)``, times the factors of the copies.
 
     Attributes:
         std: 0-d tensor on the device, in the arithmetic's dtype: standard deviation / ``BYTES_STD``.
-        key: 64-bit seed and 32-bit tensor id.
+        keys: What the counters of rows and of columns start from, int32 each: ``axis_keys(seed, tensor id)``.
     """
 
     std: Tensor
-    key: tuple[int, int]
+    keys: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,7 +199,7 @@ def _draws(piece: Piece) -> Iterator[_Draw]:
         if key is None or piece.noise is None:
             yield _Draw(None, None, members)
             continue
-        (r, c, _), (of_rows, of_cols) = members[0], axis_keys(piece.noise.key)
+        (r, c, _), (of_rows, of_cols) = members[0], piece.noise.keys
         n_rows, n_cols = piece.shape
         rows, cols = (
             _counters(r, n_rows, of_rows, piece.src),
@@ -277,20 +277,20 @@ def _column(vector: Tensor | None, at: slice) -> Tensor | None:
     return None if vector is None else vector[at, None]
 
 
-def normal(key: tuple[int, int], row_ids: Tensor, col_ids: Tensor) -> Tensor:
+def normal(keys: tuple[int, int], row_ids: Tensor, col_ids: Tensor) -> Tensor:
     """Draw whole numbers of mean 0 and standard deviation ``BYTES_STD`` from counters: the sum of four bytes of a hash, less its mean.
 
     Integers throughout, so that every device gives the same bits; close to a normal, cut off at 3.45 deviations.
 
     Args:
-        key: 64-bit seed, 32-bit tensor id.
+        keys: Of ``axis_keys``.
         row_ids: Counters, int32 (R,).
         col_ids: Counters, int32 (C,).
 
     Returns:
-        float32 (R, C). Element (i, j) depends on ``key``, ``row_ids[i]`` and ``col_ids[j]`` alone.
+        float32 (R, C). Element (i, j) depends on ``keys``, ``row_ids[i]`` and ``col_ids[j]`` alone.
     """
-    of_rows, of_cols = axis_keys(key)
+    of_rows, of_cols = keys
     return _hash(_mixed(row_ids, of_rows), _mixed(col_ids, of_cols), Scratch())
 
 
@@ -302,7 +302,7 @@ def _counters(copy: Copy, n: int, key: int, like: Tensor) -> Tensor:
 
 
 def _mixed(ids: Tensor, key: int) -> Tensor:
-    return _mix(ids * signed(GOLDEN) + signed(key), torch.empty_like(ids))
+    return _mix(ids * signed(GOLDEN) + key, torch.empty_like(ids))
 
 
 def _hash(rows: Tensor, cols: Tensor, scratch: Scratch) -> Tensor:
@@ -326,11 +326,10 @@ def _mix(x: Tensor, shifted: Tensor) -> Tensor:
     return x
 
 
-def axis_keys(key: tuple[int, int]) -> tuple[int, int]:
-    """What the counters of rows and of columns start from: 32 bits each, of seed and tensor id."""
-    seed, tensor_id = key
+def axis_keys(seed: int, tensor_id: int) -> tuple[int, int]:
+    """What the counters of rows and of columns start from, int32 each, of a 64-bit seed and a 32-bit tensor id."""
     of_rows = mix(mix(mix(seed & 0xFFFFFFFF) ^ seed >> 32) ^ tensor_id)
-    return of_rows, mix(of_rows ^ GOLDEN)
+    return signed(of_rows), signed(mix(of_rows ^ GOLDEN))
 
 
 def mix(x: int) -> int:

@@ -1,8 +1,7 @@
 """``normal(key, row id, column id)``: the sum of the four bytes of a hash of two counters, less its mean, for kernels to inline.
 
 Integers throughout, so that every device and launch shape draws the same bits as ``growkern.reference.normal``. The mix is
-"lowbias32" of C. Wellons' hash-prospector: about 20 integer operations an element, where Philox4x32-10 takes 25 when four
-elements share a call and 100 when they cannot.
+"lowbias32" of C. Wellons' hash-prospector; an element's number needs no other element, as a word of Philox would.
 """
 
 import triton

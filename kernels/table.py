@@ -36,7 +36,6 @@ N_COPY = tl.constexpr(8)
 SRC_WIDE, DST_WIDE, ARITHMETIC, NOISE = (
     tl.constexpr(1 << i) for i in range(4)
 )  # flags: sides in aligned 16-byte groups, ...
-MULTIPLIER_A, MULTIPLIER_B, GOLDEN = 0x7FEB352D, 0x846CA68B, 0x9E3779B9  # of growkern.kernels.noise
 
 
 class Table:
@@ -62,7 +61,7 @@ class Table:
             drawn = 0, 0, 0
             if noise is not None:
                 flags |= NOISE.value
-                drawn = noise.std.data_ptr(), *map(_signed, axis_keys(noise.key))
+                drawn = noise.std.data_ptr(), *noise.keys
             at, into, index = (
                 src.data_ptr(),
                 dst.data_ptr(),
@@ -205,20 +204,3 @@ def stretches(piece: Any, n_cols: int) -> Iterator[tuple[int, int, int]]:
     ):
         if n:
             yield first, n, found
-
-
-def axis_keys(key: tuple[int, int]) -> tuple[int, int]:
-    """What the counters of rows and of columns start from: 32 bits each, of 64-bit seed and 32-bit tensor id."""
-    seed, tensor_id = key
-    of_rows = _mix(_mix(_mix(seed & 0xFFFFFFFF) ^ seed >> 32) ^ tensor_id)
-    return of_rows, _mix(of_rows ^ GOLDEN)
-
-
-def _mix(x: int) -> int:
-    for shift, multiplier in ((16, MULTIPLIER_A), (15, MULTIPLIER_B), (16, 1)):
-        x = (x ^ x >> shift) * multiplier & 0xFFFFFFFF
-    return x
-
-
-def _signed(x: int) -> int:
-    return x - (1 << 32) if x >> 31 else x
