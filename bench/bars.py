@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from bench.bench_models import DOUBLE, GPT2_WIDE, REPEAT, XL_WIDE
+from bench.bench_models import DOUBLE, GPT2_WIDE, HOST, REPEAT, XL_WIDE
 from bench.harness import ROOF, Row, number
 
 LARGE = 60 << 20  # bytes of a large tensor's weight: 64 MB and what rounding leaves of 64 MiB
@@ -75,6 +75,11 @@ def _over_repeat(rows: Sequence[Row], backend: str, noise: str) -> Iterator[floa
             yield times(row, other, per_byte=True)
 
 
+def _host(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
+    for row in _model(rows, GPT2_WIDE, HOST, "warm") if noise == NOISES[1] else ():
+        yield number(row["p50_ms"])
+
+
 def _peak(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
     for row in _model(rows, GPT2_WIDE, f"{backend} {noise}"):
         yield 100 * abs(number(row["peak_bytes"]) / number(row["promised_bytes"]) - 1)
@@ -119,6 +124,7 @@ BARS = (
     Bar(f"{GPT2_WIDE}: over {DOUBLE}", 8, "x", _over_double),
     Bar(f"{GPT2_WIDE}: over {REPEAT}, per byte", 8, "x", _over_repeat),
     Bar(f"{GPT2_WIDE}: peak memory off the promise", 2, "%", _peak, at_most=True),
+    Bar(f"{GPT2_WIDE}: on the host", 10, "ms", _host, at_most=True),
     Bar("run maps, >= 64 MB, Adam: of the roof", 90, "%", _roof(RUN_MAPS), gpu=True),
     Bar("random maps, >= 64 MB, Adam: of the roof", 60, "%", _roof(RANDOM_MAPS), gpu=True),
     Bar(f"{XL_WIDE}: time over that of a copy", 1.25, "x", _over_copy, at_most=True, gpu=True),

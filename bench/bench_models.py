@@ -6,7 +6,8 @@ from what each does:
 - *state_dict double* (staged-training): every weight and both moments are doubled into fresh zeros by its growth operator; the
   target model and its AdamW are built, and load them;
 - *repeat and divide* (HyperCloning): the target model is built, every weight is repeated, divided and copied into it. As
-  published it drops the optimizer, so it is compared per byte.
+  published it drops the optimizer, so it is compared per byte;
+- *host*: what a growth on a GPU costs the CPU beside it: the plan, the pieces, the kernels' table. No byte is moved.
 
 Every case has a process of its own (``python -m bench.bench_models CASE FILE``), so that first calls and resident memory are its
 own. The grown model's logits are held against the source's first, and a red case is not timed.
@@ -28,7 +29,13 @@ from torch.optim import AdamW
 
 import growkern
 from bench import harness
+from growkern import law
+from growkern.describe import describe_optimizer, tensors_of
+from growkern.execute import Execution
+from growkern.pieces import Cutter
 from growkern.plan import GrowthPlan
+from growkern.sizes import resolve_sizes
+from growkern.tensors import Tensors
 from growkern.width import Lossless
 
 GPU = torch.cuda.is_available()
@@ -42,7 +49,8 @@ Job = tuple[Tensor, tuple[int, ...]]  # a source and the shape of its target
 Line = tuple[str, str]  # backend and phase
 CHECK = "check"  # a phase that is no row
 DOUBLE, REPEAT = "state_dict double", "repeat and divide"
-ROOM = {DOUBLE: 0.65, REPEAT: 0.25}  # of a case's memory, touched before a call
+HOST, N_HOST = "host", 20  # a backend, and its samples
+ROOM = {DOUBLE: 0.65, REPEAT: 0.25, HOST: 0.0}  # of a case's memory, touched before a call
 OTHER_ROOM = 0.5
 
 
@@ -234,6 +242,26 @@ def fresh(model: nn.Module, config: object, dtype: torch.dtype) -> nn.Module:
 
 
 @torch.no_grad()
+def host(model: nn.Module, optim: AdamW, to: str | Mapping[str, int | str]) -> Callable[[], object]:
+    """Plan a growth, cut its tensors and build the table of its launches."""
+    from growkern.kernels.expand import tabled
+
+    spec = growkern.describe(model)
+    state = describe_optimizer(model, optim, spec)
+    tensors, sizes = tensors_of(model, optim, spec), resolve_sizes(spec, to)
+    method, depth = Lossless(noise=0.0), growkern.depth.IdentityBlocks()
+    plan = law.build(spec, sizes, width=method, depth=depth)
+    execution = Execution(plan, tensors, state.law, memory="stage")
+    staged = Tensors()
+    jobs = [job for one in execution.sets for job in execution.jobs(one, staged)]
+
+    def work() -> object:
+        cutter = Cutter(law.build(spec, sizes, width=method, depth=depth))
+        return tabled([piece for job in jobs for piece in cutter.pieces(*job)])
+
+    return work
+
+
 def state_dict_double(model: nn.Module, optim: AdamW, config: object) -> tuple[nn.Module, AdamW]:
     """Double the state dicts of model and optimizer, build the target, load both."""
     names = {id(p): name for name, p in model.named_parameters()}
@@ -321,6 +349,10 @@ def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -
                     double = partial(state_dict_double, model, optim, config)
                     timed((DOUBLE, "cold"), double)
                     timed((REPEAT, "cold"), partial(repeat_and_divide, model, config, shapes))
+                once = host(model, optim, case.to)
+                for _ in range(N_HOST // repeats):
+                    timed((HOST, "warm"), once)
+                del once
             grow((backend, "cold"), model, optim)
             del model, optim
     read, written = moved([*work[0], *work[1]])
@@ -331,7 +363,7 @@ def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -
             case.dtype,
             *line,
             [seconds for seconds, _ in found],
-            moved=sum(moved(work[0])) if line[0] == REPEAT else read + written,
+            moved={REPEAT: sum(moved(work[0])), HOST: 0}.get(line[0], read + written),
             peak=max(peak for _, peak in found),
             tensor_bytes=written,
             promised=promised.get(line),

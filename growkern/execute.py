@@ -85,12 +85,12 @@ class Execution:
         cutter = Cutter(self.plan)
         if self.memory == "stage":
             staged = Tensors()
-            self._run([job for one in self.sets for job in self._jobs(one, staged)], cutter)
+            self._run([job for one in self.sets for job in self.jobs(one, staged)], cutter)
             yield staged
             return
         for one in self.sets:
             staged = Tensors()
-            self._run(self._jobs(one, staged), cutter)
+            self._run(self.jobs(one, staged), cutter)
             self.sources.forget(one.rows[0].source)
             yield staged
             trim()
@@ -103,7 +103,7 @@ class Execution:
         cutter.n_read = 0
         _run(pieces, self.backend)
 
-    def _jobs(self, one: TensorSet, staged: Tensors) -> list[Job]:
+    def jobs(self, one: TensorSet, staged: Tensors) -> list[Job]:
         """Allocate the targets of a set; what is no job (counters, scalars of new blocks) is done at once."""
         jobs: list[Job] = []
         for row in one.rows:

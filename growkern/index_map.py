@@ -70,6 +70,8 @@ class Vector:
 
     def outer(self, inner: "Vector") -> "Vector":
         """All products, row-major: ``out[i * len(inner) + j] = self[i] * inner[j]``."""
+        if len(self) == 1 and self.uniform == 1:
+            return inner
         if inner.uniform is not None:
             return _merged((v * inner.uniform, n * len(inner)) for v, n in self.pieces)
         return Vector.of(v * w for v in self.expanded() for w in inner.expanded())

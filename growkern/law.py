@@ -269,20 +269,19 @@ def _rows(spec: ModelSpec, deep: Depth, keys: Mapping[AxisUse, str]) -> Iterator
     for source, axes in spec.tensors.items():
         if source in spec.ties:
             continue
-        row = TensorRow(source, source, tuple(keys[axis] for axis in axes))
+        own = tuple(keys[axis] for axis in axes)
         place = spec.block_of(source)
         for name, index in _targets(spec, deep.blocks, source):
-            yield (
-                _in_block(replace(row, name=name), spec, deep, index, place[1])
-                if place and deep.blocks
-                else row
-            )
+            if place is None or not deep.blocks:
+                yield TensorRow(name, source, own)
+                continue
+            row = TensorRow(name, source, own, new=deep.blocks[index].new)
+            yield _in_block(row, spec, deep, index, place[1])
 
 
 def _in_block(row: TensorRow, spec: ModelSpec, deep: Depth, index: int, inner: str) -> TensorRow:
     """What becomes of a tensor, called ``inner`` inside its block, in target block ``index``."""
     block, blocks = deep.blocks[index], spec.blocks
-    row = replace(row, new=block.new)
     if blocks is None or not deep.identity:
         return row
     if inner in blocks.carries:

@@ -212,6 +212,10 @@ def _expand(piece: Piece, draws: list[_Draw], at: slice, scratch: Scratch) -> No
     """Write every copy of some rows: they stay in cache, so each source is read once."""
     src = piece.src[at] if piece.rows is None else piece.src.index_select(0, piece.rows[at])
     if piece.cols is not None:
+        if not piece.pure_copy:
+            src = src.to(
+                arithmetic(piece.dst.dtype)
+            )  # torch gathers columns of bfloat16 3.5 x slower
         src = src.index_select(1, piece.cols)
     for draw in draws:
         if piece.noise is None or draw.rows is None or draw.cols is None:

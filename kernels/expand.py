@@ -137,11 +137,7 @@ def expand(pieces: Sequence[Any]) -> None:
     Raises:
         IndexError: A piece does not fit its tensors (values of indices are not looked at); nothing has been launched.
     """
-    table, launches = Table(), []
-    for (src, dst, n_staged), members in kinds(pieces).items():
-        options = launch_options(src, dst, n_staged)
-        block = options["BLOCK_R"], None if n_staged else BLOCK_C
-        launches.append((options, *table.add(members, *block)))
+    table, launches = tabled(pieces)
     if not any(n_tiles for *_, n_tiles in launches):
         return
     on_device = table.upload(pieces[0].dst.device)
@@ -150,6 +146,16 @@ def expand(pieces: Sequence[Any]) -> None:
             if n_tiles:
                 kernel = permute_kernel if "BLOCK_S" in options else expand_kernel
                 kernel[(n_tiles,)](on_device, first, n_pieces, **options)
+
+
+def tabled(pieces: Sequence[Any]) -> tuple[Table, list[tuple[dict[str, Any], int, int, int]]]:
+    """All that is done on the host: the table, and every launch's options, first piece, pieces and tiles."""
+    table, launches = Table(), []
+    for (src, dst, n_staged), members in kinds(pieces).items():
+        options = launch_options(src, dst, n_staged)
+        block = options["BLOCK_R"], None if n_staged else BLOCK_C
+        launches.append((options, *table.add(members, *block)))
+    return table, launches
 
 
 def kinds(pieces: Sequence[Any]) -> dict[tuple[torch.dtype, torch.dtype, int], list[Any]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 
-from growkern import pieces
+from growkern import sides
 from growkern.execute import execute
 from growkern.index_map import PAD, IndexMap, Vector
 from growkern.plan import AxisMap, GrowthPlan, TensorRow
@@ -73,7 +73,7 @@ def test_weights_and_moments_equal_a_loop_over_elements(axes, transposed, scatte
         return
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "scatters", lambda device: scatters)
+        patch.setattr(sides, "scatters", lambda device: scatters)
         staged = execute(
             plan,
             Tensors(
@@ -224,10 +224,10 @@ def test_noise_depends_on_seed_name_and_element_alone(monkeypatch):
     plan = plan_of([writer(40, 80), even(40, 80)])
     one = execute(plan, Tensors({"w": source}), None).values["w"]
 
-    monkeypatch.setattr(pieces, "N_RUNS", 0)
-    monkeypatch.setattr(pieces, "N_LONG_RUNS", 0)  # gather by index instead of run by run
+    monkeypatch.setattr(sides, "N_RUNS", 0)
+    monkeypatch.setattr(sides, "N_LONG_RUNS", 0)  # gather by index instead of run by run
     for scatters, backend in itertools.product((False, True), ("torch", "triton")):
-        monkeypatch.setattr(pieces, "scatters", lambda device, scatters=scatters: scatters)
+        monkeypatch.setattr(sides, "scatters", lambda device, scatters=scatters: scatters)
         other = execute(plan, Tensors({"w": source}), None, backend=backend)
         assert torch.equal(other.values["w"], one)
 

@@ -1,0 +1,197 @@
+"""The rows or the columns of a target: stretches of source coordinates and where they go; what copies none stands apart."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from growkern.index_map import PAD, IndexMap, Run, Vector, twins
+from growkern.plan import AxisMap, Pad
+from growkern.reference import Copy
+
+N_RUNS, N_LONG_RUNS = (
+    32,
+    1024,
+)  # an axis of more runs is copied by an index; of long runs, more are worth it
+LONG = 64  # coordinates: 128 bytes of the smallest dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """``n`` source coordinates from ``source`` on (``PAD``: none), or those of ``index``, and where they go."""
+
+    source: int
+    n: int
+    copies: tuple[Copy, ...]
+    index: Tensor | None = None
+
+    @cached_property
+    def unscaled(self) -> "Stretch":
+        """The same, copied as it is."""
+        return replace(self, copies=tuple(replace(c, scale=1.0, scales=None) for c in self.copies))
+
+
+class _Cut(NamedTuple):
+    target: int
+    n: int
+    source: int
+    scale: float
+    noise: float
+    first_id: int
+
+
+class Side:
+    """The rows or the columns of a target seen as a matrix: some of its axes, row-major; ``order`` as in ``Cutter.pieces``."""
+
+    def __init__(self, axes: Sequence[AxisMap], order: int) -> None:
+        self.index_map = IndexMap.identity(1)
+        self.scale, self.factors = Vector.full(1.0, 1), Vector.full(1.0, 1)
+        self.pad: Pad = "zero"
+        self.noisy = False
+        self.ids = IndexMap.identity(1)
+        for axis in axes:
+            own = axis.weight_scale if order == 0 else axis.grad_scale.map(lambda a: a**order)
+            factors, ids = _noise(axis, order)
+            self.ids = self.ids.product(ids)
+            self.index_map = self.index_map.product(axis.index_map)
+            self.scale, self.factors = self.scale.outer(own), self.factors.outer(factors)
+            if not axis.index_map.is_identity:
+                self.pad = axis.pad
+                self.noisy = self.noisy or axis.pad == "normal"
+        self.quiet = not any(value for value, _ in self.factors.pieces)
+
+    @cached_property
+    def copies(self) -> list[float]:
+        """Per source coordinate, the sum of the scales of its copies."""
+        sums = [0.0] * self.index_map.n_source
+        for j, s in zip(self.index_map.indices, self.scale.expanded(), strict=True):
+            if j != PAD:
+                sums[j] += s
+        return sums
+
+    @cached_property
+    def n_copied(self) -> int:
+        """Target coordinates that copy one."""
+        return sum(run.length for run in self.index_map.runs if run.source != PAD)
+
+    def stretches(self, device: torch.device, dtype: torch.dtype, *, rows: bool) -> list[Stretch]:
+        """Cut the side where what is copied, or how, changes; go by an index where that is too often."""
+        n, n_target = len(self.index_map.runs), self.index_map.n_target
+        long = n <= N_LONG_RUNS and n_target >= LONG * n
+        if n <= N_RUNS or long:
+            cuts = self._cuts()
+            if len(cuts) <= 4 * N_RUNS or long:
+                pads = [Stretch(PAD, cut.n, (_copy(cut),)) for cut in cuts if cut.source == PAD]
+                return [*_segments([cut for cut in cuts if cut.source != PAD]), *pads]
+        make = _Copies(self, device, dtype)
+        return list(self._scattered(make) if rows and scatters(device) else self._gathered(make))
+
+    def _cuts(self) -> list["_Cut"]:
+        """Runs of one scale and one noise factor."""
+        n_target, cuts = self.index_map.n_target, list[_Cut]()
+        changes = {run.target: run for run in self.index_map.runs}
+        ids = {run.target: run for run in self.ids.runs}
+        scales, factors = self.scale.changes, self.factors.changes
+        starts = sorted({*changes, *ids, *scales, *factors} - {n_target})
+        run, own, scale, factor = Run(0, 0, PAD), Run(0, 0, 0), 1.0, 1.0
+        for start, end in pairwise([*starts, n_target]):
+            run, own = changes.get(start, run), ids.get(start, own)
+            scale, factor = scales.get(start, scale), factors.get(start, factor)
+            source = PAD if run.source == PAD else run.source + start - run.target
+            first_id = own.source + start - own.target
+            cuts.append(_Cut(start, end - start, source, scale, factor, first_id))
+        return cuts
+
+    def _scattered(self, make: "_Copies") -> Iterator[Stretch]:
+        """Source coordinates of equally many copies go together, each copy to a list of target coordinates."""
+        if pads := [i for i, j in enumerate(self.index_map.indices) if j == PAD]:
+            yield Stretch(PAD, len(pads), (make.listed(pads, place=True),))
+        for sources, targets in self.index_map.by_count.values():
+            copies = [make.listed(own, place=True) for own in targets]
+            yield Stretch(0, len(sources), tuple(copies), make.int32(sources))
+
+    def _gathered(self, make: "_Copies") -> Iterator[Stretch]:
+        """Neighbouring target coordinates that copy something go together, and those that do not."""
+        for pad, runs in groupby(self.index_map.runs, lambda run: run.source == PAD):
+            first, *_, last = [*runs] * 2
+            start, end = first.target, last.target + last.length
+            copy = replace(make.listed(range(start, end)), target=start)
+            index = None if pad else make.int32(self.index_map.indices[start:end])
+            yield Stretch(PAD if pad else 0, end - start, (copy,), index)
+
+
+def scatters(device: torch.device) -> bool:
+    """Whether rows of a random map go from a source row to all its places (a GPU loads it once), or are fetched in target order."""
+    return device.type == "cuda"
+
+
+class _Copies:
+    """Makes the copies of a side that list their coordinates."""
+
+    def __init__(self, side: Side, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.scale, self.scales = self._one_or_each(side.scale, dtype)
+        self.noise, self.noises, self.ids = 0.0, None, None
+        if not side.quiet:
+            self.noise, self.noises = self._one_or_each(side.factors, dtype)
+            self.ids = self.int32(side.ids.indices)
+
+    def _one_or_each(self, vector: Vector, dtype: torch.dtype) -> tuple[float, Tensor | None]:
+        one = vector.uniform
+        if one is not None:
+            return one, None
+        return 1.0, torch.tensor(vector.expanded(), dtype=dtype, device=self.device)
+
+    def int32(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def listed(self, targets: Sequence[int], *, place: bool = False) -> Copy:
+        """Any coordinates of the target."""
+        at = self.int32(targets)
+        return Copy(
+            targets=at if place else None,
+            scale=self.scale,
+            scales=None if self.scales is None else self.scales[at],
+            noise=self.noise,
+            noises=None if self.noises is None else self.noises[at],
+            ids=None if self.ids is None else self.ids[at],
+        )
+
+
+def _copy(cut: _Cut, skip: int = 0) -> Copy:
+    target, first_id = cut.target + skip, cut.first_id + skip
+    return Copy(target, scale=cut.scale, noise=cut.noise, first_id=first_id)
+
+
+def _segments(cuts: list[_Cut]) -> Iterator[Stretch]:
+    """Cut the source where a cut begins or ends, so that every cut is made of whole segments."""
+    bounds = sorted({bound for cut in cuts for bound in (cut.source, cut.source + cut.n)})
+    following = dict(pairwise(bounds))
+    copies: dict[int, list[Copy]] = defaultdict(list)
+    for cut in cuts:
+        start = cut.source
+        while start < cut.source + cut.n:
+            copies[start].append(_copy(cut, start - cut.source))
+            start = following[start]
+    for start, found in sorted(copies.items()):
+        yield Stretch(start, following[start] - start, tuple(found))
+
+
+def _noise(axis: AxisMap, order: int) -> tuple[Vector, IndexMap]:
+    """Noise factor of each target coordinate of an axis (0 in state), and its counter; twins share a counter."""
+    index_map, value = axis.index_map, 0.0 if order else 1.0
+    if order or axis.pad != "normal" or index_map.is_identity:
+        return Vector.full(value, index_map.n_target), IndexMap.identity(index_map.n_target)
+    if not axis.noise and not index_map.has_pads:
+        return Vector.full(0.0, index_map.n_target), IndexMap.identity(index_map.n_target)
+    signs, partners = twins(index_map)
+    if not index_map.has_pads:
+        return signs.map(lambda sign: axis.noise * sign), partners
+    copied = index_map.per_copy(lambda _: axis.noise, pad=0.0)
+    free = index_map.per_copy(lambda _: 0.0, pad=1.0)
+    return signs.zip(copied, lambda x, y: x * y).zip(free, lambda x, y: x + y), partners
