@@ -30,6 +30,8 @@ class _Layout(NamedTuple):
     rows: Side
     cols: Side
     cells: list[_Cell]
+    source: tuple[int, int]  # shapes as matrices
+    target: tuple[int, int]
 
 
 def _cell(rows: Side, cols: Side, r: Stretch, c: Stretch, order: int) -> _Cell:
@@ -99,8 +101,7 @@ class Cutter:
         dtype = reference.arithmetic(dst.dtype)
         layout = self._layout(row.axes, order, src.device, dtype)
         rows, cols = layout.rows, layout.cols
-        source = src.reshape(rows.index_map.n_source, cols.index_map.n_source)
-        target = dst.view(rows.index_map.n_target, cols.index_map.n_target)
+        source, target = _matrix(src, layout.source), dst.view(layout.target)
         fill, noise = _Fill(source, rows, cols, order, dtype), None
         for cell in layout.cells:
             r, c = cell.rows, cell.cols
@@ -129,7 +130,9 @@ class Cutter:
             by_row = self._cut(rows, device, dtype, True)
             by_col = self._cut(cols, device, dtype, False)
             cells = [_cell(rows, cols, r, c, order) for r in by_row for c in by_col if r.n and c.n]
-            self._layouts[key] = _Layout(rows, cols, cells)
+            source = rows.index_map.n_source, cols.index_map.n_source
+            target = rows.index_map.n_target, cols.index_map.n_target
+            self._layouts[key] = _Layout(rows, cols, cells, source, target)
         return self._layouts[key]
 
     def _side(self, axes: tuple[AxisMap, ...], order: int) -> Side:
@@ -151,6 +154,10 @@ class Cutter:
         if key not in self._constants:
             self._constants[key] = torch.full((1, 1), value, dtype=like.dtype, device=like.device)
         return self._constants[key]
+
+
+def _matrix(tensor: Tensor, shape: tuple[int, int]) -> Tensor:
+    return tensor if tensor.shape == shape else tensor.reshape(shape)
 
 
 def _split(axes: tuple[AxisMap, ...]) -> int:

@@ -66,10 +66,11 @@ class Lossless:
         raise_all(PlanError, f"cannot widen {spec.family}:", problems)
         maps: dict[str, IndexMap] = {}
         contracts: dict[str, Contract] = {}
+        found = {norm.reads: norm.kind for _, _, norm in spec.norms()}
         for space, streams in spec.spaces().items():
-            kinds = {norm.kind for _, _, norm in spec.norms() if norm.reads in streams}
+            kinds = {found[stream] for stream in streams if stream in found}
             n_source, n_target = space_size(space, spec.sizes), space_size(space, sizes)
-            normed = {norm.reads for _, _, norm in spec.norms()} | {"positions"}
+            normed = {*found, "positions"}
             whole = n_target % n_source == 0
             how = (
                 "positions"
