@@ -29,7 +29,7 @@ from growkern.methods import Contract, Width, WidthMethod
 from growkern.pieces import Cutter
 from growkern.plan import GrowthPlan
 from growkern.spaces import space_size
-from growkern.state import LAWS
+from growkern.state import GRADIENT, LAWS, SQUARE, VALUE
 from growkern.tensors import Tensors
 from growkern.width import Lossless
 
@@ -39,6 +39,7 @@ OURS = "triton" if GPU else "torch"
 ALLOCATES = "warm" if GPU else "cold"  # a GPU's caching allocator hands out what it has
 NAME = "layer.weight"
 LAW = LAWS["torch.optim.adamw.AdamW"]
+RULES = (VALUE, GRADIENT, SQUARE)  # by order
 STATE = {"weights": (), "adam": ("exp_avg", "exp_avg_sq")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the weight; moments are float32
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -158,7 +159,7 @@ def ready(case: str, n_bytes: int, dtype: str) -> Ready | str:
         key: torch.rand(shape, device=DEVICE) for key in STATE[growth.state]
     }
     tensors = Tensors({NAME: weight}, {}, {NAME: state} if state else {})
-    staged = execute(plan, tensors, LAW)
+    staged = execute(plan, tensors, LAW.rules)
     grown = [staged.values[NAME], *(staged.states[NAME][key] for key in state)]
     jobs = [
         (source, target, order)
@@ -217,11 +218,13 @@ def _warm(case: Ready) -> Callable[[], object]:
     else:
         expand = reference.expand
     cutter, row = Cutter(case.plan), case.plan.rows[0]
-    return partial(expand, [p for job in case.jobs for p in cutter.pieces(row, *job)])
+    return partial(
+        expand, [p for job in case.jobs for p in cutter.pieces(row, *job[:2], RULES[job[2]])]
+    )
 
 
 def _cold(case: Ready) -> Callable[[], object]:
-    return lambda: execute(case.plan, case.tensors, LAW)
+    return lambda: execute(case.plan, case.tensors, LAW.rules.rules)
 
 
 def _index_select(case: Ready) -> Callable[[], object]:

@@ -251,7 +251,7 @@ def host(model: nn.Module, optim: AdamW, to: str | Mapping[str, int | str]) -> C
     tensors, sizes = tensors_of(model, optim, spec), resolve_sizes(spec, to)
     method, depth = Lossless(noise=0.0), growkern.depth.IdentityBlocks()
     plan = law.build(spec, sizes, width=method, depth=depth)
-    execution = Execution(plan, tensors, state.law, memory="stage")
+    execution = Execution(plan, tensors, state.rules, memory="stage")
     staged = Tensors()
     jobs = [job for one in execution.sets for job in execution.jobs(one, staged)]
 

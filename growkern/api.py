@@ -1,30 +1,34 @@
 """The public calls: describe, plan, execute, commit, report."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from time import perf_counter
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
-from growkern.commit import check_blocks, commit
+from growkern.commit import OptimTarget, check_blocks, commit
 from growkern.depth import IdentityBlocks
 from growkern.describe import describe, describe_optimizer, tensors_of
+from growkern.dynamics import Multiplier, lr_factors, multipliers, scales, slices
 from growkern.errors import CommitError, GrowthError, PlanError, UnsupportedOptimizerError
 from growkern.execute import Execution, Memory
 from growkern.forgotten import Live, forgotten_schedulers, refuse_forgotten
-from growkern.groups import check_scheduler, schedulers
+from growkern.groups import check_scheduler, follows, schedulers
 from growkern.law import build, check
 from growkern.memory import elsewhere, in_place
 from growkern.methods import DepthMethod, WidthMethod
+from growkern.notes import notes
 from growkern.plan import GrowthPlan
 from growkern.reference import norm_of
 from growkern.report import GrowthReport
+from growkern.scale import scale_of
 from growkern.sizes import Target, resolve_sizes
 from growkern.spaces import ModelSpec
-from growkern.state import Law, OptimSpec
+from growkern.state import OptimSpec, Rule
 from growkern.tensors import Tensors
 from growkern.width import Lossless
 
@@ -39,8 +43,10 @@ def plan(
     width: WidthMethod | None = None,
     depth: DepthMethod | None = None,
     state: str = "exact",
+    dynamics: str | None = "mup",
     spec: ModelSpec | None = None,
     seed: int = 0,
+    rules: Mapping[str, int | None] | None = None,
 ) -> GrowthPlan:
     """Plan a growth without changing anything; ``print`` it to see every decision.
 
@@ -50,9 +56,11 @@ def plan(
         to: ``"2x"``, ``"1.5x"`` (all widths), or a mapping from size name to an int or a factor.
         width: Width method; default ``width.Lossless()``.
         depth: Depth method; default ``depth.IdentityBlocks()``.
-        state: ``"exact"`` grows optimizer state by the dual law, ``"drop"`` clears it.
+        state: What becomes of optimizer state; see ``expand_inplace``.
+        dynamics: What becomes of learning rates; see ``expand_inplace``.
         spec: Description of a model of your own.
         seed: Of all noise. Equal seeds give equal plans, and equal bits, on every machine.
+        rules: Of an optimizer whose law is not known.
 
     Returns:
         The plan; ``expand_inplace(..., plan=plan)`` runs it.
@@ -65,8 +73,8 @@ def plan(
     model = _unwrapped(model)
     found = describe(model, spec)
     if optim is not None:
-        describe_optimizer(model, optim, found, drop=state == "drop")
-    return _plan(found, to, width, depth, state, seed)
+        describe_optimizer(model, optim, found, drop=state == "drop", rules=rules)
+    return _plan(found, to, width, depth, state, dynamics, seed)
 
 
 def expand_inplace(
@@ -83,6 +91,8 @@ def expand_inplace(
     backend: str | None = None,
     plan: GrowthPlan | None = None,
     scheduler: object | None = None,
+    ema: nn.Module | Sequence[nn.Module] | None = None,
+    rules: Mapping[str, int | None] | None = None,
     memory: Memory | None = None,
 ) -> GrowthReport:
     """Grow a model and its optimizer in place, in the middle of training.
@@ -97,16 +107,23 @@ def expand_inplace(
             ffn, layers, ...``. What is not named follows ``hidden`` in proportion where that is whole.
         width: Width method; default ``width.Lossless()``: exact, with symmetry-breaking twin noise.
         depth: Depth method; default ``depth.IdentityBlocks()``: exact.
-        state: ``"exact"`` grows optimizer state by the dual law, ``"drop"`` clears it.
-        dynamics: ``"mup"`` multiplies learning rates by the law's factor for good, where it is one number per tensor, by
-            splitting param groups, and divides their weight decay by it, so that decay per step stays; None leaves the
-            groups alone and reports the factors.
+        state: What becomes of optimizer state. ``"exact"``: the dual law. ``"copy"``: gathered as it is. ``"asymmetric"``: the
+            first copy of every element keeps what it was, the others start from 0 (SPARKLING). ``"zero_pad"``: the same,
+            the first copy by the law. ``"drop"``: cleared.
+        dynamics: ``"mup"`` multiplies learning rates by the law's factor for good (decay per step stays): by splitting param
+            groups where it is one number per tensor and the scheduler was handed over, else by ``UpdateScale``.
+            ``"exact"`` keeps the run on the source's trajectory: learning rate, epsilon and decay, element by element, by
+            ``UpdateScale`` (the optimizer's state then stays in the source's units) or by ``growkern.optim.AdamW`` itself.
+            None leaves learning rates alone and reports the factors.
         spec: Description of a model of your own.
         seed: Of all noise.
         backend: ``"triton"``, ``"torch"``, or None for triton on a GPU and torch elsewhere.
-        plan: A plan made before, in place of ``to``, ``width``, ``depth``, ``state`` and ``seed``.
+        plan: A plan made before, in place of ``to``, ``width``, ``depth``, ``state``, ``dynamics`` and ``seed``.
         scheduler: The learning-rate scheduler that drives ``optim``, or a list of them; they follow the split groups.
-
+        ema: Averages of the model (``AveragedModel``, or any module like ``model``), grown by the same plan; ``()`` when
+            those that are alive are of other models.
+        rules: For an optimizer whose law is not known: state key -> order in the gradient (0: gathered as it is, 1, 2), None
+            for what is kept.
         memory: ``"stage"`` computes every target beside the source, then swaps; ``"lean"`` goes tensor by tensor and keeps
             replaced sources on the host (of a CPU: in a temporary file) for the undo; None takes the first that fits.
 
@@ -130,62 +147,75 @@ def expand_inplace(
     """
     start = perf_counter()
     model = _unwrapped(model)
-    if dynamics is not None and (not isinstance(dynamics, str) or dynamics != "mup"):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise PlanError(f"unknown dynamics={dynamics!r}: 'mup' or None.")
     if plan is not None and not isinstance(plan, GrowthPlan):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PlanError(
             f"plan: expected a GrowthPlan, got {type(plan).__name__}; GrowthPlan.from_json reads one."
         )
-    if plan is not None and (to != "2x" or width is not None or depth is not None):
-        raise PlanError("plan= already says what to grow; leave to=, width= and depth= out.")
-    check_scheduler(optim, scheduler)
-    found = describe(model, spec)
-    drop = (plan.state if plan else state) == "drop"
-    described = describe_optimizer(model, optim, found, drop=drop) if optim is not None else None
-    live = Live.scan()
-    refuse_forgotten(model, optim, live)
-    if plan is None:
-        plan = _plan(found, to, width, depth, state, seed)
-    else:
-        check(plan, found)
-    law = described.law if described else None
-    factors = lr_factors(plan, law, described)
-    split = {name: f for name, f in factors.items() if f and f != 1} if dynamics == "mup" else {}
-    if (
-        optim is not None
-        and split
-        and (alone := forgotten_schedulers(optim, schedulers(scheduler), live))
+    if plan is not None and (
+        to != "2x" or width or depth or dynamics not in ("mup", plan.dynamics)
     ):
         raise PlanError(
-            f"a learning-rate scheduler ({', '.join(alone)}) drives this optimizer, and dynamics='mup' splits its "
-            "param groups: pass scheduler=, one or a list, so that it follows, or dynamics=None."
+            "plan= already says what to grow; leave to=, width=, depth= and dynamics= out."
         )
+    check_scheduler(optim, scheduler)
+    averages = _averages(ema)
+    if optim is not None and (before := scale_of(optim)) is not None:
+        before.restore()  # a schedule's hook may run before the one that ends the step
+    found = describe(model, spec)
+    drop = (plan.state if plan else state) == "drop"
+    described = None
+    if optim is not None:
+        described = describe_optimizer(model, optim, found, drop=drop, rules=rules)
+    live = Live.scan()
+    refuse_forgotten(model, optim, live, averages if ema is not None else None)
+    if plan is None:
+        plan = _plan(found, to, width, depth, state, dynamics, seed)
+    else:
+        check(plan, found)
+    alone = forgotten_schedulers(optim, schedulers(scheduler), live) if optim else []
     del live
     check_blocks(plan, model)
     n_params = sum(p.numel() for p in model.parameters())
     with torch.inference_mode(False), torch.no_grad():
+        target = None
+        if optim is not None and described is not None:
+            target = _optim_target(plan, model, optim, described, scheduler, alone)
+        law = described.law if described else None
+        units = bool(target and plan.dynamics == "exact" and law and not law.slices)
+        grown: Mapping[str, Rule | None] = {}
+        if law is not None:
+            grown = law.grown(plan.state, source_units=units)
         sources = tensors_of(model, optim, found)
-        run = Execution(plan, sources, law, backend=backend, memory=memory)
+        run = Execution(plan, sources, grown, backend=backend, memory=memory)
+        shadows = [
+            Execution(plan, tensors_of(average, None, found), {}, backend=backend, memory=run.memory, cutter=run.cutter)
+            for average in averages
+        ]  # fmt: skip
         norms = [_grad_norm(plan, sources, "source")]
         lean = run.memory == "lean"
         try:
             parts = run.parts() if lean else [*run.parts()]
+            followers = [
+                (average, shadow.parts() if lean else [*shadow.parts()])
+                for average, shadow in zip(averages, shadows, strict=True)
+            ]
         except GrowthError:
             raise
         except Exception as error:
             raise CommitError(f"the growth failed before anything was changed: {error}") from error
         with elsewhere() if lean else nullcontext(in_place) as keep:
             commit(
-                plan, parts, model, optim, described, keep=keep, lr_factors=split, scheduler=scheduler,
+                plan, parts, model, target, followers=followers, keep=keep,
                 last=lambda: norms.append(_grad_norm(plan, tensors_of(model, optim, found), "name")),
             )  # fmt: skip
-        del parts
+        del parts, followers
         before, after = norms
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
     counts: dict[float | None, int] = {}
-    for factor in factors.values():
+    for factor in lr_factors(plan, law, described).values():
         counts[factor] = counts.get(factor, 0) + 1
+    runs = [run, *shadows]
     report = GrowthReport(
         family=plan.family,
         source_sizes=dict(plan.source_sizes),
@@ -195,19 +225,52 @@ def expand_inplace(
         n_new_blocks=sum(block.new for block in plan.blocks),
         function_preserving=plan.function_preserving,
         reasons=plan.reasons,
-        n_bytes_read=run.n_read,
-        n_bytes_written=run.n_written,
+        n_bytes_read=sum(one.n_read for one in runs),
+        n_bytes_written=sum(one.n_written for one in runs),
         seconds=perf_counter() - start,
         memory=run.memory,
-        peak_bytes=run.peak_bytes,
+        peak_bytes=sum(one.peak_bytes for one in runs),
         lr_factors=counts,
-        lr_applied=dynamics == "mup",
+        lr_applied=plan.dynamics is not None and law is not None and law.lr is not None,
         grad_norm_factor=after / before if before > 0 and after > 0 else None,
         noisy=plan.noisy,
-        notes=(*plan.notes, *_notes(plan, found, described, factors, split, scheduler)),
+        notes=(*plan.notes, *notes(plan, found, target)),
     )
     logger.debug("%s", report)
     return report
+
+
+def _optim_target(
+    plan: GrowthPlan,
+    model: nn.Module,
+    optim: Optimizer,
+    described: OptimSpec,
+    scheduler: object | None,
+    alone: Sequence[str],
+) -> OptimTarget:
+    """Who carries the learning-rate law: param groups, the optimizer itself, or hooks."""
+    law, split = described.law, dict[str, float]()
+    source = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[str, Multiplier] = {}
+    if law is not None and plan.dynamics is not None:
+        found = multipliers(plan, law, described, plan.dynamics)
+    if law is not None and plan.dynamics == "mup" and not law.slices:
+        if not alone and follows(scheduler):
+            factors = lr_factors(plan, law, described)
+            split = {name: f for name, f in factors.items() if f is not None and f != 1}
+        found = {name: one for name, one in found.items() if name not in split}
+    if law is not None and law.slices:
+        states = {name: optim.state.get(p, {}) for name, p in source.items()}
+        own = slices(plan, source, states, found)
+        return OptimTarget(optim, described, slices=own)
+    hooked = scales(plan, source, found, scale_of(optim))
+    return OptimTarget(optim, described, split, scheduler, hooked)
+
+
+def _averages(ema: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
+    """The modules inside averages of the model."""
+    several = [ema] if isinstance(ema, nn.Module) else [*(ema or ())]
+    return [_unwrapped(one.module if isinstance(one, AveragedModel) else one) for one in several]
 
 
 def _plan(
@@ -216,6 +279,7 @@ def _plan(
     width: WidthMethod | None,
     depth: DepthMethod | None,
     state: str,
+    dynamics: str | None,
     seed: int,
 ) -> GrowthPlan:
     return build(
@@ -224,18 +288,9 @@ def _plan(
         width=Lossless() if width is None else width,
         depth=IdentityBlocks() if depth is None else depth,
         state=state,
+        dynamics=dynamics,
         seed=seed,
     )
-
-
-def lr_factors(
-    plan: GrowthPlan, law: Law | None, described: OptimSpec | None
-) -> dict[str, float | None]:
-    """The law's learning-rate factor of every target parameter that the optimizer holds; None where it is not one number."""
-    if law is None or described is None:
-        return {}
-    held = {name for group in described.groups for name in group}
-    return {row.name: law.lr_factor(*plan.scales(row)) for row in plan.rows if row.source in held}
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -251,51 +306,6 @@ def _grad_norm(plan: GrowthPlan, tensors: Tensors, side: str) -> float:
         return norm_of([tensors.grads[n] for n in names if n in tensors.grads], 2)
     states = [tensors.states[n].get("exp_avg_sq") for n in names if n in tensors.states]
     return norm_of([s for s in states if isinstance(s, torch.Tensor)], 1) ** 0.5
-
-
-def _notes(
-    plan: GrowthPlan,
-    spec: ModelSpec,
-    described: OptimSpec | None,
-    factors: Mapping[str, float | None],
-    split: Mapping[str, float],
-    scheduler: object | None,
-) -> list[str]:
-    notes: list[str] = []
-    if split and any(getattr(one, "eta_min", 0) for one in schedulers(scheduler)):
-        notes.append(
-            "the scheduler's eta_min is one number for all groups: near it, learning-rate factors fade."
-        )
-    if split and described:
-        notes.append(
-            "weight decay was divided by the learning-rate factor where that is not 1, so that decay per step stays."
-        )
-        notes.append(
-            "param groups were split by learning rate; to load this optimizer's state_dict into a new one, build it with the same groups."
-        )
-    if described and described.law is None:
-        notes.append(
-            f"the learning-rate law of {described.kind} is not known, so its groups stayed."
-        )
-    uneven = sum(factor is None for factor in factors.values())
-    if uneven:
-        notes.append(
-            f"{uneven} tensors have a learning-rate factor per element, so theirs stayed; they may want a shorter step."
-        )
-    if described:
-        held = {name for group in described.groups for name in group}
-        missing = [
-            row.source
-            for row in plan.rows
-            if not row.new and row.source in spec.tensors and row.source not in held
-        ]
-        if missing:
-            notes.append(
-                f"{len(missing)} tensors are in no param group (frozen, buffers or forgotten): {', '.join(missing[:3])}..."
-            )
-    if plan.state == "drop" and described:
-        notes.append("optimizer state was dropped: warm the learning rate up again.")
-    return notes
 
 
 __all__ = ["GrowthError", "UnsupportedOptimizerError", "expand_inplace", "plan"]

@@ -3,8 +3,9 @@
 import copy
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
@@ -16,21 +17,43 @@ from growkern.errors import CommitError, UnsupportedModelError
 from growkern.groups import split_groups
 from growkern.memory import Keep, in_place
 from growkern.plan import GrowthPlan, TensorRow
-from growkern.state import OptimSpec
+from growkern.scale import Scale, UpdateScale, scale_of
+from growkern.state import SLICES, OptimSpec
 from growkern.tensors import Tensors
 from growkern.undo import Undo
+
+
+@dataclass(frozen=True)
+class OptimTarget:
+    """What an optimizer becomes.
+
+    Attributes:
+        optim: The optimizer, changed in place.
+        described: What it is.
+        split: Parameter name -> lasting factor on its learning rate; groups are split where they differ.
+        scheduler: The learning-rate scheduler that drives it; follows the groups.
+        scales: Parameter name -> what ``UpdateScale`` is to do with it, beside the groups.
+        slices: Parameter name -> entries of its state that hold such factors, for an optimizer that takes them itself.
+    """
+
+    optim: Optimizer
+    described: OptimSpec
+    split: Mapping[str, float] = field(default_factory=dict[str, float])
+    scheduler: object | None = None
+    scales: Mapping[str, Scale] = field(default_factory=dict[str, Scale])
+    slices: Mapping[str, Mapping[str, Tensor]] = field(
+        default_factory=dict[str, Mapping[str, Tensor]]
+    )
 
 
 def commit(
     plan: GrowthPlan,
     parts: Iterable[Tensors],
     model: nn.Module,
-    optim: Optimizer | None = None,
-    described: OptimSpec | None = None,
+    target: OptimTarget | None = None,
     *,
+    followers: Sequence[tuple[nn.Module, Iterable[Tensors]]] = (),
     keep: Keep = in_place,
-    lr_factors: dict[str, float] | None = None,
-    scheduler: object | None = None,
     last: Callable[[], object] = lambda: None,
 ) -> None:
     """Make the model and the optimizer the target, or leave them bitwise as they were.
@@ -39,40 +62,21 @@ def commit(
         plan: What was planned.
         parts: What ``Execution.parts`` computes, in any number of parts; handed over.
         model: The source model, changed in place. Parameter objects keep their identity.
-        optim: Its optimizer, changed in place.
-        described: Of the optimizer.
+        target: Of its optimizer.
+        followers: Models that grow by the same plan (averages of the model), and what was computed for each.
         keep: Where replaced tensors wait until the growth has succeeded.
-        lr_factors: Parameter name -> lasting factor on its learning rate; groups are split where they differ.
-        scheduler: The learning-rate scheduler that drives ``optim``; follows the groups.
         last: Called on the grown model, while everything can still be taken back.
 
     Raises:
         CommitError: Something failed; everything has been put back.
     """
-    source = dict(model.named_parameters(remove_duplicate=False))
-    rows = {row.name: row for row in plan.rows}
-    undo, fresh = Undo(keep), Tensors()
+    undo = Undo(keep)
     torch.clear_autocast_cache()  # it holds casts of the source's weights
     with _uninterrupted() as held:
         try:
-            for staged in parts:
-                _values([rows[name] for name in staged.values], staged, model, source, optim, undo)
-                fresh.values |= {k: v for k, v in staged.values.items() if rows[k].new}
-                fresh.states |= {k: v for k, v in staged.states.items() if rows[k].new}
-                del staged
-                if held:
-                    raise KeyboardInterrupt
-            if plan.blocks:
-                blocks = _new_blocks(plan, fresh, model)
-                container = model.get_submodule(plan.path)
-                undo.items(container._modules, {str(i): block for i, block in enumerate(blocks)})  # pyright: ignore[reportPrivateUsage]
-            _attributes(plan, model, undo)
-            if optim is not None and described is not None:
-                target = dict(model.named_parameters(remove_duplicate=False))
-                _optimizer(plan, fresh, optim, source, target, undo)
-                decay = bool(described.law and described.law.keeps_decay)
-                split_groups(optim, target, lr_factors or {}, scheduler, decay, undo)
-                _check(optim)
+            _model(plan, parts, model, target, undo, held)
+            for follower, own in followers:
+                _model(plan, own, follower, None, undo, held)
             last()
             if held:
                 raise KeyboardInterrupt
@@ -83,6 +87,48 @@ def commit(
             if isinstance(error, Exception):
                 raise CommitError(f"the growth failed and was taken back: {error}") from error
             raise
+
+
+def _model(
+    plan: GrowthPlan,
+    parts: Iterable[Tensors],
+    model: nn.Module,
+    target: OptimTarget | None,
+    undo: Undo,
+    held: list[int],
+) -> None:
+    """Write one model and its optimizer."""
+    source = dict(model.named_parameters(remove_duplicate=False))
+    optim = target.optim if target else None
+    rows, fresh = {row.name: row for row in plan.rows}, Tensors()
+    for staged in parts:
+        _values([rows[name] for name in staged.values], staged, model, source, optim, undo)
+        fresh.values |= {k: v for k, v in staged.values.items() if rows[k].new}
+        fresh.states |= {k: v for k, v in staged.states.items() if rows[k].new}
+        del staged
+        if held:
+            raise KeyboardInterrupt
+    if plan.blocks:
+        blocks = _new_blocks(plan, fresh, model)
+        container = model.get_submodule(plan.path)
+        undo.items(container._modules, {str(i): block for i, block in enumerate(blocks)})  # pyright: ignore[reportPrivateUsage]
+    _attributes(plan, model, undo)
+    if target is not None:
+        params = dict(model.named_parameters(remove_duplicate=False))
+        _optimizer(plan, fresh, target, source, params, undo)
+        law = target.described.law
+        decays = law.decays if law else ()
+        split_groups(
+            target.optim,
+            params,
+            target.split,
+            target.scheduler,
+            decays,
+            law.rates if law else (),
+            undo,
+        )
+        _scales(target, params, undo)
+        _check(target.optim, target.described)
 
 
 @contextmanager
@@ -229,13 +275,17 @@ def _grown_config(plan: GrowthPlan, config: object) -> object:
 def _optimizer(
     plan: GrowthPlan,
     fresh: Tensors,
-    optim: Optimizer,
+    of: OptimTarget,
     source: dict[str, nn.Parameter],
     target: dict[str, nn.Parameter],
     undo: Undo,
 ) -> None:
     """State of new parameters, and they themselves into the group of the one they come from."""
+    optim, law = of.optim, of.described.law
+    resets = law is not None and law.resets
     states: dict[Any, Any] = dict(optim.state)
+    if resets and hasattr(optim, "_numel_cache"):
+        undo.attribute(optim, "_numel_cache", None)  # of LBFGS
     joins: dict[int, list[nn.Parameter]] = {}
     for row in plan.rows:
         if row.source not in source:
@@ -243,10 +293,13 @@ def _optimizer(
         p, origin = target[row.name], source[row.source]
         if row.new:
             joins.setdefault(id(origin), []).append(p)
-        if plan.state == "drop" or row.state == "fresh":
+        if plan.state == "drop" or row.state == "fresh" or resets:
             states.pop(p, None)
         elif row.name in fresh.states:
             states[p] = fresh.states[row.name]
+        if row.name in of.slices:
+            states[p] = {k: v for k, v in states.get(p, {}).items() if k not in SLICES}
+            states[p] |= of.slices[row.name]
     undo.items(optim.state, states)
     place, before = _places(target), _places(source)
     for group in optim.param_groups:
@@ -274,12 +327,27 @@ def _places(params: dict[str, nn.Parameter]) -> dict[int, int]:
     return {id(p): i for i, p in reversed(list(enumerate(params.values())))}
 
 
-def _check(optim: Optimizer) -> None:
+def _scales(target: OptimTarget, params: Mapping[str, nn.Parameter], undo: Undo) -> None:
+    """Hooks for the parameters whose updates are scaled beside the groups."""
+    scales: dict[Tensor, Scale] = {params[n]: scale for n, scale in target.scales.items()}
+    before = scale_of(target.optim)
+    if before is not None:
+        undo.attribute(before, "scales", scales)
+    elif scales:
+        values = [key for key, rule in target.described.rules.items() if rule and rule.value]
+        undo.steps.append(UpdateScale(target.optim, scales, values=values).remove)
+
+
+def _check(optim: Optimizer, described: OptimSpec) -> None:
     """An un-grown state corrupts memory under fused=True: look at every one."""
+    rules = described.rules
     for group in optim.param_groups:
         for p in group["params"]:
             for key, value in optim.state.get(p, {}).items():
-                if isinstance(value, Tensor) and value.dim() and value.shape != p.shape:
+                rule = rules.get(key)
+                shape = rule.shape(tuple(p.shape)) if rule else tuple(p.shape)
+                wrong = isinstance(value, Tensor) and value.dim() and tuple(value.shape) != shape
+                if wrong and key not in SLICES:
                     raise CommitError(
                         f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}"
                     )

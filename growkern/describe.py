@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from growkern.errors import UnsupportedModelError, UnsupportedOptimizerError, raise_all
 from growkern.families import FAMILIES
 from growkern.spaces import ModelSpec, size_value
-from growkern.state import LAWS, OptimSpec
+from growkern.state import LAWS, Law, OptimSpec, by_order
 from growkern.tensors import Tensors
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -91,7 +91,12 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> ModelSpec:
 
 
 def describe_optimizer(
-    model: nn.Module, optim: Optimizer, spec: ModelSpec, *, drop: bool = False
+    model: nn.Module,
+    optim: Optimizer,
+    spec: ModelSpec,
+    *,
+    drop: bool = False,
+    rules: Mapping[str, int | None] | None = None,
 ) -> OptimSpec:
     """Describe an optimizer: its class, its groups and state keys by parameter name.
 
@@ -100,13 +105,15 @@ def describe_optimizer(
         optim: The optimizer.
         spec: Of the model.
         drop: True when its state is going to be dropped, so that no law is needed.
+        rules: For a class whose law is not known: state key -> order in the gradient (0: gathered as it is), None for what
+            is kept.
 
     Returns:
-        Names only.
+        Names and a law only.
 
     Raises:
-        UnsupportedOptimizerError: It holds no parameter of the model, has state of a class or key whose law is not known, or
-            state that does not fit its parameter.
+        UnsupportedOptimizerError: It holds no parameter of the model, or parameters that no model holds any more; it has state
+            of a class or key whose law is not known, or state that does not fit its parameter.
     """
     if not isinstance(optim, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UnsupportedOptimizerError(
@@ -124,34 +131,53 @@ def describe_optimizer(
         raise UnsupportedOptimizerError(
             f"{title} it holds no parameter of this {type(model).__name__}; pass the optimizer that trains it."
         )
-    states = {
-        names[id(p)]: (p, state) for p, state in optim.state.items() if id(p) in names and state
-    }
     law = LAWS.get(kind)
-    problems: list[str] = []
-    if law is None and states and not drop:
-        known = ", ".join(name.rpartition(".")[2] for name in LAWS)
-        keys = sorted({str(key) for _, state in states.values() for key in state})
-        problems.append(
-            f"the law of {kind} (state {', '.join(keys)}) is not known. Known: {known}. Grow with state='drop'."
-        )
-    orders: Mapping[str, int | None] = law.orders if law else {}
-    for name, (p, state) in states.items() if law and not drop else ():
+    if rules is not None:
+        law = law or Law({}, lr=None)
+        law = replace(law, rules={**law.rules, **{k: by_order(k, n) for k, n in rules.items()}})
+    states = {names[id(p)]: (p, s) for p, s in optim.state.items() if id(p) in names and s}
+    problems = [] if drop or (law and law.resets) else [*_unknown(kind, law, states)]
+    raise_all(UnsupportedOptimizerError, title, problems)
+    keys = {name: tuple(map(str, s)) for name, (_, s) in states.items()}
+    adjusts = {
+        names[id(p)]: group["adjust_lr_fn"]
+        for group in optim.param_groups
+        for p in group["params"]
+        if law and law.matrix and id(p) in names
+    }
+    return OptimSpec(kind, tuple(held), keys, law, adjusts)
+
+
+def _unknown(
+    kind: str, law: Law | None, states: Mapping[str, tuple[Tensor, Mapping[str, object]]]
+) -> Iterator[str]:
+    """What of an optimizer's state cannot be grown."""
+    if law is None:
+        if states:
+            known = ", ".join(name.rpartition(".")[2] for name in LAWS)
+            keys = sorted({str(key) for _, state in states.values() for key in state})
+            yield (
+                f"the law of {kind} (state {', '.join(keys)}) is not known. Known: {known}. Say how each key grows, "
+                "rules={\"key\": order in the gradient}, or grow with state='drop'."
+            )
+        return
+    for name, (p, state) in states.items():
         for key, value in state.items():
-            if key not in orders:
-                problems.append(
-                    f"{name}: unknown state {key!r}; known: {', '.join(orders)}. Grow with state='drop'."
-                )
-            elif isinstance(value, Tensor) and orders[key] is not None and value.shape != p.shape:
-                problems.append(
-                    f"{name}: state {key!r} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}."
+            rule = law.rules.get(key)
+            if key not in law.rules:
+                yield (
+                    f"{name}: unknown state {key!r}; known: {', '.join(law.rules)}. Say how it grows, "
+                    f"rules={{\"{key}\": order in the gradient}}, or grow with state='drop'."
                 )
             elif isinstance(value, Tensor) and type(value) is not Tensor:
-                problems.append(
-                    f"{name}: state {key!r} is a {type(value).__name__}; only plain tensors are grown."
-                )
-    raise_all(UnsupportedOptimizerError, title, problems)
-    return OptimSpec(kind, tuple(held), {name: tuple(s) for name, (_, s) in states.items()})
+                yield f"{name}: state {key!r} is a {type(value).__name__}; only plain tensors are grown."
+            elif isinstance(value, Tensor) and rule is not None:
+                shape = rule.shape(tuple(p.shape))
+                if tuple(value.shape) != shape:
+                    of = f"the parameter {tuple(p.shape)}" + (
+                        f", so {shape} is its shape" if rule.reduced else ""
+                    )
+                    yield f"{name}: state {key!r} has shape {tuple(value.shape)}, {of}."
 
 
 def tensors_of(model: nn.Module, optim: Optimizer | None, spec: ModelSpec) -> Tensors:

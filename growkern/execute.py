@@ -18,12 +18,12 @@ from growkern.memory import free_bytes, trim
 from growkern.pieces import Cutter
 from growkern.plan import GrowthPlan, TensorRow
 from growkern.reference import Piece
-from growkern.state import Law
+from growkern.state import GRADIENT, VALUE, Rule
 from growkern.tensors import Tensors
 
 Memory = Literal["stage", "lean"]
 MEMORIES = ("stage", "lean")
-Job = tuple[TensorRow, Tensor, Tensor, int]  # row, source, target, order in the gradient
+Job = tuple[TensorRow, Tensor, Tensor, Rule]  # row, source, target, how it grows
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Execution:
     """A growth that is ready to run: its memory is known and fits.
 
     Attributes:
+        cutter: Of this plan; executions that share one give the values of a name the same noise.
         memory: ``"stage"``: every target beside every source, then one swap. ``"lean"``: set by set, sources freed on the way.
         peak_bytes: What it takes at most beyond what was there, on the device that takes most.
         n_read: Bytes read so far, of sources and of statistics.
@@ -55,10 +56,11 @@ class Execution:
         self,
         plan: GrowthPlan,
         sources: Tensors,
-        law: Law | None,
+        rules: Mapping[str, Rule | None],
         *,
         backend: str | None = None,
         memory: Memory | None = None,
+        cutter: Cutter | None = None,
     ) -> None:
         """Check that the plan fits the tensors and the tensors the memory; see ``execute``.
 
@@ -67,7 +69,7 @@ class Execution:
             InsufficientMemoryError: It does not fit, with both figures.
         """
         self.plan, self.sources, self.backend = plan, sources, backend
-        self.orders: Mapping[str, int | None] = law.orders if law else {}
+        self.rules, self.cutter = rules, cutter or Cutter(plan)
         if memory is not None and memory not in MEMORIES:
             raise PlanError(f"unknown memory={memory!r}: 'stage', 'lean' or None, for what fits.")
         shapes = [
@@ -76,26 +78,27 @@ class Execution:
             if tuple(sources.values[row.source].shape) != plan.shapes(row)[0]
         ]
         raise_all(PlanError, f"this plan for a {plan.family} does not fit:", shapes)
-        self.sets = tensor_sets(plan, sources, self.orders)
+        self.sets = tensor_sets(plan, sources, self.rules)
+        self.memory: Memory
         self.memory, self.peak_bytes = _choose(self.sets, memory)
         self.n_read = self.n_written = 0
 
     def parts(self) -> Iterator[Tensors]:
         """Targets: all at once, or set by set; a set's sources are forgotten before it is given, so that they can be freed."""
-        cutter = Cutter(self.plan)
         if self.memory == "stage":
             staged = Tensors()
-            self._run([job for one in self.sets for job in self.jobs(one, staged)], cutter)
+            self._run([job for one in self.sets for job in self.jobs(one, staged)])
             yield staged
             return
         for one in self.sets:
             staged = Tensors()
-            self._run(self.jobs(one, staged), cutter)
+            self._run(self.jobs(one, staged))
             self.sources.forget(one.rows[0].source)
             yield staged
             trim()
 
-    def _run(self, jobs: list[Job], cutter: Cutter) -> None:
+    def _run(self, jobs: list[Job]) -> None:
+        cutter = self.cutter
         cutter.measure(jobs)
         pieces = [piece for job in jobs for piece in cutter.pieces(*job)]
         self.n_read += sum(piece.n_read for piece in pieces) + cutter.n_read
@@ -115,33 +118,39 @@ class Execution:
                 target.copy_(torch.arange(target.shape[-1], device=target.device).expand_as(target))
                 self.n_written += target.numel() * target.element_size()
                 continue
-            jobs.append((row, source, target, 0))
+            jobs.append((row, source, target, VALUE))
             if _grows_grad(row, self.sources):
                 grad = self.sources.grads[row.source]
                 staged.grads[row.name] = torch.empty(shape, dtype=grad.dtype, device=grad.device)
-                jobs.append((row, grad, staged.grads[row.name], 1))
+                jobs.append((row, grad, staged.grads[row.name], GRADIENT))
             if not _grows_state(self.plan, row, self.sources):
                 continue
             state = staged.states[row.name] = dict[str, object]()
             for key, value in self.sources.states[row.source].items():
-                order = self.orders[key]
-                if order is not None and isinstance(value, Tensor):
-                    grown = state[key] = torch.empty(shape, dtype=value.dtype, device=value.device)
-                    jobs.append((row, value, grown, order))
+                rule = self.rules[key]
+                if rule is not None and isinstance(value, Tensor):
+                    grown = state[key] = torch.empty(
+                        rule.shape(shape), dtype=value.dtype, device=value.device
+                    )
+                    jobs.append((row, value, grown, rule))
                 elif row.new:
                     state[key] = value.clone() if isinstance(value, Tensor) else value
         return jobs
 
 
 def execute(
-    plan: GrowthPlan, sources: Tensors, law: Law | None, *, backend: str | None = None
+    plan: GrowthPlan,
+    sources: Tensors,
+    rules: Mapping[str, Rule | None],
+    *,
+    backend: str | None = None,
 ) -> Tensors:
     """Compute every target tensor that differs from its source.
 
     Args:
         plan: What to do.
         sources: Live tensors by source name; they are only read.
-        law: Of the optimizer, for ``sources.states``.
+        rules: State key -> how it grows (``Law.grown``); None for what is kept.
         backend: ``"triton"``, ``"torch"``, or None for triton on a GPU and torch elsewhere.
 
     Returns:
@@ -152,11 +161,11 @@ def execute(
         InsufficientMemoryError: They do not fit beside the sources, with both figures.
         GrowthError: The backend cannot run.
     """
-    return next(Execution(plan, sources, law, backend=backend, memory="stage").parts())
+    return next(Execution(plan, sources, rules, backend=backend, memory="stage").parts())
 
 
 def tensor_sets(
-    plan: GrowthPlan, sources: Tensors, orders: Mapping[str, int | None]
+    plan: GrowthPlan, sources: Tensors, rules: Mapping[str, Rule | None]
 ) -> list[TensorSet]:
     """What changes, by source, the largest sources first: in this order the peak of ``"lean"`` is lowest."""
     by_source: dict[str, list[TensorRow]] = {}
@@ -168,15 +177,16 @@ def tensor_sets(
         made: dict[torch.device, int] = {}
         freed: dict[torch.device, int] = {}
         for row in rows:
-            n = prod(plan.shapes(row)[1])
-            grown: list[object] = [sources.values[row.source]]
+            shape = plan.shapes(row)[1]
+            grown: list[tuple[object, Rule]] = [(sources.values[row.source], VALUE)]
             if _grows_grad(row, sources):
-                grown.append(sources.grads[row.source])
+                grown.append((sources.grads[row.source], GRADIENT))
             if _grows_state(plan, row, sources):
-                state = sources.states[row.source]
-                grown += [value for key, value in state.items() if orders.get(key) is not None]
-            for t in grown:
+                state = sources.states[row.source].items()
+                grown += [(v, rule) for key, v in state if (rule := rules.get(key)) is not None]
+            for t, rule in grown:
                 if isinstance(t, Tensor):
+                    n = prod(rule.shape(shape))
                     made[t.device] = made.get(t.device, 0) + n * t.element_size()
                     if not row.new:
                         n_source = t.numel() * t.element_size()
@@ -190,7 +200,7 @@ def _grows_grad(row: TensorRow, sources: Tensors) -> bool:
 
 
 def _grows_state(plan: GrowthPlan, row: TensorRow, sources: Tensors) -> bool:
-    return row.source in sources.states and row.state == "law" and plan.state == "exact"
+    return row.source in sources.states and row.state == "law" and plan.state != "drop"
 
 
 def peaks(sets: list[TensorSet], memory: str) -> dict[torch.device, int]:

@@ -3,11 +3,13 @@
 import gc
 from collections.abc import Sequence
 from itertools import compress
+from sys import getrefcount
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
 from growkern.errors import UnsupportedModelError, UnsupportedOptimizerError
 
@@ -35,13 +37,25 @@ class Live(NamedTuple):
         return Live(*found)
 
 
-def refuse_forgotten(model: nn.Module, optim: Optimizer | None, live: Live) -> None:
-    """Look for live objects that the growth would leave behind: optimizers with state, modules that share a parameter.
+def refuse_forgotten(
+    model: nn.Module,
+    optim: Optimizer | None,
+    live: Live,
+    averages: Sequence[nn.Module] | None,
+) -> None:
+    """Look for live objects that the growth would leave behind.
+
+    Args:
+        model: What grows.
+        optim: Its optimizer.
+        live: What is alive.
+        averages: Averages of the model that were handed over; None when nothing was said of them.
 
     Raises:
-        UnsupportedOptimizerError: Another optimizer holds state of the parameters; its next step would fail, or corrupt
-            memory under ``fused=True``.
-        UnsupportedModelError: A module outside the model holds one of its parameters (a head tied to this backbone).
+        UnsupportedOptimizerError: Another optimizer holds state of the parameters (its next step would fail, or corrupt
+            memory under ``fused=True``); the optimizer holds parameters that nobody else does.
+        UnsupportedModelError: A module outside the model holds one of its parameters (a head tied to this backbone); an
+            average of a model of the same shapes was not handed over.
     """
     params = {id(p): name for name, p in model.named_parameters()}
     inside = {id(m) for m in model.modules()}
@@ -56,7 +70,19 @@ def refuse_forgotten(model: nn.Module, optim: Optimizer | None, live: Live) -> N
         shared = [(m, p) for m in others for p in m.parameters(recurse=False) if id(p) in params]
         return [f"{type(m).__name__} ({params[id(p)]})" for m, p in shared]
 
-    if optimizers(live) or modules(live):
+    def averaged(live: Live) -> list[str]:
+        shapes = [(name, p.shape) for name, p in model.named_parameters()]
+        found = [m.module for m in live.modules if isinstance(m, AveragedModel)]
+        alike = [m for m in found if [(n, p.shape) for n, p in m.named_parameters()] == shapes]
+        return [type(m).__name__ for m in alike if averages is None and id(m) not in inside]
+
+    if dead := _dead(optim, live):
+        raise UnsupportedOptimizerError(
+            f"cannot grow this {type(model).__name__}: its optimizer holds {len(dead)} parameters that no module has any more "
+            f"({', '.join(dead[:3])}): it has not trained what replaced them. Build the optimizer anew, or take them out of "
+            "its groups."
+        )
+    if optimizers(live) or modules(live) or averaged(live):
         gc.collect()  # what was let go may only wait for its turn
         live, title = Live.scan(), f"cannot grow this {type(model).__name__}:"
         if others := optimizers(live):
@@ -69,6 +95,29 @@ def refuse_forgotten(model: nn.Module, optim: Optimizer | None, live: Live) -> N
                 f"{title} modules outside it hold its parameters ({', '.join(others[:3])}) and would not be grown. "
                 "Pass the whole model."
             )
+        if others := averaged(live):
+            raise UnsupportedModelError(
+                f"{title} an AveragedModel of a {others[0]} of its shapes is alive and would not be grown: pass it as ema=, "
+                "or ema=() if it averages another model."
+            )
+
+
+def _dead(optim: Optimizer | None, live: Live) -> list[str]:
+    """Parameters that an optimizer alone holds: something replaced them in their module."""
+    groups: list[Any] = optim.param_groups if optim is not None else []
+    held = {id(p) for m in live.modules if "_parameters" in vars(m) for p in m._parameters.values()}  # pyright: ignore
+    dead: list[str] = []
+    for group in groups:
+        names = group.get("param_names", [None] * len(group["params"]))
+        for i in range(len(group["params"])):
+            p = group["params"][i]
+            keeps = 3 + (
+                p in optim.state if optim is not None else 0
+            )  # the list, here, the count, its state
+            if id(p) not in held and getrefcount(p) <= keeps:
+                dead.append(names[i] or f"of shape {tuple(p.shape)}")
+            del p
+    return dead
 
 
 def forgotten_schedulers(optim: Optimizer, handed: Sequence[object], live: Live) -> list[str]:

@@ -1,11 +1,11 @@
 """Param groups split by learning rate, and the schedulers that follow them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from growkern.errors import PlanError
 from growkern.undo import Undo
@@ -29,12 +29,28 @@ SCHEDULER_ENTRIES = (
 def split_groups(
     optim: Optimizer,
     target: dict[str, nn.Parameter],
-    factors: dict[str, float],
+    factors: Mapping[str, float],
     scheduler: object | None,
-    keeps_decay: bool,
+    decays: Sequence[str],
+    rates: Sequence[str],
     undo: Undo,
 ) -> None:
-    """Give parameters whose learning-rate factor is not 1 a group of their own, behind the others."""
+    """Give parameters whose learning-rate factor is not 1 a group of their own, behind the others.
+
+    Args:
+        optim: Changed in place.
+        target: Its parameters by name.
+        factors: Parameter name -> factor.
+        scheduler: Follows the groups.
+        decays: Keys of a group that are divided by the factor.
+        rates: Keys of the state that are multiplied by it.
+        undo: Takes it back.
+    """
+    for name, factor in factors.items():
+        state = optim.state.get(target[name], {})
+        followed = {key: state[key] * factor for key in rates if key in state}
+        if followed:
+            undo.items(state, state | followed)
     names = {id(p): name for name, p in target.items() if name in factors}
     for index, group in enumerate(list(optim.param_groups)):
         parts: dict[float, list[int]] = {}
@@ -44,7 +60,7 @@ def split_groups(
             continue
         stays = 1.0 if 1.0 in parts else next(iter(parts))
         groups = {
-            factor: _scaled(group, factor, keeps_decay)
+            factor: _scaled(group, factor, decays)
             | {
                 key: [group[key][i] for i in part]
                 for key in ("params", "param_names")
@@ -63,10 +79,12 @@ def split_groups(
             _follow(one, index, stays, list(groups), undo)
 
 
-def _scaled(group: Mapping[str, Any], factor: float, keeps_decay: bool) -> dict[str, Any]:
+def _scaled(group: Mapping[str, Any], factor: float, decays: Sequence[str]) -> dict[str, Any]:
     scaled = {key: value * factor if key in LR_KEYS else value for key, value in group.items()}
-    if keeps_decay and factor != 1:
-        scaled["weight_decay"] = group["weight_decay"] / factor
+    if group.get("decoupled_weight_decay"):
+        decays = (*decays, "weight_decay")
+    if factor != 1:
+        scaled |= {key: group[key] / factor for key in decays if key in group}
     return scaled
 
 
@@ -94,13 +112,17 @@ def _follow(scheduler: object, index: int, stays: float, factors: list[float], u
 
 
 def check_scheduler(optim: Optimizer | None, scheduler: object | None) -> None:
-    """Raise PlanError for a scheduler that drives another optimizer, or whose groups cannot be split."""
+    """Raise PlanError for a scheduler that drives another optimizer."""
     if optim is None and scheduler is not None:
         raise PlanError("scheduler: pass the optimizer that it drives too, as optim.")
     for one in schedulers(scheduler):
         if getattr(one, "optimizer", optim) is not optim:
             raise PlanError(f"scheduler: this {type(one).__name__} drives another optimizer.")
-        if not isinstance(one, torch.optim.lr_scheduler.LRScheduler):
-            raise PlanError(
-                f"scheduler: {type(one).__name__} is not a torch LRScheduler; grow with dynamics=None."
-            )
+
+
+def follows(scheduler: object | None) -> bool:
+    """Whether split groups keep their factors under a scheduler: it is one of torch's, and no rate of its own is for all groups."""
+    return all(
+        isinstance(one, LRScheduler) and not getattr(one, "eta_min", 0)
+        for one in schedulers(scheduler)
+    )

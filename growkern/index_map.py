@@ -22,6 +22,11 @@ class Run(NamedTuple):
     length: int
     source: int
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """First target coordinate, and the one after the last."""
+        return self.target, self.target + self.length
+
 
 @dataclass(frozen=True)
 class Vector:
@@ -214,6 +219,14 @@ class IndexMap:
         values = [(t, n, function(len(ts))) for _, n, ts in self.segments for t in ts]
         pads = [(run.target, run.length, pad) for run in self.runs if run.source == PAD]
         return _merged((value, n) for _, n, value in sorted([*values, *pads]))
+
+    def first_copies(self) -> "IndexMap":
+        """The same with pads in place of all but the first copy of every source coordinate."""
+        found = [(run.target, run.length, PAD) for run in self.runs if run.source == PAD]
+        for source, n, (first, *others) in ((j, n, ts) for j, n, ts in self.segments if ts):
+            found += [(first, n, source), *((other, n, PAD) for other in others)]
+        runs = _joined(Run(*run) for run in sorted(found))
+        return IndexMap(self.n_source, self.n_target, runs)
 
     def product(self, inner: "IndexMap") -> "IndexMap":
         """The map of a row-major product of two spaces: coordinate ``i * inner.n + j``."""

@@ -15,6 +15,7 @@ from growkern.index_map import PAD, IndexMap, Vector, concat_maps, concat_vector
 from growkern.methods import BlockRow, Contract, Depth, DepthMethod, Width, WidthMethod
 from growkern.plan import AxisMap, GrowthPlan, Pad, TensorRow
 from growkern.spaces import AxisUse, ModelSpec, size_value, space_of
+from growkern.state import DYNAMICS, STATES
 
 
 def build(
@@ -24,6 +25,7 @@ def build(
     width: WidthMethod,
     depth: DepthMethod,
     state: str = "exact",
+    dynamics: str | None = "mup",
     seed: int = 0,
 ) -> GrowthPlan:
     """Plan a growth: methods decide maps, contracts and blocks, roles decide the rest.
@@ -33,7 +35,8 @@ def build(
         sizes: Every target size (``growkern.sizes.resolve_sizes``).
         width: Width method.
         depth: Depth method.
-        state: ``"exact"`` grows the optimizer's state by the dual law, ``"drop"`` clears it.
+        state: What becomes of the optimizer's state (``growkern.state.STATES``).
+        dynamics: What becomes of its learning rates: ``"mup"``, ``"exact"`` or None.
         seed: Of all noise.
 
     Returns:
@@ -43,7 +46,12 @@ def build(
         PlanError: A method cannot do what is asked.
     """
     problems = [
-        *([] if state in ("exact", "drop") else [f"unknown state={state!r}: 'exact' or 'drop'."]),
+        *([] if state in STATES else [f"unknown state={state!r}: {', '.join(map(repr, STATES))}."]),
+        *(
+            []
+            if dynamics in DYNAMICS
+            else [f"unknown dynamics={dynamics!r}: 'mup', 'exact' or None."]
+        ),
         *(
             []
             if type(seed) is int and 0 <= seed < 1 << 64
@@ -105,6 +113,7 @@ def build(
         depth=str(depth),
         seed=seed,
         state=state,
+        dynamics=dynamics,
         axes=axes,
         rows=tuple(_rows(spec, deep, keys)),
         path=spec.blocks.path if spec.blocks else "",
@@ -185,10 +194,9 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
         problems.append("its factors on eps are not of the target's norms, or no positive numbers.")
     if dict(plan.ties) != dict(spec.ties) or tuple(plan.counters) != tuple(spec.counters):
         problems.append("its ties or counters are not the model's.")
-    if plan.state not in ("exact", "drop") or any(
-        row.state not in ("law", "fresh") for row in plan.rows
-    ):
-        problems.append("its state is neither 'exact' nor 'drop'.")
+    states = {row.state for row in plan.rows}
+    if plan.state not in STATES or plan.dynamics not in DYNAMICS or not states <= {"law", "fresh"}:
+        problems.append(f"its state {plan.state!r} or dynamics {plan.dynamics!r} is not known.")
     raise_all(PlanError, f"this plan for a {plan.family} cannot be run:", problems)
 
 

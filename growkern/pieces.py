@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from growkern import reference
-from growkern.index_map import PAD
+from growkern.index_map import PAD, IndexMap, Vector
 from growkern.plan import AxisMap, GrowthPlan, Pad, TensorRow
 from growkern.reference import Noise, Piece
-from growkern.sides import Side, Stretch
+from growkern.sides import Side, Stretch, scale_of
+from growkern.state import Rule
 
 
 class _Cell(NamedTuple):
@@ -34,11 +35,11 @@ class _Layout(NamedTuple):
     target: tuple[int, int]
 
 
-def _cell(rows: Side, cols: Side, r: Stretch, c: Stretch, order: int) -> _Cell:
+def _cell(rows: Side, cols: Side, r: Stretch, c: Stretch, rule: Rule) -> _Cell:
     """Noise is on weights that copy, or that read a pad, but not on those that write one."""
     pads: tuple[Pad, ...] = tuple(side.pad for side, s in ((rows, r), (cols, c)) if s.source == PAD)
     free = (
-        order == 0
+        rule.value
         and (rows.noisy or cols.noisy)
         and all(pad == "normal" for pad in pads)
         and any(copy.noise for copy in r.copies)
@@ -58,56 +59,57 @@ class Cutter:
         self._sides: dict[tuple[object, ...], Side] = {}
         self._layouts: dict[tuple[object, ...], _Layout] = {}
         self._stretches: dict[tuple[Side, bool, torch.device, torch.dtype], list[Stretch]] = {}
-        self._stds: dict[int, Tensor] = {}
+        self._stds: dict[
+            str, Tensor
+        ] = {}  # by source: what is a value beside a weight gets its noise
+        self._means: dict[tuple[int, Rule], AxisMap] = {}
         self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
-    def measure(self, jobs: Iterable[tuple[TensorRow, Tensor, Tensor, int]]) -> None:
+    def measure(self, jobs: Iterable[tuple[TensorRow, Tensor, Tensor, Rule]]) -> None:
         """Measure every weight that gets noise at once, rather than each by itself; jobs as arguments of ``pieces``."""
-        noisy: dict[tuple[torch.device, torch.dtype, torch.dtype], dict[int, Tensor]] = defaultdict(
+        noisy: dict[tuple[torch.device, torch.dtype, torch.dtype], dict[str, Tensor]] = defaultdict(
             dict
         )
-        for row, source, target, order in jobs:
-            if order or row.constant is not None or not source.numel():
+        for row, source, target, rule in jobs:
+            known = row.source in self._stds
+            if known or not rule.value or row.constant is not None or not source.numel():
                 continue
             centred = any(self._axes[key].centred for key in row.axes)
             kind = source.device, reference.arithmetic(target.dtype), source.dtype
             if not centred and any(
-                cell.free for cell in self._layout(row.axes, 0, *kind[:2]).cells
+                cell.free for cell in self._layout(row.axes, rule, *kind[:2]).cells
             ):
-                noisy[kind][source.data_ptr()] = source
-        for (device, dtype, _), by_place in noisy.items():
-            sources = list(by_place.values())
+                noisy[kind].setdefault(row.source, source)
+        for (device, dtype, _), by_name in noisy.items():
+            sources = list(by_name.values())
             norms = reference.norms_of(sources, 2)
             roots = torch.tensor([source.numel() ** 0.5 for source in sources], dtype=dtype)
             stds = _std(norms / roots.to(device))
-            self._stds |= {
-                source.data_ptr(): std for source, std in zip(sources, stds, strict=True)
-            }
+            self._stds |= dict(zip(by_name, stds, strict=True))
             self.n_read += sum(source.numel() * source.element_size() for source in sources)
 
-    def pieces(self, row: TensorRow, src: Tensor, dst: Tensor, order: int) -> Iterator[Piece]:
-        """Cut one target tensor. ``order``: 0 for a weight, k for state of order k in the gradient."""
+    def pieces(self, row: TensorRow, src: Tensor, dst: Tensor, rule: Rule) -> Iterator[Piece]:
+        """Cut one target tensor: a weight, its gradient or its state, each by its rule."""
         if row.constant is not None:
             into = dst.view(1, dst.numel())
             yield Piece(self._constant(row.constant, dst).expand_as(into), into)
             return
-        measured = self._stds.get(
-            src.data_ptr()
-        )  # of the live tensor: memory of a copy may have been another's
         for axis, key in enumerate(row.axes):
-            if order == 0 and self._axes[key].centred:
+            if rule.value and self._axes[key].centred:
                 self.n_read += 2 * src.numel() * src.element_size()
                 src = src - src.mean(axis, keepdim=True)
         dtype = reference.arithmetic(dst.dtype)
-        layout = self._layout(row.axes, order, src.device, dtype)
+        layout = self._layout(row.axes, rule, src.device, dtype)
         rows, cols = layout.rows, layout.cols
         source, target = _matrix(src, layout.source), dst.view(layout.target)
-        fill, noise = _Fill(source, rows, cols, order, dtype), None
+        fill, noise = _Fill(source, rows, cols, rule, dtype), None
         for cell in layout.cells:
             r, c = cell.rows, cell.cols
             if cell.free and noise is None:
+                std = self._stds.get(row.source)
+                std = self._stds.setdefault(row.source, fill.std) if std is None else std
                 keys = reference.axis_keys(self.plan.seed, _tensor_id(row.name))
-                noise = Noise(fill.std if measured is None else measured, keys)
+                noise = Noise(std.to(dtype), keys)
             drawn = noise if cell.free else None
             if not cell.pads:
                 value = _part(source, r, c)
@@ -119,26 +121,38 @@ class Cutter:
         self.n_read += fill.n_statistics * source.numel() * source.element_size()
 
     def _layout(
-        self, keys: tuple[str, ...], order: int, device: torch.device, dtype: torch.dtype
+        self, keys: tuple[str, ...], rule: Rule, device: torch.device, dtype: torch.dtype
     ) -> "_Layout":
         """How tensors of these axes are cut: worked out once."""
-        key = keys, order, device, dtype
+        key = keys, rule, device, dtype
         if key not in self._layouts:
             axes = tuple(self._axes[key] for key in keys)
+            if rule.reduced is not None:
+                at = len(axes) + rule.reduced
+                axes = (*axes[:at], self._mean_of(axes[at], rule), *axes[at + 1 :])
             at = _split(axes)
-            rows, cols = self._side(axes[:at], order), self._side(axes[at:], order)
+            rows, cols = self._side(axes[:at], rule), self._side(axes[at:], rule)
             by_row = self._cut(rows, device, dtype, True)
             by_col = self._cut(cols, device, dtype, False)
-            cells = [_cell(rows, cols, r, c, order) for r in by_row for c in by_col if r.n and c.n]
+            cells = [_cell(rows, cols, r, c, rule) for r in by_row for c in by_col if r.n and c.n]
             source = rows.index_map.n_source, cols.index_map.n_source
             target = rows.index_map.n_target, cols.index_map.n_target
             self._layouts[key] = _Layout(rows, cols, cells, source, target)
         return self._layouts[key]
 
-    def _side(self, axes: tuple[AxisMap, ...], order: int) -> Side:
-        key = (*map(id, axes), order)
+    def _mean_of(self, axis: AxisMap, rule: Rule) -> AxisMap:
+        """An axis of size 1 in place of one that was averaged over: its factor is the mean of the factors."""
+        scale, runs = scale_of(axis, rule).expanded(), axis.index_map.runs
+        copied = [scale[i] for run in runs if run.source != PAD for i in range(*run.span)]
+        one, power = Vector.full(1.0, 1), rule.grad or 1  # without one, the factors are all 1
+        mean = Vector.full((sum(copied) / max(1, len(copied))) ** (1 / power), 1)
+        found = AxisMap(IndexMap.identity(1), one, mean)
+        return self._means.setdefault((id(axis), rule), found)
+
+    def _side(self, axes: tuple[AxisMap, ...], rule: Rule) -> Side:
+        key = (*map(id, axes), rule)
         if key not in self._sides:
-            self._sides[key] = Side(axes, order)
+            self._sides[key] = Side(axes, rule)
         return self._sides[key]
 
     def _cut(
@@ -181,9 +195,9 @@ class _Fill:
     """What stands for the source where a stretch copies nothing, broadcast."""
 
     def __init__(
-        self, source: Tensor, rows: Side, cols: Side, order: int, dtype: torch.dtype
+        self, source: Tensor, rows: Side, cols: Side, rule: Rule, dtype: torch.dtype
     ) -> None:
-        self.source, self.rows, self.cols, self.order, self.dtype = source, rows, cols, order, dtype
+        self.source, self.rows, self.cols, self.rule, self.dtype = source, rows, cols, rule, dtype
         self._means: dict[tuple[bool, bool], Tensor] = {}
         self.n_statistics = 0  # times that the whole source is read for one
 
@@ -197,9 +211,9 @@ class _Fill:
     def of(self, cell: _Cell) -> tuple[Tensor, bool]:
         """The tensor to read, and whether the scales apply to it."""
         r, c, pads, _ = cell
-        if self.order == 2:
+        if not self.rule.value and self.rule.lost == "mean":
             return self.mean_of_law.expand(r.n, c.n), False
-        if self.order or any(pad != "mean" for pad in pads):
+        if not self.rule.value or any(pad != "mean" for pad in pads):
             return self.source.new_zeros(1, 1).expand(r.n, c.n), True
         mean = self.mean(r.source == PAD, c.source == PAD)
         rows = mean if r.source == PAD else _taken(mean, 0, r)

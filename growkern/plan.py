@@ -99,7 +99,8 @@ class GrowthPlan:
         width: The width method, as text.
         depth: The depth method, as text.
         seed: Of all noise.
-        state: ``"exact"`` or ``"drop"``.
+        state: What becomes of optimizer state: one of ``growkern.state.STATES``.
+        dynamics: What becomes of learning rates: ``"mup"``, ``"exact"`` or None.
         axes: Key -> axis map.
         rows: One per target tensor, in source order, block by block.
         path: Name of the module that holds the blocks.
@@ -133,6 +134,7 @@ class GrowthPlan:
     config: Mapping[str, int] = field(default_factory=dict[str, int])
     config_lists: tuple[str, ...] = ()
     config_eps: tuple[str, float] | None = None
+    dynamics: str | None = "mup"
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -208,7 +210,8 @@ class GrowthPlan:
     def __str__(self) -> str:
         grown = [(k, n, self.target_sizes[k]) for k, n in self.source_sizes.items()]
         parts = [
-            f"Growth plan for {self.family}: {self.width}, {self.depth}, seed {self.seed}, state {self.state!r}",
+            f"Growth plan for {self.family}: {self.width}, {self.depth}, seed {self.seed}, "
+            f"state {self.state!r}, dynamics {self.dynamics!r}",
             table(
                 ["size", "source", "target", ""],
                 [[k, a, b, f"x {b / a:g}" if b != a else ""] for k, a, b in grown],

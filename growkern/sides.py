@@ -13,6 +13,7 @@ from torch import Tensor
 from growkern.index_map import PAD, IndexMap, Run, Vector, twins
 from growkern.plan import AxisMap, Pad
 from growkern.reference import Copy
+from growkern.state import Rule
 
 N_RUNS, N_LONG_RUNS = (
     32,
@@ -46,20 +47,21 @@ class _Cut(NamedTuple):
 
 
 class Side:
-    """The rows or the columns of a target seen as a matrix: some of its axes, row-major; ``order`` as in ``Cutter.pieces``."""
+    """The rows or the columns of a target seen as a matrix: some of its axes, row-major, grown by a rule."""
 
-    def __init__(self, axes: Sequence[AxisMap], order: int) -> None:
+    def __init__(self, axes: Sequence[AxisMap], rule: Rule) -> None:
         self.index_map = IndexMap.identity(1)
         self.scale, self.factors = Vector.full(1.0, 1), Vector.full(1.0, 1)
         self.pad: Pad = "zero"
         self.noisy = False
         self.ids = IndexMap.identity(1)
         for axis in axes:
-            own = axis.weight_scale if order == 0 else axis.grad_scale.map(lambda a: a**order)
-            factors, ids = _noise(axis, order)
+            index_map = axis.index_map.first_copies() if rule.first else axis.index_map
+            factors, ids = _noise(axis, rule)
             self.ids = self.ids.product(ids)
-            self.index_map = self.index_map.product(axis.index_map)
-            self.scale, self.factors = self.scale.outer(own), self.factors.outer(factors)
+            self.index_map = self.index_map.product(index_map)
+            self.scale = self.scale.outer(scale_of(axis, rule))
+            self.factors = self.factors.outer(factors)
             if not axis.index_map.is_identity:
                 self.pad = axis.pad
                 self.noisy = self.noisy or axis.pad == "normal"
@@ -182,10 +184,19 @@ def _segments(cuts: list[_Cut]) -> Iterator[Stretch]:
         yield Stretch(start, following[start] - start, tuple(found))
 
 
-def _noise(axis: AxisMap, order: int) -> tuple[Vector, IndexMap]:
+def scale_of(axis: AxisMap, rule: Rule) -> Vector:
+    """The factor of a rule along an axis."""
+    powers = (axis.weight_scale, rule.weight), (axis.grad_scale, rule.grad)
+    scales = [vector.map(lambda x, k=k: x**k) for vector, k in powers if k]
+    if len(scales) == 2:
+        return scales[0].zip(scales[1], lambda x, y: x * y)
+    return scales[0] if scales else Vector.full(1.0, axis.index_map.n_target)
+
+
+def _noise(axis: AxisMap, rule: Rule) -> tuple[Vector, IndexMap]:
     """Noise factor of each target coordinate of an axis (0 in state), and its counter; twins share a counter."""
-    index_map, value = axis.index_map, 0.0 if order else 1.0
-    if order or axis.pad != "normal" or index_map.is_identity:
+    index_map, value = axis.index_map, 1.0 if rule.value else 0.0
+    if not rule.value or axis.pad != "normal" or index_map.is_identity:
         return Vector.full(value, index_map.n_target), IndexMap.identity(index_map.n_target)
     if not axis.noise and not index_map.has_pads:
         return Vector.full(0.0, index_map.n_target), IndexMap.identity(index_map.n_target)

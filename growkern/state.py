@@ -1,12 +1,54 @@
 """The law of optimizer state: one table, keyed by optimizer class, because a key means different things in different classes.
 
-A state tensor of order ``k`` in the gradient is gathered like its parameter and multiplied by ``a ** k``, where ``a`` is the
-factor on the gradient. Scalars (``step``) are kept.
+A state tensor is gathered like its parameter and multiplied by a power of ``s``, the factor on the weight, and a power of ``a``,
+the factor on the gradient. Scalars (``step``) are kept.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import sqrt
 from typing import Literal
+
+from growkern.errors import UnsupportedOptimizerError
+
+STATES = ("exact", "copy", "asymmetric", "zero_pad", "drop")
+DYNAMICS = ("mup", "exact", None)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one tensor grows: gathered, times ``s ** weight * a ** grad``.
+
+    Attributes:
+        weight: Power of the weight's factor.
+        grad: Power of the gradient's factor.
+        value: True for what is a weight itself: it takes the weight's noise, pads and centring too.
+        lost: What an element without an ancestor is, unless it is a value: 0, or the mean over the elements that have one.
+        first: True when only the first copy of every source element keeps it; the others are without an ancestor.
+        reduced: Axis of the parameter, from the end, that this is a mean over; None for none.
+        kept: True when that axis is still there, of size 1.
+    """
+
+    weight: float = 0
+    grad: float = 0
+    value: bool = False
+    lost: Literal["zero", "mean"] = "zero"
+    first: bool = False
+    reduced: int | None = None
+    kept: bool = True
+
+    def shape(self, of: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the state of a parameter of shape ``of``."""
+        if self.reduced is None:
+            return of
+        axis = len(of) + self.reduced
+        return (*of[:axis], *((1,) if self.kept else ()), *of[axis + 1 :])
+
+
+VALUE = Rule(weight=1, value=True)
+GRADIENT = Rule(grad=1)
+SQUARE = Rule(grad=2, lost="mean")
+GATHERED = Rule()
 
 
 @dataclass(frozen=True)
@@ -14,28 +56,130 @@ class Law:
     """How the state of one optimizer class grows.
 
     Attributes:
-        orders: State key -> order in the gradient; None for a scalar that is kept.
-        lr: Which factor on the learning rate keeps the source's dynamics: ``"s"``, or ``"s/a"`` for plain gradient steps.
-        keeps_decay: True when the same dynamics want weight decay divided by that factor (decoupled decay, SGD).
+        rules: State key -> rule; None for a scalar that is kept.
+        lr: Powers of ``s`` and of ``a`` in the factor on the learning rate that keeps the source's dynamics; None: not known.
+        decays: Keys of a param group that are divided by that factor, so that decay per step stays (decoupled decay, SGD).
+        rates: State keys that hold a learning rate and follow it.
+        matrix: True when the step is that of the whole matrix, orthogonalised, so that its shape counts too (Muon).
+        resets: True when the state is a history that cannot be grown and starts anew.
+        slices: True when the optimizer takes factors per row and column itself (``growkern.optim.AdamW``).
     """
 
-    orders: Mapping[str, int | None]
-    lr: Literal["s", "s/a"]
-    keeps_decay: bool = False
+    rules: Mapping[str, Rule | None]
+    lr: tuple[float, float] | None = (1, 0)
+    decays: tuple[str, ...] = ()
+    rates: tuple[str, ...] = ()
+    matrix: bool = False
+    resets: bool = False
+    slices: bool = False
 
     def lr_factor(self, weight_scale: float | None, grad_scale: float | None) -> float | None:
         """The factor on the learning rate of a tensor; None where it is not one number."""
-        if weight_scale is None or (self.lr == "s/a" and grad_scale is None):
+        if self.lr is None:
             return None
-        return weight_scale if self.lr == "s" or grad_scale is None else weight_scale / grad_scale
+        factor = 1.0
+        for scale, power in zip((weight_scale, grad_scale), self.lr, strict=True):
+            if power and scale is None:
+                return None
+            factor *= (scale or 1.0) ** power
+        return factor
+
+    def grown(self, state: str, *, source_units: bool = False) -> Mapping[str, Rule | None]:
+        """The rules under a mode of ``state=``.
+
+        Args:
+            state: ``"exact"``: the law. ``"copy"``: gathered as it is. ``"asymmetric"``: the first copy keeps what it was, the
+                others start from 0 (SPARKLING, arXiv:2602.02472). ``"zero_pad"``: the first copy by the law, the others from 0.
+            source_units: True when the optimizer goes on in the source's units (``UpdateScale``): what is no value is gathered.
+        """
+
+        def one(rule: Rule | None) -> Rule | None:
+            if rule is None or rule.value:
+                return rule
+            if source_units or state in ("copy", "asymmetric"):
+                rule = replace(rule, weight=0, grad=0)
+            if state in ("asymmetric", "zero_pad"):
+                rule = replace(rule, first=True, lost="zero")
+            return rule
+
+        return {key: one(rule) for key, rule in self.rules.items()}
 
 
-ADAM: dict[str, int | None] = {"step": None, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+def by_order(key: str, order: int | None) -> Rule | None:
+    """The rule of a state key that the user has given the order in the gradient of."""
+    if order is None:
+        return None
+    if type(order) is not int or not 0 <= order <= 2:
+        raise UnsupportedOptimizerError(
+            f"rules: {key!r} has the order {order!r}; 0 (gathered), 1 or 2 in the gradient, or None for what is kept."
+        )
+    return (GATHERED, GRADIENT, SQUARE)[order]
 
+
+def muon_adjustment(shape: tuple[int, ...], how: str | None) -> float:
+    """What ``torch.optim.Muon`` multiplies its learning rate by (``adjust_lr_fn``)."""
+    rows, cols = shape[:2]
+    if how == "match_rms_adamw":
+        return 0.2 * sqrt(max(rows, cols))
+    return sqrt(max(1, rows / cols)) if how in (None, "original") else 1.0
+
+
+ADAM: dict[str, Rule | None] = {
+    "step": None,
+    "exp_avg": GRADIENT,
+    "exp_avg_sq": SQUARE,
+    "max_exp_avg_sq": SQUARE,
+}
+DECAY = ("weight_decay",)
+STEP: dict[str, Rule | None] = {"step": None}
+OWN = "torch.optim"
+
+SLICES = [
+    *(f"{kind}_{side}" for kind in ("lr", "eps", "decay", "born") for side in ("rows", "cols")),
+    "rewarm",
+]
 LAWS: dict[str, Law] = {
-    "torch.optim.adam.Adam": Law(ADAM, lr="s"),
-    "torch.optim.adamw.AdamW": Law(ADAM, lr="s", keeps_decay=True),
-    "torch.optim.sgd.SGD": Law({"momentum_buffer": 1}, lr="s/a", keeps_decay=True),
+    "growkern.optim.AdamW": Law(
+        ADAM | dict.fromkeys(SLICES), decays=DECAY, slices=True
+    ),  # its vectors grow with what they are factors of: growkern.dynamics
+    f"{OWN}.asgd.ASGD": Law(
+        STEP | {"ax": VALUE, "eta": None, "mu": None},
+        lr=(1, -1),
+        decays=("weight_decay", "lambd"),
+        rates=("eta",),
+    ),
+    f"{OWN}.adadelta.Adadelta": Law(
+        STEP | {"square_avg": SQUARE, "acc_delta": Rule(weight=2, lost="mean")}, lr=(0, 0)
+    ),
+    f"{OWN}.Adafactor": Law(
+        STEP
+        | {
+            "variance": SQUARE,
+            "row_var": replace(SQUARE, reduced=-1),
+            "col_var": replace(SQUARE, reduced=-2),
+        },
+        lr=(0, 0),
+    ),
+    f"{OWN}.adagrad.Adagrad": Law(STEP | {"sum": SQUARE}),
+    f"{OWN}.adam.Adam": Law(ADAM),
+    f"{OWN}.adamw.AdamW": Law(ADAM, decays=DECAY),
+    f"{OWN}.adamax.Adamax": Law(
+        STEP | {"exp_avg": GRADIENT, "exp_inf": replace(GRADIENT, lost="mean")}
+    ),
+    f"{OWN}.lbfgs.LBFGS": Law({}, lr=(0, 0), resets=True),
+    f"{OWN}.Muon": Law(
+        {"momentum_buffer": GRADIENT}, lr=(0.5, -0.5), decays=DECAY, matrix=True
+    ),
+    f"{OWN}.nadam.NAdam": Law(ADAM | {"mu_product": None}),
+    f"{OWN}.radam.RAdam": Law(ADAM),
+    f"{OWN}.rmsprop.RMSprop": Law(
+        STEP | {"square_avg": SQUARE, "momentum_buffer": GATHERED, "grad_avg": GRADIENT}
+    ),
+    f"{OWN}.rprop.Rprop": Law(
+        STEP | {"prev": GRADIENT, "step_size": Rule(weight=1, lost="mean")}, lr=(0, 0)
+    ),
+    f"{OWN}.sgd.SGD": Law({"momentum_buffer": GRADIENT}, lr=(1, -1), decays=DECAY),
+    f"{OWN}.sparse_adam.SparseAdam": Law(ADAM),
 }
 
 
@@ -47,13 +191,17 @@ class OptimSpec:
         kind: Qualified class name.
         groups: Names of the model's parameters in each param group.
         states: Parameter name -> its state keys.
+        law: Of its state; None when it is not known.
+        adjusts: Parameter name -> how its learning rate follows its shape (``adjust_lr_fn`` of Muon).
     """
 
     kind: str
     groups: tuple[tuple[str, ...], ...]
     states: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    law: Law | None = None
+    adjusts: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
 
     @property
-    def law(self) -> Law | None:
-        """The law of this class; None when it is not known."""
-        return LAWS.get(self.kind)
+    def rules(self) -> Mapping[str, Rule | None]:
+        """Of its state; none when the law is not known."""
+        return self.law.rules if self.law else dict[str, Rule | None]()

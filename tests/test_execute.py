@@ -81,7 +81,7 @@ def test_weights_and_moments_equal_a_loop_over_elements(axes, transposed, scatte
                 {"w": m},
                 {"w": {"exp_avg": m, "exp_avg_sq": v, "step": torch.tensor(3.0)}},
             ),
-            LAWS["torch.optim.adamw.AdamW"],
+            LAWS["torch.optim.adamw.AdamW"].rules,
         )
 
     copied = expected(v, axes, 2, float("nan"))
@@ -179,7 +179,7 @@ def test_axes_of_no_coordinates_give_tensors_of_no_elements(backend):
     staged = execute(
         plan_of([none, even(4, 8)]),
         Tensors({"w": source}, {}, {"w": {"exp_avg_sq": source}}),
-        LAWS["torch.optim.adamw.AdamW"],
+        LAWS["torch.optim.adamw.AdamW"].rules,
         backend=backend,
     )
 
@@ -239,7 +239,7 @@ def test_weights_of_half_precision_keep_float32_state(dtype):
     staged = execute(
         plan_of([writer(8, 16), even(8, 16)]),
         Tensors({"w": source}, {}, {"w": {"exp_avg": m}}),
-        LAWS["torch.optim.adamw.AdamW"],
+        LAWS["torch.optim.adamw.AdamW"].rules,
     )
 
     assert (

@@ -73,7 +73,7 @@ def test_every_gradient_and_moment_of_the_grown_model_follows_the_dual_law(
     source = {
         name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
     }  # BERT's untied bias is unused
-    plan = growkern.plan(model, optim, to=to, width=QUIET, spec=spec_of(model))
+    plan = growkern.plan(model, optim, to=to, width=QUIET, dynamics=None, spec=spec_of(model))
 
     grow(model, optim, plan=plan, dynamics=None)
     in_flight = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -206,7 +206,7 @@ def test_the_grown_run_is_the_source_run_under_scaled_hyperparameters(
     optim = torch.optim.AdamW(model.parameters(), lr=lr, eps=eps, weight_decay=decay)
     train(model, optim, 10)
     source, source_optim = copy.deepcopy((model, optim))
-    plan = growkern.plan(model, optim, to=to, width=QUIET, spec=spec_of(model))
+    plan = growkern.plan(model, optim, to=to, width=QUIET, dynamics=None, spec=spec_of(model))
 
     grow(model, optim, plan=plan, dynamics=None)
     params = {name: p for name, p in model.named_parameters() if optim.state[p]}

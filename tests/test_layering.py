@@ -13,9 +13,11 @@ LAYERS = (  # top to bottom: a module imports from lower rows only
     ("demo",),
     ("growkern",),  # growkern/__init__.py
     ("api",),
+    ("notes",),
     ("report", "commit", "execute", "verify"),
-    ("groups",),
+    ("groups", "dynamics"),
     ("undo",),
+    ("scale",),
     ("pieces",),
     ("sides",),
     ("describe", "forgotten"),

@@ -15,6 +15,7 @@ from growkern.errors import CommitError, GrowthError, InsufficientMemoryError, P
 from growkern.kernels import table
 from growkern.kernels.table import Table
 from growkern.pieces import Cutter
+from growkern.state import GRADIENT, SQUARE, VALUE
 
 TENSORS = {
     "plain": torch.randn(5, 7),
@@ -142,7 +143,7 @@ def test_a_lean_growth_that_fails_brings_every_source_back(stage, call, error, m
 def test_sources_are_let_go_one_by_one():
     model, optim, _ = fixture("llama")
     spec = growkern.describe(model)
-    plan, law = growkern.plan(model, optim), api.describe_optimizer(model, optim, spec).law
+    plan, law = growkern.plan(model, optim), api.describe_optimizer(model, optim, spec).rules
     run = execute.Execution(plan, api.tensors_of(model, optim, spec), law, memory="lean")
     alive = weakref.ref(run.sources.values["model.embed_tokens.weight"])
     assert alive() is not None
@@ -245,7 +246,7 @@ def test_what_cannot_be_brought_back_is_said(monkeypatch):
 def test_the_bytes_reported_are_those_of_the_table(to):
     model, optim, _ = fixture("gpt2")
     spec = growkern.describe(model)
-    plan, law = growkern.plan(model, optim, to=to), api.describe_optimizer(model, optim, spec).law
+    plan, law = growkern.plan(model, optim, to=to), api.describe_optimizer(model, optim, spec).rules
     sources = api.tensors_of(model, optim, spec)
     run = execute.Execution(plan, sources, law, memory="stage")
     cutter, staged = Cutter(plan), next(run.parts())
@@ -270,7 +271,9 @@ def test_the_bytes_reported_are_those_of_the_table(to):
     pieces = [
         piece
         for (name, kind), (source, target, *order) in tensors.items()
-        for piece in cutter.pieces(rows[name], source, target, order[0] if order else kind)
+        for piece in cutter.pieces(
+            rows[name], source, target, (VALUE, GRADIENT, SQUARE)[order[0] if order else kind]
+        )
     ]
     built = Table()
     start, n_pieces, _ = built.add(pieces, 16, 128)

@@ -1,0 +1,228 @@
+"""What keeps the source's dynamics after a growth, and what carries it: param groups, step hooks, or the optimizer itself.
+
+    update of the source, in the target's units: s x update(gradient / a, weight / s)
+
+``"mup"`` keeps the learning rate's part of it, ``"exact"`` all of it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from math import prod, sqrt
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from growkern.index_map import PAD, IndexMap, Vector
+from growkern.plan import GrowthPlan, TensorRow
+from growkern.reference import arithmetic
+from growkern.scale import Factor, Scale, UpdateScale
+from growkern.state import Law, OptimSpec, muon_adjustment
+
+REWARM = (1.3, 250.0)  # rho and tau of SPARKLING, arXiv:2602.02472
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Multiplier:
+    """Factors of one target parameter, along each of its axes; see ``Scale``."""
+
+    update: tuple[Vector, ...]
+    grad: tuple[Vector, ...] = ()
+    gain: float = 1.0
+
+    @property
+    def trivial(self) -> bool:
+        """True when nothing is scaled."""
+        one = all(vector.uniform == 1 for vector in (*self.update, *self.grad))
+        return one and self.gain == 1
+
+
+def lr_factors(
+    plan: GrowthPlan, law: Law | None, described: OptimSpec | None
+) -> dict[str, float | None]:
+    """The law's learning-rate factor of every target parameter that the optimizer holds; None where it is not one number."""
+    found: dict[str, float | None] = {}
+    for row in held_rows(plan, described) if law else ():
+        factor = law.lr_factor(*plan.scales(row)) if law else None
+        gain = _gain(plan, law, described, row, matrix_norm=False)
+        found[row.name] = None if factor is None else factor * gain
+    return found
+
+
+def held_rows(plan: GrowthPlan, described: OptimSpec | None) -> list[TensorRow]:
+    """The target parameters whose sources an optimizer holds."""
+    held = {name for group in described.groups for name in group} if described else set[str]()
+    return [row for row in plan.rows if row.source in held]
+
+
+def multipliers(
+    plan: GrowthPlan, law: Law, described: OptimSpec, dynamics: str
+) -> dict[str, Multiplier]:
+    """The factors of every target parameter that the optimizer holds; those that scale nothing are left out."""
+    found: dict[str, Multiplier] = {}
+    for row in held_rows(plan, described):
+        axes = plan.axis_maps(row)
+        if dynamics == "exact":
+            update = tuple(_no_zero(axis.weight_scale) for axis in axes)
+            grad = tuple(_no_zero(axis.grad_scale) for axis in axes)
+            one = Multiplier(update, grad, _gain(plan, law, described, row, matrix_norm=True))
+        else:
+            powers = law.lr or (0, 0)
+            update = tuple(
+                _power(axis.weight_scale, powers[0]).zip(
+                    _power(axis.grad_scale, powers[1]), lambda x, y: x * y
+                )
+                for axis in axes
+            )
+            gain = _gain(plan, law, described, row, matrix_norm=False)
+            one = Multiplier(tuple(map(_no_zero, update)), gain=gain)
+        if not one.trivial:
+            found[row.name] = one
+    return found
+
+
+def _gain(
+    plan: GrowthPlan,
+    law: Law | None,
+    described: OptimSpec | None,
+    row: TensorRow,
+    *,
+    matrix_norm: bool,
+) -> float:
+    """Of a step that is orthogonalised as a matrix: its shape is in its learning rate, and ``sqrt(copies)`` in its norm."""
+    if law is None or not law.matrix or described is None:
+        return 1.0
+    source, target = plan.shapes(row)
+    how = described.adjusts.get(row.source)
+    gain = muon_adjustment(source, how) / muon_adjustment(target, how)
+    return gain * sqrt(prod(target) / prod(source)) if matrix_norm else gain
+
+
+def _no_zero(vector: Vector) -> Vector:
+    """A pad that nothing reads has the factor 0, and nothing to keep."""
+    return vector.map(lambda x: x or 1.0)
+
+
+def _power(vector: Vector, power: float) -> Vector:
+    return vector.map(lambda x: x**power if power else 1.0)
+
+
+def scales(
+    plan: GrowthPlan,
+    source: Mapping[str, Tensor],
+    found: Mapping[str, Multiplier],
+    before: UpdateScale | None,
+) -> dict[str, Scale]:
+    """The scales of target parameters: those that there were, grown, times what this growth adds.
+
+    Args:
+        plan: The growth.
+        source: Source parameters by name.
+        found: What this growth adds, by target name.
+        before: What there was.
+    """
+    grown: dict[str, Scale] = {}
+    for row in plan.rows:
+        p = source.get(row.source)
+        old = before.scales.get(p) if before and p is not None else None
+        new = found.get(row.name)
+        if p is None or (old is None and new is None):
+            continue
+        old, new = old or Scale(()), new or Multiplier(())
+        maps = [axis.index_map for axis in plan.axis_maps(row)]
+        update = _along(old.update, maps, new.update, p)
+        grown[row.name] = Scale(update, _along(old.grad, maps, new.grad, p), old.gain * new.gain)
+    return grown
+
+
+def slices(
+    plan: GrowthPlan,
+    source: Mapping[str, Tensor],
+    states: Mapping[str, Mapping[str, object]],
+    found: Mapping[str, Multiplier],
+) -> dict[str, dict[str, Tensor]]:
+    """The same for ``growkern.optim.AdamW``, as the entries of its state: rows and columns of every parameter.
+
+    Elements that start without moments (``state="asymmetric"``, ``"zero_pad"``) get a step of their own.
+
+    Args:
+        plan: The growth.
+        source: Source parameters by name.
+        states: Their state.
+        found: What this growth adds, by target name.
+    """
+    grown: dict[str, dict[str, Tensor]] = {}
+    for row in plan.rows:
+        p, new = source.get(row.source), found.get(row.name, Multiplier(()))
+        if p is None:
+            continue
+        state, axes = states.get(row.source, {}), plan.axis_maps(row)
+        maps = _matrix([axis.index_map for axis in axes], IndexMap.product, IndexMap.identity(1))
+        entries: dict[str, Tensor] = {}
+        for kind, added in (("lr", new.update), ("eps", new.grad), ("decay", ())):
+            vectors = _matrix(added, Vector.outer, Vector.full(1.0, 1)) if added else ()
+            olds = tuple(state.get(f"{kind}_{side}", 1.0) for side in ("rows", "cols"))
+            factors = _along(tuple(f if isinstance(f, Tensor) else 1.0 for f in olds), maps, vectors, p)  # fmt: skip
+            for side, m, factor in zip(("rows", "cols"), maps, factors, strict=True):
+                if isinstance(factor, Tensor) or factor != 1:
+                    full = torch.full(
+                        (m.n_target,), 1.0, dtype=arithmetic(p.dtype), device=p.device
+                    )
+                    entries[f"{kind}_{side}"] = full * factor
+        if row.state == "law" and (step := state.get("step")) is not None:
+            entries |= _born(plan, state, maps, float(step), p)  # pyright: ignore[reportArgumentType]
+        if entries:
+            grown[row.name] = entries
+    return grown
+
+
+def _born(
+    plan: GrowthPlan,
+    state: Mapping[str, object],
+    maps: Sequence[IndexMap],
+    step: float,
+    like: Tensor,
+) -> dict[str, Tensor]:
+    """The steps at which rows and columns came into being."""
+    entries: dict[str, Tensor] = {}
+    fresh = plan.state in ("asymmetric", "zero_pad")
+    for side, m in zip(("rows", "cols"), maps, strict=True):
+        old = state.get(f"born_{side}")
+        index = (m.first_copies() if fresh else m).indices
+        if isinstance(old, Tensor) or (fresh and PAD in index):
+            at = torch.tensor(index, device=like.device)
+            known = old if isinstance(old, Tensor) else torch.zeros(
+                m.n_source, dtype=arithmetic(like.dtype), device=like.device
+            )  # fmt: skip
+            lost = torch.full((), step if fresh else 0.0, dtype=known.dtype, device=like.device)
+            entries[f"born_{side}"] = torch.where(at == PAD, lost, known[at.clamp(min=0)])
+    rewarm = state.get("rewarm")
+    if isinstance(rewarm, Tensor):
+        entries["rewarm"] = rewarm.clone()
+    elif entries and plan.state == "asymmetric":
+        entries["rewarm"] = torch.tensor(REWARM, dtype=arithmetic(like.dtype), device=like.device)
+    return entries
+
+
+def _matrix(parts: Sequence[T], product: Callable[[T, T], T], one: T) -> tuple[T, T]:
+    """Rows and columns: the last axis, and the product of the others."""
+    return (reduce(product, parts[:-1], one), parts[-1]) if parts else (one, one)
+
+
+def _along(
+    olds: Sequence[Factor], maps: Sequence[IndexMap], news: Sequence[Vector], like: Tensor
+) -> tuple[Factor, ...]:
+    """Old factors gathered along each axis (their mean where nothing is copied), times new ones."""
+    found: list[Factor] = []
+    for i, index_map in enumerate(maps):
+        old = olds[i] if i < len(olds) else 1.0
+        if isinstance(old, Tensor):
+            index = torch.tensor(index_map.indices, device=like.device)
+            old = torch.where(index == PAD, old.mean(), old[index.clamp(min=0)])
+        new = news[i] if news else Vector.full(1.0, index_map.n_target)
+        one = new.uniform
+        vector = torch.tensor(new.expanded(), dtype=arithmetic(like.dtype), device=like.device)
+        found.append(old * (vector if one is None else one))
+    return tuple(found)

@@ -1,0 +1,59 @@
+"""What a user should know after a growth."""
+
+from growkern.commit import OptimTarget
+from growkern.dynamics import lr_factors
+from growkern.plan import GrowthPlan
+from growkern.spaces import ModelSpec
+
+
+def notes(plan: GrowthPlan, spec: ModelSpec, target: OptimTarget | None) -> list[str]:
+    """Notes on the optimizer, for the report."""
+    if target is None:
+        return []
+    described, found = target.described, list[str]()
+    law, kind = described.law, described.kind.rpartition(".")[2]
+    if target.split:
+        found.append(
+            "weight decay was divided by the learning-rate factor where that is not 1, so that decay per step stays."
+        )
+        found.append(
+            "param groups were split by learning rate; to load this optimizer's state_dict into a new one, build it with the same groups."
+        )
+    if target.scales:
+        found.append(
+            f"UpdateScale carries the factors of {len(target.scales)} tensors, beside the groups, in hooks of this optimizer's "
+            "step; growkern.resume puts it back."
+        )
+        if plan.dynamics == "exact":
+            found.append(
+                f"the state of {kind} stays in the source's units: what the UpdateScale hands it."
+            )
+    if law is None or law.lr is None:
+        found.append(
+            f"the learning-rate law of {described.kind} is not known, so its rates stayed."
+        )
+    uneven = [f for f in lr_factors(plan, law, described).values() if f is None]
+    if uneven and plan.dynamics is None:
+        found.append(
+            f"{len(uneven)} tensors have a learning-rate factor per element, so theirs stayed; they may want a shorter step."
+        )
+    held = {name for group in described.groups for name in group}
+    missing = [
+        row.source
+        for row in plan.rows
+        if not row.new and row.source in spec.tensors and row.source not in held
+    ]
+    if missing:
+        found.append(
+            f"{len(missing)} tensors are in no param group (frozen, buffers or forgotten): {', '.join(missing[:3])}..."
+        )
+    if plan.state == "drop" or (law is not None and law.resets):
+        found.append("optimizer state was dropped: warm the learning rate up again.")
+    if plan.state in ("asymmetric", "zero_pad"):
+        found.append(
+            "new elements have a step of their own, and their learning rate warms up."
+            if law is not None and law.slices
+            else f"new elements start from 0 under {kind}'s old step, which makes its first updates up to 6.6 times as large: "
+            "growkern.optim.AdamW gives them a step of their own."
+        )
+    return found

@@ -1,0 +1,228 @@
+"""The optimizer's view of grown parameters: step hooks that hand it weights and gradients in other units, and bring its update back.
+
+The optimizer sees ``p / s`` and ``p.grad / a``; what it adds to ``p / s`` is added to ``p``, times ``s``. Whatever is in its step
+(epsilons, decay of either kind, bounds, averages) is then what it was in those units, for any optimizer, element by element.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from growkern.errors import PlanError
+
+Factor = float | Tensor  # along one axis: of all, or of each coordinate, (n,)
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """Factors of one parameter: an element's is the product of those along its axes, one entry per axis.
+
+    Attributes:
+        update: ``s``, on the optimizer's update.
+        grad: ``a``, that gradients are divided by.
+        gain: On what the update holds beyond decoupled decay (the step of a matrix as a whole, as Muon's).
+    """
+
+    update: tuple[Factor, ...]
+    grad: tuple[Factor, ...] = ()
+    gain: float = 1.0
+
+
+class UpdateScale:
+    """Scale the updates of an optimizer, element by element and for good, without touching its groups or schedulers.
+
+    Between the two hooks of a step a copy of the scaled parameters is held. A step that raises half-way leaves them in the
+    optimizer's units: ``restore`` brings them back (the next step does so too).
+
+    Args:
+        optim: Any optimizer.
+        scales: Parameter -> one factor on its update, or a ``Scale``.
+        values: Keys of the optimizer's state that are in the units of the weights (``ax`` of ASGD, ``z`` of schedule-free).
+
+    Raises:
+        PlanError: A parameter is not the optimizer's, or a factor does not fit it; the optimizer has an ``UpdateScale`` already.
+
+    Example:
+        >>> scale = growkern.UpdateScale(optim, {model.lm_head.weight: 0.5})
+    """
+
+    def __init__(
+        self,
+        optim: Optimizer,
+        scales: Mapping[Tensor, Scale] | Mapping[Tensor, float],
+        *,
+        values: Sequence[str] = (),
+    ) -> None:
+        if scale_of(optim) is not None:
+            raise PlanError("this optimizer has an UpdateScale already; remove() that one first.")
+        self.optim, self.values = optim, tuple(values)
+        self.scales = {p: _checked(optim, p, scale) for p, scale in scales.items()}
+        self._before: dict[Tensor, list[Tensor]] = {}
+        self._hooks = [
+            optim.register_step_pre_hook(self._enter),
+            optim.register_step_post_hook(self._leave),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off; the optimizer sees parameters as they are."""
+        self.restore()
+        for hook in self._hooks:
+            hook.remove()
+
+    def restore(self) -> None:
+        """Bring parameters back that an interrupted step has left in the optimizer's units, with what it did to them."""
+        with torch.no_grad():
+            for p, before in self._before.items():
+                scale = self.scales[p]
+                for t, old in zip(self._tensors(p), before, strict=True):
+                    moved = t - _divided(old.clone(), scale.update)
+                    if scale.gain != 1.0:
+                        decayed = _divided(old.clone(), scale.update).mul_(-self._decay(p))
+                        moved = (moved - decayed) * scale.gain + decayed
+                    t.copy_(old + _multiplied(moved, scale.update))
+                if p.grad is not None:
+                    _scale_grad(p.grad, scale.grad, _multiplied)
+        self._before = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Factors by the parameter's place in the optimizer's groups."""
+        places = self._places()
+        scales = {
+            places[p]: {"update": s.update, "grad": s.grad, "gain": s.gain}
+            for p, s in self.scales.items()
+        }
+        return {"scales": scales, "values": self.values}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the factors of another run of the same optimizer.
+
+        Raises:
+            PlanError: They do not fit the parameters.
+        """
+        params = {place: p for p, place in self._places().items()}
+        if unknown := [place for place in state["scales"] if place not in params]:
+            raise PlanError(f"UpdateScale: the optimizer holds no parameter at {unknown[:5]}.")
+        scales = {params[place]: Scale(**one) for place, one in state["scales"].items()}
+        self.scales = {p: _checked(self.optim, p, one) for p, one in scales.items()}
+        self.values = tuple(state["values"])
+
+    def _places(self) -> dict[Tensor, int]:
+        params = [p for group in self.optim.param_groups for p in group["params"]]
+        return {p: i for i, p in enumerate(params)}
+
+    def _tensors(self, p: Tensor) -> list[Tensor]:
+        """The parameter and the state that is in its units."""
+        state = self.optim.state.get(p, {})
+        return [p, *(state[key] for key in self.values if isinstance(state.get(key), Tensor))]
+
+    def _decay(self, p: Tensor) -> float:
+        group = next(g for g in self.optim.param_groups if any(q is p for q in g["params"]))
+        return float(group["lr"]) * float(group.get("weight_decay", 0.0))
+
+    def _into(self) -> None:
+        with torch.no_grad():
+            for p, scale in self.scales.items():
+                if p.grad is None:
+                    continue
+                tensors = self._tensors(p)
+                self._before[p] = [t.clone() for t in tensors]
+                for t in tensors:
+                    _divided(t, scale.update)
+                _scale_grad(p.grad, scale.grad, _divided)
+
+    def _enter(
+        self, optim: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self.restore()
+        given = [a for a in args if callable(a)] or [kwargs.get("closure")]
+        closure: Callable[[], Any] | None = given[0]
+        if closure is None:
+            self._into()
+            return None
+
+        def evaluated() -> Any:  # the model wants its own units
+            self.restore()
+            with torch.enable_grad():
+                loss = closure()
+            self._into()
+            return loss
+
+        args = tuple(evaluated if a is closure else a for a in args)
+        return args, kwargs | ({"closure": evaluated} if "closure" in kwargs else {})
+
+    def _leave(self, optim: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.restore()
+
+    def __repr__(self) -> str:
+        return f"UpdateScale({type(self.optim).__name__}, {len(self.scales)} parameters)"
+
+
+def scale_of(optim: Optimizer) -> UpdateScale | None:
+    """The ``UpdateScale`` that an optimizer has."""
+    hooks: list[Any] = list(getattr(optim, "_optimizer_step_pre_hooks", {}).values())
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    return next((owner for owner in owners if isinstance(owner, UpdateScale)), None)
+
+
+def _checked(optim: Optimizer, p: Tensor, scale: float | Scale) -> Scale:
+    if not any(p is q for group in optim.param_groups for q in group["params"]):
+        raise PlanError(
+            f"UpdateScale: this {type(optim).__name__} does not hold the parameter of shape {tuple(p.shape)}."
+        )
+    found = scale if isinstance(scale, Scale) else Scale((scale,))
+    for factors in (found.update, found.grad):
+        for axis, factor in enumerate(factors):
+            n = p.shape[axis] if p.dim() else 1
+            ok = (
+                bool(torch.isfinite(factor).all() and (factor > 0).all()) and factor.shape == (n,)
+                if isinstance(factor, Tensor)
+                else 0 < factor < float("inf")
+            )
+            if not ok:
+                raise PlanError(
+                    f"UpdateScale: axis {axis} of the parameter of shape {tuple(p.shape)} takes a positive number, or {n} of "
+                    f"them, not {factor!r}."
+                )
+    return found
+
+
+def _vectors(t: Tensor, factors: tuple[Factor, ...]) -> list[Factor]:
+    """Factors that broadcast over a tensor, without those that are 1."""
+    found: list[Factor] = []
+    for axis, factor in enumerate(factors):
+        if isinstance(factor, Tensor):
+            shape = [1] * t.dim()
+            shape[axis] = len(factor)
+            found.append(factor.view(shape))
+        elif factor != 1.0:
+            found.append(factor)
+    return found
+
+
+def _divided(t: Tensor, factors: tuple[Factor, ...]) -> Tensor:
+    for factor in _vectors(t, factors):
+        t.div_(factor)
+    return t
+
+
+def _multiplied(t: Tensor, factors: tuple[Factor, ...]) -> Tensor:
+    for factor in _vectors(t, factors):
+        t.mul_(factor)
+    return t
+
+
+def _scale_grad(
+    grad: Tensor,
+    factors: tuple[Factor, ...],
+    scaled: Callable[[Tensor, tuple[Factor, ...]], Tensor],
+) -> None:
+    """Scale a gradient in place; of a sparse one (rows of an embedding) the values it has."""
+    if grad.layout == torch.strided:
+        scaled(grad, factors)
+        return
+    rows, values = grad._indices()[0], grad._values()  # pyright: ignore[reportPrivateUsage]
+    scaled(values, tuple(f[rows] if i == 0 and isinstance(f, Tensor) else f for i, f in enumerate(factors)))  # fmt: skip
