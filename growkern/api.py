@@ -158,7 +158,7 @@ def expand_inplace(
             "plan= already says what to grow; leave to=, width=, depth= and dynamics= out."
         )
     check_scheduler(optim, scheduler)
-    averages = _averages(ema)
+    averages = _averages(model, ema)
     if optim is not None and (before := scale_of(optim)) is not None:
         before.restore()  # a schedule's hook may run before the one that ends the step
     found = describe(model, spec)
@@ -186,6 +186,8 @@ def expand_inplace(
         if law is not None:
             grown = law.grown(plan.state, source_units=units)
         sources = tensors_of(model, optim, found)
+        if law is not None and law.resets:
+            sources.states.clear()
         run = Execution(plan, sources, grown, backend=backend, memory=memory)
         shadows = [
             Execution(plan, tensors_of(average, None, found), {}, backend=backend, memory=run.memory, cutter=run.cutter)
@@ -267,10 +269,18 @@ def _optim_target(
     return OptimTarget(optim, described, split, scheduler, hooked)
 
 
-def _averages(ema: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
+def _averages(model: nn.Module, ema: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
     """The modules inside averages of the model."""
     several = [ema] if isinstance(ema, nn.Module) else [*(ema or ())]
-    return [_unwrapped(one.module if isinstance(one, AveragedModel) else one) for one in several]
+    found = [_unwrapped(one.module if isinstance(one, AveragedModel) else one) for one in several]
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    for one in found:
+        own = {name: p.shape for name, p in one.named_parameters()}
+        if apart := [name for name in own | shapes if own.get(name) != shapes.get(name)]:
+            raise PlanError(
+                f"ema: this {type(one).__name__} is no average of the model: they differ in {', '.join(apart[:3])}."
+            )
+    return found
 
 
 def _plan(

@@ -118,6 +118,8 @@ def check_scheduler(optim: Optimizer | None, scheduler: object | None) -> None:
     for one in schedulers(scheduler):
         if getattr(one, "optimizer", optim) is not optim:
             raise PlanError(f"scheduler: this {type(one).__name__} drives another optimizer.")
+        if not callable(getattr(one, "step", None)):
+            raise PlanError(f"scheduler: {type(one).__name__} is not a learning-rate scheduler.")
 
 
 def follows(scheduler: object | None) -> bool:

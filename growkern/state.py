@@ -167,9 +167,7 @@ LAWS: dict[str, Law] = {
         STEP | {"exp_avg": GRADIENT, "exp_inf": replace(GRADIENT, lost="mean")}
     ),
     f"{OWN}.lbfgs.LBFGS": Law({}, lr=(0, 0), resets=True),
-    f"{OWN}.Muon": Law(
-        {"momentum_buffer": GRADIENT}, lr=(0.5, -0.5), decays=DECAY, matrix=True
-    ),
+    f"{OWN}.Muon": Law({"momentum_buffer": GRADIENT}, lr=(0.5, -0.5), decays=DECAY, matrix=True),
     f"{OWN}.nadam.NAdam": Law(ADAM | {"mu_product": None}),
     f"{OWN}.radam.RAdam": Law(ADAM),
     f"{OWN}.rmsprop.RMSprop": Law(

@@ -150,7 +150,7 @@ def test_the_bytes_promised_are_the_bytes_staged():
     spec = growkern.describe(model)
     plan = growkern.plan(model, optim, to={"hidden": 48, "layers": 4})
     sources = api.tensors_of(model, optim, spec)
-    law = api.describe_optimizer(model, optim, spec).law
+    law = api.describe_optimizer(model, optim, spec).rules
 
     run = execute.Execution(plan, sources, law, memory="stage")
     (staged,) = run.parts()

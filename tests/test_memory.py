@@ -223,7 +223,7 @@ def test_an_undo_that_fails_once_is_tried_again(monkeypatch):
 
     failing = []
     monkeypatch.setattr(memory, "_buffer", fails)
-    monkeypatch.setattr(commit, "_check", lambda optim: (failing.append(1), 1 / 0))
+    monkeypatch.setattr(commit, "_check", lambda *_: (failing.append(1), 1 / 0))
 
     with pytest.raises(CommitError, match="taken back: division by zero"):
         grow(model, optim, to="2x", scheduler=scheduler, memory="lean")
@@ -234,7 +234,7 @@ def test_an_undo_that_fails_once_is_tried_again(monkeypatch):
 def test_what_cannot_be_brought_back_is_said(monkeypatch):
     model, optim, scheduler = fixture()
     gone = []
-    monkeypatch.setattr(commit, "_check", lambda optim: (gone.append(1), 1 / 0))
+    monkeypatch.setattr(commit, "_check", lambda *_: (gone.append(1), 1 / 0))
     buffer = memory._buffer
     monkeypatch.setattr(memory, "_buffer", lambda raw: 1 / 0 if gone else buffer(raw))
 

@@ -9,7 +9,6 @@ from torch.optim import lr_scheduler as schedules
 
 import growkern
 from growkern import depth, width
-from growkern.errors import PlanError
 
 VARIANTS = {
     "plain": dict(foreach=False),
@@ -323,28 +322,53 @@ def test_a_plateau_scheduler_keeps_the_factor():
     assert [g["lr"] for g in optim.param_groups] == pytest.approx([1e-5, 5e-6])
 
 
-def test_a_scheduler_that_was_not_handed_over_is_refused_before_anything_changes():
-    model = make("llama", tied=False)
-    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    scheduler = schedules.StepLR(optim, 2)
+class Decay:
+    """A scheduler of the user's own."""
 
-    with pytest.raises(PlanError, match="pass scheduler="):
-        grow(model, optim, to="2x")
+    def __init__(self, optim):
+        self.optimizer = optim
 
-    assert model.config.hidden_size == 24
-    grow(model, optim, to="2x", dynamics=None)
-    grow(model, optim, to={"layers": 4})  # no group is split, so no scheduler is needed
-    assert scheduler.optimizer is optim
+    def step(self):
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.9 * group["lr"]
 
 
-def test_a_floor_that_schedulers_share_between_groups_is_said():
-    model = make("llama", tied=False)
-    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    scheduler = schedules.CosineAnnealingLR(optim, 10, eta_min=1e-4)
+FOREIGN = {
+    "not handed over": (lambda o: schedules.StepLR(o, 2), False),
+    "with a floor of its own": (lambda o: schedules.CosineAnnealingLR(o, 10, eta_min=5e-4), True),
+    "of the user's own": (Decay, True),
+}
 
-    report = grow(model, optim, to="2x", scheduler=scheduler)
 
-    assert any("eta_min" in note for note in report.notes)
+@pytest.mark.parametrize(("make_scheduler", "handed"), FOREIGN.values(), ids=FOREIGN)
+def test_hooks_carry_the_factor_where_a_scheduler_cannot_follow_split_groups(
+    make_scheduler, handed
+):
+    """The source's scheduler sets one rate; every update is what split groups at that rate would have made it."""
+
+    def run(hooks: bool):
+        model = make("llama", tied=False).double()
+        optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        train(model, optim, 2)
+        scheduler = make_scheduler(optim) if hooks else None
+        report = grow(model, optim, to="2x", scheduler=scheduler if handed else None)
+        factors = [g["lr"] / optim.param_groups[0]["lr"] for g in optim.param_groups]
+        assert len(factors) == (1 if hooks else 2) and ("UpdateScale" in str(report)) == hooks
+        for t in range(6):
+            train(model, optim, 1, first=t)
+            if hooks:
+                scheduler.step()
+                rates.append(optim.param_groups[0]["lr"])
+            else:
+                for group, factor in zip(optim.param_groups, factors, strict=True):
+                    group["lr"] = rates[t] * factor
+                    group["weight_decay"] = 0.01 / factor
+        return list(model.parameters())
+
+    rates: list[float] = []
+
+    for p, q in zip(run(hooks=True), run(hooks=False), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
 
 
 def test_the_gradient_norm_factor_is_the_one_that_clipping_sees():
@@ -447,14 +471,18 @@ def test_names_in_param_groups_follow():
     optim.state_dict()
 
 
-def test_a_second_scheduler_that_was_not_handed_over_is_refused_and_a_list_is_followed():
+def test_a_list_of_schedulers_is_followed_and_half_a_list_is_not():
     model = make("llama", tied=False)
     optim = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
     one, two = schedules.CyclicLR(optim, 1e-3, 1e-2, 4), schedules.ExponentialLR(optim, 0.9)
+    other = make("llama", tied=False)
+    other_optim = torch.optim.SGD(other.parameters(), lr=1e-2, momentum=0.9)
+    half = [
+        f(other_optim) for f in (lambda o: schedules.StepLR(o, 1), lambda o: schedules.StepLR(o, 2))
+    ]
 
-    with pytest.raises(PlanError, match="ExponentialLR.*drives this optimizer"):
-        grow(model, optim, to="2x", scheduler=one)
     grow(model, optim, to="2x", scheduler=[one, two])
+    grow(other, other_optim, to="2x", scheduler=half[:1])
 
     for _ in range(3):
         train(model, optim, 1)
@@ -462,6 +490,7 @@ def test_a_second_scheduler_that_was_not_handed_over_is_refused_and_a_list_is_fo
         two.step()
     rates = {round(g["lr"], 12) for g in optim.param_groups}
     assert len(rates) == len(optim.param_groups) > 1
+    assert len(other_optim.param_groups) == 1 and len(half) == 2
 
 
 @pytest.mark.parametrize(

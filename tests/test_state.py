@@ -1,0 +1,255 @@
+"""What becomes of optimizer state: the law against the optimizer itself, the other modes, and averages of the weights."""
+
+import copy
+
+import pytest
+import torch
+from models import batch, exact_norms, grow, logits, loss_of, make, train
+from torch.optim import swa_utils
+
+import growkern
+from growkern import depth, width
+from growkern.errors import GrowthError, UnsupportedModelError, UnsupportedOptimizerError
+
+QUIET = width.Lossless(noise=0)
+optims = torch.optim
+STILL = {  # at this learning rate the weights stay, so that the grown model can be asked for its own state
+    "ASGD": (optims.ASGD, dict(lr=0.0)),
+    "Adadelta": (optims.Adadelta, dict(lr=0.0)),
+    "Adafactor": (optims.Adafactor, dict(lr=0.0)),
+    "Adagrad": (optims.Adagrad, dict(lr=0.0)),
+    "Adam": (optims.Adam, dict(lr=0.0, amsgrad=True)),
+    "AdamW": (optims.AdamW, dict(lr=0.0)),
+    "Adamax": (optims.Adamax, dict(lr=0.0, eps=1e-30)),
+    "Muon": (optims.Muon, dict(lr=0.0)),
+    "NAdam": (optims.NAdam, dict(lr=0.0)),
+    "RAdam": (optims.RAdam, dict(lr=0.0)),
+    "RMSprop": (optims.RMSprop, dict(lr=0.0, momentum=0.9, centered=True, eps=1e-30)),
+    "SGD": (optims.SGD, dict(lr=0.0, momentum=0.9)),
+    "growkern AdamW": (growkern.optim.AdamW, dict(lr=0.0)),
+}
+LOOSE = {"Adadelta": ("acc_delta",)}  # an average of updates that eps takes part in
+
+
+def held(name, model):
+    return [p for p in model.parameters() if p.dim() == 2 or name != "Muon"]
+
+
+@pytest.mark.parametrize("to", ["2x", "3x"])
+@pytest.mark.parametrize("name", STILL)
+def test_grown_state_is_what_the_grown_model_would_have_gathered(name, to, monkeypatch):
+    """Grow, then take steps of learning rate 0; or take the steps, then grow: the same state, by autograd alone."""
+    exact_norms(monkeypatch)
+    kind, options = STILL[name]
+
+    def state(grown_first: bool):
+        model = make("llama", tied=False).double()
+        if grown_first:
+            grow(model, to=to, width=QUIET)
+        optim = kind(held(name, model), **options)
+        train(model, optim, 4)
+        if not grown_first:
+            grow(model, optim, to=to, width=QUIET, dynamics=None)
+        return {n: dict(optim.state[p]) for n, p in model.named_parameters() if p in optim.state}
+
+    expected, actual = state(True), state(False)
+
+    assert actual.keys() == expected.keys()
+    for parameter, found in expected.items():
+        assert actual[parameter].keys() == found.keys()
+        for key, value in found.items():
+            if key not in LOOSE.get(name, ()):
+                torch.testing.assert_close(
+                    actual[parameter][key], value, rtol=1e-9, atol=1e-13, msg=f"{parameter} {key}"
+                )
+
+
+def test_lbfgs_starts_its_history_anew_and_goes_on():
+    model = make("llama", tied=True).double()
+    optim = optims.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+
+    def step(seed):
+        def closure():
+            optim.zero_grad()
+            loss = loss_of(model, batch(seed))
+            loss.backward()
+            return loss
+
+        return optim.step(closure).item()
+
+    before = [step(0) for _ in range(3)]
+    last = loss_of(model, batch(0)).item()
+    assert optim._numel_cache
+    report = grow(model, optim, to={"hidden": 48, "layers": 3})
+
+    assert not any(optim.state.values()) and optim._numel_cache is None
+    assert "dropped" in str(report)
+    after = [step(0) for _ in range(3)]
+    assert after[0] == pytest.approx(last, abs=1e-6) and after[-1] < after[0] < before[0]
+
+
+@pytest.mark.parametrize("mode", ["copy", "asymmetric", "zero_pad", "drop"])
+def test_modes_of_state(mode):
+    model = make("llama", tied=False).double()
+    optim = optims.AdamW(model.parameters())
+    train(model, optim, 2)
+    up = model.model.layers[0].mlp.up_proj.weight
+    source = {k: v.clone() for k, v in optim.state[up].items()}
+    n, m = up.shape
+
+    report = grow(model, optim, to="2x", state=mode, width=QUIET)
+
+    if mode == "drop":
+        assert not optim.state and "warm" in str(report)
+        return
+    state = optim.state[up]
+    assert state["step"] == 2
+    for key in ("exp_avg", "exp_avg_sq"):
+        tiles = state[key].view(2, n, 2, m).transpose(1, 2)
+        law = {"exp_avg": 0.5, "exp_avg_sq": 0.25}[key] if mode == "zero_pad" else 1.0
+        torch.testing.assert_close(tiles[0, 0], source[key] * law, rtol=1e-14, atol=0)
+        rest = torch.stack([tiles[0, 1], tiles[1, 0], tiles[1, 1]])
+        if mode == "copy":
+            assert torch.equal(rest, source[key].expand_as(rest))
+        else:
+            assert (rest == 0).all() and "6.6 times" in str(report)
+
+
+def test_new_slices_have_a_step_of_their_own_in_growkerns_adamw():
+    """Old elements are updated as ever; new ones as by a fresh AdamW, times the re-warm-up."""
+    model = make("llama", tied=False).double()
+    optim = growkern.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    train(model, optim, 5)
+    up = model.model.layers[0].mlp.up_proj.weight
+    n, m = up.shape
+
+    report = grow(model, optim, to="2x", state="asymmetric", width=QUIET, dynamics=None)
+    before = up.detach().clone()
+    train(model, optim, 1, first=5)
+
+    assert "step of their own" in str(report)
+    new = torch.ones_like(up, dtype=torch.bool)
+    new[:n, :m] = False
+    g = up.grad
+    first = -1e-3 * (1 + 0.3 / 250) * g / (g.abs() + 1e-8)  # Adam's first update is the sign
+    torch.testing.assert_close((up - before)[new], first[new], rtol=1e-6, atol=1e-12)
+    m1, v1 = optim.state[up]["exp_avg"][:n, :m], optim.state[up]["exp_avg_sq"][:n, :m]
+    sixth = -1e-3 * (m1 / (1 - 0.9**6)) / ((v1 / (1 - 0.999**6)).sqrt() + 1e-8)
+    torch.testing.assert_close((up - before)[:n, :m], sixth, rtol=1e-6, atol=1e-12)
+
+
+class Own(optims.Adam):
+    """A class that nobody knows."""
+
+
+def test_rules_say_how_unknown_state_grows():
+    def grown(kind, **options):
+        model = make("llama", tied=False)
+        optim = kind(model.parameters(), lr=1e-3)
+        train(model, optim, 2)
+        grow(model, optim, to="2x", dynamics=None, **options)
+        return [{k: v for k, v in optim.state[p].items()} for p in model.parameters()]
+
+    known = grown(optims.Adam)
+    told = grown(Own, rules={"step": None, "exp_avg": 1, "exp_avg_sq": 2})
+
+    for a, b in zip(known, told, strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    with pytest.raises(UnsupportedOptimizerError, match="unknown state 'exp_avg_sq'"):
+        grown(Own, rules={"step": None, "exp_avg": 1})
+    with pytest.raises(UnsupportedOptimizerError, match="'exp_avg' has the order 3"):
+        grown(Own, rules={"step": None, "exp_avg": 3, "exp_avg_sq": 2})
+
+
+@pytest.mark.parametrize("memory", ["stage", "lean"])
+@pytest.mark.parametrize("averaged", [True, False], ids=["AveragedModel", "module"])
+def test_an_average_grows_by_the_same_plan_depth_too(averaged, memory):
+    """Its own source's function is kept, and it goes on averaging the grown weights."""
+    model = make("llama", tied=True)
+    optim = optims.AdamW(model.parameters(), lr=1e-2)
+    ema = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9))
+    module = ema.module
+    for t in range(3):
+        train(model, optim, 1, first=t)
+        ema.update_parameters(model)
+    before, ids = logits(module, batch()).detach(), [id(p) for p in module.parameters()]
+    apart = [(a - b).norm() for a, b in zip(module.parameters(), model.parameters(), strict=True)]
+
+    grow(
+        model,
+        optim,
+        to={"hidden": 48, "layers": 3},
+        ema=ema if averaged else [module],
+        memory=memory,
+    )
+
+    assert torch.allclose(logits(module, batch()), before, atol=1e-5)
+    assert set(ids) <= {id(p) for p in module.parameters()}
+    assert int(ema.n_averaged) == 3 and module.config.num_hidden_layers == 3
+    old = [p for n, p in module.named_parameters() if "layers.1." not in n]
+    new = [p for n, p in model.named_parameters() if "layers.1." not in n]
+    for a, b, distance in zip(old, new, apart, strict=True):  # the same noise: they are as close
+        assert (a - b).norm() <= 2.01 * distance + 1e-6
+    expected = [
+        0.9 * a + 0.1 * b for a, b in zip(module.parameters(), model.parameters(), strict=True)
+    ]
+    ema.update_parameters(model)
+    for p, q in zip(module.parameters(), expected, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_an_average_that_was_not_handed_over_is_refused():
+    model = make("llama", tied=True)
+    ema = swa_utils.AveragedModel(model)
+
+    with pytest.raises(UnsupportedModelError, match="pass it as ema="):
+        grow(model, to={"layers": 4})
+
+    assert model.config.num_hidden_layers == 2
+    grow(model, to={"layers": 4}, ema=())
+    assert ema.module.config.num_hidden_layers == 2
+
+
+def test_an_average_of_another_shape_changes_nothing():
+    model, other = make("llama", tied=True), make("llama", tied=True, num_hidden_layers=3)
+
+    with pytest.raises(GrowthError):
+        grow(model, to="2x", ema=other)
+
+    assert model.config.hidden_size == 24 and other.config.hidden_size == 24
+
+
+def test_dead_parameters_are_counted_and_named():
+    model = make("llama", tied=False)
+    optim = optims.AdamW([(n, p) for n, p in model.named_parameters()])
+    train(model, optim, 1)
+    model.lm_head = torch.nn.Linear(24, 66, bias=False)  # never trained, and nothing says so
+
+    with pytest.raises(UnsupportedOptimizerError, match=r"holds 1 parameters .*lm_head\.weight"):
+        grow(model, optim, to="2x")
+
+    assert model.config.hidden_size == 24
+
+
+def test_parameters_beside_the_model_are_not_dead():
+    model = make("llama", tied=False)
+    temperature = torch.nn.Parameter(torch.ones(()))
+    optim = optims.AdamW([*model.parameters(), temperature])
+    train(model, optim, 1)
+
+    grow(model, optim, to="2x")
+
+    assert any(p is temperature for g in optim.param_groups for p in g["params"])
+
+
+def test_stacked_blocks_bring_state_of_any_optimizer():
+    model = make("llama", tied=True)
+    optim = optims.Adafactor(model.parameters())
+    train(model, optim, 2)
+
+    grow(model, optim, to={"layers": 4}, depth=depth.Stack())
+
+    one, two = (model.model.layers[i].mlp.up_proj.weight for i in (0, 2))
+    assert torch.equal(optim.state[one]["row_var"], optim.state[two]["row_var"])
+    assert copy.deepcopy(optim.state[two]["step"]) == 2
+    train(model, optim, 1)
