@@ -66,6 +66,7 @@ class UpdateScale:
             optim.register_step_pre_hook(self._enter),
             optim.register_step_post_hook(self._leave),
         ]
+        optim._optimizer_step_post_hooks.move_to_end(self._hooks[1].id, last=False)  # pyright: ignore[reportPrivateUsage]  # hooks of others see parameters in their own units
 
     def remove(self) -> None:
         """Take the hooks off; the optimizer sees parameters as they are."""
@@ -138,8 +139,7 @@ class UpdateScale:
         self, optim: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self.restore()
-        given = [a for a in args if callable(a)] or [kwargs.get("closure")]
-        closure: Callable[[], Any] | None = given[0]
+        closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._into()
             return None
@@ -151,8 +151,9 @@ class UpdateScale:
             self._into()
             return loss
 
-        args = tuple(evaluated if a is closure else a for a in args)
-        return args, kwargs | ({"closure": evaluated} if "closure" in kwargs else {})
+        if len(args) > 1:
+            return (args[0], evaluated, *args[2:]), kwargs
+        return args, kwargs | {"closure": evaluated}
 
     def _leave(self, optim: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.restore()

@@ -10,6 +10,8 @@ from torch.optim import _muon
 
 import growkern
 from growkern import width
+from growkern.errors import PlanError
+from growkern.scale import Scale, scale_of
 
 QUIET = width.Lossless(noise=0)
 WARM, ON = 50, 20
@@ -104,3 +106,164 @@ def test_muon_as_torch_has_it_is_as_close_as_its_bfloat16(monkeypatch):
     with torch.no_grad():
         ids = batch(seed=99)
         assert (model(ids).logits - source(ids).logits).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD momentum", "growkern AdamW", "Rprop"])
+@pytest.mark.parametrize("to", [{"ffn": 60}, {"ffn": 50, "hidden": 48}], ids=str)
+def test_uneven_copies_keep_the_trajectory_element_by_element(name, to, monkeypatch):
+    exact_norms(monkeypatch)
+    model, optim = warmed(name, n=10)
+    source, source_optim = copy.deepcopy((model, optim))
+    grow(model, optim, to=to, width=QUIET, dynamics="exact")
+
+    grown = train(model, optim, ON, first=10)
+
+    assert grown == pytest.approx(train(source, source_optim, ON, first=10), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Muon", "ASGD", "growkern AdamW"])
+def test_two_growths_keep_the_trajectory(name, monkeypatch):
+    exact_norms(monkeypatch)
+    monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", newton_schulz)
+    model, optim = warmed(name, n=5)
+    source, source_optim = copy.deepcopy((model, optim))
+
+    first = "2x" if name == "Muon" else {"hidden": 48, "ffn": 50}  # Muon wants whole multiples
+    grow(model, optim, to=first, width=QUIET, dynamics="exact")
+    grown = train(model, optim, 5, first=5)
+    grow(model, optim, to="2x", width=QUIET, dynamics="exact", seed=1)
+    grown += train(model, optim, 5, first=10)
+
+    assert grown == pytest.approx(train(source, source_optim, 10, first=5), abs=1e-9)
+
+
+def test_growth_is_exact_in_the_middle_of_an_accumulation_and_with_closures(monkeypatch):
+    exact_norms(monkeypatch)
+
+    def run(grown: bool, closures: bool) -> list[float]:
+        model, optim = warmed("AdamW", n=3)
+        losses = []
+        for t in range(6):
+            for micro in range(4):
+                (loss_of(model, batch(seed=10 * t + micro)) / 4).backward()
+                if grown and t == 1 and micro == 1:
+                    grow(model, optim, to="2x", width=QUIET, dynamics="exact")
+
+            def closure():
+                loss = loss_of(model, batch(seed=t))  # noqa: B023
+                if closures:
+                    optim.zero_grad()
+                    loss.backward()
+                return loss
+
+            losses.append(float((optim.step(closure) if closures else closure()).detach()))
+            if not closures:
+                optim.step()
+            optim.zero_grad()
+        return losses
+
+    for closures in (False, True):
+        expected = run(False, closures)
+        assert run(True, closures) == pytest.approx(expected, abs=1e-9)
+
+
+def test_exact_dynamics_under_a_grad_scaler_and_bfloat16():
+    """Dynamic scaling with a skipped step, on a CPU; equal to what float32 and bfloat16 round off."""
+
+    def run(grown: bool) -> list[float]:
+        model = make("llama", tied=True)
+        optim = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        train(model, optim, 3)
+        scaler, losses = torch.amp.GradScaler("cpu", init_scale=2.0**10), []
+        for t in range(8):
+            if grown and t == 2:
+                grow(model, optim, to="2x", width=QUIET, dynamics="exact")
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(model, batch(seed=t))
+            scaler.scale(loss).backward()
+            if t == 4:
+                next(model.parameters()).grad[0, 0] = float("inf")
+            scaler.step(optim)
+            scaler.update()
+            optim.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    assert run(True) == pytest.approx(run(False), abs=2e-2)
+
+
+def test_update_scale_multiplies_what_any_optimizer_does():
+    def moved(factor) -> torch.Tensor:
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 4).double()
+        optim = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+        scale = growkern.UpdateScale(optim, {layer.weight: factor}) if factor else None
+        before = layer.weight.detach().clone()
+        for _ in range(3):
+            optim.zero_grad()
+            layer(torch.ones(2, 3, dtype=torch.float64)).sum().backward()
+            optim.step()
+        assert scale is None or scale_of(optim) is scale
+        return layer.weight.detach() - before
+
+    rows, cols = torch.tensor([1.0, 2.0, 3.0, 4.0]).double(), torch.tensor([0.5, 1.0, 2.0]).double()
+
+    assert torch.allclose(moved(0.25), 0.25 * moved(None), rtol=1e-12)
+    assert torch.allclose(
+        moved(Scale((rows, cols))), rows[:, None] * cols * moved(None), rtol=1e-12
+    )
+
+
+def test_a_step_that_fails_half_way_leaves_parameters_to_be_restored(monkeypatch):
+    model, optim = warmed("AdamW", n=2)
+    grow(model, optim, to="2x", width=QUIET, dynamics="exact")
+    loss_of(model, batch()).backward()
+    before = [p.clone() for p in model.parameters()]
+    fails = torch.optim.AdamW._init_group
+    monkeypatch.setattr(torch.optim.AdamW, "_init_group", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optim.step()
+    monkeypatch.setattr(torch.optim.AdamW, "_init_group", fails)
+
+    scale_of(optim).restore()
+
+    for p, q in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, q)
+    scale_of(optim).remove()
+    assert scale_of(optim) is None and not optim._optimizer_step_post_hooks
+
+
+def test_update_scale_goes_with_a_checkpoint(monkeypatch, tmp_path):
+    exact_norms(monkeypatch)
+    model, optim = warmed("AdamW", n=3)
+    grow(model, optim, to={"ffn": 60}, width=QUIET, dynamics="exact")
+    torch.save(
+        (model.state_dict(), optim.state_dict(), scale_of(optim).state_dict()), tmp_path / "x"
+    )
+    expected = train(model, optim, 4, first=3)
+
+    again = make("llama", tied=True, intermediate_size=60).double()
+    other = torch.optim.AdamW(again.parameters())
+    weights, state, scales = torch.load(tmp_path / "x")
+    again.load_state_dict(weights)
+    other.load_state_dict(state)
+    growkern.UpdateScale(other, {}).load_state_dict(scales)
+
+    assert train(again, other, 4, first=3) == expected
+
+
+def test_what_update_scale_refuses():
+    layer, other = nn.Linear(3, 4), nn.Linear(3, 4)
+    optim = torch.optim.SGD(layer.parameters(), lr=0.1)
+
+    for scales, match in (
+        ({other.weight: 0.5}, "does not hold the parameter of shape"),
+        ({layer.weight: 0.0}, "takes a positive number"),
+        ({layer.weight: Scale((torch.ones(3), 1.0))}, "axis 0 .* or 4 of them"),
+    ):
+        with pytest.raises(PlanError, match=match):
+            growkern.UpdateScale(optim, scales)
+    assert not optim._optimizer_step_pre_hooks
+    growkern.UpdateScale(optim, {layer.weight: 0.5})
+    with pytest.raises(PlanError, match="has an UpdateScale already"):
+        growkern.UpdateScale(optim, {layer.weight: 0.5})
