@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from growkern.commit import OptimTarget, check_blocks, commit
+from growkern.ddp import Ranks
 from growkern.depth import IdentityBlocks
 from growkern.describe import describe, describe_optimizer, tensors_of
 from growkern.dynamics import Multiplier, lr_factors, multipliers, scales, slices
@@ -173,43 +174,41 @@ def expand_inplace(
     else:
         check(plan, found)
     alone = forgotten_schedulers(optim, schedulers(scheduler), live) if optim else []
+    ranks = Ranks(model, live.modules)
     del live
     check_blocks(plan, model)
+    ranks.agree(plan.to_json() if ranks.wrappers else "", "the plan")
     n_params = sum(p.numel() for p in model.parameters())
-    with torch.inference_mode(False), torch.no_grad():
-        target = None
+    with ranks.together(), torch.inference_mode(False), torch.no_grad():
+        target: OptimTarget | None = None
+        grown: Mapping[str, Rule | None] = {}
         if optim is not None and described is not None:
             target = _optim_target(plan, model, optim, described, scheduler, alone)
         law = described.law if described else None
-        units = bool(target and plan.dynamics == "exact" and law and not law.slices)
-        grown: Mapping[str, Rule | None] = {}
         if law is not None:
+            units = plan.dynamics == "exact" and not law.slices
             grown = law.grown(plan.state, source_units=units)
         sources = tensors_of(model, optim, found)
         if law is not None and law.resets:
             sources.states.clear()
         run = Execution(plan, sources, grown, backend=backend, memory=memory)
-        shadows = [
-            Execution(plan, tensors_of(average, None, found), {}, backend=backend, memory=run.memory, cutter=run.cutter)
-            for average in averages
-        ]  # fmt: skip
+        shadows = [run.of(tensors_of(average, None, found)) for average in averages]
         norms = [_grad_norm(plan, sources, "source")]
         lean = run.memory == "lean"
+
+        def last() -> bool:
+            norms.append(_grad_norm(plan, tensors_of(model, optim, found), "name"))
+            return ranks.finish()
+
         try:
-            parts = run.parts() if lean else [*run.parts()]
-            followers = [
-                (average, shadow.parts() if lean else [*shadow.parts()])
-                for average, shadow in zip(averages, shadows, strict=True)
-            ]
+            parts = [one.parts() if lean else [*one.parts()] for one in (run, *shadows)]
         except GrowthError:
             raise
         except Exception as error:
             raise CommitError(f"the growth failed before anything was changed: {error}") from error
         with elsewhere() if lean else nullcontext(in_place) as keep:
-            commit(
-                plan, parts, model, target, followers=followers, keep=keep,
-                last=lambda: norms.append(_grad_norm(plan, tensors_of(model, optim, found), "name")),
-            )  # fmt: skip
+            followers = [*zip(averages, parts[1:], strict=True)]
+            commit(plan, parts.pop(0), model, target, followers=followers, keep=keep, last=last)
         del parts, followers
         before, after = norms
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -304,9 +303,10 @@ def _plan(
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module that torch.compile wrapped, or the model itself."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
+    """The module inside torch.compile and DistributedDataParallel, or the model itself."""
+    name = "module" if isinstance(model, nn.parallel.DistributedDataParallel) else "_orig_mod"
+    inner: object = getattr(model, name, None)
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def _grad_norm(plan: GrowthPlan, tensors: Tensors, side: str) -> float:

@@ -54,7 +54,7 @@ def commit(
     *,
     followers: Sequence[tuple[nn.Module, Iterable[Tensors]]] = (),
     keep: Keep = in_place,
-    last: Callable[[], object] = lambda: None,
+    last: Callable[[], bool] = lambda: False,
 ) -> None:
     """Make the model and the optimizer the target, or leave them bitwise as they were.
 
@@ -65,7 +65,7 @@ def commit(
         target: Of its optimizer.
         followers: Models that grow by the same plan (averages of the model), and what was computed for each.
         keep: Where replaced tensors wait until the growth has succeeded.
-        last: Called on the grown model, while everything can still be taken back.
+        last: Called on the grown model, while everything can still be taken back, unless it returns True.
 
     Raises:
         CommitError: Something failed; everything has been put back.
@@ -77,8 +77,10 @@ def commit(
             _model(plan, parts, model, target, undo, held)
             for follower, own in followers:
                 _model(plan, own, follower, None, undo, held)
-            last()
             if held:
+                raise KeyboardInterrupt
+            final = last()
+            if held and not final:
                 raise KeyboardInterrupt
         except BaseException as error:
             undo.back()

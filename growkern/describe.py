@@ -1,7 +1,5 @@
 """A live model and optimizer -> what growkern knows of them. The only reader of live structure; it never reads values."""
 
-import gc
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -18,11 +16,11 @@ from growkern.tensors import Tensors
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WRAPPERS = {
-    "DistributedDataParallel": "grow before wrapping, or wrap anew after",
     "DataParallel": "pass model.module",
     "FullyShardedDataParallel": "grow before sharding",
     "FSDPModule": "grow before sharding",
     "DeepSpeedEngine": "grow before deepspeed.initialize",
+    "PeftModel": "merge the adapters first, or grow the base model before adding them",
 }
 LEAVES: dict[
     str, dict[str, int]
@@ -118,6 +116,11 @@ def describe_optimizer(
     if not isinstance(optim, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UnsupportedOptimizerError(
             f"optim: expected a torch.optim.Optimizer, got {type(optim).__name__}."
+        )
+    if type(optim).__name__ == "ZeroRedundancyOptimizer":
+        raise UnsupportedOptimizerError(
+            "a ZeroRedundancyOptimizer is not supported yet: its shards would have to move between processes. Train with the "
+            "optimizer itself across the growth."
         )
     live = model.named_parameters(remove_duplicate=False)
     names = {id(p): name for name, p in live if name not in spec.ties}
@@ -215,13 +218,6 @@ def _wrappers(model: nn.Module) -> Iterator[str]:
         for kind in type(module).__mro__:
             if kind.__name__ in WRAPPERS:
                 yield f"{name or 'it'} is a {kind.__name__}, which is not supported yet: {WRAPPERS[kind.__name__]}."
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        from torch.nn.parallel import DistributedDataParallel
-
-        for thing in gc.get_objects():
-            if issubclass(type(thing), DistributedDataParallel) and thing.module is model:
-                yield f"a DistributedDataParallel holds it, which is not supported yet: {WRAPPERS['DistributedDataParallel']}."
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         yield "a CUDA graph is being captured; grow before, and capture anew."
 

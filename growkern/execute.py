@@ -83,6 +83,12 @@ class Execution:
         self.memory, self.peak_bytes = _choose(self.sets, memory)
         self.n_read = self.n_written = 0
 
+    def of(self, sources: Tensors) -> "Execution":
+        """The same growth of other tensors of these names (an average of the model), with the same noise."""
+        return Execution(
+            self.plan, sources, {}, backend=self.backend, memory=self.memory, cutter=self.cutter
+        )
+
     def parts(self) -> Iterator[Tensors]:
         """Targets: all at once, or set by set; a set's sources are forgotten before it is given, so that they can be freed."""
         if self.memory == "stage":

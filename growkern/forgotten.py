@@ -46,7 +46,7 @@ def refuse_forgotten(
     """Look for live objects that the growth would leave behind.
 
     Args:
-        model: What grows.
+        model: What grows; wrappers around it are no modules outside.
         optim: Its optimizer.
         live: What is alive.
         averages: Averages of the model that were handed over; None when nothing was said of them.

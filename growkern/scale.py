@@ -66,7 +66,8 @@ class UpdateScale:
             optim.register_step_pre_hook(self._enter),
             optim.register_step_post_hook(self._leave),
         ]
-        optim._optimizer_step_post_hooks.move_to_end(self._hooks[1].id, last=False)  # pyright: ignore[reportPrivateUsage]  # hooks of others see parameters in their own units
+        hooks: Any = optim._optimizer_step_post_hooks  # pyright: ignore[reportPrivateUsage]
+        hooks.move_to_end(self._hooks[1].id, last=False)  # others see parameters in their own units
 
     def remove(self) -> None:
         """Take the hooks off; the optimizer sees parameters as they are."""

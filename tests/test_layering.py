@@ -13,7 +13,7 @@ LAYERS = (  # top to bottom: a module imports from lower rows only
     ("demo",),
     ("growkern",),  # growkern/__init__.py
     ("api",),
-    ("notes",),
+    ("notes", "ddp"),
     ("report", "commit", "execute", "verify"),
     ("groups", "dynamics"),
     ("undo",),

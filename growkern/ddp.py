@@ -1,0 +1,135 @@
+"""Growth under DistributedDataParallel: the reducer is rebuilt inside the same wrapper, and ranks agree, before and after."""
+
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from hashlib import blake2b
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from growkern.errors import CommitError, PlanError
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of an element
+
+
+class Ranks:
+    """The processes that train a model together: its wrappers, and their votes. Without a wrapper there is nothing to agree on.
+
+    Every process of a wrapper must call the growth; what is checked here is collective.
+    """
+
+    def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
+        """Find the wrappers of a model among live modules; the model may be a part of what they wrap."""
+        own = {id(p) for p in model.parameters()}
+        self.model, self.voted = model, False
+        wrappers = (m for m in modules if isinstance(m, nn.parallel.DistributedDataParallel))
+        self.wrappers: list[Any] = [
+            m for m in wrappers if any(id(p) in own for p in m.parameters())
+        ]
+
+    @contextmanager
+    def together(self) -> Generator[None, None, None]:
+        """Do something in all processes or in none: what fails in one fails in all, and reducers fit what is then there."""
+        try:
+            yield
+        except BaseException:
+            self.vote(False)
+            self.rebuild()
+            raise
+
+    def finish(self) -> bool:
+        """The last step of a growth that has succeeded here; True when there was somebody to agree with.
+
+        Raises:
+            CommitError: It has not succeeded in another process, or not in the same way.
+        """
+        self.vote(True)
+        self.rebuild()
+        self.check()
+        return bool(self.wrappers)
+
+    def agree(self, text: str, what: str) -> None:
+        """Raise PlanError unless every process says the same."""
+        digest = int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")
+        for numbers in self._gathered(torch.tensor([digest])):
+            if len({int(n) for n in numbers}) > 1:
+                raise PlanError(
+                    f"the processes of this DistributedDataParallel do not agree on {what}: pass the same arguments on all."
+                )
+
+    def vote(self, ok: bool) -> None:
+        """Say whether this process has succeeded; once.
+
+        Raises:
+            CommitError: Another one has not.
+        """
+        if self.voted:
+            return
+        self.voted = True
+        for numbers in self._gathered(torch.tensor([int(ok)])):
+            if ok and not all(int(n) for n in numbers):
+                raise CommitError("the growth failed in another process and was taken back.")
+
+    def rebuild(self) -> None:
+        """Give every wrapper a new reducer for the parameters as they are."""
+        for wrapper in self.wrappers:
+            _rebuild(wrapper)
+
+    def check(self) -> None:
+        """Raise CommitError unless all processes hold the same bits."""
+        params = dict(self.model.named_parameters())
+        sums = torch.stack([_checksum(p) for p in params.values()])
+        for rows in self._gathered(sums):
+            same = torch.stack(rows).eq(rows[0]).all(0)
+            if apart := [name for name, one in zip(params, same, strict=True) if not one]:
+                raise CommitError(
+                    f"processes differ after the growth in {len(apart)} tensors ({', '.join(apart[:3])}); were they equal before?"
+                )
+
+    def _gathered(self, numbers: Tensor) -> Iterable[list[Tensor]]:
+        """What every process of a wrapper has: int64 (N,) each."""
+        device = next(self.model.parameters()).device
+        for wrapper in self.wrappers:
+            own = numbers.to(device, torch.int64)
+            rows = [
+                torch.empty_like(own) for _ in range(dist.get_world_size(wrapper.process_group))
+            ]
+            dist.all_gather(rows, own, group=wrapper.process_group)
+            yield rows
+
+
+def _checksum(p: Tensor) -> Tensor:
+    bits = p.detach().contiguous().view(BITS[p.element_size()])
+    return bits.sum(dtype=torch.int64)
+
+
+def _rebuild(ddp: Any) -> None:
+    """What ``DistributedDataParallel.__setstate__`` does, with hooks, buckets and graph settings kept.
+
+    Raises:
+        CommitError: This version of torch does it otherwise.
+    """
+    try:
+        hooks = list(ddp._comm_hooks)
+        ddp._module_parameters = [
+            p for n, p in ddp.module.named_parameters() if n not in ddp.parameters_to_ignore
+        ]
+        for name in ("reducer", "logger"):
+            setattr(ddp, name, None)  # the old reducer takes its own hooks off
+        params, sparse = ddp._build_params_for_reducer()
+        names = ddp._build_debug_param_to_name_mapping(params)
+        ddp._has_rebuilt_buckets = False
+        ddp._ddp_init_helper(params, sparse, names, ddp.static_graph)
+        if ddp.static_graph:
+            ddp.reducer._set_static_graph()
+            ddp.logger._set_static_graph()
+            ddp._static_graph_delay_allreduce_enqueued = False
+        ddp._comm_hooks = []
+        for hook, state in hooks:
+            ddp.register_comm_hook(state, hook)
+    except AttributeError as error:
+        raise CommitError(
+            f"this torch's DistributedDataParallel cannot be rebuilt ({error}); grow without it, and wrap anew."
+        ) from error

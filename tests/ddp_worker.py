@@ -1,0 +1,121 @@
+"""One process of tests/test_ddp.py: runs every case and saves what it saw."""
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from models import VOCAB, Plain, loss_of
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+import growkern
+from growkern import commit, ddp
+
+CASES = {
+    "plain": {},
+    "static_graph": dict(static_graph=True),
+    "find_unused_parameters": dict(find_unused_parameters=True),
+    "gradient_as_bucket_view": dict(gradient_as_bucket_view=True),
+    "comm_hook": {},
+    "accumulate": {},
+    "exact": {},
+    "lean": {},
+}
+GROWTHS = {
+    "exact": dict(dynamics="exact", to="2x", width=growkern.width.Lossless(noise=0)),
+    "lean": dict(memory="lean"),
+}
+STEPS, AT, PER_RANK = 6, 2, 2
+
+
+def joined(step: int, world: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, VOCAB, (world * PER_RANK, 16), generator=generator)
+
+
+def make() -> Plain:
+    torch.manual_seed(0)
+    return Plain(tied=True).double()
+
+
+def run(case: str, rank: int | None, world: int) -> dict[str, torch.Tensor]:
+    """Train across a growth; as one process on everything where ``rank`` is None."""
+    model = make()
+    wrapped = model if rank is None else DistributedDataParallel(model, **CASES[case])
+    if case == "comm_hook" and rank is not None:
+        wrapped.register_comm_hook(None, allreduce_hook)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    growth = dict(to={"hidden": 48, "layers": 3}, spec=model.spec()) | GROWTHS.get(case, {})
+    for step in range(STEPS):
+        micros = 2 if case == "accumulate" else 1
+        for micro in range(micros):
+            ids = joined(10 * step + micro, world)
+            ids = ids if rank is None else ids[rank * PER_RANK : (rank + 1) * PER_RANK]
+            last = micro == micros - 1
+            with nullcontext() if last or rank is None else wrapped.no_sync():
+                (loss_of(wrapped, ids) / micros).backward()
+            if step == AT and micro == 0:  # in the middle of an accumulation, where there is one
+                growkern.expand_inplace(wrapped if case == "plain" else model, optim, **growth)
+        optim.step()
+        optim.zero_grad()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def failed(rank: int, world: int) -> tuple[str, str, bool, float]:
+    model = make()
+    wrapped = DistributedDataParallel(model)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    attributes = commit._attributes
+    if rank == world - 1:
+        commit._attributes = lambda *_: (_ for _ in ()).throw(RuntimeError("boom"))
+    try:
+        growkern.expand_inplace(model, optim, spec=model.spec())
+        what, error = "nothing", ""
+    except growkern.errors.GrowthError as raised:
+        what, error = type(raised).__name__, str(raised)
+    commit._attributes = attributes
+    same = all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    for step in range(2):
+        ids = joined(step, world)[rank * PER_RANK : (rank + 1) * PER_RANK]
+        loss_of(wrapped, ids).backward()
+        optim.step()
+        optim.zero_grad()
+    return what, error, same, float(sum(p.double().sum() for p in model.parameters()))
+
+
+def disagree(rank: int) -> str:
+    model = make()
+    keep = DistributedDataParallel(model)
+    try:
+        growkern.expand_inplace(keep, spec=model.spec(), seed=rank)
+    except growkern.errors.PlanError as error:
+        return str(error)
+    return "nothing"
+
+
+def main(folder: str) -> None:
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found: dict[object, object] = {}
+    for case in CASES:
+        found[case] = run(case, rank, world)
+        if rank == 0:
+            found["alone", case] = run(case, None, world)
+    found["failed"], found["disagree"] = failed(rank, world), disagree(rank)
+    rebuild, ddp._rebuild = ddp._rebuild, lambda wrapper: None
+    found["not rebuilt error"], check = "", ddp.Ranks.check
+    ddp.Ranks.check = lambda self: None
+    try:
+        found["not rebuilt"] = run("find_unused_parameters", rank, world)
+    except RuntimeError as error:
+        found["not rebuilt"], found["not rebuilt error"] = {}, str(error)
+    ddp._rebuild, ddp.Ranks.check = rebuild, check
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,78 @@
+"""Growth under DistributedDataParallel: real gloo processes on loopback against one process on the joined batch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).parent / "ddp_worker.py"
+CASES = [
+    "plain",
+    "static_graph",
+    "find_unused_parameters",
+    "gradient_as_bucket_view",
+    "comm_hook",
+    "accumulate",
+    "exact",
+    "lean",
+]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def world(request, tmp_path_factory) -> tuple[int, dict]:
+    """What every process of a group of so many saw."""
+    folder = tmp_path_factory.mktemp("ddp")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(request.param),
+         "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(WORKER), str(folder)],
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return request.param, {rank: torch.load(folder / f"{rank}.pt") for rank in range(request.param)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_processes_stay_equal_and_equal_to_one_process_on_the_joined_batch(world, case):
+    n, found = world
+    expected = found[0]["alone", case]
+
+    for rank in range(n):
+        for name, p in found[rank][case].items():
+            torch.testing.assert_close(
+                p,
+                expected[name],
+                rtol=0,
+                atol=1e-6,
+                msg=f"{rank} {name} {(p - expected[name]).abs().max()}",
+            )
+            assert torch.equal(p, found[0][case][name]), (rank, name)
+
+
+def test_without_a_new_reducer_they_would_not(world):
+    n, found = world
+
+    apart = max(
+        float((found[0]["not rebuilt"][name] - p).abs().max())
+        for rank in range(n)
+        for name, p in found[rank]["not rebuilt"].items()
+    )
+
+    assert apart > 1e-6 or "reduction" in found[0]["not rebuilt error"]
+
+
+def test_a_growth_that_fails_in_one_process_fails_in_all_and_changes_none(world):
+    n, found = world
+
+    for rank in range(n):
+        what, error, same, after = found[rank]["failed"]
+        assert what == "CommitError" and same and after == found[0]["failed"][3]
+        assert ("boom" if rank == n - 1 else "in another process") in error
+
+
+def test_processes_that_want_different_plans_are_refused(world):
+    n, found = world
+
+    for rank in range(n):
+        assert "do not agree on the plan" in found[rank]["disagree"]
