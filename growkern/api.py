@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from growkern.commit import OptimTarget, check_blocks, commit
+from growkern.compiled import reset_near_limit
 from growkern.ddp import Ranks
 from growkern.depth import IdentityBlocks
 from growkern.describe import describe, describe_optimizer, tensors_of
@@ -19,6 +20,7 @@ from growkern.errors import CommitError, GrowthError, PlanError, UnsupportedOpti
 from growkern.execute import Execution, Memory
 from growkern.forgotten import Live, forgotten_schedulers, refuse_forgotten
 from growkern.groups import check_scheduler, follows, schedulers
+from growkern.guard import guard_of
 from growkern.law import build, check
 from growkern.memory import elsewhere, in_place
 from growkern.methods import DepthMethod, WidthMethod
@@ -71,7 +73,7 @@ def plan(
         UnsupportedModelError: See ``describe``.
         UnsupportedOptimizerError: The optimizer's state cannot be grown.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     found = describe(model, spec)
     if optim is not None:
         describe_optimizer(model, optim, found, drop=state == "drop", rules=rules)
@@ -146,8 +148,34 @@ def expand_inplace(
     Reference:
         The dual law of weights and gradients, README.md, "How it works".
     """
+    return grow(
+        model, optim, to=to, width=width, depth=depth, state=state, dynamics=dynamics, spec=spec, seed=seed, backend=backend,
+        plan=plan, scheduler=scheduler, ema=ema, rules=rules, memory=memory,
+    )  # fmt: skip
+
+
+def grow(
+    model: nn.Module,
+    optim: Optimizer | None,
+    *,
+    to: Target = "2x",
+    width: WidthMethod | None = None,
+    depth: DepthMethod | None = None,
+    state: str = "exact",
+    dynamics: str | None = "mup",
+    spec: ModelSpec | None = None,
+    seed: int = 0,
+    backend: str | None = None,
+    plan: GrowthPlan | None = None,
+    scheduler: object | None = None,
+    ema: nn.Module | Sequence[nn.Module] | None = None,
+    rules: Mapping[str, int | None] | None = None,
+    memory: Memory | None = None,
+    values: bool = True,
+) -> GrowthReport:
+    """``expand_inplace``; without ``values`` it changes structure alone, and what is replaced is NaN."""
     start = perf_counter()
-    model = _unwrapped(model)
+    model = unwrapped(model)
     if plan is not None and not isinstance(plan, GrowthPlan):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PlanError(
             f"plan: expected a GrowthPlan, got {type(plan).__name__}; GrowthPlan.from_json reads one."
@@ -191,7 +219,7 @@ def expand_inplace(
         sources = tensors_of(model, optim, found)
         if law is not None and law.resets:
             sources.states.clear()
-        run = Execution(plan, sources, grown, backend=backend, memory=memory)
+        run = Execution(plan, sources, grown, backend=backend, memory=memory, values=values)
         shadows = [run.of(tensors_of(average, None, found)) for average in averages]
         norms = [_grad_norm(plan, sources, "source")]
         lean = run.memory == "lean"
@@ -213,6 +241,8 @@ def expand_inplace(
         before, after = norms
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    guard = guard_of(model)
+    reset_near_limit(len(guard.growths) if guard else 0)
     counts: dict[float | None, int] = {}
     for factor in lr_factors(plan, law, described).values():
         counts[factor] = counts.get(factor, 0) + 1
@@ -271,7 +301,7 @@ def _optim_target(
 def _averages(model: nn.Module, ema: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
     """The modules inside averages of the model."""
     several = [ema] if isinstance(ema, nn.Module) else [*(ema or ())]
-    found = [_unwrapped(one.module if isinstance(one, AveragedModel) else one) for one in several]
+    found = [unwrapped(one.module if isinstance(one, AveragedModel) else one) for one in several]
     shapes = {name: p.shape for name, p in model.named_parameters()}
     for one in found:
         own = {name: p.shape for name, p in one.named_parameters()}
@@ -302,11 +332,11 @@ def _plan(
     )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside torch.compile and DistributedDataParallel, or the model itself."""
     name = "module" if isinstance(model, nn.parallel.DistributedDataParallel) else "_orig_mod"
     inner: object = getattr(model, name, None)
-    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def _grad_norm(plan: GrowthPlan, tensors: Tensors, side: str) -> float:

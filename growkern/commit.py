@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from growkern.errors import CommitError, UnsupportedModelError
 from growkern.groups import split_groups
+from growkern.guard import Grown, Guard, OptimGuard, guard_of, optim_guard_of
 from growkern.memory import Keep, in_place
 from growkern.plan import GrowthPlan, TensorRow
 from growkern.scale import Scale, UpdateScale, scale_of
@@ -115,6 +116,7 @@ def _model(
         container = model.get_submodule(plan.path)
         undo.items(container._modules, {str(i): block for i, block in enumerate(blocks)})  # pyright: ignore[reportPrivateUsage]
     _attributes(plan, model, undo)
+    _guard(plan, model, target, undo)
     if target is not None:
         params = dict(model.named_parameters(remove_duplicate=False))
         _optimizer(plan, fresh, target, source, params, undo)
@@ -248,13 +250,18 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo) -> None:
         owner, _, name = path.rpartition(".")
         module = model.get_submodule(owner)
         undo.attribute(module, name, getattr(module, name) * factor)
+    own: Any = vars(model).get("config")
     copies = {id(config): _grown_config(plan, config) for config in _configs(model)}
+    if hasattr(own, "to_dict"):  # of transformers: saved with the model
+        history: list[str] = [*(getattr(own, "growkern_history", None) or []), plan.to_json()]
+        copies[id(own)] = copy.deepcopy(own) if copies[id(own)] is own else copies[id(own)]
+        copies[id(own)].growkern_history = history
     for module in model.modules():
         if (config := vars(module).get("config")) is not None and copies[id(config)] is not config:
             undo.attribute(module, "config", copies[id(config)])
 
 
-def _grown_config(plan: GrowthPlan, config: object) -> object:
+def _grown_config(plan: GrowthPlan, config: Any) -> Any:
     """A copy of a config with the target's sizes, so that other models built from the same object stay whole."""
     order = [block.source for block in plan.blocks]
     changed: dict[str, object] = {
@@ -338,6 +345,22 @@ def _scales(target: OptimTarget, params: Mapping[str, nn.Parameter], undo: Undo)
     elif scales:
         values = [key for key, rule in target.described.rules.items() if rule and rule.value]
         undo.steps.append(UpdateScale(target.optim, scales, values=values).remove)
+
+
+def _guard(plan: GrowthPlan, model: nn.Module, target: OptimTarget | None, undo: Undo) -> None:
+    """Hooks that refuse checkpoints from before the growth."""
+    guard = guard_of(model)
+    if guard is None:
+        guard = Guard()
+        undo.steps.append(model.register_load_state_dict_pre_hook(guard).remove)
+    grown = Grown.by(plan, len(guard.growths) + 1)
+    undo.attribute(guard, "growths", [*guard.growths, grown])
+    if target is not None:
+        hook = OptimGuard(target.described.rules, grown.what)
+        if (before := optim_guard_of(target.optim)) is not None:
+            undo.attribute(before, "what", grown.what)
+            return
+        undo.steps.append(target.optim.register_load_state_dict_pre_hook(hook).remove)
 
 
 def _check(optim: Optimizer, described: OptimSpec) -> None:

@@ -21,6 +21,10 @@ class InsufficientMemoryError(GrowthError):
     """The grown tensors do not fit beside the source."""
 
 
+class CheckpointError(GrowthError):
+    """A checkpoint is not of the model, or the optimizer, as growths have left it."""
+
+
 class CommitError(GrowthError):
     """A growth failed on its way; everything was put back."""
 

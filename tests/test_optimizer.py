@@ -544,3 +544,32 @@ def test_hooks_of_the_users_objects_see_new_blocks_too():
     model(batch())
 
     assert recorder.n == 4
+
+
+def test_a_compiled_model_is_compiled_once_per_growth_and_never_runs_out():
+    """More growths than ``recompile_limit`` allows, where running out is an error."""
+    torch._dynamo.reset()
+    model = make("plain", tied=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    limit = torch._dynamo.config.recompile_limit
+    try:
+        torch._dynamo.config.recompile_limit = 4
+        ffn = 96
+        for growth in range(6):
+            counters = torch._dynamo.utils.counters["stats"]
+            train(compiled, optim, 2, first=growth)
+            n_graphs = counters["unique_graphs"]
+            ffn += 32
+
+            growkern.expand_inplace(
+                compiled, optim, to={"ffn": ffn}, spec=model.spec(), seed=growth
+            )
+
+            loss = loss_of(compiled, batch())
+            assert loss.item() == pytest.approx(loss_of(model, batch()).item(), abs=1e-5)
+            train(compiled, optim, 1)
+            assert counters["unique_graphs"] == n_graphs + 1
+    finally:
+        torch._dynamo.config.recompile_limit = limit
+        torch._dynamo.reset()

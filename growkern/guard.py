@@ -1,0 +1,108 @@
+"""Checkpoints from before a growth, loaded after it: refused by name, where torch would load a part, or corrupt memory later."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from growkern.errors import CheckpointError
+from growkern.plan import GrowthPlan
+from growkern.state import Rule
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Grown:
+    """One growth that a model has been through: what changed, and what its tensors were before."""
+
+    what: str
+    source: Shapes
+    target: Shapes
+
+    @staticmethod
+    def by(plan: GrowthPlan, number: int) -> "Grown":
+        """Of a plan, the ``number``-th."""
+        sizes = plan.source_sizes.items()
+        changes = [
+            f"{k} {n} -> {plan.target_sizes[k]}" for k, n in sizes if plan.target_sizes[k] != n
+        ]
+        return Grown(
+            f"growth {number} ({', '.join(changes) or 'nothing changed'})",
+            {row.source: plan.shapes(row)[0] for row in plan.rows},
+            {row.name: plan.shapes(row)[1] for row in plan.rows},
+        )
+
+
+class Guard:
+    """Looks at what is loaded into a grown model; a hook of the model, which goes with its copies and pickles."""
+
+    def __init__(self) -> None:
+        self.growths: list[Grown] = []
+
+    def __call__(
+        self, module: nn.Module, state_dict: Mapping[str, object], prefix: str, *_: object
+    ) -> None:
+        """Raise CheckpointError for a ``state_dict`` of the model as it was before one of its growths."""
+        shapes = {
+            name.removeprefix(prefix): tuple(t.shape)
+            for name, t in state_dict.items()
+            if name.startswith(prefix) and isinstance(t, Tensor)
+        }
+        live = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+        for name, shape in shapes.items():
+            for grown in self.growths if live.get(name, shape) != shape else ():
+                if grown.source.get(name) == shape:
+                    self._refuse(grown, f"{name} has the shape {shape}, in the model {live[name]}")
+        for grown in self.growths:
+            new = grown.target.keys() - grown.source.keys()
+            if new and grown.source.keys() <= shapes.keys() and not new & shapes.keys():
+                self._refuse(grown, f"it has no {min(new)}")
+
+    def _refuse(self, grown: Grown, why: str) -> None:
+        raise CheckpointError(
+            f"this checkpoint is from before {grown.what}: {why}. Load it into a model as it was, then grow; or load one "
+            "from after it."
+        )
+
+
+class OptimGuard:
+    """Looks at what is loaded into the optimizer of a grown model: torch checks no shapes, and ``fused=True`` writes beyond them."""
+
+    def __init__(self, rules: Mapping[str, Rule | None], what: str) -> None:
+        self.rules, self.what = rules, what
+
+    def __call__(self, optim: Optimizer, state_dict: Mapping[str, Any]) -> None:
+        """Raise CheckpointError for state that does not fit."""
+        saved: list[int] = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params: list[Tensor] = [p for group in optim.param_groups for p in group["params"]]
+        if len(saved) != len(params):
+            raise CheckpointError(
+                f"this optimizer checkpoint holds {len(saved)} parameters, the optimizer {len(params)} since {self.what}."
+            )
+        for i, p in zip(saved, params, strict=True):
+            entries: dict[str, object] = state_dict["state"].get(i, {})
+            for key, value in entries.items():
+                rule = self.rules.get(key)
+                if not isinstance(value, Tensor) or rule is None:
+                    continue
+                if tuple(value.shape) != (shape := rule.shape(tuple(p.shape))):
+                    raise CheckpointError(
+                        f"this optimizer checkpoint is from before {self.what}: {key!r} of parameter {i} has the shape "
+                        f"{tuple(value.shape)}, which would have to be {shape}."
+                    )
+
+
+def guard_of(model: nn.Module) -> Guard | None:
+    """The guard that a model has."""
+    hooks: list[Any] = list(model._load_state_dict_pre_hooks.values())  # pyright: ignore[reportPrivateUsage]
+    found = [getattr(hook, "hook", hook) for hook in hooks]  # torch wraps them
+    return next((hook for hook in found if isinstance(hook, Guard)), None)
+
+
+def optim_guard_of(optim: Optimizer) -> OptimGuard | None:
+    """The guard that an optimizer has."""
+    hooks: list[Any] = list(optim._optimizer_load_state_dict_pre_hooks.values())  # pyright: ignore[reportPrivateUsage]
+    return next((hook for hook in hooks if isinstance(hook, OptimGuard)), None)

@@ -1,0 +1,72 @@
+"""Growths replayed on a model of the starting sizes, so that a checkpoint from after them loads into it."""
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from growkern.api import grow, unwrapped
+from growkern.errors import GrowthError, PlanError
+from growkern.plan import GrowthPlan
+from growkern.spaces import ModelSpec
+
+
+def resume(
+    model: nn.Module,
+    optim: Optimizer | None = None,
+    history: Sequence[str | GrowthPlan] | None = None,
+    *,
+    scheduler: object | None = None,
+    ema: nn.Module | Sequence[nn.Module] | None = None,
+    spec: Callable[[nn.Module], ModelSpec] | None = None,
+) -> None:
+    """Replay growths without moving data: sizes, blocks, attributes, config, param groups and hooks become the target's.
+
+    Weights that are replaced are NaN until a checkpoint is loaded. A growth that the model's config says it has been
+    through (a checkpoint read by ``from_pretrained``) is replayed on the optimizer alone.
+
+    Args:
+        model: Model of the starting sizes, or of those after the growths; changed in place.
+        optim: Its optimizer, freshly built.
+        history: Plans, as JSON: ``config.growkern_history`` of a checkpoint, or ``history`` of a schedule's state. None: that of
+            the model's own config.
+        scheduler: The learning-rate scheduler that drives ``optim``; follows its groups.
+        ema: Averages of the model.
+        spec: Makes the description of a model of your own.
+
+    Raises:
+        PlanError: A plan does not fit the model as the ones before it left it.
+
+    Example:
+        >>> growkern.resume(model, optim, torch.load("schedule.pt")["history"])
+        >>> model.load_state_dict(torch.load("model.pt")); optim.load_state_dict(torch.load("optim.pt"))
+    """
+    model = unwrapped(model)
+    done = recorded(model)
+    plans = [
+        one if isinstance(one, GrowthPlan) else GrowthPlan.from_json(one)
+        for one in (done if history is None else history)
+    ]
+    if done and [one.to_json() for one in plans[: len(done)]] != done:
+        raise PlanError(
+            f"this model's config says that it has been through {len(done)} growths, and they are not the first of the "
+            f"{len(plans)} of the history: build the model from the config it started with."
+        )
+    if optim is not None and done:
+        raise PlanError(
+            "this model has been through growths; build it from the config it started with, so that they can be replayed on "
+            "the optimizer too."
+        )
+    for number, plan in enumerate(plans[len(done) :], len(done) + 1):
+        try:
+            grow(
+                model, optim, plan=plan, dynamics=plan.dynamics, scheduler=scheduler, ema=ema,
+                spec=spec(model) if spec else None, values=False,
+            )  # fmt: skip
+        except GrowthError as error:
+            raise PlanError(f"growth {number} of {len(plans)} does not fit: {error}") from error
+
+
+def recorded(model: nn.Module) -> list[str]:
+    """The growths that a model's config says it has been through, as JSON."""
+    return list(getattr(getattr(model, "config", None), "growkern_history", None) or [])

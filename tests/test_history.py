@@ -1,0 +1,178 @@
+"""Checkpoints and resumes across growths."""
+
+import copy
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import batch, grow, logits, make, train
+
+import growkern
+from growkern import width
+from growkern.errors import CheckpointError, PlanError
+from growkern.scale import scale_of
+
+WORKER = Path(__file__).parent / "resume_worker.py"
+
+
+def run(folder: Path, *die: str) -> int:
+    return subprocess.run(
+        [sys.executable, str(WORKER), str(folder), *die], capture_output=True
+    ).returncode
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert run(folder) == 0
+    return torch.load(folder / "checkpoint.pt", weights_only=False)
+
+
+def same(folder: Path, expected: dict) -> bool:
+    found = torch.load(folder / "checkpoint.pt", weights_only=False)
+    return (
+        all(torch.equal(found["model"][k], v) for k, v in expected["model"].items())
+        and found["scheduler"] == expected["scheduler"]
+        and found["schedule"]["history"] == expected["schedule"]["history"]
+    )
+
+
+@pytest.mark.parametrize("deaths", [["2", "6", "10"], ["growing"], ["4", "growing", "8"]], ids=str)
+def test_a_killed_run_ends_where_the_unbroken_one_ends(deaths, unbroken, tmp_path):
+    """Before, after, right after and in the middle of growths."""
+    for die in deaths:
+        assert run(tmp_path, die) == -signal.SIGKILL
+
+    assert run(tmp_path) == 0 and same(tmp_path, unbroken)
+
+
+def test_a_run_that_is_killed_at_a_random_moment_ends_there_too(unbroken, tmp_path):
+    lines = random.SystemRandom().randrange(1, 11)
+    process = subprocess.Popen(
+        [sys.executable, str(WORKER), str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    for _ in range(lines):
+        process.stdout.readline()
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+
+    assert run(tmp_path) == 0 and same(tmp_path, unbroken), f"killed after step {lines}"
+
+
+def test_the_history_lives_in_the_config_and_makes_a_model_of_the_start_load_the_end(tmp_path):
+    """save_pretrained and back: the config knows; a model of the starting sizes is replayed, and the optimizer with it."""
+    model = make("gpt2", tied=True)
+    start = copy.deepcopy(model.config)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 2)
+    grow(model, optim, to={"hidden": 48}, seed=3)
+    grow(model, optim, to={"layers": 3}, seed=4)
+    train(model, optim, 1)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert len(loaded.config.growkern_history) == 2
+    assert torch.equal(logits(loaded.eval(), batch()), logits(model.eval(), batch()))
+
+    again = type(model)(start)
+    other = torch.optim.AdamW(again.parameters(), lr=1e-3)
+    growkern.resume(again, other, loaded.config.growkern_history)
+
+    assert any(p.isnan().all() for p in again.parameters())  # nobody takes it for a model
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optim.state_dict()))  # torch shares the tensors otherwise
+    saved = {"dtype": None, "architectures": None}  # what save_pretrained adds
+    assert again.config.to_dict() | saved == model.config.to_dict() | saved
+    model.train(), again.train()
+    train(model, optim, 2, first=5)
+    train(again, other, 2, first=5)
+    assert all(
+        torch.equal(p, q) for p, q in zip(again.parameters(), model.parameters(), strict=True)
+    )
+
+
+def test_hooks_that_carry_dynamics_are_put_back():
+    model = make("llama", tied=False).double()
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 2)
+    quiet = dict(width=width.Lossless(noise=0), dynamics="exact")
+    plan = growkern.plan(model, optim, to={"ffn": 60, "hidden": 48}, **quiet)
+    grow(model, optim, plan=plan, dynamics="exact")
+
+    again = make("llama", tied=False).double()
+    other = torch.optim.AdamW(again.parameters(), lr=1e-3)
+    growkern.resume(again, other, [plan])
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optim.state_dict()))
+
+    assert len(scale_of(other).scales) == len(scale_of(optim).scales)
+    assert train(again, other, 3, first=2) == train(model, optim, 3, first=2)
+
+
+def test_a_history_that_does_not_fit_changes_nothing():
+    model, other = make("llama", tied=True), make("gpt2", tied=True)
+    history = [growkern.plan(model, to={"layers": 3}), growkern.plan(model, to="2x")]
+
+    with pytest.raises(PlanError, match="growth 2 of 2 does not fit: the plan is for a llama of"):
+        growkern.resume(model, history=history)
+    with pytest.raises(PlanError, match="growth 1 of 1 does not fit"):
+        growkern.resume(other, history=history[:1])
+    with pytest.raises(PlanError, match="cannot read the plan"):
+        growkern.resume(other, history=["{}"])
+
+    assert other.config.n_embd == 24 and len(other.transformer.h) == 2
+    grow(other, to={"layers": 3})
+    with pytest.raises(PlanError, match="has been through 1 growths"):
+        growkern.resume(other, history=history)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("to", "match"),
+    [
+        (
+            "2x",
+            r"before growth 1 .*hidden 24 -> 48.*has the shape \(66, 24\), in the model \(66, 48\)",
+        ),
+        ({"layers": 3}, r"before growth 1 .*layers 2 -> 3.*it has no model.layers.2"),
+    ],
+    ids=["wider", "deeper"],
+)
+def test_a_checkpoint_from_before_a_growth_is_refused_by_name(to, match, strict):
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), fused=True)
+    train(model, optim, 1)
+    weights, state = copy.deepcopy((model.state_dict(), optim.state_dict()))
+    grow(model, optim, to=to)
+    before = copy.deepcopy(model.state_dict())
+
+    with pytest.raises(CheckpointError, match=match):
+        model.load_state_dict(weights, strict=strict)
+    with pytest.raises(CheckpointError, match="since growth 1|from before growth 1"):
+        optim.load_state_dict(state)
+
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+    model.load_state_dict(before)
+    optim.load_state_dict(copy.deepcopy(optim.state_dict()))
+    train(model, optim, 1)
+
+
+def test_guards_go_with_copies_and_pickles_and_do_not_mind_parts(tmp_path):
+    model = make("llama", tied=True)
+    old = copy.deepcopy(model.state_dict())
+    grow(model, to={"layers": 3})
+    torch.save(model, tmp_path / "model.pt")
+
+    for one in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        with pytest.raises(CheckpointError, match="before growth 1"):
+            one.load_state_dict(old, strict=False)
+        one.load_state_dict({"model.norm.weight": torch.ones(24)}, strict=False)
+        assert (one.model.norm.weight == 1).all()
+    with pytest.raises(CheckpointError, match="before growth 1"):
+        torch.nn.ModuleDict({"inner": model}).load_state_dict(
+            {f"inner.{k}": v for k, v in old.items()}
+        )
