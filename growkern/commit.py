@@ -17,6 +17,7 @@ from growkern.errors import CommitError, UnsupportedModelError
 from growkern.groups import split_groups
 from growkern.guard import Grown, Guard, OptimGuard, guard_of, optim_guard_of
 from growkern.memory import Keep, in_place
+from growkern.optim import begin
 from growkern.plan import GrowthPlan, TensorRow
 from growkern.scale import Scale, UpdateScale, scale_of
 from growkern.state import SLICES, OptimSpec
@@ -293,6 +294,7 @@ def _optimizer(
     optim, law = of.optim, of.described.law
     resets = law is not None and law.resets
     states: dict[Any, Any] = dict(optim.state)
+    groups = {id(p): group for group in optim.param_groups for p in group["params"]}
     if resets and hasattr(optim, "_numel_cache"):
         undo.attribute(optim, "_numel_cache", None)  # of LBFGS
     joins: dict[int, list[nn.Parameter]] = {}
@@ -307,8 +309,12 @@ def _optimizer(
         elif row.name in fresh.states:
             states[p] = fresh.states[row.name]
         if row.name in of.slices:
-            states[p] = {k: v for k, v in states.get(p, {}).items() if k not in SLICES}
-            states[p] |= of.slices[row.name]
+            kept: dict[str, Tensor] = {
+                k: v for k, v in states.get(p, {}).items() if k not in SLICES
+            }
+            if "exp_avg" not in kept:
+                begin(groups[id(origin)], p, kept)
+            states[p] = {**kept, **of.slices[row.name]}
     undo.items(optim.state, states)
     place, before = _places(target), _places(source)
     for group in optim.param_groups:
@@ -369,10 +375,10 @@ def _check(optim: Optimizer, described: OptimSpec) -> None:
     for group in optim.param_groups:
         for p in group["params"]:
             for key, value in optim.state.get(p, {}).items():
-                rule = rules.get(key)
+                if (rule := rules.get(key)) is None and key in rules:
+                    continue
                 shape = rule.shape(tuple(p.shape)) if rule else tuple(p.shape)
-                wrong = isinstance(value, Tensor) and value.dim() and tuple(value.shape) != shape
-                if wrong and key not in SLICES:
+                if isinstance(value, Tensor) and value.dim() and tuple(value.shape) != shape:
                     raise CommitError(
                         f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}"
                     )

@@ -135,6 +135,9 @@ def describe_optimizer(
             f"{title} it holds no parameter of this {type(model).__name__}; pass the optimizer that trains it."
         )
     law = LAWS.get(kind)
+    if law is not None and law.lr_without is not None:
+        option, lr = law.lr_without
+        law = law if all(group.get(option) for group in optim.param_groups) else replace(law, lr=lr)
     if rules is not None:
         law = law or Law({}, lr=None)
         law = replace(law, rules={**law.rules, **{k: by_order(k, n) for k, n in rules.items()}})

@@ -17,6 +17,7 @@ from growkern.errors import GrowthError, InsufficientMemoryError, PlanError, rai
 from growkern.memory import free_bytes, trim
 from growkern.pieces import Cutter
 from growkern.plan import GrowthPlan, TensorRow
+from growkern.quantised import N_BYTES, decoded, encoded, is_coded, scale_key
 from growkern.reference import Piece
 from growkern.state import GRADIENT, VALUE, Rule
 from growkern.tensors import Tensors
@@ -96,11 +97,14 @@ class Execution:
         if self.memory == "stage":
             staged = Tensors()
             self._run([job for one in self.sets for job in self.jobs(one, staged)])
+            for one in self.sets:
+                self._coded(one, staged)
             yield staged
             return
         for one in self.sets:
             staged = Tensors()
             self._run(self.jobs(one, staged))
+            self._coded(one, staged)
             self.sources.forget(one.rows[0].source)
             yield staged
             trim()
@@ -117,6 +121,17 @@ class Execution:
         self.n_written += sum(piece.n_written for piece in pieces)
         cutter.n_read = 0
         _run(pieces, self.backend)
+
+    def _coded(self, one: TensorSet, staged: Tensors) -> None:
+        """Bring state that is kept in 8 bits back to them."""
+        for row in one.rows:
+            before, state = self.sources.states.get(row.source, {}), staged.states.get(row.name, {})
+            for key in [key for key in state if is_coded(before.get(key))]:
+                values, scales, code = (
+                    x for x in (state[key], state[scale_key(key)], before[f"qmap{key[-1]}"])
+                    if isinstance(x, Tensor)
+                )  # fmt: skip
+                state[key], state[scale_key(key)] = encoded(values, scales, code)
 
     def jobs(self, one: TensorSet, staged: Tensors) -> list[Job]:
         """Allocate the targets of a set; what is no job (counters, scalars of new blocks) is done at once."""
@@ -140,13 +155,19 @@ class Execution:
             state = staged.states[row.name] = dict[str, object]()
             for key, value in self.sources.states[row.source].items():
                 rule = self.rules[key]
-                if rule is not None and isinstance(value, Tensor):
-                    grown = state[key] = torch.empty(
-                        rule.shape(shape), dtype=value.dtype, device=value.device
+                if rule is None or not isinstance(value, Tensor):
+                    if row.new and key not in state:
+                        state[key] = value.clone() if isinstance(value, Tensor) else value
+                    continue
+                values = {key: value}
+                if rule.coded and is_coded(value):
+                    found = decoded(self.sources.states[row.source], key)
+                    values = dict(zip((key, scale_key(key)), found, strict=True))
+                for k, v in values.items():
+                    state[k] = grown = torch.empty(
+                        rule.shape(shape), dtype=v.dtype, device=v.device
                     )
-                    jobs.append((row, value, grown, rule))
-                elif row.new:
-                    state[key] = value.clone() if isinstance(value, Tensor) else value
+                    jobs.append((row, v, grown, rule))
         return jobs
 
 
@@ -198,8 +219,9 @@ def tensor_sets(
                 grown += [(v, rule) for key, v in state if (rule := rules.get(key)) is not None]
             for t, rule in grown:
                 if isinstance(t, Tensor):
-                    n = prod(rule.shape(shape))
-                    made[t.device] = made.get(t.device, 0) + n * t.element_size()
+                    coded = rule.coded and is_coded(t)
+                    n = prod(rule.shape(shape)) * (N_BYTES if coded else t.element_size())
+                    made[t.device] = made.get(t.device, 0) + n
                     if not row.new:
                         n_source = t.numel() * t.element_size()
                         freed[t.device] = freed.get(t.device, 0) + n_source

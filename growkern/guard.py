@@ -97,12 +97,13 @@ class OptimGuard:
 
 def guard_of(model: nn.Module) -> Guard | None:
     """The guard that a model has."""
-    hooks: list[Any] = list(model._load_state_dict_pre_hooks.values())  # pyright: ignore[reportPrivateUsage]
-    found = [getattr(hook, "hook", hook) for hook in hooks]  # torch wraps them
-    return next((hook for hook in found if isinstance(hook, Guard)), None)
+    found: Any = getattr(model, "_load_state_dict_pre_hooks")  # noqa: B009  (typed as private)
+    hooks: list[Any] = [getattr(hook, "hook", hook) for hook in found.values()]  # torch wraps them
+    return next((hook for hook in hooks if isinstance(hook, Guard)), None)
 
 
 def optim_guard_of(optim: Optimizer) -> OptimGuard | None:
     """The guard that an optimizer has."""
-    hooks: list[Any] = list(optim._optimizer_load_state_dict_pre_hooks.values())  # pyright: ignore[reportPrivateUsage]
+    found: Any = optim._optimizer_load_state_dict_pre_hooks  # pyright: ignore[reportPrivateUsage]
+    hooks: list[Any] = [*found.values()]
     return next((hook for hook in hooks if isinstance(hook, OptimGuard)), None)

@@ -61,7 +61,7 @@ class UpdateScale:
             raise PlanError("this optimizer has an UpdateScale already; remove() that one first.")
         self.optim, self.values = optim, tuple(values)
         self.scales = {p: _checked(optim, p, scale) for p, scale in scales.items()}
-        self._before: dict[Tensor, list[Tensor]] = {}
+        self._before: dict[Tensor, dict[str, Tensor]] = {}  # by state key; "" is the parameter
         self._hooks = [
             optim.register_step_pre_hook(self._enter),
             optim.register_step_post_hook(self._leave),
@@ -78,9 +78,13 @@ class UpdateScale:
     def restore(self) -> None:
         """Bring parameters back that an interrupted step has left in the optimizer's units, with what it did to them."""
         with torch.no_grad():
-            for p, before in self._before.items():
+            while self._before:
+                p, before = self._before.popitem()
                 scale = self.scales[p]
-                for t, old in zip(self._tensors(p), before, strict=True):
+                for key, t in self._tensors(p).items():
+                    if (old := before.get(key)) is None:  # the step has made it
+                        _multiplied(t, scale.update)
+                        continue
                     moved = t - _divided(old.clone(), scale.update)
                     if scale.gain != 1.0:
                         decayed = _divided(old.clone(), scale.update).mul_(-self._decay(p))
@@ -88,7 +92,6 @@ class UpdateScale:
                     t.copy_(old + _multiplied(moved, scale.update))
                 if p.grad is not None:
                     _scale_grad(p.grad, scale.grad, _multiplied)
-        self._before = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Factors by the parameter's place in the optimizer's groups."""
@@ -116,10 +119,10 @@ class UpdateScale:
         params = [p for group in self.optim.param_groups for p in group["params"]]
         return {p: i for i, p in enumerate(params)}
 
-    def _tensors(self, p: Tensor) -> list[Tensor]:
+    def _tensors(self, p: Tensor) -> dict[str, Tensor]:
         """The parameter and the state that is in its units."""
         state = self.optim.state.get(p, {})
-        return [p, *(state[key] for key in self.values if isinstance(state.get(key), Tensor))]
+        return {"": p} | {k: state[k] for k in self.values if isinstance(state.get(k), Tensor)}
 
     def _decay(self, p: Tensor) -> float:
         group = next(g for g in self.optim.param_groups if any(q is p for q in g["params"]))
@@ -131,8 +134,8 @@ class UpdateScale:
                 if p.grad is None:
                     continue
                 tensors = self._tensors(p)
-                self._before[p] = [t.clone() for t in tensors]
-                for t in tensors:
+                self._before[p] = {key: t.clone() for key, t in tensors.items()}
+                for t in tensors.values():
                     _divided(t, scale.update)
                 _scale_grad(p.grad, scale.grad, _divided)
 

@@ -27,6 +27,7 @@ class Rule:
         first: True when only the first copy of every source element keeps it; the others are without an ancestor.
         reduced: Axis of the parameter, from the end, that this is a mean over; None for none.
         kept: True when that axis is still there, of size 1.
+        coded: True when it may be kept in 8 bits (``growkern.quantised``).
     """
 
     weight: float = 0
@@ -36,6 +37,7 @@ class Rule:
     first: bool = False
     reduced: int | None = None
     kept: bool = True
+    coded: bool = False
 
     def shape(self, of: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the state of a parameter of shape ``of``."""
@@ -62,6 +64,7 @@ class Law:
         rates: State keys that hold a learning rate and follow it.
         matrix: True when the step is that of the whole matrix, orthogonalised, so that its shape counts too (Muon).
         resets: True when the state is a history that cannot be grown and starts anew.
+        lr_without: An option of the param groups, and what ``lr`` is where it is off.
         slices: True when the optimizer takes factors per row and column itself (``growkern.optim.AdamW``).
     """
 
@@ -71,6 +74,7 @@ class Law:
     rates: tuple[str, ...] = ()
     matrix: bool = False
     resets: bool = False
+    lr_without: tuple[str, tuple[float, float]] | None = None
     slices: bool = False
 
     def lr_factor(self, weight_scale: float | None, grad_scale: float | None) -> float | None:
@@ -134,10 +138,13 @@ DECAY = ("weight_decay",)
 STEP: dict[str, Rule | None] = {"step": None}
 OWN = "torch.optim"
 
-SLICES = [
-    *(f"{kind}_{side}" for kind in ("lr", "eps", "decay", "born") for side in ("rows", "cols")),
-    "rewarm",
-]
+EIGHT_BITS: dict[str, Rule | None] = {
+    "step": None,
+    "state1": replace(GRADIENT, coded=True),
+    "state2": replace(SQUARE, coded=True),
+} | dict.fromkeys(("qmap1", "qmap2", "absmax1", "absmax2"))
+FACTORS = ("lr", "eps", "decay", "born")  # of growkern.optim.AdamW; each has rows and columns
+SLICES = (*(f"{name}_{side}" for name in FACTORS for side in ("rows", "cols")), "rewarm")
 LAWS: dict[str, Law] = {
     "growkern.optim.AdamW": Law(
         ADAM | dict.fromkeys(SLICES), decays=DECAY, slices=True
@@ -178,6 +185,28 @@ LAWS: dict[str, Law] = {
     ),
     f"{OWN}.sgd.SGD": Law({"momentum_buffer": GRADIENT}, lr=(1, -1), decays=DECAY),
     f"{OWN}.sparse_adam.SparseAdam": Law(ADAM),
+    "lion_pytorch.lion_pytorch.Lion": Law({"exp_avg": GRADIENT}, decays=DECAY),
+    "schedulefree.adamw_schedulefree.AdamWScheduleFree": Law(
+        {"z": VALUE, "exp_avg_sq": SQUARE}, decays=DECAY
+    ),
+    "transformers.optimization.Adafactor": Law(
+        STEP
+        | {
+            "exp_avg": Rule(weight=1),  # of updates, learning rate and all
+            "exp_avg_sq": SQUARE,
+            "exp_avg_sq_row": replace(SQUARE, reduced=-1, kept=False),
+            "exp_avg_sq_col": replace(SQUARE, reduced=-2, kept=False),
+            "RMS": None,
+        },
+        lr=(0, 0),
+        lr_without=("scale_parameter", (1, 0)),
+    ),
+    **{
+        f"bitsandbytes.optim.{name.lower().removeprefix('paged').removesuffix('8bit')}.{name}": Law(
+            EIGHT_BITS, decays=DECAY if "AdamW" in name else ()
+        )
+        for name in ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
+    },
 }
 
 

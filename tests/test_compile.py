@@ -32,6 +32,14 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 COMPILE_ONLY = list(product(["sm_80", "sm_100", "gfx942"], SOME))
+KINDS = [  # of adamw: dtypes of parameter, gradient and moments
+    *((d, d, d) for d in ("float32", "bfloat16", "float16", "float64")),
+    ("bfloat16", "bfloat16", "float32"),
+    ("float16", "float16", "float32"),
+]
+ADAMW = [("adamw", *kind, options) for kind in KINDS for options in ("plain", "slices")]
+ADAMW += [("adamw", *KINDS[0], "slices+scaler"), ("adamw", *KINDS[4], "scaler")]
+ADAMW_ONLY = list(product(["sm_80", "sm_100", "gfx942"], ADAMW[-2:]))
 
 
 def case_id(value: object) -> str:
@@ -67,7 +75,21 @@ def test_expand_fits_registers_and_moves_16_bytes_where_it_can(built, case):
         assert (found["load"], found["store"]) == (128, 128)
 
 
-@pytest.mark.parametrize("case", FULL, ids=case_id)
+@pytest.mark.parametrize(("target", "case"), ADAMW_ONLY, ids=case_id)
+def test_adamw_compiles(built, target, case):
+    assert built[f"{target} {case_id(case)}"] == {"compiled": 1}
+
+
+@pytest.mark.parametrize("case", ADAMW, ids=case_id)
+def test_adamw_fits_registers_and_moves_16_bytes_where_it_can(built, case):
+    found = built[f"sm_90 {case_id(case)}"]
+
+    assert (found["stack"], found["local"], found["spills"]) == (0, 0, 0)
+    assert found["registers"] <= N_REGISTERS
+    assert (found["load"], found["store"]) == (128, 128)
+
+
+@pytest.mark.parametrize("case", [*FULL, *ADAMW], ids=case_id)
 def test_rows_are_addressed_in_64_bits(built, case):
     """A row times a stride of a tensor of 2**31 elements and more does not fit in 32."""
     assert built[f"sm_90 {case_id(case)}"]["narrow_products"] == 0
@@ -91,25 +113,24 @@ def test_every_specialisation_is_compiled():
 
 def main() -> None:
     """Compile every case and print what came out."""
-    jobs = [("sm_90", case) for case in FULL] + COMPILE_ONLY
+    jobs = [("sm_90", case) for case in [*FULL, *ADAMW]] + COMPILE_ONLY + ADAMW_ONLY
     print(json.dumps({f"{target} {case_id(case)}": build(target, case) for target, case in jobs}))
 
 
-def build(target: str, case: tuple[str, str, int]) -> dict[str, int]:
-    import torch
+def build(target: str, case: tuple[str | int, ...]) -> dict[str, int]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from growkern.kernels.expand import expand_kernel, launch_options, permute_kernel
-
-    src, dst, n_staged = case
-    options = launch_options(getattr(torch, src), getattr(torch, dst), n_staged)
+    kernel, options, pointers = (adamw if case[0] == "adamw" else expand)(case)
     constants = {name: value for name, value in options.items() if name.isupper()}
-    scalars = {"table_ptr": "*i64", "first_piece": "i32", "n_pieces": "i32"}
-    signature = scalars | dict.fromkeys(constants, "constexpr")
-    kernel = permute_kernel if n_staged else expand_kernel
-    source = ASTSource(kernel, signature, constants, {(0,): [["tt.divisibility", 16]]})
+    constants |= {name: None for name, kind in pointers.items() if kind == "constexpr"}
+    scalars = {"first_piece": "i32", "n_pieces": "i32"}
+    signature = pointers | scalars | dict.fromkeys(constants, "constexpr")
+    aligned = {
+        (at,): [["tt.divisibility", 16]] for at, kind in enumerate(pointers.values()) if "*" in kind
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
     rest = {
         name: value
         for name, value in options.items()
@@ -120,6 +141,30 @@ def build(target: str, case: tuple[str, str, int]) -> dict[str, int]:
         return {"compiled": 1}
     found = measure(asm["cubin"], triton.knobs.nvidia.cuobjdump.path)
     return found | {"narrow_products": narrow_products(asm["ttir"])}
+
+
+def expand(case: tuple[str | int, ...]) -> tuple[object, dict[str, object], dict[str, str]]:
+    """The kernel of a case, all that its launch is specialised on, and its pointers."""
+    import torch
+
+    from growkern.kernels.expand import expand_kernel, launch_options, permute_kernel
+
+    src, dst, n_staged = case
+    options = launch_options(getattr(torch, src), getattr(torch, dst), n_staged)
+    return permute_kernel if n_staged else expand_kernel, options, {"table_ptr": "*i64"}
+
+
+def adamw(case: tuple[str | int, ...]) -> tuple[object, dict[str, object], dict[str, str]]:
+    import torch
+
+    from growkern.kernels.adamw import adamw_kernel, launch_options
+
+    _, *kind, flags = case
+    scaler = "*fp32" if "scaler" in flags else "constexpr"
+    dtypes = tuple(getattr(torch, name) for name in kind)
+    options = launch_options(dtypes, "slices" in flags, "scaler" in flags)
+    pointers = {"table_ptr": "*i64", "now_ptr": "*i64", "scale_ptr": scaler, "inf_ptr": scaler}
+    return adamw_kernel, options, pointers
 
 
 def narrow_products(ttir: str) -> int:

@@ -1,6 +1,7 @@
 """Exact dynamics, in every optimizer of torch: after a growth the run goes on as the source's would have."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -41,6 +42,19 @@ OPTIMIZERS = {
     "growkern AdamW": (growkern.optim.AdamW, dict(lr=3e-3, eps=1e-4, weight_decay=0.1)),
     "growkern amsgrad": (growkern.optim.AdamW, dict(lr=3e-3, amsgrad=True)),
 }
+THIRD = {  # installed with the tests; growkern knows them by name
+    "Lion": ("lion_pytorch", "Lion", dict(lr=1e-3, weight_decay=0.1)),
+    "schedule-free": ("schedulefree", "AdamWScheduleFree", dict(lr=3e-3, weight_decay=0.1)),
+    "schedule-free plain": ("schedulefree", "AdamWScheduleFree", dict(lr=3e-3, foreach=False)),
+    "HF Adafactor": ("transformers.optimization", "Adafactor", dict(beta1=0.9)),
+    "HF Adafactor lr": (
+        "transformers.optimization",
+        "Adafactor",
+        dict(lr=1e-2, scale_parameter=False, relative_step=False, weight_decay=0.1),
+    ),
+}
+for title, (module, cls, options) in THIRD.items():
+    OPTIMIZERS[title] = getattr(importlib.import_module(module), cls), options
 
 
 def newton_schulz(grad, ns_coefficients, ns_steps, eps):
@@ -67,6 +81,8 @@ def warmed(name: str, family: str = "llama", n: int = WARM) -> tuple[nn.Module, 
     kind, options = OPTIMIZERS[name]
     model = make(family, tied=name != "SparseAdam").double()
     optim = kind(held_by(name, model), **options)
+    if hasattr(optim, "train"):
+        optim.train()
     train(model, optim, n)
     return model, optim
 
@@ -78,8 +94,14 @@ def gap(name: str, monkeypatch, **options) -> float:
     model, optim = warmed(name)
     if name == "SparseAdam":
         optim.zero_grad()  # sparse gradients in flight are refused
+    if name == "schedule-free plain":
+        optim.eval()  # between training and evaluation, too
     source, source_optim = copy.deepcopy((model, optim))
+    for key, value in vars(optim).items():  # what Lion keeps beside its state, a copy loses
+        vars(source_optim).setdefault(key, value)
     grow(model, optim, to="2x", width=QUIET, **options)
+    if name == "schedule-free plain":
+        optim.train(), source_optim.train()
     grown = train(model, optim, ON, first=WARM)
     expected = train(source, source_optim, ON, first=WARM)
     assert abs(expected[0] - expected[-1]) > 1e-4, "nothing was learned"

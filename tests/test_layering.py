@@ -39,6 +39,7 @@ LEAVES = (
     "tensors",
     "reference",
     "memory",
+    "quantised",
 )  # torch only; anybody may import them who may import torch
 FOLDERS = ("families", "width", "depth")
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names} | dict.fromkeys(

@@ -8,7 +8,7 @@ from models import batch, exact_norms, grow, logits, loss_of, make, train
 from torch.optim import swa_utils
 
 import growkern
-from growkern import depth, width
+from growkern import depth, quantised, width
 from growkern.errors import GrowthError, UnsupportedModelError, UnsupportedOptimizerError
 
 QUIET = width.Lossless(noise=0)
@@ -253,3 +253,36 @@ def test_stacked_blocks_bring_state_of_any_optimizer():
     assert torch.equal(optim.state[one]["row_var"], optim.state[two]["row_var"])
     assert copy.deepcopy(optim.state[two]["step"]) == 2
     train(model, optim, 1)
+
+
+@pytest.mark.parametrize("memory", ["stage", "lean"])
+@pytest.mark.parametrize("kind", ["AdamW8bit", "Adam8bit"])
+def test_state_in_eight_bits_grows_in_its_codes(kind, memory):
+    """Byte for byte where rows are whole blocks; within a step of the code elsewhere; the run goes on."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    sizes = dict(
+        hidden_size=256, num_attention_heads=4, num_key_value_heads=2, intermediate_size=200
+    )
+    model = make("llama", tied=False, head_dim=64, **sizes)
+    optim = getattr(bitsandbytes.optim, kind)(model.parameters(), lr=1e-3)
+    train(model, optim, 3)
+    layer = model.model.layers[0]
+    up, down = layer.mlp.up_proj.weight, layer.mlp.down_proj.weight
+    source = {
+        p: {k: torch.as_tensor(v).clone() for k, v in optim.state[p].items()} for p in (up, down)
+    }
+    values = quantised.decoded(source[down], "state2")[0]
+
+    grow(model, optim, to="2x", width=QUIET, memory=memory)
+
+    for key, a in (("state1", 0.5), ("state2", 0.25)):
+        codes, absmax = optim.state[up][key], optim.state[up][f"absmax{key[-1]}"]
+        before, scale = source[up][key], source[up][f"absmax{key[-1]}"]
+        assert codes.dtype == torch.uint8 and codes.shape == up.shape
+        assert torch.equal(codes, before.repeat(2, 2))
+        assert torch.equal(absmax.view(400, 2), a * scale.view(200, 1).repeat(2, 2))
+    grown, expected = quantised.decoded(optim.state[down], "state2")[0], values.repeat(2, 2) * 0.25
+    assert (grown - expected).abs().max() <= 0.02 * expected.abs().max()
+    norm = optim.state[model.model.norm.weight]["state1"]
+    assert norm.dtype == torch.float32 and norm.shape == (512,)
+    assert train(model, optim, 3, first=3)[-1] > 0

@@ -1,0 +1,191 @@
+"""How close does a step of ``growkern.optim.AdamW`` come to a ``copy_`` of the same bytes, and what do slices cost beside torch's?
+
+All parameters of a GPT-2, and one tensor alone, without slices and with every kind of them. Baselines, which know no slices:
+``torch.optim.AdamW`` in its foreach and fused forms; the roof. Every case is checked against torch's single-tensor step first, and
+a red one is not timed.
+
+    python -m pytest bench/bench_adamw.py --bench-scope cpu      # or quick, gpu
+
+Every line is *warm*: a step writes where it has written before. On a CPU, without slices, ours is torch's default: single-tensor.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from bench import harness
+from growkern.optim import AdamW
+from growkern.reference_adamw import SLICES, length
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+OURS = "triton" if GPU else "torch"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of parameter, gradient and moments
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+SECONDS = {"quick": 0.01, "cpu": 2.0, "gpu": 0.2}  # that one line of a case may take
+ROUNDS = (3, 50)  # least and most
+MOMENTS = ("exp_avg", "exp_avg_sq")
+N_STEPS = 9  # done before the one that is timed
+OPTIONS = dict(lr=1e-3, eps=1e-6, weight_decay=0.1)
+FACTORS = {"lr": 0.5, "eps": 3.0, "decay": 2.0, "born": 0.0, "rewarm": 1.0}  # the same for all rows
+WITH_FACTORS = dict(
+    lr=1e-3 / 4, eps=1e-6 * 9, weight_decay=0.1 * 4 * 4
+)  # the same as a param group
+
+
+def gpt2(width: int, n_layers: int, n_vocab: int, n_positions: int) -> list[tuple[int, ...]]:
+    """Shapes of the parameters of a GPT-2."""
+    vector, block = (width,), (width, width)
+    layer = [
+        *(vector, vector), (width, 3 * width), (3 * width,), block, vector,
+        *(vector, vector), (width, 4 * width), (4 * width,), (4 * width, width), vector,
+    ]  # fmt: skip
+    return [(n_vocab, width), (n_positions, width), *layer * n_layers, vector, vector]
+
+
+SHAPES = {
+    "tiny GPT-2": gpt2(64, 2, 256, 64),
+    "GPT-2 124M": gpt2(768, 12, 50257, 1024),
+    "one tensor": [(4096, 4096)],
+    "one large tensor": [(32768, 16384)],
+}
+SCOPES = {
+    "quick": {"tiny GPT-2": ["fp32", "bf16"]},
+    "cpu": {"GPT-2 124M": ["fp32"], "one tensor": ["fp32", "bf16"]},
+    "gpu": {name: list(DTYPES) for name in SHAPES if name != "tiny GPT-2"},
+}
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A case with its tensors, checked."""
+
+    params: list[Parameter]
+    state: list[dict[str, Tensor]]
+    sliced: bool
+
+    @property
+    def moved(self) -> int:
+        """Bytes of a step: gradient, parameter and moments read, the last three written."""
+        return 7 * harness.n_bytes(self.params)
+
+    def optimizer(self, kind: type[torch.optim.AdamW], **options: object) -> torch.optim.AdamW:
+        """One that shares the tensors with all others."""
+        optim = kind(self.params, **OPTIONS, **options)  # pyright: ignore[reportArgumentType]
+        for p, state in zip(self.params, self.state, strict=True):
+            step = torch.tensor(float(N_STEPS), device=DEVICE if options.get("fused") else "cpu")
+            optim.state[p] = {"step": step, **state}
+            if isinstance(optim, AdamW) and self.sliced:
+                optim.set_slices(p, **slices(p))
+        return optim
+
+
+def slices(p: Tensor) -> dict[str, Tensor]:
+    """Every kind there is."""
+    return {key: torch.full((length(key, p.shape),), FACTORS[key.partition("_")[0]]) for key in SLICES}  # fmt: skip
+
+
+def drawn(index: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Parameter, gradient and moments number ``index``, again and again the same."""
+    g = torch.Generator(DEVICE).manual_seed(index)
+    p, grad, avg = (torch.randn(shape, generator=g, device=DEVICE).to(dtype) for _ in range(3))
+    return p, grad, avg, avg.square().add_(0.1)
+
+
+@lru_cache(maxsize=1)
+def ready(name: str, dtype: str, sliced: bool) -> Ready | str:
+    """Build a case and check it: what is wrong with it, if anything is."""
+    params: list[Parameter] = []
+    state: list[dict[str, Tensor]] = []
+    for index, shape in enumerate(SHAPES[name]):
+        p, grad, *moments = drawn(index, shape, DTYPES[dtype])
+        params.append(Parameter(p))
+        params[-1].grad = grad
+        state.append(dict(zip(MOMENTS, moments, strict=True)))
+    found = Ready(params, state, sliced)
+    found.optimizer(AdamW).step()
+    return "; ".join(wrong(found, DTYPES[dtype])) or found
+
+
+def wrong(case: Ready, dtype: torch.dtype) -> Iterator[str]:
+    """Hold one step of ours against torch's single-tensor step, one parameter after the other."""
+    for index, (actual, state) in enumerate(zip(case.params, case.state, strict=True)):
+        p, grad, *moments = drawn(index, tuple(actual.shape), dtype)
+        expected = Parameter(p)
+        expected.grad = grad
+        options = WITH_FACTORS if case.sliced else OPTIONS
+        optim = torch.optim.AdamW([expected], foreach=False, **options)
+        optim.state[expected] = {
+            "step": torch.tensor(float(N_STEPS)),
+            **dict(zip(MOMENTS, moments, strict=True)),
+        }
+        optim.step()
+        pairs = {"parameter": (actual.detach(), expected.detach())}
+        pairs |= {key: (state[key], optim.state[expected][key]) for key in MOMENTS}
+        for name, (a, b) in pairs.items():
+            worst = float((a.float() - b.float()).abs().max())  # NaN is not below any limit
+            if not worst <= ROUNDING[dtype] * float(b.abs().max()):
+                yield f"{name} {index} is off by {worst:.3g}"
+
+
+def _roof(case: Ready) -> Callable[[], object]:
+    if GPU:
+        return harness.gpu_roof(case.moved)
+    a, b = (torch.ones(case.moved // 2, dtype=torch.uint8) for _ in range(2))
+    return lambda: b.copy_(a)
+
+
+LINES: dict[str, Callable[[Ready], Callable[[], object]]] = {
+    OURS: lambda case: case.optimizer(AdamW).step,
+    "foreach": lambda case: case.optimizer(torch.optim.AdamW, foreach=True).step,
+    "fused": lambda case: case.optimizer(torch.optim.AdamW, fused=True).step,
+    harness.ROOF: _roof,
+}
+
+
+def chosen(scope: str) -> Sequence[tuple[str, bool, str, str]]:
+    """Case, whether with slices, dtype and backend of every line in a scope."""
+    return [
+        (name, sliced, dtype, backend)
+        for name, dtypes in SCOPES[scope].items()
+        for dtype in dtypes
+        for sliced in (False, True)
+        for backend in LINES
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Everything in the scope that the command line names; the lines of a case follow each other."""
+    found = chosen(str(metafunc.config.getoption("--bench-scope")))
+    ids = [f"{name}{' slices' * sliced}, {dtype}, {backend}" for name, sliced, dtype, backend in found]  # fmt: skip
+    metafunc.parametrize(("case", "sliced", "dtype", "backend"), found, ids=ids)
+
+
+@pytest.mark.benchmark(timer=harness.device_timer())
+def test_adamw(benchmark, request, case: str, sliced: bool, dtype: str, backend: str):
+    """Time one line of one case, if the case is right."""
+    found = ready(case, dtype, sliced)
+    assert isinstance(found, Ready), f"not timed: {found}"
+    call = LINES[backend](found)
+    call()
+    seconds, peak = harness.measured(call, room=harness.n_bytes(found.params))
+    allowed = SECONDS[str(request.config.getoption("--bench-scope"))]
+    rounds = min(max(ROUNDS[0], int(allowed / seconds)), ROUNDS[1])
+
+    benchmark.pedantic(call, setup=harness.flush, rounds=rounds)
+
+    benchmark.extra_info |= {
+        "op": "adamw",
+        "case": f"{case} slices" if sliced else case,
+        "dtype": dtype,
+        "backend": backend,
+        "phase": "warm",
+        "tensor_bytes": harness.n_bytes(found.params),
+        "moved": found.moved,
+        "peak": peak,
+    }

@@ -1,0 +1,172 @@
+"""AdamW with slices in torch: the meaning of ``kernels/adamw.py``, and the backend of sliced parameters on a CPU.
+
+A parameter is a matrix: its last axis are the columns C, all others flattened the rows R; one axis is one row, none is 1 x 1.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from growkern.state import SLICES
+
+BLOCK = 1 << 18  # elements computed at a time: temporaries stay in cache, and every thread has work
+
+
+class Hyper(NamedTuple):
+    """What the tensors of a param group share at one step."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool
+
+
+class Update(NamedTuple):
+    """One parameter at one step.
+
+    Attributes:
+        p, grad, exp_avg, exp_avg_sq: Of one shape; ``max_exp_avg_sq`` too, None without amsgrad.
+        step: 0-d, this step counted already.
+        hyper: Of its group; one object for all tensors of a group.
+        slices: Key -> vector; other keys are not looked at, so the parameter's state will do. Empty where there are none.
+    """
+
+    p: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | None
+    step: Tensor
+    hyper: Hyper
+    slices: Mapping[str, Tensor]
+
+
+def sizes(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a parameter: ``(2, 3, 5)`` -> ``(6, 5)``."""
+    return math.prod(shape[:-1]), shape[-1] if shape else 1
+
+
+def length(key: str, shape: Sequence[int]) -> int:
+    """Numbers in a slice vector of a parameter."""
+    return 2 if key == "rewarm" else sizes(shape)[key.endswith("_cols")]
+
+
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """What a parameter is updated in, and what its slices are."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def adamw(
+    updates: Sequence[Update], grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+) -> None:
+    """Update parameters and moments in place, in float32 (float64 for float64); what is stored is rounded once.
+
+    Args:
+        updates: Steps are counted already.
+        grad_scale: What gradients are divided by first; they are written back, as torch's fused AdamW does.
+        found_inf: Not 0: nothing is updated.
+    """
+    if found_inf is not None and found_inf.item():
+        return
+    scratch: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+    for u in updates:
+        tensors = [u.p, u.grad, u.exp_avg, u.exp_avg_sq]
+        tensors += [] if u.max_exp_avg_sq is None else [u.max_exp_avg_sq]
+        if not u.p.numel():
+            continue
+        n_rows, n_cols = sizes(u.p.shape)
+        slices = {key: u.slices[key] for key in SLICES if key in u.slices}
+        dense = [t.contiguous() for t in tensors]  # the others have no view that is a matrix
+        matrices = [t.view(n_rows, n_cols) for t in dense]
+        n = max(1, BLOCK // n_cols)
+        for start in range(0, n_rows, n):
+            part = slice(start, start + n)
+            cut = {key: v[part] if key.endswith("_rows") else v for key, v in slices.items()}
+            _matrix([t[part] for t in matrices], u, cut, grad_scale, scratch)
+        for t, new in zip(tensors, dense, strict=True):
+            if new is not t and (t is not u.grad or grad_scale is not None):
+                t.copy_(new)
+
+
+def _matrix(
+    tensors: Sequence[Tensor],
+    u: Update,
+    slices: Mapping[str, Tensor],
+    scale: Tensor | None,
+    scratch: dict[tuple[str, torch.dtype, torch.device], Tensor],
+) -> None:
+    """Some rows; temporaries are kept in ``scratch``, as the pages of fresh ones would be cold."""
+    p, grad, exp_avg, exp_avg_sq, *tops = tensors
+    dtype, h, step = arithmetic(p.dtype), u.hyper, u.step.item()
+    rows = {k.removesuffix("_rows"): v[:, None] for k, v in slices.items() if k.endswith("_rows")}
+    cols = {k.removesuffix("_cols"): v[None, :] for k, v in slices.items() if k.endswith("_cols")}
+
+    def room(name: str) -> Tensor:
+        key = name, dtype, p.device
+        if key not in scratch or scratch[key].numel() < p.numel():
+            scratch[key] = torch.empty(p.numel(), dtype=dtype, device=p.device)
+        return scratch[key][: p.numel()].view(p.shape)
+
+    def held(name: str, t: Tensor) -> Tensor:
+        return t if t.dtype == dtype else room(name).copy_(t)
+
+    def least(sides: Sequence[Tensor]) -> Tensor:
+        """What grows with the own step is least on the side that was born last: no power per element."""
+        return sides[0] if len(sides) == 1 else torch.minimum(*sides, out=room("least"))
+
+    g = held("g", grad)
+    if scale is not None:
+        g = torch.div(g, scale.to(g.device, dtype), out=room("g"))
+        grad.copy_(g)
+    g = torch.neg(g, out=room("g")) if h.maximize else g
+    m, v = held("m", exp_avg), held("v", exp_avg_sq)
+    m.lerp_(g, 1 - h.beta1)
+    v.mul_(h.beta2).addcmul_(g, g, value=1 - h.beta2)
+    top = v
+    for t in tops:
+        top = torch.maximum(held("top", t), v, out=room("top"))
+        t.copy_(top)
+
+    one = p.new_ones((1, 1), dtype=dtype)
+    ages = [(step - side["born"]).clamp_(min=1) for side in (rows, cols) if "born" in side]
+    ages = ages or [one * step]
+    risen1, risen2 = ([-torch.expm1(t * log(beta)) for t in ages] for beta in (h.beta1, h.beta2))
+    update = torch.sqrt(top, out=room("update"))
+    update.div_(least([r.sqrt_() for r in risen2]))
+    update.addcmul_(rows.get("eps", one) * h.eps, cols.get("eps", one))
+    torch.div(m, update, out=update)
+    update.mul_(rows.get("lr", one) * h.lr).div_(least(risen1))
+    if "lr" in cols:
+        update.mul_(cols["lr"])
+    born = [side["born"] for side in (rows, cols) if "born" in side]
+    if born and "rewarm" in slices:  # 2: there from the beginning
+        rho, tau = slices["rewarm"]
+        parts = [
+            torch.where(b > 0, (t / tau).clamp_(max=1), 2.0)
+            for b, t in zip(born, ages, strict=True)
+        ]
+        part = least(parts)
+        update.mul_(part.masked_fill_(part > 1, 0).mul_(rho - 1).add_(1))
+
+    new = held("p", p)
+    if h.weight_decay:
+        decay = rows.get("decay", one) * (h.lr * h.weight_decay)
+        if "decay" in rows and "decay" in cols:
+            keep = torch.mul(decay, cols["decay"], out=room("least")).neg_().add_(1)
+        else:
+            keep = 1 - decay * cols.get("decay", one)
+        new.mul_(keep)
+    new.sub_(update)
+    for t, value in ((p, new), (exp_avg, m), (exp_avg_sq, v)):
+        if value is not t:  # else it was computed in place
+            t.copy_(value)
+
+
+def log(beta: float) -> float:
+    """Its logarithm, so that ``1 - beta**t`` is ``-expm1(t * log)`` and keeps its digits for small t; finite for 0."""
+    return math.log(max(beta, 1e-300))

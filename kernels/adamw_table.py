@@ -1,0 +1,157 @@
+"""What ``adamw`` works on, as whole numbers on the device: a table that stays while no tensor moves, and what changes every step.
+
+Rows of the table are stretches of tensors: of a sliced one the matrix, of another one any split of its memory. What changes every
+step is one small upload: the gradients' addresses, steps, and the hyperparameters of each group.
+"""
+
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from math import log, prod
+from struct import pack, unpack
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from growkern.kernels.table import N_FIELDS
+
+P, M, V, V_MAX, STEP, TENSOR, HYPER, N_ROWS, N_COLS, FIRST, WIDE, SLICED = map(
+    tl.constexpr, range(1, 13)
+)  # fields after FIRST_TILE; SLICED: where the addresses of its slices are, 0 for none
+SLICES = (
+    *(f"{name}_{side}" for name in ("lr", "eps", "decay", "born") for side in ("rows", "cols")),
+    "rewarm",
+)
+LR_ROWS, LR_COLS, EPS_ROWS, EPS_COLS, DECAY_ROWS, DECAY_COLS, BORN_ROWS, BORN_COLS, REWARM = map(
+    tl.constexpr, range(len(SLICES))
+)
+LR, LERP, KEEP, SQUARE, RATE1, RATE2, EPS, DECAY, SIGN = map(tl.constexpr, range(9))
+N_HYPER = 9  # numbers of a group, each in 8 bytes
+LEAST_BETA = 1e-300  # has a logarithm, and no power of it counts
+Kind = tuple[torch.dtype, torch.dtype, torch.dtype]  # of parameter, gradient and moments
+
+
+class Table:
+    """Records of one device's tensors, kept from step to step."""
+
+    def __init__(self) -> None:
+        self.signature: list[Any] = []
+        self.on_device = torch.empty(0, dtype=torch.int64)
+        self.launches: list[tuple[Kind, bool, int, int, int]] = []
+        self.hypers: list[tuple[int, torch.dtype]] = []
+
+    def prepare(
+        self, updates: Sequence[Any], block_r: Callable[[int], int], block_c: int
+    ) -> torch.Tensor:
+        """Bring the table up to date, and upload what changes every step: a pair per tensor, then the hyperparameters."""
+        ids: dict[int, int] = {}
+        hypers: list[Any] = []
+        signature: list[Any] = []
+        grads: list[int] = []
+        for u in updates:
+            if id(u.hyper) not in ids:
+                ids[id(u.hyper)] = len(hypers)
+                hypers.append(u.hyper)
+            grad = u.grad.data_ptr()
+            grads.append(grad)
+            signature.append((
+                ids[id(u.hyper)], grad % 16, u.grad.dtype, u.p.data_ptr(), u.p.dtype, u.p.shape,
+                u.exp_avg.data_ptr(), u.exp_avg.dtype, u.exp_avg_sq.data_ptr(), _address(u.max_exp_avg_sq),
+                u.step.data_ptr() if u.step.is_cuda else 0,
+                [(key, u.slices[key].data_ptr()) for key in SLICES if key in u.slices] if u.slices else 0,
+            ))  # fmt: skip
+        if signature != self.signature:
+            self.signature = []  # not valid while it is rebuilt
+            self._build(updates, [s[0] for s in signature], block_r, block_c)
+            self.signature = signature
+        now = array("q")
+        for u, grad in zip(updates, grads, strict=True):
+            now.append(grad)
+            now.append(0 if u.step.is_cuda else _bits(u.step.item(), math(u.p.dtype)))
+        for index, dtype in self.hypers:
+            now.extend(_bits(x, dtype) for x in numbers(hypers[index]))
+        return torch.frombuffer(now, dtype=torch.int64).to(updates[0].p.device, non_blocking=True)
+
+    def _build(
+        self,
+        updates: Sequence[Any],
+        groups: Sequence[int],
+        block_r: Callable[[int], int],
+        block_c: int,
+    ) -> None:
+        kinds: dict[Kind, list[int]] = {}
+        for i, u in enumerate(updates):
+            kinds.setdefault((u.p.dtype, u.grad.dtype, u.exp_avg.dtype), []).append(i)
+        cuts = [list(stretches(u)) for u in updates]
+        at = sum(map(len, cuts)) * N_FIELDS.value  # slices lie behind the records
+        table, slices = array("q"), array("q")
+        self.launches, self.hypers = [], []
+        for kind, members in kinds.items():
+            first, n_tiles, sliced = len(table), 0, False
+            for i in members:
+                u, hyper = updates[i], (groups[i], math(kind[0]))
+                if hyper not in self.hypers:
+                    self.hypers.append(hyper)
+                place = 2 * len(updates) + N_HYPER * self.hypers.index(hyper)
+                where = 0
+                if u.slices:
+                    where, sliced = at + len(slices), True
+                    slices.extend(_address(u.slices.get(key)) for key in SLICES)
+                fixed = (
+                    u.p.data_ptr(), u.exp_avg.data_ptr(), u.exp_avg_sq.data_ptr(), _address(u.max_exp_avg_sq),
+                    u.step.data_ptr() if u.step.is_cuda else 0, i, place,
+                )  # fmt: skip
+                for n_rows, n_cols, start, wide in cuts[i]:
+                    record = (n_tiles, *fixed, n_rows, n_cols, start, int(wide), where)
+                    table.extend((*record, *[0] * (N_FIELDS.value - len(record))))
+                    n_tiles += -(-n_rows // block_r(kind[0].itemsize)) * -(-n_cols // block_c)
+            self.launches.append(
+                (kind, sliced, first, (len(table) - first) // N_FIELDS.value, n_tiles)
+            )
+        device = updates[0].p.device
+        content = table + slices or array("q", [0])  # no buffer is empty
+        self.on_device = torch.frombuffer(content, dtype=torch.int64).to(device, copy=True)
+
+
+def stretches(u: Any, width: int = 128) -> Iterator[tuple[int, int, int, bool]]:
+    """Rows, columns, first element, and whether all groups of 16 bytes are aligned: of a sliced tensor, or of flat memory."""
+    tensors = [u.p, u.grad, u.exp_avg, u.exp_avg_sq]
+    tensors += [] if u.max_exp_avg_sq is None else [u.max_exp_avg_sq]
+    n, n_wide = u.p.numel(), 16 // min(t.itemsize for t in tensors)
+    aligned = not any(t.data_ptr() % 16 for t in tensors)
+    if u.slices:
+        n_cols = u.p.shape[-1] if u.p.ndim else 1
+        if n:
+            yield prod(u.p.shape[:-1]), n_cols, 0, aligned and n_cols % n_wide == 0
+        return
+    body = n // width * width
+    rest = (n - body) // n_wide * n_wide if aligned else n - body
+    for n_rows, n_cols, start, wide in (
+        (body // width, width, 0, aligned),
+        (1, rest, body, aligned),
+        (1, n - body - rest, body + rest, False),
+    ):
+        if n_rows * n_cols:
+            yield n_rows, n_cols, start, wide
+
+
+def numbers(hyper: Any) -> tuple[float, ...]:
+    """What the kernel reads of a group."""
+    rates = (-log(max(beta, LEAST_BETA)) for beta in (hyper.beta1, hyper.beta2))
+    return (
+        hyper.lr, 1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, *rates,
+        hyper.eps, hyper.lr * hyper.weight_decay, -1.0 if hyper.maximize else 1.0,
+    )  # fmt: skip
+
+
+def math(dtype: torch.dtype) -> torch.dtype:
+    """The arithmetic of a parameter's update."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _bits(x: float, dtype: torch.dtype) -> int:
+    return unpack("<q", pack("<d", x) if dtype == torch.float64 else pack("<f4x", x))[0]
+
+
+def _address(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
