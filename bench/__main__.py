@@ -22,6 +22,7 @@ from bench import bench_models, harness
 from bench.bars import bars
 from bench.report import picture, table
 
+OPS = ("expand", "adamw")  # each has bench/bench_<op>.py and test_<op> in it
 VERDICTS = (" PASSED", " FAILED", " ERROR")
 Found = tuple[list[harness.Row], list[str]]  # rows, and what is red
 
@@ -36,7 +37,7 @@ def kernels(scope: str, progress: Progress, folder: Path) -> Found:
         if counted := re.search(r"collected (\d+) item", line):
             progress.update(task, total=int(counted[1]))
         for verdict in VERDICTS:
-            if verdict in rest and name.endswith("::test_expand"):
+            if verdict in rest and name.endswith(tuple(f"::test_{op}" for op in OPS)):
                 case = rest.rpartition(verdict)[0].removesuffix("]")
                 progress.update(task, advance=1, description=f"kernels: {escape(case)}")
                 if verdict != VERDICTS[0] and case not in red:  # an unused fixture is an error too
@@ -45,7 +46,9 @@ def kernels(scope: str, progress: Progress, folder: Path) -> Found:
     path = folder / "expand.json"
     status, tail = harness.follow(
         [
-            *("pytest", "bench/bench_expand.py", "-v", "-o", "addopts=", "-p", "no:cacheprovider"),
+            "pytest",
+            *(f"bench/bench_{op}.py" for op in OPS),
+            *("-v", "-o", "addopts=", "-p", "no:cacheprovider"),
             *("-p", "no:randomly", f"--bench-scope={scope}", f"--benchmark-json={path}"),
             *("--benchmark-columns=median", "--tb=line", "-W", "ignore:Benchmark fixture"),
         ],

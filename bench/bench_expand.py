@@ -224,7 +224,7 @@ def _warm(case: Ready) -> Callable[[], object]:
 
 
 def _cold(case: Ready) -> Callable[[], object]:
-    return lambda: execute(case.plan, case.tensors, LAW.rules.rules)
+    return lambda: execute(case.plan, case.tensors, LAW.rules)
 
 
 def _index_select(case: Ready) -> Callable[[], object]:

@@ -1,21 +1,31 @@
 """growkern: grow a transformer in the middle of training, in place: weights, gradients and optimizer state together."""
 
-from growkern import depth, errors, width
+from growkern import depth, errors, optim, width
 from growkern.api import expand_inplace, plan
 from growkern.describe import describe
+from growkern.events import At, WhenPlateau, WhenSlope
+from growkern.history import resume
 from growkern.plan import GrowthPlan
 from growkern.report import GrowthReport
+from growkern.scale import Scale, UpdateScale
+from growkern.schedule import GrowthSchedule
 from growkern.spaces import Blocks, ModelSpec, embedding, linear, norm, reader, writer
 from growkern.verify import Verification, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "At",
     "Blocks",
     "GrowthPlan",
     "GrowthReport",
+    "GrowthSchedule",
     "ModelSpec",
+    "Scale",
+    "UpdateScale",
     "Verification",
+    "WhenPlateau",
+    "WhenSlope",
     "depth",
     "describe",
     "embedding",
@@ -23,8 +33,10 @@ __all__ = [
     "expand_inplace",
     "linear",
     "norm",
+    "optim",
     "plan",
     "reader",
+    "resume",
     "verify",
     "width",
     "writer",

@@ -12,10 +12,20 @@ from pathlib import Path
 from time import perf_counter
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNEL_TESTS = ["tests/test_expand.py"]
+KERNEL_TESTS = ["tests/test_expand.py", "tests/test_adamw.py"]
 MODEL_TESTS = [
     f"tests/test_{name}.py"
-    for name in ("families", "law", "optimizer", "commit", "memory", "verify")
+    for name in (
+        "families",
+        "law",
+        "optimizer",
+        "commit",
+        "memory",
+        "verify",
+        "state",
+        "dynamics",
+        "optim",
+    )
 ]
 NOT_HERE = [
     "tests/test_packaging.py",

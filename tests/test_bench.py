@@ -58,7 +58,7 @@ def test_quick_run_measures_keeps_and_draws_and_a_red_case_is_not_timed(tmp_path
     assert bench.main(["--quick", "--out", str(results)]) == 0
 
     first = rows_of(results)
-    assert {row["op"] for row in first} == {"expand", "model"}
+    assert {row["op"] for row in first} == {"expand", "adamw", "model"}
     for row in first:
         assert tuple(row) == harness.COLUMNS
         may_be_empty = {"driver", "triton", "promised_bytes"}
