@@ -1,5 +1,8 @@
 """growkern: grow a transformer in the middle of training, in place: weights, gradients and optimizer state together."""
 
+from importlib import import_module
+from types import ModuleType
+
 from growkern import depth, errors, optim, width
 from growkern.api import expand_inplace, plan
 from growkern.describe import describe
@@ -13,6 +16,14 @@ from growkern.spaces import Blocks, ModelSpec, embedding, linear, norm, reader, 
 from growkern.verify import Verification, verify
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``growkern.hf``, ``growkern.lightning``, ``growkern.accelerate``: imported, with their framework, when first used."""
+    if name in ("accelerate", "hf", "lightning"):
+        return import_module(f"growkern.integrations.{name}")
+    raise AttributeError(f"module 'growkern' has no attribute {name!r}")
+
 
 __all__ = [
     "At",

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from growkern.commit import OptimTarget, check_blocks, commit
+from growkern.commit import check_blocks, commit
 from growkern.compiled import reset_near_limit
 from growkern.ddp import Ranks
 from growkern.depth import IdentityBlocks
@@ -25,13 +25,14 @@ from growkern.law import build, check
 from growkern.memory import elsewhere, in_place
 from growkern.methods import DepthMethod, WidthMethod
 from growkern.notes import notes
+from growkern.optim_target import Masters, OptimTarget
 from growkern.plan import GrowthPlan
 from growkern.reference import norm_of
 from growkern.report import GrowthReport
 from growkern.scale import scale_of
 from growkern.sizes import Target, resolve_sizes
 from growkern.spaces import ModelSpec
-from growkern.state import OptimSpec, Rule
+from growkern.state import GRADIENT, MASTER, MASTER_GRAD, VALUE, OptimSpec, Rule
 from growkern.tensors import Tensors
 from growkern.width import Lossless
 
@@ -95,6 +96,7 @@ def expand_inplace(
     plan: GrowthPlan | None = None,
     scheduler: object | None = None,
     ema: nn.Module | Sequence[nn.Module] | None = None,
+    masters: Masters | None = None,
     rules: Mapping[str, int | None] | None = None,
     memory: Memory | None = None,
 ) -> GrowthReport:
@@ -125,6 +127,8 @@ def expand_inplace(
         scheduler: The learning-rate scheduler that drives ``optim``, or a list of them; they follow the split groups.
         ema: Averages of the model (``AveragedModel``, or any module like ``model``), grown by the same plan; ``()`` when
             those that are alive are of other models.
+        masters: Parameter -> the float32 copy that ``optim`` holds in its place, when weights are kept in lower precision;
+            masters of new blocks are added to it.
         rules: For an optimizer whose law is not known: state key -> order in the gradient (0: gathered as it is, 1, 2), None
             for what is kept.
         memory: ``"stage"`` computes every target beside the source, then swaps; ``"lean"`` goes tensor by tensor and keeps
@@ -150,7 +154,7 @@ def expand_inplace(
     """
     return grow(
         model, optim, to=to, width=width, depth=depth, state=state, dynamics=dynamics, spec=spec, seed=seed, backend=backend,
-        plan=plan, scheduler=scheduler, ema=ema, rules=rules, memory=memory,
+        plan=plan, scheduler=scheduler, ema=ema, masters=masters, rules=rules, memory=memory,
     )  # fmt: skip
 
 
@@ -169,6 +173,7 @@ def grow(
     plan: GrowthPlan | None = None,
     scheduler: object | None = None,
     ema: nn.Module | Sequence[nn.Module] | None = None,
+    masters: Masters | None = None,
     rules: Mapping[str, int | None] | None = None,
     memory: Memory | None = None,
     values: bool = True,
@@ -194,15 +199,15 @@ def grow(
     drop = (plan.state if plan else state) == "drop"
     described = None
     if optim is not None:
-        described = describe_optimizer(model, optim, found, drop=drop, rules=rules)
+        described = describe_optimizer(model, optim, found, drop=drop, rules=rules, masters=masters)
     live = Live.scan()
-    refuse_forgotten(model, optim, live, averages if ema is not None else None)
+    live = refuse_forgotten(model, optim, live, averages if ema is not None else None)
     if plan is None:
         plan = _plan(found, to, width, depth, state, dynamics, seed)
     else:
         check(plan, found)
-    alone = forgotten_schedulers(optim, schedulers(scheduler), live) if optim else []
     ranks = Ranks(model, live.modules)
+    alone = forgotten_schedulers(optim, schedulers(scheduler), live) if optim else []
     del live
     check_blocks(plan, model)
     ranks.agree(plan.to_json() if ranks.wrappers else "", "the plan")
@@ -211,12 +216,13 @@ def grow(
         target: OptimTarget | None = None
         grown: Mapping[str, Rule | None] = {}
         if optim is not None and described is not None:
-            target = _optim_target(plan, model, optim, described, scheduler, alone)
+            target = _optim_target(plan, model, optim, described, scheduler, alone, masters)
         law = described.law if described else None
         if law is not None:
             units = plan.dynamics == "exact" and not law.slices
             grown = law.grown(plan.state, source_units=units)
-        sources = tensors_of(model, optim, found)
+        grown = {**grown, MASTER: VALUE, MASTER_GRAD: GRADIENT}
+        sources = tensors_of(model, optim, found, masters)
         if law is not None and law.resets:
             sources.states.clear()
         run = Execution(plan, sources, grown, backend=backend, memory=memory, values=values)
@@ -225,7 +231,7 @@ def grow(
         lean = run.memory == "lean"
 
         def last() -> bool:
-            norms.append(_grad_norm(plan, tensors_of(model, optim, found), "name"))
+            norms.append(_grad_norm(plan, tensors_of(model, optim, found, masters), "name"))
             return ranks.finish()
 
         try:
@@ -278,10 +284,12 @@ def _optim_target(
     described: OptimSpec,
     scheduler: object | None,
     alone: Sequence[str],
+    masters: Masters | None,
 ) -> OptimTarget:
     """Who carries the learning-rate law: param groups, the optimizer itself, or hooks."""
     law, split = described.law, dict[str, float]()
-    source = dict(model.named_parameters(remove_duplicate=False))
+    own: Masters = {} if masters is None else masters
+    source = {n: own.get(p, p) for n, p in model.named_parameters(remove_duplicate=False)}
     found: dict[str, Multiplier] = {}
     if law is not None and plan.dynamics is not None:
         found = multipliers(plan, law, described, plan.dynamics)
@@ -292,10 +300,10 @@ def _optim_target(
         found = {name: one for name, one in found.items() if name not in split}
     if law is not None and law.slices:
         states = {name: optim.state.get(p, {}) for name, p in source.items()}
-        own = slices(plan, source, states, found)
-        return OptimTarget(optim, described, slices=own)
+        vectors = slices(plan, source, states, found)
+        return OptimTarget(optim, described, slices=vectors, masters=own)
     hooked = scales(plan, source, found, scale_of(optim))
-    return OptimTarget(optim, described, split, scheduler, hooked)
+    return OptimTarget(optim, described, split, scheduler, hooked, masters=own)
 
 
 def _averages(model: nn.Module, ema: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:

@@ -3,49 +3,21 @@
 import copy
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from growkern.errors import CommitError, UnsupportedModelError
-from growkern.groups import split_groups
 from growkern.guard import Grown, Guard, OptimGuard, guard_of, optim_guard_of
 from growkern.memory import Keep, in_place
-from growkern.optim import begin
+from growkern.optim_target import OptimTarget, grow_optimizer, grow_state
 from growkern.plan import GrowthPlan, TensorRow
-from growkern.scale import Scale, UpdateScale, scale_of
-from growkern.state import SLICES, OptimSpec
 from growkern.tensors import Tensors
 from growkern.undo import Undo
-
-
-@dataclass(frozen=True)
-class OptimTarget:
-    """What an optimizer becomes.
-
-    Attributes:
-        optim: The optimizer, changed in place.
-        described: What it is.
-        split: Parameter name -> lasting factor on its learning rate; groups are split where they differ.
-        scheduler: The learning-rate scheduler that drives it; follows the groups.
-        scales: Parameter name -> what ``UpdateScale`` is to do with it, beside the groups.
-        slices: Parameter name -> entries of its state that hold such factors, for an optimizer that takes them itself.
-    """
-
-    optim: Optimizer
-    described: OptimSpec
-    split: Mapping[str, float] = field(default_factory=dict[str, float])
-    scheduler: object | None = None
-    scales: Mapping[str, Scale] = field(default_factory=dict[str, Scale])
-    slices: Mapping[str, Mapping[str, Tensor]] = field(
-        default_factory=dict[str, Mapping[str, Tensor]]
-    )
 
 
 def commit(
@@ -103,10 +75,9 @@ def _model(
 ) -> None:
     """Write one model and its optimizer."""
     source = dict(model.named_parameters(remove_duplicate=False))
-    optim = target.optim if target else None
     rows, fresh = {row.name: row for row in plan.rows}, Tensors()
     for staged in parts:
-        _values([rows[name] for name in staged.values], staged, model, source, optim, undo)
+        _values([rows[name] for name in staged.values], staged, model, source, target, undo)
         fresh.values |= {k: v for k, v in staged.values.items() if rows[k].new}
         fresh.states |= {k: v for k, v in staged.states.items() if rows[k].new}
         del staged
@@ -120,20 +91,7 @@ def _model(
     _guard(plan, model, target, undo)
     if target is not None:
         params = dict(model.named_parameters(remove_duplicate=False))
-        _optimizer(plan, fresh, target, source, params, undo)
-        law = target.described.law
-        decays = law.decays if law else ()
-        split_groups(
-            target.optim,
-            params,
-            target.split,
-            target.scheduler,
-            decays,
-            law.rates if law else (),
-            undo,
-        )
-        _scales(target, params, undo)
-        _check(target.optim, target.described)
+        grow_optimizer(plan, fresh, target, source, params, undo)
 
 
 @contextmanager
@@ -221,7 +179,7 @@ def _values(
     staged: Tensors,
     model: nn.Module,
     source: dict[str, nn.Parameter],
-    optim: Optimizer | None,
+    target: OptimTarget | None,
     undo: Undo,
 ) -> None:
     """Storage, gradients and state of parameters that stay, and buffers."""
@@ -235,8 +193,8 @@ def _values(
             undo.items(buffers, buffers | {name: value})
             continue
         undo.storage(p, value, staged.grads.get(row.name))
-        if optim is not None and row.name in staged.states:
-            undo.items(optim.state[p], optim.state[p] | staged.states[row.name])
+        if target is not None and row.name in staged.states:
+            grow_state(target, p, staged.states[row.name], undo)
 
 
 def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo) -> None:
@@ -282,77 +240,6 @@ def _grown_config(plan: GrowthPlan, config: Any) -> Any:
     return grown
 
 
-def _optimizer(
-    plan: GrowthPlan,
-    fresh: Tensors,
-    of: OptimTarget,
-    source: dict[str, nn.Parameter],
-    target: dict[str, nn.Parameter],
-    undo: Undo,
-) -> None:
-    """State of new parameters, and they themselves into the group of the one they come from."""
-    optim, law = of.optim, of.described.law
-    resets = law is not None and law.resets
-    states: dict[Any, Any] = dict(optim.state)
-    groups = {id(p): group for group in optim.param_groups for p in group["params"]}
-    if resets and hasattr(optim, "_numel_cache"):
-        undo.attribute(optim, "_numel_cache", None)  # of LBFGS
-    joins: dict[int, list[nn.Parameter]] = {}
-    for row in plan.rows:
-        if row.source not in source:
-            continue
-        p, origin = target[row.name], source[row.source]
-        if row.new:
-            joins.setdefault(id(origin), []).append(p)
-        if plan.state == "drop" or row.state == "fresh" or resets:
-            states.pop(p, None)
-        elif row.name in fresh.states:
-            states[p] = fresh.states[row.name]
-        if row.name in of.slices:
-            kept: dict[str, Tensor] = {
-                k: v for k, v in states.get(p, {}).items() if k not in SLICES
-            }
-            if "exp_avg" not in kept:
-                begin(groups[id(origin)], p, kept)
-            states[p] = {**kept, **of.slices[row.name]}
-    undo.items(optim.state, states)
-    place, before = _places(target), _places(source)
-    for group in optim.param_groups:
-        params: list[nn.Parameter] = group["params"]
-        names = _own_names(group, source)
-        grown = [q for p in params for q in (p, *joins.get(id(p), []))]
-        places = [before[id(p)] for p in params if id(p) in before]
-        in_order = places == sorted(places) and len(places) == len(params)
-        if len(grown) > len(params) and in_order:  # keep it so
-            grown.sort(key=lambda p: place[id(p)])
-        undo.entries(params, grown)
-        if "param_names" in group:
-            new = {id(p): name for name, p in reversed(target.items())}
-            undo.entries(group["param_names"], [names.get(id(p)) or new[id(p)] for p in grown])
-
-
-def _own_names(group: Mapping[str, Any], source: dict[str, nn.Parameter]) -> dict[int, str]:
-    """Names in a group that are not the model's: of other parameters, or of the user's choice."""
-    names = {id(p): n for p, n in zip(group["params"], group.get("param_names", []), strict=False)}
-    return {i: n for i, n in names.items() if n not in source or id(source[n]) != i}
-
-
-def _places(params: dict[str, nn.Parameter]) -> dict[int, int]:
-    """Position of every parameter in model order; a tied one counts where it comes first."""
-    return {id(p): i for i, p in reversed(list(enumerate(params.values())))}
-
-
-def _scales(target: OptimTarget, params: Mapping[str, nn.Parameter], undo: Undo) -> None:
-    """Hooks for the parameters whose updates are scaled beside the groups."""
-    scales: dict[Tensor, Scale] = {params[n]: scale for n, scale in target.scales.items()}
-    before = scale_of(target.optim)
-    if before is not None:
-        undo.attribute(before, "scales", scales)
-    elif scales:
-        values = [key for key, rule in target.described.rules.items() if rule and rule.value]
-        undo.steps.append(UpdateScale(target.optim, scales, values=values).remove)
-
-
 def _guard(plan: GrowthPlan, model: nn.Module, target: OptimTarget | None, undo: Undo) -> None:
     """Hooks that refuse checkpoints from before the growth."""
     guard = guard_of(model)
@@ -367,18 +254,3 @@ def _guard(plan: GrowthPlan, model: nn.Module, target: OptimTarget | None, undo:
             undo.attribute(before, "what", grown.what)
             return
         undo.steps.append(target.optim.register_load_state_dict_pre_hook(hook).remove)
-
-
-def _check(optim: Optimizer, described: OptimSpec) -> None:
-    """An un-grown state corrupts memory under fused=True: look at every one."""
-    rules = described.rules
-    for group in optim.param_groups:
-        for p in group["params"]:
-            for key, value in optim.state.get(p, {}).items():
-                if (rule := rules.get(key)) is None and key in rules:
-                    continue
-                shape = rule.shape(tuple(p.shape)) if rule else tuple(p.shape)
-                if isinstance(value, Tensor) and value.dim() and tuple(value.shape) != shape:
-                    raise CommitError(
-                        f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}"
-                    )

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from growkern.errors import UnsupportedModelError, UnsupportedOptimizerError, raise_all
 from growkern.families import FAMILIES
 from growkern.spaces import ModelSpec, size_value
-from growkern.state import LAWS, Law, OptimSpec, by_order
+from growkern.state import LAWS, MASTER, MASTER_GRAD, Law, OptimSpec, by_order
 from growkern.tensors import Tensors
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -95,6 +95,7 @@ def describe_optimizer(
     *,
     drop: bool = False,
     rules: Mapping[str, int | None] | None = None,
+    masters: Mapping[nn.Parameter, nn.Parameter] | None = None,
 ) -> OptimSpec:
     """Describe an optimizer: its class, its groups and state keys by parameter name.
 
@@ -105,6 +106,7 @@ def describe_optimizer(
         drop: True when its state is going to be dropped, so that no law is needed.
         rules: For a class whose law is not known: state key -> order in the gradient (0: gathered as it is), None for what
             is kept.
+        masters: Parameter of the model -> the copy that the optimizer holds in its place.
 
     Returns:
         Names and a law only.
@@ -123,7 +125,13 @@ def describe_optimizer(
             "optimizer itself across the growth."
         )
     live = model.named_parameters(remove_duplicate=False)
-    names = {id(p): name for name, p in live if name not in spec.ties}
+    own = masters or {}
+    alien = [p for p, master in own.items() if master.shape != p.shape]
+    if alien or not set(own) <= set(model.parameters()):
+        raise UnsupportedOptimizerError(
+            f"masters: {len(alien)} have another shape than their parameter, or are of parameters that are not the model's."
+        )
+    names = {id(own.get(p, p)): name for name, p in live if name not in spec.ties}
     held = [
         tuple(names[id(p)] for p in group["params"] if id(p) in names)
         for group in optim.param_groups
@@ -132,7 +140,8 @@ def describe_optimizer(
     title = f"cannot grow the state of this {type(optim).__name__}:"
     if not any(held):
         raise UnsupportedOptimizerError(
-            f"{title} it holds no parameter of this {type(model).__name__}; pass the optimizer that trains it."
+            f"{title} it holds no parameter of this {type(model).__name__}; pass the optimizer that trains it, and where it "
+            "holds copies in higher precision, masters=."
         )
     law = LAWS.get(kind)
     if law is not None and law.lr_without is not None:
@@ -186,8 +195,13 @@ def _unknown(
                     yield f"{name}: state {key!r} has shape {tuple(value.shape)}, {of}."
 
 
-def tensors_of(model: nn.Module, optim: Optimizer | None, spec: ModelSpec) -> Tensors:
-    """Gather the live tensors by name: parameters, buffers, gradients in flight, optimizer state."""
+def tensors_of(
+    model: nn.Module,
+    optim: Optimizer | None,
+    spec: ModelSpec,
+    masters: Mapping[nn.Parameter, nn.Parameter] | None = None,
+) -> Tensors:
+    """Gather the live tensors by name: parameters, buffers, gradients in flight, optimizer state and what masters hold."""
     tensors = Tensors()
     for name, p in model.named_parameters(remove_duplicate=False):
         if name in spec.ties:
@@ -195,8 +209,14 @@ def tensors_of(model: nn.Module, optim: Optimizer | None, spec: ModelSpec) -> Te
         tensors.values[name] = p.detach()
         if p.grad is not None:
             tensors.grads[name] = p.grad.detach()
-        if optim is not None and optim.state.get(p):
-            tensors.states[name] = dict(optim.state[p])
+        held = (masters or {}).get(p, p)
+        state = dict(optim.state.get(held, {})) if optim is not None else {}
+        if held is not p:
+            state[MASTER] = held.detach()
+            if held.grad is not None:
+                state[MASTER_GRAD] = held.grad.detach()
+        if state:
+            tensors.states[name] = state
     tensors.values |= {name: b for name, b in model.named_buffers() if name in spec.tensors}
     return tensors
 

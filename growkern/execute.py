@@ -19,7 +19,7 @@ from growkern.pieces import Cutter
 from growkern.plan import GrowthPlan, TensorRow
 from growkern.quantised import N_BYTES, decoded, encoded, is_coded, scale_key
 from growkern.reference import Piece
-from growkern.state import GRADIENT, VALUE, Rule
+from growkern.state import GRADIENT, MASTER, MASTER_GRAD, VALUE, Rule
 from growkern.tensors import Tensors
 
 Memory = Literal["stage", "lean"]
@@ -150,10 +150,10 @@ class Execution:
                 grad = self.sources.grads[row.source]
                 staged.grads[row.name] = torch.empty(shape, dtype=grad.dtype, device=grad.device)
                 jobs.append((row, grad, staged.grads[row.name], GRADIENT))
-            if not _grows_state(self.plan, row, self.sources):
+            if not (found := _state(self.plan, row, self.sources)):
                 continue
             state = staged.states[row.name] = dict[str, object]()
-            for key, value in self.sources.states[row.source].items():
+            for key, value in found.items():
                 rule = self.rules[key]
                 if rule is None or not isinstance(value, Tensor):
                     if row.new and key not in state:
@@ -161,8 +161,8 @@ class Execution:
                     continue
                 values = {key: value}
                 if rule.coded and is_coded(value):
-                    found = decoded(self.sources.states[row.source], key)
-                    values = dict(zip((key, scale_key(key)), found, strict=True))
+                    pair = decoded(found, key)
+                    values = dict(zip((key, scale_key(key)), pair, strict=True))
                 for k, v in values.items():
                     state[k] = grown = torch.empty(
                         rule.shape(shape), dtype=v.dtype, device=v.device
@@ -214,9 +214,8 @@ def tensor_sets(
             grown: list[tuple[object, Rule]] = [(sources.values[row.source], VALUE)]
             if _grows_grad(row, sources):
                 grown.append((sources.grads[row.source], GRADIENT))
-            if _grows_state(plan, row, sources):
-                state = sources.states[row.source].items()
-                grown += [(v, rule) for key, v in state if (rule := rules.get(key)) is not None]
+            state = _state(plan, row, sources).items()
+            grown += [(v, rule) for key, v in state if (rule := rules.get(key)) is not None]
             for t, rule in grown:
                 if isinstance(t, Tensor):
                     coded = rule.coded and is_coded(t)
@@ -233,8 +232,13 @@ def _grows_grad(row: TensorRow, sources: Tensors) -> bool:
     return row.source in sources.grads and not row.new and row.constant is None
 
 
-def _grows_state(plan: GrowthPlan, row: TensorRow, sources: Tensors) -> bool:
-    return row.source in sources.states and row.state == "law" and plan.state != "drop"
+def _state(plan: GrowthPlan, row: TensorRow, sources: Tensors) -> Mapping[str, object]:
+    """The state that grows with a row; a master grows whatever becomes of the rest."""
+    found = sources.states.get(row.source, {})
+    if row.state == "law" and plan.state != "drop":
+        return found
+    keys = {MASTER} if row.new or row.constant is not None else {MASTER, MASTER_GRAD}
+    return {key: value for key, value in found.items() if key in keys}
 
 
 def peaks(sets: list[TensorSet], memory: str) -> dict[torch.device, int]:

@@ -7,11 +7,13 @@ from sys import getrefcount
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.fx import GraphModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
 from growkern.errors import UnsupportedModelError, UnsupportedOptimizerError
+from growkern.groups import driven_by
 
 
 class Live(NamedTuple):
@@ -20,6 +22,13 @@ class Live(NamedTuple):
     optimizers: list[Optimizer]
     modules: list[nn.Module]
     schedulers: list[LRScheduler]
+
+    def scanned_again(self) -> "Live":
+        """Let go of what was found, collect what only waits for its turn, and scan once more."""
+        for found in self:
+            found.clear()
+        gc.collect()
+        return Live.scan()
 
     @staticmethod
     def scan() -> "Live":
@@ -42,7 +51,7 @@ def refuse_forgotten(
     optim: Optimizer | None,
     live: Live,
     averages: Sequence[nn.Module] | None,
-) -> None:
+) -> Live:
     """Look for live objects that the growth would leave behind.
 
     Args:
@@ -50,6 +59,9 @@ def refuse_forgotten(
         optim: Its optimizer.
         live: What is alive.
         averages: Averages of the model that were handed over; None when nothing was said of them.
+
+    Returns:
+        What is alive, looked at again where it mattered.
 
     Raises:
         UnsupportedOptimizerError: Another optimizer holds state of the parameters (its next step would fail, or corrupt
@@ -67,6 +79,9 @@ def refuse_forgotten(
 
     def modules(live: Live) -> list[str]:
         others = [m for m in live.modules if id(m) not in inside and "_parameters" in vars(m)]
+        others = [
+            m for m in others if not isinstance(m, GraphModule)
+        ]  # a compiled graph is made anew
         shared = [(m, p) for m in others for p in m.parameters(recurse=False) if id(p) in params]
         return [f"{type(m).__name__} ({params[id(p)]})" for m, p in shared]
 
@@ -83,8 +98,7 @@ def refuse_forgotten(
             "its groups."
         )
     if optimizers(live) or modules(live) or averaged(live):
-        gc.collect()  # what was let go may only wait for its turn
-        live, title = Live.scan(), f"cannot grow this {type(model).__name__}:"
+        live, title = live.scanned_again(), f"cannot grow this {type(model).__name__}:"
         if others := optimizers(live):
             raise UnsupportedOptimizerError(
                 f"{title} another live optimizer holds state of its parameters ({', '.join(others)}), "
@@ -100,6 +114,7 @@ def refuse_forgotten(
                 f"{title} an AveragedModel of a {others[0]} of its shapes is alive and would not be grown: pass it as ema=, "
                 "or ema=() if it averages another model."
             )
+    return live
 
 
 def _dead(optim: Optimizer | None, live: Live) -> list[str]:
@@ -124,10 +139,10 @@ def forgotten_schedulers(optim: Optimizer, handed: Sequence[object], live: Live)
     """Class names of live schedulers that drive the optimizer and were not handed over."""
 
     def found(live: Live) -> list[str]:
-        drivers = [s for s in live.schedulers if getattr(s, "optimizer", None) is optim]
+        drivers = [s for s in live.schedulers if driven_by(s) is optim]
         return [type(s).__name__ for s in drivers if not any(s is one for one in handed)]
 
-    return found(live) and (gc.collect(), found(Live.scan()))[1]
+    return found(live) and found(live.scanned_again())
 
 
 def _kind(thing: object) -> str:

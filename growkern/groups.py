@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from growkern.errors import PlanError
 from growkern.undo import Undo
+from growkern.wrappers import unwrapped
 
 LR_KEYS = (
     "lr",
@@ -116,10 +117,15 @@ def check_scheduler(optim: Optimizer | None, scheduler: object | None) -> None:
     if optim is None and scheduler is not None:
         raise PlanError("scheduler: pass the optimizer that it drives too, as optim.")
     for one in schedulers(scheduler):
-        if getattr(one, "optimizer", optim) is not optim:
+        if hasattr(one, "optimizer") and driven_by(one) is not optim:
             raise PlanError(f"scheduler: this {type(one).__name__} drives another optimizer.")
         if not callable(getattr(one, "step", None)):
             raise PlanError(f"scheduler: {type(one).__name__} is not a learning-rate scheduler.")
+
+
+def driven_by(scheduler: object) -> object:
+    """The optimizer that a scheduler drives, out of what frameworks wrap it in."""
+    return unwrapped(getattr(scheduler, "optimizer", None))
 
 
 def follows(scheduler: object | None) -> bool:

@@ -1,7 +1,7 @@
 """What a user should know after a growth."""
 
-from growkern.commit import OptimTarget
 from growkern.dynamics import lr_factors
+from growkern.optim_target import OptimTarget
 from growkern.plan import GrowthPlan
 from growkern.spaces import ModelSpec
 

@@ -135,6 +135,10 @@ ADAM: dict[str, Rule | None] = {
     "max_exp_avg_sq": SQUARE,
 }
 DECAY = ("weight_decay",)
+MASTER, MASTER_GRAD = (
+    "master",
+    "master.grad",
+)  # of a parameter in lower precision: beside its state while it grows
 STEP: dict[str, Rule | None] = {"step": None}
 OWN = "torch.optim"
 

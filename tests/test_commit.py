@@ -9,7 +9,7 @@ import torch
 from models import batch, grow, logits, make, train
 
 import growkern
-from growkern import api, commit, execute, groups
+from growkern import api, commit, execute, groups, optim_target
 from growkern.errors import CommitError, GrowthError, InsufficientMemoryError
 
 
@@ -64,14 +64,16 @@ STAGES = {
     "plan": (api, "build"),
     "execute": (execute, "_run"),
     "copy blocks": (commit, "_new_blocks"),
+    "guards": (commit, "_guard"),
+    "hooks": (optim_target, "_scales"),
     "values": (commit.Undo, "storage"),
     "dicts": (commit.Undo, "items"),
     "lists": (commit.Undo, "entries"),
     "attributes": (commit.Undo, "attribute"),
-    "optimizer": (commit, "_optimizer"),
-    "groups": (commit, "split_groups"),
+    "optimizer": (optim_target, "_optimizer"),
+    "groups": (optim_target, "split_groups"),
     "scheduler": (groups, "_follow"),
-    "last check": (commit, "_check"),
+    "last check": (optim_target, "check_state"),
     "gradient norm": (api, "_grad_norm"),
 }
 ERRORS = [

@@ -10,7 +10,7 @@ import torch
 from models import batch, grow, make, train
 
 import growkern
-from growkern import api, commit, execute, groups, memory
+from growkern import api, commit, execute, groups, memory, optim_target
 from growkern.errors import CommitError, GrowthError, InsufficientMemoryError, PlanError
 from growkern.kernels import table
 from growkern.kernels.table import Table
@@ -100,10 +100,12 @@ STAGES = {
     "values": (commit.Undo, "storage"),
     "dicts": (commit.Undo, "items"),
     "copy blocks": (commit, "_new_blocks"),
-    "optimizer": (commit, "_optimizer"),
-    "groups": (commit, "split_groups"),
+    "guards": (commit, "_guard"),
+    "hooks": (optim_target, "_scales"),
+    "optimizer": (optim_target, "_optimizer"),
+    "groups": (optim_target, "split_groups"),
     "scheduler": (groups, "_follow"),
-    "last check": (commit, "_check"),
+    "last check": (optim_target, "check_state"),
 }
 OFTEN = {"a set", "values", "dicts"}  # called once per set
 
@@ -223,7 +225,7 @@ def test_an_undo_that_fails_once_is_tried_again(monkeypatch):
 
     failing = []
     monkeypatch.setattr(memory, "_buffer", fails)
-    monkeypatch.setattr(commit, "_check", lambda *_: (failing.append(1), 1 / 0))
+    monkeypatch.setattr(optim_target, "check_state", lambda *_: (failing.append(1), 1 / 0))
 
     with pytest.raises(CommitError, match="taken back: division by zero"):
         grow(model, optim, to="2x", scheduler=scheduler, memory="lean")
@@ -234,7 +236,7 @@ def test_an_undo_that_fails_once_is_tried_again(monkeypatch):
 def test_what_cannot_be_brought_back_is_said(monkeypatch):
     model, optim, scheduler = fixture()
     gone = []
-    monkeypatch.setattr(commit, "_check", lambda *_: (gone.append(1), 1 / 0))
+    monkeypatch.setattr(optim_target, "check_state", lambda *_: (gone.append(1), 1 / 0))
     buffer = memory._buffer
     monkeypatch.setattr(memory, "_buffer", lambda raw: 1 / 0 if gone else buffer(raw))
 

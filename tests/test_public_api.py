@@ -51,6 +51,7 @@ SIGNATURES = {  # positional names, then keyword-only names with their defaults
             "plan": None,
             "scheduler": None,
             "ema": None,
+            "masters": None,
             "rules": None,
             "memory": None,
         },

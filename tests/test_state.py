@@ -286,3 +286,95 @@ def test_state_in_eight_bits_grows_in_its_codes(kind, memory):
     norm = optim.state[model.model.norm.weight]["state1"]
     assert norm.dtype == torch.float32 and norm.shape == (512,)
     assert train(model, optim, 3, first=3)[-1] > 0
+
+
+@pytest.mark.parametrize("memory", ["stage", "lean"])
+def test_masters_grow_with_the_weights_they_are_copies_of(memory):
+    """bfloat16 weights, float32 masters in the optimizer: equal to growing a float32 model, new blocks too."""
+
+    def step(model, masters, optim, seed):
+        loss_of(model, batch(seed)).backward()
+        for p, master in masters.items():
+            master.grad, p.grad = p.grad.float(), None
+        optim.step()
+        optim.zero_grad()
+        with torch.no_grad():
+            for p, master in masters.items():
+                p.copy_(master)
+
+    model = make("llama", tied=True).bfloat16()
+    masters = {p: torch.nn.Parameter(p.detach().float()) for p in model.parameters()}
+    optim = optims.AdamW(masters.values(), lr=1e-3)
+    for seed in range(3):
+        step(model, masters, optim, seed)
+    whole = make("llama", tied=True)
+    other = optims.AdamW(whole.parameters(), lr=1e-3)
+    train(whole, other, 1)
+    with torch.no_grad():
+        for (p, master), q in zip(masters.items(), whole.parameters(), strict=True):
+            q.copy_(master)
+            q.grad = None
+            other.state[q] = {k: v.clone() for k, v in optim.state[master].items()}
+            assert p.dtype == torch.bfloat16
+    ids = [id(master) for master in masters.values()]
+    how = dict(to={"hidden": 48, "layers": 3}, memory=memory, width=width.Lossless(noise=0))
+
+    report = grow(model, optim, masters=masters, **how)
+    grow(whole, other, **how)
+
+    assert set(ids) <= {id(master) for master in masters.values()}
+    assert list(map(id, model.parameters())) and report.lr_applied
+    for (name, p), q in zip(model.named_parameters(), whole.parameters(), strict=True):
+        master = masters[p]
+        torch.testing.assert_close(master, q, rtol=1e-6, atol=1e-7, msg=name)
+        torch.testing.assert_close(p, master.bfloat16(), rtol=1e-2, atol=0)
+        assert optim.state.get(master, {}).keys() == other.state.get(q, {}).keys()
+        for key, value in other.state.get(q, {}).items():
+            torch.testing.assert_close(optim.state[master][key], value, rtol=1e-6, atol=0)
+    rates = {id(p): g["lr"] for g in optim.param_groups for p in g["params"]}
+    expected = {id(p): g["lr"] for g in other.param_groups for p in g["params"]}
+    for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+        assert rates[id(masters[p])] == expected[id(q)]
+    step(model, masters, optim, 3)
+
+
+def test_masters_that_nobody_spoke_of_are_refused():
+    model = make("llama", tied=True).bfloat16()
+    masters = {p: torch.nn.Parameter(p.detach().float()) for p in model.parameters()}
+    optim = optims.AdamW(masters.values(), lr=1e-3)
+
+    with pytest.raises(UnsupportedOptimizerError, match="holds no parameter of this.*masters="):
+        grow(model, optim, to="2x")
+    with pytest.raises(UnsupportedOptimizerError, match="masters: .*shape"):
+        grow(
+            model, optim, to="2x", masters={p: torch.nn.Parameter(torch.zeros(3)) for p in masters}
+        )
+
+    assert model.config.hidden_size == 24
+
+
+def test_gradient_checkpointing_goes_on_in_new_blocks():
+    model = make("llama", tied=True)
+    model.activation_checkpointing_enable()
+    model.train()
+    optim = optims.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 1)
+    before = loss_of(model, batch()).item()
+
+    grow(model, optim, to={"hidden": 48, "layers": 3})
+
+    assert loss_of(model, batch()).item() == pytest.approx(before, abs=1e-5)
+    layers = model.model.layers
+    assert layers[1].gradient_checkpointing and layers[1]._gradient_checkpointing_func is not None
+    train(model, optim, 2)
+
+
+def test_torch_func_sees_the_grown_shapes():
+    model = make("plain", tied=True)
+    grow(model, to="2x")
+
+    grads = torch.func.grad(
+        lambda params: torch.func.functional_call(model, params, (batch(),)).square().mean()
+    )(dict(model.named_parameters()))
+
+    assert all(grads[name].shape == p.shape for name, p in model.named_parameters())

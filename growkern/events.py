@@ -1,0 +1,297 @@
+"""When to grow: triggers as data. An event looks at counts and observations, and never at a model."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import isfinite, log
+from typing import Literal
+
+from growkern.errors import PlanError
+from growkern.methods import DepthMethod, WidthMethod
+from growkern.sizes import Target
+
+
+@dataclass
+class Counts:
+    """What triggers look at.
+
+    Attributes:
+        n_steps: Steps that changed weights.
+        n_tokens: Tokens reported.
+        n_flops: Compute reported, or 6 x tokens x parameters.
+        points: Compute and value of what the next event's metric was since the event before; as much as the event keeps.
+    """
+
+    n_steps: int = 0
+    n_tokens: float = 0.0
+    n_flops: float = 0.0
+    points: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event(ABC):
+    """One growth of a schedule; a subclass says when.
+
+    Attributes:
+        to: As in ``expand_inplace``.
+        width: As in ``expand_inplace``.
+        depth: As in ``expand_inplace``.
+        state: As in ``expand_inplace``.
+        dynamics: As in ``expand_inplace``.
+        seed: Of all noise; None takes the event's place in the schedule, so that two growths do not share noise.
+    """
+
+    to: Target = "2x"
+    width: WidthMethod | None = None
+    depth: DepthMethod | None = None
+    state: str = "exact"
+    dynamics: str | None = "mup"
+    seed: int | None = None
+
+    @property
+    def observes(self) -> str | None:
+        """Name of the metric that the trigger looks at."""
+        return None
+
+    @property
+    def counts_tokens(self) -> bool:
+        """True when the trigger needs to know tokens."""
+        return False
+
+    def silent(self, counts: Counts) -> bool:
+        """True when nothing that the trigger counts was reported."""
+        return False
+
+    @property
+    @abstractmethod
+    def trigger(self) -> str:
+        """When, in words."""
+
+    @abstractmethod
+    def due(self, counts: Counts) -> bool:
+        """True when it is time."""
+
+    @abstractmethod
+    def progress(self, counts: Counts) -> str:
+        """How far it is, in words."""
+
+    def keep(self, points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        """The observations that the trigger still needs."""
+        return points
+
+
+@dataclass(frozen=True, kw_only=True)
+class At(Event):
+    """Grow after a number of steps, or of tokens.
+
+    Attributes:
+        step: Steps that changed weights, from the start of the run.
+        tokens: Tokens, as ``schedule.observe(tokens=...)`` counts them.
+
+    Raises:
+        PlanError: Neither or both are given, or not a positive number.
+
+    Example:
+        >>> At(step=1000, to={"hidden": 1024})
+    """
+
+    step: int | None = None
+    tokens: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [n for n in (self.step, self.tokens) if n is not None]
+        if len(given) != 1 or not given[0] > 0 or not isfinite(given[0]):
+            raise PlanError(
+                f"At(step={self.step}, tokens={self.tokens}): name one of them, a number above 0."
+            )
+        if self.step is not None and int(self.step) != self.step:
+            raise PlanError(f"At(step={self.step}): steps are whole; nearest: {round(self.step)}.")
+
+    @property
+    def counts_tokens(self) -> bool:
+        """True when the trigger needs to know tokens."""
+        return self.tokens is not None
+
+    def silent(self, counts: Counts) -> bool:
+        """True when nothing that the trigger counts was reported."""
+        return self.tokens is not None and counts.n_tokens == 0
+
+    @property
+    def trigger(self) -> str:
+        """When, in words."""
+        return f"{self.tokens:,.0f} tokens" if self.tokens is not None else f"step {self.step:,}"
+
+    def due(self, counts: Counts) -> bool:
+        """True when it is time."""
+        if self.tokens is not None:
+            return counts.n_tokens >= self.tokens
+        return self.step is not None and counts.n_steps >= self.step
+
+    def progress(self, counts: Counts) -> str:
+        """How far it is, in words."""
+        if self.tokens is not None:
+            return f"{counts.n_tokens:,.0f} of {self.tokens:,.0f} tokens"
+        return f"step {counts.n_steps:,} of {self.step:,}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhenPlateau(Event):
+    """Grow when a metric has not improved for a while; counting starts anew after the event before.
+
+    Attributes:
+        metric: Name under which ``schedule.observe`` gets it.
+        patience: Observations in a row without an improvement.
+        min_delta: What an improvement has to exceed.
+        mode: ``"min"``: smaller is better. ``"max"``: larger is.
+
+    Raises:
+        PlanError: ``patience`` below 1, a negative ``min_delta``, or an unknown mode.
+
+    Example:
+        >>> WhenPlateau(metric="eval_loss", patience=5, min_delta=0.01, to="1.5x")
+    """
+
+    metric: str = "loss"
+    patience: int = 10
+    min_delta: float = 0.0
+    mode: Literal["min", "max"] = "min"
+
+    def __post_init__(self) -> None:
+        if self.patience < 1 or not self.min_delta >= 0 or self.mode not in ("min", "max"):
+            raise PlanError(
+                f"WhenPlateau(patience={self.patience}, min_delta={self.min_delta}, mode={self.mode!r}): "
+                "patience starts at 1, min_delta at 0; mode is 'min' or 'max'."
+            )
+
+    @property
+    def observes(self) -> str | None:
+        """Name of the metric that the trigger looks at."""
+        return self.metric
+
+    @property
+    def trigger(self) -> str:
+        """When, in words."""
+        by = f" by more than {self.min_delta:g}" if self.min_delta else ""
+        return f"{self.metric} ({self.mode}) not better{by} for {self.patience:,}"
+
+    def keep(self, points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        """The best observation, and those since."""
+        gain = (points[0][1] - points[-1][1]) * (1 if self.mode == "min" else -1)
+        return points[-1:] if gain > self.min_delta else points
+
+    def due(self, counts: Counts) -> bool:
+        """True when it is time."""
+        return len(counts.points) > self.patience
+
+    def progress(self, counts: Counts) -> str:
+        """How far it is, in words."""
+        if not counts.points:
+            return f"no {self.metric!r} observed yet"
+        return (
+            f"best {counts.points[0][1]:.4g}, {len(counts.points) - 1:,} of {self.patience:,} since"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhenSlope(Event):
+    """Grow when a loss falls too slowly for its compute: staged training's rule.
+
+    The slope is ``-d loss / d ln(compute)``, by least squares over the last observations since the event before. Compute is what
+    ``schedule.observe`` gets as ``flops``, or 6 x tokens x parameters.
+
+    Attributes:
+        tau: The slope below which to grow; that of the target's own loss curve saves most.
+        window: Observations that the slope is taken over.
+        metric: Name under which ``schedule.observe`` gets the loss.
+
+    Raises:
+        PlanError: ``tau`` is no number, or ``window`` below 2.
+
+    Reference:
+        Shen, Walsh, Keutzer, Dodge, Peters, Beltagy, "Staged Training for Transformer Language Models", ICML 2022, arXiv:2203.06211.
+    """
+
+    tau: float
+    window: int = 100
+    metric: str = "loss"
+
+    def __post_init__(self) -> None:
+        if not isfinite(self.tau) or self.window < 2:
+            raise PlanError(
+                f"WhenSlope(tau={self.tau}, window={self.window}): a finite tau, and a window of at least 2."
+            )
+
+    @property
+    def observes(self) -> str | None:
+        """Name of the metric that the trigger looks at."""
+        return self.metric
+
+    @property
+    def counts_tokens(self) -> bool:
+        """True when the trigger needs to know tokens."""
+        return True
+
+    def silent(self, counts: Counts) -> bool:
+        """True when nothing that the trigger counts was reported."""
+        return counts.n_flops == 0
+
+    @property
+    def trigger(self) -> str:
+        """When, in words."""
+        return f"slope of {self.metric} over {self.window:,} below {self.tau:g}"
+
+    def keep(self, points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        """The window."""
+        return points[-self.window :]
+
+    def due(self, counts: Counts) -> bool:
+        """True when it is time."""
+        found = self.slope(counts)
+        return len(counts.points) >= self.window and found is not None and found < self.tau
+
+    def progress(self, counts: Counts) -> str:
+        """How far it is, in words."""
+        found = self.slope(counts)
+        seen = f"{len(counts.points):,} of {self.window:,} observed"
+        return seen if found is None else f"slope {found:.3g}, {seen}"
+
+    def slope(self, counts: Counts) -> float | None:
+        """``-d metric / d ln(compute)`` over the window; None while compute is one number."""
+        n = max(1, len(counts.points))
+        xs, ys = [log(x) for x, _ in counts.points], [y for _, y in counts.points]
+        x_mean, y_mean = sum(xs) / n, sum(ys) / n
+        spread = sum((x - x_mean) ** 2 for x in xs)
+        both = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True))
+        return -both / spread if spread > 0 else None
+
+
+def target_of(event: Event) -> str:
+    """What an event grows, in words."""
+    if isinstance(event.to, str):
+        return event.to
+    return ", ".join(f"{name}={value}" for name, value in event.to.items())
+
+
+def disorder(events: Sequence[Event]) -> list[str]:
+    """Why these events cannot follow each other: steps or tokens that go backwards, sizes that shrink."""
+    if not events or not all(isinstance(event, Event) for event in events):  # pyright: ignore[reportUnnecessaryIsInstance]
+        found = ", ".join(type(event).__name__ for event in events)
+        return [f"expected At, WhenPlateau or WhenSlope events, got {found or 'none'}."]
+    problems: list[str] = []
+    reached: dict[
+        str, tuple[int, float]
+    ] = {}  # what -> the event that named it last, and its number
+    for i, event in enumerate(events):
+        named: dict[str, object] = dict(event.to) if not isinstance(event.to, str) else {}
+        numbers: list[tuple[str, object]] = [(f"size {k}", n) for k, n in named.items()]
+        if isinstance(event, At):
+            numbers += [("step", event.step), ("tokens", event.tokens)]
+        for what, n in numbers:
+            if isinstance(n, int | float):
+                before, least = reached.get(what, (0, n))
+                if n < least:
+                    problems.append(
+                        f"event {i}: {what} {n:,} is below the {least:,} of event {before}; name at least {least:,}, or reorder."
+                    )
+                reached[what] = i, max(n, least)
+    return problems

@@ -1,0 +1,126 @@
+"""Growth in Lightning's Trainer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from growkern.errors import PlanError
+from growkern.schedule import Attachment, GrowthSchedule, Options, growth_metrics
+
+
+class GrowthCallback(Callback):
+    """Grow while ``trainer.fit`` runs: ``Trainer(callbacks=[growkern.lightning.GrowthCallback(schedule)])``.
+
+    Growth happens at the end of a batch whose step is done, before checkpoints of it are written. The schedule observes the loss of
+    the training step as ``loss``, and what the module logs, each once per value; growth goes to the loggers; the schedule is saved
+    and restored with checkpoints.
+
+    Args:
+        schedule: What grows when.
+        model: The model inside the LightningModule; None for its only child that has parameters.
+        tokens: Tokens of a batch, where an event needs them; or report them by ``schedule.observe``.
+        options: As in ``GrowthSchedule.attach``.
+
+    Raises:
+        PlanError: When fitting starts: several optimizers, or no single model inside the module.
+    """
+
+    def __init__(
+        self,
+        schedule: GrowthSchedule,
+        model: Callable[[LightningModule], nn.Module] | None = None,
+        *,
+        tokens: Callable[[Any], int] | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        self.schedule, self.model, self.tokens = schedule, model or _only_child, tokens
+        self.options = options
+        self.attachment: Attachment | None = None
+        self.owners: dict[str, str] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach to the optimizer, which is restored by now."""
+        if len(trainer.optimizers) != 1:
+            raise PlanError(
+                f"GrowthCallback drives one optimizer; this module configures {len(trainer.optimizers)}. Use schedule.attach(model, "
+                "optim, scheduler) on the one that trains the model, in on_train_start."
+            )
+        self._detach()
+        several = [config.scheduler for config in trainer.lr_scheduler_configs]
+        self.attachment = self.schedule.attach(
+            self.model(pl_module), trainer.optimizers[0], several, deferred=True, **self.options
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Observe the batch, and grow what is due."""
+        loss: Any = outputs.get("loss") if isinstance(outputs, dict) else outputs  # pyright: ignore[reportUnknownVariableType]
+        own = {"loss": loss} if isinstance(loss, Tensor) else {}
+        self._observe("batch", trainer, own, self.tokens(batch) if self.tokens else 0)
+        for event, report in self.attachment.grow() if self.attachment else []:
+            for logger in trainer.loggers:
+                logger.log_metrics(growth_metrics(event, report), step=trainer.global_step)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Observe what validation logged."""
+        if not trainer.sanity_checking:
+            self._observe("validation", trainer, {})
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Observe what is logged once an epoch."""
+        self._observe("epoch", trainer, {})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Detach."""
+        self._detach()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Detach."""
+        self._detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The schedule's."""
+        return self.schedule.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The schedule's."""
+        self.schedule.load_state_dict(state_dict)
+
+    def _observe(
+        self, hook: str, trainer: Trainer, own: dict[str, Tensor], tokens: int = 0
+    ) -> None:
+        # Lightning keeps the last value of every metric: each is read only in the hook in which it first came up, when it is new.
+        metrics = own | dict(trainer.callback_metrics)
+        fresh = {k: v for k, v in metrics.items() if self.owners.setdefault(k, hook) == hook}
+        event = self.schedule.next_event
+        seen = {k: v for k, v in fresh.items() if event and k == event.observes}
+        n: Any = tokens
+        if trainer.world_size > 1:  # all processes have to see the same, to grow at the same step
+            seen = {k: trainer.strategy.reduce(v, reduce_op="mean") for k, v in seen.items()}
+            n = trainer.strategy.reduce(
+                torch.tensor(tokens, device=trainer.strategy.root_device), reduce_op="sum"
+            )
+        self.schedule.observe(tokens=n)
+        self.schedule.observe_metrics(seen)
+
+    def _detach(self) -> None:
+        if self.attachment is not None:
+            self.attachment.remove()
+        self.attachment = None
+
+
+def _only_child(pl_module: LightningModule) -> nn.Module:
+    children = {name: m for name, m in pl_module.named_children() if any(True for _ in m.parameters())}  # fmt: skip
+    if len(children) != 1 or any(True for _ in pl_module.parameters(recurse=False)):
+        raise PlanError(
+            f"GrowthCallback cannot tell which model to grow: {type(pl_module).__name__} holds parameters in "
+            f"{', '.join(children) or 'no child'}. Pass model=lambda module: module.<name>."
+        )
+    return next(iter(children.values()))

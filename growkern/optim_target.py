@@ -1,0 +1,182 @@
+"""The optimizer's side of a commit: its parameters, their state, its groups, and what scales their updates."""
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from growkern.errors import CommitError
+from growkern.groups import split_groups
+from growkern.optim import begin
+from growkern.plan import GrowthPlan
+from growkern.scale import Scale, UpdateScale, scale_of
+from growkern.state import MASTER, MASTER_GRAD, SLICES, OptimSpec
+from growkern.tensors import Tensors
+from growkern.undo import Undo
+
+Masters = MutableMapping[nn.Parameter, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class OptimTarget:
+    """What an optimizer becomes.
+
+    Attributes:
+        optim: The optimizer, changed in place.
+        described: What it is.
+        split: Parameter name -> lasting factor on its learning rate; groups are split where they differ.
+        scheduler: The learning-rate scheduler that drives it; follows the groups.
+        scales: Parameter name -> what ``UpdateScale`` is to do with it, beside the groups.
+        slices: Parameter name -> entries of its state that hold such factors, for an optimizer that takes them itself.
+        masters: Parameter of the model -> the copy in higher precision that the optimizer holds in its place.
+    """
+
+    optim: Optimizer
+    described: OptimSpec
+    split: Mapping[str, float] = field(default_factory=dict[str, float])
+    scheduler: object | None = None
+    scales: Mapping[str, Scale] = field(default_factory=dict[str, Scale])
+    slices: Mapping[str, Mapping[str, Tensor]] = field(
+        default_factory=dict[str, Mapping[str, Tensor]]
+    )
+    masters: Masters = field(default_factory=dict[nn.Parameter, nn.Parameter])
+
+    def held(self, params: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """What the optimizer holds for the parameters of a model."""
+        return {name: self.masters.get(p, p) for name, p in params.items()}
+
+
+def grow_state(of: OptimTarget, p: nn.Parameter, grown: Mapping[str, object], undo: Undo) -> None:
+    """Give a parameter that stays its grown state, and its master its grown values."""
+    held, state = of.masters.get(p, p), dict(grown)
+    if isinstance(value := state.pop(MASTER, None), Tensor):
+        grad = state.pop(MASTER_GRAD, None)
+        undo.storage(held, value, grad if isinstance(grad, Tensor) else None)
+    if state:
+        undo.items(of.optim.state[held], of.optim.state[held] | state)
+
+
+def grow_optimizer(
+    plan: GrowthPlan,
+    fresh: Tensors,
+    of: OptimTarget,
+    source: Mapping[str, nn.Parameter],
+    target: Mapping[str, nn.Parameter],
+    undo: Undo,
+) -> None:
+    """Bring everything else of the optimizer to the target.
+
+    Args:
+        plan: What was planned.
+        fresh: Staged tensors of new parameters.
+        of: What the optimizer becomes.
+        source: Parameters of the source model by name.
+        target: Of the target.
+        undo: Takes it back.
+    """
+    masters: dict[nn.Parameter, nn.Parameter] = dict(of.masters)
+    for row in plan.rows:
+        value = fresh.states.get(row.name, {}).pop(MASTER, None)
+        fresh.states.get(row.name, {}).pop(MASTER_GRAD, None)
+        if row.new and source.get(row.source) in of.masters:
+            like = of.masters[source[row.source]]
+            p = target[row.name]
+            start = value if isinstance(value, Tensor) else p.detach().to(like.dtype, copy=True)
+            masters[p] = nn.Parameter(start, requires_grad=like.requires_grad)
+    if len(masters) > len(of.masters):
+        undo.items(of.masters, masters)
+    before, after = of.held(source), of.held(target)
+    _optimizer(plan, fresh, of, before, after, undo)
+    law = of.described.law
+    decays, rates = (law.decays, law.rates) if law else ((), ())
+    split_groups(of.optim, after, of.split, of.scheduler, decays, rates, undo)
+    _scales(of, after, undo)
+    check_state(of.optim, of.described)
+
+
+def _optimizer(
+    plan: GrowthPlan,
+    fresh: Tensors,
+    of: OptimTarget,
+    source: dict[str, nn.Parameter],
+    target: dict[str, nn.Parameter],
+    undo: Undo,
+) -> None:
+    """State of new parameters, and they themselves into the group of the one they come from."""
+    optim, law = of.optim, of.described.law
+    resets = law is not None and law.resets
+    states: dict[Any, Any] = dict(optim.state)
+    groups = {id(p): group for group in optim.param_groups for p in group["params"]}
+    if resets and hasattr(optim, "_numel_cache"):
+        undo.attribute(optim, "_numel_cache", None)  # of LBFGS
+    joins: dict[int, list[nn.Parameter]] = {}
+    for row in plan.rows:
+        if row.source not in source:
+            continue
+        p, origin = target[row.name], source[row.source]
+        if row.new:
+            joins.setdefault(id(origin), []).append(p)
+        if plan.state == "drop" or row.state == "fresh" or resets:
+            states.pop(p, None)
+        elif fresh.states.get(row.name):
+            states[p] = fresh.states[row.name]
+        if row.name in of.slices:
+            kept: dict[str, Tensor] = {
+                k: v for k, v in states.get(p, {}).items() if k not in SLICES
+            }
+            if "exp_avg" not in kept:
+                begin(groups[id(origin)], p, kept)
+            states[p] = {**kept, **of.slices[row.name]}
+    undo.items(optim.state, states)
+    place, before = _places(target), _places(source)
+    for group in optim.param_groups:
+        params: list[nn.Parameter] = group["params"]
+        names = _own_names(group, source)
+        grown = [q for p in params for q in (p, *joins.get(id(p), []))]
+        places = [before[id(p)] for p in params if id(p) in before]
+        in_order = places == sorted(places) and len(places) == len(params)
+        if len(grown) > len(params) and in_order:  # keep it so
+            grown.sort(key=lambda p: place[id(p)])
+        undo.entries(params, grown)
+        if "param_names" in group:
+            new = {id(p): name for name, p in reversed(target.items())}
+            undo.entries(group["param_names"], [names.get(id(p)) or new[id(p)] for p in grown])
+
+
+def _own_names(group: Mapping[str, Any], source: dict[str, nn.Parameter]) -> dict[int, str]:
+    """Names in a group that are not the model's: of other parameters, or of the user's choice."""
+    names = {id(p): n for p, n in zip(group["params"], group.get("param_names", []), strict=False)}
+    return {i: n for i, n in names.items() if n not in source or id(source[n]) != i}
+
+
+def _places(params: dict[str, nn.Parameter]) -> dict[int, int]:
+    """Position of every parameter in model order; a tied one counts where it comes first."""
+    return {id(p): i for i, p in reversed(list(enumerate(params.values())))}
+
+
+def _scales(target: OptimTarget, params: Mapping[str, nn.Parameter], undo: Undo) -> None:
+    """Hooks for the parameters whose updates are scaled beside the groups."""
+    scales: dict[Tensor, Scale] = {params[n]: scale for n, scale in target.scales.items()}
+    before = scale_of(target.optim)
+    if before is not None:
+        undo.attribute(before, "scales", scales)
+    elif scales:
+        values = [key for key, rule in target.described.rules.items() if rule and rule.value]
+        undo.steps.append(UpdateScale(target.optim, scales, values=values).remove)
+
+
+def check_state(optim: Optimizer, described: OptimSpec) -> None:
+    """An un-grown state corrupts memory under fused=True: look at every one."""
+    rules = described.rules
+    for group in optim.param_groups:
+        for p in group["params"]:
+            for key, value in optim.state.get(p, {}).items():
+                if (rule := rules.get(key)) is None and key in rules:
+                    continue
+                shape = rule.shape(tuple(p.shape)) if rule else tuple(p.shape)
+                if isinstance(value, Tensor) and value.dim() and tuple(value.shape) != shape:
+                    raise CommitError(
+                        f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}"
+                    )

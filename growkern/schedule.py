@@ -1,0 +1,385 @@
+"""Growths on a schedule: a hook on the optimizer counts steps and fires events, and a state survives a restart."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from math import isfinite
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import TypedDict, Unpack  # of torch; typing has them from 3.11 on
+
+from growkern.api import expand_inplace, plan
+from growkern.describe import describe
+from growkern.errors import PlanError, raise_all
+from growkern.events import Counts, Event, WhenSlope, disorder, target_of
+from growkern.execute import Memory
+from growkern.optim_target import Masters
+from growkern.report import GrowthReport
+from growkern.spaces import ModelSpec
+from growkern.tables import table
+from growkern.wrappers import unwrapped
+
+logger = logging.getLogger("growkern")
+
+
+OnGrowth = Callable[[Event, GrowthReport], object]
+
+
+class Options(TypedDict, total=False):
+    """What all growths of an attached schedule share, as in ``expand_inplace``; what differs belongs to the events.
+
+    Attributes:
+        spec: Description of a model of your own, or what makes one of the model: sizes differ from growth to growth.
+        backend: As in ``expand_inplace``.
+        ema: As in ``expand_inplace``.
+        masters: As in ``expand_inplace``.
+        rules: As in ``expand_inplace``.
+        memory: As in ``expand_inplace``.
+    """
+
+    spec: ModelSpec | Callable[[nn.Module], ModelSpec] | None
+    backend: str | None
+    ema: nn.Module | Sequence[nn.Module] | None
+    masters: Masters | None
+    rules: Mapping[str, int | None] | None
+    memory: Memory | None
+
+
+class GrowthSchedule:
+    """Events that grow a model while it trains: in order, each once.
+
+    Args:
+        events: What grows when. An event waits for those before it.
+        on_growth: Called after each growth with the event and its report.
+
+    Attributes:
+        events: As given.
+        on_growth: As given; a list that may be added to.
+        counts: Steps, tokens and compute so far.
+        fired: The step at which each event fired, of those that did.
+        history: The plans that ran, as JSON (``GrowthPlan.from_json`` reads them).
+
+    Raises:
+        PlanError: Events that cannot follow each other, all at once: steps or tokens going backwards, sizes that shrink.
+
+    Example:
+        >>> schedule = GrowthSchedule([At(step=1000, to={"hidden": 1024}), WhenPlateau(patience=50, to={"layers": 24})])
+        >>> schedule.attach(model, optim, scheduler)
+    """
+
+    def __init__(self, events: Sequence[Event], *, on_growth: Sequence[OnGrowth] = ()) -> None:
+        raise_all(PlanError, "cannot schedule these growths:", disorder(events))
+        self.events = tuple(events)
+        self.on_growth = list(on_growth)
+        self.counts = Counts()
+        self.fired: list[int] = []
+        self.history: list[str] = []
+        self._attachment: ref[Attachment] | None = None
+
+    @property
+    def attachment(self) -> "Attachment | None":
+        """Where the schedule is at work; the optimizer's hook alone keeps it alive."""
+        return self._attachment() if self._attachment is not None else None
+
+    @attachment.setter
+    def attachment(self, attachment: "Attachment | None") -> None:
+        self._attachment = ref(attachment) if attachment is not None else None
+
+    @property
+    def ahead(self) -> tuple[Event, ...]:
+        """The events that have not fired."""
+        return self.events[len(self.fired) :]
+
+    @property
+    def next_event(self) -> Event | None:
+        """The event that is waited for; None when all have fired."""
+        return self.ahead[0] if self.ahead else None
+
+    def observe(
+        self,
+        *,
+        tokens: float | Tensor = 0,
+        flops: float | None = None,
+        **metrics: float | Tensor,
+    ) -> None:
+        """Report what the last step, or an evaluation, showed; a metric is read only when the next event looks at it.
+
+        Where several processes train one model, report the same numbers in each: all have to grow at the same step.
+
+        Args:
+            tokens: Tokens of this step.
+            flops: Compute of this step; None for 6 x tokens x parameters of the attached model.
+            metrics: Values by name. What is not finite says nothing and is passed over.
+
+        Raises:
+            PlanError: ``WhenSlope`` waits for a metric, and nothing has said what compute it took.
+        """
+        n = float(tokens)
+        if not (isfinite(n) and n >= 0 and (flops is None or flops >= 0)):
+            raise PlanError(f"observe(tokens={tokens}, flops={flops}): of this step, 0 or more.")
+        self.counts.n_tokens += n
+        if flops is None:
+            flops = 6.0 * n * self.attachment.n_params if self.attachment else 0.0
+        self.counts.n_flops += flops
+        self.observe_metrics(metrics)
+
+    def observe_metrics(self, metrics: Mapping[str, float | Tensor]) -> None:
+        """Report values under names that are no Python identifiers: ``observe``, with a mapping.
+
+        Raises:
+            PlanError: As ``observe``.
+        """
+        event = self.next_event
+        if event is None or event.observes is None or event.observes not in metrics:
+            return
+        seen = metrics[event.observes]
+        value = float(seen.detach() if isinstance(seen, Tensor) else seen)
+        if isinstance(event, WhenSlope) and self.counts.n_flops <= 0:
+            raise PlanError(
+                f"{event.trigger}: no compute was reported. Pass observe(tokens=...) with every step once the schedule is "
+                "attached, or observe(flops=...)."
+            )
+        if isfinite(value):
+            self.counts.points = event.keep([*self.counts.points, (self.counts.n_flops, value)])
+
+    def attach(
+        self, model: nn.Module, optim: Optimizer, scheduler: object | None = None, *, deferred: bool = False,
+        **options: Unpack[Options],
+    ) -> "Attachment":  # fmt: skip
+        """Grow inside ``optim.step()`` from now on: one line before the loop.
+
+        The hook runs when the step is done, after backward. A graph that is still alive then cannot be walked backward any more,
+        grown or not: the step itself has written the weights it saved. Nothing grows while a CUDA graph is captured. When a
+        growth fails, its error leaves ``optim.step()``, nothing has changed, and the next step tries again.
+
+        Args:
+            model: The model; ``torch.compile`` and ``DistributedDataParallel`` are looked through.
+            optim: Its optimizer; wrappers of Accelerate and Lightning are looked through.
+            scheduler: The learning-rate scheduler that drives ``optim``, or a list of them; they follow the growth.
+            deferred: Only count steps there; what is due grows when ``grow()`` of the result is called.
+            options: ``spec``, ``backend``, ``ema``, ``rules``, ``memory``: see ``Options``.
+
+        Returns:
+            The attachment; ``remove()`` takes it off.
+
+        Raises:
+            PlanError: The schedule is attached already, or another one is attached to the optimizer; an unknown option.
+            UnsupportedModelError: The model cannot be grown.
+        """
+        return Attachment(self, model, optim, scheduler, options, deferred)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a restart needs, as plain JSON types: counts, what fired, the plans that ran."""
+        counts = asdict(self.counts) | {"points": [list(point) for point in self.counts.points]}
+        return {
+            "counts": counts,
+            "fired": list(self.fired),
+            "history": list(self.history),
+            "events": [f"{target_of(event)} at {event.trigger}" for event in self.events],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a ``state_dict``; events that have not fired may differ from those it was written with.
+
+        Raises:
+            PlanError: Not a state dict of a schedule, or one whose events that fired are not this schedule's.
+        """
+        try:
+            n = state["counts"]
+            points = [(float(x), float(y)) for x, y in n["points"]]
+            counts = Counts(int(n["n_steps"]), float(n["n_tokens"]), float(n["n_flops"]), points)
+            fired, history = [int(step) for step in state["fired"]], [*map(str, state["history"])]
+            events = [*map(str, state["events"])]
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(
+                f"cannot read the schedule's state: {error!r}; only what state_dict gave."
+            ) from None
+        own = self.state_dict()["events"]
+        if events[: len(fired)] != own[: len(fired)]:
+            raise PlanError(
+                f"cannot go on with this schedule: the growths that ran were {events[: len(fired)]}, and it begins with "
+                f"{own[: len(fired)]}. Leave those as they were; later ones may change."
+            )
+        if events[len(fired) : len(fired) + 1] != own[len(fired) : len(fired) + 1]:
+            counts.points = []  # another event's observations
+        self.counts, self.fired, self.history = counts, fired, history
+
+    def __str__(self) -> str:
+        rows: list[tuple[object, ...]] = []
+        for i, event in enumerate(self.events):
+            state = f"after event {i - 1}"
+            if i < len(self.fired):
+                state = f"fired at step {self.fired[i]:,}"
+            elif i == len(self.fired):
+                state = f"waiting: {event.progress(self.counts)}"
+            rows.append((i, target_of(event), event.trigger, state))
+        return table(["event", "to", "trigger", "state"], rows)
+
+
+class Attachment:
+    """A schedule at work on one model and one optimizer; made by ``GrowthSchedule.attach``.
+
+    It belongs to the optimizer, and goes with it: it holds neither that nor its schedulers.
+
+    Attributes:
+        schedule: What grows when.
+        model: What grows.
+        deferred: True when ``grow`` is called by somebody else.
+        stepped: True when a step was taken since ``grow`` was called last.
+        on_growth: Called after each growth, after the schedule's own.
+    """
+
+    def __init__(
+        self, schedule: GrowthSchedule, model: nn.Module, optim: Optimizer, scheduler: object | None,
+        options: Options, deferred: bool,
+    ) -> None:  # fmt: skip
+        optim = unwrapped(optim)
+        self.schedule, self.on_growth = schedule, list[OnGrowth]()
+        self.model: nn.Module = unwrapped(model)
+        self._schedulers: list[ref[Any]] = [ref(unwrapped(one)) for one in _listed(scheduler)]
+        self._options, self.deferred, self.stepped = options, deferred, False
+        self._take: Any = torch.compiler.disable(_take)
+        title = f"cannot attach this schedule of {len(schedule.events)} events:"
+        if unknown := sorted(options.keys() - Options.__annotations__.keys()):
+            raise PlanError(
+                f"{title} unknown options {', '.join(unknown)}. Known: {', '.join(Options.__annotations__)}; "
+                "what grows, and how, is said by the events."
+            )
+        if not isinstance(optim, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PlanError(f"{title} optim is no torch Optimizer, but {type(optim).__name__}.")
+        if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optim).__mro__):
+            raise PlanError(
+                f"{title} ZeroRedundancyOptimizer shares parameters out by tables of its own, which would not grow. Use a plain "
+                "optimizer under DistributedDataParallel."
+            )
+        if schedule.attachment is not None:
+            raise PlanError(f"{title} it is attached to an optimizer already; remove() that first.")
+        for hook in optim._optimizer_step_post_hooks.values():  # pyright: ignore[reportPrivateUsage]
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, Attachment):
+                raise PlanError(
+                    f"{title} a schedule of {len(other.schedule.events)} events drives this {type(optim).__name__} "
+                    "already. Put all events into one schedule, or remove() that one first."
+                )
+        self._sizes()  # refuses now what could not grow later
+        self.n_params = _n_params(model)
+        self._optim, self._hook = ref(optim), optim.register_step_post_hook(self._after_step)
+        schedule.attachment = self
+
+    def remove(self) -> None:
+        """Take the schedule off the optimizer; a second call does nothing."""
+        self._hook.remove()
+        if self.schedule.attachment is self:
+            self.schedule.attachment = None
+
+    def grow(self) -> list[tuple[Event, GrowthReport]]:
+        """Fire every event that is due, in order, when a step was taken since the last call.
+
+        Returns:
+            The events that fired, with their reports.
+
+        Raises:
+            GrowthError: A growth failed; nothing of it was done, and its event has not fired.
+            PlanError: The next event waits for tokens, and two steps have reported none.
+        """
+        schedule, optim, grown = self.schedule, self._optim(), list[tuple[Event, GrowthReport]]()
+        if optim is None or not self.stepped:
+            return grown
+        self.stepped = False
+        silent = [e.trigger for e in schedule.ahead if e.silent(schedule.counts)]
+        if silent and schedule.counts.n_steps > 1:
+            raise PlanError(
+                f"cannot tell when to grow ({'; '.join(silent)}): {schedule.counts.n_steps} steps have reported no tokens. "
+                "Call schedule.observe(tokens=...) with every step."
+            )
+        while (event := schedule.next_event) is not None and event.due(schedule.counts):
+            report = self._expand(event, optim)
+            grown.append((event, report))
+            for call in (*schedule.on_growth, *self.on_growth):
+                call(event, report)
+        return grown
+
+    def _after_step(self, optim: Optimizer, args: object, kwargs: object) -> None:
+        self._take(self, optim)  # not traced when the step is compiled
+
+    def _expand(self, event: Event, optim: Optimizer) -> GrowthReport:
+        schedule, options, index = self.schedule, self._options, len(self.schedule.fired)
+        spec, rules = self._spec(), options.get("rules")
+        live = _listed([one() for one in self._schedulers])
+        planned = plan(
+            self.model, optim, to=event.to, width=event.width, depth=event.depth, state=event.state,
+            dynamics=event.dynamics, spec=spec, seed=index if event.seed is None else event.seed, rules=rules,
+        )  # fmt: skip
+        try:
+            report = expand_inplace(
+                self.model, optim, plan=planned, dynamics=planned.dynamics, spec=spec, rules=rules,
+                backend=options.get("backend"), scheduler=live or None, ema=options.get("ema"),
+                masters=options.get("masters"), memory=options.get("memory"),
+            )  # fmt: skip
+        finally:
+            # After an error all is as it was; but a Ctrl-C that came with the last write leaves a growth that is done.
+            if self._sizes() == planned.target_sizes:
+                schedule.fired.append(schedule.counts.n_steps)
+                schedule.history.append(planned.to_json())
+                schedule.counts.points = []
+                self.n_params = _n_params(self.model)
+        sizes = ", ".join(
+            f"{name} {n:,} -> {report.target_sizes[name]:,}"
+            for name, n in report.source_sizes.items()
+            if report.target_sizes[name] != n
+        )
+        logger.info(
+            "step %d: grew %s: %s; parameters %s -> %s; %.3g s", schedule.counts.n_steps, report.family, sizes,
+            f"{report.n_params_source:,}", f"{report.n_params_target:,}", report.seconds,
+        )  # fmt: skip
+        return report
+
+    def _sizes(self) -> Mapping[str, int]:
+        return describe(self.model, self._spec()).sizes
+
+    def _spec(self) -> ModelSpec | None:
+        spec = self._options.get("spec")
+        return spec if spec is None or isinstance(spec, ModelSpec) else spec(self.model)
+
+
+def _take(self: Attachment, optim: Optimizer) -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return  # the step is recorded, not taken
+    # A fused optimizer skips the step of an overflow by itself, and is called all the same. Its own step counts would say
+    # so too, but a read of them would wait for the device at every step; GradScaler's flag is there only with a GradScaler.
+    overflow = getattr(optim, "found_inf", None)
+    if isinstance(overflow, Tensor) and overflow.item():
+        return
+    self.schedule.counts.n_steps += 1
+    self.stepped = True
+    if self.deferred:
+        return
+    try:
+        self.grow()
+    except BaseException:
+        if overflow is not None:  # GradScaler now cannot take them off, and would unscale twice
+            vars(optim).pop("grad_scale", None)
+            vars(optim).pop("found_inf", None)
+        raise
+
+
+def growth_metrics(event: Event, report: GrowthReport) -> dict[str, float]:
+    """What integrations log of a growth: target sizes, parameters and seconds, as numbers."""
+    sizes = {f"growth/{name}": float(n) for name, n in report.target_sizes.items()}
+    return sizes | {
+        "growth/parameters": float(report.n_params_target),
+        "growth/seconds": report.seconds,
+    }
+
+
+def _listed(scheduler: object | None) -> list[Any]:
+    several: list[Any] = [*scheduler] if isinstance(scheduler, list | tuple) else [scheduler]
+    return [one for one in several if one is not None]
+
+
+def _n_params(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

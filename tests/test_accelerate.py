@@ -1,0 +1,156 @@
+"""Accelerate: the wrappers are looked through; a plain loop on the same batches ends with the same bits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import batch, loss_of, make
+
+import growkern
+from growkern.errors import PlanError
+from growkern.events import At, WhenPlateau
+from growkern.integrations.accelerate import attach
+from growkern.schedule import GrowthSchedule
+
+accelerate = pytest.importorskip("accelerate")
+event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+WIDER, DEEPER = {"hidden": 48}, {"layers": 3}
+
+
+@pytest.fixture
+def accelerator_of():
+    def make_one(**options):
+        accelerate.state.AcceleratorState._reset_state(True)  # a singleton
+        return accelerate.Accelerator(cpu=True, **options)
+
+    yield make_one
+    accelerate.state.AcceleratorState._reset_state(True)
+
+
+def parts(**options):
+    model = make("llama", tied=True, **options)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    return model, optim
+
+
+def cosine(optim):
+    return torch.optim.lr_scheduler.LambdaLR(optim, lambda i: 1.0 - i / 10)
+
+
+def train(accelerator, model, optim, scheduler, steps, *, first=0, each=lambda loss: None):
+    for i in range(first, first + steps):
+        with accelerator.accumulate(model):
+            loss = loss_of(model, batch(seed=i))
+            accelerator.backward(loss)
+            optim.step()
+            scheduler.step()
+            optim.zero_grad()
+        each(loss)
+
+
+def same_weights(one, other):
+    assert dict(one.named_parameters()).keys() == dict(other.named_parameters()).keys()
+    for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("n_accumulated", [1, 2])
+@pytest.mark.parametrize("late", [False, True], ids=["prepared", "built-on-the-wrapper"])
+def test_the_loop_ends_with_the_weights_of_one_that_grows_by_hand(
+    n_accumulated, late, accelerator_of
+):
+    accelerator = accelerator_of(gradient_accumulation_steps=n_accumulated)
+    model, optim = parts()
+    scheduler = None if late else cosine(optim)
+    wrapped, optim = accelerator.prepare(model, optim)
+    scheduler = accelerator.prepare(cosine(optim) if late else scheduler)
+    schedule = GrowthSchedule([At(step=2, to=WIDER), At(step=4, to=DEEPER)])
+    attach(accelerator, wrapped, optim, schedule)
+    train(accelerator, wrapped, optim, scheduler, 6 * n_accumulated)
+
+    by_hand, optim = parts()
+    scheduler = cosine(optim)
+    for i in range(6 * n_accumulated):
+        (loss_of(by_hand, batch(seed=i)) / n_accumulated).backward()
+        if (i + 1) % n_accumulated == 0:
+            optim.step()
+            if i + 1 == 2 * n_accumulated:
+                growkern.expand_inplace(by_hand, optim, to=WIDER, seed=0, scheduler=scheduler)
+            if i + 1 == 4 * n_accumulated:
+                growkern.expand_inplace(by_hand, optim, to=DEEPER, seed=1, scheduler=scheduler)
+            scheduler.step()
+            optim.zero_grad()
+
+    assert schedule.fired == [2, 4]
+    same_weights(model, by_hand)
+
+
+def test_what_is_prepared_after_it_is_attached_still_grows(accelerator_of):
+    accelerator = accelerator_of()
+    model, optim = parts()
+    schedule = GrowthSchedule([At(step=1, to=WIDER)])
+    handle = attach(accelerator, model, optim, schedule, scheduler := cosine(optim))
+
+    model, optim, scheduler = accelerator.prepare(model, optim, scheduler)
+    train(accelerator, model, optim, scheduler, 2)
+
+    assert model.config.hidden_size == 48
+    handle.remove()
+    assert schedule.attachment is None
+
+
+def test_save_state_and_load_state_carry_the_schedule(accelerator_of, tmp_path):
+    def prepared(**sizes):
+        accelerator = accelerator_of()
+        model, optim = parts(**sizes)
+        scheduler = cosine(optim)
+        model, optim, scheduler = accelerator.prepare(model, optim, scheduler)
+        events = [At(step=2, to=WIDER, dynamics=None), WhenPlateau(patience=2, to=DEEPER, dynamics=None)]  # fmt: skip
+        schedule = GrowthSchedule(events)
+        attach(accelerator, model, optim, schedule)
+        return accelerator, model, optim, scheduler, schedule
+
+    accelerator, model, optim, scheduler, schedule = prepared()
+    each = lambda loss: schedule.observe(loss=1.0)  # noqa: E731
+    train(accelerator, model, optim, scheduler, 4, each=each)
+    accelerator.save_state(str(tmp_path))
+    train(accelerator, model, optim, scheduler, 3, first=4, each=each)
+
+    grown = dict(hidden_size=48, num_attention_heads=8, num_key_value_heads=4, intermediate_size=80)
+    accelerator, resumed, optim, scheduler, again = prepared(**grown)
+    accelerator.load_state(str(tmp_path))
+    assert again.fired == [2] and again.counts.n_steps == 4
+    train(accelerator, resumed, optim, scheduler, 3, first=4, each=lambda loss: again.observe(loss=1.0))  # fmt: skip
+
+    assert again.fired == schedule.fired == [2, 5]
+    assert again.state_dict() == schedule.state_dict()
+    same_weights(model, resumed)
+
+
+def test_growth_is_in_the_event_files(accelerator_of, tmp_path):
+    accelerator = accelerator_of(log_with="tensorboard", project_dir=str(tmp_path))
+    accelerator.init_trackers("growth")
+    model, optim = parts()
+    scheduler = cosine(optim)
+    model, optim, scheduler = accelerator.prepare(model, optim, scheduler)
+    attach(accelerator, model, optim, GrowthSchedule([At(step=2, to=WIDER)]))
+
+    train(accelerator, model, optim, scheduler, 3)
+    accelerator.end_training()
+
+    (file,) = Path(tmp_path).rglob("events.out.tfevents.*")
+    events = event_accumulator.EventAccumulator(str(file))
+    events.Reload()
+    n = sum(p.numel() for p in model.parameters())
+    assert [(e.step, e.value) for e in events.Scalars("growth/hidden")] == [(2, 48.0)]
+    assert [(e.step, e.value) for e in events.Scalars("growth/parameters")] == [(2, float(n))]
+
+
+def test_a_second_schedule_is_refused_through_the_wrapper(accelerator_of):
+    accelerator = accelerator_of()
+    model, optim = accelerator.prepare(*parts())
+    attach(accelerator, model, optim, GrowthSchedule([At(step=1)]))
+
+    with pytest.raises(PlanError, match="drives this AdamW already"):
+        attach(accelerator, model, optim, GrowthSchedule([At(step=2)]))

@@ -1,0 +1,256 @@
+"""Hugging Face's Trainer: growth between the step and its checkpoint; a plain loop on the same batches ends with the same bits."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from models import VOCAB, make
+
+import growkern
+from growkern.errors import PlanError
+from growkern.events import At, WhenPlateau
+from growkern.integrations import hf
+from growkern.schedule import GrowthSchedule
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+WIDER, DEEPER = {"hidden": 48}, {"layers": 3}
+
+
+class Words(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        ids = torch.randint(0, VOCAB, (12,), generator=torch.Generator().manual_seed(i))
+        return {"input_ids": ids, "labels": ids}
+
+
+def trainer_of(model, out, **changes):
+    """The Trainer's defaults (fused AdamW, clipping, shuffling) with a cosine schedule."""
+    options = dict(
+        output_dir=str(out), max_steps=6, per_device_train_batch_size=2, learning_rate=1e-2, lr_scheduler_type="cosine",
+        logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    args = transformers.TrainingArguments(**(options | changes))
+    words = Words()
+    return transformers.Trainer(model=model, args=args, train_dataset=words, eval_dataset=words)
+
+
+def recorded(model):
+    """Every batch that the model is trained on, as its forward gets it."""
+    seen = []
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs) if m.training else None, with_kwargs=True
+    )
+    return seen
+
+
+def same_weights(one, other):
+    assert dict(one.named_parameters()).keys() == dict(other.named_parameters()).keys()
+    for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("n_accumulated", [1, 2])
+def test_the_trainer_ends_with_the_weights_of_a_loop_that_grows_by_hand(n_accumulated, tmp_path):
+    model, by_hand = make("llama", tied=True), make("llama", tied=True)
+    seen = recorded(model)
+    trainer = trainer_of(model, tmp_path, gradient_accumulation_steps=n_accumulated)
+    schedule = GrowthSchedule([At(step=2, to=WIDER), At(step=4, to=DEEPER)])
+    hf.attach(trainer, schedule)
+    trainer.train()
+
+    optim = trainer_of(by_hand, tmp_path).create_optimizer()
+    scheduler = transformers.get_scheduler("cosine", optim, 0, 6)
+    by_hand.train()
+    for i in range(6):
+        for batch in seen[i * n_accumulated : (i + 1) * n_accumulated]:
+            by_hand(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
+        optim.step()
+        scheduler.step()
+        optim.zero_grad()
+        if i == 1:
+            growkern.expand_inplace(by_hand, optim, to=WIDER, seed=0, scheduler=scheduler)
+        if i == 3:
+            growkern.expand_inplace(by_hand, optim, to=DEEPER, seed=1, scheduler=scheduler)
+
+    assert optim.defaults["fused"] and len(seen) == 6 * n_accumulated
+    assert schedule.fired == [2, 4]
+    same_weights(model, by_hand)
+
+
+def test_a_checkpoint_of_the_step_of_a_growth_holds_the_target_and_the_schedule(tmp_path):
+    model = make("llama", tied=True)
+    trainer = trainer_of(model, tmp_path, max_steps=4, save_strategy="steps", save_steps=1)
+    hf.attach(trainer, GrowthSchedule([At(step=3, to=WIDER)]))
+    trainer.train()
+
+    hidden = [
+        json.loads((tmp_path / f"checkpoint-{i}" / "config.json").read_text())["hidden_size"]
+        for i in (2, 3)
+    ]
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
+
+    assert hidden == [24, 48]
+    saved = state["stateful_callbacks"]["GrowthCallback"]["attributes"]["schedule"]
+    assert saved["fired"] == [3] and saved["counts"]["n_steps"] == 3
+    same_weights(loaded, model)
+
+
+@pytest.mark.parametrize("restores", [False, True], ids=["default", "restore-callbacks"])
+@pytest.mark.parametrize("at", [2, 3], ids=["before-a-growth", "after-one"])
+def test_a_resumed_run_goes_on_where_the_checkpoint_was(at, restores, tmp_path):
+    def parts(model):
+        trainer = trainer_of(
+            model, tmp_path, save_strategy="steps", save_steps=1,
+            restore_callback_states_from_checkpoint=restores,
+        )  # fmt: skip
+        schedule = GrowthSchedule(
+            [At(step=3, to=WIDER, dynamics=None), At(step=5, to=DEEPER, dynamics=None)]
+        )
+        hf.attach(trainer, schedule)
+        return trainer, schedule
+
+    model = make("llama", tied=True)
+    trainer, schedule = parts(model)
+    trainer.train()
+
+    checkpoint = str(tmp_path / f"checkpoint-{at}")
+    resumed = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    trainer, again = parts(resumed)
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    assert again.fired == schedule.fired == [3, 5]
+    assert again.state_dict() == schedule.state_dict()
+    same_weights(model, resumed)
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_a_model_of_the_starting_sizes_is_resumed_bitwise(at, tmp_path):
+    def parts():
+        model = make("llama", tied=True)
+        trainer = trainer_of(model, tmp_path, save_strategy="steps", save_steps=1)
+        schedule = GrowthSchedule([At(step=2, to=WIDER), At(step=4, to=DEEPER)])
+        hf.attach(trainer, schedule)
+        return model, trainer, schedule
+
+    model, trainer, _ = parts()
+    trainer.train()
+
+    checkpoint = str(tmp_path / f"checkpoint-{at}")
+    resumed, trainer, schedule = parts()
+    hf.resume(trainer, checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    assert schedule.fired == [2, 4]
+    same_weights(model, resumed)
+    with pytest.raises(PlanError, match="holds no schedule"):
+        hf.resume(trainer, str(tmp_path))
+
+
+def test_a_checkpoint_of_a_run_without_a_schedule_counts_the_trainers_steps(tmp_path):
+    model = make("llama", tied=True)
+    trainer_of(model, tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+
+    trainer = trainer_of(model, tmp_path, save_strategy="steps", save_steps=2)
+    schedule = GrowthSchedule([At(step=4, to=WIDER)])
+    hf.attach(trainer, schedule)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+    assert schedule.fired == [4] and schedule.counts.n_steps == 6
+    assert (tmp_path / "checkpoint-6").exists()
+
+
+def test_growth_is_in_the_event_files_and_no_loss_is_lost(tmp_path):
+    model = make("llama", tied=True)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(tmp_path / "runs")
+    trainer = trainer_of(model, tmp_path, report_to=["tensorboard"])
+    hf.attach(trainer, GrowthSchedule([At(step=2, to=WIDER)]))
+    try:
+        trainer.train()
+    finally:
+        del os.environ["TENSORBOARD_LOGGING_DIR"]
+
+    (file,) = Path(tmp_path / "runs").rglob("events.out.tfevents.*")
+    events = event_accumulator.EventAccumulator(str(file))
+    events.Reload()
+    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}  # fmt: skip
+    assert scalars["train/growth/hidden"] == [(2, 48.0)]
+    n = sum(p.numel() for p in model.parameters())
+    assert scalars["train/growth/parameters"] == [(2, float(n))]
+    assert [step for step, _ in scalars["train/loss"]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_trainers_metrics_and_tokens_fire_events(tmp_path):
+    model = make("llama", tied=True)
+    trainer = trainer_of(
+        model, tmp_path, eval_strategy="steps", eval_steps=1, include_num_input_tokens_seen="all"
+    )  # fmt: skip
+    events = [
+        WhenPlateau(metric="eval_loss", patience=2, min_delta=100, to=WIDER),
+        At(tokens=5 * 24, to=DEEPER),
+    ]
+    schedule = GrowthSchedule(events)
+    hf.attach(trainer, schedule)
+
+    trainer.train()
+
+    assert schedule.fired == [4, 5]  # evaluated after steps 1, 2, 3; five batches of 2 x 12 tokens
+    assert schedule.counts.n_tokens == 6 * 24
+
+
+def test_tokens_that_the_trainer_does_not_count_are_refused(tmp_path):
+    trainer = trainer_of(make("llama", tied=True), tmp_path)
+
+    with pytest.raises(PlanError, match='include_num_input_tokens_seen="all"'):
+        hf.attach(trainer, GrowthSchedule([At(tokens=100)]))
+
+
+def test_a_second_schedule_is_refused_until_the_first_is_taken_off(tmp_path):
+    trainer = trainer_of(make("llama", tied=True), tmp_path)
+    first = hf.attach(trainer, GrowthSchedule([At(step=1)]))
+
+    with pytest.raises(PlanError, match="another one is attached"):
+        hf.attach(trainer, GrowthSchedule([At(step=2)]))
+    trainer.remove_callback(first)
+    hf.attach(trainer, GrowthSchedule([At(step=2)]))
+
+
+def test_the_best_model_is_one_of_the_final_size(tmp_path):
+    model = make("llama", tied=True)
+    trainer = trainer_of(
+        model, tmp_path, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True,
+    )  # fmt: skip
+    hf.attach(trainer, GrowthSchedule([At(step=3, to=WIDER)]))
+
+    trainer.train()  # the "best" of all was before the growth
+
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert max(losses) > max(losses[2:])
+    assert trainer.state.best_metric == max(losses[2:])
+    assert model.config.hidden_size == model.get_input_embeddings().embedding_dim == 48
+
+
+def test_a_second_train_and_a_run_that_failed_leave_no_hook_behind(tmp_path, monkeypatch):
+    model = make("llama", tied=True)
+    trainer = trainer_of(model, tmp_path, max_steps=2)
+    schedule = GrowthSchedule([At(step=3, to=WIDER)])
+    hf.attach(trainer, schedule)
+    trainer.train()
+    assert schedule.attachment is None and schedule.fired == []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "training_step", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+    trainer.train()
+
+    assert schedule.fired == [3] and schedule.attachment is None

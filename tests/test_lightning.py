@@ -1,0 +1,198 @@
+"""Lightning: growth at the end of a batch, before its checkpoint; a plain loop on the same batches ends with the same bits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import batch, loss_of, make
+
+import growkern
+from growkern.errors import PlanError
+from growkern.events import At, WhenPlateau
+from growkern.schedule import GrowthSchedule
+
+lightning = pytest.importorskip("lightning.pytorch")
+event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+callbacks = pytest.importorskip("growkern.integrations.lightning")
+
+WIDER, DEEPER = {"hidden": 48}, {"layers": 3}
+pytestmark = [  # Lightning's own
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*is deprecated:FutureWarning"),
+]
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, **sizes):
+        super().__init__()
+        self.model = make("llama", tied=True, **sizes)
+
+    def training_step(self, ids, index):
+        loss = loss_of(self.model, ids)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, ids, index):
+        self.log("val_loss", torch.tensor(1.0))
+
+    def configure_optimizers(self):
+        optim = torch.optim.AdamW(self.model.parameters(), lr=1e-2, fused=True)
+        return {
+            "optimizer": optim,
+            "lr_scheduler": {"scheduler": cosine(optim), "interval": "step"},
+        }
+
+
+def cosine(optim):
+    return torch.optim.lr_scheduler.LambdaLR(optim, lambda i: 1.0 - i / 20)
+
+
+def data(n=6):
+    return torch.utils.data.DataLoader([batch(seed=i) for i in range(n)], batch_size=None)
+
+
+def trainer_of(path, *several, **changes):
+    options = dict(
+        max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=str(path), log_every_n_steps=1, num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )  # fmt: skip
+    return lightning.Trainer(callbacks=list(several), **(options | changes))
+
+
+def same_weights(one, other):
+    assert dict(one.named_parameters()).keys() == dict(other.named_parameters()).keys()
+    for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("n_accumulated", [1, 2])
+def test_fit_ends_with_the_weights_of_a_loop_that_grows_by_hand(n_accumulated, tmp_path):
+    module = Module()
+    schedule = GrowthSchedule([At(step=2, to=WIDER), At(step=4, to=DEEPER)])
+    callback = callbacks.GrowthCallback(schedule)
+    trainer_of(tmp_path, callback, accumulate_grad_batches=n_accumulated).fit(
+        module, data(6 * n_accumulated)
+    )
+
+    by_hand = make("llama", tied=True)
+    optim = torch.optim.AdamW(by_hand.parameters(), lr=1e-2, fused=True)
+    scheduler = cosine(optim)
+    for i in range(6 * n_accumulated):
+        (loss_of(by_hand, batch(seed=i)) / n_accumulated).backward()
+        if (i + 1) % n_accumulated == 0:
+            optim.step()
+            scheduler.step()
+            optim.zero_grad()
+            if i + 1 == 2 * n_accumulated:
+                growkern.expand_inplace(by_hand, optim, to=WIDER, seed=0, scheduler=scheduler)
+            if i + 1 == 4 * n_accumulated:
+                growkern.expand_inplace(by_hand, optim, to=DEEPER, seed=1, scheduler=scheduler)
+
+    assert schedule.fired == [2, 4] and schedule.attachment is None
+    same_weights(module.model, by_hand)
+
+
+def test_checkpoints_hold_the_target_and_the_schedule_and_resume(tmp_path):
+    def parts(**sizes):
+        schedule = GrowthSchedule(
+            [At(step=2, to=WIDER, dynamics=None), At(step=5, to=DEEPER, dynamics=None)]
+        )
+        several = [
+            lightning.callbacks.ModelCheckpoint(
+                str(tmp_path), filename="{step}", every_n_train_steps=1, save_top_k=-1
+            ),
+            callbacks.GrowthCallback(schedule),
+        ]
+        return (
+            Module(**sizes), schedule, trainer_of(tmp_path, *several, enable_checkpointing=True, max_epochs=2)
+        )  # fmt: skip
+
+    module, schedule, trainer = parts()
+    trainer.fit(module, data(4))
+    path = tmp_path / "step=4.ckpt"  # the end of the first epoch
+    saved = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
+    assert saved["state_dict"]["model.model.embed_tokens.weight"].shape == (66, 48)
+    assert saved["callbacks"]["GrowthCallback"]["fired"] == [2]
+
+    grown = dict(hidden_size=48, num_attention_heads=8, num_key_value_heads=4, intermediate_size=80)
+    resumed, again, trainer = parts(**grown)
+    trainer.fit(resumed, data(4), ckpt_path=str(path))
+
+    assert again.fired == schedule.fired == [2, 5]
+    assert again.state_dict() == schedule.state_dict()
+    same_weights(module.model, resumed.model)
+
+
+def test_growth_is_in_the_event_files_whatever_the_logging_interval(tmp_path):
+    module = Module()
+    logger = pytest.importorskip("lightning.pytorch.loggers").TensorBoardLogger(str(tmp_path))
+    trainer = trainer_of(
+        tmp_path, callbacks.GrowthCallback(GrowthSchedule([At(step=2, to=WIDER)])),
+        logger=logger, log_every_n_steps=5,
+    )  # fmt: skip
+
+    trainer.fit(module, data())
+
+    (file,) = Path(tmp_path).rglob("events.out.tfevents.*")
+    events = event_accumulator.EventAccumulator(str(file))
+    events.Reload()
+    n = sum(p.numel() for p in module.model.parameters())
+    assert [(e.step, e.value) for e in events.Scalars("growth/hidden")] == [(2, 48.0)]
+    assert [(e.step, e.value) for e in events.Scalars("growth/parameters")] == [(2, float(n))]
+
+
+METRICS = {
+    "the-step's-loss": (dict(metric="loss", min_delta=100), 3),
+    "logged-in-training": (dict(metric="train_loss", min_delta=100), 3),
+    "logged-in-validation": (dict(metric="val_loss"), 7),  # after batches 2, 4, 6
+}
+
+
+@pytest.mark.parametrize(("options", "step"), METRICS.values(), ids=METRICS)
+def test_every_value_of_a_metric_is_observed_once(options, step, tmp_path):
+    module = Module()
+    schedule = GrowthSchedule([WhenPlateau(patience=2, to=WIDER, **options)])
+    trainer = trainer_of(
+        tmp_path, callbacks.GrowthCallback(schedule),
+        limit_val_batches=1, val_check_interval=2, num_sanity_val_steps=1,
+    )  # fmt: skip
+
+    trainer.fit(module, data(8), data(1))
+
+    assert schedule.fired == [step]
+
+
+def test_tokens_of_a_batch_are_counted(tmp_path):
+    schedule = GrowthSchedule([At(tokens=70, to=WIDER)])
+
+    trainer_of(tmp_path, callbacks.GrowthCallback(schedule, tokens=torch.numel)).fit(Module(), data())  # fmt: skip
+
+    assert schedule.fired == [3] and schedule.counts.n_tokens == 6 * 32
+
+
+def test_what_to_grow_is_never_guessed(tmp_path):
+    class Two(Module):
+        def __init__(self):
+            super().__init__()
+            self.other = torch.nn.Linear(2, 2)
+
+    class Optimizers(Module):
+        def configure_optimizers(self):
+            halves = [*self.model.parameters()][:2], [*self.model.parameters()][2:]
+            return [torch.optim.SGD(half, lr=0.1) for half in halves]
+
+        def training_step(self, ids, index):
+            raise AssertionError("never reached")
+
+        automatic_optimization = False
+
+    with pytest.raises(PlanError, match="Two holds parameters in model, other"):
+        trainer_of(tmp_path, callbacks.GrowthCallback(GrowthSchedule([At(step=1)]))).fit(Two(), data())  # fmt: skip
+    with pytest.raises(PlanError, match="this module configures 2"):
+        trainer_of(tmp_path, callbacks.GrowthCallback(GrowthSchedule([At(step=1)]))).fit(Optimizers(), data())  # fmt: skip
+    schedule = GrowthSchedule([At(step=1, to=WIDER)])
+    trainer_of(tmp_path, callbacks.GrowthCallback(schedule, lambda m: m.model)).fit(Two(), data())
+    assert schedule.fired == [1]

@@ -1,0 +1,146 @@
+"""What a schedule refuses, and what a growth that fails leaves behind."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from models import batch, loss_of, make
+from test_schedule import DEEPER, WIDER, optimizer, run, same_weights, schedule_at
+
+import growkern
+from growkern.errors import CommitError, GrowthError, PlanError, UnsupportedModelError
+from growkern.events import At, WhenSlope
+from growkern.schedule import GrowthSchedule
+
+
+def test_two_schedules_on_one_optimizer_are_refused_until_one_is_removed():
+    model = make("llama", tied=True)
+    optim = optimizer(model)
+    first, second = schedule_at(1, to=WIDER), schedule_at(1, to=DEEPER)
+    handle = first.attach(model, optim)
+
+    with pytest.raises(PlanError, match="a schedule of 1 events drives this AdamW already"):
+        second.attach(model, optim)
+    with pytest.raises(PlanError, match="attached to an optimizer already"):
+        first.attach(model, optimizer(model))
+    handle.remove()
+    handle.remove()
+    second.attach(model, optim)
+    run(model, optim, 1)
+
+    assert first.fired == [] and second.fired == [1]
+
+
+def test_a_schedule_goes_with_its_optimizer_and_holds_nothing_alive():
+    model = make("llama", tied=True)
+    schedule = schedule_at(2, to=WIDER)
+    gc.disable()  # nothing may wait for it: what is let go in a cycle still holds state of the model
+
+    def epoch():
+        optim = optimizer(model)
+        scheduler = torch.optim.lr_scheduler.StepLR(optim, 10)
+        schedule.attach(model, optim, scheduler)
+        run(model, optim, 1)
+        return weakref.ref(optim)
+
+    try:
+        assert epoch()() is None and schedule.attachment is None
+        epoch()
+    finally:
+        gc.enable()
+    assert schedule.fired == [2] and model.config.hidden_size == 48
+
+
+def test_what_cannot_grow_is_refused_when_it_is_attached():
+    with pytest.raises(UnsupportedModelError, match="no family describes"):
+        schedule_at(1).attach(torch.nn.Linear(2, 2), optimizer(torch.nn.Linear(2, 2)))
+    with pytest.raises(
+        PlanError, match="unknown options to. Known: spec, backend, ema, rules, memory"
+    ):
+        schedule_at(1).attach(make("llama", tied=True), None, to="3x")
+    with pytest.raises(PlanError, match="ZeroRedundancyOptimizer shares parameters out"):
+        zero = type("ZeroRedundancyOptimizer", (torch.optim.SGD,), {})
+        schedule_at(1).attach(model := make("llama", tied=True), zero(model.parameters(), lr=1e-3))
+    with pytest.raises(PlanError, match="optim is no torch Optimizer, but str"):
+        schedule_at(1).attach(make("llama", tied=True), "adamw")
+
+
+def test_tokens_that_nobody_reports_are_an_error_at_the_second_step():
+    model = make("llama", tied=True)
+    optim = optimizer(model)
+    schedule = GrowthSchedule([At(tokens=100)])
+    schedule.attach(model, optim)
+
+    run(model, optim, 1)
+    with pytest.raises(PlanError, match=r"\(100 tokens\): 2 steps have reported no tokens"):
+        run(model, optim, 1)
+    with pytest.raises(PlanError, match="no compute was reported"):
+        GrowthSchedule([WhenSlope(tau=1)]).observe(loss=1.0)
+    with pytest.raises(PlanError, match="0 or more"):
+        schedule.observe(tokens=-1)
+
+
+def test_a_growth_that_fails_leaves_the_step_with_its_error_and_the_event_waiting(monkeypatch):
+    model = make("llama", tied=True)
+    optim = optimizer(model)
+    schedule = schedule_at(2, to=WIDER)
+    schedule.attach(model, optim)
+    run(model, optim, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("growkern.commit._attributes", lambda *a: 1 / 0)
+        with pytest.raises(CommitError, match="taken back"):
+            run(model, optim, 1)
+
+    assert model.config.hidden_size == 24 and schedule.fired == [] and schedule.history == []
+    assert schedule.counts.n_steps == 2  # the step itself was taken
+    run(model, optim, 1)
+    assert model.config.hidden_size == 48 and schedule.fired == [3]
+
+
+def test_a_growth_that_fails_under_a_grad_scaler_leaves_the_scale_as_it_was(monkeypatch):
+    model, twin = make("llama", tied=True), make("llama", tied=True)
+    optim, other = optimizer(model, fused=True), optimizer(twin, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    schedule_at(1, to=WIDER).attach(model, optim)
+    patch = monkeypatch.context()
+    with patch as patched:
+        patched.setattr("growkern.commit._attributes", lambda *a: 1 / 0)
+        for i in range(3):
+            optim.zero_grad()
+            scaler.scale(loss_of(model, batch(seed=i))).backward()
+            with pytest.raises(CommitError):
+                scaler.step(optim)
+            scaler.update()
+
+    run(twin, other, 3)
+    same_weights(model, twin)
+
+
+def test_a_control_c_with_the_last_write_leaves_a_growth_that_is_done_and_recorded(monkeypatch):
+    model = make("llama", tied=True)
+    optim = optimizer(model)
+    schedule = schedule_at(1, to=WIDER)
+    schedule.attach(model, optim)
+
+    def interrupted(*args, **options):
+        growkern.expand_inplace(*args, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("growkern.schedule.expand_inplace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, optim, 1)
+    run(model, optim, 1)
+
+    assert model.config.hidden_size == 48
+    assert schedule.fired == [1] and len(schedule.history) == 1
+
+
+def test_an_impossible_size_is_a_plan_error_out_of_the_step():
+    model = make("llama", tied=True)
+    optim = optimizer(model)
+    schedule_at(1, to={"hidden": 12}).attach(model, optim)
+
+    with pytest.raises(GrowthError, match="smaller than the source 24"):
+        run(model, optim, 1)

@@ -1,0 +1,58 @@
+"""Wrappers are looked through, of optimizers and of compiled models; a compiled step leaves the schedule alone."""
+
+import pytest
+import torch
+from models import batch, loss_of, make
+from test_schedule import WIDER, optimizer, run, schedule_at
+
+from growkern.events import At
+from growkern.schedule import GrowthSchedule
+from growkern.wrappers import unwrapped
+
+
+def test_wrappers_are_looked_through_by_name():
+    class AcceleratedOptimizer:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    class LightningOptimizer:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    class LightningAdamW(LightningOptimizer, torch.optim.AdamW):
+        pass
+
+    optim = optimizer(make("llama", tied=True))
+
+    assert unwrapped(AcceleratedOptimizer(LightningAdamW(optim))) is optim
+
+
+def test_a_compiled_model_is_looked_through():
+    optim = optimizer(model := make("llama", tied=True))
+    compiled = torch.compile(model, backend="eager")
+    schedule_at(1, to=WIDER).attach(compiled, optim)
+
+    run(compiled, optim, 2)
+
+    assert model.config.hidden_size == 48
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles its optimizer
+def test_a_schedule_is_not_traced_when_the_step_is_compiled():
+    traced = []
+
+    class Watching(At):
+        def due(self, counts):
+            traced.append(torch.compiler.is_compiling())
+            return super().due(counts)
+
+    optim = optimizer(model := make("llama", tied=True))
+    schedule = GrowthSchedule([Watching(step=9)])
+    schedule.attach(model, optim)
+    step = torch.compile(optim.step, backend="eager")
+
+    for i in range(3):
+        loss_of(model, batch(seed=i)).backward()
+        step()
+
+    assert traced == [False] * 3 and schedule.counts.n_steps == 3
