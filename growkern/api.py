@@ -16,7 +16,13 @@ from growkern.ddp import Ranks
 from growkern.depth import IdentityBlocks
 from growkern.describe import describe, describe_optimizer, tensors_of
 from growkern.dynamics import Multiplier, lr_factors, multipliers, scales, slices
-from growkern.errors import CommitError, GrowthError, PlanError, UnsupportedOptimizerError
+from growkern.errors import (
+    CommitError,
+    GrowthError,
+    PlanError,
+    UnsupportedModelError,
+    UnsupportedOptimizerError,
+)
 from growkern.execute import Execution, Memory
 from growkern.forgotten import Live, forgotten_schedulers, refuse_forgotten
 from growkern.groups import check_scheduler, follows, schedulers
@@ -192,6 +198,10 @@ def grow(
             "plan= already says what to grow; leave to=, width=, depth= and dynamics= out."
         )
     check_scheduler(optim, scheduler)
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UnsupportedModelError(
+            f"model: expected a torch.nn.Module, got {type(model).__name__}."
+        )
     averages = _averages(model, ema)
     if optim is not None and (before := scale_of(optim)) is not None:
         before.restore()  # a schedule's hook may run before the one that ends the step

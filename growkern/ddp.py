@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from growkern.errors import CommitError, PlanError
 
+BLOCK = (
+    1 << 20
+)  # elements summed at a time: the sum is in int64, and a copy in it would be twice the parameter
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of an element
 
 
@@ -79,6 +82,8 @@ class Ranks:
 
     def check(self) -> None:
         """Raise CommitError unless all processes hold the same bits."""
+        if not self.wrappers:
+            return
         params = dict(self.model.named_parameters())
         sums = torch.stack([_checksum(p) for p in params.values()])
         for rows in self._gathered(sums):
@@ -101,8 +106,8 @@ class Ranks:
 
 
 def _checksum(p: Tensor) -> Tensor:
-    bits = p.detach().contiguous().view(BITS[p.element_size()])
-    return bits.sum(dtype=torch.int64)
+    bits = p.detach().contiguous().view(BITS[p.element_size()]).flatten()
+    return torch.stack([part.sum(dtype=torch.int64) for part in bits.split(BLOCK)]).sum()
 
 
 def _rebuild(ddp: Any) -> None:
