@@ -3,8 +3,11 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
-from models import Plain, batch
+from models import Plain, batch, make
+
+import growkern
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -27,11 +30,108 @@ def test_a_model_of_your_own_grows_by_its_spec():
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
     before = model(batch())
 
-    exec(EXAMPLES[2], {"model": model, "optim": optim})
+    exec(EXAMPLES[-1], {"model": model, "optim": optim})
 
     assert (len(model.blocks), model.wte.embedding_dim) == (3, 36)
     assert torch.allclose(model(batch()), before, atol=1e-4)
 
 
 def test_the_spec_of_the_example_has_under_40_lines():
-    assert "ModelSpec(" in EXAMPLES[2] and len(EXAMPLES[2].splitlines()) < 40
+    assert "ModelSpec(" in EXAMPLES[-1] and len(EXAMPLES[-1].splitlines()) < 40
+
+
+LOOPS = EXAMPLES[2:-1]
+AT = ("step=1000", "step=2"), ("step == 1000", "step == 2"), ("max_steps=4000", "max_steps=5")
+
+
+def loop(index: int, **names: object) -> dict:
+    """Run a loop of the README, with growth early on."""
+    text = LOOPS[index]
+    for long, short in AT:
+        text = text.replace(long, short)
+    names |= {"growkern": growkern, "torch": torch}
+    exec(text, names)
+    return names
+
+
+def things():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optim, lambda t: 1 / (1 + t))
+    return model, optim, scheduler, [batch(seed) for seed in range(5)]
+
+
+def test_there_are_five_loops_of_under_ten_lines():
+    assert len(LOOPS) == 5 and all(len(text.splitlines()) < 10 for text in LOOPS)
+
+
+def test_the_plain_loop():
+    model, optim, scheduler, batches = things()
+
+    names = loop(0, model=model, optim=optim, scheduler=scheduler, batches=batches)
+
+    assert model.config.hidden_size == 48 and names["schedule"].fired == [2]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_the_loop_of_transformers(tmp_path):
+    import transformers
+
+    model, *_ = things()
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=1, report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    dataset = [{"input_ids": row, "labels": row} for row in batch(n=8)]
+
+    loop(1, transformers=transformers, model=model, arguments=arguments, dataset=dataset)
+
+    assert model.config.hidden_size == 48
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_loop_of_lightning(tmp_path, monkeypatch):
+    import lightning
+
+    monkeypatch.chdir(tmp_path)
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = things()[0]
+
+        def training_step(self, ids, _):
+            return self.model(ids, labels=ids).loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    module = Module()
+    loader = torch.utils.data.DataLoader(batch(n=16), batch_size=2)
+    loop(2, lightning=lightning, module=module, loader=loader)
+
+    assert module.model.config.hidden_size == 48
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_loop_of_accelerate():
+    import accelerate
+
+    model, optim, scheduler, batches = things()
+    loader = torch.utils.data.DataLoader(torch.cat(batches), batch_size=2)
+    accelerator = accelerate.Accelerator(cpu=True)
+
+    loop(3, accelerator=accelerator, model=model, optim=optim, scheduler=scheduler, batches=loader)
+
+    assert model.config.hidden_size == 48
+
+
+def test_the_loop_of_distributed_data_parallel():
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, optim, _, batches = things()
+        names = loop(4, model=model, optim=optim, batches=batches)
+        assert model.config.hidden_size == 48 and names["ddp"].module is model
+    finally:
+        dist.destroy_process_group()
