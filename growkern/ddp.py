@@ -107,7 +107,8 @@ class Ranks:
 
 def _checksum(p: Tensor) -> Tensor:
     bits = p.detach().contiguous().view(BITS[p.element_size()]).flatten()
-    return torch.stack([part.sum(dtype=torch.int64) for part in bits.split(BLOCK)]).sum()
+    parts: tuple[Tensor, ...] = torch.split(bits, BLOCK)
+    return torch.stack([part.sum(dtype=torch.int64) for part in parts]).sum()
 
 
 def _rebuild(ddp: Any) -> None:

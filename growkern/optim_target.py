@@ -160,11 +160,13 @@ def _scales(target: OptimTarget, params: Mapping[str, nn.Parameter], undo: Undo)
     """Hooks for the parameters whose updates are scaled beside the groups."""
     scales: dict[Tensor, Scale] = {params[n]: scale for n, scale in target.scales.items()}
     before = scale_of(target.optim)
+    rules = target.described.rules.items()
+    orders = {key: (rule.weight, rule.grad) for key, rule in rules if rule is not None}
     if before is not None:
+        undo.attribute(before, "orders", orders)
         undo.attribute(before, "scales", scales)
     elif scales:
-        values = [key for key, rule in target.described.rules.items() if rule and rule.value]
-        undo.steps.append(UpdateScale(target.optim, scales, values=values).remove)
+        undo.steps.append(UpdateScale(target.optim, scales, orders=orders).detach)
 
 
 def check_state(optim: Optimizer, described: OptimSpec) -> None:

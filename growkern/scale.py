@@ -4,7 +4,7 @@ The optimizer sees ``p / s`` and ``p.grad / a``; what it adds to ``p / s`` is ad
 (epsilons, decay of either kind, bounds, averages) is then what it was in those units, for any optimizer, element by element.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,8 @@ class UpdateScale:
     Args:
         optim: Any optimizer.
         scales: Parameter -> one factor on its update, or a ``Scale``.
-        values: Keys of the optimizer's state that are in the units of the weights (``ax`` of ASGD, ``z`` of schedule-free).
+        orders: State key -> powers of ``s`` and ``a`` in its units. What is in those of the weights (``ax`` of ASGD, ``z`` of
+            schedule-free) is handed over and brought back with them; the rest stays in the optimizer's until ``remove``.
 
     Raises:
         PlanError: A parameter is not the optimizer's, or a factor does not fit it; the optimizer has an ``UpdateScale`` already.
@@ -55,11 +56,11 @@ class UpdateScale:
         optim: Optimizer,
         scales: Mapping[Tensor, Scale] | Mapping[Tensor, float],
         *,
-        values: Sequence[str] = (),
+        orders: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         if scale_of(optim) is not None:
             raise PlanError("this optimizer has an UpdateScale already; remove() that one first.")
-        self.optim, self.values = optim, tuple(values)
+        self.optim, self.orders = optim, dict(orders or {})
         self.scales = {p: _checked(optim, p, scale) for p, scale in scales.items()}
         self._before: dict[Tensor, dict[str, Tensor]] = {}  # by state key; "" is the parameter
         self._hooks = [
@@ -70,8 +71,27 @@ class UpdateScale:
         hooks.move_to_end(self._hooks[1].id, last=False)  # others see parameters in their own units
 
     def remove(self) -> None:
-        """Take the hooks off; the optimizer sees parameters as they are."""
+        """Take the hooks off; the optimizer sees parameters as they are, and its state is brought into their units.
+
+        Raises:
+            PlanError: It holds state that is no tensor of its parameter's number of axes; nothing has changed.
+        """
         self.restore()
+        found = [(p, one, key) for p, one in self.scales.items() for key in self._own(p)]
+        for p, _, key in found:
+            if self.optim.state[p][key].dim() != p.dim():
+                raise PlanError(
+                    f"UpdateScale: the state {key!r} cannot be brought into other units."
+                )
+        with torch.no_grad():
+            for p, one, key in found:
+                for factors, power in zip((one.update, one.grad), self.orders[key], strict=True):
+                    t = self.optim.state[p][key]
+                    _multiplied(t, tuple(_power(f, power, n) for f, n in zip(factors, t.shape, strict=False)))  # fmt: skip
+        self.detach()
+
+    def detach(self) -> None:
+        """Take the hooks off, and leave the optimizer's state as it is."""
         for hook in self._hooks:
             hook.remove()
 
@@ -100,7 +120,7 @@ class UpdateScale:
             places[p]: {"update": s.update, "grad": s.grad, "gain": s.gain}
             for p, s in self.scales.items()
         }
-        return {"scales": scales, "values": self.values}
+        return {"scales": scales, "orders": self.orders}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the factors of another run of the same optimizer.
@@ -113,7 +133,7 @@ class UpdateScale:
             raise PlanError(f"UpdateScale: the optimizer holds no parameter at {unknown[:5]}.")
         scales = {params[place]: Scale(**one) for place, one in state["scales"].items()}
         self.scales = {p: _checked(self.optim, p, one) for p, one in scales.items()}
-        self.values = tuple(state["values"])
+        self.orders = dict(state["orders"])
 
     def _places(self) -> dict[Tensor, int]:
         params = [p for group in self.optim.param_groups for p in group["params"]]
@@ -122,7 +142,13 @@ class UpdateScale:
     def _tensors(self, p: Tensor) -> dict[str, Tensor]:
         """The parameter and the state that is in its units."""
         state = self.optim.state.get(p, {})
-        return {"": p} | {k: state[k] for k in self.values if isinstance(state.get(k), Tensor)}
+        keys = [key for key, powers in self.orders.items() if powers == (1, 0)]
+        return {"": p} | {k: state[k] for k in keys if isinstance(state.get(k), Tensor)}
+
+    def _own(self, p: Tensor) -> list[str]:
+        """Keys of the state that stays in the optimizer's units."""
+        state: Mapping[str, Any] = self.optim.state.get(p, {}) if self.scales[p].grad else {}
+        return [k for k, powers in self.orders.items() if powers != (1, 0) and isinstance(state.get(k), Tensor)]  # fmt: skip
 
     def _decay(self, p: Tensor) -> float:
         group = next(g for g in self.optim.param_groups if any(q is p for q in g["params"]))
@@ -206,6 +232,12 @@ def _vectors(t: Tensor, factors: tuple[Factor, ...]) -> list[Factor]:
         elif factor != 1.0:
             found.append(factor)
     return found
+
+
+def _power(factor: Factor, power: float, n: int) -> Factor:
+    """A factor along an axis of ``n``; its mean where the state is an average over the axis."""
+    raised = factor**power
+    return float(raised.mean()) if isinstance(raised, Tensor) and n == 1 else raised
 
 
 def _divided(t: Tensor, factors: tuple[Factor, ...]) -> Tensor:

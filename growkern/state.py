@@ -94,13 +94,15 @@ class Law:
         Args:
             state: ``"exact"``: the law. ``"copy"``: gathered as it is. ``"asymmetric"``: the first copy keeps what it was, the
                 others start from 0 (SPARKLING, arXiv:2602.02472). ``"zero_pad"``: the first copy by the law, the others from 0.
-            source_units: True when the optimizer goes on in the source's units (``UpdateScale``): what is no value is gathered.
+            source_units: True when the optimizer goes on in the source's units (``UpdateScale``): what is not in those of the
+                weights is gathered.
         """
 
         def one(rule: Rule | None) -> Rule | None:
             if rule is None or rule.value:
                 return rule
-            if source_units or state in ("copy", "asymmetric"):
+            own = source_units and (rule.weight, rule.grad) != (1, 0)
+            if own or state in ("copy", "asymmetric"):
                 rule = replace(rule, weight=0, grad=0)
             if state in ("asymmetric", "zero_pad"):
                 rule = replace(rule, first=True, lost="zero")

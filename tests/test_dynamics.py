@@ -255,6 +255,23 @@ def test_a_step_that_fails_half_way_leaves_parameters_to_be_restored(monkeypatch
     assert scale_of(optim) is None and not optim._optimizer_step_post_hooks
 
 
+@pytest.mark.parametrize("name", ["AdamW", "Adafactor", "Rprop", "ASGD", "Adadelta", "RMSprop"])
+def test_state_is_by_the_law_when_the_hooks_are_taken_off(name):
+    def grown(dynamics):
+        model, optim = warmed(name, n=3)
+        grow(model, optim, to={"hidden": 48, "ffn": 50}, width=QUIET, dynamics=dynamics)
+        if dynamics:
+            scale_of(optim).remove()
+        return model, optim
+
+    (model, optim), (other, plain) = grown("exact"), grown(None)
+
+    assert scale_of(optim) is None
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        for key, value in plain.state[q].items():
+            torch.testing.assert_close(optim.state[p][key], value, rtol=1e-12, atol=0, msg=key)
+
+
 def test_update_scale_goes_with_a_checkpoint(monkeypatch, tmp_path):
     exact_norms(monkeypatch)
     model, optim = warmed("AdamW", n=3)
