@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from bench.bench_adamw import OURS
 from bench.bench_models import DOUBLE, GPT2_WIDE, HOST, REPEAT, XL_WIDE
 from bench.harness import ROOF, Row, number
 
@@ -119,12 +120,24 @@ def _first(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
         yield number(row["p50_ms"]) / 1e3
 
 
+def _adamw(baseline: str) -> Callable[[Sequence[Row], str, str], Iterator[float]]:
+    def measure(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
+        for row in find(rows, op="adamw", backend=OURS) if noise == NOISES[1] else ():
+            same = {key: row[key] for key in ("op", "case", "dtype")}
+            if not str(row["case"]).endswith("slices"):
+                yield from (times(row, other) for other in find(rows, backend=baseline, **same))
+
+    return measure
+
+
 BARS = (
     Bar(f"{GPT2_WIDE}: of a cold copy_ of the same bytes", 50, "%", _model_roof),
     Bar(f"{GPT2_WIDE}: over {DOUBLE}", 8, "x", _over_double),
     Bar(f"{GPT2_WIDE}: over {REPEAT}, per byte", 8, "x", _over_repeat),
     Bar(f"{GPT2_WIDE}: peak memory off the promise", 2, "%", _peak, at_most=True),
     Bar(f"{GPT2_WIDE}: on the host", 10, "ms", _host, at_most=True),
+    Bar("growkern.optim.AdamW without slices: over torch's foreach", 1, "x", _adamw("foreach")),
+    Bar("growkern.optim.AdamW: over torch's fused", 1, "x", _adamw("fused"), gpu=True),
     Bar("run maps, >= 64 MB, Adam: of the roof", 90, "%", _roof(RUN_MAPS), gpu=True),
     Bar("random maps, >= 64 MB, Adam: of the roof", 60, "%", _roof(RANDOM_MAPS), gpu=True),
     Bar(f"{XL_WIDE}: time over that of a copy", 1.25, "x", _over_copy, at_most=True, gpu=True),

@@ -1,15 +1,20 @@
 """Growth in Lightning's Trainer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import Unpack
 
+from growkern.describe import describe
 from growkern.errors import PlanError
+from growkern.history import resume
+from growkern.plan import GrowthPlan
 from growkern.schedule import Attachment, GrowthSchedule, Options, growth_metrics
+from growkern.spaces import ModelSpec
 
 
 class GrowthCallback(Callback):
@@ -17,7 +22,8 @@ class GrowthCallback(Callback):
 
     Growth happens at the end of a batch whose step is done, before checkpoints of it are written. The schedule observes the loss of
     the training step as ``loss``, and what the module logs, each once per value; growth goes to the loggers; the schedule is saved
-    and restored with checkpoints.
+    and restored with checkpoints. One from after a growth loads into a module of the starting sizes, by ``ckpt_path`` alone: its
+    growths are replayed first.
 
     Args:
         schedule: What grows when.
@@ -41,18 +47,49 @@ class GrowthCallback(Callback):
         self.options = options
         self.attachment: Attachment | None = None
         self.owners: dict[str, str] = {}
+        self.waiting: Callable[[], None] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let weights from after a growth wait: Lightning loads weights before there is an optimizer to replay growths on."""
+        self._let_load(trainer)
+        load = trainer.strategy.load_model_state_dict
+
+        def load_or_wait(checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+            saved = checkpoint.get("callbacks", {}).get(self.state_key, {})
+            history = [GrowthPlan.from_json(one) for one in saved.get("history", [])]
+
+            def replay_and_load() -> None:
+                model, live = self.model(pl_module), trainer.optimizers if stage == "fit" else []
+                # Grown before, the module loads the weights as it is.
+                if history and self._spec(model).sizes == history[0].source_sizes:
+                    optim = _single(live) if live else None
+                    ema = self.options.get("ema")
+                    resume(model, optim, history, scheduler=_schedulers(trainer), ema=ema, spec=self._spec)  # fmt: skip
+                load(checkpoint, strict=strict)
+
+            if history and stage == "fit" and not trainer.optimizers:
+                self.waiting = replay_and_load
+            else:
+                replay_and_load()
+
+        trainer.strategy.load_model_state_dict = load_or_wait
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Replay growths on model and optimizer, and load the weights that waited; the optimizer's state comes next."""
+        waiting, self.waiting = self.waiting, None
+        if waiting is not None:
+            waiting()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the trainer as it was."""
+        self._let_load(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the optimizer, which is restored by now."""
-        if len(trainer.optimizers) != 1:
-            raise PlanError(
-                f"GrowthCallback drives one optimizer; this module configures {len(trainer.optimizers)}. Use schedule.attach(model, "
-                "optim, scheduler) on the one that trains the model, in on_train_start."
-            )
+        optim = _single(trainer.optimizers)
         self._detach()
-        several = [config.scheduler for config in trainer.lr_scheduler_configs]
         self.attachment = self.schedule.attach(
-            self.model(pl_module), trainer.optimizers[0], several, deferred=True, **self.options
+            self.model(pl_module), optim, _schedulers(trainer), deferred=True, **self.options
         )
 
     def on_train_batch_end(
@@ -82,8 +119,9 @@ class GrowthCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Detach."""
+        """Detach, and leave the trainer as it was."""
         self._detach()
+        self._let_load(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The schedule's."""
@@ -114,6 +152,27 @@ class GrowthCallback(Callback):
         if self.attachment is not None:
             self.attachment.remove()
         self.attachment = None
+
+    def _let_load(self, trainer: Trainer) -> None:
+        self.waiting = None
+        vars(trainer.strategy).pop("load_model_state_dict", None)
+
+    def _spec(self, model: nn.Module) -> ModelSpec:
+        spec = self.options.get("spec")
+        return describe(model, spec(model) if callable(spec) else spec)
+
+
+def _single(optims: list[Optimizer]) -> Optimizer:
+    if len(optims) != 1:
+        raise PlanError(
+            f"GrowthCallback drives one optimizer; this module configures {len(optims)}. Use schedule.attach(model, "
+            "optim, scheduler) on the one that trains the model, in on_train_start."
+        )
+    return optims[0]
+
+
+def _schedulers(trainer: Trainer) -> list[object]:
+    return [config.scheduler for config in trainer.lr_scheduler_configs]
 
 
 def _only_child(pl_module: LightningModule) -> nn.Module:
