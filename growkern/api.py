@@ -128,7 +128,8 @@ def expand_inplace(
             None leaves learning rates alone and reports the factors.
         spec: Description of a model of your own.
         seed: Of all noise.
-        backend: ``"triton"``, ``"torch"``, or None for triton on a GPU and torch elsewhere.
+        backend: ``"triton"``, ``"torch"``, or None for triton on a GPU and torch elsewhere; ``"nan"`` changes structure alone,
+            and what is replaced is NaN (``resume``).
         plan: A plan made before, in place of ``to``, ``width``, ``depth``, ``state``, ``dynamics`` and ``seed``.
         scheduler: The learning-rate scheduler that drives ``optim``, or a list of them; they follow the split groups.
         ema: Averages of the model (``AveragedModel``, or any module like ``model``), grown by the same plan; ``()`` when
@@ -158,33 +159,6 @@ def expand_inplace(
     Reference:
         The dual law of weights and gradients, README.md, "How it works".
     """
-    return grow(
-        model, optim, to=to, width=width, depth=depth, state=state, dynamics=dynamics, spec=spec, seed=seed, backend=backend,
-        plan=plan, scheduler=scheduler, ema=ema, masters=masters, rules=rules, memory=memory,
-    )  # fmt: skip
-
-
-def grow(
-    model: nn.Module,
-    optim: Optimizer | None,
-    *,
-    to: Target = "2x",
-    width: WidthMethod | None = None,
-    depth: DepthMethod | None = None,
-    state: str = "exact",
-    dynamics: str | None = "mup",
-    spec: ModelSpec | None = None,
-    seed: int = 0,
-    backend: str | None = None,
-    plan: GrowthPlan | None = None,
-    scheduler: object | None = None,
-    ema: nn.Module | Sequence[nn.Module] | None = None,
-    masters: Masters | None = None,
-    rules: Mapping[str, int | None] | None = None,
-    memory: Memory | None = None,
-    values: bool = True,
-) -> GrowthReport:
-    """``expand_inplace``; without ``values`` it changes structure alone, and what is replaced is NaN."""
     start = perf_counter()
     model = unwrapped(model)
     if plan is not None and not isinstance(plan, GrowthPlan):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -235,7 +209,7 @@ def grow(
         sources = tensors_of(model, optim, found, masters)
         if law is not None and law.resets:
             sources.states.clear()
-        run = Execution(plan, sources, grown, backend=backend, memory=memory, values=values)
+        run = Execution(plan, sources, grown, backend=backend, memory=memory)
         shadows = [run.of(tensors_of(average, None, found)) for average in averages]
         norms = [_grad_norm(plan, sources, "source")]
         lean = run.memory == "lean"

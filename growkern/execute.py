@@ -24,6 +24,7 @@ from growkern.tensors import Tensors
 
 Memory = Literal["stage", "lean"]
 MEMORIES = ("stage", "lean")
+NOTHING = "nan"  # a backend for targets that a checkpoint is going to fill
 Job = tuple[TensorRow, Tensor, Tensor, Rule]  # row, source, target, how it grows
 
 
@@ -46,7 +47,6 @@ class Execution:
     """A growth that is ready to run: its memory is known and fits.
 
     Attributes:
-        values: False for targets that a checkpoint is going to fill: they are NaN.
         cutter: Of this plan; executions that share one give the values of a name the same noise.
         memory: ``"stage"``: every target beside every source, then one swap. ``"lean"``: set by set, sources freed on the way.
         peak_bytes: What it takes at most beyond what was there, on the device that takes most.
@@ -63,7 +63,6 @@ class Execution:
         backend: str | None = None,
         memory: Memory | None = None,
         cutter: Cutter | None = None,
-        values: bool = True,
     ) -> None:
         """Check that the plan fits the tensors and the tensors the memory; see ``execute``.
 
@@ -72,7 +71,7 @@ class Execution:
             InsufficientMemoryError: It does not fit, with both figures.
         """
         self.plan, self.sources, self.backend = plan, sources, backend
-        self.rules, self.cutter, self.values = rules, cutter or Cutter(plan), values
+        self.rules, self.cutter = rules, cutter or Cutter(plan)
         if memory is not None and memory not in MEMORIES:
             raise PlanError(f"unknown memory={memory!r}: 'stage', 'lean' or None, for what fits.")
         shapes = [
@@ -89,8 +88,8 @@ class Execution:
     def of(self, sources: Tensors) -> "Execution":
         """The same growth of other tensors of these names (an average of the model), with the same noise."""
         return Execution(
-            self.plan, sources, {}, backend=self.backend, memory=self.memory, cutter=self.cutter, values=self.values
-        )  # fmt: skip
+            self.plan, sources, {}, backend=self.backend, memory=self.memory, cutter=self.cutter
+        )
 
     def parts(self) -> Iterator[Tensors]:
         """Targets: all at once, or set by set; a set's sources are forgotten before it is given, so that they can be freed."""
@@ -110,7 +109,7 @@ class Execution:
             trim()
 
     def _run(self, jobs: list[Job]) -> None:
-        if not self.values:
+        if self.backend == NOTHING:
             for _, _, target, _ in jobs:
                 target.fill_(float("nan") if target.is_floating_point() else 0)
             return

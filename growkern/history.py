@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from growkern.api import grow, unwrapped
+from growkern.api import expand_inplace, unwrapped
 from growkern.errors import GrowthError, PlanError
+from growkern.execute import NOTHING
 from growkern.plan import GrowthPlan
 from growkern.spaces import ModelSpec
 
@@ -59,9 +60,9 @@ def resume(
         )
     for number, plan in enumerate(plans[len(done) :], len(done) + 1):
         try:
-            grow(
+            expand_inplace(
                 model, optim, plan=plan, dynamics=plan.dynamics, scheduler=scheduler, ema=ema,
-                spec=spec(model) if spec else None, values=False,
+                spec=spec(model) if spec else None, backend=NOTHING,
             )  # fmt: skip
         except GrowthError as error:
             raise PlanError(f"growth {number} of {len(plans)} does not fit: {error}") from error
