@@ -22,9 +22,12 @@ CASES = {
     "accumulate": {},
     "exact": {},
     "lean": {},
+    "without dynamics": {},
 }
+DOUBLED = dict(to="2x", width=growkern.width.Lossless(noise=0))
 GROWTHS = {
-    "exact": dict(dynamics="exact", to="2x", width=growkern.width.Lossless(noise=0)),
+    "exact": DOUBLED | dict(dynamics="exact"),
+    "without dynamics": DOUBLED | dict(dynamics=None),
     "lean": dict(memory="lean"),
 }
 STEPS, AT, PER_RANK = 6, 2, 2
@@ -40,8 +43,8 @@ def make() -> Plain:
     return Plain(tied=True).double()
 
 
-def run(case: str, rank: int | None, world: int) -> dict[str, torch.Tensor]:
-    """Train across a growth; as one process on everything where ``rank`` is None."""
+def run(case: str, rank: int | None, world: int, *, grows: bool = True) -> dict[str, torch.Tensor]:
+    """Train across a growth, or without one; as one process on everything where ``rank`` is None."""
     model = make()
     wrapped = model if rank is None else DistributedDataParallel(model, **CASES[case])
     if case == "comm_hook" and rank is not None:
@@ -56,11 +59,14 @@ def run(case: str, rank: int | None, world: int) -> dict[str, torch.Tensor]:
             last = micro == micros - 1
             with nullcontext() if last or rank is None else wrapped.no_sync():
                 (loss_of(wrapped, ids) / micros).backward()
-            if step == AT and micro == 0:  # in the middle of an accumulation, where there is one
+            # In the middle of an accumulation, where there is one.
+            if grows and step == AT and micro == 0:
                 growkern.expand_inplace(wrapped if case == "plain" else model, optim, **growth)
         optim.step()
         optim.zero_grad()
-    return {name: p.detach() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        seen = {"logits": model(joined(99, world))}
+    return seen | {name: p.detach() for name, p in model.named_parameters()}
 
 
 def failed(rank: int, world: int) -> tuple[str, str, bool, float]:
@@ -104,6 +110,8 @@ def main(folder: str) -> None:
         found[case] = run(case, rank, world)
         if rank == 0:
             found["alone", case] = run(case, None, world)
+    if rank == 0:
+        found["source"] = run("exact", None, world, grows=False)
     found["failed"], found["disagree"] = failed(rank, world), disagree(rank)
     rebuild, ddp._rebuild = ddp._rebuild, lambda wrapper: None
     found["not rebuilt error"], check = "", ddp.Ranks.check

@@ -17,6 +17,7 @@ CASES = [
     "accumulate",
     "exact",
     "lean",
+    "without dynamics",
 ]
 
 
@@ -48,6 +49,19 @@ def test_processes_stay_equal_and_equal_to_one_process_on_the_joined_batch(world
                 msg=f"{rank} {name} {(p - expected[name]).abs().max()}",
             )
             assert torch.equal(p, found[0][case][name]), (rank, name)
+
+
+def test_the_grown_processes_are_the_source_in_one_process_that_never_grows(world):
+    n, found = world
+    source = found[0]["source"]
+
+    for rank in range(n):
+        exact = found[rank]["exact"]
+        apart = (found[rank]["without dynamics"]["logits"] - source["logits"]).abs().max()
+
+        assert exact["wte.weight"].shape[1] == 2 * source["wte.weight"].shape[1]
+        torch.testing.assert_close(exact["logits"], source["logits"], rtol=0, atol=1e-9)
+        assert apart > 1e-4  # the same, had learning rates been left alone
 
 
 def test_without_a_new_reducer_they_would_not(world):

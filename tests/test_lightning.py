@@ -126,6 +126,33 @@ def test_checkpoints_hold_the_target_and_the_schedule_and_resume(tmp_path):
     same_weights(module.model, resumed.model)
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_a_module_of_the_starting_sizes_is_resumed_bitwise(tmp_path):
+    def parts():
+        schedule = GrowthSchedule([At(step=2, to=WIDER), At(step=3, to=DEEPER)])
+        several = [
+            lightning.callbacks.ModelCheckpoint(
+                str(tmp_path), filename="{step}", every_n_train_steps=1, save_top_k=-1
+            ),
+            callbacks.GrowthCallback(schedule),
+        ]
+        return Module(), schedule, trainer_of(tmp_path, *several, enable_checkpointing=True, max_epochs=3)  # fmt: skip
+
+    module, schedule, trainer = parts()
+    trainer.fit(module, data(2))
+
+    for step in (2, 4):  # after one growth, and after both
+        resumed, again, trainer = parts()
+        trainer.fit(resumed, data(2), ckpt_path=str(tmp_path / f"step={step}.ckpt"))
+
+        assert again.state_dict() == schedule.state_dict() and again.fired == [2, 3]
+        same_weights(module.model, resumed.model)
+        assert "load_model_state_dict" not in vars(trainer.strategy)
+    fresh, _, trainer = parts()
+    trainer.validate(fresh, data(1), ckpt_path=str(tmp_path / "step=6.ckpt"), verbose=False)
+    same_weights(module.model, fresh.model)  # without an optimizer
+
+
 def test_growth_is_in_the_event_files_whatever_the_logging_interval(tmp_path):
     module = Module()
     logger = pytest.importorskip("lightning.pytorch.loggers").TensorBoardLogger(str(tmp_path))

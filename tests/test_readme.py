@@ -75,6 +75,7 @@ def test_the_plain_loop():
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 def test_the_loop_of_transformers(tmp_path):
+    pytest.importorskip("accelerate")
     import transformers
 
     model, *_ = things()
@@ -91,7 +92,7 @@ def test_the_loop_of_transformers(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_loop_of_lightning(tmp_path, monkeypatch):
-    import lightning
+    lightning = pytest.importorskip("lightning")
 
     monkeypatch.chdir(tmp_path)
 
@@ -115,7 +116,7 @@ def test_the_loop_of_lightning(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_loop_of_accelerate():
-    import accelerate
+    accelerate = pytest.importorskip("accelerate")
 
     model, optim, scheduler, batches = things()
     loader = torch.utils.data.DataLoader(torch.cat(batches), batch_size=2)

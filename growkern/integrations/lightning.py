@@ -56,18 +56,14 @@ class GrowthCallback(Callback):
 
         def load_or_wait(checkpoint: Mapping[str, Any], strict: bool = True) -> None:
             saved = checkpoint.get("callbacks", {}).get(self.state_key, {})
-            history = [GrowthPlan.from_json(one) for one in saved.get("history", [])]
+            history: list[str] = saved.get("history", [])
 
             def replay_and_load() -> None:
-                model, live = self.model(pl_module), trainer.optimizers if stage == "fit" else []
-                # Grown before, the module loads the weights as it is.
-                if history and self._spec(model).sizes == history[0].source_sizes:
-                    optim = _single(live) if live else None
-                    ema = self.options.get("ema")
-                    resume(model, optim, history, scheduler=_schedulers(trainer), ema=ema, spec=self._spec)  # fmt: skip
+                if history:
+                    self._replay(trainer, pl_module, history, with_optimizer=stage == "fit")
                 load(checkpoint, strict=strict)
 
-            if history and stage == "fit" and not trainer.optimizers:
+            if history and stage == "fit" and not trainer.strategy.restore_checkpoint_after_setup:
                 self.waiting = replay_and_load
             else:
                 replay_and_load()
@@ -157,9 +153,24 @@ class GrowthCallback(Callback):
         self.waiting = None
         vars(trainer.strategy).pop("load_model_state_dict", None)
 
-    def _spec(self, model: nn.Module) -> ModelSpec:
-        spec = self.options.get("spec")
-        return describe(model, spec(model) if callable(spec) else spec)
+    def _replay(
+        self, trainer: Trainer, pl_module: LightningModule, history: list[str], *, with_optimizer: bool
+    ) -> None:  # fmt: skip
+        model, given = self.model(pl_module), self.options.get("spec")
+
+        def fixed(model: nn.Module) -> ModelSpec:
+            assert isinstance(given, ModelSpec)
+            return given
+
+        spec = fixed if isinstance(given, ModelSpec) else given
+        first = GrowthPlan.from_json(history[0])
+        if describe(model, spec(model) if spec else None).sizes != first.source_sizes:
+            return  # built as the checkpoint has it
+        optim = _single(trainer.optimizers) if with_optimizer else None
+        several = _schedulers(trainer) if with_optimizer else None
+        resume(
+            model, optim, history, scheduler=several, ema=self.options.get("ema"), spec=spec
+        )  # fmt: skip
 
 
 def _single(optims: list[Optimizer]) -> Optimizer:
