@@ -122,16 +122,16 @@ def _dead(optim: Optimizer | None, live: Live) -> list[str]:
     groups: list[Any] = optim.param_groups if optim is not None else []
     held = {id(p) for m in live.modules if "_parameters" in vars(m) for p in m._parameters.values()}  # pyright: ignore
     dead: list[str] = []
+    probe = [object()]
+    p: Any = probe[0]
+    own = getrefcount(p)  # of what only a list and a local name hold, in this version of Python
     for group in groups:
         names = group.get("param_names", [None] * len(group["params"]))
         for i in range(len(group["params"])):
             p = group["params"][i]
-            keeps = 3 + (
-                p in optim.state if optim is not None else 0
-            )  # the list, here, the count, its state
+            keeps = own + (p in optim.state if optim is not None else 0)
             if id(p) not in held and getrefcount(p) <= keeps:
                 dead.append(names[i] or f"of shape {tuple(p.shape)}")
-            del p
     return dead
 
 
