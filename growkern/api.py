@@ -211,11 +211,12 @@ def expand_inplace(
             sources.states.clear()
         run = Execution(plan, sources, grown, backend=backend, memory=memory)
         shadows = [run.of(tensors_of(average, None, found)) for average in averages]
-        norms = [_grad_norm(plan, sources, "source")]
+        norms = [_grad_norm(plan, sources, "source", model, optim, masters)]
         lean = run.memory == "lean"
 
         def last() -> bool:
-            norms.append(_grad_norm(plan, tensors_of(model, optim, found, masters), "name"))
+            live = tensors_of(model, optim, found, masters)
+            norms.append(_grad_norm(plan, live, "name", model, optim, masters))
             return ranks.finish()
 
         try:
@@ -331,13 +332,21 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
-def _grad_norm(plan: GrowthPlan, tensors: Tensors, side: str) -> float:
+def _grad_norm(
+    plan: GrowthPlan, tensors: Tensors, side: str, model: nn.Module, optim: Optimizer | None, masters: Masters | None
+) -> float:  # fmt: skip
     """The global gradient norm without new blocks: from gradients in flight, else from second moments."""
     names = [getattr(row, side) for row in plan.rows if not row.new and row.constant is None]
     if tensors.grads:
         return norm_of([tensors.grads[n] for n in names if n in tensors.grads], 2)
-    states = [tensors.states[n].get("exp_avg_sq") for n in names if n in tensors.states]
-    return norm_of([s for s in states if isinstance(s, torch.Tensor)], 1) ** 0.5
+    scale, squares = scale_of(optim) if optim is not None else None, list[torch.Tensor]()
+    for name in names:
+        square = tensors.states.get(name, {}).get("exp_avg_sq")
+        if isinstance(square, torch.Tensor):
+            p = model.get_parameter(name)
+            held = (masters or {}).get(p, p)
+            squares.append(scale.sum_of_squares(held, square) if scale is not None else square)
+    return norm_of(squares, 1) ** 0.5
 
 
 __all__ = ["GrowthError", "UnsupportedOptimizerError", "expand_inplace", "plan"]

@@ -1,10 +1,7 @@
 """Staged tensors -> live model and optimizer. The only writer; every write can be undone until the last has succeeded."""
 
 import copy
-import signal
-import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -16,6 +13,7 @@ from growkern.guard import Grown, Guard, OptimGuard, guard_of, optim_guard_of
 from growkern.memory import Keep, in_place
 from growkern.optim_target import OptimTarget, grow_optimizer, grow_state
 from growkern.plan import GrowthPlan, TensorRow
+from growkern.signals import uninterrupted
 from growkern.tensors import Tensors
 from growkern.undo import Undo
 
@@ -46,7 +44,7 @@ def commit(
     """
     undo = Undo(keep)
     torch.clear_autocast_cache()  # it holds casts of the source's weights
-    with _uninterrupted() as held:
+    with uninterrupted() as held:
         try:
             _model(plan, parts, model, target, undo, held)
             for follower, own in followers:
@@ -92,23 +90,6 @@ def _model(
     if target is not None:
         params = dict(model.named_parameters(remove_duplicate=False))
         grow_optimizer(plan, fresh, target, source, params, undo)
-
-
-@contextmanager
-def _uninterrupted() -> Generator[list[int], None, None]:
-    """Hold Ctrl-C back while something is written: half a growth helps no one; gives the signals that wait."""
-    before = signal.getsignal(signal.SIGINT)
-    held: list[int] = []
-    if threading.current_thread() is not threading.main_thread() or before is None:
-        yield held
-        return
-    signal.signal(signal.SIGINT, lambda number, _: held.append(number))
-    try:
-        yield held
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if held:  # since the last look; what was written stays
-        signal.raise_signal(held[0])
 
 
 def _new_blocks(plan: GrowthPlan, staged: Tensors, model: nn.Module) -> list[nn.Module]:

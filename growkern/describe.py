@@ -1,6 +1,6 @@
 """A live model and optimizer -> what growkern knows of them. The only reader of live structure; it never reads values."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import replace
 
 import torch
@@ -119,19 +119,15 @@ def describe_optimizer(
         raise UnsupportedOptimizerError(
             f"optim: expected a torch.optim.Optimizer, got {type(optim).__name__}."
         )
-    if type(optim).__name__ == "ZeroRedundancyOptimizer":
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optim).__mro__):
         raise UnsupportedOptimizerError(
             "a ZeroRedundancyOptimizer is not supported yet: its shards would have to move between processes. Train with the "
             "optimizer itself across the growth."
         )
     live = model.named_parameters(remove_duplicate=False)
-    own = masters or {}
-    alien = [p for p, master in own.items() if master.shape != p.shape]
-    if alien or not set(own) <= set(model.parameters()):
-        raise UnsupportedOptimizerError(
-            f"masters: {len(alien)} have another shape than their parameter, or are of parameters that are not the model's."
-        )
-    names = {id(own.get(p, p)): name for name, p in live if name not in spec.ties}
+    if masters is not None:
+        _check_masters(model, optim, masters)
+    names = {id((masters or {}).get(p, p)): name for name, p in live if name not in spec.ties}
     held = [
         tuple(names[id(p)] for p in group["params"] if id(p) in names)
         for group in optim.param_groups
@@ -160,7 +156,44 @@ def describe_optimizer(
         for p in group["params"]
         if law and law.matrix and id(p) in names
     }
-    return OptimSpec(kind, tuple(held), keys, law, adjusts)
+    coupled = {
+        name
+        for group, members in zip(optim.param_groups, held, strict=True)
+        for name in members
+        if law and not law.decays and not group.get("decoupled_weight_decay")
+    }
+    return OptimSpec(kind, tuple(held), keys, law, adjusts, frozenset(coupled))
+
+
+def _check_masters(
+    model: nn.Module, optim: Optimizer, masters: Mapping[nn.Parameter, nn.Parameter]
+) -> None:
+    """Raise UnsupportedOptimizerError unless every parameter has one master of its own in the optimizer, or is there itself."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    places = [id(p) for group in optim.param_groups for p in group["params"]]
+    pairs = [*masters.items()] if isinstance(masters, MutableMapping) else []
+    problems = [] if isinstance(masters, MutableMapping) else ["expected a dict from parameters to masters."]  # fmt: skip
+    for p, master in pairs:
+        name = names.get(id(p))
+        if name is None or not isinstance(master, nn.Parameter):  # pyright: ignore[reportUnnecessaryIsInstance]
+            problems.append(
+                f"a key is no parameter of the model, or the master of {name} no Parameter."
+            )
+        elif master.shape != p.shape:
+            problems.append(
+                f"{name}: has shape {tuple(p.shape)}, its master {tuple(master.shape)}."
+            )
+        elif places.count(id(master)) != 1 or id(p) in places:
+            problems.append(f"{name}: the optimizer does not hold its master, once, in its place.")
+    found = {id(master) for _, master in pairs}
+    if len(found) < len(pairs):
+        problems.append("two parameters share a master.")
+    known = {id(p) for p, _ in pairs} | set(places)
+    left = [name for i, name in names.items() if i not in known]
+    stray = [i for i in places if i not in found and i not in names]
+    if left and stray:
+        problems.append(f"{left[0]} and {len(left) - 1} more have none, and the optimizer holds {len(stray)} tensors of no parameter.")  # fmt: skip
+    raise_all(UnsupportedOptimizerError, "masters:", problems)
 
 
 def _unknown(
@@ -184,6 +217,10 @@ def _unknown(
                     f"{name}: unknown state {key!r}; known: {', '.join(law.rules)}. Say how it grows, "
                     f"rules={{\"{key}\": order in the gradient}}, or grow with state='drop'."
                 )
+            elif rule is not None and not isinstance(value, Tensor):
+                yield f"{name}: state {key!r} is {value!r}, not a tensor."
+            elif key == "step" and isinstance(value, Tensor) and value.dim():
+                yield f"{name}: state 'step' has shape {tuple(value.shape)}, not one number."
             elif isinstance(value, Tensor) and type(value) is not Tensor:
                 yield f"{name}: state {key!r} is a {type(value).__name__}; only plain tensors are grown."
             elif isinstance(value, Tensor) and rule is not None:

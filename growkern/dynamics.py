@@ -31,6 +31,7 @@ class Multiplier:
     update: tuple[Vector, ...]
     grad: tuple[Vector, ...] = ()
     gain: float = 1.0
+    units: tuple[Vector, ...] | None = None
 
     @property
     def trivial(self) -> bool:
@@ -77,7 +78,12 @@ def multipliers(
                 for axis in axes
             )
             gain = _gain(plan, law, described, row, matrix_norm=False)
-            one = Multiplier(tuple(map(_no_zero, update)), gain=gain)
+            update = tuple(map(_no_zero, update))
+            ones = tuple(Vector.full(1.0, len(vector)) for vector in update)
+            coupled = (
+                row.source in described.coupled
+            )  # its decay is in the gradient, and stays as it is
+            one = Multiplier(update, gain=gain, units=ones if coupled else None)
         if not one.trivial:
             found[row.name] = one
     return found
@@ -133,7 +139,12 @@ def scales(
         old, new = old or Scale(()), new or Multiplier(())
         maps = [axis.index_map for axis in plan.axis_maps(row)]
         update = _along(old.update, maps, new.update, p)
-        grown[row.name] = Scale(update, _along(old.grad, maps, new.grad, p), old.gain * new.gain)
+        units = None
+        if old.units is not None or new.units is not None:
+            mine = new.update if new.units is None else new.units
+            units = _along(old.seen, maps, mine, p)
+        grad = _along(old.grad, maps, new.grad, p)
+        grown[row.name] = Scale(update, grad, old.gain * new.gain, units)
     return grown
 
 
@@ -171,7 +182,7 @@ def slices(
                         (m.n_target,), 1.0, dtype=arithmetic(p.dtype), device=p.device
                     )
                     entries[f"{kind}_{side}"] = full * factor
-        if row.state == "law" and (step := state.get("step")) is not None:
+        if row.state == "law" and plan.state != "drop" and (step := state.get("step")) is not None:
             entries |= _born(plan, state, maps, float(step), p)  # pyright: ignore[reportArgumentType]
         if entries:
             grown[row.name] = entries

@@ -92,7 +92,7 @@ def grow_optimizer(
     law = of.described.law
     decays, rates = (law.decays, law.rates) if law else ((), ())
     split_groups(of.optim, after, of.split, of.scheduler, decays, rates, undo)
-    _scales(of, after, undo)
+    _scales(of, before, after, undo)
     check_state(of.optim, of.described)
 
 
@@ -156,10 +156,18 @@ def _places(params: dict[str, nn.Parameter]) -> dict[int, int]:
     return {id(p): i for i, p in reversed(list(enumerate(params.values())))}
 
 
-def _scales(target: OptimTarget, params: Mapping[str, nn.Parameter], undo: Undo) -> None:
+def _scales(
+    target: OptimTarget,
+    source: Mapping[str, nn.Parameter],
+    params: Mapping[str, nn.Parameter],
+    undo: Undo,
+) -> None:
     """Hooks for the parameters whose updates are scaled beside the groups."""
     scales: dict[Tensor, Scale] = {params[n]: scale for n, scale in target.scales.items()}
     before = scale_of(target.optim)
+    if before is not None:  # what is not of this model stays
+        own = {id(p) for p in [*source.values(), *params.values()]}
+        scales |= {p: scale for p, scale in before.scales.items() if id(p) not in own}
     rules = target.described.rules.items()
     orders = {key: (rule.weight, rule.grad) for key, rule in rules if rule is not None}
     if before is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from growkern.errors import PlanError
+from growkern.signals import uninterrupted
 
 Factor = float | Tensor  # along one axis: of all, or of each coordinate, (n,)
 
@@ -23,6 +24,7 @@ class Scale:
 
     Attributes:
         update: ``s``, on the optimizer's update.
+        units: What the parameter is divided by when the optimizer sees it; None for ``s`` too.
         grad: ``a``, that gradients are divided by.
         gain: On what the update holds beyond decoupled decay (the step of a matrix as a whole, as Muon's).
     """
@@ -30,6 +32,12 @@ class Scale:
     update: tuple[Factor, ...]
     grad: tuple[Factor, ...] = ()
     gain: float = 1.0
+    units: tuple[Factor, ...] | None = None
+
+    @property
+    def seen(self) -> tuple[Factor, ...]:
+        """What the parameter is divided by when the optimizer sees it."""
+        return self.update if self.units is None else self.units
 
 
 class UpdateScale:
@@ -58,17 +66,14 @@ class UpdateScale:
         *,
         orders: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
+        if not isinstance(scales, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PlanError("UpdateScale: expected a mapping from parameters to factors.")
         if scale_of(optim) is not None:
             raise PlanError("this optimizer has an UpdateScale already; remove() that one first.")
         self.optim, self.orders = optim, dict(orders or {})
         self.scales = {p: _checked(optim, p, scale) for p, scale in scales.items()}
         self._before: dict[Tensor, dict[str, Tensor]] = {}  # by state key; "" is the parameter
-        self._hooks = [
-            optim.register_step_pre_hook(self._enter),
-            optim.register_step_post_hook(self._leave),
-        ]
-        hooks: Any = optim._optimizer_step_post_hooks  # pyright: ignore[reportPrivateUsage]
-        hooks.move_to_end(self._hooks[1].id, last=False)  # others see parameters in their own units
+        self._hooks = [optim.register_step_pre_hook(self._enter)]
 
     def remove(self) -> None:
         """Take the hooks off; the optimizer sees parameters as they are, and its state is brought into their units.
@@ -97,7 +102,7 @@ class UpdateScale:
 
     def restore(self) -> None:
         """Bring parameters back that an interrupted step has left in the optimizer's units, with what it did to them."""
-        with torch.no_grad():
+        with torch.no_grad(), uninterrupted():
             while self._before:
                 p, before = self._before.popitem()
                 scale = self.scales[p]
@@ -105,19 +110,25 @@ class UpdateScale:
                     if (old := before.get(key)) is None:  # the step has made it
                         _multiplied(t, scale.update)
                         continue
-                    moved = t - _divided(old.clone(), scale.update)
+                    moved = t - _divided(old.clone(), scale.seen)
                     if scale.gain != 1.0:
-                        decayed = _divided(old.clone(), scale.update).mul_(-self._decay(p))
+                        decayed = _divided(old.clone(), scale.seen).mul_(-self._decay(p))
                         moved = (moved - decayed) * scale.gain + decayed
                     t.copy_(old + _multiplied(moved, scale.update))
                 if p.grad is not None:
                     _scale_grad(p.grad, scale.grad, _multiplied)
 
+    def sum_of_squares(self, p: Tensor, square: Tensor) -> Tensor:
+        """The sum of a second moment in the units of the parameter's gradient, (1,); the optimizer keeps it in its own."""
+        grad = self.scales[p].grad if p in self.scales else ()
+        factors = tuple(_power(f, 2.0, n) for f, n in zip(grad, square.shape, strict=False))
+        return (_multiplied(square.clone(), factors) if factors else square).sum()[None]
+
     def state_dict(self) -> dict[str, Any]:
         """Factors by the parameter's place in the optimizer's groups."""
         places = self._places()
         scales = {
-            places[p]: {"update": s.update, "grad": s.grad, "gain": s.gain}
+            places[p]: {"update": s.update, "grad": s.grad, "gain": s.gain, "units": s.units}
             for p, s in self.scales.items()
         }
         return {"scales": scales, "orders": self.orders}
@@ -128,6 +139,8 @@ class UpdateScale:
         Raises:
             PlanError: They do not fit the parameters.
         """
+        if not {"scales", "orders"} <= state.keys():
+            raise PlanError("UpdateScale: this is not what its state_dict gave.")
         params = {place: p for p, place in self._places().items()}
         if unknown := [place for place in state["scales"] if place not in params]:
             raise PlanError(f"UpdateScale: the optimizer holds no parameter at {unknown[:5]}.")
@@ -155,20 +168,28 @@ class UpdateScale:
         return float(group["lr"]) * float(group.get("weight_decay", 0.0))
 
     def _into(self) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), uninterrupted():
             for p, scale in self.scales.items():
                 if p.grad is None:
                     continue
                 tensors = self._tensors(p)
                 self._before[p] = {key: t.clone() for key, t in tensors.items()}
                 for t in tensors.values():
-                    _divided(t, scale.update)
+                    _divided(t, scale.seen)
                 _scale_grad(p.grad, scale.grad, _divided)
 
     def _enter(
         self, optim: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self.restore()
+        if (
+            len(self._hooks) == 1
+        ):  # not when it was built: that may be in a hook of a step, while torch goes through them
+            self._hooks.append(optim.register_step_post_hook(self._leave))
+            hooks: Any = optim._optimizer_step_post_hooks  # pyright: ignore[reportPrivateUsage]
+            hooks.move_to_end(
+                self._hooks[1].id, last=False
+            )  # others see parameters in their own units
         closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._into()
@@ -205,7 +226,12 @@ def _checked(optim: Optimizer, p: Tensor, scale: float | Scale) -> Scale:
             f"UpdateScale: this {type(optim).__name__} does not hold the parameter of shape {tuple(p.shape)}."
         )
     found = scale if isinstance(scale, Scale) else Scale((scale,))
-    for factors in (found.update, found.grad):
+    n_axes = max(1, p.dim())
+    if not 0 < found.gain < float("inf") or max(len(found.update), len(found.grad)) > n_axes:
+        raise PlanError(
+            f"UpdateScale: a parameter of shape {tuple(p.shape)} takes one factor per axis and a positive gain, not {found}."
+        )
+    for factors in (found.update, found.grad, found.seen):
         for axis, factor in enumerate(factors):
             n = p.shape[axis] if p.dim() else 1
             ok = (

@@ -225,6 +225,7 @@ class OptimSpec:
         groups: Names of the model's parameters in each param group.
         states: Parameter name -> its state keys.
         law: Of its state; None when it is not known.
+        coupled: Parameters whose weight decay goes through the gradient.
         adjusts: Parameter name -> how its learning rate follows its shape (``adjust_lr_fn`` of Muon).
     """
 
@@ -233,6 +234,7 @@ class OptimSpec:
     states: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     law: Law | None = None
     adjusts: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
+    coupled: frozenset[str] = frozenset()
 
     @property
     def rules(self) -> Mapping[str, Rule | None]:

@@ -35,7 +35,7 @@ LAYERS = (  # top to bottom: a module imports from lower rows only
     ("plan",),
     ("methods", "state", "sizes"),
     ("spaces", "index_map", "tables"),
-    ("errors", "wrappers"),
+    ("errors", "wrappers", "signals"),
 )
 LEAVES = (
     "tensors",

@@ -387,6 +387,22 @@ def test_the_gradient_norm_factor_is_the_one_that_clipping_sees():
     assert report.grad_norm_factor == pytest.approx((after / before).item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("to", ["2x", {"ffn": 60, "hidden": 48}], ids=["whole", "uneven"])
+def test_the_gradient_norm_factor_of_second_moments_is_the_same_under_hooks_that_keep_their_units(
+    to,
+):
+    def factors(dynamics) -> list[float]:
+        model = make("llama", tied=False).double()
+        optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        train(model, optim, 2)
+        optim.zero_grad()
+        options = dict(width=width.Lossless(noise=0), dynamics=dynamics)
+        several = [grow(model, optim, to=to, **options), grow(model, optim, to="2x", **options)]
+        return [report.grad_norm_factor for report in several]
+
+    assert factors("exact") == pytest.approx(factors(None), rel=1e-9)
+
+
 def test_a_compiled_model_grows_through_its_wrapper():
     model = make("plain", tied=True)
     compiled = torch.compile(model, backend="eager")

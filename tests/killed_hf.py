@@ -1,0 +1,96 @@
+"""A run of Hugging Face's Trainer that may be killed at any moment and started again: ``killed_hf.py FOLDER [DIE]``.
+
+It grows twice and saves a checkpoint after each step. ``DIE`` is a step to die after, or ``growing-N`` or ``saving-N``: in the
+middle of the growth, or of the checkpoint, of step N.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from models import VOCAB, make
+
+import growkern
+from growkern import commit
+from growkern.integrations import hf
+
+STEPS = 8
+
+
+class Words(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2 * STEPS
+
+    def __getitem__(self, i):
+        ids = torch.randint(0, VOCAB, (12,), generator=torch.Generator().manual_seed(i))
+        return {"input_ids": ids, "labels": ids}
+
+
+class Tell(transformers.TrainerCallback):
+    """Say that a step is saved, and die after it."""
+
+    def __init__(self, die):
+        self.die = die
+
+    def on_save(self, args, state, control, **live):
+        print(state.global_step, flush=True)
+        if self.die == str(state.global_step):
+            kill()
+
+
+def kill(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def complete(folder: Path) -> bool:
+    """True of a checkpoint that was written to the end: the Trainer's own state comes last."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def newest(folder: Path) -> Path | None:
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return next((path for path in reversed(found) if complete(path)), None)
+
+
+def main(folder: Path, die: str = "") -> None:
+    model = make("llama", tied=True)
+    args = transformers.TrainingArguments(
+        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=1e-2, save_strategy="steps",
+        save_steps=1, lr_scheduler_type="cosine", report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model=model, args=args, train_dataset=Words())
+    schedule = growkern.GrowthSchedule(
+        [
+            growkern.At(step=3, to={"hidden": 48}, dynamics="mup"),
+            growkern.At(step=6, to={"layers": 3}),
+        ]
+    )
+    hf.attach(trainer, schedule)
+    trainer.add_callback(Tell(die))
+    checkpoint = newest(folder)
+    if checkpoint is not None:
+        hf.resume(trainer, str(checkpoint))
+    what, _, step = die.partition("-")
+    if what == "growing":
+        attributes = commit._attributes
+        commit._attributes = lambda *rest: (
+            kill() if schedule.counts.n_steps == int(step) else attributes(*rest)
+        )
+    if what == "saving":
+        save = trainer._save_rng_state
+        trainer._save_rng_state = lambda to: kill() if to.endswith(die[6:]) else save(to)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    state = {"model": model.state_dict(), "schedule": schedule.state_dict()}
+    torch.save(state | {"resumed": str(checkpoint)}, folder / "end.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,185 @@
+"""Exact dynamics inside every loop that a schedule is attached to: the grown run is the run that never grows.
+
+In float64, without clipping: a gradient norm over all parameters changes with the growth, and a threshold on it with that.
+"""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from models import VOCAB, batch, exact_norms, logits, loss_of, make
+
+from growkern import width
+from growkern.events import At
+from growkern.schedule import GrowthSchedule
+
+transformers = pytest.importorskip("transformers")
+accelerate = pytest.importorskip("accelerate")
+lightning = pytest.importorskip("lightning.pytorch")
+from growkern.integrations import accelerate as on_accelerate  # noqa: E402
+from growkern.integrations import hf  # noqa: E402
+from growkern.integrations import lightning as on_lightning  # noqa: E402
+
+pytestmark = [  # Lightning's own
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*is deprecated:FutureWarning"),
+]
+
+STEPS, AT, MICROS, RATE = 10, 4, 4, 1e-2
+
+
+def llama() -> torch.nn.Module:
+    return make("llama", tied=True).double()
+
+
+def adamw(model) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1)
+
+
+def decaying(optim) -> torch.optim.lr_scheduler.LambdaLR:
+    return torch.optim.lr_scheduler.LambdaLR(optim, lambda i: 1.0 - i / (2 * STEPS))
+
+
+class Words(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4 * STEPS * MICROS
+
+    def __getitem__(self, i):
+        ids = torch.randint(0, VOCAB, (12,), generator=torch.Generator().manual_seed(i))
+        return {"input_ids": ids, "labels": ids}
+
+
+def in_the_hf_trainer(schedule, path):
+    """The Trainer's own fused AdamW, schedule and shuffling, with four batches to a step."""
+    model, losses = llama(), []
+
+    # A model of transformers rounds its own loss to float32.
+    def loss_in_float64(outputs, labels, num_items_in_batch):
+        scores = outputs.logits[:, :-1].flatten(0, 1)
+        total = torch.nn.functional.cross_entropy(scores, labels[:, 1:].flatten(), reduction="sum")
+        losses.append(total.item())
+        return total / num_items_in_batch
+
+    args = transformers.TrainingArguments(
+        output_dir=str(path), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=RATE, weight_decay=0.1,
+        gradient_accumulation_steps=MICROS, max_grad_norm=0, save_strategy="no", report_to=[], use_cpu=True,
+        disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        model=model, args=args, train_dataset=Words(), compute_loss_func=loss_in_float64
+    )
+    if schedule:
+        hf.attach(trainer, schedule)
+    trainer.train()
+    assert trainer.optimizer.optimizer.defaults["fused"] and len(losses) == STEPS * MICROS
+    return model, losses
+
+
+class Module(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model, self.losses = llama(), []
+
+    def training_step(self, ids, index):
+        loss = loss_of(self.model, ids)
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self):
+        optim = adamw(self.model)
+        return [optim], [{"scheduler": decaying(optim), "interval": "step"}]
+
+
+def in_lightning(schedule, path):
+    module = Module()
+    trainer = lightning.Trainer(
+        callbacks=[on_lightning.GrowthCallback(schedule)] if schedule else [], precision="64-true", max_epochs=1,
+        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=str(path),
+    )  # fmt: skip
+    batches = [batch(seed=i) for i in range(STEPS)]
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    return module.model, module.losses
+
+
+def in_accelerate(schedule, path):
+    accelerate.state.AcceleratorState._reset_state(True)  # a singleton
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=MICROS)
+    model, losses = llama(), []
+    optim = adamw(model)
+    wrapped, optim, scheduler = accelerator.prepare(model, optim, decaying(optim))
+    if schedule:
+        on_accelerate.attach(accelerator, wrapped, optim, schedule)
+    for i in range(STEPS * MICROS):
+        with accelerator.accumulate(wrapped):
+            loss = loss_of(wrapped, batch(seed=i))
+            accelerator.backward(loss)
+            optim.step()
+            scheduler.step()
+            optim.zero_grad()
+        losses.append(loss.item())
+    accelerate.state.AcceleratorState._reset_state(True)
+    return model, losses
+
+
+def in_a_plain_loop(schedule, path, forward=lambda model: model, micros=MICROS):
+    model, losses = llama(), []
+    called, optim = forward(model), adamw(model)
+    scheduler = decaying(optim)
+    if schedule:
+        schedule.attach(called, optim, scheduler)
+    for i in range(STEPS * micros):
+        loss = loss_of(called, batch(seed=i))
+        (loss / micros).backward()
+        if (i + 1) % micros == 0:
+            optim.step()
+            scheduler.step()
+            optim.zero_grad()
+        losses.append(loss.item())
+    return model, losses
+
+
+def in_a_compiled_model(schedule, path):
+    torch.compiler.reset()
+    counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    found = in_a_plain_loop(
+        schedule, path, lambda model: torch.compile(model, backend=counted), micros=1
+    )
+    assert counted.frame_count == (2 if schedule else 1)  # the target is compiled too
+    return found
+
+
+LOOPS = [in_the_hf_trainer, in_lightning, in_accelerate, in_a_compiled_model, in_a_plain_loop]
+
+
+def gap(loop, dynamics, path) -> float:
+    """The largest difference, of all losses and of final logits, between the run that grows and the one that does not."""
+    event = At(step=AT, to="2x", width=width.Lossless(noise=0), dynamics=dynamics)
+    schedule = GrowthSchedule([event])
+    source, expected = loop(None, path)
+    grown, losses = loop(schedule, path)
+
+    assert schedule.fired == [AT]
+    assert (source.config.hidden_size, grown.config.hidden_size) == (24, 48)
+    assert next(grown.parameters()).dtype == torch.float64
+    assert max(expected) - min(expected) > 0.1, "nothing was learned"
+    n_before = len(losses) * AT // STEPS
+    assert losses[:n_before] == expected[:n_before]
+    with torch.no_grad():
+        apart = logits(grown.eval(), batch(seed=99)) - logits(source.eval(), batch(seed=99))
+    return max(
+        float(apart.abs().max()), *(abs(a - b) for a, b in zip(losses, expected, strict=True))
+    )
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_the_grown_run_is_the_run_that_never_grows(loop, tmp_path, monkeypatch):
+    exact_norms(monkeypatch)
+
+    assert gap(loop, "exact", tmp_path) < 1e-9
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_without_dynamics_it_is_another_run(loop, tmp_path, monkeypatch):
+    exact_norms(monkeypatch)
+
+    assert gap(loop, None, tmp_path) > 1e-4
