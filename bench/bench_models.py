@@ -30,7 +30,8 @@ from torch.optim import AdamW
 import growkern
 from bench import harness
 from growkern import law
-from growkern.describe import describe_optimizer, tensors_of
+from growkern.describe import tensors_of
+from growkern.describe_optim import describe_optimizer
 from growkern.execute import Execution
 from growkern.pieces import Cutter
 from growkern.plan import GrowthPlan

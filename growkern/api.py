@@ -14,7 +14,8 @@ from growkern.commit import check_blocks, commit
 from growkern.compiled import reset_near_limit
 from growkern.ddp import Ranks
 from growkern.depth import IdentityBlocks
-from growkern.describe import describe, describe_optimizer, tensors_of
+from growkern.describe import describe, tensors_of
+from growkern.describe_optim import describe_optimizer
 from growkern.dynamics import Multiplier, lr_factors, multipliers, scales, slices
 from growkern.errors import (
     CommitError,
@@ -41,6 +42,8 @@ from growkern.spaces import ModelSpec
 from growkern.state import GRADIENT, MASTER, MASTER_GRAD, VALUE, OptimSpec, Rule
 from growkern.tensors import Tensors
 from growkern.width import Lossless
+from growkern.wrappers import mid_step
+from growkern.wrappers import unwrapped as inner
 
 logger = logging.getLogger("growkern")
 
@@ -56,6 +59,7 @@ def plan(
     dynamics: str | None = "mup",
     spec: ModelSpec | None = None,
     seed: int = 0,
+    masters: Masters | None = None,
     rules: Mapping[str, int | None] | None = None,
 ) -> GrowthPlan:
     """Plan a growth without changing anything; ``print`` it to see every decision.
@@ -70,6 +74,7 @@ def plan(
         dynamics: What becomes of learning rates; see ``expand_inplace``.
         spec: Description of a model of your own.
         seed: Of all noise. Equal seeds give equal plans, and equal bits, on every machine.
+        masters: Of weights in lower precision; see ``expand_inplace``.
         rules: Of an optimizer whose law is not known.
 
     Returns:
@@ -83,7 +88,9 @@ def plan(
     model = unwrapped(model)
     found = describe(model, spec)
     if optim is not None:
-        describe_optimizer(model, optim, found, drop=state == "drop", rules=rules)
+        describe_optimizer(
+            model, inner(optim), found, drop=state == "drop", rules=rules, masters=masters
+        )
     return _plan(found, to, width, depth, state, dynamics, seed)
 
 
@@ -160,43 +167,33 @@ def expand_inplace(
         The dual law of weights and gradients, README.md, "How it works".
     """
     start = perf_counter()
-    model = unwrapped(model)
-    if plan is not None and not isinstance(plan, GrowthPlan):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise PlanError(
-            f"plan: expected a GrowthPlan, got {type(plan).__name__}; GrowthPlan.from_json reads one."
-        )
-    if plan is not None and (
-        to != "2x" or width or depth or dynamics not in ("mup", plan.dynamics)
-    ):
-        raise PlanError(
-            "plan= already says what to grow; leave to=, width=, depth= and dynamics= out."
-        )
-    check_scheduler(optim, scheduler)
-    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise UnsupportedModelError(
-            f"model: expected a torch.nn.Module, got {type(model).__name__}."
-        )
-    averages = _averages(model, ema)
-    if optim is not None and (before := scale_of(optim)) is not None:
-        before.restore()  # a schedule's hook may run before the one that ends the step
-    found = describe(model, spec)
-    drop = (plan.state if plan else state) == "drop"
-    described = None
-    if optim is not None:
-        described = describe_optimizer(model, optim, found, drop=drop, rules=rules, masters=masters)
+    model, optim = unwrapped(model), inner(optim)
+    _check_arguments(model, optim, plan, to, width, depth, state, dynamics, seed)
     live = Live.scan()
-    live = refuse_forgotten(model, optim, live, averages if ema is not None else None)
-    if plan is None:
-        plan = _plan(found, to, width, depth, state, dynamics, seed)
-    else:
-        check(plan, found)
     ranks = Ranks(model, live.modules)
-    alone = forgotten_schedulers(optim, schedulers(scheduler), live) if optim else []
-    del live
-    check_blocks(plan, model)
-    ranks.agree(plan.to_json() if ranks.wrappers else "", "the plan")
-    n_params = sum(p.numel() for p in model.parameters())
     with ranks.together(), torch.inference_mode(False), torch.no_grad():
+        check_scheduler(optim, scheduler)
+        averages = _averages(model, ema)
+        if optim is not None and (scale := scale_of(optim)) is not None:
+            scale.restore()  # a schedule's hook may run before the one that ends the step
+        found = describe(model, spec)
+        drop = (plan.state if plan else state) == "drop"
+        described = None
+        if optim is not None:
+            described = describe_optimizer(
+                model, optim, found, drop=drop, rules=rules, masters=masters
+            )
+        known = averages if ema is not None else None
+        live = refuse_forgotten(model, optim, live, known, masters)
+        if plan is None:
+            plan = _plan(found, to, width, depth, state, dynamics, seed)
+        else:
+            check(plan, found)
+        alone = forgotten_schedulers(optim, schedulers(scheduler), live) if optim else []
+        del live
+        check_blocks(plan, model)
+        ranks.agree(plan.to_json() if ranks.wrappers else "", "the plan")
+        n_params = sum(p.numel() for p in model.parameters())
         target: OptimTarget | None = None
         grown: Mapping[str, Rule | None] = {}
         if optim is not None and described is not None:
@@ -291,11 +288,45 @@ def _optim_target(
     return OptimTarget(optim, described, split, scheduler, hooked, masters=own)
 
 
+def _check_arguments(
+    model: object, optim: object, plan: object, to: object, width: object, depth: object, state: str,
+    dynamics: object, seed: int,
+) -> None:  # fmt: skip
+    """Raise for what is of the wrong kind, said twice, or asked for at the wrong time."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"model: expected a torch.nn.Module, got {type(model).__name__}."
+        )
+    if isinstance(optim, Optimizer) and mid_step(optim):
+        raise PlanError(
+            "a growth in a closure or a pre-hook of optimizer.step() would change half a step; grow between steps, or in a "
+            "post-hook (GrowthSchedule.attach)."
+        )
+    if plan is None:
+        return
+    if not isinstance(plan, GrowthPlan):
+        raise PlanError(
+            f"plan: expected a GrowthPlan, got {type(plan).__name__}; GrowthPlan.from_json reads one."
+        )
+    again = dynamics not in ("mup", plan.dynamics) or seed not in (0, plan.seed)
+    if to != "2x" or width or depth or again or state not in ("exact", plan.state):
+        raise PlanError(
+            "plan= already says what to grow; leave to=, width=, depth=, state=, dynamics= and seed= out."
+        )
+
+
 def _averages(model: nn.Module, ema: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
     """The modules inside averages of the model."""
     several = [ema] if isinstance(ema, nn.Module) else [*(ema or ())]
+    if strangers := [one for one in several if not isinstance(one, nn.Module)]:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PlanError(f"ema: expected modules, got {type(strangers[0]).__name__}.")
     found = [unwrapped(one.module if isinstance(one, AveragedModel) else one) for one in several]
     shapes = {name: p.shape for name, p in model.named_parameters()}
+    params = [id(p) for one in (model, *found) for p in one.parameters()]
+    if len(set(params)) < len(params):
+        raise PlanError(
+            "ema: an average shares parameters with the model, or with another average."
+        )
     for one in found:
         own = {name: p.shape for name, p in one.named_parameters()}
         if apart := [name for name in own | shapes if own.get(name) != shapes.get(name)]:

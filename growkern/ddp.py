@@ -26,7 +26,8 @@ class Ranks:
     def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
         """Find the wrappers of a model among live modules; the model may be a part of what they wrap."""
         own = {id(p) for p in model.parameters()}
-        self.model, self.voted = model, False
+        self.model = model
+        self.agreed = self.began = self.voted = False
         wrappers = (m for m in modules if isinstance(m, nn.parallel.DistributedDataParallel))
         self.wrappers: list[Any] = [
             m for m in wrappers if any(id(p) in own for p in m.parameters())
@@ -38,8 +39,12 @@ class Ranks:
         try:
             yield
         except BaseException:
-            self.vote(False)
-            self.rebuild()
+            if not self.agreed:  # others wait to agree
+                self.agreed = True
+                self._gathered(torch.tensor([0]))
+            elif self.began:
+                self.vote(False)
+                self.rebuild()
             raise
 
     def finish(self) -> bool:
@@ -54,13 +59,20 @@ class Ranks:
         return bool(self.wrappers)
 
     def agree(self, text: str, what: str) -> None:
-        """Raise PlanError unless every process says the same."""
-        digest = int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")
+        """Raise PlanError unless every process has come this far and says the same."""
+        self.agreed = True
+        digest = 1 + int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")
         for numbers in self._gathered(torch.tensor([digest])):
-            if len({int(n) for n in numbers}) > 1:
+            said = {int(n) for n in numbers}
+            if 0 in said:
+                raise CommitError(
+                    "another process has refused the growth, or failed; see its error."
+                )
+            if len(said) > 1:
                 raise PlanError(
                     f"the processes of this DistributedDataParallel do not agree on {what}: pass the same arguments on all."
                 )
+        self.began = True
 
     def vote(self, ok: bool) -> None:
         """Say whether this process has succeeded; once.
@@ -93,16 +105,16 @@ class Ranks:
                     f"processes differ after the growth in {len(apart)} tensors ({', '.join(apart[:3])}); were they equal before?"
                 )
 
-    def _gathered(self, numbers: Tensor) -> Iterable[list[Tensor]]:
+    def _gathered(self, numbers: Tensor) -> list[list[Tensor]]:
         """What every process of a wrapper has: int64 (N,) each."""
-        device = next(self.model.parameters()).device
+        found: list[list[Tensor]] = []
+        device = next(self.model.parameters()).device if self.wrappers else None
         for wrapper in self.wrappers:
             own = numbers.to(device, torch.int64)
-            rows = [
-                torch.empty_like(own) for _ in range(dist.get_world_size(wrapper.process_group))
-            ]
-            dist.all_gather(rows, own, group=wrapper.process_group)
-            yield rows
+            n = dist.get_world_size(wrapper.process_group)
+            found.append([torch.empty_like(own) for _ in range(n)])
+            dist.all_gather(found[-1], own, group=wrapper.process_group)
+        return found
 
 
 def _checksum(p: Tensor) -> Tensor:

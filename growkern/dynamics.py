@@ -36,8 +36,10 @@ class Multiplier:
     @property
     def trivial(self) -> bool:
         """True when nothing is scaled."""
-        one = all(vector.uniform == 1 for vector in (*self.update, *self.grad))
-        return one and self.gain == 1
+        factors = [[vector.uniform for vector in vectors] for vectors in (self.update, self.grad)]
+        return self.gain == 1 and all(
+            None not in f and prod(x or 0.0 for x in f) == 1 for f in factors
+        )
 
 
 def lr_factors(

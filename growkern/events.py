@@ -1,14 +1,16 @@
 """When to grow: triggers as data. An event looks at counts and observations, and never at a model."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, log
-from typing import Literal
+from typing import Any, Literal
 
-from growkern.errors import PlanError
+from growkern.errors import GrowthError, PlanError
 from growkern.methods import DepthMethod, WidthMethod
+from growkern.plan import GrowthPlan
 from growkern.sizes import Target
+from growkern.state import DYNAMICS, STATES
 
 
 @dataclass
@@ -257,8 +259,8 @@ class WhenSlope(Event):
 
     def slope(self, counts: Counts) -> float | None:
         """``-d metric / d ln(compute)`` over the window; None while compute is one number."""
-        n = max(1, len(counts.points))
-        xs, ys = [log(x) for x, _ in counts.points], [y for _, y in counts.points]
+        points = [(x, y) for x, y in counts.points if x > 0]
+        n, xs, ys = max(1, len(points)), [log(x) for x, _ in points], [y for _, y in points]
         x_mean, y_mean = sum(xs) / n, sum(ys) / n
         spread = sum((x - x_mean) ** 2 for x in xs)
         both = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True))
@@ -277,7 +279,15 @@ def disorder(events: Sequence[Event]) -> list[str]:
     if not events or not all(isinstance(event, Event) for event in events):  # pyright: ignore[reportUnnecessaryIsInstance]
         found = ", ".join(type(event).__name__ for event in events)
         return [f"expected At, WhenPlateau or WhenSlope events, got {found or 'none'}."]
-    problems: list[str] = []
+    problems: list[str] = [
+        f"event {i}: unknown {name}={value!r}; {', '.join(map(repr, known))}."
+        for i, event in enumerate(events)
+        for name, value, known in (
+            ("state", event.state, STATES),
+            ("dynamics", event.dynamics, DYNAMICS),
+        )
+        if value not in known
+    ]
     reached: dict[
         str, tuple[int, float]
     ] = {}  # what -> the event that named it last, and its number
@@ -295,3 +305,34 @@ def disorder(events: Sequence[Event]) -> list[str]:
                     )
                 reached[what] = i, max(n, least)
     return problems
+
+
+def read_state(
+    state: Mapping[str, Any], n_events: int
+) -> tuple[Counts, list[int], list[str], list[str]]:
+    """Counts, the steps at which events fired, the plans that ran and all events in words, of a schedule's ``state_dict``.
+
+    Raises:
+        PlanError: It is not one.
+    """
+    try:
+        n = state["counts"]
+        points = [(float(x), float(y)) for x, y in n["points"]]
+        counts = Counts(int(n["n_steps"]), float(n["n_tokens"]), float(n["n_flops"]), points)
+        fired, history = (
+            [int(step) for step in [*state["fired"]]],
+            [*map(str, [*state["history"]])],
+        )
+        for one in history:
+            GrowthPlan.from_json(one)
+        bad = not (counts.n_steps >= 0 and counts.n_tokens >= 0 and counts.n_flops >= 0)
+        if bad or len(fired) != len(history) or len(fired) > n_events:
+            raise ValueError("counts, fired and history do not fit each other")
+        if isinstance(state["fired"], str) or isinstance(state["history"], str):
+            raise ValueError("what fired, or the history, is a text")
+        events = [*map(str, state["events"])]
+    except (KeyError, TypeError, ValueError, OverflowError, GrowthError) as error:
+        raise PlanError(
+            f"cannot read the schedule's state: {error!r}; only what state_dict gave."
+        ) from None
+    return counts, fired, history, events

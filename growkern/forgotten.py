@@ -1,7 +1,7 @@
 """Live objects that a growth would leave behind: other optimizers, modules outside the model, schedulers."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import compress
 from sys import getrefcount
 from typing import Any, NamedTuple
@@ -51,6 +51,7 @@ def refuse_forgotten(
     optim: Optimizer | None,
     live: Live,
     averages: Sequence[nn.Module] | None,
+    masters: Mapping[nn.Parameter, nn.Parameter] | None = None,
 ) -> Live:
     """Look for live objects that the growth would leave behind.
 
@@ -59,6 +60,7 @@ def refuse_forgotten(
         optim: Its optimizer.
         live: What is alive.
         averages: Averages of the model that were handed over; None when nothing was said of them.
+        masters: Parameter -> what the optimizer holds in its place.
 
     Returns:
         What is alive, looked at again where it mattered.
@@ -91,7 +93,7 @@ def refuse_forgotten(
         alike = [m for m in found if [(n, p.shape) for n, p in m.named_parameters()] == shapes]
         return [type(m).__name__ for m in alike if averages is None and id(m) not in inside]
 
-    if dead := _dead(optim, live):
+    if dead := _dead(model, optim, live, masters or {}):
         raise UnsupportedOptimizerError(
             f"cannot grow this {type(model).__name__}: its optimizer holds {len(dead)} parameters that no module has any more "
             f"({', '.join(dead[:3])}): it has not trained what replaced them. Build the optimizer anew, or take them out of "
@@ -117,10 +119,22 @@ def refuse_forgotten(
     return live
 
 
-def _dead(optim: Optimizer | None, live: Live) -> list[str]:
-    """Parameters that an optimizer alone holds: something replaced them in their module."""
+def _dead(
+    model: nn.Module,
+    optim: Optimizer | None,
+    live: Live,
+    masters: Mapping[nn.Parameter, nn.Parameter],
+) -> list[str]:
+    """Parameters that no module holds, and the optimizer alone, or in place of one of the model that it does not hold."""
     groups: list[Any] = optim.param_groups if optim is not None else []
     held = {id(p) for m in live.modules if "_parameters" in vars(m) for p in m._parameters.values()}  # pyright: ignore
+    held |= {id(master) for master in masters.values()}
+    places = {id(p) for group in groups for p in group["params"]}
+    missing = {
+        p.shape
+        for p in model.parameters()
+        if p.requires_grad and id(masters.get(p, p)) not in places
+    }
     dead: list[str] = []
     probe = [object()]
     p: Any = probe[0]
@@ -130,7 +144,7 @@ def _dead(optim: Optimizer | None, live: Live) -> list[str]:
         for i in range(len(group["params"])):
             p = group["params"][i]
             keeps = own + (p in optim.state if optim is not None else 0)
-            if id(p) not in held and getrefcount(p) <= keeps:
+            if id(p) not in held and (getrefcount(p) <= keeps or p.shape in missing):
                 dead.append(names[i] or f"of shape {tuple(p.shape)}")
     return dead
 

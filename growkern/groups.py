@@ -18,6 +18,10 @@ LR_KEYS = (
     "min_lr",
     "swa_lr",
 )  # what schedulers keep in a param group, besides the group's own
+LR_FACTOR, ORIGIN = (
+    "lr_factor",
+    "lr_origin",
+)  # in a group that was split: its factor, and the place it was split off
 SCHEDULER_LISTS = ("base_lrs", "min_lrs", "max_lrs")  # one learning rate per group
 SCHEDULER_ENTRIES = (
     "lr_lambdas",
@@ -52,6 +56,8 @@ def split_groups(
         followed = {key: state[key] * factor for key in rates if key in state}
         if followed:
             undo.items(state, state | followed)
+    if factors and not any(isinstance(hook, LrGuard) for hook in _pre_hooks(optim)):
+        undo.steps.append(optim.register_step_pre_hook(LrGuard()).remove)
     names = {id(p): name for name, p in target.items() if name in factors}
     for index, group in enumerate(list(optim.param_groups)):
         parts: dict[float, list[int]] = {}
@@ -69,6 +75,8 @@ def split_groups(
             }
             for factor, part in parts.items()
         }
+        at = group.get(ORIGIN, index)
+        groups = {factor: one | {ORIGIN: at} for factor, one in groups.items()}
         kept = groups.pop(stays)
         for key in ("params", "param_names"):
             if key in group:
@@ -80,13 +88,37 @@ def split_groups(
             _follow(one, index, stays, list(groups), undo)
 
 
+class LrGuard:
+    """A step pre-hook: who sets one learning rate for all groups by hand would undo the split, and double its decay."""
+
+    def __call__(self, optim: Optimizer, args: object, kwargs: object) -> None:
+        """Raise PlanError when groups that were split have one learning rate again."""
+        rates: dict[object, list[tuple[float, float]]] = {}
+        for group in optim.param_groups:
+            if LR_FACTOR in group:
+                rates.setdefault(group[ORIGIN], []).append((group[LR_FACTOR], float(group["lr"])))
+        for found in rates.values():
+            factors, values = {factor for factor, _ in found}, {rate for _, rate in found}
+            if len(factors) > 1 and len(values) == 1 and values != {0.0}:
+                raise PlanError(
+                    f"the learning rate of groups that a growth has split was set to {values.pop():g} for all of them, which "
+                    f"undoes the factors {sorted(factors)}. Set lr * group[{LR_FACTOR!r}], hand the scheduler over as "
+                    "scheduler=, or grow with dynamics=None."
+                )
+
+
+def _pre_hooks(optim: Optimizer) -> list[object]:
+    hooks: Any = optim._optimizer_step_pre_hooks  # pyright: ignore[reportPrivateUsage]
+    return list(hooks.values())
+
+
 def _scaled(group: Mapping[str, Any], factor: float, decays: Sequence[str]) -> dict[str, Any]:
     scaled = {key: value * factor if key in LR_KEYS else value for key, value in group.items()}
     if group.get("decoupled_weight_decay"):
         decays = (*decays, "weight_decay")
     if factor != 1:
         scaled |= {key: group[key] / factor for key in decays if key in group}
-    return scaled
+    return scaled | {LR_FACTOR: group.get(LR_FACTOR, 1.0) * factor}
 
 
 def schedulers(scheduler: object | None) -> list[object]:

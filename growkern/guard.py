@@ -52,14 +52,21 @@ class Guard:
             if name.startswith(prefix) and isinstance(t, Tensor)
         }
         live = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-        for name, shape in shapes.items():
-            for grown in self.growths if live.get(name, shape) != shape else ():
-                if grown.source.get(name) == shape:
-                    self._refuse(grown, f"{name} has the shape {shape}, in the model {live[name]}")
+        apart = [name for name, shape in shapes.items() if live.get(name, shape) != shape]
         for grown in self.growths:
             new = grown.target.keys() - grown.source.keys()
-            if new and grown.source.keys() <= shapes.keys() and not new & shapes.keys():
-                self._refuse(grown, f"it has no {min(new)}")
+            whole = all(shapes.get(name) == shape for name, shape in grown.source.items())
+            if whole and not new & shapes.keys() and (apart or new):
+                why = f"it has no {min(new)}" if new else ""
+                if apart:
+                    one = apart[0]
+                    why = f"{one} has the shape {shapes[one]}, in the model {live[one]}"
+                self._refuse(grown, why)
+        for name in apart:
+            for grown in self.growths:
+                if grown.source.get(name) == shapes[name]:
+                    why = f"{name} has the shape {shapes[name]}, in the model {live[name]}"
+                    self._refuse(grown, why)
 
     def _refuse(self, grown: Grown, why: str) -> None:
         raise CheckpointError(

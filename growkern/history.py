@@ -1,6 +1,7 @@
 """Growths replayed on a model of the starting sizes, so that a checkpoint from after them loads into it."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from torch import nn
 from torch.optim import Optimizer
@@ -8,6 +9,7 @@ from torch.optim import Optimizer
 from growkern.api import expand_inplace, unwrapped
 from growkern.errors import GrowthError, PlanError
 from growkern.execute import NOTHING
+from growkern.optim_target import Masters
 from growkern.plan import GrowthPlan
 from growkern.spaces import ModelSpec
 
@@ -19,20 +21,22 @@ def resume(
     *,
     scheduler: object | None = None,
     ema: nn.Module | Sequence[nn.Module] | None = None,
+    masters: Masters | None = None,
     spec: Callable[[nn.Module], ModelSpec] | None = None,
 ) -> None:
     """Replay growths without moving data: sizes, blocks, attributes, config, param groups and hooks become the target's.
 
-    Weights that are replaced are NaN until a checkpoint is loaded. A growth that the model's config says it has been
-    through (a checkpoint read by ``from_pretrained``) is replayed on the optimizer alone.
+    Weights that are replaced are NaN until a checkpoint is loaded.
 
     Args:
-        model: Model of the starting sizes, or of those after the growths; changed in place.
+        model: Model of the starting sizes; changed in place. Where its config says that it has been through the first of the
+            growths (``from_pretrained``), those are left out, and there can be no optimizer.
         optim: Its optimizer, freshly built.
         history: Plans, as JSON: ``config.growkern_history`` of a checkpoint, or ``history`` of a schedule's state. None: that of
             the model's own config.
         scheduler: The learning-rate scheduler that drives ``optim``; follows its groups.
         ema: Averages of the model.
+        masters: Parameter -> the float32 copy that ``optim`` holds in its place.
         spec: Makes the description of a model of your own.
 
     Raises:
@@ -58,10 +62,17 @@ def resume(
             "this model has been through growths; build it from the config it started with, so that they can be replayed on "
             "the optimizer too."
         )
+    for number, (one, after) in enumerate(pairwise(plans[len(done) :]), len(done) + 1):
+        names = {row.name for row in one.rows}, {row.source for row in after.rows}
+        if dict(one.target_sizes) != dict(after.source_sizes) or names[0] != names[1]:
+            raise PlanError(
+                f"growth {number + 1} of {len(plans)} does not fit: it is for {dict(after.source_sizes)}, growth {number} ends "
+                f"at {dict(one.target_sizes)}."
+            )
     for number, plan in enumerate(plans[len(done) :], len(done) + 1):
         try:
             expand_inplace(
-                model, optim, plan=plan, dynamics=plan.dynamics, scheduler=scheduler, ema=ema,
+                model, optim, plan=plan, dynamics=plan.dynamics, scheduler=scheduler, ema=ema, masters=masters,
                 spec=spec(model) if spec else None, backend=NOTHING,
             )  # fmt: skip
         except GrowthError as error:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import isfinite
 from typing import Any
 from weakref import ref
@@ -15,10 +15,14 @@ from typing_extensions import TypedDict, Unpack  # of torch; typing has them fro
 from growkern.api import expand_inplace, plan
 from growkern.describe import describe
 from growkern.errors import PlanError, raise_all
-from growkern.events import Counts, Event, WhenSlope, disorder, target_of
+from growkern.events import Counts, Event, WhenSlope, disorder, read_state, target_of
 from growkern.execute import Memory
+from growkern.guard import guard_of
 from growkern.optim_target import Masters
+from growkern.plan import GrowthPlan
 from growkern.report import GrowthReport
+from growkern.signals import uninterrupted
+from growkern.sizes import resolve_sizes
 from growkern.spaces import ModelSpec
 from growkern.tables import table
 from growkern.wrappers import unwrapped
@@ -174,6 +178,8 @@ class GrowthSchedule:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a restart needs, as plain JSON types: counts, what fired, the plans that ran."""
+        if self.attachment is not None:
+            self.attachment.settle()
         counts = asdict(self.counts) | {"points": [list(point) for point in self.counts.points]}
         return {
             "counts": counts,
@@ -188,16 +194,7 @@ class GrowthSchedule:
         Raises:
             PlanError: Not a state dict of a schedule, or one whose events that fired are not this schedule's.
         """
-        try:
-            n = state["counts"]
-            points = [(float(x), float(y)) for x, y in n["points"]]
-            counts = Counts(int(n["n_steps"]), float(n["n_tokens"]), float(n["n_flops"]), points)
-            fired, history = [int(step) for step in state["fired"]], [*map(str, state["history"])]
-            events = [*map(str, state["events"])]
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(
-                f"cannot read the schedule's state: {error!r}; only what state_dict gave."
-            ) from None
+        counts, fired, history, events = read_state(state, len(self.events))
         own = self.state_dict()["events"]
         if events[: len(fired)] != own[: len(fired)]:
             raise PlanError(
@@ -242,6 +239,9 @@ class Attachment:
         self.model: nn.Module = unwrapped(model)
         self._schedulers: list[ref[Any]] = [ref(unwrapped(one)) for one in _listed(scheduler)]
         self._options, self.deferred, self.stepped = options, deferred, False
+        self._running: tuple[GrowthPlan, int] | None = (
+            None  # a growth, and how many there were before it
+        )
         self._take: Any = torch.compiler.disable(_take)
         title = f"cannot attach this schedule of {len(schedule.events)} events:"
         if unknown := sorted(options.keys() - Options.__annotations__.keys()):
@@ -265,8 +265,12 @@ class Attachment:
                     f"{title} a schedule of {len(other.schedule.events)} events drives this {type(optim).__name__} "
                     "already. Put all events into one schedule, or remove() that one first."
                 )
-        self._sizes()  # refuses now what could not grow later
-        self.n_params = _n_params(model)
+        spec = describe(self.model, self._spec())  # refuses now what could not grow later
+        sizes = spec.sizes
+        known = self._n_growths() <= len(schedule.fired)  # else its state has not been loaded yet
+        for event in schedule.ahead if known else ():
+            sizes = resolve_sizes(replace(spec, sizes=sizes), event.to)
+        self.n_params = sum(p.numel() for p in self.model.parameters())
         self._optim, self._hook = ref(optim), optim.register_step_post_hook(self._after_step)
         schedule.attachment = self
 
@@ -290,6 +294,7 @@ class Attachment:
         if optim is None or not self.stepped:
             return grown
         self.stepped = False
+        self.settle()
         silent = [e.trigger for e in schedule.ahead if e.silent(schedule.counts)]
         if silent and schedule.counts.n_steps > 1:
             raise PlanError(
@@ -313,7 +318,9 @@ class Attachment:
         planned = plan(
             self.model, optim, to=event.to, width=event.width, depth=event.depth, state=event.state,
             dynamics=event.dynamics, spec=spec, seed=index if event.seed is None else event.seed, rules=rules,
+            masters=options.get("masters"),
         )  # fmt: skip
+        self._running = planned, self._n_growths()
         try:
             report = expand_inplace(
                 self.model, optim, plan=planned, dynamics=planned.dynamics, spec=spec, rules=rules,
@@ -321,12 +328,7 @@ class Attachment:
                 masters=options.get("masters"), memory=options.get("memory"),
             )  # fmt: skip
         finally:
-            # After an error all is as it was; but a Ctrl-C that came with the last write leaves a growth that is done.
-            if self._sizes() == planned.target_sizes:
-                schedule.fired.append(schedule.counts.n_steps)
-                schedule.history.append(planned.to_json())
-                schedule.counts.points = []
-                self.n_params = _n_params(self.model)
+            self.settle()
         sizes = ", ".join(
             f"{name} {n:,} -> {report.target_sizes[name]:,}"
             for name, n in report.source_sizes.items()
@@ -337,6 +339,24 @@ class Attachment:
             f"{report.n_params_source:,}", f"{report.n_params_target:,}", report.seconds,
         )  # fmt: skip
         return report
+
+    def settle(self) -> None:
+        """Note that a growth is done. After an error all is as it was, but a Ctrl-C may come with the last write, or here."""
+        running, schedule = self._running, self.schedule
+        if running is None:
+            return
+        planned, before = running
+        with uninterrupted():
+            if self._n_growths() > before:
+                schedule.fired.append(schedule.counts.n_steps)
+                schedule.history.append(planned.to_json())
+                schedule.counts.points = []
+                self.n_params = sum(p.numel() for p in self.model.parameters())
+            self._running = None
+
+    def _n_growths(self) -> int:
+        guard = guard_of(self.model)
+        return len(guard.growths) if guard is not None else 0
 
     def _sizes(self) -> Mapping[str, int]:
         return describe(self.model, self._spec()).sizes
@@ -379,7 +399,3 @@ def growth_metrics(event: Event, report: GrowthReport) -> dict[str, float]:
 def _listed(scheduler: object | None) -> list[Any]:
     several: list[Any] = [*scheduler] if isinstance(scheduler, list | tuple) else [scheduler]
     return [one for one in several if one is not None]
-
-
-def _n_params(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())

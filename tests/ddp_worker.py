@@ -92,6 +92,19 @@ def failed(rank: int, world: int) -> tuple[str, str, bool, float]:
     return what, error, same, float(sum(p.double().sum() for p in model.parameters()))
 
 
+def refused(rank: int) -> str:
+    """Only the first process keeps an average, and does not say so."""
+    model = make()
+    keep = DistributedDataParallel(model)
+    average = torch.optim.swa_utils.AveragedModel(model) if rank == 0 else None
+    try:
+        growkern.expand_inplace(keep, spec=model.spec())
+    except growkern.errors.GrowthError as error:
+        assert average is None or rank == 0
+        return str(error)
+    return "nothing"
+
+
 def disagree(rank: int) -> str:
     model = make()
     keep = DistributedDataParallel(model)
@@ -113,6 +126,7 @@ def main(folder: str) -> None:
     if rank == 0:
         found["source"] = run("exact", None, world, grows=False)
     found["failed"], found["disagree"] = failed(rank, world), disagree(rank)
+    found["refused"] = refused(rank)
     rebuild, ddp._rebuild = ddp._rebuild, lambda wrapper: None
     found["not rebuilt error"], check = "", ddp.Ranks.check
     ddp.Ranks.check = lambda self: None

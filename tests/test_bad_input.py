@@ -534,7 +534,9 @@ def test_identity_blocks_need_to_know_what_makes_one():
 def test_a_plan_and_a_wish_are_one_too_many():
     model = make("llama", tied=True)
 
-    with pytest.raises(PlanError, match="leave to=, width=, depth= and dynamics= out"):
+    with pytest.raises(
+        PlanError, match="leave to=, width=, depth=, state=, dynamics= and seed= out"
+    ):
         grow(model, plan=growkern.plan(model, to="1.5x"), to={"hidden": 48})
     for text in ("{}", "x", "[]"):
         with pytest.raises(PlanError, match="cannot read the plan"):

@@ -217,3 +217,22 @@ def test_a_backend_that_cannot_run_says_why():
         grow(model, optim, to="2x", scheduler=scheduler, backend="cuda")
 
     assert same(state_of(model, optim, scheduler), before)
+
+
+@pytest.mark.parametrize("how", ["own", "ignored"])
+def test_a_signal_handler_of_the_users_own_is_called_after_the_growth(how, monkeypatch):
+    model, optim, scheduler, _ = fixture()
+    calls, attributes = [], commit._attributes
+    handler = (
+        (lambda *_: calls.append(model.config.hidden_size)) if how == "own" else signal.SIG_IGN
+    )
+    before = signal.signal(signal.SIGINT, handler)
+    monkeypatch.setattr(
+        commit, "_attributes", lambda *a: (os.kill(os.getpid(), signal.SIGINT), attributes(*a))
+    )
+    try:
+        grow(model, optim, to="2x", scheduler=scheduler)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+    assert model.config.hidden_size == 48 and calls == ([48] if how == "own" else [])

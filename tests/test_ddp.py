@@ -90,3 +90,11 @@ def test_processes_that_want_different_plans_are_refused(world):
 
     for rank in range(n):
         assert "do not agree on the plan" in found[rank]["disagree"]
+
+
+def test_what_one_process_refuses_no_process_waits_for(world):
+    n, found = world
+
+    for rank in range(n):
+        match = "pass it as ema=" if rank == 0 else "another process has refused"
+        assert match in found[rank]["refused"]

@@ -1,6 +1,11 @@
 """Exact dynamics, in every optimizer of torch: after a growth the run goes on as the source's would have."""
 
 import copy
+import os
+import random
+import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -307,3 +312,92 @@ def test_what_update_scale_refuses():
     growkern.UpdateScale(optim, {layer.weight: 0.5})
     with pytest.raises(PlanError, match="has an UpdateScale already"):
         growkern.UpdateScale(optim, {layer.weight: 0.5})
+
+
+def test_ctrl_c_at_any_moment_of_a_step_loses_no_weight():
+    """Real signals; at learning rate 0 no weight may ever change."""
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    train(model, optim, 2)
+    grow(model, optim, to="2x", width=QUIET, dynamics="exact")
+    train(model, optim, 1)
+    before, draw = [p.detach().clone() for p in model.parameters()], random.Random(0)
+
+    interrupted = 0
+    for _ in range(60):
+        optim.zero_grad()
+        loss_of(model, batch()).backward()
+        timer = threading.Timer(draw.uniform(0, 2e-3), os.kill, (os.getpid(), signal.SIGINT))
+        try:
+            timer.start()
+            optim.step()
+            timer.join()
+            time.sleep(1e-3)
+        except KeyboardInterrupt:
+            interrupted += 1
+        timer.join()
+        scale_of(optim).restore()
+        for p, q in zip(model.parameters(), before, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=0)
+    assert interrupted
+
+
+def test_two_models_of_one_optimizer_keep_their_scales(monkeypatch):
+    exact_norms(monkeypatch)
+    models = [make("llama", tied=True, seed=seed).double() for seed in (0, 1)]
+    optim = torch.optim.AdamW([p for m in models for p in m.parameters()], lr=1e-3)
+    train(models[0], optim, 2), train(models[1], optim, 2)
+    sources, source_optim = copy.deepcopy((models, optim))
+
+    for model in models:
+        grow(model, optim, to="2x", width=QUIET, dynamics="exact")
+
+    held = scale_of(optim).scales
+    assert all(any(p in held for p in model.parameters()) for model in models)
+    for model, source in zip(models, sources, strict=True):
+        expected = train(source, source_optim, 4, first=2)
+        assert train(model, optim, 4, first=2) == pytest.approx(expected, abs=1e-9)
+
+
+def test_hooks_of_the_user_go_on_beside_a_growth_in_a_hook():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = growkern.GrowthSchedule([growkern.At(step=2, to="2x", dynamics="exact")])
+    schedule.attach(model, optim)
+    calls = []
+    optim.register_step_post_hook(lambda *_: calls.append(next(model.parameters()).norm().item()))
+
+    train(model, optim, 4)
+
+    assert len(calls) == 4 and schedule.fired == [2]
+
+
+def test_a_growth_inside_a_step_is_refused():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 1)
+
+    def closure():
+        grow(model, optim, to="2x")
+
+    with pytest.raises(PlanError, match="would change half a step"):
+        optim.step(closure)
+    handle = optim.register_step_pre_hook(lambda *_: grow(model, optim, to="2x"))
+    with pytest.raises(PlanError, match="would change half a step"):
+        optim.step()
+    handle.remove()
+    assert model.config.hidden_size == 24
+
+
+@pytest.mark.parametrize(
+    "name", ["Adam", "RMSprop", "NAdam", "Adagrad", "RAdam", "AdamW", "SGD momentum"]
+)
+def test_groups_and_hooks_carry_the_same_learning_rates(name):
+    def run(handed: bool) -> list[float]:
+        model, optim = warmed(name, n=5)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optim, lambda t: 1.0)
+        grow(model, optim, to="2x", scheduler=scheduler if handed else None)
+        assert (scale_of(optim) is None) == handed
+        return train(model, optim, 8, first=5)
+
+    assert run(True) == pytest.approx(run(False), abs=1e-9)

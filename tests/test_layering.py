@@ -28,7 +28,7 @@ LAYERS = (  # top to bottom: a module imports from lower rows only
     ("forgotten",),
     ("groups",),
     ("undo",),
-    ("describe",),
+    ("describe", "describe_optim"),
     ("families",),
     ("width", "depth"),
     ("law",),

@@ -9,6 +9,7 @@ from torch.optim import lr_scheduler as schedules
 
 import growkern
 from growkern import depth, width
+from growkern.errors import PlanError
 
 VARIANTS = {
     "plain": dict(foreach=False),
@@ -589,3 +590,22 @@ def test_a_compiled_model_is_compiled_once_per_growth_and_never_runs_out():
     finally:
         torch._dynamo.config.recompile_limit = limit
         torch._dynamo.reset()
+
+
+def test_one_learning_rate_set_by_hand_for_all_groups_is_refused_before_the_step():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    train(model, optim, 2)
+    grow(model, optim, to="2x")
+    train(model, optim, 1)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    for group in optim.param_groups:
+        group["lr"] = 5e-4
+    with pytest.raises(PlanError, match="undoes the factors"):
+        train(model, optim, 1)
+
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    for group in optim.param_groups:
+        group["lr"] = 5e-4 * group["lr_factor"]
+    train(model, optim, 1)

@@ -67,6 +67,7 @@ SIGNATURES = {  # positional names, then keyword-only names with their defaults
             "dynamics": "mup",
             "spec": None,
             "seed": 0,
+            "masters": None,
             "rules": None,
         },
         "GrowthPlan",

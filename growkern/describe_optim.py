@@ -1,0 +1,157 @@
+"""A live optimizer -> what growkern knows of it: class, names and a law; values are never read."""
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from growkern.errors import UnsupportedOptimizerError, raise_all
+from growkern.spaces import ModelSpec
+from growkern.state import LAWS, Law, OptimSpec, by_order
+
+
+def describe_optimizer(
+    model: nn.Module,
+    optim: Optimizer,
+    spec: ModelSpec,
+    *,
+    drop: bool = False,
+    rules: Mapping[str, int | None] | None = None,
+    masters: Mapping[nn.Parameter, nn.Parameter] | None = None,
+) -> OptimSpec:
+    """Describe an optimizer: its class, its groups and state keys by parameter name.
+
+    Args:
+        model: The model it trains.
+        optim: The optimizer.
+        spec: Of the model.
+        drop: True when its state is going to be dropped, so that no law is needed.
+        rules: For a class whose law is not known: state key -> order in the gradient (0: gathered as it is), None for what
+            is kept.
+        masters: Parameter of the model -> the copy that the optimizer holds in its place.
+
+    Returns:
+        Names and a law only.
+
+    Raises:
+        UnsupportedOptimizerError: It holds no parameter of the model, or parameters that no model holds any more; it has state
+            of a class or key whose law is not known, or state that does not fit its parameter.
+    """
+    if not isinstance(optim, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UnsupportedOptimizerError(
+            f"optim: expected a torch.optim.Optimizer, got {type(optim).__name__}."
+        )
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optim).__mro__):
+        raise UnsupportedOptimizerError(
+            "a ZeroRedundancyOptimizer is not supported yet: its shards would have to move between processes. Train with the "
+            "optimizer itself across the growth."
+        )
+    live = model.named_parameters(remove_duplicate=False)
+    if masters is not None:
+        _check_masters(model, optim, masters)
+    names = {id((masters or {}).get(p, p)): name for name, p in live if name not in spec.ties}
+    held = [
+        tuple(names[id(p)] for p in group["params"] if id(p) in names)
+        for group in optim.param_groups
+    ]
+    kind = f"{type(optim).__module__}.{type(optim).__qualname__}"
+    title = f"cannot grow the state of this {type(optim).__name__}:"
+    if not any(held):
+        raise UnsupportedOptimizerError(
+            f"{title} it holds no parameter of this {type(model).__name__}; pass the optimizer that trains it, and where it "
+            "holds copies in higher precision, masters=."
+        )
+    law = LAWS.get(kind)
+    if law is not None and law.lr_without is not None:
+        option, lr = law.lr_without
+        law = law if all(group.get(option) for group in optim.param_groups) else replace(law, lr=lr)
+    if rules is not None:
+        law = law or Law({}, lr=None)
+        law = replace(law, rules={**law.rules, **{k: by_order(k, n) for k, n in rules.items()}})
+    states = {names[id(p)]: (p, s) for p, s in optim.state.items() if id(p) in names and s}
+    problems = [] if drop or (law and law.resets) else [*_unknown(kind, law, states)]
+    raise_all(UnsupportedOptimizerError, title, problems)
+    keys = {name: tuple(map(str, s)) for name, (_, s) in states.items()}
+    adjusts = {
+        names[id(p)]: group["adjust_lr_fn"]
+        for group in optim.param_groups
+        for p in group["params"]
+        if law and law.matrix and id(p) in names
+    }
+    coupled = {
+        name
+        for group, members in zip(optim.param_groups, held, strict=True)
+        for name in members
+        if law and not law.decays and not group.get("decoupled_weight_decay")
+    }
+    return OptimSpec(kind, tuple(held), keys, law, adjusts, frozenset(coupled))
+
+
+def _check_masters(
+    model: nn.Module, optim: Optimizer, masters: Mapping[nn.Parameter, nn.Parameter]
+) -> None:
+    """Raise UnsupportedOptimizerError unless every parameter has one master of its own in the optimizer, or is there itself."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    places = [id(p) for group in optim.param_groups for p in group["params"]]
+    pairs = [*masters.items()] if isinstance(masters, MutableMapping) else []
+    problems = [] if isinstance(masters, MutableMapping) else ["expected a dict from parameters to masters."]  # fmt: skip
+    for p, master in pairs:
+        name = names.get(id(p))
+        if name is None or not isinstance(master, nn.Parameter):  # pyright: ignore[reportUnnecessaryIsInstance]
+            problems.append(
+                f"a key is no parameter of the model, or the master of {name} no Parameter."
+            )
+        elif master.shape != p.shape:
+            problems.append(
+                f"{name}: has shape {tuple(p.shape)}, its master {tuple(master.shape)}."
+            )
+        elif places.count(id(master)) != 1 or id(p) in places:
+            problems.append(f"{name}: the optimizer does not hold its master, once, in its place.")
+    found = {id(master) for _, master in pairs}
+    if len(found) < len(pairs):
+        problems.append("two parameters share a master.")
+    known = {id(p) for p, _ in pairs} | set(places)
+    left = [name for i, name in names.items() if i not in known]
+    stray = [i for i in places if i not in found and i not in names]
+    if left and stray:
+        problems.append(
+            f"{left[0]} and {len(left) - 1} more have none, and the optimizer holds {len(stray)} tensors of no parameter."
+        )
+    raise_all(UnsupportedOptimizerError, "masters:", problems)
+
+
+def _unknown(
+    kind: str, law: Law | None, states: Mapping[str, tuple[Tensor, Mapping[str, object]]]
+) -> Iterator[str]:
+    """What of an optimizer's state cannot be grown."""
+    if law is None:
+        if states:
+            known = ", ".join(name.rpartition(".")[2] for name in LAWS)
+            keys = sorted({str(key) for _, state in states.values() for key in state})
+            yield (
+                f"the law of {kind} (state {', '.join(keys)}) is not known. Known: {known}. Say how each key grows, "
+                "rules={\"key\": order in the gradient}, or grow with state='drop'."
+            )
+        return
+    for name, (p, state) in states.items():
+        for key, value in state.items():
+            rule = law.rules.get(key)
+            if key not in law.rules:
+                yield (
+                    f"{name}: unknown state {key!r}; known: {', '.join(law.rules)}. Say how it grows, "
+                    f"rules={{\"{key}\": order in the gradient}}, or grow with state='drop'."
+                )
+            elif rule is not None and not isinstance(value, Tensor):
+                yield f"{name}: state {key!r} is {value!r}, not a tensor."
+            elif key == "step" and isinstance(value, Tensor) and value.dim():
+                yield f"{name}: state 'step' has shape {tuple(value.shape)}, not one number."
+            elif isinstance(value, Tensor) and type(value) is not Tensor:
+                yield f"{name}: state {key!r} is a {type(value).__name__}; only plain tensors are grown."
+            elif isinstance(value, Tensor) and rule is not None:
+                shape = rule.shape(tuple(p.shape))
+                if tuple(value.shape) != shape:
+                    of = f"the parameter {tuple(p.shape)}" + (
+                        f", so {shape} is its shape" if rule.reduced else ""
+                    )
+                    yield f"{name}: state {key!r} has shape {tuple(value.shape)}, {of}."
