@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from math import isfinite
 from typing import Any
 from weakref import ref
@@ -266,10 +266,15 @@ class Attachment:
                     "already. Put all events into one schedule, or remove() that one first."
                 )
         spec = describe(self.model, self._spec())  # refuses now what could not grow later
-        sizes = spec.sizes
-        known = self._n_growths() <= len(schedule.fired)  # else its state has not been loaded yet
-        for event in schedule.ahead if known else ():
-            sizes = resolve_sizes(replace(spec, sizes=sizes), event.to)
+        for event in (
+            schedule.ahead
+        ):  # numbers may be reached already: the schedule's state may be loaded later
+            if isinstance(event.to, str):
+                resolve_sizes(spec, event.to)
+            elif unknown := sorted(event.to.keys() - spec.sizes.keys()):
+                raise PlanError(
+                    f"{title} this {spec.family} has no size {', '.join(unknown)}; there are {', '.join(spec.sizes)}."
+                )
         self.n_params = sum(p.numel() for p in self.model.parameters())
         self._optim, self._hook = ref(optim), optim.register_step_post_hook(self._after_step)
         schedule.attachment = self

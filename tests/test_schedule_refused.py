@@ -137,14 +137,23 @@ def test_a_control_c_with_the_last_write_leaves_a_growth_that_is_done_and_record
     assert schedule.fired == [1] and len(schedule.history) == 1
 
 
-def test_an_impossible_size_is_refused_when_it_is_attached():
+def test_an_impossible_size_is_a_plan_error_out_of_the_step():
+    model = make("llama", tied=True)
+    optim = optimizer(model)
+    schedule_at(1, to={"hidden": 12}).attach(model, optim)
+
+    with pytest.raises(GrowthError, match="smaller than the source 24"):
+        run(model, optim, 1)
+
+
+def test_a_size_that_is_none_is_refused_when_it_is_attached():
     model = make("llama", tied=True)
     optim = optimizer(model)
 
-    with pytest.raises(GrowthError, match="smaller than the source 24"):
-        schedule_at(1, to={"hidden": 12}).attach(model, optim)
     with pytest.raises(GrowthError, match="hiden"):
         schedule_at(9, to={"hiden": 3}).attach(model, optim)
+    with pytest.raises(GrowthError, match="foo"):
+        schedule_at(9, to="foo").attach(model, optim)
     for wrong in (dict(state="foo"), dict(dynamics="foo")):
         with pytest.raises(GrowthError, match="unknown (state|dynamics)='foo'"):
             GrowthSchedule([At(step=1, **wrong)])
