@@ -9,7 +9,8 @@ from typing import Any, Literal
 from growkern.errors import GrowthError, PlanError
 from growkern.methods import DepthMethod, WidthMethod
 from growkern.plan import GrowthPlan
-from growkern.sizes import Target
+from growkern.sizes import Target, resolve_sizes
+from growkern.spaces import ModelSpec
 from growkern.state import DYNAMICS, STATES
 
 
@@ -304,6 +305,23 @@ def disorder(events: Sequence[Event]) -> list[str]:
                         f"event {i}: {what} {n:,} is below the {least:,} of event {before}; name at least {least:,}, or reorder."
                     )
                 reached[what] = i, max(n, least)
+    return problems
+
+
+def unknown_sizes(events: Sequence[Event], spec: ModelSpec) -> list[str]:
+    """What a model cannot be asked for; numbers are not looked at, as those of growths that have been are reached already.
+
+    Raises:
+        PlanError: A factor that cannot be read.
+    """
+    problems: list[str] = []
+    for event in events:
+        if isinstance(event.to, str):
+            resolve_sizes(spec, event.to)
+        elif unknown := sorted(event.to.keys() - spec.sizes.keys()):
+            problems.append(
+                f"this {spec.family} has no size {', '.join(unknown)}; there are {', '.join(spec.sizes)}."
+            )
     return problems
 
 

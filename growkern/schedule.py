@@ -15,14 +15,13 @@ from typing_extensions import TypedDict, Unpack  # of torch; typing has them fro
 from growkern.api import expand_inplace, plan
 from growkern.describe import describe
 from growkern.errors import PlanError, raise_all
-from growkern.events import Counts, Event, WhenSlope, disorder, read_state, target_of
+from growkern.events import Counts, Event, WhenSlope, disorder, read_state, target_of, unknown_sizes
 from growkern.execute import Memory
 from growkern.guard import guard_of
 from growkern.optim_target import Masters
 from growkern.plan import GrowthPlan
 from growkern.report import GrowthReport
 from growkern.signals import uninterrupted
-from growkern.sizes import resolve_sizes
 from growkern.spaces import ModelSpec
 from growkern.tables import table
 from growkern.wrappers import unwrapped
@@ -266,15 +265,7 @@ class Attachment:
                     "already. Put all events into one schedule, or remove() that one first."
                 )
         spec = describe(self.model, self._spec())  # refuses now what could not grow later
-        for event in (
-            schedule.ahead
-        ):  # numbers may be reached already: the schedule's state may be loaded later
-            if isinstance(event.to, str):
-                resolve_sizes(spec, event.to)
-            elif unknown := sorted(event.to.keys() - spec.sizes.keys()):
-                raise PlanError(
-                    f"{title} this {spec.family} has no size {', '.join(unknown)}; there are {', '.join(spec.sizes)}."
-                )
+        raise_all(PlanError, title, unknown_sizes(schedule.ahead, spec))
         self.n_params = sum(p.numel() for p in self.model.parameters())
         self._optim, self._hook = ref(optim), optim.register_step_post_hook(self._after_step)
         schedule.attachment = self
