@@ -42,8 +42,7 @@ from growkern.spaces import ModelSpec
 from growkern.state import GRADIENT, MASTER, MASTER_GRAD, VALUE, OptimSpec, Rule
 from growkern.tensors import Tensors
 from growkern.width import Lossless
-from growkern.wrappers import mid_step
-from growkern.wrappers import unwrapped as inner
+from growkern.wrappers import mid_step, unwrapped
 
 logger = logging.getLogger("growkern")
 
@@ -89,7 +88,7 @@ def plan(
     found = describe(model, spec)
     if optim is not None:
         describe_optimizer(
-            model, inner(optim), found, drop=state == "drop", rules=rules, masters=masters
+            model, unwrapped(optim), found, drop=state == "drop", rules=rules, masters=masters
         )
     return _plan(found, to, width, depth, state, dynamics, seed)
 
@@ -167,7 +166,7 @@ def expand_inplace(
         The dual law of weights and gradients, README.md, "How it works".
     """
     start = perf_counter()
-    model, optim = unwrapped(model), inner(optim)
+    model, optim = unwrapped(model), unwrapped(optim)
     _check_arguments(model, optim, plan, to, width, depth, state, dynamics, seed)
     live = Live.scan()
     ranks = Ranks(model, live.modules)
@@ -205,7 +204,9 @@ def expand_inplace(
         grown = {**grown, MASTER: VALUE, MASTER_GRAD: GRADIENT}
         sources = tensors_of(model, optim, found, masters)
         if law is not None and law.resets:
-            sources.states.clear()
+            own = {MASTER, MASTER_GRAD}  # values, whatever becomes of the history
+            states = sources.states.items()
+            sources.states = {n: {k: s[k] for k in own & s.keys()} for n, s in states}
         run = Execution(plan, sources, grown, backend=backend, memory=memory)
         shadows = [run.of(tensors_of(average, None, found)) for average in averages]
         norms = [_grad_norm(plan, sources, "source", model, optim, masters)]
@@ -354,13 +355,6 @@ def _plan(
         dynamics=dynamics,
         seed=seed,
     )
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile and DistributedDataParallel, or the model itself."""
-    name = "module" if isinstance(model, nn.parallel.DistributedDataParallel) else "_orig_mod"
-    inner: object = getattr(model, name, None)
-    return unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def _grad_norm(

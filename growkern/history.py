@@ -6,12 +6,13 @@ from itertools import pairwise
 from torch import nn
 from torch.optim import Optimizer
 
-from growkern.api import expand_inplace, unwrapped
+from growkern.api import expand_inplace
 from growkern.errors import GrowthError, PlanError
 from growkern.execute import NOTHING
 from growkern.optim_target import Masters
 from growkern.plan import GrowthPlan
 from growkern.spaces import ModelSpec
+from growkern.wrappers import unwrapped
 
 
 def resume(

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.optimizer import StateDict
 
-from growkern.reference_adamw import Hyper, Update, arithmetic, length, sizes
+from growkern.reference import arithmetic
+from growkern.reference_adamw import Hyper, Update, length, sizes
 from growkern.reference_adamw import adamw as torch_adamw
 from growkern.state import SLICES
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from growkern.reference import arithmetic
 from growkern.state import SLICES
 
 BLOCK = 1 << 18  # elements computed at a time: temporaries stay in cache, and every thread has work
@@ -54,11 +55,6 @@ def sizes(shape: Sequence[int]) -> tuple[int, int]:
 def length(key: str, shape: Sequence[int]) -> int:
     """Numbers in a slice vector of a parameter."""
     return 2 if key == "rewarm" else sizes(shape)[key.endswith("_cols")]
-
-
-def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """What a parameter is updated in, and what its slices are."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def adamw(

@@ -354,9 +354,6 @@ class Attachment:
         guard = guard_of(self.model)
         return len(guard.growths) if guard is not None else 0
 
-    def _sizes(self) -> Mapping[str, int]:
-        return describe(self.model, self._spec()).sizes
-
     def _spec(self) -> ModelSpec | None:
         spec = self._options.get("spec")
         return spec if spec is None or isinstance(spec, ModelSpec) else spec(self.model)

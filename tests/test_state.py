@@ -428,3 +428,15 @@ def test_a_replaced_head_is_found_while_others_hold_the_old_one():
 
     with pytest.raises(UnsupportedOptimizerError, match="holds 1 parameters"):
         grow(model, optim, to="2x")
+
+
+def test_masters_grow_beside_a_history_that_starts_anew():
+    model = make("llama", tied=True).bfloat16()
+    masters = {p: torch.nn.Parameter(p.detach().float()) for p in model.parameters()}
+    optim = optims.LBFGS(masters.values())
+
+    grow(model, optim, to="2x", masters=masters)
+
+    for p, master in masters.items():
+        assert master.shape == p.shape
+        torch.testing.assert_close(p, master.bfloat16(), rtol=1e-2, atol=1e-3)
