@@ -6,6 +6,7 @@
 where ``f`` is the factor by which the norm's mean square changes, which its epsilon must follow.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import isclose, isfinite, sqrt
@@ -87,6 +88,7 @@ def build(
         raise PlanError(
             f"cannot add identity blocks to {spec.family}: its spec says not which tensors make a block the identity."
         )
+    homes = _homes(deep.blocks)
     factors = norm_factors(spec, wide)
     unequal = [stream for stream, factor in factors.items() if factor is None]
     reasons = (
@@ -95,7 +97,7 @@ def build(
         *(f"the norms of {s!r} see unequal copies" for s in unequal),
     )
     keys = {axis: str(axis) for axes in spec.tensors.values() for axis in axes}
-    axes = {key: _axis_map(axis, wide, factors) for axis, key in keys.items()}
+    axes = _axis_maps(keys, wide, factors)
     eps = {
         f"{name.removesuffix('.weight')}.{norm.eps}": factors[norm.reads] or 1.0
         for name, _, norm in spec.norms()
@@ -115,16 +117,16 @@ def build(
         state=state,
         dynamics=dynamics,
         axes=axes,
-        rows=tuple(_rows(spec, deep, keys)),
+        rows=tuple(_rows(spec, deep, homes, keys)),
         path=spec.blocks.path if spec.blocks else "",
         blocks=deep.blocks if spec.blocks else (),
         ties=dict(spec.ties),
         counters=spec.counters,
-        attributes=_attributes(spec, deep.blocks, sizes),
+        attributes=_attributes(spec, homes, sizes),
         eps={
             name: factor
             for source, factor in eps.items()
-            for name, _ in _targets(spec, deep.blocks, source)
+            for name, _ in _targets(spec, homes, source)
             if factor != 1
         },
         config={name: size_value(size, sizes) for name, size in spec.config.items()},
@@ -136,19 +138,19 @@ def build(
 
 
 def _attributes(
-    spec: ModelSpec, blocks: Sequence[BlockRow], sizes: Mapping[str, int]
+    spec: ModelSpec, homes: Mapping[int, list[int]], sizes: Mapping[str, int]
 ) -> dict[str, int]:
     """Every size that a module of the target caches."""
     target = replace(spec, sizes=sizes)
     own = {
         name: index if size == "block" else size_value(size, sizes)
         for source, size in spec.attributes.items()
-        for name, index in _targets(spec, blocks, source)
+        for name, index in _targets(spec, homes, source)
     }
     return own | {
         name: target.shape(tensor)[axis]
         for source, (tensor, axis) in spec.leaves.items()
-        for name, _ in _targets(spec, blocks, source)
+        for name, _ in _targets(spec, homes, source)
     }
 
 
@@ -161,6 +163,7 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
             f"the plan is for a {plan.family} of {dict(plan.source_sizes)}, this {spec.family} has {dict(spec.sizes)}; plan anew."
         )
     problems: list[str] = []
+    homes = _homes(blocks)
     kept = [block.source for block in blocks if not block.new]
     n_layers = spec.sizes.get("layers", 0)
     if blocks and (
@@ -171,7 +174,7 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
     ):
         problems.append("its blocks are not those of the model and new ones.")
     else:
-        expected = [(n, source) for source in names for n, _ in _targets(spec, blocks, source)]
+        expected = [(n, source) for source in names for n, _ in _targets(spec, homes, source)]
         if sorted((row.name, row.source) for row in plan.rows) != sorted(expected):
             problems.append("its rows are not the tensors of the target.")
         target = replace(spec, sizes=plan.target_sizes)
@@ -180,11 +183,11 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
             found, wanted = plan.shapes(row)[1] if known else row.axes, target.shape(row.source)
             if found != wanted:
                 problems.append(f"{row.name}: has shape {found}, the target {wanted}.")
-        if dict(plan.attributes) != _attributes(spec, blocks, plan.target_sizes):
+        if dict(plan.attributes) != _attributes(spec, homes, plan.target_sizes):
             problems.append("its attributes are not the sizes that the target's modules cache.")
     eps = {f"{name.removesuffix('.weight')}.{norm.eps}" for name, _, norm in spec.norms()}
     eps = (
-        {name for source in eps for name, _ in _targets(spec, blocks, source)}
+        {name for source in eps for name, _ in _targets(spec, homes, source)}
         if not problems
         else eps
     )
@@ -217,6 +220,26 @@ def norm_factors(spec: ModelSpec, wide: Width) -> dict[str, float | None]:
         factor = 1.0 if isclose(factor, 1, rel_tol=1e-12) else factor
         factors[reads] = factor if even else None
     return factors
+
+
+def _axis_maps(
+    keys: Mapping[AxisUse, str], wide: Width, factors: Mapping[str, float | None]
+) -> dict[str, AxisMap]:
+    """How every axis grows; axes whose spaces share maps and contracts, as those of blocks do, share theirs."""
+    found: dict[object, AxisMap] = {}
+    axes: dict[str, AxisMap] = {}
+    for axis, key in keys.items():
+        parts = tuple(
+            c if isinstance(c, int) else (id(wide.maps[space_of(c)]), id(wide.contracts[c]))
+            for segment in axis.segments
+            for c in (*segment, -1)
+        )
+        reads = axis.norm and (id(wide.contracts[axis.norm.reads]), factors[axis.norm.reads])
+        kind = axis.role, parts, reads
+        if kind not in found:
+            found[kind] = _axis_map(axis, wide, factors)
+        axes[key] = found[kind]
+    return axes
 
 
 def _axis_map(axis: AxisUse, wide: Width, factors: Mapping[str, float | None]) -> AxisMap:
@@ -262,24 +285,35 @@ def _axis_map(axis: AxisUse, wide: Width, factors: Mapping[str, float | None]) -
     )
 
 
-def _targets(spec: ModelSpec, blocks: Sequence[BlockRow], name: str) -> Iterator[tuple[str, int]]:
+def _homes(blocks: Sequence[BlockRow]) -> Mapping[int, list[int]]:
+    """Source block -> the target blocks that copy it."""
+    homes: dict[int, list[int]] = defaultdict(list)
+    for index, block in enumerate(blocks):
+        homes[block.source].append(index)
+    return homes
+
+
+def _targets(
+    spec: ModelSpec, homes: Mapping[int, list[int]], name: str
+) -> Iterator[tuple[str, int]]:
     """Every name that a source name has in the target, and the index of its block."""
     place = spec.block_of(name)
-    if place is None or not blocks:
+    if place is None or spec.blocks is None or not homes:
         yield name, 0
         return
-    for index, block in enumerate(blocks):
-        if block.source == place[0]:
-            yield f"{spec.blocks.path}.{index}.{place[1]}" if spec.blocks else name, index
+    for index in homes[place[0]]:
+        yield f"{spec.blocks.path}.{index}.{place[1]}", index
 
 
-def _rows(spec: ModelSpec, deep: Depth, keys: Mapping[AxisUse, str]) -> Iterator[TensorRow]:
+def _rows(
+    spec: ModelSpec, deep: Depth, homes: Mapping[int, list[int]], keys: Mapping[AxisUse, str]
+) -> Iterator[TensorRow]:
     for source, axes in spec.tensors.items():
         if source in spec.ties:
             continue
         own = tuple(keys[axis] for axis in axes)
         place = spec.block_of(source)
-        for name, index in _targets(spec, deep.blocks, source):
+        for name, index in _targets(spec, homes, source):
             if place is None or not deep.blocks:
                 yield TensorRow(name, source, own)
                 continue

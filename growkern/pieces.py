@@ -31,6 +31,8 @@ class _Layout(NamedTuple):
     rows: Side
     cols: Side
     cells: list[_Cell]
+    plain: list[tuple[Stretch, Stretch]]  # all cells, where all they do is copy and scale
+    centred: list[int]  # axes whose mean is subtracted first
     source: tuple[int, int]  # shapes as matrices
     target: tuple[int, int]
 
@@ -74,11 +76,9 @@ class Cutter:
             known = row.source in self._stds
             if known or not rule.value or row.constant is not None or not source.numel():
                 continue
-            centred = any(self._axes[key].centred for key in row.axes)
             kind = source.device, reference.arithmetic(target.dtype), source.dtype
-            if not centred and any(
-                cell.free for cell in self._layout(row.axes, rule, *kind[:2]).cells
-            ):
+            layout = self._layout(row.axes, rule, *kind[:2])
+            if not layout.centred and any(cell.free for cell in layout.cells):
                 noisy[kind].setdefault(row.source, source)
         for (device, dtype, _), by_name in noisy.items():
             sources = list(by_name.values())
@@ -94,15 +94,17 @@ class Cutter:
             into = dst.view(1, dst.numel())
             yield Piece(self._constant(row.constant, dst).expand_as(into), into)
             return
-        for axis, key in enumerate(row.axes):
-            if rule.value and self._axes[key].centred:
-                self.n_read += 2 * src.numel() * src.element_size()
-                src = src - src.mean(axis, keepdim=True)
         dtype = reference.arithmetic(dst.dtype)
         layout = self._layout(row.axes, rule, src.device, dtype)
-        rows, cols = layout.rows, layout.cols
+        for axis in layout.centred:
+            self.n_read += 2 * src.numel() * src.element_size()
+            src = src - src.mean(axis, keepdim=True)
         source, target = _matrix(src, layout.source), dst.view(layout.target)
-        fill, noise = _Fill(source, rows, cols, rule, dtype), None
+        if layout.plain:
+            for r, c in layout.plain:
+                yield Piece(_part(source, r, c), target, r.copies, c.copies, r.index, c.index)
+            return
+        fill, noise = _Fill(source, layout.rows, layout.cols, rule, dtype), None
         for cell in layout.cells:
             r, c = cell.rows, cell.cols
             if cell.free and noise is None:
@@ -124,9 +126,9 @@ class Cutter:
         self, keys: tuple[str, ...], rule: Rule, device: torch.device, dtype: torch.dtype
     ) -> "_Layout":
         """How tensors of these axes are cut: worked out once."""
-        key = keys, rule, device, dtype
+        axes = tuple(self._axes[key] for key in keys)  # blocks share them
+        key = *map(id, axes), rule, device, dtype
         if key not in self._layouts:
-            axes = tuple(self._axes[key] for key in keys)
             if rule.reduced is not None:
                 at = len(axes) + rule.reduced
                 axes = (*axes[:at], self._mean_of(axes[at], rule), *axes[at + 1 :])
@@ -137,7 +139,10 @@ class Cutter:
             cells = [_cell(rows, cols, r, c, rule) for r in by_row for c in by_col if r.n and c.n]
             source = rows.index_map.n_source, cols.index_map.n_source
             target = rows.index_map.n_target, cols.index_map.n_target
-            self._layouts[key] = _Layout(rows, cols, cells, source, target)
+            copied = not any(cell.free or cell.pads for cell in cells)
+            plain = [(cell.rows, cell.cols) for cell in cells] if copied else []
+            centred = [i for i, axis in enumerate(axes) if rule.value and axis.centred]
+            self._layouts[key] = _Layout(rows, cols, cells, plain, centred, source, target)
         return self._layouts[key]
 
     def _mean_of(self, axis: AxisMap, rule: Rule) -> AxisMap:

@@ -12,6 +12,9 @@ import triton.language as tl
     FIRST_TILE,
     SRC_PTR,
     DST_PTR,
+    STD,
+    ROW_KEY,
+    COL_KEY,
     N_ROWS,
     N_COLS,
     SRC_ROW,
@@ -20,9 +23,6 @@ import triton.language as tl
     ROW_INDEX,
     COL_INDEX,
     FLAGS,
-    STD,
-    ROW_KEY,
-    COL_KEY,
     ROW_COPIES,
     COL_COPIES,
     N_SRC,
@@ -44,7 +44,7 @@ class Table:
     def __init__(self) -> None:
         self.numbers = array("q")
         self.copies: dict[int, int] = {}
-        self.geometries: dict[tuple[Any, ...], tuple[int, list[tuple[int, int, int]], int]] = {}
+        self.geometries: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
         self.kept: list[Any] = []  # ids above are those of live objects
 
     def add(self, pieces: Sequence[Any], block_r: int, block_c: int | None) -> tuple[int, int, int]:
@@ -55,39 +55,15 @@ class Table:
         """
         records, n_tiles, n_pieces = array("q"), 0, 0
         for piece in pieces:
-            src, dst, noise = piece.src, piece.dst, piece.noise
-            n_rows, cuts, flags = self._geometry(piece)
-            row_copies, col_copies = self._copies(piece.row_copies), self._copies(piece.col_copies)
-            drawn = 0, 0, 0
-            if noise is not None:
-                flags |= NOISE.value
-                drawn = noise.std.data_ptr(), *noise.keys
-            at, into, index = (
-                src.data_ptr(),
-                dst.data_ptr(),
-                (_pointer(piece.rows), _pointer(piece.cols)),
-            )
-            strides, n_src = (*src.stride(), dst.stride(0)), src.shape[1]
-            for first, n, wide in cuts:
-                records.extend(
-                    (
-                        n_tiles,
-                        at,
-                        into,
-                        n_rows,
-                        n,
-                        *strides,
-                        *index,
-                        flags | wide,
-                        *drawn,
-                        row_copies,
-                        col_copies,
-                        n_src,
-                        first,
-                    )
-                )
+            src, dst, noise = piece.src.data_ptr(), piece.dst.data_ptr(), piece.noise
+            drawn = (0, 0, 0) if noise is None else (noise.std.data_ptr(), *noise.keys)
+            for fields in self._geometry(piece, src % 16, dst % 16):
+                records.extend((n_tiles, src, dst, *drawn, *fields))
                 n_pieces += 1
-                n_tiles += -(-n_rows // block_r) * (-(-n // block_c) if block_c else min(n, 1))
+                n_rows, n_cols = fields[:2]
+                n_tiles += -(-n_rows // block_r) * (
+                    -(-n_cols // block_c) if block_c else min(n_cols, 1)
+                )
         start = len(self.numbers)
         self.numbers.extend(records)
         return start, n_pieces, n_tiles
@@ -96,20 +72,37 @@ class Table:
         """The table on a device."""
         return torch.frombuffer(self.numbers, dtype=torch.int64).to(device, copy=True)
 
-    def _geometry(self, piece: Any) -> tuple[int, list[tuple[int, int, int]], int]:
-        """Rows, stretches of columns and flags: checked and worked out once for tensors of one shape and alignment."""
+    def _geometry(self, piece: Any, src_at: int, dst_at: int) -> list[tuple[int, ...]]:
+        """A record from N_ROWS on for every stretch of columns: checked and worked out once for tensors of one shape and alignment."""
         src, dst = piece.src, piece.dst
         key = (
             id(piece.row_copies), id(piece.col_copies), id(piece.rows), id(piece.cols), piece.noise is None,
-            src.shape, src.stride(), src.data_ptr() % 16, src.dtype, dst.shape, dst.stride(), dst.data_ptr() % 16, dst.dtype,
+            src.shape, src.stride(), src_at, src.dtype, dst.shape, dst.stride(), dst_at, dst.dtype,
         )  # fmt: skip
-        if key not in self.geometries:
+        found = self.geometries.get(key)
+        if found is None:
             check(piece)
-            flags = 0 if piece.pure_copy else ARITHMETIC.value
-            n_rows, n_cols = piece.shape
             self.kept.append(piece)
-            self.geometries[key] = n_rows, [*stretches(piece, n_cols)], flags
-        return self.geometries[key]
+            flags = 0 if piece.pure_copy else ARITHMETIC.value
+            flags |= 0 if piece.noise is None else NOISE.value
+            n_rows, n_cols = piece.shape
+            index = _pointer(piece.rows), _pointer(piece.cols)
+            copies = self._copies(piece.row_copies), self._copies(piece.col_copies)
+            found = self.geometries[key] = [
+                (
+                    n_rows,
+                    n,
+                    *src.stride(),
+                    dst.stride(0),
+                    *index,
+                    flags | wide,
+                    *copies,
+                    src.shape[1],
+                    first,
+                )
+                for first, n, wide in stretches(piece, n_cols)
+            ]
+        return found
 
     def _copies(self, copies: tuple[Any, ...]) -> int:
         """How many, and where: copies that pieces share are written once."""

@@ -7,6 +7,7 @@ the even split is Net2Net's (Chen et al., arXiv:1511.05641); twin noise is Hyper
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import sqrt
 from typing import Literal
 
@@ -66,6 +67,7 @@ class Lossless:
         raise_all(PlanError, f"cannot widen {spec.family}:", problems)
         maps: dict[str, IndexMap] = {}
         contracts: dict[str, Contract] = {}
+        index_map, contract = cache(_index_map), cache(_contract)  # blocks share theirs
         found = {norm.reads: norm.kind for _, _, norm in spec.norms()}
         for space, streams in spec.spaces().items():
             kinds = {found[stream] for stream in streams if stream in found}
@@ -79,9 +81,9 @@ class Lossless:
                 if whole or not kinds
                 else self._norms(spec, space, n_source, n_target, kinds)
             )
-            maps[space] = _index_map(n_source, n_target, how)
+            maps[space] = index_map(n_source, n_target, how)
             for stream in streams:
-                contracts[stream] = _contract(maps[space], how, stream in normed)
+                contracts[stream] = contract(maps[space], how, stream in normed)
         _solve_ties(spec, maps, contracts)
         return Width(maps, contracts, self.noise)
 
