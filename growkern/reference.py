@@ -113,8 +113,9 @@ class Piece:
     @property
     def pure_copy(self) -> bool:
         """True when no arithmetic is done."""
-        copies = (*self.row_copies, *self.col_copies)
-        return self.noise is None and not any(copy.is_scaled for copy in copies)
+        if self.noise is not None:
+            return False
+        return not any([copy.is_scaled for copy in (*self.row_copies, *self.col_copies)])
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -190,13 +191,16 @@ class _Draw:
 
 
 def _draws(piece: Piece) -> Iterator[_Draw]:
+    if piece.noise is None:
+        yield _Draw(None, None, [(r, c, 0.0) for r in piece.row_copies for c in piece.col_copies])
+        return
     pairs: dict[object, list[tuple[Copy, Copy, float]]] = {}
     for r, c in product(piece.row_copies, piece.col_copies):
-        factor = r.noise * c.noise if piece.noise is not None else 0.0
+        factor = r.noise * c.noise
         key = (r.first_id, id(r.ids), c.first_id, id(c.ids)) if factor else None
         pairs.setdefault(key, []).append((r, c, factor))
     for key, members in pairs.items():
-        if key is None or piece.noise is None:
+        if key is None:
             yield _Draw(None, None, members)
             continue
         (r, c, _), (of_rows, of_cols) = members[0], piece.noise.keys
@@ -210,13 +214,17 @@ def _draws(piece: Piece) -> Iterator[_Draw]:
 
 def _expand(piece: Piece, draws: list[_Draw], at: slice, scratch: Scratch) -> None:
     """Write every copy of some rows: they stay in cache, so each source is read once."""
-    src = piece.src[at] if piece.rows is None else piece.src.index_select(0, piece.rows[at])
-    if piece.cols is not None:
-        if not piece.pure_copy:
-            src = src.to(
-                arithmetic(piece.dst.dtype)
-            )  # torch gathers columns of bfloat16 3.5 x slower
-        src = src.index_select(1, piece.cols)
+    src, rows, cols = piece.src, piece.rows, piece.cols
+    if rows is None:
+        src = _part(src, at)
+    elif cols is None or len(src) >= at.stop - at.start:
+        src, rows = src.index_select(0, _part(rows, at)), None
+    if cols is not None:  # before the rows, where there are fewer of them yet
+        if not piece.pure_copy:  # torch gathers columns of bfloat16 3.5 x slower
+            src = src.to(arithmetic(piece.dst.dtype))
+        src = src.index_select(1, cols)
+    if rows is not None:
+        src = src.index_select(0, _part(rows, at))
     for draw in draws:
         if piece.noise is None or draw.rows is None or draw.cols is None:
             for r, c, _ in draw.pairs:
@@ -243,7 +251,10 @@ def _store(src: Tensor, dst: Tensor, r: Copy, c: Copy, at: slice) -> None:
         r.scale * c.scale,
         [v for v in (_column(r.scales, at), c.scales) if v is not None],
     )
-    into = dst[r.target + at.start : r.target + at.stop, columns] if r.targets is None else None
+    into = None
+    if r.targets is None:
+        whole = dst.shape == src.shape
+        into = dst if whole else dst[r.target + at.start : r.target + at.stop, columns]
     if into is not None and not vectors and src.dtype == dst.dtype:
         if scale == 1.0:
             into.copy_(src)
@@ -278,7 +289,12 @@ def _noise(drawn: Tensor, std: Tensor, r: Copy, c: Copy, at: slice, scratch: Scr
 
 
 def _column(vector: Tensor | None, at: slice) -> Tensor | None:
-    return None if vector is None else vector[at, None]
+    return None if vector is None else _part(vector, at)[:, None]
+
+
+def _part(tensor: Tensor, at: slice) -> Tensor:
+    """Some rows; all of them without a view, which takes longer than copying a small tensor."""
+    return tensor if at.stop - at.start == len(tensor) else tensor[at]
 
 
 def normal(keys: tuple[int, int], row_ids: Tensor, col_ids: Tensor) -> Tensor:
