@@ -27,7 +27,7 @@ from growkern.errors import (
 from growkern.execute import Execution, Memory
 from growkern.forgotten import Live, forgotten_schedulers, refuse_forgotten
 from growkern.groups import check_scheduler, follows, schedulers
-from growkern.guard import guard_of
+from growkern.guard import n_growths
 from growkern.law import build, check
 from growkern.memory import elsewhere, in_place
 from growkern.methods import DepthMethod, WidthMethod
@@ -57,7 +57,7 @@ def plan(
     state: str = "exact",
     dynamics: str | None = "mup",
     spec: ModelSpec | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     masters: Masters | None = None,
     rules: Mapping[str, int | None] | None = None,
 ) -> GrowthPlan:
@@ -72,7 +72,8 @@ def plan(
         state: What becomes of optimizer state; see ``expand_inplace``.
         dynamics: What becomes of learning rates; see ``expand_inplace``.
         spec: Description of a model of your own.
-        seed: Of all noise. Equal seeds give equal plans, and equal bits, on every machine.
+        seed: Of all noise; None for the number of growths before this one. Equal seeds give equal plans, and equal bits, on
+            every machine.
         masters: Of weights in lower precision; see ``expand_inplace``.
         rules: Of an optimizer whose law is not known.
 
@@ -90,7 +91,7 @@ def plan(
         describe_optimizer(
             model, unwrapped(optim), found, drop=state == "drop", rules=rules, masters=masters
         )
-    return _plan(found, to, width, depth, state, dynamics, seed)
+    return _plan(model, found, to, width, depth, state, dynamics, seed)
 
 
 def expand_inplace(
@@ -103,7 +104,7 @@ def expand_inplace(
     state: str = "exact",
     dynamics: str | None = "mup",
     spec: ModelSpec | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     backend: str | None = None,
     plan: GrowthPlan | None = None,
     scheduler: object | None = None,
@@ -133,7 +134,7 @@ def expand_inplace(
             ``UpdateScale`` (the optimizer's state then stays in the source's units) or by ``growkern.optim.AdamW`` itself.
             None leaves learning rates alone and reports the factors.
         spec: Description of a model of your own.
-        seed: Of all noise.
+        seed: Of all noise; None for the number of growths before this one, so that two do not draw the same.
         backend: ``"triton"``, ``"torch"``, or None for triton on a GPU and torch elsewhere; ``"nan"`` changes structure alone,
             and what is replaced is NaN (``resume``).
         plan: A plan made before, in place of ``to``, ``width``, ``depth``, ``state``, ``dynamics`` and ``seed``.
@@ -185,7 +186,7 @@ def expand_inplace(
         known = averages if ema is not None else None
         live = refuse_forgotten(model, optim, live, known, masters)
         if plan is None:
-            plan = _plan(found, to, width, depth, state, dynamics, seed)
+            plan = _plan(model, found, to, width, depth, state, dynamics, seed)
         else:
             check(plan, found)
         alone = forgotten_schedulers(optim, schedulers(scheduler), live) if optim else []
@@ -230,8 +231,7 @@ def expand_inplace(
         before, after = norms
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    guard = guard_of(model)
-    reset_near_limit(len(guard.growths) if guard else 0)
+    reset_near_limit(n_growths(model))
     counts: dict[float | None, int] = {}
     for factor in lr_factors(plan, law, described).values():
         counts[factor] = counts.get(factor, 0) + 1
@@ -291,7 +291,7 @@ def _optim_target(
 
 def _check_arguments(
     model: object, optim: object, plan: object, to: object, width: object, depth: object, state: str,
-    dynamics: object, seed: int,
+    dynamics: object, seed: int | None,
 ) -> None:  # fmt: skip
     """Raise for what is of the wrong kind, said twice, or asked for at the wrong time."""
     if not isinstance(model, nn.Module):
@@ -309,7 +309,7 @@ def _check_arguments(
         raise PlanError(
             f"plan: expected a GrowthPlan, got {type(plan).__name__}; GrowthPlan.from_json reads one."
         )
-    again = dynamics not in ("mup", plan.dynamics) or seed not in (0, plan.seed)
+    again = dynamics not in ("mup", plan.dynamics) or seed not in (None, plan.seed)
     if to != "2x" or width or depth or again or state not in ("exact", plan.state):
         raise PlanError(
             "plan= already says what to grow; leave to=, width=, depth=, state=, dynamics= and seed= out."
@@ -338,13 +338,14 @@ def _averages(model: nn.Module, ema: nn.Module | Sequence[nn.Module] | None) -> 
 
 
 def _plan(
+    model: nn.Module,
     spec: ModelSpec,
     to: Target,
     width: WidthMethod | None,
     depth: DepthMethod | None,
     state: str,
     dynamics: str | None,
-    seed: int,
+    seed: int | None,
 ) -> GrowthPlan:
     return build(
         spec,
@@ -353,7 +354,7 @@ def _plan(
         depth=IdentityBlocks() if depth is None else depth,
         state=state,
         dynamics=dynamics,
-        seed=seed,
+        seed=n_growths(model) if seed is None else seed,
     )
 
 

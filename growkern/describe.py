@@ -20,7 +20,11 @@ WRAPPERS = {
     "FullyShardedDataParallel": "grow before sharding",
     "FSDPModule": "grow before sharding",
     "DeepSpeedEngine": "grow before deepspeed.initialize",
-    "PeftModel": "merge the adapters first, or grow the base model before adding them",
+    "PeftModel": (
+        adapters := "merge the adapters first, or grow the base model before adding them"
+    ),
+    "BaseTuner": adapters,
+    "BaseTunerLayer": adapters,
 }
 LEAVES: dict[
     str, dict[str, int]
@@ -130,10 +134,13 @@ def _family(model: nn.Module) -> ModelSpec:
 
 
 def _wrappers(model: nn.Module) -> Iterator[str]:
+    found: dict[str, str] = {}  # by the way out: the outermost is enough
     for name, module in _modules(model):
         for kind in type(module).__mro__:
             if kind.__name__ in WRAPPERS:
-                yield f"{name or 'it'} is a {kind.__name__}, which is not supported yet: {WRAPPERS[kind.__name__]}."
+                found.setdefault(WRAPPERS[kind.__name__], f"{name or 'it'} is a {kind.__name__}")
+    for way_out, what in found.items():
+        yield f"{what}, which is not supported yet: {way_out}."
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         yield "a CUDA graph is being captured; grow before, and capture anew."
 

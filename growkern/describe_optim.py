@@ -71,6 +71,11 @@ def describe_optimizer(
         law = replace(law, rules={**law.rules, **{k: by_order(k, n) for k, n in rules.items()}})
     states = {names[id(p)]: (p, s) for p, s in optim.state.items() if id(p) in names and s}
     problems = [] if drop or (law and law.resets) else [*_unknown(kind, law, states)]
+    found = {str(key) for _, state in states.values() for key in state}
+    if found and (strange := sorted((rules or {}).keys() - found)):
+        problems.append(
+            f"rules: no parameter has the state {', '.join(strange)}; there are {', '.join(sorted(found))}."
+        )
     raise_all(UnsupportedOptimizerError, title, problems)
     keys = {name: tuple(map(str, s)) for name, (_, s) in states.items()}
     adjusts = {

@@ -41,7 +41,7 @@ class Event(ABC):
         depth: As in ``expand_inplace``.
         state: As in ``expand_inplace``.
         dynamics: As in ``expand_inplace``.
-        seed: Of all noise; None takes the event's place in the schedule, so that two growths do not share noise.
+        seed: Of all noise; None for the number of growths before it, so that two do not draw the same.
     """
 
     to: Target = "2x"

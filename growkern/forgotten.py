@@ -15,6 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 from growkern.errors import UnsupportedModelError, UnsupportedOptimizerError
 from growkern.groups import driven_by
 
+ENGINE = "DeepSpeedEngine"  # told by its name, as no framework is imported
+
 
 class Live(NamedTuple):
     """Live objects that may hold parameters; a scan of the heap, some 50 ms."""
@@ -87,6 +89,10 @@ def refuse_forgotten(
         shared = [(m, p) for m in others for p in m.parameters(recurse=False) if id(p) in params]
         return [f"{type(m).__name__} ({params[id(p)]})" for m, p in shared]
 
+    def engines(live: Live) -> list[str]:
+        found = [m for m in live.modules if ENGINE in (kind.__name__ for kind in type(m).__mro__)]
+        return [ENGINE for m in found if any(id(p) in params for p in m.parameters())]
+
     def averaged(live: Live) -> list[str]:
         shapes = [(name, p.shape) for name, p in model.named_parameters()]
         found = [m.module for m in live.modules if isinstance(m, AveragedModel)]
@@ -99,8 +105,12 @@ def refuse_forgotten(
             f"({', '.join(dead[:3])}): it has not trained what replaced them. Build the optimizer anew, or take them out of "
             "its groups."
         )
-    if optimizers(live) or modules(live) or averaged(live):
+    if engines(live) or optimizers(live) or modules(live) or averaged(live):
         live, title = live.scanned_again(), f"cannot grow this {type(model).__name__}:"
+        if engines(live):
+            raise UnsupportedModelError(
+                f"{title} a {ENGINE} around it is alive, which is not supported yet: grow before deepspeed.initialize."
+            )
         if others := optimizers(live):
             raise UnsupportedOptimizerError(
                 f"{title} another live optimizer holds state of its parameters ({', '.join(others)}), "

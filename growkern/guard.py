@@ -114,3 +114,14 @@ def optim_guard_of(optim: Optimizer) -> OptimGuard | None:
     found: Any = optim._optimizer_load_state_dict_pre_hooks  # pyright: ignore[reportPrivateUsage]
     hooks: list[Any] = [*found.values()]
     return next((hook for hook in hooks if isinstance(hook, OptimGuard)), None)
+
+
+def recorded(model: nn.Module) -> list[str]:
+    """The growths that a model's config says it has been through, as JSON."""
+    return list(getattr(getattr(model, "config", None), "growkern_history", None) or [])
+
+
+def n_growths(model: nn.Module) -> int:
+    """Growths that a model has been through, here or before it was saved."""
+    guard = guard_of(model)
+    return max(len(guard.growths) if guard else 0, len(recorded(model)))

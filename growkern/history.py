@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from growkern.api import expand_inplace
 from growkern.errors import GrowthError, PlanError
 from growkern.execute import NOTHING
+from growkern.guard import recorded
 from growkern.optim_target import Masters
 from growkern.plan import GrowthPlan
 from growkern.spaces import ModelSpec
@@ -78,8 +79,3 @@ def resume(
             )  # fmt: skip
         except GrowthError as error:
             raise PlanError(f"growth {number} of {len(plans)} does not fit: {error}") from error
-
-
-def recorded(model: nn.Module) -> list[str]:
-    """The growths that a model's config says it has been through, as JSON."""
-    return list(getattr(getattr(model, "config", None), "growkern_history", None) or [])

@@ -122,7 +122,7 @@ class GrowthSchedule:
             PlanError: ``WhenSlope`` waits for a metric, and nothing has said what compute it took.
         """
         n = float(tokens)
-        if not (isfinite(n) and n >= 0 and (flops is None or flops >= 0)):
+        if not all(isfinite(x) and x >= 0 for x in (n, flops or 0)):
             raise PlanError(f"observe(tokens={tokens}, flops={flops}): of this step, 0 or more.")
         self.counts.n_tokens += n
         if flops is None:
@@ -308,12 +308,12 @@ class Attachment:
         self._take(self, optim)  # not traced when the step is compiled
 
     def _expand(self, event: Event, optim: Optimizer) -> GrowthReport:
-        schedule, options, index = self.schedule, self._options, len(self.schedule.fired)
+        schedule, options = self.schedule, self._options
         spec, rules = self._spec(), options.get("rules")
         live = _listed([one() for one in self._schedulers])
         planned = plan(
             self.model, optim, to=event.to, width=event.width, depth=event.depth, state=event.state,
-            dynamics=event.dynamics, spec=spec, seed=index if event.seed is None else event.seed, rules=rules,
+            dynamics=event.dynamics, spec=spec, seed=event.seed, rules=rules,
             masters=options.get("masters"),
         )  # fmt: skip
         self._running = planned, self._n_growths()

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -501,12 +503,66 @@ for wrapped in (fully_shard(make(), mesh=init_device_mesh("cpu", (1,))),
 
 
 def test_live_wrappers_are_refused():
-    done = subprocess.run([sys.executable, "-c", WRAPPED], capture_output=True, text=True)
+    found = refused(WRAPPED)
 
-    found = [line for line in done.stdout.splitlines() if line.startswith("REFUSED")]
-    assert len(found) == 2, done.stdout + done.stderr[-2000:]
+    assert len(found) == 2
     for line, match in zip(found, ["FSDPModule", "is a DataParallel"], strict=True):
         assert match in line and "not supported yet" in line
+
+
+ADAPTERS = """
+import growkern, peft
+from models import make
+lora = peft.LoraConfig(target_modules=["q_proj"])
+wrapped, inside = peft.get_peft_model(make("llama", tied=False), lora), make("llama", tied=False)
+inside.add_adapter(lora)
+for model in (wrapped, wrapped.base_model, wrapped.base_model.model, inside):
+    try:
+        growkern.expand_inplace(model)
+    except growkern.errors.UnsupportedModelError as error:
+        print("REFUSED", str(error).replace(chr(10), " "))
+merged = wrapped.merge_and_unload()
+growkern.expand_inplace(merged)
+print("GREW", merged.config.hidden_size)
+"""
+ENGINE = """
+import os, growkern, deepspeed
+from models import make
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+model = make("llama", tied=False)
+adam = dict(type="Adam", params=dict(lr=1e-3, torch_adam=True))
+engine, optim, *_ = deepspeed.initialize(
+    model=model, model_parameters=model.parameters(), config=dict(train_batch_size=1, optimizer=adam)
+)
+for one in (engine, model):
+    try:
+        growkern.expand_inplace(one, optim)
+    except growkern.errors.UnsupportedModelError as error:
+        print("REFUSED", str(error).replace(chr(10), " "))
+"""
+
+
+def refused(script):
+    run = [sys.executable, "-c", script]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parent)
+    found = [line for line in done.stdout.splitlines() if line.startswith(("REFUSED", "GREW"))]
+    assert found, done.stdout + done.stderr[-2000:]
+    return found
+
+
+def test_models_with_adapters_are_refused_and_merged_ones_grow():
+    *found, last = refused(ADAPTERS)
+
+    kinds = ["it is a PeftModel", "it is a BaseTuner", "is a BaseTunerLayer", "is a BaseTunerLayer"]
+    assert len(found) == 4 and last == "GREW 48"
+    assert all(kind in line for kind, line in zip(kinds, found, strict=True)), found
+
+
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed")
+def test_a_deepspeed_engine_is_refused_around_the_model_too():
+    found = refused(ENGINE)
+
+    assert "it is a DeepSpeedEngine" in found[0] and "a DeepSpeedEngine around it" in found[1]
 
 
 def test_growth_during_the_capture_of_a_cuda_graph_is_refused(monkeypatch):

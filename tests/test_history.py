@@ -179,3 +179,17 @@ def test_guards_go_with_copies_and_pickles_and_do_not_mind_parts(tmp_path):
         torch.nn.ModuleDict({"inner": model}).load_state_dict(
             {f"inner.{k}": v for k, v in old.items()}
         )
+
+
+def test_a_second_growth_draws_other_noise_also_after_a_reload(tmp_path):
+    model = make("llama", tied=True)
+    seeds = [growkern.plan(model).seed]
+    growkern.expand_inplace(model)
+    seeds.append(growkern.plan(model).seed)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    seeds.append(growkern.plan(loaded).seed)
+    growkern.expand_inplace(loaded)
+    seeds.append(growkern.plan(loaded).seed)
+
+    assert seeds == [0, 1, 1, 2]

@@ -79,6 +79,8 @@ def test_tokens_that_nobody_reports_are_an_error_at_the_second_step():
         GrowthSchedule([WhenSlope(tau=1)]).observe(loss=1.0)
     with pytest.raises(PlanError, match="0 or more"):
         schedule.observe(tokens=-1)
+    with pytest.raises(PlanError, match="flops=inf"):
+        schedule.observe(flops=float("inf"))
 
 
 def test_a_growth_that_fails_leaves_the_step_with_its_error_and_the_event_waiting(monkeypatch):

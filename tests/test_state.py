@@ -157,6 +157,10 @@ def test_rules_say_how_unknown_state_grows():
         assert all(torch.equal(a[key], b[key]) for key in a)
     with pytest.raises(UnsupportedOptimizerError, match="unknown state 'exp_avg_sq'"):
         grown(Own, rules={"step": None, "exp_avg": 1})
+    with pytest.raises(
+        UnsupportedOptimizerError, match="has the state exp_avrg; there are exp_avg, "
+    ):
+        grown(Own, rules={"step": None, "exp_avg": 1, "exp_avg_sq": 2, "exp_avrg": 1})
     with pytest.raises(UnsupportedOptimizerError, match="'exp_avg' has the order 3"):
         grown(Own, rules={"step": None, "exp_avg": 3, "exp_avg_sq": 2})
 
