@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.optim.optimizer import StateDict
 
 from growkern.reference import arithmetic
-from growkern.reference_adamw import Hyper, Update, length, sizes
+from growkern.reference_adamw import BLOCK, Hyper, Update, length, sizes
 from growkern.reference_adamw import adamw as torch_adamw
 from growkern.state import SLICES
 
@@ -18,6 +18,7 @@ KEYS = frozenset(SLICES)
 KERNEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PLAIN = (Parameter, Tensor)
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+WHOLE = ("foreach", "fused", "capturable", "differentiable")  # options of steps over whole tensors
 NOTHING: dict[str, Tensor] = {}
 Group = dict[str, Any]  # torch's type of a param group
 State = dict[str, Tensor]
@@ -45,8 +46,9 @@ class AdamW(torch.optim.AdamW):
         p -= lr * weight_decay * decay_ij * p
         p -= lr * lr_ij * warm(t) / (1 - beta1**t) * exp_avg / (sqrt(exp_avg_sq / (1 - beta2**t)) + eps * eps_ij)
 
-    On a CPU parameters without slices are updated by torch itself. On a GPU every dense real parameter goes through one Triton
-    launch per combination of dtypes, unless its group is capturable, differentiable or has a tensor as lr.
+    On a CPU parameters without slices are updated by torch itself, large ones part by part (the same bits, sooner). On a GPU
+    every dense real parameter goes through one Triton launch per combination of dtypes, unless its group is capturable,
+    differentiable or has a tensor as lr.
 
     Example:
         >>> optim = AdamW(model.parameters(), lr=1e-3)
@@ -124,6 +126,8 @@ class AdamW(torch.optim.AdamW):
             self._ours = {id(g): self._split(g) for g in self.param_groups}
         ours, rest = self._ours.get(id(group), ([], []))
         has_complex = super()._init_group({**group, "params": rest} if ours else group, *lists)
+        if not torch.compiler.is_compiling() and not any(group[o] for o in WHOLE):
+            _in_blocks(lists)
         if group is self.param_groups[-1]:
             found, self._ours = self._ours, {}
             with torch.no_grad():  # another group may be differentiable
@@ -202,6 +206,22 @@ def begin(group: Group, p: Tensor, state: State) -> None:
     )
     for key in MOMENTS if group["amsgrad"] else MOMENTS[:2]:
         state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+
+def _in_blocks(lists: Sequence[list[Tensor]]) -> None:
+    """Cut large tensors of a CPU into parts whose temporaries stay in cache; what torch does goes element by element."""
+    filled = [found for found in lists if found]  # the steps are last
+    whole = [*zip(*filled, strict=True)]
+    for found in filled:
+        found.clear()
+    for *tensors, step in whole:
+        n, p = tensors[0].numel(), tensors[0]
+        cut = n > BLOCK and p.device.type == "cpu" and all(type(t) in PLAIN for t in tensors)
+        cut = cut and all(t.is_contiguous() and t.numel() == n for t in tensors)
+        parts = [t.detach().view(-1).split(BLOCK) if cut else (t,) for t in tensors]
+        counted = (step, *(step.clone() for _ in parts[0][1:]))  # once, before torch counts on
+        for found, own in zip(filled, (*parts, counted), strict=True):
+            found.extend(own)
 
 
 def _checked(key: str, vector: Vector, p: Tensor, step: float) -> Tensor | None:

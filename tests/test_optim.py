@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import pickle
+from unittest.mock import patch
 
 import torch
 
@@ -120,18 +121,30 @@ def launched(monkeypatch) -> list[int]:
     split=st.booleans(),
     shapes=st.lists(st.sampled_from([*SHAPES, (0, 3)]), min_size=1, max_size=5),
     n=st.integers(1, 4),
+    block=st.sampled_from([5, module.BLOCK]),
 )
-def test_without_slices_it_is_torchs_bit_for_bit(dtype, option, missing, split, shapes, n):
+def test_without_slices_it_is_torchs_bit_for_bit(dtype, option, missing, split, shapes, n, block):
     a, b = parameters(dtype, shapes), parameters(dtype, shapes)
     ours, theirs = (
         kind(groups(ps) if split else ps, **copy.deepcopy(OPTIONS[option]))
         for kind, ps in ((AdamW, a), (torch.optim.AdamW, b))
     )
 
-    train([ours, theirs], n, missing=missing)
+    with patch.object(module, "BLOCK", block):
+        train([ours, theirs], n, missing=missing)
 
     if DEVICE == "cpu":
         assert_same(ours, theirs)
+
+
+def test_large_tensors_train_in_blocks_bit_for_bit():
+    shapes = [(700, 801), (3, 5)]
+    a, b = parameters(F32, shapes), parameters(F32, shapes)
+    optims = [AdamW(a), torch.optim.AdamW(b)]
+
+    train(optims, 3)
+
+    assert_same(*optims)
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o != "tensor lr"])
