@@ -1,12 +1,12 @@
 """How close does a step of ``growkern.optim.AdamW`` come to a ``copy_`` of the same bytes, and what do slices cost beside torch's?
 
 All parameters of a GPT-2, and one tensor alone, without slices and with every kind of them. Baselines, which know no slices:
-``torch.optim.AdamW`` in its foreach and fused forms; the roof. Every case is checked against torch's single-tensor step first, and
-a red one is not timed.
+``torch.optim.AdamW`` in its foreach and fused forms; the roof. Beside slices, what the hooks of ``UpdateScale`` cost. Every case is
+checked against torch's single-tensor step first, and a red one is not timed.
 
     python -m pytest bench/bench_adamw.py --bench-scope cpu      # or quick, gpu
 
-Every line is *warm*: a step writes where it has written before. On a CPU, without slices, ours is torch's default: single-tensor.
+Every line is *warm*: a step writes where it has written before. On a CPU, without slices, ours is torch's single-tensor, in blocks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +19,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bench import harness
+from growkern import UpdateScale
 from growkern.optim import AdamW
 from growkern.reference_adamw import SLICES, length
+from growkern.scale import Scale
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 OURS = "triton" if GPU else "torch"
+HOOKS = "UpdateScale"  # around torch's foreach
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of parameter, gradient and moments
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SECONDS = {"quick": 0.01, "cpu": 2.0, "gpu": 0.2}  # that one line of a case may take
@@ -109,7 +112,8 @@ def ready(name: str, dtype: str, sliced: bool) -> Ready | str:
         state.append(dict(zip(MOMENTS, moments, strict=True)))
     found = Ready(params, state, sliced)
     found.optimizer(AdamW).step()
-    return "; ".join(wrong(found, DTYPES[dtype])) or found
+    hooks = wrong_hooks(found) if sliced else ()
+    return "; ".join([*wrong(found, DTYPES[dtype]), *hooks]) or found
 
 
 def wrong(case: Ready, dtype: torch.dtype) -> Iterator[str]:
@@ -133,6 +137,39 @@ def wrong(case: Ready, dtype: torch.dtype) -> Iterator[str]:
                 yield f"{name} {index} is off by {worst:.3g}"
 
 
+def hooked(case: Ready) -> torch.optim.AdamW:
+    """torch's with hooks: what it sees of a parameter is twice as large, column by column, and of a gradient half, row by row."""
+    optim = case.optimizer(torch.optim.AdamW, foreach=True)
+    scales: dict[Tensor, Scale] = {}
+    for p in case.params:
+        half, two = (torch.full((n,), x, device=DEVICE) for n, x in ((p.shape[-1], 0.5), (p.shape[0], 2.0)))  # fmt: skip
+        ones = (1.0,) * (p.dim() - 1)
+        scales[p] = Scale(update=(*ones, half), grad=(two, *ones))
+    UpdateScale(optim, scales)
+    return optim
+
+
+def wrong_hooks(case: Ready) -> Iterator[str]:
+    """Hold one step through hooks against torch's step on parameters and gradients scaled by hand; a few stand for all."""
+    few = case.params[1:4] or case.params
+    before = [
+        [t.detach().double() for t in (p, p.grad, *state.values()) if t is not None]
+        for p, state in zip(case.params, case.state, strict=True)
+        if any(p is one for one in few)
+    ]
+    hooked(case).step()
+    for index, (actual, (p, grad, *moments)) in enumerate(zip(few, before, strict=True)):
+        seen = Parameter(p * 2)
+        seen.grad = grad / 2
+        optim = torch.optim.AdamW([seen], foreach=False, **OPTIONS)
+        step = torch.tensor(float(N_STEPS))
+        optim.state[seen] = {"step": step, **dict(zip(MOMENTS, moments, strict=True))}
+        optim.step()
+        worst = float((actual.detach().double() - seen.detach() / 2).abs().max())
+        if not worst <= ROUNDING[actual.dtype] * float(p.abs().max()):
+            yield f"parameter {index} is off by {worst:.3g} with hooks"
+
+
 def _roof(case: Ready) -> Callable[[], object]:
     if GPU:
         return harness.gpu_roof(case.moved)
@@ -144,6 +181,7 @@ LINES: dict[str, Callable[[Ready], Callable[[], object]]] = {
     OURS: lambda case: case.optimizer(AdamW).step,
     "foreach": lambda case: case.optimizer(torch.optim.AdamW, foreach=True).step,
     "fused": lambda case: case.optimizer(torch.optim.AdamW, fused=True).step,
+    HOOKS: lambda case: hooked(case).step,
     harness.ROOF: _roof,
 }
 
@@ -156,6 +194,7 @@ def chosen(scope: str) -> Sequence[tuple[str, bool, str, str]]:
         for dtype in dtypes
         for sliced in (False, True)
         for backend in LINES
+        if sliced or backend != HOOKS
     ]
 
 
