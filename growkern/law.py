@@ -88,6 +88,11 @@ def build(
         raise PlanError(
             f"cannot add identity blocks to {spec.family}: its spec says not which tensors make a block the identity."
         )
+    if any(block.branch != 1 for block in deep.blocks):
+        own = spec.blocks
+        why = "its norms come after them" if own and own.carries else "its spec does not name them"
+        if own is None or own.carries or not own.branches:
+            raise PlanError(f"cannot scale the branches of {spec.family}: {why}.")
     homes = _homes(deep.blocks)
     factors = norm_factors(spec, wide)
     unequal = [stream for stream, factor in factors.items() if factor is None]
@@ -324,6 +329,11 @@ def _rows(
 def _in_block(row: TensorRow, spec: ModelSpec, deep: Depth, index: int, inner: str) -> TensorRow:
     """What becomes of a tensor, called ``inner`` inside its block, in target block ``index``."""
     block, blocks = deep.blocks[index], spec.blocks
+    if (
+        blocks is not None and block.branch != 1
+    ):  # readers of what the branch adds see no factor, its inner tensors do
+        own = "factor" if inner in blocks.branches else "grad_factor"
+        row = replace(row, **{own: block.branch})
     if blocks is None or not deep.identity:
         return row
     if inner in blocks.carries:

@@ -44,10 +44,17 @@ class Width:
 
 @dataclass(frozen=True)
 class BlockRow:
-    """One block of the target: which source block it copies, and whether it is new."""
+    """One block of the target.
+
+    Attributes:
+        source: The source block that it copies.
+        new: True when that one is elsewhere too.
+        branch: Factor on what its branches add to the residual stream.
+    """
 
     source: int
     new: bool = False
+    branch: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ class Cutter:
             str, Tensor
         ] = {}  # by source: what is a value beside a weight gets its noise
         self._means: dict[tuple[int, Rule], AxisMap] = {}
+        self._scaled: dict[tuple[int, float, float], AxisMap] = {}
         self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
     def measure(self, jobs: Iterable[tuple[TensorRow, Tensor, Tensor, Rule]]) -> None:
@@ -77,7 +78,7 @@ class Cutter:
             if known or not rule.value or row.constant is not None or not source.numel():
                 continue
             kind = source.device, reference.arithmetic(target.dtype), source.dtype
-            layout = self._layout(row.axes, rule, *kind[:2])
+            layout = self._layout(row, rule, *kind[:2])
             if not layout.centred and any(cell.free for cell in layout.cells):
                 noisy[kind].setdefault(row.source, source)
         for (device, dtype, _), by_name in noisy.items():
@@ -95,7 +96,7 @@ class Cutter:
             yield Piece(self._constant(row.constant, dst).expand_as(into), into)
             return
         dtype = reference.arithmetic(dst.dtype)
-        layout = self._layout(row.axes, rule, src.device, dtype)
+        layout = self._layout(row, rule, src.device, dtype)
         for axis in layout.centred:
             self.n_read += 2 * src.numel() * src.element_size()
             src = src - src.mean(axis, keepdim=True)
@@ -123,10 +124,13 @@ class Cutter:
         self.n_read += fill.n_statistics * source.numel() * source.element_size()
 
     def _layout(
-        self, keys: tuple[str, ...], rule: Rule, device: torch.device, dtype: torch.dtype
+        self, row: TensorRow, rule: Rule, device: torch.device, dtype: torch.dtype
     ) -> "_Layout":
         """How tensors of these axes are cut: worked out once."""
-        axes = tuple(self._axes[key] for key in keys)  # blocks share them
+        axes = tuple(self._axes[key] for key in row.axes)  # blocks share them
+        if (own := (row.factor, row.grad_factor)) != (1, 1):
+            scaled = self._scaled.setdefault((id(axes[0]), *own), axes[0].times(*own))
+            axes = (scaled, *axes[1:])
         key = *map(id, axes), rule, device, dtype
         if key not in self._layouts:
             if rule.reduced is not None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from math import isfinite, prod
 from typing import Any, Literal
@@ -57,6 +57,15 @@ class AxisMap:
                 f"an axis of {self.index_map.n_target} coordinates has scales of {lengths}."
             )
 
+    def times(self, factor: float, grad_factor: float) -> "AxisMap":
+        """The same with one more factor on the weight, and one on the gradient."""
+        weight = self.weight_scale.map(lambda x: x * factor)
+        return replace(
+            self,
+            weight_scale=weight,
+            grad_scale=self.grad_scale.map(lambda x: x * grad_factor),
+        )
+
     @cached_property
     def is_identity(self) -> bool:
         """True when the axis is left as it is."""
@@ -78,6 +87,11 @@ class TensorRow:
         new: True when the tensor belongs to a new block.
         constant: The value of every element, for a tensor that copies nothing.
         state: ``"law"``: the source's optimizer state, grown. ``"fresh"``: none, so that its own step count starts at 0.
+        factor: On the weight, beside those of its axes.
+        grad_factor: On the gradient, likewise.
+        upper: Name of the source tensor, of one shape with ``source``, that all but the first copies along ``upper_axis`` are
+            taken from; None for ``source`` itself.
+        upper_axis: See ``upper``.
     """
 
     name: str
@@ -86,6 +100,10 @@ class TensorRow:
     new: bool = False
     constant: float | None = None
     state: Literal["law", "fresh"] = "law"
+    factor: float = 1.0
+    grad_factor: float = 1.0
+    upper: str | None = None
+    upper_axis: int = 0
 
 
 @dataclass(frozen=True)
@@ -152,8 +170,11 @@ class GrowthPlan:
         return not self.reasons
 
     def axis_maps(self, row: TensorRow) -> tuple[AxisMap, ...]:
-        """The axis maps of a tensor."""
-        return tuple(self.axes[key] for key in row.axes)
+        """The axis maps of a tensor, its own factor on the first."""
+        axes = tuple(self.axes[key] for key in row.axes)
+        if row.factor == row.grad_factor == 1 or not axes:
+            return axes
+        return axes[0].times(row.factor, row.grad_factor), *axes[1:]
 
     def shapes(self, row: TensorRow) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Source and target shape of a tensor."""
@@ -220,7 +241,10 @@ class GrowthPlan:
         if any(block.new for block in self.blocks):
             parts.append(
                 "blocks  "
-                + " ".join(f"+{b.source}" if b.new else str(b.source) for b in self.blocks)
+                + " ".join(
+                    f"{'+' * b.new}{b.source}{f' x {b.branch:g}' * (b.branch != 1)}"
+                    for b in self.blocks
+                )
                 + "   (+ new, copy of)"
             )
         lines = dict.fromkeys(

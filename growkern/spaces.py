@@ -65,11 +65,19 @@ class Blocks:
         path: Name of the ``ModuleList``.
         identity: Tensors of a block (names inside it) and the constant that turns the block into the identity.
         carries: For post-norm blocks: tensors that move on to the inserted block, and the constant that stays behind.
+        outputs: Tensors whose product with a number is that number times what the block adds; by default those that are 0 in
+            the identity.
     """
 
     path: str
     identity: Mapping[str, float] = field(default_factory=dict[str, float])
     carries: Mapping[str, float] = field(default_factory=dict[str, float])
+    outputs: tuple[str, ...] = ()
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """See ``outputs``."""
+        return self.outputs or tuple(name for name, value in self.identity.items() if value == 0)
 
 
 Size = str | tuple[str, ...]  # a size name, or a product of them; "block" is the index of the block

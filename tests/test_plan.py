@@ -9,6 +9,7 @@ from models import FAMILIES, grow, make, spec_of
 
 import growkern
 from growkern import GrowthPlan, depth, width
+from growkern.errors import PlanError
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,6 +98,57 @@ def test_identity_blocks_lie_where_llama_pro_puts_them(n, target):
 
 def test_stack_is_l_mod_n():
     assert [b.source for b in depth.Stack().deepen(3, 7).blocks] == [0, 1, 2, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("method", "n", "target", "expected"),
+    [
+        (depth.Stack(), 3, 6, "0 1 2 +0 +1 +2"),
+        (depth.Stack(), 3, 8, "0 1 2 +0 +1 +2 +0 +1"),
+        (depth.Stack(remainder="top"), 3, 8, "0 1 2 +0 +1 +2 +1 +2"),
+        (depth.Stack(ignore_first=1, ignore_last=1), 4, 8, "0 1 2 +1 +2 +1 +2 3"),
+        (depth.Interpose(), 3, 6, "0 +0 1 +1 2 +2"),
+        (depth.Interpose(), 3, 4, "0 +0 1 2"),
+        (depth.Interpose(ignore_first=1), 3, 5, "0 1 +1 2 +2"),
+        (depth.DepthUpscale(), 4, 6, "0 1 2 +1 +2 3"),
+        (depth.DepthUpscale(), 4, 8, "0 1 2 3 +0 +1 +2 +3"),
+        (depth.TopCopies(), 4, 6, "0 1 2 3 +2 +3"),
+        (depth.TopCopies(), 2, 5, "0 1 +0 +1 +0"),
+        (depth.TopCopies(n=1), 4, 6, "0 1 2 3 +3 +3"),
+        (depth.Layers((0, 1, 0, 1, 2)), 3, 5, "0 1 +0 +1 2"),
+    ],
+    ids=str,
+)
+def test_depth_methods_order_layers_as_published(method, n, target, expected):
+    found = method.deepen(n, target)
+
+    assert " ".join("+" * b.new + str(b.source) for b in found.blocks) == expected
+    assert (
+        found.reasons and not method.deepen(n, n).reasons
+        if method != depth.Layers((0, 1, 0, 1, 2))
+        else True
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "n", "target", "match"),
+    [
+        (depth.Stack(remainder="middle"), 2, 4, "'bottom' or 'top'"),
+        (depth.Stack(ignore_first=1, ignore_last=1), 2, 4, "leave nothing of 2 layers"),
+        (depth.Interpose(ignore_first=-1), 2, 4, "leave nothing"),
+        (depth.DepthUpscale(), 4, 7, "an even number up to 8, not to 7; Interpose"),
+        (depth.DepthUpscale(), 4, 10, "an even number up to 8, not to 10"),
+        (depth.TopCopies(n=5), 4, 6, "n=5 layers of a model of 4"),
+        (depth.Layers((0, 1)), 2, 3, "the order has 2 layers, the target 3"),
+        (depth.Layers((0, 0, 1)), 3, 3, "layers 2 are left out"),
+        (depth.Layers((1, 0, 2)), 3, 3, "not in their order"),
+        (depth.Layers((0, 1, 3)), 2, 3, "layers 3 are left out, or not in"),
+    ],
+    ids=str,
+)
+def test_depth_methods_say_what_they_cannot(method, n, target, match):
+    with pytest.raises(PlanError, match=match):
+        method.deepen(n, target)
 
 
 def test_plans_need_neither_torch_nor_triton():

@@ -1,6 +1,7 @@
 """Depth methods: each gives the order of blocks in the target."""
 
 from growkern.depth.identity import IdentityBlocks
-from growkern.depth.stack import Stack
+from growkern.depth.interpose import DepthUpscale, Interpose, Layers
+from growkern.depth.stack import Stack, TopCopies
 
-__all__ = ["IdentityBlocks", "Stack"]
+__all__ = ["DepthUpscale", "IdentityBlocks", "Interpose", "Layers", "Stack", "TopCopies"]

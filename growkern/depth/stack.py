@@ -1,22 +1,66 @@
-"""Depth growth by stacking the whole model on itself: not function preserving.
+"""Depth growth by stacking the model, or its top, on itself: not function preserving.
 
 Gong et al., "Efficient Training of BERT by Progressively Stacking", ICML 2019; Du et al., "Stacking Your Transformers",
-NeurIPS 2024, arXiv:2405.15319 (G_stack): target block ``l`` copies source block ``l mod n_source``.
+NeurIPS 2024, arXiv:2405.15319 (G_stack): target layer ``l`` copies source layer ``l mod n_source``. bert2BERT (Chen et al., ACL 2022,
+arXiv:2110.07143): whole stacks, and the remainder from the top. MSLT (Yang et al., arXiv:2011.13635) and gradual stacking: copies
+of the top layers.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
-from growkern.methods import BlockRow, Depth
+from growkern.depth.order import around, between, blocks
+from growkern.errors import PlanError
+from growkern.methods import Depth
+
+REASON = ("stacked blocks compute their function twice",)
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Repeat the blocks from the bottom until the target depth is reached; optimizer state comes along."""
+    """Repeat the layers until the target depth is reached; optimizer state comes along.
+
+    Args:
+        remainder: Where what does not fill a whole stack comes from: the ``"bottom"`` (StackBERT, G_stack: ``l mod n_source``) or
+            the ``"top"`` (bert2BERT).
+        ignore_first: Layers at the bottom that are not repeated.
+        ignore_last: Layers at the top that are not repeated.
+    """
+
+    remainder: Literal["bottom", "top"] = "bottom"
+    ignore_first: int = 0
+    ignore_last: int = 0
 
     def deepen(self, n_source: int, n_target: int) -> Depth:
-        """Give the blocks of the target: ``l mod n_source``."""
-        blocks = tuple(BlockRow(i % n_source, new=i >= n_source) for i in range(n_target))
-        return Depth(
-            blocks,
-            reasons=("stacked blocks compute their function twice",) if n_target > n_source else (),
-        )
+        """Give the blocks of the target; raise PlanError when nothing is left to repeat."""
+        if self.remainder not in ("bottom", "top"):
+            raise PlanError(f"Stack: remainder={self.remainder!r}; 'bottom' or 'top'.")
+        n, m = between(n_source, n_target, self.ignore_first, self.ignore_last, "Stack")
+        rest = m % n
+        order = [*range(n)] * (m // n) + [
+            *(range(rest) if self.remainder == "bottom" else range(n - rest, n))
+        ]
+        order = around(order, n_source, self.ignore_first, self.ignore_last)
+        return Depth(blocks(order, n_source, "Stack"), reasons=REASON if m > n else ())
+
+
+@dataclass(frozen=True)
+class TopCopies:
+    """Append copies of the top layers (MSLT, gradual stacking).
+
+    Args:
+        n: How many of the top are copied, again and again until the target depth is reached; None for as many as are added, at
+            most all.
+    """
+
+    n: int | None = None
+
+    def deepen(self, n_source: int, n_target: int) -> Depth:
+        """Give the blocks of the target; raise PlanError when there are not so many layers."""
+        n_new = n_target - n_source
+        n = min(n_new, n_source) if self.n is None else self.n
+        if n_new and not 1 <= n <= n_source:
+            raise PlanError(f"TopCopies: n={n} layers of a model of {n_source}.")
+        top = [*range(n_source - n, n_source)]
+        order = [*range(n_source), *(top[i % n] for i in range(n_new))]
+        return Depth(blocks(order, n_source, "TopCopies"), reasons=REASON if n_new else ())

@@ -1,0 +1,82 @@
+"""Depth growth by copies beside their layers, and by any order of layers: not function preserving.
+
+Interpose: staged training (Shen et al., ICML 2022, arXiv:2203.06211), "interleaved" in AquilaMoE: target layer ``l`` copies source layer
+``l // k``. DepthUpscale: SOLAR (Kim et al., NAACL 2024, arXiv:2312.15166): ``[0 .. n - m - 1] + [m .. n - 1]``.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from growkern.depth.order import around, between, blocks
+from growkern.errors import PlanError
+from growkern.methods import Depth
+
+REASON = ("copied blocks compute their function twice",)
+
+
+@dataclass(frozen=True)
+class Interpose:
+    """Put copies beside their layers, spread evenly where the target is no whole multiple.
+
+    Args:
+        halve_branches: Divide what the copies of a layer add to the residual stream by their number: nearly exact.
+        ignore_first: Layers at the bottom that are not repeated.
+        ignore_last: Layers at the top that are not repeated.
+    """
+
+    halve_branches: bool = False
+    ignore_first: int = 0
+    ignore_last: int = 0
+
+    def deepen(self, n_source: int, n_target: int) -> Depth:
+        """Give the blocks of the target; raise PlanError when nothing is left to repeat."""
+        n, m = between(n_source, n_target, self.ignore_first, self.ignore_last, "Interpose")
+        order = around(
+            [layer * n // m for layer in range(m)], n_source, self.ignore_first, self.ignore_last
+        )
+        counts = Counter(order)
+        branch = [1 / counts[source] for source in order] if self.halve_branches else ()
+        return Depth(blocks(order, n_source, "Interpose", branch), reasons=REASON if m > n else ())
+
+
+@dataclass(frozen=True)
+class DepthUpscale:
+    """Two copies of the model, one on the other, without the last ``m`` layers of the lower and the first ``m`` of the upper."""
+
+    def deepen(self, n_source: int, n_target: int) -> Depth:
+        """Give the blocks of the target; ``m`` follows from its depth.
+
+        Raises:
+            PlanError: The depth is not ``2 (n - m)`` for an ``m`` from 0 on that leaves every layer in.
+        """
+        if n_target == n_source:
+            return Depth(blocks(range(n_source), n_source, "DepthUpscale"))
+        m, odd = divmod(2 * n_source - n_target, 2)
+        if odd or not 0 <= m <= n_source // 2:
+            raise PlanError(
+                f"DepthUpscale: {n_source} layers grow to an even number up to {2 * n_source}, not to {n_target}; Interpose() and "
+                "Stack() reach it."
+            )
+        order = [*range(n_source - m), *range(m, n_source)]
+        return Depth(blocks(order, n_source, "DepthUpscale"), reasons=REASON)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """An order of source layers.
+
+    Args:
+        order: For every layer of the target the layer of the source that it copies; ``(0, 1, 1, 2)``.
+    """
+
+    order: tuple[int, ...]
+
+    def deepen(self, n_source: int, n_target: int) -> Depth:
+        """Give the blocks of the target; raise PlanError where the order is not one of these layers or of this depth."""
+        if len(self.order) != n_target:
+            raise PlanError(
+                f'Layers: the order has {len(self.order)} layers, the target {n_target}; pass to={{"layers": {len(self.order)}}}.'
+            )
+        return Depth(
+            blocks(self.order, n_source, "Layers"), reasons=REASON if n_target > n_source else ()
+        )

@@ -1,0 +1,54 @@
+"""What depth methods share: orders of source layers, and the blocks they make."""
+
+from collections.abc import Sequence
+
+from growkern.errors import PlanError
+from growkern.methods import BlockRow
+
+
+def blocks(
+    order: Sequence[int], n_source: int, who: str, branch: Sequence[float] = ()
+) -> tuple[BlockRow, ...]:
+    """The blocks of a target whose layer ``l`` copies source layer ``order[l]``: the first copy is the source's own block.
+
+    Raises:
+        PlanError: A source layer is missing, beyond the model, or comes before the one below it.
+    """
+    first = {source: at for at, source in reversed([*enumerate(order)])}
+    if sorted(first) != list(range(n_source)):
+        odd = sorted(set(range(n_source)) ^ set(first))
+        raise PlanError(
+            f"{who}: layers {', '.join(map(str, odd[:5]))} are left out, or not in a model of {n_source} layers; every layer of "
+            "the source stays."
+        )
+    if sorted(first, key=lambda source: first[source]) != list(range(n_source)):
+        raise PlanError(f"{who}: the first copies of the source's layers are not in their order.")
+    scale = branch or [1.0] * len(order)
+    return tuple(
+        BlockRow(source, first[source] != at, scale[at]) for at, source in enumerate(order)
+    )
+
+
+def between(
+    n_source: int, n_target: int, ignore_first: int, ignore_last: int, who: str
+) -> tuple[int, int]:
+    """Source and target depth of what is repeated.
+
+    Raises:
+        PlanError: Nothing is left.
+    """
+    ignored = ignore_first + ignore_last
+    if min(ignore_first, ignore_last) < 0 or ignored >= n_source:
+        raise PlanError(
+            f"{who}: ignore_first={ignore_first} and ignore_last={ignore_last} leave nothing of {n_source} layers to repeat."
+        )
+    return n_source - ignored, n_target - ignored
+
+
+def around(order: Sequence[int], n_source: int, ignore_first: int, ignore_last: int) -> list[int]:
+    """An order of the layers in between, with those that are not repeated around it."""
+    return [
+        *range(ignore_first),
+        *(source + ignore_first for source in order),
+        *range(n_source - ignore_last, n_source),
+    ]

@@ -1,0 +1,78 @@
+"""Depth methods on live models, against models whose blocks were copied by hand."""
+
+import copy
+
+import pytest
+import torch
+from models import batch, grow, logits, loss_of, make, train
+
+import growkern
+from growkern import depth
+from growkern.errors import PlanError
+
+METHODS = {
+    depth.Stack(): [0, 1, 0, 1, 0],
+    depth.Stack(remainder="top"): [0, 1, 0, 1, 1],
+    depth.Interpose(): [0, 0, 0, 1, 1],
+    depth.TopCopies(n=1): [0, 1, 1, 1, 1],
+    depth.Layers((0, 1, 1, 0, 1)): [0, 1, 1, 0, 1],
+}
+
+
+def blocks_of(model):
+    return model.get_submodule(growkern.describe(model).blocks.path)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+def test_blocks_and_their_state_are_copied_in_the_published_order(family, method):
+    model = make(family, tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 2)
+    source = [
+        [(p.detach().clone(), copy.deepcopy(optim.state[p])) for p in block.parameters()]
+        for block in blocks_of(model)
+    ]
+
+    report = grow(model, optim, to={"layers": 5}, depth=method)
+
+    assert not report.function_preserving and "twice" in str(report)
+    for block, origin in zip(blocks_of(model), METHODS[method], strict=True):
+        for p, (value, state) in zip(block.parameters(), source[origin], strict=True):
+            assert torch.equal(p, value)
+            assert all(torch.equal(optim.state[p][key], state[key]) for key in state)
+    train(model, optim, 1)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_halved_branches_are_nearly_exact_and_so_are_their_gradients(family):
+    """What branches add is small here, so that blocks nearly commute: off is second order in it, 1e-3 squared."""
+    model = make(family, tied=False).double().eval()
+    outputs = growkern.describe(model).blocks.branches
+    with torch.no_grad():
+        for block in blocks_of(model):
+            for name, p in block.named_parameters():
+                p.mul_(1e-3 if name in outputs else 1.0)
+    optim = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.5)
+    train(model, optim, 1)
+    before = logits(model, batch()).detach()
+
+    grow(model, optim, to={"layers": 6}, depth=depth.Interpose(halve_branches=True))
+
+    assert (logits(model, batch()) - before).abs().max() < 1e-5 < before.abs().max()
+    for block, origin in zip(blocks_of(model), [0, 0, 0, 1, 1, 1], strict=True):
+        assert torch.equal(
+            next(block.parameters()), next(blocks_of(model)[3 * origin].parameters())
+        )
+    model.zero_grad()
+    loss_of(model, batch(seed=0)).backward()
+    for name, p in model.named_parameters():
+        state = optim.state[p]["momentum_buffer"]
+        assert (p.grad - state).norm() < 2e-2 * p.grad.norm(), name
+
+
+def test_branches_after_norms_are_not_scaled():
+    model = make("bert", tied=True)
+
+    with pytest.raises(PlanError, match="cannot scale the branches of bert: its norms come after"):
+        growkern.plan(model, to={"layers": 4}, depth=depth.Interpose(halve_branches=True))
