@@ -25,7 +25,8 @@ from growkern.tensors import Tensors
 Memory = Literal["stage", "lean"]
 MEMORIES = ("stage", "lean")
 NOTHING = "nan"  # a backend for targets that a checkpoint is going to fill
-Job = tuple[TensorRow, Tensor, Tensor, Rule]  # row, source, target, how it grows
+# row, source, target, how it grows, and the next layer's source for a row that takes a part of that
+Job = tuple[TensorRow, Tensor, Tensor, Rule, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Execution:
 
     def _run(self, jobs: list[Job]) -> None:
         if self.backend == NOTHING:
-            for _, _, target, _ in jobs:
+            for _, _, target, *_ in jobs:
                 target.fill_(float("nan") if target.is_floating_point() else 0)
             return
         cutter = self.cutter
@@ -144,29 +145,32 @@ class Execution:
                 target.copy_(torch.arange(target.shape[-1], device=target.device).expand_as(target))
                 self.n_written += target.numel() * target.element_size()
                 continue
-            jobs.append((row, source, target, VALUE))
+            upper = row.upper or row.source
+            jobs.append((row, source, target, VALUE, self.sources.values[upper]))
             if _grows_grad(row, self.sources):
                 grad = self.sources.grads[row.source]
                 staged.grads[row.name] = torch.empty(shape, dtype=grad.dtype, device=grad.device)
-                jobs.append((row, grad, staged.grads[row.name], GRADIENT))
+                above = self.sources.grads.get(upper, grad)
+                jobs.append((row, grad, staged.grads[row.name], GRADIENT, above))
             if not (found := _state(self.plan, row, self.sources)):
                 continue
             state = staged.states[row.name] = dict[str, object]()
+            above = {**found, **self.sources.states.get(upper, {})}
             for key, value in found.items():
                 rule = self.rules[key]
                 if rule is None or not isinstance(value, Tensor):
                     if row.new and key not in state:
                         state[key] = value.clone() if isinstance(value, Tensor) else value
                     continue
-                values = {key: value}
+                pairs = {key: (value, above[key])}
                 if rule.coded and is_coded(value):
-                    pair = decoded(found, key)
-                    values = dict(zip((key, scale_key(key)), pair, strict=True))
-                for k, v in values.items():
+                    both = (decoded(held, key) for held in (found, above))
+                    pairs = dict(zip((key, scale_key(key)), zip(*both, strict=True), strict=True))
+                for k, (v, other) in pairs.items():
                     state[k] = grown = torch.empty(
                         rule.shape(shape), dtype=v.dtype, device=v.device
                     )
-                    jobs.append((row, v, grown, rule))
+                    jobs.append((row, v, grown, rule, other if isinstance(other, Tensor) else v))
         return jobs
 
 

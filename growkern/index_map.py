@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
+from random import Random
 from typing import NamedTuple
 
 from growkern.errors import PlanError
@@ -148,6 +149,20 @@ class IndexMap:
         )
 
     @staticmethod
+    def tail(n_source: int, n_target: int) -> "IndexMap":
+        """One copy, and pads behind it."""
+        copied = IndexMap.identity(n_source).runs
+        pads = (Run(n_source, n_target - n_source, PAD),) if n_target > n_source else ()
+        return IndexMap(n_source, n_target, (*copied, *pads))
+
+    @staticmethod
+    def drawn(n_source: int, n_target: int, seed: str) -> "IndexMap":
+        """One copy, and uniform draws behind it (Net2Net, bert2BERT); equal seeds give equal maps everywhere."""
+        draw = Random(seed)
+        more = [draw.randrange(n_source) for _ in range(n_target - n_source)]
+        return IndexMap.of([*range(n_source), *more], n_source)
+
+    @staticmethod
     def of(indices: Iterable[int], n_source: int) -> "IndexMap":
         """Compress a list of source coordinates (``PAD`` for a pad)."""
         runs = _joined(Run(i, 1, source) for i, source in enumerate(indices))
@@ -214,9 +229,15 @@ class IndexMap:
 
     def per_copy(self, function: Callable[[int], float], pad: float) -> Vector:
         """``function(C(g(i)))`` for every target coordinate ``i``; ``pad`` where it copies nothing."""
+        return self.by_copy(lambda _, count: function(count), pad)
+
+    def by_copy(self, function: Callable[[int, int], float], pad: float) -> Vector:
+        """``function(k, C(g(i)))`` for the ``k``-th copy, from 0 on; ``pad`` where nothing is copied."""
         if self.is_identity:
-            return Vector.full(function(1), self.n_target)
-        values = [(t, n, function(len(ts))) for _, n, ts in self.segments for t in ts]
+            return Vector.full(function(0, 1), self.n_target)
+        values = [
+            (t, n, function(k, len(ts))) for _, n, ts in self.segments for k, t in enumerate(ts)
+        ]
         pads = [(run.target, run.length, pad) for run in self.runs if run.source == PAD]
         return _merged((value, n) for _, n, value in sorted([*values, *pads]))
 

@@ -122,7 +122,7 @@ def build(
         state=state,
         dynamics=dynamics,
         axes=axes,
-        rows=tuple(_rows(spec, deep, homes, keys)),
+        rows=tuple(_rows(spec, deep, homes, keys, axes if wide.next_layer else {})),
         path=spec.blocks.path if spec.blocks else "",
         blocks=deep.blocks if spec.blocks else (),
         ties=dict(spec.ties),
@@ -188,6 +188,14 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
             found, wanted = plan.shapes(row)[1] if known else row.axes, target.shape(row.source)
             if found != wanted:
                 problems.append(f"{row.name}: has shape {found}, the target {wanted}.")
+            if row.upper is not None and (
+                row.upper not in names
+                or spec.shape(row.upper) != spec.shape(row.source)
+                or row.upper_axis not in range(len(row.axes))
+            ):
+                problems.append(
+                    f"{row.name}: takes a part of {row.upper}, which has another shape."
+                )
         if dict(plan.attributes) != _attributes(spec, homes, plan.target_sizes):
             problems.append("its attributes are not the sizes that the target's modules cache.")
     eps = {f"{name.removesuffix('.weight')}.{norm.eps}" for name, _, norm in spec.norms()}
@@ -213,7 +221,7 @@ def norm_factors(spec: ModelSpec, wide: Width) -> dict[str, float | None]:
     factors: dict[str, float | None] = {}
     for reads in dict.fromkeys(norm.reads for _, _, norm in spec.norms()):
         index_map, w = wide.maps[space_of(reads)], wide.contracts[reads].w
-        if index_map.is_identity:
+        if index_map.is_identity or wide.norms_kept:
             factors[reads] = 1.0
             continue
         weight = [0.0] * index_map.n_source
@@ -235,7 +243,13 @@ def _axis_maps(
     axes: dict[str, AxisMap] = {}
     for axis, key in keys.items():
         parts = tuple(
-            c if isinstance(c, int) else (id(wide.maps[space_of(c)]), id(wide.contracts[c]))
+            c
+            if isinstance(c, int)
+            else (
+                id(wide.maps[space_of(c)]),
+                id(wide.readers.get(space_of(c))),
+                id(wide.contracts[c]),
+            )
             for segment in axis.segments
             for c in (*segment, -1)
         )
@@ -250,34 +264,40 @@ def _axis_maps(
 def _axis_map(axis: AxisUse, wide: Width, factors: Mapping[str, float | None]) -> AxisMap:
     def one(component: str | int) -> tuple[IndexMap, Contract]:
         if isinstance(component, int):
-            return IndexMap.identity(component), Contract(
-                Vector.full(1, component), Vector.full(1, component)
-            )
-        return wide.maps[space_of(component)], wide.contracts[component]
+            full = Vector.full(1, component)
+            return IndexMap.identity(component), Contract(full, full)
+        space = space_of(component)
+        readers: Mapping[str, IndexMap] = wide.readers if axis.role == "reader" else {}
+        return readers.get(space, wide.maps[space]), wide.contracts[component]
 
-    maps, w, u, pads, centred = list[IndexMap](), list[Vector](), list[Vector](), set[Pad](), False
+    maps, w, u, centred = list[IndexMap](), list[Vector](), list[Vector](), False
+    pads: set[Pad] = set()
     for segment in axis.segments:
-        index_map, contract = one(segment[0])
-        segment_w, segment_u = contract.w, contract.u
-        pads.add(contract.pad)
-        centred = centred or contract.centred
-        for component in segment[1:]:
-            inner, inner_contract = one(component)
+        index_map, segment_w, segment_u = (
+            IndexMap.identity(1),
+            Vector.full(1.0, 1),
+            Vector.full(1.0, 1),
+        )
+        for component in segment:
+            inner, contract = one(component)
             index_map = index_map.product(inner)
-            segment_w, segment_u = (
-                segment_w.outer(inner_contract.w),
-                segment_u.outer(inner_contract.u),
-            )
+            segment_w, segment_u = segment_w.outer(contract.w), segment_u.outer(contract.u)
+            centred = centred or contract.centred
+            if inner.has_pads:
+                reads = contract.reads or ("zero" if contract.pad == "free" else "free")
+                pads.add(contract.pad if axis.role != "reader" else reads)
         maps.append(index_map)
         w.append(segment_w)
         u.append(segment_u)
     index_map, w_axis, u_axis = concat_maps(maps), concat_vectors(w), concat_vectors(u)
     pad: Pad = pads.pop() if len(pads) == 1 else "zero"
     if axis.role == "writer":
-        return AxisMap(index_map, w_axis, u_axis, pad, centred=centred)
+        return AxisMap(index_map, w_axis, u_axis, pad, drawn=wide.drawn, centred=centred)
     if axis.role == "reader":
         copies = any(count > 1 for count, _ in index_map.counts.pieces)
-        return AxisMap(index_map, u_axis, w_axis, "normal", noise=wide.noise if copies else 0.0)
+        noise = wide.noise if copies else 0.0
+        reads: Pad = "normal" if pad == "free" or not index_map.has_pads else "zero"
+        return AxisMap(index_map, u_axis, w_axis, reads, noise=noise, drawn=wide.drawn)
     norm = axis.norm
     assert norm is not None, "a gain has a norm"
     root = sqrt(factors[norm.reads] or 1.0)
@@ -311,8 +331,13 @@ def _targets(
 
 
 def _rows(
-    spec: ModelSpec, deep: Depth, homes: Mapping[int, list[int]], keys: Mapping[AxisUse, str]
+    spec: ModelSpec,
+    deep: Depth,
+    homes: Mapping[int, list[int]],
+    keys: Mapping[AxisUse, str],
+    mixed: Mapping[str, AxisMap],
 ) -> Iterator[TensorRow]:
+    """Every tensor of the target; what grows along one of the ``mixed`` axes takes a part from the next layer."""
     for source, axes in spec.tensors.items():
         if source in spec.ties:
             continue
@@ -323,7 +348,24 @@ def _rows(
                 yield TensorRow(name, source, own)
                 continue
             row = TensorRow(name, source, own, new=deep.blocks[index].new)
+            row = _with_next(row, spec, axes, mixed, *place) if mixed else row
             yield _in_block(row, spec, deep, index, place[1])
+
+
+def _with_next(
+    row: TensorRow,
+    spec: ModelSpec,
+    axes: Sequence[AxisUse],
+    mixed: Mapping[str, AxisMap],
+    index: int,
+    inner: str,
+) -> TensorRow:
+    """What the tensor writes anew comes from the next layer, where there is one."""
+    upper = f"{spec.blocks.path}.{index + 1}.{inner}" if spec.blocks else ""
+    for at, (axis, key) in enumerate(zip(axes, row.axes, strict=True)):
+        if axis.role != "reader" and not mixed[key].index_map.is_identity and upper in spec.tensors:
+            return replace(row, upper=upper, upper_axis=at)
+    return row
 
 
 def _in_block(row: TensorRow, spec: ModelSpec, deep: Depth, index: int, inner: str) -> TensorRow:

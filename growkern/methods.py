@@ -1,7 +1,7 @@
 """What growth methods decide: a width method gives maps and contracts, a depth method gives blocks. The plan does the rest."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from growkern.index_map import IndexMap, Vector
@@ -15,13 +15,16 @@ class Contract:
     Attributes:
         w: Scale of the activation, per target coordinate.
         u: Scale of its readers; over the copies of a coordinate the sum of ``w u`` is 1.
-        pad: Activation of a coordinate that copies nothing: 0, or the mean of the others.
+        pad: Activation of a coordinate that copies nothing: 0 or the mean of the others, and what reads it is drawn; or free (what
+            writes it is drawn), and what reads it is 0.
+        reads: What reads such a coordinate: drawn or 0; None for what ``pad`` asks for.
         centred: True when writers give up their mean over the stream's coordinates first.
     """
 
     w: Vector
     u: Vector
-    pad: Literal["zero", "mean"] = "zero"
+    pad: Literal["zero", "mean", "free"] = "zero"
+    reads: Literal["zero", "free"] | None = None
     centred: bool = False
 
 
@@ -34,12 +37,20 @@ class Width:
         contracts: Stream -> contract, for every stream.
         noise: Strength of the twin noise on readers of copies, in standard deviations of the weight; 0 for none.
         reasons: Why the function is not preserved; empty when it is.
+        drawn: Strength of what is drawn on one side of a pad, in standard deviations of the weight.
+        norms_kept: True when gains and eps of norms stay, whatever becomes of the mean square they see.
+        next_layer: True when all but the first copies that a block's tensors write are taken from the next layer.
+        readers: Space -> index map of its readers, where that is another one.
     """
 
     maps: Mapping[str, IndexMap]
     contracts: Mapping[str, Contract]
     noise: float = 0.0
     reasons: tuple[str, ...] = ()
+    drawn: float = 1.0
+    norms_kept: bool = False
+    next_layer: bool = False
+    readers: Mapping[str, IndexMap] = field(default_factory=dict[str, IndexMap])
 
 
 @dataclass(frozen=True)

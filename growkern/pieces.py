@@ -40,14 +40,10 @@ class _Layout(NamedTuple):
 def _cell(rows: Side, cols: Side, r: Stretch, c: Stretch, rule: Rule) -> _Cell:
     """Noise is on weights that copy, or that read a pad, but not on those that write one."""
     pads: tuple[Pad, ...] = tuple(side.pad for side, s in ((rows, r), (cols, c)) if s.source == PAD)
-    free = (
-        rule.value
-        and (rows.noisy or cols.noisy)
-        and all(pad == "normal" for pad in pads)
-        and any(copy.noise for copy in r.copies)
-        and any(copy.noise for copy in c.copies)
-    )
-    return _Cell(r, c, pads, free)
+    heard = all(any(copy.noise for copy in side.copies) for side in (r, c))
+    heard = heard and (rows.noisy or cols.noisy)
+    drawn = all(pad in ("normal", "free") for pad in pads)
+    return _Cell(r, c, pads, rule.value and drawn and (heard or "free" in pads))
 
 
 class Cutter:
@@ -60,7 +56,7 @@ class Cutter:
         self._axes = {key: equal.setdefault(axis, axis) for key, axis in plan.axes.items()}
         self._sides: dict[tuple[object, ...], Side] = {}
         self._layouts: dict[tuple[object, ...], _Layout] = {}
-        self._stretches: dict[tuple[Side, bool, torch.device, torch.dtype], list[Stretch]] = {}
+        self._stretches: dict[tuple[object, ...], list[Stretch]] = {}
         self._stds: dict[
             str, Tensor
         ] = {}  # by source: what is a value beside a weight gets its noise
@@ -68,12 +64,14 @@ class Cutter:
         self._scaled: dict[tuple[int, float, float], AxisMap] = {}
         self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
-    def measure(self, jobs: Iterable[tuple[TensorRow, Tensor, Tensor, Rule]]) -> None:
+    def measure(
+        self, jobs: Iterable[tuple[TensorRow, Tensor, Tensor, Rule, Tensor | None]]
+    ) -> None:
         """Measure every weight that gets noise at once, rather than each by itself; jobs as arguments of ``pieces``."""
         noisy: dict[tuple[torch.device, torch.dtype, torch.dtype], dict[str, Tensor]] = defaultdict(
             dict
         )
-        for row, source, target, rule in jobs:
+        for row, source, target, rule, _ in jobs:
             known = row.source in self._stds
             if known or not rule.value or row.constant is not None or not source.numel():
                 continue
@@ -89,8 +87,10 @@ class Cutter:
             self._stds |= dict(zip(by_name, stds, strict=True))
             self.n_read += sum(source.numel() * source.element_size() for source in sources)
 
-    def pieces(self, row: TensorRow, src: Tensor, dst: Tensor, rule: Rule) -> Iterator[Piece]:
-        """Cut one target tensor: a weight, its gradient or its state, each by its rule."""
+    def pieces(
+        self, row: TensorRow, src: Tensor, dst: Tensor, rule: Rule, upper: Tensor | None = None
+    ) -> Iterator[Piece]:
+        """Cut one target tensor: a weight, its gradient or its state, each by its rule; ``upper`` is the next layer's source."""
         if row.constant is not None:
             into = dst.view(1, dst.numel())
             yield Piece(self._constant(row.constant, dst).expand_as(into), into)
@@ -100,12 +100,18 @@ class Cutter:
         for axis in layout.centred:
             self.n_read += 2 * src.numel() * src.element_size()
             src = src - src.mean(axis, keepdim=True)
+            upper = (
+                upper - upper.mean(axis, keepdim=True) if upper is not None and row.upper else None
+            )
+        above = _matrix(upper, layout.source) if upper is not None and row.upper else None
         source, target = _matrix(src, layout.source), dst.view(layout.target)
         if layout.plain:
             for r, c in layout.plain:
-                yield Piece(_part(source, r, c), target, r.copies, c.copies, r.index, c.index)
+                value = _part(_read(source, above, r, c), r, c)
+                yield Piece(value, target, r.copies, c.copies, r.index, c.index)
             return
-        fill, noise = _Fill(source, layout.rows, layout.cols, rule, dtype), None
+        rows, cols = layout.rows, layout.cols
+        fill, noise = _Fill(source, rows, cols, rule, dtype), None
         for cell in layout.cells:
             r, c = cell.rows, cell.cols
             if cell.free and noise is None:
@@ -115,11 +121,14 @@ class Cutter:
                 noise = Noise(std.to(dtype), keys)
             drawn = noise if cell.free else None
             if not cell.pads:
-                value = _part(source, r, c)
+                value = _part(_read(source, above, r, c), r, c)
                 yield Piece(value, target, r.copies, c.copies, r.index, c.index, drawn)
                 continue
             value, scaled = fill.of(cell)
-            r, c = (r, c) if scaled else (r.unscaled, c.unscaled)
+            if cell.free and "free" in cell.pads:
+                r, c = r.drawn((rows if rows.free else cols).drawn), c.drawn(1.0)
+            elif not scaled:
+                r, c = r.unscaled, c.unscaled
             yield Piece(value, target, r.copies, c.copies, None, None, drawn)
         self.n_read += fill.n_statistics * source.numel() * source.element_size()
 
@@ -131,15 +140,17 @@ class Cutter:
         if (own := (row.factor, row.grad_factor)) != (1, 1):
             scaled = self._scaled.setdefault((id(axes[0]), *own), axes[0].times(*own))
             axes = (scaled, *axes[1:])
-        key = *map(id, axes), rule, device, dtype
+        mixed = axes[row.upper_axis] if row.upper is not None else None
+        key = *map(id, axes), id(mixed), rule, device, dtype
         if key not in self._layouts:
             if rule.reduced is not None:
                 at = len(axes) + rule.reduced
                 axes = (*axes[:at], self._mean_of(axes[at], rule), *axes[at + 1 :])
             at = _split(axes)
-            rows, cols = self._side(axes[:at], rule), self._side(axes[at:], rule)
-            by_row = self._cut(rows, device, dtype, True)
-            by_col = self._cut(cols, device, dtype, False)
+            rows, cols = (self._side(part, rule, mixed) for part in (axes[:at], axes[at:]))
+            free = rule.value and (rows.free or cols.free)
+            by_row = self._cut(rows, device, dtype, True, free)
+            by_col = self._cut(cols, device, dtype, False, free)
             cells = [_cell(rows, cols, r, c, rule) for r in by_row for c in by_col if r.n and c.n]
             source = rows.index_map.n_source, cols.index_map.n_source
             target = rows.index_map.n_target, cols.index_map.n_target
@@ -158,18 +169,18 @@ class Cutter:
         found = AxisMap(IndexMap.identity(1), one, mean)
         return self._means.setdefault((id(axis), rule), found)
 
-    def _side(self, axes: tuple[AxisMap, ...], rule: Rule) -> Side:
-        key = (*map(id, axes), rule)
+    def _side(self, axes: tuple[AxisMap, ...], rule: Rule, mixed: AxisMap | None) -> Side:
+        key = (*map(id, axes), id(mixed), rule)
         if key not in self._sides:
-            self._sides[key] = Side(axes, rule)
+            self._sides[key] = Side(axes, rule, mixed)
         return self._sides[key]
 
     def _cut(
-        self, side: Side, device: torch.device, dtype: torch.dtype, rows: bool
+        self, side: Side, device: torch.device, dtype: torch.dtype, rows: bool, counted: bool
     ) -> list[Stretch]:
-        key = side, rows, device, dtype
+        key = side, rows, counted, device, dtype
         if key not in self._stretches:
-            self._stretches[key] = side.stretches(device, dtype, rows=rows)
+            self._stretches[key] = side.stretches(device, dtype, rows=rows, counted=counted)
         return self._stretches[key]
 
     def _constant(self, value: float, like: Tensor) -> Tensor:
@@ -252,6 +263,11 @@ class _Fill:
         n = self.rows.n_copied * self.cols.n_copied
         by_row = torch.cat([block @ cols for block in reference.blocks(self.source)])
         return (rows @ by_row / max(1, n)).view(1, 1)
+
+
+def _read(source: Tensor, above: Tensor | None, r: Stretch, c: Stretch) -> Tensor:
+    """The tensor that a cell is copied from."""
+    return above if above is not None and (r.upper or c.upper) else source
 
 
 def _part(tensor: Tensor, r: Stretch, c: Stretch) -> Tensor:

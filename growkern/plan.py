@@ -12,9 +12,9 @@ from growkern.index_map import IndexMap, Run, Vector
 from growkern.methods import BlockRow
 from growkern.tables import fold, table
 
-Pad = Literal[
-    "zero", "mean", "normal"
-]  # what an element without an ancestor is: 0, the mean along the axis, or free noise
+PADS = "zero", "mean", "normal", "free"
+# what an element without an ancestor is: 0, the mean along the axis, or noise, where it is read ("normal") or written ("free")
+Pad = Literal["zero", "mean", "normal", "free"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class AxisMap:
         grad_scale: Factor on the gradient and on first-order state (squared on second-order state).
         pad: What a weight is where nothing is copied.
         noise: Strength of the twin noise along the axis.
+        drawn: Strength of noise where nothing is copied.
         centred: True when the mean along the axis is subtracted from the weight first.
     """
 
@@ -36,17 +37,14 @@ class AxisMap:
     pad: Pad = "zero"
     noise: float = 0.0
     centred: bool = False
+    drawn: float = 1.0
 
     def __post_init__(self) -> None:
         lengths = len(self.weight_scale), len(self.grad_scale)
         values = [
             v for vector in (self.weight_scale, self.grad_scale) for v, n in vector.pieces if n > 0
         ]
-        if not all(map(isfinite, [*values, self.noise])) or self.pad not in (
-            "zero",
-            "mean",
-            "normal",
-        ):
+        if not all(map(isfinite, [*values, self.noise, self.drawn])) or self.pad not in PADS:
             raise PlanError(
                 f"an axis has scales or noise that are no numbers, or the pad {self.pad!r}."
             )

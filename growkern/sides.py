@@ -24,17 +24,28 @@ LONG = 64  # coordinates: 128 bytes of the smallest dtype
 
 @dataclass(frozen=True, eq=False)
 class Stretch:
-    """``n`` source coordinates from ``source`` on (``PAD``: none), or those of ``index``, and where they go."""
+    """``n`` source coordinates from ``source`` on (``PAD``: none), or those of ``index``, and where they go.
+
+    ``upper``: they are of the next layer's tensor.
+    """
 
     source: int
     n: int
     copies: tuple[Copy, ...]
     index: Tensor | None = None
+    upper: bool = False
 
     @cached_property
     def unscaled(self) -> "Stretch":
         """The same, copied as it is."""
         return replace(self, copies=tuple(replace(c, scale=1.0, scales=None) for c in self.copies))
+
+    def drawn(self, strength: float) -> "Stretch":
+        """The same, all of it noise, and no factor but this one."""
+        copies = (
+            replace(c, noise=strength, noises=None, scale=1.0, scales=None) for c in self.copies
+        )
+        return replace(self, copies=tuple(copies))
 
 
 class _Cut(NamedTuple):
@@ -44,28 +55,36 @@ class _Cut(NamedTuple):
     scale: float
     noise: float
     first_id: int
+    upper: bool
 
 
 class Side:
     """The rows or the columns of a target seen as a matrix: some of its axes, row-major, grown by a rule."""
 
-    def __init__(self, axes: Sequence[AxisMap], rule: Rule) -> None:
+    def __init__(self, axes: Sequence[AxisMap], rule: Rule, upper: AxisMap | None = None) -> None:
         self.index_map = IndexMap.identity(1)
         self.scale, self.factors = Vector.full(1.0, 1), Vector.full(1.0, 1)
         self.pad: Pad = "zero"
-        self.noisy = False
+        self.noisy, self.drawn = False, 1.0
+        self.upper = Vector.full(1.0, 1)  # 0 where the next layer is read
         self.ids = IndexMap.identity(1)
         for axis in axes:
             index_map = axis.index_map.first_copies() if rule.first else axis.index_map
             factors, ids = _noise(axis, rule)
             self.ids = self.ids.product(ids)
+            self.upper = self.upper.outer(_later_copies(index_map, mixed=axis is upper))
             self.index_map = self.index_map.product(index_map)
             self.scale = self.scale.outer(scale_of(axis, rule))
             self.factors = self.factors.outer(factors)
             if not axis.index_map.is_identity:
-                self.pad = axis.pad
+                self.pad, self.drawn = axis.pad, axis.drawn
                 self.noisy = self.noisy or axis.pad == "normal"
         self.quiet = not any(value for value, _ in self.factors.pieces)
+
+    @property
+    def free(self) -> bool:
+        """True when some coordinates are drawn wherever the other side is."""
+        return self.pad == "free" and self.index_map.has_pads
 
     @cached_property
     def copies(self) -> list[float]:
@@ -81,16 +100,27 @@ class Side:
         """Target coordinates that copy one."""
         return sum(run.length for run in self.index_map.runs if run.source != PAD)
 
-    def stretches(self, device: torch.device, dtype: torch.dtype, *, rows: bool) -> list[Stretch]:
-        """Cut the side where what is copied, or how, changes; go by an index where that is too often."""
+    def stretches(
+        self, device: torch.device, dtype: torch.dtype, *, rows: bool, counted: bool
+    ) -> list[Stretch]:
+        """Cut the side where what is copied, or how, changes; go by an index where that is too often.
+
+        Args:
+            device: Of the tensors.
+            dtype: Of the arithmetic.
+            rows: True for rows.
+            counted: True when counters are needed though this side adds no noise by itself.
+        """
         n, n_target = len(self.index_map.runs), self.index_map.n_target
         long = n <= N_LONG_RUNS and n_target >= LONG * n
         if n <= N_RUNS or long:
             cuts = self._cuts()
             if len(cuts) <= 4 * N_RUNS or long:
                 pads = [Stretch(PAD, cut.n, (_copy(cut),)) for cut in cuts if cut.source == PAD]
-                return [*_segments([cut for cut in cuts if cut.source != PAD]), *pads]
-        make = _Copies(self, device, dtype)
+                copied = [cut for cut in cuts if cut.source != PAD]
+                own, upper = ([c for c in copied if c.upper is which] for which in (False, True))
+                return [*_segments(own), *(replace(s, upper=True) for s in _segments(upper)), *pads]
+        make = _Copies(self, device, dtype, counted)
         return list(self._scattered(make) if rows and scatters(device) else self._gathered(make))
 
     def _cuts(self) -> list["_Cut"]:
@@ -99,32 +129,42 @@ class Side:
         changes = {run.target: run for run in self.index_map.runs}
         ids = {run.target: run for run in self.ids.runs}
         scales, factors = self.scale.changes, self.factors.changes
-        starts = sorted({*changes, *ids, *scales, *factors} - {n_target})
-        run, own, scale, factor = Run(0, 0, PAD), Run(0, 0, 0), 1.0, 1.0
+        uppers = self.upper.changes
+        starts = sorted({*changes, *ids, *scales, *factors, *uppers} - {n_target})
+        run, own, scale, factor, lower = Run(0, 0, PAD), Run(0, 0, 0), 1.0, 1.0, 1.0
         for start, end in pairwise([*starts, n_target]):
             run, own = changes.get(start, run), ids.get(start, own)
             scale, factor = scales.get(start, scale), factors.get(start, factor)
+            lower = uppers.get(start, lower)
             source = PAD if run.source == PAD else run.source + start - run.target
             first_id = own.source + start - own.target
-            cuts.append(_Cut(start, end - start, source, scale, factor, first_id))
+            cuts.append(_Cut(start, end - start, source, scale, factor, first_id, not lower))
         return cuts
 
     def _scattered(self, make: "_Copies") -> Iterator[Stretch]:
         """Source coordinates of equally many copies go together, each copy to a list of target coordinates."""
         if pads := [i for i, j in enumerate(self.index_map.indices) if j == PAD]:
             yield Stretch(PAD, len(pads), (make.listed(pads, place=True),))
-        for sources, targets in self.index_map.by_count.values():
-            copies = [make.listed(own, place=True) for own in targets]
-            yield Stretch(0, len(sources), tuple(copies), make.int32(sources))
+        lower = self.upper.expanded()
+        for which in (False, True):
+            read = [PAD if lower[i] == which else j for i, j in enumerate(self.index_map.indices)]
+            index_map = self.index_map if all(lower) else IndexMap.of(read, self.index_map.n_source)
+            for sources, targets in index_map.by_count.values():
+                copies = [make.listed(own, place=True) for own in targets]
+                yield Stretch(0, len(sources), tuple(copies), make.int32(sources), upper=which)
+            if all(lower):
+                return
 
     def _gathered(self, make: "_Copies") -> Iterator[Stretch]:
         """Neighbouring target coordinates that copy something go together, and those that do not."""
-        for pad, runs in groupby(self.index_map.runs, lambda run: run.source == PAD):
-            first, *_, last = [*runs] * 2
-            start, end = first.target, last.target + last.length
+        indices = self.index_map.indices
+        kinds = zip((j == PAD for j in indices), self.upper.expanded(), strict=True)
+        for (pad, lower), same in groupby(enumerate(kinds), lambda found: found[1]):
+            first, *_, last = [i for i, _ in same] * 2
+            start, end = first, last + 1
             copy = replace(make.listed(range(start, end)), target=start)
-            index = None if pad else make.int32(self.index_map.indices[start:end])
-            yield Stretch(PAD if pad else 0, end - start, (copy,), index)
+            index = None if pad else make.int32(indices[start:end])
+            yield Stretch(PAD if pad else 0, end - start, (copy,), index, upper=not lower)
 
 
 def scatters(device: torch.device) -> bool:
@@ -135,12 +175,13 @@ def scatters(device: torch.device) -> bool:
 class _Copies:
     """Makes the copies of a side that list their coordinates."""
 
-    def __init__(self, side: Side, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, side: Side, device: torch.device, dtype: torch.dtype, counted: bool) -> None:
         self.device = device
         self.scale, self.scales = self._one_or_each(side.scale, dtype)
         self.noise, self.noises, self.ids = 0.0, None, None
         if not side.quiet:
             self.noise, self.noises = self._one_or_each(side.factors, dtype)
+        if counted or not side.quiet:
             self.ids = self.int32(side.ids.indices)
 
     def _one_or_each(self, vector: Vector, dtype: torch.dtype) -> tuple[float, Tensor | None]:
@@ -184,6 +225,17 @@ def _segments(cuts: list[_Cut]) -> Iterator[Stretch]:
         yield Stretch(start, following[start] - start, tuple(found))
 
 
+def _later_copies(index_map: IndexMap, *, mixed: bool) -> Vector:
+    """0 for all but the first copy of every source coordinate, where these are read elsewhere; else 1."""
+    if not mixed:
+        return Vector.full(1.0, index_map.n_target)
+    first = index_map.first_copies()
+    return Vector.of(
+        0.0 if j != PAD and i == PAD else 1.0
+        for i, j in zip(first.indices, index_map.indices, strict=True)
+    )
+
+
 def scale_of(axis: AxisMap, rule: Rule) -> Vector:
     """The factor of a rule along an axis."""
     powers = (axis.weight_scale, rule.weight), (axis.grad_scale, rule.grad)
@@ -204,5 +256,5 @@ def _noise(axis: AxisMap, rule: Rule) -> tuple[Vector, IndexMap]:
     if not index_map.has_pads:
         return signs.map(lambda sign: axis.noise * sign), partners
     copied = index_map.per_copy(lambda _: axis.noise, pad=0.0)
-    free = index_map.per_copy(lambda _: 0.0, pad=1.0)
+    free = index_map.per_copy(lambda _: 0.0, pad=axis.drawn)
     return signs.zip(copied, lambda x, y: x * y).zip(free, lambda x, y: x + y), partners

@@ -1,5 +1,20 @@
 """Width methods: each gives an index map per space and a contract per stream."""
 
+from growkern.width.bert2bert import AKI, FPI, AKIPro, Net2Wider
+from growkern.width.copy_and_pad import CopyAndPad
+from growkern.width.hyperclone import HyperClone
+from growkern.width.lemon import Lemon
 from growkern.width.lossless import Lossless
+from growkern.width.sparkling import Sparkling
 
-__all__ = ["Lossless"]
+__all__ = [
+    "AKI",
+    "FPI",
+    "AKIPro",
+    "CopyAndPad",
+    "HyperClone",
+    "Lemon",
+    "Lossless",
+    "Net2Wider",
+    "Sparkling",
+]

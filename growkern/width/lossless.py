@@ -11,12 +11,12 @@ from functools import cache
 from math import sqrt
 from typing import Literal
 
-from growkern.errors import PlanError, raise_all
-from growkern.index_map import PAD, IndexMap, Run, Vector
+from growkern.errors import PlanError
+from growkern.index_map import IndexMap, Vector
 from growkern.methods import Contract, Width
-from growkern.spaces import SIZE_OF_SPACE, ModelSpec, space_size
+from growkern.spaces import ModelSpec
+from growkern.width.base import Space, normed, refuse, solve_ties, spaces
 
-GROWS = ("hidden", "heads", "kv_heads", "ffn", "positions")
 Norms = Literal["isometric", "zero_pad", "mean_pad", "centre_pad"]
 NORM_KINDS: dict[str, str] = {
     "isometric": "rms",
@@ -55,75 +55,61 @@ class Lossless:
             PlanError: A size this method does not grow, a width that a post-norm model cannot have, or a ``norms`` that does
                 not go with the model's norms.
         """
-        problems = [
-            f"{name}: Lossless does not grow it ({spec.sizes[name]} -> {n}); it grows {', '.join(GROWS)}."
-            for name, n in sizes.items()
-            if n != spec.sizes[name] and name not in (*GROWS, "layers")
-        ]
+        problems: list[str] = []
         if not isinstance(self.noise, int | float) or not 0 <= self.noise < float("inf"):  # pyright: ignore[reportUnnecessaryIsInstance]
             problems.append(f"noise={self.noise!r} is not a finite number >= 0.")
         if self.norms is not None and self.norms not in list(NORM_KINDS):
             problems.append(f"norms={self.norms!r} is none of {', '.join(NORM_KINDS)}.")
-        raise_all(PlanError, f"cannot widen {spec.family}:", problems)
+        refuse(spec, sizes, "Lossless", problems)
         maps: dict[str, IndexMap] = {}
         contracts: dict[str, Contract] = {}
         index_map, contract = cache(_index_map), cache(_contract)  # blocks share theirs
-        found = {norm.reads: norm.kind for _, _, norm in spec.norms()}
-        for space, streams in spec.spaces().items():
-            kinds = {found[stream] for stream in streams if stream in found}
-            n_source, n_target = space_size(space, spec.sizes), space_size(space, sizes)
-            normed = {*found, "positions"}
-            whole = n_target % n_source == 0
+        scaled = {*normed(spec), "positions"}
+        for space in spaces(spec, sizes):
             how = (
                 "positions"
-                if space == "positions"
+                if space.name == "positions"
                 else None
-                if whole or not kinds
-                else self._norms(spec, space, n_source, n_target, kinds)
+                if space.whole or not space.norms
+                else rule_of(spec, space, self.norms)
             )
-            maps[space] = index_map(n_source, n_target, how)
-            for stream in streams:
-                contracts[stream] = contract(maps[space], how, stream in normed)
-        _solve_ties(spec, maps, contracts)
+            maps[space.name] = index_map(space.n_source, space.n_target, how)
+            for stream in space.streams:
+                contracts[stream] = contract(maps[space.name], how, stream in scaled)
+        solve_ties(spec, maps, contracts)
         return Width(maps, contracts, self.noise)
 
-    def _norms(
-        self, spec: ModelSpec, space: str, n_source: int, n_target: int, kinds: set[str]
-    ) -> Norms:
-        name = SIZE_OF_SPACE.get(space, space)
-        low = n_target // n_source * n_source
-        nearest = f"nearest whole multiples: {', '.join(str(n) for n in (low, low + n_source))}"
-        ask = f"cannot widen {spec.family} from {name} {n_source} to {n_target} exactly:"
-        if spec.post_norm:
-            raise PlanError(
-                f"{ask} a post-norm model keeps its function only at whole multiples; {nearest}."
-            )
-        if len(kinds) > 1:
-            raise PlanError(f"{ask} its norms are of several kinds; {nearest}.")
-        kind = next(iter(kinds))
-        how: Norms = self.norms or ("isometric" if kind == "rms" else "mean_pad")
-        if NORM_KINDS[how] != kind:
-            raise PlanError(
-                f"{ask} norms={how!r} is for {NORM_KINDS[how]} norms; these are {kind} norms."
-            )
-        return how
+
+def rule_of(spec: ModelSpec, space: Space, norms: Norms | None) -> Norms:
+    """What to do where norms read a space that grows by no whole multiple; raise PlanError where nothing is exact."""
+    n_source, n_target = space.n_source, space.n_target
+    low = n_target // n_source * n_source
+    nearest = f"nearest whole multiples: {', '.join(str(n) for n in (low, low + n_source))}"
+    ask = f"cannot widen {spec.family} from {space.size} {n_source} to {n_target} exactly:"
+    if spec.post_norm:
+        raise PlanError(
+            f"{ask} a post-norm model keeps its function only at whole multiples; {nearest}."
+        )
+    if len(space.norms) > 1:
+        raise PlanError(f"{ask} its norms are of several kinds; {nearest}.")
+    kind = next(iter(space.norms))
+    how: Norms = norms or ("isometric" if kind == "rms" else "mean_pad")
+    if NORM_KINDS[how] != kind:
+        raise PlanError(
+            f"{ask} norms={how!r} is for {NORM_KINDS[how]} norms; these are {kind} norms."
+        )
+    return how
 
 
 def _index_map(n_source: int, n_target: int, how: str | None) -> IndexMap:
     if n_source == n_target:
         return IndexMap.identity(n_source)
     if how in ("zero_pad", "centre_pad", "positions"):
-        return _tail(n_source, n_target)
+        return IndexMap.tail(n_source, n_target)
     return (
         IndexMap.padded(n_source, n_target)
         if how == "mean_pad"
         else IndexMap.cyclic(n_source, n_target)
-    )
-
-
-def _tail(n_source: int, n_target: int) -> IndexMap:
-    return IndexMap(
-        n_source, n_target, (Run(0, n_source, 0), Run(n_source, n_target - n_source, PAD))
     )
 
 
@@ -140,31 +126,3 @@ def _contract(index_map: IndexMap, how: str | None, normed: bool) -> Contract:
         "mean" if how in ("mean_pad", "positions") and normed else "zero",
         centred=how == "centre_pad" and normed,
     )
-
-
-def _solve_ties(
-    spec: ModelSpec, maps: Mapping[str, IndexMap], contracts: dict[str, Contract]
-) -> None:
-    """A tied tensor has one scale: where it writes one stream and reads another, the reader's contract takes it back.
-
-    (Tied head: the factor 1/C goes into the final norm, which writes the stream the head reads.)
-    """
-    for tied, first in spec.ties.items():
-        for use, other in zip(spec.tensors[tied], spec.tensors[first], strict=True):
-            if (use.role, other.role) != ("reader", "writer"):
-                continue
-            stream, origin = str(use.segments[0][0]), str(other.segments[0][0])
-            if stream == origin:
-                raise PlanError(
-                    f"cannot widen {spec.family}: {tied!r} reads the stream it writes; a norm must lie between."
-                )
-            if contracts[origin].centred:
-                raise PlanError(
-                    f"cannot centre {spec.family}: {tied!r} is tied to {first!r}, and its mean reaches the logits; use mean_pad."
-                )
-            index_map = maps[stream.partition(":")[0]]
-            u = contracts[origin].w
-            counts = index_map.per_copy(float, pad=1.0)
-            contracts[stream] = Contract(
-                u.zip(counts, lambda x, c: 1 / (x * c)), u, contracts[stream].pad
-            )

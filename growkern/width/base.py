@@ -1,0 +1,101 @@
+"""What width methods share: sizes they grow, spaces and their norms, even splits, and what tied weights ask."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from growkern.errors import PlanError, raise_all
+from growkern.index_map import IndexMap, Vector
+from growkern.methods import Contract
+from growkern.spaces import SIZE_OF_SPACE, ModelSpec, space_of, space_size
+
+GROWS = ("hidden", "heads", "kv_heads", "ffn", "positions")
+
+
+class Space(NamedTuple):
+    """One space of a model: its streams, its sizes before and after, and the kinds of norms that read it."""
+
+    name: str
+    streams: list[str]
+    n_source: int
+    n_target: int
+    norms: set[str]
+
+    @property
+    def size(self) -> str:
+        """What users call it."""
+        name = self.name.partition(".")[0]
+        return SIZE_OF_SPACE.get(name, name)
+
+    @property
+    def same(self) -> bool:
+        """True when it does not grow."""
+        return self.n_target == self.n_source
+
+    @property
+    def whole(self) -> bool:
+        """True when the target is a whole multiple."""
+        return self.n_target % self.n_source == 0
+
+
+def refuse(
+    spec: ModelSpec, sizes: Mapping[str, int], who: str, problems: Iterable[str] = ()
+) -> None:
+    """Raise PlanError for sizes that a method does not grow, and for its other problems."""
+    found = [
+        f"{name}: {who} does not grow it ({spec.sizes[name]} -> {n}); it grows {', '.join(GROWS)}."
+        for name, n in sizes.items()
+        if n != spec.sizes[name] and name not in (*GROWS, "layers")
+    ]
+    raise_all(PlanError, f"cannot widen {spec.family}:", [*found, *problems])
+
+
+def spaces(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[Space]:
+    """Every space."""
+    norms = {norm.reads: norm.kind for _, _, norm in spec.norms()}
+    for name, streams in spec.spaces().items():
+        kinds = {norms[stream] for stream in streams if stream in norms}
+        yield Space(name, streams, space_size(name, spec.sizes), space_size(name, sizes), kinds)
+
+
+def normed(spec: ModelSpec) -> set[str]:
+    """The streams that norms read."""
+    return {norm.reads for _, _, norm in spec.norms()}
+
+
+def even(index_map: IndexMap) -> Contract:
+    """Copies as they are, and readers divided by their number: ``w = 1``, ``u = 1 / C``."""
+    w = Vector.full(1.0, index_map.n_target)
+    return Contract(w, index_map.per_copy(lambda count: 1 / count, pad=1.0))
+
+
+def positions(index_map: IndexMap) -> Contract:
+    """More positions: theirs is the mean of the others until they are trained."""
+    ones = Vector.full(1.0, index_map.n_target)
+    return Contract(ones, ones, "mean")
+
+
+def solve_ties(
+    spec: ModelSpec, maps: Mapping[str, IndexMap], contracts: dict[str, Contract]
+) -> None:
+    """A tied tensor has one scale: where it writes one stream and reads another, the reader's contract takes it back.
+
+    (Tied head: the factor 1/C goes into the final norm, which writes the stream the head reads.)
+    """
+    for tied, first in spec.ties.items():
+        for use, other in zip(spec.tensors[tied], spec.tensors[first], strict=True):
+            if (use.role, other.role) != ("reader", "writer"):
+                continue
+            stream, origin = str(use.segments[0][0]), str(other.segments[0][0])
+            if stream == origin:
+                raise PlanError(
+                    f"cannot widen {spec.family}: {tied!r} reads the stream it writes; a norm must lie between."
+                )
+            if contracts[origin].centred:
+                raise PlanError(
+                    f"cannot centre {spec.family}: {tied!r} is tied to {first!r}, and its mean reaches the logits; use mean_pad."
+                )
+            u = contracts[origin].w
+            counts = maps[space_of(stream)].per_copy(float, pad=1.0)
+            contracts[stream] = Contract(
+                u.zip(counts, lambda x, c: 1 / (x * c)), u, contracts[stream].pad
+            )

@@ -1,0 +1,120 @@
+"""Function-preserving and advanced initialisation: Net2Net's maps for a whole transformer.
+
+Chen et al., "bert2BERT", ACL 2022, arXiv:2110.07143 (FPI, section 3.2; AKI, section 3.3); Chen, Goodfellow, Shlens, "Net2Net",
+ICLR 2016, arXiv:1511.05641; "AquilaMoE", arXiv:2408.06567 (AKI-Pro).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from growkern.errors import PlanError
+from growkern.index_map import IndexMap
+from growkern.methods import Contract, Width
+from growkern.spaces import ModelSpec
+from growkern.width.base import even, positions, refuse, solve_ties, spaces
+
+Maps = Literal["random", "cyclic"]
+MAPS = ("random", "cyclic")
+
+
+@dataclass(frozen=True)
+class FPI:
+    """Function-preserving initialisation: new coordinates copy old ones, readers are divided by the number of copies.
+
+    Exact where no norm reads the space, and at whole multiples of a cyclic map; random maps are inexact under norms, as published.
+    Equal copies with equal factors stay equal: nothing here breaks their symmetry.
+
+    Args:
+        maps: ``"random"``: uniform draws behind the first copy, as published; ``"cyclic"``: ``i mod n``.
+        seed: Of the draws. One map for the residual stream, one for heads, one for the FFNs of all blocks.
+    """
+
+    maps: Maps = "random"
+    seed: int = 0
+
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
+        """Give maps and contracts for the target ``sizes``; raise PlanError for what does not grow."""
+        who = type(self).__name__
+        known = [] if self.maps in MAPS else [f"maps={self.maps!r}; 'random' or 'cyclic'."]
+        refuse(spec, sizes, who, known)
+        maps: dict[str, IndexMap] = {}
+        contracts: dict[str, Contract] = {}
+        made: dict[tuple[str, int, int], tuple[IndexMap, Contract]] = {}
+        for space in spaces(spec, sizes):
+            kind = space.name.partition(".")[0]  # blocks share theirs
+            key = kind, space.n_source, space.n_target
+            if key not in made:
+                index_map = self._map(kind, space.n_source, space.n_target)
+                contract = positions(index_map) if kind == "positions" else even(index_map)
+                made[key] = index_map, contract
+            maps[space.name], contract = made[key]
+            contracts |= dict.fromkeys(space.streams, contract)
+        solve_ties(spec, maps, contracts)
+        return Width(maps, contracts)
+
+    def _map(self, kind: str, n_source: int, n_target: int) -> IndexMap:
+        if kind == "positions":
+            return IndexMap.tail(n_source, n_target)
+        if self.maps == "cyclic" or n_source == n_target:
+            return IndexMap.cyclic(n_source, n_target)
+        return IndexMap.drawn(n_source, n_target, f"{self.seed} {kind} {n_source} {n_target}")
+
+
+@dataclass(frozen=True)
+class Net2Wider(FPI):
+    """Net2Net's widening: FPI, with noise on the copies so that they part.
+
+    Args:
+        maps: As of ``FPI``.
+        seed: Of the draws.
+        noise: In standard deviations of the weight: ``+N`` on one copy's column, ``-N`` on its twin's, so that the function stays;
+            the paper adds noise without a twin.
+    """
+
+    noise: float = 0.0
+
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
+        """Give maps and contracts for the target ``sizes``; raise PlanError for what does not grow."""
+        if not 0 <= self.noise < float("inf"):
+            raise PlanError(f"Net2Wider: noise={self.noise!r} is not a finite number >= 0.")
+        return replace(super().widen(spec, sizes), noise=self.noise)
+
+
+@dataclass(frozen=True)
+class AKI(FPI):
+    """Advanced knowledge initialisation: what a block writes anew (rows, biases, norms) comes from the next layer.
+
+    The last layer, and what lies outside the blocks, falls back to FPI. Optimizer state follows the rows it came with. Not
+    function preserving; it breaks the symmetry of copies.
+    """
+
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
+        """Give maps and contracts for the target ``sizes``; raise PlanError for what does not grow, or for one layer."""
+        found = super().widen(spec, sizes)
+        who = type(self).__name__
+        if spec.sizes.get("layers", 0) < 2 or spec.blocks is None:
+            raise PlanError(
+                f"{who}: new rows come from the next layer, and this {spec.family} has {spec.sizes.get('layers', 0)}; FPI() does "
+                "without."
+            )
+        if all(index_map.is_identity for index_map in found.maps.values()):
+            return found
+        return replace(found, next_layer=True, reasons=("new rows come from the next layer",))
+
+
+@dataclass(frozen=True)
+class AKIPro(AKI):
+    """AKI for grouped-query attention: query heads grow inside their groups, kv heads stay.
+
+    Published with ``depth.Interpose()``.
+    """
+
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
+        """Give maps and contracts; raise PlanError where kv heads would grow."""
+        before, after = spec.sizes.get("kv_heads"), sizes.get("kv_heads")
+        if before != after:
+            raise PlanError(
+                f'AKIPro: kv heads stay ({before} -> {after}): pass to={{..., "kv_heads": {before}}}, or AKI().'
+            )
+        return super().widen(spec, sizes)

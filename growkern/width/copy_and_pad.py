@@ -1,0 +1,87 @@
+"""Copy and pad: ``W' = [[W, A], [B, C]]``. Zhang et al., 2021, arXiv:2104.11390."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from growkern.index_map import IndexMap, Vector
+from growkern.methods import Contract, Width
+from growkern.spaces import ModelSpec
+from growkern.width.base import Space, normed, positions, refuse, solve_ties, spaces
+from growkern.width.lossless import rule_of
+
+
+@dataclass(frozen=True)
+class CopyAndPad:
+    """Keep every weight where it is; of what is new one side is zero and the other drawn, so that old outputs stay.
+
+    New residual coordinates are written as zero and read by drawn columns; new FFN units and heads have drawn rows and zero columns, or
+    the reverse.
+
+    Args:
+        norm: ``"as_published"`` leaves norms as they are, which then see more coordinates: not exact. ``"corrected"`` scales gains
+            and eps (RMSNorm), or pads with the mean (LayerNorm): exact.
+        drawn: Which side of a new FFN unit or head is drawn: the ``"rows"`` that write it, or the ``"columns"`` that read it. New
+            query heads of old kv heads read old values, so that theirs are always the rows.
+        std: Of what is drawn, in standard deviations of the weight.
+    """
+
+    norm: Literal["as_published", "corrected"] = "as_published"
+    drawn: Literal["rows", "columns"] = "rows"
+    std: float = 1.0
+
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
+        """Give maps and contracts for the target ``sizes``.
+
+        Raises:
+            PlanError: Zero on both sides; a corrected norm that a post-norm model cannot have; a size that does not grow.
+        """
+        problems: list[str] = []
+        if not 0 < self.std < float("inf"):
+            problems.append(
+                f"std={self.std!r}: with zeros on both sides of a new coordinate neither ever trains; pass a number above 0."
+            )
+        if self.norm not in ("as_published", "corrected"):
+            problems.append(f"norm={self.norm!r}; 'as_published' or 'corrected'.")
+        if self.drawn not in ("rows", "columns"):
+            problems.append(f"drawn={self.drawn!r}; 'rows' or 'columns'.")
+        refuse(spec, sizes, "CopyAndPad", problems)
+        maps: dict[str, IndexMap] = {}
+        contracts: dict[str, Contract] = {}
+        reasons: dict[str, None] = {}
+        found = [*spaces(spec, sizes)]
+        grouped = any(space.size == "group" and not space.same for space in found)
+        for space in found:
+            maps[space.name] = IndexMap.tail(space.n_source, space.n_target)
+            ones = Vector.full(1.0, space.n_target)
+            if space.name == "positions":
+                contracts |= dict.fromkeys(space.streams, positions(maps[space.name]))
+            elif not space.norms:
+                heads = grouped and space.size in ("group", "kv_heads")
+                side = "free" if self.drawn == "rows" or heads else "zero"
+                contracts |= dict.fromkeys(space.streams, Contract(ones, ones, side))
+            else:
+                contracts |= self._normed(spec, space, ones)
+                if self.norm == "as_published" and not space.same:
+                    reasons[
+                        f"norms see {space.n_target} coordinates, {space.n_source} of them the source's"
+                    ] = None
+        solve_ties(spec, maps, contracts)
+        kept = self.norm == "as_published"
+        return Width(maps, contracts, reasons=tuple(reasons), drawn=self.std, norms_kept=kept)
+
+    def _normed(self, spec: ModelSpec, space: Space, ones: Vector) -> dict[str, Contract]:
+        """Streams of a space that norms read."""
+        pad = "zero"
+        if self.norm == "corrected" and not space.same:
+            rms = space.norms == {"rms"}
+            pad = (
+                "zero"
+                if rule_of(spec, space, "zero_pad" if rms else None) == "zero_pad"
+                else "mean"
+            )
+        scaled = normed(spec)
+        return {
+            stream: Contract(ones, ones, "mean" if pad == "mean" and stream in scaled else "zero")
+            for stream in space.streams
+        }

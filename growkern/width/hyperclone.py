@@ -1,0 +1,40 @@
+"""HyperCloning: Samragh et al., "Scaling Smart", 2024, arXiv:2409.12903."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from growkern.errors import PlanError
+from growkern.methods import Width
+from growkern.spaces import ModelSpec
+from growkern.width.base import spaces
+from growkern.width.lossless import Lossless
+
+
+@dataclass(frozen=True)
+class HyperClone:
+    """Tile and divide: ``W' = tile(W) / k``; biases, norms and embeddings tiled. Exact.
+
+    Args:
+        noise_db: Signal-to-noise ratio of the twin noise in dB (the paper's 5 and 10): ``+N`` on one block of columns, ``-N`` on its
+            twin, of standard deviation ``std(W) / 10**(noise_db / 20)``. None for symmetric copies, which stay equal for ever.
+        general: Other widths than whole multiples, which the paper has not, by ``Lossless``.
+    """
+
+    noise_db: float | None = None
+    general: bool = False
+
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
+        """Give maps and contracts for the target ``sizes``.
+
+        Raises:
+            PlanError: A width that is no whole multiple, without ``general``; a size that does not grow.
+        """
+        noise = 0.0 if self.noise_db is None else 10 ** (-self.noise_db / 20)
+        broken = [s for s in spaces(spec, sizes) if not s.whole and s.name != "positions"]
+        if broken and not self.general:
+            space = broken[0]
+            raise PlanError(
+                f"HyperClone: {space.size} {space.n_source} -> {space.n_target} is no whole multiple, and the "
+                "paper clones whole ones; HyperClone(general=True) or Lossless() grow to any width."
+            )
+        return Lossless(noise=noise).widen(spec, sizes)

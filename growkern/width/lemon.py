@@ -1,0 +1,92 @@
+"""LEMON: Wang et al., "LEMON: Lossless model expansion", ICLR 2024, arXiv:2310.07999."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from growkern.errors import PlanError
+from growkern.index_map import Vector
+from growkern.methods import Width
+from growkern.spaces import ModelSpec, space_of
+from growkern.width.base import normed, spaces
+from growkern.width.lossless import Lossless, Norms
+
+RULES: dict[str, tuple[Norms, str]] = {
+    "average": ("mean_pad", "layer"),
+    "zero": ("zero_pad", "rms"),
+}
+EXPANSIONS = (*RULES, "circular")
+
+
+@dataclass(frozen=True)
+class Lemon:
+    """Exact expansion with an uneven split: copies part because their readers are unequal, not by noise.
+
+    Vectors under a norm are expanded with their mean (LayerNorm) or with zeros (RMSNorm), at whole multiples circularly; what reads
+    the pad is drawn. Everything else is copied circularly.
+
+    Args:
+        expansion: ``"average"``, ``"zero"`` or ``"circular"`` (whole multiples only); None for what the model's norms take.
+        alpha: Share of the first of two copies; of more, each takes ``(1 - alpha) / alpha`` of what the one before it takes.
+            0.5 is even.
+    """
+
+    expansion: Literal["average", "zero", "circular"] | None = None
+    alpha: float = 0.6
+
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
+        """Give maps and contracts for the target ``sizes``.
+
+        Raises:
+            PlanError: An expansion that the model's norms do not take, a width that a post-norm model cannot have, or ``alpha``
+                beyond (0, 1).
+        """
+        if not 0 < self.alpha < 1:
+            raise PlanError(f"Lemon: alpha={self.alpha!r} is not between 0 and 1.")
+        if self.expansion not in (None, *EXPANSIONS):
+            raise PlanError(
+                f"Lemon: expansion={self.expansion!r} is none of {', '.join(EXPANSIONS)}."
+            )
+        kinds = {kind for space in spaces(spec, sizes) for kind in space.norms}
+        norms: Norms | None = "zero_pad" if kinds == {"rms"} else None
+        if self.expansion == "circular":
+            if broken := [s for s in spaces(spec, sizes) if s.norms and not s.whole]:
+                space = broken[0]
+                raise PlanError(
+                    f"Lemon: a circular expansion from {space.n_source} to {space.n_target} sees unequal copies in its norms; "
+                    "'average' (LayerNorm) or 'zero' (RMSNorm) are exact there."
+                )
+        elif self.expansion is not None:
+            norms, kind = RULES[self.expansion]
+            if kinds - {kind}:
+                other = "zero" if self.expansion == "average" else "average"
+                raise PlanError(
+                    f"Lemon: the {self.expansion} expansion is for {kind} norms; these are {', '.join(sorted(kinds))} norms: "
+                    f"expansion={other!r}."
+                )
+        wide = Lossless(noise=0.0, norms=norms).widen(spec, sizes)
+        ratio = (1 - self.alpha) / self.alpha
+
+        def share(k: int, count: int) -> float:
+            return ratio**k / sum(ratio**i for i in range(count))
+
+        tied = {spec.tensors[tied][-1].segments[0][0] for tied in spec.ties}
+        contracts = dict(wide.contracts)
+        for stream, contract in contracts.items():
+            index_map = wide.maps[space_of(stream)]
+            if stream in tied or stream in normed(spec) or index_map.is_identity:
+                continue
+            even = contract.w.zip(contract.u, lambda x, y: x * y)
+            split = index_map.by_copy(share, pad=0.0)
+            u = Vector.of(
+                y if j < 0 else s / x
+                for j, s, x, y in zip(
+                    index_map.indices,
+                    split.expanded(),
+                    contract.w.expanded(),
+                    even.expanded(),
+                    strict=True,
+                )
+            )
+            contracts[stream] = replace(contract, u=u)
+        return replace(wide, contracts=contracts)

@@ -1,0 +1,79 @@
+"""SPARKLING, "signal preservation and symmetry breaking" (ICML 2026, arXiv:2602.02472)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+from typing import Literal
+
+from growkern.index_map import IndexMap, Vector
+from growkern.methods import Contract, Width
+from growkern.spaces import ModelSpec
+from growkern.width.base import positions, refuse, solve_ties, spaces
+
+Side = Literal["copy", "random", "zero"]
+SIDES = ("copy", "random", "zero")
+
+
+@dataclass(frozen=True)
+class Sparkling:
+    """Keep the size of signals, not the function: new rows and columns are copied, random or zero, and readers scaled to match.
+
+    Copies on both sides at twice the width keep both.
+    With ``c`` new coordinates per old one, readers of copies on both sides are scaled by ``1 / sqrt(1 + 3c)`` (``1 / (1 + c)`` above
+    c = 1), all others by ``sqrt(d / d')``; writers are not scaled. Meant for ``state="asymmetric"`` and ``growkern.optim.AdamW``, which
+    warms up what is new. Norms stay.
+
+    Args:
+        fan_out: What is written to new coordinates.
+        fan_in: What reads them.
+    """
+
+    fan_out: Side = "copy"
+    fan_in: Side = "copy"
+
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
+        """Give maps and contracts for the target ``sizes``; raise PlanError for zeros on both sides."""
+        problems = [
+            f"{name}={side!r} is none of {', '.join(SIDES)}."
+            for name, side in (("fan_out", self.fan_out), ("fan_in", self.fan_in))
+            if side not in SIDES
+        ]
+        if self.fan_out == self.fan_in == "zero":
+            problems.append(
+                "zeros on both sides of a new coordinate never train; copy one, or draw it."
+            )
+        refuse(spec, sizes, "Sparkling", problems)
+        maps: dict[str, IndexMap] = {}
+        readers: dict[str, IndexMap] = {}
+        contracts: dict[str, Contract] = {}
+        inexact = False
+        for space in spaces(spec, sizes):
+            tail = IndexMap.tail(space.n_source, space.n_target)
+            cyclic = IndexMap.cyclic(space.n_source, space.n_target)
+            if space.name == "positions":
+                maps[space.name] = tail
+                contracts |= dict.fromkeys(space.streams, positions(tail))
+                continue
+            maps[space.name] = cyclic if self.fan_out == "copy" else tail
+            readers[space.name] = cyclic if self.fan_in == "copy" else tail
+            ones = Vector.full(1.0, space.n_target)
+            factor = Vector.full(self.factor(space.n_source, space.n_target), space.n_target)
+            contract = Contract(
+                ones,
+                factor,
+                "free" if self.fan_out == "random" else "zero",
+                reads="free" if self.fan_in == "random" else "zero",
+            )
+            contracts |= dict.fromkeys(space.streams, contract)
+            exact = self.fan_out == self.fan_in == "copy" and space.n_target == 2 * space.n_source
+            inexact = inexact or not (exact or space.same)
+        solve_ties(spec, maps, contracts)
+        reasons = ("signals keep their size, not their values",) if inexact else ()
+        return Width(maps, contracts, reasons=reasons, norms_kept=True, readers=readers)
+
+    def factor(self, n_source: int, n_target: int) -> float:
+        """On what reads a space that grows from ``n_source`` to ``n_target`` coordinates."""
+        if self.fan_out == self.fan_in == "copy":
+            c = n_target / n_source - 1
+            return 1 / sqrt(1 + 3 * c) if c <= 1 else 1 / (1 + c)
+        return sqrt(n_source / n_target)
