@@ -9,13 +9,13 @@ where ``f`` is the factor by which the norm's mean square changes, which its eps
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import isclose, isfinite, sqrt
+from math import isfinite
 
+from growkern.axes import axis_maps, locked, norm_factors
 from growkern.errors import PlanError, raise_all
-from growkern.index_map import PAD, IndexMap, Vector, concat_maps, concat_vectors
-from growkern.methods import BlockRow, Contract, Depth, DepthMethod, Width, WidthMethod
-from growkern.plan import AxisMap, GrowthPlan, Pad, TensorRow
-from growkern.spaces import AxisUse, ModelSpec, size_value, space_of
+from growkern.methods import BlockRow, Depth, DepthMethod, WidthMethod
+from growkern.plan import AxisMap, GrowthPlan, TensorRow
+from growkern.spaces import AxisUse, ModelSpec, size_value
 from growkern.state import DYNAMICS, STATES
 
 
@@ -102,7 +102,7 @@ def build(
         *(f"the norms of {s!r} see unequal copies" for s in unequal),
     )
     keys = {axis: str(axis) for axes in spec.tensors.values() for axis in axes}
-    axes = _axis_maps(keys, wide, factors)
+    axes = axis_maps(keys, wide, factors)
     eps = {
         f"{name.removesuffix('.weight')}.{norm.eps}": factors[norm.reads] or 1.0
         for name, _, norm in spec.norms()
@@ -138,7 +138,11 @@ def build(
         config_lists=spec.config_lists,
         config_eps=(spec.config_eps, eps_of_config) if spec.config_eps and eps_of_config else None,
         reasons=reasons,
-        notes=(shared,) if spec.config_eps and len(norm_eps) > 1 else (),
+        notes=(
+            *wide.notes,
+            *(locked(wide) if state in ("exact", "copy", "drop") else ()),
+            *((shared,) if spec.config_eps and len(norm_eps) > 1 else ()),
+        ),
     )
 
 
@@ -214,100 +218,6 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
     if plan.state not in STATES or plan.dynamics not in DYNAMICS or not states <= {"law", "fresh"}:
         problems.append(f"its state {plan.state!r} or dynamics {plan.dynamics!r} is not known.")
     raise_all(PlanError, f"this plan for a {plan.family} cannot be run:", problems)
-
-
-def norm_factors(spec: ModelSpec, wide: Width) -> dict[str, float | None]:
-    """The factor on the mean square of every normalised stream; None where copies are unequal, so that there is no one factor."""
-    factors: dict[str, float | None] = {}
-    for reads in dict.fromkeys(norm.reads for _, _, norm in spec.norms()):
-        index_map, w = wide.maps[space_of(reads)], wide.contracts[reads].w
-        if index_map.is_identity or wide.norms_kept:
-            factors[reads] = 1.0
-            continue
-        weight = [0.0] * index_map.n_source
-        for j, value in zip(index_map.indices, w.expanded(), strict=True):
-            if j != PAD:
-                weight[j] += value * value
-        even = all(isclose(value, weight[0], rel_tol=1e-12) for value in weight)
-        factor = sum(weight) / index_map.n_target
-        factor = 1.0 if isclose(factor, 1, rel_tol=1e-12) else factor
-        factors[reads] = factor if even else None
-    return factors
-
-
-def _axis_maps(
-    keys: Mapping[AxisUse, str], wide: Width, factors: Mapping[str, float | None]
-) -> dict[str, AxisMap]:
-    """How every axis grows; axes whose spaces share maps and contracts, as those of blocks do, share theirs."""
-    found: dict[object, AxisMap] = {}
-    axes: dict[str, AxisMap] = {}
-    for axis, key in keys.items():
-        parts = tuple(
-            c
-            if isinstance(c, int)
-            else (
-                id(wide.maps[space_of(c)]),
-                id(wide.readers.get(space_of(c))),
-                id(wide.contracts[c]),
-            )
-            for segment in axis.segments
-            for c in (*segment, -1)
-        )
-        reads = axis.norm and (id(wide.contracts[axis.norm.reads]), factors[axis.norm.reads])
-        kind = axis.role, parts, reads
-        if kind not in found:
-            found[kind] = _axis_map(axis, wide, factors)
-        axes[key] = found[kind]
-    return axes
-
-
-def _axis_map(axis: AxisUse, wide: Width, factors: Mapping[str, float | None]) -> AxisMap:
-    def one(component: str | int) -> tuple[IndexMap, Contract]:
-        if isinstance(component, int):
-            full = Vector.full(1, component)
-            return IndexMap.identity(component), Contract(full, full)
-        space = space_of(component)
-        readers: Mapping[str, IndexMap] = wide.readers if axis.role == "reader" else {}
-        return readers.get(space, wide.maps[space]), wide.contracts[component]
-
-    maps, w, u, centred = list[IndexMap](), list[Vector](), list[Vector](), False
-    pads: set[Pad] = set()
-    for segment in axis.segments:
-        index_map, segment_w, segment_u = (
-            IndexMap.identity(1),
-            Vector.full(1.0, 1),
-            Vector.full(1.0, 1),
-        )
-        for component in segment:
-            inner, contract = one(component)
-            index_map = index_map.product(inner)
-            segment_w, segment_u = segment_w.outer(contract.w), segment_u.outer(contract.u)
-            centred = centred or contract.centred
-            if inner.has_pads:
-                reads = contract.reads or ("zero" if contract.pad == "free" else "free")
-                pads.add(contract.pad if axis.role != "reader" else reads)
-        maps.append(index_map)
-        w.append(segment_w)
-        u.append(segment_u)
-    index_map, w_axis, u_axis = concat_maps(maps), concat_vectors(w), concat_vectors(u)
-    pad: Pad = pads.pop() if len(pads) == 1 else "zero"
-    if axis.role == "writer":
-        return AxisMap(index_map, w_axis, u_axis, pad, drawn=wide.drawn, centred=centred)
-    if axis.role == "reader":
-        copies = any(count > 1 for count, _ in index_map.counts.pieces)
-        noise = wide.noise if copies else 0.0
-        reads: Pad = "normal" if pad == "free" or not index_map.has_pads else "zero"
-        return AxisMap(index_map, u_axis, w_axis, reads, noise=noise, drawn=wide.drawn)
-    norm = axis.norm
-    assert norm is not None, "a gain has a norm"
-    root = sqrt(factors[norm.reads] or 1.0)
-    back = wide.contracts[norm.reads].w.map(lambda value: root / value)
-    return AxisMap(
-        index_map,
-        w_axis.zip(back, lambda x, y: x * y),
-        u_axis.zip(back, lambda x, y: x / y),
-        "mean",
-    )
 
 
 def _homes(blocks: Sequence[BlockRow]) -> Mapping[int, list[int]]:

@@ -41,6 +41,7 @@ class Width:
         norms_kept: True when gains and eps of norms stay, whatever becomes of the mean square they see.
         next_layer: True when all but the first copies that a block's tensors write are taken from the next layer.
         readers: Space -> index map of its readers, where that is another one.
+        notes: What the user should know.
     """
 
     maps: Mapping[str, IndexMap]
@@ -51,6 +52,7 @@ class Width:
     norms_kept: bool = False
     next_layer: bool = False
     readers: Mapping[str, IndexMap] = field(default_factory=dict[str, IndexMap])
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

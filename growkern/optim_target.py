@@ -4,6 +4,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -120,6 +121,10 @@ def _optimizer(
             joins.setdefault(id(origin), []).append(p)
         if plan.state == "drop" or row.state == "fresh" or resets:
             states.pop(p, None)
+            together = law.together if law and groups[id(origin)].get("fused") else ()
+            kept = optim.state.get(origin, {}) if plan.state != "drop" else {}
+            if zeros := {key: torch.zeros_like(p) for key in together if key in kept}:
+                states[p] = zeros
         elif fresh.states.get(row.name):
             states[p] = fresh.states[row.name]
         if row.name in of.slices:

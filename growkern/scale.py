@@ -225,9 +225,10 @@ def _checked(optim: Optimizer, p: Tensor, scale: float | Scale) -> Scale:
         raise PlanError(
             f"UpdateScale: this {type(optim).__name__} does not hold the parameter of shape {tuple(p.shape)}."
         )
-    found = scale if isinstance(scale, Scale) else Scale((scale,))
+    found = scale if isinstance(scale, Scale) else Scale((scale, *(1.0,) * (p.dim() - 1)))
     n_axes = max(1, p.dim())
-    if not 0 < found.gain < float("inf") or max(len(found.update), len(found.grad)) > n_axes:
+    lengths = [len(factors) for factors in (found.update, found.grad, found.seen) if factors]
+    if not 0 < found.gain < float("inf") or any(n != n_axes for n in lengths):
         raise PlanError(
             f"UpdateScale: a parameter of shape {tuple(p.shape)} takes one factor per axis and a positive gain, not {found}."
         )
@@ -237,7 +238,7 @@ def _checked(optim: Optimizer, p: Tensor, scale: float | Scale) -> Scale:
             ok = (
                 bool(torch.isfinite(factor).all() and (factor > 0).all()) and factor.shape == (n,)
                 if isinstance(factor, Tensor)
-                else 0 < factor < float("inf")
+                else isinstance(factor, int | float) and 0 < factor < float("inf")  # pyright: ignore[reportUnnecessaryIsInstance]
             )
             if not ok:
                 raise PlanError(

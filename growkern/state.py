@@ -66,6 +66,7 @@ class Law:
         resets: True when the state is a history that cannot be grown and starts anew.
         lr_without: An option of the param groups, and what ``lr`` is where it is off.
         slices: True when the optimizer takes factors per row and column itself (``growkern.optim.AdamW``).
+        together: State keys that a fused step takes of all parameters or of none, so that new ones start with zeros.
     """
 
     rules: Mapping[str, Rule | None]
@@ -76,6 +77,7 @@ class Law:
     resets: bool = False
     lr_without: tuple[str, tuple[float, float]] | None = None
     slices: bool = False
+    together: tuple[str, ...] = ()
 
     def lr_factor(self, weight_scale: float | None, grad_scale: float | None) -> float | None:
         """The factor on the learning rate of a tensor; None where it is not one number."""
@@ -189,7 +191,9 @@ LAWS: dict[str, Law] = {
     f"{OWN}.rprop.Rprop": Law(
         STEP | {"prev": GRADIENT, "step_size": Rule(weight=1, lost="mean")}, lr=(0, 0)
     ),
-    f"{OWN}.sgd.SGD": Law({"momentum_buffer": GRADIENT}, lr=(1, -1), decays=DECAY),
+    f"{OWN}.sgd.SGD": Law(
+        {"momentum_buffer": GRADIENT}, lr=(1, -1), decays=DECAY, together=("momentum_buffer",)
+    ),
     f"{OWN}.sparse_adam.SparseAdam": Law(ADAM),
     "lion_pytorch.lion_pytorch.Lion": Law({"exp_avg": GRADIENT}, decays=DECAY),
     "schedulefree.adamw_schedulefree.AdamWScheduleFree": Law(

@@ -304,6 +304,8 @@ def test_what_update_scale_refuses():
     for scales, match in (
         ({other.weight: 0.5}, "does not hold the parameter of shape"),
         ({layer.weight: 0.0}, "takes a positive number"),
+        ({layer.weight: Scale((2.0,))}, "one factor per axis"),
+        ({layer.weight: "a"}, "takes a positive number"),
         ({layer.weight: Scale((torch.ones(3), 1.0))}, "axis 0 .* or 4 of them"),
     ):
         with pytest.raises(PlanError, match=match):

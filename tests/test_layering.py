@@ -32,6 +32,7 @@ LAYERS = (  # top to bottom: a module imports from lower rows only
     ("families",),
     ("width", "depth"),
     ("law",),
+    ("axes",),
     ("plan",),
     ("methods", "state", "sizes"),
     ("spaces", "index_map", "tables"),
@@ -55,6 +56,7 @@ IMPORTERS = {  # what only some may import -> who
 STRANGERS = {"commit": {"width", "depth"}}  # who must not know whom, although it is lower
 DEVICE_FREE = {
     "law",
+    "axes",
     "plan",
     "methods",
     "spaces",

@@ -48,12 +48,13 @@ def test_the_loop_goes_on_in_every_adam_with_the_old_loss_alive(kind, options):
 @pytest.mark.parametrize(
     "options", [dict(), dict(momentum=0.9), dict(momentum=0.9, nesterov=True, fused=True)], ids=str
 )
-def test_the_loop_goes_on_in_sgd(options):
+@pytest.mark.parametrize("to", ["2x", {"layers": 4}, {"hidden": 48, "layers": 3}], ids=str)
+def test_the_loop_goes_on_in_sgd(to, options):
     model = make("gpt2", tied=True)
     optim = torch.optim.SGD(model.parameters(), lr=1e-2, **options)
     train(model, optim, 2)
 
-    grow(model, optim, to="2x")
+    grow(model, optim, to=to)
 
     assert train(model, optim, 3)[-1] > 0
 

@@ -15,19 +15,17 @@ from growkern.width.lossless import rule_of
 class CopyAndPad:
     """Keep every weight where it is; of what is new one side is zero and the other drawn, so that old outputs stay.
 
-    New residual coordinates are written as zero and read by drawn columns; new FFN units and heads have drawn rows and zero columns, or
-    the reverse.
+    New residual coordinates are written as zero and read by drawn columns; new FFN units and heads have drawn rows and zero columns.
+    (The reverse, of which the paper speaks too, never trains where two of its zeros are multiplied: queries with keys, gates with
+    values.)
 
     Args:
         norm: ``"as_published"`` leaves norms as they are, which then see more coordinates: not exact. ``"corrected"`` scales gains
             and eps (RMSNorm), or pads with the mean (LayerNorm): exact.
-        drawn: Which side of a new FFN unit or head is drawn: the ``"rows"`` that write it, or the ``"columns"`` that read it. New
-            query heads of old kv heads read old values, so that theirs are always the rows.
         std: Of what is drawn, in standard deviations of the weight.
     """
 
     norm: Literal["as_published", "corrected"] = "as_published"
-    drawn: Literal["rows", "columns"] = "rows"
     std: float = 1.0
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
@@ -43,23 +41,17 @@ class CopyAndPad:
             )
         if self.norm not in ("as_published", "corrected"):
             problems.append(f"norm={self.norm!r}; 'as_published' or 'corrected'.")
-        if self.drawn not in ("rows", "columns"):
-            problems.append(f"drawn={self.drawn!r}; 'rows' or 'columns'.")
         refuse(spec, sizes, "CopyAndPad", problems)
         maps: dict[str, IndexMap] = {}
         contracts: dict[str, Contract] = {}
         reasons: dict[str, None] = {}
-        found = [*spaces(spec, sizes)]
-        grouped = any(space.size == "group" and not space.same for space in found)
-        for space in found:
+        for space in spaces(spec, sizes):
             maps[space.name] = IndexMap.tail(space.n_source, space.n_target)
             ones = Vector.full(1.0, space.n_target)
             if space.name == "positions":
                 contracts |= dict.fromkeys(space.streams, positions(maps[space.name]))
             elif not space.norms:
-                heads = grouped and space.size in ("group", "kv_heads")
-                side = "free" if self.drawn == "rows" or heads else "zero"
-                contracts |= dict.fromkeys(space.streams, Contract(ones, ones, side))
+                contracts |= dict.fromkeys(space.streams, Contract(ones, ones, "free"))
             else:
                 contracts |= self._normed(spec, space, ones)
                 if self.norm == "as_published" and not space.same:

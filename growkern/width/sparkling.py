@@ -69,7 +69,13 @@ class Sparkling:
             inexact = inexact or not (exact or space.same)
         solve_ties(spec, maps, contracts)
         reasons = ("signals keep their size, not their values",) if inexact else ()
-        return Width(maps, contracts, reasons=reasons, norms_kept=True, readers=readers)
+        dead = (
+            "new rows are zero: what multiplies two of them (queries with keys, gates with values) never trains.",
+        )
+        return Width(
+            maps, contracts, reasons=reasons, norms_kept=True, readers=readers,
+            notes=dead if self.fan_out == "zero" else (),
+        )  # fmt: skip
 
     def factor(self, n_source: int, n_target: int) -> float:
         """On what reads a space that grows from ``n_source`` to ``n_target`` coordinates."""
