@@ -5,6 +5,7 @@ from types import ModuleType
 
 from growkern import depth, errors, optim, width
 from growkern.api import expand_inplace, plan
+from growkern.compare import Comparison, Outcome, compare
 from growkern.describe import describe
 from growkern.events import At, WhenPlateau, WhenSlope
 from growkern.history import resume
@@ -28,15 +29,18 @@ def __getattr__(name: str) -> ModuleType:
 __all__ = [
     "At",
     "Blocks",
+    "Comparison",
     "GrowthPlan",
     "GrowthReport",
     "GrowthSchedule",
     "ModelSpec",
+    "Outcome",
     "Scale",
     "UpdateScale",
     "Verification",
     "WhenPlateau",
     "WhenSlope",
+    "compare",
     "depth",
     "describe",
     "embedding",

@@ -100,7 +100,9 @@ class AKI(FPI):
             )
         if all(index_map.is_identity for index_map in found.maps.values()):
             return found
-        return replace(found, next_layer=True, reasons=("new rows come from the next layer",))
+        last = "the last layer has no next one: copies of its heads and FFN units are equal, and remain so."
+        reasons = ("new rows come from the next layer",)
+        return replace(found, next_layer=True, reasons=reasons, notes=(last,))
 
 
 @dataclass(frozen=True)

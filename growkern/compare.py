@@ -1,0 +1,247 @@
+"""Growth methods side by side: what each does to a model, on copies of it, before one is chosen."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from math import nan
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from growkern.api import expand_inplace
+from growkern.errors import GrowthError, PlanError
+from growkern.methods import DepthMethod, WidthMethod
+from growkern.scale import UpdateScale, scale_of
+from growkern.sizes import Target
+from growkern.tables import table
+from growkern.verify import verify
+from growkern.wrappers import unwrapped
+
+Batch = Tensor | Mapping[str, object]
+Method = WidthMethod | DepthMethod | tuple[WidthMethod, DepthMethod]
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one method does to a model.
+
+    Attributes:
+        method: As text; ``"(none)"`` is the source, which goes on.
+        refused: Why it cannot; then the rest is not known.
+        preserves: What it promises: ``"function"`` or ``"nothing"``.
+        logits_error: Largest absolute difference of the outputs to the source's.
+        loss: On the first batch, after growth and before any step.
+        loss_after: On the first batch, after the steps.
+        grad_norm: Norm of all gradients on the first batch, over that of the source.
+        n_dead: Elements without gradient in two steps.
+        n_equal: Rows and columns that equal another one after two steps: they stay so.
+        n_params: Of the grown model.
+        seconds: Of the growth.
+        n_bytes: Written by it.
+    """
+
+    method: str
+    refused: str | None = None
+    preserves: str = "function"
+    logits_error: float = nan
+    loss: float = nan
+    loss_after: float = nan
+    grad_norm: float = nan
+    n_dead: int = 0
+    n_equal: int = 0
+    n_params: int = 0
+    seconds: float = nan
+    n_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What ``compare`` saw; ``print`` it.
+
+    Attributes:
+        outcomes: One per method, in the order asked for; the source first.
+        n_steps: Steps that ``loss_after`` is behind.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    n_steps: int
+
+    def __str__(self) -> str:
+        head = [
+            "method", "preserves", "logits off by", "loss", f"after {self.n_steps} steps", "gradient norm", "dead", "equal",
+            "parameters", "seconds", "MB",
+        ]  # fmt: skip
+        rows = [
+            [
+                one.method, one.preserves, f"{one.logits_error:.1e}", f"{one.loss:.4f}", f"{one.loss_after:.4f}",
+                f"x {one.grad_norm:.3g}", f"{one.n_dead:,}", f"{one.n_equal:,}", f"{one.n_params:,}", f"{one.seconds:.2g}",
+                f"{one.n_bytes / 1e6:.3g}",
+            ]
+            for one in self.outcomes
+            if one.refused is None
+        ]  # fmt: skip
+        refused = [f"{one.method}: {one.refused}" for one in self.outcomes if one.refused]
+        return "\n\n".join([table(head, rows), *refused])
+
+
+def compare(
+    model: nn.Module,
+    optim: Optimizer,
+    *,
+    methods: Sequence[Method],
+    batch: Batch | Sequence[Batch],
+    to: Target = "2x",
+    steps: int = 10,
+    loss: Loss | None = None,
+    on_outcome: Callable[[Outcome], object] | None = None,
+    **options: Any,
+) -> Comparison:
+    """Grow copies of a model by several methods, and train each for a few steps; nothing that is passed in is changed.
+
+    Args:
+        model: Source model.
+        optim: Its optimizer.
+        methods: Width methods, depth methods, or pairs of both.
+        batch: Input: keyword arguments, or a tensor; several are taken in turn by the steps.
+        to: As in ``expand_inplace``.
+        steps: How many of the optimizer follow each growth.
+        loss: Of a model and a batch; by default the output's ``loss``, or the cross entropy of the next token.
+        on_outcome: Called with every outcome as it comes.
+        options: ``state``, ``dynamics``, ``spec``, ``seed``, ``backend``, ``rules``, ``memory``: as in ``expand_inplace``.
+
+    Returns:
+        One outcome per method, behind that of the source itself. What a method refuses is an outcome too.
+
+    Raises:
+        PlanError: No methods, something that is none, no batch, or a negative number of steps.
+    """
+    model, optim = unwrapped(model), unwrapped(optim)
+    batches = [batch] if isinstance(batch, Tensor | Mapping) else [*batch]
+    strange = [one for one in methods if _pair(one) is None]
+    if not methods or strange:
+        raise PlanError(
+            f"methods: expected width methods, depth methods or pairs of both, got {strange or methods!r}."
+        )
+    if not batches or steps < 0:
+        raise PlanError(
+            f"compare takes at least one batch and steps >= 0, not {len(batches)} and {steps}."
+        )
+    measure = _Measure(model, optim, batches, steps, loss or loss_of, dict(options, to=to))
+    outcomes: list[Outcome] = []
+    for one in (None, *methods):
+        outcomes.append(measure(one))
+        if on_outcome is not None:
+            on_outcome(outcomes[-1])
+    return Comparison(tuple(outcomes), steps)
+
+
+class _Measure:
+    """Grows and trains copies of one model."""
+
+    def __init__(
+        self, model: nn.Module, optim: Optimizer, batches: list[Batch], steps: int, loss: Loss,
+        options: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.model, self.optim, self.batches, self.steps = model, optim, batches, steps
+        self.loss, self.options = loss, options
+        twin, held = self._copies()
+        del held
+        self.norm = self._losses(twin)[1]
+
+    def __call__(self, method: Method | None) -> Outcome:
+        """One outcome; None goes on with the source."""
+        source, (grown, optim) = self.model, self._copies()
+        name, seconds, n_bytes, preserves = "(none)", nan, 0, "function"
+        if method is not None:
+            width, depth = _pair(method) or (None, None)
+            name = " + ".join(_text(part) for part in (width, depth) if part is not None)
+            try:
+                report = expand_inplace(grown, optim, width=width, depth=depth, **self.options)
+            except GrowthError as error:
+                return Outcome(name, refused=str(error))
+            seconds, n_bytes = report.seconds, report.n_bytes_written
+            preserves = "function" if report.function_preserving else "nothing"
+        checked = verify(source, grown, self.batches[0])
+        before, norm = self._losses(grown)
+        for i in range(self.steps):
+            grown.train()
+            optim.zero_grad()
+            self.loss(grown, self.batches[i % len(self.batches)]).backward()  # pyright: ignore[reportUnknownMemberType]
+            optim.step()
+        return Outcome(
+            name,
+            preserves=preserves,
+            logits_error=checked.logits_error,
+            loss=before,
+            loss_after=self._losses(grown)[0],
+            grad_norm=norm / self.norm if self.norm else nan,
+            n_dead=sum(checked.dead.values()),
+            n_equal=sum(checked.copies.values()),
+            n_params=sum(p.numel() for p in grown.parameters()),
+            seconds=seconds,
+            n_bytes=n_bytes,
+        )
+
+    def _copies(self) -> tuple[nn.Module, Optimizer]:
+        """Model and optimizer, of their own memory; a copy of an optimizer has no hooks, so those that scale are put on again."""
+        scale = scale_of(self.optim)
+        if scale is not None:
+            scale.restore()
+        model, optim = copy.deepcopy((self.model, self.optim))
+        if scale is not None and scale_of(optim) is None:
+            UpdateScale(optim, {}).load_state_dict(scale.state_dict())
+        return model, optim
+
+    def _losses(self, model: nn.Module) -> tuple[float, float]:
+        """Loss and gradient norm on the first batch, in evaluation mode."""
+        model.eval()
+        model.zero_grad()
+        found = self.loss(model, self.batches[0])
+        found.backward()  # pyright: ignore[reportUnknownMemberType]
+        grads = [p.grad.float().square().sum() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return float(found.detach()), float(torch.stack(grads).sum().sqrt())
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The output's own loss, or the cross entropy of the next token.
+
+    Raises:
+        PlanError: Neither is to be had from this batch.
+    """
+    out: Any = model(**batch) if isinstance(batch, Mapping) else model(batch)
+    if (found := getattr(out, "loss", None)) is not None:
+        return cast(Tensor, found)
+    logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    if not isinstance(logits, Tensor) or not isinstance(ids, Tensor) or ids.is_floating_point():
+        raise PlanError(
+            "compare: this model gives no loss on this batch; pass loss=, a function of model and batch."
+        )
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def _text(method: object) -> str:
+    """A method as one writes it: without what is the default."""
+    if not is_dataclass(method):
+        return str(method)
+    values = [(f.name, getattr(method, f.name), f.default) for f in fields(method)]
+    said = ", ".join(f"{name}={value!r}" for name, value, default in values if value != default)
+    return f"{type(method).__name__}({said})"
+
+
+def _pair(method: object) -> tuple[WidthMethod | None, DepthMethod | None] | None:
+    """Width and depth method of what the user passed; None where it is neither."""
+    if isinstance(method, tuple):
+        both = cast(tuple[object, ...], method)
+        if len(both) == 2 and hasattr(both[0], "widen") and hasattr(both[1], "deepen"):
+            return cast(tuple[WidthMethod, DepthMethod], both)
+        return None
+    if isinstance(method, type):
+        return None
+    if hasattr(method, "widen"):
+        return cast(WidthMethod, method), None
+    return (None, cast(DepthMethod, method)) if hasattr(method, "deepen") else None
