@@ -72,7 +72,7 @@ def build(
     raise_all(PlanError, f"cannot grow {spec.family}:", problems)
     wide = width.widen(spec, sizes)
     n_layers = spec.sizes.get("layers", 0)
-    deep = depth.deepen(n_layers, sizes["layers"]) if n_layers else Depth(())
+    deep = _deepened(spec, depth, n_layers, sizes) if n_layers else Depth(())
     if spec.blocks is None and n_layers:
         raise_all(
             PlanError,
@@ -135,6 +135,25 @@ def build(
         reasons=reasons,
         notes=(shared,) if spec.config_eps and len(norm_eps) > 1 else (),
     )
+
+
+def _deepened(
+    spec: ModelSpec, depth: DepthMethod, n_layers: int, sizes: Mapping[str, int]
+) -> Depth:
+    """What the method says, with new blocks that copy only what can be copied, and are what the spec knows of them."""
+    deep = depth.deepen(n_layers, sizes["layers"])
+    new = [block for block in deep.blocks if block.new]
+    if spec.blocks is None or not new:
+        return deep
+    first = spec.blocks.first_copied
+    if first >= n_layers:
+        raise PlanError(
+            f"cannot deepen {spec.family} from {n_layers}: its first {first} blocks are unlike all others, and there is no other "
+            "to copy."
+        )
+    blocks = (replace(b, source=max(b.source, first)) if b.new else b for b in deep.blocks)
+    own = spec.blocks.reasons if deep.identity else ()
+    return replace(deep, blocks=tuple(blocks), reasons=(*deep.reasons, *own))
 
 
 def _attributes(
@@ -254,7 +273,8 @@ def _axis_map(axis: AxisUse, wide: Width, factors: Mapping[str, float | None]) -
     for segment in axis.segments:
         index_map, contract = one(segment[0])
         segment_w, segment_u = contract.w, contract.u
-        pads.add(contract.pad)
+        if isinstance(segment[0], str):  # a fixed size has no pads
+            pads.add(contract.pad)
         centred = centred or contract.centred
         for component in segment[1:]:
             inner, inner_contract = one(component)
