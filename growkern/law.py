@@ -107,6 +107,8 @@ def build(
         max(norm_eps, key=lambda f: f != 1) if spec.config_eps and norm_eps != {1.0} else None
     )
     shared = f"config.{spec.config_eps} feeds norms of several widths; the live model is exact, a reload takes it for all of them"
+    unsaved = "no field of the config holds the epsilon of the norms, which grew: the live model is exact, a reload has the source's"
+    several, unheld = spec.config_eps and len(norm_eps) > 1, spec.config and not spec.config_eps
     return GrowthPlan(
         family=spec.family,
         source_sizes=dict(spec.sizes),
@@ -133,7 +135,7 @@ def build(
         config_lists=spec.config_lists,
         config_eps=(spec.config_eps, eps_of_config) if spec.config_eps and eps_of_config else None,
         reasons=reasons,
-        notes=(shared,) if spec.config_eps and len(norm_eps) > 1 else (),
+        notes=(shared,) if several else (unsaved,) if unheld and norm_eps != {1.0} else (),
     )
 
 

@@ -26,6 +26,7 @@ LLAMA = dict(
     bos_token_id=0,
     eos_token_id=1,
 )
+EAGER = "eager"  # of experts: the other implementations of transformers refuse float64
 LLAMA_LIKE = ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
 POST_NORM = ["bert", "roberta", "modernbert", "encoder_post"]  # hidden grows by whole multiples
 FAMILIES = ["gpt2", "gpt_neox", "opt", *LLAMA_LIKE, *POST_NORM, "vit", "encoder", "plain"]
@@ -50,6 +51,9 @@ SIZES = {
     "gpt_neox": BERT | dict(max_position_embeddings=64, bos_token_id=0, eos_token_id=1),
     "opt": HIDDEN
     | dict(ffn_dim=40, vocab_size=VOCAB, max_position_embeddings=64, dropout=0.0)
+    | dict(
+        activation_function="gelu"
+    )  # a ReLU that is off for a whole batch has no gradient, grown or not
     | dict(word_embed_proj_dim=24, bos_token_id=0, eos_token_id=1),
     "bert": BERT | NO_DROPOUT | dict(max_position_embeddings=64),
     "roberta": BERT | NO_DROPOUT | dict(max_position_embeddings=64),
@@ -83,7 +87,7 @@ def _make(family: str, tied: bool, changes: dict) -> nn.Module:
     config = getattr(transformers, f"{name}Config")(
         **(SIZES.get(family, LLAMA | {"head_dim": 6}) | changes), tie_word_embeddings=tied
     )
-    config._experts_implementation = "eager"  # the others of transformers refuse float64
+    config._experts_implementation = EAGER
     return getattr(transformers, f"{name}{kind}")(config)
 
 
@@ -211,7 +215,7 @@ class Encoding(nn.Module):
         super().__init__()
         self.wte, self.wpe = nn.Embedding(VOCAB, 24), nn.Embedding(64, 24)
         layer = nn.TransformerEncoderLayer(
-            24, 4, 40, dropout=0.0, layer_norm_eps=eps, batch_first=True, norm_first=norm_first
+            24, 4, 40, 0.0, "gelu", layer_norm_eps=eps, batch_first=True, norm_first=norm_first
         )
         last = nn.LayerNorm(24) if norm_first or tied else None
         self.encoder = nn.TransformerEncoder(layer, 2, last, enable_nested_tensor=False)
