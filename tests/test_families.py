@@ -611,3 +611,45 @@ def test_the_fast_path_of_a_grown_encoder_computes_what_the_slow_one_does(family
     assert "aten::_transformer_encoder_layer_fwd" in {e.key for e in profile.key_averages()}
     assert (fast - before).abs().max() < 1e-10
     assert (logits(model, batch()) - before).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize(
+    "family", ["gpt_neox", "opt", "mixtral", "qwen3_moe", "roberta", "modernbert", "vit", "encoder"]
+)
+def test_the_grown_run_of_every_layout_is_the_source_run(family, monkeypatch):
+    """Of fused, interleaved, three- and four-dimensional tensors: state, learning rates, epsilon and decay are the law's."""
+    exact_norms(monkeypatch)
+    model = make(family, tied=True).double()
+    optim = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-4, weight_decay=0.1)
+    train(model, optim, 10)
+    source, source_optim = copy.deepcopy((model, optim))
+
+    grow(model, optim, to="2x", width=width.Lossless(noise=0), dynamics="exact")
+
+    grown, expected = train(model, optim, 10, first=10), train(source, source_optim, 10, first=10)
+    assert grown == pytest.approx(expected, abs=1e-9) and abs(grown[0] - grown[-1]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("encoder", "match"),
+    [
+        (
+            lambda own: torch.nn.TransformerEncoder(own(24, 4, 40), 2),
+            "Own in place of a TransformerEncoderLayer",
+        ),
+        (
+            lambda own: torch.nn.TransformerEncoder(
+                torch.nn.TransformerEncoderLayer(24, 4, 40), 2, torch.nn.RMSNorm(24)
+            ),
+            "RMSNorm in place of a LayerNorm",
+        ),
+    ],
+    ids=["layers", "norm"],
+)
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_an_encoder_of_torch_with_other_parts_is_refused(encoder, match):
+    class Own(torch.nn.TransformerEncoderLayer):
+        pass
+
+    with pytest.raises(growkern.errors.UnsupportedModelError, match=match):
+        growkern.describe(encoder(Own))

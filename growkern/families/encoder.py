@@ -11,23 +11,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from growkern.errors import UnsupportedModelError, raise_all
 from growkern.spaces import Blocks, ModelSpec, TensorSpec, inexact, linear, norm, reader, writer
 
 OUTSIDE = "what it reads comes from outside; describe the whole model, with this as a part"
+CONSTANTS = {"weight": 1.0, "bias": 0.0}  # of a norm that only normalises
 
 
-class LayerNorm(Protocol):
-    """What is read of ``torch.nn.LayerNorm``."""
+class Leaf(Protocol):
+    """What is read of ``torch.nn.Linear`` (``out_features``) and ``torch.nn.LayerNorm`` (``eps``)."""
 
-    eps: float
-    bias: object
-
-
-class Linear(Protocol):
-    """What is read of ``torch.nn.Linear``."""
-
-    in_features: int
     out_features: int
+    eps: float
     bias: object
 
 
@@ -43,8 +38,8 @@ class Layer(Protocol):
     """What is read of ``torch.nn.TransformerEncoderLayer``."""
 
     self_attn: Attention
-    linear1: Linear
-    norm1: LayerNorm
+    linear1: Leaf
+    norm1: Leaf
     norm_first: bool
 
 
@@ -52,22 +47,17 @@ class Encoder(Protocol):
     """What is read of ``torch.nn.TransformerEncoder``."""
 
     layers: Sequence[Layer]
-    norm: LayerNorm | None
+    norm: Leaf | None
 
 
 def describe(encoder: Encoder, base: str = "") -> ModelSpec:
-    """Describe an encoder that lies at ``base`` (``"encoder."``); its last norm, or its last block, writes ``residual:final``."""
+    """Describe an encoder that lies at ``base`` (``"encoder."``); its last norm, if it has one, writes ``residual:final``."""
+    raise_all(UnsupportedModelError, "cannot describe this encoder:", _problems(encoder))
     first, at, n = encoder.layers[0], f"{base}layers", len(encoder.layers)
     one = describe_layer(first, f"{at}.0.")
-    outputs = [
-        f"{part}.{name}"
-        for part in ("self_attn.out_proj", "linear2")
-        for name in ("weight", "bias")[: 2 if first.linear1.bias is not None else 1]
-    ]
-    gains = [
-        name for name in ("weight", "bias") if name == "weight" or first.norm1.bias is not None
-    ]
-    constants = {"weight": 1.0, "bias": 0.0}
+    names = ["weight", "bias"][: 1 + (first.linear1.bias is not None)]
+    outputs = [f"{part}.{name}" for part in ("self_attn.out_proj", "linear2") for name in names]
+    norms = [] if first.norm_first else names  # of torch: a layer has all its biases, or none
     return replace(
         one,
         sizes={**one.sizes, "layers": n},
@@ -76,24 +66,11 @@ def describe(encoder: Encoder, base: str = "") -> ModelSpec:
             for i in range(n)
             for name, axes in _layer(f"{at}.{i}.", f".{i}", first).items()
         }
-        | (
-            norm(
-                f"{base}norm",
-                reads="residual",
-                writes="residual:final",
-                kind="layer",
-                bias=encoder.norm.bias is not None,
-            )
-            if encoder.norm is not None
-            else {}
-        ),
+        | (_last(f"{base}norm", encoder.norm) if encoder.norm else {}),
         blocks=Blocks(
             at,
-            identity=dict.fromkeys(outputs, 0.0)
-            | ({} if first.norm_first else {f"norm1.{name}": constants[name] for name in gains}),
-            carries={}
-            if first.norm_first
-            else {f"norm2.{name}": constants[name] for name in gains},
+            identity=dict.fromkeys(outputs, 0.0) | {f"norm1.{k}": CONSTANTS[k] for k in norms},
+            carries={f"norm2.{k}": CONSTANTS[k] for k in norms},
             reasons=() if first.norm_first else inexact(first.norm1.eps),
         ),
         attributes={f"{base}num_layers": "layers"}
@@ -102,6 +79,22 @@ def describe(encoder: Encoder, base: str = "") -> ModelSpec:
             for i in range(n)
             for name, size in describe_layer(first, f"{at}.{i}.").attributes.items()
         },
+    )
+
+
+def _last(name: str, own: Leaf) -> dict[str, TensorSpec]:
+    bias = own.bias is not None
+    return norm(name, reads="residual", writes="residual:final", kind="layer", bias=bias)
+
+
+def _problems(encoder: Encoder) -> list[str]:
+    """What makes this another encoder than torch's."""
+    parts = [("TransformerEncoderLayer", layer) for layer in encoder.layers]
+    parts += [("LayerNorm", encoder.norm)] if encoder.norm is not None else []
+    strange = {(kind, type(m).__name__) for kind, m in parts if type(m).__name__ != kind}
+    alike = strange or len({(m.norm_first, m.self_attn.num_heads) for m in encoder.layers}) == 1
+    return [f"it has a {found} in place of a {kind}." for kind, found in sorted(strange)] + (
+        [] if alike else ["its layers differ in norm_first or in heads."]
     )
 
 
@@ -133,17 +126,15 @@ def describe_layer(layer: Layer, base: str = "") -> ModelSpec:
 def _layer(base: str, index: str, layer: Layer) -> dict[str, TensorSpec]:
     """The tensors of one layer; ``index`` ends the names of its own spaces."""
     heads, attention = (f"heads{index}", "head_dim"), f"{base}self_attn"
-    bias, norm_bias = layer.linear1.bias is not None, layer.norm1.bias is not None
-    normed, summed = (
-        ("residual:normed", "residual") if layer.norm_first else ("residual", "residual:sum")
-    )
-    reads = "residual" if layer.norm_first else "residual:sum"
+    bias, first = layer.linear1.bias is not None, layer.norm_first
+    normed = "residual:normed" if first else "residual"
+    summed = "residual" if first else "residual:sum"
     return (
         {f"{attention}.in_proj_weight": (writer([heads] * 3), reader(normed))}
         | ({f"{attention}.in_proj_bias": (writer([heads] * 3),)} if bias else {})
         | linear(f"{attention}.out_proj", reads=heads, writes=summed, bias=bias)
         | linear(f"{base}linear1", reads=normed, writes=f"ffn{index}", bias=bias)
         | linear(f"{base}linear2", reads=f"ffn{index}", writes=summed, bias=bias)
-        | norm(f"{base}norm1", reads=reads, writes=normed, kind="layer", bias=norm_bias)
-        | norm(f"{base}norm2", reads=reads, writes=normed, kind="layer", bias=norm_bias)
+        | norm(f"{base}norm1", reads=summed, writes=normed, kind="layer", bias=bias)
+        | norm(f"{base}norm2", reads=summed, writes=normed, kind="layer", bias=bias)
     )
