@@ -1,6 +1,6 @@
 """A live model and optimizer -> what growkern knows of them. The only reader of live structure; it never reads values."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -28,13 +28,18 @@ WRAPPERS = {
 }
 LEAVES: dict[
     str, dict[str, int]
-] = {  # class name of a leaf module -> attribute that caches a size -> axis of its weight
+] = {  # class name of a leaf module, or of its base -> attribute that caches a size -> axis of its weight
     "Linear": {"out_features": 0, "in_features": 1},
     "Conv1D": {"nx": 0, "nf": 1},
     "Embedding": {"num_embeddings": 0, "embedding_dim": 1},
     "LayerNorm": {"normalized_shape": 0},
     "RMSNorm": {"normalized_shape": 0},
     "Conv2d": {"out_channels": 0, "in_channels": 1},
+}
+
+CONFIGS: dict[str, Callable[[nn.Module], object]] = {  # package -> where its models say their sizes
+    "transformers": lambda model: model.config,
+    "torch": lambda model: model,
 }
 
 
@@ -84,7 +89,7 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> ModelSpec:
     leaves = {
         f"{name}.{attribute}": (f"{name}.weight", axis)
         for name, module in _modules(model)
-        for attribute, axis in LEAVES.get(type(module).__name__, {}).items()
+        for attribute, axis in cached_sizes(type(module)).items()
         if hasattr(module, attribute)
         and f"{name}.weight" in found.tensors
         and axis < len(found.tensors[f"{name}.weight"])
@@ -123,14 +128,23 @@ def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(model.named_modules(remove_duplicate=False))  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
 
+def cached_sizes(kind: type) -> Mapping[str, int]:
+    """What modules of a class cache of their weight's shape: attribute -> axis."""
+    return next(
+        (LEAVES[base.__name__] for base in kind.__mro__ if base.__name__ in LEAVES),
+        dict[str, int](),
+    )
+
+
 def _family(model: nn.Module) -> ModelSpec:
     kind = type(model)
-    if kind.__name__ not in FAMILIES or not kind.__module__.startswith("transformers."):
+    package = kind.__module__.partition(".")[0]
+    if kind.__name__ not in FAMILIES or package not in CONFIGS:
         raise UnsupportedModelError(
-            f"no family describes {kind.__module__}.{kind.__name__}. Known: {', '.join(FAMILIES)} (of transformers). "
+            f"no family describes {kind.__module__}.{kind.__name__}. Known: {', '.join(FAMILIES)} (of transformers and torch.nn). "
             "Pass spec=ModelSpec(...) to describe it yourself."
         )
-    return FAMILIES[kind.__name__](model.config)
+    return FAMILIES[kind.__name__](CONFIGS[package](model))
 
 
 def _wrappers(model: nn.Module) -> Iterator[str]:
@@ -249,7 +263,7 @@ def _absent(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
         yield from (
             f"{name}: reads the stream {c!r}, which no tensor of the spec writes."
             for c in read
-            if c not in written
+            if isinstance(c, str) and c not in written
         )
     if spec.blocks is None:
         return

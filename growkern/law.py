@@ -72,7 +72,7 @@ def build(
     raise_all(PlanError, f"cannot grow {spec.family}:", problems)
     wide = width.widen(spec, sizes)
     n_layers = spec.sizes.get("layers", 0)
-    deep = depth.deepen(n_layers, sizes["layers"]) if n_layers else Depth(())
+    deep = _deepened(spec, depth, n_layers, sizes) if n_layers else Depth(())
     if spec.blocks is None and n_layers:
         raise_all(
             PlanError,
@@ -112,6 +112,8 @@ def build(
         max(norm_eps, key=lambda f: f != 1) if spec.config_eps and norm_eps != {1.0} else None
     )
     shared = f"config.{spec.config_eps} feeds norms of several widths; the live model is exact, a reload takes it for all of them"
+    unsaved = "no field of the config holds the epsilon of the norms, which grew: the live model is exact, a reload has the source's"
+    several, unheld = spec.config_eps and len(norm_eps) > 1, spec.config and not spec.config_eps
     return GrowthPlan(
         family=spec.family,
         source_sizes=dict(spec.sizes),
@@ -141,9 +143,28 @@ def build(
         notes=(
             *wide.notes,
             *(locked(wide) if state in ("exact", "copy", "drop") else ()),
-            *((shared,) if spec.config_eps and len(norm_eps) > 1 else ()),
+            *((shared,) if several else (unsaved,) if unheld and norm_eps != {1.0} else ()),
         ),
     )
+
+
+def _deepened(
+    spec: ModelSpec, depth: DepthMethod, n_layers: int, sizes: Mapping[str, int]
+) -> Depth:
+    """What the method says, with new blocks that copy only what can be copied, and are what the spec knows of them."""
+    deep = depth.deepen(n_layers, sizes["layers"])
+    new = [block for block in deep.blocks if block.new]
+    if spec.blocks is None or not new:
+        return deep
+    first = spec.blocks.first_copied
+    if first >= n_layers:
+        raise PlanError(
+            f"cannot deepen {spec.family} from {n_layers}: its first {first} blocks are unlike all others, and there is no other "
+            "to copy."
+        )
+    blocks = (replace(b, source=max(b.source, first)) if b.new else b for b in deep.blocks)
+    own = spec.blocks.reasons if deep.identity else ()
+    return replace(deep, blocks=tuple(blocks), reasons=(*deep.reasons, *own))
 
 
 def _attributes(

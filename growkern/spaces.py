@@ -16,6 +16,9 @@ Segment = tuple[str | int, ...]
 Axis = str | Segment | Sequence[Segment]
 
 SIZE_OF_SPACE = {"residual": "hidden"}  # every other space is named after its size
+EXACT_EPS = (
+    1e-10  # an epsilon below changes what is normalised twice by less than rounding in float32
+)
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,16 @@ class Blocks:
         carries: For post-norm blocks: tensors that move on to the inserted block, and the constant that stays behind.
         outputs: Tensors whose product with a number is that number times what the block adds; by default those that are 0 in
             the identity.
+        first_copied: The first block that new ones may copy; those before it are unlike all others.
+        reasons: Why a new block is not quite the identity (a post-norm block is, up to the epsilon of its norms); empty when it is.
     """
 
     path: str
     identity: Mapping[str, float] = field(default_factory=dict[str, float])
     carries: Mapping[str, float] = field(default_factory=dict[str, float])
     outputs: tuple[str, ...] = ()
+    first_copied: int = 0
+    reasons: tuple[str, ...] = ()
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -100,7 +107,7 @@ class ModelSpec:
         config_lists: Fields of ``model.config`` that hold one entry per block.
         config_eps: Field of ``model.config`` that holds the epsilon of the norms.
         hidden_is_heads: True when the model has no head_dim of its own: hidden = heads x head_dim.
-        post_norm: True when the residual stream itself is normalised after every sum.
+        post_norm: True when norms write the residual stream itself: after every sum, or once after the embedding.
         fixed: Size -> why it cannot grow in this model.
     """
 
@@ -185,6 +192,15 @@ def space_size(component: str | int, sizes: Mapping[str, int]) -> int:
 def size_value(size: Size, sizes: Mapping[str, int]) -> int:
     """Value of an attribute or config field: a size, or a product of sizes."""
     return prod(space_size(name, sizes) for name in ([size] if isinstance(size, str) else size))
+
+
+def inexact(eps: float) -> tuple[str, ...]:
+    """Why a new post-norm block with norms of this epsilon is not the identity: it normalises what is normalised already."""
+    return (
+        (f"new post-norm blocks are the identity only up to the epsilon of their norms, {eps:g}",)
+        if eps > EXACT_EPS
+        else ()
+    )
 
 
 def _segments(axis: Axis) -> tuple[Segment, ...]:

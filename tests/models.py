@@ -1,6 +1,7 @@
 """Tiny real models, shared by the tests: stock transformers, and a plain module with its spec."""
 
 import os
+from dataclasses import replace
 
 import torch
 import transformers
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 import growkern
 from growkern import Blocks, ModelSpec, embedding, linear, norm
+from growkern.families import encoder
 
 DEVICE = os.environ.get(
     "GROWKERN_TEST_DEVICE", "cpu"
@@ -24,7 +26,46 @@ LLAMA = dict(
     bos_token_id=0,
     eos_token_id=1,
 )
-FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "bert", "plain"]
+EAGER = "eager"  # of experts: the other implementations of transformers refuse float64
+LLAMA_LIKE = ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
+POST_NORM = ["bert", "roberta", "modernbert", "encoder_post"]  # hidden grows by whole multiples
+FAMILIES = ["gpt2", "gpt_neox", "opt", *LLAMA_LIKE, *POST_NORM, "vit", "encoder", "plain"]
+POSITIONS = ["gpt2", "opt", "bert", "roberta", "plain", "encoder", "encoder_post"]
+NAMES = {  # family -> prefix of its classes, and what follows it
+    "gpt2": ("GPT2", "LMHeadModel"),
+    "gpt_neox": ("GPTNeoX", "ForCausalLM"),
+    "opt": ("OPT", "ForCausalLM"),
+    "qwen3_moe": ("Qwen3Moe", "ForCausalLM"),
+    "bert": ("Bert", "ForMaskedLM"),
+    "roberta": ("Roberta", "ForMaskedLM"),
+    "modernbert": ("ModernBert", "ForMaskedLM"),
+    "vit": ("ViT", "ForImageClassification"),
+}
+GPT2 = dict(n_embd=24, n_head=4, n_layer=2, n_positions=64, vocab_size=VOCAB)
+HIDDEN = dict(hidden_size=24, num_attention_heads=4, num_hidden_layers=2)
+BERT = HIDDEN | dict(intermediate_size=40, vocab_size=VOCAB)
+NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+SIZES = {
+    "gpt2": GPT2
+    | dict(bos_token_id=0, eos_token_id=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "gpt_neox": BERT | dict(max_position_embeddings=64, bos_token_id=0, eos_token_id=1),
+    "opt": HIDDEN
+    | dict(ffn_dim=40, vocab_size=VOCAB, max_position_embeddings=64, dropout=0.0)
+    | dict(
+        activation_function="gelu"
+    )  # a ReLU that is off for a whole batch has no gradient, grown or not
+    | dict(word_embed_proj_dim=24, bos_token_id=0, eos_token_id=1),
+    "bert": BERT | NO_DROPOUT | dict(max_position_embeddings=64),
+    "roberta": BERT | NO_DROPOUT | dict(max_position_embeddings=64),
+    "modernbert": BERT
+    | dict(num_hidden_layers=3, max_position_embeddings=64, local_attention=8, pad_token_id=0)
+    | dict(bos_token_id=0, eos_token_id=1, cls_token_id=0, sep_token_id=1),
+    "vit": HIDDEN | dict(intermediate_size=40, image_size=8, patch_size=4, num_labels=VOCAB),
+    "qwen2": LLAMA,
+    "mixtral": LLAMA | dict(num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": LLAMA
+    | dict(head_dim=6, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40),
+}
 
 
 def make(family: str, *, tied: bool, seed: int = 0, **changes: object) -> nn.Module:
@@ -40,58 +81,40 @@ def make(family: str, *, tied: bool, seed: int = 0, **changes: object) -> nn.Mod
 def _make(family: str, tied: bool, changes: dict) -> nn.Module:
     if family == "plain":
         return Plain(tied=tied, **changes)
-    if family == "gpt2":
-        sizes = dict(
-            n_embd=24,
-            n_head=4,
-            n_layer=2,
-            n_positions=64,
-            vocab_size=VOCAB,
-            bos_token_id=0,
-            eos_token_id=1,
-        )
-        drop = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        return transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(**(sizes | drop | changes), tie_word_embeddings=tied)
-        )
-    if family == "bert":
-        sizes = dict(
-            hidden_size=24,
-            num_attention_heads=4,
-            intermediate_size=40,
-            num_hidden_layers=2,
-            vocab_size=VOCAB,
-        )
-        rest = dict(
-            max_position_embeddings=64,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            tie_word_embeddings=tied,
-        )
-        return transformers.BertForMaskedLM(transformers.BertConfig(**(sizes | rest | changes)))
-    name = family.capitalize()
-    own = {} if family == "qwen2" else {"head_dim": 6}
+    if family.startswith("encoder"):
+        return Encoding(tied=tied, norm_first=family == "encoder", **changes)
+    name, kind = NAMES.get(family, (family.capitalize(), "ForCausalLM"))
     config = getattr(transformers, f"{name}Config")(
-        **(LLAMA | own | changes), tie_word_embeddings=tied
+        **(SIZES.get(family, LLAMA | {"head_dim": 6}) | changes), tie_word_embeddings=tied
     )
-    return getattr(transformers, f"{name}ForCausalLM")(config)
+    config._experts_implementation = EAGER
+    return getattr(transformers, f"{name}{kind}")(config)
 
 
 def spec_of(model: nn.Module) -> ModelSpec | None:
-    """The spec to pass: only the plain model needs one."""
-    return model.spec() if isinstance(model, Plain) else None
+    """The spec to pass: only models of our own need one."""
+    return model.spec() if isinstance(model, Plain | Encoding) else None
+
+
+def inputs(model: nn.Module, ids: Tensor) -> Tensor:
+    """What the model takes: ids, or an image made of them."""
+    if getattr(model, "main_input_name", "") != "pixel_values":
+        return ids
+    waves = torch.sin(ids[:, :, None] * torch.arange(1, 13, device=ids.device))
+    return waves.view(len(ids), 3, 8, 8)
 
 
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    out = model(ids)
+    out = model(inputs(model, ids))
     return out if isinstance(out, Tensor) else out.logits
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Next-token (or, for BERT, same-token) cross entropy."""
-    return nn.functional.cross_entropy(
-        logits(model, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-    )
+    """Cross entropy with the next token, or with the first where there is one label."""
+    out = logits(model, ids)
+    if out.dim() == 2:
+        return nn.functional.cross_entropy(out, ids[:, 0])
+    return nn.functional.cross_entropy(out[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 def batch(seed: int = 0, n: int = 2) -> Tensor:
@@ -185,11 +208,49 @@ class Plain(nn.Module):
         )
 
 
+class Encoding(nn.Module):
+    """An encoder of torch between an embedding and a head."""
+
+    def __init__(self, tied: bool, norm_first: bool, eps: float = 1e-12) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(VOCAB, 24), nn.Embedding(64, 24)
+        layer = nn.TransformerEncoderLayer(
+            24, 4, 40, 0.0, "gelu", layer_norm_eps=eps, batch_first=True, norm_first=norm_first
+        )
+        last = nn.LayerNorm(24) if norm_first or tied else None
+        self.encoder = nn.TransformerEncoder(layer, 2, last, enable_nested_tensor=False)
+        self.head = nn.Linear(24, VOCAB, bias=False)
+        if tied:
+            self.head.weight = self.wte.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
+        return self.head(self.encoder(x))
+
+    def spec(self) -> ModelSpec:
+        part = encoder.describe(self.encoder, "encoder.")
+        last = "residual" if self.encoder.norm is None else "residual:final"
+        own = {"vocab": VOCAB, "positions": self.wpe.num_embeddings}
+        return replace(
+            part,
+            sizes={**part.sizes, **own},
+            tensors=embedding("wte", rows="vocab", writes="residual")
+            | embedding("wpe", rows="positions", writes="residual")
+            | part.tensors
+            | linear("head", reads=last, writes="vocab", bias=False),
+            ties={"head.weight": "wte.weight"} if self.head.weight is self.wte.weight else {},
+            fixed={},
+        )
+
+
 def exact_norms(monkeypatch) -> None:
     """Let the RMSNorms of transformers compute in the input's dtype: they round to float32, which hides what float64 shows."""
-    for name in ("llama", "mistral", "qwen2", "qwen3"):
-        module = getattr(transformers.models, name)
-        kind = getattr(getattr(module, f"modeling_{name}"), f"{name.capitalize()}RMSNorm")
+    for name in LLAMA_LIKE:
+        module, prefix = (
+            getattr(transformers.models, name),
+            NAMES.get(name, (name.capitalize(),))[0],
+        )
+        kind = getattr(getattr(module, f"modeling_{name}"), f"{prefix}RMSNorm")
         monkeypatch.setattr(kind, "forward", _rms_norm)
 
 

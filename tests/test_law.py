@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import FAMILIES, batch, exact_norms, grow, loss_of, make, spec_of, train
+from models import FAMILIES, LLAMA_LIKE, batch, exact_norms, grow, loss_of, make, spec_of, train
 
 import growkern
 from growkern import width
@@ -51,11 +51,7 @@ def no_pad(plan, row):
 EXACT = [
     (f, to)
     for f in FAMILIES
-    for to in (
-        ["2x", "3x"]
-        if f in ("bert", "gpt2", "plain")
-        else ["2x", "1.5x", {"hidden": 42, "ffn": 101}]
-    )
+    for to in (["2x", "3x"] if f not in LLAMA_LIKE else ["2x", "1.5x", {"hidden": 42, "ffn": 101}])
 ]
 EXACT += [("gpt2", {"ffn": 131}), ("bert", {"ffn": 57}), ("llama", {"heads": 8})]
 

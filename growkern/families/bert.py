@@ -9,12 +9,21 @@ The head is tied to the embedding through a transform with a LayerNorm of its ow
 
 from typing import Protocol
 
-from growkern.spaces import Blocks, ModelSpec, TensorSpec, embedding, linear, norm, writer
+from growkern.spaces import Blocks, ModelSpec, TensorSpec, embedding, inexact, linear, norm, writer
+
+BERT_HEAD = (
+    "cls.predictions.transform.dense",
+    "cls.predictions.transform.LayerNorm",
+    "cls.predictions",
+)
+ROBERTA_HEAD = "lm_head.dense", "lm_head.layer_norm", "lm_head"
+Head = tuple[str, str, str]  # names of the transform, its norm, and what holds decoder and bias
 
 
 class Config(Protocol):
-    """The fields of ``BertConfig`` that are read."""
+    """The fields of ``BertConfig`` and ``RobertaConfig`` that are read."""
 
+    model_type: str
     hidden_size: int
     intermediate_size: int
     num_attention_heads: int
@@ -22,11 +31,12 @@ class Config(Protocol):
     max_position_embeddings: int
     type_vocab_size: int
     vocab_size: int
+    layer_norm_eps: float
     tie_word_embeddings: bool
 
 
 def describe(
-    config: Config, base: str = "bert.", mlm: bool = True, pooler: bool = False
+    config: Config, base: str = "bert.", mlm: Head | None = BERT_HEAD, pooler: bool = False
 ) -> ModelSpec:
     """Describe a BERT: ``base`` is the prefix of the backbone, ``mlm`` and ``pooler`` say which heads there are."""
     layers = range(config.num_hidden_layers)
@@ -58,9 +68,16 @@ def describe(
         for part in ("attention.output", "output")
         for name in ("weight", "bias")
     ]
-    tied = mlm and config.tie_word_embeddings
+    ties = (
+        {
+            f"{mlm[2]}.decoder.bias": f"{mlm[2]}.bias",
+            f"{mlm[2]}.decoder.weight": f"{base}embeddings.word_embeddings.weight",
+        }
+        if mlm and config.tie_word_embeddings
+        else {}
+    )
     return ModelSpec(
-        family="bert",
+        family=config.model_type,
         sizes={
             "hidden": config.hidden_size,
             "heads": config.num_attention_heads,
@@ -94,18 +111,14 @@ def describe(
             if pooler and mlm
             else {}
         )
-        | (_mlm_head() if mlm else {}),
-        ties={
-            "cls.predictions.decoder.bias": "cls.predictions.bias",
-            "cls.predictions.decoder.weight": f"{base}embeddings.word_embeddings.weight",
-        }
-        if tied
-        else {},
+        | (_mlm_head(*mlm) if mlm else {}),
+        ties=ties,
         blocks=Blocks(
             at,
             identity=dict.fromkeys(outputs, 0.0)
             | {"attention.output.LayerNorm.weight": 1.0, "attention.output.LayerNorm.bias": 0.0},
             carries={"output.LayerNorm.weight": 1.0, "output.LayerNorm.bias": 0.0},
+            reasons=inexact(config.layer_norm_eps),
         ),
         attributes={
             **{f"{at}.{i}.attention.self.num_attention_heads": "heads" for i in layers},
@@ -127,15 +140,10 @@ def describe(
     )
 
 
-def _mlm_head() -> dict[str, TensorSpec]:
+def _mlm_head(transform: str, layer_norm: str, at: str) -> dict[str, TensorSpec]:
     return (
-        linear("cls.predictions.transform.dense", reads="residual", writes="residual:transform")
-        | norm(
-            "cls.predictions.transform.LayerNorm",
-            reads="residual:transform",
-            writes="residual:final",
-            kind="layer",
-        )
-        | linear("cls.predictions.decoder", reads="residual:final", writes="vocab")
-        | {"cls.predictions.bias": (writer("vocab"),)}
+        linear(transform, reads="residual", writes="residual:transform")
+        | norm(layer_norm, reads="residual:transform", writes="residual:final", kind="layer")
+        | linear(f"{at}.decoder", reads="residual:final", writes="vocab")
+        | {f"{at}.bias": (writer("vocab"),)}
     )

@@ -88,7 +88,7 @@ def rule_of(spec: ModelSpec, space: Space, norms: Norms | None) -> Norms:
     ask = f"cannot widen {spec.family} from {space.size} {n_source} to {n_target} exactly:"
     if spec.post_norm:
         raise PlanError(
-            f"{ask} a post-norm model keeps its function only at whole multiples; {nearest}."
+            f"{ask} where norms write the residual stream (post-norm), only whole multiples keep the function; {nearest}."
         )
     if len(space.norms) > 1:
         raise PlanError(f"{ask} its norms are of several kinds; {nearest}.")

@@ -1,0 +1,140 @@
+"""Encoders of torch: ``torch.nn.TransformerEncoder``, ``torch.nn.TransformerEncoderLayer``.
+
+https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/transformer.py
+
+LayerNorm before (``norm_first``) or after each sum, fused ``in_proj`` (q, k, v). There is no config: the module says its sizes.
+What an encoder reads comes from outside, so by itself it grows in ffn and layers only; as part of a model, describe it under its
+name (``base``) and put its tensors, sizes, blocks and attributes beside those of the rest. There is no head_dim of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from growkern.errors import UnsupportedModelError, raise_all
+from growkern.spaces import Blocks, ModelSpec, TensorSpec, inexact, linear, norm, reader, writer
+
+OUTSIDE = "what it reads comes from outside; describe the whole model, with this as a part"
+CONSTANTS = {"weight": 1.0, "bias": 0.0}  # of a norm that only normalises
+
+
+class Leaf(Protocol):
+    """What is read of ``torch.nn.Linear`` (``out_features``) and ``torch.nn.LayerNorm`` (``eps``)."""
+
+    out_features: int
+    eps: float
+    bias: object
+
+
+class Attention(Protocol):
+    """What is read of ``torch.nn.MultiheadAttention``."""
+
+    embed_dim: int
+    num_heads: int
+    head_dim: int
+
+
+class Layer(Protocol):
+    """What is read of ``torch.nn.TransformerEncoderLayer``."""
+
+    self_attn: Attention
+    linear1: Leaf
+    norm1: Leaf
+    norm_first: bool
+
+
+class Encoder(Protocol):
+    """What is read of ``torch.nn.TransformerEncoder``."""
+
+    layers: Sequence[Layer]
+    norm: Leaf | None
+
+
+def describe(encoder: Encoder, base: str = "") -> ModelSpec:
+    """Describe an encoder that lies at ``base`` (``"encoder."``); its last norm, if it has one, writes ``residual:final``."""
+    raise_all(UnsupportedModelError, "cannot describe this encoder:", _problems(encoder))
+    first, at, n = encoder.layers[0], f"{base}layers", len(encoder.layers)
+    one = describe_layer(first, f"{at}.0.")
+    names = ["weight", "bias"][: 1 + (first.linear1.bias is not None)]
+    outputs = [f"{part}.{name}" for part in ("self_attn.out_proj", "linear2") for name in names]
+    norms = [] if first.norm_first else names  # of torch: a layer has all its biases, or none
+    return replace(
+        one,
+        sizes={**one.sizes, "layers": n},
+        tensors={
+            name: axes
+            for i in range(n)
+            for name, axes in _layer(f"{at}.{i}.", f".{i}", first).items()
+        }
+        | (_last(f"{base}norm", encoder.norm) if encoder.norm else {}),
+        blocks=Blocks(
+            at,
+            identity=dict.fromkeys(outputs, 0.0) | {f"norm1.{k}": CONSTANTS[k] for k in norms},
+            carries={f"norm2.{k}": CONSTANTS[k] for k in norms},
+            reasons=() if first.norm_first else inexact(first.norm1.eps),
+        ),
+        attributes={f"{base}num_layers": "layers"}
+        | {
+            name: size
+            for i in range(n)
+            for name, size in describe_layer(first, f"{at}.{i}.").attributes.items()
+        },
+    )
+
+
+def _last(name: str, own: Leaf) -> dict[str, TensorSpec]:
+    bias = own.bias is not None
+    return norm(name, reads="residual", writes="residual:final", kind="layer", bias=bias)
+
+
+def _problems(encoder: Encoder) -> list[str]:
+    """What makes this another encoder than torch's."""
+    parts = [("TransformerEncoderLayer", layer) for layer in encoder.layers]
+    parts += [("LayerNorm", encoder.norm)] if encoder.norm is not None else []
+    strange = {(kind, type(m).__name__) for kind, m in parts if type(m).__name__ != kind}
+    alike = strange or len({(m.norm_first, m.self_attn.num_heads) for m in encoder.layers}) == 1
+    return [f"it has a {found} in place of a {kind}." for kind, found in sorted(strange)] + (
+        [] if alike else ["its layers differ in norm_first or in heads."]
+    )
+
+
+def describe_layer(layer: Layer, base: str = "") -> ModelSpec:
+    """Describe one layer that lies at ``base``."""
+    attention = f"{base}self_attn"
+    return ModelSpec(
+        family="encoder",
+        sizes={
+            "hidden": layer.self_attn.embed_dim,
+            "heads": layer.self_attn.num_heads,
+            "head_dim": layer.self_attn.head_dim,
+            "ffn": layer.linear1.out_features,
+        },
+        tensors=_layer(base, "", layer),
+        attributes={
+            f"{attention}.embed_dim": "hidden",
+            f"{attention}.kdim": "hidden",
+            f"{attention}.vdim": "hidden",
+            f"{attention}.num_heads": "heads",
+            f"{attention}.head_dim": "head_dim",
+        },
+        hidden_is_heads=True,
+        post_norm=not layer.norm_first,
+        fixed=dict.fromkeys(("hidden", "heads"), OUTSIDE),
+    )
+
+
+def _layer(base: str, index: str, layer: Layer) -> dict[str, TensorSpec]:
+    """The tensors of one layer; ``index`` ends the names of its own spaces."""
+    heads, attention = (f"heads{index}", "head_dim"), f"{base}self_attn"
+    bias, first = layer.linear1.bias is not None, layer.norm_first
+    normed = "residual:normed" if first else "residual"
+    summed = "residual" if first else "residual:sum"
+    return (
+        {f"{attention}.in_proj_weight": (writer([heads] * 3), reader(normed))}
+        | ({f"{attention}.in_proj_bias": (writer([heads] * 3),)} if bias else {})
+        | linear(f"{attention}.out_proj", reads=heads, writes=summed, bias=bias)
+        | linear(f"{base}linear1", reads=normed, writes=f"ffn{index}", bias=bias)
+        | linear(f"{base}linear2", reads=f"ffn{index}", writes=summed, bias=bias)
+        | norm(f"{base}norm1", reads=summed, writes=normed, kind="layer", bias=bias)
+        | norm(f"{base}norm2", reads=summed, writes=normed, kind="layer", bias=bias)
+    )
