@@ -121,7 +121,7 @@ def _optimizer(
             joins.setdefault(id(origin), []).append(p)
         if plan.state == "drop" or row.state == "fresh" or resets:
             states.pop(p, None)
-            together = law.together if law and groups[id(origin)].get("fused") else ()
+            together = law.together if law and groups.get(id(origin), {}).get("fused") else ()
             kept = optim.state.get(origin, {}) if plan.state != "drop" else {}
             if zeros := {key: torch.zeros_like(p) for key in together if key in kept}:
                 states[p] = zeros

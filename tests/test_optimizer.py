@@ -59,6 +59,21 @@ def test_the_loop_goes_on_in_sgd(to, options):
     assert train(model, optim, 3)[-1] > 0
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Muon])
+def test_an_optimizer_of_some_parameters_gains_those_of_new_blocks(kind):
+    model = make("llama", tied=True)
+    held = [p for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n]
+    optim = kind(held, lr=1e-3, momentum=0.9)
+    train(model, optim, 2)
+
+    grow(model, optim, to={"hidden": 48, "layers": 4})
+
+    assert len(optim.param_groups[0]["params"]) + sum(
+        len(group["params"]) for group in optim.param_groups[1:]
+    ) == 2 * len(held)
+    train(model, optim, 2)
+
+
 def test_growth_before_the_first_step_leaves_state_to_the_optimizer():
     model = make("llama", tied=True)
     optim = torch.optim.AdamW(model.parameters(), fused=True)

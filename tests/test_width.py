@@ -264,7 +264,7 @@ def test_sparkling_at_twice_the_width_is_fpi():
 
 REFUSED = [
     ("llama", "1.5x", width.HyperClone(), "no whole multiple.*HyperClone.general=True. or Lossless"),
-    ("bert", "1.5x", width.CopyAndPad(norm="corrected"), "post-norm model keeps its function only"),
+    ("bert", "1.5x", width.CopyAndPad(norm="corrected"), "only whole multiples keep the function"),
     ("llama", "2x", width.CopyAndPad(std=0), "zeros on both sides"),
     ("llama", "2x", width.CopyAndPad(norm="as published"), "'as_published' or 'corrected'"),
     ("llama", "2x", width.Sparkling("zero", "zero"), "zeros on both sides"),
