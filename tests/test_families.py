@@ -108,7 +108,10 @@ def test_post_norm_hidden_is_refused_with_the_nearest_multiples(family, hidden):
 
 KEY_BIASES = (  # they move all scores of a query alike, which softmax does not see: their gradient is rounding, or 0
     "k_proj.bias",
-    "in_proj_bias",  # of queries and values too: see below
+    "key.bias",
+    "in_proj_bias",  # from here on of queries and values too: see below
+    "c_attn.bias",
+    "query_key_value.bias",
 )
 
 
@@ -131,15 +134,18 @@ def test_every_element_trains_within_two_steps_and_the_optimizer_fits(family, ta
     assert found.same_function, str(found)
 
 
-def test_biases_of_queries_and_values_in_a_fused_bias_train():
-    model = make("encoder", tied=True).double()
+@pytest.mark.parametrize("family", ["encoder", "gpt2", "gpt_neox"])
+def test_biases_of_queries_and_values_in_a_fused_bias_train(family):
+    model = make(family, tied=True).double()
 
     grow(model, to={"hidden": 30})
     loss_of(model, batch(n=16)).backward()
 
-    for layer in model.encoder.layers:
-        query, _, value = layer.self_attn.in_proj_bias.grad.chunk(3)
-        assert query.ne(0).all() and value.ne(0).all()
+    fused = [p for name, p in model.named_parameters() if name.endswith(KEY_BIASES[2:])]
+    assert fused
+    for p in fused:
+        parts = p.grad.view(-1, 3, 6).unbind(1) if family == "gpt_neox" else p.grad.chunk(3)
+        assert parts[0].ne(0).all() and parts[2].ne(0).all()
 
 
 @pytest.mark.parametrize("norms", ["zero_pad", "centre_pad"])
