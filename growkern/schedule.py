@@ -17,7 +17,7 @@ from growkern.describe import describe
 from growkern.errors import PlanError, raise_all
 from growkern.events import Counts, Event, WhenSlope, disorder, read_state, target_of, unknown_sizes
 from growkern.execute import Memory
-from growkern.guard import guard_of
+from growkern.guard import guard_of, n_growths
 from growkern.optim_target import Masters
 from growkern.plan import GrowthPlan
 from growkern.report import GrowthReport
@@ -310,10 +310,14 @@ class Attachment:
     def _expand(self, event: Event, optim: Optimizer) -> GrowthReport:
         schedule, options = self.schedule, self._options
         spec, rules = self._spec(), options.get("rules")
+        before = max(
+            len(schedule.fired), n_growths(self.model)
+        )  # a model may be built at a grown size
+        seed = before if event.seed is None else event.seed
         live = _listed([one() for one in self._schedulers])
         planned = plan(
             self.model, optim, to=event.to, width=event.width, depth=event.depth, state=event.state,
-            dynamics=event.dynamics, spec=spec, seed=event.seed, rules=rules,
+            dynamics=event.dynamics, spec=spec, seed=seed, rules=rules,
             masters=options.get("masters"),
         )  # fmt: skip
         self._running = planned, self._n_growths()
