@@ -17,7 +17,7 @@ from growkern.describe import describe
 from growkern.errors import PlanError, raise_all
 from growkern.events import Counts, Event, WhenSlope, disorder, read_state, target_of, unknown_sizes
 from growkern.execute import Memory
-from growkern.guard import guard_of, n_growths
+from growkern.guard import n_growths
 from growkern.optim_target import Masters
 from growkern.plan import GrowthPlan
 from growkern.report import GrowthReport
@@ -320,7 +320,7 @@ class Attachment:
             dynamics=event.dynamics, spec=spec, seed=seed, rules=rules,
             masters=options.get("masters"),
         )  # fmt: skip
-        self._running = planned, self._n_growths()
+        self._running = planned, n_growths(self.model)
         try:
             report = expand_inplace(
                 self.model, optim, plan=planned, dynamics=planned.dynamics, spec=spec, rules=rules,
@@ -347,16 +347,12 @@ class Attachment:
             return
         planned, before = running
         with uninterrupted():
-            if self._n_growths() > before:
+            if n_growths(self.model) > before:
                 schedule.fired.append(schedule.counts.n_steps)
                 schedule.history.append(planned.to_json())
                 schedule.counts.points = []
                 self.n_params = sum(p.numel() for p in self.model.parameters())
             self._running = None
-
-    def _n_growths(self) -> int:
-        guard = guard_of(self.model)
-        return len(guard.growths) if guard is not None else 0
 
     def _spec(self) -> ModelSpec | None:
         spec = self._options.get("spec")

@@ -64,16 +64,12 @@ class CopyAndPad:
 
     def _normed(self, spec: ModelSpec, space: Space, ones: Vector) -> dict[str, Contract]:
         """Streams of a space that norms read."""
-        pad = "zero"
+        mean = False
         if self.norm == "corrected" and not space.same:
             rms = space.norms == {"rms"}
-            pad = (
-                "zero"
-                if rule_of(spec, space, "zero_pad" if rms else None) == "zero_pad"
-                else "mean"
-            )
+            mean = rule_of(spec, space, "zero_pad" if rms else None) == "mean_pad"
         scaled = normed(spec)
         return {
-            stream: Contract(ones, ones, "mean" if pad == "mean" and stream in scaled else "zero")
+            stream: Contract(ones, ones, "mean" if mean and stream in scaled else "zero")
             for stream in space.streams
         }
