@@ -13,7 +13,7 @@ from growkern.plan import GrowthPlan
 from growkern.report import GrowthReport
 from growkern.scale import Scale, UpdateScale
 from growkern.schedule import GrowthSchedule
-from growkern.spaces import Blocks, ModelSpec, embedding, linear, norm, reader, writer
+from growkern.spaces import Blocks, ModelSpec, Power, embedding, linear, norm, reader, writer
 from growkern.verify import Verification, verify
 
 __version__ = "0.1.0"
@@ -35,6 +35,7 @@ __all__ = [
     "GrowthSchedule",
     "ModelSpec",
     "Outcome",
+    "Power",
     "Scale",
     "UpdateScale",
     "Verification",

@@ -1,6 +1,7 @@
 """What width methods decide -> how every axis grows: roles, norms, and copies that nothing parts."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import isclose, sqrt
 
 from growkern.index_map import PAD, IndexMap, Vector, concat_maps, concat_vectors
@@ -29,9 +30,15 @@ def norm_factors(spec: ModelSpec, wide: Width) -> dict[str, float | None]:
 
 
 def axis_maps(
-    keys: Mapping[AxisUse, str], wide: Width, factors: Mapping[str, float | None]
+    keys: Mapping[AxisUse, str],
+    wide: Width,
+    factors: Mapping[str, float | None],
+    written: Mapping[str, float],
 ) -> dict[str, AxisMap]:
-    """How every axis grows; axes whose spaces share maps and contracts, as those of blocks do, share theirs."""
+    """How every axis grows; axes whose spaces share maps and contracts, as those of blocks do, share theirs.
+
+    ``written`` are the factors on what writes a stream (``growkern.spaces.written``).
+    """
     found: dict[object, AxisMap] = {}
     axes: dict[str, AxisMap] = {}
     for axis, key in keys.items():
@@ -42,6 +49,7 @@ def axis_maps(
                 id(wide.maps[space_of(c)]),
                 id(wide.readers.get(space_of(c))),
                 id(wide.contracts[c]),
+                written.get(c),
             )
             for segment in axis.segments
             for c in (*segment, -1)
@@ -49,19 +57,28 @@ def axis_maps(
         reads = axis.norm and (id(wide.contracts[axis.norm.reads]), factors[axis.norm.reads])
         kind = axis.role, parts, reads
         if kind not in found:
-            found[kind] = _axis_map(axis, wide, factors)
+            found[kind] = _axis_map(axis, wide, factors, written)
         axes[key] = found[kind]
     return axes
 
 
-def _axis_map(axis: AxisUse, wide: Width, factors: Mapping[str, float | None]) -> AxisMap:
+def _axis_map(
+    axis: AxisUse,
+    wide: Width,
+    factors: Mapping[str, float | None],
+    written: Mapping[str, float],
+) -> AxisMap:
     def one(component: str | int) -> tuple[IndexMap, Contract]:
         if isinstance(component, int):
             full = Vector.full(1, component)
             return IndexMap.identity(component), Contract(full, full)
         space = space_of(component)
         readers: Mapping[str, IndexMap] = wide.readers if axis.role == "reader" else {}
-        return readers.get(space, wide.maps[space]), wide.contracts[component]
+        contract = wide.contracts[component]
+        if axis.role != "reader" and (factor := written.get(component, 1.0)) != 1:
+            w, u = (contract.w.map(lambda x: x * factor), contract.u.map(lambda x: x / factor))
+            contract = replace(contract, w=w, u=u)
+        return readers.get(space, wide.maps[space]), contract
 
     maps, w, u, centred = list[IndexMap](), list[Vector](), list[Vector](), False
     pads: set[Pad] = set()

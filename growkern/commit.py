@@ -184,6 +184,7 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo) -> None:
         module = model.get_submodule(owner)
         before: Any = getattr(module, name)
         after: Any = (*before[:-1], value) if isinstance(before, tuple) else value
+        after = torch.full_like(before, value) if isinstance(before, torch.Tensor) else after
         if after != before:
             undo.attribute(module, name, after)
     for path, factor in plan.eps.items():
@@ -199,6 +200,10 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo) -> None:
     for module in model.modules():
         if (config := vars(module).get("config")) is not None and copies[id(config)] is not config:
             undo.attribute(module, "config", copies[id(config)])
+    for path in plan.rebuilt:
+        old: Any = model.get_submodule(path)
+        for name, b in type(old)(old.config).named_buffers(recurse=False):
+            undo.attribute(old, name, b.to(getattr(old, name)))
 
 
 def _grown_config(plan: GrowthPlan, config: Any) -> Any:

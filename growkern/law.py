@@ -15,7 +15,7 @@ from growkern.axes import axis_maps, locked, norm_factors
 from growkern.errors import PlanError, raise_all
 from growkern.methods import BlockRow, Depth, DepthMethod, WidthMethod
 from growkern.plan import AxisMap, GrowthPlan, TensorRow
-from growkern.spaces import AxisUse, ModelSpec, size_value
+from growkern.spaces import AxisUse, ModelSpec, size_value, written
 from growkern.state import DYNAMICS, STATES
 
 
@@ -102,7 +102,7 @@ def build(
         *(f"the norms of {s!r} see unequal copies" for s in unequal),
     )
     keys = {axis: str(axis) for axes in spec.tensors.values() for axis in axes}
-    axes = axis_maps(keys, wide, factors)
+    axes = axis_maps(keys, wide, factors, written(spec, sizes))
     eps = {
         f"{name.removesuffix('.weight')}.{norm.eps}": factors[norm.reads] or 1.0
         for name, _, norm in spec.norms()
@@ -130,6 +130,7 @@ def build(
         ties=dict(spec.ties),
         counters=spec.counters,
         attributes=_attributes(spec, homes, sizes),
+        rebuilt=spec.rebuilt if sizes.get("head_dim") != spec.sizes.get("head_dim") else (),
         eps={
             name: factor
             for source, factor in eps.items()
@@ -169,7 +170,7 @@ def _deepened(
 
 def _attributes(
     spec: ModelSpec, homes: Mapping[int, list[int]], sizes: Mapping[str, int]
-) -> dict[str, int]:
+) -> dict[str, float]:
     """Every size that a module of the target caches."""
     target = replace(spec, sizes=sizes)
     own = {
@@ -233,6 +234,8 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
         not set(plan.eps) <= eps or not all(isfinite(f) and f > 0 for f in plan.eps.values())
     ):
         problems.append("its factors on eps are not of the target's norms, or no positive numbers.")
+    if not set(plan.rebuilt) <= set(spec.rebuilt):
+        problems.append("it makes modules anew that hold more than the config says.")
     if dict(plan.ties) != dict(spec.ties) or tuple(plan.counters) != tuple(spec.counters):
         problems.append("its ties or counters are not the model's.")
     states = {row.state for row in plan.rows}

@@ -124,6 +124,7 @@ class GrowthPlan:
         ties: Name -> name of the same parameter under its first name, in the source.
         counters: Buffers that are 0, 1, ... n - 1 along their last axis.
         attributes: ``"module.attribute"`` of the target -> value.
+        rebuilt: Modules whose buffers are made anew from the target's config.
         eps: ``"module.attribute"`` of the target -> factor on a norm's epsilon.
         config: Config field -> value.
         config_lists: Config fields with one entry per block.
@@ -145,9 +146,10 @@ class GrowthPlan:
     blocks: tuple[BlockRow, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict[str, str])
     counters: tuple[str, ...] = ()
-    attributes: Mapping[str, int] = field(default_factory=dict[str, int])
+    attributes: Mapping[str, float] = field(default_factory=dict[str, float])
+    rebuilt: tuple[str, ...] = ()
     eps: Mapping[str, float] = field(default_factory=dict[str, float])
-    config: Mapping[str, int] = field(default_factory=dict[str, int])
+    config: Mapping[str, float] = field(default_factory=dict[str, float])
     config_lists: tuple[str, ...] = ()
     config_eps: tuple[str, float] | None = None
     dynamics: str | None = "mup"
@@ -205,7 +207,8 @@ class GrowthPlan:
             data = json.loads(text)
             eps = data["config_eps"]
             data |= {
-                name: tuple(data[name]) for name in ("config_lists", "counters", "reasons", "notes")
+                name: tuple(data[name])
+                for name in ("config_lists", "counters", "rebuilt", "reasons", "notes")
             }
             data |= {
                 "axes": {key: _axis_from_json(axis) for key, axis in data["axes"].items()},

@@ -87,7 +87,17 @@ class Blocks:
         return self.outputs or tuple(name for name, value in self.identity.items() if value == 0)
 
 
-Size = str | tuple[str, ...]  # a size name, or a product of them; "block" is the index of the block
+@dataclass(frozen=True)
+class Power:
+    """A size to a power, such as the ``head_dim ** -0.5`` of attention."""
+
+    size: str
+    exponent: float
+
+
+Size = (
+    str | tuple[str, ...] | Power
+)  # a size name, or a product of them; "block" is the index of the block
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,8 @@ class ModelSpec:
         config_lists: Fields of ``model.config`` that hold one entry per block.
         config_eps: Field of ``model.config`` that holds the epsilon of the norms.
         hidden_is_heads: True when the model has no head_dim of its own: hidden = heads x head_dim.
+        powers: Stream -> the power of a size that the model multiplies it with, between what writes it and what reads it.
+        rebuilt: Modules without parameters whose buffers follow from the config (rotary embeddings): made anew when head_dim grows.
         post_norm: True when norms write the residual stream itself: after every sum, or once after the embedding.
         fixed: Size -> why it cannot grow in this model.
     """
@@ -123,6 +135,8 @@ class ModelSpec:
     config_lists: tuple[str, ...] = ()
     config_eps: str | None = None
     hidden_is_heads: bool = False
+    powers: Mapping[str, Power] = field(default_factory=dict[str, Power])
+    rebuilt: tuple[str, ...] = ()
     post_norm: bool = False
     fixed: Mapping[str, str] = field(default_factory=dict[str, str])
 
@@ -189,9 +203,20 @@ def space_size(component: str | int, sizes: Mapping[str, int]) -> int:
     return sizes[SIZE_OF_SPACE.get(name, name)]
 
 
-def size_value(size: Size, sizes: Mapping[str, int]) -> int:
-    """Value of an attribute or config field: a size, or a product of sizes."""
+def size_value(size: Size, sizes: Mapping[str, int]) -> float:
+    """Value of an attribute or config field: a size, a product of sizes, or a power of one (a float)."""
+    if isinstance(size, Power):
+        return space_size(size.size, sizes) ** size.exponent
     return prod(space_size(name, sizes) for name in ([size] if isinstance(size, str) else size))
+
+
+def written(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Stream -> factor on what writes it, so that the powers of sizes that the model multiplies it with change nothing."""
+    return {
+        stream: (space_size(power.size, sizes) / space_size(power.size, spec.sizes))
+        ** -power.exponent
+        for stream, power in spec.powers.items()
+    }
 
 
 def inexact(eps: float) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ NAMES = [
     "GrowthSchedule",
     "ModelSpec",
     "Outcome",
+    "Power",
     "Scale",
     "UpdateScale",
     "Verification",

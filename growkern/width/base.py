@@ -6,7 +6,7 @@ from typing import NamedTuple
 from growkern.errors import PlanError, raise_all
 from growkern.index_map import IndexMap, Vector
 from growkern.methods import Contract
-from growkern.spaces import SIZE_OF_SPACE, ModelSpec, space_of, space_size
+from growkern.spaces import SIZE_OF_SPACE, ModelSpec, space_of, space_size, written
 
 GROWS = ("hidden", "heads", "kv_heads", "ffn", "positions")
 
@@ -75,12 +75,16 @@ def positions(index_map: IndexMap) -> Contract:
 
 
 def solve_ties(
-    spec: ModelSpec, maps: Mapping[str, IndexMap], contracts: dict[str, Contract]
+    spec: ModelSpec,
+    sizes: Mapping[str, int],
+    maps: Mapping[str, IndexMap],
+    contracts: dict[str, Contract],
 ) -> None:
     """A tied tensor has one scale: where it writes one stream and reads another, the reader's contract takes it back.
 
     (Tied head: the factor 1/C goes into the final norm, which writes the stream the head reads.)
     """
+    factors = written(spec, sizes)
     for tied, first in spec.ties.items():
         for use, other in zip(spec.tensors[tied], spec.tensors[first], strict=True):
             if (use.role, other.role) != ("reader", "writer"):
@@ -94,7 +98,8 @@ def solve_ties(
                 raise PlanError(
                     f"cannot centre {spec.family}: {tied!r} is tied to {first!r}, and its mean reaches the logits; use mean_pad."
                 )
-            u = contracts[origin].w
+            ones = Vector.full(factors.get(origin, 1.0), len(contracts[origin].w))
+            u = contracts[origin].w.zip(ones, lambda w, factor: w * factor)
             counts = maps[space_of(stream)].per_copy(float, pad=1.0)
             contracts[stream] = Contract(
                 u.zip(counts, lambda x, c: 1 / (x * c)), u, contracts[stream].pad

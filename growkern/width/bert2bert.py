@@ -50,7 +50,7 @@ class FPI:
                 made[key] = index_map, contract
             maps[space.name], contract = made[key]
             contracts |= dict.fromkeys(space.streams, contract)
-        solve_ties(spec, maps, contracts)
+        solve_ties(spec, sizes, maps, contracts)
         return Width(maps, contracts)
 
     def _map(self, kind: str, n_source: int, n_target: int) -> IndexMap:

@@ -58,7 +58,7 @@ class CopyAndPad:
                     reasons[
                         f"norms see {space.n_target} coordinates, {space.n_source} of them the source's"
                     ] = None
-        solve_ties(spec, maps, contracts)
+        solve_ties(spec, sizes, maps, contracts)
         kept = self.norm == "as_published"
         return Width(maps, contracts, reasons=tuple(reasons), drawn=self.std, norms_kept=kept)
 

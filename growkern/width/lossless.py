@@ -76,7 +76,7 @@ class Lossless:
             maps[space.name] = index_map(space.n_source, space.n_target, how)
             for stream in space.streams:
                 contracts[stream] = contract(maps[space.name], how, stream in scaled)
-        solve_ties(spec, maps, contracts)
+        solve_ties(spec, sizes, maps, contracts)
         return Width(maps, contracts, self.noise)
 
 

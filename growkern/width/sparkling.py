@@ -67,7 +67,7 @@ class Sparkling:
             contracts |= dict.fromkeys(space.streams, contract)
             exact = self.fan_out == self.fan_in == "copy" and space.n_target == 2 * space.n_source
             inexact = inexact or not (exact or space.same)
-        solve_ties(spec, maps, contracts)
+        solve_ties(spec, sizes, maps, contracts)
         reasons = ("signals keep their size, not their values",) if inexact else ()
         dead = (
             "new rows are zero: what multiplies two of them (queries with keys, gates with values) never trains.",
