@@ -7,7 +7,7 @@ from math import isclose, sqrt
 from growkern.index_map import PAD, IndexMap, Vector, concat_maps, concat_vectors
 from growkern.methods import Contract, Width
 from growkern.plan import AxisMap, Pad
-from growkern.spaces import AxisUse, ModelSpec, space_of
+from growkern.spaces import AxisUse, Component, ModelSpec, space_of
 
 
 def norm_factors(spec: ModelSpec, wide: Width) -> dict[str, float | None]:
@@ -39,18 +39,17 @@ def axis_maps(
 
     ``written`` are the factors on what writes a stream (``growkern.spaces.written``).
     """
+
+    def kin(stream: str) -> tuple[object, ...]:
+        space = space_of(stream)
+        shared = wide.maps[space], wide.readers.get(space), wide.contracts[stream]
+        return (*map(id, shared), written.get(stream))
+
     found: dict[object, AxisMap] = {}
     axes: dict[str, AxisMap] = {}
     for axis, key in keys.items():
         parts = tuple(
-            c
-            if isinstance(c, int)
-            else (
-                id(wide.maps[space_of(c)]),
-                id(wide.readers.get(space_of(c))),
-                id(wide.contracts[c]),
-                written.get(c),
-            )
+            c if isinstance(c, int) else tuple(map(kin, c if isinstance(c, tuple) else (c,)))
             for segment in axis.segments
             for c in (*segment, -1)
         )
@@ -68,7 +67,14 @@ def _axis_map(
     factors: Mapping[str, float | None],
     written: Mapping[str, float],
 ) -> AxisMap:
-    def one(component: str | int) -> tuple[IndexMap, Contract]:
+    def one(component: Component) -> tuple[IndexMap, Contract]:
+        if isinstance(component, tuple):
+            own, contracts = zip(*map(one, component), strict=True)
+            return concat_maps(own), replace(
+                contracts[0],
+                w=concat_vectors([c.w for c in contracts]),
+                u=concat_vectors([c.u for c in contracts]),
+            )
         if isinstance(component, int):
             full = Vector.full(1, component)
             return IndexMap.identity(component), Contract(full, full)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from growkern.errors import UnsupportedModelError, raise_all
 from growkern.families import FAMILIES
-from growkern.spaces import ModelSpec, size_value
+from growkern.spaces import SHARE, ModelSpec, size_value
 from growkern.state import MASTER, MASTER_GRAD
 from growkern.tensors import Tensors
 
@@ -248,22 +248,14 @@ def _absent(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
         except KeyError as error:
             yield f"{where}: the size {error} is not in sizes ({', '.join(spec.sizes)})."
     axes = [axis for tensor in spec.tensors.values() for axis in tensor]
-    written = {
-        c for axis in axes if axis.role != "reader" for segment in axis.segments for c in segment
-    }
+    written = {stream for axis in axes if axis.role != "reader" for stream in axis.streams}
     for name, tensor in spec.tensors.items():
-        read = [
-            c
-            for axis in tensor
-            if axis.role == "reader"
-            for segment in axis.segments
-            for c in segment
-        ]
+        read = [stream for axis in tensor if axis.role == "reader" for stream in axis.streams]
         read += [axis.norm.reads for axis in tensor if axis.norm]
         yield from (
             f"{name}: reads the stream {c!r}, which no tensor of the spec writes."
             for c in read
-            if isinstance(c, str) and c not in written
+            if c not in written and c != SHARE
         )
     if spec.blocks is None:
         return

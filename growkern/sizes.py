@@ -152,7 +152,7 @@ def _hidden_is_heads(
     spec: ModelSpec, named: dict[str, int], target: dict[str, int], problems: list[str]
 ) -> None:
     head_dim = target["head_dim"]
-    if "heads" in named and "hidden" not in named:
+    if {"heads", "head_dim"} & set(named) and "hidden" not in named:
         target["hidden"] = target["heads"] * head_dim
         if "ffn" in target and "ffn" not in named:
             target["ffn"] = _whole(

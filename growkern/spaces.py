@@ -3,7 +3,8 @@
 A *space* is a named set of coordinates shared by axes; its name before the first dot is the user's size (``"ffn.3"`` has size
 ``ffn``; ``residual`` has size ``hidden``; ``group`` has ``heads / kv_heads``). A *stream* is an activation on a space, written
 ``"space"`` or ``"space:name"``: streams of one space share an index map, each has its own scales. An axis is a list of
-segments, each the row-major product of streams and fixed sizes: ``("kv_heads.0", "group.0", "head_dim")``.
+segments, each the row-major product of streams, fixed sizes and streams side by side: ``("kv_heads.0", "group.0", "head_dim")``.
+A head_dim that can grow tells ``QUERY``, ``KEY`` and ``VALUE`` apart: the first two meet in a product.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,12 @@ from math import prod
 from typing import Literal
 
 Role = Literal["writer", "reader", "gain"]
-Segment = tuple[str | int, ...]
+Component = str | int | tuple[str, ...]
+Segment = tuple[Component, ...]
 Axis = str | Segment | Sequence[Segment]
 
+QUERY, KEY, VALUE = "head_dim:query", "head_dim:key", "head_dim:value"
+SHARE = "experts:share"  # what the router gives an expert: the shares of the chosen sum to one
 SIZE_OF_SPACE = {"residual": "hidden"}  # every other space is named after its size
 EXACT_EPS = (
     1e-10  # an epsilon below changes what is normalised twice by less than rounding in float32
@@ -49,6 +53,14 @@ class AxisUse:
     role: Role
     segments: tuple[Segment, ...]
     norm: Norm | None = None
+
+    @property
+    def streams(self) -> list[str]:
+        """Every stream on it."""
+        parts = [c for segment in self.segments for c in segment]
+        return [
+            s for c in parts for s in (c if isinstance(c, tuple) else (c,)) if isinstance(s, str)
+        ]
 
     def __str__(self) -> str:
         text = " + ".join(" x ".join(map(str, segment)) for segment in self.segments)
@@ -118,6 +130,7 @@ class ModelSpec:
         config_eps: Field of ``model.config`` that holds the epsilon of the norms.
         hidden_is_heads: True when the model has no head_dim of its own: hidden = heads x head_dim.
         powers: Stream -> the power of a size that the model multiplies it with, between what writes it and what reads it.
+        rotary: The share of head_dim, from its start, whose halves are turned in pairs (RoPE); 0 for none.
         rebuilt: Modules without parameters whose buffers follow from the config (rotary embeddings): made anew when head_dim grows.
         post_norm: True when norms write the residual stream itself: after every sum, or once after the embedding.
         fixed: Size -> why it cannot grow in this model.
@@ -136,6 +149,7 @@ class ModelSpec:
     config_eps: str | None = None
     hidden_is_heads: bool = False
     powers: Mapping[str, Power] = field(default_factory=dict[str, Power])
+    rotary: float = 0.0
     rebuilt: tuple[str, ...] = ()
     post_norm: bool = False
     fixed: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -160,9 +174,7 @@ class ModelSpec:
         names: dict[str, None] = {}
         for axes in self.tensors.values():
             for axis in axes:
-                names.update(
-                    (c, None) for segment in axis.segments for c in segment if isinstance(c, str)
-                )
+                names.update(dict.fromkeys(axis.streams))
                 if axis.norm:
                     names[axis.norm.reads] = None
         return list(names)
@@ -193,8 +205,10 @@ def space_of(stream: str) -> str:
     return stream.partition(":")[0]
 
 
-def space_size(component: str | int, sizes: Mapping[str, int]) -> int:
-    """Size of a space (or a fixed size) under the given named sizes."""
+def space_size(component: Component, sizes: Mapping[str, int]) -> int:
+    """Size of a space (or a fixed size, or spaces side by side) under the given named sizes."""
+    if isinstance(component, tuple):
+        return sum(space_size(one, sizes) for one in component)
     if isinstance(component, int):
         return component
     name = space_of(component).partition(".")[0]

@@ -3,12 +3,26 @@
 https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/llama/modeling_llama.py
 
 Pre-norm RMSNorm, RoPE, grouped-query attention, SwiGLU. Query heads are kv heads x group, so groups stay together whatever
-grows. head_dim is kept (RoPE pairs its coordinates); Qwen2 derives it, so growth writes it into the config.
+grows. head_dim stays unless it is named; Qwen2 derives it, so growth writes it into the config.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
-from growkern.spaces import Blocks, ModelSpec, embedding, linear, norm
+from growkern.spaces import (
+    KEY,
+    QUERY,
+    VALUE,
+    Blocks,
+    ModelSpec,
+    Power,
+    TensorSpec,
+    embedding,
+    linear,
+    norm,
+)
+
+ROOT = Power("head_dim", -0.5)
+RAW = {QUERY: "head_dim:raw_query", KEY: "head_dim:raw_key"}  # before their norms
 
 
 class Config(Protocol):
@@ -28,13 +42,13 @@ def describe(config: Config, base: str = "model.", head: bool = True) -> ModelSp
     """Describe a Llama-type decoder: ``base`` is the prefix of the backbone, ``head`` says whether there is a head."""
     attention_bias = bool(getattr(config, "attention_bias", False))
     qkv_bias = attention_bias or config.model_type == "qwen2"
-    mlp_bias = bool(getattr(config, "mlp_bias", False))
+    mlp_bias, qk_norms = bool(getattr(config, "mlp_bias", False)), config.model_type == "qwen3"
     layers = range(config.num_hidden_layers)
     at = f"{base}layers"
     blocks = {
         name: axes
         for i in layers
-        for q, kv in [((f"kv_heads.{i}", f"group.{i}", "head_dim"), (f"kv_heads.{i}", "head_dim"))]
+        for kv, q in [((f"kv_heads.{i}",), (f"kv_heads.{i}", f"group.{i}"))]
         for name, axes in (
             norm(
                 f"{at}.{i}.input_layernorm",
@@ -43,15 +57,31 @@ def describe(config: Config, base: str = "model.", head: bool = True) -> ModelSp
                 kind="rms",
                 eps="variance_epsilon",
             )
-            | linear(f"{at}.{i}.self_attn.q_proj", reads="residual:normed", writes=q, bias=qkv_bias)
             | linear(
-                f"{at}.{i}.self_attn.k_proj", reads="residual:normed", writes=kv, bias=qkv_bias
+                f"{at}.{i}.self_attn.q_proj",
+                reads="residual:normed",
+                writes=(*q, RAW[QUERY] if qk_norms else QUERY),
+                bias=qkv_bias,
             )
             | linear(
-                f"{at}.{i}.self_attn.v_proj", reads="residual:normed", writes=kv, bias=qkv_bias
+                f"{at}.{i}.self_attn.k_proj",
+                reads="residual:normed",
+                writes=(*kv, RAW[KEY] if qk_norms else KEY),
+                bias=qkv_bias,
             )
-            | linear(f"{at}.{i}.self_attn.o_proj", reads=q, writes="residual", bias=attention_bias)
-            | (_qk_norms(f"{at}.{i}.self_attn") if config.model_type == "qwen3" else {})
+            | linear(
+                f"{at}.{i}.self_attn.v_proj",
+                reads="residual:normed",
+                writes=(*kv, VALUE),
+                bias=qkv_bias,
+            )
+            | linear(
+                f"{at}.{i}.self_attn.o_proj",
+                reads=(*q, VALUE),
+                writes="residual",
+                bias=attention_bias,
+            )
+            | (head_norms(f"{at}.{i}.self_attn") if qk_norms else {})
             | norm(
                 f"{at}.{i}.post_attention_layernorm",
                 reads="residual",
@@ -104,6 +134,8 @@ def describe(config: Config, base: str = "model.", head: bool = True) -> ModelSp
             **{f"{at}.{i}.mlp.intermediate_size": "ffn" for i in layers},
             **{f"{at}.{i}.self_attn.num_key_value_groups": "group" for i in layers},
             **{f"{at}.{i}.self_attn.layer_idx": "block" for i in layers},
+            **{f"{at}.{i}.self_attn.head_dim": "head_dim" for i in layers},
+            **{f"{at}.{i}.self_attn.scaling": ROOT for i in layers},
         },
         config={
             "hidden_size": "hidden",
@@ -116,18 +148,31 @@ def describe(config: Config, base: str = "model.", head: bool = True) -> ModelSp
         },
         config_lists=("layer_types",),
         config_eps="rms_norm_eps",
+        powers={QUERY: ROOT},
+        rotary=1.0,
+        rebuilt=(f"{base}rotary_emb",),
+        fixed=rope_fixed(config),
     )
 
 
-def _qk_norms(attention: str):
+def head_norms(attention: str) -> dict[str, TensorSpec]:
+    """Describe the norms of queries and keys, which all heads share."""
     return {
         name: axes
-        for which in ("q_norm", "k_norm")
+        for which, stream in (("q_norm", QUERY), ("k_norm", KEY))
         for name, axes in norm(
             f"{attention}.{which}",
-            reads="head_dim",
-            writes="head_dim",
+            reads=RAW[stream],
+            writes=stream,
             kind="rms",
             eps="variance_epsilon",
         ).items()
     }
+
+
+def rope_fixed(config: object) -> dict[str, str]:
+    """Why head_dim cannot grow: scaled RoPE whose frequencies follow from more than their place in a head."""
+    rope: Any = getattr(config, "rope_parameters", None) or {}
+    kind: str = rope.get("rope_type", "default")
+    known = kind in ("default", "linear", "llama3")
+    return {} if known else {"head_dim": f"RoPE of type {kind!r} depends on it"}

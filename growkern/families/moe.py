@@ -4,14 +4,28 @@ https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models
 https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/qwen3_moe/modeling_qwen3_moe.py
 
 Llama-type decoders (pre-norm RMSNorm, RoPE, grouped-query attention) whose SwiGLU is a layer of experts in two 3-D tensors behind
-a router. head_dim is kept; where the config derives it, growth writes it there. The ffn of experts grows, not their number. Dense
-blocks between those with experts (Qwen3-MoE's ``mlp_only_layers``, ``decoder_sparse_step``) keep their ffn, and a model that has
-any gains no layers.
+a router. head_dim stays unless it is named; where the config derives it, growth writes it there. More experts need a top_k that is
+as many times larger: copies of an expert share what it was given. Dense blocks between those with experts (Qwen3-MoE's
+``mlp_only_layers``, ``decoder_sparse_step``) keep their ffn, and a model that has any gains no layers.
 """
 
 from typing import Protocol
 
-from growkern.spaces import Blocks, ModelSpec, TensorSpec, embedding, linear, norm, reader, writer
+from growkern.families.llama import RAW, ROOT, head_norms, rope_fixed
+from growkern.spaces import (
+    KEY,
+    QUERY,
+    SHARE,
+    VALUE,
+    Blocks,
+    ModelSpec,
+    TensorSpec,
+    embedding,
+    linear,
+    norm,
+    reader,
+    writer,
+)
 
 
 class Config(Protocol):
@@ -24,6 +38,7 @@ class Config(Protocol):
     num_key_value_heads: int
     num_hidden_layers: int
     num_local_experts: int
+    num_experts_per_tok: int
     vocab_size: int
     tie_word_embeddings: bool
 
@@ -43,15 +58,24 @@ def describe(
     blocks = {
         name: axes
         for i in layers
-        for q, kv in [((f"kv_heads.{i}", f"group.{i}", "head_dim"), (f"kv_heads.{i}", "head_dim"))]
+        for kv, q in [((f"kv_heads.{i}",), (f"kv_heads.{i}", f"group.{i}"))]
         for name, axes in (
             _norm(f"{at}.{i}.input_layernorm", "residual", normed)
-            | linear(f"{at}.{i}.self_attn.q_proj", reads=normed, writes=q, bias=bias)
-            | linear(f"{at}.{i}.self_attn.k_proj", reads=normed, writes=kv, bias=bias)
-            | linear(f"{at}.{i}.self_attn.v_proj", reads=normed, writes=kv, bias=bias)
-            | linear(f"{at}.{i}.self_attn.o_proj", reads=q, writes="residual", bias=bias)
-            | (_norm(f"{at}.{i}.self_attn.q_norm", "head_dim", "head_dim") if qk_norms else {})
-            | (_norm(f"{at}.{i}.self_attn.k_norm", "head_dim", "head_dim") if qk_norms else {})
+            | linear(
+                f"{at}.{i}.self_attn.q_proj",
+                reads=normed,
+                writes=(*q, RAW[QUERY] if qk_norms else QUERY),
+                bias=bias,
+            )
+            | linear(
+                f"{at}.{i}.self_attn.k_proj",
+                reads=normed,
+                writes=(*kv, RAW[KEY] if qk_norms else KEY),
+                bias=bias,
+            )
+            | linear(f"{at}.{i}.self_attn.v_proj", reads=normed, writes=(*kv, VALUE), bias=bias)
+            | linear(f"{at}.{i}.self_attn.o_proj", reads=(*q, VALUE), writes="residual", bias=bias)
+            | (head_norms(f"{at}.{i}.self_attn") if qk_norms else {})
             | _norm(f"{at}.{i}.post_attention_layernorm", "residual", normed)
             | (
                 _mlp(f"{at}.{i}.mlp", config.intermediate_size)
@@ -72,6 +96,7 @@ def describe(
             or config.hidden_size // config.num_attention_heads,
             "ffn": getattr(config, ffn),
             "experts": config.num_local_experts,
+            "top_k": config.num_experts_per_tok,
             "layers": config.num_hidden_layers,
             "vocab": config.vocab_size,
         },
@@ -95,6 +120,7 @@ def describe(
                 for name, size in {
                     "gate.hidden_dim": "hidden",
                     "gate.num_experts": "experts",
+                    "gate.top_k": "top_k",
                     "experts.hidden_dim": "hidden",
                     "experts.intermediate_dim": "ffn",
                     "experts.num_experts": "experts",
@@ -102,6 +128,8 @@ def describe(
             },
             **{f"{at}.{i}.self_attn.num_key_value_groups": "group" for i in layers},
             **{f"{at}.{i}.self_attn.layer_idx": "block" for i in layers},
+            **{f"{at}.{i}.self_attn.head_dim": "head_dim" for i in layers},
+            **{f"{at}.{i}.self_attn.scaling": ROOT for i in layers},
         },
         config={
             "hidden_size": "hidden",
@@ -110,12 +138,16 @@ def describe(
             "head_dim": "head_dim",
             ffn: "ffn",
             "num_local_experts": "experts",
+            "num_experts_per_tok": "top_k",
             "num_hidden_layers": "layers",
             "vocab_size": "vocab",
         },
         config_lists=("layer_types",),
         config_eps="rms_norm_eps",
-        fixed={"experts": "more experts need a larger top_k, which is not grown yet"}
+        powers={QUERY: ROOT},
+        rotary=1.0,
+        rebuilt=(f"{base}rotary_emb",),
+        fixed=rope_fixed(config)
         | ({"layers": "which blocks are dense follows from their index"} if dense else {}),
     )
 
@@ -136,7 +168,7 @@ def _experts(at: str, ffn: str) -> dict[str, TensorSpec]:
     return {
         f"{at}.gate.weight": (experts, normed),
         f"{at}.experts.gate_up_proj": (experts, writer([(ffn,)] * 2), normed),
-        f"{at}.experts.down_proj": (experts, writer("residual"), reader(ffn)),
+        f"{at}.experts.down_proj": (reader(SHARE), writer("residual"), reader(ffn)),
     }
 
 

@@ -1,6 +1,6 @@
 """What width methods share: sizes they grow, spaces and their norms, even splits, and what tied weights ask."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from growkern.errors import PlanError, raise_all
@@ -9,6 +9,7 @@ from growkern.methods import Contract
 from growkern.spaces import SIZE_OF_SPACE, ModelSpec, space_of, space_size, written
 
 GROWS = ("hidden", "heads", "kv_heads", "ffn", "positions")
+INNER = ("head_dim", "experts")  # what only the default grows
 
 
 class Space(NamedTuple):
@@ -38,13 +39,18 @@ class Space(NamedTuple):
 
 
 def refuse(
-    spec: ModelSpec, sizes: Mapping[str, int], who: str, problems: Iterable[str] = ()
+    spec: ModelSpec,
+    sizes: Mapping[str, int],
+    who: str,
+    problems: Iterable[str] = (),
+    grows: Sequence[str] = GROWS,
 ) -> None:
     """Raise PlanError for sizes that a method does not grow, and for its other problems."""
+    others = f"; {', '.join(INNER)} grow by width.Lossless" if grows == GROWS else ""
     found = [
-        f"{name}: {who} does not grow it ({spec.sizes[name]} -> {n}); it grows {', '.join(GROWS)}."
+        f"{name}: {who} does not grow it ({spec.sizes[name]} -> {n}); it grows {', '.join(grows)}{others}."
         for name, n in sizes.items()
-        if n != spec.sizes[name] and name not in (*GROWS, "layers")
+        if n != spec.sizes[name] and name not in (*grows, "layers")
     ]
     raise_all(PlanError, f"cannot widen {spec.family}:", [*found, *problems])
 

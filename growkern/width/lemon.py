@@ -8,7 +8,7 @@ from growkern.errors import PlanError
 from growkern.index_map import Vector
 from growkern.methods import Width
 from growkern.spaces import ModelSpec, space_of
-from growkern.width.base import normed, spaces
+from growkern.width.base import normed, refuse, spaces
 from growkern.width.lossless import Lossless, Norms
 
 RULES: dict[str, tuple[Norms, str]] = {
@@ -47,6 +47,7 @@ class Lemon:
             raise PlanError(
                 f"Lemon: expansion={self.expansion!r} is none of {', '.join(EXPANSIONS)}."
             )
+        refuse(spec, sizes, "Lemon")
         kinds = {kind for space in spaces(spec, sizes) for kind in space.norms}
         norms: Norms | None = "zero_pad" if kinds == {"rms"} else None
         if self.expansion == "circular":

@@ -15,7 +15,8 @@ from growkern.errors import PlanError
 from growkern.index_map import IndexMap, Vector
 from growkern.methods import Contract, Width
 from growkern.spaces import ModelSpec
-from growkern.width.base import Space, normed, refuse, solve_ties, spaces
+from growkern.width import inner
+from growkern.width.base import GROWS, INNER, Space, normed, refuse, solve_ties, spaces
 
 Norms = Literal["isometric", "zero_pad", "mean_pad", "centre_pad"]
 NORM_KINDS: dict[str, str] = {
@@ -60,12 +61,17 @@ class Lossless:
             problems.append(f"noise={self.noise!r} is not a finite number >= 0.")
         if self.norms is not None and self.norms not in list(NORM_KINDS):
             problems.append(f"norms={self.norms!r} is none of {', '.join(NORM_KINDS)}.")
-        refuse(spec, sizes, "Lossless", problems)
+        problems += [*inner.problems(spec, sizes)]
+        refuse(spec, sizes, "Lossless", problems, (*GROWS, *INNER, "top_k"))
         maps: dict[str, IndexMap] = {}
         contracts: dict[str, Contract] = {}
         index_map, contract = cache(_index_map), cache(_contract)  # blocks share theirs
         scaled = {*normed(spec), "positions"}
         for space in spaces(spec, sizes):
+            if space.name in INNER and not space.same:
+                maps[space.name] = inner.index_map(spec, space)
+                contracts |= dict(inner.contracts(space, maps[space.name]))
+                continue
             how = (
                 "positions"
                 if space.name == "positions"
@@ -77,7 +83,7 @@ class Lossless:
             for stream in space.streams:
                 contracts[stream] = contract(maps[space.name], how, stream in scaled)
         solve_ties(spec, sizes, maps, contracts)
-        return Width(maps, contracts, self.noise)
+        return Width(maps, contracts, self.noise, notes=(*inner.notes(spec, sizes),))
 
 
 def rule_of(spec: ModelSpec, space: Space, norms: Norms | None) -> Norms:

@@ -1,0 +1,85 @@
+"""head_dim and experts: spaces on which activations meet in a product, or share what a router gives.
+
+Queries meet keys: of the copies of a coordinate only the first keeps its query, the others' are 0, so that every product is there
+once, and keys, which are copied, give the zeros a gradient. RoPE turns coordinate ``j`` of a half by an angle that falls with
+``j / head_dim``: at ``k`` times the head_dim it is the angle of coordinate ``k j``. Norms of queries and keys see copies, and the gain
+of the queries' holds the zeros. Copies of an expert are chosen together, as their router rows are equal, and share its weight.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from growkern.index_map import PAD, IndexMap, Vector
+from growkern.methods import Contract
+from growkern.spaces import KEY, QUERY, SHARE, ModelSpec
+from growkern.width.base import Space, even
+
+
+def problems(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Say what stands against the sizes asked for."""
+    source, target = (s.get("head_dim", 1) for s in (spec.sizes, sizes))
+    told = {QUERY, KEY} <= set(spec.streams())
+    if target != source and not told:
+        yield f"head_dim: the spec of this {spec.family} does not tell queries from keys (growkern.spaces.QUERY, KEY, VALUE)."
+    turned = _turned(spec, source), _turned(spec, target)
+    if (
+        target != source
+        and turned[0]
+        and (target % source or turned[1] != turned[0] * (target // source))
+    ):
+        low = max(1, target // source) * source
+        yield (
+            f"head_dim: under RoPE its pairs keep their angles at whole multiples of {source} only, not at {target}; "
+            f"nearest: {low}, {low + source}."
+        )
+    experts, top_k = ((spec.sizes.get(k, 1), sizes.get(k, 1)) for k in ("experts", "top_k"))
+    if experts[1] % experts[0]:
+        yield (
+            f"experts: all of {experts[0]} are copied equally often, so not to {experts[1]}; nearest whole multiples: "
+            + ", ".join(str(experts[1] // experts[0] * experts[0] + n) for n in (0, experts[0]))
+            + "."
+        )
+    elif top_k[1] * experts[0] != top_k[0] * experts[1]:
+        yield (
+            f"top_k: copies of an expert share its weight only if all of them are chosen: experts={experts[1]} "
+            f"needs top_k={top_k[0] * experts[1] // experts[0]}, not {top_k[1]}."
+        )
+
+
+def index_map(spec: ModelSpec, space: Space) -> IndexMap:
+    """Copies one after the other; under RoPE, of a pair beside it."""
+    source, target = space.n_source, space.n_target
+    if space.name != "head_dim" or not (turned := _turned(spec, source)):
+        return IndexMap.cyclic(source, target)
+    k, rest = target // source, source - turned
+    passed = [turned + i % rest for i in range(k * rest)]
+    return IndexMap.of([*(i // k for i in range(k * turned)), *passed], source)
+
+
+def contracts(space: Space, index_map: IndexMap) -> Iterator[tuple[str, Contract]]:
+    """Streams and their contracts."""
+    ones = Vector.full(1.0, space.n_target)
+    first = Vector.of(float(j != PAD) for j in index_map.first_copies().indices)
+    share = even(index_map)
+    for stream in space.streams:
+        kind = stream.removeprefix("head_dim:raw_")
+        if stream == QUERY:
+            yield stream, Contract(first, first)
+        elif stream == KEY or kind != stream:
+            yield stream, Contract(ones, first)
+        else:
+            yield stream, Contract(share.u, share.w) if stream == SHARE else share
+
+
+def notes(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Say what users should know."""
+    if (
+        any(norm.reads.startswith("head_dim") for _, _, norm in spec.norms())
+        and sizes["head_dim"] != spec.sizes["head_dim"]
+    ):
+        yield "norms of queries and keys see copies: the optimizer state before them is that of the first."
+    if sizes.get("experts") != spec.sizes.get("experts"):
+        yield f"a token goes through {sizes['top_k']} experts, not {spec.sizes['top_k']}: their compute grows with top_k."
+
+
+def _turned(spec: ModelSpec, head_dim: int) -> int:
+    return int(head_dim * spec.rotary)
