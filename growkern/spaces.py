@@ -107,6 +107,7 @@ class Power:
     exponent: float
 
 
+ROOT = Power("head_dim", -0.5)  # of attention scores
 Size = (
     str | tuple[str, ...] | Power
 )  # a size name, or a product of them; "block" is the index of the block

@@ -9,7 +9,20 @@ The head is tied to the embedding through a transform with a LayerNorm of its ow
 
 from typing import Protocol
 
-from growkern.spaces import Blocks, ModelSpec, TensorSpec, embedding, inexact, linear, norm, writer
+from growkern.spaces import (
+    KEY,
+    QUERY,
+    ROOT,
+    VALUE,
+    Blocks,
+    ModelSpec,
+    TensorSpec,
+    embedding,
+    inexact,
+    linear,
+    norm,
+    writer,
+)
 
 BERT_HEAD = (
     "cls.predictions.transform.dense",
@@ -44,12 +57,14 @@ def describe(
     blocks = {
         name: axes
         for i in layers
-        for heads in [(f"heads.{i}", "head_dim")]
+        for heads in [f"heads.{i}"]
         for name, axes in (
-            linear(f"{at}.{i}.attention.self.query", reads="residual", writes=heads)
-            | linear(f"{at}.{i}.attention.self.key", reads="residual", writes=heads)
-            | linear(f"{at}.{i}.attention.self.value", reads="residual", writes=heads)
-            | linear(f"{at}.{i}.attention.output.dense", reads=heads, writes="residual:sum")
+            linear(f"{at}.{i}.attention.self.query", reads="residual", writes=(heads, QUERY))
+            | linear(f"{at}.{i}.attention.self.key", reads="residual", writes=(heads, KEY))
+            | linear(f"{at}.{i}.attention.self.value", reads="residual", writes=(heads, VALUE))
+            | linear(
+                f"{at}.{i}.attention.output.dense", reads=(heads, VALUE), writes="residual:sum"
+            )
             | norm(
                 f"{at}.{i}.attention.output.LayerNorm",
                 reads="residual:sum",
@@ -124,6 +139,8 @@ def describe(
             **{f"{at}.{i}.attention.self.num_attention_heads": "heads" for i in layers},
             **{f"{at}.{i}.attention.self.all_head_size": ("heads", "head_dim") for i in layers},
             **{f"{at}.{i}.attention.self.layer_idx": "block" for i in layers},
+            **{f"{at}.{i}.attention.self.attention_head_size": "head_dim" for i in layers},
+            **{f"{at}.{i}.attention.self.scaling": ROOT for i in layers},
         },
         counters=(f"{base}embeddings.position_ids",),
         config={
@@ -136,6 +153,7 @@ def describe(
         },
         config_eps="layer_norm_eps",
         hidden_is_heads=True,
+        powers={QUERY: ROOT},
         post_norm=True,
     )
 

@@ -12,7 +12,20 @@ from dataclasses import replace
 from typing import Protocol
 
 from growkern.errors import UnsupportedModelError, raise_all
-from growkern.spaces import Blocks, ModelSpec, TensorSpec, inexact, linear, norm, reader, writer
+from growkern.spaces import (
+    KEY,
+    QUERY,
+    ROOT,
+    VALUE,
+    Blocks,
+    ModelSpec,
+    TensorSpec,
+    inexact,
+    linear,
+    norm,
+    reader,
+    writer,
+)
 
 OUTSIDE = "what it reads comes from outside; describe the whole model, with this as a part"
 CONSTANTS = {"weight": 1.0, "bias": 0.0}  # of a norm that only normalises
@@ -118,6 +131,7 @@ def describe_layer(layer: Layer, base: str = "") -> ModelSpec:
             f"{attention}.head_dim": "head_dim",
         },
         hidden_is_heads=True,
+        powers={QUERY: ROOT},
         post_norm=not layer.norm_first,
         fixed=dict.fromkeys(("hidden", "heads"), OUTSIDE),
     )
@@ -125,14 +139,15 @@ def describe_layer(layer: Layer, base: str = "") -> ModelSpec:
 
 def _layer(base: str, index: str, layer: Layer) -> dict[str, TensorSpec]:
     """The tensors of one layer; ``index`` ends the names of its own spaces."""
-    heads, attention = (f"heads{index}", "head_dim"), f"{base}self_attn"
+    heads, attention = f"heads{index}", f"{base}self_attn"
+    fused = writer([(heads, stream) for stream in (QUERY, KEY, VALUE)])
     bias, first = layer.linear1.bias is not None, layer.norm_first
     normed = "residual:normed" if first else "residual"
     summed = "residual" if first else "residual:sum"
     return (
-        {f"{attention}.in_proj_weight": (writer([heads] * 3), reader(normed))}
-        | ({f"{attention}.in_proj_bias": (writer([heads] * 3),)} if bias else {})
-        | linear(f"{attention}.out_proj", reads=heads, writes=summed, bias=bias)
+        {f"{attention}.in_proj_weight": (fused, reader(normed))}
+        | ({f"{attention}.in_proj_bias": (fused,)} if bias else {})
+        | linear(f"{attention}.out_proj", reads=(heads, VALUE), writes=summed, bias=bias)
         | linear(f"{base}linear1", reads=normed, writes=f"ffn{index}", bias=bias)
         | linear(f"{base}linear2", reads=f"ffn{index}", writes=summed, bias=bias)
         | norm(f"{base}norm1", reads=summed, writes=normed, kind="layer", bias=bias)

@@ -9,7 +9,7 @@ where a block computes something else at another depth. Cross attention is not d
 
 from typing import Protocol
 
-from growkern.spaces import Blocks, ModelSpec, embedding, linear, norm
+from growkern.spaces import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec, embedding, linear, norm
 
 
 class Config(Protocol):
@@ -21,6 +21,7 @@ class Config(Protocol):
     n_layer: int
     n_positions: int
     vocab_size: int
+    scale_attn_weights: bool
     scale_attn_by_inverse_layer_idx: bool
     tie_word_embeddings: bool
 
@@ -28,7 +29,7 @@ class Config(Protocol):
 def describe(config: Config, base: str = "transformer.", head: bool = True) -> ModelSpec:
     """Describe a GPT-2: ``base`` is the prefix of the backbone, ``head`` says whether there is a language-model head."""
     layers = range(config.n_layer)
-    h = f"{base}h"
+    h, scaled, own = f"{base}h", config.scale_attn_weights, config.scale_attn_by_inverse_layer_idx
     blocks = {
         name: axes
         for i in layers
@@ -37,12 +38,12 @@ def describe(config: Config, base: str = "transformer.", head: bool = True) -> M
             | linear(
                 f"{h}.{i}.attn.c_attn",
                 reads="residual:normed",
-                writes=[(f"heads.{i}", "head_dim")] * 3,
+                writes=[(f"heads.{i}", stream) for stream in (QUERY, KEY, VALUE)],
                 transposed=True,
             )
             | linear(
                 f"{h}.{i}.attn.c_proj",
-                reads=(f"heads.{i}", "head_dim"),
+                reads=(f"heads.{i}", VALUE),
                 writes="residual",
                 transposed=True,
             )
@@ -86,6 +87,8 @@ def describe(config: Config, base: str = "transformer.", head: bool = True) -> M
             },
             **{f"{h}.{i}.attn.num_heads": "heads" for i in layers},
             **{f"{h}.{i}.attn.layer_idx": "block" for i in layers},
+            **{f"{h}.{i}.attn.head_dim": "head_dim" for i in layers},
+            **{f"{h}.{i}.attn.scaling": ROOT for i in layers if scaled and not own},
         },
         config={
             "n_embd": "hidden",
@@ -97,7 +100,11 @@ def describe(config: Config, base: str = "transformer.", head: bool = True) -> M
         },
         config_eps="layer_norm_epsilon",
         hidden_is_heads=True,
-        fixed={"layers": "scale_attn_by_inverse_layer_idx makes a block depend on its depth"}
-        if config.scale_attn_by_inverse_layer_idx
+        powers={QUERY: ROOT} if scaled else {},
+        fixed=dict.fromkeys(
+            ("layers", "head_dim"),
+            "scale_attn_by_inverse_layer_idx makes a block depend on its depth",
+        )
+        if own
         else {},
     )

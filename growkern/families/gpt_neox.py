@@ -6,9 +6,11 @@ Pre-norm LayerNorm, RoPE on a part of each head, attention and MLP side by side 
 other: the same axes. ``query_key_value`` holds q, k, v head by head. There is no head_dim of its own (hidden = heads x head_dim).
 """
 
+from collections.abc import Mapping
 from typing import Protocol
 
-from growkern.spaces import Blocks, ModelSpec, embedding, linear, norm
+from growkern.families.llama import rope_fixed
+from growkern.spaces import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec, embedding, linear, norm
 
 
 class Config(Protocol):
@@ -21,12 +23,14 @@ class Config(Protocol):
     vocab_size: int
     attention_bias: bool
     tie_word_embeddings: bool
+    rope_parameters: Mapping[str, float]
 
 
 def describe(config: Config, base: str = "gpt_neox.", head: bool = True) -> ModelSpec:
     """Describe a GPT-NeoX: ``base`` is the prefix of the backbone, ``head`` says whether there is a language-model head."""
     layers = range(config.num_hidden_layers)
     at, bias = f"{base}layers", config.attention_bias
+    rotary: float = config.rope_parameters.get("partial_rotary_factor", 1.0)
     blocks = {
         name: axes
         for i in layers
@@ -40,12 +44,12 @@ def describe(config: Config, base: str = "gpt_neox.", head: bool = True) -> Mode
             | linear(
                 f"{at}.{i}.attention.query_key_value",
                 reads="residual:normed",
-                writes=(f"heads.{i}", 3, "head_dim"),
+                writes=(f"heads.{i}", (QUERY, KEY, VALUE)),
                 bias=bias,
             )
             | linear(
                 f"{at}.{i}.attention.dense",
-                reads=(f"heads.{i}", "head_dim"),
+                reads=(f"heads.{i}", VALUE),
                 writes="residual",
                 bias=bias,
             )
@@ -82,6 +86,7 @@ def describe(config: Config, base: str = "gpt_neox.", head: bool = True) -> Mode
         attributes={
             **{f"{at}.{i}.attention.head_size": "head_dim" for i in layers},
             **{f"{at}.{i}.attention.layer_idx": "block" for i in layers},
+            **{f"{at}.{i}.attention.scaling": ROOT for i in layers},
         },
         config={
             "hidden_size": "hidden",
@@ -92,4 +97,8 @@ def describe(config: Config, base: str = "gpt_neox.", head: bool = True) -> Mode
         },
         config_eps="layer_norm_eps",
         hidden_is_heads=True,
+        powers={QUERY: ROOT},
+        rotary=rotary,
+        rebuilt=(f"{base}rotary_emb",),
+        fixed=rope_fixed(config),
     )

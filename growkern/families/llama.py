@@ -11,17 +11,16 @@ from typing import Any, Protocol
 from growkern.spaces import (
     KEY,
     QUERY,
+    ROOT,
     VALUE,
     Blocks,
     ModelSpec,
-    Power,
     TensorSpec,
     embedding,
     linear,
     norm,
 )
 
-ROOT = Power("head_dim", -0.5)
 RAW = {QUERY: "head_dim:raw_query", KEY: "head_dim:raw_key"}  # before their norms
 
 
@@ -173,6 +172,8 @@ def head_norms(attention: str) -> dict[str, TensorSpec]:
 def rope_fixed(config: object) -> dict[str, str]:
     """Why head_dim cannot grow: scaled RoPE whose frequencies follow from more than their place in a head."""
     rope: Any = getattr(config, "rope_parameters", None) or {}
-    kind: str = rope.get("rope_type", "default")
-    known = kind in ("default", "linear", "llama3")
-    return {} if known else {"head_dim": f"RoPE of type {kind!r} depends on it"}
+    kinds: set[str] = {
+        r.get("rope_type", "default") for r in (rope, *rope.values()) if hasattr(r, "get")
+    }
+    strange = sorted(kinds - {"default", "linear", "llama3"})
+    return {"head_dim": f"RoPE of type {strange[0]!r} depends on it"} if strange else {}

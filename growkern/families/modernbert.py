@@ -9,7 +9,8 @@ whole multiples only, and new blocks copy any block but the first. There is no h
 
 from typing import Protocol
 
-from growkern.spaces import Blocks, ModelSpec, embedding, linear, norm
+from growkern.families.llama import rope_fixed
+from growkern.spaces import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec, embedding, linear, norm
 
 
 class Config(Protocol):
@@ -40,16 +41,18 @@ def describe(config: Config, base: str = "model.", mlm: bool = True) -> ModelSpe
     blocks = {
         name: axes
         for i in layers
-        for heads, normed in [((f"heads.{i}", "head_dim"), "residual:normed")]
+        for heads, normed in [(f"heads.{i}", "residual:normed")]
         for name, axes in (
             (layer_norm(f"{at}.{i}.attn_norm", "residual", normed) if i else {})
             | linear(
                 f"{at}.{i}.attn.Wqkv",
                 reads=normed if i else "residual",
-                writes=[heads] * 3,
+                writes=[(heads, stream) for stream in (QUERY, KEY, VALUE)],
                 bias=attention_bias,
             )
-            | linear(f"{at}.{i}.attn.Wo", reads=heads, writes="residual", bias=attention_bias)
+            | linear(
+                f"{at}.{i}.attn.Wo", reads=(heads, VALUE), writes="residual", bias=attention_bias
+            )
             | layer_norm(f"{at}.{i}.mlp_norm", "residual", normed)
             | linear(f"{at}.{i}.mlp.Wi", reads=normed, writes=[(f"ffn.{i}",)] * 2, bias=mlp_bias)
             | linear(f"{at}.{i}.mlp.Wo", reads=f"ffn.{i}", writes="residual", bias=mlp_bias)
@@ -86,7 +89,13 @@ def describe(config: Config, base: str = "model.", mlm: bool = True) -> ModelSpe
         ties={"decoder.weight": f"{tokens}.weight"} if mlm and config.tie_word_embeddings else {},
         blocks=Blocks(at, identity=dict.fromkeys(outputs, 0.0), first_copied=1),
         attributes={
-            f"{at}.{i}.{name}": "block" for i in layers for name in ("layer_idx", "attn.layer_idx")
+            f"{at}.{i}.{name}": size
+            for i in layers
+            for name, size in {
+                "layer_idx": "block",
+                "attn.layer_idx": "block",
+                "attn.head_dim": "head_dim",
+            }.items()
         },
         config={
             "hidden_size": "hidden",
@@ -98,5 +107,9 @@ def describe(config: Config, base: str = "model.", mlm: bool = True) -> ModelSpe
         config_lists=("layer_types",),
         config_eps="norm_eps",
         hidden_is_heads=True,
+        powers={QUERY: ROOT},
+        rotary=1.0,
+        rebuilt=(f"{base}rotary_emb",),
+        fixed=rope_fixed(config),
         post_norm=True,
     )

@@ -11,10 +11,11 @@ as many times larger: copies of an expert share what it was given. Dense blocks 
 
 from typing import Protocol
 
-from growkern.families.llama import RAW, ROOT, head_norms, rope_fixed
+from growkern.families.llama import RAW, head_norms, rope_fixed
 from growkern.spaces import (
     KEY,
     QUERY,
+    ROOT,
     SHARE,
     VALUE,
     Blocks,

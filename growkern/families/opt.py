@@ -10,7 +10,7 @@ OPT-350m's post-norm blocks (``do_layer_norm_before=False``), norms without gain
 from typing import Protocol
 
 from growkern.errors import UnsupportedModelError, raise_all
-from growkern.spaces import Blocks, ModelSpec, embedding, linear, norm
+from growkern.spaces import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec, embedding, linear, norm
 
 OFFSET = 2  # rows of the position table before position 0
 
@@ -57,7 +57,7 @@ def describe(config: Config, base: str = "model.decoder.", head: bool = True) ->
     blocks = {
         name: axes
         for i in layers
-        for heads in [(f"heads.{i}", "head_dim")]
+        for heads in [f"heads.{i}"]
         for name, axes in (
             norm(
                 f"{at}.{i}.self_attn_layer_norm",
@@ -65,10 +65,27 @@ def describe(config: Config, base: str = "model.decoder.", head: bool = True) ->
                 writes="residual:normed",
                 kind="layer",
             )
-            | linear(f"{at}.{i}.self_attn.q_proj", reads="residual:normed", writes=heads, bias=bias)
-            | linear(f"{at}.{i}.self_attn.k_proj", reads="residual:normed", writes=heads, bias=bias)
-            | linear(f"{at}.{i}.self_attn.v_proj", reads="residual:normed", writes=heads, bias=bias)
-            | linear(f"{at}.{i}.self_attn.out_proj", reads=heads, writes="residual", bias=bias)
+            | linear(
+                f"{at}.{i}.self_attn.q_proj",
+                reads="residual:normed",
+                writes=(heads, QUERY),
+                bias=bias,
+            )
+            | linear(
+                f"{at}.{i}.self_attn.k_proj",
+                reads="residual:normed",
+                writes=(heads, KEY),
+                bias=bias,
+            )
+            | linear(
+                f"{at}.{i}.self_attn.v_proj",
+                reads="residual:normed",
+                writes=(heads, VALUE),
+                bias=bias,
+            )
+            | linear(
+                f"{at}.{i}.self_attn.out_proj", reads=(heads, VALUE), writes="residual", bias=bias
+            )
             | norm(
                 f"{at}.{i}.final_layer_norm",
                 reads="residual",
@@ -118,6 +135,8 @@ def describe(config: Config, base: str = "model.decoder.", head: bool = True) ->
             **{f"{at}.{i}.self_attn.embed_dim": "hidden" for i in layers},
             **{f"{at}.{i}.self_attn.num_heads": "heads" for i in layers},
             **{f"{at}.{i}.self_attn.layer_idx": "block" for i in layers},
+            **{f"{at}.{i}.self_attn.head_dim": "head_dim" for i in layers},
+            **{f"{at}.{i}.self_attn.scaling": ROOT for i in layers},
         },
         config={
             "hidden_size": "hidden",
@@ -132,4 +151,5 @@ def describe(config: Config, base: str = "model.decoder.", head: bool = True) ->
         if projected
         else {},
         hidden_is_heads=True,
+        powers={QUERY: ROOT},
     )

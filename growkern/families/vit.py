@@ -10,7 +10,7 @@ modelling is not described.
 from collections.abc import Sequence
 from typing import Protocol
 
-from growkern.spaces import Blocks, ModelSpec, linear, norm, reader, writer
+from growkern.spaces import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec, linear, norm, reader, writer
 
 
 class Config(Protocol):
@@ -38,7 +38,7 @@ def describe(config: Config, base: str = "vit.", head: bool = True) -> ModelSpec
     blocks = {
         name: axes
         for i in layers
-        for heads in [(f"heads.{i}", "head_dim")]
+        for heads in [f"heads.{i}"]
         for name, axes in (
             norm(
                 f"{at}.{i}.layernorm_before",
@@ -46,10 +46,25 @@ def describe(config: Config, base: str = "vit.", head: bool = True) -> ModelSpec
                 writes="residual:normed",
                 kind="layer",
             )
-            | linear(f"{at}.{i}.attention.q_proj", reads="residual:normed", writes=heads, bias=bias)
-            | linear(f"{at}.{i}.attention.k_proj", reads="residual:normed", writes=heads, bias=bias)
-            | linear(f"{at}.{i}.attention.v_proj", reads="residual:normed", writes=heads, bias=bias)
-            | linear(f"{at}.{i}.attention.o_proj", reads=heads, writes="residual")
+            | linear(
+                f"{at}.{i}.attention.q_proj",
+                reads="residual:normed",
+                writes=(heads, QUERY),
+                bias=bias,
+            )
+            | linear(
+                f"{at}.{i}.attention.k_proj",
+                reads="residual:normed",
+                writes=(heads, KEY),
+                bias=bias,
+            )
+            | linear(
+                f"{at}.{i}.attention.v_proj",
+                reads="residual:normed",
+                writes=(heads, VALUE),
+                bias=bias,
+            )
+            | linear(f"{at}.{i}.attention.o_proj", reads=(heads, VALUE), writes="residual")
             | norm(
                 f"{at}.{i}.layernorm_after",
                 reads="residual",
@@ -98,7 +113,15 @@ def describe(config: Config, base: str = "vit.", head: bool = True) -> ModelSpec
             )
         ),
         blocks=Blocks(at, identity=dict.fromkeys(outputs, 0.0)),
-        attributes={f"{at}.{i}.attention.num_attention_heads": "heads" for i in layers},
+        attributes={
+            f"{at}.{i}.attention.{name}": size
+            for i in layers
+            for name, size in {
+                "num_attention_heads": "heads",
+                "head_dim": "head_dim",
+                "scaling": ROOT,
+            }.items()
+        },
         config={
             "hidden_size": "hidden",
             "num_attention_heads": "heads",
@@ -108,6 +131,7 @@ def describe(config: Config, base: str = "vit.", head: bool = True) -> ModelSpec
         },
         config_eps="layer_norm_eps",
         hidden_is_heads=True,
+        powers={QUERY: ROOT},
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from growkern.errors import PlanError
 from growkern.methods import Width
 from growkern.spaces import ModelSpec
-from growkern.width.base import spaces
+from growkern.width.base import refuse, spaces
 from growkern.width.lossless import Lossless
 
 
@@ -30,6 +30,8 @@ class HyperClone:
             PlanError: A width that is no whole multiple, without ``general``; a size that does not grow.
         """
         noise = 0.0 if self.noise_db is None else 10 ** (-self.noise_db / 20)
+        if not self.general:
+            refuse(spec, sizes, "HyperClone")
         broken = [s for s in spaces(spec, sizes) if not s.whole and s.name != "positions"]
         if broken and not self.general:
             space = broken[0]
