@@ -10,7 +10,7 @@ A head_dim that can grow tells ``QUERY``, ``KEY`` and ``VALUE`` apart: the first
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 Role = Literal["writer", "reader", "gain"]
 Component = str | int | tuple[str, ...]
@@ -18,6 +18,7 @@ Segment = tuple[Component, ...]
 Axis = str | Segment | Sequence[Segment]
 
 QUERY, KEY, VALUE = "head_dim:query", "head_dim:key", "head_dim:value"
+RAW = {QUERY: "head_dim:raw_query", KEY: "head_dim:raw_key"}  # before norms of their own
 SHARE = "experts:share"  # what the router gives an expert: the shares of the chosen sum to one
 SIZE_OF_SPACE = {"residual": "hidden"}  # every other space is named after its size
 EXACT_EPS = (
@@ -285,3 +286,28 @@ def norm(
     gain = AxisUse("gain", _segments(writes), Norm(reads, kind, eps))
     has_bias = kind == "layer" if bias is None else bias
     return {f"{name}.weight": (gain,)} | ({f"{name}.bias": (writer(writes),)} if has_bias else {})
+
+
+def head_norms(attention: str) -> dict[str, TensorSpec]:
+    """Describe the norms of queries and keys, which all heads share."""
+    return {
+        name: axes
+        for which, stream in (("q_norm", QUERY), ("k_norm", KEY))
+        for name, axes in norm(
+            f"{attention}.{which}",
+            reads=RAW[stream],
+            writes=stream,
+            kind="rms",
+            eps="variance_epsilon",
+        ).items()
+    }
+
+
+def rope_fixed(config: object) -> dict[str, str]:
+    """Why head_dim cannot grow: scaled RoPE whose frequencies follow from more than their place in a head."""
+    rope: Any = getattr(config, "rope_parameters", None) or {}
+    kinds: set[str] = {
+        r.get("rope_type", "default") for r in (rope, *rope.values()) if hasattr(r, "get")
+    }
+    strange = sorted(kinds - {"default", "linear", "llama3"})
+    return {"head_dim": f"RoPE of type {strange[0]!r} depends on it"} if strange else {}

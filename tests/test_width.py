@@ -48,7 +48,7 @@ def maps_of(plan, family):
     axes = {key.split(" ", 1)[1]: axis.index_map.indices for key, axis in plan.axes.items() if key.startswith("writer")}  # fmt: skip
     hidden = next(i for key, i in axes.items() if key in ("residual", "residual:sum"))
     q = next(i for key, i in axes.items() if key.startswith(("kv_heads.0 x group", "heads.0 x")))
-    kv = next((i for key, i in axes.items() if key == "kv_heads.0 x head_dim"), q)
+    kv = next((i for key, i in axes.items() if key == "kv_heads.0 x head_dim:key"), q)
     return {HIDDEN: hidden, FFN: axes["ffn.0"], Q: q, KV: kv}
 
 

@@ -9,8 +9,18 @@ other: the same axes. ``query_key_value`` holds q, k, v head by head. There is n
 from collections.abc import Mapping
 from typing import Protocol
 
-from growkern.families.llama import rope_fixed
-from growkern.spaces import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec, embedding, linear, norm
+from growkern.spaces import (
+    KEY,
+    QUERY,
+    ROOT,
+    VALUE,
+    Blocks,
+    ModelSpec,
+    embedding,
+    linear,
+    norm,
+    rope_fixed,
+)
 
 
 class Config(Protocol):

@@ -6,22 +6,22 @@ Pre-norm RMSNorm, RoPE, grouped-query attention, SwiGLU. Query heads are kv head
 grows. head_dim stays unless it is named; Qwen2 derives it, so growth writes it into the config.
 """
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from growkern.spaces import (
     KEY,
     QUERY,
+    RAW,
     ROOT,
     VALUE,
     Blocks,
     ModelSpec,
-    TensorSpec,
     embedding,
+    head_norms,
     linear,
     norm,
+    rope_fixed,
 )
-
-RAW = {QUERY: "head_dim:raw_query", KEY: "head_dim:raw_key"}  # before their norms
 
 
 class Config(Protocol):
@@ -152,28 +152,3 @@ def describe(config: Config, base: str = "model.", head: bool = True) -> ModelSp
         rebuilt=(f"{base}rotary_emb",),
         fixed=rope_fixed(config),
     )
-
-
-def head_norms(attention: str) -> dict[str, TensorSpec]:
-    """Describe the norms of queries and keys, which all heads share."""
-    return {
-        name: axes
-        for which, stream in (("q_norm", QUERY), ("k_norm", KEY))
-        for name, axes in norm(
-            f"{attention}.{which}",
-            reads=RAW[stream],
-            writes=stream,
-            kind="rms",
-            eps="variance_epsilon",
-        ).items()
-    }
-
-
-def rope_fixed(config: object) -> dict[str, str]:
-    """Why head_dim cannot grow: scaled RoPE whose frequencies follow from more than their place in a head."""
-    rope: Any = getattr(config, "rope_parameters", None) or {}
-    kinds: set[str] = {
-        r.get("rope_type", "default") for r in (rope, *rope.values()) if hasattr(r, "get")
-    }
-    strange = sorted(kinds - {"default", "linear", "llama3"})
-    return {"head_dim": f"RoPE of type {strange[0]!r} depends on it"} if strange else {}

@@ -9,8 +9,18 @@ whole multiples only, and new blocks copy any block but the first. There is no h
 
 from typing import Protocol
 
-from growkern.families.llama import rope_fixed
-from growkern.spaces import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec, embedding, linear, norm
+from growkern.spaces import (
+    KEY,
+    QUERY,
+    ROOT,
+    VALUE,
+    Blocks,
+    ModelSpec,
+    embedding,
+    linear,
+    norm,
+    rope_fixed,
+)
 
 
 class Config(Protocol):

@@ -11,10 +11,10 @@ as many times larger: copies of an expert share what it was given. Dense blocks 
 
 from typing import Protocol
 
-from growkern.families.llama import RAW, head_norms, rope_fixed
 from growkern.spaces import (
     KEY,
     QUERY,
+    RAW,
     ROOT,
     SHARE,
     VALUE,
@@ -22,9 +22,11 @@ from growkern.spaces import (
     ModelSpec,
     TensorSpec,
     embedding,
+    head_norms,
     linear,
     norm,
     reader,
+    rope_fixed,
     writer,
 )
 
