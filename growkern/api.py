@@ -235,7 +235,8 @@ def expand_inplace(
     counts: dict[float | None, int] = {}
     for factor in lr_factors(plan, law, described).values():
         counts[factor] = counts.get(factor, 0) + 1
-    runs = [run, *shadows]
+    runs, kept = [run, *shadows], plan.preserves
+    carried = plan.dynamics is not None and law is not None and law.lr is not None
     report = GrowthReport(
         family=plan.family,
         source_sizes=dict(plan.source_sizes),
@@ -243,7 +244,7 @@ def expand_inplace(
         n_params_source=n_params,
         n_params_target=sum(p.numel() for p in model.parameters()),
         n_new_blocks=sum(block.new for block in plan.blocks),
-        function_preserving=plan.function_preserving,
+        preserves="gradient" if kept == "trajectory" and not carried else kept,
         reasons=plan.reasons,
         n_bytes_read=sum(one.n_read for one in runs),
         n_bytes_written=sum(one.n_written for one in runs),
@@ -251,7 +252,7 @@ def expand_inplace(
         memory=run.memory,
         peak_bytes=sum(one.peak_bytes for one in runs),
         lr_factors=counts,
-        lr_applied=plan.dynamics is not None and law is not None and law.lr is not None,
+        lr_applied=carried,
         grad_norm_factor=after / before if before > 0 and after > 0 else None,
         noisy=plan.noisy,
         notes=(*plan.notes, *notes(plan, found, target)),

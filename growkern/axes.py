@@ -126,6 +126,29 @@ def _axis_map(
     )
 
 
+def lawful(spec: ModelSpec, wide: Width) -> bool:
+    """True when every gradient is the source's, copied and scaled.
+
+    Not so where a coordinate copies none, or by 0, and where a norm hands copies unequal shares of a gradient: the mean that it takes
+    of them goes to all copies alike.
+    """
+    contracts = {id(c): (c, wide.maps[space_of(s)]) for s, c in wide.contracts.items()}
+    for contract, index_map in contracts.values():
+        values = {value for vector in (contract.w, contract.u) for value, _ in vector.pieces}
+        if index_map.has_pads or 0 in values:
+            return False
+    pairs = {(norm.reads, axis.segments) for _, axis, norm in spec.norms()}
+    return all(
+        _shares(wide.contracts[reads]) == _shares(wide.contracts[str(segments[0][0])])
+        for reads, segments in pairs
+    )
+
+
+def _shares(contract: Contract) -> list[float]:
+    """What each copy takes of a gradient, to rounding."""
+    return [round(x, 12) for x in contract.w.zip(contract.u, lambda w, u: w * u).expanded()]
+
+
 def locked(wide: Width) -> Iterator[str]:
     """Say which copies nothing parts: equal ones get equal gradients."""
     if wide.noise or wide.next_layer:

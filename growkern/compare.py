@@ -31,7 +31,7 @@ class Outcome:
     Attributes:
         method: As text; ``"(none)"`` is the source, which goes on.
         refused: Why it cannot; then the rest is not known.
-        preserves: What it promises: ``"function"`` or ``"nothing"``.
+        preserves: What it promises; see ``GrowthPlan.preserves``.
         logits_error: Largest absolute difference of the outputs to the source's.
         loss: On the first batch, after growth and before any step.
         loss_after: On the first batch, after the steps.
@@ -154,7 +154,7 @@ class _Measure:
     def __call__(self, method: Method | None) -> Outcome:
         """One outcome; None goes on with the source."""
         source, (grown, optim) = self.model, self._copies()
-        name, seconds, n_bytes, preserves = "(none)", nan, 0, "function"
+        name, seconds, n_bytes, preserves = "(none)", nan, 0, "trajectory"
         if method is not None:
             width, depth = _pair(method) or (None, None)
             name = " + ".join(_text(part) for part in (width, depth) if part is not None)
@@ -163,7 +163,7 @@ class _Measure:
             except GrowthError as error:
                 return Outcome(name, refused=str(error))
             seconds, n_bytes = report.seconds, report.n_bytes_written
-            preserves = "function" if report.function_preserving else "nothing"
+            preserves = report.preserves
         checked = verify(source, grown, self.batches[0])
         before, norm = self._losses(grown)
         for i in range(self.steps):

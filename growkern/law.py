@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 
-from growkern.axes import axis_maps, locked, norm_factors
+from growkern.axes import axis_maps, lawful, locked, norm_factors
 from growkern.errors import PlanError, raise_all
 from growkern.methods import BlockRow, Depth, DepthMethod, WidthMethod
 from growkern.plan import AxisMap, GrowthPlan, TensorRow
@@ -140,6 +140,7 @@ def build(
         config={name: size_value(size, sizes) for name, size in spec.config.items()},
         config_lists=spec.config_lists,
         config_eps=(spec.config_eps, eps_of_config) if spec.config_eps and eps_of_config else None,
+        lawful=not wide.noise and lawful(spec, wide),
         reasons=reasons,
         notes=(
             *wide.notes,

@@ -15,6 +15,12 @@ from growkern.tables import fold, table
 PADS = "zero", "mean", "normal", "free"
 # what an element without an ancestor is: 0, the mean along the axis, or noise, where it is read ("normal") or written ("free")
 Pad = Literal["zero", "mean", "normal", "free"]
+Preserves = Literal["nothing", "function", "gradient", "trajectory"]
+KEPT: Mapping[Preserves, str] = {
+    "function": "preserves the function",
+    "gradient": "preserves the function and its gradients",
+    "trajectory": "preserves the function, its gradients and every step to come",
+}
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,7 @@ class GrowthPlan:
         config: Config field -> value.
         config_lists: Config fields with one entry per block.
         config_eps: Config field and factor on it.
+        lawful: True when every gradient of a target block is its source's, copied and scaled: nothing is drawn or 0.
         reasons: Why the function is not preserved; empty when it is.
         notes: What the user should know.
     """
@@ -153,6 +160,7 @@ class GrowthPlan:
     config_lists: tuple[str, ...] = ()
     config_eps: tuple[str, float] | None = None
     dynamics: str | None = "mup"
+    lawful: bool = False
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -168,6 +176,20 @@ class GrowthPlan:
     def function_preserving(self) -> bool:
         """True when the target computes what the source computed."""
         return not self.reasons
+
+    @property
+    def preserves(self) -> Preserves:
+        """What of the source lives on in the target; each holds those before it.
+
+        ``"function"``: what it computes. ``"gradient"``: every gradient is the source's, copied and scaled by ``grad_scale``; not
+        so where something is drawn, or starts as 0. ``"trajectory"``: with optimizer state and hyperparameters to match, every
+        step from here.
+        """
+        if self.reasons:
+            return "nothing"
+        if not self.lawful or any(block.new for block in self.blocks):
+            return "function"
+        return "trajectory" if self.state == self.dynamics == "exact" else "gradient"
 
     def axis_maps(self, row: TensorRow) -> tuple[AxisMap, ...]:
         """The axis maps of a tensor, its own factor on the first."""
@@ -266,9 +288,7 @@ class GrowthPlan:
             )
         )
         parts.append(
-            "function preserving"
-            if self.function_preserving
-            else "not function preserving: " + "; ".join(self.reasons)
+            KEPT.get(self.preserves, "not function preserving: " + "; ".join(self.reasons))
         )
         return "\n\n".join(
             [*parts, *([("\n".join(f"note: {note}" for note in self.notes))] if self.notes else [])]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from growkern.plan import KEPT, Preserves
 from growkern.tables import table
 
 
@@ -16,7 +17,7 @@ class GrowthReport:
         n_params_source: Parameters before.
         n_params_target: Parameters after.
         n_new_blocks: Blocks that were added.
-        function_preserving: True when the target computes what the source computed, up to rounding.
+        preserves: ``"nothing"``, ``"function"``, ``"gradient"`` or ``"trajectory"``; see ``GrowthPlan.preserves``.
         reasons: Why not, when not.
         n_bytes_read: Bytes of source tensors that were read: once each, and once more where noise or a mean is measured.
         n_bytes_written: Bytes of target tensors that were written, once each.
@@ -36,7 +37,7 @@ class GrowthReport:
     n_params_source: int
     n_params_target: int
     n_new_blocks: int
-    function_preserving: bool
+    preserves: Preserves
     reasons: tuple[str, ...]
     n_bytes_read: int
     n_bytes_written: int
@@ -48,6 +49,11 @@ class GrowthReport:
     grad_norm_factor: float | None
     noisy: bool
     notes: tuple[str, ...]
+
+    @property
+    def function_preserving(self) -> bool:
+        """True when the target computes what the source computed, up to rounding."""
+        return self.preserves != "nothing"
 
     def __str__(self) -> str:
         rows: list[tuple[object, ...]] = [
@@ -65,13 +71,13 @@ class GrowthReport:
             )
         )
         rate = (self.n_bytes_read + self.n_bytes_written) / max(self.seconds, 1e-9) / 1e9
-        preserved = "yes" if self.function_preserving else "no: " + "; ".join(self.reasons)
+        preserved = KEPT.get(self.preserves, "nothing: ").removeprefix("preserves ")
         factors = ", ".join(
             f"{'per element' if f is None else f'x {f:.4g}'} ({n})"
             for f, n in self.lr_factors.items()
         )
         facts: list[tuple[object, ...]] = [
-            ("function preserving", preserved),
+            ("preserves", preserved + "; ".join(self.reasons)),
             (
                 "moved",
                 f"{_size(self.n_bytes_read)} read, {_size(self.n_bytes_written)} written, {self.seconds:.3g} s, {rate:.3g} GB/s",

@@ -60,7 +60,7 @@ def test_planning_changes_nothing_and_printing_tells_the_story():
         "x 2",
         "0 1 +1",
         "model.layers.*.mlp.up_proj.weight",
-        "function preserving",
+        "preserves the function",
         "all 0",
     ):
         assert part in text
