@@ -3,7 +3,7 @@
 from importlib import import_module
 from types import ModuleType
 
-from growkern import depth, errors, optim, width
+from growkern import depth, errors, optim, vocab, width
 from growkern.api import expand_inplace, plan
 from growkern.compare import Comparison, Outcome, compare
 from growkern.describe import describe
@@ -54,6 +54,7 @@ __all__ = [
     "reader",
     "resume",
     "verify",
+    "vocab",
     "width",
     "writer",
 ]

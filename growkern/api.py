@@ -208,7 +208,8 @@ def expand_inplace(
             own = {MASTER, MASTER_GRAD}  # values, whatever becomes of the history
             states = sources.states.items()
             sources.states = {n: {k: s[k] for k in own & s.keys()} for n, s in states}
-        run = Execution(plan, sources, grown, backend=backend, memory=memory)
+        given = getattr(width, "rows", None)
+        run = Execution(plan, sources, grown, backend=backend, memory=memory, given=given)
         shadows = [run.of(tensors_of(average, None, found)) for average in averages]
         norms = [_grad_norm(plan, sources, "source", model, optim, masters)]
         lean = run.memory == "lean"

@@ -15,7 +15,7 @@ from torch import Tensor
 from growkern import reference
 from growkern.errors import GrowthError, InsufficientMemoryError, PlanError, raise_all
 from growkern.memory import free_bytes, trim
-from growkern.pieces import Cutter
+from growkern.pieces import Cutter, Given
 from growkern.plan import GrowthPlan, TensorRow
 from growkern.quantised import N_BYTES, decoded, encoded, is_coded, scale_key
 from growkern.reference import Piece
@@ -64,6 +64,7 @@ class Execution:
         backend: str | None = None,
         memory: Memory | None = None,
         cutter: Cutter | None = None,
+        given: Given | None = None,
     ) -> None:
         """Check that the plan fits the tensors and the tensors the memory; see ``execute``.
 
@@ -72,7 +73,7 @@ class Execution:
             InsufficientMemoryError: It does not fit, with both figures.
         """
         self.plan, self.sources, self.backend = plan, sources, backend
-        self.rules, self.cutter = rules, cutter or Cutter(plan)
+        self.rules, self.cutter = rules, cutter or Cutter(plan, given)
         if memory is not None and memory not in MEMORIES:
             raise PlanError(f"unknown memory={memory!r}: 'stage', 'lean' or None, for what fits.")
         shapes = [

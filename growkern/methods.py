@@ -16,14 +16,14 @@ class Contract:
         w: Scale of the activation, per target coordinate.
         u: Scale of its readers; over the copies of a coordinate the sum of ``w u`` is 1.
         pad: Activation of a coordinate that copies nothing: 0 or the mean of the others, and what reads it is drawn; or free (what
-            writes it is drawn), and what reads it is 0.
+            writes it is drawn), and what reads it is 0; or given (the method's ``rows`` write it).
         reads: What reads such a coordinate: drawn or 0; None for what ``pad`` asks for.
         centred: True when writers give up their mean over the stream's coordinates first.
     """
 
     w: Vector
     u: Vector
-    pad: Literal["zero", "mean", "free"] = "zero"
+    pad: Literal["zero", "mean", "free", "given"] = "zero"
     reads: Literal["zero", "free"] | None = None
     centred: bool = False
 

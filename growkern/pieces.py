@@ -2,7 +2,7 @@
 rectangle that goes to all its copies in the target, or stands for what no source is copied to: a mean, a constant."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from hashlib import blake2b
 from typing import NamedTuple
@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from growkern import reference
+from growkern.errors import PlanError
 from growkern.index_map import PAD, IndexMap, Vector
 from growkern.plan import AxisMap, GrowthPlan, Pad, TensorRow
 from growkern.reference import Noise, Piece
 from growkern.sides import Side, Stretch, scale_of
 from growkern.state import Rule
+
+Given = Callable[[Tensor, int], Tensor]
 
 
 class _Cell(NamedTuple):
@@ -47,10 +50,13 @@ def _cell(rows: Side, cols: Side, r: Stretch, c: Stretch, rule: Rule) -> _Cell:
 
 
 class Cutter:
-    """Cuts target tensors into pieces; what depends on an axis alone is worked out once."""
+    """Cuts target tensors into pieces; what depends on an axis alone is worked out once.
 
-    def __init__(self, plan: GrowthPlan) -> None:
-        self.plan = plan
+    ``given``: the method's, of a tensor's rows and how many more there are to be -> those.
+    """
+
+    def __init__(self, plan: GrowthPlan, given: Given | None = None) -> None:
+        self.plan, self.given = plan, given
         self.n_read = 0  # bytes that statistics of sources read
         equal: dict[AxisMap, AxisMap] = {}
         self._axes = {key: equal.setdefault(axis, axis) for key, axis in plan.axes.items()}
@@ -111,7 +117,7 @@ class Cutter:
                 yield Piece(value, target, r.copies, c.copies, r.index, c.index)
             return
         rows, cols = layout.rows, layout.cols
-        fill, noise = _Fill(source, rows, cols, rule, dtype), None
+        fill, noise = _Fill(source, rows, cols, rule, dtype, self.given), None
         for cell in layout.cells:
             r, c = cell.rows, cell.cols
             if cell.free and noise is None:
@@ -215,9 +221,16 @@ class _Fill:
     """What stands for the source where a stretch copies nothing, broadcast."""
 
     def __init__(
-        self, source: Tensor, rows: Side, cols: Side, rule: Rule, dtype: torch.dtype
+        self,
+        source: Tensor,
+        rows: Side,
+        cols: Side,
+        rule: Rule,
+        dtype: torch.dtype,
+        given: Given | None,
     ) -> None:
         self.source, self.rows, self.cols, self.rule, self.dtype = source, rows, cols, rule, dtype
+        self._given = given
         self._means: dict[tuple[bool, bool], Tensor] = {}
         self.n_statistics = 0  # times that the whole source is read for one
 
@@ -233,11 +246,29 @@ class _Fill:
         r, c, pads, _ = cell
         if not self.rule.value and self.rule.lost == "mean":
             return self.mean_of_law.expand(r.n, c.n), False
+        if self.rule.value and pads == ("given",):
+            if r.source == PAD:
+                start = self.rows.n_pads_before(r.copies[0].target)
+                return _taken(self.given.narrow(0, start, r.n), 1, c), False
+            start = self.cols.n_pads_before(c.copies[0].target)
+            return _taken(self.given.narrow(0, start, c.n).T, 0, r), False
         if not self.rule.value or any(pad != "mean" for pad in pads):
             return self.source.new_zeros(1, 1).expand(r.n, c.n), True
         mean = self.mean(r.source == PAD, c.source == PAD)
         rows = mean if r.source == PAD else _taken(mean, 0, r)
         return (rows if c.source == PAD else _taken(rows, 1, c)).expand(r.n, c.n), True
+
+    @cached_property
+    def given(self) -> Tensor:
+        """Rows, or columns as rows, that the method gives."""
+        if self._given is None:
+            raise PlanError(
+                "what this plan's new coordinates hold is its method's to give: pass to= and width= in place of plan=."
+            )
+        self.n_statistics += 1
+        rows = self.rows.pad == "given" and self.rows.index_map.has_pads
+        source, side = (self.source, self.rows) if rows else (self.source.T, self.cols)
+        return self._given(source, side.index_map.n_target - side.n_copied).contiguous()
 
     def mean(self, over_rows: bool, over_cols: bool) -> Tensor:
         """Mean over the rows, the columns or both, (1, C), (R, 1) or (1, 1); measured once."""

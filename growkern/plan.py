@@ -12,9 +12,10 @@ from growkern.index_map import IndexMap, Run, Vector
 from growkern.methods import BlockRow
 from growkern.tables import fold, table
 
-PADS = "zero", "mean", "normal", "free"
-# what an element without an ancestor is: 0, the mean along the axis, or noise, where it is read ("normal") or written ("free")
-Pad = Literal["zero", "mean", "normal", "free"]
+PADS = "zero", "mean", "normal", "free", "given"
+# what an element without an ancestor is: 0, the mean along the axis, or noise, where it is read ("normal") or written ("free"),
+# or what the method gives
+Pad = Literal["zero", "mean", "normal", "free", "given"]
 Preserves = Literal["nothing", "function", "gradient", "trajectory"]
 KEPT: Mapping[Preserves, str] = {
     "function": "preserves the function",

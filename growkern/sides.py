@@ -100,6 +100,11 @@ class Side:
         """Target coordinates that copy one."""
         return sum(run.length for run in self.index_map.runs if run.source != PAD)
 
+    def n_pads_before(self, target: int) -> int:
+        """Target coordinates before this one that copy none."""
+        pads = (run for run in self.index_map.runs if run.source == PAD and run.target < target)
+        return sum(min(run.length, target - run.target) for run in pads)
+
     def stretches(
         self, device: torch.device, dtype: torch.dtype, *, rows: bool, counted: bool
     ) -> list[Stretch]:

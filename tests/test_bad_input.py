@@ -35,7 +35,7 @@ SIZES = [
     ("llama", {"hidden": 24}, "every target equals its source"),
     ("llama", {"heads": 5}, "heads: 5 is not a multiple of kv_heads=2; nearest: 4, 6"),
     ("llama", {"head_dim": 9}, "whole multiples of 6 only"),
-    ("llama", {"vocab": 100}, "vocab: Lossless does not grow it"),
+    ("llama", {"vocab": 100}, "vocab: Lossless does not grow it.*growkern.vocab grows vocab"),
     ("llama", {"hidden": 48, "vocab": 10}, "vocab: the target 10 is smaller"),
     ("llama", {"hidden": 10**10}, "hidden: the target 10,000,000,000 is beyond 262,144"),
     ("llama", {}, "every target equals its source"),

@@ -30,6 +30,7 @@ LAYERS = (  # top to bottom: a module imports from lower rows only
     ("undo",),
     ("describe", "describe_optim"),
     ("families",),
+    ("vocab",),
     ("width", "depth"),
     ("law",),
     ("axes",),

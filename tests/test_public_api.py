@@ -36,6 +36,7 @@ NAMES = [
     "reader",
     "resume",
     "verify",
+    "vocab",
     "width",
     "writer",
 ]

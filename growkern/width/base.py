@@ -10,6 +10,7 @@ from growkern.spaces import SIZE_OF_SPACE, ModelSpec, space_of, space_size, writ
 
 GROWS = ("hidden", "heads", "kv_heads", "ffn", "positions")
 INNER = ("head_dim", "experts")  # what only the default grows
+OTHERS = dict.fromkeys((*INNER, "top_k"), "width.Lossless") | {"vocab": "growkern.vocab"}
 
 
 class Space(NamedTuple):
@@ -46,9 +47,9 @@ def refuse(
     grows: Sequence[str] = GROWS,
 ) -> None:
     """Raise PlanError for sizes that a method does not grow, and for its other problems."""
-    others = f"; {', '.join(INNER)} grow by width.Lossless" if grows == GROWS else ""
     found = [
-        f"{name}: {who} does not grow it ({spec.sizes[name]} -> {n}); it grows {', '.join(grows)}{others}."
+        f"{name}: {who} does not grow it ({spec.sizes[name]} -> {n}); it grows {', '.join(grows)}"
+        + (f", and {OTHERS[name]} grows {name}." if name in OTHERS else ".")
         for name, n in sizes.items()
         if n != spec.sizes[name] and name not in (*grows, "layers")
     ]

@@ -1,0 +1,147 @@
+"""New tokens: rows that no index map gives. Never function preserving: whatever they are, they take probability from the old ones.
+
+They stand where width methods do (``width=vocab.MeanCov()`` with ``to={"vocab": n}``), and grow nothing else. Optimizer state of new
+tokens starts as 0.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from growkern.errors import PlanError
+from growkern.index_map import PAD, IndexMap, Vector
+from growkern.methods import Contract, Width
+from growkern.spaces import ModelSpec
+from growkern.width.base import refuse, spaces
+
+REASON = ("new tokens take probability from the old ones",)
+
+
+@dataclass(frozen=True)
+class Zero:
+    """New rows are 0: every new token has logit 0."""
+
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
+        """Give maps and contracts; raise PlanError for another size than ``vocab``."""
+        return _width(self, spec, sizes, "zero")
+
+
+@dataclass(frozen=True)
+class MeanCov:
+    """New rows are drawn around the mean of the old (Hewitt 2021; ``resize_token_embeddings`` of transformers).
+
+    ``N(mean, scale * covariance)``, of the rows of each tensor by itself.
+
+    Args:
+        scale: Of the covariance.
+        seed: Of the draws; equal seeds give equal rows.
+
+    Reference:
+        https://nlp.stanford.edu/~johnhew/vocab-expansion.html
+    """
+
+    scale: float = 1e-9
+    seed: int = 0
+
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
+        """Give maps and contracts; raise PlanError for another size than ``vocab``, or a negative ``scale``."""
+        if not (isfinite(self.scale) and self.scale >= 0):
+            raise PlanError(f"MeanCov: scale={self.scale!r} is not a finite number >= 0.")
+        return _width(self, spec, sizes, "given")
+
+    def rows(self, source: Tensor, n: int) -> Tensor:
+        """``n`` new rows of a tensor of old ones."""
+        rows = source.to("cpu", torch.float64)
+        mean, centred = rows.mean(0), rows - rows.mean(0)
+        found: Any = torch.linalg.eigh(centred.T @ centred * (self.scale / rows.shape[0]))
+        values: Tensor = found.eigenvalues
+        vectors: Tensor = found.eigenvectors
+        root = vectors * values.clamp(min=0).sqrt()
+        return (mean + _normal(n, rows.shape[1], self.seed) @ root.T).to(source)
+
+
+@dataclass(frozen=True)
+class CLPTransfer:
+    """A tokenizer of its own: tokens that both have keep their rows, others mix them as a helper model's embedding does.
+
+    A new token ``t`` is ``sum_o w_o e_o`` over the tokens ``o`` that both have, ``w = cos(h_t, h_o) / sum cos``; where the helper has no
+    vector (0), it is normal with the mean and the standard deviation of each dimension (Ostendorff & Rehm, arXiv:2301.09626).
+
+    Args:
+        helper: Embedding of the target's tokens, ``[n_target, any]``, of a small model that has its tokenizer.
+        tokens: For every token of the target, the token of the source that it is; -1 for a new one.
+        top_k: Mix only as many, the most similar ones; None for all.
+        seed: Of the draws.
+    """
+
+    helper: Tensor = field(repr=False, compare=False)
+    tokens: Sequence[int] = field(repr=False)
+    top_k: int | None = None
+    seed: int = 0
+
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
+        """Give maps and contracts; raise PlanError where helper, tokens and sizes do not fit each other."""
+        n_source, n_target = spec.sizes.get("vocab", 0), sizes.get("vocab", 0)
+        kept = [t for t in self.tokens if t >= 0]
+        found = [
+            (len(self.tokens) == n_target, f"tokens holds {len(self.tokens)} entries, the target {n_target} tokens"),
+            (len(self.helper) == n_target, f"helper holds {len(self.helper)} rows, the target {n_target} tokens"),
+            (self.helper.dim() == 2, f"helper has {self.helper.dim()} axes, not tokens x features"),
+            (bool(kept), "tokens names none of the source's"),
+            (len(set(kept)) == len(kept), "tokens names a token of the source twice"),
+            (max(kept, default=0) < n_source, f"tokens names {max(kept, default=0)}, the source has {n_source} tokens"),
+            (self.top_k is None or self.top_k > 0, f"top_k={self.top_k!r} is not a number of tokens"),
+        ]  # fmt: skip
+        if problems := [problem for holds, problem in found if not holds]:
+            raise PlanError(f"CLPTransfer: {'; '.join(problems)}.")
+        index_map = IndexMap.of([t if t >= 0 else PAD for t in self.tokens], n_source)
+        return _width(self, spec, sizes, "given", index_map)
+
+    def rows(self, source: Tensor, n: int) -> Tensor:
+        """The ``n`` new tokens' rows of a tensor of old ones."""
+        tokens = torch.tensor(self.tokens)
+        new, both = (tokens < 0).nonzero()[:, 0], (tokens >= 0).nonzero()[:, 0]
+        old = source.to("cpu", torch.float64)
+        helper = torch.nn.functional.normalize(self.helper.to("cpu", torch.float64), dim=1)
+        rows = old.mean(0) + _normal(n, old.shape[1], self.seed) * old.std(0)
+        for start in range(0, n, 1024):  # tokens x tokens would be too large
+            some = torch.arange(start, min(start + 1024, n))
+            cos = helper[new[some]] @ helper[both].T
+            if self.top_k is not None and self.top_k < len(both):
+                best = cos.topk(self.top_k, dim=1)
+                cos = torch.zeros_like(cos).scatter(1, best.indices, best.values)
+            known = cos.any(1)
+            mixed = cos @ old[tokens[both]] / cos.sum(1, keepdim=True)
+            rows[some[known]] = mixed[known]
+        return rows.to(source)
+
+
+def _width(
+    method: object,
+    spec: ModelSpec,
+    sizes: Mapping[str, int],
+    pad: str,
+    index_map: IndexMap | None = None,
+) -> Width:
+    """Rows of the vocabulary behind the others, or where a map says; everything else stays."""
+    refuse(spec, sizes, type(method).__name__, grows=("vocab",))
+    maps: dict[str, IndexMap] = {}
+    contracts: dict[str, Contract] = {}
+    for space in spaces(spec, sizes):
+        own = index_map if space.name == "vocab" else None
+        maps[space.name] = own or IndexMap.tail(space.n_source, space.n_target)
+        ones = Vector.full(1.0, space.n_target)
+        contracts |= dict.fromkeys(
+            space.streams, Contract(ones, ones, "given" if pad == "given" else "zero")
+        )
+    return Width(maps, contracts, reasons=REASON)
+
+
+def _normal(n: int, width: int, seed: int) -> Tensor:
+    """Standard normal draws, (n, width)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, width, generator=generator, dtype=torch.float64)
