@@ -7,7 +7,7 @@ tokens starts as 0.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -57,9 +57,8 @@ class MeanCov:
         """``n`` new rows of a tensor of old ones."""
         rows = source.to("cpu", torch.float64)
         mean, centred = rows.mean(0), rows - rows.mean(0)
-        found: Any = torch.linalg.eigh(centred.T @ centred * (self.scale / rows.shape[0]))
-        values: Tensor = found.eigenvalues
-        vectors: Tensor = found.eigenvectors
+        cov = centred.T @ centred * (self.scale / rows.shape[0])
+        values, vectors = cast(tuple[Tensor, Tensor], torch.linalg.eigh(cov))  # pyright: ignore[reportUnknownMemberType]
         root = vectors * values.clamp(min=0).sqrt()
         return (mean + _normal(n, rows.shape[1], self.seed) @ root.T).to(source)
 
