@@ -14,6 +14,7 @@ from growkern.report import GrowthReport
 from growkern.scale import Scale, UpdateScale
 from growkern.schedule import GrowthSchedule
 from growkern.spaces import Blocks, ModelSpec, Power, embedding, linear, norm, reader, writer
+from growkern.upcycle import upcycle
 from growkern.verify import Verification, verify
 
 __version__ = "0.1.0"
@@ -53,6 +54,7 @@ __all__ = [
     "plan",
     "reader",
     "resume",
+    "upcycle",
     "verify",
     "vocab",
     "width",

@@ -13,7 +13,7 @@ LAYERS = (  # top to bottom: a module imports from lower rows only
     ("demo",),
     ("growkern",),  # growkern/__init__.py
     ("integrations",),
-    ("schedule", "history", "compare"),
+    ("schedule", "history", "compare", "upcycle"),
     ("events",),
     ("api",),
     ("notes", "ddp", "compiled"),

@@ -35,6 +35,7 @@ NAMES = [
     "plan",
     "reader",
     "resume",
+    "upcycle",
     "verify",
     "vocab",
     "width",

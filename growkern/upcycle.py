@@ -1,0 +1,219 @@
+"""A dense model -> its mixture of experts, in the middle of training (sparse upcycling: Komatsuzaki et al., arXiv:2212.05055)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from growkern.describe import describe
+from growkern.describe_optim import describe_optimizer
+from growkern.errors import (
+    PlanError,
+    UnsupportedModelError,
+    UnsupportedOptimizerError,
+    raise_all,
+)
+from growkern.scale import scale_of
+from growkern.signals import uninterrupted
+from growkern.state import Rule
+from growkern.undo import Undo
+from growkern.wrappers import unwrapped
+
+
+@dataclass(frozen=True)
+class Twin:
+    """The mixture that a dense class of transformers becomes.
+
+    Attributes:
+        name: Class of the mixture.
+        fields: Of its config, beside those that both have: field -> field of the dense config.
+        without: Fields of the dense config that the mixture has not, and the only value that it can stand for.
+        own: Fields of the mixture's config alone.
+    """
+
+    name: str
+    fields: Mapping[str, str] = field(default_factory=dict[str, str])
+    without: Mapping[str, object] = field(default_factory=dict[str, object])
+    own: Mapping[str, object] = field(default_factory=dict[str, object])
+
+
+TWINS = {
+    "LlamaForCausalLM": Twin(
+        "MixtralForCausalLM", without={"attention_bias": False, "mlp_bias": False}
+    ),
+    "MistralForCausalLM": Twin("MixtralForCausalLM"),
+    "Qwen3ForCausalLM": Twin(
+        "Qwen3MoeForCausalLM",
+        {"moe_intermediate_size": "intermediate_size"},
+        own={"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
+    ),
+}
+
+
+def upcycle(
+    model: nn.Module, optim: Optimizer | None = None, *, experts: int, top_k: int = 2, std: float = 0.02, seed: int = 0
+) -> nn.Module:  # fmt: skip
+    """Make every MLP of a dense model a layer of experts: its copies, behind a router that is drawn.
+
+    The shares of the chosen experts sum to one, so the function is preserved whatever the router says; the copies part as they see
+    other tokens. Everything but the MLPs is shared with ``model``, Parameter objects included. The optimizer, changed in place, holds
+    the experts where it held the MLPs. An expert's gradient is that of its share of the tokens, in expectation ``1 / experts`` of the
+    MLP's: first-order state is scaled by that, second-order state by its square. The router starts without state.
+
+    Args:
+        model: ``LlamaForCausalLM``, ``MistralForCausalLM`` (they become Mixtral) or ``Qwen3ForCausalLM`` (Qwen3-MoE) of transformers.
+        optim: Its optimizer.
+        experts: How many there are to be.
+        top_k: How many of them a token goes through.
+        std: Of the router's weights.
+        seed: Of the router's weights.
+
+    Returns:
+        The mixture, a model of its own class; train this one from now on.
+
+    Raises:
+        UnsupportedModelError: The model has no twin, or holds what the twin has not.
+        UnsupportedOptimizerError: The optimizer's state cannot be grown.
+        PlanError: ``top_k`` is not between 1 and ``experts``, or ``std`` is not above 0.
+    """
+    model, optim = unwrapped(model), unwrapped(optim)
+    twin = TWINS.get(type(model).__name__)
+    if twin is None or type(model).__module__.partition(".")[0] != "transformers":
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no mixture of experts of the same attention; {', '.join(TWINS)} have."
+        )
+    if (
+        type(experts) is not int
+        or type(top_k) is not int
+        or not 1 <= top_k <= experts
+        or not 0 < std < float("inf")
+    ):
+        raise PlanError(f"experts={experts!r}, top_k={top_k!r}, std={std!r}: 1 <= top_k <= experts and std > 0.")  # fmt: skip
+    spec = describe(model)
+    config: Any = model.config
+    strange = [
+        f"{name}={getattr(config, name)!r}: {twin.name} has it not; it must be {value!r}."
+        for name, value in twin.without.items()
+        if getattr(config, name, value) != value
+    ]
+    raise_all(UnsupportedModelError, f"cannot make this {type(model).__name__} a mixture:", strange)
+    rules: dict[str, Rule | None] = {}
+    if optim is not None:
+        described = describe_optimizer(model, optim, spec)
+        rules = dict(described.law.grown("exact")) if described.law else {}
+        if scale_of(optim) is not None:
+            raise PlanError("an UpdateScale scales the dense model's tensors; remove() it first.")
+    with torch.no_grad(), torch.inference_mode(False):
+        mixture = _mixture(model, config, twin, experts, top_k)
+        layers = [
+            _experts(model, layer, experts, std, seed + i)
+            for i, layer in enumerate(mixture.model.layers)
+        ]
+        if optim is not None:
+            moved = [one for layer in layers for one in layer]
+            states = {
+                new: state for new, old in moved if (state := _state(optim, old, rules, experts))
+            }
+            _hand_over(optim, moved, states, mixture)
+    return mixture.train(model.training)
+
+
+def _mixture(model: nn.Module, config: Any, twin: Twin, experts: int, top_k: int) -> Any:
+    """The mixture around the dense model's own parameters; its experts are still on the meta device."""
+    import transformers
+
+    kind: Any = getattr(transformers, twin.name)
+    known = kind.config_class().to_dict().keys() - {
+        "model_type",
+        "architectures",
+        "transformers_version",
+    }
+    fields = {k: v for k, v in config.to_dict().items() if k in known}
+    fields |= {name: getattr(config, own) for name, own in twin.fields.items()}
+    grown = kind.config_class(
+        **fields, num_local_experts=experts, num_experts_per_tok=top_k, **twin.own
+    )
+    grown._attn_implementation = config._attn_implementation
+    with torch.device("meta"):
+        mixture = kind(grown)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        owner, _, last = name.rpartition(".")
+        if ".mlp." not in name:
+            mixture.get_submodule(owner)._parameters[last] = p
+    like = next(model.parameters())
+    mixture.model.rotary_emb = type(mixture.model.rotary_emb)(grown).to(like.device)
+    mixture.generation_config = model.generation_config
+    return mixture
+
+
+Moved = tuple[nn.Parameter, list[nn.Parameter]]  # a new parameter, and those whose place it takes
+
+
+def _experts(model: nn.Module, layer: Any, experts: int, std: float, seed: int) -> list[Moved]:
+    """Give a layer its experts, copies of the dense MLP, and its router."""
+    at = f"model.layers.{layer.self_attn.layer_idx}.mlp"
+    gate, up, down = (model.get_parameter(f"{at}.{n}_proj.weight") for n in ("gate", "up", "down"))
+    own: Any = layer.mlp
+    drawn = torch.randn(own.gate.weight.shape, generator=torch.Generator().manual_seed(seed)) * std
+    own.gate.weight = nn.Parameter(drawn.to(down))
+    own.experts.gate_up_proj = nn.Parameter(_copies([gate, up], experts))
+    own.experts.down_proj = nn.Parameter(_copies([down], experts))
+    return [
+        (own.experts.gate_up_proj, [gate, up]),
+        (own.experts.down_proj, [down]),
+        (own.gate.weight, []),
+    ]
+
+
+def _copies(parts: Sequence[Tensor], n: int) -> Tensor:
+    return torch.cat([part.detach() for part in parts]).expand(n, -1, -1).contiguous()
+
+
+def _state(
+    optim: Optimizer, old: Sequence[nn.Parameter], rules: Mapping[str, Rule | None], experts: int
+) -> dict[str, object]:
+    """State of the experts: that of what they copy, in the share of the tokens that they see."""
+    states = [optim.state.get(p, {}) for p in old]
+    if not states or not all(states):
+        return {}
+    found: dict[str, object] = dict(states[0])
+    for key, value in states[0].items():
+        if not isinstance(value, Tensor) or not value.dim():
+            continue
+        rule = rules.get(key)
+        if rule is None or rule.reduced is not None or value.shape != old[0].shape:
+            raise UnsupportedOptimizerError(
+                f"state {key!r} is not one number per element of its parameter; clear it (optim.state.clear()) to go on without."
+            )
+        found[key] = _copies([state[key] for state in states], experts) / experts**rule.grad
+    return found
+
+
+def _hand_over(
+    optim: Optimizer, moved: Sequence[Moved], states: Mapping[Any, object], mixture: nn.Module
+) -> None:
+    """Experts take the places of their MLPs, routers those beside them; all or nothing."""
+    gone = {p for _, old in moved for p in old}
+    takes: dict[nn.Parameter, list[nn.Parameter]] = {}
+    last: nn.Parameter | None = None
+    for new, old in moved:
+        last = old[-1] if old else last
+        takes.setdefault(old[0] if old else cast(nn.Parameter, last), []).append(new)
+    names = {p: name for name, p in mixture.named_parameters()}
+    undo = Undo()
+    with uninterrupted():
+        try:
+            for group in optim.param_groups:
+                params: list[nn.Parameter] = group["params"]
+                kept = [q for p in params for q in takes.get(p, [] if p in gone else [p])]
+                undo.entries(params, kept)
+                if "param_names" in group:
+                    undo.entries(group["param_names"], [names[p] for p in kept])
+            rest = {p: state for p, state in optim.state.items() if p not in gone}
+            undo.items(optim.state, rest | dict(states))
+        except BaseException:
+            undo.back()
+            raise

@@ -1,0 +1,149 @@
+"""Dense models that become their mixtures: stock transformers compute the same, the optimizer steps on."""
+
+import pytest
+import torch
+from models import EAGER, batch, exact_norms, logits, loss_of, make, train
+
+import growkern
+from growkern.errors import PlanError, UnsupportedModelError
+
+FAMILIES = {
+    "llama": "MixtralForCausalLM",
+    "mistral": "MixtralForCausalLM",
+    "qwen3": "Qwen3MoeForCausalLM",
+}
+
+
+def eager(mixture):
+    mixture.set_experts_implementation(EAGER)
+    return mixture
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("experts", "top_k"), [(4, 2), (3, 1), (2, 2)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixture_of_copies_is_the_dense_model(family, experts, top_k, tied, monkeypatch):
+    exact_norms(monkeypatch)
+    model = make(family, tied=tied).double().eval()
+    before = logits(model, batch()).detach()
+
+    mixture = eager(growkern.upcycle(model, experts=experts, top_k=top_k))
+
+    assert type(mixture).__name__ == FAMILIES[family] and not mixture.training
+    assert (
+        logits(mixture, batch()) - before
+    ).abs().max() < 1e-6  # the router's softmax is in float32
+    shared = dict(model.named_parameters(remove_duplicate=False))
+    for name, p in mixture.named_parameters(remove_duplicate=False):
+        assert (p is shared.get(name)) == (".mlp." not in name), name
+    assert (
+        mixture.config.num_local_experts == experts and mixture.config.num_experts_per_tok == top_k
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_optimizer_holds_the_experts_with_their_share_of_the_moments(family):
+    model = make(family, tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 3)
+    mlp = model.model.layers[1].mlp
+    old = {
+        name: {k: v.clone() for k, v in optim.state[p].items()}
+        for name, p in mlp.named_parameters()
+    }
+
+    mixture = growkern.upcycle(model, optim, experts=4)
+
+    experts = mixture.model.layers[1].mlp.experts
+    for key, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
+        both = torch.cat([old["gate_proj.weight"][key], old["up_proj.weight"][key]]) / 4**power
+        down = old["down_proj.weight"][key] / 4**power
+        for e in range(4):
+            assert torch.equal(optim.state[experts.gate_up_proj][key][e], both)
+            assert torch.equal(optim.state[experts.down_proj][key][e], down)
+    assert optim.state[experts.down_proj]["step"] == 3
+    held = [p for group in optim.param_groups for p in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, mixture.parameters()))
+    assert mixture.model.layers[1].mlp.gate.weight not in optim.state
+    before = loss_of(mixture, batch()).item()
+    for _ in range(10):
+        train(mixture, optim, 1)  # of one batch
+    assert loss_of(mixture, batch()) < before
+
+
+def test_copies_part_and_the_router_learns():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    mixture = growkern.upcycle(model, optim, experts=4, top_k=1)
+    mlp = mixture.model.layers[0].mlp
+    router = mlp.gate.weight.detach().clone()
+
+    train(mixture, optim, 3)
+
+    down = mlp.experts.down_proj
+    assert all((down[i] - down[j]).abs().max() > 1e-5 for i in range(4) for j in range(i))
+    assert (mlp.gate.weight - router).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixture_is_saved_loaded_and_grown(family, tmp_path):
+    model = make(family, tied=True).eval()
+    mixture = eager(growkern.upcycle(model, experts=4))
+    mixture.save_pretrained(tmp_path)
+
+    loaded = type(mixture).from_pretrained(tmp_path, experts_implementation=EAGER).eval()
+
+    assert torch.equal(logits(loaded, batch()), logits(mixture, batch()))
+    before = logits(loaded, batch()).detach()
+    growkern.expand_inplace(loaded, to="2x")
+    assert (logits(loaded, batch()) - before).abs().max() < 1e-5
+
+
+def test_experts_see_in_expectation_their_share_of_the_gradient():
+    """The state rule's reason: over many routers, the mean gradient of an expert is 1 / experts of the MLP's."""
+    model = make("llama", tied=True)
+    loss_of(model, batch(n=16)).backward()
+    dense = model.model.layers[0].mlp.down_proj.weight.grad.clone()
+    total = torch.zeros_like(dense)
+    for seed in range(60):
+        mixture = growkern.upcycle(model, experts=4, top_k=2, seed=seed)
+        mixture.zero_grad()
+        loss_of(mixture, batch(n=16)).backward()
+        total += mixture.model.layers[0].mlp.experts.down_proj.grad[0]
+
+    assert (total / 60 - dense / 4).norm() < 0.15 * (dense / 4).norm()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "options", "error", "says"),
+    [
+        (
+            "gpt2",
+            {},
+            {"experts": 4},
+            UnsupportedModelError,
+            "GPT2LMHeadModel has no mixture of experts",
+        ),
+        ("llama", {"mlp_bias": True}, {"experts": 4}, UnsupportedModelError, "mlp_bias=True"),
+        ("llama", {}, {"experts": 2, "top_k": 3}, PlanError, "top_k=3"),
+        ("llama", {}, {"experts": 2, "std": 0.0}, PlanError, "std=0.0"),
+    ],
+)
+def test_what_has_no_twin_is_refused(family, changes, options, error, says):
+    model = make(family, tied=True, **changes)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    held = list(optim.param_groups[0]["params"])
+
+    with pytest.raises(error, match=says):
+        growkern.upcycle(model, optim, **options)
+
+    assert all(p is q for p, q in zip(optim.param_groups[0]["params"], held, strict=True))
+
+
+def test_state_that_is_no_number_per_element_is_refused():
+    model = make("llama", tied=True)
+    optim = torch.optim.Adafactor(model.parameters())
+    train(model, optim, 1)
+
+    with pytest.raises(growkern.errors.UnsupportedOptimizerError, match="clear it"):
+        growkern.upcycle(model, optim, experts=4)
