@@ -105,12 +105,13 @@ def n_bytes_of(text: str) -> int:
 
 
 def _header(path: Path) -> dict[str, torch.dtype]:
-    from safetensors import SafetensorError, safe_open
+    import safetensors
 
+    read: Any = safetensors.safe_open
     try:
-        with safe_open(path, "pt") as file:
+        with read(path, "pt") as file:
             codes: dict[str, str] = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path.name}: is damaged or cut short ({error}).") from None
     if odd := sorted({code for code in codes.values() if code not in DTYPES}):
         raise CheckpointError(
