@@ -54,7 +54,7 @@ def training_batches(
         model: Of the checkpoint.
         folder: The checkpoint, for its tokenizer.
         text: Read from its start; None for random inputs.
-        n: Batches.
+        n: Batches; fewer where the text is shorter.
         n_rows: Rows of each.
         n_tokens: Tokens of each row.
         seed: Of what is drawn.
@@ -66,16 +66,17 @@ def training_batches(
     mask: int | None = None
     if text is not None and "input_ids" in inputs[0]:
         ids, mask = _tokens(folder, text)
-        if len(ids) < (needed := n * n_rows * n_tokens):
+        n = min(n, len(ids) // (n_rows * n_tokens))  # a short text is gone through again
+        if not n:
             raise GrowthError(
-                f"{text} has {len(ids)} tokens, and {n} batches of {n_rows} x {n_tokens} take {needed}; pass a longer text, or "
-                "lower --tokens or --batch-size."
+                f"{text} has {len(ids)} tokens, and a batch of {n_rows} x {n_tokens} takes {n_rows * n_tokens}; pass a longer "
+                "text, or lower --tokens or --batch-size."
             )
         if (highest := int(ids.max())) >= model.config.vocab_size:
             raise GrowthError(
                 f"the tokenizer gives {highest}, and the model has {model.config.vocab_size} tokens."
             )
-        rows = ids[:needed].view(n, n_rows, n_tokens)
+        rows = ids[: n * n_rows * n_tokens].view(n, n_rows, n_tokens)
         inputs = [{"input_ids": one} for one in rows]
     return [*_labelled(model, inputs, mask, torch.Generator().manual_seed(seed))]
 

@@ -1,25 +1,20 @@
 """Growth of saved checkpoints on the command line: what is written is loaded by stock transformers."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from checkpoints import INDEX, contents, invoke, load, said, save
 from models import batch, logits, make
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner, Result
 
 import growkern
-from growkern import checkpoint, cli, saved, shards
+from growkern import checkpoint, saved, shards
 from growkern.errors import CheckpointError
 
 OTHERS = [
@@ -33,35 +28,6 @@ OTHERS = [
     "modernbert",
     "vit",
 ]
-INDEX = "model.safetensors.index.json"
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app(), [*map(str, arguments)])
-
-
-def said(result: Result) -> str:
-    """Output without the frames and line breaks that typer puts around it."""
-    return re.sub(r"[\s│]+", " ", result.output)
-
-
-def save(folder: Path, family: str = "llama", *, tied: bool = True, shard: str = "20KB", **changes):
-    model = make(family, tied=tied, **changes).eval()
-    model.save_pretrained(folder, max_shard_size=shard)
-    return model
-
-
-def load(model, folder: Path, **options):
-    """By stock transformers; every tensor is there, and none too many."""
-    loaded, info = type(model).from_pretrained(folder, output_loading_info=True, **options)
-    assert not any(info.values()), info
-    return loaded.eval()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
 
 
 @pytest.fixture
@@ -185,28 +151,6 @@ def test_growths_are_on_record_and_draw_other_noise(source, tmp_path):
     assert config.growkern_history == [first.plan.to_json(), second.plan.to_json()]
     assert (first.plan.seed, second.plan.seed) == (0, 1)
     assert config.intermediate_size == 80
-
-
-def test_a_saved_plan_grows_the_same(source, tmp_path):
-    asked = ("--to", "hidden=36,layers=3", "--width", "Lossless(noise=0.5)", "--depth", "Stack", "--seed", 7)  # fmt: skip
-    before = contents(source)
-
-    shown = invoke("plan", source, *asked, "--json", tmp_path / "plan.json")
-
-    assert shown.exit_code == 0, shown.output
-    assert (
-        "Growth plan for llama: Lossless(noise=0.5" in shown.output and "24x36" not in shown.output
-    )
-    assert contents(source) == before and sorted(os.listdir(tmp_path)) == ["plan.json", "source"]
-    assert invoke("grow", source, tmp_path / "one", *asked).exit_code == 0
-    planned = invoke("grow", source, tmp_path / "two", "--plan", tmp_path / "plan.json")
-    assert planned.exit_code == 0, planned.output
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    refused = invoke("grow", source, tmp_path / "three", "--plan", tmp_path / "plan.json", *asked)
-    assert refused.exit_code == 2 and "leave --to" in said(refused)
-    other = invoke("grow", tmp_path / "one", tmp_path / "three", "--plan", tmp_path / "plan.json")
-    assert other.exit_code == 1 and not (tmp_path / "three").exists()
 
 
 def test_what_goes_with_a_model_is_copied_and_the_rest_is_named(source, tmp_path):
