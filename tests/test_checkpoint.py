@@ -359,6 +359,26 @@ def test_a_growth_that_fails_on_its_way_leaves_what_was_there(
     assert {p.name for p in tmp_path.iterdir()} == {"source"} | ({"out"} if overwrite else set())
 
 
+def test_a_target_that_cannot_be_renamed_gives_back_what_it_was_to_replace(
+    source, tmp_path, monkeypatch
+):
+    checkpoint.grow(source, tmp_path / "out", to={"layers": 3})
+    before, rename, calls = contents(tmp_path), Path.rename, []
+
+    def fails(path, to):
+        calls.append(path.name)
+        if len(calls) == 2:  # what was there is aside
+            raise OSError(5, "Input/output error")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(CheckpointError, match="Input/output error. Nothing was changed"):
+        checkpoint.grow(source, tmp_path / "out", overwrite=True)
+
+    assert contents(tmp_path) == before and len(calls) == 3
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "out"}
+
+
 def test_overwrite_replaces_a_checkpoint_whole(source, tmp_path):
     assert invoke("grow", source, tmp_path / "out", "--max-shard-size", "50KB").exit_code == 0
     again = invoke("grow", source, tmp_path / "out")

@@ -45,6 +45,13 @@ def test_a_saved_plan_grows_the_same(source, tmp_path):
     assert other.exit_code == 1 and not (tmp_path / "three").exists()
 
 
+def test_plan_refuses_what_transformers_would_not_load(source):
+    result = invoke("plan", source, "--to", "hidden=25")
+
+    assert result.exit_code == 1
+    assert "does not take a llama of hidden=25" in said(result) and "not a multiple" in said(result)
+
+
 def test_verify_tells_a_growth_that_kept_the_function_from_one_that_did_not(source, tmp_path):
     for name, method in (("kept", "Lossless"), ("not", "AKI")):
         assert invoke("grow", source, tmp_path / name, "--width", method).exit_code == 0
@@ -228,10 +235,10 @@ print(resident("VmHWM") - start, *grown.n_bytes)
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """80 MB of Llama, in ten shards."""
+    """80 MB of Llama in one file, whose pages are let go as it is read, and 100 MB of Mixtral in shards."""
     folder = tmp_path_factory.mktemp("big")
     config = transformers.LlamaConfig(**BIG, vocab_size=6000, tie_word_embeddings=True)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "llama", max_shard_size="8MB")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "llama")
     config = transformers.MixtralConfig(
         **(BIG | {"intermediate_size": WIDTH // 2}), vocab_size=6000, num_local_experts=8
     )
