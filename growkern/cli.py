@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 if TYPE_CHECKING:
     from typer import Typer
 
-EXTRAS = {"typer", "rich", "transformers", "matplotlib"}
+EXTRAS = {"typer", "rich", "transformers", "safetensors", "matplotlib"}
 
 
 def main() -> None:
@@ -21,6 +21,8 @@ def main() -> None:
 def app() -> "Typer":
     """Build the command line; later subcommands join here."""
     import typer
+
+    from growkern import commands
 
     cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -74,6 +76,7 @@ def app() -> "Typer":
             typer.echo(f"growkern demo failed: {error}", err=True)
             raise typer.Exit(1) from None
 
+    commands.add(cli)
     return cli
 
 

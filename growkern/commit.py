@@ -194,9 +194,7 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo) -> None:
     own: Any = vars(model).get("config")
     copies = {id(config): _grown_config(plan, config) for config in _configs(model)}
     if hasattr(own, "to_dict"):  # of transformers: saved with the model
-        history: list[str] = [*(getattr(own, "growkern_history", None) or []), plan.to_json()]
-        copies[id(own)] = copy.deepcopy(own) if copies[id(own)] is own else copies[id(own)]
-        copies[id(own)].growkern_history = history
+        copies[id(own)] = grown_config(plan, own)
     for module in model.modules():
         if (config := vars(module).get("config")) is not None and copies[id(config)] is not config:
             undo.attribute(module, "config", copies[id(config)])
@@ -204,6 +202,14 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo) -> None:
         old: Any = model.get_submodule(path)
         for name, b in type(old)(old.config).named_buffers(recurse=False):
             undo.attribute(old, name, b.to(getattr(old, name)))
+
+
+def grown_config(plan: GrowthPlan, config: Any) -> Any:
+    """A copy of a config of transformers with the target's sizes and this growth on record."""
+    grown = _grown_config(plan, config)
+    grown = copy.deepcopy(config) if grown is config else grown
+    grown.growkern_history = [*(getattr(config, "growkern_history", None) or []), plan.to_json()]
+    return grown
 
 
 def _grown_config(plan: GrowthPlan, config: Any) -> Any:

@@ -136,15 +136,19 @@ def cached_sizes(kind: type) -> Mapping[str, int]:
     )
 
 
-def _family(model: nn.Module) -> ModelSpec:
-    kind = type(model)
-    package = kind.__module__.partition(".")[0]
-    if kind.__name__ not in FAMILIES or package not in CONFIGS:
+def refuse_unknown(kind: type) -> None:
+    """Raise UnsupportedModelError for a class of models that no family describes."""
+    if kind.__name__ not in FAMILIES or kind.__module__.partition(".")[0] not in CONFIGS:
         raise UnsupportedModelError(
             f"no family describes {kind.__module__}.{kind.__name__}. Known: {', '.join(FAMILIES)} (of transformers and torch.nn). "
             "Pass spec=ModelSpec(...) to describe it yourself."
         )
-    return FAMILIES[kind.__name__](CONFIGS[package](model))
+
+
+def _family(model: nn.Module) -> ModelSpec:
+    kind = type(model)
+    refuse_unknown(kind)
+    return FAMILIES[kind.__name__](CONFIGS[kind.__module__.partition(".")[0]](model))
 
 
 def _wrappers(model: nn.Module) -> Iterator[str]:

@@ -22,7 +22,7 @@ class InsufficientMemoryError(GrowthError):
 
 
 class CheckpointError(GrowthError):
-    """A checkpoint is not of the model, or the optimizer, as growths have left it."""
+    """A checkpoint is incomplete, cannot be written, or is not of the model, or the optimizer, as growths have left it."""
 
 
 class CommitError(GrowthError):

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from mmap import PAGESIZE
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 Keep = Callable[
     [Tensor], Callable[[], Tensor]
 ]  # takes a tensor that is about to be replaced; gives the way to have it back
+
+
+MADV_PAGEOUT = 21  # of <linux/mman.h>; since 5.4, and refused without harm before
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -102,3 +106,24 @@ def trim() -> None:
     """Give freed memory of the host back to the system."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The elements of a tensor of the host as bytes, in order; they live as long as the view does."""
+    dense = tensor.detach().contiguous()
+    n_bytes = dense.numel() * dense.element_size()
+    array = (ctypes.c_ubyte * n_bytes).from_address(dense.data_ptr() if n_bytes else 0)
+    array.tensor = dense  # pyright: ignore[reportAttributeAccessIssue]
+    return memoryview(array).cast("B")
+
+
+def page_out(tensor: Tensor) -> None:
+    """Let the memory of a tensor that is mapped from a file go, as a hint: what is read again is read from the file again."""
+    if sys.platform != "linux":
+        return
+    storage = tensor.untyped_storage()
+    start = -(-storage.data_ptr() // PAGESIZE) * PAGESIZE
+    end = (storage.data_ptr() + storage.nbytes()) // PAGESIZE * PAGESIZE
+    if end > start:
+        place, n_bytes = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
+        ctypes.CDLL(None).madvise(place, n_bytes, MADV_PAGEOUT)

@@ -46,6 +46,28 @@ def test_what_is_kept_elsewhere_comes_back_as_it_was(name):
         assert torch.equal(again(), torch.zeros(3))
 
 
+@pytest.mark.parametrize("name", TENSORS)
+def test_bytes_of_a_tensor_are_its_elements_in_order(name):
+    tensor = TENSORS[name]
+
+    data = memory.bytes_of(tensor)
+
+    assert len(data) == tensor.numel() * tensor.element_size()
+    if len(data):
+        read = torch.frombuffer(bytearray(data), dtype=tensor.dtype).view(tensor.shape)
+        assert torch.equal(read, tensor)
+
+
+def test_memory_that_is_paged_out_keeps_its_values(tmp_path):
+    torch.arange(100_000, dtype=torch.float32).numpy().tofile(tmp_path / "values")
+    mapped = torch.from_file(str(tmp_path / "values"), size=100_000)
+
+    for tensor in (mapped, torch.arange(100_000.0), torch.zeros(0)):
+        before = tensor.clone()
+        memory.page_out(tensor)
+        assert torch.equal(tensor, before)
+
+
 def fixture(family="llama"):
     model = make(family, tied=True)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)

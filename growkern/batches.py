@@ -1,0 +1,131 @@
+"""Batches for a model of transformers: of random inputs, or of a text."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from growkern.errors import GrowthError
+
+MASKED = 0.15  # of tokens, as BERT was trained
+SKIPPED = -100  # labels that cross entropy ignores
+OFFSET = 2  # positions that RoBERTa and OPT keep to themselves
+
+
+def random_inputs(model: Any, n_rows: int, n_tokens: int, seed: int) -> dict[str, Tensor]:
+    """Draw inputs of a model: token ids (n_rows, n_tokens), or images where it takes these.
+
+    Raises:
+        GrowthError: The model has no room for that many tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        size = config.image_size
+        side: list[int] = [*size] if isinstance(size, list | tuple) else [size, size]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        pixels = torch.randn(n_rows, config.num_channels, *side, generator=generator)
+        return {"pixel_values": pixels.to(model.dtype)}
+    _refuse_long(config, n_tokens)
+    ids = torch.randint(0, config.vocab_size, (n_rows, n_tokens), generator=generator)
+    return {"input_ids": ids}
+
+
+def common_inputs(
+    source: Any, target: Any, n_rows: int, n_tokens: int, seed: int
+) -> dict[str, Tensor]:
+    """Draw inputs of two models; raise GrowthError where one cannot take what the other can."""
+    kinds = type(source).__name__, type(target).__name__
+    sizes = [getattr(model.config, "vocab_size", None) for model in (source, target)]
+    if kinds[0] != kinds[1] or sizes[0] != sizes[1]:
+        raise GrowthError(
+            f"a {kinds[0]} of {sizes[0]} tokens did not grow into a {kinds[1]} of {sizes[1]}."
+        )
+    return random_inputs(source, n_rows, n_tokens, seed)
+
+
+def training_batches(
+    model: Any, folder: Path, text: Path | None, n: int, n_rows: int, n_tokens: int, seed: int
+) -> list[dict[str, Tensor]]:
+    """Make batches with labels: the next token, masked tokens, or (of images) a random class.
+
+    Args:
+        model: Of the checkpoint.
+        folder: The checkpoint, for its tokenizer.
+        text: Read from its start; None for random inputs.
+        n: Batches; fewer where the text is shorter.
+        n_rows: Rows of each.
+        n_tokens: Tokens of each row.
+        seed: Of what is drawn.
+
+    Raises:
+        GrowthError: The text is too short, or there is no tokenizer to read it.
+    """
+    inputs = [random_inputs(model, n_rows, n_tokens, seed + i) for i in range(n)]
+    mask: int | None = None
+    if text is not None and "input_ids" in inputs[0]:
+        ids, mask = _tokens(folder, text)
+        n = min(n, len(ids) // (n_rows * n_tokens))  # a short text is gone through again
+        if not n:
+            raise GrowthError(
+                f"{text} has {len(ids)} tokens, and a batch of {n_rows} x {n_tokens} takes {n_rows * n_tokens}; pass a longer "
+                "text, or lower --tokens or --batch-size."
+            )
+        if (highest := int(ids.max())) >= model.config.vocab_size:
+            raise GrowthError(
+                f"the tokenizer gives {highest}, and the model has {model.config.vocab_size} tokens."
+            )
+        rows = ids[: n * n_rows * n_tokens].view(n, n_rows, n_tokens)
+        inputs = [{"input_ids": one} for one in rows]
+    return [*_labelled(model, inputs, mask, torch.Generator().manual_seed(seed))]
+
+
+def _labelled(
+    model: Any, inputs: list[dict[str, Tensor]], mask: int | None, generator: torch.Generator
+) -> Iterator[dict[str, Tensor]]:
+    for one in inputs:
+        ids = one.get("input_ids")
+        if ids is None:
+            n = len(one["pixel_values"])
+            classes = torch.randint(0, model.config.num_labels, (n,), generator=generator)
+            yield one | {"labels": classes}
+        elif type(model).__name__.endswith("ForMaskedLM"):
+            hidden = torch.rand(ids.shape, generator=generator) < MASKED
+            hidden[:, 0] = True  # a batch without any has no loss
+            drawn = torch.randint(0, model.config.vocab_size, ids.shape, generator=generator)
+            seen = drawn if mask is None else torch.full_like(ids, mask)
+            yield {
+                "input_ids": torch.where(hidden, seen, ids),
+                "labels": ids.masked_fill(~hidden, SKIPPED),
+            }
+        elif type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+            yield one | {"labels": ids}
+        else:
+            raise GrowthError(
+                f"a {type(model).__name__} has no loss of its own to compare; growkern.compare takes loss=."
+            )
+
+
+def _tokens(folder: Path, text: Path) -> tuple[Tensor, int | None]:
+    """Token ids of a text, and that of the mask."""
+    from transformers import AutoTokenizer
+
+    try:
+        load: Any = getattr(AutoTokenizer, "from_pretrained")  # noqa: B009  (untyped)
+        tokenizer: Any = load(str(folder.resolve()), local_files_only=True)
+        words = text.read_text(encoding="utf-8", errors="replace")
+        ids: list[int] = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GrowthError(
+            f"cannot read {text} by a tokenizer of {folder}: {error}. Leave --text out for random tokens."
+        ) from error
+    return torch.tensor(ids), tokenizer.mask_token_id
+
+
+def _refuse_long(config: Any, n_tokens: int) -> None:
+    room = getattr(config, "max_position_embeddings", None)
+    if room is not None and n_tokens > room - OFFSET:
+        raise GrowthError(
+            f"{n_tokens} tokens do not fit: the model has {room} positions; --tokens {room - OFFSET} does."
+        )

@@ -1,0 +1,261 @@
+"""Growth of a checkpoint that transformers saved, from shards to shards: neither source nor target is ever in memory whole."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from growkern.api import plan as plan_growth
+from growkern.commit import check_blocks, grown_config
+from growkern.describe import describe, tensors_of
+from growkern.errors import CheckpointError, PlanError
+from growkern.execute import Execution
+from growkern.law import check
+from growkern.memory import page_out
+from growkern.methods import DepthMethod, WidthMethod
+from growkern.plan import GrowthPlan, TensorRow
+from growkern.saved import CONFIG, Checkpoint, Layout, load
+from growkern.shards import Shards, aside, n_bytes_of
+from growkern.sizes import Target
+from growkern.tables import table
+
+WEIGHTS = (  # what becomes of a folder's weights and training state is not a matter of copying
+    ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".index.json", "trainer_state.json",
+)  # fmt: skip
+SPARE = 1 << 20  # bytes of the disk for config, index and headers
+Progress = Callable[[int, int], object]  # bytes written so far, bytes in all
+
+
+@dataclass(frozen=True)
+class GrownCheckpoint:
+    """What became of a checkpoint.
+
+    Attributes:
+        out: Where it lies.
+        plan: What was done.
+        n_params: Parameters of source and target.
+        n_bytes: Of the weights of source and target, as stored.
+        n_files: Shards of the target.
+        seconds: Wall time.
+        notes: What the user should know.
+    """
+
+    out: Path
+    plan: GrowthPlan
+    n_params: tuple[int, int]
+    n_bytes: tuple[int, int]
+    n_files: int
+    seconds: float
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        sizes = self.plan.target_sizes
+        rows = [[k, n, sizes[k]] for k, n in self.plan.source_sizes.items() if sizes[k] != n]
+        rows += [["parameters", *self.n_params], ["bytes", *self.n_bytes]]
+        why = "; ".join(self.plan.reasons)
+        return "\n\n".join(
+            [
+                f"Grew {self.plan.family} by {self.plan.width}, {self.plan.depth}, seed {self.plan.seed}",
+                table(["size", "source", "target"], rows),
+                "function preserving" if not why else f"not function preserving: {why}",
+                *(f"note: {note}" for note in self.notes),
+                f"{self.out}: {self.n_files} file{'s' * (self.n_files > 1)} of weights in {self.seconds:.3g} s",
+            ]
+        )
+
+
+def plan_for(
+    source: Checkpoint,
+    *,
+    to: Target = "2x",
+    width: WidthMethod | None = None,
+    depth: DepthMethod | None = None,
+    seed: int | None = None,
+) -> GrowthPlan:
+    """Plan a growth of a checkpoint, as ``growkern.plan`` does; raise PlanError too where transformers would not load the target."""
+    plan = plan_growth(source.model, to=to, width=width, depth=depth, seed=seed)
+    _target_config(plan, source.model.config)
+    return plan
+
+
+def grow(
+    folder: Path,
+    out: Path,
+    *,
+    to: Target = "2x",
+    width: WidthMethod | None = None,
+    depth: DepthMethod | None = None,
+    seed: int | None = None,
+    plan: GrowthPlan | None = None,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    on_progress: Progress = lambda done, total: None,
+) -> GrownCheckpoint:
+    """Grow a checkpoint into another folder, which ``from_pretrained`` loads.
+
+    Sources are read from their shards and targets written to theirs one set of tensors after the other. All is written to a folder
+    beside ``out``, which is renamed when it is whole; a failure, or Ctrl-C, leaves nothing behind.
+
+    Args:
+        folder: Source: what ``load`` takes. It is only read.
+        out: Target; its parent exists.
+        to: As in ``expand_inplace``.
+        width: Width method; default ``width.Lossless()``.
+        depth: Depth method; default ``depth.IdentityBlocks()``.
+        seed: Of all noise; None for the number of growths in the config's history.
+        plan: A plan made before, in place of ``to``, ``width``, ``depth`` and ``seed``.
+        overwrite: Replace a checkpoint that is at ``out``.
+        max_shard_size: Of a file; a tensor that is larger has one of its own.
+        on_progress: Called after every tensor.
+
+    Returns:
+        What was done; ``print`` it.
+
+    Raises:
+        CheckpointError: See ``load``; ``out`` exists, is not beside the source, or cannot be written.
+        UnsupportedModelError: See ``load``.
+        PlanError: The growth cannot be planned, or the plan is for another model.
+        InsufficientMemoryError: The largest set of tensors does not fit.
+    """
+    start = perf_counter()
+    limit = n_bytes_of(max_shard_size)
+    _refuse_out(folder, out, overwrite)
+    source = load(folder)
+    model = source.model
+    with torch.no_grad():
+        found = describe(model)
+        if plan is None:
+            plan = plan_for(source, to=to, width=width, depth=depth, seed=seed)
+        check(plan, found)
+        check_blocks(plan, model)
+        config = _target_config(plan, model.config)
+        names = _parameters(plan, model)
+        n_params = sum(p.numel() for p in model.parameters())
+        tensors = tensors_of(model, None, found)
+        run = Execution(plan, tensors, {}, memory="lean")
+        layout = Layout(source, plan, tensors.values)
+        model.to("meta")  # the sources are let go one by one
+        _refuse_full(out, layout.n_bytes)
+        with aside(out, overwrite) as part:
+            shards = Shards(part, layout.targets, limit)
+            done = 0
+            for name, tensor in _grown(run, layout):
+                done += sum(shards.write(*one) for one in layout.on_disk(name, tensor).items())
+                on_progress(done, shards.n_bytes)
+                del tensor
+            shards.close()
+            config.save_pretrained(part)
+            left = _copy_others(folder, part)
+    notes = [*plan.notes]
+    if source.unused:
+        some = ", ".join(source.unused[:3])
+        notes.append(
+            f"{len(source.unused)} stored tensors are not of a {type(model).__name__} and were left out: {some}."
+        )
+    if left:
+        notes.append(f"not copied: {', '.join(left)}.")
+    sizes = sum(t.numel() * t.element_size() for t in layout.sources.values()), layout.n_bytes
+    target = sum(_n(plan.shapes(row)[1]) for row in plan.rows if row.source in names)
+    return GrownCheckpoint(
+        out,
+        plan,
+        (n_params, target),
+        sizes,
+        len(shards.files),
+        perf_counter() - start,
+        tuple(notes),
+    )
+
+
+def _refuse_out(folder: Path, out: Path, overwrite: bool) -> None:
+    source, target = folder.resolve(), out.resolve()
+    if source == target or source in target.parents or target in source.parents:
+        raise CheckpointError(
+            f"cannot write {out}: it is, is in, or holds the source {folder}; name another folder."
+        )
+    if not out.parent.is_dir():
+        raise CheckpointError(f"cannot write {out}: there is no folder {out.parent}.")
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not overwrite:
+        raise CheckpointError(f"{out} exists; name another folder, or pass --overwrite.")
+    if out.is_symlink() or not out.is_dir():
+        raise CheckpointError(f"cannot overwrite {out}: it is no folder.")
+    if any(out.iterdir()) and not (out / CONFIG).is_file():
+        raise CheckpointError(
+            f"cannot overwrite {out}: it holds no {CONFIG}, so it is no checkpoint; remove it yourself."
+        )
+
+
+def _refuse_full(out: Path, n_bytes: int) -> None:
+    free = shutil.disk_usage(out.parent).free
+    if free < n_bytes + SPARE:
+        raise CheckpointError(
+            f"cannot write {out}: the target takes {n_bytes / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free there."
+        )
+
+
+def _target_config(plan: GrowthPlan, config: Any) -> Any:
+    """The config of the target; raise PlanError where transformers would not load it."""
+    grown = grown_config(plan, config)
+    try:
+        type(config).from_dict(grown.to_dict())
+    except Exception as error:
+        sizes = ", ".join(f"{k}={n}" for k, n in plan.target_sizes.items())
+        raise PlanError(
+            f"transformers does not take a {plan.family} of {sizes}: {' '.join(str(error).split())}"
+        ) from error
+    return grown
+
+
+def _parameters(plan: GrowthPlan, model: Any) -> set[str]:
+    held = dict(model.named_parameters(remove_duplicate=False))
+    return {row.source for row in plan.rows if row.source in held}
+
+
+def _grown(run: Execution, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """Every target by name; sources are let go when they have been used."""
+    values = dict(run.sources.values)
+    same: dict[str, list[TensorRow]] = {}
+    for row in run.plan.rows:
+        if not run.plan.changes(row):
+            same.setdefault(row.source, []).append(row)
+    for one, staged in zip(run.sets, run.parts(), strict=True):
+        source = one.rows[0].source
+        yield from staged.values.items()
+        staged.values.clear()
+        yield from ((row.name, values[source]) for row in same.pop(source, []))
+        _let_go(values, source, layout)
+    for source, rows in same.items():
+        yield from ((row.name, values[source]) for row in rows)
+        run.sources.forget(source)
+        _let_go(values, source, layout)
+
+
+def _let_go(values: dict[str, Tensor], name: str, layout: Layout) -> None:
+    tensor = values.pop(name)
+    if name in layout.mapped:
+        page_out(tensor)
+
+
+def _copy_others(folder: Path, part: Path) -> list[str]:
+    """Copy what goes with a model (tokenizer, generation config, ...); give the names of what does not."""
+    left: list[str] = []
+    for path in sorted(folder.iterdir()):
+        if not path.is_file():
+            left.append(f"{path.name}/")
+        elif path.name.endswith(WEIGHTS):
+            if not path.name.endswith((".safetensors", ".index.json")):
+                left.append(path.name)
+        elif path.name != CONFIG:
+            shutil.copyfile(path, part / path.name)
+    return left
+
+
+def _n(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()

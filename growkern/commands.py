@@ -1,0 +1,242 @@
+"""The commands on saved checkpoints: plan, grow, verify, compare."""
+
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from growkern.plan import GrowthPlan
+
+T = TypeVar("T")
+LR = 1e-4
+FOLDER = typer.Argument(help="Folder that save_pretrained wrote.")
+To = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="2x (every width), or hidden=1024,layers=24; may be given again. Default 2x."
+    ),
+]
+Width = Annotated[
+    str | None, typer.Option(help="Width method: Lossless, 'HyperClone(noise_db=10)', ...")
+]
+Depth = Annotated[str | None, typer.Option(help="Depth method: IdentityBlocks, 'Stack()', ...")]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Of all noise. Default: the number of growths the checkpoint has had."
+    ),
+]
+Tokens = Annotated[int, typer.Option(min=2, help="Tokens of a row.")]
+
+
+def add(cli: typer.Typer) -> None:
+    """Add the commands to a command line."""
+    for command in (plan, grow, verify, compare):
+        cli.command()(command)
+
+
+def plan(
+    checkpoint: Annotated[Path, FOLDER],
+    to: To = None,
+    width: Width = None,
+    depth: Depth = None,
+    seed: Seed = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="File to write the plan to, for grow --plan."),
+    ] = None,
+) -> None:
+    """Show what a growth of a checkpoint would do, tensor by tensor; nothing is grown."""
+    options = _options(to, width, depth, seed)
+    with _failures("plan"):
+        from growkern.checkpoint import plan_for
+        from growkern.errors import CheckpointError
+        from growkern.saved import load
+
+        made = plan_for(load(checkpoint), **options)
+        typer.echo(made)
+        if json is not None:
+            try:
+                json.write_text(made.to_json() + "\n", encoding="utf-8")
+            except OSError as error:
+                raise CheckpointError(f"cannot write {json}: {error}") from None
+
+
+def grow(
+    checkpoint: Annotated[Path, FOLDER],
+    out: Annotated[Path, typer.Argument(help="Folder of the grown checkpoint.")],
+    to: To = None,
+    width: Width = None,
+    depth: Depth = None,
+    seed: Seed = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="What plan --json wrote, in place of the options above.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint that is at OUT.")
+    ] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "5GB",
+) -> None:
+    """Grow a checkpoint into another one, which from_pretrained loads. Needs little memory."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    if plan is not None and (to or width or depth or seed is not None):
+        raise typer.BadParameter(
+            "says already what to grow; leave --to, --width, --depth and --seed out.",
+            param_hint="--plan",
+        )
+    options: dict[str, Any] = {"plan": _saved(plan)} if plan is not None else {}
+    options |= {} if options else _options(to, width, depth, seed)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with _failures("grow"):
+        from growkern import checkpoint as checkpoints
+
+        bar = Progress(*columns, console=Console(stderr=True))
+        task = bar.add_task("growing")
+        with ExitStack() as shown:  # from the first tensor on: what is refused has no bar
+
+            def advance(done: int, total: int) -> None:
+                if not bar.live.is_started:
+                    shown.enter_context(bar)
+                bar.update(task, completed=done, total=total)
+
+            grown = checkpoints.grow(
+                checkpoint,
+                out,
+                overwrite=overwrite,
+                max_shard_size=max_shard_size,
+                on_progress=advance,
+                **options,
+            )
+        typer.echo(grown)
+
+
+def verify(
+    source: Annotated[Path, FOLDER],
+    target: Annotated[Path, typer.Argument(help="Folder of the grown checkpoint.")],
+    tokens: Tokens = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
+) -> None:
+    """Compare a grown checkpoint with its source on random inputs; exit code 1 where their outputs differ.
+
+    The table says too what got no gradient: units that no token reaches (behind a ReLU, in an expert) do not, nor do biases of keys.
+    """
+    with _failures("verify"):
+        import growkern
+        from growkern.batches import common_inputs
+        from growkern.saved import load
+
+        before, after = load(source).model, load(target).model
+        found = growkern.verify(before, after, common_inputs(before, after, 2, tokens, seed))
+        typer.echo(found)
+    if not found.same_function:
+        raise typer.Exit(1)
+
+
+def compare(
+    checkpoint: Annotated[Path, FOLDER],
+    methods: Annotated[
+        list[str],
+        typer.Option(
+            help="Lossless, 'FPI()', 'Stack()', 'AKI() + Stack()', ...; may be given again."
+        ),
+    ],
+    to: To = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Text to train on. Default: random tokens."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=0, help="AdamW steps after each growth.")] = 10,
+    tokens: Tokens = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 4,
+    lr: Annotated[float, typer.Option(min=0, help="Learning rate of the source.")] = LR,
+    seed: Seed = None,
+) -> None:
+    """Grow a checkpoint by several methods, in memory, train each for a few steps, and show losses side by side."""
+    sizes = _read("--to", lambda: _arguments().sizes_of(to or ["2x"]))
+    chosen = [_read("--methods", lambda one=one: _arguments().methods_of(one)) for one in methods]
+    with _failures("compare"):
+        import torch
+
+        import growkern
+        from growkern.batches import training_batches
+        from growkern.saved import load
+
+        model = load(checkpoint).model
+        batches = training_batches(
+            model, checkpoint, text, max(1, steps), batch_size, tokens, seed or 0
+        )
+        optim = torch.optim.AdamW(model.parameters(), lr=lr)
+        typer.echo(
+            growkern.compare(
+                model, optim, methods=chosen, batch=batches, to=sizes, steps=steps, seed=seed
+            )
+        )
+
+
+def _arguments() -> Any:
+    from growkern import arguments
+
+    return arguments
+
+
+def _options(
+    to: list[str] | None, width: str | None, depth: str | None, seed: int | None
+) -> dict[str, Any]:
+    read = _arguments()
+    return {
+        "to": _read("--to", lambda: read.sizes_of(to or ["2x"])),
+        "width": _read("--width", lambda: read.width_of(width)) if width else None,
+        "depth": _read("--depth", lambda: read.depth_of(depth)) if depth else None,
+        "seed": seed,
+    }
+
+
+def _read(option: str, read: Callable[[], T]) -> T:
+    """What an option says, or typer's message of what is wrong with it."""
+    from growkern.errors import PlanError
+
+    try:
+        return read()
+    except PlanError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
+
+
+def _saved(path: Path) -> "GrowthPlan":
+    from growkern.plan import GrowthPlan
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"cannot read it: {error}", param_hint="--plan") from None
+    return _read("--plan", lambda: GrowthPlan.from_json(text))
+
+
+@contextmanager
+def _failures(command: str) -> Generator[None]:
+    """A growth that fails is a sentence, and exit code 1."""
+    from growkern.errors import GrowthError
+
+    try:
+        yield
+    except GrowthError as error:
+        typer.echo(f"growkern {command} failed: {error}", err=True)
+        raise typer.Exit(1) from None

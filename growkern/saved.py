@@ -1,0 +1,168 @@
+"""A checkpoint that transformers saved: loaded, and how the tensors of its model lie on disk."""
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from growkern.describe import refuse_unknown
+from growkern.errors import CheckpointError, UnsupportedModelError
+from growkern.plan import GrowthPlan, TensorRow
+from growkern.shards import parsed, stored
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved model, loaded.
+
+    Attributes:
+        folder: Where it lies.
+        model: On the CPU, in evaluation mode, in the widest dtype that is stored; its weights are mapped from the shards.
+        dtypes: Name on disk -> dtype.
+        unused: Names on disk that the model has no place for.
+    """
+
+    folder: Path
+    model: Any
+    dtypes: Mapping[str, torch.dtype]
+    unused: tuple[str, ...]
+
+
+def load(folder: Path) -> Checkpoint:
+    """Load a checkpoint that ``save_pretrained`` wrote, after its files have been checked.
+
+    Args:
+        folder: With ``config.json`` and safetensors.
+
+    Returns:
+        The model of the class that its config names, and how it is stored.
+
+    Raises:
+        CheckpointError: It is incomplete, damaged, or not in safetensors; every reason at once.
+        UnsupportedModelError: No family describes its class, or it is quantised.
+    """
+    kind = _kind(folder)
+    dtypes = stored(folder)
+    floating = [dtype for dtype in dtypes.values() if dtype.is_floating_point]
+    widest = floating[0] if floating else torch.float32
+    for dtype in floating:
+        widest = torch.promote_types(widest, dtype)
+    with _quiet():
+        try:
+            model, info = kind.from_pretrained(
+                str(folder.resolve()),
+                dtype=widest,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # of many kinds: what is wrong with a config has its own
+            raise CheckpointError(
+                f"{folder}: transformers cannot load it as {kind.__name__}: {error}"
+            ) from error
+    problems = [*sorted(info["missing_keys"]), *map(str, info["error_msgs"])]
+    if problems:
+        raise CheckpointError(
+            f"{folder} is incomplete: {len(problems)} tensors of {kind.__name__} are not stored: {', '.join(problems[:5])}."
+        )
+    return Checkpoint(folder, model, dtypes, tuple(sorted(info["unexpected_keys"])))
+
+
+class Layout:
+    """How tensors of the model lie on disk: under which names, in which pieces, in which dtype.
+
+    Attributes:
+        rows: Target name -> row, of what is stored.
+        sources: What is stored of the source, on the meta device.
+        targets: The same of the target.
+        mapped: Sources that are what is on disk, as it is.
+        n_bytes: Of the targets.
+    """
+
+    def __init__(self, source: Checkpoint, plan: GrowthPlan, values: Mapping[str, Tensor]) -> None:
+        self.model = source.model
+        kept = set(self.model.state_dict()) - set(self.model._keys_to_ignore_on_save or ())  # pyright: ignore[reportPrivateUsage]
+        self.rows: dict[str, TensorRow] = {r.name: r for r in plan.rows if r.source in kept}
+        self.sources: dict[str, Tensor] = {}
+        self.targets: dict[str, Tensor] = {}
+        self.mapped: set[str] = set()
+        whole: dict[str, Tensor] = {}
+        for row in self.rows.values():
+            value = values[row.source]
+            shape = plan.shapes(row)[1]
+            before, after = (
+                self._reverted({name: torch.empty(dims, dtype=value.dtype, device="meta")})
+                for name, dims in ((row.source, value.shape), (row.name, shape))
+            )
+            whole[row.name] = torch.empty(shape, dtype=value.dtype, device="meta")
+            for old, new in zip(before, after, strict=True):
+                dtype = source.dtypes.get(old, value.dtype)
+                self.sources[old] = before[old].to(dtype)
+                self.targets[new] = after[new].to(dtype)
+            if source.dtypes.get(next(iter(before))) == value.dtype and len(before) == 1:
+                self.mapped.add(row.source)
+        shapes = {name: tensor.shape for name, tensor in self._reverted(whole).items()}
+        if shapes != {name: tensor.shape for name, tensor in self.targets.items()}:
+            raise UnsupportedModelError(
+                f"a checkpoint of {type(self.model).__name__} keeps several of the model's tensors in one, which is not grown on "
+                "disk: load it, grow it with expand_inplace, and save it."
+            )
+        self.n_bytes = sum(t.numel() * t.element_size() for t in self.targets.values())
+
+    def on_disk(self, name: str, tensor: Tensor) -> Mapping[str, Tensor]:
+        """A target as it is stored; nothing where the model does not store it."""
+        return self._reverted({name: tensor}) if name in self.rows else {}
+
+    def _reverted(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        from transformers import core_model_loading
+
+        revert: Any = core_model_loading.revert_weight_conversion
+        return revert(self.model, tensors)
+
+
+def _kind(folder: Path) -> Any:
+    """The class of transformers that a checkpoint's config names."""
+    import transformers
+
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder; give that of a saved checkpoint.")
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} holds no {CONFIG}; give what save_pretrained wrote.")
+    config = parsed(folder / CONFIG)
+    if "quantization_config" in config:
+        raise UnsupportedModelError(
+            f"{folder} is quantised; grow the checkpoint it was made from, and quantise the target."
+        )
+    named = config.get("architectures")
+    if not isinstance(named, list) or len(named) != 1:  # pyright: ignore[reportUnknownArgumentType]
+        raise UnsupportedModelError(
+            f'{folder / CONFIG} does not say which class it is of; add "architectures": ["LlamaForCausalLM"], or what it is.'
+        )
+    name = str(named[0])  # pyright: ignore[reportUnknownArgumentType]
+    kind = getattr(transformers, name, None)
+    if not isinstance(kind, type) or not hasattr(kind, "from_pretrained"):
+        raise UnsupportedModelError(f"{folder / CONFIG}: transformers has no class {name!r}.")
+    refuse_unknown(kind)
+    return kind
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Transformers without its progress bars and its table of what was loaded."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,232 @@
+"""Safetensors shards of a checkpoint: what they hold, a writer that takes tensors in any order, a folder that is whole or not there."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from growkern.errors import CheckpointError, PlanError, raise_all
+from growkern.memory import bytes_of
+from growkern.signals import uninterrupted
+
+SINGLE, INDEX, PATTERN = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model{suffix}.safetensors",
+)
+PICKLES = "pytorch_model*.bin"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+ALIGNMENT = 8  # of the header's end, as safetensors pads it
+
+
+def stored(folder: Path) -> dict[str, torch.dtype]:
+    """Read which tensors the shards of a checkpoint hold, from their headers.
+
+    Returns:
+        Name on disk -> dtype.
+
+    Raises:
+        CheckpointError: There are none, some are missing or cut short, or they do not hold what the index says; every reason
+            at once.
+    """
+    if (folder / SINGLE).is_file():
+        return _header(folder / SINGLE)
+    if not (folder / INDEX).is_file():
+        pickled = sorted(path.name for path in folder.glob(PICKLES))
+        raise CheckpointError(
+            f"{folder} holds no {SINGLE} and no {INDEX}"
+            + (
+                f", but {pickled[0]}: load it with from_pretrained and write it with save_pretrained, which makes safetensors."
+                if pickled
+                else "."
+            )
+        )
+    places: Any = parsed(folder / INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+        raise CheckpointError(f"{folder / INDEX} has no weight_map.")
+    by_file: dict[str, list[str]] = {}
+    for name, file in places.items():  # pyright: ignore[reportUnknownVariableType]
+        by_file.setdefault(str(file), []).append(str(name))  # pyright: ignore[reportUnknownArgumentType]
+    found: dict[str, torch.dtype] = {}
+    problems: list[str] = []
+    for file, names in sorted(by_file.items()):
+        if not (folder / file).is_file():
+            problems.append(f"{file}: is missing, with {len(names)} tensors ({names[0]}, ...).")
+            continue
+        try:
+            held = _header(folder / file)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        problems += [f"{name}: is not in {file}." for name in names if name not in held]
+        found |= held
+    raise_all(CheckpointError, f"{folder} is incomplete:", problems)
+    return found
+
+
+def parsed(path: Path) -> dict[str, Any]:
+    """Read a file of JSON; raise CheckpointError for anything but an object."""
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"cannot read {path}: it holds no JSON object.")
+    return found  # pyright: ignore[reportUnknownVariableType]
+
+
+def n_bytes_of(text: str) -> int:
+    """Read a size such as ``"5GB"``; raise PlanError for what is none."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B|)\s*", text.upper())
+    if match is None or (n_bytes := int(float(match[1]) * UNITS[match[2]])) < 1:
+        raise PlanError(f"cannot read the size {text!r}: such as 5GB or 500MB.")
+    return n_bytes
+
+
+def _header(path: Path) -> dict[str, torch.dtype]:
+    import safetensors
+
+    read: Any = safetensors.safe_open
+    try:
+        with read(path, "pt") as file:
+            codes: dict[str, str] = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path.name}: is damaged or cut short ({error}).") from None
+    if odd := sorted({code for code in codes.values() if code not in DTYPES}):
+        raise CheckpointError(
+            f"{path.name}: holds {', '.join(odd)}, which are not grown; {', '.join(DTYPES)} are."
+        )
+    return {name: DTYPES[code] for name, code in codes.items()}
+
+
+class Shards:
+    """Shards of known names and shapes, filled tensor by tensor, straight into the files.
+
+    Attributes:
+        files: Of the weights.
+        n_bytes: Of all tensors.
+    """
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Tensor], max_shard_size: int) -> None:
+        """Lay the shards out.
+
+        Args:
+            folder: Where they go; it exists.
+            tensors: Name -> tensor of the shape and dtype to come (on the meta device), in the order of the shards.
+            max_shard_size: In bytes; a tensor that is larger has a shard of its own.
+        """
+        from huggingface_hub import split_torch_state_dict_into_shards
+
+        split = split_torch_state_dict_into_shards(
+            dict(tensors), filename_pattern=PATTERN, max_shard_size=max_shard_size
+        )
+        self.folder, self.files = folder, tuple(split.filename_to_tensors)
+        self.n_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+        self._index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        self._left = dict(tensors)
+        self._at: dict[str, tuple[Path, int]] = {}
+        for file, names in split.filename_to_tensors.items():
+            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+            start = 0
+            for name in sorted(names, key=lambda n: (-tensors[n].element_size(), n)):  # aligned
+                t = tensors[name]
+                end = start + t.numel() * t.element_size()
+                header[name] = {
+                    "dtype": CODES[t.dtype],
+                    "shape": list(t.shape),
+                    "data_offsets": [start, end],
+                }
+                self._at[name], start = (folder / file, start), end
+            text = json.dumps(header, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % ALIGNMENT)
+            with open(folder / file, "wb") as opened:
+                opened.write(len(text).to_bytes(8, "little") + text)
+                opened.truncate(opened.tell() + start)
+            for name in names:
+                path, offset = self._at[name]
+                self._at[name] = path, 8 + len(text) + offset
+
+    def write(self, name: str, tensor: Tensor) -> int:
+        """Write a tensor, once; give its size in bytes."""
+        planned = self._left.pop(name)
+        assert tensor.shape == planned.shape, (name, tensor.shape, planned.shape)
+        path, offset = self._at[name]
+        data = bytes_of(tensor.to(planned.dtype))
+        with open(path, "r+b", buffering=0) as file:
+            file.seek(offset)
+            done = 0
+            while done < len(data):
+                done += file.write(data[done : done + (1 << 28)])
+        return len(data)
+
+    def close(self) -> None:
+        """Write the index where there are several shards; see to it that all that was promised was written."""
+        assert not self._left, [*self._left][:3]
+        if len(self.files) > 1:
+            text = json.dumps(self._index, indent=2, sort_keys=True) + "\n"
+            (self.folder / INDEX).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def aside(out: Path, overwrite: bool) -> Generator[Path]:
+    """Give a folder beside ``out`` to write to; renamed to ``out`` when all went well, removed when not.
+
+    Raises:
+        CheckpointError: ``out`` cannot be written.
+    """
+    tag = uuid4().hex[:8]
+    folder, replaced = (out.with_name(f".{out.name}.{tag}.{what}") for what in ("part", "replaced"))
+    try:
+        folder.mkdir()
+        yield folder
+        for path in (*folder.iterdir(), folder):
+            _sync(path)
+        with uninterrupted():
+            if overwrite and out.exists():
+                out.rename(replaced)
+            try:
+                folder.rename(out)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(out)
+                raise
+        _sync(out.parent)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"cannot write {out}: {error}. Nothing was changed.") from error
+        raise
+    finally:
+        if out.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,42 @@
+"""Saved checkpoints of tiny models, and the command line: shared by the tests."""
+
+import re
+from pathlib import Path
+
+from models import make
+from torch import nn
+from typer.testing import CliRunner, Result
+
+from growkern import cli
+
+INDEX = "model.safetensors.index.json"
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app(), [*map(str, arguments)])
+
+
+def said(result: Result) -> str:
+    """Output without the frames and line breaks that typer puts around it."""
+    return re.sub(r"[\s│]+", " ", result.output)
+
+
+def save(
+    folder: Path, family: str = "llama", *, tied: bool = True, shard: str = "20KB", **changes
+) -> nn.Module:
+    model = make(family, tied=tied, **changes).eval()
+    model.save_pretrained(folder, max_shard_size=shard)
+    return model
+
+
+def load(model: nn.Module, folder: Path, **options: object) -> nn.Module:
+    """By stock transformers; every tensor is there, and none too many."""
+    loaded, info = type(model).from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(info.values()), info
+    return loaded.eval()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }

@@ -1,0 +1,393 @@
+"""Growth of saved checkpoints on the command line: what is written is loaded by stock transformers."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from checkpoints import INDEX, contents, invoke, load, said, save
+from models import batch, logits, make
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import growkern
+from growkern import checkpoint, saved, shards
+from growkern.errors import CheckpointError
+
+OTHERS = [
+    "gpt_neox",
+    "opt",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "roberta",
+    "modernbert",
+    "vit",
+]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    save(tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "mixtral", *OTHERS])
+def test_a_sharded_checkpoint_grows_into_one_of_equal_logits(family, tied, tmp_path):
+    model = save(tmp_path / "source", family, tied=tied)
+    before = contents(tmp_path / "source")
+    assert INDEX in before and sum(name.endswith(".safetensors") for name in before) > 2
+    out = tmp_path / "out"
+
+    result = invoke(
+        "grow", tmp_path / "source", out, "--to", "hidden=2x,layers=4", "--max-shard-size", "60KB"
+    )
+
+    assert result.exit_code == 0, result.output
+    assert "function preserving" in result.output and str(out) in said(result).replace(" ", "")
+    grown = load(model, out)
+    ids = batch()
+    torch.testing.assert_close(logits(grown, ids), logits(model, ids), rtol=0, atol=1e-5)
+    growkern.expand_inplace(model, to={"hidden": "2x", "layers": 4})
+    live, stored = model.state_dict(), grown.state_dict()
+    assert live.keys() == stored.keys()
+    assert all(torch.equal(live[name], stored[name]) for name in live)
+    model.save_pretrained(tmp_path / "live", max_shard_size="60KB")
+    fields = [json.loads((tmp_path / f / "config.json").read_text()) for f in ("live", "out")]
+    assert fields[0] == fields[1]
+    places = [json.loads((tmp_path / f / INDEX).read_text())["weight_map"] for f in ("live", "out")]
+    assert places[0].keys() == places[1].keys()
+    assert contents(tmp_path / "source") == before
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "out", "live"}
+
+
+def test_shards_hold_what_the_index_says_and_no_more_than_was_asked(source, tmp_path):
+    out = tmp_path / "out"
+
+    result = invoke("grow", source, out, "--max-shard-size", "50KB")
+
+    assert result.exit_code == 0, result.output
+    index = json.loads((out / INDEX).read_text())
+    files = sorted(out.glob("*.safetensors"))
+    held = {}
+    for path in files:
+        tensors = load_file(path)
+        assert sum(t.numel() * t.element_size() for t in tensors.values()) <= 50_000
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+        held |= dict.fromkeys(tensors, path.name)
+    assert index["weight_map"] == held and len(files) > 2
+    assert index["metadata"]["total_size"] == sum(
+        t.numel() * t.element_size() for path in files for t in load_file(path).values()
+    )
+
+
+def test_a_small_target_is_one_file_without_an_index(source, tmp_path):
+    checkpoint.grow(source, tmp_path / "out")
+
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_dtype_of_the_checkpoint_is_kept(dtype, tmp_path):
+    model = make("llama", tied=True).to(dtype).eval()
+    model.save_pretrained(tmp_path / "source")
+
+    checkpoint.grow(tmp_path / "source", tmp_path / "out", to={"layers": 3})
+
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {dtype}
+    one, other = (load(model, tmp_path / name, dtype="auto") for name in ("source", "out"))
+    assert torch.equal(logits(one, batch()), logits(other, batch()))
+
+
+def test_each_tensor_of_a_mixed_checkpoint_keeps_its_own_dtype(tmp_path):
+    model = save(tmp_path / "source", "mixtral", shard="1GB")
+    file = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(
+        {n: t if "norm" in n or "gate" in n else t.bfloat16() for n, t in tensors.items()},
+        file,
+        {"format": "pt"},
+    )
+
+    checkpoint.grow(tmp_path / "source", tmp_path / "out", to={"hidden": "2x", "layers": 3})
+
+    grown = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(
+        t.dtype == (torch.float32 if "norm" in n or "gate" in n else torch.bfloat16)
+        for n, t in grown.items()
+    )
+    assert any(t.dtype == torch.float32 for t in grown.values())
+    load(model, tmp_path / "out")
+
+
+def test_names_without_the_prefix_of_the_class_are_read(tmp_path):
+    model = save(tmp_path / "source", "gpt2", shard="1GB")
+    file = tmp_path / "source" / "model.safetensors"
+    names = load_file(file)
+    short = {n.removeprefix("transformer."): t for n, t in names.items()}
+    save_file(short, file, {"format": "pt"})  # as the first GPT-2 checkpoints are
+
+    checkpoint.grow(tmp_path / "source", tmp_path / "out")
+
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == names.keys()
+    grown = load(model, tmp_path / "out")
+    torch.testing.assert_close(logits(grown, batch()), logits(model, batch()), rtol=0, atol=1e-5)
+
+
+def test_growths_are_on_record_and_draw_other_noise(source, tmp_path):
+    first = checkpoint.grow(source, tmp_path / "one", to={"ffn": 60})
+    second = checkpoint.grow(tmp_path / "one", tmp_path / "two", to={"ffn": 80})
+
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "two")
+    assert config.growkern_history == [first.plan.to_json(), second.plan.to_json()]
+    assert (first.plan.seed, second.plan.seed) == (0, 1)
+    assert config.intermediate_size == 80
+
+
+def test_what_goes_with_a_model_is_copied_and_the_rest_is_named(source, tmp_path):
+    for name in ("tokenizer.json", "optimizer.pt", "trainer_state.json"):
+        (source / name).write_text("{}")
+    (source / "onnx").mkdir()
+    hub = tmp_path / "hub"  # files as the hub's cache keeps them
+    hub.mkdir()
+    for path in source.iterdir():
+        (hub / path.name).symlink_to(path)
+
+    result = invoke("grow", hub, tmp_path / "out")
+
+    assert "not copied: onnx/, optimizer.pt, trainer_state.json." in said(result)
+    out = {p.name for p in (tmp_path / "out").iterdir()}
+    assert out == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
+
+
+def test_tensors_that_the_class_has_no_place_for_are_named(tmp_path):
+    model = save(tmp_path / "source", "bert", shard="1GB")
+    file = tmp_path / "source" / "model.safetensors"
+    more = load_file(file) | {"cls.seq_relationship.weight": torch.ones(2, 24)}
+    save_file(more, file, {"format": "pt"})
+
+    grown = checkpoint.grow(tmp_path / "source", tmp_path / "out")
+
+    assert "1 stored tensors are not of a BertForMaskedLM" in str(grown)
+    load(model, tmp_path / "out")
+
+
+def cut(folder: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def edit(name: str, **fields):
+    def change(folder: Path) -> None:
+        held = json.loads((folder / name).read_text()) | fields
+        (folder / name).write_text(json.dumps({k: v for k, v in held.items() if v is not None}))
+
+    return change
+
+
+def drop_tensor(index_too: bool):
+    def change(folder: Path) -> None:
+        index = json.loads((folder / INDEX).read_text())
+        file = folder / index["weight_map"].pop("model.norm.weight")
+        tensors = load_file(file)
+        del tensors["model.norm.weight"]
+        save_file(tensors, file, {"format": "pt"})
+        if index_too:
+            (folder / INDEX).write_text(json.dumps(index))
+
+    return change
+
+
+def pickled(folder: Path) -> None:
+    for path in [*folder.glob("*.safetensors"), folder / INDEX]:
+        path.unlink()
+    (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
+
+
+def swap_shape(folder: Path) -> None:
+    edit("config.json", hidden_size=48)(folder)
+
+
+SOURCES = {
+    "no-folder": (lambda f: f.rename(f.with_name("elsewhere")), "is no folder"),
+    "no-config": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
+    "bad-config": (lambda f: (f / "config.json").write_text("{"), "cannot read"),
+    "list-config": (lambda f: (f / "config.json").write_text("[]"), "holds no JSON object"),
+    "unknown-family": (
+        edit("config.json", architectures=["MambaForCausalLM"]),
+        "no family describes .*MambaForCausalLM",
+    ),
+    "unknown-class": (edit("config.json", architectures=["My"]), "has no class 'My'"),
+    "no-class": (edit("config.json", architectures=None), "does not say which class"),
+    "quantised": (edit("config.json", quantization_config={}), "is quantised"),
+    "unknown-type": (edit("config.json", num_attention_heads="x"), "transformers cannot load it"),
+    "shapes": (swap_shape, "transformers cannot load it as LlamaForCausalLM"),
+    "missing-shard": (
+        lambda f: (f / "model-00002-of-00003.safetensors").unlink(),
+        r"model-00002-of-00003.safetensors: is missing, with \d+ tensors",
+    ),
+    "cut-shard": (cut, "model-00002-of-00003.safetensors: is damaged or cut short"),
+    "no-weights": (
+        lambda f: [p.unlink() for p in [*f.glob("*.safetensors"), f / INDEX]],
+        "holds no model.safetensors and no",
+    ),
+    "no-index": (lambda f: (f / INDEX).unlink(), "holds no model.safetensors and no"),
+    "bad-index": (lambda f: (f / INDEX).write_text("{}"), "has no weight_map"),
+    "not-in-its-shard": (drop_tensor(False), "model.norm.weight: is not in model-0000"),
+    "missing-tensor": (drop_tensor(True), "1 tensors of LlamaForCausalLM are not stored: model.norm"),
+    "pickled": (pickled, "pytorch_model-00001-of-00002.bin: load it with from_pretrained and write"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "match"), SOURCES.values(), ids=SOURCES)
+def test_a_checkpoint_that_is_not_whole_is_refused_and_nothing_is_written(
+    change, match, source, tmp_path
+):
+    change(source)
+    before = contents(tmp_path)
+
+    for command in (["plan", source], ["grow", source, tmp_path / "out"]):
+        result = invoke(*command)
+
+        assert result.exit_code == 1, result.output
+        assert re.search(match, said(result)), result.output
+        assert contents(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+def test_every_missing_shard_is_named_at_once(source):
+    for path in sorted(source.glob("*.safetensors"))[1:]:
+        path.unlink()
+
+    with pytest.raises(CheckpointError, match="00002-of-00003.*\n.*00003-of-00003"):
+        saved.load(source)
+
+
+def test_tensors_of_other_dtypes_are_refused(tmp_path):
+    save(tmp_path / "source", shard="1GB")
+    file = tmp_path / "source" / "model.safetensors"
+    coded = {n: t.to(torch.float8_e4m3fn) for n, t in load_file(file).items()}
+    save_file(coded, file, {"format": "pt"})
+
+    with pytest.raises(CheckpointError, match="holds F8_E4M3, which are not grown"):
+        saved.load(tmp_path / "source")
+
+
+def existing(out: Path) -> None:
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+
+
+OUTS = {
+    "itself": ("source", [], None, "is, is in, or holds the source"),
+    "inside": ("source/out", [], None, "is, is in, or holds the source"),
+    "around": (".", ["--overwrite"], None, "is, is in, or holds the source"),
+    "no-parent": ("a/b", [], None, "there is no folder"),
+    "exists": ("out", [], existing, "exists; name another folder, or pass --overwrite"),
+    "no-checkpoint": ("out", ["--overwrite"], existing, "so it is no checkpoint; remove it yourself"),
+    "file": ("out", ["--overwrite"], lambda out: out.write_text(""), "it is no folder"),
+    "link": ("out", ["--overwrite"], lambda out: out.symlink_to("x"), "it is no folder"),
+    "shard-size": ("out", ["--max-shard-size", "big"], None, "cannot read the size 'big'"),
+    "plan": ("out", ["--to", "hidden=12"], None, "the target 12 is smaller"),
+    "config": ("out", ["--to", "hidden=25"], None, "does not take a llama of hidden=25.*not a multiple"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("out", "options", "make_it", "match"), OUTS.values(), ids=OUTS)
+def test_a_target_that_cannot_be_is_refused_and_nothing_is_written(
+    out, options, make_it, match, source, tmp_path
+):
+    if make_it:
+        make_it(tmp_path / out)
+    before = contents(tmp_path)
+
+    result = invoke("grow", source, tmp_path / out, *options)
+
+    assert result.exit_code == 1, result.output
+    assert re.search(match, said(result)), result.output
+    assert contents(tmp_path) == before
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_disk_that_is_too_full_is_refused_with_the_figures(source, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=10**5))
+
+    with pytest.raises(CheckpointError, match="takes 0.000161 GB, and 0.0001 GB are free"):
+        checkpoint.grow(source, tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()],
+    ids=lambda e: type(e).__name__,
+)
+@pytest.mark.parametrize("stage", ["write", "close", "_sync"])
+def test_a_growth_that_fails_on_its_way_leaves_what_was_there(
+    stage, error, overwrite, source, tmp_path, monkeypatch
+):
+    if overwrite:
+        checkpoint.grow(source, tmp_path / "out", to={"layers": 3})
+    before = contents(tmp_path)
+    owner = shards if stage == "_sync" else shards.Shards
+    original, calls = getattr(owner, stage), []
+
+    def fails(*arguments):
+        calls.append(original(*arguments))
+        if len(calls) > 4 or stage == "close":
+            raise error
+        return calls[-1]
+
+    monkeypatch.setattr(owner, stage, fails)
+    expected = CheckpointError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected):
+        checkpoint.grow(source, tmp_path / "out", overwrite=overwrite, max_shard_size="50KB")
+
+    assert contents(tmp_path) == before
+    assert {p.name for p in tmp_path.iterdir()} == {"source"} | ({"out"} if overwrite else set())
+
+
+def test_a_target_that_cannot_be_renamed_gives_back_what_it_was_to_replace(
+    source, tmp_path, monkeypatch
+):
+    checkpoint.grow(source, tmp_path / "out", to={"layers": 3})
+    before, rename, calls = contents(tmp_path), Path.rename, []
+
+    def fails(path, to):
+        calls.append(path.name)
+        if len(calls) == 2:  # what was there is aside
+            raise OSError(5, "Input/output error")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(CheckpointError, match="Input/output error. Nothing was changed"):
+        checkpoint.grow(source, tmp_path / "out", overwrite=True)
+
+    assert contents(tmp_path) == before and len(calls) == 3
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "out"}
+
+
+def test_overwrite_replaces_a_checkpoint_whole(source, tmp_path):
+    assert invoke("grow", source, tmp_path / "out", "--max-shard-size", "50KB").exit_code == 0
+    again = invoke("grow", source, tmp_path / "out")
+    assert again.exit_code == 1 and "exists" in again.output
+
+    result = invoke("grow", source, tmp_path / "out", "--overwrite", "--to", "layers=3")
+
+    assert result.exit_code == 0, result.output
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "out"}
+    assert not (tmp_path / "out" / INDEX).exists()
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert (config.hidden_size, config.num_hidden_layers) == (24, 3)

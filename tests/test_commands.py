@@ -1,0 +1,311 @@
+"""The commands on checkpoints: plan, verify, compare; and grow in a process of its own: memory, Ctrl-C, the progress bar."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from checkpoints import contents, invoke, said, save
+from models import make
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    save(tmp_path / "source")
+    return tmp_path / "source"
+
+
+def test_a_saved_plan_grows_the_same(source, tmp_path):
+    asked = ("--to", "hidden=36,layers=3", "--width", "Lossless(noise=0.5)", "--depth", "Stack", "--seed", 7)  # fmt: skip
+    before = contents(source)
+
+    shown = invoke("plan", source, *asked, "--json", tmp_path / "plan.json")
+
+    assert shown.exit_code == 0, shown.output
+    assert (
+        "Growth plan for llama: Lossless(noise=0.5" in shown.output and "24x36" not in shown.output
+    )
+    assert contents(source) == before and sorted(os.listdir(tmp_path)) == ["plan.json", "source"]
+    assert invoke("grow", source, tmp_path / "one", *asked).exit_code == 0
+    planned = invoke("grow", source, tmp_path / "two", "--plan", tmp_path / "plan.json")
+    assert planned.exit_code == 0, planned.output
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    refused = invoke("grow", source, tmp_path / "three", "--plan", tmp_path / "plan.json", *asked)
+    assert refused.exit_code == 2 and "leave --to" in said(refused)
+    other = invoke("grow", tmp_path / "one", tmp_path / "three", "--plan", tmp_path / "plan.json")
+    assert other.exit_code == 1 and not (tmp_path / "three").exists()
+
+
+def test_plan_refuses_what_transformers_would_not_load(source):
+    result = invoke("plan", source, "--to", "hidden=25")
+
+    assert result.exit_code == 1
+    assert "does not take a llama of hidden=25" in said(result) and "not a multiple" in said(result)
+
+
+def test_verify_tells_a_growth_that_kept_the_function_from_one_that_did_not(source, tmp_path):
+    for name, method in (("kept", "Lossless"), ("not", "AKI")):
+        assert invoke("grow", source, tmp_path / name, "--width", method).exit_code == 0
+
+    kept = invoke("verify", source, tmp_path / "kept")
+    other = invoke("verify", source, tmp_path / "not", "--tokens", 16)
+
+    assert kept.exit_code == 0 and re.search(r"logits error +\S+e-\d+ of \S+ +ok", kept.output)
+    assert other.exit_code == 1 and "DIFFERENT" in other.output
+
+
+@pytest.mark.parametrize("family", ["vit", "mixtral", "bert"])
+def test_verify_takes_what_the_model_takes(family, tmp_path):
+    save(tmp_path / "source", family)
+    assert invoke("grow", tmp_path / "source", tmp_path / "out").exit_code == 0
+
+    result = invoke("verify", tmp_path / "source", tmp_path / "out")
+
+    assert result.exit_code == 0, result.output
+
+
+def test_verify_sees_one_weight_that_was_changed(source, tmp_path):
+    invoke("grow", source, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] += 0.5
+    save_file(tensors, file, {"format": "pt"})
+
+    assert invoke("verify", source, tmp_path / "out").exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "options", "match"),
+    [
+        ("gpt2", {}, [], "a LlamaForCausalLM of 66 tokens did not grow into a GPT2LMHeadModel"),
+        ("llama", {"vocab_size": 50}, [], "of 66 tokens did not grow into a .* of 50"),
+        ("llama", {}, ["--tokens", "63"], "the model has 64 positions; --tokens 62 does"),
+    ],
+    ids=["class", "vocab", "tokens"],
+)
+def test_verify_refuses_what_cannot_be_compared(family, changes, options, match, source, tmp_path):
+    save(tmp_path / "other", family, **changes)
+
+    result = invoke("verify", source, tmp_path / "other", *options)
+
+    assert result.exit_code == 1 and re.search(match, said(result)), result.output
+
+
+def tokenizer(folder: Path) -> None:
+    words = {f"w{i}": i for i in range(60)} | {"[UNK]": 60, "[MASK]": 61}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="[UNK]", mask_token="[MASK]"
+    ).save_pretrained(folder)
+
+
+SMALL = ("--steps", "2", "--tokens", "8", "--batch-size", "2")
+
+
+def test_compare_shows_a_row_per_method(source, tmp_path):
+    before = contents(source)
+
+    result = invoke(
+        "compare", source, "--to", "hidden=2x,layers=3", "--methods", "Lossless", "--methods", "AKI() + Stack()",
+        "--methods", "DepthUpscale", *SMALL,
+    )  # fmt: skip
+
+    assert result.exit_code == 0, result.output
+    rows = re.findall(r"^(\S.*?)  +(trajectory|function|nothing) ", result.output, re.MULTILINE)
+    assert rows == [
+        ("(none)", "trajectory"),
+        ("Lossless()", "function"),
+        ("AKI() + Stack()", "nothing"),
+    ]
+    assert "DepthUpscale(): DepthUpscale: 2 layers grow to an even number" in result.output
+    assert contents(source) == before
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "vit"])
+def test_compare_has_a_loss_for_every_kind_of_head(family, tmp_path):
+    save(tmp_path / "source", family)
+
+    result = invoke("compare", tmp_path / "source", "--methods", "Lossless", *SMALL)
+
+    assert result.exit_code == 0, result.output
+    losses = re.findall(r"(?:trajectory|function) +\S+ +(\d+\.\d{4}) ", result.output)
+    assert len(losses) == 2 and losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_compare_trains_on_a_text_by_the_tokenizer_of_the_checkpoint(family, tmp_path):
+    save(tmp_path / "source", family)
+    tokenizer(tmp_path / "source")
+    (tmp_path / "text").write_text("w1 w2 " * 100)
+
+    results = [
+        invoke("compare", tmp_path / "source", "--methods", "Lossless", *SMALL[2:], "--steps", steps,
+               "--lr", "0.01", "--text", tmp_path / "text")
+        for steps in (1, 30)
+    ]  # fmt: skip
+
+    after = [float(re.search(r"\(none\).*?\d\.\d{4}  (\d\.\d{4})", r.output)[1]) for r in results]
+    assert after[1] < 0.5 * after[0]  # two words in turn are learnt
+
+
+@pytest.mark.parametrize(
+    ("words", "with_tokenizer", "match"),
+    [
+        ("w1 " * 15, True, "has 15 tokens, and a batch of 2 x 8 takes 16"),
+        ("w1 " * 40, False, "cannot read .* by a tokenizer of .* Leave --text out"),
+    ],
+    ids=["short", "no tokenizer"],
+)
+def test_a_text_that_cannot_be_used_is_refused(words, with_tokenizer, match, source, tmp_path):
+    if with_tokenizer:
+        tokenizer(source)
+    (tmp_path / "text").write_text(words)
+
+    result = invoke("compare", source, "--methods", "Lossless", *SMALL, "--text", tmp_path / "text")
+
+    assert result.exit_code == 1 and re.search(match, said(result)), result.output
+
+
+def test_compare_refuses_a_model_without_a_loss(tmp_path):
+    make("llama", tied=True).model.save_pretrained(tmp_path / "source")
+
+    result = invoke("compare", tmp_path / "source", "--methods", "Lossless", *SMALL)
+
+    assert result.exit_code == 1 and "a LlamaModel has no loss of its own" in said(result)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["plan", "x", "--width", "Stack"], "--width: there is no method 'Stack'"),
+        (["plan", "x", "--depth", "Stack(n=)"], "--depth: cannot read"),
+        (["plan", "x", "--to", "hidden"], None),
+        (["plan", "x", "--to", "hidden=2x", "--to", "4x"], "--to: cannot read '4x'"),
+        (["plan", "x", "--seed", "-1"], "--seed"),
+        (["grow", "x"], "Missing argument"),
+        (["grow", "x", "y", "--plan", "nowhere.json"], "does not exist"),
+        (["grow", "x", "y", "--plan", __file__], "--plan: cannot read the plan"),
+        (["compare", "x"], "Missing option '--methods'"),
+        (["compare", "x", "--methods", "Lossy"], "--methods: there is no method 'Lossy'"),
+        (["verify", "x", "y", "--tokens", "0"], "--tokens"),
+    ],
+    ids=lambda v: " ".join(v[:1] + v[2:3]) if isinstance(v, list) else "",
+)
+def test_wrong_options_are_refused_before_anything_is_read(arguments, match):
+    result = invoke(*arguments)
+
+    assert result.exit_code == (
+        1 if match is None else 2
+    )  # "hidden" is a size like "2x" until a model says no
+    assert match is None or match in said(result), result.output
+
+
+WIDTH = 512
+BIG = dict(hidden_size=WIDTH, num_attention_heads=8, num_key_value_heads=4, intermediate_size=3 * WIDTH, num_hidden_layers=6)  # fmt: skip
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+from growkern import checkpoint, memory
+
+torch.set_num_threads(1)
+small, big, out = map(Path, sys.argv[1:4])
+
+def resident(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+checkpoint.grow(small, out / "first")  # what is imported and allocated once
+memory.trim()
+start = resident("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+grown = checkpoint.grow(big, out / "big", to=eval(sys.argv[4]))
+print(resident("VmHWM") - start, *grown.n_bytes)
+"""
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 MB of Llama in one file, whose pages are let go as it is read, and 100 MB of Mixtral in shards."""
+    folder = tmp_path_factory.mktemp("big")
+    config = transformers.LlamaConfig(**BIG, vocab_size=6000, tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "llama")
+    config = transformers.MixtralConfig(
+        **(BIG | {"intermediate_size": WIDTH // 2}), vocab_size=6000, num_local_experts=8
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(
+        folder / "mixtral", max_shard_size="8MB"
+    )
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("family", "to", "share"),
+    [
+        ("llama", "2x", 0.2),  # of the target
+        ("llama", {"layers": 7}, 0.4),
+        ("mixtral", "2x", 0.7),  # experts are joined when they are loaded: the source is resident
+    ],
+    ids=str,
+)
+def test_peak_memory_stays_far_under_the_size_of_the_target(family, to, share, big, tmp_path):
+    save(tmp_path / "small")
+
+    out = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path / "small", big / family, tmp_path, repr(to)],
+        capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+    assert out.returncode == 0, out.stderr
+    peak, n_source, n_target = map(int, out.stdout.split()[-3:])
+    assert n_source > 60e6, "too small to measure"
+    assert peak < share * n_target, (peak / n_target, peak, n_source, n_target)
+
+
+def command(*arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "growkern.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_ctrl_c_leaves_nothing_behind(big, tmp_path):
+    before = contents(big / "llama")
+    process = command("grow", big / "llama", tmp_path / "out")
+    while not (parts := list(tmp_path.glob(".out.*.part/*"))):  # it writes
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=120)
+
+    assert process.returncode != 0 and parts and "Traceback" not in error, (out, error)
+    assert list(tmp_path.iterdir()) == []
+    assert contents(big / "llama") == before
+
+
+def test_a_bar_shows_the_bytes_and_the_summary_what_was_done(big, tmp_path):
+    process = command("grow", big / "llama", tmp_path / "out", "--max-shard-size", "100MB")
+
+    out, error = process.communicate(timeout=300)
+
+    assert process.returncode == 0, error
+    n_bytes = sum(
+        t.numel() * t.element_size()
+        for path in (tmp_path / "out").glob("*.safetensors")
+        for t in load_file(path).values()
+    )
+    assert f"{n_bytes / 1e6:.1f}/{n_bytes / 1e6:.1f} MB" in error and "growing" in error
+    assert f"{n_bytes:,}" in out and "function preserving" in out and "growing" not in out
