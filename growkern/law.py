@@ -214,6 +214,8 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
             found, wanted = plan.shapes(row)[1] if known else row.axes, target.shape(row.source)
             if found != wanted:
                 problems.append(f"{row.name}: has shape {found}, the target {wanted}.")
+            if row.offset != _offset(spec.tensors[row.source]):
+                problems.append(f"{row.name}: the model adds another offset to it.")
             if row.upper is not None and (
                 row.upper not in names
                 or spec.shape(row.upper) != spec.shape(row.source)
@@ -277,13 +279,19 @@ def _rows(
             continue
         own = tuple(keys[axis] for axis in axes)
         place = spec.block_of(source)
+        offset = _offset(axes)
         for name, index in _targets(spec, homes, source):
             if place is None or not deep.blocks:
-                yield TensorRow(name, source, own)
+                yield TensorRow(name, source, own, offset=offset)
                 continue
-            row = TensorRow(name, source, own, new=deep.blocks[index].new)
+            row = TensorRow(name, source, own, new=deep.blocks[index].new, offset=offset)
             row = _with_next(row, spec, axes, mixed, *place) if mixed else row
             yield _in_block(row, spec, deep, index, place[1])
+
+
+def _offset(axes: Sequence[AxisUse]) -> float:
+    """What the model adds to a tensor: to the gain of a norm."""
+    return next((axis.norm.offset for axis in axes if axis.norm), 0.0)
 
 
 def _with_next(

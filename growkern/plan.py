@@ -90,6 +90,7 @@ class TensorRow:
         upper: Name of the source tensor, of one shape with ``source``, that all but the first copies along ``upper_axis`` are
             taken from; None for ``source`` itself.
         upper_axis: See ``upper``.
+        offset: What the model adds to the tensor: the sum is what grows.
     """
 
     name: str
@@ -102,6 +103,7 @@ class TensorRow:
     grad_factor: float = 1.0
     upper: str | None = None
     upper_axis: int = 0
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,13 @@ class Norm:
         reads: The stream it normalises.
         kind: ``"rms"`` divides by the root mean square, ``"layer"`` subtracts the mean first.
         eps: Name of the module attribute that holds its epsilon.
+        offset: What the module adds to its parameter: the gain is ``offset + weight``.
     """
 
     reads: str
     kind: Literal["rms", "layer"]
     eps: str = "eps"
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ class ModelSpec:
         config_lists: Fields of ``model.config`` that hold one entry per block.
         config_eps: Field of ``model.config`` that holds the epsilon of the norms.
         hidden_is_heads: True when the model has no head_dim of its own: hidden = heads x head_dim.
-        powers: Stream -> the power of a size that the model multiplies it with, between what writes it and what reads it.
+        powers: Stream -> the power of a size that the model multiplies it with, between what writes it and what reads it. A stream
+            that nothing reads joins those of its space that norms read.
         rebuilt: Modules without parameters whose buffers follow from the config (rotary embeddings): made anew when head_dim grows.
         post_norm: True when norms write the residual stream itself: after every sum, or once after the embedding.
         fixed: Size -> why it cannot grow in this model.
@@ -265,8 +268,9 @@ def norm(
     kind: Literal["rms", "layer"],
     bias: bool | None = None,
     eps: str = "eps",
+    offset: float = 0.0,
 ) -> dict[str, TensorSpec]:
-    """Describe a normalisation with gain ``weight`` and, by default for LayerNorm, ``bias``."""
-    gain = AxisUse("gain", _segments(writes), Norm(reads, kind, eps))
+    """Describe a normalisation with gain ``offset + weight`` and, by default for LayerNorm, ``bias``."""
+    gain = AxisUse("gain", _segments(writes), Norm(reads, kind, eps, offset))
     has_bias = kind == "layer" if bias is None else bias
     return {f"{name}.weight": (gain,)} | ({f"{name}.bias": (writer(writes),)} if has_bias else {})

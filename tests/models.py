@@ -27,7 +27,7 @@ LLAMA = dict(
     eos_token_id=1,
 )
 EAGER = "eager"  # of experts: the other implementations of transformers refuse float64
-LLAMA_LIKE = ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
+LLAMA_LIKE = ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gemma2"]
 POST_NORM = ["bert", "roberta", "modernbert", "encoder_post"]  # hidden grows by whole multiples
 FAMILIES = ["gpt2", "gpt_neox", "opt", *LLAMA_LIKE, *POST_NORM, "vit", "encoder", "plain"]
 POSITIONS = ["gpt2", "opt", "bert", "roberta", "plain", "encoder", "encoder_post"]
@@ -62,6 +62,9 @@ SIZES = {
     | dict(bos_token_id=0, eos_token_id=1, cls_token_id=0, sep_token_id=1),
     "vit": HIDDEN | dict(intermediate_size=40, image_size=8, patch_size=4, num_labels=VOCAB),
     "qwen2": LLAMA,
+    "gemma2": LLAMA
+    | dict(head_dim=6, query_pre_attn_scalar=10, sliding_window=8)
+    | dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
     "mixtral": LLAMA | dict(num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": LLAMA
     | dict(head_dim=6, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40),
@@ -244,7 +247,8 @@ class Encoding(nn.Module):
 
 
 def exact_norms(monkeypatch) -> None:
-    """Let the RMSNorms of transformers compute in the input's dtype: they round to float32, which hides what float64 shows."""
+    """Let what rounds to float32 in transformers (RMSNorms, eager softmax, a scale) compute in the input's dtype: it hides what
+    float64 shows."""
     for name in LLAMA_LIKE:
         module, prefix = (
             getattr(transformers.models, name),
@@ -252,12 +256,21 @@ def exact_norms(monkeypatch) -> None:
         )
         kind = getattr(getattr(module, f"modeling_{name}"), f"{prefix}RMSNorm")
         monkeypatch.setattr(kind, "forward", _rms_norm)
+    scaled = transformers.models.gemma2.modeling_gemma2.Gemma2TextScaledWordEmbedding
+    monkeypatch.setattr(scaled, "forward", _scaled_embedding)
+    softmax = nn.functional.softmax
+    monkeypatch.setattr(nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
 
 
 def _rms_norm(self: nn.Module, x: Tensor) -> Tensor:
-    return self.weight * (
-        x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
-    )
+    gemma = type(self).__name__.startswith("Gemma")
+    gain, eps = (1 + self.weight, self.eps) if gemma else (self.weight, self.variance_epsilon)
+    return gain * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+
+
+def _scaled_embedding(self: nn.Embedding, ids: Tensor) -> Tensor:
+    assert abs(self.embed_scale / self.scalar_embed_scale - 1) < 1e-7  # the one is in float32
+    return nn.functional.embedding(ids, self.weight, self.padding_idx) * self.scalar_embed_scale
 
 
 def train(

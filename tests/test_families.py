@@ -331,7 +331,7 @@ PROBES = {
         "vocab_size": 70,
     },
 }
-PROBES |= dict.fromkeys(["mistral", "qwen2", "qwen3"], PROBES["llama"])
+PROBES |= dict.fromkeys(["mistral", "qwen2", "qwen3", "gemma2"], PROBES["llama"])
 PROBES |= {
     "gpt_neox": {k: v for k, v in PROBES["bert"].items() if "position" not in k},
     "opt": {"num_attention_heads": 8, "ffn_dim": 60, "vocab_size": 70}
@@ -418,7 +418,7 @@ BACKBONES = {
     "roberta": "roberta",
     "vit": "vit",
 } | dict.fromkeys(["opt", "llama", "mistral", "qwen2", "qwen3"], "model")
-BACKBONES |= dict.fromkeys(["mixtral", "qwen3_moe", "modernbert"], "model")
+BACKBONES |= dict.fromkeys(["mixtral", "qwen3_moe", "modernbert", "gemma2"], "model")
 
 
 @pytest.mark.parametrize("family", BACKBONES)

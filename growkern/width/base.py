@@ -58,8 +58,8 @@ def spaces(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[Space]:
 
 
 def normed(spec: ModelSpec) -> set[str]:
-    """The streams that norms read."""
-    return {norm.reads for _, _, norm in spec.norms()}
+    """The streams that norms read, and those that join them once the model has multiplied them."""
+    return {*(norm.reads for _, _, norm in spec.norms()), *spec.powers}
 
 
 def even(index_map: IndexMap) -> Contract:
