@@ -54,6 +54,7 @@ EXACT = [
     for to in (["2x", "3x"] if f not in LLAMA_LIKE else ["2x", "1.5x", {"hidden": 42, "ffn": 101}])
 ]
 EXACT += [("gpt2", {"ffn": 131}), ("bert", {"ffn": 57}), ("llama", {"heads": 8})]
+EXACT += [("t5", "1.5x"), ("t5", {"hidden": 42, "ffn": 101, "heads": 7})]
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -13,6 +13,7 @@ from growkern.families import (
     modernbert,
     moe,
     opt,
+    t5,
     vit,
 )
 from growkern.spaces import ModelSpec
@@ -47,6 +48,9 @@ FAMILIES: dict[str, Callable[..., ModelSpec]] = {
     ),
     "RobertaForMaskedLM": partial(bert.describe, base="roberta.", mlm=bert.ROBERTA_HEAD),
     "RobertaModel": partial(bert.describe, base="", mlm=None, pooler=True),
+    "T5EncoderModel": partial(t5.describe, decoder=False, head=False),
+    "T5ForConditionalGeneration": t5.describe,
+    "T5Model": partial(t5.describe, head=False),
     "TransformerEncoder": encoder.describe,
     "TransformerEncoderLayer": encoder.describe_layer,
     "ViTForImageClassification": vit.describe,

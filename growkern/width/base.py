@@ -41,10 +41,11 @@ def refuse(
     spec: ModelSpec, sizes: Mapping[str, int], who: str, problems: Iterable[str] = ()
 ) -> None:
     """Raise PlanError for sizes that a method does not grow, and for its other problems."""
+    deep = {"layers", *(stack.size for stack in spec.stacks)}
     found = [
         f"{name}: {who} does not grow it ({spec.sizes[name]} -> {n}); it grows {', '.join(GROWS)}."
         for name, n in sizes.items()
-        if n != spec.sizes[name] and name not in (*GROWS, "layers")
+        if n != spec.sizes[name] and name not in {*GROWS, *deep}
     ]
     raise_all(PlanError, f"cannot widen {spec.family}:", [*found, *problems])
 
