@@ -623,7 +623,19 @@ def test_the_fast_path_of_a_grown_encoder_computes_what_the_slow_one_does(family
 
 
 @pytest.mark.parametrize(
-    "family", ["gpt_neox", "opt", "mixtral", "qwen3_moe", "roberta", "modernbert", "vit", "encoder"]
+    "family",
+    [
+        "gpt_neox",
+        "opt",
+        "mixtral",
+        "qwen3_moe",
+        "roberta",
+        "modernbert",
+        "vit",
+        "encoder",
+        "t5",
+        "gemma2",
+    ],
 )
 def test_the_grown_run_of_every_layout_is_the_source_run(family, monkeypatch):
     """Of fused, interleaved, three- and four-dimensional tensors: state, learning rates, epsilon and decay are the law's."""
