@@ -5,7 +5,8 @@ https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models
 Pre-norm RMSNorm, scores that are not scaled, gated or plain FFNs. Encoder and decoder share their embedding, and with it the residual
 space. The first block of each holds the table of relative positions, one column per head, that all of them add to their scores: so the
 self-attentions of a stack share their heads. With a tied head (``scale_decoder_outputs``) what the decoder's last norm writes is
-divided by ``sqrt(hidden)``. head_dim is kept.
+divided by ``sqrt(hidden)``. head_dim is kept. Sizes ``layers`` and ``decoder_layers`` grow by themselves; where the decoder is the
+deeper one, ``generate()`` of transformers 5.23 wants a cache made from ``model.decoder.config``: its own counts ``num_layers``.
 """
 
 from typing import Protocol
