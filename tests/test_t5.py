@@ -10,7 +10,7 @@ from models import batch, exact_norms, grow, logits, loss_of, make, run, train
 
 import growkern
 from growkern import depth, width
-from growkern.errors import PlanError
+from growkern.errors import PlanError, UnsupportedModelError
 from growkern.index_map import IndexMap
 from growkern.width.base import even
 
@@ -222,6 +222,23 @@ def test_new_blocks_of_both_stacks_train_and_are_in_the_optimizer():
 def test_what_t5_cannot_is_refused(changes, to, match):
     with pytest.raises(PlanError, match=match):
         grow(make("t5", tied=True, **changes), to=to)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"config": {"nowhere.d_model": "hidden"}}, "names 'nowhere', but the model has no such"),
+        ({"others": (growkern.Blocks("decoder", size="decoder_layers"),)}, "it is no ModuleList"),
+        ({"others": (growkern.Blocks("decoder.block", size="depth"),)}, "the spec says depth=None"),
+    ],
+    ids=str,
+)
+def test_a_spec_with_stacks_or_configs_that_are_not_there_is_refused(changes, match):
+    model = make("t5", tied=True)
+    spec = dataclasses.replace(growkern.describe(model), leaves={}, **changes)
+
+    with pytest.raises(UnsupportedModelError, match=match):
+        growkern.describe(model, spec)
 
 
 def test_a_plan_whose_second_stack_is_another_is_refused():
