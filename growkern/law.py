@@ -3,7 +3,8 @@
     writer: weight x w, gradient x u        reader: weight x u, gradient x w
     gain of a norm from stream a to stream b: weight x w_b sqrt(f) / w_a, gradient x u_b w_a / sqrt(f)
 
-where ``f`` is the factor by which the norm's mean square changes, which its epsilon must follow.
+where ``f`` is the factor by which the norm's mean square changes, which its epsilon must follow. A gain is what the model multiplies
+with: ``offset + weight`` in some.
 """
 
 from collections import defaultdict
