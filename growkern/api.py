@@ -244,7 +244,7 @@ def expand_inplace(
         target_sizes=dict(plan.target_sizes),
         n_params_source=n_params,
         n_params_target=sum(p.numel() for p in model.parameters()),
-        n_new_blocks=sum(block.new for block in plan.blocks),
+        n_new_blocks=sum(block.new for blocks in plan.stacks.values() for block in blocks),
         preserves="gradient" if kept == "trajectory" and not carried else kept,
         reasons=plan.reasons,
         n_bytes_read=sum(one.n_read for one in runs),

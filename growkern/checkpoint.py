@@ -79,7 +79,7 @@ def plan_for(
 ) -> GrowthPlan:
     """Plan a growth of a checkpoint, as ``growkern.plan`` does; raise PlanError too where transformers would not load the target."""
     plan = plan_growth(source.model, to=to, width=width, depth=depth, seed=seed)
-    _target_config(plan, source.model.config)
+    _target_config(plan, source.model)
     return plan
 
 
@@ -133,7 +133,7 @@ def grow(
             plan = plan_for(source, to=to, width=width, depth=depth, seed=seed)
         check(plan, found)
         check_blocks(plan, model)
-        config = _target_config(plan, model.config)
+        config = _target_config(plan, model)
         names = _parameters(plan, model)
         n_params = sum(p.numel() for p in model.parameters())
         tensors = tensors_of(model, None, found)
@@ -200,9 +200,10 @@ def _refuse_full(out: Path, n_bytes: int) -> None:
         )
 
 
-def _target_config(plan: GrowthPlan, config: Any) -> Any:
+def _target_config(plan: GrowthPlan, model: Any) -> Any:
     """The config of the target; raise PlanError where transformers would not load it."""
-    grown = grown_config(plan, config)
+    config = model.config
+    grown = grown_config(plan, model, config)
     try:
         type(config).from_dict(grown.to_dict())
     except Exception as error:

@@ -81,9 +81,9 @@ def _model(
         del staged
         if held:
             raise KeyboardInterrupt
-    if plan.blocks:
-        blocks = _new_blocks(plan, fresh, model)
-        container = model.get_submodule(plan.path)
+    for path in plan.stacks:
+        blocks = _new_blocks(plan, path, fresh, model)
+        container = model.get_submodule(path)
         undo.items(container._modules, {str(i): block for i, block in enumerate(blocks)})  # pyright: ignore[reportPrivateUsage]
     _attributes(plan, model, undo)
     _guard(plan, model, target, undo)
@@ -92,14 +92,12 @@ def _model(
         grow_optimizer(plan, fresh, target, source, params, undo)
 
 
-def _new_blocks(plan: GrowthPlan, staged: Tensors, model: nn.Module) -> list[nn.Module]:
-    """Every block of the target: the live ones, and copies of modules (not of their tensors) for new ones."""
-    if not plan.blocks:
-        return []
-    live = [m for m in model.get_submodule(plan.path)._modules.values() if m is not None]  # pyright: ignore[reportPrivateUsage]
+def _new_blocks(plan: GrowthPlan, path: str, staged: Tensors, model: nn.Module) -> list[nn.Module]:
+    """Every block of a stack of the target: the live ones, and copies of modules (not of their tensors) for new ones."""
+    live = [m for m in model.get_submodule(path)._modules.values() if m is not None]  # pyright: ignore[reportPrivateUsage]
     shared: dict[int, object] = {id(c): c for c in _configs(model)}
     blocks: list[nn.Module] = []
-    for index, block in enumerate(plan.blocks):
+    for index, block in enumerate(plan.stacks[path]):
         source = live[block.source]
         if block.new:
             own = set(source.modules())
@@ -107,16 +105,16 @@ def _new_blocks(plan: GrowthPlan, staged: Tensors, model: nn.Module) -> list[nn.
             memo |= {id(o): o for m in own for o in _hook_owners(m) if o not in own}
             for name, p in source.named_parameters():
                 memo[id(p)] = nn.Parameter(
-                    staged.values[f"{plan.path}.{index}.{name}"], requires_grad=p.requires_grad
+                    staged.values[f"{path}.{index}.{name}"], requires_grad=p.requires_grad
                 )
             for name, b in source.named_buffers():
-                if f"{plan.path}.{index}.{name}" in staged.values:
-                    memo[id(b)] = staged.values[f"{plan.path}.{index}.{name}"]
+                if f"{path}.{index}.{name}" in staged.values:
+                    memo[id(b)] = staged.values[f"{path}.{index}.{name}"]
             try:
                 blocks.append(copy.deepcopy(source, memo))  # pyright: ignore[reportArgumentType]
             except Exception as error:
                 raise CommitError(
-                    f"cannot copy block {plan.path}.{block.source} ({error}); take what cannot be copied off its modules, "
+                    f"cannot copy block {path}.{block.source} ({error}); take what cannot be copied off its modules, "
                     "grow, and put it back. Nothing was changed."
                 ) from error
         else:
@@ -134,12 +132,11 @@ def _hook_owners(module: nn.Module) -> list[object]:
 
 def check_blocks(plan: GrowthPlan, model: nn.Module) -> None:
     """Raise UnsupportedModelError where a block that is copied has a patched forward: the copy would run the original's."""
-    live = model.get_submodule(plan.path) if plan.path else nn.Module()
-    copied = sorted({block.source for block in plan.blocks if block.new})
+    copied = {f"{at}.{b.source}": None for at, bs in plan.stacks.items() for b in bs if b.new}
     patched = [
-        f"{plan.path}.{i}.{name}".rstrip(".")
-        for i in copied
-        for name, module in live.get_submodule(str(i)).named_modules()  # pyright: ignore[reportUnknownVariableType]
+        f"{block}.{name}".rstrip(".")
+        for block in copied
+        for name, module in model.get_submodule(block).named_modules()  # pyright: ignore[reportUnknownVariableType]
         if isinstance(vars(module).get("forward"), FunctionType)  # pyright: ignore[reportUnknownArgumentType]
     ]
     if patched:
@@ -192,9 +189,9 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo) -> None:
         module = model.get_submodule(owner)
         undo.attribute(module, name, getattr(module, name) * factor)
     own: Any = vars(model).get("config")
-    copies = {id(config): _grown_config(plan, config) for config in _configs(model)}
+    copies = {id(config): _grown_config(plan, model, config) for config in _configs(model)}
     if hasattr(own, "to_dict"):  # of transformers: saved with the model
-        copies[id(own)] = grown_config(plan, own)
+        copies[id(own)] = grown_config(plan, model, own)
     for module in model.modules():
         if (config := vars(module).get("config")) is not None and copies[id(config)] is not config:
             undo.attribute(module, "config", copies[id(config)])
@@ -204,20 +201,23 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo) -> None:
             undo.attribute(old, name, b.to(getattr(old, name)))
 
 
-def grown_config(plan: GrowthPlan, config: Any) -> Any:
+def grown_config(plan: GrowthPlan, model: nn.Module, config: Any) -> Any:
     """A copy of a config of transformers with the target's sizes and this growth on record."""
-    grown = _grown_config(plan, config)
+    grown = _grown_config(plan, model, config)
     grown = copy.deepcopy(config) if grown is config else grown
     grown.growkern_history = [*(getattr(config, "growkern_history", None) or []), plan.to_json()]
     return grown
 
 
-def _grown_config(plan: GrowthPlan, config: Any) -> Any:
+def _grown_config(plan: GrowthPlan, model: nn.Module, config: Any) -> Any:
     """A copy of a config with the target's sizes, so that other models built from the same object stay whole."""
     order = [block.source for block in plan.blocks]
-    changed: dict[str, object] = {
-        k: v for k, v in plan.config.items() if getattr(config, k, None) != v
-    }
+    fields: dict[str, float] = {}
+    for key, value in sorted(plan.config.items(), key=lambda item: "." in item[0]):
+        owner, _, name = key.rpartition(".")
+        if not owner or vars(model.get_submodule(owner)).get("config") is config:
+            fields[name] = value
+    changed: dict[str, object] = {k: v for k, v in fields.items() if getattr(config, k, None) != v}
     for name in plan.config_lists:
         entries: Any = getattr(config, name, None)
         if isinstance(entries, list) and order and order != list(range(len(order))):

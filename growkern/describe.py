@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from growkern.errors import UnsupportedModelError, raise_all
 from growkern.families import FAMILIES
-from growkern.spaces import SHARE, ModelSpec, size_value
+from growkern.spaces import SHARE, Blocks, ModelSpec, size_value
 from growkern.state import MASTER, MASTER_GRAD
 from growkern.tensors import Tensors
 
@@ -148,7 +148,10 @@ def refuse_unknown(kind: type) -> None:
 def _family(model: nn.Module) -> ModelSpec:
     kind = type(model)
     refuse_unknown(kind)
-    return FAMILIES[kind.__name__](CONFIGS[kind.__module__.partition(".")[0]](model))
+    spec = FAMILIES[kind.__name__](CONFIGS[kind.__module__.partition(".")[0]](model))
+    live = dict(model.named_parameters(remove_duplicate=False))
+    same = {a: b for a, b in spec.ties.items() if live.get(a) is live.get(b)}
+    return replace(spec, ties=same)  # transformers unties what a checkpoint holds two values of
 
 
 def _wrappers(model: nn.Module) -> Iterator[str]:
@@ -247,6 +250,9 @@ def _absent(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
         owner, _, name = where.rpartition(".")
         if where in spec.attributes and not hasattr(modules.get(owner), name):
             yield f"{where}: the spec names it, but the model has no such attribute."
+        module = owner.removeprefix("config").removeprefix(".")
+        if where not in spec.attributes and module not in modules:
+            yield f"{where}: the spec names {module!r}, but the model has no such module."
         try:
             size_value("layers" if size == "block" else size, spec.sizes)
         except KeyError as error:
@@ -261,20 +267,23 @@ def _absent(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
             for c in read
             if c not in written and c != SHARE
         )
-    if spec.blocks is None:
-        return
-    container = modules.get(spec.blocks.path)
+    for stack in spec.stacks:
+        yield from _misplaced(stack, spec, modules.get(stack.path))
+
+
+def _misplaced(stack: Blocks, spec: ModelSpec, container: nn.Module | None) -> Iterator[str]:
+    """What a model has otherwise than the spec's stack of blocks."""
     if not isinstance(container, nn.ModuleList):
-        yield f"{spec.blocks.path}: the spec says blocks lie there, but it is no ModuleList of the model."
-    elif len(container) != spec.sizes.get("layers"):
-        said, n = spec.sizes.get("layers"), len(container)
-        yield f"{spec.blocks.path}: holds {n} blocks, the spec says layers={said}; set it to {n}."
+        yield f"{stack.path}: the spec says blocks lie there, but it is no ModuleList of the model."
+    elif len(container) != spec.sizes.get(stack.size):
+        said, n = spec.sizes.get(stack.size), len(container)
+        yield f"{stack.path}: holds {n} blocks, the spec says {stack.size}={said}; set it to {n}."
     elif len({id(block) for block in container}) < len(container):
-        yield f"{spec.blocks.path}: layers share one module, so it cannot gain layers; leave blocks out of the spec to grow in width."
+        yield f"{stack.path}: layers share one module, so it cannot gain layers; leave blocks out of the spec to grow in width."
     else:
-        for name in (*spec.blocks.identity, *spec.blocks.carries):
-            if f"{spec.blocks.path}.0.{name}" not in spec.tensors:
-                yield f"{spec.blocks.path}.0.{name}: the spec's blocks name it, but there is no such tensor."
+        for name in (*stack.identity, *stack.carries):
+            if f"{stack.path}.0.{name}" not in spec.tensors:
+                yield f"{stack.path}.0.{name}: the spec's blocks name it, but there is no such tensor."
 
 
 def _directed(spec: ModelSpec, tied: str, first: str) -> tuple[str, str]:

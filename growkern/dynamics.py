@@ -32,6 +32,7 @@ class Multiplier:
     grad: tuple[Vector, ...] = ()
     gain: float = 1.0
     units: tuple[Vector, ...] | None = None
+    offset: float = 0.0
 
     @property
     def trivial(self) -> bool:
@@ -70,7 +71,8 @@ def multipliers(
         if dynamics == "exact":
             update = tuple(_no_zero(axis.weight_scale) for axis in axes)
             grad = tuple(_no_zero(axis.grad_scale) for axis in axes)
-            one = Multiplier(update, grad, _gain(plan, law, described, row, matrix_norm=True))
+            gain = _gain(plan, law, described, row, matrix_norm=True)
+            one = Multiplier(update, grad, gain, offset=row.offset)
         else:
             powers = law.lr or (0, 0)
             update = tuple(
@@ -146,7 +148,8 @@ def scales(
             mine = new.update if new.units is None else new.units
             units = _along(old.seen, maps, mine, p)
         grad = _along(old.grad, maps, new.grad, p)
-        grown[row.name] = Scale(update, grad, old.gain * new.gain, units)
+        offset = new.offset or old.offset
+        grown[row.name] = Scale(update, grad, old.gain * new.gain, units, offset)
     return grown
 
 

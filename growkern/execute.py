@@ -18,7 +18,7 @@ from growkern.memory import free_bytes, trim
 from growkern.pieces import Cutter, Given
 from growkern.plan import GrowthPlan, TensorRow
 from growkern.quantised import N_BYTES, decoded, encoded, is_coded, scale_key
-from growkern.reference import Piece
+from growkern.reference import Piece, arithmetic
 from growkern.state import GRADIENT, MASTER, MASTER_GRAD, VALUE, Rule
 from growkern.tensors import Tensors
 
@@ -122,6 +122,16 @@ class Execution:
         self.n_written += sum(piece.n_written for piece in pieces)
         cutter.n_read = 0
         _run(pieces, self.backend)
+        for row, _, target, rule, _ in jobs:
+            if row.offset and row.constant is None and rule.value:
+                self._shift(row, target)
+
+    def _shift(self, row: TensorRow, target: Tensor) -> None:
+        """``s w`` -> ``s (w + offset) - offset``; nothing where ``s`` is 1."""
+        (axis,) = self.plan.axis_maps(row)
+        shift = [row.offset * (s - 1) for s in axis.weight_scale.expanded()]
+        if any(shift):
+            target += torch.tensor(shift, dtype=arithmetic(target.dtype), device=target.device)
 
     def _coded(self, one: TensorSet, staged: Tensors) -> None:
         """Bring state that is kept in 8 bits back to them."""

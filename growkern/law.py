@@ -3,7 +3,8 @@
     writer: weight x w, gradient x u        reader: weight x u, gradient x w
     gain of a norm from stream a to stream b: weight x w_b sqrt(f) / w_a, gradient x u_b w_a / sqrt(f)
 
-where ``f`` is the factor by which the norm's mean square changes, which its epsilon must follow.
+where ``f`` is the factor by which the norm's mean square changes, which its epsilon must follow. A gain is what the model multiplies
+with: ``offset + weight`` in some.
 """
 
 from collections import defaultdict
@@ -15,8 +16,11 @@ from growkern.axes import axis_maps, lawful, locked, norm_factors
 from growkern.errors import PlanError, raise_all
 from growkern.methods import BlockRow, Depth, DepthMethod, WidthMethod
 from growkern.plan import AxisMap, GrowthPlan, TensorRow
-from growkern.spaces import AxisUse, ModelSpec, size_value, written
+from growkern.spaces import AxisUse, Blocks, ModelSpec, size_value, written
 from growkern.state import DYNAMICS, STATES
+
+# stack -> source block -> the target blocks that copy it
+Homes = Mapping[str, Mapping[int, list[int]]]
 
 
 def build(
@@ -71,34 +75,15 @@ def build(
     ]
     raise_all(PlanError, f"cannot grow {spec.family}:", problems)
     wide = width.widen(spec, sizes)
-    n_layers = spec.sizes.get("layers", 0)
-    deep = _deepened(spec, depth, n_layers, sizes) if n_layers else Depth(())
-    if spec.blocks is None and n_layers:
-        raise_all(
-            PlanError,
-            f"cannot deepen {spec.family}:",
-            ["the spec names no blocks."] if sizes["layers"] != n_layers else [],
-        )
-    if (
-        deep.identity
-        and any(b.new for b in deep.blocks)
-        and spec.blocks
-        and not spec.blocks.identity
-    ):
-        raise PlanError(
-            f"cannot add identity blocks to {spec.family}: its spec says not which tensors make a block the identity."
-        )
-    if any(block.branch != 1 for block in deep.blocks):
-        own = spec.blocks
-        why = "its norms come after them" if own and own.carries else "its spec does not name them"
-        if own is None or own.carries or not own.branches:
-            raise PlanError(f"cannot scale the branches of {spec.family}: {why}.")
-    homes = _homes(deep.blocks)
+    if spec.blocks is None and sizes.get("layers") != spec.sizes.get("layers"):
+        raise PlanError(f"cannot deepen {spec.family}:\n  the spec names no blocks.")
+    deep = {stack.path: _deepened(spec, stack, depth, sizes) for stack in spec.stacks}
+    homes = {path: _homes(one.blocks) for path, one in deep.items()}
     factors = norm_factors(spec, wide)
     unequal = [stream for stream, factor in factors.items() if factor is None]
     reasons = (
         *wide.reasons,
-        *deep.reasons,
+        *dict.fromkeys(reason for one in deep.values() for reason in one.reasons),
         *(f"the norms of {s!r} see unequal copies" for s in unequal),
     )
     keys = {axis: str(axis) for axes in spec.tensors.values() for axis in axes}
@@ -126,7 +111,8 @@ def build(
         axes=axes,
         rows=tuple(_rows(spec, deep, homes, keys, axes if wide.next_layer else {})),
         path=spec.blocks.path if spec.blocks else "",
-        blocks=deep.blocks if spec.blocks else (),
+        blocks=deep[spec.blocks.path].blocks if spec.blocks else (),
+        others={stack.path: deep[stack.path].blocks for stack in spec.others},
         ties=dict(spec.ties),
         counters=spec.counters,
         attributes=_attributes(spec, homes, sizes),
@@ -151,27 +137,34 @@ def build(
 
 
 def _deepened(
-    spec: ModelSpec, depth: DepthMethod, n_layers: int, sizes: Mapping[str, int]
+    spec: ModelSpec, stack: Blocks, depth: DepthMethod, sizes: Mapping[str, int]
 ) -> Depth:
     """What the method says, with new blocks that copy only what can be copied, and are what the spec knows of them."""
-    deep = depth.deepen(n_layers, sizes["layers"])
-    new = [block for block in deep.blocks if block.new]
-    if spec.blocks is None or not new:
+    n_layers, n_target = spec.sizes[stack.size], sizes[stack.size]
+    if spec.others and n_target == n_layers:  # the method is for another stack
+        return Depth(tuple(map(BlockRow, range(n_layers))))
+    deep = depth.deepen(n_layers, n_target)
+    if any(block.branch != 1 for block in deep.blocks) and (stack.carries or not stack.branches):
+        why = "its norms come after them" if stack.carries else "its spec does not name them"
+        raise PlanError(f"cannot scale the branches of {spec.family}: {why}.")
+    if not any(block.new for block in deep.blocks):
         return deep
-    first = spec.blocks.first_copied
+    if deep.identity and not stack.identity:
+        raise PlanError(
+            f"cannot add identity blocks to {spec.family}: its spec says not which tensors make a block the identity."
+        )
+    first = stack.first_copied
     if first >= n_layers:
         raise PlanError(
             f"cannot deepen {spec.family} from {n_layers}: its first {first} blocks are unlike all others, and there is no other "
             "to copy."
         )
     blocks = (replace(b, source=max(b.source, first)) if b.new else b for b in deep.blocks)
-    own = spec.blocks.reasons if deep.identity else ()
+    own = stack.reasons if deep.identity else ()
     return replace(deep, blocks=tuple(blocks), reasons=(*deep.reasons, *own))
 
 
-def _attributes(
-    spec: ModelSpec, homes: Mapping[int, list[int]], sizes: Mapping[str, int]
-) -> dict[str, float]:
+def _attributes(spec: ModelSpec, homes: Homes, sizes: Mapping[str, int]) -> dict[str, float]:
     """Every size that a module of the target caches."""
     target = replace(spec, sizes=sizes)
     own = {
@@ -189,20 +182,15 @@ def _attributes(
 def check(plan: GrowthPlan, spec: ModelSpec) -> None:
     """Raise PlanError for a plan that is not one for this model: it may have been made for another, or written by hand."""
     names = set(spec.tensors) - set(spec.ties)
-    blocks = plan.blocks
     if dict(plan.source_sizes) != dict(spec.sizes) or {row.source for row in plan.rows} != names:
         raise PlanError(
             f"the plan is for a {plan.family} of {dict(plan.source_sizes)}, this {spec.family} has {dict(spec.sizes)}; plan anew."
         )
     problems: list[str] = []
-    homes = _homes(blocks)
-    kept = [block.source for block in blocks if not block.new]
-    n_layers = spec.sizes.get("layers", 0)
-    if blocks and (
-        kept != list(range(n_layers))
-        or not all(0 <= block.source < n_layers for block in blocks)
-        or len(blocks) != plan.target_sizes.get("layers")
-        or plan.path != (spec.blocks.path if spec.blocks else "")
+    homes = {path: _homes(blocks) for path, blocks in plan.stacks.items()}
+    if {*plan.stacks} != {stack.path for stack in spec.stacks} or not all(
+        _whole(plan.stacks[s.path], spec.sizes[s.size], plan.target_sizes.get(s.size))
+        for s in spec.stacks
     ):
         problems.append("its blocks are not those of the model and new ones.")
     else:
@@ -215,6 +203,8 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
             found, wanted = plan.shapes(row)[1] if known else row.axes, target.shape(row.source)
             if found != wanted:
                 problems.append(f"{row.name}: has shape {found}, the target {wanted}.")
+            if row.offset != _offset(spec.tensors[row.source]):
+                problems.append(f"{row.name}: the model adds another offset to it.")
             if row.upper is not None and (
                 row.upper not in names
                 or spec.shape(row.upper) != spec.shape(row.source)
@@ -245,6 +235,13 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
     raise_all(PlanError, f"this plan for a {plan.family} cannot be run:", problems)
 
 
+def _whole(blocks: Sequence[BlockRow], n_source: int, n_target: int | None) -> bool:
+    """True for all blocks of the source in their order, and copies of them."""
+    kept = [block.source for block in blocks if not block.new]
+    within = all(0 <= block.source < n_source for block in blocks)
+    return kept == list(range(n_source)) and within and len(blocks) == n_target
+
+
 def _homes(blocks: Sequence[BlockRow]) -> Mapping[int, list[int]]:
     """Source block -> the target blocks that copy it."""
     homes: dict[int, list[int]] = defaultdict(list)
@@ -253,22 +250,21 @@ def _homes(blocks: Sequence[BlockRow]) -> Mapping[int, list[int]]:
     return homes
 
 
-def _targets(
-    spec: ModelSpec, homes: Mapping[int, list[int]], name: str
-) -> Iterator[tuple[str, int]]:
+def _targets(spec: ModelSpec, homes: Homes, name: str) -> Iterator[tuple[str, int]]:
     """Every name that a source name has in the target, and the index of its block."""
     place = spec.block_of(name)
-    if place is None or spec.blocks is None or not homes:
+    if place is None or not homes:
         yield name, 0
         return
-    for index in homes[place[0]]:
-        yield f"{spec.blocks.path}.{index}.{place[1]}", index
+    stack, source, inner = place
+    for index in homes[stack.path][source]:
+        yield f"{stack.path}.{index}.{inner}", index
 
 
 def _rows(
     spec: ModelSpec,
-    deep: Depth,
-    homes: Mapping[int, list[int]],
+    deep: Mapping[str, Depth],
+    homes: Homes,
     keys: Mapping[AxisUse, str],
     mixed: Mapping[str, AxisMap],
 ) -> Iterator[TensorRow]:
@@ -278,13 +274,21 @@ def _rows(
             continue
         own = tuple(keys[axis] for axis in axes)
         place = spec.block_of(source)
+        offset = _offset(axes)
         for name, index in _targets(spec, homes, source):
-            if place is None or not deep.blocks:
-                yield TensorRow(name, source, own)
+            if place is None:
+                yield TensorRow(name, source, own, offset=offset)
                 continue
-            row = TensorRow(name, source, own, new=deep.blocks[index].new)
+            stack, _, inner = place
+            blocks = deep[stack.path]
+            row = TensorRow(name, source, own, new=blocks.blocks[index].new, offset=offset)
             row = _with_next(row, spec, axes, mixed, *place) if mixed else row
-            yield _in_block(row, spec, deep, index, place[1])
+            yield _in_block(row, stack, blocks, index, inner)
+
+
+def _offset(axes: Sequence[AxisUse]) -> float:
+    """What the model adds to a tensor: to the gain of a norm."""
+    return next((axis.norm.offset for axis in axes if axis.norm), 0.0)
 
 
 def _with_next(
@@ -292,29 +296,28 @@ def _with_next(
     spec: ModelSpec,
     axes: Sequence[AxisUse],
     mixed: Mapping[str, AxisMap],
+    stack: Blocks,
     index: int,
     inner: str,
 ) -> TensorRow:
     """What the tensor writes anew comes from the next layer, where there is one."""
-    upper = f"{spec.blocks.path}.{index + 1}.{inner}" if spec.blocks else ""
+    upper = f"{stack.path}.{index + 1}.{inner}"
     for at, (axis, key) in enumerate(zip(axes, row.axes, strict=True)):
         if axis.role != "reader" and not mixed[key].index_map.is_identity and upper in spec.tensors:
             return replace(row, upper=upper, upper_axis=at)
     return row
 
 
-def _in_block(row: TensorRow, spec: ModelSpec, deep: Depth, index: int, inner: str) -> TensorRow:
+def _in_block(row: TensorRow, stack: Blocks, deep: Depth, index: int, inner: str) -> TensorRow:
     """What becomes of a tensor, called ``inner`` inside its block, in target block ``index``."""
-    block, blocks = deep.blocks[index], spec.blocks
-    if (
-        blocks is not None and block.branch != 1
-    ):  # readers of what the branch adds see no factor, its inner tensors do
-        own = "factor" if inner in blocks.branches else "grad_factor"
+    block = deep.blocks[index]
+    if block.branch != 1:  # readers of what the branch adds see no factor, its inner tensors do
+        own = "factor" if inner in stack.branches else "grad_factor"
         row = replace(row, **{own: block.branch})
-    if blocks is None or not deep.identity:
+    if not deep.identity:
         return row
-    if inner in blocks.carries:
+    if inner in stack.carries:
         after = deep.blocks[index + 1] if index + 1 < len(deep.blocks) else None
         moves_on = after is not None and after.new and after.source == block.source
-        return replace(row, constant=blocks.carries[inner], state="fresh") if moves_on else row
-    return replace(row, constant=blocks.identity.get(inner), state="fresh") if block.new else row
+        return replace(row, constant=stack.carries[inner], state="fresh") if moves_on else row
+    return replace(row, constant=stack.identity.get(inner), state="fresh") if block.new else row

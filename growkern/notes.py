@@ -28,6 +28,13 @@ def notes(plan: GrowthPlan, spec: ModelSpec, target: OptimTarget | None) -> list
             found.append(
                 f"the state of {kind} stays in the source's units: what the UpdateScale hands it."
             )
+    decays = any(group.get("weight_decay") for group in target.optim.param_groups)
+    if plan.dynamics == "exact" and law is not None and law.slices and decays:
+        gains = [row for row in plan.rows if row.offset and plan.scales(row)[0] != 1]
+        found += [
+            f"weight decay of {len(gains)} norms pulls their weight to 0, not their gain, and is not the source's: leave it out "
+            "for norms."
+        ][: len(gains)]
     if law is None or law.lr is None:
         found.append(
             f"the learning-rate law of {described.kind} is not known, so its rates stayed."

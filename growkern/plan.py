@@ -97,6 +97,7 @@ class TensorRow:
         upper: Name of the source tensor, of one shape with ``source``, that all but the first copies along ``upper_axis`` are
             taken from; None for ``source`` itself.
         upper_axis: See ``upper``.
+        offset: What the model adds to the tensor: the sum is what grows.
     """
 
     name: str
@@ -109,6 +110,7 @@ class TensorRow:
     grad_factor: float = 1.0
     upper: str | None = None
     upper_axis: int = 0
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class GrowthPlan:
         rows: One per target tensor, in source order, block by block.
         path: Name of the module that holds the blocks.
         blocks: Target blocks in order; empty when the model has none.
+        others: The same of further stacks: name of the module -> its target blocks.
         ties: Name -> name of the same parameter under its first name, in the source.
         counters: Buffers that are 0, 1, ... n - 1 along their last axis.
         attributes: ``"module.attribute"`` of the target -> value.
@@ -152,6 +155,9 @@ class GrowthPlan:
     rows: tuple[TensorRow, ...]
     path: str = ""
     blocks: tuple[BlockRow, ...] = ()
+    others: Mapping[str, tuple[BlockRow, ...]] = field(
+        default_factory=dict[str, tuple[BlockRow, ...]]
+    )
     ties: Mapping[str, str] = field(default_factory=dict[str, str])
     counters: tuple[str, ...] = ()
     attributes: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -167,6 +173,11 @@ class GrowthPlan:
 
     def __hash__(self) -> int:
         return hash(self.to_json())
+
+    @property
+    def stacks(self) -> dict[str, tuple[BlockRow, ...]]:
+        """Name of every module that holds blocks -> its target blocks."""
+        return {**({self.path: self.blocks} if self.blocks else {}), **self.others}
 
     @property
     def noisy(self) -> bool:
@@ -188,7 +199,7 @@ class GrowthPlan:
         """
         if self.reasons:
             return "nothing"
-        if not self.lawful or any(block.new for block in self.blocks):
+        if not self.lawful or any(b.new for blocks in self.stacks.values() for b in blocks):
             return "function"
         return "trajectory" if self.state == self.dynamics == "exact" else "gradient"
 
@@ -238,7 +249,8 @@ class GrowthPlan:
                 "rows": tuple(
                     TensorRow(**(row | {"axes": tuple(row["axes"])})) for row in data["rows"]
                 ),
-                "blocks": tuple(BlockRow(**row) for row in data["blocks"]),
+                "blocks": _blocks_from_json(data["blocks"]),
+                "others": {path: _blocks_from_json(rows) for path, rows in data["others"].items()},
                 "config_eps": tuple(eps) if eps else None,
             }
             return GrowthPlan(**data)
@@ -262,15 +274,15 @@ class GrowthPlan:
                 [[k, a, b, f"x {b / a:g}" if b != a else ""] for k, a, b in grown],
             ),
         ]
-        if any(block.new for block in self.blocks):
-            parts.append(
-                "blocks  "
-                + " ".join(
-                    f"{'+' * b.new}{b.source}{f' x {b.branch:g}' * (b.branch != 1)}"
-                    for b in self.blocks
-                )
-                + "   (+ new, copy of)"
+        parts += [
+            f"{path if self.others else 'blocks'}  "
+            + " ".join(
+                f"{'+' * b.new}{b.source}{f' x {b.branch:g}' * (b.branch != 1)}" for b in blocks
             )
+            + "   (+ new, copy of)"
+            for path, blocks in self.stacks.items()
+            if any(block.new for block in blocks)
+        ]
         lines = dict.fromkeys(
             (
                 fold(row.name),
@@ -294,6 +306,10 @@ class GrowthPlan:
         return "\n\n".join(
             [*parts, *([("\n".join(f"note: {note}" for note in self.notes))] if self.notes else [])]
         )
+
+
+def _blocks_from_json(rows: list[dict[str, Any]]) -> tuple[BlockRow, ...]:
+    return tuple(BlockRow(**row) for row in rows)
 
 
 def _axis_from_json(data: dict[str, Any]) -> AxisMap:

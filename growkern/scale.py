@@ -5,7 +5,7 @@ The optimizer sees ``p / s`` and ``p.grad / a``; what it adds to ``p / s`` is ad
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -27,12 +27,14 @@ class Scale:
         units: What the parameter is divided by when the optimizer sees it; None for ``s`` too.
         grad: ``a``, that gradients are divided by.
         gain: On what the update holds beyond decoupled decay (the step of a matrix as a whole, as Muon's).
+        offset: What is added to the parameter before it is divided, and taken off after: the model adds it too.
     """
 
     update: tuple[Factor, ...]
     grad: tuple[Factor, ...] = ()
     gain: float = 1.0
     units: tuple[Factor, ...] | None = None
+    offset: float = 0.0
 
     @property
     def seen(self) -> tuple[Factor, ...]:
@@ -108,11 +110,12 @@ class UpdateScale:
                 scale = self.scales[p]
                 for key, t in self._tensors(p).items():
                     if (old := before.get(key)) is None:  # the step has made it
-                        _multiplied(t, scale.update)
+                        _rescaled(t, scale.update, scale.offset, _multiplied)
                         continue
-                    moved = t - _divided(old.clone(), scale.seen)
+                    seen = _rescaled(old.clone(), scale.seen, scale.offset, _divided)
+                    moved = t - seen
                     if scale.gain != 1.0:
-                        decayed = _divided(old.clone(), scale.seen).mul_(-self._decay(p))
+                        decayed = seen.mul_(-self._decay(p))
                         moved = (moved - decayed) * scale.gain + decayed
                     t.copy_(old + _multiplied(moved, scale.update))
                 if p.grad is not None:
@@ -128,8 +131,8 @@ class UpdateScale:
         """Factors by the parameter's place in the optimizer's groups."""
         places = self._places()
         scales = {
-            places[p]: {"update": s.update, "grad": s.grad, "gain": s.gain, "units": s.units}
-            for p, s in self.scales.items()
+            places[p]: {f.name: getattr(one, f.name) for f in fields(one)}
+            for p, one in self.scales.items()
         }
         return {"scales": scales, "orders": self.orders}
 
@@ -175,7 +178,7 @@ class UpdateScale:
                 tensors = self._tensors(p)
                 self._before[p] = {key: t.clone() for key, t in tensors.items()}
                 for t in tensors.values():
-                    _divided(t, scale.seen)
+                    _rescaled(t, scale.seen, scale.offset, _divided)
                 _scale_grad(p.grad, scale.grad, _divided)
 
     def _enter(
@@ -277,6 +280,18 @@ def _multiplied(t: Tensor, factors: tuple[Factor, ...]) -> Tensor:
     for factor in _vectors(t, factors):
         t.mul_(factor)
     return t
+
+
+def _rescaled(
+    t: Tensor,
+    factors: tuple[Factor, ...],
+    offset: float,
+    scaled: Callable[[Tensor, tuple[Factor, ...]], Tensor],
+) -> Tensor:
+    """Scale a weight in place, together with what the model adds to it."""
+    if not offset or not _vectors(t, factors):
+        return scaled(t, factors)
+    return scaled(t.add_(offset), factors).sub_(offset)
 
 
 def _scale_grad(

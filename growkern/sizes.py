@@ -43,7 +43,7 @@ def resolve_sizes(spec: ModelSpec, to: Target) -> dict[str, int]:
         ratio = Fraction(target["hidden"], source["hidden"])
         _follow(spec, named, target, ratio, problems)
     for name, n in target.items():
-        limit = MAX_LAYERS if name == "layers" else MAX_SIZE
+        limit = MAX_LAYERS if name in {"layers", *(s.size for s in spec.stacks)} else MAX_SIZE
         if n < source[name]:
             problems.append(
                 f"{name}: the target {n} is smaller than the source {source[name]}; growth only adds."

@@ -34,11 +34,13 @@ class Norm:
         reads: The stream it normalises.
         kind: ``"rms"`` divides by the root mean square, ``"layer"`` subtracts the mean first.
         eps: Name of the module attribute that holds its epsilon.
+        offset: What the module adds to its parameter: the gain is ``offset + weight``.
     """
 
     reads: str
     kind: Literal["rms", "layer"]
     eps: str = "eps"
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Blocks:
             the identity.
         first_copied: The first block that new ones may copy; those before it are unlike all others.
         reasons: Why a new block is not quite the identity (a post-norm block is, up to the epsilon of its norms); empty when it is.
+        size: Name of the size that is their number.
     """
 
     path: str
@@ -93,6 +96,7 @@ class Blocks:
     outputs: tuple[str, ...] = ()
     first_copied: int = 0
     reasons: tuple[str, ...] = ()
+    size: str = "layers"
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -124,14 +128,17 @@ class ModelSpec:
         tensors: For every parameter and persistent buffer, how its axes use the spaces.
         ties: Name -> name of the same parameter under its first name. Both are in ``tensors``.
         blocks: What depth growth repeats; None when the model has no blocks.
+        others: Further stacks of blocks, each with a size of its own (a decoder's beside the encoder's).
         attributes: ``"module.path.attribute"`` -> size; what modules cache. Sizes of leaf modules follow by themselves.
-        config: Field of ``model.config`` -> size.
+        config: Field of ``model.config``, and of every other config in the model, -> size; ``"module.path.field"`` where the config
+            of one module differs.
         leaves: ``"module.path.attribute"`` -> tensor and axis whose size it caches; ``describe`` fills it in from module types.
         counters: Buffers that hold 0, 1, ... n - 1 along their last axis.
         config_lists: Fields of ``model.config`` that hold one entry per block.
         config_eps: Field of ``model.config`` that holds the epsilon of the norms.
         hidden_is_heads: True when the model has no head_dim of its own: hidden = heads x head_dim.
-        powers: Stream -> the power of a size that the model multiplies it with, between what writes it and what reads it.
+        powers: Stream -> the power of a size that the model multiplies it with, between what writes it and what reads it. A stream
+            that nothing reads joins those of its space that norms read.
         rotary: The share of head_dim, from its start, whose halves are turned in pairs (RoPE); 0 for none.
         rebuilt: Modules without parameters whose buffers follow from the config (rotary embeddings): made anew when head_dim grows.
         post_norm: True when norms write the residual stream itself: after every sum, or once after the embedding.
@@ -143,6 +150,7 @@ class ModelSpec:
     tensors: Mapping[str, TensorSpec]
     ties: Mapping[str, str] = field(default_factory=dict[str, str])
     blocks: Blocks | None = None
+    others: tuple[Blocks, ...] = ()
     attributes: Mapping[str, Size] = field(default_factory=dict[str, Size])
     config: Mapping[str, Size] = field(default_factory=dict[str, Size])
     leaves: Mapping[str, tuple[str, int]] = field(default_factory=dict[str, tuple[str, int]])
@@ -189,13 +197,18 @@ class ModelSpec:
             if axes and axes[0].norm
         ]
 
-    def block_of(self, name: str) -> tuple[int, str] | None:
-        """Index of the block a tensor or module lies in, and its name inside the block."""
-        prefix = f"{self.blocks.path}." if self.blocks else None
-        if prefix is None or not name.startswith(prefix):
-            return None
-        index, _, rest = name.removeprefix(prefix).partition(".")
-        return int(index), rest
+    @property
+    def stacks(self) -> tuple[Blocks, ...]:
+        """All stacks of blocks."""
+        return (*((self.blocks,) if self.blocks else ()), *self.others)
+
+    def block_of(self, name: str) -> tuple[Blocks, int, str] | None:
+        """The stack a tensor or module lies in, the index of its block, and its name inside the block."""
+        for stack in self.stacks:
+            if name.startswith(f"{stack.path}."):
+                index, _, rest = name.removeprefix(f"{stack.path}.").partition(".")
+                return stack, int(index), rest
+        return None
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name} {n}" for name, n in self.sizes.items())
@@ -281,9 +294,10 @@ def norm(
     kind: Literal["rms", "layer"],
     bias: bool | None = None,
     eps: str = "eps",
+    offset: float = 0.0,
 ) -> dict[str, TensorSpec]:
-    """Describe a normalisation with gain ``weight`` and, by default for LayerNorm, ``bias``."""
-    gain = AxisUse("gain", _segments(writes), Norm(reads, kind, eps))
+    """Describe a normalisation with gain ``offset + weight`` and, by default for LayerNorm, ``bias``."""
+    gain = AxisUse("gain", _segments(writes), Norm(reads, kind, eps, offset))
     has_bias = kind == "layer" if bias is None else bias
     return {f"{name}.weight": (gain,)} | ({f"{name}.bias": (writer(writes),)} if has_bias else {})
 

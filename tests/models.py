@@ -27,9 +27,9 @@ LLAMA = dict(
     eos_token_id=1,
 )
 EAGER = "eager"  # of experts: the other implementations of transformers refuse float64
-LLAMA_LIKE = ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
+LLAMA_LIKE = ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gemma2"]
 POST_NORM = ["bert", "roberta", "modernbert", "encoder_post"]  # hidden grows by whole multiples
-FAMILIES = ["gpt2", "gpt_neox", "opt", *LLAMA_LIKE, *POST_NORM, "vit", "encoder", "plain"]
+FAMILIES = ["gpt2", "gpt_neox", "opt", *LLAMA_LIKE, *POST_NORM, "t5", "vit", "encoder", "plain"]
 POSITIONS = ["gpt2", "opt", "bert", "roberta", "plain", "encoder", "encoder_post"]
 NAMES = {  # family -> prefix of its classes, and what follows it
     "gpt2": ("GPT2", "LMHeadModel"),
@@ -39,6 +39,7 @@ NAMES = {  # family -> prefix of its classes, and what follows it
     "bert": ("Bert", "ForMaskedLM"),
     "roberta": ("Roberta", "ForMaskedLM"),
     "modernbert": ("ModernBert", "ForMaskedLM"),
+    "t5": ("T5", "ForConditionalGeneration"),
     "vit": ("ViT", "ForImageClassification"),
 }
 GPT2 = dict(n_embd=24, n_head=4, n_layer=2, n_positions=64, vocab_size=VOCAB)
@@ -61,7 +62,14 @@ SIZES = {
     | dict(num_hidden_layers=3, max_position_embeddings=64, local_attention=8, pad_token_id=0)
     | dict(bos_token_id=0, eos_token_id=1, cls_token_id=0, sep_token_id=1),
     "vit": HIDDEN | dict(intermediate_size=40, image_size=8, patch_size=4, num_labels=VOCAB),
+    "t5": dict(d_model=24, d_kv=6, d_ff=40, num_heads=4, num_layers=2, num_decoder_layers=2)
+    | dict(vocab_size=VOCAB, dropout_rate=0.0, feed_forward_proj="gated-gelu")
+    | dict(relative_attention_num_buckets=8, relative_attention_max_distance=12)
+    | dict(decoder_start_token_id=0),
     "qwen2": LLAMA,
+    "gemma2": LLAMA
+    | dict(head_dim=6, query_pre_attn_scalar=10, sliding_window=8)
+    | dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
     "mixtral": LLAMA | dict(num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": LLAMA
     | dict(head_dim=6, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40),
@@ -88,6 +96,7 @@ def _make(family: str, tied: bool, changes: dict) -> nn.Module:
         **(SIZES.get(family, LLAMA | {"head_dim": 6}) | changes), tie_word_embeddings=tied
     )
     config._experts_implementation = EAGER
+    config.tie_word_embeddings = tied  # which T5 takes for no more than a scale
     return getattr(transformers, f"{name}{kind}")(config)
 
 
@@ -96,16 +105,23 @@ def spec_of(model: nn.Module) -> ModelSpec | None:
     return model.spec() if isinstance(model, Plain | Encoding) else None
 
 
-def inputs(model: nn.Module, ids: Tensor) -> Tensor:
-    """What the model takes: ids, or an image made of them."""
+def inputs(model: nn.Module, ids: Tensor) -> Tensor | dict[str, Tensor]:
+    """What the model takes: ids, an image made of them, or ids for encoder and decoder."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return {"input_ids": ids.flip(1), "decoder_input_ids": ids}
     if getattr(model, "main_input_name", "") != "pixel_values":
         return ids
     waves = torch.sin(ids[:, :, None] * torch.arange(1, 13, device=ids.device))
     return waves.view(len(ids), 3, 8, 8)
 
 
+def run(model: nn.Module, ids: Tensor):
+    given = inputs(model, ids)
+    return model(**given) if isinstance(given, dict) else model(given)
+
+
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    out = model(inputs(model, ids))
+    out = run(model, ids)
     return out if isinstance(out, Tensor) else out.logits
 
 
@@ -244,20 +260,28 @@ class Encoding(nn.Module):
 
 
 def exact_norms(monkeypatch) -> None:
-    """Let the RMSNorms of transformers compute in the input's dtype: they round to float32, which hides what float64 shows."""
-    for name in LLAMA_LIKE:
-        module, prefix = (
-            getattr(transformers.models, name),
-            NAMES.get(name, (name.capitalize(),))[0],
-        )
-        kind = getattr(getattr(module, f"modeling_{name}"), f"{prefix}RMSNorm")
+    """Let what rounds to float32 in transformers (RMSNorms, eager softmax, a scale) compute in the input's dtype: it hides what
+    float64 shows."""
+    for name in [*LLAMA_LIKE, "t5"]:
+        module = getattr(getattr(transformers.models, name), f"modeling_{name}")
+        prefix = NAMES.get(name, (name.capitalize(),))[0]
+        kind = getattr(module, "T5LayerNorm" if name == "t5" else f"{prefix}RMSNorm")
         monkeypatch.setattr(kind, "forward", _rms_norm)
+    scaled = transformers.models.gemma2.modeling_gemma2.Gemma2TextScaledWordEmbedding
+    monkeypatch.setattr(scaled, "forward", _scaled_embedding)
+    softmax = nn.functional.softmax
+    monkeypatch.setattr(nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
 
 
 def _rms_norm(self: nn.Module, x: Tensor) -> Tensor:
-    return self.weight * (
-        x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
-    )
+    gemma = type(self).__name__.startswith("Gemma")
+    gain, eps = (1 + self.weight, self.eps) if gemma else (self.weight, self.variance_epsilon)
+    return gain * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+
+
+def _scaled_embedding(self: nn.Embedding, ids: Tensor) -> Tensor:
+    assert abs(self.embed_scale / self.scalar_embed_scale - 1) < 1e-7  # the one is in float32
+    return nn.functional.embedding(ids, self.weight, self.padding_idx) * self.scalar_embed_scale
 
 
 def train(

@@ -18,6 +18,7 @@ from models import (
     logits,
     loss_of,
     make,
+    run,
     spec_of,
     train,
 )
@@ -331,8 +332,9 @@ PROBES = {
         "vocab_size": 70,
     },
 }
-PROBES |= dict.fromkeys(["mistral", "qwen2", "qwen3"], PROBES["llama"])
+PROBES |= dict.fromkeys(["mistral", "qwen2", "qwen3", "gemma2"], PROBES["llama"])
 PROBES |= {
+    "t5": {"d_model": 48, "num_heads": 8, "d_ff": 60, "vocab_size": 70},
     "gpt_neox": {k: v for k, v in PROBES["bert"].items() if "position" not in k},
     "opt": {"num_attention_heads": 8, "ffn_dim": 60, "vocab_size": 70}
     | {"max_position_embeddings": 80},
@@ -418,7 +420,8 @@ BACKBONES = {
     "roberta": "roberta",
     "vit": "vit",
 } | dict.fromkeys(["opt", "llama", "mistral", "qwen2", "qwen3"], "model")
-BACKBONES |= dict.fromkeys(["mixtral", "qwen3_moe", "modernbert"], "model")
+BACKBONES |= {"t5": "model"}
+BACKBONES |= dict.fromkeys(["mixtral", "qwen3_moe", "modernbert", "gemma2"], "model")
 
 
 @pytest.mark.parametrize("family", BACKBONES)
@@ -435,10 +438,10 @@ def test_a_backbone_by_itself_keeps_what_it_computes_in_its_first_coordinates(fa
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    before = model(inputs(model, batch())).last_hidden_state.detach()
+    before = run(model, batch()).last_hidden_state.detach()
 
     report = growkern.expand_inplace(model, to={"hidden": 48, "ffn": 99, "layers": 4})
-    after = model(inputs(model, batch())).last_hidden_state
+    after = run(model, batch()).last_hidden_state
 
     assert report.function_preserving
     assert after.shape[-1] == 48 and (after[..., :24] - before).abs().max() < 1e-10
@@ -620,7 +623,19 @@ def test_the_fast_path_of_a_grown_encoder_computes_what_the_slow_one_does(family
 
 
 @pytest.mark.parametrize(
-    "family", ["gpt_neox", "opt", "mixtral", "qwen3_moe", "roberta", "modernbert", "vit", "encoder"]
+    "family",
+    [
+        "gpt_neox",
+        "opt",
+        "mixtral",
+        "qwen3_moe",
+        "roberta",
+        "modernbert",
+        "vit",
+        "encoder",
+        "t5",
+        "gemma2",
+    ],
 )
 def test_the_grown_run_of_every_layout_is_the_source_run(family, monkeypatch):
     """Of fused, interleaved, three- and four-dimensional tensors: state, learning rates, epsilon and decay are the law's."""

@@ -3,13 +3,27 @@
 from collections.abc import Callable
 from functools import partial
 
-from growkern.families import bert, encoder, gpt2, gpt_neox, llama, modernbert, moe, opt, vit
+from growkern.families import (
+    bert,
+    encoder,
+    gemma2,
+    gpt2,
+    gpt_neox,
+    llama,
+    modernbert,
+    moe,
+    opt,
+    t5,
+    vit,
+)
 from growkern.spaces import ModelSpec
 
 FAMILIES: dict[str, Callable[..., ModelSpec]] = {
     "BertForMaskedLM": bert.describe,
     "BertForPreTraining": partial(bert.describe, pooler=True),
     "BertModel": partial(bert.describe, base="", mlm=None, pooler=True),
+    "Gemma2ForCausalLM": gemma2.describe,
+    "Gemma2Model": partial(gemma2.describe, base="", head=False),
     "GPT2LMHeadModel": gpt2.describe,
     "GPT2Model": partial(gpt2.describe, base="", head=False),
     "GPTNeoXForCausalLM": gpt_neox.describe,
@@ -34,6 +48,9 @@ FAMILIES: dict[str, Callable[..., ModelSpec]] = {
     ),
     "RobertaForMaskedLM": partial(bert.describe, base="roberta.", mlm=bert.ROBERTA_HEAD),
     "RobertaModel": partial(bert.describe, base="", mlm=None, pooler=True),
+    "T5EncoderModel": partial(t5.describe, decoder=False, head=False),
+    "T5ForConditionalGeneration": t5.describe,
+    "T5Model": partial(t5.describe, head=False),
     "TransformerEncoder": encoder.describe,
     "TransformerEncoderLayer": encoder.describe_layer,
     "ViTForImageClassification": vit.describe,

@@ -47,11 +47,12 @@ def refuse(
     grows: Sequence[str] = GROWS,
 ) -> None:
     """Raise PlanError for sizes that a method does not grow, and for its other problems."""
+    deep = {"layers", *(stack.size for stack in spec.stacks)}
     found = [
         f"{name}: {who} does not grow it ({spec.sizes[name]} -> {n}); it grows {', '.join(grows)}"
         + (f", and {OTHERS[name]} grows {name}." if name in OTHERS else ".")
         for name, n in sizes.items()
-        if n != spec.sizes[name] and name not in (*grows, "layers")
+        if n != spec.sizes[name] and name not in {*grows, *deep}
     ]
     raise_all(PlanError, f"cannot widen {spec.family}:", [*found, *problems])
 
@@ -65,8 +66,8 @@ def spaces(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[Space]:
 
 
 def normed(spec: ModelSpec) -> set[str]:
-    """The streams that norms read."""
-    return {norm.reads for _, _, norm in spec.norms()}
+    """The streams that norms read, and those that join them once the model has multiplied them."""
+    return {*(norm.reads for _, _, norm in spec.norms()), *spec.powers}
 
 
 def even(index_map: IndexMap) -> Contract:

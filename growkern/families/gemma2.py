@@ -1,0 +1,103 @@
+"""Gemma 2 of transformers: ``Gemma2ForCausalLM``, ``Gemma2Model``.
+
+https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/gemma2/modeling_gemma2.py
+
+A decoder with RMSNorms before and after attention and MLP, whose gains are ``1 + weight``: a new block is the identity through its
+post-norm gains (weight -1), as a projection of zero would leave them a derivative of ``1 / sqrt(eps)``. The embedding is multiplied
+by ``sqrt(hidden)``. Scores are divided by ``sqrt(query_pre_attn_scalar)``, a field that growth leaves as it is, and logits and
+scores are capped element by element. head_dim is kept.
+"""
+
+from typing import Protocol
+
+from growkern.spaces import Blocks, ModelSpec, Power, TensorSpec, embedding, linear, norm
+
+POST_NORMS = "post_attention_layernorm.weight", "post_feedforward_layernorm.weight"
+SCALE = Power("hidden", 0.5)  # of the embedding
+
+
+class Config(Protocol):
+    """The fields of ``Gemma2Config`` that are read."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_hidden_layers: int
+    vocab_size: int
+    attention_bias: bool
+    tie_word_embeddings: bool
+
+
+def describe(config: Config, base: str = "model.", head: bool = True) -> ModelSpec:
+    """Describe a Gemma 2: ``base`` is the prefix of the backbone, ``head`` says whether there is a head."""
+    bias = config.attention_bias
+    layers = range(config.num_hidden_layers)
+    at, normed, branch = f"{base}layers", "residual:normed", "residual:branch"
+    blocks = {
+        name: axes
+        for i in layers
+        for q, kv in [((f"kv_heads.{i}", f"group.{i}", "head_dim"), (f"kv_heads.{i}", "head_dim"))]
+        for name, axes in (
+            _norm(f"{at}.{i}.input_layernorm", "residual", normed)
+            | linear(f"{at}.{i}.self_attn.q_proj", reads=normed, writes=q, bias=bias)
+            | linear(f"{at}.{i}.self_attn.k_proj", reads=normed, writes=kv, bias=bias)
+            | linear(f"{at}.{i}.self_attn.v_proj", reads=normed, writes=kv, bias=bias)
+            | linear(f"{at}.{i}.self_attn.o_proj", reads=q, writes=branch, bias=bias)
+            | _norm(f"{at}.{i}.post_attention_layernorm", branch, "residual")
+            | _norm(f"{at}.{i}.pre_feedforward_layernorm", "residual", normed)
+            | linear(f"{at}.{i}.mlp.gate_proj", reads=normed, writes=f"ffn.{i}", bias=False)
+            | linear(f"{at}.{i}.mlp.up_proj", reads=normed, writes=f"ffn.{i}", bias=False)
+            | linear(f"{at}.{i}.mlp.down_proj", reads=f"ffn.{i}", writes=branch, bias=False)
+            | _norm(f"{at}.{i}.post_feedforward_layernorm", branch, "residual")
+        ).items()
+    }
+    return ModelSpec(
+        family="gemma2",
+        sizes={
+            "hidden": config.hidden_size,
+            "heads": config.num_attention_heads,
+            "kv_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "ffn": config.intermediate_size,
+            "layers": config.num_hidden_layers,
+            "vocab": config.vocab_size,
+        },
+        tensors=embedding(f"{base}embed_tokens", rows="vocab", writes="residual:embedded")
+        | blocks
+        | _norm(f"{base}norm", "residual", "residual:final")
+        | (linear("lm_head", reads="residual:final", writes="vocab", bias=False) if head else {}),
+        ties={"lm_head.weight": f"{base}embed_tokens.weight"}
+        if head and config.tie_word_embeddings
+        else {},
+        blocks=Blocks(at, identity=dict.fromkeys(POST_NORMS, -1.0), outputs=POST_NORMS),
+        attributes={
+            f"{base}vocab_size": "vocab",
+            **({"vocab_size": "vocab"} if head else {}),
+            f"{base}embed_tokens.embed_scale": SCALE,
+            f"{base}embed_tokens.scalar_embed_scale": SCALE,
+            **{f"{at}.{i}.hidden_size": "hidden" for i in layers},
+            **{f"{at}.{i}.mlp.hidden_size": "hidden" for i in layers},
+            **{f"{at}.{i}.mlp.intermediate_size": "ffn" for i in layers},
+            **{f"{at}.{i}.self_attn.num_key_value_groups": "group" for i in layers},
+            **{f"{at}.{i}.self_attn.layer_idx": "block" for i in layers},
+        },
+        config={
+            "hidden_size": "hidden",
+            "num_attention_heads": "heads",
+            "num_key_value_heads": "kv_heads",
+            "head_dim": "head_dim",
+            "intermediate_size": "ffn",
+            "num_hidden_layers": "layers",
+            "vocab_size": "vocab",
+        },
+        config_lists=("layer_types",),
+        config_eps="rms_norm_eps",
+        powers={"residual:embedded": SCALE},
+        fixed={"head_dim": "RoPE pairs its coordinates, and growth keeps it"},
+    )
+
+
+def _norm(name: str, reads: str, writes: str) -> dict[str, TensorSpec]:
+    return norm(name, reads=reads, writes=writes, kind="rms", offset=1.0)
