@@ -180,11 +180,6 @@ def test_a_plan_with_another_offset_is_refused():
         grow(model, plan=growkern.GrowthPlan.from_json(text))
 
 
-def test_head_dim_is_kept_and_said_to_be():
-    with pytest.raises(PlanError, match="head_dim: cannot grow in this gemma2"):
-        grow(make("gemma2", tied=True), to={"head_dim": 12})
-
-
 def test_stacked_blocks_alternate_as_their_sources_do():
     model = make("gemma2", tied=True)
 

@@ -24,9 +24,9 @@ import growkern
 from growkern import width
 from growkern.errors import PlanError
 
-ROPE = ["llama", "mistral", "qwen2", "mixtral"]
+ROPE = ["gemma2", "llama", "mistral", "qwen2", "mixtral"]
 NORMED = ["qwen3", "qwen3_moe"]  # norms of queries and keys
-LEARNED = ["gpt2", "opt", "bert", "roberta", "vit", "encoder", "encoder_post"]
+LEARNED = ["t5", "gpt2", "opt", "bert", "roberta", "vit", "encoder", "encoder_post"]
 ROPE_OF_HIDDEN = ["gpt_neox", "modernbert"]
 HEADS = [*ROPE, *NORMED, *LEARNED, *ROPE_OF_HIDDEN]
 MOE = ["mixtral", "qwen3_moe"]

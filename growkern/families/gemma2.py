@@ -5,12 +5,24 @@ https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models
 A decoder with RMSNorms before and after attention and MLP, whose gains are ``1 + weight``: a new block is the identity through its
 post-norm gains (weight -1), as a projection of zero would leave them a derivative of ``1 / sqrt(eps)``. The embedding is multiplied
 by ``sqrt(hidden)``. Scores are divided by ``sqrt(query_pre_attn_scalar)``, a field that growth leaves as it is, and logits and
-scores are capped element by element. head_dim is kept.
+scores are capped element by element. head_dim stays unless it is named; scores are scaled by ``query_pre_attn_scalar``, whatever it is.
 """
 
 from typing import Protocol
 
-from growkern.spaces import Blocks, ModelSpec, Power, TensorSpec, embedding, linear, norm
+from growkern.spaces import (
+    KEY,
+    QUERY,
+    VALUE,
+    Blocks,
+    ModelSpec,
+    Power,
+    TensorSpec,
+    embedding,
+    linear,
+    norm,
+    rope_fixed,
+)
 
 POST_NORMS = "post_attention_layernorm.weight", "post_feedforward_layernorm.weight"
 SCALE = Power("hidden", 0.5)  # of the embedding
@@ -38,13 +50,13 @@ def describe(config: Config, base: str = "model.", head: bool = True) -> ModelSp
     blocks = {
         name: axes
         for i in layers
-        for q, kv in [((f"kv_heads.{i}", f"group.{i}", "head_dim"), (f"kv_heads.{i}", "head_dim"))]
+        for kv, q in [((f"kv_heads.{i}",), (f"kv_heads.{i}", f"group.{i}"))]
         for name, axes in (
             _norm(f"{at}.{i}.input_layernorm", "residual", normed)
-            | linear(f"{at}.{i}.self_attn.q_proj", reads=normed, writes=q, bias=bias)
-            | linear(f"{at}.{i}.self_attn.k_proj", reads=normed, writes=kv, bias=bias)
-            | linear(f"{at}.{i}.self_attn.v_proj", reads=normed, writes=kv, bias=bias)
-            | linear(f"{at}.{i}.self_attn.o_proj", reads=q, writes=branch, bias=bias)
+            | linear(f"{at}.{i}.self_attn.q_proj", reads=normed, writes=(*q, QUERY), bias=bias)
+            | linear(f"{at}.{i}.self_attn.k_proj", reads=normed, writes=(*kv, KEY), bias=bias)
+            | linear(f"{at}.{i}.self_attn.v_proj", reads=normed, writes=(*kv, VALUE), bias=bias)
+            | linear(f"{at}.{i}.self_attn.o_proj", reads=(*q, VALUE), writes=branch, bias=bias)
             | _norm(f"{at}.{i}.post_attention_layernorm", branch, "residual")
             | _norm(f"{at}.{i}.pre_feedforward_layernorm", "residual", normed)
             | linear(f"{at}.{i}.mlp.gate_proj", reads=normed, writes=f"ffn.{i}", bias=False)
@@ -82,6 +94,7 @@ def describe(config: Config, base: str = "model.", head: bool = True) -> ModelSp
             **{f"{at}.{i}.mlp.intermediate_size": "ffn" for i in layers},
             **{f"{at}.{i}.self_attn.num_key_value_groups": "group" for i in layers},
             **{f"{at}.{i}.self_attn.layer_idx": "block" for i in layers},
+            **{f"{at}.{i}.self_attn.head_dim": "head_dim" for i in layers},
         },
         config={
             "hidden_size": "hidden",
@@ -95,7 +108,9 @@ def describe(config: Config, base: str = "model.", head: bool = True) -> ModelSp
         config_lists=("layer_types",),
         config_eps="rms_norm_eps",
         powers={"residual:embedded": SCALE},
-        fixed={"head_dim": "RoPE pairs its coordinates, and growth keeps it"},
+        rotary=1.0,
+        rebuilt=(f"{base}rotary_emb",),
+        fixed=rope_fixed(config),
     )
 
 

@@ -2,16 +2,29 @@
 
 https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/t5/modeling_t5.py
 
-Pre-norm RMSNorm, scores that are not scaled, gated or plain FFNs. Encoder and decoder share their embedding, and with it the residual
-space. The first block of each holds the table of relative positions, one column per head, that all of them add to their scores: so the
-self-attentions of a stack share their heads. With a tied head (``scale_decoder_outputs``) what the decoder's last norm writes is
-divided by ``sqrt(hidden)``. head_dim is kept. Sizes ``layers`` and ``decoder_layers`` grow by themselves; where the decoder is the
-deeper one, ``generate()`` of transformers 5.23 wants a cache made from ``model.decoder.config``: its own counts ``num_layers``.
+Pre-norm RMSNorm, scores that are not scaled, gated or plain FFNs. Encoder and decoder share their embedding, and with it the
+residual space. The first block of each holds the table of relative positions, one column per head, that all of them add to
+their scores: so the self-attentions of a stack share their heads. With a tied head (``scale_decoder_outputs``) what the
+decoder's last norm writes is divided by ``sqrt(hidden)``. head_dim (``d_kv``) stays unless it is named; scores are not scaled
+by it. Sizes ``layers`` and ``decoder_layers`` grow by themselves; where the decoder is the deeper one, ``generate()`` of
+transformers 5.23 wants a cache made from ``model.decoder.config``: its own counts ``num_layers``.
 """
 
 from typing import Protocol
 
-from growkern.spaces import Blocks, ModelSpec, Power, Size, TensorSpec, embedding, linear, norm
+from growkern.spaces import (
+    KEY,
+    QUERY,
+    VALUE,
+    Blocks,
+    ModelSpec,
+    Power,
+    Size,
+    TensorSpec,
+    embedding,
+    linear,
+    norm,
+)
 
 
 class Config(Protocol):
@@ -90,7 +103,6 @@ def describe(config: Config, decoder: bool = True, head: bool = True) -> ModelSp
         },
         config_eps="layer_norm_epsilon",
         powers={"residual:decoder": Power("hidden", -0.5)} if scaled else {},
-        fixed={"head_dim": "growth keeps it"},
     )
 
 
@@ -141,12 +153,12 @@ def _block(config: Config, stack: str, i: int) -> dict[str, TensorSpec]:
 def _attention(at: str, stack: str, i: int) -> dict[str, TensorSpec]:
     across = at.endswith("EncDecAttention")
     read = "residual:encoder" if across else "residual:normed"
-    heads = (f"heads.across.{i}" if across else f"heads.{stack}", "head_dim")
+    heads = f"heads.across.{i}" if across else f"heads.{stack}"
     return (
-        linear(f"{at}.q", reads="residual:normed", writes=heads, bias=False)
-        | linear(f"{at}.k", reads=read, writes=heads, bias=False)
-        | linear(f"{at}.v", reads=read, writes=heads, bias=False)
-        | linear(f"{at}.o", reads=heads, writes="residual", bias=False)
+        linear(f"{at}.q", reads="residual:normed", writes=(heads, QUERY), bias=False)
+        | linear(f"{at}.k", reads=read, writes=(heads, KEY), bias=False)
+        | linear(f"{at}.v", reads=read, writes=(heads, VALUE), bias=False)
+        | linear(f"{at}.o", reads=(heads, VALUE), writes="residual", bias=False)
     )
 
 
