@@ -13,7 +13,7 @@ from math import isfinite
 
 from growkern.axes import axis_maps, locked, norm_factors
 from growkern.errors import PlanError, raise_all
-from growkern.methods import BlockRow, Depth, DepthMethod, WidthMethod
+from growkern.methods import BlockRow, Depth, DepthMethod, ShrinkMethod, Width, WidthMethod
 from growkern.plan import AxisMap, GrowthPlan, TensorRow
 from growkern.spaces import AxisUse, ModelSpec, size_value
 from growkern.state import DYNAMICS, STATES
@@ -23,8 +23,9 @@ def build(
     spec: ModelSpec,
     sizes: Mapping[str, int],
     *,
-    width: WidthMethod,
-    depth: DepthMethod,
+    width: WidthMethod | None = None,
+    depth: DepthMethod | None = None,
+    shrink: ShrinkMethod | None = None,
     state: str = "exact",
     dynamics: str | None = "mup",
     seed: int = 0,
@@ -36,6 +37,7 @@ def build(
         sizes: Every target size (``growkern.sizes.resolve_sizes``).
         width: Width method.
         depth: Depth method.
+        shrink: In place of both, where the targets are smaller.
         state: What becomes of the optimizer's state (``growkern.state.STATES``).
         dynamics: What becomes of its learning rates: ``"mup"``, ``"exact"`` or None.
         seed: Of all noise.
@@ -59,24 +61,29 @@ def build(
             else [f"seed={seed!r}: an int from 0 to 2**64 - 1."]
         ),
         *(
-            []
-            if hasattr(width, "widen") and not isinstance(width, type)
-            else [f"width: expected a width method such as Lossless(), got {width!r}."]
+            _strange("method", "narrow", "a way to shrink such as WeightSelection()", shrink)
+            if shrink is not None
+            else ()
         ),
         *(
-            []
-            if hasattr(depth, "deepen") and not isinstance(depth, type)
-            else [f"depth: expected a depth method such as IdentityBlocks(), got {depth!r}."]
+            _strange("width", "widen", "a width method such as Lossless()", width)
+            if shrink is None
+            else ()
+        ),
+        *(
+            _strange("depth", "deepen", "a depth method such as IdentityBlocks()", depth)
+            if shrink is None
+            else ()
         ),
     ]
-    raise_all(PlanError, f"cannot grow {spec.family}:", problems)
-    wide = width.widen(spec, sizes)
+    verb = "grow" if shrink is None else "shrink"
+    raise_all(PlanError, f"cannot {verb} {spec.family}:", problems)
     n_layers = spec.sizes.get("layers", 0)
-    deep = _deepened(spec, depth, n_layers, sizes) if n_layers else Depth(())
+    wide, deep = _decided(spec, sizes, n_layers, width, depth, shrink)
     if spec.blocks is None and n_layers:
         raise_all(
             PlanError,
-            f"cannot deepen {spec.family}:",
+            f"cannot {'deepen' if shrink is None else verb} {spec.family}:",
             ["the spec names no blocks."] if sizes["layers"] != n_layers else [],
         )
     if (
@@ -118,8 +125,8 @@ def build(
         family=spec.family,
         source_sizes=dict(spec.sizes),
         target_sizes=dict(sizes),
-        width=str(width),
-        depth=str(depth),
+        width=str(width if shrink is None else shrink),
+        depth=str(depth if shrink is None else shrink),
         seed=seed,
         state=state,
         dynamics=dynamics,
@@ -145,6 +152,38 @@ def build(
             *(locked(wide) if state in ("exact", "copy", "drop") else ()),
             *((shared,) if several else (unsaved,) if unheld and norm_eps != {1.0} else ()),
         ),
+    )
+
+
+TAKES = {
+    "widen": "expand_inplace takes it as width=",
+    "deepen": "expand_inplace takes it as depth=",
+    "narrow": "shrink_inplace takes it",
+}
+
+
+def _strange(name: str, verb: str, expected: str, method: object) -> list[str]:
+    if hasattr(method, verb) and not isinstance(method, type):
+        return []
+    takes = [f"; {who}" for own, who in TAKES.items() if hasattr(method, own) and own != verb]
+    return [f"{name}: expected {expected}, got {method!r}{''.join(takes)}."]
+
+
+def _decided(
+    spec: ModelSpec,
+    sizes: Mapping[str, int],
+    n_layers: int,
+    width: WidthMethod | None,
+    depth: DepthMethod | None,
+    shrink: ShrinkMethod | None,
+) -> tuple[Width, Depth]:
+    if shrink is not None:
+        return shrink.narrow(spec, sizes), shrink.keep(
+            n_layers, sizes["layers"]
+        ) if n_layers else Depth(())
+    assert width is not None and depth is not None
+    return width.widen(spec, sizes), _deepened(spec, depth, n_layers, sizes) if n_layers else Depth(
+        ()
     )
 
 
@@ -188,6 +227,10 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
     """Raise PlanError for a plan that is not one for this model: it may have been made for another, or written by hand."""
     names = set(spec.tensors) - set(spec.ties)
     blocks = plan.blocks
+    stay = {block.source for block in blocks}
+    if plan.shrinks and blocks:  # nothing is made of the others
+        places = {name: spec.block_of(name) for name in names}
+        names = {n for n, place in places.items() if place is None or place[0] in stay}
     if dict(plan.source_sizes) != dict(spec.sizes) or {row.source for row in plan.rows} != names:
         raise PlanError(
             f"the plan is for a {plan.family} of {dict(plan.source_sizes)}, this {spec.family} has {dict(spec.sizes)}; plan anew."
@@ -197,7 +240,7 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
     kept = [block.source for block in blocks if not block.new]
     n_layers = spec.sizes.get("layers", 0)
     if blocks and (
-        kept != list(range(n_layers))
+        kept != (sorted(stay) if plan.shrinks else list(range(n_layers)))
         or not all(0 <= block.source < n_layers for block in blocks)
         or len(blocks) != plan.target_sizes.get("layers")
         or plan.path != (spec.blocks.path if spec.blocks else "")
