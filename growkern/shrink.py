@@ -10,6 +10,7 @@ from growkern.methods import BlockRow, Contract, Depth, Width
 from growkern.spaces import ModelSpec
 from growkern.width.base import spaces, tied_streams
 
+__all__ = ["FirstCopies", "WeightSelection"]
 SHRINKS = ("hidden", "heads", "kv_heads", "ffn", "positions", "layers")
 
 

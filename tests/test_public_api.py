@@ -145,7 +145,9 @@ def test_every_public_name_exists():
     assert [name for name in NAMES if not hasattr(growkern, name)] == []
 
 
-@pytest.mark.parametrize("folder", [growkern.width, growkern.depth], ids=["width", "depth"])
+@pytest.mark.parametrize(
+    "folder", [growkern.width, growkern.depth, growkern.shrink], ids=["width", "depth", "shrink"]
+)
 def test_every_method_exists(folder):
     assert len(folder.__all__) == len(set(folder.__all__))
     assert [name for name in folder.__all__ if not inspect.isclass(getattr(folder, name))] == []
