@@ -3,7 +3,7 @@
 from importlib import import_module
 from types import ModuleType
 
-from growkern import depth, errors, optim, vocab, width
+from growkern import depth, errors, optim, shrink, vocab, width
 from growkern.api import expand_inplace, plan
 from growkern.compare import Comparison, Outcome, compare
 from growkern.describe import describe
@@ -13,6 +13,7 @@ from growkern.plan import GrowthPlan
 from growkern.report import GrowthReport
 from growkern.scale import Scale, UpdateScale
 from growkern.schedule import GrowthSchedule
+from growkern.shrinking import shrink_inplace
 from growkern.spaces import Blocks, ModelSpec, Power, embedding, linear, norm, reader, writer
 from growkern.upcycle import upcycle
 from growkern.verify import Verification, verify
@@ -54,6 +55,8 @@ __all__ = [
     "plan",
     "reader",
     "resume",
+    "shrink",
+    "shrink_inplace",
     "upcycle",
     "verify",
     "vocab",

@@ -1,14 +1,13 @@
 """The public calls: describe, plan, execute, commit, report."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from time import perf_counter
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from growkern.commit import check_blocks, commit
 from growkern.compiled import reset_near_limit
@@ -25,14 +24,15 @@ from growkern.errors import (
     UnsupportedOptimizerError,
 )
 from growkern.execute import Execution, Memory
-from growkern.forgotten import Live, forgotten_schedulers, refuse_forgotten
+from growkern.forgotten import Live, averages_of, forgotten_schedulers, refuse_forgotten
 from growkern.groups import check_scheduler, follows, schedulers
 from growkern.guard import n_growths
 from growkern.law import build, check
 from growkern.memory import elsewhere, in_place
-from growkern.methods import DepthMethod, WidthMethod
+from growkern.methods import DepthMethod, ShrinkMethod, WidthMethod
 from growkern.notes import notes
 from growkern.optim_target import Masters, OptimTarget
+from growkern.pieces import Given
 from growkern.plan import GrowthPlan
 from growkern.reference import norm_of
 from growkern.report import GrowthReport
@@ -60,8 +60,9 @@ def plan(
     seed: int | None = None,
     masters: Masters | None = None,
     rules: Mapping[str, int | None] | None = None,
+    shrink: ShrinkMethod | None = None,
 ) -> GrowthPlan:
-    """Plan a growth without changing anything; ``print`` it to see every decision.
+    """Plan a growth, or a shrinking, without changing anything; ``print`` it to see every decision.
 
     Args:
         model: Source model.
@@ -72,13 +73,13 @@ def plan(
         state: What becomes of optimizer state; see ``expand_inplace``.
         dynamics: What becomes of learning rates; see ``expand_inplace``.
         spec: Description of a model of your own.
-        seed: Of all noise; None for the number of growths before this one. Equal seeds give equal plans, and equal bits, on
-            every machine.
+        seed: Of all noise; None for the number of growths before. Equal seeds give equal bits, on every machine.
         masters: Of weights in lower precision; see ``expand_inplace``.
         rules: Of an optimizer whose law is not known.
+        shrink: How to shrink, in place of ``width`` and ``depth``; ``to`` then names smaller sizes.
 
     Returns:
-        The plan; ``expand_inplace(..., plan=plan)`` runs it.
+        The plan; ``expand_inplace(..., plan=plan)`` runs it, or ``shrink_inplace``.
 
     Raises:
         PlanError: The growth cannot be planned; every reason at once, with the way out.
@@ -91,6 +92,11 @@ def plan(
         describe_optimizer(
             model, unwrapped(optim), found, drop=state == "drop", rules=rules, masters=masters
         )
+    if shrink is not None:
+        if width or depth or seed:
+            raise PlanError("shrink= says it all; leave width=, depth= and seed= out.")
+        sizes = resolve_sizes(found, to, shrink=True)
+        return build(found, sizes, shrink=shrink, state=state, dynamics=dynamics)
     return _plan(model, found, to, width, depth, state, dynamics, seed)
 
 
@@ -166,18 +172,44 @@ def expand_inplace(
     Reference:
         The dual law of weights and gradients, README.md, "How it works".
     """
-    start = perf_counter()
     model, optim = unwrapped(model), unwrapped(optim)
     _check_arguments(model, optim, plan, to, width, depth, state, dynamics, seed)
-    live = Live.scan()
+
+    def planned(found: ModelSpec) -> GrowthPlan:
+        if plan is None:
+            return _plan(model, found, to, width, depth, state, dynamics, seed)
+        check(plan, found)
+        return plan
+
+    drop, given = (plan.state if plan else state) == "drop", getattr(width, "rows", None)
+    return change_inplace(
+        model, optim, planned, drop, spec, backend, scheduler, ema, masters, rules, memory, given
+    )
+
+
+def change_inplace(
+    model: nn.Module,
+    optim: Optimizer | None,
+    planned: Callable[[ModelSpec], GrowthPlan],
+    drop: bool,
+    spec: ModelSpec | None,
+    backend: str | None,
+    scheduler: object | None,
+    ema: nn.Module | Sequence[nn.Module] | None,
+    masters: Masters | None,
+    rules: Mapping[str, int | None] | None,
+    memory: Memory | None,
+    given: Given | None = None,
+) -> GrowthReport:
+    """Describe, plan, execute, commit, report; see ``expand_inplace``."""
+    start, live = perf_counter(), Live.scan()
     ranks = Ranks(model, live.modules)
     with ranks.together(), torch.inference_mode(False), torch.no_grad():
         check_scheduler(optim, scheduler)
-        averages = _averages(model, ema)
+        averages = averages_of(model, ema)
         if optim is not None and (scale := scale_of(optim)) is not None:
             scale.restore()  # a schedule's hook may run before the one that ends the step
         found = describe(model, spec)
-        drop = (plan.state if plan else state) == "drop"
         described = None
         if optim is not None:
             described = describe_optimizer(
@@ -185,10 +217,7 @@ def expand_inplace(
             )
         known = averages if ema is not None else None
         live = refuse_forgotten(model, optim, live, known, masters)
-        if plan is None:
-            plan = _plan(model, found, to, width, depth, state, dynamics, seed)
-        else:
-            check(plan, found)
+        plan = planned(found)
         alone = forgotten_schedulers(optim, schedulers(scheduler), live) if optim else []
         del live
         check_blocks(plan, model)
@@ -208,7 +237,6 @@ def expand_inplace(
             own = {MASTER, MASTER_GRAD}  # values, whatever becomes of the history
             states = sources.states.items()
             sources.states = {n: {k: s[k] for k in own & s.keys()} for n, s in states}
-        given = getattr(width, "rows", None)
         run = Execution(plan, sources, grown, backend=backend, memory=memory, given=given)
         shadows = [run.of(tensors_of(average, None, found)) for average in averages]
         norms = [_grad_norm(plan, sources, "source", model, optim, masters)]
@@ -272,7 +300,8 @@ def _optim_target(
     masters: Masters | None,
 ) -> OptimTarget:
     """Who carries the learning-rate law: param groups, the optimizer itself, or hooks."""
-    law, split = described.law, dict[str, float]()
+    law, split, before = described.law, dict[str, float](), scale_of(optim)
+    joins = plan.shrinks and not alone and follows(scheduler)
     own: Masters = {} if masters is None else masters
     source = {n: own.get(p, p) for n, p in model.named_parameters(remove_duplicate=False)}
     found: dict[str, Multiplier] = {}
@@ -282,13 +311,18 @@ def _optim_target(
         if not alone and follows(scheduler):
             factors = lr_factors(plan, law, described)
             split = {name: f for name, f in factors.items() if f is not None and f != 1}
+            if plan.shrinks and before is not None:  # what a growth gave its hooks, they give back
+                origin = {row.name: source.get(row.source) for row in plan.rows}
+                split = {n: f for n, f in split.items() if origin[n] not in before.scales}
         found = {name: one for name, one in found.items() if name not in split}
     if law is not None and law.slices:
         states = {name: optim.state.get(p, {}) for name, p in source.items()}
         vectors = slices(plan, source, states, found)
-        return OptimTarget(optim, described, slices=vectors, masters=own)
-    hooked = scales(plan, source, found, scale_of(optim))
-    return OptimTarget(optim, described, split, scheduler, hooked, masters=own)
+        return OptimTarget(
+            optim, described, scheduler=scheduler, slices=vectors, masters=own, joins=joins
+        )
+    hooked = scales(plan, source, found, before)
+    return OptimTarget(optim, described, split, scheduler, hooked, masters=own, joins=joins)
 
 
 def _check_arguments(
@@ -296,6 +330,20 @@ def _check_arguments(
     dynamics: object, seed: int | None,
 ) -> None:  # fmt: skip
     """Raise for what is of the wrong kind, said twice, or asked for at the wrong time."""
+    check_caller(model, optim, plan)
+    if not isinstance(plan, GrowthPlan):
+        return
+    again = dynamics not in ("mup", plan.dynamics) or seed not in (None, plan.seed)
+    if to != "2x" or width or depth or again or state not in ("exact", plan.state):
+        raise PlanError(
+            "plan= already says what to grow; leave to=, width=, depth=, state=, dynamics= and seed= out."
+        )
+    if plan.shrinks:
+        raise PlanError("plan: its targets are smaller than their sources; shrink_inplace runs it.")
+
+
+def check_caller(model: object, optim: object, plan: object) -> None:
+    """Raise for what is of the wrong kind, or called at the wrong time."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"model: expected a torch.nn.Module, got {type(model).__name__}."
@@ -305,38 +353,10 @@ def _check_arguments(
             "a growth in a closure or a pre-hook of optimizer.step() would change half a step; grow between steps, or in a "
             "post-hook (GrowthSchedule.attach)."
         )
-    if plan is None:
-        return
-    if not isinstance(plan, GrowthPlan):
+    if plan is not None and not isinstance(plan, GrowthPlan):
         raise PlanError(
             f"plan: expected a GrowthPlan, got {type(plan).__name__}; GrowthPlan.from_json reads one."
         )
-    again = dynamics not in ("mup", plan.dynamics) or seed not in (None, plan.seed)
-    if to != "2x" or width or depth or again or state not in ("exact", plan.state):
-        raise PlanError(
-            "plan= already says what to grow; leave to=, width=, depth=, state=, dynamics= and seed= out."
-        )
-
-
-def _averages(model: nn.Module, ema: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
-    """The modules inside averages of the model."""
-    several = [ema] if isinstance(ema, nn.Module) else [*(ema or ())]
-    if strangers := [one for one in several if not isinstance(one, nn.Module)]:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise PlanError(f"ema: expected modules, got {type(strangers[0]).__name__}.")
-    found = [unwrapped(one.module if isinstance(one, AveragedModel) else one) for one in several]
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    params = [id(p) for one in (model, *found) for p in one.parameters()]
-    if len(set(params)) < len(params):
-        raise PlanError(
-            "ema: an average shares parameters with the model, or with another average."
-        )
-    for one in found:
-        own = {name: p.shape for name, p in one.named_parameters()}
-        if apart := [name for name in own | shapes if own.get(name) != shapes.get(name)]:
-            raise PlanError(
-                f"ema: this {type(one).__name__} is no average of the model: they differ in {', '.join(apart[:3])}."
-            )
-    return found
 
 
 def _plan(

@@ -220,7 +220,7 @@ def _grown_config(plan: GrowthPlan, model: nn.Module, config: Any) -> Any:
     changed: dict[str, object] = {k: v for k, v in fields.items() if getattr(config, k, None) != v}
     for name in plan.config_lists:
         entries: Any = getattr(config, name, None)
-        if isinstance(entries, list) and order and order != list(range(len(order))):
+        if isinstance(entries, list) and order and order != list(range(len(entries))):  # pyright: ignore[reportUnknownArgumentType]
             changed[name] = [entries[i] for i in order]  # pyright: ignore[reportUnknownVariableType]
     if plan.config_eps and hasattr(config, plan.config_eps[0]):
         changed[plan.config_eps[0]] = getattr(config, plan.config_eps[0]) * plan.config_eps[1]

@@ -18,9 +18,10 @@ from growkern.index_map import PAD, IndexMap, Vector
 from growkern.plan import GrowthPlan, TensorRow
 from growkern.reference import arithmetic
 from growkern.scale import Factor, Scale, UpdateScale
-from growkern.state import Law, OptimSpec, muon_adjustment
+from growkern.state import SLICES, Law, OptimSpec, muon_adjustment
 
 REWARM = (1.3, 250.0)  # rho and tau of SPARKLING, arXiv:2602.02472
+ROUNDING = 1e-6  # of a product of factors in float32 that is 1
 T = TypeVar("T")
 
 
@@ -149,8 +150,16 @@ def scales(
             units = _along(old.seen, maps, mine, p)
         grad = _along(old.grad, maps, new.grad, p)
         offset = new.offset or old.offset
-        grown[row.name] = Scale(update, grad, old.gain * new.gain, units, offset)
+        scale = Scale(update, grad, old.gain * new.gain, units, offset)
+        if not plan.shrinks or not _is_one(scale):  # a growth and its inverse
+            grown[row.name] = scale
     return grown
+
+
+def _is_one(scale: Scale) -> bool:
+    """Whether a scale changes nothing, but for rounding."""
+    factors = [scale.gain, *scale.update, *scale.grad, *scale.seen]
+    return all(bool(torch.all(abs(torch.as_tensor(f) - 1) < ROUNDING)) for f in factors)
 
 
 def slices(
@@ -182,14 +191,15 @@ def slices(
             olds = tuple(state.get(f"{kind}_{side}", 1.0) for side in ("rows", "cols"))
             factors = _along(tuple(f if isinstance(f, Tensor) else 1.0 for f in olds), maps, vectors, p)  # fmt: skip
             for side, m, factor in zip(("rows", "cols"), maps, factors, strict=True):
-                if isinstance(factor, Tensor) or factor != 1:
+                one = plan.shrinks and _is_one(Scale((factor,)))
+                if not one and (isinstance(factor, Tensor) or factor != 1):
                     full = torch.full(
                         (m.n_target,), 1.0, dtype=arithmetic(p.dtype), device=p.device
                     )
                     entries[f"{kind}_{side}"] = full * factor
         if row.state == "law" and plan.state != "drop" and (step := state.get("step")) is not None:
             entries |= _born(plan, state, maps, float(step), p)  # pyright: ignore[reportArgumentType]
-        if entries:
+        if entries or (plan.shrinks and state.keys() & {*SLICES}):
             grown[row.name] = entries
     return grown
 

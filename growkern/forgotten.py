@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from growkern.errors import UnsupportedModelError, UnsupportedOptimizerError
+from growkern.errors import PlanError, UnsupportedModelError, UnsupportedOptimizerError
 from growkern.groups import driven_by
+from growkern.wrappers import unwrapped
 
 ENGINE = "DeepSpeedEngine"  # told by its name, as no framework is imported
 
@@ -157,6 +158,27 @@ def _dead(
             if id(p) not in held and (getrefcount(p) <= keeps or p.shape in missing):
                 dead.append(names[i] or f"of shape {tuple(p.shape)}")
     return dead
+
+
+def averages_of(model: nn.Module, ema: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
+    """The modules inside averages of the model; raise PlanError for what is none."""
+    several = [ema] if isinstance(ema, nn.Module) else [*(ema or ())]
+    if strangers := [one for one in several if not isinstance(one, nn.Module)]:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PlanError(f"ema: expected modules, got {type(strangers[0]).__name__}.")
+    found = [unwrapped(one.module if isinstance(one, AveragedModel) else one) for one in several]
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    params = [id(p) for one in (model, *found) for p in one.parameters()]
+    if len(set(params)) < len(params):
+        raise PlanError(
+            "ema: an average shares parameters with the model, or with another average."
+        )
+    for one in found:
+        own = {name: p.shape for name, p in one.named_parameters()}
+        if apart := [name for name in own | shapes if own.get(name) != shapes.get(name)]:
+            raise PlanError(
+                f"ema: this {type(one).__name__} is no average of the model: they differ in {', '.join(apart[:3])}."
+            )
+    return found
 
 
 def forgotten_schedulers(optim: Optimizer, handed: Sequence[object], live: Live) -> list[str]:

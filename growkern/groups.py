@@ -1,6 +1,7 @@
 """Param groups split by learning rate, and the schedulers that follow them."""
 
 from collections.abc import Mapping, Sequence
+from math import isclose
 from typing import Any
 
 from torch import nn
@@ -88,6 +89,68 @@ def split_groups(
             _follow(one, index, stays, list(groups), undo)
 
 
+def join_groups(
+    optim: Optimizer, places: Mapping[int, int], scheduler: object | None, undo: Undo
+) -> None:
+    """Make groups one again that a growth has split and a shrinking has given one factor, and drop those left without parameters.
+
+    Args:
+        optim: Changed in place.
+        places: ``id`` of a parameter -> its place in model order, which joined groups keep.
+        scheduler: Follows the groups.
+        undo: Takes it back.
+    """
+    groups, gone = [*optim.param_groups], set[int]()
+    into: dict[int, list[dict[str, Any]]] = {}
+    for index, group in enumerate(groups):
+        if not group["params"] and len(gone) < len(groups) - 1:
+            gone.add(index)
+            continue
+        found = [i for i in into if _are_one(groups[i], group)]
+        into.setdefault(found[0] if found else index, []).append(group)
+        gone |= {index} if found else set()
+    origins = [g.get(ORIGIN) for i, g in enumerate(groups) if i not in gone]
+    firsts = {origin: i for i, origin in reversed([*enumerate(origins)]) if origin is not None}
+    for index, parts in into.items():
+        group = groups[index]
+        joined = _joined(parts, places)
+        if ORIGIN in group and origins.count(group[ORIGIN]) > 1:
+            joined |= {ORIGIN: firsts[group[ORIGIN]]}
+        elif isclose(group.get(LR_FACTOR, 1.0), 1, rel_tol=1e-9):
+            joined = {key: value for key, value in joined.items() if key not in (LR_FACTOR, ORIGIN)}
+        for key in ("params", "param_names"):
+            if key in group:
+                undo.entries(group[key], joined[key])
+                joined[key] = group[key]
+        undo.items(group, joined)
+    undo.entries(optim.param_groups, [g for i, g in enumerate(groups) if i not in gone])
+    for one in schedulers(scheduler) if gone else ():
+        for values in _lists(one, (*SCHEDULER_LISTS, *SCHEDULER_ENTRIES)):
+            undo.entries(values, [value for i, value in enumerate(values) if i not in gone])
+
+
+def _are_one(group: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two groups were one, and nothing parts them any more but rounding."""
+    own = ("params", "param_names")
+    keys = group.keys() - own
+    if ORIGIN not in group or group[ORIGIN] != other.get(ORIGIN) or keys != other.keys() - own:
+        return False
+    pairs = [(group[key], other[key]) for key in keys]
+    return all(a == b or (isinstance(a, float) and isclose(a, b, rel_tol=1e-9)) for a, b in pairs)
+
+
+def _joined(parts: Sequence[dict[str, Any]], places: Mapping[int, int]) -> dict[str, Any]:
+    """Groups one after the other, or in model order where each of them is."""
+    joined, joint = dict(parts[0]), [key for key in ("params", "param_names") if key in parts[0]]
+    lists = {key: [entry for part in parts for entry in part[key]] for key in joint}
+    found = [[places.get(id(p), -1) for p in part["params"]] for part in parts]
+    at = [place for own in found for place in own]
+    if len(parts) > 1 and all(own == sorted(own) for own in found) and -1 not in at:
+        order = sorted(range(len(at)), key=at.__getitem__)
+        lists = {key: [entries[i] for i in order] for key, entries in lists.items()}
+    return joined | lists
+
+
 class LrGuard:
     """A step pre-hook: who sets one learning rate for all groups by hand would undo the split, and double its decay."""
 
@@ -133,15 +196,16 @@ def schedulers(scheduler: object | None) -> list[object]:
 
 
 def _follow(scheduler: object, index: int, stays: float, factors: list[float], undo: Undo) -> None:
-    def lists(names: tuple[str, ...]) -> list[list[Any]]:
-        found: list[Any] = [getattr(scheduler, name, None) for name in names]
-        return [values for values in found if isinstance(values, list)]
-
-    for values in lists(SCHEDULER_LISTS):
+    for values in _lists(scheduler, SCHEDULER_LISTS):
         kept = [*values[:index], values[index] * stays, *values[index + 1 :]]
         undo.entries(values, [*kept, *(values[index] * factor for factor in factors)])
-    for values in lists(SCHEDULER_ENTRIES):
+    for values in _lists(scheduler, SCHEDULER_ENTRIES):
         undo.entries(values, [*values, *(values[index] for _ in factors)])
+
+
+def _lists(scheduler: object, names: tuple[str, ...]) -> list[list[Any]]:
+    found: list[Any] = [getattr(scheduler, name, None) for name in names]
+    return [values for values in found if isinstance(values, list)]
 
 
 def check_scheduler(optim: Optimizer | None, scheduler: object | None) -> None:

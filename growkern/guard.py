@@ -29,8 +29,9 @@ class Grown:
         changes = [
             f"{k} {n} -> {plan.target_sizes[k]}" for k, n in sizes if plan.target_sizes[k] != n
         ]
+        kind = "shrinking" if plan.shrinks else "growth"
         return Grown(
-            f"growth {number} ({', '.join(changes) or 'nothing changed'})",
+            f"{kind} {number} ({', '.join(changes) or 'nothing changed'})",
             {row.source: plan.shapes(row)[0] for row in plan.rows},
             {row.name: plan.shapes(row)[1] for row in plan.rows},
         )
@@ -54,7 +55,7 @@ class Guard:
         live = {name: tuple(t.shape) for name, t in module.state_dict().items()}
         apart = [name for name, shape in shapes.items() if live.get(name, shape) != shape]
         for grown in self.growths:
-            new = grown.target.keys() - grown.source.keys()
+            new = (grown.target.keys() - grown.source.keys()) & live.keys()
             whole = all(shapes.get(name) == shape for name, shape in grown.source.items())
             if whole and not new & shapes.keys() and (apart or new):
                 why = f"it has no {min(new)}" if new else ""

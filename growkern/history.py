@@ -12,6 +12,7 @@ from growkern.execute import NOTHING
 from growkern.guard import recorded
 from growkern.optim_target import Masters
 from growkern.plan import GrowthPlan
+from growkern.shrinking import shrink_inplace
 from growkern.spaces import ModelSpec
 from growkern.wrappers import unwrapped
 
@@ -26,7 +27,7 @@ def resume(
     masters: Masters | None = None,
     spec: Callable[[nn.Module], ModelSpec] | None = None,
 ) -> None:
-    """Replay growths without moving data: sizes, blocks, attributes, config, param groups and hooks become the target's.
+    """Replay growths and shrinkings without moving data: sizes, blocks, attributes, config, param groups and hooks become the target's.
 
     Weights that are replaced are NaN until a checkpoint is loaded.
 
@@ -66,14 +67,16 @@ def resume(
         )
     for number, (one, after) in enumerate(pairwise(plans[len(done) :]), len(done) + 1):
         names = {row.name for row in one.rows}, {row.source for row in after.rows}
-        if dict(one.target_sizes) != dict(after.source_sizes) or names[0] != names[1]:
+        missing = names[0] - names[1] if not after.shrinks else ()
+        if dict(one.target_sizes) != dict(after.source_sizes) or names[1] - names[0] or missing:
             raise PlanError(
                 f"growth {number + 1} of {len(plans)} does not fit: it is for {dict(after.source_sizes)}, growth {number} ends "
                 f"at {dict(one.target_sizes)}."
             )
     for number, plan in enumerate(plans[len(done) :], len(done) + 1):
         try:
-            expand_inplace(
+            change = shrink_inplace if plan.shrinks else expand_inplace
+            change(
                 model, optim, plan=plan, dynamics=plan.dynamics, scheduler=scheduler, ema=ema, masters=masters,
                 spec=spec(model) if spec else None, backend=NOTHING,
             )  # fmt: skip

@@ -14,7 +14,7 @@ from math import isfinite
 
 from growkern.axes import axis_maps, lawful, locked, norm_factors
 from growkern.errors import PlanError, raise_all
-from growkern.methods import BlockRow, Depth, DepthMethod, WidthMethod
+from growkern.methods import BlockRow, Depth, DepthMethod, ShrinkMethod, WidthMethod
 from growkern.plan import AxisMap, GrowthPlan, TensorRow
 from growkern.spaces import AxisUse, Blocks, ModelSpec, size_value, written
 from growkern.state import DYNAMICS, STATES
@@ -27,8 +27,9 @@ def build(
     spec: ModelSpec,
     sizes: Mapping[str, int],
     *,
-    width: WidthMethod,
-    depth: DepthMethod,
+    width: WidthMethod | None = None,
+    depth: DepthMethod | None = None,
+    shrink: ShrinkMethod | None = None,
     state: str = "exact",
     dynamics: str | None = "mup",
     seed: int = 0,
@@ -40,6 +41,7 @@ def build(
         sizes: Every target size (``growkern.sizes.resolve_sizes``).
         width: Width method.
         depth: Depth method.
+        shrink: In place of both, where the targets are smaller.
         state: What becomes of the optimizer's state (``growkern.state.STATES``).
         dynamics: What becomes of its learning rates: ``"mup"``, ``"exact"`` or None.
         seed: Of all noise.
@@ -63,21 +65,32 @@ def build(
             else [f"seed={seed!r}: an int from 0 to 2**64 - 1."]
         ),
         *(
-            []
-            if hasattr(width, "widen") and not isinstance(width, type)
-            else [f"width: expected a width method such as Lossless(), got {width!r}."]
+            _strange("method", "narrow", "a way to shrink such as WeightSelection()", shrink)
+            if shrink is not None
+            else ()
         ),
         *(
-            []
-            if hasattr(depth, "deepen") and not isinstance(depth, type)
-            else [f"depth: expected a depth method such as IdentityBlocks(), got {depth!r}."]
+            _strange("width", "widen", "a width method such as Lossless()", width)
+            if shrink is None
+            else ()
+        ),
+        *(
+            _strange("depth", "deepen", "a depth method such as IdentityBlocks()", depth)
+            if shrink is None
+            else ()
         ),
     ]
-    raise_all(PlanError, f"cannot grow {spec.family}:", problems)
-    wide = width.widen(spec, sizes)
+    verb = "grow" if shrink is None else "shrink"
+    raise_all(PlanError, f"cannot {verb} {spec.family}:", problems)
+    if shrink is not None:
+        wide = shrink.narrow(spec, sizes)
+    else:
+        assert width is not None, "seen above"
+        wide = width.widen(spec, sizes)
     if spec.blocks is None and sizes.get("layers") != spec.sizes.get("layers"):
-        raise PlanError(f"cannot deepen {spec.family}:\n  the spec names no blocks.")
-    deep = {stack.path: _deepened(spec, stack, depth, sizes) for stack in spec.stacks}
+        verb = "deepen" if shrink is None else verb
+        raise PlanError(f"cannot {verb} {spec.family}:\n  the spec names no blocks.")
+    deep = {stack.path: _decided(spec, stack, sizes, depth, shrink) for stack in spec.stacks}
     homes = {path: _homes(one.blocks) for path, one in deep.items()}
     factors = norm_factors(spec, wide)
     unequal = [stream for stream, factor in factors.items() if factor is None]
@@ -103,8 +116,8 @@ def build(
         family=spec.family,
         source_sizes=dict(spec.sizes),
         target_sizes=dict(sizes),
-        width=str(width),
-        depth=str(depth),
+        width=str(width if shrink is None else shrink),
+        depth=str(depth if shrink is None else shrink),
         seed=seed,
         state=state,
         dynamics=dynamics,
@@ -136,13 +149,42 @@ def build(
     )
 
 
+TAKES = {
+    "widen": "expand_inplace takes it as width=",
+    "deepen": "expand_inplace takes it as depth=",
+    "narrow": "shrink_inplace takes it",
+}
+
+
+def _strange(name: str, verb: str, expected: str, method: object) -> list[str]:
+    if hasattr(method, verb) and not isinstance(method, type):
+        return []
+    takes = [f"; {who}" for own, who in TAKES.items() if hasattr(method, own) and own != verb]
+    return [f"{name}: expected {expected}, got {method!r}{''.join(takes)}."]
+
+
+def _decided(
+    spec: ModelSpec,
+    stack: Blocks,
+    sizes: Mapping[str, int],
+    depth: DepthMethod | None,
+    shrink: ShrinkMethod | None,
+) -> Depth:
+    """What the method says of a stack."""
+    n_source, n_target = spec.sizes[stack.size], sizes[stack.size]
+    if spec.others and n_target == n_source:  # the method is for another stack
+        return Depth(tuple(map(BlockRow, range(n_source))))
+    if shrink is not None:
+        return shrink.keep(n_source, n_target)
+    assert depth is not None, "one of the two decides"
+    return _deepened(spec, stack, depth, sizes)
+
+
 def _deepened(
     spec: ModelSpec, stack: Blocks, depth: DepthMethod, sizes: Mapping[str, int]
 ) -> Depth:
     """What the method says, with new blocks that copy only what can be copied, and are what the spec knows of them."""
     n_layers, n_target = spec.sizes[stack.size], sizes[stack.size]
-    if spec.others and n_target == n_layers:  # the method is for another stack
-        return Depth(tuple(map(BlockRow, range(n_layers))))
     deep = depth.deepen(n_layers, n_target)
     if any(block.branch != 1 for block in deep.blocks) and (stack.carries or not stack.branches):
         why = "its norms come after them" if stack.carries else "its spec does not name them"
@@ -182,6 +224,12 @@ def _attributes(spec: ModelSpec, homes: Homes, sizes: Mapping[str, int]) -> dict
 def check(plan: GrowthPlan, spec: ModelSpec) -> None:
     """Raise PlanError for a plan that is not one for this model: it may have been made for another, or written by hand."""
     names = set(spec.tensors) - set(spec.ties)
+    if plan.shrinks:  # nothing is made of the blocks that go
+        stay = {path: {block.source for block in blocks} for path, blocks in plan.stacks.items()}
+        places = {name: spec.block_of(name) for name in names}
+        names = {
+            n for n, at in places.items() if at is None or at[1] in stay.get(at[0].path, {at[1]})
+        }
     if dict(plan.source_sizes) != dict(spec.sizes) or {row.source for row in plan.rows} != names:
         raise PlanError(
             f"the plan is for a {plan.family} of {dict(plan.source_sizes)}, this {spec.family} has {dict(spec.sizes)}; plan anew."
@@ -189,7 +237,7 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
     problems: list[str] = []
     homes = {path: _homes(blocks) for path, blocks in plan.stacks.items()}
     if {*plan.stacks} != {stack.path for stack in spec.stacks} or not all(
-        _whole(plan.stacks[s.path], spec.sizes[s.size], plan.target_sizes.get(s.size))
+        _whole(plan, plan.stacks[s.path], spec.sizes[s.size], plan.target_sizes.get(s.size))
         for s in spec.stacks
     ):
         problems.append("its blocks are not those of the model and new ones.")
@@ -235,11 +283,14 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
     raise_all(PlanError, f"this plan for a {plan.family} cannot be run:", problems)
 
 
-def _whole(blocks: Sequence[BlockRow], n_source: int, n_target: int | None) -> bool:
-    """True for all blocks of the source in their order, and copies of them."""
+def _whole(
+    plan: GrowthPlan, blocks: Sequence[BlockRow], n_source: int, n_target: int | None
+) -> bool:
+    """True for all blocks of the source in their order, and copies of them; for some where the plan shrinks."""
     kept = [block.source for block in blocks if not block.new]
     within = all(0 <= block.source < n_source for block in blocks)
-    return kept == list(range(n_source)) and within and len(blocks) == n_target
+    expected = sorted({*kept}) if plan.shrinks else list(range(n_source))
+    return kept == expected and within and len(blocks) == n_target
 
 
 def _homes(blocks: Sequence[BlockRow]) -> Mapping[int, list[int]]:

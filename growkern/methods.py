@@ -87,6 +87,18 @@ class WidthMethod(Protocol):
         ...
 
 
+class ShrinkMethod(Protocol):
+    """Anything that can shrink: maps into the source that leave coordinates out, and blocks that stay."""
+
+    def narrow(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
+        """Give maps and contracts for the target ``sizes``; raise PlanError for what the method cannot do."""
+        ...
+
+    def keep(self, n_source: int, n_target: int) -> Depth:
+        """Give the blocks that stay; raise PlanError for what the method cannot do."""
+        ...
+
+
 class DepthMethod(Protocol):
     """Anything that can deepen."""
 

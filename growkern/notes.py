@@ -12,7 +12,12 @@ def notes(plan: GrowthPlan, spec: ModelSpec, target: OptimTarget | None) -> list
         return []
     described, found = target.described, list[str]()
     law, kind = described.law, described.kind.rpartition(".")[2]
-    if target.split:
+    if target.split and plan.shrinks:
+        found.append(
+            "learning rates and weight decay followed the law; groups that a growth had split are one again where they agree and "
+            "no scheduler was left out."
+        )
+    elif target.split:
         found.append(
             "weight decay was divided by the learning-rate factor where that is not 1, so that decay per step stays."
         )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from growkern.errors import CommitError
-from growkern.groups import split_groups
+from growkern.groups import join_groups, split_groups
 from growkern.optim import begin
 from growkern.plan import GrowthPlan
 from growkern.scale import Scale, UpdateScale, scale_of
@@ -32,6 +32,7 @@ class OptimTarget:
         scales: Parameter name -> what ``UpdateScale`` is to do with it, beside the groups.
         slices: Parameter name -> entries of its state that hold such factors, for an optimizer that takes them itself.
         masters: Parameter of the model -> the copy in higher precision that the optimizer holds in its place.
+        joins: True when groups that a growth has split are made one again where their factors agree, and empty ones dropped.
     """
 
     optim: Optimizer
@@ -43,6 +44,7 @@ class OptimTarget:
         default_factory=dict[str, Mapping[str, Tensor]]
     )
     masters: Masters = field(default_factory=dict[nn.Parameter, nn.Parameter])
+    joins: bool = False
 
     def held(self, params: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """What the optimizer holds for the parameters of a model."""
@@ -77,7 +79,9 @@ def grow_optimizer(
         target: Of the target.
         undo: Takes it back.
     """
-    masters: dict[nn.Parameter, nn.Parameter] = dict(of.masters)
+    before, stay = of.held(source), {id(p) for p in target.values()}
+    dropped = {id(p) for p in source.values()} - stay
+    masters = {p: master for p, master in of.masters.items() if id(p) not in dropped}
     for row in plan.rows:
         value = fresh.states.get(row.name, {}).pop(MASTER, None)
         fresh.states.get(row.name, {}).pop(MASTER_GRAD, None)
@@ -86,13 +90,15 @@ def grow_optimizer(
             p = target[row.name]
             start = value if isinstance(value, Tensor) else p.detach().to(like.dtype, copy=True)
             masters[p] = nn.Parameter(start, requires_grad=like.requires_grad)
-    if len(masters) > len(of.masters):
+    if masters.keys() != of.masters.keys():
         undo.items(of.masters, masters)
-    before, after = of.held(source), of.held(target)
+    after = of.held(target)
     _optimizer(plan, fresh, of, before, after, undo)
     law = of.described.law
     decays, rates = (law.decays, law.rates) if law else ((), ())
     split_groups(of.optim, after, of.split, of.scheduler, decays, rates, undo)
+    if of.joins:
+        join_groups(of.optim, _places(after), of.scheduler, undo)
     _scales(of, before, after, undo)
     check_state(of.optim, of.described)
 
@@ -108,7 +114,8 @@ def _optimizer(
     """State of new parameters, and they themselves into the group of the one they come from."""
     optim, law = of.optim, of.described.law
     resets = law is not None and law.resets
-    states: dict[Any, Any] = dict(optim.state)
+    dropped = {id(p) for p in source.values()} - {id(p) for p in target.values()}
+    states: dict[Any, Any] = {p: s for p, s in optim.state.items() if id(p) not in dropped}
     groups = {id(p): group for group in optim.param_groups for p in group["params"]}
     if resets and hasattr(optim, "_numel_cache"):
         undo.attribute(optim, "_numel_cache", None)  # of LBFGS
@@ -139,7 +146,7 @@ def _optimizer(
     for group in optim.param_groups:
         params: list[nn.Parameter] = group["params"]
         names = _own_names(group, source)
-        grown = [q for p in params for q in (p, *joins.get(id(p), []))]
+        grown = [q for p in params for q in (p, *joins.get(id(p), [])) if id(q) not in dropped]
         places = [before[id(p)] for p in params if id(p) in before]
         in_order = places == sorted(places) and len(places) == len(params)
         if len(grown) > len(params) and in_order:  # keep it so

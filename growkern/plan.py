@@ -180,6 +180,11 @@ class GrowthPlan:
         return {**({self.path: self.blocks} if self.blocks else {}), **self.others}
 
     @property
+    def shrinks(self) -> bool:
+        """True when a size gets smaller: a plan for ``shrink_inplace``."""
+        return any(self.target_sizes[name] < n for name, n in self.source_sizes.items())
+
+    @property
     def noisy(self) -> bool:
         """True when twin noise is added, so that gradients follow the law only up to what the noise adds."""
         return any(axis.noise for axis in self.axes.values())
@@ -267,7 +272,9 @@ class GrowthPlan:
     def __str__(self) -> str:
         grown = [(k, n, self.target_sizes[k]) for k, n in self.source_sizes.items()]
         parts = [
-            f"Growth plan for {self.family}: {self.width}, {self.depth}, seed {self.seed}, "
+            f"Shrink plan for {self.family}: {self.width}, state {self.state!r}, dynamics {self.dynamics!r}"
+            if self.shrinks
+            else f"Growth plan for {self.family}: {self.width}, {self.depth}, seed {self.seed}, "
             f"state {self.state!r}, dynamics {self.dynamics!r}",
             table(
                 ["size", "source", "target", ""],
@@ -283,6 +290,8 @@ class GrowthPlan:
             for path, blocks in self.stacks.items()
             if any(block.new for block in blocks)
         ]
+        if len(self.blocks) < self.source_sizes.get("layers", 0) and self.blocks:
+            parts.append(f"blocks  {' '.join(str(b.source) for b in self.blocks)} stay")
         lines = dict.fromkeys(
             (
                 fold(row.name),

@@ -95,8 +95,9 @@ class GrowthReport:
                 else "scale a clipping threshold alike"
             )
             facts.append(("gradient norm", f"x {self.grad_norm_factor:.3g} by the law; {advice}"))
+        shrank = any(self.target_sizes[name] < n for name, n in self.source_sizes.items())
         text = [
-            f"Grew {self.family}",
+            f"{'Shrank' if shrank else 'Grew'} {self.family}",
             table(["size", "source", "target", ""], rows),
             "\n".join(f"{k:<20} {v}" for k, v in facts),
         ]

@@ -15,7 +15,7 @@ MAX_LAYERS = 1 << 12
 Target = str | Mapping[str, int | str]
 
 
-def resolve_sizes(spec: ModelSpec, to: Target) -> dict[str, int]:
+def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[str, int]:
     """Work out every target size.
 
     What is not named follows ``hidden``: ffn, heads and kv heads grow in proportion where that is whole (heads and kv heads
@@ -24,57 +24,74 @@ def resolve_sizes(spec: ModelSpec, to: Target) -> dict[str, int]:
     Args:
         spec: Description of the source model.
         to: A factor for all widths (``"2x"``, ``"1.5x"``), or a mapping from size name to an int or a factor.
+        shrink: True for targets below the source, False for those above.
 
     Returns:
         Every size of ``spec.sizes`` at its target.
 
     Raises:
-        PlanError: An unknown size name, a factor or target that is not whole, smaller than the source, or that the model
-            cannot express, with the nearest sizes; every reason at once.
+        PlanError: An unknown size name, a factor or target that is not whole, on the wrong side of the source, or that the
+            model cannot express, with the nearest sizes; every reason at once.
     """
     if not isinstance(to, str | Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PlanError(
             f"cannot read to={to!r}: a factor such as '2x' or '1.5x', or a mapping of {', '.join(spec.sizes)}."
         )
     source, problems = spec.sizes, list[str]()
-    named = _named(spec, to, problems)
+    named = _named(spec, to, problems, shrink)
     target = dict(source) | named
     if "hidden" in source and not problems:
         ratio = Fraction(target["hidden"], source["hidden"])
         _follow(spec, named, target, ratio, problems)
     for name, n in target.items():
         limit = MAX_LAYERS if name in {"layers", *(s.size for s in spec.stacks)} else MAX_SIZE
-        if n < source[name]:
-            problems.append(
-                f"{name}: the target {n} is smaller than the source {source[name]}; growth only adds."
-            )
+        if wrong := _wrong_side(name, n, source[name], shrink):
+            problems.append(wrong)
         elif n > max(limit, source[name]):
             problems.append(f"{name}: the target {n:,} is beyond {limit:,}.")
-        elif n > source[name] and name in spec.fixed:
-            problems.append(f"{name}: cannot grow in this {spec.family}: {spec.fixed[name]}.")
+        elif n != source[name] and name in spec.fixed:
+            verb = "shrink" if shrink else "grow"
+            problems.append(f"{name}: cannot {verb} in this {spec.family}: {spec.fixed[name]}.")
     if not problems and "kv_heads" in target and target["heads"] % target["kv_heads"]:
         kv = target["kv_heads"]
         problems.append(
             f"heads: {target['heads']} is not a multiple of kv_heads={kv}; nearest: {_nearest(target['heads'], kv)}."
         )
-    if (
-        not problems
-        and "kv_heads" in target
-        and target["heads"] // target["kv_heads"] < source["heads"] // source["kv_heads"]
-    ):
-        problems.append(
-            f"heads: {target['heads']} over kv_heads={target['kv_heads']} would shrink the groups of "
-            f"{source['heads'] // source['kv_heads']}; name kv_heads={source['kv_heads']} to keep them."
-        )
+    if not problems and "kv_heads" in target:
+        group = source["heads"] // source["kv_heads"]
+        change = target["heads"] // target["kv_heads"] - group
+        if change > 0 if shrink else change < 0:
+            way_out = (
+                f"name heads={target['kv_heads'] * group}"
+                if shrink
+                else f"name kv_heads={source['kv_heads']}"
+            )
+            problems.append(
+                f"heads: {target['heads']} over kv_heads={target['kv_heads']} would {'grow' if shrink else 'shrink'} the groups of "
+                f"{group}; {way_out} to keep them."
+            )
     if not problems and target == dict(source):
         problems.append(
-            f"every target equals its source ({', '.join(f'{k}={v}' for k, v in source.items())}); name a larger size."
+            f"every target equals its source ({', '.join(f'{k}={v}' for k, v in source.items())}); name a "
+            f"{'smaller' if shrink else 'larger'} size."
         )
-    raise_all(PlanError, f"cannot grow {spec.family} to {to!r}:", problems)
+    raise_all(
+        PlanError, f"cannot {'shrink' if shrink else 'grow'} {spec.family} to {to!r}:", problems
+    )
     return target
 
 
-def _named(spec: ModelSpec, to: Target, problems: list[str]) -> dict[str, int]:
+def _wrong_side(name: str, n: int, source: int, shrink: bool) -> str | None:
+    if shrink and n > source:
+        return f"{name}: the target {n} is larger than the source {source}; expand_inplace grows."
+    if shrink and n < 1:
+        return f"{name}: the target {n} is no size; at least 1."
+    if not shrink and n < source:
+        return f"{name}: the target {n} is smaller than the source {source}; growth only adds, shrink_inplace takes away."
+    return None
+
+
+def _named(spec: ModelSpec, to: Target, problems: list[str], shrink: bool) -> dict[str, int]:
     if isinstance(to, str):
         if _factor(to) is None:
             raise PlanError(
@@ -97,10 +114,8 @@ def _named(spec: ModelSpec, to: Target, problems: list[str]) -> dict[str, int]:
             named[name] = _scaled(name, spec, value, problems)
         elif isinstance(value, bool) or not hasattr(value, "__index__"):
             problems.append(f"{name}: {value!r} is not an int or a factor such as '1.5x'.")
-        elif index(value) < spec.sizes[name]:
-            problems.append(
-                f"{name}: the target {value} is smaller than the source {spec.sizes[name]}; growth only adds."
-            )
+        elif wrong := _wrong_side(name, index(value), spec.sizes[name], shrink):
+            problems.append(wrong)
         else:
             named[name] = index(value)
     return named

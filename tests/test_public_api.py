@@ -35,6 +35,8 @@ NAMES = [
     "plan",
     "reader",
     "resume",
+    "shrink",
+    "shrink_inplace",
     "upcycle",
     "verify",
     "vocab",
@@ -63,6 +65,24 @@ SIGNATURES = {  # positional names, then keyword-only names with their defaults
         },
         "GrowthReport",
     ),
+    "shrink_inplace": (
+        {"model": REQUIRED, "optim": None},
+        {
+            "to": "0.5x",
+            "method": None,
+            "state": "exact",
+            "dynamics": "mup",
+            "spec": None,
+            "backend": None,
+            "plan": None,
+            "scheduler": None,
+            "ema": None,
+            "masters": None,
+            "rules": None,
+            "memory": None,
+        },
+        "GrowthReport",
+    ),
     "plan": (
         {"model": REQUIRED, "optim": None},
         {
@@ -75,6 +95,7 @@ SIGNATURES = {  # positional names, then keyword-only names with their defaults
             "seed": None,
             "masters": None,
             "rules": None,
+            "shrink": None,
         },
         "GrowthPlan",
     ),
@@ -127,7 +148,9 @@ def test_every_public_name_exists():
     assert [name for name in NAMES if not hasattr(growkern, name)] == []
 
 
-@pytest.mark.parametrize("folder", [growkern.width, growkern.depth], ids=["width", "depth"])
+@pytest.mark.parametrize(
+    "folder", [growkern.width, growkern.depth, growkern.shrink], ids=["width", "depth", "shrink"]
+)
 def test_every_method_exists(folder):
     assert len(folder.__all__) == len(set(folder.__all__))
     assert [name for name in folder.__all__ if not inspect.isclass(getattr(folder, name))] == []

@@ -40,7 +40,16 @@ def test_the_spec_of_the_example_has_under_40_lines():
     assert "ModelSpec(" in EXAMPLES[-1] and len(EXAMPLES[-1].splitlines()) < 40
 
 
-LOOPS = EXAMPLES[2:-1]
+def test_the_other_way_runs():
+    model = make("llama", tied=True, num_hidden_layers=4)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    exec(EXAMPLES[-2], {"model": model, "optim": optim, "growkern": growkern})
+
+    assert (len(model.model.layers), model.config.hidden_size) == (2, 12)
+
+
+LOOPS = EXAMPLES[2:-2]
 AT = ("step=1000", "step=2"), ("step == 1000", "step == 2"), ("max_steps=4000", "max_steps=5")
 
 

@@ -93,6 +93,26 @@ def solve_ties(
     (Tied head: the factor 1/C goes into the final norm, which writes the stream the head reads.)
     """
     factors = written(spec, sizes)
+    for stream, origin in tied_streams(spec):
+        if contracts[origin].centred:
+            raise PlanError(
+                f"cannot centre {spec.family}: the tensor that writes {origin!r} is tied to the one that reads {stream!r}, and its "
+                "mean reaches the logits; use mean_pad."
+            )
+        ones = Vector.full(factors.get(origin, 1.0), len(contracts[origin].w))
+        u = contracts[origin].w.zip(ones, lambda w, factor: w * factor)
+        counts = maps[space_of(stream)].per_copy(float, pad=1.0)
+        contracts[stream] = Contract(
+            u.zip(counts, lambda x, c: 1 / (x * c)), u, contracts[stream].pad
+        )
+
+
+def tied_streams(spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    """The streams that a tied tensor reads and writes.
+
+    Raises:
+        PlanError: They are one.
+    """
     for tied, first in spec.ties.items():
         for use, other in zip(spec.tensors[tied], spec.tensors[first], strict=True):
             if (use.role, other.role) != ("reader", "writer"):
@@ -102,13 +122,4 @@ def solve_ties(
                 raise PlanError(
                     f"cannot widen {spec.family}: {tied!r} reads the stream it writes; a norm must lie between."
                 )
-            if contracts[origin].centred:
-                raise PlanError(
-                    f"cannot centre {spec.family}: {tied!r} is tied to {first!r}, and its mean reaches the logits; use mean_pad."
-                )
-            ones = Vector.full(factors.get(origin, 1.0), len(contracts[origin].w))
-            u = contracts[origin].w.zip(ones, lambda w, factor: w * factor)
-            counts = maps[space_of(stream)].per_copy(float, pad=1.0)
-            contracts[stream] = Contract(
-                u.zip(counts, lambda x, c: 1 / (x * c)), u, contracts[stream].pad
-            )
+            yield stream, origin

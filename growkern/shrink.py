@@ -1,0 +1,143 @@
+"""Methods of ``shrink_inplace``: which coordinates and which blocks of the source stay, and what that does to their scales."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from growkern.errors import PlanError, raise_all
+from growkern.index_map import IndexMap, Vector
+from growkern.methods import BlockRow, Contract, Depth, Width
+from growkern.spaces import ModelSpec, written
+from growkern.width.base import spaces, tied_streams
+
+__all__ = ["FirstCopies", "WeightSelection"]
+SHRINKS = ("hidden", "heads", "kv_heads", "ffn", "positions", "layers")
+
+
+@dataclass(frozen=True)
+class WeightSelection:
+    """Keep evenly spaced coordinates of every space, as they are, and the first layers.
+
+    Coordinate ``i`` of ``n`` keeps source coordinate ``i * N / n`` of ``N`` where ``n`` divides ``N``, else ``i * (N - 1) / (n - 1)``,
+    rounded (halves to even). Gradients and state are those of what is kept. The paper takes each axis of each tensor by itself;
+    here a coordinate is one of a space, so heads stay whole and fused q, k and v agree. The first positions stay.
+
+    Args:
+        layers: The source layers to keep, in order; None for the first.
+
+    Reference:
+        Xu et al., "Initializing Models with Larger Ones", ICLR 2024, arXiv:2311.18823.
+    """
+
+    layers: tuple[int, ...] | None = None
+
+    def narrow(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
+        """Give maps and contracts for the target ``sizes``; raise PlanError for a size that does not shrink."""
+        _refuse(spec, sizes, "WeightSelection")
+        reasons = ("selected weights do not make up for the others",)
+        return _narrowed(spec, sizes, _spaced, lambda _: 1.0, reasons)
+
+    def keep(self, n_source: int, n_target: int) -> Depth:
+        """Give the blocks that stay; raise PlanError where ``layers`` are not as many, or not in a model of this depth."""
+        return _kept(self.layers, n_source, n_target, "WeightSelection")
+
+
+@dataclass(frozen=True)
+class FirstCopies:
+    """Keep the first copy of every coordinate, and multiply its readers by the number of copies: an even growth taken back.
+
+    The inverse of ``width.Lossless(noise=0)``, ``width.HyperClone()`` and ``depth.Stack()`` at whole multiples, bit for bit at powers
+    of 2: weights, gradients, optimizer state, and learning rates under the ``dynamics`` of the growth. Where copies have parted,
+    what the others learnt is lost. Gains and epsilons of norms stay, and the first positions.
+
+    Args:
+        layers: The source layers to keep, in order; None for the first. ``(0, 2)`` takes ``IdentityBlocks`` from 2 to 4 layers back.
+    """
+
+    layers: tuple[int, ...] | None = None
+
+    def narrow(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
+        """Give maps and contracts for the target ``sizes``.
+
+        Raises:
+            PlanError: A width that does not divide the source's; a size that does not shrink.
+        """
+        uneven = {
+            space.size: f"{space.size}: {space.n_target} does not divide {space.n_source}, so there are no even copies; "
+            "WeightSelection() shrinks to any size."
+            for space in spaces(spec, sizes)
+            if space.n_source % space.n_target and space.name != "positions"
+        }
+        _refuse(spec, sizes, "FirstCopies", *uneven.values())
+        reasons = ("the other copies are dropped, which is exact only where they are equal",)
+        return _narrowed(spec, sizes, _first, float, reasons)
+
+    def keep(self, n_source: int, n_target: int) -> Depth:
+        """Give the blocks that stay; raise PlanError where ``layers`` are not as many, or not in a model of this depth."""
+        return _kept(self.layers, n_source, n_target, "FirstCopies")
+
+
+def _refuse(spec: ModelSpec, sizes: Mapping[str, int], who: str, *problems: str) -> None:
+    found = [
+        f"{name}: {who} does not shrink it ({spec.sizes[name]} -> {n}); it shrinks {', '.join(SHRINKS)}."
+        for name, n in sizes.items()
+        if n != spec.sizes[name] and name not in SHRINKS
+    ]
+    raise_all(PlanError, f"cannot shrink {spec.family}:", [*found, *problems])
+
+
+def _narrowed(
+    spec: ModelSpec,
+    sizes: Mapping[str, int],
+    index_map: Callable[[int, int], IndexMap],
+    u: Callable[[int], float],
+    reasons: tuple[str, ...],
+) -> Width:
+    """Maps and contracts of what stays; ``u`` is the factor on readers, of the number of copies. Norms are left alone."""
+    maps: dict[str, IndexMap] = {}
+    contracts: dict[str, Contract] = {}
+    made: dict[tuple[bool, int, int], tuple[IndexMap, Contract]] = {}  # blocks share theirs
+    for space in spaces(spec, sizes):
+        key = (space.name == "positions", space.n_source, space.n_target)
+        if key not in made:
+            places, n_source, n = key
+            ones = Vector.full(1.0, n)
+            contract = Contract(ones, ones if places else Vector.full(u(n_source // n), n))
+            made[key] = (_first if places else index_map)(n_source, n), contract
+        maps[space.name], contract = made[key]
+        contracts |= dict.fromkeys(space.streams, contract)
+    factors = written(spec, sizes)
+    for stream, origin in [
+        *tied_streams(spec)
+    ]:  # a tied head takes the embedding's factor, the last norm makes up for it
+        ones, factor = contracts[origin].w, factors.get(origin, 1.0)
+        w = contracts[origin].u.map(lambda c, f=factor: c / f)
+        contracts[stream] = Contract(w, ones.map(lambda _, f=factor: f))
+    narrower = any(sizes[name] != n for name, n in spec.sizes.items() if name != "layers")
+    return Width(maps, contracts, reasons=reasons if narrower else (), norms_kept=True)
+
+
+def _first(n_source: int, n_target: int) -> IndexMap:
+    return IndexMap.of(range(n_target), n_source)
+
+
+def _spaced(n_source: int, n_target: int) -> IndexMap:
+    if n_source % n_target == 0:
+        return IndexMap.of(range(0, n_source, n_source // n_target), n_source)
+    step = Fraction(n_source - 1, n_target - 1)
+    return IndexMap.of((round(i * step) for i in range(n_target)), n_source)
+
+
+def _kept(layers: tuple[int, ...] | None, n_source: int, n_target: int, who: str) -> Depth:
+    order = (*range(n_target),) if layers is None else (*layers,)
+    known = all(type(i) is int and 0 <= i < n_source for i in order)
+    if not known or [*order] != sorted({*order}):
+        raise PlanError(
+            f"{who}: layers={layers!r} are not layers of a model of {n_source}, in their order, each once; 0 is the first."
+        )
+    if len(order) != n_target:
+        raise PlanError(
+            f'{who}: layers={layers!r} are {len(order)}, the target {n_target}; pass to={{"layers": {len(order)}}}.'
+        )
+    reasons = ("blocks are dropped",) if n_target < n_source else ()
+    return Depth(tuple(map(BlockRow, order)), reasons=reasons)
