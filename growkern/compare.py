@@ -33,9 +33,9 @@ class Outcome:
         refused: Why it cannot; then the rest is not known.
         preserves: What it promises; see ``GrowthPlan.preserves``.
         logits_error: Largest absolute difference of the outputs to the source's.
-        loss: On the first batch, after growth and before any step.
-        loss_after: On the first batch, after the steps.
-        grad_norm: Norm of all gradients on the first batch, over that of the source.
+        loss: Held out, or on the first batch: after growth and before any step.
+        loss_after: Likewise, after the steps.
+        grad_norm: Norm of all gradients there, over that of the source.
         n_dead: Elements without gradient in two steps.
         n_equal: Rows and columns that equal another one after two steps: they stay so.
         n_params: Of the grown model.
@@ -96,6 +96,7 @@ def compare(
     to: Target = "2x",
     steps: int = 10,
     loss: Loss | None = None,
+    held_out: Batch | None = None,
     on_outcome: Callable[[Outcome], object] | None = None,
     **options: Any,
 ) -> Comparison:
@@ -109,6 +110,7 @@ def compare(
         to: As in ``expand_inplace``.
         steps: How many of the optimizer follow each growth.
         loss: Of a model and a batch; by default the output's ``loss``, or the cross entropy of the next token.
+        held_out: Input that losses and gradient norms are measured on; by default the first of ``batch``.
         on_outcome: Called with every outcome as it comes.
         options: ``state``, ``dynamics``, ``spec``, ``seed``, ``backend``, ``rules``, ``memory``: as in ``expand_inplace``.
 
@@ -129,7 +131,10 @@ def compare(
         raise PlanError(
             f"compare takes at least one batch and steps >= 0, not {len(batches)} and {steps}."
         )
-    measure = _Measure(model, optim, batches, steps, loss or loss_of, dict(options, to=to))
+    measured = batches[0] if held_out is None else held_out
+    measure = _Measure(
+        model, optim, batches, measured, steps, loss or loss_of, dict(options, to=to)
+    )
     outcomes: list[Outcome] = []
     for one in (None, *methods):
         outcomes.append(measure(one))
@@ -142,10 +147,11 @@ class _Measure:
     """Grows and trains copies of one model."""
 
     def __init__(
-        self, model: nn.Module, optim: Optimizer, batches: list[Batch], steps: int, loss: Loss,
+        self, model: nn.Module, optim: Optimizer, batches: list[Batch], measured: Batch, steps: int, loss: Loss,
         options: dict[str, Any],
     ) -> None:  # fmt: skip
         self.model, self.optim, self.batches, self.steps = model, optim, batches, steps
+        self.measured = measured
         self.loss, self.options = loss, options
         twin, held = self._copies()
         del held
@@ -164,7 +170,7 @@ class _Measure:
                 return Outcome(name, refused=str(error))
             seconds, n_bytes = report.seconds, report.n_bytes_written
             preserves = report.preserves
-        checked = verify(source, grown, self.batches[0])
+        checked = verify(source, grown, self.measured)
         before, norm = self._losses(grown)
         for i in range(self.steps):
             grown.train()
@@ -196,10 +202,10 @@ class _Measure:
         return model, optim
 
     def _losses(self, model: nn.Module) -> tuple[float, float]:
-        """Loss and gradient norm on the first batch, in evaluation mode."""
+        """Loss and gradient norm on what is held out, in evaluation mode."""
         model.eval()
         model.zero_grad()
-        found = self.loss(model, self.batches[0])
+        found = self.loss(model, self.measured)
         found.backward()  # pyright: ignore[reportUnknownMemberType]
         grads = [p.grad.float().square().sum() for p in model.parameters() if p.grad is not None]
         model.zero_grad()

@@ -64,6 +64,26 @@ def test_the_table_holds_what_growing_by_hand_shows_and_nothing_changes(trained)
     )
 
 
+def test_losses_are_those_of_what_is_held_out(trained):
+    model, optim = trained
+    other = batch(seed=9)
+
+    found = growkern.compare(
+        model, optim, to="2x", methods=[width.AKI()], batch=batch(), held_out=other, steps=2
+    )
+
+    twin, held = copy.deepcopy((model, optim))
+    grow(twin, held, to="2x", width=width.AKI())
+    assert found.outcomes[1].loss == pytest.approx(float(loss_of(twin, other).detach()), abs=1e-9)
+    for _ in range(2):
+        held.zero_grad()
+        loss_of(twin, batch()).backward()
+        held.step()
+    assert found.outcomes[1].loss_after == pytest.approx(
+        float(loss_of(twin, other).detach()), abs=1e-9
+    )
+
+
 def test_an_update_scale_comes_along(trained):
     model, optim = copy.deepcopy(trained)
     grow(model, optim, to={"ffn": 80}, dynamics="exact")

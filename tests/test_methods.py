@@ -2,8 +2,10 @@
 
 import copy
 
+import drift as drifts
 import pytest
 import torch
+from drift import STOCK, drift
 from models import batch, exact_norms, grow, logits, loss_of, make, train
 from test_law import gathered, grad_scale
 
@@ -39,6 +41,7 @@ DEPTHS = [
     depth.Layers((0, 1, 1)),
 ]
 FAMILIES = ["llama", "gpt2", "bert"]
+NOT_POST_NORM = [width.CopyAndPad(norm="corrected"), depth.Interpose(halve_branches=True)]
 SAYS = {  # at 2x, of llama, of gpt2, of bert
     "Lossless()": ("function",) * 3,
     "Lossless(noise=0)": ("trajectory",) * 3,
@@ -173,3 +176,17 @@ def test_what_methods_say_at_twice_the_width(at):
             plan = planned(FAMILIES[at], "2x", method, "exact")
             found[str(method)] = plan.preserves if plan else "refused"
     assert list(found.values()) == [one[at] for one in SAYS.values()]
+
+
+@pytest.mark.parametrize("family", STOCK)
+def test_every_family_drifts_by_no_method_that_preserves_it(family, monkeypatch):
+    exact_norms(monkeypatch)
+    found = {str(one): drift(family, one) for one in (*drifts.WIDTHS, *drifts.DEPTHS)}
+
+    refused = {name for name, one in found.items() if one is None}
+    wrong = {
+        name: one
+        for name, one in found.items()
+        if one is not None and (one[0] == 0.0) != (one[1] != "nothing")
+    }
+    assert not wrong and refused <= {str(one) for one in NOT_POST_NORM}, (wrong, refused)

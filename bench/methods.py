@@ -1,0 +1,80 @@
+"""Every method on the demo's model and text, side by side: ``python -m bench.methods`` prints the README's tables.
+
+A byte-level Llama learns Python's own library for 600 steps; copies of it grow by every method, at twice the width or twice the
+depth, and train on for 100 steps with the same batches. Losses are of held-out files, in nats per byte.
+"""
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from transformers import LlamaConfig
+
+import growkern
+from growkern import demo, depth, width
+from growkern.compare import loss_of
+
+STEPS, MORE, EVAL = 600, 100, 64
+WIDTHS = [
+    width.Lossless(),
+    width.Lossless(noise=0),
+    width.FPI(),
+    width.Net2Wider(noise=0.1),
+    width.AKI(),
+    width.HyperClone(),
+    width.HyperClone(noise_db=10),
+    width.Lemon(),
+    width.CopyAndPad(),
+    width.CopyAndPad(norm="corrected"),
+    width.Sparkling(),
+    width.Sparkling("random", "copy"),
+]
+DEPTHS = [
+    depth.IdentityBlocks(),
+    depth.Stack(),
+    depth.TopCopies(),
+    depth.Interpose(),
+    depth.Interpose(halve_branches=True),
+    depth.DepthUpscale(),
+]
+
+
+def windows(text: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """``n`` windows of the text, at random."""
+    seq = demo.FULL.seq + 1
+    starts = torch.randint(len(text) - seq, (n, 1), generator=generator)
+    return text[starts + torch.arange(seq)].long()
+
+
+def main() -> None:
+    """Train the source, compare, print."""
+    console = Console(width=200)
+    setup, draw = demo.FULL, torch.Generator().manual_seed(0)
+    text, held_out = demo.read_corpus(setup.n_bytes, "cpu")
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=setup.hidden,
+        intermediate_size=setup.hidden * 11 // 4,
+        num_hidden_layers=setup.layers,
+        num_attention_heads=setup.hidden // demo.HEAD_DIM,
+        use_cache=False,
+    )
+    model = demo.build(config, 0, "cpu")
+    optim = torch.optim.AdamW(model.parameters(), lr=setup.lr / 2, betas=(0.9, 0.95))
+    for _ in track(range(STEPS), "the source", console=console):
+        loss = loss_of(model, windows(text, setup.batch, draw))
+        optim.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), demo.CLIP)
+        optim.step()
+    batches = [windows(text, setup.batch, draw) for _ in range(MORE)]
+    measured = windows(held_out, EVAL, torch.Generator().manual_seed(1))
+    for to, methods in (("2x", WIDTHS), ({"layers": "2x"}, DEPTHS)):
+        found = growkern.compare(
+            model, optim, to=to, methods=methods, batch=batches, held_out=measured, steps=MORE
+        )
+        console.print(f"\nto={to!r}\n\n{found}", highlight=False, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
