@@ -7,7 +7,7 @@ import torch
 from models import batch, grow, logits, loss_of, make, train
 
 import growkern
-from growkern import depth
+from growkern import depth, width
 from growkern.errors import PlanError
 
 METHODS = {
@@ -79,3 +79,43 @@ def test_branches_after_norms_are_not_scaled():
 
     with pytest.raises(PlanError, match="cannot scale the branches of bert: its norms come after"):
         growkern.plan(model, to={"layers": 4}, depth=depth.Interpose(halve_branches=True))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+def test_bert2bert_in_one_call_is_to_widen_and_then_to_stack_with_the_rest_from_the_top(family):
+    models = [make(family, tied=True) for _ in range(2)]
+    optims = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in models]
+    for model, optim in zip(models, optims, strict=True):
+        train(model, optim, 2)
+    aki, stack = width.AKI(maps="cyclic"), depth.Stack(remainder="top")
+
+    grow(models[0], optims[0], to={"hidden": "2x", "layers": 5}, width=aki, depth=stack)
+    grow(models[1], optims[1], to="2x", width=aki)
+    grow(models[1], optims[1], to={"layers": 5}, depth=stack)
+
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q), name
+        one, two = optims[0].state[p], optims[1].state[q]
+        assert all(torch.equal(one[key], two[key]) for key in one), name
+    losses = [train(model, optim, 3) for model, optim in zip(models, optims, strict=True)]
+    assert losses[0] == losses[1]
+
+
+def test_compound_grow_is_depth_ffn_and_length_at_once():
+    """CompoundGrow (arXiv:2010.12562): layers l mod Ls, the ffn tiled, more positions; without depth it is exact."""
+    model = make("gpt2", tied=True).double().eval()
+    source = {name: p.detach().clone() for name, p in model.named_parameters()}
+    to = {"layers": 4, "ffn": "2x", "positions": "2x"}
+    before = logits(make("gpt2", tied=True).double().eval(), batch()).detach()
+
+    report = grow(model, to=to, width=width.HyperClone(), depth=depth.Stack())
+
+    assert report.preserves == "nothing"
+    for i in range(4):
+        old = f"transformer.h.{i % 2}.mlp."
+        up, down = (model.transformer.h[i].mlp.get_submodule(n).weight for n in ("c_fc", "c_proj"))
+        assert torch.equal(up, source[f"{old}c_fc.weight"].repeat(1, 2))
+        assert torch.equal(down, source[f"{old}c_proj.weight"].repeat(2, 1) / 2)
+    wide = make("gpt2", tied=True).double().eval()
+    assert grow(wide, to={"ffn": "2x", "positions": "2x"}).preserves == "function"
+    assert (logits(wide, batch()) - before).abs().max() < 1e-10
