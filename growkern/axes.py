@@ -7,7 +7,7 @@ from math import isclose, sqrt
 from growkern.index_map import PAD, IndexMap, Vector, concat_maps, concat_vectors
 from growkern.methods import Contract, Width
 from growkern.plan import AxisMap, Pad
-from growkern.spaces import AxisUse, Component, ModelSpec, space_of
+from growkern.spaces import AxisUse, Component, ModelSpec, Segment, space_of
 
 
 def norm_factors(spec: ModelSpec, wide: Width) -> dict[str, float | None]:
@@ -86,6 +86,17 @@ def _axis_map(
             contract = replace(contract, w=w, u=u)
         return readers.get(space, wide.maps[space]), contract
 
+    def parts(segment: Segment) -> Iterator[tuple[IndexMap, Contract]]:
+        at = 0
+        while at < len(segment):
+            both = wide.joint.get(segment[at : at + 2])  # pyright: ignore[reportArgumentType, reportCallIssue]
+            if both is not None:
+                ones = Vector.full(1.0, both.n_target)
+                yield both, Contract(ones, ones)
+            else:
+                yield one(segment[at])
+            at += 1 if both is None else 2
+
     maps, w, u, centred = list[IndexMap](), list[Vector](), list[Vector](), False
     pads: set[Pad] = set()
     for segment in axis.segments:
@@ -94,8 +105,7 @@ def _axis_map(
             Vector.full(1.0, 1),
             Vector.full(1.0, 1),
         )
-        for component in segment:
-            inner, contract = one(component)
+        for inner, contract in parts(segment):
             index_map = index_map.product(inner)
             segment_w, segment_u = segment_w.outer(contract.w), segment_u.outer(contract.u)
             centred = centred or contract.centred
@@ -130,8 +140,10 @@ def lawful(spec: ModelSpec, wide: Width) -> bool:
     """True when every gradient is the source's, copied and scaled.
 
     Not so where a coordinate copies none, or by 0, and where a norm hands copies unequal shares of a gradient: the mean that it takes
-    of them goes to all copies alike.
+    of them goes to all copies alike. Nor where copies of a kv head serve a part of its queries each.
     """
+    if wide.joint:
+        return False
     contracts = {id(c): (c, wide.maps[space_of(s)]) for s, c in wide.contracts.items()}
     for contract, index_map in contracts.values():
         values = {value for vector in (contract.w, contract.u) for value, _ in vector.pieces}
@@ -162,7 +174,8 @@ def locked(wide: Width) -> Iterator[str]:
             found[key] = _some_equal(index_map, contract.u)
         space = space_of(stream).partition(".")[0]
         equal[space] = equal.get(space, True) and found[key]
-    if spaces := [space for space, same in equal.items() if same]:
+    split = {space.partition(".")[0] for pair in wide.joint for space in pair}  # by their queries
+    if spaces := [space for space, same in equal.items() if same and space not in split]:
         yield (
             f"equal copies stay equal ({', '.join(spaces)}): twin noise, an uneven split, rows of the next layer or "
             "state='asymmetric' part them."

@@ -42,6 +42,7 @@ class Width:
         next_layer: True when all but the first copies that a block's tensors write are taken from the next layer.
         readers: Space -> index map of its readers, where that is another one.
         notes: What the user should know.
+        joint: Two spaces whose product has a map of its own: groups of query heads that more kv heads split.
     """
 
     maps: Mapping[str, IndexMap]
@@ -53,6 +54,9 @@ class Width:
     next_layer: bool = False
     readers: Mapping[str, IndexMap] = field(default_factory=dict[str, IndexMap])
     notes: tuple[str, ...] = ()
+    joint: Mapping[tuple[str, str], IndexMap] = field(
+        default_factory=dict[tuple[str, str], IndexMap]
+    )
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
     if not problems and "kv_heads" in target:
         group = source["heads"] // source["kv_heads"]
         change = target["heads"] // target["kv_heads"] - group
-        if change > 0 if shrink else change < 0:
+        whole = not target["kv_heads"] % source["kv_heads"] and target["heads"] == source["heads"]
+        if change > 0 if shrink else change < 0 and not whole:  # kv heads alone: groups are split
             way_out = (
                 f"name heads={target['kv_heads'] * group}"
                 if shrink

@@ -9,6 +9,7 @@ import transformers
 from models import (
     EAGER,
     FAMILIES,
+    LLAMA_LIKE,
     POSITIONS,
     POST_NORM,
     batch,
@@ -392,9 +393,36 @@ def test_group_growth_stays_inside_its_kv_head(monkeypatch):
     assert (logits(model, batch()) - before).abs().max() < 1e-12
 
 
-def test_kv_heads_alone_split_groups_is_refused():
+@pytest.mark.parametrize("family", LLAMA_LIKE)
+def test_kv_heads_alone_split_the_groups_of_their_queries(family, monkeypatch):
+    """Repeated one by one, not tiled: a copy serves the queries beside it."""
+    exact_norms(monkeypatch)
+    model = make(family, tied=True).double()
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 2)
+    source = copy.deepcopy(model)
+    key = model.model.layers[0].self_attn.k_proj.weight.detach().clone().view(2, 6, 24)
+    query = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+
+    report = grow(model, optim, to={"kv_heads": 4, "heads": 4})
+    found = growkern.verify(source, model, batch(n=16), optim)
+
+    assert report.preserves == "function" and model.config.num_key_value_heads == 4
+    grown = model.model.layers[0].self_attn
+    assert torch.equal(grown.k_proj.weight.view(4, 6, 24), key.repeat_interleave(2, 0))
+    assert torch.equal(grown.q_proj.weight, query)
+    assert found.logits_error < 1e-10 if "mix" not in family and "moe" not in family else 1e-6
+    dead = {name for name in found.dead if not name.endswith(KEY_BIASES)}
+    assert not (dead or found.state or found.unheld), str(found)
+
+
+def test_groups_split_otherwise_are_refused():
     with pytest.raises(PlanError, match="shrink the groups"):
-        grow(make("llama", tied=True), to={"kv_heads": 4, "heads": 4})
+        grow(make("llama", tied=True), to={"kv_heads": 6, "heads": 6})
+    with pytest.raises(
+        PlanError, match=r"FPI keeps groups of heads whole, and width\.Lossless splits"
+    ):
+        grow(make("llama", tied=True), to={"kv_heads": 4, "heads": 4}, width=width.FPI())
 
 
 def test_every_class_of_transformers_that_is_registered_can_be_described():

@@ -54,7 +54,18 @@ def refuse(
         for name, n in sizes.items()
         if n != spec.sizes[name] and name not in {*grows, *deep}
     ]
+    if INNER[0] not in grows and splits(spec, sizes) > 1:
+        found.append(
+            f"kv_heads: {who} keeps groups of heads whole, and width.Lossless splits them."
+        )
     raise_all(PlanError, f"cannot widen {spec.family}:", [*found, *problems])
+
+
+def splits(spec: ModelSpec, sizes: Mapping[str, int]) -> int:
+    """How many kv heads take the queries of one: more than 1 where kv heads grow and heads do not."""
+    if "kv_heads" not in sizes or sizes["heads"] != spec.sizes["heads"]:
+        return 1
+    return sizes["kv_heads"] // spec.sizes["kv_heads"]
 
 
 def spaces(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[Space]:

@@ -70,6 +70,26 @@ def contracts(space: Space, index_map: IndexMap) -> Iterator[tuple[str, Contract
             yield stream, Contract(share.u, share.w) if stream == SHARE else share
 
 
+def is_split(space: Space, apart: int) -> bool:
+    """True for kv heads that grow while heads stay, and for the groups of heads that they split."""
+    return apart > 1 and space.size in ("kv_heads", "group")
+
+
+def split(space: Space) -> IndexMap:
+    """Copies of a kv head one after the other: each takes the next part of its queries."""
+    copies = max(1, space.n_target // space.n_source)
+    return IndexMap.of((i // copies for i in range(space.n_target)), space.n_source)
+
+
+def joint(
+    spec: ModelSpec, maps: Mapping[str, IndexMap], apart: int
+) -> dict[tuple[str, str], IndexMap]:
+    """Query heads stay where they are when kv heads split their groups."""
+    heads = IndexMap.identity(spec.sizes.get("heads", 1))
+    groups = [name for name in maps if name.startswith("group")] if apart > 1 else []
+    return {(name.replace("group", "kv_heads"), name): heads for name in groups}
+
+
 def notes(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:
     """Say what users should know."""
     if (

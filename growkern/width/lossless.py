@@ -16,7 +16,17 @@ from growkern.index_map import IndexMap, Vector
 from growkern.methods import Contract, Width
 from growkern.spaces import ModelSpec
 from growkern.width import inner
-from growkern.width.base import GROWS, INNER, Space, normed, refuse, solve_ties, spaces
+from growkern.width.base import (
+    GROWS,
+    INNER,
+    Space,
+    even,
+    normed,
+    refuse,
+    solve_ties,
+    spaces,
+    splits,
+)
 
 Norms = Literal["isometric", "zero_pad", "mean_pad", "centre_pad"]
 NORM_KINDS: dict[str, str] = {
@@ -67,7 +77,12 @@ class Lossless:
         contracts: dict[str, Contract] = {}
         index_map, contract = cache(_index_map), cache(_contract)  # blocks share theirs
         scaled = {*normed(spec), "positions"}
+        apart = splits(spec, sizes)
         for space in spaces(spec, sizes):
+            if inner.is_split(space, apart):
+                maps[space.name] = inner.split(space)
+                contracts |= dict.fromkeys(space.streams, even(maps[space.name]))
+                continue
             if space.name in INNER and not space.same:
                 maps[space.name] = inner.index_map(spec, space)
                 contracts |= dict(inner.contracts(space, maps[space.name]))
@@ -83,7 +98,8 @@ class Lossless:
             for stream in space.streams:
                 contracts[stream] = contract(maps[space.name], how, stream in scaled)
         solve_ties(spec, sizes, maps, contracts)
-        return Width(maps, contracts, self.noise, notes=(*inner.notes(spec, sizes),))
+        notes, joint = (*inner.notes(spec, sizes),), inner.joint(spec, maps, apart)
+        return Width(maps, contracts, self.noise, notes=notes, joint=joint)
 
 
 def rule_of(spec: ModelSpec, space: Space, norms: Norms | None) -> Norms:
