@@ -1,6 +1,7 @@
 """The public calls: describe, plan, execute, commit, report."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from time import perf_counter
@@ -261,9 +262,7 @@ def change_inplace(
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
     reset_near_limit(n_growths(model))
-    counts: dict[float | None, int] = {}
-    for factor in lr_factors(plan, law, described).values():
-        counts[factor] = counts.get(factor, 0) + 1
+    counts = dict(Counter(lr_factors(plan, law, described).values()))
     runs, kept = [run, *shadows], plan.preserves
     carried = plan.dynamics is not None and law is not None and law.lr is not None
     report = GrowthReport(
@@ -334,7 +333,8 @@ def _check_arguments(
     if not isinstance(plan, GrowthPlan):
         return
     again = dynamics not in ("mup", plan.dynamics) or seed not in (None, plan.seed)
-    if to != "2x" or width or depth or again or state not in ("exact", plan.state):
+    other = width is not None and str(width) != plan.width
+    if to != "2x" or other or depth or again or state not in ("exact", plan.state):
         raise PlanError(
             "plan= already says what to grow; leave to=, width=, depth=, state=, dynamics= and seed= out."
         )

@@ -29,6 +29,8 @@ def random_inputs(model: Any, n_rows: int, n_tokens: int, seed: int) -> dict[str
         return {"pixel_values": pixels.to(model.dtype)}
     _refuse_long(config, n_tokens)
     ids = torch.randint(0, config.vocab_size, (n_rows, n_tokens), generator=generator)
+    if getattr(config, "is_encoder_decoder", False):
+        return {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
     return {"input_ids": ids}
 
 
@@ -99,6 +101,8 @@ def _labelled(
                 "input_ids": torch.where(hidden, seen, ids),
                 "labels": ids.masked_fill(~hidden, SKIPPED),
             }
+        elif type(model).__name__.endswith("ForConditionalGeneration"):
+            yield {"input_ids": ids, "labels": ids}
         elif type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
             yield one | {"labels": ids}
         else:

@@ -117,7 +117,7 @@ def _no_zero(vector: Vector) -> Vector:
 
 
 def _power(vector: Vector, power: float) -> Vector:
-    return vector.map(lambda x: x**power if power else 1.0)
+    return vector.map(lambda x: x**power if power and x else 1.0)  # by 0: nothing to keep
 
 
 def scales(

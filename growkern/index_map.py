@@ -249,6 +249,13 @@ class IndexMap:
         runs = _joined(Run(*run) for run in sorted(found))
         return IndexMap(self.n_source, self.n_target, runs)
 
+    def where(self, kept: Vector) -> "IndexMap":
+        """The same with pads in place of coordinates whose entry is 0."""
+        if all(value for value, _ in kept.pieces):
+            return self
+        pairs = zip(self.indices, kept.expanded(), strict=True)
+        return IndexMap.of((j if value else PAD for j, value in pairs), self.n_source)
+
     def product(self, inner: "IndexMap") -> "IndexMap":
         """The map of a row-major product of two spaces: coordinate ``i * inner.n + j``."""
         if self == ONE or inner == ONE:

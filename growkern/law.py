@@ -144,6 +144,7 @@ def build(
         notes=(
             *wide.notes,
             *(locked(wide) if state in ("exact", "copy", "drop") else ()),
+            *_unsaved(spec, sizes),
             *((shared,) if several else (unsaved,) if unheld and norm_eps != {1.0} else ()),
         ),
     )
@@ -161,6 +162,16 @@ def _strange(name: str, verb: str, expected: str, method: object) -> list[str]:
         return []
     takes = [f"; {who}" for own, who in TAKES.items() if hasattr(method, own) and own != verb]
     return [f"{name}: expected {expected}, got {method!r}{''.join(takes)}."]
+
+
+def _unsaved(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Say where transformers would refuse the target's config when it is saved."""
+    if spec.saved is not None and sizes[spec.saved[0]] % sizes[spec.saved[1]]:
+        whole, unit = spec.saved
+        yield (
+            f"save_pretrained refuses a {spec.family} whose {whole} ({sizes[whole]}) is no multiple of {unit} ({sizes[unit]}); "
+            "torch.save does not."
+        )
 
 
 def _decided(

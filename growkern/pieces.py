@@ -263,7 +263,7 @@ class _Fill:
         """Rows, or columns as rows, that the method gives."""
         if self._given is None:
             raise PlanError(
-                "what this plan's new coordinates hold is its method's to give: pass to= and width= in place of plan=."
+                "what this plan's new coordinates hold is its method's to give: pass its width= with plan=."
             )
         self.n_statistics += 1
         rows = self.rows.pad == "given" and self.rows.index_map.has_pads

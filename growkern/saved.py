@@ -101,10 +101,10 @@ class Layout:
                 for name, dims in ((row.source, value.shape), (row.name, shape))
             )
             whole[row.name] = torch.empty(shape, dtype=value.dtype, device="meta")
-            for old, new in zip(before, after, strict=True):
-                dtype = source.dtypes.get(old, value.dtype)
-                self.sources[old] = before[old].to(dtype)
-                self.targets[new] = after[new].to(dtype)
+            stored = [source.dtypes.get(old, value.dtype) for old in before]
+            self.sources |= {o: t.to(d) for (o, t), d in zip(before.items(), stored, strict=True)}
+            for i, (new, tensor) in enumerate(after.items()):  # more of them where experts grow
+                self.targets[new] = tensor.to(stored[i * len(stored) // len(after)])
             if source.dtypes.get(next(iter(before))) == value.dtype and len(before) == 1:
                 self.mapped.add(row.source)
         shapes = {name: tensor.shape for name, tensor in self._reverted(whole).items()}

@@ -323,7 +323,7 @@ class Attachment:
         self._running = planned, n_growths(self.model)
         try:
             report = expand_inplace(
-                self.model, optim, plan=planned, dynamics=planned.dynamics, spec=spec, rules=rules,
+                self.model, optim, plan=planned, width=event.width, dynamics=planned.dynamics, spec=spec, rules=rules,
                 backend=options.get("backend"), scheduler=live or None, ema=options.get("ema"),
                 masters=options.get("masters"), memory=options.get("memory"),
             )  # fmt: skip

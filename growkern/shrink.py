@@ -46,9 +46,10 @@ class WeightSelection:
 class FirstCopies:
     """Keep the first copy of every coordinate, and multiply its readers by the number of copies: an even growth taken back.
 
-    The inverse of ``width.Lossless(noise=0)``, ``width.HyperClone()`` and ``depth.Stack()`` at whole multiples, bit for bit at powers
-    of 2: weights, gradients, optimizer state, and learning rates under the ``dynamics`` of the growth. Where copies have parted,
-    what the others learnt is lost. Gains and epsilons of norms stay, and the first positions.
+    The inverse of ``width.Lossless(noise=0)``, ``width.HyperClone()`` and ``depth.Stack()`` at whole multiples, bit for bit at
+    powers of 2 (but for Gemma 2 and T5, whose embedding or head is scaled by ``sqrt(hidden)``): weights, gradients, optimizer
+    state, and learning rates under the ``dynamics`` of the growth. Where copies have parted, what the others learnt is lost.
+    Gains and epsilons of norms stay, and the first positions.
 
     Args:
         layers: The source layers to keep, in order; None for the first. ``(0, 2)`` takes ``IdentityBlocks`` from 2 to 4 layers back.

@@ -70,6 +70,8 @@ class Side:
         self.ids = IndexMap.identity(1)
         for axis in axes:
             index_map = axis.index_map.first_copies() if rule.first else axis.index_map
+            if rule.grad and not rule.value:  # what is copied by 0 has no ancestor
+                index_map = index_map.where(axis.grad_scale)
             factors, ids = _noise(axis, rule)
             self.ids = self.ids.product(ids)
             self.upper = self.upper.outer(_later_copies(index_map, mixed=axis is upper))

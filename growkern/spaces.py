@@ -106,10 +106,12 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Power:
-    """A size to a power, such as the ``head_dim ** -0.5`` of attention."""
+    """A size to a power, such as the ``head_dim ** -0.5`` of attention: ``factor * (size / base) ** exponent``."""
 
     size: str
     exponent: float
+    factor: float = 1.0
+    base: int = 1
 
 
 ROOT = Power("head_dim", -0.5)  # of attention scores
@@ -141,6 +143,7 @@ class ModelSpec:
             that nothing reads joins those of its space that norms read.
         rotary: The share of head_dim, from its start, whose halves are turned in pairs (RoPE); 0 for none.
         rebuilt: Modules without parameters whose buffers follow from the config (rotary embeddings): made anew when head_dim grows.
+        saved: A size and its unit: transformers saves the model only where the first is a multiple of the second.
         post_norm: True when norms write the residual stream itself: after every sum, or once after the embedding.
         fixed: Size -> why it cannot grow in this model.
     """
@@ -161,6 +164,7 @@ class ModelSpec:
     powers: Mapping[str, Power] = field(default_factory=dict[str, Power])
     rotary: float = 0.0
     rebuilt: tuple[str, ...] = ()
+    saved: tuple[str, str] | None = None
     post_norm: bool = False
     fixed: Mapping[str, str] = field(default_factory=dict[str, str])
 
@@ -235,7 +239,7 @@ def space_size(component: Component, sizes: Mapping[str, int]) -> int:
 def size_value(size: Size, sizes: Mapping[str, int]) -> float:
     """Value of an attribute or config field: a size, a product of sizes, or a power of one (a float)."""
     if isinstance(size, Power):
-        return space_size(size.size, sizes) ** size.exponent
+        return size.factor * (space_size(size.size, sizes) / size.base) ** size.exponent
     return prod(space_size(name, sizes) for name in ([size] if isinstance(size, str) else size))
 
 

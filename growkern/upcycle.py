@@ -1,6 +1,6 @@
 """A dense model -> its mixture of experts, in the middle of training (sparse upcycling: Komatsuzaki et al., arXiv:2212.05055)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -61,7 +61,8 @@ def upcycle(
     The shares of the chosen experts sum to one, so the function is preserved whatever the router says; the copies part as they see
     other tokens. Everything but the MLPs is shared with ``model``, Parameter objects included. The optimizer, changed in place, holds
     the experts where it held the MLPs. An expert's gradient is that of its share of the tokens, in expectation ``1 / experts`` of the
-    MLP's: first-order state is scaled by that, second-order state by its square. The router starts without state.
+    MLP's: first-order state and gradients in flight are scaled by that, second-order state by its square. The router starts without
+    state. It has no ``growkern_history``: save the mixture, and build the optimizer for it with the groups that it has now.
 
     Args:
         model: ``LlamaForCausalLM``, ``MistralForCausalLM`` (they become Mixtral) or ``Qwen3ForCausalLM`` (Qwen3-MoE) of transformers.
@@ -99,6 +100,7 @@ def upcycle(
         for name, value in twin.without.items()
         if getattr(config, name, value) != value
     ]
+    strange += [*_apart(model, optim)]
     raise_all(UnsupportedModelError, f"cannot make this {type(model).__name__} a mixture:", strange)
     rules: dict[str, Rule | None] = {}
     if optim is not None:
@@ -149,6 +151,25 @@ def _mixture(model: nn.Module, config: Any, twin: Twin, experts: int, top_k: int
     return mixture
 
 
+def _apart(model: nn.Module, optim: Optimizer | None) -> Iterator[str]:
+    """Say where an MLP is not one: partly frozen, or in several groups, or held in part."""
+    groups = (
+        {id(p): i for i, g in enumerate(optim.param_groups) for p in g["params"]} if optim else {}
+    )
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if ".mlp." in name:
+            parts.setdefault(name.partition(".mlp.")[0] + ".mlp", []).append(p)
+    for name, own in parts.items():
+        held = {groups.get(id(p)) for p in own}
+        if len({p.requires_grad for p in own}) > 1:
+            yield f"{name}: is frozen in part, and becomes one tensor; freeze all of it, or none."
+        elif optim is not None and (len(held) > 1 or None in held):
+            yield (
+                f"{name}: its tensors are in several groups of the optimizer, or in none, and become one; put all of them in one."
+            )
+
+
 Moved = tuple[nn.Parameter, list[nn.Parameter]]  # a new parameter, and those whose place it takes
 
 
@@ -159,8 +180,11 @@ def _experts(model: nn.Module, layer: Any, experts: int, std: float, seed: int) 
     own: Any = layer.mlp
     drawn = torch.randn(own.gate.weight.shape, generator=torch.Generator().manual_seed(seed)) * std
     own.gate.weight = nn.Parameter(drawn.to(down))
-    own.experts.gate_up_proj = nn.Parameter(_copies([gate, up], experts))
-    own.experts.down_proj = nn.Parameter(_copies([down], experts))
+    for name, parts in (("gate_up_proj", [gate, up]), ("down_proj", [down])):
+        new = nn.Parameter(_copies(parts, experts), requires_grad=down.requires_grad)
+        if (grads := [p.grad for p in parts if p.grad is not None]) and len(grads) == len(parts):
+            new.grad = _copies(grads, experts) / experts
+        setattr(own.experts, name, new)
     return [
         (own.experts.gate_up_proj, [gate, up]),
         (own.experts.down_proj, [down]),

@@ -1,12 +1,13 @@
 """New tokens: rows that no index map gives. Never function preserving: whatever they are, they take probability from the old ones.
 
-They stand where width methods do (``width=vocab.MeanCov()`` with ``to={"vocab": n}``), and grow nothing else. Optimizer state of new
-tokens starts as 0.
+They stand where width methods do (``width=vocab.MeanCov()`` with ``to={"vocab": n}``), and grow nothing else. First
+moments of new tokens start as 0, second moments as the mean of the others.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
+from operator import index
 from typing import cast
 
 import torch
@@ -18,6 +19,7 @@ from growkern.methods import Contract, Width
 from growkern.spaces import ModelSpec
 from growkern.width.base import refuse, spaces
 
+CANCELS = 0.1  # similarities whose sum is a smaller share of their sizes say nothing
 REASON = ("new tokens take probability from the old ones",)
 
 
@@ -49,7 +51,8 @@ class MeanCov:
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
         """Give maps and contracts; raise PlanError for another size than ``vocab``, or a negative ``scale``."""
-        if not (isfinite(self.scale) and self.scale >= 0):
+        number = isinstance(self.scale, int | float)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not (number and isfinite(self.scale) and self.scale >= 0):
             raise PlanError(f"MeanCov: scale={self.scale!r} is not a finite number >= 0.")
         return _width(self, spec, sizes, "given")
 
@@ -68,7 +71,8 @@ class CLPTransfer:
     """A tokenizer of its own: tokens that both have keep their rows, others mix them as a helper model's embedding does.
 
     A new token ``t`` is ``sum_o w_o e_o`` over the tokens ``o`` that both have, ``w = cos(h_t, h_o) / sum cos``; where the helper has no
-    vector (0), it is normal with the mean and the standard deviation of each dimension (Ostendorff & Rehm, arXiv:2301.09626).
+    vector (0), or its similarities cancel, it is normal with the mean and the standard deviation of each dimension (Ostendorff & Rehm,
+    arXiv:2301.09626).
 
     Args:
         helper: Embedding of the target's tokens, ``[n_target, any]``, of a small model that has its tokenizer.
@@ -85,10 +89,15 @@ class CLPTransfer:
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
         """Give maps and contracts; raise PlanError where helper, tokens and sizes do not fit each other."""
         n_source, n_target = spec.sizes.get("vocab", 0), sizes.get("vocab", 0)
-        kept = [t for t in self.tokens if t >= 0]
+        if strange := [t for t in self.tokens if not hasattr(t, "__index__")]:
+            raise PlanError(f"CLPTransfer: tokens holds {strange[0]!r}, which is no token.")
+        if self.top_k is not None and type(self.top_k) is not int:
+            raise PlanError(f"CLPTransfer: top_k={self.top_k!r} is not a number of tokens.")
+        kept = [t for t in map(index, self.tokens) if t >= 0]
         found = [
             (len(self.tokens) == n_target, f"tokens holds {len(self.tokens)} entries, the target {n_target} tokens"),
             (len(self.helper) == n_target, f"helper holds {len(self.helper)} rows, the target {n_target} tokens"),
+            (bool(self.helper.isfinite().all()), "helper holds numbers that are not finite"),
             (self.helper.dim() == 2, f"helper has {self.helper.dim()} axes, not tokens x features"),
             (bool(kept), "tokens names none of the source's"),
             (len(set(kept)) == len(kept), "tokens names a token of the source twice"),
@@ -97,12 +106,12 @@ class CLPTransfer:
         ]  # fmt: skip
         if problems := [problem for holds, problem in found if not holds]:
             raise PlanError(f"CLPTransfer: {'; '.join(problems)}.")
-        index_map = IndexMap.of([t if t >= 0 else PAD for t in self.tokens], n_source)
+        index_map = IndexMap.of((t if t >= 0 else PAD for t in map(index, self.tokens)), n_source)
         return _width(self, spec, sizes, "given", index_map)
 
     def rows(self, source: Tensor, n: int) -> Tensor:
         """The ``n`` new tokens' rows of a tensor of old ones."""
-        tokens = torch.tensor(self.tokens)
+        tokens = torch.tensor([index(t) for t in self.tokens])
         new, both = (tokens < 0).nonzero()[:, 0], (tokens >= 0).nonzero()[:, 0]
         old = source.to("cpu", torch.float64)
         helper = torch.nn.functional.normalize(self.helper.to("cpu", torch.float64), dim=1)
@@ -113,9 +122,10 @@ class CLPTransfer:
             if self.top_k is not None and self.top_k < len(both):
                 best = cos.topk(self.top_k, dim=1)
                 cos = torch.zeros_like(cos).scatter(1, best.indices, best.values)
-            known = cos.any(1)
-            mixed = cos @ old[tokens[both]] / cos.sum(1, keepdim=True)
-            rows[some[known]] = mixed[known]
+            total = cos.sum(1)
+            known = total > CANCELS * cos.abs().sum(1)
+            mixed = cos[known] @ old[tokens[both]] / total[known, None]
+            rows[some[known]] = mixed
         return rows.to(source)
 
 

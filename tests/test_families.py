@@ -220,6 +220,18 @@ def test_the_report_says_when_the_config_cannot_hold_the_epsilon_of_the_norms(fa
     assert not two.notes
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_report_says_when_transformers_would_not_save_the_config(family, tmp_path):
+    one, two = make(family, tied=True), make(family, tied=True)
+
+    refused, saved = grow(one, to={"hidden": 30}), grow(two, to={"hidden": 32})
+
+    assert "save_pretrained refuses" in str(refused) and "save_pretrained" not in str(saved)
+    two.save_pretrained(tmp_path / "two")
+    with pytest.raises(Exception, match="multiple"):
+        one.save_pretrained(tmp_path / "one")
+
+
 @pytest.mark.parametrize("family", [f for f in PRE_NORM if f not in ("vit", *OURS)])
 def test_generation_with_a_cache_equals_generation_without(family):
     model = make(family, tied=True).eval()
@@ -342,7 +354,7 @@ PROBES |= {
     "roberta": PROBES["bert"],
     "modernbert": {k: v for k, v in PROBES["bert"].items() if "position" not in k},
     "vit": {"hidden_size": 48, "num_attention_heads": 8, "intermediate_size": 60},
-    "mixtral": PROBES["llama"] | {"num_local_experts": 6},
+    "mixtral": PROBES["llama"] | {"num_local_experts": 6, "num_experts_per_tok": 3},
     "qwen3_moe": {k: v for k, v in PROBES["llama"].items() if k != "intermediate_size"}
     | {"moe_intermediate_size": 60, "num_experts": 6},
 }

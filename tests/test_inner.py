@@ -262,3 +262,62 @@ def test_experts_are_saved_and_loaded(tmp_path):
     loaded = auto.from_pretrained(tmp_path, **eager("mixtral")).eval()
 
     assert torch.equal(logits(loaded, batch()), logits(model, batch()))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "t5"])
+def test_no_second_moment_is_zero_under_an_old_step(family):
+    """Queries that start at 0 have no ancestor: a second moment of 0 would make their first steps many times too long."""
+    model = make(family, tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 3)
+    squares = {n: optim.state[p]["exp_avg_sq"] for n, p in model.named_parameters()}
+    seen = {name for name, square in squares.items() if square.all()}
+
+    grow(model, optim, to={"head_dim": "2x"})
+
+    params = dict(model.named_parameters())
+    assert seen and all(optim.state[params[name]]["exp_avg_sq"].all() for name in seen)
+    for name, p in params.items():
+        if name.endswith("q_proj.weight"):
+            first = optim.state[p]["exp_avg"]
+            new = (p == 0).all(1)
+            assert new.any() == ("norm" not in family and family == "llama") or not first[new].any()
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_the_routers_own_loss_is_what_it_was(family, monkeypatch, exact_routers):
+    """``output_router_logits``: its coefficient falls as the number of experts rises, live and after a reload."""
+    exact_norms(monkeypatch)
+    runs = []
+    for grown in (False, True):
+        model = make(
+            family, tied=True, output_router_logits=True, router_aux_loss_coef=0.5
+        ).double()
+        optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses = []
+        for step in range(6):
+            if grown and step == 2:
+                to = {"experts": 8, "top_k": 4}
+                grow(model, optim, to=to, width=width.Lossless(noise=0), dynamics="exact")
+                assert (model.num_experts, model.num_experts_per_tok) == (8, 4)
+                assert model.config.router_aux_loss_coef == model.router_aux_loss_coef == 0.25
+            loss = model(batch(seed=step), labels=batch(seed=step)).loss
+            optim.zero_grad()
+            loss.backward()
+            optim.step()
+            losses.append(loss.item())
+        runs.append(losses)
+
+    assert max(abs(a - b) for a, b in zip(*runs, strict=True)) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["SGD", "ASGD", "Adam"])
+@pytest.mark.parametrize("dynamics", ["mup", "exact"])
+def test_any_optimizer_steps_after_heads_have_grown(kind, dynamics):
+    model = make("llama", tied=True).double()
+    optim = getattr(torch.optim, kind)(model.parameters(), lr=1e-3)
+    train(model, optim, 2)
+
+    grow(model, optim, to={"head_dim": "2x"}, dynamics=dynamics)
+
+    assert all(torch.isfinite(torch.tensor(train(model, optim, 3))))

@@ -147,3 +147,35 @@ def test_state_that_is_no_number_per_element_is_refused():
 
     with pytest.raises(growkern.errors.UnsupportedOptimizerError, match="clear it"):
         growkern.upcycle(model, optim, experts=4)
+
+
+def test_an_mlp_that_is_not_one_is_refused():
+    frozen, spread = (make("llama", tied=True) for _ in range(2))
+    frozen.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    up = spread.model.layers[0].mlp.up_proj.weight
+    others = [p for p in spread.parameters() if p is not up]
+    optim = torch.optim.AdamW([{"params": others}, {"params": [up], "lr": 1e-9}], lr=1e-3)
+    part = torch.optim.AdamW(others, lr=1e-3)
+
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp: is frozen in part"):
+        growkern.upcycle(frozen, experts=4)
+    for one in (optim, part):
+        with pytest.raises(
+            UnsupportedModelError, match=r"layers\.0\.mlp: its tensors are in several"
+        ):
+            growkern.upcycle(spread, one, experts=4)
+
+
+def test_frozen_mlps_give_frozen_experts_and_gradients_in_flight_come_along():
+    model = make("llama", tied=True)
+    loss_of(model, batch()).backward()
+    down = model.model.layers[0].mlp.down_proj.weight.grad.clone()
+
+    mixture = growkern.upcycle(model, experts=4)
+    experts = mixture.model.layers[0].mlp.experts
+    assert torch.equal(experts.down_proj.grad, down.expand(4, -1, -1) / 4)
+
+    frozen = make("llama", tied=True)
+    frozen.model.layers[0].mlp.requires_grad_(False)
+    experts = growkern.upcycle(frozen, experts=4).model.layers[0].mlp.experts
+    assert not experts.gate_up_proj.requires_grad and not experts.down_proj.requires_grad

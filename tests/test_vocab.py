@@ -190,7 +190,47 @@ def test_a_plan_alone_does_not_know_the_new_rows():
     plan = growkern.plan(model, to={"vocab": LARGER}, width=vocab.MeanCov())
     before = {name: p.clone() for name, p in model.named_parameters()}
 
-    with pytest.raises(PlanError, match="in place of plan="):
+    with pytest.raises(PlanError, match="pass its width= with plan="):
         grow(model, plan=growkern.GrowthPlan.from_json(plan.to_json()))
 
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_similarities_that_cancel_say_nothing():
+    model = make("llama", tied=True).double()
+    old = model.model.embed_tokens.weight.detach().clone()
+    tokens = [*range(VOCAB), *[-1] * MORE]
+    own = torch.ones(LARGER, 2).double()
+    own[: VOCAB // 2, 1], own[VOCAB // 2 : VOCAB, 1] = 1.0, -1.0
+    own[VOCAB:, 0] = 0.0  # orthogonal in sum to those of the source
+
+    grow(model, to={"vocab": LARGER}, width=vocab.CLPTransfer(own, tokens))
+
+    rows = model.model.embed_tokens.weight.detach()[VOCAB:]
+    assert rows.isfinite().all() and rows.abs().max() < 3 * old.abs().max()
+
+
+def test_a_helper_that_is_not_finite_and_tokens_that_are_none_are_refused():
+    own = helper()
+    own[3, 2] = float("nan")
+    for method, match in (
+        (vocab.CLPTransfer(own, mixed()), "not finite"),
+        (vocab.CLPTransfer(helper(), [0.5, *mixed()[1:]]), "holds 0.5"),
+        (vocab.CLPTransfer(helper(), mixed(), top_k=2.5), "top_k=2.5"),
+        (vocab.MeanCov(scale="a"), "scale='a'"),
+    ):
+        with pytest.raises(PlanError, match=match):
+            growkern.plan(make("llama", tied=True), to={"vocab": LARGER}, width=method)
+
+
+def test_tokens_may_be_a_tensor_and_a_schedule_may_grow_the_vocabulary():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    method = vocab.CLPTransfer(helper(), torch.tensor(mixed()))
+    schedule = growkern.GrowthSchedule([growkern.At(step=2, to={"vocab": LARGER}, width=method)])
+    schedule.attach(model, optim)
+
+    train(model, optim, 4)
+
+    expected = make("llama", tied=True)
+    assert model.config.vocab_size == LARGER != expected.config.vocab_size

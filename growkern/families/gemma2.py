@@ -109,6 +109,7 @@ def describe(config: Config, base: str = "model.", head: bool = True) -> ModelSp
         config_eps="rms_norm_eps",
         powers={"residual:embedded": SCALE},
         rotary=1.0,
+        saved=("hidden", "heads"),
         rebuilt=(f"{base}rotary_emb",),
         fixed=rope_fixed(config),
     )

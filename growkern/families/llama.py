@@ -149,6 +149,7 @@ def describe(config: Config, base: str = "model.", head: bool = True) -> ModelSp
         config_eps="rms_norm_eps",
         powers={QUERY: ROOT},
         rotary=1.0,
+        saved=("hidden", "heads") if config.model_type == "llama" else None,
         rebuilt=(f"{base}rotary_emb",),
         fixed=rope_fixed(config),
     )

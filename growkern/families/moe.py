@@ -3,10 +3,11 @@
 https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/mixtral/modeling_mixtral.py
 https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/qwen3_moe/modeling_qwen3_moe.py
 
-Llama-type decoders (pre-norm RMSNorm, RoPE, grouped-query attention) whose SwiGLU is a layer of experts in two 3-D tensors behind
-a router. head_dim stays unless it is named; where the config derives it, growth writes it there. More experts need a top_k that is
-as many times larger: copies of an expert share what it was given. Dense blocks between those with experts (Qwen3-MoE's
-``mlp_only_layers``, ``decoder_sparse_step``) keep their ffn, and a model that has any gains no layers.
+Llama-type decoders (pre-norm RMSNorm, RoPE, grouped-query attention) whose SwiGLU is a layer of experts in two 3-D tensors
+behind a router. head_dim stays unless it is named; where the config derives it, growth writes it there. More experts need a
+top_k that is as many times larger: copies of an expert share what it was given; the coefficient of the router's own loss falls
+as their number rises. Dense blocks between those with experts (Qwen3-MoE's ``mlp_only_layers``, ``decoder_sparse_step``) keep
+their ffn, and a model that has any gains no layers.
 """
 
 from typing import Protocol
@@ -20,6 +21,7 @@ from growkern.spaces import (
     VALUE,
     Blocks,
     ModelSpec,
+    Power,
     TensorSpec,
     embedding,
     head_norms,
@@ -42,6 +44,7 @@ class Config(Protocol):
     num_hidden_layers: int
     num_local_experts: int
     num_experts_per_tok: int
+    router_aux_loss_coef: float
     vocab_size: int
     tie_word_embeddings: bool
 
@@ -56,7 +59,8 @@ def describe(
     """Describe a mixture: ``base`` and ``head`` as for Llama; ``ffn`` is the field with the size of an expert."""
     bias = bool(getattr(config, "attention_bias", False))
     layers = range(config.num_hidden_layers)
-    dense = _dense(config)
+    dense, coef, n = _dense(config), config.router_aux_loss_coef, config.num_local_experts
+    balance = Power("experts", -1.0, coef, n)  # the loss is a sum over experts of two shares
     at, normed = f"{base}layers", "residual:normed"
     blocks = {
         name: axes
@@ -113,7 +117,16 @@ def describe(
         blocks=Blocks(at, identity={} if dense else dict.fromkeys(outputs, 0.0)),
         attributes={
             f"{base}vocab_size": "vocab",
-            **({"vocab_size": "vocab", "num_experts": "experts"} if head else {}),
+            **(
+                {
+                    "vocab_size": "vocab",
+                    "num_experts": "experts",
+                    "num_experts_per_tok": "top_k",
+                    "router_aux_loss_coef": balance,
+                }
+                if head
+                else {}
+            ),
             **{f"{at}.{i}.hidden_size": "hidden" for i in layers},
             **{f"{at}.{i}.mlp.hidden_size": "hidden" for i in dense},
             **{
@@ -142,6 +155,7 @@ def describe(
             ffn: "ffn",
             "num_local_experts": "experts",
             "num_experts_per_tok": "top_k",
+            "router_aux_loss_coef": balance,
             "num_hidden_layers": "layers",
             "vocab_size": "vocab",
         },
