@@ -93,6 +93,10 @@ METHODS += [width.AKIPro(maps="cyclic")]
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize(("family", "to"), [(f, to) for f in TARGETS for to in TARGETS[f]], ids=str)
 def test_bert2bert_is_the_papers_loop(family, to, method):
+    check_bert2bert(family, to, method)
+
+
+def check_bert2bert(family, to, method):
     if isinstance(method, width.AKIPro) and to == "2x" and family == "llama":
         to = {"hidden": 48, "kv_heads": 2, "heads": 8}
     model = make(family, tied=False).double()
@@ -145,6 +149,64 @@ def test_hypercloning_tiles_and_divides(family):
             parts = [part.repeat(times) for part in source[name].chunk(3, -1)]
             expected = torch.cat(parts, -1) / (2 if name in read else 1)
         assert (p - expected).abs().max() < ROUNDING, name
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.sampled_from(METHODS[:-1]), st.integers(24, 60), st.integers(40, 100), st.integers(2, 4))
+def test_bert2bert_is_the_papers_loop_at_any_size(method, hidden, ffn, kv_heads):
+    to = {"hidden": hidden, "ffn": ffn, "kv_heads": kv_heads, "heads": 2 * kv_heads}
+    if (hidden, ffn, kv_heads) != (24, 40, 2):
+        check_bert2bert("llama", to, method)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
+def test_hypercloning_tiles_by_any_whole_factor(hidden, ffn, kv_heads):
+    model = make("llama", tied=False).double()
+    source = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if hidden == ffn == kv_heads == 1:
+        return
+    to = {"hidden": 24 * hidden, "ffn": 40 * ffn, "kv_heads": 2 * kv_heads, "heads": 4 * kv_heads}
+
+    grow(model, to=to, width=width.HyperClone())
+
+    for name, p in model.named_parameters():
+        times = [a // b for a, b in zip(p.shape, source[name].shape, strict=True)]
+        reads = roles("llama", name)[-1] == "r"
+        expected = source[name].repeat(times) / (times[1] if reads else 1)
+        assert (p - expected).abs().max() < ROUNDING, name
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.floats(0.2, 0.8), st.integers(41, 130))
+def test_lemon_shares_a_coordinate_as_the_paper_does_at_any_size(alpha, ffn):
+    model = make("llama", tied=False).double()
+    old = model.model.layers[0].mlp.down_proj.weight.detach().clone()
+
+    grow(model, to={"ffn": ffn}, width=width.Lemon(alpha=alpha))
+
+    new = model.model.layers[0].mlp.down_proj.weight
+    for j in range(40):
+        copies = range(j, ffn, 40)
+        total = sum(((1 - alpha) / alpha) ** k for k in range(len(copies)))
+        for k, i in enumerate(copies):
+            share = ((1 - alpha) / alpha) ** k / total
+            assert (new[:, i] - share * old[:, j]).abs().max() < ROUNDING
+
+
+@pytest.mark.parametrize(("family", "to"), [("llama", "1.5x"), ("gpt2", "1.5x"), ("bert", "2x")])
+@torch.no_grad()
+def test_lemons_random_expansion_draws_what_zeros_read(family, to, monkeypatch):
+    exact_norms(monkeypatch)
+    model = make(family, tied=True).double().eval()
+    before = logits(model, batch())
+
+    report = grow(model, to=to, width=width.Lemon(expansion="random"))
+
+    assert report.preserves == "function" and (logits(model, batch()) - before).abs().max() < 1e-10
+    if family == "llama":
+        mlp = model.model.layers[0].mlp
+        assert not mlp.down_proj.weight[:, 40:].any() and mlp.up_proj.weight[40:].any(1).all()
 
 
 @pytest.mark.parametrize("noise_db", [5.0, 20.0])
@@ -291,6 +353,7 @@ def test_aki_needs_a_next_layer():
 
 
 ALL = [width.Lossless(), width.FPI(), width.Net2Wider(noise=0.1), width.AKI(), width.HyperClone(noise_db=10), width.Lemon(),
+       width.Lemon(expansion="random"),
        width.CopyAndPad(), width.CopyAndPad(norm="corrected"), width.Sparkling(), width.Sparkling("random", "copy"),
        width.Sparkling("copy", "zero")]  # fmt: skip
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from growkern.errors import PlanError
-from growkern.index_map import Vector
-from growkern.methods import Width
+from growkern.index_map import IndexMap, Vector
+from growkern.methods import Contract, Width
 from growkern.spaces import ModelSpec, space_of
 from growkern.width.base import normed, refuse, spaces
 from growkern.width.lossless import Lossless, Norms
@@ -15,7 +15,7 @@ RULES: dict[str, tuple[Norms, str]] = {
     "average": ("mean_pad", "layer"),
     "zero": ("zero_pad", "rms"),
 }
-EXPANSIONS = (*RULES, "circular")
+EXPANSIONS = (*RULES, "circular", "random")
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,12 @@ class Lemon:
 
     Args:
         expansion: ``"average"``, ``"zero"`` or ``"circular"`` (whole multiples only); None for what the model's norms take.
+            ``"random"``: the same, and where no norm reads (heads, ffn) what is new is drawn, and read by 0.
         alpha: Share of the first of two copies; of more, each takes ``(1 - alpha) / alpha`` of what the one before it takes.
             0.5 is even.
     """
 
-    expansion: Literal["average", "zero", "circular"] | None = None
+    expansion: Literal["average", "zero", "circular", "random"] | None = None
     alpha: float = 0.6
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
@@ -57,7 +58,7 @@ class Lemon:
                     f"Lemon: a circular expansion from {space.n_source} to {space.n_target} sees unequal copies in its norms; "
                     "'average' (LayerNorm) or 'zero' (RMSNorm) are exact there."
                 )
-        elif self.expansion is not None:
+        elif self.expansion in RULES:
             norms, kind = RULES[self.expansion]
             if kinds - {kind}:
                 other = "zero" if self.expansion == "average" else "average"
@@ -66,15 +67,20 @@ class Lemon:
                     f"expansion={other!r}."
                 )
         wide = Lossless(noise=0.0, norms=norms).widen(spec, sizes)
+        maps, contracts = dict(wide.maps), dict(wide.contracts)
+        for space in spaces(spec, sizes) if self.expansion == "random" else ():
+            if not (space.norms or space.same or space.name == "positions"):
+                maps[space.name] = IndexMap.tail(space.n_source, space.n_target)
+                ones = Vector.full(1.0, space.n_target)
+                contracts |= dict.fromkeys(space.streams, Contract(ones, ones, "free"))
         ratio = (1 - self.alpha) / self.alpha
 
         def share(k: int, count: int) -> float:
             return ratio**k / sum(ratio**i for i in range(count))
 
         tied = {spec.tensors[tied][-1].segments[0][0] for tied in spec.ties}
-        contracts = dict(wide.contracts)
         for stream, contract in contracts.items():
-            index_map = wide.maps[space_of(stream)]
+            index_map = maps[space_of(stream)]
             if stream in tied or stream in normed(spec) or index_map.is_identity:
                 continue
             even = contract.w.zip(contract.u, lambda x, y: x * y)
@@ -90,4 +96,4 @@ class Lemon:
                 )
             )
             contracts[stream] = replace(contract, u=u)
-        return replace(wide, contracts=contracts)
+        return replace(wide, maps=maps, contracts=contracts)
