@@ -356,7 +356,7 @@ PROBES |= {
     "vit": {"hidden_size": 48, "num_attention_heads": 8, "intermediate_size": 60},
     "mixtral": PROBES["llama"] | {"num_local_experts": 6, "num_experts_per_tok": 3},
     "qwen3_moe": {k: v for k, v in PROBES["llama"].items() if k != "intermediate_size"}
-    | {"moe_intermediate_size": 60, "num_experts": 6},
+    | {"moe_intermediate_size": 60, "num_experts": 6, "num_experts_per_tok": 3},
 }
 UNUSED = {"rotary_ndims"}  # after the model was built
 

@@ -137,6 +137,7 @@ def describe(
                     "gate.hidden_dim": "hidden",
                     "gate.num_experts": "experts",
                     "gate.top_k": "top_k",
+                    **({"top_k": "top_k"} if config.model_type == "mixtral" else {}),
                     "experts.hidden_dim": "hidden",
                     "experts.intermediate_dim": "ffn",
                     "experts.num_experts": "experts",
