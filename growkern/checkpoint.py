@@ -57,12 +57,11 @@ class GrownCheckpoint:
         sizes = self.plan.target_sizes
         rows = [[k, n, sizes[k]] for k, n in self.plan.source_sizes.items() if sizes[k] != n]
         rows += [["parameters", *self.n_params], ["bytes", *self.n_bytes]]
-        why = "; ".join(self.plan.reasons)
         return "\n\n".join(
             [
                 f"Grew {self.plan.family} by {self.plan.width}, {self.plan.depth}, seed {self.plan.seed}",
                 table(["size", "source", "target"], rows),
-                "function preserving" if not why else f"not function preserving: {why}",
+                self.plan.kept,
                 *(f"note: {note}" for note in self.notes),
                 f"{self.out}: {self.n_files} file{'s' * (self.n_files > 1)} of weights in {self.seconds:.3g} s",
             ]

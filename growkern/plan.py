@@ -195,6 +195,11 @@ class GrowthPlan:
         return not self.reasons
 
     @property
+    def kept(self) -> str:
+        """``preserves`` as a sentence, with the reasons where it is nothing."""
+        return KEPT.get(self.preserves, "not function preserving: " + "; ".join(self.reasons))
+
+    @property
     def preserves(self) -> Preserves:
         """What of the source lives on in the target; each holds those before it.
 
@@ -310,7 +315,7 @@ class GrowthPlan:
             )
         )
         parts.append(
-            KEPT.get(self.preserves, "not function preserving: " + "; ".join(self.reasons))
+            self.kept,
         )
         return "\n\n".join(
             [*parts, *([("\n".join(f"note: {note}" for note in self.notes))] if self.notes else [])]

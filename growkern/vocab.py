@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from operator import index
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -133,7 +133,7 @@ def _width(
     method: object,
     spec: ModelSpec,
     sizes: Mapping[str, int],
-    pad: str,
+    pad: Literal["zero", "given"],
     index_map: IndexMap | None = None,
 ) -> Width:
     """Rows of the vocabulary behind the others, or where a map says; everything else stays."""
@@ -144,9 +144,7 @@ def _width(
         own = index_map if space.name == "vocab" else None
         maps[space.name] = own or IndexMap.tail(space.n_source, space.n_target)
         ones = Vector.full(1.0, space.n_target)
-        contracts |= dict.fromkeys(
-            space.streams, Contract(ones, ones, "given" if pad == "given" else "zero")
-        )
+        contracts |= dict.fromkeys(space.streams, Contract(ones, ones, pad))
     return Width(maps, contracts, reasons=REASON)
 
 

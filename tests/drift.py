@@ -75,17 +75,13 @@ def main() -> None:
     exact_norms(patch)
     torch.manual_seed(0)
     methods = [*WIDTHS, *DEPTHS]
-    print("| family | " + " | ".join(f"`{_text(one)}`" for one in methods) + " |")
+    print("| family | " + " | ".join(f"`{one}`" for one in methods) + " |")
     print("|---|" + "---|" * len(methods))
     for family in STOCK:
         cells = [drift(family, one) for one in methods]
         texts = ["-" if one is None else f"{one[0]:.2g}" for one in cells]
         print(f"| {family} | " + " | ".join(texts) + " |", flush=True)
     patch.undo()
-
-
-def _text(method) -> str:
-    return growkern.compare.__globals__["_text"](method)
 
 
 if __name__ == "__main__":

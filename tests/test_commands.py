@@ -308,4 +308,4 @@ def test_a_bar_shows_the_bytes_and_the_summary_what_was_done(big, tmp_path):
         for t in load_file(path).values()
     )
     assert f"{n_bytes / 1e6:.1f}/{n_bytes / 1e6:.1f} MB" in error and "growing" in error
-    assert f"{n_bytes:,}" in out and "function preserving" in out and "growing" not in out
+    assert f"{n_bytes:,}" in out and "preserves the function" in out and "growing" not in out
