@@ -70,7 +70,7 @@ class Random:
         draw = random.Random(self.seed)
         maps: dict[str, IndexMap] = {}
         contracts: dict[str, Contract] = {}
-        for space, streams in spec.spaces().items():
+        for space, streams in spec.spaces.items():
             n_source, n_target = space_size(space, spec.sizes), space_size(space, sizes)
             indices = [*range(n_source), *draw.choices(range(n_source), k=n_target - n_source)]
             draw.shuffle(indices)

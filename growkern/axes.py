@@ -18,15 +18,23 @@ def norm_factors(spec: ModelSpec, wide: Width) -> dict[str, float | None]:
         if index_map.is_identity or wide.norms_kept:
             factors[reads] = 1.0
             continue
-        weight = [0.0] * index_map.n_source
-        for j, value in zip(index_map.indices, w.expanded(), strict=True):
-            if j != PAD:
-                weight[j] += value * value
-        even = all(isclose(value, weight[0], rel_tol=1e-12) for value in weight)
-        factor = sum(weight) / index_map.n_target
+        weights = _squares(index_map, w).pieces
+        even = all(isclose(value, weights[0][0], rel_tol=1e-12) for value, _ in weights)
+        factor = sum(value * n for value, n in weights) / index_map.n_target
         factor = 1.0 if isclose(factor, 1, rel_tol=1e-12) else factor
         factors[reads] = factor if even else None
     return factors
+
+
+def _squares(index_map: IndexMap, w: Vector) -> Vector:
+    """Per source coordinate, the sum of the squared factors of its copies."""
+    if (one := w.uniform) is not None:
+        return index_map.counts.map(lambda count: count * one * one)
+    sums = [0.0] * index_map.n_source
+    for j, value in zip(index_map.indices, w.expanded(), strict=True):
+        if j != PAD:
+            sums[j] += value * value
+    return Vector.of(sums)
 
 
 def axis_maps(
@@ -156,9 +164,9 @@ def lawful(spec: ModelSpec, wide: Width) -> bool:
     )
 
 
-def _shares(contract: Contract) -> list[float]:
+def _shares(contract: Contract) -> Vector:
     """What each copy takes of a gradient, to rounding."""
-    return [round(x, 12) for x in contract.w.zip(contract.u, lambda w, u: w * u).expanded()]
+    return contract.w.zip(contract.u, lambda w, u: round(w * u, 12))
 
 
 def locked(wide: Width) -> Iterator[str]:

@@ -70,9 +70,19 @@ class Vector:
 
     def zip(self, other: "Vector", function: Callable[[float, float], float]) -> "Vector":
         """Combine two vectors of one length, value by value."""
-        if self.uniform is not None and other.uniform is not None:
-            return Vector.full(function(self.uniform, other.uniform), len(self))
-        return Vector.of(map(function, self.expanded(), other.expanded()))
+        left, right = list(reversed(self.pieces)), list(reversed(other.pieces))
+        pieces: list[tuple[float, int]] = []
+        while left and right:
+            (x, n), (y, m) = left.pop(), right.pop()
+            length = min(n, m)
+            pieces.append((function(x, y), length))
+            if n > length:
+                left.append((x, n - length))
+            if m > length:
+                right.append((y, m - length))
+        if left or right:
+            raise ValueError(f"vectors of {len(self)} and {len(other)} cannot be combined")
+        return _merged(pieces)
 
     def outer(self, inner: "Vector") -> "Vector":
         """All products, row-major: ``out[i * len(inner) + j] = self[i] * inner[j]``."""

@@ -219,14 +219,13 @@ def _deepened(
 
 def _attributes(spec: ModelSpec, homes: Homes, sizes: Mapping[str, int]) -> dict[str, float]:
     """Every size that a module of the target caches."""
-    target = replace(spec, sizes=sizes)
     own = {
         name: index if size == "block" else size_value(size, sizes)
         for source, size in spec.attributes.items()
         for name, index in _targets(spec, homes, source)
     }
     return own | {
-        name: target.shape(tensor)[axis]
+        name: spec.tensors[tensor][axis].size(sizes)
         for source, (tensor, axis) in spec.leaves.items()
         for name, _ in _targets(spec, homes, source)
     }

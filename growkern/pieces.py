@@ -35,6 +35,7 @@ class _Layout(NamedTuple):
     cols: Side
     cells: list[_Cell]
     plain: list[tuple[Stretch, Stretch]]  # all cells, where all they do is copy and scale
+    whole: tuple[Stretch, Stretch] | None  # the one of them, where it takes all of its source
     centred: list[int]  # axes whose mean is subtracted first
     source: tuple[int, int]  # shapes as matrices
     target: tuple[int, int]
@@ -110,7 +111,11 @@ class Cutter:
                 upper - upper.mean(axis, keepdim=True) if upper is not None and row.upper else None
             )
         above = _matrix(upper, layout.source) if upper is not None and row.upper else None
-        source, target = _matrix(src, layout.source), dst.view(layout.target)
+        source, target = _matrix(src, layout.source), _matrix(dst, layout.target)
+        if layout.whole is not None:
+            r, c = layout.whole
+            yield Piece(source, target, r.copies, c.copies, r.index, c.index)
+            return
         if layout.plain:
             for r, c in layout.plain:
                 value = _part(_read(source, above, r, c), r, c)
@@ -142,13 +147,15 @@ class Cutter:
         self, row: TensorRow, rule: Rule, device: torch.device, dtype: torch.dtype
     ) -> "_Layout":
         """How tensors of these axes are cut: worked out once."""
-        axes = tuple(self._axes[key] for key in row.axes)  # blocks share them
-        if (own := (row.factor, row.grad_factor)) != (1, 1):
+        axes = tuple(map(self._axes.__getitem__, row.axes))  # blocks share them
+        if row.factor != 1 or row.grad_factor != 1:
+            own = row.factor, row.grad_factor
             scaled = self._scaled.setdefault((id(axes[0]), *own), axes[0].times(*own))
             axes = (scaled, *axes[1:])
         mixed = axes[row.upper_axis] if row.upper is not None else None
         key = *map(id, axes), id(mixed), rule, device, dtype
-        if key not in self._layouts:
+        found = self._layouts.get(key)
+        if found is None:
             if rule.reduced is not None:
                 at = len(axes) + rule.reduced
                 axes = (*axes[:at], self._mean_of(axes[at], rule), *axes[at + 1 :])
@@ -163,8 +170,12 @@ class Cutter:
             copied = not any(cell.free or cell.pads for cell in cells)
             plain = [(cell.rows, cell.cols) for cell in cells] if copied else []
             centred = [i for i, axis in enumerate(axes) if rule.value and axis.centred]
-            self._layouts[key] = _Layout(rows, cols, cells, plain, centred, source, target)
-        return self._layouts[key]
+            sides = plain[0] if len(plain) == 1 and mixed is None else ()
+            full = [s.index is not None or s.n == n for s, n in zip(sides, source, strict=False)]
+            whole = plain[0] if full and all(full) else None
+            found = _Layout(rows, cols, cells, plain, whole, centred, source, target)
+            self._layouts[key] = found
+        return found
 
     def _mean_of(self, axis: AxisMap, rule: Rule) -> AxisMap:
         """An axis of size 1 in place of one that was averaged over: its factor is the mean of the factors."""

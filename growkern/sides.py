@@ -74,13 +74,16 @@ class Side:
                 index_map = index_map.where(axis.grad_scale)
             factors, ids = _noise(axis, rule)
             self.ids = self.ids.product(ids)
-            self.upper = self.upper.outer(_later_copies(index_map, mixed=axis is upper))
+            if upper is not None:
+                self.upper = self.upper.outer(_later_copies(index_map, mixed=axis is upper))
             self.index_map = self.index_map.product(index_map)
             self.scale = self.scale.outer(scale_of(axis, rule))
             self.factors = self.factors.outer(factors)
             if not axis.index_map.is_identity:
                 self.pad, self.drawn = axis.pad, axis.drawn
                 self.noisy = self.noisy or axis.pad == "normal"
+        if upper is None:
+            self.upper = Vector.full(1.0, self.index_map.n_target)
         self.quiet = not any(value for value, _ in self.factors.pieces)
 
     @property

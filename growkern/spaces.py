@@ -9,6 +9,7 @@ A head_dim that can grow tells ``QUERY``, ``KEY`` and ``VALUE`` apart: the first
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from math import prod
 from typing import Any, Literal
 
@@ -64,6 +65,10 @@ class AxisUse:
         return [
             s for c in parts for s in (c if isinstance(c, tuple) else (c,)) if isinstance(s, str)
         ]
+
+    def size(self, sizes: Mapping[str, int]) -> int:
+        """Its length at the given sizes."""
+        return sum(prod(space_size(c, sizes) for c in segment) for segment in self.segments)
 
     def __str__(self) -> str:
         text = " + ".join(" x ".join(map(str, segment)) for segment in self.segments)
@@ -171,18 +176,17 @@ class ModelSpec:
     def shape(self, name: str, sizes: Mapping[str, int] | None = None) -> tuple[int, ...]:
         """Shape of a tensor at the given sizes (default: the source's)."""
         at = self.sizes if sizes is None else sizes
-        return tuple(
-            sum(prod(space_size(c, at) for c in segment) for segment in axis.segments)
-            for axis in self.tensors[name]
-        )
+        return tuple(axis.size(at) for axis in self.tensors[name])
 
-    def spaces(self) -> dict[str, list[str]]:
+    @cached_property
+    def spaces(self) -> Mapping[str, list[str]]:
         """Every space and its streams."""
         spaces: dict[str, list[str]] = {}
-        for stream in self.streams():
+        for stream in self.streams:
             spaces.setdefault(space_of(stream), []).append(stream)
         return spaces
 
+    @cached_property
     def streams(self) -> list[str]:
         """Every stream, in order of appearance."""
         names: dict[str, None] = {}
@@ -201,13 +205,22 @@ class ModelSpec:
             if axes and axes[0].norm
         ]
 
-    @property
+    @cached_property
     def stacks(self) -> tuple[Blocks, ...]:
         """All stacks of blocks."""
         return (*((self.blocks,) if self.blocks else ()), *self.others)
 
     def block_of(self, name: str) -> tuple[Blocks, int, str] | None:
         """The stack a tensor or module lies in, the index of its block, and its name inside the block."""
+        if name not in self._places:
+            self._places[name] = self._place(name)
+        return self._places[name]
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[Blocks, int, str] | None]:
+        return {}
+
+    def _place(self, name: str) -> tuple[Blocks, int, str] | None:
         for stack in self.stacks:
             if name.startswith(f"{stack.path}."):
                 index, _, rest = name.removeprefix(f"{stack.path}.").partition(".")
@@ -226,14 +239,18 @@ def space_of(stream: str) -> str:
 
 def space_size(component: Component, sizes: Mapping[str, int]) -> int:
     """Size of a space (or a fixed size, or spaces side by side) under the given named sizes."""
-    if isinstance(component, tuple):
-        return sum(space_size(one, sizes) for one in component)
     if isinstance(component, int):
         return component
+    if isinstance(component, tuple):
+        return sum(space_size(one, sizes) for one in component)
+    name = _size_name(component)
+    return sizes["heads"] // sizes["kv_heads"] if name == "group" else sizes[name]
+
+
+@cache
+def _size_name(component: str) -> str:
     name = space_of(component).partition(".")[0]
-    if name == "group":
-        return sizes["heads"] // sizes["kv_heads"]
-    return sizes[SIZE_OF_SPACE.get(name, name)]
+    return SIZE_OF_SPACE.get(name, name)
 
 
 def size_value(size: Size, sizes: Mapping[str, int]) -> float:

@@ -71,7 +71,7 @@ def splits(spec: ModelSpec, sizes: Mapping[str, int]) -> int:
 def spaces(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[Space]:
     """Every space."""
     norms = {norm.reads: norm.kind for _, _, norm in spec.norms()}
-    for name, streams in spec.spaces().items():
+    for name, streams in spec.spaces.items():
         kinds = {norms[stream] for stream in streams if stream in norms}
         yield Space(name, streams, space_size(name, spec.sizes), space_size(name, sizes), kinds)
 

@@ -17,8 +17,7 @@ from growkern.width.base import Space, even
 def problems(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:
     """Say what stands against the sizes asked for."""
     source, target = (s.get("head_dim", 1) for s in (spec.sizes, sizes))
-    told = {QUERY, KEY} <= set(spec.streams())
-    if target != source and not told:
+    if target != source and not {QUERY, KEY} <= set(spec.streams):
         yield f"head_dim: the spec of this {spec.family} does not tell queries from keys (growkern.spaces.QUERY, KEY, VALUE)."
     turned = _turned(spec, source), _turned(spec, target)
     if (
