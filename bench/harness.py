@@ -26,6 +26,8 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from growkern.memory import empty
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 ROOF = "copy_"
@@ -106,14 +108,17 @@ def available_bytes() -> int:
 
 
 def touch(n_bytes: int) -> None:
-    """Write to as much memory as the next call will need, and free it; nothing on a GPU.
+    """Write to as much memory as the next call will need, in pages of either size, and free it; nothing on a GPU.
 
     On a virtual machine the host backs guest memory at its first touch, at several times the cost of a page fault, and takes
     it back some seconds after it is freed. So touch right before timing: cold means the process's own page faults alone.
     """
     if not torch.cuda.is_available():
-        n = min(n_bytes, available_bytes() * 3 // 4)
-        torch.empty(n, dtype=torch.uint8)[::PAGE].fill_(1)
+        n = min(n_bytes, available_bytes() * 3 // 8)
+        small = torch.empty(n, dtype=torch.uint8)
+        both = small, empty([n], small)
+        for pages in both:
+            pages[::PAGE].fill_(1)
 
 
 def _status_bytes(key: str) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from growkern import reference
 from growkern.errors import GrowthError, InsufficientMemoryError, PlanError, raise_all
-from growkern.memory import free_bytes, trim
+from growkern.memory import empty, free_bytes, trim
 from growkern.pieces import Cutter, Given
 from growkern.plan import GrowthPlan, TensorRow
 from growkern.quantised import N_BYTES, decoded, encoded, is_coded, scale_key
@@ -149,9 +149,7 @@ class Execution:
         jobs: list[Job] = []
         for row in one.rows:
             source, shape = self.sources.values[row.source], self.plan.shapes(row)[1]
-            target = staged.values[row.name] = torch.empty(
-                shape, dtype=source.dtype, device=source.device
-            )
+            target = staged.values[row.name] = empty(shape, source)
             if row.source in self.plan.counters:
                 target.copy_(torch.arange(target.shape[-1], device=target.device).expand_as(target))
                 self.n_written += target.numel() * target.element_size()
@@ -160,7 +158,7 @@ class Execution:
             jobs.append((row, source, target, VALUE, self.sources.values[upper]))
             if _grows_grad(row, self.sources):
                 grad = self.sources.grads[row.source]
-                staged.grads[row.name] = torch.empty(shape, dtype=grad.dtype, device=grad.device)
+                staged.grads[row.name] = empty(shape, grad)
                 above = self.sources.grads.get(upper, grad)
                 jobs.append((row, grad, staged.grads[row.name], GRADIENT, above))
             if not (found := _state(self.plan, row, self.sources)):
@@ -178,9 +176,7 @@ class Execution:
                     both = (decoded(held, key) for held in (found, above))
                     pairs = dict(zip((key, scale_key(key)), zip(*both, strict=True), strict=True))
                 for k, (v, other) in pairs.items():
-                    state[k] = grown = torch.empty(
-                        rule.shape(shape), dtype=v.dtype, device=v.device
-                    )
+                    state[k] = grown = empty(rule.shape(shape), v)
                     jobs.append((row, v, grown, rule, other if isinstance(other, Tensor) else v))
         return jobs
 

@@ -1,9 +1,11 @@
 """Memory is known before a growth runs, and met; sources that give way on the way come back when it fails."""
 
 import os
+import re
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -363,3 +365,24 @@ def test_resident_memory_peaks_at_what_was_promised(mode, dtype, tmp_path):
     assert out.returncode == 0, out.stderr
     peak, promised, written = map(int, out.stdout.split()[-3:])
     assert abs(peak - promised) < 0.02 * written, (peak, promised, written)
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs transparent huge pages"
+)
+def test_large_targets_of_the_host_ask_for_huge_pages():
+    plain = torch.empty(1 << 24)  # 64 MiB: a mapping of its own
+    large = memory.empty([1 << 24], plain)
+
+    def flags(tensor: torch.Tensor) -> str:
+        at = tensor.data_ptr() + tensor.nbytes // 2
+        inside = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                inside = int(span[1], 16) <= at < int(span[2], 16)
+            elif inside and line.startswith("VmFlags:"):
+                return line
+        raise AssertionError("no mapping holds the tensor")
+
+    assert " hg" in flags(large)
+    assert " hg" not in flags(plain)
