@@ -99,8 +99,7 @@ def build(
         *dict.fromkeys(reason for one in deep.values() for reason in one.reasons),
         *(f"the norms of {s!r} see unequal copies" for s in unequal),
     )
-    keys = {axis: str(axis) for axes in spec.tensors.values() for axis in axes}
-    axes = axis_maps(keys, wide, factors, written(spec, sizes))
+    axes = axis_maps(spec.axes, wide, factors, written(spec, sizes))
     eps = {
         f"{name.removesuffix('.weight')}.{norm.eps}": factors[norm.reads] or 1.0
         for name, _, norm in spec.norms()
@@ -122,7 +121,7 @@ def build(
         state=state,
         dynamics=dynamics,
         axes=axes,
-        rows=tuple(_rows(spec, deep, homes, keys, axes if wide.next_layer else {})),
+        rows=tuple(_rows(spec, deep, homes, axes if wide.next_layer else {})),
         path=spec.blocks.path if spec.blocks else "",
         blocks=deep[spec.blocks.path].blocks if spec.blocks else (),
         others={stack.path: deep[stack.path].blocks for stack in spec.others},
@@ -326,14 +325,13 @@ def _rows(
     spec: ModelSpec,
     deep: Mapping[str, Depth],
     homes: Homes,
-    keys: Mapping[AxisUse, str],
     mixed: Mapping[str, AxisMap],
 ) -> Iterator[TensorRow]:
     """Every tensor of the target; what grows along one of the ``mixed`` axes takes a part from the next layer."""
     for source, axes in spec.tensors.items():
         if source in spec.ties:
             continue
-        own = tuple(keys[axis] for axis in axes)
+        own = tuple(map(spec.axes.__getitem__, axes))
         place = spec.block_of(source)
         offset = _offset(axes)
         for name, index in _targets(spec, homes, source):
@@ -349,7 +347,10 @@ def _rows(
 
 def _offset(axes: Sequence[AxisUse]) -> float:
     """What the model adds to a tensor: to the gain of a norm."""
-    return next((axis.norm.offset for axis in axes if axis.norm), 0.0)
+    for axis in axes:
+        if axis.norm:
+            return axis.norm.offset
+    return 0.0
 
 
 def _with_next(

@@ -59,8 +59,10 @@ class Cutter:
     def __init__(self, plan: GrowthPlan, given: Given | None = None) -> None:
         self.plan, self.given = plan, given
         self.n_read = 0  # bytes that statistics of sources read
+        shared = {id(axis): axis for axis in plan.axes.values()}  # most axes of blocks are one object
         equal: dict[AxisMap, AxisMap] = {}
-        self._axes = {key: equal.setdefault(axis, axis) for key, axis in plan.axes.items()}
+        ones = {place: equal.setdefault(axis, axis) for place, axis in shared.items()}
+        self._axes = {key: ones[id(axis)] for key, axis in plan.axes.items()}
         self._sides: dict[tuple[object, ...], Side] = {}
         self._layouts: dict[tuple[object, ...], _Layout] = {}
         self._stretches: dict[tuple[object, ...], list[Stretch]] = {}
@@ -208,7 +210,9 @@ class Cutter:
 
 
 def _matrix(tensor: Tensor, shape: tuple[int, int]) -> Tensor:
-    return tensor if tensor.shape == shape else tensor.reshape(shape)
+    if tensor.shape == shape:
+        return tensor
+    return tensor.view(shape) if tensor.dim() < 2 else tensor.reshape(shape)
 
 
 def _split(axes: tuple[AxisMap, ...]) -> int:

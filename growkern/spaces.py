@@ -179,6 +179,11 @@ class ModelSpec:
         return tuple(axis.size(at) for axis in self.tensors[name])
 
     @cached_property
+    def axes(self) -> Mapping[AxisUse, str]:
+        """Every axis, and its name."""
+        return {axis: str(axis) for axes in self.tensors.values() for axis in axes}
+
+    @cached_property
     def spaces(self) -> Mapping[str, list[str]]:
         """Every space and its streams."""
         spaces: dict[str, list[str]] = {}

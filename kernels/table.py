@@ -54,16 +54,18 @@ class Table:
             Where they begin, how many there are, and how many tiles.
         """
         records, n_tiles, n_pieces = array("q"), 0, 0
+        tiles: dict[int, int] = {}  # by the id of a geometry's record
         for piece in pieces:
             src, dst, noise = piece.src.data_ptr(), piece.dst.data_ptr(), piece.noise
             drawn = (0, 0, 0) if noise is None else (noise.std.data_ptr(), *noise.keys)
             for fields in self._geometry(piece, src % 16, dst % 16):
                 records.extend((n_tiles, src, dst, *drawn, *fields))
                 n_pieces += 1
-                n_rows, n_cols = fields[:2]
-                n_tiles += -(-n_rows // block_r) * (
-                    -(-n_cols // block_c) if block_c else min(n_cols, 1)
-                )
+                if (n := tiles.get(id(fields))) is None:
+                    n_rows, n_cols = fields[:2]
+                    by_col = -(-n_cols // block_c) if block_c else min(n_cols, 1)
+                    n = tiles[id(fields)] = -(-n_rows // block_r) * by_col
+                n_tiles += n
         start = len(self.numbers)
         self.numbers.extend(records)
         return start, n_pieces, n_tiles
