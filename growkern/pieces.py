@@ -59,7 +59,9 @@ class Cutter:
     def __init__(self, plan: GrowthPlan, given: Given | None = None) -> None:
         self.plan, self.given = plan, given
         self.n_read = 0  # bytes that statistics of sources read
-        shared = {id(axis): axis for axis in plan.axes.values()}  # most axes of blocks are one object
+        shared = {
+            id(axis): axis for axis in plan.axes.values()
+        }  # most axes of blocks are one object
         equal: dict[AxisMap, AxisMap] = {}
         ones = {place: equal.setdefault(axis, axis) for place, axis in shared.items()}
         self._axes = {key: ones[id(axis)] for key, axis in plan.axes.items()}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from growkern.index_map import PAD, IndexMap, Run, Vector, twins
+from growkern.index_map import ONE, PAD, IndexMap, Run, Vector, twins
 from growkern.plan import AxisMap, Pad
 from growkern.reference import Copy
 from growkern.state import Rule
@@ -62,12 +62,10 @@ class Side:
     """The rows or the columns of a target seen as a matrix: some of its axes, row-major, grown by a rule."""
 
     def __init__(self, axes: Sequence[AxisMap], rule: Rule, upper: AxisMap | None = None) -> None:
-        self.index_map = IndexMap.identity(1)
-        self.scale, self.factors = Vector.full(1.0, 1), Vector.full(1.0, 1)
+        self.index_map = self.ids = ONE
+        self.scale = self.factors = self.upper = Vector.full(1.0, 1)
         self.pad: Pad = "zero"
         self.noisy, self.drawn = False, 1.0
-        self.upper = Vector.full(1.0, 1)  # 0 where the next layer is read
-        self.ids = IndexMap.identity(1)
         for axis in axes:
             index_map = axis.index_map.first_copies() if rule.first else axis.index_map
             if rule.grad and not rule.value:  # what is copied by 0 has no ancestor
@@ -82,7 +80,7 @@ class Side:
             if not axis.index_map.is_identity:
                 self.pad, self.drawn = axis.pad, axis.drawn
                 self.noisy = self.noisy or axis.pad == "normal"
-        if upper is None:
+        if upper is None:  # 0 where the next layer is read
             self.upper = Vector.full(1.0, self.index_map.n_target)
         self.quiet = not any(value for value, _ in self.factors.pieces)
 
