@@ -1,7 +1,7 @@
 """Live objects that a growth would leave behind: other optimizers, modules outside the model, schedulers."""
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import compress
 from sys import getrefcount
 from typing import Any, NamedTuple
@@ -36,17 +36,21 @@ class Live(NamedTuple):
     @staticmethod
     def scan() -> "Live":
         """Find them all."""
+        wanted = {
+            t: i for i, kind in enumerate((Optimizer, nn.Module, LRScheduler)) for t in _kinds(kind)
+        }
         objects: list[object] = gc.get_objects()
-        types: list[object] = [*map(type, objects)]  # loops in C: there are some 400,000
-        wanted: dict[object, int] = {}
-        for t in {*types}:
-            for i, kind in enumerate((Optimizer, nn.Module, LRScheduler)):
-                if isinstance(t, type) and issubclass(t, kind):
-                    wanted[t] = i
         found: tuple[list[Any], list[Any], list[Any]] = [], [], []
-        for thing in compress(objects, map(wanted.__contains__, types)):
-            found[wanted[type(thing)]].append(thing)
+        for thing in compress(objects, map(wanted.__contains__, map(type, objects))):
+            found[wanted[type(thing)]].append(thing)  # loops in C: there are some 400,000
         return Live(*found)
+
+
+def _kinds(kind: type) -> Iterator[type]:
+    """A class and all that are made from it."""
+    yield kind
+    for one in kind.__subclasses__():
+        yield from _kinds(one)
 
 
 def refuse_forgotten(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from math import isfinite, prod
 from typing import Any, Literal
@@ -242,7 +242,7 @@ class GrowthPlan:
 
     def to_json(self) -> str:
         """Write the plan as JSON."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(_fields(self), sort_keys=True, default=_fields)
 
     @staticmethod
     def from_json(text: str) -> "GrowthPlan":
@@ -320,6 +320,10 @@ class GrowthPlan:
         return "\n\n".join(
             [*parts, *([("\n".join(f"note: {note}" for note in self.notes))] if self.notes else [])]
         )
+
+
+def _fields(one: Any) -> dict[str, Any]:
+    return {field.name: getattr(one, field.name) for field in fields(one)}
 
 
 def _blocks_from_json(rows: list[dict[str, Any]]) -> tuple[BlockRow, ...]:
