@@ -174,9 +174,11 @@ class Cutter:
             copied = not any(cell.free or cell.pads for cell in cells)
             plain = [(cell.rows, cell.cols) for cell in cells] if copied else []
             centred = [i for i, axis in enumerate(axes) if rule.value and axis.centred]
-            sides = plain[0] if len(plain) == 1 and mixed is None else ()
-            full = [s.index is not None or s.n == n for s, n in zip(sides, source, strict=False)]
-            whole = plain[0] if full and all(full) else None
+            whole = plain[0] if len(plain) == 1 and mixed is None else None
+            if whole and any(
+                s.index is None and s.n != n for s, n in zip(whole, source, strict=True)
+            ):
+                whole = None
             found = _Layout(rows, cols, cells, plain, whole, centred, source, target)
             self._layouts[key] = found
         return found
