@@ -319,11 +319,12 @@ def append(rows: Sequence[Row], folder: Path) -> Path:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if fresh:
             writer.writeheader()
-        writer.writerows({k: _cell(v) for k, v in one.items()} for one in rows)
+        writer.writerows({k: cell(v) for k, v in one.items()} for one in rows)
     return path
 
 
-def _cell(value: object) -> object:
+def cell(value: object) -> object:
+    """A value as a row's file holds it: floats with five digits."""
     return f"{value:.5g}" if isinstance(value, float) else value
 
 

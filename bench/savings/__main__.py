@@ -1,0 +1,123 @@
+"""What growing saves: ``python -m bench.savings`` runs a campaign and prints a table per budget, with a verdict in words.
+
+Runs of equal FLOPs are compared by their annealed held-out loss. The learning rates of the source, of the target from scratch
+and of each recipe are tuned on seed 0; every figure of the tables is from the other seeds. FLOPs of both phases are charged, and
+beside it stands what is saved where the source is there already ("sunk"). A campaign that was killed goes on where it was.
+"""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from bench.harness import RESULTS
+from bench.savings.analysis import Campaign
+from bench.savings.campaign import RECIPES, SETUPS, Setup
+from bench.savings.jobs import Done, Job, Ledger, run_all, unit
+from bench.savings.report import describe, picture, tables
+
+
+def plain(setup: Setup) -> list[Job]:
+    """Source and target at every learning rate, on the seed that chooses."""
+    return [
+        _plain(setup, sizes, lr, 0)
+        for sizes, lrs in (
+            (setup.target_sizes, setup.lrs),
+            (setup.source_sizes, setup.source_lrs),
+        )
+        for lr in lrs
+    ]
+
+
+def search(setup: Setup, names: list[str], campaign: Campaign) -> list[Job]:
+    """Every recipe at every growth point and rate, from the source's best learning rate, on the seed that chooses."""
+    lr = campaign.best_lr(setup.source_sizes, 0)
+    return [
+        Job(setup, setup.target_sizes, lr, 0, name, rate, at * campaign.per)
+        for at in setup.grow_at
+        for name in names
+        for rate in RECIPES[name].rates
+    ]
+
+
+def sources(setup: Setup, campaign: Campaign, seeds: int) -> list[Job]:
+    """Source and target at their best rates, on the other seeds."""
+    chosen = {
+        (sizes, campaign.best_lr(sizes, b))
+        for sizes in (setup.source_sizes, setup.target_sizes)
+        for b in range(len(campaign.budgets))
+    }
+    chosen.add((setup.source_sizes, campaign.best_lr(setup.source_sizes, 0)))
+    return [_plain(setup, *one, seed) for seed in range(1, seeds + 1) for one in sorted(chosen)]
+
+
+def finals(setup: Setup, names: list[str], campaign: Campaign, seeds: int) -> list[Job]:
+    """Every recipe under the rates that were best on seed 0, on the other seeds."""
+    chosen = {
+        v: None
+        for b in range(len(campaign.budgets))
+        for v in campaign.variants(b)
+        if v.recipe in names
+    }
+    return [
+        Job(setup, setup.target_sizes, v.lr, seed, v.recipe, v.rate, v.grow_at)
+        for seed in range(1, seeds + 1)
+        for v in chosen
+    ]
+
+
+def _plain(setup: Setup, sizes: tuple[int, int], lr: float, seed: int) -> Job:
+    per = unit(setup)
+    saves = tuple(at * per for at in setup.grow_at) if sizes == setup.source_sizes else ()
+    return Job(setup, sizes, lr, seed, saves=saves)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a campaign and print what it found; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--setup", choices=SETUPS, default="width")
+    parser.add_argument("--gpu", action="store_true", help="the setup for a GPU, on the GPU")
+    parser.add_argument("--seeds", type=int, default=3, help="besides seed 0, which chooses")
+    parser.add_argument("--recipes", help="comma-separated names; all of the setup's by default")
+    parser.add_argument("--finalists", help="names that go on to the other seeds; all by default")
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of rows and picture")
+    parser.add_argument("--work", type=Path, default=Path("savings-work"), help="snapshots")
+    parser.add_argument("--report", action="store_true", help="run nothing; read the rows")
+    asked = parser.parse_args(arguments)
+    console = Console(width=160)
+    name, device = ("gpu", "cuda") if asked.gpu else (asked.setup, "cpu")
+    setup, ledger = SETUPS[name], Ledger(asked.out)
+    names = [*(asked.recipes.split(",") if asked.recipes else setup.recipes)]
+    finalists = [*(asked.finalists.split(",") if asked.finalists else names)]
+    if unknown := {*names, *finalists} - {*RECIPES}:
+        parser.error(f"unknown recipes: {', '.join(sorted(unknown))}; known: {', '.join(RECIPES)}")
+
+    def on_done(job: Job, done: Done) -> None:
+        losses = " ".join(f"{row['loss']:.4f}" for row in done.rows)
+        console.print(f"{describe(job)}: {losses}", highlight=False, markup=False)
+
+    def campaign() -> Campaign:
+        return Campaign(setup, ledger.rows())
+
+    rounds = [
+        lambda: plain(setup),
+        lambda: search(setup, names, campaign()),
+        lambda: sources(setup, campaign(), asked.seeds),
+        lambda: finals(setup, finalists, campaign(), asked.seeds),
+    ]
+    for jobs in () if asked.report else rounds:
+        run_all(
+            jobs(), ledger, asked.work, workers=1 if asked.gpu else asked.workers, device=device, on_done=on_done,
+        )  # fmt: skip
+    found = campaign()
+    for part in tables(found):
+        console.print(part, highlight=False)
+    path = asked.out / f"{ledger.rows_path.stem}-{name}.png"
+    picture(found, path)
+    console.print(f"\n{ledger.rows_path}\n{path}", highlight=False, markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

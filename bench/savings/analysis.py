@@ -1,0 +1,213 @@
+"""What the rows of a campaign say: tuned curves, savings under both accountings, headroom, paired differences, intervals."""
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from math import exp, log
+from statistics import mean, stdev
+
+from bench.savings.campaign import Setup
+from bench.savings.jobs import unit
+
+Losses = Mapping[int, float]  # seed -> annealed loss
+Curve = Sequence[tuple[float, float]]  # (FLOPs, loss), rising and falling
+TUNING = 0  # the seed that chooses; it is in no figure, unless there is no other
+REFERENCE = "default"
+DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A recipe at one growth point, under one factor on the learning rate."""
+
+    recipe: str
+    grow_at: float  # FLOPs of the source
+    lr: float
+    rate: float
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a variant saves at a budget, with intervals of 90 %, as shares of the FLOPs that the target from scratch needs.
+
+    Attributes:
+        charged: The source's FLOPs are paid by the run.
+        sunk: The source was there already.
+        beyond: True where the loss lies outside of what the runs from scratch reached, so that their curve was prolonged.
+    """
+
+    variant: Variant
+    budget: float
+    losses: Losses
+    charged: tuple[float, float, float]
+    sunk: tuple[float, float, float]
+    headroom: float
+    difference: tuple[float, float] | None  # to the reference, paired: mean, standard error
+    beyond: bool
+
+
+def needed(curve: Curve, loss: float) -> tuple[float, bool]:
+    """FLOPs at which a curve has a loss, log-linear between its points; and whether the loss lies outside of them."""
+    pairs = [*pairwise(curve)]
+    inside = next((p for p in pairs if p[1][1] <= loss <= p[0][1]), None)
+    (c0, l0), (c1, l1) = inside or (pairs[0] if loss > curve[0][1] else pairs[-1])
+    if l0 == l1:
+        return c0, inside is None
+    return exp(log(c0) + (l0 - loss) / (l0 - l1) * (log(c1) - log(c0))), inside is None
+
+
+def at(curve: Curve, flops: float) -> float:
+    """Loss of a curve at some FLOPs, log-linear between its points and beyond them."""
+    pairs = [*pairwise(curve)]
+    inside = next((p for p in pairs if p[0][0] <= flops <= p[1][0]), None)
+    (c0, l0), (c1, l1) = inside or (pairs[0] if flops < curve[0][0] else pairs[-1])
+    return l0 + (l1 - l0) * (log(flops) - log(c0)) / (log(c1) - log(c0))
+
+
+class Campaign:
+    """The rows of one setup."""
+
+    def __init__(self, setup: Setup, rows: Iterable[Mapping[str, str]]) -> None:
+        self.setup, self.per = setup, unit(setup)
+        self.budgets = [steps * self.per for steps in setup.budgets]
+        self.plain: dict[tuple[tuple[int, int], float, int], dict[int, float]] = defaultdict(dict)
+        self.grown: dict[tuple[Variant, int], dict[int, float]] = defaultdict(dict)
+        for row in rows:
+            sizes = int(row["hidden"]), int(row["layers"])
+            if (row["text"], row["optimizer"]) != (setup.text, setup.optimizer):
+                continue
+            budget = min(
+                range(len(self.budgets)), key=lambda i: abs(self.budgets[i] - float(row["budget"]))
+            )
+            if abs(self.budgets[budget] / float(row["budget"]) - 1) > 1e-3:
+                continue
+            seed, loss = int(row["seed"]), float(row["loss"])
+            if not row["recipe"]:
+                self.plain[sizes, float(row["lr"]), budget][seed] = loss
+            elif (
+                sizes == setup.target_sizes
+                and (
+                    int(row["source_hidden"]),
+                    int(row["source_layers"]),
+                )
+                == setup.source_sizes
+            ):
+                variant = Variant(
+                    row["recipe"], float(row["grow_at"]), float(row["lr"]), float(row["rate"])
+                )
+                self.grown[variant, budget][seed] = loss
+
+    def best_lr(self, sizes: tuple[int, int], budget: int) -> float:
+        """The learning rate whose run of these sizes ends lowest at a budget, on the tuning seed."""
+        tried = {
+            lr: losses[TUNING]
+            for (s, lr, b), losses in self.plain.items()
+            if s == sizes and b == budget and TUNING in losses
+        }
+        return min(tried, key=lambda lr: tried[lr])
+
+    def tuned(self, sizes: tuple[int, int], budget: int) -> Losses:
+        """Losses of the plain run at its best rate; of the tuning seed alone where no other has run."""
+        return _measured(self.plain[sizes, self.best_lr(sizes, budget), budget])
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        """Seeds that chose nothing and that the runs from scratch have; the tuning seed where there is no other."""
+        found = [set(self.tuned(self.setup.target_sizes, b)) for b in range(len(self.budgets))]
+        return sorted(set.intersection(*found))
+
+    def curve(self, sizes: tuple[int, int], seeds: Sequence[int] | None = None) -> Curve:
+        """Tuned annealed losses over budgets, as the mean over seeds."""
+        return [
+            (flops, mean(_pick(self.tuned(sizes, b), seeds or self.seeds)))
+            for b, flops in enumerate(self.budgets)
+        ]
+
+    def headroom(self, budget: int, grow_at: float, seeds: Sequence[int] | None = None) -> float:
+        """Share of FLOPs that a free and perfect growth would save.
+
+        At the growth the target would stand where its own curve has the source's loss, and train on from there: with the
+        source's ``grow_at`` FLOPs worth ``c`` of the target's, the budget ``B`` buys what costs ``B - grow_at + c`` from scratch.
+        """
+        source, target = (
+            self.curve(sizes, seeds) for sizes in (self.setup.source_sizes, self.setup.target_sizes)
+        )
+        worth = needed(target, at(source, grow_at))[0]
+        whole = self.budgets[budget] - grow_at + worth
+        return 1 - self.budgets[budget] / whole
+
+    def variants(self, budget: int) -> list[Variant]:
+        """Every recipe at every growth point that this budget has, under its best rate on the tuning seed."""
+        best: dict[tuple[str, float], tuple[float, Variant]] = {}
+        for (variant, b), losses in self.grown.items():
+            if b == budget and TUNING in losses:
+                key = variant.recipe, variant.grow_at
+                if key not in best or losses[TUNING] < best[key][0]:
+                    best[key] = losses[TUNING], variant
+        return [variant for _, variant in best.values()]
+
+    def saving(self, variant: Variant, budget: int) -> Saving:
+        """What a variant saves, with intervals from a bootstrap over seeds: runs of one seed are drawn together."""
+        losses = _measured(self.grown[variant, budget])
+        seeds = [seed for seed in self.seeds if seed in losses] or self.seeds
+
+        def shares(drawn: Sequence[int]) -> tuple[float, float, bool]:
+            curve = self.curve(self.setup.target_sizes, drawn)
+            need, beyond = needed(curve, mean(_pick(losses, drawn)))
+            spent = self.budgets[budget]
+            return 1 - spent / need, 1 - (spent - variant.grow_at) / need, beyond
+
+        charged, sunk, beyond = shares(seeds)
+        rng = random.Random(0)
+        draws = [
+            shares(rng.choices(seeds, k=len(seeds)))[:2]
+            for _ in range(DRAWS if len(seeds) > 1 else 0)
+        ]
+        return Saving(
+            variant, self.budgets[budget], losses,
+            _interval(charged, [c for c, _ in draws]), _interval(sunk, [s for _, s in draws]),
+            self.headroom(budget, variant.grow_at, seeds), self._difference(variant, budget, losses), beyond,
+        )  # fmt: skip
+
+    def savings(self, budget: int) -> list[Saving]:
+        """Of every variant, the lowest loss first."""
+        found = [self.saving(variant, budget) for variant in self.variants(budget)]
+        return sorted(found, key=lambda s: mean(s.losses.values()))
+
+    def _difference(
+        self, variant: Variant, budget: int, losses: Losses
+    ) -> tuple[float, float] | None:
+        same = [
+            v
+            for v in self.variants(budget)
+            if v.recipe == REFERENCE and v.grow_at == variant.grow_at
+        ]
+        if not same:
+            return None
+        other = _measured(self.grown[same[0], budget])
+        paired = [losses[seed] - other[seed] for seed in losses if seed in other]
+        if not paired:
+            return None
+        error = stdev(paired) / len(paired) ** 0.5 if len(paired) > 1 else float("nan")
+        return mean(paired), error
+
+
+def _measured(losses: Losses) -> Losses:
+    """Losses of the seeds that chose nothing; of the tuning seed where there is no other."""
+    return {s: v for s, v in losses.items() if s != TUNING} or losses
+
+
+def _pick(losses: Losses, seeds: Sequence[int]) -> list[float]:
+    """Losses of the seeds that are there, all of them where none is."""
+    return [losses[s] for s in seeds if s in losses] or [*losses.values()]
+
+
+def _interval(point: float, draws: list[float]) -> tuple[float, float, float]:
+    """A point with the 5 % and 95 % quantiles of its draws; NaN where there are none."""
+    if not draws:
+        return point, float("nan"), float("nan")
+    draws.sort()
+    return point, draws[len(draws) // 20], draws[-1 - len(draws) // 20]

@@ -1,0 +1,262 @@
+"""Jobs of a campaign: each trains one run in a process of its own, and gives rows. Finished jobs are not run again."""
+
+import csv
+import site
+import sysconfig
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from bench.harness import cell, machine, slug
+from bench.savings.campaign import RECIPES, Setup, Sizes
+from growkern.demo_run import (
+    Corpus,
+    Run,
+    Training,
+    build,
+    flops_per_step,
+    read_corpus,
+    read_files,
+)
+
+KEY = (
+    "text", "optimizer", "hidden", "layers", "source_hidden", "source_layers", "recipe", "lr", "rate", "seed", "grow_at",
+)  # fmt: skip
+COLUMNS = (
+    *KEY, "budget", "flops", "n_bytes", "n_params", "loss", "trunk_loss", "loss_before", "loss_after", "seconds", "commit",
+    "date", "device", "torch",
+)  # fmt: skip
+CURVE = (
+    "text", "optimizer", "hidden", "layers", "lr", "seed", "flops", "n_bytes", "n_params", "train_loss", "loss",
+)  # fmt: skip
+POINTS = 24  # losses of the trunk on a curve, evenly spread in log-FLOPs
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: plain, or grown at ``grow_at`` FLOPs from the snapshot that a plain run left there.
+
+    Attributes:
+        setup: What all runs share.
+        sizes: ``(hidden, layers)`` that the run ends with.
+        lr: Peak learning rate; of a grown run, its source's.
+        seed: Seed of weights, batches and noise.
+        recipe: Name of a recipe; empty for a plain run.
+        rate: Factor on the learning rate after growth.
+        grow_at: FLOPs at which the run grows.
+        saves: FLOPs at which a plain run leaves snapshots.
+    """
+
+    setup: Setup = field(repr=False, hash=False)
+    sizes: tuple[int, int]
+    lr: float
+    seed: int
+    recipe: str = ""
+    rate: float = 1.0
+    grow_at: float = 0.0
+    saves: tuple[float, ...] = ()
+
+    @property
+    def key(self) -> Key:
+        """What identifies the run in the file of rows."""
+        source = tuple(self.setup.source.values()) if self.recipe else ("", "")
+        at = f"{self.grow_at:.4g}" if self.recipe else ""
+        values = (
+            self.setup.text, self.setup.optimizer, *self.sizes, *source, self.recipe, f"{self.lr:g}", f"{self.rate:g}",
+            self.seed, at,
+        )  # fmt: skip
+        return tuple(map(str, values))
+
+    def snapshot(self, work: Path, at: float) -> Path:
+        """Where a plain run leaves the snapshot that grown runs start from."""
+        sizes = "x".join(map(str, self.setup.source.values()))
+        name = f"{self.setup.text}-{self.setup.optimizer}-{sizes}-lr{self.lr:g}-seed{self.seed}-at{at:.4g}.pt"
+        return work / name
+
+
+@dataclass
+class Done:
+    """What a job found: rows by annealed branch, and points of the trunk's curve."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    curve: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+
+def unit(setup: Setup) -> float:
+    """FLOPs of one step of the target."""
+    return flops_per_step(build(setup.target, 0), Training(**setup.training))
+
+
+@cache
+def corpus(text: str, n_bytes: int, device: str) -> Corpus:
+    """Read one of the texts: Python's library, the C++ headers of torch, or the Python of all installed packages."""
+    if text == "python":
+        return read_corpus(n_bytes, device)
+    if text == "c++":
+        files = sorted((Path(torch.__file__).parent / "include").rglob("*.h"))
+    else:
+        roots = [sysconfig.get_path("stdlib"), *site.getsitepackages()]
+        files = sorted({path for root in roots for path in Path(root).rglob("*.py")})
+    return read_files(files, n_bytes, device, text)
+
+
+def run(job: Job, work: Path, device: str) -> Done:
+    """Train one run through all budgets."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+    else:
+        torch.set_float32_matmul_precision("high")
+    return _Trial(job, work, device).run()
+
+
+class _Trial:
+    """A run on its way: its trunk, what happens at which FLOPs, and what has been found."""
+
+    def __init__(self, job: Job, work: Path, device: str) -> None:
+        self.job, self.work, self.started, self.done = job, work, perf_counter(), Done()
+        setup = job.setup
+        self.training = Training(**setup.training)
+        self.ends = [budget * unit(setup) for budget in setup.budgets]
+        self.losses: list[float] = []
+        self.grown: dict[str, float] = {}
+        sizes = setup.source if job.recipe else {"hidden": job.sizes[0], "layers": job.sizes[1]}
+        text = corpus(setup.text, setup.n_bytes, device)
+        self.trunk = Run(sizes, job.lr, job.seed, text, self.training, optimizer=setup.optimizer)
+        self.events: list[tuple[float, Callable[[], object]]] = []
+        if job.recipe:
+            at = job.snapshot(work, job.grow_at)
+            self.trunk.restore(torch.load(at, weights_only=False))
+            self._plan_growths()
+        else:
+            first, last = self.ends[0] / 20, self.ends[-1] * (1 - self.training.anneal)
+            for i in range(POINTS):
+                self.events.append((first * (last / first) ** (i / (POINTS - 1)), self._point))
+            for at in job.saves:
+                self.events.append((at, lambda at=at: self._save(at)))
+        self.events.sort(key=lambda event: event[0])
+
+    def run(self) -> Done:
+        """Train the trunk, and anneal a branch for every budget that the trunk has not passed yet."""
+        for end in self.ends:
+            start = (1 - self.training.anneal) * end
+            if self.trunk.flops > start + self.trunk.cost:
+                continue
+            while self.events and self.events[0][0] <= start:
+                at, event = self.events.pop(0)
+                self.losses += self.trunk.train_until(at)
+                event()
+            self.losses += self.trunk.train_until(start)
+            self._branch(end)
+        return self.done
+
+    def _branch(self, end: float) -> None:
+        trunk = self.trunk
+        values = dict(zip(KEY, self.job.key, strict=True)) | {
+            "budget": end, "n_params": trunk.n_params, "trunk_loss": trunk.evaluate(), "loss": trunk.annealed(end),
+            "flops": trunk.flops, "n_bytes": trunk.n_bytes, "seconds": perf_counter() - self.started,
+        }  # fmt: skip
+        self.done.rows.append(values | self.grown | machine())
+
+    def _point(self) -> None:
+        trunk, recent = self.trunk, self.losses
+        if not recent:
+            return
+        values = dict(zip(KEY, self.job.key, strict=True)) | {
+            "flops": trunk.flops, "n_bytes": trunk.n_bytes, "n_params": trunk.n_params,
+            "train_loss": sum(recent) / len(recent), "loss": trunk.evaluate(),
+        }  # fmt: skip
+        self.done.curve.append(values)
+        self.losses = []
+
+    def _save(self, at: float) -> None:
+        path = self.job.snapshot(self.work, at)
+        torch.save(self.trunk.snapshot(), part := path.with_suffix(".part"))
+        part.rename(path)
+
+    def _plan_growths(self) -> None:
+        """The first growth happens now; where a recipe goes by other sizes, the next ones come later."""
+        recipe, at = RECIPES[self.job.recipe], self.job.grow_at
+        stages = [*(sizes for sizes, _ in recipe.via), self.job.setup.target]
+        times = [0.0, *(at * multiple for _, multiple in recipe.via)]
+        for i, (when, sizes) in enumerate(zip(times, stages, strict=True)):
+            self.events.append((when, lambda i=i, sizes=sizes: self._grow(i, sizes)))
+
+    def _grow(self, i: int, sizes: Sizes) -> None:
+        recipe, trunk = RECIPES[self.job.recipe], self.trunk
+        before = trunk.evaluate()
+        rate = self.job.rate if i == 0 else 1.0
+        trunk.grow(
+            to=dict(sizes), seed=self.job.seed + i, rate=rate, rewarm=recipe.rewarm, **recipe.growth
+        )
+        self.grown |= {"loss_before": before, "loss_after": trunk.evaluate()}
+
+
+class Ledger:
+    """The files of rows: ``savings-<device>.csv`` of annealed losses, and of the trunks' curves beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"savings-{slug(machine()['device'])}"
+        self.rows_path, self.curve_path = folder / f"{name}.csv", folder / f"{name}-curves.csv"
+
+    def rows(self) -> list[dict[str, str]]:
+        """All rows so far."""
+        return read_rows(self.rows_path)
+
+    def finished(self, job: Job) -> bool:
+        """True when every budget that the job can serve has its row."""
+        return job.key in {tuple(row[name] for name in KEY) for row in self.rows()}
+
+    def append(self, done: Done) -> None:
+        """Write what a job found; both files get a header with their first row."""
+        _append(self.rows_path, COLUMNS, done.rows)
+        _append(self.curve_path, CURVE, done.curve)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _append(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows({k: cell(v) for k, v in row.items()} for row in rows)
+
+
+def run_all(
+    jobs: Iterable[Job], ledger: Ledger, work: Path, *, workers: int, device: str, on_done: Callable[[Job, Done], object]
+) -> None:  # fmt: skip
+    """Run jobs that have no rows yet, ``workers`` at a time, each in a process of its own.
+
+    Plain runs that grown runs start from run again where their snapshots are missing.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    known: list[Job] = []
+    for job in dict.fromkeys(jobs):
+        missing = [at for at in job.saves if not job.snapshot(work, at).exists()]
+        if missing or not ledger.finished(job):
+            known.append(job)
+    if not known:
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=8) as pool:
+        futures = {pool.submit(run, job, work, device): job for job in known}
+        for future in as_completed(futures):
+            job, done = futures[future], future.result()
+            if not ledger.finished(job):
+                ledger.append(done)
+            on_done(job, done)

@@ -1,0 +1,128 @@
+"""A campaign for a reader: a table per budget, a verdict in words, a picture."""
+
+from collections.abc import Iterator
+from math import isnan
+from pathlib import Path
+from statistics import mean, stdev
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from bench.savings.analysis import Campaign, Losses, Saving, needed
+from bench.savings.jobs import Job
+
+
+def tables(campaign: Campaign) -> Iterator[Table | str]:
+    """For every budget a table, lowest loss first, and its verdict."""
+    for b, flops in enumerate(campaign.budgets):
+        savings = campaign.savings(b)
+        table = Table(
+            title=f"{flops:.3g} FLOPs ({campaign.setup.budgets[b]:,} steps of the target)",
+            title_justify="left",
+        )
+        for name in ("run", "rate"):
+            table.add_column(name, no_wrap=True)
+        for name in ("n", "loss", "+-", "saves, charged", "saves, sunk", "headroom", "to default"):
+            table.add_column(name, justify="right", no_wrap=True)
+        rows = [_grown(s, campaign.per) for s in savings]
+        rows += [_plain(campaign, b, *kind) for kind in KINDS]
+        for _, cells in sorted(rows):
+            table.add_row(*cells)
+        yield table
+        yield verdict(campaign, b, savings)
+
+
+KINDS = (("from scratch", "target_sizes"), ("never grows", "source_sizes"))
+
+
+def verdict(campaign: Campaign, budget: int, savings: list[Saving]) -> str:
+    """Say whether growing saved compute at this budget, whoever won."""
+    target = campaign.setup.target_sizes
+    scratch = mean(campaign.tuned(target, budget).values())
+    never = mean(campaign.tuned(campaign.setup.source_sizes, budget).values())
+    if not savings:
+        return "No run has grown yet."
+    best = savings[0]
+    saved, low, high = best.charged
+    spread = "" if isnan(low) else f" (90 % interval {low:+.0%} to {high:+.0%})"
+    name = f"{best.variant.recipe}, grown at {best.variant.grow_at / campaign.per:.0f} steps"
+    said = [
+        f"Growing saves {saved:.0%} of the compute{spread}: {name}."
+        if saved > 0 and not low <= 0
+        else f"Growing does not save for certain: {saved:+.0%}{spread}, {name}."
+        if saved > 0
+        else f"Growing does not save: {saved:+.0%}{spread} at best, {name}.",
+        f"With a source that is there already it saves {best.sunk[0]:+.0%}; a free and perfect growth there would save "
+        f"{best.headroom:+.0%}.",
+    ]
+    loss = mean(best.losses.values())
+    if never < min(loss, scratch):
+        said.append(
+            f"The source that never grows ends lower ({never:.3f}, grown {loss:.3f}, from scratch {scratch:.3f}): the target is "
+            "too large for this budget."
+        )
+    return " ".join(said)
+
+
+def describe(job: Job) -> str:
+    """A job in a line."""
+    sizes = "x".join(map(str, job.sizes))
+    how = f"{job.recipe} x{job.rate:g} @{job.grow_at:.3g}" if job.recipe else "plain"
+    return f"{job.setup.text} {sizes} lr {job.lr:g} seed {job.seed} {how}"
+
+
+def picture(campaign: Campaign, path: Path) -> None:
+    """Draw annealed losses over FLOPs: from scratch, the source that never grows, and the five best recipes."""
+    figure = Figure(figsize=(9, 5.4), dpi=150, layout="tight")
+    axes = figure.add_subplot()
+    for (name, sizes), color in zip(KINDS, ("#9a6700", "#57606a"), strict=True):
+        curve = campaign.curve(getattr(campaign.setup, sizes))
+        axes.plot(
+            [c / 1e12 for c, _ in curve], [loss for _, loss in curve], "o-", color=color, label=name
+        )
+    points: dict[str, list[tuple[float, float]]] = {}
+    for b, flops in enumerate(campaign.budgets):
+        for s in campaign.savings(b):
+            name = f"{s.variant.recipe}, grown at {s.variant.grow_at / campaign.per:.0f}"
+            points.setdefault(name, []).append((flops / 1e12, mean(s.losses.values())))
+    chosen = sorted(points, key=lambda name: (-len(points[name]), points[name][-1][1]))[:5]
+    for name in chosen:
+        axes.plot(*zip(*points[name], strict=True), "s--", markersize=4, linewidth=1, label=name)
+    axes.set(
+        xscale="log", xlabel="training compute, both phases (10¹² FLOPs)",
+        ylabel="annealed held-out loss (nats per byte)",
+        title=f"{campaign.setup.source_sizes} to {campaign.setup.target_sizes}, {campaign.setup.text}",
+    )  # fmt: skip
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def _grown(s: Saving, per: float) -> tuple[float, list[str]]:
+    mark = "~" if s.beyond else ""
+    difference = "" if s.difference is None else f"{s.difference[0]:+.4f} +- {s.difference[1]:.4f}"
+    name = f"{s.variant.recipe} @{s.variant.grow_at / per:.0f}"
+    rate = f"{s.variant.lr:g} x {s.variant.rate:g}"
+    cells = [_share(s.charged, mark), _share(s.sunk, mark), f"{s.headroom:+.0%}", difference]
+    return mean(s.losses.values()), [name, rate, *_losses(s.losses), *cells]
+
+
+def _plain(campaign: Campaign, budget: int, name: str, sizes: str) -> tuple[float, list[str]]:
+    size: tuple[int, int] = getattr(campaign.setup, sizes)
+    losses = campaign.tuned(size, budget)
+    need, beyond = needed(campaign.curve(campaign.setup.target_sizes), mean(losses.values()))
+    saved = f"{'~' if beyond else ''}{1 - campaign.budgets[budget] / need:+.0%}"
+    lr = f"{campaign.best_lr(size, budget):g}"
+    return mean(losses.values()), [name, lr, *_losses(losses), saved, "", "", ""]
+
+
+def _losses(losses: Losses) -> list[str]:
+    values = [*losses.values()]
+    error = f"{stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else "-"
+    return [str(len(values)), f"{mean(values):.4f}", error]
+
+
+def _share(share: tuple[float, float, float], mark: str) -> str:
+    point, low, high = share
+    return f"{mark}{point:+.0%}" + ("" if isnan(low) else f" [{low:+.0%}, {high:+.0%}]")
