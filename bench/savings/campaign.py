@@ -73,6 +73,7 @@ class Setup:
         text: ``"python"``, ``"c++"`` or ``"packages"``.
         n_bytes: Bytes of text, at most.
         optimizer: ``"adamw"`` or ``"muon"``.
+        landing: Steps after the last growth at which the trunk's loss is taken once more.
         training: Fields of ``growkern.demo_run.Training`` that differ from its defaults.
     """
 
@@ -86,6 +87,7 @@ class Setup:
     text: str = "python"
     n_bytes: int = 12_000_000
     optimizer: str = "adamw"
+    landing: int = 100
     training: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
@@ -105,7 +107,8 @@ DEPTHS = tuple(RECIPES)[tuple(RECIPES).index("Stack") :]
 SETUPS: dict[str, Setup] = {
     "smoke": Setup(
         {"hidden": 32, "layers": 1}, {"hidden": 64, "layers": 1}, (8, 16), (2,), (4e-3, 8e-3), (8e-3,),
-        ("default", "default, one rate"), n_bytes=1_000_000, training={"n_eval": 8, "n_trunk": 4, "warmup": 4},
+        ("default", "default, one rate"), n_bytes=1_000_000, landing=3,
+        training={"n_eval": 8, "n_trunk": 4, "warmup": 4},
     ),
     "width": Setup(
         {"hidden": 32, "layers": 4}, {"hidden": 64, "layers": 4}, (512, 854, 1366), (205,), (2e-3, 4e-3, 8e-3),

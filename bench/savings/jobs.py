@@ -30,7 +30,7 @@ KEY = (
     "text", "optimizer", "hidden", "layers", "source_hidden", "source_layers", "recipe", "lr", "rate", "seed", "grow_at",
 )  # fmt: skip
 COLUMNS = (
-    *KEY, "budget", "flops", "n_bytes", "n_params", "loss", "trunk_loss", "loss_before", "loss_after", "seconds", "commit",
+    *KEY, "budget", "flops", "n_bytes", "n_params", "loss", "trunk_loss", "loss_before", "loss_after", "loss_landed", "seconds", "commit",
     "date", "device", "torch",
 )  # fmt: skip
 CURVE = (
@@ -150,8 +150,8 @@ class _Trial:
             if self.trunk.flops > start + self.trunk.cost:
                 continue
             while self.events and self.events[0][0] <= start:
-                at, event = self.events.pop(0)
-                self.losses += self.trunk.train_until(at)
+                flops, event = self.events.pop(0)
+                self.losses += self.trunk.train_until(flops)
                 event()
             self.losses += self.trunk.train_until(start)
             self._branch(end)
@@ -197,6 +197,11 @@ class _Trial:
             to=dict(sizes), seed=self.job.seed + i, rate=rate, rewarm=recipe.rewarm, **recipe.growth
         )
         self.grown |= {"loss_before": before, "loss_after": trunk.evaluate()}
+        self.events.append((trunk.flops + self.job.setup.landing * trunk.cost, self._land))
+        self.events.sort(key=lambda event: event[0])
+
+    def _land(self) -> None:
+        self.grown["loss_landed"] = self.trunk.evaluate()
 
 
 class Ledger:

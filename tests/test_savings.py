@@ -1,0 +1,235 @@
+"""The savings campaign: it runs end to end at tiny sizes, goes on after a kill, and its arithmetic is that of hand-made numbers."""
+
+import csv
+import sys
+from math import exp, isfinite, log
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # bench/ is not installed
+try:
+    from bench.savings import __main__ as savings
+    from bench.savings import analysis, campaign, jobs, report
+    from growkern.demo_run import Run, Training, build, flops_per_step, loss_at, read_corpus
+finally:
+    sys.path.remove(str(ROOT))
+
+SMOKE = campaign.SETUPS["smoke"]
+STEP = jobs.unit(SMOKE)
+pytestmark = pytest.mark.xdist_group("savings")  # one worker trains, once
+
+
+def rows_of(folder: Path, curves: bool = False) -> list[dict[str, str]]:
+    (path,) = [p for p in folder.glob("*.csv") if p.stem.endswith("-curves") == curves]
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("savings")
+    arguments = ["--setup", "smoke", "--seeds", "1", "--workers", "1"]
+
+    assert savings.main([*arguments, "--out", str(folder), "--work", str(folder / "work")]) == 0
+
+    return folder
+
+
+def row(sizes: tuple[int, int], lr: float, seed: int, budget: float, loss: float, **grown: object):
+    empty = dict.fromkeys(jobs.COLUMNS, "")
+    values = {
+        "text": "python", "optimizer": "adamw", "hidden": sizes[0], "layers": sizes[1], "lr": lr, "rate": 1, "seed": seed,
+        "budget": budget * STEP, "loss": loss,
+    }  # fmt: skip
+    return {k: str(v) for k, v in (empty | values | grown).items()}
+
+
+def hand_made(grown_loss: float, never: float = 3.0) -> list[dict[str, str]]:
+    """From scratch 3.0 at 8 steps and 2.0 at 16 (at its better rate); grown after 2 steps, measured at 16."""
+    source, target = SMOKE.source_sizes, SMOKE.target_sizes
+    found = []
+    for seed in (0, 1, 2):
+        found += [row(target, 4e-3, seed, 8, 3.0), row(target, 4e-3, seed, 16, 2.0)]
+        found += [row(target, 8e-3, seed, 8, 3.5), row(target, 8e-3, seed, 16, 2.5)]
+        found += [row(source, 8e-3, seed, 8, never), row(source, 8e-3, seed, 16, never - 0.5)]
+        grown = {"recipe": "default", "source_hidden": 32, "source_layers": 1, "grow_at": 2 * STEP}
+        found.append(row(target, 8e-3, seed, 16, grown_loss, **grown))
+    return found
+
+
+def test_savings_are_those_of_hand_made_numbers_under_both_accountings():
+    found = analysis.Campaign(SMOKE, hand_made(1.5))
+
+    (saving,) = found.savings(1)
+
+    need = exp(log(8) + 1.5 * log(2))  # a nat per doubling: 1.5 costs 8 x 2^1.5 steps from scratch
+    assert saving.charged == pytest.approx((1 - 16 / need,) * 3)
+    assert saving.sunk == pytest.approx((1 - 14 / need,) * 3)
+    assert saving.beyond  # no run from scratch went so low
+    assert saving.difference == pytest.approx((0, 0))
+
+
+def test_headroom_is_that_of_a_target_which_starts_where_the_source_stands():
+    found = analysis.Campaign(SMOKE, hand_made(1.9, never=2.5))
+
+    source = 2.5 + 0.5 * 2  # at 2 steps: half a nat per doubling, 8 -> 2 is two of them
+    worth = 8 * 2 ** (3.0 - source)  # from scratch this loss takes so many steps
+    assert found.headroom(1, 2 * STEP) == pytest.approx(1 - 16 / (16 - 2 + worth))
+
+
+def test_tuning_takes_the_better_rate_of_seed_0_and_leaves_that_seed_out():
+    rows = hand_made(1.9)
+    rows += [
+        row(SMOKE.target_sizes, 8e-3, 3, 16, 0.1)
+    ]  # a lucky seed of a rate that was not chosen
+    found = analysis.Campaign(SMOKE, rows)
+
+    assert found.best_lr(SMOKE.target_sizes, 1) == 4e-3
+    assert found.seeds == [1, 2]
+    assert dict(found.tuned(SMOKE.target_sizes, 1)) == {1: 2.0, 2: 2.0}
+
+
+@pytest.mark.parametrize(
+    ("grown_loss", "never", "said"),
+    [
+        (1.9, 3.0, "Growing saves 7% of the compute (90 % interval +7% to +7%)"),
+        (2.1, 3.0, "Growing does not save: -7%"),
+        (1.9, 2.0, "The source that never grows ends lower (1.500, grown 1.900, from scratch 2.000)"),
+    ],
+)  # fmt: skip
+def test_verdict_says_what_the_numbers_say(grown_loss, never, said):
+    found = analysis.Campaign(SMOKE, hand_made(grown_loss, never))
+
+    text = report.verdict(found, 1, found.savings(1))
+
+    assert said in text
+    assert ("never grows ends lower" in text) == (never == 2.0)
+
+
+def test_a_saving_whose_interval_holds_zero_is_not_called_a_saving():
+    rows = hand_made(1.9)
+    rows[-1]["loss"] = "2.15"  # seed 2 of the grown run loses
+    found = analysis.Campaign(SMOKE, [*rows, row(SMOKE.target_sizes, 4e-3, 3, 16, 2.0)])
+
+    assert "Growing does not save" in report.verdict(found, 1, found.savings(1))
+
+
+def test_campaign_runs_end_to_end(smoke):
+    rows, curves = rows_of(smoke), rows_of(smoke, curves=True)
+
+    grown = [r for r in rows if r["recipe"]]
+    plain = [r for r in rows if not r["recipe"]]
+    assert {r["recipe"] for r in grown} == {"default", "default, one rate"}
+    assert {r["seed"] for r in grown} == {r["seed"] for r in plain} == {"0", "1"}
+    assert all(float(r["loss"]) < log(256) for r in rows)
+    budgets = {round(float(r["budget"]) / STEP) for r in rows}
+    assert budgets == {8, 16}
+    assert len({(r["hidden"], r["lr"], r["seed"], r["flops"]) for r in curves}) == len(curves) > 20
+    (picture,) = smoke.glob("*.png")
+    assert picture.stat().st_size > 20_000
+
+
+def test_growth_of_the_campaign_keeps_the_loss_and_charges_the_source(smoke):
+    grown = [r for r in rows_of(smoke) if r["recipe"] == "default"]
+
+    assert grown
+    for r in grown:
+        assert float(r["loss_after"]) == pytest.approx(float(r["loss_before"]), abs=1e-3)
+        assert log(256) > float(r["loss_landed"]) != float(r["loss_after"])
+        assert float(r["grow_at"]) == pytest.approx(2 * STEP, rel=1e-3)
+        assert float(r["flops"]) <= 0.75 * float(r["budget"]) + STEP  # the trunk, with its source
+
+
+def test_killed_campaign_goes_on_and_finds_the_same(smoke, tmp_path):
+    (path,) = [p for p in smoke.glob("*.csv") if not p.stem.endswith("-curves")]
+    lines = path.read_text().splitlines(keepends=True)
+    kept = lines[:-2]  # a run of two budgets: what a kill on its way would have lost
+    (tmp_path / path.name).write_text("".join(kept))
+    arguments = ["--setup", "smoke", "--seeds", "1", "--workers", "1", "--out", str(tmp_path)]
+
+    savings.main([*arguments, "--work", str(smoke / "work")])
+
+    found = (tmp_path / path.name).read_text().splitlines(keepends=True)
+    timed = {"seconds", "date", "commit"}
+
+    def bare(rows: list[str]) -> list[tuple[str, ...]]:
+        return sorted(
+            tuple(v for k, v in r.items() if k not in timed) for r in csv.DictReader(rows)
+        )
+
+    assert bare(found) == bare(lines)
+
+
+def test_unknown_recipe_is_refused_with_the_known_ones(capsys):
+    with pytest.raises(SystemExit):
+        savings.main(["--setup", "smoke", "--recipes", "nothing"])
+
+    assert "unknown recipes: nothing; known: default, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [n for n in campaign.SETUPS if n != "gpu"])
+def test_every_recipe_of_every_setup_grows_its_source(name):
+    setup = campaign.SETUPS[name]
+    training = Training(**{**setup.training, "n_eval": 2, "n_trunk": 2})
+    text = read_corpus(300_000)
+    for recipe in map(campaign.RECIPES.__getitem__, setup.recipes):
+        run = Run(setup.source, 1e-3, 0, text, training)
+        run.step()
+        for sizes in [*(sizes for sizes, _ in recipe.via), setup.target]:
+            run.grow(to=dict(sizes), seed=0, rewarm=recipe.rewarm, **recipe.growth)
+
+        assert run.cost == flops_per_step(build(setup.target, 0), training)
+        assert isfinite(run.step())
+
+
+@pytest.mark.parametrize("sizes", [{"hidden": 32, "layers": 2}, {"hidden": 64, "layers": 4}])
+def test_flops_are_those_that_torch_counts(sizes):
+    model, training = build(sizes, 0), Training()
+    model.set_attn_implementation("eager")
+    text = torch.randint(0, 256, (1000,), dtype=torch.uint8)
+
+    with FlopCounterMode(display=False) as counter:
+        loss_at(model, text, torch.zeros(training.batch, dtype=torch.long), training).backward()
+
+    assert flops_per_step(model, training) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_annealed_branch_leaves_the_trunk_where_it_was(optimizer):
+    sizes, training = {"hidden": 32, "layers": 1}, Training(n_eval=2, n_trunk=2, warmup=2)
+    text = read_corpus(300_000)
+    alone, branched = (Run(sizes, 1e-3, 0, text, training, optimizer=optimizer) for _ in range(2))
+    for run in (alone, branched):
+        run.train_until(3 * run.cost)
+
+    branched.annealed(8 * branched.cost)
+
+    assert alone.train_until(8 * alone.cost) == branched.train_until(8 * branched.cost)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            alone.model.state_dict().values(), branched.model.state_dict().values(), strict=True
+        )
+    )
+
+
+def test_branch_anneals_to_zero_over_the_last_quarter():
+    sizes, training = {"hidden": 32, "layers": 1}, Training(n_eval=2, n_trunk=2, warmup=2)
+    run = Run(sizes, 1e-3, 0, read_corpus(300_000), training)
+    run.train_until(12 * run.cost)
+    (group,) = run.optims[0].param_groups
+
+    rates = []
+    while run.flops < 16 * run.cost:
+        run.step(end=16 * run.cost)
+        rates.append(group["lr"])
+
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
