@@ -10,6 +10,8 @@ arXiv:2404.06395, section 4). ``growkern demo`` and ``bench.savings`` compare ru
 import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from math import exp, log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -255,6 +257,24 @@ def evaluate(model: "LlamaForCausalLM", text: Tensor, training: Training, n_wind
     total = sum(float(loss_at(model, text, part, training)) * len(part) for part in parts)
     model.train()
     return total / n_windows
+
+
+def flops_needed(curve: Sequence[tuple[float, float]], loss: float) -> tuple[float, bool]:
+    """FLOPs at which a curve has a loss, log-linear between its points and beyond them.
+
+    Args:
+        curve: FLOPs and losses; FLOPs rise and losses fall.
+        loss: The loss to look for.
+
+    Returns:
+        The FLOPs, and whether the loss lies outside of the curve, so that the curve was prolonged.
+    """
+    pairs = [*pairwise(curve)]
+    inside = next((p for p in pairs if p[1][1] <= loss <= p[0][1]), None)
+    (c0, l0), (c1, l1) = inside or (pairs[0] if loss > curve[0][1] else pairs[-1])
+    if l0 == l1:
+        return c0, inside is None
+    return exp(log(c0) + (l0 - loss) / (l0 - l1) * (log(c1) - log(c0))), inside is None
 
 
 def read_corpus(n_bytes: int, device: str = "cpu") -> Corpus:

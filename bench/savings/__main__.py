@@ -78,8 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--setup", choices=SETUPS, default="width")
     parser.add_argument("--gpu", action="store_true", help="the setup for a GPU, on the GPU")
     parser.add_argument("--seeds", type=int, default=3, help="besides seed 0, which chooses")
-    parser.add_argument("--recipes", help="comma-separated names; all of the setup's by default")
-    parser.add_argument("--finalists", help="names that go on to the other seeds; all by default")
+    parser.add_argument("--recipes", nargs="+", help="names; all of the setup's by default")
+    parser.add_argument("--finalists", nargs="+", help="names that the other seeds measure; all")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of rows and picture")
     parser.add_argument("--work", type=Path, default=Path("savings-work"), help="snapshots")
@@ -88,8 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(width=160)
     name, device = ("gpu", "cuda") if asked.gpu else (asked.setup, "cpu")
     setup, ledger = SETUPS[name], Ledger(asked.out)
-    names = [*(asked.recipes.split(",") if asked.recipes else setup.recipes)]
-    finalists = [*(asked.finalists.split(",") if asked.finalists else names)]
+    names = asked.recipes or [*setup.recipes]
+    finalists = asked.finalists or names
     if unknown := {*names, *finalists} - {*RECIPES}:
         parser.error(f"unknown recipes: {', '.join(sorted(unknown))}; known: {', '.join(RECIPES)}")
 

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from math import exp, log
+from math import log
 from statistics import mean, stdev
 
 from bench.savings.campaign import Setup
 from bench.savings.jobs import unit
+from growkern.demo_run import flops_needed
 
 Losses = Mapping[int, float]  # seed -> annealed loss
 Curve = Sequence[tuple[float, float]]  # (FLOPs, loss), rising and falling
@@ -47,16 +48,6 @@ class Saving:
     headroom: float
     difference: tuple[float, float] | None  # to the reference, paired: mean, standard error
     beyond: bool
-
-
-def needed(curve: Curve, loss: float) -> tuple[float, bool]:
-    """FLOPs at which a curve has a loss, log-linear between its points; and whether the loss lies outside of them."""
-    pairs = [*pairwise(curve)]
-    inside = next((p for p in pairs if p[1][1] <= loss <= p[0][1]), None)
-    (c0, l0), (c1, l1) = inside or (pairs[0] if loss > curve[0][1] else pairs[-1])
-    if l0 == l1:
-        return c0, inside is None
-    return exp(log(c0) + (l0 - loss) / (l0 - l1) * (log(c1) - log(c0))), inside is None
 
 
 def at(curve: Curve, flops: float) -> float:
@@ -135,7 +126,7 @@ class Campaign:
         source, target = (
             self.curve(sizes, seeds) for sizes in (self.setup.source_sizes, self.setup.target_sizes)
         )
-        worth = needed(target, at(source, grow_at))[0]
+        worth = flops_needed(target, at(source, grow_at))[0]
         whole = self.budgets[budget] - grow_at + worth
         return 1 - self.budgets[budget] / whole
 
@@ -156,7 +147,7 @@ class Campaign:
 
         def shares(drawn: Sequence[int]) -> tuple[float, float, bool]:
             curve = self.curve(self.setup.target_sizes, drawn)
-            need, beyond = needed(curve, mean(_pick(losses, drawn)))
+            need, beyond = flops_needed(curve, mean(_pick(losses, drawn)))
             spent = self.budgets[budget]
             return 1 - spent / need, 1 - (spent - variant.grow_at) / need, beyond
 

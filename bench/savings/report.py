@@ -8,8 +8,9 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from bench.savings.analysis import Campaign, Losses, Saving, needed
+from bench.savings.analysis import Campaign, Losses, Saving
 from bench.savings.jobs import Job
+from growkern.demo_run import flops_needed
 
 
 def tables(campaign: Campaign) -> Iterator[Table | str]:
@@ -111,7 +112,7 @@ def _grown(s: Saving, per: float) -> tuple[float, list[str]]:
 def _plain(campaign: Campaign, budget: int, name: str, sizes: str) -> tuple[float, list[str]]:
     size: tuple[int, int] = getattr(campaign.setup, sizes)
     losses = campaign.tuned(size, budget)
-    need, beyond = needed(campaign.curve(campaign.setup.target_sizes), mean(losses.values()))
+    need, beyond = flops_needed(campaign.curve(campaign.setup.target_sizes), mean(losses.values()))
     saved = f"{'~' if beyond else ''}{1 - campaign.budgets[budget] / need:+.0%}"
     lr = f"{campaign.best_lr(size, budget):g}"
     return mean(losses.values()), [name, lr, *_losses(losses), saved, "", "", ""]
