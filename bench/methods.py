@@ -8,13 +8,13 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from transformers import LlamaConfig
 
 import growkern
-from growkern import demo, depth, width
+from growkern import demo_run, depth, width
 from growkern.compare import loss_of
 
 STEPS, MORE, EVAL = 600, 100, 64
+TRAINING = demo_run.Training()
 WIDTHS = [
     width.Lossless(),
     width.Lossless(noise=0),
@@ -41,7 +41,7 @@ DEPTHS = [
 
 def windows(text: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """``n`` windows of the text, at random."""
-    seq = demo.FULL.seq + 1
+    seq = TRAINING.seq + 1
     starts = torch.randint(len(text) - seq, (n, 1), generator=generator)
     return text[starts + torch.arange(seq)].long()
 
@@ -49,25 +49,17 @@ def windows(text: Tensor, n: int, generator: torch.Generator) -> Tensor:
 def main() -> None:
     """Train the source, compare, print."""
     console = Console(width=200)
-    setup, draw = demo.FULL, torch.Generator().manual_seed(0)
-    text, held_out = demo.read_corpus(setup.n_bytes, "cpu")
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=setup.hidden,
-        intermediate_size=setup.hidden * 11 // 4,
-        num_hidden_layers=setup.layers,
-        num_attention_heads=setup.hidden // demo.HEAD_DIM,
-        use_cache=False,
-    )
-    model = demo.build(config, 0, "cpu")
-    optim = torch.optim.AdamW(model.parameters(), lr=setup.lr / 2, betas=(0.9, 0.95))
+    draw = torch.Generator().manual_seed(0)
+    text, held_out = demo_run.read_corpus(6_000_000)
+    model = demo_run.build({"hidden": 64, "layers": 4}, 0)
+    optim = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=TRAINING.betas)
     for _ in track(range(STEPS), "the source", console=console):
-        loss = loss_of(model, windows(text, setup.batch, draw))
+        loss = loss_of(model, windows(text, TRAINING.batch, draw))
         optim.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), demo.CLIP)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), TRAINING.clip)
         optim.step()
-    batches = [windows(text, setup.batch, draw) for _ in range(MORE)]
+    batches = [windows(text, TRAINING.batch, draw) for _ in range(MORE)]
     measured = windows(held_out, EVAL, torch.Generator().manual_seed(1))
     for to, methods in (("2x", WIDTHS), ({"layers": "2x"}, DEPTHS)):
         found = growkern.compare(

@@ -12,13 +12,17 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from growkern.demo_picture import draw
 from growkern.demo_run import (
     Corpus,
+    Growth,
+    Line,
     Run,
     Training,
     build,
     flops_needed,
     flops_per_step,
+    parted,
     read_corpus,
 )
 from growkern.errors import GrowthError
@@ -75,45 +79,6 @@ QUICK = Setup(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Growth:
-    """One growth: where on the curve, what grew, and the validation loss on either side."""
-
-    flops: float
-    label: str
-    before: float
-    after: float
-
-
-@dataclass(slots=True)
-class Line:
-    """What one run did.
-
-    Attributes:
-        curve: FLOPs and validation losses of the trunk, at a constant learning rate.
-        ends: FLOPs and losses of annealed branches, rising in FLOPs; the last is the run's end.
-    """
-
-    name: str
-    lr: float = 0.0
-    n_params: int = 0
-    n_steps: int = 0
-    seconds: float = 0.0
-    curve: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
-    ends: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
-    growths: list[Growth] = field(default_factory=list[Growth])
-
-    @property
-    def flops(self) -> float:
-        """FLOPs of the whole run."""
-        return self.ends[-1][0]
-
-    @property
-    def loss(self) -> float:
-        """Annealed loss of the whole run, in nats per byte."""
-        return self.ends[-1][1]
-
-
 def run(
     out: Path, *, seed: int = 0, compare: bool = True, device: str = "cpu", setup: Setup = FULL
 ) -> Path:
@@ -133,12 +98,11 @@ def run(
         GrowthError: A growth moved the validation loss by more than 1e-4, or Python's source text is not installed.
         ModuleNotFoundError: An extra is missing.
     """
+    # extras that are missing are missed now, not after minutes
+    import matplotlib  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    import transformers  # noqa: F401  # pyright: ignore[reportUnusedImport]
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    from growkern.demo_picture import (
-        draw,
-    )  # an extra that is missing is missed now, not after minutes
 
     out.mkdir(parents=True, exist_ok=True)
     text = read_corpus(setup.n_bytes, device)
@@ -224,12 +188,6 @@ def label(report: GrowthReport) -> str:
     return f"{'width' if name == 'hidden' else name} {n} → {report.target_sizes[name]}"
 
 
-def parted(lines: list[Line]) -> tuple[Line, list[Line], Line]:
-    """The grown run; the runs from scratch, the lowest loss first; the source that never grows."""
-    grown, *scratch, never = lines
-    return grown, sorted(scratch, key=lambda line: line.loss), never
-
-
 def summary(lines: list[Line]) -> "Table":
     """The runs beside each other."""
     rows = [
@@ -253,12 +211,17 @@ def verdict(lines: list[Line]) -> str:
         moved = max(abs(growth.after - growth.before) for growth in lines[0].growths)
         return f"Grown while it trained: {labels}\nno growth moved the validation loss by more than {moved:.1e}"
     grown, (scratch, *_), never = parted(lines)
-    need, _ = flops_needed(scratch.ends, grown.loss)
+    need, beyond = flops_needed(scratch.ends, grown.loss)
     source = grown.growths[0].flops
     charged, sunk = 1 - grown.flops / need, 1 - (grown.flops - source) / need
-    said = f"Growing saves {charged:.0%} of the compute" if charged > 0 else "Growing does not save"
+    about = "about " if beyond else ""  # no run from scratch went so low: its curve is prolonged
+    said = (
+        f"Growing saves {about}{charged:.0%} of the compute"
+        if charged > 0
+        else "Growing does not save"
+    )
     losses = f"{grown.loss:.3f} against {scratch.loss:.3f} nats per byte, best of {len(lines) - 2} learning rates"
-    there = f"{sunk:.0%} saved" if sunk > 0 else f"{-sunk:.0%} more than from scratch"
+    there = f"{about}{sunk:.0%} saved" if sunk > 0 else f"{-sunk:.0%} more than from scratch"
     found = [
         f"{said} here, both phases charged, at {grown.flops:.2g} FLOPs",
         f"grown {losses}, from scratch; where the source is there already: {there}",

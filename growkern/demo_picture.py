@@ -4,9 +4,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
-
-from growkern.demo import Line, parted
+from growkern.demo_run import Line, parted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +21,8 @@ def draw(lines: list[Line], said: str, path: Path) -> None:
         said: The verdict.
         path: Where the PNG goes.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9.6, 6), dpi=150, layout="tight")
     axes = figure.add_subplot()
     grown = lines[0]

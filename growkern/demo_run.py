@@ -194,6 +194,51 @@ class Run:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """One growth: where on the curve, what grew, and the validation loss on either side."""
+
+    flops: float
+    label: str
+    before: float
+    after: float
+
+
+@dataclass(slots=True)
+class Line:
+    """What one run did.
+
+    Attributes:
+        curve: FLOPs and validation losses of the trunk, at a constant learning rate.
+        ends: FLOPs and losses of annealed branches, rising in FLOPs; the last is the run's end.
+    """
+
+    name: str
+    lr: float = 0.0
+    n_params: int = 0
+    n_steps: int = 0
+    seconds: float = 0.0
+    curve: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
+    ends: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
+    growths: list[Growth] = field(default_factory=list[Growth])
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of the whole run."""
+        return self.ends[-1][0]
+
+    @property
+    def loss(self) -> float:
+        """Annealed loss of the whole run, in nats per byte."""
+        return self.ends[-1][1]
+
+
+def parted(lines: list[Line]) -> tuple[Line, list[Line], Line]:
+    """The grown run; the runs from scratch, the lowest loss first; the source that never grows."""
+    grown, *scratch, never = lines
+    return grown, sorted(scratch, key=lambda line: line.loss), never
+
+
 COUNTERS = ("flops", "n_bytes", "n_steps", "since", "clip", "rate", "rewarm")
 
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 from typer.testing import CliRunner, Result
 
-from growkern import cli, demo
+from growkern import cli, demo, demo_run
 
 pytestmark = pytest.mark.xdist_group("demo")  # one worker trains, once
 
@@ -57,19 +57,23 @@ def test_both_growths_are_reported_and_keep_the_loss(compared):
     assert all(after == pytest.approx(before, abs=1e-4) for _, before, after in rows)
 
 
-def test_both_runs_end_at_the_same_size_and_flops(compared):
+def test_all_runs_spend_the_same_flops_and_grown_and_scratch_end_at_the_same_size(compared):
     result, _ = compared
 
     rows = re.findall(
-        r"(grown|from scratch)\W+(\d\.\d{4})\D+(\d\.\d+e\+\d+)\W+([\d,]+)", result.output
+        r"(grown|from scratch, lr [\d.]+|never grows)\W+(\d\.\d{4})\W+(\d\.\d+e\+\d+)\W+([\d,]+)",
+        result.output,
     )
 
-    (_, grown_loss, grown_flops, grown_params), (_, loss, flops, params) = rows
-    assert grown_params == params
-    assert float(grown_flops) == pytest.approx(float(flops), rel=0.02)  # half a step
-    wins = float(grown_loss) < float(loss)
-    assert ("Growing beat the final size from scratch" in result.output) == wins
-    assert ("Growing did not beat" in result.output) != wins
+    assert len(rows) == 5
+    assert len({flops for _, _, flops, _ in rows}) == 1
+    sizes = {name.partition(",")[0]: n for name, _, _, n in rows}
+    assert sizes["grown"] == sizes["from scratch"] != sizes["never grows"]
+    losses_by_name = {name: float(loss) for name, loss, _, _ in rows}
+    best = min(loss for name, loss in losses_by_name.items() if "scratch" in name)
+    saves = losses_by_name["grown"] < best
+    assert ("Growing saves" in result.output) == saves
+    assert ("Growing does not save" in result.output) != saves
 
 
 def test_no_compare_trains_the_grown_run_only_and_equal_seeds_give_equal_losses(compared, tmp_path):
@@ -92,7 +96,7 @@ def test_growth_that_moves_the_loss_is_a_failure(tmp_path, monkeypatch):
 
 
 def test_loss_that_is_not_a_number_is_a_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "evaluate", lambda *_: float("nan"))
+    monkeypatch.setattr(demo_run, "evaluate", lambda *_: float("nan"))
 
     result = invoke("--out", tmp_path)
 
@@ -100,38 +104,32 @@ def test_loss_that_is_not_a_number_is_a_failure(tmp_path, monkeypatch):
     assert "from nan to nan" in result.output
 
 
+def lines(grown: float, never: float) -> list[demo.Line]:
+    """A run that grew at a quarter of 16 FLOPs; from scratch 3 nats at 8 and 2 at 16, and a worse rate; one that never grew."""
+    growth = demo.Growth(4.0, "width 32 → 64", 3.0, 3.0)
+    return [
+        demo.Line("grown", ends=[(16.0, grown)], growths=[growth]),
+        demo.Line("from scratch, lr 1", ends=[(8.0, 3.5), (16.0, 2.5)]),
+        demo.Line("from scratch, lr 2", ends=[(8.0, 3.0), (16.0, 2.0)]),
+        demo.Line("never grows", ends=[(8.0, never + 1), (16.0, never)]),
+    ]
+
+
 @pytest.mark.parametrize(
-    ("won", "sentence"),
+    ("grown", "never", "sentences"),
     [
-        (True, "Growing beat the final size from scratch: 1.000 against 2.000"),
-        (False, "Growing did not beat the final size from scratch: 2.000"),
+        (1.0, 2.5, ["Growing saves about 50% of the compute here, both phases charged", "already: about 62% saved"]),
+        (2.0, 2.5, ["Growing does not save here", "already: 25% saved"]),
+        (2.5, 2.5, ["Growing does not save here", "2.500 against 2.000", "already: 6% more than from scratch"]),
+        (1.5, 1.2, ["Growing saves about 29% ", "the source that never grows ends lower, at 1.200"]),
     ],
-)
-def test_verdict_follows_the_numbers(won, sentence):
-    better = demo.Run("", flops=2.0, loss=1.0, curve=[(1.0, 1.5), (2.0, 1.0)])
-    worse = demo.Run("", flops=2.0, loss=2.0, curve=[(1.0, 2.5), (2.0, 2.0)])
+    ids=["saves", "equal", "worse", "never"],
+)  # fmt: skip
+def test_verdict_follows_the_numbers(grown, never, sentences):
+    text = demo.verdict(lines(grown, never))
 
-    text = demo.verdict([better, worse] if won else [worse, better])
-
-    assert sentence in text
-    assert ("after 50% of them" in text) == won
-
-
-def test_equal_losses_are_no_win():
-    same = demo.Run("", flops=1.0, loss=1.0, curve=[(1.0, 1.0)])
-
-    assert "did not beat" in demo.verdict([same, same])
-
-
-def test_learning_rate_rises_then_falls_to_its_floor():
-    factor = demo.schedule(1000)
-
-    rates = [factor(step) for step in range(1001)]
-
-    assert rates[0] == pytest.approx(0.01)
-    assert rates.index(max(rates)) == 99
-    assert rates[100:] == sorted(rates[100:], reverse=True)
-    assert rates[-1] == pytest.approx(demo.FLOOR)
+    assert all(sentence in text for sentence in sentences), text
+    assert ("never grows ends lower" in text) == (never < min(grown, 2.0))
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "rich", "typer", "transformers"])
