@@ -38,6 +38,7 @@ DEPTHS = [
     depth.Interpose(),
     depth.Interpose(halve_branches=True),
     depth.DepthUpscale(),
+    depth.Fresh(),
 ]
 STOCK = [f for f in FAMILIES if f != "plain"]
 

@@ -39,6 +39,7 @@ DEPTHS = [
     depth.Interpose(halve_branches=True),
     depth.DepthUpscale(),
     depth.Layers((0, 1, 1)),
+    depth.Fresh(),
 ]
 FAMILIES = ["llama", "gpt2", "bert"]
 NOT_POST_NORM = [width.CopyAndPad(norm="corrected"), depth.Interpose(halve_branches=True)]
