@@ -25,6 +25,7 @@ WIDTHS = [
     width.HyperClone(),
     width.HyperClone(noise_db=10),
     width.Lemon(),
+    width.FreshFeatures(),
     width.CopyAndPad(),
     width.CopyAndPad(norm="corrected"),
     width.Sparkling(),
