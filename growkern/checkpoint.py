@@ -202,6 +202,11 @@ def _refuse_full(out: Path, n_bytes: int) -> None:
 def _target_config(plan: GrowthPlan, model: Any) -> Any:
     """The config of the target; raise PlanError where transformers would not load it."""
     config = model.config
+    if plan.drawn:
+        raise PlanError(
+            f"{plan.depth} leaves new blocks to a live model to initialise: load the checkpoint by from_pretrained, grow the model by "
+            "expand_inplace, and save it; or choose another depth method."
+        )
     grown = grown_config(plan, model, config)
     try:
         type(config).from_dict(grown.to_dict())

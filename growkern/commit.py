@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from growkern import initial
 from growkern.errors import CommitError, UnsupportedModelError
 from growkern.guard import Grown, Guard, OptimGuard, guard_of, optim_guard_of
 from growkern.memory import Keep, in_place
@@ -86,6 +87,7 @@ def _model(
         container = model.get_submodule(path)
         undo.items(container._modules, {str(i): block for i, block in enumerate(blocks)})  # pyright: ignore[reportPrivateUsage]
     _attributes(plan, model, undo)
+    _draw(plan, model)
     _guard(plan, model, target, undo)
     if target is not None:
         params = dict(model.named_parameters(remove_duplicate=False))
@@ -95,31 +97,57 @@ def _model(
 def _new_blocks(plan: GrowthPlan, path: str, staged: Tensors, model: nn.Module) -> list[nn.Module]:
     """Every block of a stack of the target: the live ones, and copies of modules (not of their tensors) for new ones."""
     live = [m for m in model.get_submodule(path)._modules.values() if m is not None]  # pyright: ignore[reportPrivateUsage]
-    shared: dict[int, object] = {id(c): c for c in _configs(model)}
     blocks: list[nn.Module] = []
     for index, block in enumerate(plan.stacks[path]):
         source = live[block.source]
         if block.new:
-            own = set(source.modules())
-            memo = shared | {id(m): m for m in model.modules() if m not in own}
-            memo |= {id(o): o for m in own for o in _hook_owners(m) if o not in own}
-            for name, p in source.named_parameters():
-                memo[id(p)] = nn.Parameter(
-                    staged.values[f"{path}.{index}.{name}"], requires_grad=p.requires_grad
-                )
-            for name, b in source.named_buffers():
-                if f"{path}.{index}.{name}" in staged.values:
-                    memo[id(b)] = staged.values[f"{path}.{index}.{name}"]
-            try:
-                blocks.append(copy.deepcopy(source, memo))  # pyright: ignore[reportArgumentType]
-            except Exception as error:
-                raise CommitError(
-                    f"cannot copy block {path}.{block.source} ({error}); take what cannot be copied off its modules, "
-                    "grow, and put it back. Nothing was changed."
-                ) from error
+            at = f"{path}.{index}."
+            values = {n.removeprefix(at): v for n, v in staged.values.items() if n.startswith(at)}
+            blocks.append(_copied(source, f"{path}.{block.source}", values, model))
         else:
             blocks.append(source)
     return blocks
+
+
+def _copied(
+    block: nn.Module, name: str, values: dict[str, torch.Tensor], model: nn.Module
+) -> nn.Module:
+    """A copy of the modules of a block, with these tensors; what it shares with the rest of the model stays shared."""
+    own = set(block.modules())
+    memo: dict[int, object] = {id(c): c for c in _configs(model)}
+    memo |= {id(m): m for m in model.modules() if m not in own}
+    memo |= {id(o): o for m in own for o in _hook_owners(m) if o not in own}
+    for inner, p in block.named_parameters():
+        memo[id(p)] = nn.Parameter(values[inner], requires_grad=p.requires_grad)
+    memo |= {id(b): values[inner] for inner, b in block.named_buffers() if inner in values}
+    try:
+        return copy.deepcopy(block, memo)  # pyright: ignore[reportArgumentType]
+    except Exception as error:
+        raise CommitError(
+            f"cannot copy block {name} ({error}); take what cannot be copied off its modules, "
+            "grow, and put it back. Nothing was changed."
+        ) from error
+
+
+def _draw(plan: GrowthPlan, model: nn.Module) -> None:
+    """Have the grown model initialise the parameters of its new blocks that are drawn."""
+    drawn = plan.drawn
+    new = [f"{at}.{i}" for at, bs in plan.stacks.items() for i, b in enumerate(bs) if b.new]
+    for block in new if drawn else ():
+        values = _initialised(model, block, plan.seed)
+        for name, p in model.get_submodule(block).named_parameters():
+            if f"{block}.{name}" in drawn:
+                p.detach().copy_(values[name])
+
+
+def _initialised(model: nn.Module, name: str, seed: int) -> dict[str, nn.Parameter]:
+    """The parameters of a block, initialised anew on the CPU in a copy of its modules."""
+    block = model.get_submodule(name)
+    blank = {n: initial.blank(p) for n, p in block.named_parameters()}
+    buffers = {n: b.to("cpu", copy=True) for n, b in block.named_buffers()}
+    twin = _copied(block, name, blank | buffers, model)
+    initial.initialise(twin, initial.initialiser(model, name), initial.seed_of(seed, name))
+    return dict(twin.named_parameters())
 
 
 def _hook_owners(module: nn.Module) -> list[object]:
@@ -131,7 +159,12 @@ def _hook_owners(module: nn.Module) -> list[object]:
 
 
 def check_blocks(plan: GrowthPlan, model: nn.Module) -> None:
-    """Raise UnsupportedModelError where a block that is copied has a patched forward: the copy would run the original's."""
+    """Refuse blocks that cannot be built.
+
+    Raises:
+        UnsupportedModelError: A block that is copied has a patched forward, so that the copy would run the original's; or the model
+            does not initialise every parameter of a block that it is to initialise.
+    """
     copied = {f"{at}.{b.source}": None for at, bs in plan.stacks.items() for b in bs if b.new}
     patched = [
         f"{block}.{name}".rstrip(".")
@@ -144,6 +177,8 @@ def check_blocks(plan: GrowthPlan, model: nn.Module) -> None:
             f"cannot copy blocks whose forward is patched by a function ({', '.join(patched[:3])}): the copy would run the "
             "original's weights. Take the patch off, grow, and patch again."
         )
+    for block in copied if plan.drawn else ():  # as they are: the target's differ in their sizes
+        _initialised(model, block, plan.seed)
 
 
 def _configs(model: nn.Module) -> list[object]:

@@ -244,7 +244,7 @@ def _grows_grad(row: TensorRow, sources: Tensors) -> bool:
 
 def _state(plan: GrowthPlan, row: TensorRow, sources: Tensors) -> Mapping[str, object]:
     """The state that grows with a row; a master grows whatever becomes of the rest."""
-    found = sources.states.get(row.source, {})
+    found = {} if row.drawn else sources.states.get(row.source, {})
     if row.state == "law" and plan.state != "drop":
         return found
     keys = {MASTER} if row.new or row.constant is not None else {MASTER, MASTER_GRAD}

@@ -142,6 +142,7 @@ def build(
         reasons=reasons,
         notes=(
             *wide.notes,
+            *dict.fromkeys(note for one in deep.values() for note in one.notes),
             *(locked(wide) if state in ("exact", "copy", "drop") else ()),
             *_unsaved(spec, sizes),
             *((shared,) if several else (unsaved,) if unheld and norm_eps != {1.0} else ()),
@@ -260,6 +261,8 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
             found, wanted = plan.shapes(row)[1] if known else row.axes, target.shape(row.source)
             if found != wanted:
                 problems.append(f"{row.name}: has shape {found}, the target {wanted}.")
+            if row.drawn and not row.new:
+                problems.append(f"{row.name}: is initialised anew, but its block is not new.")
             if row.offset != _offset(spec.tensors[row.source]):
                 problems.append(f"{row.name}: the model adds another offset to it.")
             if row.upper is not None and (
@@ -376,6 +379,8 @@ def _in_block(row: TensorRow, stack: Blocks, deep: Depth, index: int, inner: str
     if block.branch != 1:  # readers of what the branch adds see no factor, its inner tensors do
         own = "factor" if inner in stack.branches else "grad_factor"
         row = replace(row, **{own: block.branch})
+    if deep.fresh and block.new:
+        return replace(row, drawn=True, state="fresh", upper=None, upper_axis=0)
     if not deep.identity:
         return row
     if inner in stack.carries:

@@ -76,11 +76,21 @@ class BlockRow:
 
 @dataclass(frozen=True)
 class Depth:
-    """What a depth method decides: the blocks of the target; whether new ones start as the identity."""
+    """What a depth method decides.
+
+    Attributes:
+        blocks: Blocks of the target, in order.
+        identity: True when new blocks start as the identity.
+        reasons: Why the function is not preserved; empty when it is.
+        fresh: True when the model initialises the parameters of new blocks itself, as it does those of a model that is built.
+        notes: What the user should know.
+    """
 
     blocks: tuple[BlockRow, ...]
     identity: bool = False
     reasons: tuple[str, ...] = ()
+    fresh: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class WidthMethod(Protocol):

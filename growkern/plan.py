@@ -91,6 +91,7 @@ class TensorRow:
         axes: Key of the axis map (in ``GrowthPlan.axes``) of each axis.
         new: True when the tensor belongs to a new block.
         constant: The value of every element, for a tensor that copies nothing.
+        drawn: True when the model initialises the tensor itself, if it is a parameter; a buffer is copied.
         state: ``"law"``: the source's optimizer state, grown. ``"fresh"``: none, so that its own step count starts at 0.
         factor: On the weight, beside those of its axes.
         grad_factor: On the gradient, likewise.
@@ -111,6 +112,7 @@ class TensorRow:
     upper: str | None = None
     upper_axis: int = 0
     offset: float = 0.0
+    drawn: bool = False
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,11 @@ class GrowthPlan:
     def noisy(self) -> bool:
         """True when twin noise is added, so that gradients follow the law only up to what the noise adds."""
         return any(axis.noise for axis in self.axes.values())
+
+    @property
+    def drawn(self) -> frozenset[str]:
+        """Names of the tensors that the model initialises itself."""
+        return frozenset(row.name for row in self.rows if row.drawn)
 
     @property
     def function_preserving(self) -> bool:
@@ -291,7 +298,7 @@ class GrowthPlan:
             + " ".join(
                 f"{'+' * b.new}{b.source}{f' x {b.branch:g}' * (b.branch != 1)}" for b in blocks
             )
-            + "   (+ new, copy of)"
+            + f"   (+ new, {'initialised anew; modules of' if self.drawn else 'copy of'})"
             for path, blocks in self.stacks.items()
             if any(block.new for block in blocks)
         ]
@@ -301,7 +308,7 @@ class GrowthPlan:
             (
                 fold(row.name),
                 *map(_shape, self.shapes(row)),
-                _scale(s) if row.constant is None else f"all {row.constant:g}",
+                _weight(row, s),
                 _scale(a),
             )
             for row in self.rows
@@ -347,6 +354,12 @@ def _product(values: list[float | None]) -> float | None:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
+
+
+def _weight(row: TensorRow, scale: float | None) -> str:
+    if row.drawn:
+        return "initialised"
+    return _scale(scale) if row.constant is None else f"all {row.constant:g}"
 
 
 def _scale(value: float | None) -> str:

@@ -25,6 +25,7 @@ WIDTHS = [
     width.HyperClone(),
     width.HyperClone(noise_db=10),
     width.Lemon(),
+    width.FreshFeatures(),
     width.CopyAndPad(),
     width.CopyAndPad(norm="corrected"),
     width.Sparkling(),
@@ -38,6 +39,7 @@ DEPTHS = [
     depth.Interpose(),
     depth.Interpose(halve_branches=True),
     depth.DepthUpscale(),
+    depth.Fresh(),
 ]
 STOCK = [f for f in FAMILIES if f != "plain"]
 

@@ -30,7 +30,7 @@ LAYERS = (  # top to bottom: a module imports from lower rows only
     ("sides",),
     ("forgotten",),
     ("groups",),
-    ("undo", "shards"),
+    ("undo", "shards", "initial"),
     ("describe", "describe_optim"),
     ("families",),
     ("shrink", "vocab"),

@@ -26,6 +26,7 @@ WIDTHS = [
     width.HyperClone(general=True),
     width.Lemon(),
     width.Lemon(alpha=0.5),
+    width.FreshFeatures(),
     width.CopyAndPad(),
     width.CopyAndPad(norm="corrected"),
     width.Sparkling(),
@@ -39,6 +40,7 @@ DEPTHS = [
     depth.Interpose(halve_branches=True),
     depth.DepthUpscale(),
     depth.Layers((0, 1, 1)),
+    depth.Fresh(),
 ]
 FAMILIES = ["llama", "gpt2", "bert"]
 NOT_POST_NORM = [width.CopyAndPad(norm="corrected"), depth.Interpose(halve_branches=True)]
@@ -54,6 +56,7 @@ SAYS = {  # at 2x, of llama, of gpt2, of bert
     "HyperClone(general=True)": ("trajectory",) * 3,
     "Lemon()": ("function",) * 3,
     "Lemon(alpha=0.5)": ("trajectory",) * 3,
+    "FreshFeatures()": ("nothing",) * 3,
     "CopyAndPad()": ("nothing",) * 3,
     "CopyAndPad(norm='corrected')": ("function", "function", "refused"),
     "Sparkling()": ("trajectory",) * 3,

@@ -324,6 +324,69 @@ def test_sparkling_at_twice_the_width_is_fpi():
     ).function_preserving
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_fresh_features_keep_old_weights_draw_new_writers_and_are_read_by_nothing(family, tied):
+    model = make(family, tied=tied)
+    source = copy.deepcopy(model)
+    plan = growkern.plan(model, to="2x", width=width.FreshFeatures())
+
+    grow(model, plan=plan)
+
+    spec = growkern.describe(make(family, tied=tied))
+    for row in plan.rows:
+        value, old = (
+            {**dict(one.named_parameters()), **dict(one.named_buffers())}[row.name].detach()
+            for one in (model, source)
+        )
+        maps = [plan.axes[key].index_map for key in row.axes]
+        places = torch.meshgrid(
+            *(torch.tensor([i for i, j in enumerate(m.indices) if j >= 0]) for m in maps),
+            indexing="ij",
+        )
+        assert torch.equal(value[places], old), row.name
+        for axis, use in enumerate(spec.tensors[row.source]):
+            new = [i for i, j in enumerate(maps[axis].indices) if j < 0]
+            part = value.index_select(axis, torch.tensor(new, dtype=torch.long))
+            if use.role == "reader":
+                assert not part.any(), row.name
+            elif use.role == "writer" and value.dim() > 1 and part.numel() > 500:
+                kept = [i for i, j in enumerate(maps[1 - axis].indices) if j >= 0]
+                drawn = part.index_select(1 - axis, torch.tensor(kept))
+                assert float(drawn.std() / old.square().mean().sqrt()) == pytest.approx(1, rel=0.1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_fresh_features_are_exact_where_no_norm_reads_them(family, monkeypatch):
+    exact_norms(monkeypatch)
+    model = make(family, tied=True).double().eval()
+    before = logits(model, batch()).detach()
+
+    report = grow(model, to={"ffn": "2x"}, width=width.FreshFeatures())
+
+    assert report.preserves == "function"
+    assert (logits(model, batch()) - before).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_fresh_features_drift_less_than_sparkling_with_the_same_zeros(tied):
+    """On a Llama that has learned something: 60 steps on one text."""
+    source = make("llama", tied=tied)
+    optim = torch.optim.AdamW(source.parameters(), lr=3e-3)
+    for _ in range(60):
+        train(source, optim, 1)
+    off = {}
+    for method in (width.FreshFeatures(), width.Sparkling("random", "zero")):
+        model = copy.deepcopy(source)
+        before = logits(model, batch()).detach()
+        assert grow(model, to="2x", width=method).preserves == "nothing"
+        change = logits(model, batch()).detach() - before
+        off[str(method)] = float(change.norm() / before.norm())
+
+    fresh, sparkling = off.values()
+    assert fresh < 0.5 * sparkling, off
+
+
 REFUSED = [
     ("llama", "1.5x", width.HyperClone(), "no whole multiple.*HyperClone.general=True. or Lossless"),
     ("bert", "1.5x", width.CopyAndPad(norm="corrected"), "only whole multiples keep the function"),
@@ -355,7 +418,7 @@ def test_aki_needs_a_next_layer():
 ALL = [width.Lossless(), width.FPI(), width.Net2Wider(noise=0.1), width.AKI(), width.HyperClone(noise_db=10), width.Lemon(),
        width.Lemon(expansion="random"),
        width.CopyAndPad(), width.CopyAndPad(norm="corrected"), width.Sparkling(), width.Sparkling("random", "copy"),
-       width.Sparkling("copy", "zero")]  # fmt: skip
+       width.Sparkling("copy", "zero"), width.FreshFeatures()]  # fmt: skip
 
 
 @pytest.mark.parametrize("to", ["2x", "1.5x"])

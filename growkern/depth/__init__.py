@@ -1,7 +1,16 @@
 """Depth methods: each gives the order of blocks in the target."""
 
+from growkern.depth.fresh import Fresh
 from growkern.depth.identity import IdentityBlocks
 from growkern.depth.interpose import DepthUpscale, Interpose, Layers
 from growkern.depth.stack import Stack, TopCopies
 
-__all__ = ["DepthUpscale", "IdentityBlocks", "Interpose", "Layers", "Stack", "TopCopies"]
+__all__ = [
+    "DepthUpscale",
+    "Fresh",
+    "IdentityBlocks",
+    "Interpose",
+    "Layers",
+    "Stack",
+    "TopCopies",
+]

@@ -6,7 +6,8 @@ output and down projections are zero, spread evenly. Post-norm blocks take over 
 
 from dataclasses import dataclass
 
-from growkern.methods import BlockRow, Depth
+from growkern.depth.order import spread
+from growkern.methods import Depth
 
 
 @dataclass(frozen=True)
@@ -15,11 +16,4 @@ class IdentityBlocks:
 
     def deepen(self, n_source: int, n_target: int) -> Depth:
         """Give the blocks of the target: after source block ``i``, as many new ones as keep the spread even."""
-        n_new = n_target - n_source
-        blocks: list[BlockRow] = []
-        for i in range(n_source):
-            blocks.append(BlockRow(i))
-            blocks += [BlockRow(i, new=True)] * (
-                (i + 1) * n_new // n_source - i * n_new // n_source
-            )
-        return Depth(tuple(blocks), identity=True)
+        return Depth(spread(n_source, n_target), identity=True)

@@ -29,6 +29,15 @@ def blocks(
     )
 
 
+def spread(n_source: int, n_target: int) -> tuple[BlockRow, ...]:
+    """The blocks of a target with new ones spread evenly: each follows the source block that it is built like."""
+    n_new, found = n_target - n_source, list[BlockRow]()
+    for i in range(n_source):
+        found.append(BlockRow(i))
+        found += [BlockRow(i, new=True)] * ((i + 1) * n_new // n_source - i * n_new // n_source)
+    return tuple(found)
+
+
 def between(
     n_source: int, n_target: int, ignore_first: int, ignore_last: int, who: str
 ) -> tuple[int, int]:

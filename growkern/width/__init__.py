@@ -2,6 +2,7 @@
 
 from growkern.width.bert2bert import AKI, FPI, AKIPro, Net2Wider
 from growkern.width.copy_and_pad import CopyAndPad
+from growkern.width.fresh_features import FreshFeatures
 from growkern.width.hyperclone import HyperClone
 from growkern.width.lemon import Lemon
 from growkern.width.lossless import Lossless
@@ -12,6 +13,7 @@ __all__ = [
     "FPI",
     "AKIPro",
     "CopyAndPad",
+    "FreshFeatures",
     "HyperClone",
     "Lemon",
     "Lossless",

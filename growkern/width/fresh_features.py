@@ -1,0 +1,52 @@
+"""Width growth by features that nothing reads yet: the function changes only through norms.
+
+``Sparkling("random", "zero")`` (arXiv:2602.02472) draws and zeroes the same elements, but multiplies every reader by ``sqrt(d / d')``, so
+that the function jumps. GradMax (Evci et al., ICLR 2022, arXiv:2201.05125) grows one layer by such units.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from growkern.index_map import IndexMap, Vector
+from growkern.methods import Contract, Width
+from growkern.spaces import ModelSpec, space_of
+from growkern.width.base import positions, refuse, solve_ties, spaces, tied_streams
+
+REASON = ("norms see new features",)
+
+
+@dataclass(frozen=True)
+class FreshFeatures:
+    """Append new coordinates whose writers are drawn and whose readers are 0; all weights of old coordinates stay as they are.
+
+    New rows that write a coordinate are normal, as strong as the rest of their tensor; columns that read it start at 0. New coordinates of
+    a space that no norm reads (ffn, heads) change nothing. On the residual stream a norm takes their mean square in: the function stays
+    nearly as it is where they are about as large as the old ones, because gains and epsilons stay. A tied head cannot be 0 where the
+    embedding is drawn, so the gain and the bias of the norm before it are.
+
+    Example:
+        >>> growkern.expand_inplace(model, optim, to="2x", width=growkern.width.FreshFeatures())
+
+    Reference:
+        Evci et al., "GradMax: Growing Neural Networks using Gradient Information", ICLR 2022, arXiv:2201.05125.
+    """
+
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
+        """Give maps and contracts for the target ``sizes``; raise PlanError for a size that the method does not grow."""
+        refuse(spec, sizes, "FreshFeatures")
+        maps: dict[str, IndexMap] = {}
+        contracts: dict[str, Contract] = {}
+        seen = False
+        for space in spaces(spec, sizes):
+            tail = maps[space.name] = IndexMap.tail(space.n_source, space.n_target)
+            ones = Vector.full(1.0, space.n_target)
+            free = Contract(ones, ones, "free")
+            own = positions(tail) if space.name == "positions" else free
+            contracts |= dict.fromkeys(space.streams, own)
+            seen = seen or bool(space.norms and not space.same)
+        solve_ties(spec, sizes, maps, contracts)
+        for stream, _ in tied_streams(spec):
+            old = maps[space_of(stream)].per_copy(float, pad=0.0)
+            w = contracts[stream].w.zip(old, lambda x, y: x * y)
+            contracts[stream] = replace(contracts[stream], w=w, pad="zero")
+        return Width(maps, contracts, reasons=REASON if seen else (), norms_kept=True)
