@@ -43,6 +43,10 @@ RECIPES: dict[str, Recipe] = {
     "CopyAndPad": Recipe({**ONE_RATE, "width": width.CopyAndPad(norm="corrected")}, (0.5, 1.0)),
     "Sparkling fresh": Recipe({**DROPPED, "width": FRESH}, (0.5, 1.0), rewarm=60),
     "Sparkling fresh, state": Recipe({**ONE_RATE, "width": FRESH}, (0.5, 1.0)),
+    "FreshFeatures": Recipe({**ONE_RATE, "width": width.FreshFeatures()}, (0.5, 1.0)),
+    "FreshFeatures, dropped": Recipe(
+        {**DROPPED, "width": width.FreshFeatures()}, (0.5, 1.0), rewarm=60
+    ),
     # depth
     "Stack": Recipe({**ONE_RATE, "depth": depth.Stack()}),
     "Stack, dropped": Recipe({**DROPPED, "depth": depth.Stack()}, rewarm=60),
@@ -52,6 +56,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "IdentityBlocks": Recipe({**ONE_RATE, "depth": depth.IdentityBlocks()}),
     "TopCopies": Recipe({**ONE_RATE, "depth": depth.TopCopies()}),
+    "Fresh": Recipe({**ONE_RATE, "depth": depth.Fresh()}),
     "Stack by twos": Recipe(
         {**DROPPED, "depth": depth.Stack()}, rewarm=60, via=(({"layers": 4}, 2.0),)
     ),
