@@ -9,7 +9,7 @@ GPU_OUT ?= gpu-check
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: test lint fmt demo bench bench-gpu gpu-check clean
+.PHONY: test lint fmt demo savings bench bench-gpu gpu-check clean
 
 test: lint
 	$(BIN)/pytest $(PYTEST_ARGS)
@@ -25,6 +25,10 @@ fmt: .venv/test.stamp
 
 demo: .venv/demo.stamp
 	$(BIN)/growkern demo
+
+# what growing saves, measured: under 30 minutes on 2 cores; goes on where it was killed
+savings: .venv/bench.stamp
+	$(BIN)/python -m bench.savings
 
 bench: .venv/bench.stamp
 	$(BIN)/python -m bench

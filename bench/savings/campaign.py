@@ -117,7 +117,8 @@ SETUPS: dict[str, Setup] = {
     ),
     "width": Setup(
         {"hidden": 32, "layers": 4}, {"hidden": 64, "layers": 4}, (512, 854, 1366), (205,), (2e-3, 4e-3, 8e-3),
-        (4e-3, 8e-3, 16e-3), WIDTHS,
+        (4e-3, 8e-3, 16e-3),
+        ("default", "default, one rate", "default, dropped", "Sparkling fresh", "FreshFeatures", "HyperClone"),
     ),
     "depth": Setup(
         {"hidden": 32, "layers": 2}, {"hidden": 32, "layers": 8}, (1000, 2000, 4000), (200, 900),
