@@ -35,17 +35,24 @@ def app() -> "Typer":
         out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the picture.")] = Path(
             "growkern-demo"
         ),
-        seed: Annotated[int, typer.Option(min=0, help="Of weights, batches and growth noise.")] = 0,
+        seed: Annotated[
+            int, typer.Option(min=0, help="Seed of the weights, the batches and the growth noise.")
+        ] = 0,
         compare: Annotated[
-            bool, typer.Option(help="Train the final size from scratch too, at equal FLOPs.")
+            bool,
+            typer.Option(
+                help="Also train the target from scratch and the source without growth, at equal FLOPs."
+            ),
         ] = True,
         device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
         quick: Annotated[
             bool,
-            typer.Option(help="A few seconds at tiny sizes, to see that it runs; no measurement."),
+            typer.Option(
+                help="Run a few seconds at tiny sizes, to see that the demo works; the losses measure nothing."
+            ),
         ] = False,
     ) -> None:
-        """Train a small Llama on Python's own library, double its width, add layers, train on, and draw the loss."""
+        """Train a small Llama on Python's own library, grow it twice on the way, and compare at equal FLOPs."""
         import torch
 
         from growkern import demo
@@ -61,7 +68,7 @@ def app() -> "Typer":
             ) from None
         if quick:
             typer.echo(
-                "quick: tiny sizes and few steps, to see that it runs; its losses compare nothing"
+                "quick: tiny sizes and few steps, to see that the demo works; the losses measure nothing"
             )
         try:
             with _extras():

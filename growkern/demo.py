@@ -1,12 +1,12 @@
 """A run that grows: a byte-level Llama learns Python's own library, doubles its width, gains layers and trains on.
 
-Beside it train what it has to beat at equal FLOPs: the final size from scratch, at three learning rates of which the best
-counts, and the source, which never grows. All runs see the same text and batches under one WSD schedule, annealed to zero. The
-verdict is computed from these runs, whoever won. It is about one seed; ``python -m bench.savings`` measures with several.
+Beside it train the runs it has to beat at equal FLOPs: the target from scratch, at three learning rates of which the best counts,
+and the source, which never grows. All runs see the same text and the same batches under one WSD schedule, annealed to zero. The
+verdict is computed from these runs, whoever won. It rests on one seed; ``python -m bench.savings`` measures with several.
 """
 
 # pyright: reportUnknownMemberType=false
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from growkern.demo_picture import draw
 from growkern.demo_run import (
-    Corpus,
     Growth,
     Line,
     Run,
@@ -24,6 +23,7 @@ from growkern.demo_run import (
     flops_per_step,
     parted,
     read_corpus,
+    tuned,
 )
 from growkern.errors import GrowthError
 from growkern.report import GrowthReport
@@ -34,11 +34,8 @@ if TYPE_CHECKING:
 
 Sizes = Mapping[str, int]
 TOLERANCE = 1e-4  # nats by which a growth may move the validation loss
-SHARES = (
-    0.5,
-    0.75,
-    1.0,
-)  # of the budget, at which runs from scratch are annealed: their curve of FLOPs over losses
+FIRST = 0.5  # share of the budget at which the curve of the runs from scratch begins
+SEVERAL = "These figures rest on one seed; python -m bench.savings measures with several"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +45,17 @@ class Setup:
     Attributes:
         source: Sizes of the source.
         growths: What grows, and at which share of the budget.
-        target: Sizes behind the last growth.
+        target: Sizes after the last growth.
         budget: FLOPs of every run, in steps of the target.
         lr: Peak learning rate of the source; growth scales it where its law says so.
-        scratch_lrs: Peak learning rates that the target from scratch tries.
-        n_points: Validation losses on a curve, about.
+        scratch_lrs: Peak learning rates at which the target trains from scratch.
+        training: What all runs share.
+        n_points: Number of validation losses on a curve, about.
         n_bytes: Bytes of text, at most.
     """
 
     source: Sizes = field(default_factory=lambda: {"hidden": 32, "layers": 4})
-    growths: tuple[tuple[float, str | Sizes], ...] = ((0.15, "2x"), (0.5, {"layers": 6}))
+    growths: tuple[tuple[float, str | Sizes], ...] = ((0.25, "2x"), (0.5, {"layers": 6}))
     target: Sizes = field(default_factory=lambda: {"hidden": 64, "layers": 6})
     budget: int = 640
     lr: float = 8e-3
@@ -70,7 +68,7 @@ class Setup:
 FULL = Setup()
 QUICK = Setup(
     source={"hidden": 32, "layers": 2},
-    growths=((0.15, "2x"), (0.5, {"layers": 3})),
+    growths=((0.25, "2x"), (0.5, {"layers": 3})),
     target={"hidden": 64, "layers": 3},
     budget=24,
     training=Training(warmup=5, n_eval=8, n_trunk=8),
@@ -109,53 +107,52 @@ def run(
     (console := Console()).print(
         f"{len(text[0]):,} bytes of Python's library to train on, {len(text[1]):,} held out, on {device}"
     )
+    budget = setup.budget * flops_per_step(build(setup.target, seed, "meta"), setup.training)
     name, loss = TextColumn("{task.description}"), TextColumn("loss {task.fields[loss]}")
     with Progress(
         name, BarColumn(), TaskProgressColumn(), loss, TimeElapsedColumn(), console=console
     ) as bars:
-        lines = [train("grown", setup.source, setup.lr, text, setup, seed, bars, grows=True)]
+
+        def train(name: str, sizes: Sizes, lr: float, *ends: float, grows: bool = False) -> Line:
+            trunk = Run(sizes, lr, seed, text, setup.training)
+            growths = [(share * budget, to) for share, to in setup.growths] if grows else []
+            every = budget / setup.n_points
+            return _train(name, trunk, [*ends, budget], growths, every, seed, bars)
+
+        lines = [train("grown", setup.source, setup.lr, grows=True)]
         if compare:
+            after = budget - lines[0].growths[0].flops  # what the grown run spends after its source
             for lr in setup.scratch_lrs:
                 title = f"from scratch, lr {lr:g}"
-                lines.append(train(title, setup.target, lr, text, setup, seed, bars))
-            lines.append(train("never grows", setup.source, setup.lr, text, setup, seed, bars))
+                lines.append(train(title, setup.target, lr, FIRST * budget, after))
+            lines.append(train("never grows", setup.source, setup.lr))
     console.print(summary(lines))
     draw(lines, verdict(lines), path := out / "loss.png")
     console.print(f"{verdict(lines)}\n\n{path}", highlight=False, markup=False, soft_wrap=True)
     return path
 
 
-def train(
-    name: str,
-    sizes: Sizes,
-    lr: float,
-    text: Corpus,
-    setup: Setup,
-    seed: int,
+def _train(
+    name: str, trunk: Run, ends: Sequence[float], growths: list[tuple[float, str | Sizes]], every: float, seed: int,
     bars: "Progress",
-    *,
-    grows: bool = False,
-) -> Line:
-    """Train a run through the budget, growing it in place on the way; every run comes through here."""
-    trunk = Run(sizes, lr, seed, text, setup.training)
-    done, start = Line(name, lr), perf_counter()
-    budget = setup.budget * flops_per_step(build(setup.target, seed, "meta"), setup.training)
-    bar = bars.add_task(name, total=budget, loss="")
-    growths = [(share * budget, to) for share, to in setup.growths] if grows else []
-    ends = [budget] if grows else [share * budget for share in SHARES]
+) -> Line:  # fmt: skip
+    """Train a trunk, grow it on the way, and anneal a branch to each of ``ends``; every run comes through here."""
+    done, start = Line(name), perf_counter()
+    bar = bars.add_task(name, total=ends[-1], loss="")
     measured = 0.0
     for end in ends:
-        while trunk.flops < (1 - setup.training.anneal) * end:
+        while trunk.flops < (1 - trunk.training.anneal) * end:
             if growths and trunk.flops >= growths[0][0]:
                 done.growths.append(grow(trunk, growths.pop(0)[1], seed, bars))
             loss = trunk.step()
             if trunk.flops >= measured:
                 done.curve.append((trunk.flops, trunk.evaluate()))
-                measured = trunk.flops + budget / setup.n_points
+                measured = trunk.flops + every
             bars.update(bar, completed=trunk.flops, loss=f"{loss:.3f}")
         done.curve.append((trunk.flops, trunk.evaluate()))
-        done.ends.append((end, trunk.annealed(end)))
-    bars.update(bar, completed=budget, loss=f"{done.loss:.3f}")
+        done.starts.append(done.curve[-1])
+        done.ends.append(trunk.annealed(end))
+    bars.update(bar, completed=ends[-1], loss=f"{done.loss:.3f}")
     done.seconds, done.n_params = perf_counter() - start, trunk.n_params
     return done
 
@@ -206,31 +203,36 @@ def summary(lines: list[Line]) -> "Table":
 
 def verdict(lines: list[Line]) -> str:
     """Say in a few lines what was measured, whoever won; the first line is the title of the picture."""
-    if len(lines) == 1:
-        labels = ", ".join(growth.label for growth in lines[0].growths)
-        moved = max(abs(growth.after - growth.before) for growth in lines[0].growths)
+    grown, *others = lines
+    if not others:
+        labels = ", ".join(growth.label for growth in grown.growths)
+        moved = max(abs(growth.after - growth.before) for growth in grown.growths)
         return f"Grown while it trained: {labels}\nno growth moved the validation loss by more than {moved:.1e}"
-    grown, (scratch, *_), never = parted(lines)
-    need, beyond = flops_needed(scratch.ends, grown.loss)
-    source = grown.growths[0].flops
-    charged, sunk = 1 - grown.flops / need, 1 - (grown.flops - source) / need
-    about = "about " if beyond else ""  # no run from scratch went so low: its curve is prolonged
-    said = (
-        f"Growing saves {about}{charged:.0%} of the compute"
-        if charged > 0
-        else "Growing does not save"
-    )
-    losses = f"{grown.loss:.3f} against {scratch.loss:.3f} nats per byte, best of {len(lines) - 2} learning rates"
-    there = f"{about}{sunk:.0%} saved" if sunk > 0 else f"{-sunk:.0%} more than from scratch"
+    _, scratch, never = parted(lines)
+    curve = tuned(scratch)
+    need, beyond = flops_needed(curve, grown.loss)
+    spent, source = grown.flops, grown.growths[0].flops
+    (_, later), (_, equal) = curve[-2:]
+    beaten = never.loss < min(grown.loss, equal)
     found = [
-        f"{said} here, both phases charged, at {grown.flops:.2g} FLOPs",
-        f"grown {losses}, from scratch; where the source is there already: {there}",
+        f"Growing {_saves(1 - spent / need, beyond)}, both phases charged{'; never growing beats both' if beaten else ''}",
+        f"Where the source is there already, growing {_saves(1 - (spent - source) / need, beyond)}",
+        f"Grown: {grown.loss:.3f} nats per byte. From scratch, best of {len(scratch)} learning rates: {equal:.3f} at equal FLOPs, "
+        f"{later:.3f} at the FLOPs after the source",
     ]
-    if never.loss < min(grown.loss, scratch.loss):
+    if beaten:
         found.append(
-            f"the source that never grows ends lower, at {never.loss:.3f}: the target is too large for this budget"
+            f"The source that never grows ends lower, at {never.loss:.3f}: the target is too large for this budget"
         )
-    return "\n".join(found)
+    return "\n".join([*found, SEVERAL])
+
+
+def _saves(share: float, beyond: bool) -> str:
+    """Say what a share of FLOPs means; ``beyond``: the curve from scratch had to be prolonged."""
+    about = "about " if beyond else ""
+    if share > 0:
+        return f"saves {about}{share:.0%} of the compute"
+    return f"does not save: {about}{-share:.0%} more compute"
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> "Table":

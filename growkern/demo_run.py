@@ -129,14 +129,14 @@ class Run:
         """Mean held-out loss in nats per byte, over windows that are always the same ones."""
         return evaluate(self.model, self.text[1], self.training, n_windows or self.training.n_trunk)
 
-    def annealed(self, end: float) -> float:
-        """Held-out loss after a branch annealed to zero at ``end`` FLOPs; the trunk stays where it is."""
+    def annealed(self, end: float) -> tuple[float, float]:
+        """FLOPs and held-out loss of a branch annealed to zero at the step nearest to ``end``; the trunk stays where it is."""
         here = self.snapshot()
-        while self.flops < end:
+        while self.flops + self.cost / 2 < end:
             self.step(end)
-        loss = self.evaluate(self.training.n_eval)
+        point = self.flops, self.evaluate(self.training.n_eval)
         self.restore(here)
-        return loss
+        return point
 
     def grow(self, *, rate: float = 1.0, rewarm: int = 0, **growth: Any) -> GrowthReport:
         """Grow in place, and go on training.
@@ -210,15 +210,15 @@ class Line:
 
     Attributes:
         curve: FLOPs and validation losses of the trunk, at a constant learning rate.
-        ends: FLOPs and losses of annealed branches, rising in FLOPs; the last is the run's end.
+        starts: The points of the curve at which the annealed branches leave the trunk.
+        ends: FLOPs and losses of the annealed branches, rising in FLOPs; the last is the run's end.
     """
 
     name: str
-    lr: float = 0.0
     n_params: int = 0
-    n_steps: int = 0
     seconds: float = 0.0
     curve: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
+    starts: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
     ends: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
     growths: list[Growth] = field(default_factory=list[Growth])
 
@@ -237,6 +237,14 @@ def parted(lines: list[Line]) -> tuple[Line, list[Line], Line]:
     """The grown run; the runs from scratch, the lowest loss first; the source that never grows."""
     grown, *scratch, never = lines
     return grown, sorted(scratch, key=lambda line: line.loss), never
+
+
+def tuned(lines: Sequence[Line]) -> list[tuple[float, float]]:
+    """The lowest annealed loss at each budget: the curve of one size under the best of several learning rates."""
+    return [
+        min(points, key=lambda point: point[1])
+        for points in zip(*(line.ends for line in lines), strict=True)
+    ]
 
 
 COUNTERS = ("flops", "n_bytes", "n_steps", "since", "clip", "rate", "rewarm")

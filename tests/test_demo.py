@@ -57,23 +57,37 @@ def test_both_growths_are_reported_and_keep_the_loss(compared):
     assert all(after == pytest.approx(before, abs=1e-4) for _, before, after in rows)
 
 
-def test_all_runs_spend_the_same_flops_and_grown_and_scratch_end_at_the_same_size(compared):
-    result, _ = compared
+def test_all_runs_spend_the_budget_within_half_a_step_and_grown_and_scratch_end_at_the_same_size(
+    compared,
+):
+    setup = demo.QUICK
+    step = demo_run.flops_per_step(demo_run.build(setup.target, 0, "meta"), setup.training)
 
     rows = re.findall(
-        r"(grown|from scratch, lr [\d.]+|never grows)\W+(\d\.\d{4})\W+(\d\.\d+e\+\d+)\W+([\d,]+)",
-        result.output,
+        r"(grown|from scratch, lr [\d.]+|never grows)\W+\d\.\d{4}\W+(\d\.\d+e\+\d+)\W+([\d,]+)",
+        compared[0].output,
     )
 
     assert len(rows) == 5
-    assert len({flops for _, _, flops, _ in rows}) == 1
-    sizes = {name.partition(",")[0]: n for name, _, _, n in rows}
+    for _, flops, _ in rows:
+        assert float(flops) == pytest.approx(setup.budget * step, abs=0.501 * step)  # as printed
+    sizes = {name.partition(",")[0]: n for name, _, n in rows}
     assert sizes["grown"] == sizes["from scratch"] != sizes["never grows"]
-    losses_by_name = {name: float(loss) for name, loss, _, _ in rows}
-    best = min(loss for name, loss in losses_by_name.items() if "scratch" in name)
-    saves = losses_by_name["grown"] < best
-    assert ("Growing saves" in result.output) == saves
-    assert ("Growing does not save" in result.output) != saves
+
+
+def test_printed_verdict_follows_the_printed_losses(compared):
+    output = compared[0].output
+
+    found = dict(re.findall(r"(grown|from scratch, lr [\d.]+|never grows)\W+(\d\.\d{4})", output))
+
+    losses = {name: float(loss) for name, loss in found.items()}
+    best = min(loss for name, loss in losses.items() if "scratch" in name)
+    saves = losses["grown"] < best
+    assert ("Growing saves" in output) == saves
+    assert ("Growing does not save" in output) != saves
+    lowest = losses["never grows"] < min(losses["grown"], best)
+    assert ("The source that never grows ends lower" in output) == lowest
+    assert "python -m bench.savings measures with several" in output
 
 
 def test_no_compare_trains_the_grown_run_only_and_equal_seeds_give_equal_losses(compared, tmp_path):
@@ -105,31 +119,44 @@ def test_loss_that_is_not_a_number_is_a_failure(tmp_path, monkeypatch):
 
 
 def lines(grown: float, never: float) -> list[demo.Line]:
-    """A run that grew at a quarter of 16 FLOPs; from scratch 3 nats at 8 and 2 at 16, and a worse rate; one that never grew."""
-    growth = demo.Growth(4.0, "width 32 → 64", 3.0, 3.0)
+    """A run that grew at 8 of 16 FLOPs; from scratch, the best rates reach 3 nats at 8 and 2 at 16; a source that never grew."""
+    growth = demo.Growth(8.0, "width 32 → 64", 3.0, 3.0)
     return [
         demo.Line("grown", ends=[(16.0, grown)], growths=[growth]),
-        demo.Line("from scratch, lr 1", ends=[(8.0, 3.5), (16.0, 2.5)]),
-        demo.Line("from scratch, lr 2", ends=[(8.0, 3.0), (16.0, 2.0)]),
-        demo.Line("never grows", ends=[(8.0, never + 1), (16.0, never)]),
+        demo.Line("from scratch, lr 1", ends=[(8.0, 3.0), (16.0, 2.5)]),
+        demo.Line("from scratch, lr 2", ends=[(8.0, 3.5), (16.0, 2.0)]),
+        demo.Line("never grows", ends=[(16.0, never)]),
     ]
 
 
 @pytest.mark.parametrize(
-    ("grown", "never", "sentences"),
+    ("grown", "charged", "sunk"),
     [
-        (1.0, 2.5, ["Growing saves about 50% of the compute here, both phases charged", "already: about 62% saved"]),
-        (2.0, 2.5, ["Growing does not save here", "already: 25% saved"]),
-        (2.5, 2.5, ["Growing does not save here", "2.500 against 2.000", "already: 6% more than from scratch"]),
-        (1.5, 1.2, ["Growing saves about 29% ", "the source that never grows ends lower, at 1.200"]),
+        (1.0, "saves about 50% of the compute", "saves about 75% of the compute"),  # 32 FLOPs needed
+        (2.0, "does not save: 0% more compute", "saves 50% of the compute"),
+        (2.5, "does not save: 41% more compute", "saves 29% of the compute"),
+        (3.5, "does not save: about 183% more compute", "does not save: about 41% more compute"),
     ],
-    ids=["saves", "equal", "worse", "never"],
+    ids=["saves", "equal", "saves-when-sunk", "never-saves"],
 )  # fmt: skip
-def test_verdict_follows_the_numbers(grown, never, sentences):
-    text = demo.verdict(lines(grown, never))
+def test_verdict_follows_the_numbers(grown, charged, sunk):
+    first, second, third, *rest = demo.verdict(lines(grown, never=4.0)).split("\n")
 
-    assert all(sentence in text for sentence in sentences), text
-    assert ("never grows ends lower" in text) == (never < min(grown, 2.0))
+    assert first == f"Growing {charged}, both phases charged"
+    assert second == f"Where the source is there already, growing {sunk}"
+    assert f"{grown:.3f}" in third
+    assert "2.000 at equal FLOPs, 3.000 at the FLOPs after the source" in third
+    assert rest == [demo.SEVERAL]
+
+
+@pytest.mark.parametrize(
+    ("never", "lower"), [(1.4, True), (1.6, False), (2.1, False)], ids=["both", "scratch", "none"]
+)
+def test_verdict_says_that_the_target_is_too_large_where_the_source_ends_lower(never, lower):
+    text = demo.verdict(lines(1.5, never))
+
+    assert ("never growing beats both\n" in text) == lower
+    assert ("never grows ends lower, at 1.400: the target is too large" in text) == lower
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "rich", "typer", "transformers"])

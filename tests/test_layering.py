@@ -94,11 +94,12 @@ def group_of(module: str) -> str:
 
 
 def imports_of(tree: ast.AST) -> Iterator[tuple[str, bool]]:
-    """Each imported module, and whether the import runs inside a function."""
+    """Each imported module, and whether the import runs inside a function, or never runs: for types."""
     inside = {
         id(node)
         for f in ast.walk(tree)
         if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(f, ast.If) and ast.unparse(f.test) == "TYPE_CHECKING")
         for node in ast.walk(f)
     }
     for node in ast.walk(tree):
@@ -298,6 +299,10 @@ SOUND = {
     "lazy": (
         "growkern.execute",
         "def f():\n    import triton\n    from growkern.kernels.expand import expand",
+    ),
+    "types": (
+        "growkern.demo_run",
+        "if TYPE_CHECKING:\n    from transformers import LlamaForCausalLM",
     ),
     "public": (
         "growkern.cli",

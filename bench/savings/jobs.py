@@ -160,7 +160,7 @@ class _Trial:
     def _branch(self, end: float) -> None:
         trunk = self.trunk
         values = dict(zip(KEY, self.job.key, strict=True)) | {
-            "budget": end, "n_params": trunk.n_params, "trunk_loss": trunk.evaluate(), "loss": trunk.annealed(end),
+            "budget": end, "n_params": trunk.n_params, "trunk_loss": trunk.evaluate(), "loss": trunk.annealed(end)[1],
             "flops": trunk.flops, "n_bytes": trunk.n_bytes, "seconds": perf_counter() - self.started,
         }  # fmt: skip
         self.done.rows.append(values | self.grown | machine())
