@@ -4,6 +4,8 @@ from importlib import import_module
 from types import ModuleType
 
 from growkern import depth, errors, optim, shrink, vocab, width
+from growkern.advice import Advice
+from growkern.adviser import advise
 from growkern.api import expand_inplace, plan
 from growkern.compare import Comparison, Outcome, compare
 from growkern.describe import describe
@@ -29,6 +31,7 @@ def __getattr__(name: str) -> ModuleType:
 
 
 __all__ = [
+    "Advice",
     "At",
     "Blocks",
     "Comparison",
@@ -43,6 +46,7 @@ __all__ = [
     "Verification",
     "WhenPlateau",
     "WhenSlope",
+    "advise",
     "compare",
     "depth",
     "describe",

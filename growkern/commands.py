@@ -1,4 +1,4 @@
-"""The commands on saved checkpoints: plan, grow, verify, compare."""
+"""The commands on saved checkpoints: plan, grow, verify, compare; and advise, on a loss curve."""
 
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
@@ -34,7 +34,7 @@ Tokens = Annotated[int, typer.Option(min=2, help="Tokens of a row.")]
 
 def add(cli: typer.Typer) -> None:
     """Add the commands to a command line."""
-    for command in (plan, grow, verify, compare):
+    for command in (plan, grow, verify, compare, advise):
         cli.command()(command)
 
 
@@ -190,6 +190,65 @@ def compare(
                 model, optim, methods=chosen, batch=batches, to=sizes, steps=steps, seed=seed
             )
         )
+
+
+def advise(
+    curve: Annotated[
+        Path,
+        typer.Argument(
+            exists=True, dir_okay=False,
+            help="Loss curve of the source: a CSV file with the columns tokens (or step) and loss, or a trainer_state.json.",
+        ),
+    ],
+    params: Annotated[float, typer.Option(help="Parameters of the source, without the input embedding.")],
+    target_params: Annotated[float, typer.Option(help="Parameters of the target, without the input embedding.")],
+    budget: Annotated[float, typer.Option(help="FLOPs of the whole run, those until now included.")],
+    other: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE:PARAMS",
+            help="Loss curve of a model of another size on the same data, and its parameters; may be given again. "
+            "It narrows every interval.",
+        ),
+    ] = None,
+    kind: Annotated[str, typer.Option(help="What grows: width or depth.")] = "width",
+    recipe: Annotated[
+        str | None, typer.Option(help="Name of a measured recipe. Default: the most efficient one of the kind.")
+    ] = None,
+    tokens_per_step: Annotated[
+        float | None, typer.Option(help="Tokens of a step, for curves that count steps.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(dir_okay=False, help="File to draw the advice to.")] = None,
+) -> None:  # fmt: skip
+    """Say from a loss curve whether to grow now, later or never, or to start the target from scratch, and what growth would save."""
+    with _failures("advise"):
+        import growkern
+        from growkern.loss_curve import read_curve
+
+        others = [_other(text, tokens_per_step) for text in other or []]
+        found = growkern.advise(
+            read_curve(curve, tokens_per_step), source=params, target=target_params, budget=budget, others=others,
+            kind=kind, recipe=recipe,
+        )  # fmt: skip
+        typer.echo(found)
+        if picture is not None:
+            try:
+                found.draw(picture)
+            except (OSError, ValueError) as error:
+                raise typer.BadParameter(f"cannot draw: {error}", param_hint="--picture") from None
+
+
+def _other(text: str, tokens_per_step: float | None) -> tuple[float, list[tuple[float, float]]]:
+    """A curve of another size, from FILE:PARAMS."""
+    from growkern.loss_curve import read_curve
+
+    path, _, n_params = text.rpartition(":")
+    try:
+        return float(n_params), read_curve(Path(path), tokens_per_step)
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{text!r} is not FILE:PARAMS: {error}", param_hint="--other"
+        ) from None
 
 
 def _arguments() -> Any:

@@ -7,6 +7,7 @@ from math import isfinite, log
 from typing import Any, Literal
 
 from growkern.errors import GrowthError, PlanError
+from growkern.loss_curve import LossCurve
 from growkern.methods import DepthMethod, WidthMethod
 from growkern.plan import GrowthPlan
 from growkern.sizes import Target, resolve_sizes
@@ -23,12 +24,14 @@ class Counts:
         n_tokens: Tokens reported.
         n_flops: Compute reported, or 6 x tokens x parameters.
         points: Compute and value of what the next event's metric was since the event before; as much as the event keeps.
+        curve: Observed ``loss`` over tokens since the last growth, for ``growkern.advise``.
     """
 
     n_steps: int = 0
     n_tokens: float = 0.0
     n_flops: float = 0.0
     points: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
+    curve: LossCurve = field(default_factory=LossCurve)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,7 +339,8 @@ def read_state(
     try:
         n = state["counts"]
         points = [(float(x), float(y)) for x, y in n["points"]]
-        counts = Counts(int(n["n_steps"]), float(n["n_tokens"]), float(n["n_flops"]), points)
+        curve = LossCurve.from_state(n.get("curve", {}))  # states of earlier versions have none
+        counts = Counts(int(n["n_steps"]), float(n["n_tokens"]), float(n["n_flops"]), points, curve)
         fired, history = (
             [int(step) for step in [*state["fired"]]],
             [*map(str, [*state["history"]])],

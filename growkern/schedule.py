@@ -18,6 +18,7 @@ from growkern.errors import PlanError, raise_all
 from growkern.events import Counts, Event, WhenSlope, disorder, read_state, target_of, unknown_sizes
 from growkern.execute import Memory
 from growkern.guard import n_growths
+from growkern.loss_curve import LossCurve
 from growkern.optim_target import Masters
 from growkern.plan import GrowthPlan
 from growkern.report import GrowthReport
@@ -109,7 +110,9 @@ class GrowthSchedule:
         flops: float | None = None,
         **metrics: float | Tensor,
     ) -> None:
-        """Report what the last step, or an evaluation, showed; a metric is read only when the next event looks at it.
+        """Report what the last step, or an evaluation, showed.
+
+        A metric is read when the next event looks at it. The curve of ``loss`` over tokens is kept for ``growkern.advise``.
 
         Where several processes train one model, report the same numbers in each: all have to grow at the same step.
 
@@ -136,6 +139,8 @@ class GrowthSchedule:
         Raises:
             PlanError: As ``observe``.
         """
+        if "loss" in metrics:
+            self.counts.curve.add(self.counts.n_tokens, metrics["loss"])
         event = self.next_event
         if event is None or event.observes is None or event.observes not in metrics:
             return
@@ -179,7 +184,8 @@ class GrowthSchedule:
         """Everything that a restart needs, as plain JSON types: counts, what fired, the plans that ran."""
         if self.attachment is not None:
             self.attachment.settle()
-        counts = asdict(self.counts) | {"points": [list(point) for point in self.counts.points]}
+        points = [list(point) for point in self.counts.points]
+        counts = asdict(self.counts) | {"points": points, "curve": self.counts.curve.state()}
         return {
             "counts": counts,
             "fired": list(self.fired),
@@ -238,9 +244,8 @@ class Attachment:
         self.model: nn.Module = unwrapped(model)
         self._schedulers: list[ref[Any]] = [ref(unwrapped(one)) for one in _listed(scheduler)]
         self._options, self.deferred, self.stepped = options, deferred, False
-        self._running: tuple[GrowthPlan, int] | None = (
-            None  # a growth, and how many there were before it
-        )
+        # the growth that runs, and how many there were before it
+        self._running: tuple[GrowthPlan, int] | None = None
         self._take: Any = torch.compiler.disable(_take)
         title = f"cannot attach this schedule of {len(schedule.events)} events:"
         if unknown := sorted(options.keys() - Options.__annotations__.keys()):
@@ -304,27 +309,27 @@ class Attachment:
                 call(event, report)
         return grown
 
+    def planned(self, event: Event) -> GrowthPlan:
+        """Plan the growth of an event on the model as it is now, without growing it."""
+        options = self._options  # a model may be built at a grown size
+        before = max(len(self.schedule.fired), n_growths(self.model))
+        return plan(
+            self.model, self._optim(), to=event.to, width=event.width, depth=event.depth, state=event.state,
+            dynamics=event.dynamics, spec=self._spec(), seed=before if event.seed is None else event.seed,
+            rules=options.get("rules"), masters=options.get("masters"),
+        )  # fmt: skip
+
     def _after_step(self, optim: Optimizer, args: object, kwargs: object) -> None:
         self._take(self, optim)  # not traced when the step is compiled
 
     def _expand(self, event: Event, optim: Optimizer) -> GrowthReport:
-        schedule, options = self.schedule, self._options
-        spec, rules = self._spec(), options.get("rules")
-        before = max(
-            len(schedule.fired), n_growths(self.model)
-        )  # a model may be built at a grown size
-        seed = before if event.seed is None else event.seed
+        schedule, options, planned = self.schedule, self._options, self.planned(event)
         live = _listed([one() for one in self._schedulers])
-        planned = plan(
-            self.model, optim, to=event.to, width=event.width, depth=event.depth, state=event.state,
-            dynamics=event.dynamics, spec=spec, seed=seed, rules=rules,
-            masters=options.get("masters"),
-        )  # fmt: skip
         self._running = planned, n_growths(self.model)
         try:
             report = expand_inplace(
-                self.model, optim, plan=planned, width=event.width, dynamics=planned.dynamics, spec=spec, rules=rules,
-                backend=options.get("backend"), scheduler=live or None, ema=options.get("ema"),
+                self.model, optim, plan=planned, width=event.width, dynamics=planned.dynamics, spec=self._spec(),
+                rules=options.get("rules"), backend=options.get("backend"), scheduler=live or None, ema=options.get("ema"),
                 masters=options.get("masters"), memory=options.get("memory"),
             )  # fmt: skip
         finally:
@@ -351,6 +356,7 @@ class Attachment:
                 schedule.fired.append(schedule.counts.n_steps)
                 schedule.history.append(planned.to_json())
                 schedule.counts.points = []
+                schedule.counts.curve = LossCurve(last=schedule.counts.n_tokens)
                 self.n_params = sum(p.numel() for p in self.model.parameters())
             self._running = None
 

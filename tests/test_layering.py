@@ -14,11 +14,21 @@ LAYERS = (  # top to bottom: a module imports from lower rows only
     ("demo_picture",),
     ("demo_run",),
     ("growkern",),  # growkern/__init__.py
-    ("integrations",),
-    ("schedule", "history", "compare", "upcycle", "checkpoint", "arguments", "batches"),
+    ("integrations", "adviser"),
+    (
+        "schedule",
+        "calibration",
+        "history",
+        "compare",
+        "upcycle",
+        "checkpoint",
+        "arguments",
+        "batches",
+    ),
     ("shrinking",),
     ("events",),
     ("api",),
+    ("advice",),
     ("notes", "ddp", "compiled"),
     ("report", "commit", "execute", "verify", "saved"),
     ("optim_target",),
@@ -39,7 +49,8 @@ LAYERS = (  # top to bottom: a module imports from lower rows only
     ("axes",),
     ("plan",),
     ("methods", "state", "sizes"),
-    ("spaces", "index_map", "tables"),
+    ("scaling",),
+    ("spaces", "index_map", "tables", "loss_curve"),
     ("errors", "wrappers", "signals"),
 )
 LEAVES = (

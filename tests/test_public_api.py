@@ -9,6 +9,7 @@ import pytest
 import growkern
 
 NAMES = [
+    "Advice",
     "At",
     "Blocks",
     "Comparison",
@@ -23,6 +24,7 @@ NAMES = [
     "Verification",
     "WhenPlateau",
     "WhenSlope",
+    "advise",
     "compare",
     "depth",
     "describe",

@@ -134,7 +134,8 @@ class GrowthCallback(Callback):
         metrics = own | dict(trainer.callback_metrics)
         fresh = {k: v for k, v in metrics.items() if self.owners.setdefault(k, hook) == hook}
         event = self.schedule.next_event
-        seen = {k: v for k, v in fresh.items() if event and k == event.observes}
+        kept = {"loss"} if self.tokens else set[str]()  # the curve of growkern.advise needs both
+        seen = {k: v for k, v in fresh.items() if event and k in kept | {event.observes}}
         n: Any = tokens
         if trainer.world_size > 1:  # all processes have to see the same, to grow at the same step
             seen = {k: trainer.strategy.reduce(v, reduce_op="mean") for k, v in seen.items()}

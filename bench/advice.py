@@ -1,0 +1,374 @@
+"""How often is ``growkern.advise`` right? ``python -m bench.advice`` judges it on the rows of the savings campaign.
+
+For every recipe, growth point and budget of the campaign the adviser gets what a user has before the decision: the source's trunk curve up
+to the growth point and, in a second pass, the curve of a model of another size (seed 0; never the target's). The efficiency of
+growth comes from the other recipes of the campaign, or from the other setups alone; never from the recipe that is judged. The truth is
+the campaign's own figure, ``Campaign.saving``. ``--write`` derives ``growkern/calibration.py`` from the rows.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import ceil, floor
+from pathlib import Path
+from statistics import mean, stdev
+
+from rich.console import Console
+from rich.table import Table
+
+import growkern
+from bench.harness import RESULTS
+from bench.savings.analysis import TUNING, Campaign, Variant
+from bench.savings.campaign import RECIPES, SETUPS
+from bench.savings.jobs import read_rows
+from growkern.advice import Advice, Recipe, percent
+from growkern.adviser import pooled
+from growkern.scaling import Curve, ScalingLaw, fit
+
+ROOT = Path(__file__).resolve().parents[1]
+JUDGED = "width", "depth"
+OTHER = {
+    "width": ((32, 2), (32, 8)),
+    "depth": ((32, 4),),
+}  # sizes of the second curve: the first that has been run
+VOCAB = 256
+ALONE = 0.1  # spread of a single figure
+MODELS = "60 to 230 thousand parameters (bytes of Python source)"
+CALIBRATION = ROOT / "growkern" / "calibration.py"
+
+
+@dataclass(frozen=True, eq=False)
+class Trunk:
+    """The curve of a plain run: parameters without the input embedding, FLOPs of a byte, and (bytes, held-out loss)."""
+
+    n_params: int
+    flops_per_token: float
+    points: Curve
+
+    def until(self, flops: float) -> "Trunk":
+        """The curve up to a number of FLOPs."""
+        return replace(
+            self, points=[p for p in self.points if p[0] * self.flops_per_token <= flops * 1.001]
+        )
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What the campaign measured for a recipe at a growth point and a budget."""
+
+    setup: str
+    variant: Variant
+    budget: int
+    total: float  # FLOPs of the budget
+    charged: float
+    sunk: float
+    efficiency: float
+    losses: Mapping[str, float]  # of from scratch, never grow and grow now
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An advice beside the truth."""
+
+    figure: Figure
+    advice: Advice
+
+    @property
+    def holds(self) -> bool:
+        """True when the interval holds the measured saving, both phases charged."""
+        low, _, high = self.advice.now.charged
+        return low <= self.figure.charged <= high
+
+    @property
+    def width(self) -> float:
+        """Half of the interval's width."""
+        low, _, high = self.advice.now.charged
+        return (high - low) / 2
+
+    @property
+    def lowest(self) -> str:
+        """What ended lowest."""
+        return min(self.figure.losses, key=lambda name: self.figure.losses[name])
+
+    @property
+    def likeliest(self) -> bool:
+        """True when the option that ends lowest in the most draws ended lowest."""
+        return self.advice.likeliest.name.replace("later", "now") == self.lowest
+
+    @property
+    def right(self) -> bool | None:
+        """True when the decision names what ended lowest; None where the adviser cannot tell."""
+        decision = self.advice.decision
+        if decision == "cannot tell":
+            return None
+        return decision.replace("later", "now") == self.lowest
+
+
+class Rows:
+    """The committed rows of all devices, by setup."""
+
+    def __init__(self, folder: Path = RESULTS) -> None:
+        self.laws: dict[tuple[Trunk, Trunk | None], ScalingLaw] = {}
+        self.before: dict[tuple[Trunk, float], Trunk] = {}
+        self.trunks: dict[tuple[tuple[int, int], float, int], Trunk] = {}
+        paths = sorted(folder.glob("savings-*.csv"))
+        rows = [row for p in paths if not p.stem.endswith("-curves") for row in read_rows(p)]
+        for path in (p for p in paths if p.stem.endswith("-curves")):
+            self._read_curves(read_rows(path))
+        self.campaigns = {name: Campaign(SETUPS[name], rows) for name in JUDGED}
+
+    def _read_curves(self, rows: Sequence[Mapping[str, str]]) -> None:
+        points: dict[tuple[tuple[int, int], float, int], list[Mapping[str, str]]] = {}
+        for row in rows:
+            if (row["text"], row["optimizer"]) == ("python", "adamw"):
+                sizes = int(row["hidden"]), int(row["layers"])
+                points.setdefault((sizes, float(row["lr"]), int(row["seed"])), []).append(row)
+        for key, own in points.items():
+            each = float(own[-1]["flops"]) / float(own[-1]["n_bytes"])
+            curve = [(float(row["n_bytes"]), float(row["loss"])) for row in own]
+            self.trunks.setdefault(
+                key, Trunk(int(own[0]["n_params"]) - VOCAB * key[0][0], each, curve)
+            )
+
+    def trunk(
+        self, sizes: tuple[int, int], lr: float | None = None, *, tuning: bool = False
+    ) -> Trunk | None:
+        """The curve of a size at a learning rate, of its first seed that chose nothing where there is one."""
+        found = {
+            seed: t
+            for (s, rate, seed), t in self.trunks.items()
+            if s == sizes and lr in (None, rate)
+        }
+        seeds = [TUNING] if tuning else [*sorted(seed for seed in found if seed != TUNING), TUNING]
+        return next((found[seed] for seed in seeds if seed in found), None)
+
+    @cached_property
+    def figures(self) -> list[Figure]:
+        """Everything that the campaign has measured."""
+        return [
+            f for name, campaign in self.campaigns.items() for f in self._figures(name, campaign)
+        ]
+
+    def _figures(self, name: str, campaign: Campaign) -> Iterator[Figure]:
+        setup = campaign.setup
+        plain = setup.target_sizes, setup.source_sizes
+        for b, budget in enumerate(campaign.budgets):
+            for v in campaign.variants(b):
+                last = campaign.best_lr(setup.target_sizes, len(campaign.budgets) - 1)
+                source, target = (
+                    self.trunk(setup.source_sizes, v.lr),
+                    self.trunk(setup.target_sizes, last),
+                )
+                if source is None or target is None:
+                    continue  # the curves are written with the last budget of a run
+                saving, law = campaign.saving(v, b), self._law(source, target)
+                at_growth = law.loss(source.n_params, v.grow_at / source.flops_per_token)
+                worth = (
+                    float(law.tokens(target.n_params, at_growth).median()) * target.flops_per_token
+                )
+                share = budget / (1 - saving.charged[0]) / (budget - v.grow_at + worth)
+                ends = [*(campaign.tuned(sizes, b) for sizes in plain), saving.losses]
+                losses = {
+                    option: mean(found.values())
+                    for option, found in zip(
+                        ("from scratch", "never grow", "grow now"), ends, strict=True
+                    )
+                }
+                yield Figure(name, v, b, budget, saving.charged[0], saving.sunk[0], share, losses)
+
+    def judge(self, figure: Figure, recipe: Recipe, *, other: bool) -> Judged | None:
+        """Advise as before the growth; None where a curve that this needs has not been run."""
+        setup, v = self.campaigns[figure.setup].setup, figure.variant
+        source, target = self.trunk(setup.source_sizes, v.lr), self.trunk(setup.target_sizes)
+        found = [self.trunk(sizes, self._rate(sizes), tuning=True) for sizes in OTHER[figure.setup]]
+        more = next((trunk for trunk in found if trunk), None) if other else None
+        if source is None or target is None or (other and more is None):
+            return None
+        before = self.before.setdefault((source, v.grow_at), source.until(v.grow_at))
+        advice = growkern.advise(
+            before.points, source=source.n_params, target=target.n_params, spent=v.grow_at, budget=figure.total,
+            flops_per_token=(source.flops_per_token, target.flops_per_token), recipe=recipe, law=self._law(before, more),
+        )  # fmt: skip
+        return Judged(figure, advice)
+
+    def _law(self, first: Trunk, second: Trunk | None) -> ScalingLaw:
+        """The law of one or two curves, fitted once."""
+        if (first, second) not in self.laws:
+            self.laws[first, second] = fit([(t.n_params, t.points) for t in (first, second) if t])
+        return self.laws[first, second]
+
+    def _rate(self, sizes: tuple[int, int]) -> float | None:
+        """The best learning rate of a size at its largest budget."""
+        for campaign in self.campaigns.values():
+            if sizes in (campaign.setup.source_sizes, campaign.setup.target_sizes):
+                b = max((b for s, _, b in campaign.plain if s == sizes), default=None)
+                return None if b is None else campaign.best_lr(sizes, b)
+        return None
+
+
+def calibrate(figures: Sequence[Figure]) -> dict[str, Recipe]:
+    """Mean efficiency of every recipe. Its spread is at least that of all figures: few figures of one setup do not show their own."""
+    if not figures:
+        return {}
+    least = stdev(f.efficiency for f in figures) if len(figures) > 1 else ALONE
+    found: dict[str, Recipe] = {}
+    for name in dict.fromkeys(f.variant.recipe for f in figures):
+        own = [f for f in figures if f.variant.recipe == name]
+        shares = [f.efficiency for f in own]
+        spread = max(least, stdev(shares) if len(shares) > 1 else 0.0)
+        rates = sorted({f.variant.rate for f in own})
+        found[name] = Recipe(
+            name,
+            own[0].setup,
+            how(name, rates),
+            round(mean(shares), 3),
+            round(spread, 3),
+            len(shares),
+        )
+    return found
+
+
+def how(name: str, rates: Sequence[float]) -> str:
+    """Arguments of ``expand_inplace`` and what else belongs to a recipe of the campaign, as text."""
+    recipe = RECIPES.get(name)
+    if recipe is None:
+        return "a recipe of another commit"
+    said = [f"{key}={value!r}" for key, value in recipe.growth.items()]
+    said += (
+        [f"learning rate x {' or '.join(f'{rate:g}' for rate in rates)}"] if rates != [1] else []
+    )
+    said += [f"{recipe.rewarm} steps of warm-up"] if recipe.rewarm else []
+    said += [f"via {dict(sizes)}" for sizes, _ in recipe.via]
+    return ", ".join(said) or "the defaults of expand_inplace"
+
+
+def judge_all(rows: Rows, *, other: bool, across: bool) -> list[Judged]:
+    """Every figure of the campaign, judged without its recipe; with ``across``, without all of its setup.
+
+    A figure without calibration, or without the second curve, is left out: the table says how many there were.
+    """
+    figures = rows.figures
+    judged: list[Judged] = []
+    for figure in figures:
+        known = [
+            f
+            for f in figures
+            if (f.setup != figure.setup if across else f.variant.recipe != figure.variant.recipe)
+        ]
+        if known:
+            found = rows.judge(
+                figure, pooled(calibrate(known), figure.setup, "held out"), other=other
+            )
+            judged += [found] if found else []
+    return judged
+
+
+def table(judged: Sequence[Judged], title: str) -> Table:
+    """Advice beside the truth, row by row."""
+    shown = Table(title=title, title_justify="left")
+    for name in (
+        "setup",
+        "recipe, grown at",
+        "budget",
+        "saves",
+        "advised",
+        "",
+        "sunk",
+        "advised",
+        "decision",
+        "lowest",
+        "",
+    ):
+        shown.add_column(name, no_wrap=True)
+    for j in judged:
+        f = j.figure
+        shown.add_row(
+            f.setup, f"{f.variant.recipe} @{f.variant.grow_at:.3g}", f"{j.advice.budget:.3g}", f"{f.charged:+.0%}",
+            percent(j.advice.now.charged), "" if j.holds else "MISSED", f"{f.sunk:+.0%}", percent(j.advice.now.sunk),
+            j.advice.decision, j.lowest, {True: "right", False: "WRONG", None: ""}[j.right],
+        )  # fmt: skip
+    return shown
+
+
+def summary(judged: Sequence[Judged]) -> str:
+    """Coverage, mean width and decisions in a sentence."""
+    if not judged:
+        return "No figure can be judged: rows of grown runs, or of the second curve, are missing."
+    n, told = len(judged), [j for j in judged if j.right is not None]
+    return (
+        f"{sum(j.holds for j in judged)} of {n} intervals hold the measured saving; they are +- {mean(j.width for j in judged):.0%} wide "
+        f"on average. Decisions: {sum(bool(j.right) for j in told)} right, {sum(not j.right for j in told)} wrong, {n - len(told)} 'cannot "
+        f"tell'; the likeliest option was right in {sum(j.likeliest for j in judged)}."
+    )
+
+
+PASSES = {  # what the adviser was given: the second curve, and whether all of the setup was left out of the calibration
+    "the source's curve; the recipe left out": (False, False),
+    "the source's and another size's curve; the recipe left out": (True, False),
+    "the source's curve; the setup left out": (False, True),
+    "the source's and another size's curve; the setup left out": (True, True),
+}
+
+
+def module(recipes: Mapping[str, Recipe], figures: Sequence[Figure]) -> str:
+    """Text of ``growkern/calibration.py``."""
+    ratios = [f.total / f.variant.grow_at for f in figures]
+    low, high = floor(10 * min(ratios)) / 10, ceil(10 * max(ratios)) / 10
+    setups = ", ".join(dict.fromkeys(f.setup for f in figures))
+    rows = "".join(
+        "        Recipe(\n            "
+        f"{_text(one.name)}, {_text(one.kind)},\n            {_text(one.how)},\n            "
+        f"{one.efficiency}, {one.sd}, {one.n},\n        ),\n"
+        for one in recipes.values()
+    )
+    return f'''"""Efficiency of growth recipes, as measured. Written by ``python -m bench.advice --write``; not by hand.
+
+From {len(figures)} figures (recipes, growth points, budgets) of bench/results/savings-*.csv, setups: {setups}.
+"""
+
+from growkern.advice import Recipe
+
+MEASURED = "{MODELS}"
+BUDGETS = {low:g}, {high:g}  # multiples of the compute at growth
+RECIPES: dict[str, Recipe] = {{
+    recipe.name: recipe
+    for recipe in (
+{rows}    )
+}}  # fmt: skip
+'''
+
+
+def _text(value: str) -> str:
+    """A string as Python, in double quotes."""
+    return json.dumps(value)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Judge the adviser and print what came out; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", type=Path, default=RESULTS, help="folder of savings-*.csv")
+    parser.add_argument(
+        "--write", action="store_true", help="write growkern/calibration.py from the rows"
+    )
+    asked = parser.parse_args(arguments)
+    console, rows = Console(width=180), Rows(asked.rows)
+    for title, (other, across) in PASSES.items():
+        judged = judge_all(rows, other=other, across=across)
+        if judged:
+            console.print(table(judged, title))
+        console.print(f"{title}: {summary(judged)}\n", highlight=False)
+    figures = rows.figures
+    for recipe in calibrate(figures).values():
+        console.print(
+            f"{recipe.kind:6} {recipe.name:24} {recipe.efficiency:.0%} +- {recipe.sd:.0%} ({recipe.n})",
+            highlight=False,
+        )
+    if asked.write:
+        CALIBRATION.write_text(module(calibrate(figures), figures), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,331 @@
+"""Advice before compute is spent: whether to grow a model, never, or start the target from scratch; when; and what it saves.
+
+The law of ``growkern.scaling`` says where source and target would be. At a growth, the source's training is *worth* the FLOPs after
+which the target, from scratch, has the source's loss. A free and perfect growth after g of B FLOPs would end where the target from
+scratch ends after ``B - g + worth(g)`` FLOPs; a recipe ends where it is after a share of them, the recipe's *efficiency*, which was
+measured on runs (``growkern.calibration``).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, prod
+
+import torch
+from torch import Tensor
+
+from growkern.advice import SURE, Advice, Interval, Option, Recipe
+from growkern.calibration import BUDGETS, MEASURED, RECIPES
+from growkern.errors import PlanError, raise_all
+from growkern.events import Event
+from growkern.scaling import Curve, ScalingLaw, fit, interval
+from growkern.schedule import GrowthSchedule
+
+FAR = 4.0  # beyond as many times the curve's compute, the law is an extrapolation
+LATEST = 0.5  # share of the budget: no growth was measured later
+LATER = 0.01  # growing later is advised when it saves so much more of the compute
+NOTHING: Interval = (0.0, 0.0, 0.0)
+N_TIMES = 16  # growth points that are tried between now and ``LATEST``
+DEFAULTS = {"width": "default", "depth": "IdentityBlocks"}
+
+
+def advise(
+    curve: Curve | GrowthSchedule,
+    *,
+    budget: float,
+    source: float | None = None,
+    target: float | None = None,
+    others: Sequence[tuple[float, Curve]] = (),
+    kind: str | None = None,
+    recipe: str | Recipe | None = None,
+    flops_per_token: tuple[float, float] | None = None,
+    spent: float | None = None,
+    law: ScalingLaw | None = None,
+    seed: int = 0,
+) -> Advice:
+    """Say whether to grow, never grow, or start the target from scratch, and what growing now would save, before it is done.
+
+    Args:
+        curve: (tokens, loss in nats) of the run so far; or the ``GrowthSchedule`` of a running loop, which has observed both.
+        budget: FLOPs of the whole run, those until now included.
+        source: Parameters of the model that trains, without the input embedding. A schedule knows all its model's parameters.
+        target: Parameters of the model it would grow into. A schedule plans its next event.
+        others: Number of parameters and curve of models of other sizes, on the same data. One narrows every interval.
+        kind: ``"width"`` (default) or ``"depth"``: what grows. A schedule knows it.
+        recipe: Name of a measured recipe, or a ``Recipe`` of your own measurements. Default: the kind's best.
+        flops_per_token: FLOPs of a token, forward and backward, of source and target. Default: 6 x parameters.
+        spent: FLOPs until now. Default: the curve's last tokens times the source's FLOPs per token.
+        law: The law of these curves, ``Advice.law`` of an earlier call, so that other budgets and recipes need no new fit.
+        seed: Seed of the draws.
+
+    Returns:
+        Options with intervals, a decision under either accounting, and what is not known.
+
+    Raises:
+        PlanError: A curve cannot be fitted; the target is not larger than the source; the budget is spent; an unknown recipe.
+
+    Example:
+        >>> advice = growkern.advise(curve, source=58_656, target=217_664, budget=1.2e12, others=[(30_000, smaller)])
+        >>> advice.decision, advice.now.charged
+        ('grow now', (0.02, 0.11, 0.19))
+
+    Reference:
+        Hoffmann et al., arXiv:2203.15556 (the law); Shen et al., "Staged Training for Transformer Language Models",
+        arXiv:2203.06211 (the loss a grown model starts at, read off the target's own curve).
+    """
+    if isinstance(curve, GrowthSchedule):
+        run = _observed(curve)
+        kind, recipe = kind or run.kind, recipe or run.recipe
+        n, f, points = run.n_params, flops_per_token or run.flops_per_token, run.curve
+        spent, notes = run.spent if spent is None else spent, run.notes
+    else:
+        n, points, notes = _sizes(source, target), curve, ()
+        f = flops_per_token or (6.0 * n[0], 6.0 * n[1])
+    law = law or fit([(n[0], points), *others], seed=seed)
+    now = points[-1][0] * f[0] if spent is None else spent
+    _check(n, f, now, budget)
+    return _advice(law, n, f, _recipe(recipe, kind or "width"), now, budget, seed, notes)
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """What a schedule knows of its run."""
+
+    n_params: tuple[float, float]
+    flops_per_token: tuple[float, float]
+    curve: Curve
+    spent: float
+    kind: str
+    recipe: str | Recipe
+    notes: tuple[str, ...]
+
+
+def _observed(schedule: GrowthSchedule) -> _Observed:
+    """What advice needs, from a schedule at work.
+
+    Raises:
+        PlanError: The schedule is not attached, has no event ahead, or has observed no tokens.
+    """
+    attachment, event, counts = schedule.attachment, schedule.next_event, schedule.counts
+    problems = [
+        text
+        for wrong, text in (
+            (
+                attachment is None,
+                "it is not attached to a model: call schedule.attach(model, optim) first.",
+            ),
+            (
+                event is None,
+                "all of its growths have happened: add an event, or pass a curve with source= and target=.",
+            ),
+            (
+                not counts.n_tokens,
+                "it has observed no tokens: call schedule.observe(tokens=..., loss=...) with every step.",
+            ),
+        )
+        if wrong
+    ]
+    raise_all(
+        PlanError, f"cannot advise on this schedule of {len(schedule.events)} events:", problems
+    )
+    assert attachment is not None and event is not None
+    plan = attachment.planned(event)
+    names = {name for name, _ in attachment.model.named_parameters()}
+    target = sum(prod(plan.shapes(row)[1]) for row in plan.rows if row.source in names)
+    source = attachment.n_params
+    each = (
+        counts.n_flops / counts.n_tokens if counts.n_flops and not schedule.fired else 6.0 * source
+    )
+    layers = plan.source_sizes.get("layers", 0)
+    deeper = plan.target_sizes.get("layers", layers) > layers
+    wider = any(
+        plan.target_sizes[k] > size for k, size in plan.source_sizes.items() if k != "layers"
+    )
+    kind = "depth" if deeper and not wider else "width"
+    notes = (
+        [
+            "how width and depth, grown at once, differ from one of them: no such growth was measured."
+        ]
+        if deeper and wider
+        else []
+    )
+    if schedule.fired:
+        notes.append(
+            "how a model that has grown before differs from one that has not: its curve since then is read as that of a run from scratch."
+        )
+    return _Observed(
+        (source, target), (each, each * target / source), counts.curve.read(), counts.n_flops, kind, _recipe_of(event, kind), tuple(notes)
+    )  # fmt: skip
+
+
+def _recipe_of(event: Event, kind: str) -> str | Recipe:
+    """The measured recipe of an event, or that of all recipes of its kind where its own was not measured."""
+    method = event.depth if kind == "depth" else event.width
+    name = DEFAULTS[kind] if method is None else type(method).__name__
+    if event.state == "drop":
+        name += ", dropped"
+    return name if name in RECIPES else pooled(RECIPES, kind, name)
+
+
+def pooled(recipes: Mapping[str, Recipe], kind: str | None, name: str) -> Recipe:
+    """Mean and spread of measured recipes of a kind (None: of all), for a recipe that was not measured."""
+    known = [one for one in recipes.values() if one.kind == kind] or [*recipes.values()]
+    mean = sum(one.efficiency for one in known) / len(known)
+    sd = (sum(one.sd**2 for one in known) / len(known)) ** 0.5
+    how = f"not measured; as {len(known)} measured recipes"
+    return Recipe(name, kind or "width", how, mean, sd, 0)
+
+
+def _recipe(recipe: str | Recipe | None, kind: str) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if kind not in DEFAULTS:
+        raise PlanError(f"kind={kind!r}: what grows is 'width' or 'depth'.")
+    if recipe is None:
+        known = [one for one in RECIPES.values() if one.kind == kind]
+        return max(known, key=lambda one: one.efficiency) if known else pooled(RECIPES, kind, kind)
+    if recipe not in RECIPES:
+        raise PlanError(
+            f"no recipe {recipe!r} was measured. Known: {', '.join(RECIPES)}. Pass a Recipe of your own measurements."
+        )
+    return RECIPES[recipe]
+
+
+def _sizes(source: float | None, target: float | None) -> tuple[float, float]:
+    if source is None or target is None:
+        raise PlanError(
+            f"advise(source={source}, target={target}): pass the numbers of parameters of both, without the input embedding; or a "
+            "GrowthSchedule, which knows them."
+        )
+    return float(source), float(target)
+
+
+def _check(n: tuple[float, float], f: tuple[float, float], now: float, budget: float) -> None:
+    """Refuse sizes and budgets that leave nothing to advise on."""
+    problems: list[str] = []
+    if not n[1] > n[0]:
+        problems.append(
+            f"target={n[1]:,.0f} parameters is not larger than source={n[0]:,.0f}. Name the larger model that the source grows into."
+        )
+    if not all(x > 0 and isfinite(x) for x in f):
+        problems.append(
+            f"flops_per_token={f}: pass FLOPs of a token, forward and backward, of source and target, above 0."
+        )
+    if not (isfinite(now) and now > 0):
+        problems.append(f"spent={now}: pass the FLOPs until now, above 0.")
+    if not (isfinite(budget) and budget > now):
+        problems.append(
+            f"budget={budget:.4g} FLOPs is spent: the curve ends at {now:.4g} FLOPs. The budget counts the whole run; pass a larger one."
+        )
+    raise_all(PlanError, "cannot advise on this growth:", problems)
+
+
+def _advice(
+    law: ScalingLaw, n: tuple[float, float], f: tuple[float, float], recipe: Recipe, now: float, budget: float, seed: int,
+    notes: Sequence[str],
+) -> Advice:  # fmt: skip
+    generator = torch.Generator().manual_seed(seed + 2)
+    normal = torch.randn(len(law.draws), generator=generator, dtype=torch.float64)
+    share = (recipe.efficiency + recipe.sd * normal).clamp_min(0.01)
+
+    def scratch_flops(loss: Tensor) -> Tensor:
+        """FLOPs after which the target from scratch has a loss."""
+        return (law.tokens(n[1], loss - law.noise) * f[1]).clamp_max(1e3 * budget)
+
+    def need(at: float, share: Tensor | float) -> Tensor:
+        """FLOPs after which the target from scratch has the loss of a run that grew at ``at`` FLOPs, at the end of the budget."""
+        return share * (budget - at + scratch_flops(law.loss(n[0], at / f[0])))
+
+    def ends(flops: Tensor | float) -> Tensor:
+        """Loss of the target after as many FLOPs from scratch."""
+        return law.loss(n[1], torch.as_tensor(flops) / f[1]) + law.noise
+
+    def saved(at: float, share: Tensor | float) -> Tensor:
+        return 1 - budget / need(at, share)
+
+    def shares(flops: Tensor) -> tuple[Interval, Interval]:
+        """What is saved, charged and sunk, where the target from scratch needs as many FLOPs."""
+        return interval(1 - budget / flops), interval(1 - (budget - now) / flops)
+
+    latest = max(now, LATEST * budget)
+    times = [now * (latest / now) ** (i / (N_TIMES - 1)) for i in range(N_TIMES)]
+    best = max(times, key=lambda at: float(saved(at, share).median()))
+    gain = float(saved(best, share).median() - saved(now, share).median())
+    points = {"grow now": now} | ({"grow later": best} if gain > LATER else {})
+    scratch, never = ends(budget), law.loss(n[0], budget / f[0])
+    grown = {name: ends(need(at, share)) for name, at in points.items()}
+    last = [*grown][-1]
+    charged = {"from scratch": scratch, "never grow": never, last: grown[last]}
+    sunk = charged | {"from scratch": ends(budget - now)}
+    chances = _chances(charged)
+    options = [
+        Option("from scratch", None, interval(scratch), NOTHING, NOTHING, chances["from scratch"]),
+        Option(
+            "never grow",
+            None,
+            interval(never),
+            *shares(scratch_flops(never)),
+            chances["never grow"],
+        ),
+    ]
+    for name, at in points.items():
+        chance = _chances(charged | {last: grown[name]})[last]
+        options.append(Option(name, at, interval(grown[name]), *shares(need(at, share)), chance))
+    return Advice(
+        _decide(chances), _decide(_chances(sunk)), tuple(options), interval(saved(now, 1.0)), recipe, n, f, now, budget, law,
+        (*_unknown(law, n, f, recipe, now, budget), *notes),
+    )  # fmt: skip
+
+
+def _chances(losses: dict[str, Tensor]) -> dict[str, float]:
+    """Share of the draws in which each option ends lowest."""
+    lowest = torch.stack([*losses.values()]).argmin(0)
+    return {name: float((lowest == i).double().mean()) for i, name in enumerate(losses)}
+
+
+def _decide(chances: dict[str, float]) -> str:
+    name = max(chances, key=lambda name: chances[name])
+    return name if chances[name] >= SURE else "cannot tell"
+
+
+def _unknown(
+    law: ScalingLaw,
+    n: tuple[float, float],
+    f: tuple[float, float],
+    recipe: Recipe,
+    now: float,
+    budget: float,
+) -> list[str]:
+    """What the advice does not know, in sentences."""
+    said: list[str] = []
+    sizes = {curve.n_params for curve in law.curves}
+    if len(sizes) == 1:
+        said.append(
+            f"what a larger model gains: all curves have {n[0]:,.0f} parameters, so the gain is the prior's guess. Pass the curve of a "
+            "model of another size (others=, --other)."
+        )
+    seen = law.curves[0].points[-1][0] * f[0]
+    if budget > FAR * seen:
+        said.append(
+            f"losses at the budget: it is {budget / seen:.1f} x the compute of the curve, and the law is an extrapolation beyond "
+            f"{FAR:g} x."
+        )
+    said.append(
+        f"how well growth does at your sizes: {recipe.name} was measured in {recipe.n} figures on models of {MEASURED}."
+        if recipe.n
+        else f"how well {recipe.name} does: it was not measured. The spread is that of all recipes of its kind."
+    )
+    low, high = BUDGETS
+    if not low <= budget / now <= high:
+        said.append(
+            f"how efficient growth is for a budget of {budget / now:.3g} x the compute until now: {low:.3g} to {high:.3g} x were measured, "
+            "and the efficiency falls as the training after growth gets longer."
+        )
+    said.append(
+        "losses after annealing, and whether the learning rates are the best: losses are those of the curve's own schedule, and an "
+        "untuned rate of the source makes growth look worse than it is."
+    )
+    left = sum(curve.n_left_out for curve in law.curves)
+    said.append(
+        f"the warm-up: {left} of {sum(c.n_read for c in law.curves)} points, below a tenth of a curve's tokens, are left out."
+    )
+    return said

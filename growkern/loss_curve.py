@@ -1,0 +1,117 @@
+"""Loss curves: a compact record of a run's losses over tokens, and the files that curves are read from."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from growkern.errors import PlanError
+
+GROWTH = (
+    1.05  # a point covers 5 % more tokens than the point before: 47 points for ten times the tokens
+)
+
+
+@dataclass
+class LossCurve:
+    """Mean losses over tokens, at points spaced evenly in log tokens.
+
+    The losses of the open point are summed on their own device, and read when the point is complete: the host waits for a GPU at
+    few steps.
+
+    Attributes:
+        points: (tokens, mean loss since the point before), in nats.
+        last: Tokens at the last loss.
+        total: Sum of the losses since the last point.
+        n_open: Number of losses since the last point.
+    """
+
+    points: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
+    last: float = 0.0
+    total: float | Tensor = 0.0
+    n_open: int = 0
+
+    def add(self, tokens: float, loss: float | Tensor) -> None:
+        """Record the loss of a step that ends at ``tokens`` tokens of the run; a loss without new tokens is passed over."""
+        if tokens <= self.last:
+            return
+        self.total = self.total + (
+            loss.detach().float().mean() if isinstance(loss, Tensor) else loss
+        )
+        self.last, self.n_open = tokens, self.n_open + 1
+        if not self.points or tokens >= GROWTH * self.points[-1][0]:
+            self.points = self.read()
+            self.total, self.n_open = 0.0, 0
+
+    def read(self) -> list[tuple[float, float]]:
+        """Return all points, with the open one at the end; points whose loss is not finite are left out."""
+        mean = float(self.total) / self.n_open if self.n_open else float("nan")
+        return [*self.points, (self.last, mean)] if isfinite(mean) else list(self.points)
+
+    def state(self) -> dict[str, Any]:
+        """Return the record as plain JSON types."""
+        points = [list(point) for point in self.points]
+        return {
+            "points": points,
+            "last": self.last,
+            "total": float(self.total),
+            "n_open": self.n_open,
+        }
+
+    @staticmethod
+    def from_state(state: Mapping[str, Any]) -> "LossCurve":
+        """Read what ``state`` gave; an empty mapping is a curve without points."""
+        points = [(float(x), float(y)) for x, y in state.get("points", ())]
+        last, total = float(state.get("last", 0)), float(state.get("total", 0))
+        return LossCurve(points, last, total, int(state.get("n_open", 0)))
+
+
+def read_curve(path: Path, tokens_per_step: float | None = None) -> list[tuple[float, float]]:
+    """Read a loss curve from a file.
+
+    Args:
+        path: A CSV file with the columns ``tokens`` (or ``step``) and ``loss``, or a ``trainer_state.json`` of transformers' Trainer.
+        tokens_per_step: Tokens of a step, where the file counts steps.
+
+    Returns:
+        (tokens, loss in nats), in the order of the file.
+
+    Raises:
+        PlanError: The file cannot be read, lacks a column, holds text where a number belongs, or counts steps of unknown size.
+
+    Example:
+        >>> read_curve(Path("trainer_state.json"), tokens_per_step=65_536)
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            log: Sequence[Mapping[str, Any]] = json.loads(text)["log_history"]
+            rows = [row for row in log if "loss" in row]
+        else:
+            rows = list[Mapping[str, Any]](csv.DictReader(text.splitlines()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PlanError(f"cannot read a loss curve from {path}: {error!r}.") from None
+    if not rows or "loss" not in rows[0]:
+        names = ", ".join(map(str, rows[0])) if rows else "no rows"
+        raise PlanError(
+            f"cannot read a loss curve from {path}: it has {names}. Expected the columns tokens (or step) and loss, or the "
+            "log_history of a trainer_state.json."
+        )
+    column = next(
+        (name for name in ("tokens", "num_input_tokens_seen", "step") if rows[0].get(name)), None
+    )
+    if column is None or (column == "step" and tokens_per_step is None):
+        found = "counts steps" if column else f"has {', '.join(map(str, rows[0]))}"
+        raise PlanError(
+            f"cannot tell the tokens of {path}, which {found}: add a column tokens, or pass tokens_per_step (--tokens-per-step)."
+        )
+    each = tokens_per_step or 1.0 if column == "step" else 1.0
+    try:
+        return [(float(row[column]) * each, float(row["loss"])) for row in rows]
+    except (TypeError, ValueError, KeyError) as error:
+        raise PlanError(f"cannot read a loss curve from {path}: {error}.") from None

@@ -1,0 +1,248 @@
+"""The law of a loss, ``L(N, D) = E + A / N^a + B / D^b``, fitted to loss curves, with its uncertainty as draws.
+
+N is the number of parameters, D the number of tokens, and losses are in nats. Exponents and noise are on a grid; at every grid
+point the coefficients E, A and B have a Gaussian posterior in closed form, and the grid point is weighted by its marginal
+likelihood. Draws with a negative coefficient are rejected. One curve alone cannot tell E from A / N^a: the draws then spread over
+all splits that the prior allows, and every interval that depends on the split is wide.
+
+Prior of the exponents: a = 0.35 and b = 0.37, each with a standard deviation of 0.1 (Hoffmann et al., "Training Compute-Optimal
+Large Language Models", arXiv:2203.15556, refitted by Besiroglu et al., "Chinchilla Scaling: A replication attempt",
+arXiv:2404.10102). Prior of E, A / N^a and B / D^b at the end of the first curve: each is half of the loss there, with a standard
+deviation of half of the loss.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import isfinite, log, pi
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from growkern.errors import PlanError, raise_all
+
+Curve = Sequence[tuple[float, float]]  # (tokens, loss in nats)
+
+EXPONENTS = (0.35, 0.37)  # prior means of a and b, arXiv:2404.10102
+EXPONENT_SD = 0.1
+GRID = [0.04 + 0.03 * i for i in range(26)]  # values of a and of b
+NOISE = [
+    0.001 * 10 ** (i / 3) for i in range(7)
+]  # standard deviations of a point, as shares of the loss
+RUN_SD = 0.01  # standard deviation between runs of one size (seed, learning rate), as a share of the loss
+KEPT_RANGE = 10  # points with fewer than 1/10 of a curve's tokens are warm-up, and left out
+N_BINS = 48  # points of a curve that the fit sees; neighbours are averaged
+N_INDEPENDENT = 12  # a curve weighs as many points: its neighbouring points are not independent
+MIN_POINTS = 5
+N_DRAWS = 4000
+MIN_DRAWS = 200
+
+
+@dataclass(frozen=True)
+class FittedCurve:
+    """What the fit has seen of a curve.
+
+    Attributes:
+        n_params: Parameters of the model.
+        points: (tokens, loss in nats), averaged over neighbours; warm-up is left out.
+        n_read: Points of the curve as given.
+        n_left_out: Points of the warm-up.
+    """
+
+    n_params: float
+    points: tuple[tuple[float, float], ...]
+    n_read: int
+    n_left_out: int
+
+
+@dataclass(frozen=True)
+class ScalingLaw:
+    """Draws of the law's five numbers; made by ``fit``.
+
+    Attributes:
+        draws: Shape (n_draws, 5): E, A / N^a and B / D^b at the reference in nats, a, b.
+        reference: N and D at which A / N^a and B / D^b are given: those of the end of the first curve.
+        curves: What the fit has seen.
+        noise: Shape (n_draws,): how far a run of another size lies from the law, in nats.
+
+    Example:
+        >>> law = fit({58_656: curve})
+        >>> interval(law.loss(217_664, 1e6))
+        (1.41, 1.62, 1.78)
+    """
+
+    draws: Tensor = field(repr=False)
+    reference: tuple[float, float]
+    curves: tuple[FittedCurve, ...] = field(repr=False)
+    noise: Tensor = field(repr=False)
+
+    def loss(self, n_params: float, tokens: float | Tensor) -> Tensor:
+        """Predict the loss of a model of ``n_params`` parameters after ``tokens`` tokens, in nats: one value per draw."""
+        e, at_n, at_d, a, b = self.draws.T
+        n, d = self.reference
+        tokens = torch.as_tensor(tokens, dtype=torch.float64)
+        return e + at_n * (n_params / n) ** -a + at_d * (tokens / d) ** -b
+
+    def tokens(self, n_params: float, loss: Tensor) -> Tensor:
+        """Predict the tokens after which a model has a loss: one value per draw, infinite where it never has."""
+        e, at_n, at_d, a, b = self.draws.T
+        n, d = self.reference
+        above = loss - e - at_n * (n_params / n) ** -a
+        return torch.where(above > 0, d * (at_d / above.clamp_min(1e-300)) ** (1 / b), torch.inf)
+
+    def __str__(self) -> str:
+        e, at_n, at_d, a, b = self.draws.T
+        n, d = self.reference
+        named = {"E": e, "A": at_n * n**a, "B": at_d * d**b, "a": a, "b": b}
+        values = ", ".join(f"{name} = {spread(values)}" for name, values in named.items())
+        return f"L = E + A / N^a + B / D^b (nats; N parameters, D tokens): {values}"
+
+
+def fit(curves: Sequence[tuple[float, Curve]], *, seed: int = 0) -> ScalingLaw:
+    """Fit the law to the loss curves of one or more runs.
+
+    Args:
+        curves: Pairs of a number of parameters (without the input embedding) and a curve of (tokens, loss in nats). The first is the
+            run of interest; of the others, each may lie off the law by about 1 % of the loss (seed, learning rate).
+        seed: Seed of the draws.
+
+    Returns:
+        Draws of the law. Points of the warm-up, those below a tenth of a curve's last tokens, are left out.
+
+    Raises:
+        PlanError: A curve has fewer than five points after its warm-up, does not fall, or holds a number that is not finite.
+
+    Example:
+        >>> fit([(58_656, curve), (28_000, smaller_curve)]).loss(217_664, 1e6).median()
+
+    Reference:
+        Hoffmann et al., "Training Compute-Optimal Large Language Models", arXiv:2203.15556;
+        Besiroglu et al., "Chinchilla Scaling: A replication attempt", arXiv:2404.10102.
+    """
+    problems = [text for n, points in curves for text in _problems(n, points)]
+    if not curves:
+        problems.append("there is no curve. Pass at least that of the model that trains.")
+    raise_all(PlanError, "cannot fit a law to these loss curves:", problems)
+    read = tuple(_read(n, points) for n, points in curves)
+    reference = read[0].n_params, read[0].points[-1][0]
+    scale = read[0].points[-1][1]
+    draws = _posterior(read, reference, scale, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    noise = scale * RUN_SD * torch.randn(len(draws), generator=generator, dtype=torch.float64)
+    return ScalingLaw(draws, reference, read, noise)
+
+
+def interval(values: Tensor, level: float = 0.9) -> tuple[float, float, float]:
+    """Lower end, median and upper end of the central interval of draws."""
+    low, high = (1 - level) / 2, (1 + level) / 2
+    found = torch.quantile(values, torch.tensor([low, 0.5, high], dtype=values.dtype))
+    return float(found[0]), float(found[1]), float(found[2])
+
+
+def spread(values: Tensor) -> str:
+    """Draws in words: the median and the interval of 90 %."""
+    low, middle, high = interval(values)
+    return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def _posterior(
+    curves: Sequence[FittedCurve], reference: tuple[float, float], scale: float, seed: int
+) -> Tensor:
+    """Draws of (E, A / N^a, B / D^b, a, b), those with a negative coefficient rejected."""
+    rows = [(i, c.n_params, d, loss) for i, c in enumerate(curves) for d, loss in c.points]
+    weights = [min(1.0, N_INDEPENDENT / len(curves[i].points)) for i, *_ in rows]
+    w, y = _tensor(weights), _tensor([loss for *_, loss in rows])
+    n, d = (_tensor([row[c] / reference[c - 1] for row in rows]) for c in (1, 2))
+    a, b, sigma = torch.meshgrid(
+        _tensor(GRID), _tensor(GRID), scale * _tensor(NOISE), indexing="ij"
+    )
+    a, b, sigma = a.reshape(-1), b.reshape(-1), sigma.reshape(-1)
+    ones = torch.ones(len(a), len(rows), dtype=torch.float64)
+    columns = [ones, n ** -a[:, None], d ** -b[:, None]]
+    columns += [ones * _tensor([float(i == k) for i, *_ in rows]) for k in range(1, len(curves))]
+    x = torch.stack(columns, -1)  # (grid, points, coefficients): another run may lie off the law
+    mean = _tensor([scale / 2] * 3 + [0.0] * (len(curves) - 1))
+    precision = _tensor([scale / 2] * 3 + [scale * RUN_SD] * (len(curves) - 1)) ** -2
+    weighted = x.mT * (w / sigma[:, None] ** 2)[:, None, :]
+    posterior = weighted @ x + torch.diag(precision)
+    towards = weighted @ y + precision * mean
+    factor = cast(Tensor, torch.linalg.cholesky(posterior))
+    centre = torch.cholesky_solve(towards[..., None], factor)[..., 0]
+    evidence = (
+        -w.sum() / 2 * (2 * pi * sigma**2).log() - (w * y**2).sum() / sigma**2 / 2
+        - factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) + (centre * towards).sum(-1) / 2
+    )  # fmt: skip
+    for exponent, known in zip((a, b), EXPONENTS, strict=True):
+        evidence = evidence - ((exponent - known) / EXPONENT_SD) ** 2 / 2
+    generator = torch.Generator().manual_seed(seed)
+    cells = torch.multinomial(
+        (evidence - evidence.max()).exp(), 5 * N_DRAWS, True, generator=generator
+    )
+    normal = torch.randn(len(cells), x.shape[-1], 1, generator=generator, dtype=torch.float64)
+    moved = cast(Tensor, torch.linalg.solve_triangular(factor[cells].mT, normal, upper=True))[
+        ..., 0
+    ]
+    drawn = torch.cat([(centre[cells] + moved)[:, :3], a[cells, None], b[cells, None]], -1)
+    kept = drawn[(drawn[:, :3] > 0).all(-1)][:N_DRAWS]
+    if len(kept) < MIN_DRAWS:
+        raise PlanError(
+            f"cannot fit a law to these loss curves: only {len(kept)} of {len(drawn):,} draws have E, A and B above 0. The curves do "
+            "not look like E + A / N^a + B / D^b; leave out curves of other data, batch sizes or learning-rate schedules."
+        )
+    return kept
+
+
+def _problems(n_params: float, curve: Curve) -> list[str]:
+    """Why a curve cannot be fitted."""
+    name = f"the curve of {n_params:,.0f} parameters"
+    if not n_params > 0 or not isfinite(n_params):
+        return [f"n_params={n_params}: the number of parameters has to be above 0."]
+    wrong = [
+        (i, p) for i, p in enumerate(curve) if not (p[0] > 0 and isfinite(p[0]) and isfinite(p[1]))
+    ]
+    if wrong:
+        i, (tokens, loss) = wrong[0]
+        return [
+            f"{name} has {len(wrong)} points that are no numbers, or have no tokens; the first is point {i}: tokens={tokens}, "
+            f"loss={loss}. Leave such points out."
+        ]
+    if any(later[0] <= earlier[0] for earlier, later in pairwise(curve)):
+        return [
+            f"the tokens of {name} do not rise. Sort its points, and count tokens from the start of the run."
+        ]
+    points = list(_read(n_params, curve).points) if curve else []
+    if len(points) < MIN_POINTS:
+        return [
+            f"{name} has {len(points)} points after its warm-up (tokens above 1/{KEPT_RANGE} of the last), fewer than {MIN_POINTS}. "
+            "Train longer, or log the loss more often."
+        ]
+    xs = [log(d) for d, _ in points]
+    middle = sum(xs) / len(xs)
+    slope = sum((x - middle) * loss for x, (_, loss) in zip(xs, points, strict=True))
+    if slope >= 0:
+        return [
+            f"{name} does not fall: {points[0][1]:.4g} nats at {points[0][0]:,.0f} tokens, {points[-1][1]:.4g} at "
+            f"{points[-1][0]:,.0f}. Advice needs a run that learns."
+        ]
+    return []
+
+
+def _read(n_params: float, curve: Curve) -> FittedCurve:
+    """Leave the warm-up out, and average neighbours in bins of equal width in log tokens."""
+    last = curve[-1][0]
+    late = [point for point in curve if point[0] * KEPT_RANGE >= last]
+    bins: dict[int, list[tuple[float, float]]] = {}
+    for tokens, loss in late:
+        bins.setdefault(int(N_BINS * log(last / tokens) / log(KEPT_RANGE)), []).append(
+            (tokens, loss)
+        )
+    points = sorted(
+        (sum(d for d, _ in some) / len(some), sum(y for _, y in some) / len(some))
+        for some in bins.values()
+    )
+    return FittedCurve(n_params, tuple(points), len(curve), len(curve) - len(late))
+
+
+def _tensor(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)

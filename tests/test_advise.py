@@ -1,0 +1,387 @@
+"""Advice: the fit finds laws that are known, the arithmetic is that of hand-made numbers, and the campaign's runs are predicted."""
+
+import copy
+import json
+import random
+import sys
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+from checkpoints import invoke, said
+from models import batch, loss_of, make
+
+import growkern
+from growkern.advice import Recipe
+from growkern.errors import PlanError
+from growkern.events import At
+from growkern.loss_curve import LossCurve, read_curve
+from growkern.scaling import fit, interval
+from growkern.schedule import GrowthSchedule
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # bench/ is not installed
+try:
+    bench = pytest.importorskip("bench.advice", exc_type=ImportError)
+finally:
+    sys.path.remove(str(ROOT))
+
+PERFECT = Recipe("perfect", "width", "by hand", 1.0, 0.0, 1)
+SOURCE, TARGET = 1e5, 4e5
+
+
+def law_of(seed: int):
+    """A random law, and its formula as the oracle."""
+    rng = random.Random(seed)
+    a, b = rng.uniform(0.25, 0.45), rng.uniform(0.25, 0.45)
+    e, at_n, at_d = rng.uniform(0.5, 1.5), rng.uniform(0.2, 0.8), rng.uniform(0.3, 0.9)
+
+    def loss(n: float, d: float) -> float:
+        return e + at_n * (n / SOURCE) ** -a + at_d * (d / 1e6) ** -b
+
+    return loss
+
+
+def curve_of(
+    loss, n: float, *, last: float = 1e6, points: int = 30, noise: float = 0.003, seed: int = 0
+):
+    rng = random.Random(seed)
+    tokens = [last * 10 ** (i / points - 1.2) for i in range(int(1.2 * points) + 1)]
+    return [(d, loss(n, d) + rng.gauss(0, noise)) for d in tokens]
+
+
+CURVE = curve_of(law_of(0), SOURCE)
+
+
+def advise_on(loss, *, budget: float = 2.4e12, recipe: Recipe = PERFECT, others=()):
+    return growkern.advise(
+        curve_of(loss, SOURCE),
+        source=SOURCE,
+        target=TARGET,
+        budget=budget,
+        recipe=recipe,
+        others=others,
+    )
+
+
+# The law
+
+
+def test_intervals_hold_what_known_laws_predict():
+    held = []
+    for seed in range(10):
+        loss = law_of(seed)
+        law = fit(
+            [(SOURCE, curve_of(loss, SOURCE)), (TARGET / 8, curve_of(loss, TARGET / 8, seed=1))]
+        )
+        for n, d in ((SOURCE, 1e6), (SOURCE, 4e6), (TARGET, 1e6), (TARGET, 4e6)):
+            low, _, high = interval(law.loss(n, d))
+            held.append(low <= loss(n, d) <= high)
+
+    assert sum(held) >= 0.85 * len(held)
+
+
+def test_tokens_are_the_inverse_of_the_loss():
+    law = fit([(SOURCE, CURVE)])
+
+    found = law.tokens(SOURCE, law.loss(SOURCE, 3e6))
+
+    torch.testing.assert_close(found, torch.full_like(found, 3e6))
+    assert law.tokens(SOURCE, law.loss(SOURCE, 1e6) * 0).isinf().all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_curve_gives_wider_intervals_for_another_size_than_two(seed):
+    loss = law_of(seed)
+    own = SOURCE, curve_of(loss, SOURCE)
+
+    one, two = fit([own]), fit([own, (TARGET / 8, curve_of(loss, TARGET / 8, seed=1))])
+
+    width = [high - low for low, _, high in (interval(law.loss(TARGET, 1e6)) for law in (one, two))]
+    assert width[0] > 1.5 * width[1]
+    low, _, high = interval(one.loss(TARGET, 1e6))
+    assert low <= loss(TARGET, 1e6) <= high
+
+
+def test_equal_seeds_give_equal_advice_and_points_of_the_warm_up_are_left_out():
+    loss = law_of(0)
+    points = [(100.0 * i, 9.0 + i) for i in range(1, 9)] + curve_of(loss, SOURCE)
+
+    law = fit([(SOURCE, points)])
+
+    assert law.curves[0].n_left_out == len(points) - len([p for p in points if p[0] >= 1e5])
+    assert torch.equal(law.draws, fit([(SOURCE, points)]).draws)
+    assert "L = E + A / N^a + B / D^b" in str(law)
+
+
+# The advice
+
+
+def test_headroom_is_that_of_a_target_which_starts_where_the_source_stands():
+    loss = law_of(3)
+
+    found = advise_on(loss, others=[(TARGET, curve_of(loss, TARGET, seed=2))])
+
+    spent, budget = 6 * SOURCE * 1e6, 2.4e12
+    low, high = 1.0, 1e9  # tokens after which the target, from scratch, has the source's loss
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if loss(TARGET, middle) > loss(SOURCE, 1e6) else (low, middle)
+    whole = budget - spent + 6 * TARGET * low
+    assert found.spent == spent
+    assert found.headroom[0] <= 1 - budget / whole <= found.headroom[2]
+    assert found.headroom[1] == pytest.approx(1 - budget / whole, abs=0.05)
+    assert found.now.charged == found.headroom  # the recipe is perfect
+    assert found.now.sunk[1] == pytest.approx(1 - (budget - spent) / whole, abs=0.05)
+
+
+def test_a_recipe_that_loses_all_that_the_source_learned_saves_less_than_nothing():
+    poor = Recipe("poor", "width", "by hand", 0.5, 0.0, 1)
+
+    found = advise_on(law_of(1), recipe=poor)
+
+    assert found.now.charged[2] < 0 and found.now.chance < 0.1
+
+
+def test_a_target_that_cannot_gain_is_advised_against_and_a_large_budget_needs_growth():
+    def flat(n: float, d: float) -> float:  # a larger model learns no more
+        return 1.0 + 0.8 * (d / 1e6) ** -0.37
+
+    def steep(n: float, d: float) -> float:  # the source is at its floor
+        return 0.3 + 1.2 * (n / SOURCE) ** -0.6 + 0.1 * (d / 1e6) ** -0.5
+
+    never, grow = (
+        advise_on(loss, others=[(TARGET, curve_of(loss, TARGET, seed=2))], budget=2.4e13)
+        for loss in (flat, steep)
+    )
+
+    assert never.decision == "never grow" and "Never grow" in str(never)
+    assert grow.options[1].chance < 0.01 and grow.decision != "never grow"
+
+
+def test_the_text_says_options_intervals_and_what_is_not_known(tmp_path):
+    pytest.importorskip("matplotlib")
+
+    found = advise_on(law_of(2), budget=1e13)
+    found.draw(tmp_path / "advice.png")
+
+    text = str(found)
+    low, middle, high = found.now.charged
+    assert f"Growing now would save {100 * middle:.0f} % +- {50 * (high - low):.0f} %" in text
+    assert all(
+        name in text for name in ("from scratch", "never grow", "grow now", "charged", "sunk")
+    )
+    assert "all curves have 100,000 parameters" in text and "16.7 x the compute" in text
+    assert (tmp_path / "advice.png").stat().st_size > 10_000
+    assert sum(option.chance for option in found.options if option.name != "grow now") <= 1.001
+
+
+SIZES = {"source": SOURCE, "target": TARGET, "budget": 2.4e12}
+REFUSED = {
+    "short": (CURVE[-3:], SIZES, "3 points after its warm-up .* Train longer"),
+    "empty": ([], SIZES, "0 points"),
+    "rising": ([(d, 5 - y) for d, y in CURVE], SIZES, "does not fall"),
+    "nan": ([*CURVE[:-1], (CURVE[-1][0], float("nan"))], SIZES, "point 36: .*loss=nan. Leave such points out"),
+    "no-tokens": ([(0.0, 3.0), *CURVE], SIZES, "point 0: tokens=0.0"),
+    "unsorted": (CURVE[::-1], SIZES, "do not rise. Sort"),
+    "smaller-target": (CURVE, SIZES | {"target": 5e4}, "target=50,000 .* not larger than source=100,000"),
+    "spent": (CURVE, SIZES | {"budget": 5e11}, "is spent: the curve ends at 6e\\+11 FLOPs"),
+    "spent-nothing": (CURVE, SIZES | {"spent": 0.0}, "spent=0.0: pass the FLOPs"),
+    "flops": (CURVE, SIZES | {"flops_per_token": (0.0, 1.0)}, "flops_per_token=\\(0.0, 1.0\\): pass"),
+    "no-sizes": (CURVE, {"budget": 1e12}, "advise\\(source=None, target=None\\): pass the numbers"),
+    "recipe": (CURVE, SIZES | {"recipe": "Magic"}, "no recipe 'Magic' was measured. Known: default"),
+    "kind": (CURVE, SIZES | {"kind": "length"}, "kind='length'"),
+    "other": (CURVE, SIZES | {"others": [(-1, CURVE)]}, "n_params=-1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("curve", "options", "match"), REFUSED.values(), ids=REFUSED)
+def test_what_leaves_nothing_to_advise_on_is_refused(curve, options, match):
+    with pytest.raises(PlanError, match=match):
+        growkern.advise(curve, **options)
+
+
+# In a running loop
+
+
+def observed(*events, steps: int = 60):
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = GrowthSchedule(events or [At(step=1000, to="2x")])
+    schedule.attach(model, optim)
+    for i in range(1, steps + 1):
+        schedule.observe(tokens=100, loss=torch.tensor(1.0 + 2.0 * i**-0.37))
+    return schedule, model, optim
+
+
+def test_a_schedule_advises_on_what_it_has_observed_and_on_its_next_event():
+    schedule, model, _optim = observed()
+    before = copy.deepcopy(model.state_dict())
+
+    found = growkern.advise(schedule, budget=4 * schedule.counts.n_flops)
+
+    n = sum(p.numel() for p in model.parameters())
+    grown = make("llama", tied=True)
+    growkern.expand_inplace(grown, to="2x")
+    assert found.n_params == (n, sum(p.numel() for p in grown.parameters()))
+    assert found.spent == schedule.counts.n_flops == 6 * n * 6000
+    assert found.recipe.name == "default"
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+
+
+def test_a_kind_that_was_not_measured_is_said_to_be_so():
+    schedule, _model, _optim = observed(
+        events=[At(step=9, to={"hidden": 48, "layers": 3}, width=growkern.width.Net2Wider())]
+    )
+
+    found = growkern.advise(schedule, budget=4 * schedule.counts.n_flops)
+
+    assert found.recipe.n == 0 and "Net2Wider does: it was not measured" in str(found)
+    assert "width and depth, grown at once" in str(found)
+
+
+def test_the_observed_curve_survives_a_restart_and_starts_anew_after_a_growth():
+    schedule, model, optim = observed(At(step=1, to="2x"), At(step=9, to="2x"))
+    again = GrowthSchedule(schedule.events)
+
+    again.load_state_dict(json.loads(json.dumps(schedule.state_dict())))
+
+    assert again.counts.curve.read() == schedule.counts.curve.read() != []
+    old = schedule.state_dict()
+    del old["counts"]["curve"]  # of an earlier version
+    again.load_state_dict(old)
+    assert again.counts.curve.read() == []
+    loss_of(model, batch()).backward()
+    optim.step()
+    assert schedule.fired == [1] and schedule.counts.curve.read() == []
+
+
+def test_a_curve_of_a_long_run_stays_small_and_holds_the_means():
+    curve = LossCurve()
+
+    for i in range(1, 20_001):
+        curve.add(10.0 * i, torch.tensor(float("nan") if i == 7 else float(i)))
+    curve.add(10.0, 5.0)  # no new tokens
+
+    points = curve.read()
+    assert len(points) < 200 and points[-1][0] == 200_000
+    (before, _), (tokens, loss) = points[-3:-1]
+    assert loss == pytest.approx((before / 10 + 1 + tokens / 10) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make_schedule", "match"),
+    [
+        (lambda: (GrowthSchedule([At(step=1)]),), "not attached .*\n.* no tokens"),
+        (lambda: observed(steps=0), "observed no tokens: call schedule.observe"),
+        (lambda: observed(steps=3), "3 points after its warm-up"),
+    ],
+)  # fmt: skip
+def test_a_schedule_that_has_seen_too_little_is_refused(make_schedule, match):
+    schedule, *_alive = make_schedule()
+
+    with pytest.raises(PlanError, match=match):
+        growkern.advise(schedule, budget=1e12)
+
+
+# The command
+
+
+def write(path: Path, curve, column: str = "tokens", each: float = 1.0) -> Path:
+    path.write_text(f"{column},loss\n" + "".join(f"{d / each},{y}\n" for d, y in curve))
+    return path
+
+
+def test_the_command_prints_what_the_call_returns(tmp_path):
+    pytest.importorskip("matplotlib")
+    loss = law_of(0)
+    other = curve_of(loss, 3e4, seed=1)
+    files = write(tmp_path / "a.csv", CURVE), write(tmp_path / "b.csv", other)
+    options = ("--params", SOURCE, "--target-params", TARGET, "--budget", 2.4e12)
+
+    result = invoke(
+        "advise",
+        files[0],
+        *options,
+        "--other",
+        f"{files[1]}:30000",
+        "--picture",
+        tmp_path / "a.png",
+    )
+
+    expected = growkern.advise(
+        CURVE, source=SOURCE, target=TARGET, budget=2.4e12, others=[(3e4, other)]
+    )
+    assert result.exit_code == 0 and result.output.strip() == str(expected)
+    assert (tmp_path / "a.png").exists()
+    spent = invoke("advise", files[0], *options[:-1], 1e9)
+    assert (
+        spent.exit_code == 1
+        and "growkern advise failed" in said(spent)
+        and "is spent" in said(spent)
+    )
+    wrong = invoke("advise", files[0], *options, "--other", files[1])
+    assert wrong.exit_code == 2 and "FILE:PARAMS" in said(wrong)
+
+
+def test_curves_are_read_from_tables_and_from_the_trainers_state(tmp_path):
+    steps = write(tmp_path / "steps.csv", [(500.0, 3.0), (1000.0, 2.0)], "step", 100)
+    state = tmp_path / "trainer_state.json"
+    log = [{"step": 5, "loss": 3.0}, {"step": 5, "eval_loss": 9.0}, {"step": 10, "loss": 2.0}]
+    state.write_text(json.dumps({"log_history": log}))
+
+    for path in (steps, state):
+        assert read_curve(path, 100) == [(500.0, 3.0), (1000.0, 2.0)]
+        with pytest.raises(
+            PlanError, match="counts steps: add a column tokens, or pass tokens_per_step"
+        ):
+            read_curve(path)
+    for text, match in (
+        ("a,b\n1,2\n", "has a, b"),
+        ("tokens,loss\n1,x\n", "could not convert"),
+        ("", "no rows"),
+    ):
+        steps.write_text(text)
+        with pytest.raises(PlanError, match=match):
+            read_curve(steps)
+    with pytest.raises(PlanError, match="cannot read a loss curve from"):
+        read_curve(tmp_path / "none.csv")
+
+
+# The campaign's runs
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return bench.Rows()
+
+
+@pytest.mark.parametrize(
+    ("other", "most"), [(False, 0.4), (True, 0.3)], ids=["own-curve", "two-curves"]
+)
+def test_intervals_hold_what_the_campaign_measured_in_eight_of_ten_runs(rows, other, most):
+    judged = bench.judge_all(rows, other=other, across=False)
+
+    held = [j.holds for j in judged]
+    assert len(held) >= 10, "the rows of bench/results/savings-*.csv have too few grown runs"
+    assert sum(held) >= 0.8 * len(held), bench.summary(judged)
+    assert mean(j.width for j in judged) < most, bench.summary(judged)
+
+
+def test_the_calibration_is_that_of_the_committed_rows(rows):
+    text = bench.module(bench.calibrate(rows.figures), rows.figures)
+
+    assert bench.CALIBRATION.read_text() == text, "run: python -m bench.advice --write"
+
+
+def test_no_figure_is_judged_by_a_calibration_that_holds_it(rows, monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench, "pooled", lambda recipes, *_: seen.append(set(recipes)) or PERFECT)
+    monkeypatch.setattr(rows, "judge", lambda figure, recipe, other: None, raising=False)
+
+    bench.judge_all(rows, other=False, across=False)
+
+    assert len(seen) == len(rows.figures) and all(
+        figure.variant.recipe not in known for figure, known in zip(rows.figures, seen, strict=True)
+    )
