@@ -8,7 +8,7 @@ the campaign's own figure, ``Campaign.saving``. ``--write`` derives ``growkern/c
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, floor
@@ -60,12 +60,13 @@ class Figure:
 
     setup: str
     variant: Variant
-    budget: int
-    total: float  # FLOPs of the budget
+    budget: float  # FLOPs
     charged: float
     sunk: float
     efficiency: float
     losses: Mapping[str, float]  # of from scratch, never grow and grow now
+    source: Trunk  # of a seed that grew; the adviser sees it up to the growth
+    target: Trunk  # whose size the adviser sees, and the calibration its curve
 
 
 @dataclass(frozen=True)
@@ -132,17 +133,11 @@ class Rows:
                 key, Trunk(int(own[0]["n_params"]) - VOCAB * key[0][0], each, curve)
             )
 
-    def trunk(
-        self, sizes: tuple[int, int], lr: float | None = None, *, tuning: bool = False
-    ) -> Trunk | None:
-        """The curve of a size at a learning rate, of its first seed that chose nothing where there is one."""
-        found = {
-            seed: t
-            for (s, rate, seed), t in self.trunks.items()
-            if s == sizes and lr in (None, rate)
-        }
-        seeds = [TUNING] if tuning else [*sorted(seed for seed in found if seed != TUNING), TUNING]
-        return next((found[seed] for seed in seeds if seed in found), None)
+    def trunk(self, sizes: tuple[int, int], lr: float | None, seeds: Iterable[int]) -> Trunk | None:
+        """The curve of a size at a learning rate, of the first of these seeds that has one."""
+        return next(
+            (self.trunks[sizes, lr, s] for s in seeds if (sizes, lr, s) in self.trunks), None
+        )
 
     @cached_property
     def figures(self) -> list[Figure]:
@@ -156,14 +151,13 @@ class Rows:
         plain = setup.target_sizes, setup.source_sizes
         for b, budget in enumerate(campaign.budgets):
             for v in campaign.variants(b):
+                saving = campaign.saving(v, b)
                 last = campaign.best_lr(setup.target_sizes, len(campaign.budgets) - 1)
-                source, target = (
-                    self.trunk(setup.source_sizes, v.lr),
-                    self.trunk(setup.target_sizes, last),
-                )
+                source = self.trunk(setup.source_sizes, v.lr, sorted(saving.losses))
+                target = self.trunk(setup.target_sizes, last, campaign.seeds)
                 if source is None or target is None:
                     continue  # the curves are written with the last budget of a run
-                saving, law = campaign.saving(v, b), self._law(source, target)
+                law = self._law(source, target)
                 at_growth = law.loss(source.n_params, v.grow_at / source.flops_per_token)
                 worth = (
                     float(law.tokens(target.n_params, at_growth).median()) * target.flops_per_token
@@ -176,19 +170,28 @@ class Rows:
                         ("from scratch", "never grow", "grow now"), ends, strict=True
                     )
                 }
-                yield Figure(name, v, b, budget, saving.charged[0], saving.sunk[0], share, losses)
+                yield Figure(
+                    name,
+                    v,
+                    budget,
+                    saving.charged[0],
+                    saving.sunk[0],
+                    share,
+                    losses,
+                    source,
+                    target,
+                )
 
     def judge(self, figure: Figure, recipe: Recipe, *, other: bool) -> Judged | None:
         """Advise as before the growth; None where a curve that this needs has not been run."""
-        setup, v = self.campaigns[figure.setup].setup, figure.variant
-        source, target = self.trunk(setup.source_sizes, v.lr), self.trunk(setup.target_sizes)
-        found = [self.trunk(sizes, self._rate(sizes), tuning=True) for sizes in OTHER[figure.setup]]
+        source, target, at = figure.source, figure.target, figure.variant.grow_at
+        found = [self.trunk(sizes, self._rate(sizes), [TUNING]) for sizes in OTHER[figure.setup]]
         more = next((trunk for trunk in found if trunk), None) if other else None
-        if source is None or target is None or (other and more is None):
+        if other and more is None:
             return None
-        before = self.before.setdefault((source, v.grow_at), source.until(v.grow_at))
+        before = self.before.setdefault((source, at), source.until(at))
         advice = growkern.advise(
-            before.points, source=source.n_params, target=target.n_params, spent=v.grow_at, budget=figure.total,
+            before.points, source=source.n_params, target=target.n_params, spent=at, budget=figure.budget,
             flops_per_token=(source.flops_per_token, target.flops_per_token), recipe=recipe, law=self._law(before, more),
         )  # fmt: skip
         return Judged(figure, advice)
@@ -314,7 +317,7 @@ PASSES = {  # what the adviser was given: the second curve, and whether all of t
 
 def module(recipes: Mapping[str, Recipe], figures: Sequence[Figure]) -> str:
     """Text of ``growkern/calibration.py``."""
-    ratios = [f.total / f.variant.grow_at for f in figures]
+    ratios = [f.budget / f.variant.grow_at for f in figures]
     low, high = floor(10 * min(ratios)) / 10, ceil(10 * max(ratios)) / 10
     setups = ", ".join(dict.fromkeys(f.setup for f in figures))
     rows = "".join(

@@ -21,8 +21,7 @@ GROWTH = (
 class LossCurve:
     """Mean losses over tokens, at points spaced evenly in log tokens.
 
-    The losses of the open point are summed on their own device, and read when the point is complete: the host waits for a GPU at
-    few steps.
+    Losses stay tensors on their device until ``read`` or ``state`` is called, so that no step waits for a GPU.
 
     Attributes:
         points: (tokens, mean loss since the point before), in nats.
@@ -31,7 +30,9 @@ class LossCurve:
         n_open: Number of losses since the last point.
     """
 
-    points: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
+    points: list[tuple[float, float | Tensor]] = field(
+        default_factory=list[tuple[float, float | Tensor]]
+    )
     last: float = 0.0
     total: float | Tensor = 0.0
     n_open: int = 0
@@ -45,17 +46,18 @@ class LossCurve:
         )
         self.last, self.n_open = tokens, self.n_open + 1
         if not self.points or tokens >= GROWTH * self.points[-1][0]:
-            self.points = self.read()
+            self.points.append((tokens, self.total / self.n_open))
             self.total, self.n_open = 0.0, 0
 
     def read(self) -> list[tuple[float, float]]:
         """Return all points, with the open one at the end; points whose loss is not finite are left out."""
-        mean = float(self.total) / self.n_open if self.n_open else float("nan")
-        return [*self.points, (self.last, mean)] if isfinite(mean) else list(self.points)
+        rest = [(self.last, self.total / self.n_open)] if self.n_open else []
+        read = [(tokens, float(loss)) for tokens, loss in [*self.points, *rest]]
+        return [(tokens, loss) for tokens, loss in read if isfinite(loss)]
 
     def state(self) -> dict[str, Any]:
         """Return the record as plain JSON types."""
-        points = [list(point) for point in self.points]
+        points = [[tokens, float(loss)] for tokens, loss in self.points]
         return {
             "points": points,
             "last": self.last,
@@ -66,7 +68,9 @@ class LossCurve:
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> "LossCurve":
         """Read what ``state`` gave; an empty mapping is a curve without points."""
-        points = [(float(x), float(y)) for x, y in state.get("points", ())]
+        points: list[tuple[float, float | Tensor]] = [
+            (float(x), float(y)) for x, y in state.get("points", ())
+        ]
         last, total = float(state.get("last", 0)), float(state.get("total", 0))
         return LossCurve(points, last, total, int(state.get("n_open", 0)))
 

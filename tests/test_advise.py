@@ -232,7 +232,7 @@ def test_a_schedule_advises_on_what_it_has_observed_and_on_its_next_event():
 
 def test_a_kind_that_was_not_measured_is_said_to_be_so():
     schedule, _model, _optim = observed(
-        events=[At(step=9, to={"hidden": 48, "layers": 3}, width=growkern.width.Net2Wider())]
+        At(step=9, to={"hidden": 48, "layers": 3}, width=growkern.width.Net2Wider())
     )
 
     found = growkern.advise(schedule, budget=4 * schedule.counts.n_flops)

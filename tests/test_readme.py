@@ -49,7 +49,7 @@ def test_the_other_way_runs():
     assert (len(model.model.layers), model.config.hidden_size) == (2, 12)
 
 
-LOOPS = EXAMPLES[2:-2]
+LOOPS = EXAMPLES[2:-3]
 AT = ("step=1000", "step=2"), ("step == 1000", "step == 2"), ("max_steps=4000", "max_steps=5")
 
 
@@ -61,6 +61,22 @@ def loop(index: int, **names: object) -> dict:
     names |= {"growkern": growkern, "torch": torch}
     exec(text, names)
     return names
+
+
+def test_the_advice(capsys):
+    curve = [(3e5 * 10 ** (i / 20 - 1), 1 + 10 ** (-0.3 * (i / 20 - 1))) for i in range(21)]
+    model, optim, *_ = things()
+    schedule = growkern.GrowthSchedule([growkern.At(step=1000, to="2x")])
+    schedule.attach(model, optim)
+    for i in range(1, 41):
+        schedule.observe(tokens=100, loss=1 + i**-0.3)
+
+    names = {"growkern": growkern, "curve": curve, "schedule": schedule}
+    exec(EXAMPLES[-3], names)
+
+    printed = capsys.readouterr().out
+    assert "58,656 -> 217,664 parameters" in printed and "Growing now would save" in printed
+    assert names["advice"].budget == 1e9
 
 
 def things():

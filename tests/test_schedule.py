@@ -258,15 +258,18 @@ def test_each_plateau_counts_from_the_growth_before():
 
 
 def test_a_metric_that_no_event_looks_at_is_not_read():
-    class Unread:
+    class Unread(torch.Tensor):
         def __float__(self):
             raise AssertionError("read: a device would have been waited for")
 
     schedule = GrowthSchedule([At(step=1), WhenPlateau()])
 
-    schedule.observe(tokens=3, loss=Unread())
+    for _ in range(100):
+        schedule.observe(tokens=3, loss=torch.tensor(1.0).as_subclass(Unread))
 
-    assert schedule.counts.n_tokens == 3
+    assert schedule.counts.n_tokens == 300
+    with pytest.raises(AssertionError, match="waited for"):
+        schedule.counts.curve.read()
 
 
 # What is told
