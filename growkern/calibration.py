@@ -13,27 +13,27 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "default", "width",
             "the defaults of expand_inplace",
-            0.909, 0.08, 3,
+            0.95, 0.067, 3,
         ),
         Recipe(
             "default, one rate", "width",
             "dynamics=None, learning rate x 0.5",
-            0.92, 0.088, 3,
+            1.016, 0.067, 3,
         ),
         Recipe(
             "Sparkling fresh", "width",
             "dynamics=None, state='drop', width=Sparkling(fan_out='random', fan_in='zero'), learning rate x 0.5, 60 steps of warm-up",
-            1.006, 0.069, 3,
+            1.055, 0.067, 3,
         ),
         Recipe(
             "FreshFeatures", "width",
             "dynamics=None, width=FreshFeatures(), learning rate x 0.5 or 1",
-            0.985, 0.069, 3,
+            1.033, 0.067, 3,
         ),
         Recipe(
             "FreshFeatures, dropped", "width",
             "dynamics=None, state='drop', width=FreshFeatures(), learning rate x 0.5, 60 steps of warm-up",
-            0.977, 0.069, 3,
+            0.977, 0.067, 3,
         ),
         Recipe(
             "default, dropped", "width",

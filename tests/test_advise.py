@@ -365,6 +365,7 @@ def test_intervals_hold_what_the_campaign_measured_in_eight_of_ten_runs(rows, ot
 
     held = [j.holds for j in judged]
     assert len(held) >= 10, "the rows of bench/results/savings-*.csv have too few grown runs"
+    assert len(held) == len(rows.figures), "a figure was left out"
     assert sum(held) >= 0.8 * len(held), bench.summary(judged)
     assert mean(j.width for j in judged) < most, bench.summary(judged)
 
