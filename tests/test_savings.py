@@ -122,6 +122,21 @@ def test_a_saving_whose_interval_holds_zero_is_not_called_a_saving():
     assert "Growing does not save" in report.verdict(found, 1, found.savings(1))
 
 
+def test_what_only_the_tuning_seed_ran_is_held_against_that_seed_and_comes_last():
+    rows = hand_made(1.9)
+    rows = [r for r in rows if not (r["recipe"] and r["seed"] != "0")]  # grown on seed 0 alone
+    for r in rows:
+        if r["seed"] != "0" and not r["recipe"]:
+            r["loss"] = str(float(r["loss"]) + 0.5)  # the other seeds are worse
+    found = analysis.Campaign(SMOKE, rows)
+
+    (saving,) = found.savings(1)
+
+    assert saving.chose
+    assert saving.charged[0] == pytest.approx(1 - 16 / (16 * 2**0.1))
+    assert "(the seed that chose)" in report.verdict(found, 1, [saving])
+
+
 def test_campaign_runs_end_to_end(smoke):
     rows, curves = rows_of(smoke), rows_of(smoke, curves=True)
 

@@ -49,6 +49,11 @@ class Saving:
     difference: tuple[float, float] | None  # to the reference, paired: mean, standard error
     beyond: bool
 
+    @property
+    def chose(self) -> bool:
+        """True where only the tuning seed has run: its figures are no measurement."""
+        return set(self.losses) == {TUNING}
+
 
 def at(curve: Curve, flops: float) -> float:
     """Loss of a curve at some FLOPs, log-linear between its points and beyond them."""
@@ -113,7 +118,7 @@ class Campaign:
     def curve(self, sizes: tuple[int, int], seeds: Sequence[int] | None = None) -> Curve:
         """Tuned annealed losses over budgets, as the mean over seeds."""
         return [
-            (flops, mean(_pick(self.tuned(sizes, b), seeds or self.seeds)))
+            (flops, mean(_pick(self.plain[sizes, self.best_lr(sizes, b), b], seeds or self.seeds)))
             for b, flops in enumerate(self.budgets)
         ]
 
@@ -143,7 +148,11 @@ class Campaign:
     def saving(self, variant: Variant, budget: int) -> Saving:
         """What a variant saves, with intervals from a bootstrap over seeds: runs of one seed are drawn together."""
         losses = _measured(self.grown[variant, budget])
-        seeds = [seed for seed in self.seeds if seed in losses] or self.seeds
+        scratch = self.setup.target_sizes
+        common = set(losses).intersection(
+            *(self.plain[scratch, self.best_lr(scratch, b), b] for b in range(len(self.budgets)))
+        )
+        seeds = sorted(common) or self.seeds
 
         def shares(drawn: Sequence[int]) -> tuple[float, float, bool]:
             curve = self.curve(self.setup.target_sizes, drawn)
@@ -164,9 +173,9 @@ class Campaign:
         )  # fmt: skip
 
     def savings(self, budget: int) -> list[Saving]:
-        """Of every variant, the lowest loss first."""
+        """Of every variant, the lowest loss first; behind all others what only the seed that chose has run."""
         found = [self.saving(variant, budget) for variant in self.variants(budget)]
-        return sorted(found, key=lambda s: mean(s.losses.values()))
+        return sorted(found, key=lambda s: (s.chose, mean(s.losses.values())))
 
     def _difference(
         self, variant: Variant, budget: int, losses: Losses

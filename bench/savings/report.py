@@ -45,7 +45,8 @@ def verdict(campaign: Campaign, budget: int, savings: list[Saving]) -> str:
         return "No run has grown yet."
     best = savings[0]
     saved, low, high = best.charged
-    spread = "" if isnan(low) else f" (90 % interval {low:+.0%} to {high:+.0%})"
+    single = " (the seed that chose)" if best.chose else " (one seed)"
+    spread = single if isnan(low) else f" (90 % interval {low:+.0%} to {high:+.0%})"
     name = f"{best.variant.recipe}, grown at {best.variant.grow_at / campaign.per:.0f} steps"
     said = [
         f"Growing saves {saved:.0%} of the compute{spread}: {name}."
@@ -105,6 +106,7 @@ def _grown(s: Saving, per: float) -> tuple[float, list[str]]:
     difference = "" if s.difference is None else f"{s.difference[0]:+.4f} +- {s.difference[1]:.4f}"
     name = f"{s.variant.recipe} @{s.variant.grow_at / per:.0f}"
     rate = f"{s.variant.lr:g} x {s.variant.rate:g}"
+    name += " (seed 0)" if s.chose else ""
     cells = [_share(s.charged, mark), _share(s.sunk, mark), f"{s.headroom:+.0%}", difference]
     return mean(s.losses.values()), [name, rate, *_losses(s.losses), *cells]
 
