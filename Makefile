@@ -26,7 +26,7 @@ fmt: .venv/test.stamp
 demo: .venv/demo.stamp
 	$(BIN)/growkern demo
 
-# what growing saves, measured: under 30 minutes on 2 cores; goes on where it was killed
+# what growing saves, measured; goes on where it was killed
 savings: .venv/bench.stamp
 	$(BIN)/python -m bench.savings
 
