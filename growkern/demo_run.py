@@ -144,11 +144,9 @@ class Run:
         Args:
             rate: Factor on all learning rates from here on, beside the factors of ``dynamics="mup"``.
             rewarm: Steps over which the learning rate rises again from zero.
-            growth: Arguments of ``growkern.expand_inplace``. With several optimizers, or ``state="restart"``, the optimizers
-                are built anew, as a script that reshapes a checkpoint does.
+            growth: Arguments of ``growkern.expand_inplace``. Several optimizers are built anew, without state.
         """
-        restart = len(self.optims) > 1 or growth.get("state") == "restart"
-        if restart:
+        if len(self.optims) > 1:
             growth.pop("state", None)
             self.optims.clear()
             report = expand_inplace(self.model, **growth)

@@ -226,6 +226,48 @@ def test_flops_are_those_that_torch_counts(sizes):
     assert flops_per_step(model, training) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+def test_run_that_grows_in_two_steps_serves_only_budgets_behind_the_last(tmp_path):
+    sizes, small = {"hidden": 32, "layers": 2}, {"n_eval": 2, "n_trunk": 2, "warmup": 2}
+    setup = campaign.Setup(
+        sizes, {"hidden": 32, "layers": 8}, (8, 16), (4,), (4e-3,), (4e-3,), (), n_bytes=1_000_000, training=small,
+    )  # fmt: skip
+    at = 4 * jobs.unit(setup)  # by 4 layers until 8 steps: behind the trunk of the first budget
+    source = jobs.Job(setup, setup.source_sizes, 4e-3, 0, saves=(at,))
+    grown = jobs.Job(setup, setup.target_sizes, 4e-3, 0, "Stack by twos", 1.0, at)
+    jobs.run(source, tmp_path, "cpu")
+
+    rows = jobs.run(grown, tmp_path, "cpu").rows
+
+    target = sum(p.numel() for p in build(setup.target, 0).parameters())
+    assert [(r["budget"], r["n_params"]) for r in rows] == [(16 * jobs.unit(setup), target)]
+
+
+def test_a_job_is_finished_when_all_of_its_budgets_have_rows_and_no_row_is_written_twice(tmp_path):
+    ledger, job = jobs.Ledger(tmp_path), jobs.Job(SMOKE, SMOKE.target_sizes, 4e-3, 0)
+    first, second = (row(SMOKE.target_sizes, 4e-3, 0, budget, 3.0) for budget in (8, 16))
+    for one in (first, second):
+        one["budget"] = float(one["budget"])  # as a job gives it
+
+    ledger.append(jobs.Done([first]))
+    assert not ledger.finished(job)
+    ledger.append(jobs.Done([first, second]))
+
+    assert ledger.finished(job)
+    assert len(ledger.rows()) == 2
+
+
+def test_annealed_branch_of_a_grown_run_leaves_the_trunk_where_it_was():
+    training, text = Training(n_eval=2, n_trunk=2, warmup=2), read_corpus(300_000)
+    alone, branched = (Run({"hidden": 32, "layers": 1}, 1e-3, 0, text, training) for _ in range(2))
+    for run in (alone, branched):
+        run.train_until(3 * run.cost)
+        run.grow(to={"hidden": 64, "layers": 2}, seed=0, rate=0.5, rewarm=4)
+
+    branched.annealed(12 * branched.cost)
+
+    assert alone.train_until(12 * alone.cost) == branched.train_until(12 * branched.cost)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_annealed_branch_leaves_the_trunk_where_it_was(optimizer):
     sizes, training = {"hidden": 32, "layers": 1}, Training(n_eval=2, n_trunk=2, warmup=2)

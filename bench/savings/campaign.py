@@ -14,7 +14,7 @@ class Recipe:
     """How a run grows.
 
     Attributes:
-        growth: Arguments of ``expand_inplace``; ``state="restart"`` builds the optimizer anew.
+        growth: Arguments of ``expand_inplace``.
         rates: Factors on the learning rate after growth; the best on seed 0 is measured on the other seeds.
         rewarm: Steps over which the learning rate rises again after growth.
         via: Sizes on the way to the target, each with the multiple of the growth point's FLOPs at which the run leaves it.

@@ -33,8 +33,10 @@ COLUMNS = (
     *KEY, "budget", "flops", "n_bytes", "n_params", "loss", "trunk_loss", "loss_before", "loss_after", "loss_landed", "seconds", "commit",
     "date", "device", "torch",
 )  # fmt: skip
+ROW = (*KEY, "budget")  # what identifies a row
+PLAIN = ("text", "optimizer", "hidden", "layers", "lr", "seed")  # what identifies a curve
 CURVE = (
-    "text", "optimizer", "hidden", "layers", "lr", "seed", "flops", "n_bytes", "n_params", "train_loss", "loss",
+    *PLAIN, "flops", "n_bytes", "n_params", "train_loss", "loss",
 )  # fmt: skip
 POINTS = 24  # losses of the trunk on a curve, evenly spread in log-FLOPs
 Key = tuple[str, ...]
@@ -74,6 +76,15 @@ class Job:
             self.seed, at,
         )  # fmt: skip
         return tuple(map(str, values))
+
+    @property
+    def budgets(self) -> list[float]:
+        """FLOPs of the budgets that the run can serve: those whose branch begins behind the last growth."""
+        via = RECIPES[self.recipe].via if self.recipe else ()
+        last = max([self.grow_at, *(self.grow_at * multiple for _, multiple in via)])
+        trunk = 1 - Training(**self.setup.training).anneal
+        ends = [steps * unit(self.setup) for steps in self.setup.budgets]
+        return [end for end in ends if last <= trunk * end]
 
     def snapshot(self, work: Path, at: float) -> Path:
         """Where a plain run leaves the snapshot that grown runs start from."""
@@ -124,7 +135,7 @@ class _Trial:
         self.job, self.work, self.started, self.done = job, work, perf_counter(), Done()
         setup = job.setup
         self.training = Training(**setup.training)
-        self.ends = [budget * unit(setup) for budget in setup.budgets]
+        self.ends = job.budgets
         self.losses: list[float] = []
         self.grown: dict[str, float] = {}
         sizes = setup.source if job.recipe else {"hidden": job.sizes[0], "layers": job.sizes[1]}
@@ -144,11 +155,9 @@ class _Trial:
         self.events.sort(key=lambda event: event[0])
 
     def run(self) -> Done:
-        """Train the trunk, and anneal a branch for every budget that the trunk has not passed yet."""
+        """Train the trunk, and anneal a branch for every budget that the run can serve."""
         for end in self.ends:
             start = (1 - self.training.anneal) * end
-            if self.trunk.flops > start + self.trunk.cost:
-                continue
             while self.events and self.events[0][0] <= start:
                 flops, event = self.events.pop(0)
                 self.losses += self.trunk.train_until(flops)
@@ -218,12 +227,19 @@ class Ledger:
 
     def finished(self, job: Job) -> bool:
         """True when every budget that the job can serve has its row."""
-        return job.key in {tuple(row[name] for name in KEY) for row in self.rows()}
+        return {(*job.key, f"{end:.5g}") for end in job.budgets} <= self._known()
 
     def append(self, done: Done) -> None:
-        """Write what a job found; both files get a header with their first row."""
-        _append(self.rows_path, COLUMNS, done.rows)
-        _append(self.curve_path, CURVE, done.curve)
+        """Write what a job found and the files do not hold yet; both files get a header with their first row."""
+        known = self._known()
+        rows = [row for row in done.rows if tuple(str(cell(row[k])) for k in ROW) not in known]
+        curves = {tuple(row[k] for k in PLAIN) for row in read_rows(self.curve_path)}
+        points = [p for p in done.curve if tuple(str(cell(p[k])) for k in PLAIN) not in curves]
+        _append(self.rows_path, COLUMNS, rows)
+        _append(self.curve_path, CURVE, points)
+
+    def _known(self) -> set[tuple[str, ...]]:
+        return {tuple(row[name] for name in ROW) for row in self.rows()}
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -262,6 +278,5 @@ def run_all(
         futures = {pool.submit(run, job, work, device): job for job in known}
         for future in as_completed(futures):
             job, done = futures[future], future.result()
-            if not ledger.finished(job):
-                ledger.append(done)
+            ledger.append(done)
             on_done(job, done)
