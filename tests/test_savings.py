@@ -198,7 +198,12 @@ def test_unknown_recipe_is_refused_with_the_known_ones(capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "recipes"), [("width", campaign.WIDTHS), ("depth", campaign.DEPTHS)]
+    ("name", "recipes"),
+    [
+        ("width", campaign.WIDTHS),
+        ("depth", campaign.DEPTHS),
+        ("both", campaign.SETUPS["both"].recipes),
+    ],
 )
 def test_every_recipe_grows_its_source_into_the_target(name, recipes):
     setup = campaign.SETUPS[name]
@@ -299,3 +304,13 @@ def test_branch_anneals_to_zero_over_the_last_quarter():
         rates.append(group["lr"])
 
     assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+def test_shrunk_and_perturbed_weights_lie_between_the_grown_and_fresh_ones():
+    grown, fresh = (build(SMOKE.target, seed) for seed in (0, 1))
+    kept = [p.detach().clone() for p in grown.parameters()]
+
+    jobs.shrink_and_perturb(grown, fresh, 0.75)
+
+    for p, old, new in zip(grown.parameters(), kept, fresh.parameters(), strict=True):
+        torch.testing.assert_close(p, 0.75 * old + 0.25 * new)

@@ -1,7 +1,7 @@
 """What a campaign compares, as data: recipes, and setups of sizes, budgets, growth points and learning rates."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from growkern import depth, width
@@ -17,12 +17,15 @@ class Recipe:
         growth: Arguments of ``expand_inplace``.
         rates: Factors on the learning rate after growth; the best on seed 0 is measured on the other seeds.
         rewarm: Steps over which the learning rate rises again after growth.
+        keep: Share of the grown weights that stays; the rest comes from fresh weights ("shrink and perturb", Ash and Adams,
+            arXiv:1910.08475, as an interpolation: D'Oro et al., ICLR 2023).
         via: Sizes on the way to the target, each with the multiple of the growth point's FLOPs at which the run leaves it.
     """
 
     growth: Mapping[str, Any] = field(default_factory=dict[str, Any])
     rates: tuple[float, ...] = (1.0,)
     rewarm: int = 0
+    keep: float = 1.0
     via: tuple[tuple[Sizes, float], ...] = ()
 
 
@@ -47,6 +50,8 @@ RECIPES: dict[str, Recipe] = {
     "FreshFeatures, dropped": Recipe(
         {**DROPPED, "width": width.FreshFeatures()}, (0.5, 1.0), rewarm=60
     ),
+    "shrink and perturb": Recipe(DROPPED, (0.5, 1.0), rewarm=60, keep=0.5),
+    "shrink and perturb 0.8": Recipe(DROPPED, (0.5, 1.0), rewarm=60, keep=0.8),
     # depth
     "Stack": Recipe({**ONE_RATE, "depth": depth.Stack()}),
     "Stack, dropped": Recipe({**DROPPED, "depth": depth.Stack()}, rewarm=60),
@@ -59,6 +64,16 @@ RECIPES: dict[str, Recipe] = {
     "Fresh": Recipe({**ONE_RATE, "depth": depth.Fresh()}),
     "Stack by twos": Recipe(
         {**DROPPED, "depth": depth.Stack()}, rewarm=60, via=(({"layers": 4}, 2.0),)
+    ),
+    # width and depth
+    "Sparkling fresh and Stack": Recipe(
+        {**DROPPED, "width": FRESH, "depth": depth.Stack()}, (0.5, 1.0), rewarm=60
+    ),
+    "Sparkling fresh, then Stack": Recipe(
+        {**DROPPED, "width": FRESH, "depth": depth.Stack()},
+        (0.5, 1.0),
+        rewarm=60,
+        via=(({"hidden": 64}, 2.0),),
     ),
 }
 
@@ -106,8 +121,20 @@ class Setup:
         return self.target["hidden"], self.target["layers"]
 
 
-WIDTHS = tuple(RECIPES)[: tuple(RECIPES).index("Stack")]
-DEPTHS = tuple(RECIPES)[tuple(RECIPES).index("Stack") :]
+NAMES = tuple(RECIPES)
+STACK, BOTH = NAMES.index("Stack"), NAMES.index("Sparkling fresh and Stack")
+WIDTHS, DEPTHS = NAMES[:STACK], NAMES[STACK:BOTH]
+
+RATES = (2e-3, 4e-3, 8e-3)
+SOURCE_RATES = (4e-3, 8e-3, 16e-3)
+SMALL = {"hidden": 32, "layers": 4}
+WIDTH = Setup(
+    SMALL, {"hidden": 64, "layers": 4}, (512, 854, 1366), (205,), RATES, SOURCE_RATES, WIDTHS
+)
+DEPTH = Setup(
+    {"hidden": 32, "layers": 2}, {"hidden": 32, "layers": 8}, (500, 1000, 2000), (200,), (4e-3, 8e-3, 16e-3),
+    SOURCE_RATES, DEPTHS,
+)  # fmt: skip
 
 SETUPS: dict[str, Setup] = {
     "smoke": Setup(
@@ -115,14 +142,21 @@ SETUPS: dict[str, Setup] = {
         ("default", "default, one rate"), n_bytes=1_000_000, landing=3,
         training={"n_eval": 8, "n_trunk": 4, "warmup": 4},
     ),
-    "width": Setup(
-        {"hidden": 32, "layers": 4}, {"hidden": 64, "layers": 4}, (512, 854, 1366), (205,), (2e-3, 4e-3, 8e-3),
-        (4e-3, 8e-3, 16e-3),
-        ("default", "default, one rate", "default, dropped", "Sparkling fresh", "FreshFeatures", "HyperClone"),
+    "width": WIDTH,
+    "width, points": replace(WIDTH, grow_at=(102, 384), recipes=("default, one rate", "Sparkling fresh")),
+    "width, c++": replace(WIDTH, text="c++", recipes=("default, one rate", "Sparkling fresh")),
+    "width, muon": replace(
+        WIDTH, optimizer="muon", recipes=("default, dropped", "Sparkling fresh", "FreshFeatures, dropped")
     ),
-    "depth": Setup(
-        {"hidden": 32, "layers": 2}, {"hidden": 32, "layers": 8}, (1000, 2000, 4000), (200, 900),
-        (4e-3, 8e-3, 16e-3), (4e-3, 8e-3, 16e-3), DEPTHS,
+    "wider": replace(
+        WIDTH, source={"hidden": 64, "layers": 4}, target={"hidden": 128, "layers": 4}, lrs=(1e-3, 2e-3, 4e-3),
+        source_lrs=RATES, recipes=("default, one rate", "Sparkling fresh"),
+    ),
+    "depth": DEPTH,
+    "depth, points": replace(DEPTH, grow_at=(100, 375), recipes=("Stack, dropped", "IdentityBlocks")),
+    "depth, long": replace(DEPTH, budgets=(2000, 4500), grow_at=(800,), recipes=("Stack, dropped", "IdentityBlocks")),
+    "both": replace(
+        WIDTH, source={"hidden": 32, "layers": 2}, recipes=("default, one rate", *NAMES[BOTH:]),
     ),
     "gpu": Setup(
         {"hidden": 512, "layers": 3}, {"hidden": 512, "layers": 12}, (6_000, 12_000, 24_000), (1_500, 4_000),

@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import nn
 
 from bench.harness import cell, machine, slug
 from bench.savings.campaign import RECIPES, Setup, Sizes
@@ -38,6 +39,9 @@ PLAIN = ("text", "optimizer", "hidden", "layers", "lr", "seed")  # what identifi
 CURVE = (
     *PLAIN, "flops", "n_bytes", "n_params", "train_loss", "loss",
 )  # fmt: skip
+FRESH = (
+    10_000  # between the seed of a run and that of the weights that a shrunk run is perturbed with
+)
 POINTS = 24  # losses of the trunk on a curve, evenly spread in log-FLOPs
 Key = tuple[str, ...]
 
@@ -205,12 +209,21 @@ class _Trial:
         trunk.grow(
             to=dict(sizes), seed=self.job.seed + i, rate=rate, rewarm=recipe.rewarm, **recipe.growth
         )
+        if i == 0 and recipe.keep < 1:
+            shrink_and_perturb(trunk.model, build(sizes, self.job.seed + FRESH), recipe.keep)
         self.grown |= {"loss_before": before, "loss_after": trunk.evaluate()}
         self.events.append((trunk.flops + self.job.setup.landing * trunk.cost, self._land))
         self.events.sort(key=lambda event: event[0])
 
     def _land(self) -> None:
         self.grown["loss_landed"] = self.trunk.evaluate()
+
+
+@torch.no_grad()
+def shrink_and_perturb(model: nn.Module, fresh: nn.Module, keep: float) -> None:
+    """Move every parameter towards that of a fresh model of these sizes: ``keep * p + (1 - keep) * fresh``."""
+    for p, new in zip(model.parameters(), fresh.parameters(), strict=True):
+        p.lerp_(new.to(p.device), 1 - keep)
 
 
 class Ledger:
