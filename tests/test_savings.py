@@ -201,7 +201,8 @@ def test_unknown_recipe_is_refused_with_the_known_ones(capsys):
     ("name", "recipes"),
     [
         ("width", campaign.WIDTHS),
-        ("depth", campaign.DEPTHS),
+        ("depth", campaign.SETUPS["depth"].recipes),
+        ("depth, twice", ("Middle",)),
         ("both", campaign.SETUPS["both"].recipes),
     ],
 )

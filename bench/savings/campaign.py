@@ -44,6 +44,12 @@ RECIPES: dict[str, Recipe] = {
     "Lemon": Recipe({**ONE_RATE, "width": width.Lemon()}, (0.5, 1.0)),
     "AKI": Recipe({**ONE_RATE, "width": width.AKI()}, (0.5, 1.0)),
     "CopyAndPad": Recipe({**ONE_RATE, "width": width.CopyAndPad(norm="corrected")}, (0.5, 1.0)),
+    "CopyAndPad, as published": Recipe({**ONE_RATE, "width": width.CopyAndPad()}, (0.5, 1.0)),
+    "FPI": Recipe({**ONE_RATE, "width": width.FPI()}, (0.5, 1.0)),
+    "Net2Wider": Recipe({**ONE_RATE, "width": width.Net2Wider(noise=0.1)}, (0.5, 1.0)),
+    "Sparkling": Recipe(
+        {**ONE_RATE, "state": "asymmetric", "width": width.Sparkling()}, (0.5, 1.0)
+    ),
     "Sparkling fresh": Recipe({**DROPPED, "width": FRESH}, (0.5, 1.0), rewarm=60),
     "Sparkling fresh, state": Recipe({**ONE_RATE, "width": FRESH}, (0.5, 1.0)),
     "FreshFeatures": Recipe({**ONE_RATE, "width": width.FreshFeatures()}, (0.5, 1.0)),
@@ -62,6 +68,7 @@ RECIPES: dict[str, Recipe] = {
     "IdentityBlocks": Recipe({**ONE_RATE, "depth": depth.IdentityBlocks()}),
     "TopCopies": Recipe({**ONE_RATE, "depth": depth.TopCopies()}),
     "Fresh": Recipe({**ONE_RATE, "depth": depth.Fresh()}),
+    "Middle": Recipe({**ONE_RATE, "depth": depth.Layers((0, 1, 0, 1, 0, 1, 2, 3))}),
     "Stack by twos": Recipe(
         {**DROPPED, "depth": depth.Stack()}, rewarm=60, via=(({"layers": 4}, 2.0),)
     ),
@@ -133,7 +140,7 @@ WIDTH = Setup(
 )
 DEPTH = Setup(
     {"hidden": 32, "layers": 2}, {"hidden": 32, "layers": 8}, (500, 1000, 2000), (200,), (4e-3, 8e-3, 16e-3),
-    SOURCE_RATES, DEPTHS,
+    SOURCE_RATES, tuple(name for name in DEPTHS if name not in ("Middle", "TopCopies")),
 )  # fmt: skip
 
 SETUPS: dict[str, Setup] = {
@@ -155,6 +162,9 @@ SETUPS: dict[str, Setup] = {
     "depth": DEPTH,
     "depth, points": replace(DEPTH, grow_at=(100, 375), recipes=("Stack, dropped", "IdentityBlocks")),
     "depth, long": replace(DEPTH, budgets=(2000, 4500), grow_at=(800,), recipes=("Stack, dropped", "IdentityBlocks")),
+    "depth, twice": replace(
+        DEPTH, source={"hidden": 32, "layers": 4}, source_lrs=(8e-3,), recipes=("Stack", "Middle", "Interpose"),
+    ),
     "both": replace(
         WIDTH, source={"hidden": 32, "layers": 2}, recipes=("default, one rate", *NAMES[BOTH:]),
     ),
