@@ -3,7 +3,7 @@
 For every recipe, growth point and budget of the campaign the adviser gets what a user has before the decision: the source's trunk curve up
 to the growth point and, in a second pass, the curve of a model of another size (seed 0; never the target's). The efficiency of
 growth comes from the other recipes of the campaign, or from the other setups alone; never from the recipe that is judged. The truth is
-the campaign's own figure, ``Campaign.saving``. ``--write`` derives ``growkern/calibration.py`` from the rows.
+the campaign's own figure, ``Campaign.saving``. ``--write`` derives ``growkern/recipes.py`` from the rows.
 """
 
 import argparse
@@ -13,30 +13,32 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, floor
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, mode, stdev
 
 from rich.console import Console
 from rich.table import Table
 
 import growkern
 from bench.harness import RESULTS
-from bench.savings.analysis import TUNING, Campaign, Variant
-from bench.savings.campaign import RECIPES, SETUPS
+from bench.savings.analysis import TUNING, Campaign, Saving, Variant
+from bench.savings.campaign import RECIPES, SETUPS, Setup
 from bench.savings.jobs import read_rows
-from growkern.advice import Advice, Recipe, percent
+from growkern.advice import Advice, Recipe, Saved, percent
 from growkern.adviser import pooled
 from growkern.scaling import Curve, ScalingLaw, fit
 
 ROOT = Path(__file__).resolve().parents[1]
-JUDGED = "width", "depth"
+JUDGED = "width", "width, c++", "wider", "depth", "depth, twice", "both"
 OTHER = {
-    "width": ((32, 2), (32, 8)),
-    "depth": ((32, 4),),
-}  # sizes of the second curve: the first that has been run
+    "width": ((32, 2), (32, 8)), "wider": ((32, 4),), "depth": ((32, 4),), "depth, twice": ((32, 2),), "both": ((32, 4),),
+}  # sizes of the second curve, by setup: the first that has been run  # fmt: skip
 VOCAB = 256
 ALONE = 0.1  # spread of a single figure
 MODELS = "60 to 230 thousand parameters (bytes of Python source)"
-CALIBRATION = ROOT / "growkern" / "calibration.py"
+CALIBRATION = ROOT / "growkern" / "recipes.py"
+
+
+TrunkKey = tuple[str, tuple[int, int], float, int]  # text, sizes, learning rate, seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,14 +61,24 @@ class Figure:
     """What the campaign measured for a recipe at a growth point and a budget."""
 
     setup: str
+    kind: str  # what grows: "width", "depth" or "both"
     variant: Variant
     budget: float  # FLOPs
-    charged: float
-    sunk: float
+    saving: Saving
     efficiency: float
     losses: Mapping[str, float]  # of from scratch, never grow and grow now
     source: Trunk  # of a seed that grew; the adviser sees it up to the growth
     target: Trunk  # whose size the adviser sees, and the calibration its curve
+
+    @property
+    def charged(self) -> float:
+        """Share of the FLOPs that is saved, both phases charged."""
+        return self.saving.charged[0]
+
+    @property
+    def sunk(self) -> float:
+        """Share of the FLOPs that is saved where the source was there."""
+        return self.saving.sunk[0]
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,7 @@ class Rows:
     def __init__(self, folder: Path = RESULTS) -> None:
         self.laws: dict[tuple[Trunk, Trunk | None], ScalingLaw] = {}
         self.before: dict[tuple[Trunk, float], Trunk] = {}
-        self.trunks: dict[tuple[tuple[int, int], float, int], Trunk] = {}
+        self.trunks: dict[TrunkKey, Trunk] = {}
         paths = sorted(folder.glob("savings-*.csv"))
         rows = [row for p in paths if not p.stem.endswith("-curves") for row in read_rows(p)]
         for path in (p for p in paths if p.stem.endswith("-curves")):
@@ -121,23 +133,25 @@ class Rows:
         self.campaigns = {name: Campaign(SETUPS[name], rows) for name in JUDGED}
 
     def _read_curves(self, rows: Sequence[Mapping[str, str]]) -> None:
-        points: dict[tuple[tuple[int, int], float, int], list[Mapping[str, str]]] = {}
+        points: dict[TrunkKey, list[Mapping[str, str]]] = {}
         for row in rows:
-            if (row["text"], row["optimizer"]) == ("python", "adamw"):
+            if row["optimizer"] == "adamw":
                 sizes = int(row["hidden"]), int(row["layers"])
-                points.setdefault((sizes, float(row["lr"]), int(row["seed"])), []).append(row)
+                key = row["text"], sizes, float(row["lr"]), int(row["seed"])
+                points.setdefault(key, []).append(row)
         for key, own in points.items():
             each = float(own[-1]["flops"]) / float(own[-1]["n_bytes"])
             curve = [(float(row["n_bytes"]), float(row["loss"])) for row in own]
             self.trunks.setdefault(
-                key, Trunk(int(own[0]["n_params"]) - VOCAB * key[0][0], each, curve)
+                key, Trunk(int(own[0]["n_params"]) - VOCAB * key[1][0], each, curve)
             )
 
-    def trunk(self, sizes: tuple[int, int], lr: float | None, seeds: Iterable[int]) -> Trunk | None:
-        """The curve of a size at a learning rate, of the first of these seeds that has one."""
-        return next(
-            (self.trunks[sizes, lr, s] for s in seeds if (sizes, lr, s) in self.trunks), None
-        )
+    def trunk(
+        self, text: str, sizes: tuple[int, int], lr: float | None, seeds: Iterable[int]
+    ) -> Trunk | None:
+        """The curve of a size at a learning rate on a text, of the first of these seeds that has one."""
+        keys = [(text, sizes, lr, seed) for seed in seeds if lr is not None]
+        return next((self.trunks[key] for key in keys if key in self.trunks), None)
 
     @cached_property
     def figures(self) -> list[Figure]:
@@ -153,8 +167,8 @@ class Rows:
             for v in campaign.variants(b):
                 saving = campaign.saving(v, b)
                 last = campaign.best_lr(setup.target_sizes, len(campaign.budgets) - 1)
-                source = self.trunk(setup.source_sizes, v.lr, sorted(saving.losses))
-                target = self.trunk(setup.target_sizes, last, campaign.seeds)
+                source = self.trunk(setup.text, setup.source_sizes, v.lr, sorted(saving.losses))
+                target = self.trunk(setup.text, setup.target_sizes, last, campaign.seeds)
                 if source is None or target is None:
                     continue  # the curves are written with the last budget of a run
                 law = self._law(source, target)
@@ -172,10 +186,10 @@ class Rows:
                 }
                 yield Figure(
                     name,
+                    kind(setup),
                     v,
                     budget,
-                    saving.charged[0],
-                    saving.sunk[0],
+                    saving,
                     share,
                     losses,
                     source,
@@ -185,7 +199,9 @@ class Rows:
     def judge(self, figure: Figure, recipe: Recipe, *, other: bool) -> Judged | None:
         """Advise as before the growth; None where a curve that this needs has not been run."""
         source, target, at = figure.source, figure.target, figure.variant.grow_at
-        found = [self.trunk(sizes, self._rate(sizes), [TUNING]) for sizes in OTHER[figure.setup]]
+        text = SETUPS[figure.setup].text
+        sizes = OTHER.get(figure.setup, ())
+        found = [self.trunk(text, size, self._rate(text, size), [TUNING]) for size in sizes]
         more = next((trunk for trunk in found if trunk), None) if other else None
         if other and more is None:
             return None
@@ -202,10 +218,11 @@ class Rows:
             self.laws[first, second] = fit([(t.n_params, t.points) for t in (first, second) if t])
         return self.laws[first, second]
 
-    def _rate(self, sizes: tuple[int, int]) -> float | None:
-        """The best learning rate of a size at its largest budget."""
+    def _rate(self, text: str, sizes: tuple[int, int]) -> float | None:
+        """The best learning rate of a size on a text at its largest budget."""
         for campaign in self.campaigns.values():
-            if sizes in (campaign.setup.source_sizes, campaign.setup.target_sizes):
+            setup = campaign.setup
+            if text == setup.text and sizes in (setup.source_sizes, setup.target_sizes):
                 b = max((b for s, _, b in campaign.plain if s == sizes), default=None)
                 return None if b is None else campaign.best_lr(sizes, b)
         return None
@@ -221,30 +238,30 @@ def calibrate(figures: Sequence[Figure]) -> dict[str, Recipe]:
         own = [f for f in figures if f.variant.recipe == name]
         shares = [f.efficiency for f in own]
         spread = max(least, stdev(shares) if len(shares) > 1 else 0.0)
-        rates = sorted({f.variant.rate for f in own})
+        recipe = RECIPES[name]
         found[name] = Recipe(
-            name,
-            own[0].setup,
-            how(name, rates),
-            round(mean(shares), 3),
-            round(spread, 3),
-            len(shares),
-        )
+            name, own[0].kind, round(mean(shares), 3), round(spread, 3), len(shares), recipe.growth,
+            mode(f.variant.rate for f in own), recipe.rewarm, tuple(map(saved, own)),
+        )  # fmt: skip
     return found
 
 
-def how(name: str, rates: Sequence[float]) -> str:
-    """Arguments of ``expand_inplace`` and what else belongs to a recipe of the campaign, as text."""
-    recipe = RECIPES.get(name)
-    if recipe is None:
-        return "a recipe of another commit"
-    said = [f"{key}={value!r}" for key, value in recipe.growth.items()]
-    said += (
-        [f"learning rate x {' or '.join(f'{rate:g}' for rate in rates)}"] if rates != [1] else []
+def saved(figure: Figure) -> Saved:
+    """A figure as ``growkern.recipes`` holds it."""
+    one = figure.saving
+    charged, sunk = (
+        (round(low, 3), round(middle, 3), round(high, 3))
+        for middle, low, high in (one.charged, one.sunk)
     )
-    said += [f"{recipe.rewarm} steps of warm-up"] if recipe.rewarm else []
-    said += [f"via {dict(sizes)}" for sizes, _ in recipe.via]
-    return ", ".join(said) or "the defaults of expand_inplace"
+    at, budget = float(f"{figure.variant.grow_at:.3g}"), float(f"{figure.budget:.3g}")
+    n = 0 if one.chose else len(one.losses)
+    return Saved(figure.setup, at, budget, charged, sunk, round(one.headroom, 3), n)
+
+
+def kind(setup: Setup) -> str:
+    """What grows from the source of a setup to its target."""
+    wider, deeper = (a != b for a, b in zip(setup.source_sizes, setup.target_sizes, strict=True))
+    return "both" if wider and deeper else "width" if wider else "depth"
 
 
 def judge_all(rows: Rows, *, other: bool, across: bool) -> list[Judged]:
@@ -262,7 +279,7 @@ def judge_all(rows: Rows, *, other: bool, across: bool) -> list[Judged]:
         ]
         if known:
             found = rows.judge(
-                figure, pooled(calibrate(known), figure.setup, "held out"), other=other
+                figure, pooled(calibrate(known), figure.kind, "held out"), other=other
             )
             judged += [found] if found else []
     return judged
@@ -316,22 +333,19 @@ PASSES = {  # what the adviser was given: the second curve, and whether all of t
 
 
 def module(recipes: Mapping[str, Recipe], figures: Sequence[Figure]) -> str:
-    """Text of ``growkern/calibration.py``."""
+    """Text of ``growkern/recipes.py``."""
     ratios = [f.budget / f.variant.grow_at for f in figures]
     low, high = floor(10 * min(ratios)) / 10, ceil(10 * max(ratios)) / 10
     setups = ", ".join(dict.fromkeys(f.setup for f in figures))
-    rows = "".join(
-        "        Recipe(\n            "
-        f"{_text(one.name)}, {_text(one.kind)},\n            {_text(one.how)},\n            "
-        f"{one.efficiency}, {one.sd}, {one.n},\n        ),\n"
-        for one in recipes.values()
-    )
-    return f'''"""Efficiency of growth recipes, as measured. Written by ``python -m bench.advice --write``; not by hand.
+    rows = "".join(map(_source, recipes.values()))
+    used = ", ".join(name for name in ("depth", "width") if f" {name}." in rows)
+    return f'''"""Recipes of growth, and what they saved, as measured. Written by ``python -m bench.advice --write``; not by hand.
 
 From {len(figures)} figures (recipes, growth points, budgets) of bench/results/savings-*.csv, setups: {setups}.
 """
 
-from growkern.advice import Recipe
+{"from math import nan" + chr(10) * 2 if "nan" in rows else ""}from growkern import {used}
+from growkern.advice import Recipe, Saved
 
 MEASURED = "{MODELS}"
 BUDGETS = {low:g}, {high:g}  # multiples of the compute at growth
@@ -343,9 +357,28 @@ RECIPES: dict[str, Recipe] = {{
 '''
 
 
-def _text(value: str) -> str:
-    """A string as Python, in double quotes."""
-    return json.dumps(value)
+def _source(recipe: Recipe) -> str:
+    """A recipe as Python; its methods by their modules."""
+    growth = ", ".join(f"{json.dumps(k)}: {_value(v)}" for k, v in recipe.growth.items())
+    figures = "".join(
+        f"                Saved({json.dumps(one.setup)}, {one.grown_at:.3g}, {one.budget:.3g}, {one.charged}, {one.sunk}, {one.headroom}, "
+        f"{one.n_seeds}),\n"
+        for one in recipe.saved
+    )
+    return (
+        f"        Recipe(\n            {json.dumps(recipe.name)}, {json.dumps(recipe.kind)}, {recipe.efficiency}, {recipe.sd}, {recipe.n},"
+        f"\n            {{{growth}}}, {recipe.lr_factor:g}, {recipe.rewarm},\n            (\n{figures}            ),\n"
+        "        ),\n"
+    )
+
+
+def _value(value: object) -> str:
+    module = type(value).__module__.split(".")
+    return (
+        f"{module[1]}.{value!r}"
+        if module[0] == "growkern"
+        else json.dumps(value).replace("null", "None")
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -353,7 +386,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=Path, default=RESULTS, help="folder of savings-*.csv")
     parser.add_argument(
-        "--write", action="store_true", help="write growkern/calibration.py from the rows"
+        "--write", action="store_true", help="write growkern/recipes.py from the rows"
     )
     asked = parser.parse_args(arguments)
     console, rows = Console(width=180), Rows(asked.rows)

@@ -3,7 +3,7 @@
 from importlib import import_module
 from types import ModuleType
 
-from growkern import depth, errors, optim, shrink, vocab, width
+from growkern import depth, errors, optim, recipes, shrink, vocab, width
 from growkern.advice import Advice
 from growkern.adviser import advise
 from growkern.api import expand_inplace, plan
@@ -58,6 +58,7 @@ __all__ = [
     "optim",
     "plan",
     "reader",
+    "recipes",
     "resume",
     "shrink",
     "shrink_inplace",

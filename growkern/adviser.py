@@ -3,7 +3,7 @@
 The law of ``growkern.scaling`` says where source and target would be. At a growth, the source's training is *worth* the FLOPs after
 which the target, from scratch, has the source's loss. A free and perfect growth after g of B FLOPs would end where the target from
 scratch ends after ``B - g + worth(g)`` FLOPs; a recipe ends where it is after a share of them, the recipe's *efficiency*, which was
-measured on runs (``growkern.calibration``).
+measured on runs (``growkern.recipes``).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,18 +14,20 @@ import torch
 from torch import Tensor
 
 from growkern.advice import SURE, Advice, Interval, Option, Recipe
-from growkern.calibration import BUDGETS, MEASURED, RECIPES
+from growkern.depth import IdentityBlocks
 from growkern.errors import PlanError, raise_all
 from growkern.events import Event
+from growkern.recipes import BUDGETS, MEASURED, RECIPES
 from growkern.scaling import Curve, ScalingLaw, fit, interval
 from growkern.schedule import GrowthSchedule
+from growkern.width import Lossless
 
 FAR = 4.0  # beyond as many times the curve's compute, the law is an extrapolation
 LATEST = 0.5  # share of the budget: no growth was measured later
 LATER = 0.01  # growing later is advised when it saves so much more of the compute
 NOTHING: Interval = (0.0, 0.0, 0.0)
 N_TIMES = 16  # growth points that are tried between now and ``LATEST``
-DEFAULTS = {"width": "default", "depth": "IdentityBlocks"}
+METHODS = {"width": Lossless(), "depth": IdentityBlocks()}  # of expand_inplace, where none is named
 
 
 def advise(
@@ -95,7 +97,7 @@ class _Observed:
     curve: Curve
     spent: float
     kind: str
-    recipe: str | Recipe
+    recipe: Recipe
     notes: tuple[str, ...]
 
 
@@ -157,28 +159,31 @@ def _observed(schedule: GrowthSchedule) -> _Observed:
     )  # fmt: skip
 
 
-def _recipe_of(event: Event, kind: str) -> str | Recipe:
-    """The measured recipe of an event, or that of all recipes of its kind where its own was not measured."""
-    method = event.depth if kind == "depth" else event.width
-    name = DEFAULTS[kind] if method is None else type(method).__name__
-    if event.state == "drop":
-        name += ", dropped"
-    return name if name in RECIPES else pooled(RECIPES, kind, name)
+def _recipe_of(event: Event, kind: str) -> Recipe:
+    """The measured recipe of an event's method, state and dynamics, or of its method and state; else the pool of its kind."""
+
+    def settings(growth: Mapping[str, object]) -> tuple[object, ...]:
+        method = growth.get(kind) or METHODS[kind]
+        return method, growth.get("state", "exact"), growth.get("dynamics", "mup")
+
+    asked = settings(vars(event))
+    known = [one for one in RECIPES.values() if one.kind == kind]
+    found = [one for n in (3, 2) for one in known if settings(one.growth)[:n] == asked[:n]]
+    return found[0] if found else pooled(RECIPES, kind, type(asked[0]).__name__)
 
 
 def pooled(recipes: Mapping[str, Recipe], kind: str | None, name: str) -> Recipe:
-    """Mean and spread of measured recipes of a kind (None: of all), for a recipe that was not measured."""
+    """Mean and spread of measured recipes of a kind (of all, where none is of that kind), for a recipe that was not measured."""
     known = [one for one in recipes.values() if one.kind == kind] or [*recipes.values()]
     mean = sum(one.efficiency for one in known) / len(known)
     sd = (sum(one.sd**2 for one in known) / len(known)) ** 0.5
-    how = f"not measured; as {len(known)} measured recipes"
-    return Recipe(name, kind or "width", how, mean, sd, 0)
+    return Recipe(name, kind or "width", mean, sd, 0)
 
 
 def _recipe(recipe: str | Recipe | None, kind: str) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
-    if kind not in DEFAULTS:
+    if kind not in METHODS:
         raise PlanError(f"kind={kind!r}: what grows is 'width' or 'depth'.")
     if recipe is None:
         known = [one for one in RECIPES.values() if one.kind == kind]

@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import sys
+from math import nan
 from pathlib import Path
 from statistics import mean
 
@@ -13,10 +14,11 @@ from checkpoints import invoke, said
 from models import batch, loss_of, make
 
 import growkern
-from growkern.advice import Recipe
+from growkern.advice import Recipe, Saved
 from growkern.errors import PlanError
 from growkern.events import At
 from growkern.loss_curve import LossCurve, read_curve
+from growkern.recipes import RECIPES
 from growkern.scaling import fit, interval
 from growkern.schedule import GrowthSchedule
 
@@ -27,8 +29,9 @@ try:
 finally:
     sys.path.remove(str(ROOT))
 
-PERFECT = Recipe("perfect", "width", "by hand", 1.0, 0.0, 1)
+PERFECT = Recipe("perfect", "width", 1.0, 0.0, 1)
 SOURCE, TARGET = 1e5, 4e5
+TO = {"width": "2x", "depth": {"layers": "4x"}}
 
 
 def law_of(seed: int):
@@ -137,7 +140,7 @@ def test_headroom_is_that_of_a_target_which_starts_where_the_source_stands():
 
 
 def test_a_recipe_that_loses_all_that_the_source_learned_saves_less_than_nothing():
-    poor = Recipe("poor", "width", "by hand", 0.5, 0.0, 1)
+    poor = Recipe("poor", "width", 0.5, 0.0, 1)
 
     found = advise_on(law_of(1), recipe=poor)
 
@@ -232,13 +235,37 @@ def test_a_schedule_advises_on_what_it_has_observed_and_on_its_next_event():
 
 def test_a_kind_that_was_not_measured_is_said_to_be_so():
     schedule, _model, _optim = observed(
-        At(step=9, to={"hidden": 48, "layers": 3}, width=growkern.width.Net2Wider())
+        At(step=9, to={"hidden": 48, "layers": 3}, width=growkern.width.HyperClone(noise_db=33))
     )
 
     found = growkern.advise(schedule, budget=4 * schedule.counts.n_flops)
 
-    assert found.recipe.n == 0 and "Net2Wider does: it was not measured" in str(found)
+    assert found.recipe.n == 0 and "HyperClone does: it was not measured" in str(found)
     assert "width and depth, grown at once" in str(found)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_found_by_the_event_that_grows_by_it(name):
+    recipe = RECIPES[name]
+    if recipe.kind == "both":
+        pytest.skip("advice on width and depth at once pools the recipes of width")
+    schedule, _model, _optim = observed(At(step=9, to=TO[recipe.kind], **recipe.growth))
+
+    found = growkern.advise(schedule, budget=4 * schedule.counts.n_flops).recipe
+
+    same = {"width": None, "depth": None, "state": "exact", "dynamics": "mup"}
+    assert same | dict(found.growth) == same | dict(recipe.growth)
+
+
+def test_a_recipe_says_how_it_grows_and_what_it_saved():
+    saved = Saved("width", 1e11, 4e11, (0.1, 0.2, 0.3), (nan, 0.4, nan), 0.5, 3)
+    recipe = Recipe("mine", "width", 0.9, 0.1, 2, {"state": "drop"}, 0.5, 60, (saved,))
+
+    said = str(recipe)
+
+    assert "state='drop', learning rate x 0.5, 60 steps of warm-up" in said
+    assert "20 % [10, 30]" in said and "40 % " in said and "50%" in said
+    assert growkern.expand_inplace(make("llama", tied=True), to="2x", **recipe.growth)
 
 
 def test_the_observed_curve_survives_a_restart_and_starts_anew_after_a_growth():

@@ -17,7 +17,7 @@ LAYERS = (  # top to bottom: a module imports from lower rows only
     ("integrations", "adviser"),
     (
         "schedule",
-        "calibration",
+        "recipes",
         "history",
         "compare",
         "upcycle",
