@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from dataclasses import replace
 from math import exp, isfinite, log
 from pathlib import Path
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 try:
     from bench.savings import __main__ as savings
-    from bench.savings import analysis, campaign, jobs, report
+    from bench.savings import analysis, campaign, jobs, report, symmetry
     from growkern.demo_run import Run, Training, build, flops_per_step, loss_at, read_corpus
 finally:
     sys.path.remove(str(ROOT))
@@ -315,3 +316,24 @@ def test_shrunk_and_perturbed_weights_lie_between_the_grown_and_fresh_ones():
 
     for p, old, new in zip(grown.parameters(), kept, fresh.parameters(), strict=True):
         torch.testing.assert_close(p, 0.75 * old + 0.25 * new)
+
+
+def test_effective_rank_and_cosine_of_halves_are_those_of_matrices_that_are_known():
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+
+    assert symmetry.effective_rank(torch.eye(5)) == pytest.approx(5)
+    assert symmetry.effective_rank(x[:, :1] @ x[:1]) == pytest.approx(1)
+    assert symmetry.cosine_of_halves(x.tile(2, 2)) == pytest.approx(1)
+    assert symmetry.cosine_of_halves(torch.cat([x, -x]).tile(1, 2)) == pytest.approx(0)
+
+
+def test_copies_without_noise_stay_equal_under_muon_and_part_with_it(monkeypatch):
+    setup = replace(campaign.SETUPS["width"], grow_at=(2,), training={"n_trunk": 2, "warmup": 2})
+    monkeypatch.setattr(symmetry, "SETUP", setup)
+    monkeypatch.setattr(symmetry, "WINDOWS", 2)
+
+    rows = [*symmetry.measure("muon", ("noise 0", "default, dropped"), 0, read_corpus(300_000))]
+
+    equal, parted = (row["cosine"] for row in rows)
+    assert equal == pytest.approx(1) and parted < 0.9
+    assert all(1 < row["residual"] <= 64 for row in rows)
