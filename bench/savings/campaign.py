@@ -39,6 +39,8 @@ RECIPES: dict[str, Recipe] = {
     "noise 0": Recipe({"width": width.Lossless(noise=0)}),
     "noise 0.3": Recipe({"width": width.Lossless(noise=0.3)}),
     "default, one rate": Recipe(ONE_RATE, (0.5, 1.0)),
+    "noise 2": Recipe({**ONE_RATE, "width": width.Lossless(noise=2)}, (0.5, 1.0)),
+    "noise 4": Recipe({**ONE_RATE, "width": width.Lossless(noise=4)}, (0.5, 1.0)),
     "default, dropped": Recipe(DROPPED, (0.5, 1.0), rewarm=60),
     "HyperClone": Recipe({**ONE_RATE, "width": width.HyperClone(noise_db=10)}, (0.5, 1.0)),
     "Lemon": Recipe({**ONE_RATE, "width": width.Lemon()}, (0.5, 1.0)),
