@@ -85,6 +85,21 @@ def test_savings_are_those_of_hand_made_numbers_under_both_accountings():
     assert saving.difference == pytest.approx((0, 0))
 
 
+def test_grown_run_that_ends_lower_is_compared_with_longer_runs_from_scratch():
+    setup = replace(SMOKE, beyond=(32,))
+    longer = [row(SMOKE.target_sizes, 4e-3, seed, 32, 1.0) for seed in (0, 1, 2)]
+
+    (prolonged,) = analysis.Campaign(setup, hand_made(1.5)).savings(1)
+    (saving,) = analysis.Campaign(setup, [*hand_made(1.5), *longer]).savings(1)
+
+    assert prolonged.beyond and not saving.beyond
+    assert saving.charged == pytest.approx((1 - 16 / (16 * 2**0.5),) * 3)
+    scratch = jobs.Job(setup, setup.target_sizes, 4e-3, 0)
+    assert [round(end / STEP) for end in scratch.budgets] == [8, 16, 32]
+    assert len(replace(scratch, recipe="default", grow_at=2 * STEP).budgets) == 2
+    assert len(replace(scratch, sizes=setup.source_sizes).budgets) == 2
+
+
 def test_headroom_is_that_of_a_target_which_starts_where_the_source_stands():
     found = analysis.Campaign(SMOKE, hand_made(1.9, never=2.5))
 

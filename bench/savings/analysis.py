@@ -69,16 +69,18 @@ class Campaign:
     def __init__(self, setup: Setup, rows: Iterable[Mapping[str, str]]) -> None:
         self.setup, self.per = setup, unit(setup)
         self.budgets = [steps * self.per for steps in setup.budgets]
+        self.reach = self.budgets + [steps * self.per for steps in setup.beyond]
         self.plain: dict[tuple[tuple[int, int], float, int], dict[int, float]] = defaultdict(dict)
         self.grown: dict[tuple[Variant, int], dict[int, float]] = defaultdict(dict)
+        self.landed: dict[Variant, dict[int, float]] = defaultdict(dict)
         for row in rows:
             sizes = int(row["hidden"]), int(row["layers"])
             if (row["text"], row["optimizer"]) != (setup.text, setup.optimizer):
                 continue
             budget = min(
-                range(len(self.budgets)), key=lambda i: abs(self.budgets[i] - float(row["budget"]))
+                range(len(self.reach)), key=lambda i: abs(self.reach[i] - float(row["budget"]))
             )
-            if abs(self.budgets[budget] / float(row["budget"]) - 1) > 1e-3:
+            if abs(self.reach[budget] / float(row["budget"]) - 1) > 1e-3:
                 continue
             seed, loss = int(row["seed"]), float(row["loss"])
             if not row["recipe"]:
@@ -95,6 +97,8 @@ class Campaign:
                     row["recipe"], float(row["grow_at"]), float(row["lr"]), float(row["rate"])
                 )
                 self.grown[variant, budget][seed] = loss
+                if row["loss_landed"]:
+                    self.landed[variant][seed] = float(row["loss_landed"])
 
     def best_lr(self, sizes: tuple[int, int], budget: int) -> float:
         """The learning rate whose run of these sizes ends lowest at a budget, on the tuning seed."""
@@ -116,11 +120,21 @@ class Campaign:
         return sorted(set.intersection(*found))
 
     def curve(self, sizes: tuple[int, int], seeds: Sequence[int] | None = None) -> Curve:
-        """Tuned annealed losses over budgets, as the mean over seeds."""
-        return [
-            (flops, mean(_pick(self.plain[sizes, self.best_lr(sizes, b), b], seeds or self.seeds)))
-            for b, flops in enumerate(self.budgets)
-        ]
+        """Tuned annealed losses over budgets, and over those beyond that all of these seeds have, as the mean over seeds."""
+        drawn = seeds or self.seeds
+        found: list[tuple[float, float]] = []
+        for b, flops in enumerate(self.reach):
+            if b >= len(self.budgets) and not self._ran(sizes, b, {TUNING, *drawn}):
+                continue
+            found.append((flops, mean(_pick(self.plain[sizes, self.best_lr(sizes, b), b], drawn))))
+        return found
+
+    def _ran(self, sizes: tuple[int, int], budget: int, seeds: set[int]) -> bool:
+        """True when the tuning seed has chosen a rate for this budget, and these seeds have run it."""
+        tried = any(
+            (sizes, budget) == (s, b) and TUNING in run for (s, _, b), run in self.plain.items()
+        )
+        return tried and seeds <= {*self.plain[sizes, self.best_lr(sizes, budget), budget]}
 
     def headroom(self, budget: int, grow_at: float, seeds: Sequence[int] | None = None) -> float:
         """Share of FLOPs that a free and perfect growth would save.
@@ -176,6 +190,11 @@ class Campaign:
         """Of every variant, the lowest loss first; behind all others what only the seed that chose has run."""
         found = [self.saving(variant, budget) for variant in self.variants(budget)]
         return sorted(found, key=lambda s: (s.chose, mean(s.losses.values())))
+
+    def landing(self, variant: Variant) -> float | None:
+        """Mean loss of the trunk ``setup.landing`` steps after the growth; None where no run came so far."""
+        found = _measured(self.landed[variant])
+        return mean(found.values()) if found else None
 
     def _difference(
         self, variant: Variant, budget: int, losses: Losses

@@ -95,6 +95,8 @@ class Setup:
         source: Sizes of the source, which also trains on without growing.
         target: Sizes of the target, which also trains from scratch.
         budgets: FLOPs, in steps of the target, at which annealed losses are compared.
+        beyond: Further budgets, which only the target from scratch reaches: a grown run that ends lower than it at the last of
+            ``budgets`` is compared with these.
         grow_at: FLOPs of the source, in steps of the target, at which it grows.
         lrs: Peak learning rates of the target that are tried on seed 0.
         source_lrs: Likewise, of the source.
@@ -117,6 +119,7 @@ class Setup:
     n_bytes: int = 12_000_000
     optimizer: str = "adamw"
     landing: int = 100
+    beyond: tuple[int, ...] = ()
     training: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
@@ -138,11 +141,18 @@ RATES = (2e-3, 4e-3, 8e-3)
 SOURCE_RATES = (4e-3, 8e-3, 16e-3)
 SMALL = {"hidden": 32, "layers": 4}
 WIDTH = Setup(
-    SMALL, {"hidden": 64, "layers": 4}, (512, 854, 1366), (205,), RATES, SOURCE_RATES, WIDTHS
+    SMALL,
+    {"hidden": 64, "layers": 4},
+    (512, 854, 1366),
+    (205,),
+    RATES,
+    SOURCE_RATES,
+    WIDTHS,
+    beyond=(2186,),
 )
 DEPTH = Setup(
     {"hidden": 32, "layers": 2}, {"hidden": 32, "layers": 8}, (500, 1000, 2000), (200,), (4e-3, 8e-3, 16e-3),
-    SOURCE_RATES, tuple(name for name in DEPTHS if name not in ("Middle", "TopCopies")),
+    SOURCE_RATES, tuple(name for name in DEPTHS if name not in ("Middle", "TopCopies")), beyond=(3000,),
 )  # fmt: skip
 
 SETUPS: dict[str, Setup] = {
@@ -163,7 +173,7 @@ SETUPS: dict[str, Setup] = {
     ),
     "depth": DEPTH,
     "depth, points": replace(DEPTH, grow_at=(100, 375), recipes=("Stack, dropped", "IdentityBlocks")),
-    "depth, long": replace(DEPTH, budgets=(2000, 4500), grow_at=(800,), recipes=("Stack, dropped", "IdentityBlocks")),
+    "depth, long": replace(DEPTH, budgets=(2000, 4500), beyond=(), grow_at=(800,), recipes=("Stack, dropped", "IdentityBlocks")),
     "depth, twice": replace(
         DEPTH, source={"hidden": 32, "layers": 4}, source_lrs=(8e-3,), recipes=("Stack", "Middle", "Interpose"),
     ),

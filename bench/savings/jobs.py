@@ -87,7 +87,9 @@ class Job:
         via = RECIPES[self.recipe].via if self.recipe else ()
         last = max([self.grow_at, *(self.grow_at * multiple for _, multiple in via)])
         trunk = 1 - Training(**self.setup.training).anneal
-        ends = [steps * unit(self.setup) for steps in self.setup.budgets]
+        scratch = self.sizes == self.setup.target_sizes and not self.recipe
+        steps = self.setup.budgets + (self.setup.beyond if scratch else ())
+        ends = [n * unit(self.setup) for n in steps]
         return [end for end in ends if last <= trunk * end]
 
     def snapshot(self, work: Path, at: float) -> Path:

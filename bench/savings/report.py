@@ -101,6 +101,106 @@ def picture(campaign: Campaign, path: Path) -> None:
     figure.savefig(path)
 
 
+def markdown(campaign: Campaign) -> str:
+    """README's table of a setup: every recipe at its growth point, its landing, and loss and savings at the first and the last budget."""
+    first, last = 0, len(campaign.budgets) - 1
+    steps = campaign.setup.budgets
+    header = ["run", f"after {campaign.setup.landing} steps"]
+    for b in (first, last):
+        header += [f"loss at {steps[b]:,}", "saves, charged", "saves, sunk"]
+    lines = [header, ["---"] * len(header)]
+    kept = {
+        b: {s.variant.recipe: s for s in campaign.savings(b) if _early(campaign, s)}
+        for b in (first, last)
+    }
+    for name, s in kept[last].items():
+        landed = campaign.landing(s.variant)
+        cells = [
+            f"`{name}`" + (" (seed 0)" if s.chose else ""),
+            "" if landed is None else f"{landed:.3f}",
+        ]
+        for b in (first, last):
+            cells += _cells(kept[b][name]) if name in kept[b] else ["", "", ""]
+        lines.append(cells)
+    for name, sizes in KINDS:
+        cells = [name, ""]
+        for b in (first, last):
+            cells += [
+                f"{mean(campaign.tuned(getattr(campaign.setup, sizes), b).values()):.3f}",
+                "",
+                "",
+            ]
+        lines.append(cells)
+    lines.append(
+        [
+            "headroom",
+            "",
+            *(cell for b in (first, last) for cell in ("", f"{_headroom(campaign, b):.0%}", "")),
+        ]
+    )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _early(campaign: Campaign, s: Saving) -> bool:
+    """True for the setup's own growth point, which all recipes share."""
+    return abs(s.variant.grow_at / campaign.per / campaign.setup.grow_at[0] - 1) < 0.01
+
+
+def _headroom(campaign: Campaign, budget: int) -> float:
+    return campaign.headroom(budget, campaign.setup.grow_at[0] * campaign.per)
+
+
+def _cells(s: Saving) -> list[str]:
+    return [
+        f"{mean(s.losses.values()):.3f}",
+        _share(s.charged, "~" if s.beyond else ""),
+        _share(s.sunk, ""),
+    ]
+
+
+def overview(campaigns: dict[str, Campaign]) -> str:
+    """README's short table: for every setup and budget the tuned runs, and the recipe that was lowest on the seeds that chose nothing."""
+    header = [
+        "setup",
+        "FLOPs (steps)",
+        "from scratch",
+        "never grows",
+        "grown, lowest",
+        "recipe",
+        "saves, charged",
+        "saves, sunk",
+        "headroom",
+    ]
+    lines = [header, ["---"] * len(header)]
+    for name, campaign in campaigns.items():
+        setup = campaign.setup
+        for b, flops in enumerate(campaign.budgets):
+            best = next((s for s in campaign.savings(b)), None)
+            if best is None:
+                continue
+            plain = [
+                f"{mean(campaign.tuned(sizes, b).values()):.3f}"
+                for sizes in (setup.target_sizes, setup.source_sizes)
+            ]
+            loss, charged, sunk = _cells(best)
+            at = f"`{best.variant.recipe}` at {best.variant.grow_at / campaign.per:.0f}" + (
+                " (seed 0)" if best.chose else ""
+            )
+            lines.append(
+                [
+                    name,
+                    f"{flops:.1e} ({setup.budgets[b]:,})",
+                    *plain,
+                    loss,
+                    at,
+                    charged,
+                    sunk,
+                    f"{best.headroom:.0%}",
+                ]
+            )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _grown(s: Saving, per: float) -> tuple[float, list[str]]:
     mark = "~" if s.beyond else ""
     difference = "" if s.difference is None else f"{s.difference[0]:+.4f} +- {s.difference[1]:.4f}"
