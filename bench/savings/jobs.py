@@ -289,7 +289,7 @@ def run_all(
             known.append(job)
     if not known:
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=8) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         futures = {pool.submit(run, job, work, device): job for job in known}
         for future in as_completed(futures):
             job, done = futures[future], future.result()
