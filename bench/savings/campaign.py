@@ -141,15 +141,9 @@ RATES = (2e-3, 4e-3, 8e-3)
 SOURCE_RATES = (4e-3, 8e-3, 16e-3)
 SMALL = {"hidden": 32, "layers": 4}
 WIDTH = Setup(
-    SMALL,
-    {"hidden": 64, "layers": 4},
-    (512, 854, 1366),
-    (205,),
-    RATES,
-    SOURCE_RATES,
-    WIDTHS,
-    beyond=(2186,),
-)
+    SMALL, {"hidden": 64, "layers": 4}, (512, 854, 1366), (205,), RATES, SOURCE_RATES,
+    ("default", "default, one rate", "CopyAndPad", "Sparkling fresh", "FreshFeatures"), beyond=(2186,),
+)  # fmt: skip
 DEPTH = Setup(
     {"hidden": 32, "layers": 2}, {"hidden": 32, "layers": 8}, (500, 1000, 2000), (200,), (4e-3, 8e-3, 16e-3),
     SOURCE_RATES, tuple(name for name in DEPTHS if name not in ("Middle", "TopCopies")), beyond=(3000,),
@@ -162,6 +156,7 @@ SETUPS: dict[str, Setup] = {
         training={"n_eval": 8, "n_trunk": 4, "warmup": 4},
     ),
     "width": WIDTH,
+    "width, all": replace(WIDTH, recipes=WIDTHS),
     "width, points": replace(WIDTH, grow_at=(102, 384), recipes=("default, one rate", "Sparkling fresh")),
     "width, c++": replace(WIDTH, text="c++", recipes=("default, one rate", "Sparkling fresh")),
     "width, muon": replace(
