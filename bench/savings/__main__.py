@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench.harness import RESULTS
+from bench.harness import RESULTS, slug
 from bench.savings.analysis import Campaign
 from bench.savings.campaign import RECIPES, SETUPS, Setup
 from bench.savings.jobs import Done, Job, Ledger, run_all, unit
@@ -57,6 +57,7 @@ def finals(setup: Setup, names: list[str], campaign: Campaign, seeds: int) -> li
         for b in range(len(campaign.budgets))
         for v in campaign.variants(b)
         if v.recipe in names
+        and any(abs(v.grow_at / campaign.per / at - 1) < 0.01 for at in setup.grow_at)
     }
     return [
         Job(setup, setup.target_sizes, v.lr, seed, v.recipe, v.rate, v.grow_at)
@@ -92,9 +93,9 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := {*names, *finalists} - {*RECIPES}:
         parser.error(f"unknown recipes: {', '.join(sorted(unknown))}; known: {', '.join(RECIPES)}")
 
-    def on_done(job: Job, done: Done) -> None:
+    def on_done(job: Job, done: Done, at: str) -> None:
         losses = " ".join(f"{row['loss']:.4f}" for row in done.rows)
-        console.print(f"{describe(job)}: {losses}", highlight=False, markup=False)
+        console.print(f"{at} {describe(job)}: {losses}", highlight=False, markup=False)
 
     def campaign() -> Campaign:
         return Campaign(setup, ledger.rows())
@@ -112,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = campaign()
     for part in tables(found):
         console.print(part, highlight=False)
-    path = asked.out / f"{ledger.rows_path.stem}-{name}.png"
+    path = asked.out / f"{ledger.rows_path.stem}-{slug(name)}.png"
     picture(found, path)
     console.print(f"\n{ledger.rows_path}\n{path}", highlight=False, markup=False)
     return 0

@@ -275,11 +275,12 @@ def _append(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) 
 
 
 def run_all(
-    jobs: Iterable[Job], ledger: Ledger, work: Path, *, workers: int, device: str, on_done: Callable[[Job, Done], object]
+    jobs: Iterable[Job], ledger: Ledger, work: Path, *, workers: int, device: str, on_done: Callable[[Job, Done, str], object]
 ) -> None:  # fmt: skip
     """Run jobs that have no rows yet, ``workers`` at a time, each in a process of its own.
 
-    Plain runs that grown runs start from run again where their snapshots are missing.
+    ``on_done`` gets the job, what it found, and how many of this round are done. Plain runs that grown runs start from run again
+    where their snapshots are missing.
     """
     work.mkdir(parents=True, exist_ok=True)
     known: list[Job] = []
@@ -291,7 +292,7 @@ def run_all(
         return
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         futures = {pool.submit(run, job, work, device): job for job in known}
-        for future in as_completed(futures):
+        for n, future in enumerate(as_completed(futures), 1):
             job, done = futures[future], future.result()
             ledger.append(done)
-            on_done(job, done)
+            on_done(job, done, f"{n}/{len(known)}")
