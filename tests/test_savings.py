@@ -108,6 +108,19 @@ def test_headroom_is_that_of_a_target_which_starts_where_the_source_stands():
     assert found.headroom(1, 2 * STEP) == pytest.approx(1 - 16 / (16 - 2 + worth))
 
 
+def test_headroom_takes_the_loss_at_the_growth_from_a_branch_that_ended_there():
+    setup = replace(SMOKE, early=(2,))
+    rows = [
+        *hand_made(1.9, never=2.5),
+        *(row(SMOKE.source_sizes, 8e-3, s, 2, 4.0) for s in (0, 1, 2)),
+    ]
+
+    found = analysis.Campaign(setup, rows)
+
+    worth = 8 * 2 ** (3.0 - 4.0)
+    assert found.headroom(1, 2 * STEP) == pytest.approx(1 - 16 / (16 - 2 + worth))
+
+
 def test_tuning_takes_the_better_rate_of_seed_0_and_leaves_that_seed_out():
     rows = hand_made(1.9)
     rows += [

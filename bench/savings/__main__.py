@@ -42,9 +42,11 @@ def search(setup: Setup, names: list[str], campaign: Campaign) -> list[Job]:
 
 def sources(setup: Setup, campaign: Campaign, seeds: int) -> list[Job]:
     """Source and target at their best rates, on the other seeds."""
-    reach = (setup.source_sizes, campaign.budgets), (setup.target_sizes, campaign.reach)
     chosen = {
-        (sizes, campaign.best_lr(sizes, b)) for sizes, budgets in reach for b in range(len(budgets))
+        (sizes, campaign.best_lr(sizes, b))
+        for sizes in (setup.source_sizes, setup.target_sizes)
+        for b in range(len(campaign.reach))
+        if campaign.tried(sizes, b)
     }
     chosen.add((setup.source_sizes, campaign.best_lr(setup.source_sizes, 0)))
     return [_plain(setup, *one, seed) for seed in range(1, seeds + 1) for one in sorted(chosen)]

@@ -69,7 +69,7 @@ class Campaign:
     def __init__(self, setup: Setup, rows: Iterable[Mapping[str, str]]) -> None:
         self.setup, self.per = setup, unit(setup)
         self.budgets = [steps * self.per for steps in setup.budgets]
-        self.reach = self.budgets + [steps * self.per for steps in setup.beyond]
+        self.reach = [steps * self.per for steps in (*setup.budgets, *setup.beyond, *setup.early)]
         self.plain: dict[tuple[tuple[int, int], float, int], dict[int, float]] = defaultdict(dict)
         self.grown: dict[tuple[Variant, int], dict[int, float]] = defaultdict(dict)
         self.landed: dict[Variant, dict[int, float]] = defaultdict(dict)
@@ -101,7 +101,12 @@ class Campaign:
                     self.landed[variant][seed] = float(row["loss_landed"])
 
     def best_lr(self, sizes: tuple[int, int], budget: int) -> float:
-        """The learning rate whose run of these sizes ends lowest at a budget, on the tuning seed."""
+        """The learning rate whose run of these sizes ends lowest at a budget, on the tuning seed.
+
+        At growth points it is that of the run which grows: the best at the first budget.
+        """
+        if budget >= len(self.setup.budgets) + len(self.setup.beyond):
+            budget = 0
         tried = {
             lr: losses[TUNING]
             for (s, lr, b), losses in self.plain.items()
@@ -120,7 +125,7 @@ class Campaign:
         return sorted(set.intersection(*found))
 
     def curve(self, sizes: tuple[int, int], seeds: Sequence[int] | None = None) -> Curve:
-        """Tuned annealed losses over budgets, and over those beyond that all of these seeds have, as the mean over seeds."""
+        """Tuned annealed losses, as the mean over seeds: at all budgets, and at those of ``beyond`` and ``early`` that all seeds have."""
         drawn = seeds or self.seeds
         found: list[tuple[float, float]] = []
         for b, flops in enumerate(self.reach):
@@ -129,11 +134,14 @@ class Campaign:
             found.append((flops, mean(_pick(self.plain[sizes, self.best_lr(sizes, b), b], drawn))))
         return found
 
-    def _ran(self, sizes: tuple[int, int], budget: int, seeds: set[int]) -> bool:
-        """True when the tuning seed has chosen a rate for this budget, and these seeds have run it."""
-        tried = any(
+    def tried(self, sizes: tuple[int, int], budget: int) -> bool:
+        """True when the tuning seed has run these sizes to this budget."""
+        return any(
             (sizes, budget) == (s, b) and TUNING in run for (s, _, b), run in self.plain.items()
         )
+
+    def _ran(self, sizes: tuple[int, int], budget: int, seeds: set[int]) -> bool:
+        tried = self.tried(sizes, budget)
         return tried and seeds <= {*self.plain[sizes, self.best_lr(sizes, budget), budget]}
 
     def headroom(self, budget: int, grow_at: float, seeds: Sequence[int] | None = None) -> float:

@@ -97,6 +97,7 @@ class Setup:
         budgets: FLOPs, in steps of the target, at which annealed losses are compared.
         beyond: Further budgets, which only the target from scratch reaches: a grown run that ends lower than it at the last of
             ``budgets`` is compared with these.
+        early: Further budgets, which only the source reaches: the growth points, where its annealed loss says what it is worth.
         grow_at: FLOPs of the source, in steps of the target, at which it grows.
         lrs: Peak learning rates of the target that are tried on seed 0.
         source_lrs: Likewise, of the source.
@@ -120,6 +121,7 @@ class Setup:
     optimizer: str = "adamw"
     landing: int = 100
     beyond: tuple[int, ...] = ()
+    early: tuple[int, ...] = ()
     training: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
@@ -143,10 +145,12 @@ SMALL = {"hidden": 32, "layers": 4}
 WIDTH = Setup(
     SMALL, {"hidden": 64, "layers": 4}, (512, 854, 1366), (205,), RATES, SOURCE_RATES,
     ("default", "default, one rate", "CopyAndPad", "Sparkling fresh", "FreshFeatures"), beyond=(2186,),
+    early=(102, 205, 384),
 )  # fmt: skip
 DEPTH = Setup(
     {"hidden": 32, "layers": 2}, {"hidden": 32, "layers": 8}, (500, 1000, 2000), (200,), (4e-3, 8e-3, 16e-3),
     SOURCE_RATES, tuple(name for name in DEPTHS if name not in ("Middle", "TopCopies")), beyond=(3000,),
+    early=(100, 200, 375),
 )  # fmt: skip
 
 SETUPS: dict[str, Setup] = {
@@ -168,7 +172,9 @@ SETUPS: dict[str, Setup] = {
     ),
     "depth": DEPTH,
     "depth, points": replace(DEPTH, grow_at=(100, 375), recipes=("Stack, dropped", "IdentityBlocks")),
-    "depth, long": replace(DEPTH, budgets=(2000, 4500), beyond=(), grow_at=(800,), recipes=("Stack, dropped", "IdentityBlocks")),
+    "depth, long": replace(
+        DEPTH, budgets=(2000, 4500), beyond=(), early=(800,), grow_at=(800,), recipes=("Stack, dropped", "IdentityBlocks"),
+    ),
     "depth, twice": replace(
         DEPTH, source={"hidden": 32, "layers": 4}, source_lrs=(8e-3,), recipes=("Stack", "Middle", "Interpose"),
     ),

@@ -87,8 +87,9 @@ class Job:
         via = RECIPES[self.recipe].via if self.recipe else ()
         last = max([self.grow_at, *(self.grow_at * multiple for _, multiple in via)])
         trunk = 1 - Training(**self.setup.training).anneal
-        scratch = self.sizes == self.setup.target_sizes and not self.recipe
-        steps = self.setup.budgets + (self.setup.beyond if scratch else ())
+        scratch, source = self.setup.target_sizes, self.setup.source_sizes
+        more = {scratch: self.setup.beyond, source: self.setup.early}
+        steps = sorted(self.setup.budgets + (() if self.recipe else more.get(self.sizes, ())))
         ends = [n * unit(self.setup) for n in steps]
         return [end for end in ends if last <= trunk * end]
 
@@ -153,7 +154,10 @@ class _Trial:
             self.trunk.restore(torch.load(at, weights_only=False))
             self._plan_growths()
         else:
-            first, last = self.ends[0] / 20, self.ends[-1] * (1 - self.training.anneal)
+            first, last = (
+                setup.budgets[0] * unit(setup) / 20,
+                self.ends[-1] * (1 - self.training.anneal),
+            )
             for i in range(POINTS):
                 self.events.append((first * (last / first) ** (i / (POINTS - 1)), self._point))
             for at in job.saves:
