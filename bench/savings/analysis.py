@@ -132,7 +132,7 @@ class Campaign:
             if b >= len(self.budgets) and not self._ran(sizes, b, {TUNING, *drawn}):
                 continue
             found.append((flops, mean(_pick(self.plain[sizes, self.best_lr(sizes, b), b], drawn))))
-        return found
+        return sorted(found)
 
     def tried(self, sizes: tuple[int, int], budget: int) -> bool:
         """True when the tuning seed has run these sizes to this budget."""
