@@ -17,6 +17,7 @@ pytest.importorskip("rich")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 try:
+    from bench.harness import RESULTS
     from bench.savings import __main__ as savings
     from bench.savings import analysis, campaign, jobs, report, symmetry
     from growkern.demo_run import Run, Training, build, flops_per_step, loss_at, read_corpus
@@ -217,6 +218,19 @@ def test_killed_campaign_goes_on_and_finds_the_same(smoke, tmp_path):
         )
 
     assert bare(found) == bare(lines)
+
+
+def test_readme_holds_the_tables_of_the_committed_rows():
+    (path,) = [p for p in RESULTS.glob("savings-*.csv") if not p.stem.endswith("-curves")]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    found = [*report.readme(jobs.read_rows(path))]
+
+    assert len(found) >= 2
+    for table in found:
+        assert table in text, (
+            f"run: python -m bench.savings --markdown, and put into README:\n{table}"
+        )
 
 
 def test_unknown_recipe_is_refused_with_the_known_ones(capsys):

@@ -14,7 +14,7 @@ from bench.harness import RESULTS, slug
 from bench.savings.analysis import Campaign
 from bench.savings.campaign import RECIPES, SETUPS, Setup
 from bench.savings.jobs import Done, Job, Ledger, run_all, unit
-from bench.savings.report import describe, picture, tables
+from bench.savings.report import describe, picture, readme, tables
 
 
 def plain(setup: Setup) -> list[Job]:
@@ -86,10 +86,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of rows and picture")
     parser.add_argument("--work", type=Path, default=Path("savings-work"), help="snapshots")
     parser.add_argument("--report", action="store_true", help="run nothing; read the rows")
+    parser.add_argument(
+        "--markdown", action="store_true", help="run nothing; print README's tables"
+    )
     asked = parser.parse_args(arguments)
     console = Console(width=160)
     name, device = ("gpu", "cuda") if asked.gpu else (asked.setup, "cpu")
     setup, ledger = SETUPS[name], Ledger(asked.out)
+    if asked.markdown:
+        console.print(
+            *readme(ledger.rows()), sep="\n\n", highlight=False, markup=False, soft_wrap=True
+        )
+        return 0
     names = asked.recipes or [*setup.recipes]
     finalists = asked.finalists or names
     if unknown := {*names, *finalists} - {*RECIPES}:

@@ -8,7 +8,8 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from bench.savings.analysis import Campaign, Losses, Saving
+from bench.savings.analysis import TUNING, Campaign, Losses, Saving
+from bench.savings.campaign import SETUPS
 from bench.savings.jobs import Job
 from growkern.demo_run import flops_needed
 
@@ -101,6 +102,18 @@ def picture(campaign: Campaign, path: Path) -> None:
     figure.savefig(path)
 
 
+TABLES = "width", "depth"  # setups with a table of all recipes in README
+MORE = "width, c++", "width, muon", "wider", "both"  # setups whose best recipe is in README
+
+
+def readme(rows: list[dict[str, str]]) -> Iterator[str]:
+    """The tables of README: the lowest recipe of every setup that has run, and all recipes of the two main setups."""
+    ran = {name: Campaign(SETUPS[name], rows) for name in TABLES + MORE}
+    ran = {name: campaign for name, campaign in ran.items() if campaign.grown}
+    yield overview(ran)
+    yield from (markdown(ran[name]) for name in TABLES if name in ran)
+
+
 def markdown(campaign: Campaign) -> str:
     """README's table of a setup: every recipe at its growth point, its landing, and loss and savings at the first and the last budget."""
     first, last = 0, len(campaign.budgets) - 1
@@ -159,13 +172,13 @@ def _cells(s: Saving) -> list[str]:
 
 
 def overview(campaigns: dict[str, Campaign]) -> str:
-    """README's short table: for every setup and budget the tuned runs, and the recipe that was lowest on the seeds that chose nothing."""
+    """README's short table: for every setup and budget the tuned runs, and the recipe that was lowest on the seed that chooses."""
     header = [
         "setup",
         "FLOPs (steps)",
         "from scratch",
         "never grows",
-        "grown, lowest",
+        "grown",
         "recipe",
         "saves, charged",
         "saves, sunk",
@@ -175,9 +188,11 @@ def overview(campaigns: dict[str, Campaign]) -> str:
     for name, campaign in campaigns.items():
         setup = campaign.setup
         for b, flops in enumerate(campaign.budgets):
-            best = next((s for s in campaign.savings(b)), None)
-            if best is None:
+            measured = campaign.savings(b)
+            measured = [s for s in measured if not s.chose] or measured
+            if not measured:
                 continue
+            best = min(measured, key=lambda s: campaign.grown[s.variant, b][TUNING])
             plain = [
                 f"{mean(campaign.tuned(sizes, b).values()):.3f}"
                 for sizes in (setup.target_sizes, setup.source_sizes)
