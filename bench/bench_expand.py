@@ -30,7 +30,7 @@ from growkern.pieces import Cutter
 from growkern.plan import GrowthPlan
 from growkern.spaces import space_size
 from growkern.state import GRADIENT, LAWS, SQUARE, VALUE
-from growkern.tensors import Tensors
+from growkern.support.named_tensors import Tensors
 from growkern.width import Lossless
 
 GPU = torch.cuda.is_available()

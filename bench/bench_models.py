@@ -36,7 +36,7 @@ from growkern.execute import Execution
 from growkern.pieces import Cutter
 from growkern.plan import GrowthPlan
 from growkern.sizes import resolve_sizes
-from growkern.tensors import Tensors
+from growkern.support.named_tensors import Tensors
 from growkern.width import Lossless
 
 GPU = torch.cuda.is_available()

@@ -26,7 +26,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from growkern.memory import empty
+from growkern.support.memory import empty
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from growkern.scaling import ScalingLaw, interval
-from growkern.tables import table
+from growkern.support.text import table
 
 Interval = tuple[float, float, float]  # lower end, median, upper end: 90 % of the draws
 SURE = 0.8  # an option is advised when it ends lowest in as many of the draws

@@ -29,7 +29,6 @@ from growkern.forgotten import Live, averages_of, forgotten_schedulers, refuse_f
 from growkern.groups import check_scheduler, follows, schedulers
 from growkern.guard import n_growths
 from growkern.law import build, check
-from growkern.memory import elsewhere, in_place
 from growkern.methods import DepthMethod, ShrinkMethod, WidthMethod
 from growkern.notes import notes
 from growkern.optim_target import Masters, OptimTarget
@@ -41,9 +40,10 @@ from growkern.scale import scale_of
 from growkern.sizes import Target, resolve_sizes
 from growkern.spaces import ModelSpec
 from growkern.state import GRADIENT, MASTER, MASTER_GRAD, VALUE, OptimSpec, Rule
-from growkern.tensors import Tensors
+from growkern.support.memory import elsewhere, in_place
+from growkern.support.named_tensors import Tensors
+from growkern.support.wrappers import mid_step, unwrapped
 from growkern.width import Lossless
-from growkern.wrappers import mid_step, unwrapped
 
 logger = logging.getLogger("growkern")
 

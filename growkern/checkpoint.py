@@ -16,13 +16,13 @@ from growkern.describe import describe, tensors_of
 from growkern.errors import CheckpointError, PlanError
 from growkern.execute import Execution
 from growkern.law import check
-from growkern.memory import page_out
 from growkern.methods import DepthMethod, WidthMethod
 from growkern.plan import GrowthPlan, TensorRow
 from growkern.saved import CONFIG, Checkpoint, Layout, load
 from growkern.shards import Shards, aside, n_bytes_of
 from growkern.sizes import Target
-from growkern.tables import table
+from growkern.support.memory import page_out
+from growkern.support.text import table
 
 WEIGHTS = (  # what becomes of a folder's weights and training state is not a matter of copying
     ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".index.json", "trainer_state.json",

@@ -11,11 +11,11 @@ from torch import nn
 from growkern import initial
 from growkern.errors import CommitError, UnsupportedModelError
 from growkern.guard import Grown, Guard, OptimGuard, guard_of, optim_guard_of
-from growkern.memory import Keep, in_place
 from growkern.optim_target import OptimTarget, grow_optimizer, grow_state
 from growkern.plan import GrowthPlan, TensorRow
-from growkern.signals import uninterrupted
-from growkern.tensors import Tensors
+from growkern.support.interrupts import uninterrupted
+from growkern.support.memory import Keep, in_place
+from growkern.support.named_tensors import Tensors
 from growkern.undo import Undo
 
 

@@ -15,9 +15,9 @@ from growkern.errors import GrowthError, PlanError
 from growkern.methods import DepthMethod, WidthMethod
 from growkern.scale import UpdateScale, scale_of
 from growkern.sizes import Target
-from growkern.tables import table
+from growkern.support.text import table
+from growkern.support.wrappers import unwrapped
 from growkern.verify import verify
-from growkern.wrappers import unwrapped
 
 Batch = Tensor | Mapping[str, object]
 Method = WidthMethod | DepthMethod | tuple[WidthMethod, DepthMethod]

@@ -12,7 +12,7 @@ from growkern.errors import UnsupportedModelError, raise_all
 from growkern.families import FAMILIES
 from growkern.spaces import SHARE, Blocks, ModelSpec, size_value
 from growkern.state import MASTER, MASTER_GRAD
-from growkern.tensors import Tensors
+from growkern.support.named_tensors import Tensors
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WRAPPERS = {

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from growkern import reference
 from growkern.errors import GrowthError, InsufficientMemoryError, PlanError, raise_all
-from growkern.memory import empty, free_bytes, trim
 from growkern.pieces import Cutter, Given
 from growkern.plan import GrowthPlan, TensorRow
 from growkern.quantised import N_BYTES, decoded, encoded, is_coded, scale_key
 from growkern.reference import Piece, arithmetic
 from growkern.state import GRADIENT, MASTER, MASTER_GRAD, VALUE, Rule
-from growkern.tensors import Tensors
+from growkern.support.memory import empty, free_bytes, trim
+from growkern.support.named_tensors import Tensors
 
 Memory = Literal["stage", "lean"]
 MEMORIES = ("stage", "lean")

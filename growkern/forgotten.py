@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from growkern.errors import PlanError, UnsupportedModelError, UnsupportedOptimizerError
 from growkern.groups import driven_by
-from growkern.wrappers import unwrapped
+from growkern.support.wrappers import unwrapped
 
 ENGINE = "DeepSpeedEngine"  # told by its name, as no framework is imported
 

@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from growkern.errors import PlanError
+from growkern.support.wrappers import unwrapped
 from growkern.undo import Undo
-from growkern.wrappers import unwrapped
 
 LR_KEYS = (
     "lr",

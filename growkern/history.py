@@ -14,7 +14,7 @@ from growkern.optim_target import Masters
 from growkern.plan import GrowthPlan
 from growkern.shrinking import shrink_inplace
 from growkern.spaces import ModelSpec
-from growkern.wrappers import unwrapped
+from growkern.support.wrappers import unwrapped
 
 
 def resume(

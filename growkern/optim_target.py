@@ -14,7 +14,7 @@ from growkern.optim import begin
 from growkern.plan import GrowthPlan
 from growkern.scale import Scale, UpdateScale, scale_of
 from growkern.state import MASTER, MASTER_GRAD, SLICES, OptimSpec
-from growkern.tensors import Tensors
+from growkern.support.named_tensors import Tensors
 from growkern.undo import Undo
 
 Masters = MutableMapping[nn.Parameter, nn.Parameter]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from growkern.errors import PlanError
 from growkern.index_map import IndexMap, Run, Vector
 from growkern.methods import BlockRow
-from growkern.tables import fold, table
+from growkern.support.text import fold, table
 
 PADS = "zero", "mean", "normal", "free", "given"
 # what an element without an ancestor is: 0, the mean along the axis, or noise, where it is read ("normal") or written ("free"),

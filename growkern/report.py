@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from growkern.plan import KEPT, Preserves
-from growkern.tables import table
+from growkern.support.text import table
 
 
 @dataclass(frozen=True)

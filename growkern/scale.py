@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from growkern.errors import PlanError
-from growkern.signals import uninterrupted
+from growkern.support.interrupts import uninterrupted
 
 Factor = float | Tensor  # along one axis: of all, or of each coordinate, (n,)
 

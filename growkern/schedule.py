@@ -22,10 +22,10 @@ from growkern.loss_curve import LossCurve
 from growkern.optim_target import Masters
 from growkern.plan import GrowthPlan
 from growkern.report import GrowthReport
-from growkern.signals import uninterrupted
 from growkern.spaces import ModelSpec
-from growkern.tables import table
-from growkern.wrappers import unwrapped
+from growkern.support.interrupts import uninterrupted
+from growkern.support.text import table
+from growkern.support.wrappers import unwrapped
 
 logger = logging.getLogger("growkern")
 

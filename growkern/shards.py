@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from growkern.errors import CheckpointError, PlanError, raise_all
-from growkern.memory import bytes_of
-from growkern.signals import uninterrupted
+from growkern.support.interrupts import uninterrupted
+from growkern.support.memory import bytes_of
 
 SINGLE, INDEX, PATTERN = (
     "model.safetensors",

@@ -16,7 +16,7 @@ from growkern.report import GrowthReport
 from growkern.shrink import WeightSelection
 from growkern.sizes import Target, resolve_sizes
 from growkern.spaces import ModelSpec
-from growkern.wrappers import unwrapped
+from growkern.support.wrappers import unwrapped
 
 SHRINKING_STATES = ("exact", "copy", "drop")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from growkern.errors import CommitError
-from growkern.memory import Keep, in_place
+from growkern.support.memory import Keep, in_place
 
 K = TypeVar("K")
 V = TypeVar("V")

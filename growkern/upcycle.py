@@ -17,10 +17,10 @@ from growkern.errors import (
     raise_all,
 )
 from growkern.scale import scale_of
-from growkern.signals import uninterrupted
 from growkern.state import Rule
+from growkern.support.interrupts import uninterrupted
+from growkern.support.wrappers import unwrapped
 from growkern.undo import Undo
-from growkern.wrappers import unwrapped
 
 
 @dataclass(frozen=True)

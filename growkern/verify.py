@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from growkern.tables import fold, table
+from growkern.support.text import fold, table
 
 # relative to the largest logit; float64 too is loose, because norms of transformers round to float32 whatever their input
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

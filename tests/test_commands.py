@@ -216,7 +216,8 @@ PEAK = """
 import sys
 from pathlib import Path
 import torch
-from growkern import checkpoint, memory
+from growkern import checkpoint
+from growkern.support import memory
 
 torch.set_num_threads(1)
 small, big, out = map(Path, sys.argv[1:4])

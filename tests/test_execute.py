@@ -13,7 +13,7 @@ from growkern.execute import execute
 from growkern.index_map import PAD, IndexMap, Vector
 from growkern.plan import AxisMap, GrowthPlan, TensorRow
 from growkern.state import LAWS
-from growkern.tensors import Tensors
+from growkern.support.named_tensors import Tensors
 
 
 def plan_of(axes, **row):

@@ -12,12 +12,13 @@ import torch
 from models import batch, grow, make, train
 
 import growkern
-from growkern import api, commit, execute, groups, memory, optim_target
+from growkern import api, commit, execute, groups, optim_target
 from growkern.errors import CommitError, GrowthError, InsufficientMemoryError, PlanError
 from growkern.kernels import table
 from growkern.kernels.table import Table
 from growkern.pieces import Cutter
 from growkern.state import GRADIENT, SQUARE, VALUE
+from growkern.support import memory
 
 TENSORS = {
     "plain": torch.randn(5, 7),
@@ -339,7 +340,7 @@ def memory(key):
 
 growkern.expand_inplace(*model(64, 1, 100), memory={mode!r})
 source = model({width}, {layers}, {vocab})
-growkern.memory.trim()
+growkern.support.memory.trim()
 start = memory("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
 report = growkern.expand_inplace(*source, memory={mode!r})

@@ -7,7 +7,7 @@ from test_schedule import WIDER, optimizer, run, schedule_at
 
 from growkern.events import At
 from growkern.schedule import GrowthSchedule
-from growkern.wrappers import unwrapped
+from growkern.support.wrappers import unwrapped
 
 
 def test_wrappers_are_looked_through_by_name():

@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 from growkern.events import Event
 from growkern.report import GrowthReport
 from growkern.schedule import Attachment, GrowthSchedule, Options, growth_metrics
-from growkern.wrappers import unwrapped
+from growkern.support.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
