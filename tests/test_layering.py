@@ -210,7 +210,7 @@ BROKEN = {
     "plan-imports-commit": ("growkern.plan", "from growkern.commit import commit", "not below it"),
     "errors-imports-tables": (
         "growkern.errors",
-        "from growkern.support import text",
+        "from growkern.support.text import table",
         "not below it",
     ),
     "commit-imports-report": ("growkern.commit", "import growkern.report", "not below it"),
