@@ -3,7 +3,7 @@
 For every recipe, growth point and budget of the campaign the adviser gets what a user has before the decision: the source's trunk curve up
 to the growth point and, in a second pass, the curve of a model of another size (seed 0; never the target's). The efficiency of
 growth comes from the other recipes of the campaign, or from the other setups alone; never from the recipe that is judged. The truth is
-the campaign's own figure, ``Campaign.saving``. ``--write`` derives ``growkern/recipes.py`` from the rows.
+the campaign's own figure, ``Campaign.saving``. ``--write`` derives ``growkern/recipes/measured.py`` from the rows.
 """
 
 import argparse
@@ -23,9 +23,10 @@ from bench.harness import RESULTS
 from bench.savings.analysis import TUNING, Campaign, Saving, Variant
 from bench.savings.campaign import RECIPES, SETUPS, Setup
 from bench.savings.jobs import read_rows
-from growkern.advice import Advice, Recipe, Saved, percent
-from growkern.adviser import pooled
-from growkern.scaling import Curve, ScalingLaw, fit
+from growkern.advice.advice import Advice, percent
+from growkern.advice.adviser import pooled
+from growkern.advice.scaling import Curve, ScalingLaw, fit
+from growkern.recipes.recipe import Recipe, Saved
 
 ROOT = Path(__file__).resolve().parents[1]
 JUDGED = "width", "width, c++", "wider", "depth", "depth, twice", "both"
@@ -35,7 +36,7 @@ OTHER = {
 VOCAB = 256
 ALONE = 0.1  # spread of a single figure
 MODELS = "60 to 230 thousand parameters (bytes of Python source)"
-CALIBRATION = ROOT / "growkern" / "recipes.py"
+CALIBRATION = ROOT / "growkern" / "recipes" / "measured.py"
 
 
 TrunkKey = tuple[str, tuple[int, int], float, int]  # text, sizes, learning rate, seed
@@ -333,7 +334,7 @@ PASSES = {  # what the adviser was given: the second curve, and whether all of t
 
 
 def module(recipes: Mapping[str, Recipe], figures: Sequence[Figure]) -> str:
-    """Text of ``growkern/recipes.py``."""
+    """Text of ``growkern/recipes/measured.py``."""
     ratios = [f.budget / f.variant.grow_at for f in figures]
     low, high = floor(10 * min(ratios)) / 10, ceil(10 * max(ratios)) / 10
     setups = ", ".join(dict.fromkeys(f.setup for f in figures))
@@ -345,7 +346,7 @@ From {len(figures)} figures (recipes, growth points, budgets) of bench/results/s
 """
 
 {"from math import nan" + chr(10) * 2 if "nan" in rows else ""}from growkern import {used}
-from growkern.advice import Recipe, Saved
+from growkern.recipes.recipe import Recipe, Saved
 
 MEASURED = "{MODELS}"
 BUDGETS = {low:g}, {high:g}  # multiples of the compute at growth
@@ -386,7 +387,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=Path, default=RESULTS, help="folder of savings-*.csv")
     parser.add_argument(
-        "--write", action="store_true", help="write growkern/recipes.py from the rows"
+        "--write", action="store_true", help="write growkern/recipes/measured.py from the rows"
     )
     asked = parser.parse_args(arguments)
     console, rows = Console(width=180), Rows(asked.rows)

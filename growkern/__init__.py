@@ -4,8 +4,8 @@ from importlib import import_module
 from types import ModuleType
 
 from growkern import depth, errors, optim, recipes, shrink, vocab, width
-from growkern.advice import Advice
-from growkern.adviser import advise
+from growkern.advice.advice import Advice
+from growkern.advice.adviser import advise
 from growkern.api import expand_inplace, plan
 from growkern.compare import Comparison, Outcome, compare
 from growkern.describe import describe

@@ -14,9 +14,10 @@ from growkern.commit import check_blocks, commit
 from growkern.compiled import reset_near_limit
 from growkern.ddp import Ranks
 from growkern.depth import IdentityBlocks
-from growkern.describe import describe, tensors_of
+from growkern.describe import describe
 from growkern.describe_optim import describe_optimizer
 from growkern.dynamics import Multiplier, lr_factors, multipliers, scales, slices
+from growkern.engine.sources import tensors_of
 from growkern.errors import (
     CommitError,
     GrowthError,

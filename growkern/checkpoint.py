@@ -12,7 +12,8 @@ from torch import Tensor
 
 from growkern.api import plan as plan_growth
 from growkern.commit import check_blocks, grown_config
-from growkern.describe import describe, tensors_of
+from growkern.describe import describe
+from growkern.engine.sources import tensors_of
 from growkern.errors import CheckpointError, PlanError
 from growkern.execute import Execution
 from growkern.law import check

@@ -6,13 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.optim import Optimizer
 
 from growkern.errors import UnsupportedModelError, raise_all
 from growkern.families import FAMILIES
 from growkern.spaces import SHARE, Blocks, ModelSpec, size_value
-from growkern.state import MASTER, MASTER_GRAD
-from growkern.support.named_tensors import Tensors
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WRAPPERS = {
@@ -95,32 +92,6 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> ModelSpec:
         and axis < len(found.tensors[f"{name}.weight"])
     }
     return replace(found, leaves=leaves)
-
-
-def tensors_of(
-    model: nn.Module,
-    optim: Optimizer | None,
-    spec: ModelSpec,
-    masters: Mapping[nn.Parameter, nn.Parameter] | None = None,
-) -> Tensors:
-    """Gather the live tensors by name: parameters, buffers, gradients in flight, optimizer state and what masters hold."""
-    tensors = Tensors()
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if name in spec.ties:
-            continue
-        tensors.values[name] = p.detach()
-        if p.grad is not None:
-            tensors.grads[name] = p.grad.detach()
-        held = (masters or {}).get(p, p)
-        state = dict(optim.state.get(held, {})) if optim is not None else {}
-        if held is not p:
-            state[MASTER] = held.detach()
-            if held.grad is not None:
-                state[MASTER_GRAD] = held.grad.detach()
-        if state:
-            tensors.states[name] = state
-    tensors.values |= {name: b for name, b in model.named_buffers() if name in spec.tensors}
-    return tensors
 
 
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

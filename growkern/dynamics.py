@@ -16,9 +16,9 @@ from torch import Tensor
 
 from growkern.index_map import PAD, IndexMap, Vector
 from growkern.plan import GrowthPlan, TensorRow
-from growkern.reference import arithmetic
 from growkern.scale import Factor, Scale, UpdateScale
 from growkern.state import SLICES, Law, OptimSpec, muon_adjustment
+from growkern.support.dtypes import arithmetic
 
 REWARM = (1.3, 250.0)  # rho and tau of SPARKLING, arXiv:2602.02472
 ROUNDING = 1e-6  # of a product of factors in float32 that is 1

@@ -10,9 +10,9 @@ from growkern.errors import GrowthError, PlanError
 from growkern.loss_curve import LossCurve
 from growkern.methods import DepthMethod, WidthMethod
 from growkern.plan import GrowthPlan
+from growkern.planning.options import DYNAMICS, STATES
 from growkern.sizes import Target, resolve_sizes
 from growkern.spaces import ModelSpec
-from growkern.state import DYNAMICS, STATES
 
 
 @dataclass

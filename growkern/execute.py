@@ -17,8 +17,9 @@ from growkern.errors import GrowthError, InsufficientMemoryError, PlanError, rai
 from growkern.pieces import Cutter, Given
 from growkern.plan import GrowthPlan, TensorRow
 from growkern.quantised import N_BYTES, decoded, encoded, is_coded, scale_key
-from growkern.reference import Piece, arithmetic
+from growkern.reference import Piece
 from growkern.state import GRADIENT, MASTER, MASTER_GRAD, VALUE, Rule
+from growkern.support.dtypes import arithmetic
 from growkern.support.memory import empty, free_bytes, trim
 from growkern.support.named_tensors import Tensors
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.optimizer import StateDict
 
-from growkern.reference import arithmetic
 from growkern.reference_adamw import BLOCK, Hyper, Update, length, sizes
 from growkern.reference_adamw import adamw as torch_adamw
 from growkern.state import SLICES
+from growkern.support.dtypes import arithmetic
 
 KEYS = frozenset(SLICES)
 KERNEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

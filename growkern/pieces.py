@@ -17,6 +17,7 @@ from growkern.plan import AxisMap, GrowthPlan, Pad, TensorRow
 from growkern.reference import Noise, Piece
 from growkern.sides import Side, Stretch, scale_of
 from growkern.state import Rule
+from growkern.support.dtypes import arithmetic
 
 Given = Callable[[Tensor, int], Tensor]
 
@@ -86,7 +87,7 @@ class Cutter:
             known = row.source in self._stds
             if known or not rule.value or row.constant is not None or not source.numel():
                 continue
-            kind = source.device, reference.arithmetic(target.dtype), source.dtype
+            kind = source.device, arithmetic(target.dtype), source.dtype
             layout = self._layout(row, rule, *kind[:2])
             if not layout.centred and any(cell.free for cell in layout.cells):
                 noisy[kind].setdefault(row.source, source)
@@ -106,7 +107,7 @@ class Cutter:
             into = dst.view(1, dst.numel())
             yield Piece(self._constant(row.constant, dst).expand_as(into), into)
             return
-        dtype = reference.arithmetic(dst.dtype)
+        dtype = arithmetic(dst.dtype)
         layout = self._layout(row, rule, src.device, dtype)
         for axis in layout.centred:
             self.n_read += 2 * src.numel() * src.element_size()

@@ -8,6 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from growkern.support.dtypes import arithmetic
+
 BLOCK = 1 << 18  # elements computed at a time: temporaries stay in cache, and every thread has work
 BYTES_MEAN, BYTES_STD = (
     510,
@@ -116,11 +118,6 @@ class Piece:
         if self.noise is not None:
             return False
         return not any([copy.is_scaled for copy in (*self.row_copies, *self.col_copies)])
-
-
-def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """The dtype computed in: float64 for float64, float32 for every other."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def blocks(tensor: Tensor) -> Iterator[Tensor]:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from growkern.reference import arithmetic
 from growkern.state import SLICES
+from growkern.support.dtypes import arithmetic
 
 BLOCK = 1 << 18  # elements computed at a time: temporaries stay in cache, and every thread has work
 

@@ -11,9 +11,6 @@ from typing import Literal
 
 from growkern.errors import UnsupportedOptimizerError
 
-STATES = ("exact", "copy", "asymmetric", "zero_pad", "drop")
-DYNAMICS = ("mup", "exact", None)
-
 
 @dataclass(frozen=True)
 class Rule:

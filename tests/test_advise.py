@@ -14,12 +14,12 @@ from checkpoints import invoke, said
 from models import batch, loss_of, make
 
 import growkern
-from growkern.advice import Recipe, Saved
+from growkern.advice.scaling import fit, interval
 from growkern.errors import PlanError
 from growkern.events import At
 from growkern.loss_curve import LossCurve, read_curve
 from growkern.recipes import RECIPES
-from growkern.scaling import fit, interval
+from growkern.recipes.recipe import Recipe, Saved
 from growkern.schedule import GrowthSchedule
 
 ROOT = Path(__file__).resolve().parents[1]

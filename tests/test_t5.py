@@ -12,7 +12,7 @@ import growkern
 from growkern import depth, width
 from growkern.errors import PlanError, UnsupportedModelError
 from growkern.index_map import IndexMap
-from growkern.width.base import even
+from growkern.planning.method_spaces import even
 
 DEEPER = {
     "encoder": {"layers": 5},

@@ -7,7 +7,7 @@ the study of Du et al., "Stacking Your Transformers", NeurIPS 2024, arXiv:2405.1
 from dataclasses import dataclass
 from typing import Literal
 
-from growkern.depth.order import blocks, spread
+from growkern.depth.layer_order import blocks, spread
 from growkern.errors import PlanError
 from growkern.methods import Depth
 

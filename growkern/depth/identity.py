@@ -6,7 +6,7 @@ output and down projections are zero, spread evenly. Post-norm blocks take over 
 
 from dataclasses import dataclass
 
-from growkern.depth.order import spread
+from growkern.depth.layer_order import spread
 from growkern.methods import Depth
 
 

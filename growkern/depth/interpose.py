@@ -7,7 +7,7 @@ Interpose: staged training (Shen et al., ICML 2022, arXiv:2203.06211), "interlea
 from collections import Counter
 from dataclasses import dataclass
 
-from growkern.depth.order import around, between, blocks
+from growkern.depth.layer_order import around, between, blocks
 from growkern.errors import PlanError
 from growkern.methods import Depth
 

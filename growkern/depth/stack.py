@@ -9,7 +9,7 @@ of the top layers.
 from dataclasses import dataclass
 from typing import Literal
 
-from growkern.depth.order import around, between, blocks
+from growkern.depth.layer_order import around, between, blocks
 from growkern.errors import PlanError
 from growkern.methods import Depth
 

@@ -14,9 +14,7 @@ from typing import Literal
 from growkern.errors import PlanError
 from growkern.index_map import IndexMap, Vector
 from growkern.methods import Contract, Width
-from growkern.spaces import ModelSpec
-from growkern.width import inner
-from growkern.width.base import (
+from growkern.planning.method_spaces import (
     GROWS,
     INNER,
     Space,
@@ -27,6 +25,8 @@ from growkern.width.base import (
     spaces,
     splits,
 )
+from growkern.spaces import ModelSpec
+from growkern.width import head_dim_and_experts
 
 Norms = Literal["isometric", "zero_pad", "mean_pad", "centre_pad"]
 NORM_KINDS: dict[str, str] = {
@@ -71,7 +71,7 @@ class Lossless:
             problems.append(f"noise={self.noise!r} is not a finite number >= 0.")
         if self.norms is not None and self.norms not in list(NORM_KINDS):
             problems.append(f"norms={self.norms!r} is none of {', '.join(NORM_KINDS)}.")
-        problems += [*inner.problems(spec, sizes)]
+        problems += [*head_dim_and_experts.problems(spec, sizes)]
         refuse(spec, sizes, "Lossless", problems, (*GROWS, *INNER, "top_k"))
         maps: dict[str, IndexMap] = {}
         contracts: dict[str, Contract] = {}
@@ -79,13 +79,13 @@ class Lossless:
         scaled = {*normed(spec), "positions"}
         apart = splits(spec, sizes)
         for space in spaces(spec, sizes):
-            if inner.is_split(space, apart):
-                maps[space.name] = inner.split(space)
+            if head_dim_and_experts.is_split(space, apart):
+                maps[space.name] = head_dim_and_experts.split(space)
                 contracts |= dict.fromkeys(space.streams, even(maps[space.name]))
                 continue
             if space.name in INNER and not space.same:
-                maps[space.name] = inner.index_map(spec, space)
-                contracts |= dict(inner.contracts(space, maps[space.name]))
+                maps[space.name] = head_dim_and_experts.index_map(spec, space)
+                contracts |= dict(head_dim_and_experts.contracts(space, maps[space.name]))
                 continue
             how = (
                 "positions"
@@ -98,7 +98,10 @@ class Lossless:
             for stream in space.streams:
                 contracts[stream] = contract(maps[space.name], how, stream in scaled)
         solve_ties(spec, sizes, maps, contracts)
-        notes, joint = (*inner.notes(spec, sizes),), inner.joint(spec, maps, apart)
+        notes, joint = (
+            (*head_dim_and_experts.notes(spec, sizes),),
+            head_dim_and_experts.joint(spec, maps, apart),
+        )
         return Width(maps, contracts, self.noise, notes=notes, joint=joint)
 
 

@@ -13,12 +13,13 @@ from math import isfinite, prod
 import torch
 from torch import Tensor
 
-from growkern.advice import SURE, Advice, Interval, Option, Recipe
+from growkern.advice.advice import SURE, Advice, Option
+from growkern.advice.scaling import Curve, ScalingLaw, fit, interval
 from growkern.depth import IdentityBlocks
 from growkern.errors import PlanError, raise_all
 from growkern.events import Event
 from growkern.recipes import BUDGETS, MEASURED, RECIPES
-from growkern.scaling import Curve, ScalingLaw, fit, interval
+from growkern.recipes.recipe import Interval, Recipe
 from growkern.schedule import GrowthSchedule
 from growkern.width import Lossless
 

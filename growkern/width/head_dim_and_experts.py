@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 
 from growkern.index_map import PAD, IndexMap, Vector
 from growkern.methods import Contract
+from growkern.planning.method_spaces import Space, even
 from growkern.spaces import KEY, QUERY, SHARE, ModelSpec
-from growkern.width.base import Space, even
 
 
 def problems(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:

@@ -6,7 +6,7 @@ From 18 figures (recipes, growth points, budgets) of bench/results/savings-*.csv
 from math import nan
 
 from growkern import width
-from growkern.advice import Recipe, Saved
+from growkern.recipes.recipe import Recipe, Saved
 
 MEASURED = "60 to 230 thousand parameters (bytes of Python source)"
 BUDGETS = 2.4, 6.7  # multiples of the compute at growth

@@ -1,0 +1,36 @@
+"""Live tensors of a model and of its optimizer, by name."""
+
+from collections.abc import Mapping
+
+from torch import nn
+from torch.optim import Optimizer
+
+from growkern.spaces import ModelSpec
+from growkern.state import MASTER, MASTER_GRAD
+from growkern.support.named_tensors import Tensors
+
+
+def tensors_of(
+    model: nn.Module,
+    optim: Optimizer | None,
+    spec: ModelSpec,
+    masters: Mapping[nn.Parameter, nn.Parameter] | None = None,
+) -> Tensors:
+    """Gather the live tensors by name: parameters, buffers, gradients in flight, optimizer state and what masters hold."""
+    tensors = Tensors()
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if name in spec.ties:
+            continue
+        tensors.values[name] = p.detach()
+        if p.grad is not None:
+            tensors.grads[name] = p.grad.detach()
+        held = (masters or {}).get(p, p)
+        state = dict(optim.state.get(held, {})) if optim is not None else {}
+        if held is not p:
+            state[MASTER] = held.detach()
+            if held.grad is not None:
+                state[MASTER_GRAD] = held.grad.detach()
+        if state:
+            tensors.states[name] = state
+    tensors.values |= {name: b for name, b in model.named_buffers() if name in spec.tensors}
+    return tensors

@@ -1,0 +1,106 @@
+"""A way to grow, with what it saved where it was measured."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isnan
+from typing import Any
+
+from growkern.support.text import table
+
+Interval = tuple[float, float, float]  # lower end, median, upper end: 90 % of the draws
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a recipe saved where it was measured: shares of the FLOPs that the tuned target needs from scratch for the same loss.
+
+    Attributes:
+        setup: Name of the sizes and the text in ``bench/savings/campaign.py``.
+        grown_at: FLOPs at the growth.
+        budget: FLOPs of the whole run.
+        charged: Both phases are charged: lower end of the 90 % interval over seeds, mean, upper end.
+        sunk: The same when the source's FLOPs are not counted.
+        headroom: What a free and perfect growth would have saved, both phases charged.
+        n_seeds: Number of seeds, none of which chose a learning rate; 0 for the seed that did, which has no interval.
+    """
+
+    setup: str
+    grown_at: float
+    budget: float
+    charged: Interval
+    sunk: Interval
+    headroom: float
+    n_seeds: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to grow, and what it saved in measured runs; ``print`` it.
+
+    Attributes:
+        name: Name in the rows of ``bench/results/savings-*.csv``.
+        kind: ``"width"``, ``"depth"`` or ``"both"``.
+        efficiency: Compute that the target from scratch needs for the loss of the grown run, as a share of what it needs for
+            the loss after a free and perfect growth: 1 where growth lost nothing. Mean over figures.
+        sd: Standard deviation of the efficiency.
+        n: Number of measured figures.
+        growth: Arguments of ``expand_inplace`` and of events, beside ``to``.
+        lr_factor: Factor on all learning rates from the growth on, beside those of ``dynamics``. Set it yourself, in the groups
+            and in the scheduler's ``base_lrs``.
+        rewarm: Steps over which the learning rate rises again from zero, with dropped state.
+        saved: The figures.
+
+    Example:
+        >>> recipe = growkern.recipes.RECIPES["Stack, dropped"]
+        >>> growkern.At(step=1000, to={"layers": "4x"}, **recipe.growth)
+    """
+
+    name: str
+    kind: str
+    efficiency: float
+    sd: float
+    n: int
+    growth: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    lr_factor: float = 1.0
+    rewarm: int = 0
+    saved: tuple[Saved, ...] = ()
+
+    @property
+    def how(self) -> str:
+        """Arguments of ``expand_inplace``, and what else belongs to the recipe, as text."""
+        if not self.n:
+            return "not measured"
+        said = [f"{name}={value!r}" for name, value in self.growth.items()]
+        said += [f"learning rate x {self.lr_factor:g}"] if self.lr_factor != 1 else []
+        said += [f"{self.rewarm} steps of warm-up"] if self.rewarm else []
+        return ", ".join(said) or "the defaults of expand_inplace"
+
+    def __str__(self) -> str:
+        header = [
+            "setup",
+            "grown at",
+            "FLOPs",
+            "saves, charged",
+            "saves, sunk",
+            "headroom",
+            "seeds",
+        ]
+        rows = [
+            [
+                one.setup, f"{one.grown_at:.3g}", f"{one.budget:.3g}", share(one.charged), share(one.sunk), f"{one.headroom:.0%}",
+                one.n_seeds,
+            ]
+            for one in self.saved
+        ]  # fmt: skip
+        lines = [
+            f"{self.name} ({self.kind}): {self.how}",
+            f"Efficiency {self.efficiency:.0%} +- {1.645 * self.sd:.0%} of a perfect growth, in {self.n} figures.",
+        ]
+        return "\n".join([*lines, "", table(header, rows)] if rows else lines)
+
+
+def share(interval: Interval) -> str:
+    """A measured share in words, with its interval where it has one: ``18 % [11, 24]``."""
+    low, middle, high = interval
+    spread = "" if isnan(low) else f" [{100 * low:.0f}, {100 * high:.0f}]"
+    return f"{100 * middle:.0f} %{spread}"
