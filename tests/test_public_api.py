@@ -36,6 +36,7 @@ NAMES = [
     "optim",
     "plan",
     "reader",
+    "recipes",
     "resume",
     "shrink",
     "shrink_inplace",
