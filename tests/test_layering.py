@@ -47,9 +47,10 @@ DEVICE_FREE = {"planning", "width", "depth", "shrink", "errors"}  # rooms withou
 DEVICE_FREE_MODULES = {"growkern.spaces", "growkern.state"}
 TORCHLESS = {"growkern.support.text"}  # of support, what they may import
 DEVICE = {"torch", "triton", "transformers"}
-STRANGERS = dict.fromkeys(
-    ("commit", "execution"), {"width", "depth", "shrink", "vocab"}
-)  # lower, but not theirs to know
+STRANGERS = {  # lower, but not theirs to know
+    "commit": {"width", "depth", "shrink", "vocab"},
+    "execution": {"width", "depth", "shrink", "vocab"},
+}
 LAZY = {"triton", "transformers"}  # imported where they are used, inside a function
 PRINTERS = {"cli"}
 
