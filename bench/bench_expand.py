@@ -26,9 +26,9 @@ from growkern.execute import execute
 from growkern.index_map import IndexMap, Vector
 from growkern.law import build
 from growkern.methods import Contract, Width, WidthMethod
+from growkern.model.spec import space_size
 from growkern.pieces import Cutter
 from growkern.plan import GrowthPlan
-from growkern.spaces import space_size
 from growkern.state import GRADIENT, LAWS, SQUARE, VALUE
 from growkern.support.named_tensors import Tensors
 from growkern.width import Lossless

@@ -30,9 +30,9 @@ from torch.optim import AdamW
 import growkern
 from bench import harness
 from growkern import law
-from growkern.describe import tensors_of
 from growkern.describe_optim import describe_optimizer
 from growkern.execute import Execution
+from growkern.model.describe import tensors_of
 from growkern.pieces import Cutter
 from growkern.plan import GrowthPlan
 from growkern.sizes import resolve_sizes

@@ -8,15 +8,16 @@ from growkern.advice.advice import Advice
 from growkern.advice.adviser import advise
 from growkern.api import expand_inplace, plan
 from growkern.compare import Comparison, Outcome, compare
-from growkern.describe import describe
 from growkern.events import At, WhenPlateau, WhenSlope
 from growkern.history import resume
+from growkern.model.describe import describe
+from growkern.model.layers import embedding, linear, norm, reader, writer
+from growkern.model.spec import Blocks, ModelSpec, Power
 from growkern.plan import GrowthPlan
 from growkern.report import GrowthReport
 from growkern.scale import Scale, UpdateScale
 from growkern.schedule import GrowthSchedule
 from growkern.shrinking import shrink_inplace
-from growkern.spaces import Blocks, ModelSpec, Power, embedding, linear, norm, reader, writer
 from growkern.upcycle import upcycle
 from growkern.verify import Verification, verify
 

@@ -14,7 +14,6 @@ from growkern.commit import check_blocks, commit
 from growkern.compiled import reset_near_limit
 from growkern.ddp import Ranks
 from growkern.depth import IdentityBlocks
-from growkern.describe import describe
 from growkern.describe_optim import describe_optimizer
 from growkern.dynamics import Multiplier, lr_factors, multipliers, scales, slices
 from growkern.engine.sources import tensors_of
@@ -31,6 +30,8 @@ from growkern.groups import check_scheduler, follows, schedulers
 from growkern.guard import n_growths
 from growkern.law import build, check
 from growkern.methods import DepthMethod, ShrinkMethod, WidthMethod
+from growkern.model.describe import describe
+from growkern.model.spec import ModelSpec
 from growkern.notes import notes
 from growkern.optim_target import Masters, OptimTarget
 from growkern.pieces import Given
@@ -39,7 +40,6 @@ from growkern.reference import norm_of
 from growkern.report import GrowthReport
 from growkern.scale import scale_of
 from growkern.sizes import Target, resolve_sizes
-from growkern.spaces import ModelSpec
 from growkern.state import GRADIENT, MASTER, MASTER_GRAD, VALUE, OptimSpec, Rule
 from growkern.support.memory import elsewhere, in_place
 from growkern.support.named_tensors import Tensors

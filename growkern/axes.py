@@ -6,8 +6,8 @@ from math import isclose, sqrt
 
 from growkern.index_map import PAD, IndexMap, Vector, concat_maps, concat_vectors
 from growkern.methods import Contract, Width
+from growkern.model.spec import AxisUse, Component, ModelSpec, Segment, space_of
 from growkern.plan import AxisMap, Pad
-from growkern.spaces import AxisUse, Component, ModelSpec, Segment, space_of
 
 
 def norm_factors(spec: ModelSpec, wide: Width) -> dict[str, float | None]:
@@ -45,7 +45,7 @@ def axis_maps(
 ) -> dict[str, AxisMap]:
     """How every axis grows; axes whose spaces share maps and contracts, as those of blocks do, share theirs.
 
-    ``written`` are the factors on what writes a stream (``growkern.spaces.written``).
+    ``written`` are the factors on what writes a stream (``growkern.model.spec.written``).
     """
 
     def kin(stream: str) -> tuple[object, ...]:

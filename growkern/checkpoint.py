@@ -12,12 +12,12 @@ from torch import Tensor
 
 from growkern.api import plan as plan_growth
 from growkern.commit import check_blocks, grown_config
-from growkern.describe import describe
 from growkern.engine.sources import tensors_of
 from growkern.errors import CheckpointError, PlanError
 from growkern.execute import Execution
 from growkern.law import check
 from growkern.methods import DepthMethod, WidthMethod
+from growkern.model.describe import describe
 from growkern.plan import GrowthPlan, TensorRow
 from growkern.saved import CONFIG, Checkpoint, Layout, load
 from growkern.shards import Shards, aside, n_bytes_of

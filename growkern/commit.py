@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from growkern import initial
 from growkern.errors import CommitError, UnsupportedModelError
 from growkern.guard import Grown, Guard, OptimGuard, guard_of, optim_guard_of
+from growkern.model import initial
 from growkern.optim_target import OptimTarget, grow_optimizer, grow_state
 from growkern.plan import GrowthPlan, TensorRow
 from growkern.support.interrupts import uninterrupted

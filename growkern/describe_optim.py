@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from growkern.errors import UnsupportedOptimizerError, raise_all
-from growkern.spaces import ModelSpec
+from growkern.model.spec import ModelSpec
 from growkern.state import LAWS, Law, OptimSpec, by_order
 
 

@@ -10,10 +10,10 @@ from growkern.api import expand_inplace
 from growkern.errors import GrowthError, PlanError
 from growkern.execute import NOTHING
 from growkern.guard import recorded
+from growkern.model.spec import ModelSpec
 from growkern.optim_target import Masters
 from growkern.plan import GrowthPlan
 from growkern.shrinking import shrink_inplace
-from growkern.spaces import ModelSpec
 from growkern.support.wrappers import unwrapped
 
 

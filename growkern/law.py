@@ -15,9 +15,9 @@ from math import isfinite
 from growkern.axes import axis_maps, lawful, locked, norm_factors
 from growkern.errors import PlanError, raise_all
 from growkern.methods import BlockRow, Depth, DepthMethod, ShrinkMethod, WidthMethod
+from growkern.model.spec import AxisUse, Blocks, ModelSpec, size_value, written
 from growkern.plan import AxisMap, GrowthPlan, TensorRow
 from growkern.planning.options import DYNAMICS, STATES
-from growkern.spaces import AxisUse, Blocks, ModelSpec, size_value, written
 
 # stack -> source block -> the target blocks that copy it
 Homes = Mapping[str, Mapping[int, list[int]]]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from growkern.index_map import IndexMap, Vector
-from growkern.spaces import ModelSpec
+from growkern.model.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """What a user should know after a growth."""
 
 from growkern.dynamics import lr_factors
+from growkern.model.spec import ModelSpec
 from growkern.optim_target import OptimTarget
 from growkern.plan import GrowthPlan
-from growkern.spaces import ModelSpec
 
 
 def notes(plan: GrowthPlan, spec: ModelSpec, target: OptimTarget | None) -> list[str]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from growkern.describe import refuse_unknown
 from growkern.errors import CheckpointError, UnsupportedModelError
+from growkern.model.describe import refuse_unknown
 from growkern.plan import GrowthPlan, TensorRow
 from growkern.shards import parsed, stored
 

@@ -7,8 +7,8 @@ from fractions import Fraction
 from growkern.errors import PlanError, raise_all
 from growkern.index_map import IndexMap, Vector
 from growkern.methods import BlockRow, Contract, Depth, Width
+from growkern.model.spec import ModelSpec, written
 from growkern.planning.method_spaces import spaces, tied_streams
-from growkern.spaces import ModelSpec, written
 
 __all__ = ["FirstCopies", "WeightSelection"]
 SHRINKS = ("hidden", "heads", "kv_heads", "ffn", "positions", "layers")

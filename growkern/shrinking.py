@@ -10,12 +10,12 @@ from growkern.errors import PlanError
 from growkern.execute import Memory
 from growkern.law import build, check
 from growkern.methods import ShrinkMethod
+from growkern.model.spec import ModelSpec
 from growkern.optim_target import Masters
 from growkern.plan import GrowthPlan
 from growkern.report import GrowthReport
 from growkern.shrink import WeightSelection
 from growkern.sizes import Target, resolve_sizes
-from growkern.spaces import ModelSpec
 from growkern.support.wrappers import unwrapped
 
 SHRINKING_STATES = ("exact", "copy", "drop")

@@ -7,7 +7,7 @@ from fractions import Fraction
 from operator import index
 
 from growkern.errors import PlanError, raise_all
-from growkern.spaces import ModelSpec
+from growkern.model.spec import ModelSpec
 
 WIDTHS = ("hidden", "heads", "kv_heads", "ffn")  # what "2x" means; the rest grows when it is named
 MAX_SIZE = 1 << 18  # beyond any model: a slip of the finger must not fill the host's memory

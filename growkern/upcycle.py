@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from growkern.describe import describe
 from growkern.describe_optim import describe_optimizer
 from growkern.errors import (
     PlanError,
@@ -16,6 +15,7 @@ from growkern.errors import (
     UnsupportedOptimizerError,
     raise_all,
 )
+from growkern.model.describe import describe
 from growkern.scale import scale_of
 from growkern.state import Rule
 from growkern.support.interrupts import uninterrupted

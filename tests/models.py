@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import growkern
 from growkern import Blocks, ModelSpec, embedding, linear, norm
-from growkern.families import encoder
+from growkern.model.families import encoder
 
 DEVICE = os.environ.get(
     "GROWKERN_TEST_DEVICE", "cpu"

@@ -26,8 +26,8 @@ from models import (
 
 import growkern
 from growkern import depth, width
-from growkern.describe import cached_sizes
 from growkern.errors import PlanError
+from growkern.model.describe import cached_sizes
 
 PRE_NORM = [f for f in FAMILIES if f not in POST_NORM]
 OURS = ["plain", "encoder", "encoder_post"]  # neither configs nor checkpoints
@@ -372,7 +372,7 @@ def test_differential_probing_agrees_with_the_family(family, field):
             type(one.config)(**(one.config.to_dict() | {field: PROBES[family][field]}))
         )
     spec, spec_other = (
-        growkern.families.FAMILIES[type(m).__name__](m.config) for m in (one, other)
+        growkern.model.families.FAMILIES[type(m).__name__](m.config) for m in (one, other)
     )
 
     for name, p in other.named_parameters():
@@ -438,7 +438,7 @@ def test_groups_split_otherwise_are_refused():
 
 
 def test_every_class_of_transformers_that_is_registered_can_be_described():
-    for name, describe in growkern.families.FAMILIES.items():
+    for name, describe in growkern.model.families.FAMILIES.items():
         if hasattr(torch.nn, name):
             continue
         kind = getattr(transformers, name)

@@ -160,7 +160,9 @@ import types
 package = types.ModuleType("growkern")
 package.__path__ = [sys.argv[1]]
 sys.modules["growkern"] = package
-from growkern import law, sizes, spaces, state, index_map, families, width, depth
+from growkern import law, sizes, state, index_map, width, depth
+from growkern.model import families
+from growkern.model import spec as spaces
 config = types.SimpleNamespace(model_type="llama", hidden_size=24, intermediate_size=40, num_attention_heads=4, num_key_value_heads=2,
     num_hidden_layers=2, vocab_size=66, tie_word_embeddings=True, head_dim=6)
 spec = families.FAMILIES["LlamaForCausalLM"](config)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 from torch.optim import Optimizer
 
-from growkern.spaces import ModelSpec
+from growkern.model.spec import ModelSpec
 from growkern.state import MASTER, MASTER_GRAD
 from growkern.support.named_tensors import Tensors
 

@@ -11,8 +11,8 @@ from typing_extensions import Unpack
 
 from growkern.errors import PlanError
 from growkern.history import resume as replay
+from growkern.model.spec import ModelSpec
 from growkern.schedule import Attachment, GrowthSchedule, Options, growth_metrics
-from growkern.spaces import ModelSpec
 
 
 class Trainer(Protocol):

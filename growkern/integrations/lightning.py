@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from growkern.describe import describe
 from growkern.errors import PlanError
 from growkern.history import resume
+from growkern.model.describe import describe
+from growkern.model.spec import ModelSpec
 from growkern.plan import GrowthPlan
 from growkern.schedule import Attachment, GrowthSchedule, Options, growth_metrics
-from growkern.spaces import ModelSpec
 
 
 class GrowthCallback(Callback):

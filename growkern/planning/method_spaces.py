@@ -6,7 +6,7 @@ from typing import NamedTuple
 from growkern.errors import PlanError, raise_all
 from growkern.index_map import IndexMap, Vector
 from growkern.methods import Contract
-from growkern.spaces import SIZE_OF_SPACE, ModelSpec, space_of, space_size, written
+from growkern.model.spec import SIZE_OF_SPACE, ModelSpec, space_of, space_size, written
 
 GROWS = ("hidden", "heads", "kv_heads", "ffn", "positions")
 INNER = ("head_dim", "experts")  # what only the default grows

@@ -11,8 +11,8 @@ from typing import Literal
 from growkern.errors import PlanError
 from growkern.index_map import IndexMap
 from growkern.methods import Contract, Width
+from growkern.model.spec import ModelSpec
 from growkern.planning.method_spaces import even, positions, refuse, solve_ties, spaces
-from growkern.spaces import ModelSpec
 
 Maps = Literal["random", "cyclic"]
 MAPS = ("random", "cyclic")

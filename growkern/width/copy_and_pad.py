@@ -6,8 +6,8 @@ from typing import Literal
 
 from growkern.index_map import IndexMap, Vector
 from growkern.methods import Contract, Width
+from growkern.model.spec import ModelSpec
 from growkern.planning.method_spaces import Space, normed, positions, refuse, solve_ties, spaces
-from growkern.spaces import ModelSpec
 from growkern.width.lossless import rule_of
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from growkern.index_map import IndexMap, Vector
 from growkern.methods import Contract, Width
+from growkern.model.spec import ModelSpec, space_of
 from growkern.planning.method_spaces import positions, refuse, solve_ties, spaces, tied_streams
-from growkern.spaces import ModelSpec, space_of
 
 REASON = ("norms see new features",)
 

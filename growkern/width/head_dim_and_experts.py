@@ -10,15 +10,15 @@ from collections.abc import Iterator, Mapping
 
 from growkern.index_map import PAD, IndexMap, Vector
 from growkern.methods import Contract
+from growkern.model.spec import KEY, QUERY, SHARE, ModelSpec
 from growkern.planning.method_spaces import Space, even
-from growkern.spaces import KEY, QUERY, SHARE, ModelSpec
 
 
 def problems(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:
     """Say what stands against the sizes asked for."""
     source, target = (s.get("head_dim", 1) for s in (spec.sizes, sizes))
     if target != source and not {QUERY, KEY} <= set(spec.streams):
-        yield f"head_dim: the spec of this {spec.family} does not tell queries from keys (growkern.spaces.QUERY, KEY, VALUE)."
+        yield f"head_dim: the spec of this {spec.family} does not tell queries from keys (growkern.model.spec.QUERY, KEY, VALUE)."
     turned = _turned(spec, source), _turned(spec, target)
     if (
         target != source

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from growkern.errors import PlanError
 from growkern.methods import Width
+from growkern.model.spec import ModelSpec
 from growkern.planning.method_spaces import refuse, spaces
-from growkern.spaces import ModelSpec
 from growkern.width.lossless import Lossless
 
 

@@ -7,8 +7,8 @@ from typing import Literal
 from growkern.errors import PlanError
 from growkern.index_map import IndexMap, Vector
 from growkern.methods import Contract, Width
+from growkern.model.spec import ModelSpec, space_of
 from growkern.planning.method_spaces import normed, refuse, spaces
-from growkern.spaces import ModelSpec, space_of
 from growkern.width.lossless import Lossless, Norms
 
 RULES: dict[str, tuple[Norms, str]] = {

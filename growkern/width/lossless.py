@@ -14,6 +14,7 @@ from typing import Literal
 from growkern.errors import PlanError
 from growkern.index_map import IndexMap, Vector
 from growkern.methods import Contract, Width
+from growkern.model.spec import ModelSpec
 from growkern.planning.method_spaces import (
     GROWS,
     INNER,
@@ -25,7 +26,6 @@ from growkern.planning.method_spaces import (
     spaces,
     splits,
 )
-from growkern.spaces import ModelSpec
 from growkern.width import head_dim_and_experts
 
 Norms = Literal["isometric", "zero_pad", "mean_pad", "centre_pad"]

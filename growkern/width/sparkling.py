@@ -7,8 +7,8 @@ from typing import Literal
 
 from growkern.index_map import IndexMap, Vector
 from growkern.methods import Contract, Width
+from growkern.model.spec import ModelSpec
 from growkern.planning.method_spaces import positions, refuse, solve_ties, spaces
-from growkern.spaces import ModelSpec
 
 Side = Literal["copy", "random", "zero"]
 SIDES = ("copy", "random", "zero")

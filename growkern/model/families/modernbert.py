@@ -9,18 +9,8 @@ whole multiples only, and new blocks copy any block but the first. There is no h
 
 from typing import Protocol
 
-from growkern.spaces import (
-    KEY,
-    QUERY,
-    ROOT,
-    VALUE,
-    Blocks,
-    ModelSpec,
-    embedding,
-    linear,
-    norm,
-    rope_fixed,
-)
+from growkern.model.layers import embedding, linear, norm, rope_fixed
+from growkern.model.spec import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec
 
 
 class Config(Protocol):

@@ -12,19 +12,8 @@ transformers 5.23 wants a cache made from ``model.decoder.config``: its own coun
 
 from typing import Protocol
 
-from growkern.spaces import (
-    KEY,
-    QUERY,
-    VALUE,
-    Blocks,
-    ModelSpec,
-    Power,
-    Size,
-    TensorSpec,
-    embedding,
-    linear,
-    norm,
-)
+from growkern.model.layers import embedding, linear, norm
+from growkern.model.spec import KEY, QUERY, VALUE, Blocks, ModelSpec, Power, Size, TensorSpec
 
 
 class Config(Protocol):

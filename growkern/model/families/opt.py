@@ -10,7 +10,8 @@ OPT-350m's post-norm blocks (``do_layer_norm_before=False``), norms without gain
 from typing import Protocol
 
 from growkern.errors import UnsupportedModelError, raise_all
-from growkern.spaces import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec, embedding, linear, norm
+from growkern.model.layers import embedding, linear, norm
+from growkern.model.spec import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec
 
 OFFSET = 2  # rows of the position table before position 0
 

@@ -8,20 +8,8 @@ grows. head_dim stays unless it is named; Qwen2 derives it, so growth writes it 
 
 from typing import Protocol
 
-from growkern.spaces import (
-    KEY,
-    QUERY,
-    RAW,
-    ROOT,
-    VALUE,
-    Blocks,
-    ModelSpec,
-    embedding,
-    head_norms,
-    linear,
-    norm,
-    rope_fixed,
-)
+from growkern.model.layers import embedding, head_norms, linear, norm, rope_fixed
+from growkern.model.spec import KEY, QUERY, RAW, ROOT, VALUE, Blocks, ModelSpec
 
 
 class Config(Protocol):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from growkern.families import (
+from growkern.model.families import (
     bert,
     encoder,
     gemma2,
@@ -16,7 +16,7 @@ from growkern.families import (
     t5,
     vit,
 )
-from growkern.spaces import ModelSpec
+from growkern.model.spec import ModelSpec
 
 FAMILIES: dict[str, Callable[..., ModelSpec]] = {
     "BertForMaskedLM": bert.describe,

@@ -10,7 +10,8 @@ modelling is not described.
 from collections.abc import Sequence
 from typing import Protocol
 
-from growkern.spaces import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec, linear, norm, reader, writer
+from growkern.model.layers import linear, norm, reader, writer
+from growkern.model.spec import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec
 
 
 class Config(Protocol):

@@ -10,19 +10,8 @@ scores are capped element by element. head_dim stays unless it is named; scores 
 
 from typing import Protocol
 
-from growkern.spaces import (
-    KEY,
-    QUERY,
-    VALUE,
-    Blocks,
-    ModelSpec,
-    Power,
-    TensorSpec,
-    embedding,
-    linear,
-    norm,
-    rope_fixed,
-)
+from growkern.model.layers import embedding, linear, norm, rope_fixed
+from growkern.model.spec import KEY, QUERY, VALUE, Blocks, ModelSpec, Power, TensorSpec
 
 POST_NORMS = "post_attention_layernorm.weight", "post_feedforward_layernorm.weight"
 SCALE = Power("hidden", 0.5)  # of the embedding

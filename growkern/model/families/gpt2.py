@@ -9,7 +9,8 @@ where a block computes something else at another depth. Cross attention is not d
 
 from typing import Protocol
 
-from growkern.spaces import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec, embedding, linear, norm
+from growkern.model.layers import embedding, linear, norm
+from growkern.model.spec import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec
 
 
 class Config(Protocol):

@@ -12,7 +12,8 @@ their ffn, and a model that has any gains no layers.
 
 from typing import Protocol
 
-from growkern.spaces import (
+from growkern.model.layers import embedding, head_norms, linear, norm, reader, rope_fixed, writer
+from growkern.model.spec import (
     KEY,
     QUERY,
     RAW,
@@ -23,13 +24,6 @@ from growkern.spaces import (
     ModelSpec,
     Power,
     TensorSpec,
-    embedding,
-    head_norms,
-    linear,
-    norm,
-    reader,
-    rope_fixed,
-    writer,
 )
 
 

@@ -9,20 +9,8 @@ The head is tied to the embedding through a transform with a LayerNorm of its ow
 
 from typing import Protocol
 
-from growkern.spaces import (
-    KEY,
-    QUERY,
-    ROOT,
-    VALUE,
-    Blocks,
-    ModelSpec,
-    TensorSpec,
-    embedding,
-    inexact,
-    linear,
-    norm,
-    writer,
-)
+from growkern.model.layers import embedding, linear, norm, writer
+from growkern.model.spec import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec, TensorSpec, inexact
 
 BERT_HEAD = (
     "cls.predictions.transform.dense",

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from growkern.errors import UnsupportedModelError, raise_all
-from growkern.families import FAMILIES
-from growkern.spaces import SHARE, Blocks, ModelSpec, size_value
+from growkern.model.families import FAMILIES
+from growkern.model.spec import SHARE, Blocks, ModelSpec, size_value
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WRAPPERS = {

@@ -9,18 +9,8 @@ other: the same axes. ``query_key_value`` holds q, k, v head by head. There is n
 from collections.abc import Mapping
 from typing import Protocol
 
-from growkern.spaces import (
-    KEY,
-    QUERY,
-    ROOT,
-    VALUE,
-    Blocks,
-    ModelSpec,
-    embedding,
-    linear,
-    norm,
-    rope_fixed,
-)
+from growkern.model.layers import embedding, linear, norm, rope_fixed
+from growkern.model.spec import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec
 
 
 class Config(Protocol):

@@ -12,20 +12,8 @@ from dataclasses import replace
 from typing import Protocol
 
 from growkern.errors import UnsupportedModelError, raise_all
-from growkern.spaces import (
-    KEY,
-    QUERY,
-    ROOT,
-    VALUE,
-    Blocks,
-    ModelSpec,
-    TensorSpec,
-    inexact,
-    linear,
-    norm,
-    reader,
-    writer,
-)
+from growkern.model.layers import linear, norm, reader, writer
+from growkern.model.spec import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec, TensorSpec, inexact
 
 OUTSIDE = "what it reads comes from outside; describe the whole model, with this as a part"
 CONSTANTS = {"weight": 1.0, "bias": 0.0}  # of a norm that only normalises

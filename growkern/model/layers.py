@@ -1,0 +1,75 @@
+"""How a spec is written: the tensors of linear layers, embeddings and norms, by the axes that they read and write."""
+
+from typing import Any, Literal
+
+from growkern.model.spec import KEY, QUERY, RAW, Axis, AxisUse, Norm, Segment, TensorSpec
+
+
+def _segments(axis: Axis) -> tuple[Segment, ...]:
+    if isinstance(axis, str):
+        return ((axis,),)
+    return (axis,) if isinstance(axis, tuple) else tuple(axis)  # pyright: ignore[reportReturnType]
+
+
+def writer(axis: Axis) -> AxisUse:
+    """An axis that produces its streams."""
+    return AxisUse("writer", _segments(axis))
+
+
+def reader(axis: Axis) -> AxisUse:
+    """An axis that contracts its streams."""
+    return AxisUse("reader", _segments(axis))
+
+
+def linear(
+    name: str, *, reads: Axis, writes: Axis, bias: bool = True, transposed: bool = False
+) -> dict[str, TensorSpec]:
+    """Describe ``y = W x + b`` with ``W[out, in]`` (``W[in, out]`` when ``transposed``)."""
+    weight = (reader(reads), writer(writes)) if transposed else (writer(writes), reader(reads))
+    return {f"{name}.weight": weight} | ({f"{name}.bias": (writer(writes),)} if bias else {})
+
+
+def embedding(name: str, *, rows: Axis, writes: Axis) -> dict[str, TensorSpec]:
+    """Describe a table ``E[rows, features]`` that is looked up by row."""
+    return {f"{name}.weight": (writer(rows), writer(writes))}
+
+
+def norm(
+    name: str,
+    *,
+    reads: str,
+    writes: str,
+    kind: Literal["rms", "layer"],
+    bias: bool | None = None,
+    eps: str = "eps",
+    offset: float = 0.0,
+) -> dict[str, TensorSpec]:
+    """Describe a normalisation with gain ``offset + weight`` and, by default for LayerNorm, ``bias``."""
+    gain = AxisUse("gain", _segments(writes), Norm(reads, kind, eps, offset))
+    has_bias = kind == "layer" if bias is None else bias
+    return {f"{name}.weight": (gain,)} | ({f"{name}.bias": (writer(writes),)} if has_bias else {})
+
+
+def head_norms(attention: str) -> dict[str, TensorSpec]:
+    """Describe the norms of queries and keys, which all heads share."""
+    return {
+        name: axes
+        for which, stream in (("q_norm", QUERY), ("k_norm", KEY))
+        for name, axes in norm(
+            f"{attention}.{which}",
+            reads=RAW[stream],
+            writes=stream,
+            kind="rms",
+            eps="variance_epsilon",
+        ).items()
+    }
+
+
+def rope_fixed(config: object) -> dict[str, str]:
+    """Why head_dim cannot grow: scaled RoPE whose frequencies follow from more than their place in a head."""
+    rope: Any = getattr(config, "rope_parameters", None) or {}
+    kinds: set[str] = {
+        r.get("rope_type", "default") for r in (rope, *rope.values()) if hasattr(r, "get")
+    }
+    strange = sorted(kinds - {"default", "linear", "llama3"})
+    return {"head_dim": f"RoPE of type {strange[0]!r} depends on it"} if strange else {}
