@@ -29,13 +29,13 @@ from torch.optim import AdamW
 
 import growkern
 from bench import harness
-from growkern import law
 from growkern.describe_optim import describe_optimizer
+from growkern.engine.sources import tensors_of
 from growkern.execute import Execution
-from growkern.model.describe import tensors_of
 from growkern.pieces import Cutter
-from growkern.plan import GrowthPlan
-from growkern.sizes import resolve_sizes
+from growkern.planning import build as law
+from growkern.planning.growth_plan import GrowthPlan
+from growkern.planning.sizes import resolve_sizes
 from growkern.support.named_tensors import Tensors
 from growkern.width import Lossless
 

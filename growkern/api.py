@@ -28,18 +28,19 @@ from growkern.execute import Execution, Memory
 from growkern.forgotten import Live, averages_of, forgotten_schedulers, refuse_forgotten
 from growkern.groups import check_scheduler, follows, schedulers
 from growkern.guard import n_growths
-from growkern.law import build, check
-from growkern.methods import DepthMethod, ShrinkMethod, WidthMethod
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
 from growkern.notes import notes
 from growkern.optim_target import Masters, OptimTarget
 from growkern.pieces import Given
-from growkern.plan import GrowthPlan
+from growkern.planning.build import build
+from growkern.planning.check import check
+from growkern.planning.decisions import DepthMethod, ShrinkMethod, WidthMethod
+from growkern.planning.growth_plan import GrowthPlan
+from growkern.planning.sizes import Target, resolve_sizes
 from growkern.reference import norm_of
 from growkern.report import GrowthReport
 from growkern.scale import scale_of
-from growkern.sizes import Target, resolve_sizes
 from growkern.state import GRADIENT, MASTER, MASTER_GRAD, VALUE, OptimSpec, Rule
 from growkern.support.memory import elsewhere, in_place
 from growkern.support.named_tensors import Tensors

@@ -7,8 +7,8 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 
 from growkern import depth, width
 from growkern.errors import PlanError
-from growkern.methods import DepthMethod, WidthMethod
-from growkern.sizes import Target
+from growkern.planning.decisions import DepthMethod, WidthMethod
+from growkern.planning.sizes import Target
 
 WIDTHS: dict[str, type] = {name: getattr(width, name) for name in width.__all__}
 DEPTHS: dict[str, type] = {name: getattr(depth, name) for name in depth.__all__}

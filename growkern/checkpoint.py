@@ -15,13 +15,13 @@ from growkern.commit import check_blocks, grown_config
 from growkern.engine.sources import tensors_of
 from growkern.errors import CheckpointError, PlanError
 from growkern.execute import Execution
-from growkern.law import check
-from growkern.methods import DepthMethod, WidthMethod
 from growkern.model.describe import describe
-from growkern.plan import GrowthPlan, TensorRow
+from growkern.planning.check import check
+from growkern.planning.decisions import DepthMethod, WidthMethod
+from growkern.planning.growth_plan import GrowthPlan, TensorRow
+from growkern.planning.sizes import Target
 from growkern.saved import CONFIG, Checkpoint, Layout, load
 from growkern.shards import Shards, aside, n_bytes_of
-from growkern.sizes import Target
 from growkern.support.memory import page_out
 from growkern.support.text import table
 

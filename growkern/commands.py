@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    from growkern.plan import GrowthPlan
+    from growkern.planning.growth_plan import GrowthPlan
 
 T = TypeVar("T")
 LR = 1e-4
@@ -280,7 +280,7 @@ def _read(option: str, read: Callable[[], T]) -> T:
 
 
 def _saved(path: Path) -> "GrowthPlan":
-    from growkern.plan import GrowthPlan
+    from growkern.planning.growth_plan import GrowthPlan
 
     try:
         text = path.read_text(encoding="utf-8")

@@ -14,8 +14,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from growkern.index_map import PAD, IndexMap, Vector
-from growkern.plan import GrowthPlan, TensorRow
+from growkern.planning.growth_plan import GrowthPlan, TensorRow
+from growkern.planning.index_map import PAD, IndexMap
+from growkern.planning.vector import Vector
 from growkern.scale import Factor, Scale, UpdateScale
 from growkern.state import SLICES, Law, OptimSpec, muon_adjustment
 from growkern.support.dtypes import arithmetic

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from growkern.errors import GrowthError, PlanError
 from growkern.loss_curve import LossCurve
-from growkern.methods import DepthMethod, WidthMethod
 from growkern.model.spec import ModelSpec
-from growkern.plan import GrowthPlan
+from growkern.planning.decisions import DepthMethod, WidthMethod
+from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.options import DYNAMICS, STATES
-from growkern.sizes import Target, resolve_sizes
+from growkern.planning.sizes import Target, resolve_sizes
 
 
 @dataclass

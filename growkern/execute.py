@@ -15,7 +15,7 @@ from torch import Tensor
 from growkern import reference
 from growkern.errors import GrowthError, InsufficientMemoryError, PlanError, raise_all
 from growkern.pieces import Cutter, Given
-from growkern.plan import GrowthPlan, TensorRow
+from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.quantised import N_BYTES, decoded, encoded, is_coded, scale_key
 from growkern.reference import Piece
 from growkern.state import GRADIENT, MASTER, MASTER_GRAD, VALUE, Rule

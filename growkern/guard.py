@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from growkern.errors import CheckpointError
-from growkern.plan import GrowthPlan
+from growkern.planning.growth_plan import GrowthPlan
 from growkern.state import Rule
 
 Shapes = Mapping[str, tuple[int, ...]]

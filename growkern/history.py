@@ -12,7 +12,7 @@ from growkern.execute import NOTHING
 from growkern.guard import recorded
 from growkern.model.spec import ModelSpec
 from growkern.optim_target import Masters
-from growkern.plan import GrowthPlan
+from growkern.planning.growth_plan import GrowthPlan
 from growkern.shrinking import shrink_inplace
 from growkern.support.wrappers import unwrapped
 

@@ -3,7 +3,7 @@
 from growkern.dynamics import lr_factors
 from growkern.model.spec import ModelSpec
 from growkern.optim_target import OptimTarget
-from growkern.plan import GrowthPlan
+from growkern.planning.growth_plan import GrowthPlan
 
 
 def notes(plan: GrowthPlan, spec: ModelSpec, target: OptimTarget | None) -> list[str]:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from growkern.errors import CommitError
 from growkern.groups import join_groups, split_groups
 from growkern.optim import begin
-from growkern.plan import GrowthPlan
+from growkern.planning.growth_plan import GrowthPlan
 from growkern.scale import Scale, UpdateScale, scale_of
 from growkern.state import MASTER, MASTER_GRAD, SLICES, OptimSpec
 from growkern.support.named_tensors import Tensors

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from growkern import reference
 from growkern.errors import PlanError
-from growkern.index_map import PAD, IndexMap, Vector
-from growkern.plan import AxisMap, GrowthPlan, Pad, TensorRow
+from growkern.planning.growth_plan import AxisMap, GrowthPlan, Pad, TensorRow
+from growkern.planning.index_map import PAD, IndexMap
+from growkern.planning.vector import Vector
 from growkern.reference import Noise, Piece
 from growkern.sides import Side, Stretch, scale_of
 from growkern.state import Rule

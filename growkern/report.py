@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from growkern.plan import KEPT, Preserves
+from growkern.planning.growth_plan import KEPT, Preserves
 from growkern.support.text import table
 
 

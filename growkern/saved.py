@@ -11,7 +11,7 @@ from torch import Tensor
 
 from growkern.errors import CheckpointError, UnsupportedModelError
 from growkern.model.describe import refuse_unknown
-from growkern.plan import GrowthPlan, TensorRow
+from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.shards import parsed, stored
 
 CONFIG = "config.json"

@@ -21,7 +21,7 @@ from growkern.loss_curve import LossCurve
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
 from growkern.optim_target import Masters
-from growkern.plan import GrowthPlan
+from growkern.planning.growth_plan import GrowthPlan
 from growkern.report import GrowthReport
 from growkern.support.interrupts import uninterrupted
 from growkern.support.text import table

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from growkern.errors import PlanError, raise_all
-from growkern.index_map import IndexMap, Vector
-from growkern.methods import BlockRow, Contract, Depth, Width
 from growkern.model.spec import ModelSpec, written
+from growkern.planning.decisions import BlockRow, Contract, Depth, Width
+from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import spaces, tied_streams
+from growkern.planning.vector import Vector
 
 __all__ = ["FirstCopies", "WeightSelection"]
 SHRINKS = ("hidden", "heads", "kv_heads", "ffn", "positions", "layers")

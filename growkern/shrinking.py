@@ -8,14 +8,15 @@ from torch.optim import Optimizer
 from growkern.api import change_inplace, check_caller
 from growkern.errors import PlanError
 from growkern.execute import Memory
-from growkern.law import build, check
-from growkern.methods import ShrinkMethod
 from growkern.model.spec import ModelSpec
 from growkern.optim_target import Masters
-from growkern.plan import GrowthPlan
+from growkern.planning.build import build
+from growkern.planning.check import check
+from growkern.planning.decisions import ShrinkMethod
+from growkern.planning.growth_plan import GrowthPlan
+from growkern.planning.sizes import Target, resolve_sizes
 from growkern.report import GrowthReport
 from growkern.shrink import WeightSelection
-from growkern.sizes import Target, resolve_sizes
 from growkern.support.wrappers import unwrapped
 
 SHRINKING_STATES = ("exact", "copy", "drop")

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from growkern.index_map import ONE, PAD, IndexMap, Run, Vector, twins
-from growkern.plan import AxisMap, Pad
+from growkern.planning.growth_plan import AxisMap, Pad
+from growkern.planning.index_map import ONE, PAD, IndexMap, Run, twins
+from growkern.planning.vector import Vector
 from growkern.reference import Copy
 from growkern.state import Rule
 

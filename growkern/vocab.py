@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from growkern.errors import PlanError
-from growkern.index_map import PAD, IndexMap, Vector
-from growkern.methods import Contract, Width
 from growkern.model.spec import ModelSpec
+from growkern.planning.decisions import Contract, Width
+from growkern.planning.index_map import PAD, IndexMap
 from growkern.planning.method_spaces import refuse, spaces
+from growkern.planning.vector import Vector
 
 CANCELS = 0.1  # similarities whose sum is a smaller share of their sizes say nothing
 REASON = ("new tokens take probability from the old ones",)

@@ -10,8 +10,9 @@ from hypothesis import assume, given, settings
 
 from growkern import sides
 from growkern.execute import execute
-from growkern.index_map import PAD, IndexMap, Vector
-from growkern.plan import AxisMap, GrowthPlan, TensorRow
+from growkern.planning.growth_plan import AxisMap, GrowthPlan, TensorRow
+from growkern.planning.index_map import PAD, IndexMap
+from growkern.planning.vector import Vector
 from growkern.state import LAWS
 from growkern.support.named_tensors import Tensors
 

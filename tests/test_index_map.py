@@ -5,7 +5,8 @@ from math import isclose
 import hypothesis.strategies as st
 from hypothesis import given
 
-from growkern.index_map import PAD, IndexMap, Vector, concat_maps, concat_vectors, twins
+from growkern.planning.index_map import PAD, IndexMap, concat_maps, twins
+from growkern.planning.vector import Vector, concat_vectors
 
 sizes = st.integers(1, 12)
 

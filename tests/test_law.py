@@ -8,7 +8,7 @@ from models import FAMILIES, LLAMA_LIKE, batch, exact_norms, grow, loss_of, make
 
 import growkern
 from growkern import width
-from growkern.index_map import PAD
+from growkern.planning.index_map import PAD
 
 QUIET = width.Lossless(noise=0)
 

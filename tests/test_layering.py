@@ -170,7 +170,11 @@ def test_every_room_has_a_file():
 
 
 BROKEN = {
-    "plan-imports-commit": ("growkern.plan", "from growkern.commit import commit", "not below it"),
+    "plan-imports-commit": (
+        "growkern.planning.growth_plan",
+        "from growkern.commit import commit",
+        "not below it",
+    ),
     "errors-imports-tables": (
         "growkern.errors",
         "from growkern.support.text import table",
@@ -189,12 +193,16 @@ BROKEN = {
     ),
     "in-a-function-too": (
         "growkern.model.spec",
-        "def f():\n    from growkern.plan import build",
+        "def f():\n    from growkern.planning.growth_plan import build",
         "not below it",
     ),
     "unknown-target": ("growkern.api", "from growkern.nowhere import x", "in no room"),
     "unknown-module": ("growkern.nowhere", "", "in no room"),
-    "relative": ("growkern.plan", "from .errors import PlanError", "relative import"),
+    "relative": (
+        "growkern.planning.growth_plan",
+        "from .errors import PlanError",
+        "relative import",
+    ),
     "api-imports-verify": (
         "growkern.api",
         "from growkern.verify import verify",
@@ -226,7 +234,7 @@ BROKEN = {
         "from growkern.errors import GrowthError",
         "not below it",
     ),
-    "plan-imports-torch": ("growkern.plan", "import torch.nn", "without a device"),
+    "plan-imports-torch": ("growkern.planning.growth_plan", "import torch.nn", "without a device"),
     "family-imports-transformers": (
         "growkern.model.families.bert",
         "def f():\n    import transformers",
@@ -234,7 +242,7 @@ BROKEN = {
     ),
     "state-imports-triton": ("growkern.state", "from triton import cdiv", "without a device"),
     "plan-imports-tensors": (
-        "growkern.plan",
+        "growkern.planning.growth_plan",
         "from growkern.support.named_tensors import Tensors",
         "with it torch",
     ),
@@ -269,7 +277,7 @@ BROKEN = {
     "print": ("growkern.api", "def f():\n    print('hello')", "prints"),
 }
 SOUND = {
-    "down": ("growkern.plan", "from growkern.errors import PlanError\nimport json"),
+    "down": ("growkern.planning.growth_plan", "from growkern.errors import PlanError\nimport json"),
     "leaf": ("growkern.commit", "import torch\nfrom growkern.support.named_tensors import Tensors"),
     "folder": ("growkern.width", "from growkern.width.lossless import Lossless"),
     "families": ("growkern.model.families", "from growkern.model.families import bert"),

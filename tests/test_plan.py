@@ -160,7 +160,10 @@ import types
 package = types.ModuleType("growkern")
 package.__path__ = [sys.argv[1]]
 sys.modules["growkern"] = package
-from growkern import law, sizes, state, index_map, width, depth
+from growkern import state, width, depth
+from growkern.planning import build as law
+from growkern.planning import index_map
+from growkern.planning import sizes
 from growkern.model import families
 from growkern.model import spec as spaces
 config = types.SimpleNamespace(model_type="llama", hidden_size=24, intermediate_size=40, num_attention_heads=4, num_key_value_heads=2,

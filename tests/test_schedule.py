@@ -11,7 +11,7 @@ from models import Plain, batch, loss_of, make
 import growkern
 from growkern.errors import PlanError
 from growkern.events import At, WhenPlateau, WhenSlope
-from growkern.plan import GrowthPlan
+from growkern.planning.growth_plan import GrowthPlan
 from growkern.schedule import GrowthSchedule
 
 WIDER, DEEPER = {"hidden": 48}, {"layers": 3}

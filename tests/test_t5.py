@@ -11,7 +11,7 @@ from models import batch, exact_norms, grow, logits, loss_of, make, run, train
 import growkern
 from growkern import depth, width
 from growkern.errors import PlanError, UnsupportedModelError
-from growkern.index_map import IndexMap
+from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import even
 
 DEEPER = {

@@ -116,10 +116,10 @@ def check_bert2bert(family, to, method):
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 9), st.integers(0, 20), st.integers(0, 99))
 def test_random_maps_copy_first_and_draw_then(n, more, seed):
-    found = growkern.index_map.IndexMap.drawn(n, n + more, f"{seed}")
+    found = growkern.planning.index_map.IndexMap.drawn(n, n + more, f"{seed}")
 
     assert found.indices[:n] == tuple(range(n)) and set(found.indices) == set(range(n))
-    assert found == growkern.index_map.IndexMap.drawn(n, n + more, f"{seed}")
+    assert found == growkern.planning.index_map.IndexMap.drawn(n, n + more, f"{seed}")
 
 
 def test_blocks_share_maps_and_seeds_give_others():

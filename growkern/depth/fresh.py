@@ -9,7 +9,7 @@ from typing import Literal
 
 from growkern.depth.layer_order import blocks, spread
 from growkern.errors import PlanError
-from growkern.methods import Depth
+from growkern.planning.decisions import Depth
 
 REASON = ("new blocks are initialised anew",)
 NOTE = (

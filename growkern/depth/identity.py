@@ -7,7 +7,7 @@ output and down projections are zero, spread evenly. Post-norm blocks take over 
 from dataclasses import dataclass
 
 from growkern.depth.layer_order import spread
-from growkern.methods import Depth
+from growkern.planning.decisions import Depth
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from growkern.depth.layer_order import around, between, blocks
 from growkern.errors import PlanError
-from growkern.methods import Depth
+from growkern.planning.decisions import Depth
 
 REASON = ("copied blocks compute their function twice",)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from growkern.errors import PlanError
-from growkern.methods import BlockRow
+from growkern.planning.decisions import BlockRow
 
 
 def blocks(

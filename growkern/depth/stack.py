@@ -11,7 +11,7 @@ from typing import Literal
 
 from growkern.depth.layer_order import around, between, blocks
 from growkern.errors import PlanError
-from growkern.methods import Depth
+from growkern.planning.decisions import Depth
 
 REASON = ("stacked blocks compute their function twice",)
 

@@ -13,7 +13,7 @@ from growkern.errors import PlanError
 from growkern.history import resume
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
-from growkern.plan import GrowthPlan
+from growkern.planning.growth_plan import GrowthPlan
 from growkern.schedule import Attachment, GrowthSchedule, Options, growth_metrics
 
 

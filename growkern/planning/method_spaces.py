@@ -4,9 +4,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from growkern.errors import PlanError, raise_all
-from growkern.index_map import IndexMap, Vector
-from growkern.methods import Contract
 from growkern.model.spec import SIZE_OF_SPACE, ModelSpec, space_of, space_size, written
+from growkern.planning.decisions import Contract
+from growkern.planning.index_map import IndexMap
+from growkern.planning.vector import Vector
 
 GROWS = ("hidden", "heads", "kv_heads", "ffn", "positions")
 INNER = ("head_dim", "experts")  # what only the default grows

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from growkern.errors import PlanError
-from growkern.index_map import IndexMap
-from growkern.methods import Contract, Width
 from growkern.model.spec import ModelSpec
+from growkern.planning.decisions import Contract, Width
+from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import even, positions, refuse, solve_ties, spaces
 
 Maps = Literal["random", "cyclic"]

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from growkern.index_map import IndexMap, Vector
-from growkern.methods import Contract, Width
 from growkern.model.spec import ModelSpec
+from growkern.planning.decisions import Contract, Width
+from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import Space, normed, positions, refuse, solve_ties, spaces
+from growkern.planning.vector import Vector
 from growkern.width.lossless import rule_of
 
 

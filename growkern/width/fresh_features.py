@@ -7,10 +7,11 @@ that the function jumps. GradMax (Evci et al., ICLR 2022, arXiv:2201.05125) grow
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from growkern.index_map import IndexMap, Vector
-from growkern.methods import Contract, Width
 from growkern.model.spec import ModelSpec, space_of
+from growkern.planning.decisions import Contract, Width
+from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import positions, refuse, solve_ties, spaces, tied_streams
+from growkern.planning.vector import Vector
 
 REASON = ("norms see new features",)
 

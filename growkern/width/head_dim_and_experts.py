@@ -8,10 +8,11 @@ of the queries' holds the zeros. Copies of an expert are chosen together, as the
 
 from collections.abc import Iterator, Mapping
 
-from growkern.index_map import PAD, IndexMap, Vector
-from growkern.methods import Contract
 from growkern.model.spec import KEY, QUERY, SHARE, ModelSpec
+from growkern.planning.decisions import Contract
+from growkern.planning.index_map import PAD, IndexMap
 from growkern.planning.method_spaces import Space, even
+from growkern.planning.vector import Vector
 
 
 def problems(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from growkern.errors import PlanError
-from growkern.methods import Width
 from growkern.model.spec import ModelSpec
+from growkern.planning.decisions import Width
 from growkern.planning.method_spaces import refuse, spaces
 from growkern.width.lossless import Lossless
 

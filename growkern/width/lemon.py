@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from growkern.errors import PlanError
-from growkern.index_map import IndexMap, Vector
-from growkern.methods import Contract, Width
 from growkern.model.spec import ModelSpec, space_of
+from growkern.planning.decisions import Contract, Width
+from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import normed, refuse, spaces
+from growkern.planning.vector import Vector
 from growkern.width.lossless import Lossless, Norms
 
 RULES: dict[str, tuple[Norms, str]] = {

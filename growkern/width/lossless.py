@@ -12,9 +12,9 @@ from math import sqrt
 from typing import Literal
 
 from growkern.errors import PlanError
-from growkern.index_map import IndexMap, Vector
-from growkern.methods import Contract, Width
 from growkern.model.spec import ModelSpec
+from growkern.planning.decisions import Contract, Width
+from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import (
     GROWS,
     INNER,
@@ -26,6 +26,7 @@ from growkern.planning.method_spaces import (
     spaces,
     splits,
 )
+from growkern.planning.vector import Vector
 from growkern.width import head_dim_and_experts
 
 Norms = Literal["isometric", "zero_pad", "mean_pad", "centre_pad"]

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Literal
 
-from growkern.index_map import IndexMap, Vector
-from growkern.methods import Contract, Width
 from growkern.model.spec import ModelSpec
+from growkern.planning.decisions import Contract, Width
+from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import positions, refuse, solve_ties, spaces
+from growkern.planning.vector import Vector
 
 Side = Literal["copy", "random", "zero"]
 SIDES = ("copy", "random", "zero")

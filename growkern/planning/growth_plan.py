@@ -8,8 +8,9 @@ from math import isfinite, prod
 from typing import Any, Literal
 
 from growkern.errors import PlanError
-from growkern.index_map import IndexMap, Run, Vector
-from growkern.methods import BlockRow
+from growkern.planning.decisions import BlockRow
+from growkern.planning.index_map import IndexMap, Run
+from growkern.planning.vector import Vector
 from growkern.support.text import fold, table
 
 PADS = "zero", "mean", "normal", "free", "given"

@@ -1,4 +1,4 @@
-"""Index maps as runs, and vectors as run lengths: the arithmetic of growth, without tensors.
+"""Index maps as runs: which source coordinate each target coordinate copies, without tensors.
 
 An index map sends target coordinate ``i`` to the source coordinate ``g(i)`` it copies, or to no one (a pad). It is stored as
 runs ``(target, length, source)``: contiguous in the target and in the source, so a run is a slice on both sides.
@@ -7,11 +7,12 @@ runs ``(target, length, source)``: contiguous in the target and in the source, s
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, groupby, pairwise
+from itertools import pairwise
 from random import Random
 from typing import NamedTuple
 
 from growkern.errors import PlanError
+from growkern.planning.vector import Vector, merged
 
 PAD = -1  # source of a run of target coordinates that copy nothing
 
@@ -27,85 +28,6 @@ class Run(NamedTuple):
     def span(self) -> tuple[int, int]:
         """First target coordinate, and the one after the last."""
         return self.target, self.target + self.length
-
-
-@dataclass(frozen=True)
-class Vector:
-    """One number per target coordinate, as ``(value, length)`` pairs in order."""
-
-    pieces: tuple[tuple[float, int], ...]
-
-    @staticmethod
-    def of(values: Iterable[float]) -> "Vector":
-        """Compress a sequence of numbers."""
-        return Vector(tuple((value, sum(1 for _ in same)) for value, same in groupby(values)))
-
-    @staticmethod
-    def full(value: float, n: int) -> "Vector":
-        """One value, ``n`` times."""
-        return Vector(((value, n),) if n else ())
-
-    def __len__(self) -> int:
-        return sum(length for _, length in self.pieces)
-
-    def expanded(self) -> list[float]:
-        """All values, one by one."""
-        return [value for value, length in self.pieces for _ in range(length)]
-
-    @cached_property
-    def changes(self) -> dict[int, float]:
-        """Coordinate -> the value from there on."""
-        starts = accumulate((length for _, length in self.pieces), initial=0)
-        return {start: value for start, (value, _) in zip(starts, self.pieces, strict=False)}
-
-    @property
-    def uniform(self) -> float | None:
-        """The one value of all coordinates, or None when they differ."""
-        values = {value for value, _ in self.pieces}
-        return values.pop() if len(values) == 1 else None
-
-    def map(self, function: Callable[[float], float]) -> "Vector":
-        """Apply a function to every value."""
-        return _merged((function(value), length) for value, length in self.pieces)
-
-    def zip(self, other: "Vector", function: Callable[[float, float], float]) -> "Vector":
-        """Combine two vectors of one length, value by value."""
-        left, right = list(reversed(self.pieces)), list(reversed(other.pieces))
-        pieces: list[tuple[float, int]] = []
-        while left and right:
-            (x, n), (y, m) = left.pop(), right.pop()
-            length = min(n, m)
-            pieces.append((function(x, y), length))
-            if n > length:
-                left.append((x, n - length))
-            if m > length:
-                right.append((y, m - length))
-        if left or right:
-            raise ValueError(f"vectors of {len(self)} and {len(other)} cannot be combined")
-        return _merged(pieces)
-
-    def outer(self, inner: "Vector") -> "Vector":
-        """All products, row-major: ``out[i * len(inner) + j] = self[i] * inner[j]``."""
-        if len(self) == 1 and self.uniform == 1:
-            return inner
-        if inner.uniform is not None:
-            return _merged((v * inner.uniform, n * len(inner)) for v, n in self.pieces)
-        return Vector.of(v * w for v in self.expanded() for w in inner.expanded())
-
-
-def _merged(pieces: Iterable[tuple[float, int]]) -> Vector:
-    merged: list[tuple[float, int]] = []
-    for value, length in pieces:
-        if merged and merged[-1][0] == value:
-            merged[-1] = (value, merged[-1][1] + length)
-        else:
-            merged.append((value, length))
-    return Vector(tuple(merged))
-
-
-def concat_vectors(vectors: Sequence[Vector]) -> Vector:
-    """One vector after the other."""
-    return _merged(piece for vector in vectors for piece in vector.pieces)
 
 
 @dataclass(frozen=True)
@@ -225,7 +147,7 @@ class IndexMap:
     @property
     def counts(self) -> Vector:
         """Per source coordinate, how many target coordinates copy it."""
-        return _merged((len(targets), n) for _, n, targets in self.segments)
+        return merged((len(targets), n) for _, n, targets in self.segments)
 
     @cached_property
     def is_identity(self) -> bool:
@@ -249,7 +171,7 @@ class IndexMap:
             (t, n, function(k, len(ts))) for _, n, ts in self.segments for k, t in enumerate(ts)
         ]
         pads = [(run.target, run.length, pad) for run in self.runs if run.source == PAD]
-        return _merged((value, n) for _, n, value in sorted([*values, *pads]))
+        return merged((value, n) for _, n, value in sorted([*values, *pads]))
 
     def first_copies(self) -> "IndexMap":
         """The same with pads in place of all but the first copy of every source coordinate."""
@@ -328,6 +250,6 @@ def twins(m: IndexMap) -> tuple[Vector, IndexMap]:
     found.sort()
     runs = (Run(target, n, first) for target, n, _, first in found)
     return (
-        _merged((sign, n) for _, n, sign, _ in found),
+        merged((sign, n) for _, n, sign, _ in found),
         IndexMap(m.n_target, m.n_target, _joined(runs)),
     )

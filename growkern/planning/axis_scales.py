@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import isclose, sqrt
 
-from growkern.index_map import PAD, IndexMap, Vector, concat_maps, concat_vectors
-from growkern.methods import Contract, Width
 from growkern.model.spec import AxisUse, Component, ModelSpec, Segment, space_of
-from growkern.plan import AxisMap, Pad
+from growkern.planning.decisions import Contract, Width
+from growkern.planning.growth_plan import AxisMap, Pad
+from growkern.planning.index_map import PAD, IndexMap, concat_maps
+from growkern.planning.vector import Vector, concat_vectors
 
 
 def norm_factors(spec: ModelSpec, wide: Width) -> dict[str, float | None]:

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from growkern.index_map import IndexMap, Vector
 from growkern.model.spec import ModelSpec
+from growkern.planning.index_map import IndexMap
+from growkern.planning.vector import Vector
 
 
 @dataclass(frozen=True)

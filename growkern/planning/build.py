@@ -10,13 +10,12 @@ with: ``offset + weight`` in some.
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import isfinite
 
-from growkern.axes import axis_maps, lawful, locked, norm_factors
 from growkern.errors import PlanError, raise_all
-from growkern.methods import BlockRow, Depth, DepthMethod, ShrinkMethod, WidthMethod
 from growkern.model.spec import AxisUse, Blocks, ModelSpec, size_value, written
-from growkern.plan import AxisMap, GrowthPlan, TensorRow
+from growkern.planning.axis_scales import axis_maps, lawful, locked, norm_factors
+from growkern.planning.decisions import BlockRow, Depth, DepthMethod, ShrinkMethod, WidthMethod
+from growkern.planning.growth_plan import AxisMap, GrowthPlan, TensorRow
 from growkern.planning.options import DYNAMICS, STATES
 
 # stack -> source block -> the target blocks that copy it
@@ -38,7 +37,7 @@ def build(
 
     Args:
         spec: Description of the source model.
-        sizes: Every target size (``growkern.sizes.resolve_sizes``).
+        sizes: Every target size (``growkern.planning.sizes.resolve_sizes``).
         width: Width method.
         depth: Depth method.
         shrink: In place of both, where the targets are smaller.
@@ -91,7 +90,7 @@ def build(
         verb = "deepen" if shrink is None else verb
         raise PlanError(f"cannot {verb} {spec.family}:\n  the spec names no blocks.")
     deep = {stack.path: _decided(spec, stack, sizes, depth, shrink) for stack in spec.stacks}
-    homes = {path: _homes(one.blocks) for path, one in deep.items()}
+    homes = {path: homes_of(one.blocks) for path, one in deep.items()}
     factors = norm_factors(spec, wide)
     unequal = [stream for stream, factor in factors.items() if factor is None]
     reasons = (
@@ -127,12 +126,12 @@ def build(
         others={stack.path: deep[stack.path].blocks for stack in spec.others},
         ties=dict(spec.ties),
         counters=spec.counters,
-        attributes=_attributes(spec, homes, sizes),
+        attributes=attributes(spec, homes, sizes),
         rebuilt=spec.rebuilt if sizes.get("head_dim") != spec.sizes.get("head_dim") else (),
         eps={
             name: factor
             for source, factor in eps.items()
-            for name, _ in _targets(spec, homes, source)
+            for name, _ in targets(spec, homes, source)
             if factor != 1
         },
         config={name: size_value(size, sizes) for name, size in spec.config.items()},
@@ -217,95 +216,21 @@ def _deepened(
     return replace(deep, blocks=tuple(blocks), reasons=(*deep.reasons, *own))
 
 
-def _attributes(spec: ModelSpec, homes: Homes, sizes: Mapping[str, int]) -> dict[str, float]:
+def attributes(spec: ModelSpec, homes: Homes, sizes: Mapping[str, int]) -> dict[str, float]:
     """Every size that a module of the target caches."""
     own = {
         name: index if size == "block" else size_value(size, sizes)
         for source, size in spec.attributes.items()
-        for name, index in _targets(spec, homes, source)
+        for name, index in targets(spec, homes, source)
     }
     return own | {
         name: spec.tensors[tensor][axis].size(sizes)
         for source, (tensor, axis) in spec.leaves.items()
-        for name, _ in _targets(spec, homes, source)
+        for name, _ in targets(spec, homes, source)
     }
 
 
-def check(plan: GrowthPlan, spec: ModelSpec) -> None:
-    """Raise PlanError for a plan that is not one for this model: it may have been made for another, or written by hand."""
-    names = set(spec.tensors) - set(spec.ties)
-    if plan.shrinks:  # nothing is made of the blocks that go
-        stay = {path: {block.source for block in blocks} for path, blocks in plan.stacks.items()}
-        places = {name: spec.block_of(name) for name in names}
-        names = {
-            n for n, at in places.items() if at is None or at[1] in stay.get(at[0].path, {at[1]})
-        }
-    if dict(plan.source_sizes) != dict(spec.sizes) or {row.source for row in plan.rows} != names:
-        raise PlanError(
-            f"the plan is for a {plan.family} of {dict(plan.source_sizes)}, this {spec.family} has {dict(spec.sizes)}; plan anew."
-        )
-    problems: list[str] = []
-    homes = {path: _homes(blocks) for path, blocks in plan.stacks.items()}
-    if {*plan.stacks} != {stack.path for stack in spec.stacks} or not all(
-        _whole(plan, plan.stacks[s.path], spec.sizes[s.size], plan.target_sizes.get(s.size))
-        for s in spec.stacks
-    ):
-        problems.append("its blocks are not those of the model and new ones.")
-    else:
-        expected = [(n, source) for source in names for n, _ in _targets(spec, homes, source)]
-        if sorted((row.name, row.source) for row in plan.rows) != sorted(expected):
-            problems.append("its rows are not the tensors of the target.")
-        target = replace(spec, sizes=plan.target_sizes)
-        for row in plan.rows:
-            known = set(row.axes) <= set(plan.axes)
-            found, wanted = plan.shapes(row)[1] if known else row.axes, target.shape(row.source)
-            if found != wanted:
-                problems.append(f"{row.name}: has shape {found}, the target {wanted}.")
-            if row.drawn and not row.new:
-                problems.append(f"{row.name}: is initialised anew, but its block is not new.")
-            if row.offset != _offset(spec.tensors[row.source]):
-                problems.append(f"{row.name}: the model adds another offset to it.")
-            if row.upper is not None and (
-                row.upper not in names
-                or spec.shape(row.upper) != spec.shape(row.source)
-                or row.upper_axis not in range(len(row.axes))
-            ):
-                problems.append(
-                    f"{row.name}: takes a part of {row.upper}, which has another shape."
-                )
-        if dict(plan.attributes) != _attributes(spec, homes, plan.target_sizes):
-            problems.append("its attributes are not the sizes that the target's modules cache.")
-    eps = {f"{name.removesuffix('.weight')}.{norm.eps}" for name, _, norm in spec.norms()}
-    eps = (
-        {name for source in eps for name, _ in _targets(spec, homes, source)}
-        if not problems
-        else eps
-    )
-    if not problems and (
-        not set(plan.eps) <= eps or not all(isfinite(f) and f > 0 for f in plan.eps.values())
-    ):
-        problems.append("its factors on eps are not of the target's norms, or no positive numbers.")
-    if not set(plan.rebuilt) <= set(spec.rebuilt):
-        problems.append("it makes modules anew that hold more than the config says.")
-    if dict(plan.ties) != dict(spec.ties) or tuple(plan.counters) != tuple(spec.counters):
-        problems.append("its ties or counters are not the model's.")
-    states = {row.state for row in plan.rows}
-    if plan.state not in STATES or plan.dynamics not in DYNAMICS or not states <= {"law", "fresh"}:
-        problems.append(f"its state {plan.state!r} or dynamics {plan.dynamics!r} is not known.")
-    raise_all(PlanError, f"this plan for a {plan.family} cannot be run:", problems)
-
-
-def _whole(
-    plan: GrowthPlan, blocks: Sequence[BlockRow], n_source: int, n_target: int | None
-) -> bool:
-    """True for all blocks of the source in their order, and copies of them; for some where the plan shrinks."""
-    kept = [block.source for block in blocks if not block.new]
-    within = all(0 <= block.source < n_source for block in blocks)
-    expected = sorted({*kept}) if plan.shrinks else list(range(n_source))
-    return kept == expected and within and len(blocks) == n_target
-
-
-def _homes(blocks: Sequence[BlockRow]) -> Mapping[int, list[int]]:
+def homes_of(blocks: Sequence[BlockRow]) -> Mapping[int, list[int]]:
     """Source block -> the target blocks that copy it."""
     homes: dict[int, list[int]] = defaultdict(list)
     for index, block in enumerate(blocks):
@@ -313,7 +238,7 @@ def _homes(blocks: Sequence[BlockRow]) -> Mapping[int, list[int]]:
     return homes
 
 
-def _targets(spec: ModelSpec, homes: Homes, name: str) -> Iterator[tuple[str, int]]:
+def targets(spec: ModelSpec, homes: Homes, name: str) -> Iterator[tuple[str, int]]:
     """Every name that a source name has in the target, and the index of its block."""
     place = spec.block_of(name)
     if place is None or not homes:
@@ -336,19 +261,19 @@ def _rows(
             continue
         own = tuple(map(spec.axes.__getitem__, axes))
         place = spec.block_of(source)
-        offset = _offset(axes)
-        for name, index in _targets(spec, homes, source):
+        added = offset(axes)
+        for name, index in targets(spec, homes, source):
             if place is None:
-                yield TensorRow(name, source, own, offset=offset)
+                yield TensorRow(name, source, own, offset=added)
                 continue
             stack, _, inner = place
             blocks = deep[stack.path]
-            row = TensorRow(name, source, own, new=blocks.blocks[index].new, offset=offset)
+            row = TensorRow(name, source, own, new=blocks.blocks[index].new, offset=added)
             row = _with_next(row, spec, axes, mixed, *place) if mixed else row
             yield _in_block(row, stack, blocks, index, inner)
 
 
-def _offset(axes: Sequence[AxisUse]) -> float:
+def offset(axes: Sequence[AxisUse]) -> float:
     """What the model adds to a tensor: to the gain of a norm."""
     for axis in axes:
         if axis.norm:

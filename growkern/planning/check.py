@@ -1,0 +1,86 @@
+"""Does a plan fit a model?"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import isfinite
+
+from growkern.errors import PlanError, raise_all
+from growkern.model.spec import ModelSpec
+from growkern.planning.build import attributes, homes_of, offset, targets
+from growkern.planning.decisions import BlockRow
+from growkern.planning.growth_plan import GrowthPlan
+from growkern.planning.options import DYNAMICS, STATES
+
+
+def check(plan: GrowthPlan, spec: ModelSpec) -> None:
+    """Raise PlanError for a plan that is not one for this model: it may have been made for another, or written by hand."""
+    names = set(spec.tensors) - set(spec.ties)
+    if plan.shrinks:  # nothing is made of the blocks that go
+        stay = {path: {block.source for block in blocks} for path, blocks in plan.stacks.items()}
+        places = {name: spec.block_of(name) for name in names}
+        names = {
+            n for n, at in places.items() if at is None or at[1] in stay.get(at[0].path, {at[1]})
+        }
+    if dict(plan.source_sizes) != dict(spec.sizes) or {row.source for row in plan.rows} != names:
+        raise PlanError(
+            f"the plan is for a {plan.family} of {dict(plan.source_sizes)}, this {spec.family} has {dict(spec.sizes)}; plan anew."
+        )
+    problems: list[str] = []
+    homes = {path: homes_of(blocks) for path, blocks in plan.stacks.items()}
+    if {*plan.stacks} != {stack.path for stack in spec.stacks} or not all(
+        _whole(plan, plan.stacks[s.path], spec.sizes[s.size], plan.target_sizes.get(s.size))
+        for s in spec.stacks
+    ):
+        problems.append("its blocks are not those of the model and new ones.")
+    else:
+        expected = [(n, source) for source in names for n, _ in targets(spec, homes, source)]
+        if sorted((row.name, row.source) for row in plan.rows) != sorted(expected):
+            problems.append("its rows are not the tensors of the target.")
+        target = replace(spec, sizes=plan.target_sizes)
+        for row in plan.rows:
+            known = set(row.axes) <= set(plan.axes)
+            found, wanted = plan.shapes(row)[1] if known else row.axes, target.shape(row.source)
+            if found != wanted:
+                problems.append(f"{row.name}: has shape {found}, the target {wanted}.")
+            if row.drawn and not row.new:
+                problems.append(f"{row.name}: is initialised anew, but its block is not new.")
+            if row.offset != offset(spec.tensors[row.source]):
+                problems.append(f"{row.name}: the model adds another offset to it.")
+            if row.upper is not None and (
+                row.upper not in names
+                or spec.shape(row.upper) != spec.shape(row.source)
+                or row.upper_axis not in range(len(row.axes))
+            ):
+                problems.append(
+                    f"{row.name}: takes a part of {row.upper}, which has another shape."
+                )
+        if dict(plan.attributes) != attributes(spec, homes, plan.target_sizes):
+            problems.append("its attributes are not the sizes that the target's modules cache.")
+    eps = {f"{name.removesuffix('.weight')}.{norm.eps}" for name, _, norm in spec.norms()}
+    eps = (
+        {name for source in eps for name, _ in targets(spec, homes, source)}
+        if not problems
+        else eps
+    )
+    if not problems and (
+        not set(plan.eps) <= eps or not all(isfinite(f) and f > 0 for f in plan.eps.values())
+    ):
+        problems.append("its factors on eps are not of the target's norms, or no positive numbers.")
+    if not set(plan.rebuilt) <= set(spec.rebuilt):
+        problems.append("it makes modules anew that hold more than the config says.")
+    if dict(plan.ties) != dict(spec.ties) or tuple(plan.counters) != tuple(spec.counters):
+        problems.append("its ties or counters are not the model's.")
+    states = {row.state for row in plan.rows}
+    if plan.state not in STATES or plan.dynamics not in DYNAMICS or not states <= {"law", "fresh"}:
+        problems.append(f"its state {plan.state!r} or dynamics {plan.dynamics!r} is not known.")
+    raise_all(PlanError, f"this plan for a {plan.family} cannot be run:", problems)
+
+
+def _whole(
+    plan: GrowthPlan, blocks: Sequence[BlockRow], n_source: int, n_target: int | None
+) -> bool:
+    """True for all blocks of the source in their order, and copies of them; for some where the plan shrinks."""
+    kept = [block.source for block in blocks if not block.new]
+    within = all(0 <= block.source < n_source for block in blocks)
+    expected = sorted({*kept}) if plan.shrinks else list(range(n_source))
+    return kept == expected and within and len(blocks) == n_target

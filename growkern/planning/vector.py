@@ -1,0 +1,86 @@
+"""Vectors as run lengths: factors per coordinate, equal over long stretches."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, groupby
+
+
+@dataclass(frozen=True)
+class Vector:
+    """One number per target coordinate, as ``(value, length)`` pairs in order."""
+
+    pieces: tuple[tuple[float, int], ...]
+
+    @staticmethod
+    def of(values: Iterable[float]) -> "Vector":
+        """Compress a sequence of numbers."""
+        return Vector(tuple((value, sum(1 for _ in same)) for value, same in groupby(values)))
+
+    @staticmethod
+    def full(value: float, n: int) -> "Vector":
+        """One value, ``n`` times."""
+        return Vector(((value, n),) if n else ())
+
+    def __len__(self) -> int:
+        return sum(length for _, length in self.pieces)
+
+    def expanded(self) -> list[float]:
+        """All values, one by one."""
+        return [value for value, length in self.pieces for _ in range(length)]
+
+    @cached_property
+    def changes(self) -> dict[int, float]:
+        """Coordinate -> the value from there on."""
+        starts = accumulate((length for _, length in self.pieces), initial=0)
+        return {start: value for start, (value, _) in zip(starts, self.pieces, strict=False)}
+
+    @property
+    def uniform(self) -> float | None:
+        """The one value of all coordinates, or None when they differ."""
+        values = {value for value, _ in self.pieces}
+        return values.pop() if len(values) == 1 else None
+
+    def map(self, function: Callable[[float], float]) -> "Vector":
+        """Apply a function to every value."""
+        return merged((function(value), length) for value, length in self.pieces)
+
+    def zip(self, other: "Vector", function: Callable[[float, float], float]) -> "Vector":
+        """Combine two vectors of one length, value by value."""
+        left, right = list(reversed(self.pieces)), list(reversed(other.pieces))
+        pieces: list[tuple[float, int]] = []
+        while left and right:
+            (x, n), (y, m) = left.pop(), right.pop()
+            length = min(n, m)
+            pieces.append((function(x, y), length))
+            if n > length:
+                left.append((x, n - length))
+            if m > length:
+                right.append((y, m - length))
+        if left or right:
+            raise ValueError(f"vectors of {len(self)} and {len(other)} cannot be combined")
+        return merged(pieces)
+
+    def outer(self, inner: "Vector") -> "Vector":
+        """All products, row-major: ``out[i * len(inner) + j] = self[i] * inner[j]``."""
+        if len(self) == 1 and self.uniform == 1:
+            return inner
+        if inner.uniform is not None:
+            return merged((v * inner.uniform, n * len(inner)) for v, n in self.pieces)
+        return Vector.of(v * w for v in self.expanded() for w in inner.expanded())
+
+
+def merged(pieces: Iterable[tuple[float, int]]) -> Vector:
+    """A vector of ``(value, length)`` pairs in order; neighbours of equal value become one."""
+    merged: list[tuple[float, int]] = []
+    for value, length in pieces:
+        if merged and merged[-1][0] == value:
+            merged[-1] = (value, merged[-1][1] + length)
+        else:
+            merged.append((value, length))
+    return Vector(tuple(merged))
+
+
+def concat_vectors(vectors: Sequence[Vector]) -> Vector:
+    """One vector after the other."""
+    return merged(piece for vector in vectors for piece in vector.pieces)
