@@ -21,8 +21,8 @@ from torch.nn import Parameter
 from bench import harness
 from growkern import UpdateScale
 from growkern.optim import AdamW
-from growkern.reference_adamw import SLICES, length
-from growkern.scale import Scale
+from growkern.optimizer.adamw_torch import SLICES, length
+from growkern.optimizer.update_scale import Scale
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

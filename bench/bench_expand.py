@@ -24,13 +24,13 @@ from growkern import ModelSpec, linear, reference
 from growkern.depth import IdentityBlocks
 from growkern.execute import execute
 from growkern.model.spec import space_size
+from growkern.optimizer.state_rules import GRADIENT, LAWS, SQUARE, VALUE
 from growkern.pieces import Cutter
 from growkern.planning.build import build
 from growkern.planning.decisions import Contract, Width, WidthMethod
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.index_map import IndexMap
 from growkern.planning.vector import Vector
-from growkern.state import GRADIENT, LAWS, SQUARE, VALUE
 from growkern.support.named_tensors import Tensors
 from growkern.width import Lossless
 

@@ -13,9 +13,9 @@ from growkern.history import resume
 from growkern.model.describe import describe
 from growkern.model.layers import embedding, linear, norm, reader, writer
 from growkern.model.spec import Blocks, ModelSpec, Power
+from growkern.optimizer.update_scale import Scale, UpdateScale
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.report import GrowthReport
-from growkern.scale import Scale, UpdateScale
 from growkern.schedule import GrowthSchedule
 from growkern.shrinking import shrink_inplace
 from growkern.upcycle import upcycle

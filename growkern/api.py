@@ -14,8 +14,6 @@ from growkern.commit import check_blocks, commit
 from growkern.compiled import reset_near_limit
 from growkern.ddp import Ranks
 from growkern.depth import IdentityBlocks
-from growkern.describe_optim import describe_optimizer
-from growkern.dynamics import Multiplier, lr_factors, multipliers, scales, slices
 from growkern.engine.sources import tensors_of
 from growkern.errors import (
     CommitError,
@@ -32,6 +30,10 @@ from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
 from growkern.notes import notes
 from growkern.optim_target import Masters, OptimTarget
+from growkern.optimizer.describe import describe_optimizer
+from growkern.optimizer.lr_scaling import Multiplier, lr_factors, multipliers, scales, slices
+from growkern.optimizer.state_rules import GRADIENT, MASTER, MASTER_GRAD, VALUE, OptimSpec, Rule
+from growkern.optimizer.update_scale import scale_of
 from growkern.pieces import Given
 from growkern.planning.build import build
 from growkern.planning.check import check
@@ -40,8 +42,6 @@ from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.sizes import Target, resolve_sizes
 from growkern.reference import norm_of
 from growkern.report import GrowthReport
-from growkern.scale import scale_of
-from growkern.state import GRADIENT, MASTER, MASTER_GRAD, VALUE, OptimSpec, Rule
 from growkern.support.memory import elsewhere, in_place
 from growkern.support.named_tensors import Tensors
 from growkern.support.wrappers import mid_step, unwrapped

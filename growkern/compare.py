@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from growkern.api import expand_inplace
 from growkern.errors import GrowthError, PlanError
+from growkern.optimizer.update_scale import UpdateScale, scale_of
 from growkern.planning.decisions import DepthMethod, WidthMethod
 from growkern.planning.sizes import Target
-from growkern.scale import UpdateScale, scale_of
 from growkern.support.text import table
 from growkern.support.wrappers import unwrapped
 from growkern.verify import verify

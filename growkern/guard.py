@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from growkern.errors import CheckpointError
+from growkern.optimizer.state_rules import Rule
 from growkern.planning.growth_plan import GrowthPlan
-from growkern.state import Rule
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -1,8 +1,8 @@
 """What a user should know after a growth."""
 
-from growkern.dynamics import lr_factors
 from growkern.model.spec import ModelSpec
 from growkern.optim_target import OptimTarget
+from growkern.optimizer.lr_scaling import lr_factors
 from growkern.planning.growth_plan import GrowthPlan
 
 

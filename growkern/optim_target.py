@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 
 from growkern.errors import CommitError
 from growkern.groups import join_groups, split_groups
-from growkern.optim import begin
+from growkern.optimizer.adamw import begin
+from growkern.optimizer.state_rules import MASTER, MASTER_GRAD, SLICES, OptimSpec
+from growkern.optimizer.update_scale import Scale, UpdateScale, scale_of
 from growkern.planning.growth_plan import GrowthPlan
-from growkern.scale import Scale, UpdateScale, scale_of
-from growkern.state import MASTER, MASTER_GRAD, SLICES, OptimSpec
 from growkern.support.named_tensors import Tensors
 from growkern.undo import Undo
 

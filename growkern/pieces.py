@@ -12,12 +12,12 @@ from torch import Tensor
 
 from growkern import reference
 from growkern.errors import PlanError
+from growkern.optimizer.state_rules import Rule
 from growkern.planning.growth_plan import AxisMap, GrowthPlan, Pad, TensorRow
 from growkern.planning.index_map import PAD, IndexMap
 from growkern.planning.vector import Vector
 from growkern.reference import Noise, Piece
 from growkern.sides import Side, Stretch, scale_of
-from growkern.state import Rule
 from growkern.support.dtypes import arithmetic
 
 Given = Callable[[Tensor, int], Tensor]

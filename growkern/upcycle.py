@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from growkern.describe_optim import describe_optimizer
 from growkern.errors import (
     PlanError,
     UnsupportedModelError,
@@ -16,8 +15,9 @@ from growkern.errors import (
     raise_all,
 )
 from growkern.model.describe import describe
-from growkern.scale import scale_of
-from growkern.state import Rule
+from growkern.optimizer.describe import describe_optimizer
+from growkern.optimizer.state_rules import Rule
+from growkern.optimizer.update_scale import scale_of
 from growkern.support.interrupts import uninterrupted
 from growkern.support.wrappers import unwrapped
 from growkern.undo import Undo

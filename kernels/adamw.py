@@ -71,7 +71,7 @@ def adamw(
     """Update parameters and moments in place: one launch per dtypes of parameter, gradient and moments.
 
     Args:
-        updates: ``growkern.reference_adamw.Update`` of one device, steps counted; laid out alike, contiguous where sliced.
+        updates: ``growkern.optimizer.adamw_torch.Update`` of one device, steps counted; laid out alike, contiguous where sliced.
         table: Of that device, kept between steps.
         grad_scale: What gradients are divided by, in place.
         found_inf: Not 0: nothing is updated.

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from growkern import reference_adamw as reference
 from growkern.kernels import adamw as kernel
 from growkern.kernels import adamw_table as table
 from growkern.kernels.adamw_tile import _risen
-from growkern.reference_adamw import SLICES, Hyper, Update, arithmetic, length, sizes
+from growkern.optimizer import adamw_torch as reference
+from growkern.optimizer.adamw_torch import SLICES, Hyper, Update, arithmetic, length, sizes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

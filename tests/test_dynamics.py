@@ -16,7 +16,7 @@ from torch.optim import _muon
 import growkern
 from growkern import width
 from growkern.errors import PlanError
-from growkern.scale import Scale, scale_of
+from growkern.optimizer.update_scale import Scale, scale_of
 
 QUIET = width.Lossless(noise=0)
 WARM, ON = 50, 20

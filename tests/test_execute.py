@@ -10,10 +10,10 @@ from hypothesis import assume, given, settings
 
 from growkern import sides
 from growkern.execute import execute
+from growkern.optimizer.state_rules import LAWS
 from growkern.planning.growth_plan import AxisMap, GrowthPlan, TensorRow
 from growkern.planning.index_map import PAD, IndexMap
 from growkern.planning.vector import Vector
-from growkern.state import LAWS
 from growkern.support.named_tensors import Tensors
 
 

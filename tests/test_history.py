@@ -15,7 +15,7 @@ from models import batch, grow, logits, make, train
 import growkern
 from growkern import width
 from growkern.errors import CheckpointError, PlanError
-from growkern.scale import scale_of
+from growkern.optimizer.update_scale import scale_of
 
 WORKER = Path(__file__).parent / "resume_worker.py"
 

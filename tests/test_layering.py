@@ -29,7 +29,6 @@ INTERIM = {  # modules that have not moved yet -> their room
 
     "sizes": "planning", "index_map": "planning", "methods": "planning", "axes": "planning", "law": "planning", "plan": "planning",
     "state": "optimizer", "describe_optim": "optimizer", "dynamics": "optimizer", "scale": "optimizer", "reference_adamw": "optimizer",
-    "quantised": "optimizer",
     "execute": "execution", "pieces": "execution", "sides": "execution", "reference": "execution",
     "optim_target": "commit", "groups": "commit", "undo": "commit", "guard": "commit",
     "forgotten": "engine", "ddp": "engine", "compiled": "engine", "report": "engine", "notes": "engine", "upcycle": "engine",
@@ -41,10 +40,14 @@ INTERIM = {  # modules that have not moved yet -> their room
 }  # fmt: skip
 RANKS = {name: rank for rank, names in enumerate(ROWS) for name in names}
 IMPORTERS = {  # what only some may import -> who
-    "kernels": {"growkern.execute", "growkern.optim"},
+    "kernels": {"growkern.execute", "growkern.optimizer.adamw"},
 }
 DEVICE_FREE = {"planning", "width", "depth", "shrink", "errors"}  # rooms without torch
-DEVICE_FREE_MODULES = {"growkern.model.spec", "growkern.model.layers", "growkern.state"}
+DEVICE_FREE_MODULES = {
+    "growkern.model.spec",
+    "growkern.model.layers",
+    "growkern.optimizer.state_rules",
+}
 TORCHLESS = {"growkern.support.text"}  # of support, what they may import
 DEVICE = {"torch", "triton", "transformers"}
 STRANGERS = {  # lower, but not theirs to know
@@ -240,7 +243,11 @@ BROKEN = {
         "def f():\n    import transformers",
         "without a device",
     ),
-    "state-imports-triton": ("growkern.state", "from triton import cdiv", "without a device"),
+    "state-imports-triton": (
+        "growkern.optimizer.state_rules",
+        "from triton import cdiv",
+        "without a device",
+    ),
     "plan-imports-tensors": (
         "growkern.planning.growth_plan",
         "from growkern.support.named_tensors import Tensors",
@@ -256,12 +263,12 @@ BROKEN = {
     "api-imports-kernels": (
         "growkern.api",
         "def f():\n    from growkern.kernels import expand",
-        "only growkern.execute, growkern.optim may",
+        "only growkern.execute, growkern.optimizer.adamw may",
     ),
     "package-of-kernels": (
         "growkern.commit",
         "def f():\n    from growkern import kernels",
-        "only growkern.execute, growkern.optim may",
+        "only growkern.execute, growkern.optimizer.adamw may",
     ),
     "kernel-imports-growkern": (
         "growkern.kernels.expand",

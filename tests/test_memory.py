@@ -16,8 +16,8 @@ from growkern import api, commit, execute, groups, optim_target
 from growkern.errors import CommitError, GrowthError, InsufficientMemoryError, PlanError
 from growkern.kernels import table
 from growkern.kernels.table import Table
+from growkern.optimizer.state_rules import GRADIENT, SQUARE, VALUE
 from growkern.pieces import Cutter
-from growkern.state import GRADIENT, SQUARE, VALUE
 from growkern.support import memory
 
 TENSORS = {

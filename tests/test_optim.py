@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Linear, Parameter
 
-from growkern import optim as module
 from growkern.optim import AdamW
-from growkern.reference_adamw import SLICES, length
+from growkern.optimizer import adamw as module
+from growkern.optimizer.adamw_torch import SLICES, length
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

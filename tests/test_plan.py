@@ -160,7 +160,8 @@ import types
 package = types.ModuleType("growkern")
 package.__path__ = [sys.argv[1]]
 sys.modules["growkern"] = package
-from growkern import state, width, depth
+from growkern import width, depth
+from growkern.optimizer import state_rules as state
 from growkern.planning import build as law
 from growkern.planning import index_map
 from growkern.planning import sizes

@@ -16,7 +16,7 @@ import growkern
 from growkern import GrowthPlan, depth, groups, optim_target, shrinking, width
 from growkern.commit import Undo
 from growkern.errors import CheckpointError, CommitError, PlanError, UnsupportedModelError
-from growkern.scale import scale_of
+from growkern.optimizer.update_scale import scale_of
 from growkern.shrink import FirstCopies, WeightSelection
 
 QUIET = width.Lossless(noise=0)

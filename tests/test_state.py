@@ -8,8 +8,9 @@ from models import batch, exact_norms, grow, logits, loss_of, make, train
 from torch.optim import swa_utils
 
 import growkern
-from growkern import depth, quantised, width
+from growkern import depth, width
 from growkern.errors import GrowthError, UnsupportedModelError, UnsupportedOptimizerError
+from growkern.optimizer import eight_bit as quantised
 
 QUIET = width.Lossless(noise=0)
 optims = torch.optim

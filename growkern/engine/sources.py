@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from growkern.model.spec import ModelSpec
-from growkern.state import MASTER, MASTER_GRAD
+from growkern.optimizer.state_rules import MASTER, MASTER_GRAD
 from growkern.support.named_tensors import Tensors
 
 

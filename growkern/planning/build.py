@@ -41,7 +41,7 @@ def build(
         width: Width method.
         depth: Depth method.
         shrink: In place of both, where the targets are smaller.
-        state: What becomes of the optimizer's state (``growkern.state.STATES``).
+        state: What becomes of the optimizer's state (``growkern.optimizer.state_rules.STATES``).
         dynamics: What becomes of its learning rates: ``"mup"``, ``"exact"`` or None.
         seed: Of all noise.
 

@@ -127,7 +127,7 @@ class GrowthPlan:
         width: The width method, as text.
         depth: The depth method, as text.
         seed: Of all noise.
-        state: What becomes of optimizer state: one of ``growkern.state.STATES``.
+        state: What becomes of optimizer state: one of ``growkern.optimizer.state_rules.STATES``.
         dynamics: What becomes of learning rates: ``"mup"``, ``"exact"`` or None.
         axes: Key -> axis map.
         rows: One per target tensor, in source order, block by block.

@@ -14,11 +14,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from growkern.optimizer.state_rules import SLICES, Law, OptimSpec, muon_adjustment
+from growkern.optimizer.update_scale import Factor, Scale, UpdateScale
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.planning.index_map import PAD, IndexMap
 from growkern.planning.vector import Vector
-from growkern.scale import Factor, Scale, UpdateScale
-from growkern.state import SLICES, Law, OptimSpec, muon_adjustment
 from growkern.support.dtypes import arithmetic
 
 REWARM = (1.3, 250.0)  # rho and tau of SPARKLING, arXiv:2602.02472

@@ -24,7 +24,7 @@ class Rule:
         first: True when only the first copy of every source element keeps it; the others are without an ancestor.
         reduced: Axis of the parameter, from the end, that this is a mean over; None for none.
         kept: True when that axis is still there, of size 1.
-        coded: True when it may be kept in 8 bits (``growkern.quantised``).
+        coded: True when it may be kept in 8 bits (``growkern.optimizer.eight_bit``).
     """
 
     weight: float = 0
@@ -153,7 +153,7 @@ SLICES = (*(f"{name}_{side}" for name in FACTORS for side in ("rows", "cols")), 
 LAWS: dict[str, Law] = {
     "growkern.optim.AdamW": Law(
         ADAM | dict.fromkeys(SLICES), decays=DECAY, slices=True
-    ),  # its vectors grow with what they are factors of: growkern.dynamics
+    ),  # its vectors grow with what they are factors of: growkern.optimizer.lr_scaling
     f"{OWN}.asgd.ASGD": Law(
         STEP | {"ax": VALUE, "eta": None, "mu": None},
         lr=(1, -1),

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from growkern.errors import UnsupportedOptimizerError, raise_all
 from growkern.model.spec import ModelSpec
-from growkern.state import LAWS, Law, OptimSpec, by_order
+from growkern.optimizer.state_rules import LAWS, Law, OptimSpec, by_order
 
 
 def describe_optimizer(

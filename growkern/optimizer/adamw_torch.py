@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from growkern.state import SLICES
+from growkern.optimizer.state_rules import SLICES
 from growkern.support.dtypes import arithmetic
 
 BLOCK = 1 << 18  # elements computed at a time: temporaries stay in cache, and every thread has work

@@ -1,0 +1,318 @@
+"""``AdamW``: torch's, with factors per row and column of a parameter that live in its state."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim.optimizer import StateDict
+
+from growkern.optimizer.adamw_torch import BLOCK, Hyper, Update, length, sizes
+from growkern.optimizer.adamw_torch import adamw as torch_adamw
+from growkern.optimizer.state_rules import SLICES
+from growkern.support.dtypes import arithmetic
+
+KEYS = frozenset(SLICES)
+KERNEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+PLAIN = (Parameter, Tensor)
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+WHOLE = ("foreach", "fused", "capturable", "differentiable")  # options of steps over whole tensors
+NOTHING: dict[str, Tensor] = {}
+Group = dict[str, Any]  # torch's type of a param group
+State = dict[str, Tensor]
+Mine = tuple[Tensor, bool]  # a parameter that is updated here, and whether by the kernel
+Vector = Tensor | Sequence[float] | None
+
+
+class AdamW(torch.optim.AdamW):
+    """``torch.optim.AdamW`` whose parameters may carry *slices*: factors per row and per column.
+
+    Constructor, param groups, state keys and checkpoints are torch's, both ways. A parameter is a matrix: its last axis are the
+    columns (C), all others flattened the rows (R); one axis is one row. ``state[p]`` may hold, in float32 (float64 for float64
+    parameters) and on the parameter's device, each absent where it is neutral (``set_slices`` checks what it is given; another
+    module may put tensors beside a state's ``step`` itself, every step checks their lengths):
+
+    - ``lr_rows`` (R,), ``lr_cols`` (C,): factors on the learning rate of Adam's update, not on the decay;
+    - ``eps_rows``, ``eps_cols``: factors on eps;
+    - ``decay_rows``, ``decay_cols``: factors on the decoupled decay ``lr * weight_decay``;
+    - ``born_rows``, ``born_cols``: the value of ``step`` when a row or column came into being. An element's own step ``t = step -
+      max(born_rows[i], born_cols[j])``, 1 at its first update, drives its bias correction;
+    - ``rewarm`` (2,): rho, tau. What was born later than 0 has ``1 + (rho - 1) * min(t / tau, 1)`` as one more factor on lr.
+
+    With ``lr_ij = lr_rows[i] * lr_cols[j]`` and so on::
+
+        p -= lr * weight_decay * decay_ij * p
+        p -= lr * lr_ij * warm(t) / (1 - beta1**t) * exp_avg / (sqrt(exp_avg_sq / (1 - beta2**t)) + eps * eps_ij)
+
+    On a CPU parameters without slices are updated by torch itself, large ones part by part (the same bits, sooner). On a GPU
+    every dense real parameter goes through one Triton launch per combination of dtypes, unless its group is capturable,
+    differentiable or has a tensor as lr.
+
+    Example:
+        >>> optim = AdamW(model.parameters(), lr=1e-3)
+        >>> optim.set_slices(model.fc.weight, lr_cols=[0.5] * model.fc.in_features)
+
+    Reference:
+        Loshchilov, Hutter, "Decoupled weight decay regularization", ICLR 2019, arXiv:1711.05101. Re-warm-up: "SPARKLING",
+        arXiv:2602.02472.
+    """
+
+    __module__ = "growkern.optim"  # where users find it, and a key of the state rules
+
+    _ours: dict[int, tuple[list[Mine], list[Tensor]]]
+
+    def set_slices(self, p: Tensor, **vectors: Vector) -> None:
+        """Give a parameter slices; those not named stay. All is checked before anything changes.
+
+        Args:
+            p: A dense real parameter of this optimizer. Where it has no state yet it gets torch's, so that a checkpoint of it loads
+                into ``torch.optim.AdamW`` too.
+            vectors: Key -> numbers, of R for ``*_rows``, C for ``*_cols`` and 2 for ``rewarm``; None removes. ``born_*`` from 0 to
+                the parameter's present step; all others above 0.
+
+        Raises:
+            ValueError: An unknown key, a wrong length, a number that is not finite or out of range, or a parameter that is not
+                this optimizer's, not dense or not real.
+        """
+        group = next((g for g in self.param_groups if any(p is q for q in g["params"])), None)
+        if group is None:
+            raise ValueError(f"a parameter of shape {tuple(p.shape)} is not in this optimizer.")
+        if p.is_complex() or p.layout != torch.strided or type(p) not in PLAIN:
+            raise ValueError(
+                f"slices are for dense real parameters, not {p.layout} {p.dtype} of class {type(p).__name__}."
+            )
+        state = self.state.get(p, {})
+        step = float(state["step"]) if "step" in state else 0.0
+        ready = {key: _checked(key, v, p, step) for key, v in vectors.items()}
+        state = self.state[p]
+        if "exp_avg" not in state and any(v is not None for v in ready.values()):
+            begin(group, p, state)
+        for key, vector in ready.items():
+            if vector is None:
+                state.pop(key, None)
+            else:
+                state[key] = vector
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load torch's checkpoint or one with slices, which keep their dtype whatever the parameter's is."""
+        final: list[StateDict] = []
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            (loaded,) = final
+            ids = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+            own = chain.from_iterable(group["params"] for group in self.param_groups)
+            for i, p in zip(ids, own, strict=True):
+                saved: State = loaded["state"].get(i, {})
+                for key in KEYS.intersection(saved):
+                    self.state[p][key] = saved[key].to(p.device, arithmetic(p.dtype), copy=True)
+
+        # last to see what is loaded, first to see what torch made of it: the user's hooks find it whole
+        before = self.register_load_state_dict_pre_hook(lambda _, found: final.append(found))
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _init_group(  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls it by position
+        self, group: Group, *lists: list[Tensor]
+    ) -> bool:
+        """Give torch's ``step`` what torch updates, and update the rest with the last group.
+
+        torch's ``step`` itself runs unchanged, closure, hooks and all; it asks every group in turn.
+        """
+        if group is self.param_groups[0]:
+            self._ours = {id(g): self._split(g) for g in self.param_groups}
+        ours, rest = self._ours.get(id(group), ([], []))
+        has_complex = super()._init_group({**group, "params": rest} if ours else group, *lists)
+        if not torch.compiler.is_compiling() and not any(group[o] for o in WHOLE):
+            _in_blocks(lists)
+        if group is self.param_groups[-1]:
+            found, self._ours = self._ours, {}
+            with torch.no_grad():  # another group may be differentiable
+                self._launch([one for g in self.param_groups for one in self._updates(g, found)])
+        return bool(has_complex)
+
+    def _split(self, group: Group) -> tuple[list[Mine], list[Tensor]]:
+        """Parameters that are updated here, and those that are torch's; nothing has changed when it raises."""
+        compiling = torch.compiler.is_compiling()
+        launches = not (
+            compiling or group["capturable"] or group["differentiable"]
+            or isinstance(group["lr"], Tensor) or isinstance(group["betas"][0], Tensor)
+        )  # fmt: skip
+        ours: list[Mine] = []
+        rest: list[Tensor] = []
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state: State = self.state.get(p, NOTHING)
+            sliced = not KEYS.isdisjoint(state)
+            if sliced:
+                _check_sliced(p, state, group, compiling)
+            fits = (sliced or launches) and _fits(p, state, sliced)
+            if sliced or fits:
+                ours.append((p, fits))
+            else:
+                rest.append(p)
+        return ours, rest
+
+    def _updates(
+        self, group: Group, found: Mapping[int, tuple[list[Mine], list[Tensor]]]
+    ) -> Iterator[tuple[Update, bool]]:
+        beta1, beta2 = map(float, group["betas"])
+        lr, eps, decay = (float(group[key]) for key in ("lr", "eps", "weight_decay"))
+        hyper = Hyper(lr, beta1, beta2, eps, decay, bool(group["maximize"]))
+        for p, fits in found[id(group)][0]:
+            state: State = self.state[p]
+            if "exp_avg" not in state:
+                begin(group, p, state)
+            assert p.grad is not None, "it was asked for"
+            top = state["max_exp_avg_sq"] if group["amsgrad"] else None
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            slices = {} if KEYS.isdisjoint(state) else state
+            yield Update(p, p.grad, *moments, top, state["step"], hyper, slices), fits
+
+    def _launch(self, updates: Sequence[tuple[Update, bool]]) -> None:
+        """One more step for all of them; gradients are scaled and steps skipped as torch's fused AdamW does."""
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        steps: dict[torch.device, list[Tensor]] = {}
+        launches: dict[torch.device | None, list[Update]] = {}
+        for u, fits in updates:
+            steps.setdefault(u.step.device, []).append(u.step)
+            launches.setdefault(u.p.device if fits else None, []).append(u)
+        for device, same in steps.items():
+            one = torch.ones((), device=device)
+            one = one if found_inf is None else one - found_inf.to(device)
+            torch._foreach_add_(same, one)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
+        for device, same in launches.items():
+            if device is None:
+                torch_adamw(same, scale, found_inf)
+                continue
+            from growkern.kernels.adamw import adamw
+            from growkern.kernels.adamw_table import Table
+
+            tables: dict[torch.device, Table] = self.__dict__.setdefault("_tables", {})
+            adamw(same, tables.setdefault(device, Table()), scale, found_inf)
+
+
+def begin(group: Group, p: Tensor, state: State) -> None:
+    """torch's state of a parameter before its first step."""
+    on_device = group["capturable"] or group["fused"]
+    wide = torch.get_default_dtype() == torch.float64 and not group["fused"]
+    state["step"] = torch.zeros(
+        (), dtype=torch.float64 if wide else torch.float32, device=p.device if on_device else "cpu"
+    )
+    for key in MOMENTS if group["amsgrad"] else MOMENTS[:2]:
+        state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+
+def _in_blocks(lists: Sequence[list[Tensor]]) -> None:
+    """Cut large tensors of a CPU into parts whose temporaries stay in cache; what torch does goes element by element."""
+    filled = [found for found in lists if found]  # the steps are last
+    whole = [*zip(*filled, strict=True)]
+    for found in filled:
+        found.clear()
+    for *tensors, step in whole:
+        n, p = tensors[0].numel(), tensors[0]
+        cut = n > BLOCK and p.device.type == "cpu" and all(type(t) in PLAIN for t in tensors)
+        cut = cut and all(t.is_contiguous() and t.numel() == n for t in tensors)
+        parts = [t.detach().view(-1).split(BLOCK) if cut else (t,) for t in tensors]
+        counted = (step, *(step.clone() for _ in parts[0][1:]))  # once, before torch counts on
+        for found, own in zip(filled, (*parts, counted), strict=True):
+            found.extend(own)
+
+
+def _checked(key: str, vector: Vector, p: Tensor, step: float) -> Tensor | None:
+    """The tensor of a slice key, of its own memory; or ValueError."""
+    if key not in KEYS:
+        raise ValueError(f"{key!r} is no slice; there are {', '.join(SLICES)}.")
+    if vector is None:
+        return None
+    found = torch.as_tensor(vector).detach()
+    if found.is_complex():
+        raise ValueError(f"{key} is {found.dtype}; real numbers are wanted.")
+    found = found.to(p.device, arithmetic(p.dtype), copy=True)
+    n, shape = length(key, p.shape), tuple(p.shape)
+    if found.shape != (n,):
+        raise ValueError(f"{key} is {tuple(found.shape)}; of {shape} it is ({n},).")
+    if not found.isfinite().all():
+        raise ValueError(f"{key} of {shape} holds numbers that are not finite.")
+    least = found.min().item() if n else 1.0
+    if key.startswith("born"):
+        if least < 0 or (n and found.max().item() > step):
+            raise ValueError(f"{key} of {shape} is not between 0 and its step, {step:g}.")
+    elif least <= 0:
+        raise ValueError(f"{key} of {shape} holds {least:g}; only numbers above 0 are allowed.")
+    return found.contiguous()
+
+
+def _check_sliced(p: Tensor, state: Mapping[str, Tensor], group: Group, compiling: bool) -> None:
+    """Raise RuntimeError for what cannot be updated with slices: another module may have put them there."""
+
+    def name() -> str:
+        return f"a parameter of shape {tuple(p.shape)} with slices"
+
+    g = p.grad
+    if p.layout != torch.strided or (g is not None and g.layout != torch.strided):
+        raise RuntimeError(f"AdamW does not support sparse gradients: {name()} has one.")
+    if p.is_complex():
+        raise RuntimeError(f"{name()} is {p.dtype}; slices are for real parameters.")
+    if type(p) not in PLAIN:  # a DTensor, say: rows and columns of a shard are not the parameter's
+        raise RuntimeError(f"{name()} is of class {type(p).__name__}; slices are for plain ones.")
+    for option in ("capturable", "differentiable"):
+        if group[option]:
+            raise RuntimeError(f"{name()} is in a {option} group; set_slices(p, key=None) removes.")
+    if compiling:
+        raise RuntimeError(f"step() cannot be compiled: {name()} is updated; call it eagerly.")
+    for key in MOMENTS:
+        if key in state and state[key].shape != p.shape:
+            shape = tuple(state[key].shape)
+            raise RuntimeError(f"{key} of {name()} is {shape}; grow it with its parameter.")
+    n_rows, n_cols = sizes(p.shape)
+    dtype, device = arithmetic(p.dtype), p.device
+    for key in SLICES:
+        if key not in state:
+            continue
+        v, n = state[key], n_rows if key.endswith("rows") else n_cols if key != "rewarm" else 2
+        if v.shape != (n,) or v.dtype != dtype or v.device != device or not v.is_contiguous():
+            raise RuntimeError(
+                f"{key} of {name()} is {tuple(v.shape)}, {v.dtype}, on {v.device}; wanted is a contiguous ({n},), {dtype}, on "
+                f"{device}."
+            )
+
+
+def _fits(p: Tensor, state: Mapping[str, Tensor], sliced: bool) -> bool:
+    """True for what the kernel updates: on a GPU, dense, every tensor laid out alike, no subclass that computes by itself."""
+    g, dtype = p.grad, p.dtype
+    if not p.is_cuda or type(p) not in PLAIN or type(g) is not Tensor or g.layout != torch.strided:
+        return False
+    allowed = (dtype,) if dtype == torch.float64 else (dtype, torch.float32)
+    moments = [state[key] for key in MOMENTS if key in state]
+    if dtype not in KERNEL_DTYPES or g.dtype not in allowed:
+        return False
+    for t in moments:
+        if (
+            t.shape != p.shape
+            or not t.is_cuda
+            or t.dtype not in allowed
+            or t.dtype != moments[0].dtype
+        ):
+            return False
+    if p.is_contiguous() and g.is_contiguous():
+        return all(t.is_contiguous() for t in moments)
+    strides = p.stride()
+    return not sliced and _is_dense(p) and all(t.stride() == strides for t in (g, *moments))
+
+
+def _is_dense(t: Tensor) -> bool:
+    """True when its elements fill its memory, in whatever order of axes."""
+    expected = 1
+    for stride, n in sorted(zip(t.stride(), t.shape, strict=True)):
+        if n > 1 and stride != expected:
+            return False
+        expected *= n
+    return True
