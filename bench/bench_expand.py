@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from bench import harness
-from growkern import ModelSpec, linear, reference
+from growkern import ModelSpec, linear
 from growkern.depth import IdentityBlocks
-from growkern.execute import execute
+from growkern.execution import torch_backend as reference
+from growkern.execution.execute import execute
+from growkern.execution.tiles import Cutter
 from growkern.model.spec import space_size
 from growkern.optimizer.state_rules import GRADIENT, LAWS, SQUARE, VALUE
-from growkern.pieces import Cutter
 from growkern.planning.build import build
 from growkern.planning.decisions import Contract, Width, WidthMethod
 from growkern.planning.growth_plan import GrowthPlan

@@ -30,9 +30,9 @@ from torch.optim import AdamW
 import growkern
 from bench import harness
 from growkern.engine.sources import tensors_of
-from growkern.execute import Execution
+from growkern.execution.execute import Execution
+from growkern.execution.tiles import Cutter
 from growkern.optimizer.describe import describe_optimizer
-from growkern.pieces import Cutter
 from growkern.planning import build as law
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.sizes import resolve_sizes

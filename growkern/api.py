@@ -22,7 +22,9 @@ from growkern.errors import (
     UnsupportedModelError,
     UnsupportedOptimizerError,
 )
-from growkern.execute import Execution, Memory
+from growkern.execution.execute import Execution, Memory
+from growkern.execution.tiles import Given
+from growkern.execution.torch_backend import norm_of
 from growkern.forgotten import Live, averages_of, forgotten_schedulers, refuse_forgotten
 from growkern.groups import check_scheduler, follows, schedulers
 from growkern.guard import n_growths
@@ -34,13 +36,11 @@ from growkern.optimizer.describe import describe_optimizer
 from growkern.optimizer.lr_scaling import Multiplier, lr_factors, multipliers, scales, slices
 from growkern.optimizer.state_rules import GRADIENT, MASTER, MASTER_GRAD, VALUE, OptimSpec, Rule
 from growkern.optimizer.update_scale import scale_of
-from growkern.pieces import Given
 from growkern.planning.build import build
 from growkern.planning.check import check
 from growkern.planning.decisions import DepthMethod, ShrinkMethod, WidthMethod
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.sizes import Target, resolve_sizes
-from growkern.reference import norm_of
 from growkern.report import GrowthReport
 from growkern.support.memory import elsewhere, in_place
 from growkern.support.named_tensors import Tensors

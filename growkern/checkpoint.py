@@ -14,7 +14,7 @@ from growkern.api import plan as plan_growth
 from growkern.commit import check_blocks, grown_config
 from growkern.engine.sources import tensors_of
 from growkern.errors import CheckpointError, PlanError
-from growkern.execute import Execution
+from growkern.execution.execute import Execution
 from growkern.model.describe import describe
 from growkern.planning.check import check
 from growkern.planning.decisions import DepthMethod, WidthMethod

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from growkern.api import expand_inplace
 from growkern.errors import GrowthError, PlanError
-from growkern.execute import NOTHING
+from growkern.execution.execute import NOTHING
 from growkern.guard import recorded
 from growkern.model.spec import ModelSpec
 from growkern.optim_target import Masters

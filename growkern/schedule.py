@@ -15,7 +15,7 @@ from typing_extensions import TypedDict, Unpack  # of torch; typing has them fro
 from growkern.api import expand_inplace, plan
 from growkern.errors import PlanError, raise_all
 from growkern.events import Counts, Event, WhenSlope, disorder, read_state, target_of, unknown_sizes
-from growkern.execute import Memory
+from growkern.execution.execute import Memory
 from growkern.guard import n_growths
 from growkern.loss_curve import LossCurve
 from growkern.model.describe import describe

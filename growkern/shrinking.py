@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 
 from growkern.api import change_inplace, check_caller
 from growkern.errors import PlanError
-from growkern.execute import Memory
+from growkern.execution.execute import Memory
 from growkern.model.spec import ModelSpec
 from growkern.optim_target import Masters
 from growkern.planning.build import build

@@ -128,7 +128,7 @@ def expand_kernel(
 
 
 def expand(pieces: Sequence[Any]) -> None:
-    """Write every piece (``growkern.reference.Piece``): one launch per source and target dtype, one more per length of staged rows.
+    """Write every piece (``growkern.execution.torch_backend.Piece``): one launch per pair of dtypes, one more per length of staged rows.
 
     Args:
         pieces: What they write does not overlap; on one device; their vectors are contiguous. Values are rounded once, at the

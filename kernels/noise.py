@@ -1,6 +1,6 @@
 """``normal(key, row id, column id)``: the sum of the four bytes of a hash of two counters, less its mean, for kernels to inline.
 
-Integers throughout, so that every device and launch shape draws the same bits as ``growkern.reference.normal``. The mix is
+Integers throughout, so that every device and launch shape draws the same bits as ``growkern.execution.torch_backend.normal``. The mix is
 "lowbias32" of C. Wellons' hash-prospector; an element's number needs no other element, as a word of Philox would.
 """
 

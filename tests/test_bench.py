@@ -22,7 +22,7 @@ finally:
     sys.path.remove(str(ROOT))
 
 BREAKER = '''"""Loaded by pytest: makes random maps wrong."""
-from growkern import execute
+from growkern.execution import execute
 
 def broken(plan, *arguments, _sound=execute.execute, **options):
     staged = _sound(plan, *arguments, **options)

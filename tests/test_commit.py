@@ -9,8 +9,9 @@ import torch
 from models import batch, grow, logits, make, train
 
 import growkern
-from growkern import api, commit, execute, groups, optim_target
+from growkern import api, commit, groups, optim_target
 from growkern.errors import CommitError, GrowthError, InsufficientMemoryError
+from growkern.execution import execute
 
 
 def state_of(model, optim, scheduler=None):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 
-from growkern import sides
-from growkern.execute import execute
+from growkern.execution import axis_runs as sides
+from growkern.execution.execute import execute
 from growkern.optimizer.state_rules import LAWS
 from growkern.planning.growth_plan import AxisMap, GrowthPlan, TensorRow
 from growkern.planning.index_map import PAD, IndexMap

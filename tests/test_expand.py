@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from models import grow, make
 from torch import Tensor
 
-from growkern import reference
+from growkern.execution import torch_backend as reference
+from growkern.execution.torch_backend import Copy, Noise, Piece, axis_keys, normal
 from growkern.kernels import table
 from growkern.kernels.expand import BLOCK_C, block_r, expand, kinds
 from growkern.kernels.permute import LARGEST, SMALLEST
-from growkern.reference import Copy, Noise, Piece, arithmetic, axis_keys, normal
+from growkern.support.dtypes import arithmetic
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

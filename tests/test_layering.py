@@ -40,7 +40,7 @@ INTERIM = {  # modules that have not moved yet -> their room
 }  # fmt: skip
 RANKS = {name: rank for rank, names in enumerate(ROWS) for name in names}
 IMPORTERS = {  # what only some may import -> who
-    "kernels": {"growkern.execute", "growkern.optimizer.adamw"},
+    "kernels": {"growkern.execution.execute", "growkern.optimizer.adamw"},
 }
 DEVICE_FREE = {"planning", "width", "depth", "shrink", "errors"}  # rooms without torch
 DEVICE_FREE_MODULES = {
@@ -213,7 +213,7 @@ BROKEN = {
     ),
     "commit-imports-execution": (
         "growkern.commit",
-        "from growkern.execute import Execution",
+        "from growkern.execution.execute import Execution",
         "not below it",
     ),
     "api-imports-family": (
@@ -253,26 +253,26 @@ BROKEN = {
         "from growkern.support.named_tensors import Tensors",
         "with it torch",
     ),
-    "eager-triton": ("growkern.execute", "import triton", "outside a function"),
+    "eager-triton": ("growkern.execution.execute", "import triton", "outside a function"),
     "eager-transformers": ("growkern.model.describe", "import transformers", "outside a function"),
     "eager-kernels": (
-        "growkern.execute",
+        "growkern.execution.execute",
         "from growkern.kernels.expand import expand",
         "outside a function",
     ),
     "api-imports-kernels": (
         "growkern.api",
         "def f():\n    from growkern.kernels import expand",
-        "only growkern.execute, growkern.optimizer.adamw may",
+        "only growkern.execution.execute, growkern.optimizer.adamw may",
     ),
     "package-of-kernels": (
         "growkern.commit",
         "def f():\n    from growkern import kernels",
-        "only growkern.execute, growkern.optimizer.adamw may",
+        "only growkern.execution.execute, growkern.optimizer.adamw may",
     ),
     "kernel-imports-growkern": (
         "growkern.kernels.expand",
-        "from growkern.reference import Piece",
+        "from growkern.execution.torch_backend import Piece",
         "a kernel imports",
     ),
     "kernel-imports-numpy": ("growkern.kernels.expand", "import numpy as np", "a kernel imports"),
@@ -290,7 +290,7 @@ SOUND = {
     "families": ("growkern.model.families", "from growkern.model.families import bert"),
     "describe": ("growkern.model.describe", "from growkern.model.families import FAMILIES"),
     "lazy": (
-        "growkern.execute",
+        "growkern.execution.execute",
         "def f():\n    import triton\n    from growkern.kernels.expand import expand",
     ),
     "types": (

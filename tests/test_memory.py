@@ -12,12 +12,13 @@ import torch
 from models import batch, grow, make, train
 
 import growkern
-from growkern import api, commit, execute, groups, optim_target
+from growkern import api, commit, groups, optim_target
 from growkern.errors import CommitError, GrowthError, InsufficientMemoryError, PlanError
+from growkern.execution import execute
+from growkern.execution.tiles import Cutter
 from growkern.kernels import table
 from growkern.kernels.table import Table
 from growkern.optimizer.state_rules import GRADIENT, SQUARE, VALUE
-from growkern.pieces import Cutter
 from growkern.support import memory
 
 TENSORS = {

@@ -10,14 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from growkern import reference
 from growkern.errors import PlanError
+from growkern.execution import torch_backend as reference
+from growkern.execution.axis_runs import Side, Stretch, scale_of
+from growkern.execution.torch_backend import Noise, Piece
 from growkern.optimizer.state_rules import Rule
 from growkern.planning.growth_plan import AxisMap, GrowthPlan, Pad, TensorRow
 from growkern.planning.index_map import PAD, IndexMap
 from growkern.planning.vector import Vector
-from growkern.reference import Noise, Piece
-from growkern.sides import Side, Stretch, scale_of
 from growkern.support.dtypes import arithmetic
 
 Given = Callable[[Tensor, int], Tensor]

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from growkern.execution.torch_backend import Copy
 from growkern.optimizer.state_rules import Rule
 from growkern.planning.growth_plan import AxisMap, Pad
 from growkern.planning.index_map import ONE, PAD, IndexMap, Run, twins
 from growkern.planning.vector import Vector
-from growkern.reference import Copy
 
 N_RUNS, N_LONG_RUNS = (
     32,

@@ -12,13 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from growkern import reference
 from growkern.errors import GrowthError, InsufficientMemoryError, PlanError, raise_all
+from growkern.execution import torch_backend as reference
+from growkern.execution.tiles import Cutter, Given
+from growkern.execution.torch_backend import Piece
 from growkern.optimizer.eight_bit import N_BYTES, decoded, encoded, is_coded, scale_key
 from growkern.optimizer.state_rules import GRADIENT, MASTER, MASTER_GRAD, VALUE, Rule
-from growkern.pieces import Cutter, Given
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
-from growkern.reference import Piece
 from growkern.support.dtypes import arithmetic
 from growkern.support.memory import empty, free_bytes, trim
 from growkern.support.named_tensors import Tensors
