@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from growkern.commit import check_blocks, commit
+from growkern.commit.checkpoint_guard import n_growths
+from growkern.commit.commit import check_blocks, commit
+from growkern.commit.optimizer import Masters, OptimTarget
 from growkern.compiled import reset_near_limit
 from growkern.ddp import Ranks
 from growkern.depth import IdentityBlocks
@@ -26,14 +28,12 @@ from growkern.execution.execute import Execution, Memory
 from growkern.execution.tiles import Given
 from growkern.execution.torch_backend import norm_of
 from growkern.forgotten import Live, averages_of, forgotten_schedulers, refuse_forgotten
-from growkern.groups import check_scheduler, follows, schedulers
-from growkern.guard import n_growths
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
 from growkern.notes import notes
-from growkern.optim_target import Masters, OptimTarget
 from growkern.optimizer.describe import describe_optimizer
 from growkern.optimizer.lr_scaling import Multiplier, lr_factors, multipliers, scales, slices
+from growkern.optimizer.schedulers import check_scheduler, follows, schedulers
 from growkern.optimizer.state_rules import GRADIENT, MASTER, MASTER_GRAD, VALUE, OptimSpec, Rule
 from growkern.optimizer.update_scale import scale_of
 from growkern.planning.build import build

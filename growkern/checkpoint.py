@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from growkern.api import plan as plan_growth
-from growkern.commit import check_blocks, grown_config
+from growkern.commit.commit import check_blocks, grown_config
 from growkern.engine.sources import tensors_of
 from growkern.errors import CheckpointError, PlanError
 from growkern.execution.execute import Execution

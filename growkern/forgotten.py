@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
 from growkern.errors import PlanError, UnsupportedModelError, UnsupportedOptimizerError
-from growkern.groups import driven_by
+from growkern.optimizer.schedulers import driven_by
 from growkern.support.wrappers import unwrapped
 
 ENGINE = "DeepSpeedEngine"  # told by its name, as no framework is imported

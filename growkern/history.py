@@ -7,11 +7,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from growkern.api import expand_inplace
+from growkern.commit.checkpoint_guard import recorded
+from growkern.commit.optimizer import Masters
 from growkern.errors import GrowthError, PlanError
 from growkern.execution.execute import NOTHING
-from growkern.guard import recorded
 from growkern.model.spec import ModelSpec
-from growkern.optim_target import Masters
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.shrinking import shrink_inplace
 from growkern.support.wrappers import unwrapped

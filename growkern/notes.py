@@ -1,7 +1,7 @@
 """What a user should know after a growth."""
 
+from growkern.commit.optimizer import OptimTarget
 from growkern.model.spec import ModelSpec
-from growkern.optim_target import OptimTarget
 from growkern.optimizer.lr_scaling import lr_factors
 from growkern.planning.growth_plan import GrowthPlan
 

@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 from typing_extensions import TypedDict, Unpack  # of torch; typing has them from 3.11 on
 
 from growkern.api import expand_inplace, plan
+from growkern.commit.checkpoint_guard import n_growths
+from growkern.commit.optimizer import Masters
 from growkern.errors import PlanError, raise_all
 from growkern.events import Counts, Event, WhenSlope, disorder, read_state, target_of, unknown_sizes
 from growkern.execution.execute import Memory
-from growkern.guard import n_growths
 from growkern.loss_curve import LossCurve
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
-from growkern.optim_target import Masters
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.report import GrowthReport
 from growkern.support.interrupts import uninterrupted

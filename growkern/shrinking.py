@@ -6,10 +6,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from growkern.api import change_inplace, check_caller
+from growkern.commit.optimizer import Masters
 from growkern.errors import PlanError
 from growkern.execution.execute import Memory
 from growkern.model.spec import ModelSpec
-from growkern.optim_target import Masters
 from growkern.planning.build import build
 from growkern.planning.check import check
 from growkern.planning.decisions import ShrinkMethod

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from growkern.commit.undo import Undo
 from growkern.errors import (
     PlanError,
     UnsupportedModelError,
@@ -20,7 +21,6 @@ from growkern.optimizer.state_rules import Rule
 from growkern.optimizer.update_scale import scale_of
 from growkern.support.interrupts import uninterrupted
 from growkern.support.wrappers import unwrapped
-from growkern.undo import Undo
 
 
 @dataclass(frozen=True)

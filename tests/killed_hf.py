@@ -15,7 +15,7 @@ import transformers
 from models import VOCAB, make
 
 import growkern
-from growkern import commit
+from growkern.commit import commit
 from growkern.integrations import hf
 
 STEPS = 8

@@ -11,7 +11,7 @@ import torch
 from models import batch, loss_of, make
 
 import growkern
-from growkern import commit
+from growkern.commit import commit
 from growkern.integrations.lightning import GrowthCallback
 
 STEPS, EPOCH = 8, 5

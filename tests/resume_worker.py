@@ -12,7 +12,7 @@ import torch
 from models import loss_of, make
 
 import growkern
-from growkern import commit
+from growkern.commit import commit
 
 STEPS = 12
 

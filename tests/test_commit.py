@@ -9,7 +9,10 @@ import torch
 from models import batch, grow, logits, make, train
 
 import growkern
-from growkern import api, commit, groups, optim_target
+from growkern import api
+from growkern.commit import commit
+from growkern.commit import optimizer as optim_target
+from growkern.commit import param_groups as groups
 from growkern.errors import CommitError, GrowthError, InsufficientMemoryError
 from growkern.execution import execute
 

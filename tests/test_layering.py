@@ -175,7 +175,7 @@ def test_every_room_has_a_file():
 BROKEN = {
     "plan-imports-commit": (
         "growkern.planning.growth_plan",
-        "from growkern.commit import commit",
+        "from growkern.commit.commit import commit",
         "not below it",
     ),
     "errors-imports-tables": (
@@ -183,7 +183,7 @@ BROKEN = {
         "from growkern.support.text import table",
         "not below it",
     ),
-    "commit-imports-report": ("growkern.commit", "import growkern.report", "not below it"),
+    "commit-imports-report": ("growkern.commit.commit", "import growkern.report", "not below it"),
     "width-imports-depth": (
         "growkern.width.lossless",
         "from growkern.depth.stack import Stack",
@@ -212,7 +212,7 @@ BROKEN = {
         "not below it",
     ),
     "commit-imports-execution": (
-        "growkern.commit",
+        "growkern.commit.commit",
         "from growkern.execution.execute import Execution",
         "not below it",
     ),
@@ -227,11 +227,15 @@ BROKEN = {
         "only growkern.model.describe may",
     ),
     "commit-imports-width": (
-        "growkern.commit",
+        "growkern.commit.commit",
         "from growkern.width import Lossless",
         "must not know",
     ),
-    "commit-imports-depth": ("growkern.commit", "from growkern import depth", "must not know"),
+    "commit-imports-depth": (
+        "growkern.commit.commit",
+        "from growkern import depth",
+        "must not know",
+    ),
     "tensors-imports-errors": (
         "growkern.support.named_tensors",
         "from growkern.errors import GrowthError",
@@ -266,7 +270,7 @@ BROKEN = {
         "only growkern.execution.execute, growkern.optimizer.adamw may",
     ),
     "package-of-kernels": (
-        "growkern.commit",
+        "growkern.commit.commit",
         "def f():\n    from growkern import kernels",
         "only growkern.execution.execute, growkern.optimizer.adamw may",
     ),
@@ -285,7 +289,10 @@ BROKEN = {
 }
 SOUND = {
     "down": ("growkern.planning.growth_plan", "from growkern.errors import PlanError\nimport json"),
-    "leaf": ("growkern.commit", "import torch\nfrom growkern.support.named_tensors import Tensors"),
+    "leaf": (
+        "growkern.commit.commit",
+        "import torch\nfrom growkern.support.named_tensors import Tensors",
+    ),
     "folder": ("growkern.width", "from growkern.width.lossless import Lossless"),
     "families": ("growkern.model.families", "from growkern.model.families import bert"),
     "describe": ("growkern.model.describe", "from growkern.model.families import FAMILIES"),

@@ -12,7 +12,10 @@ import torch
 from models import batch, grow, make, train
 
 import growkern
-from growkern import api, commit, groups, optim_target
+from growkern import api
+from growkern.commit import commit
+from growkern.commit import optimizer as optim_target
+from growkern.commit import param_groups as groups
 from growkern.errors import CommitError, GrowthError, InsufficientMemoryError, PlanError
 from growkern.execution import execute
 from growkern.execution.tiles import Cutter

@@ -90,7 +90,7 @@ def test_a_growth_that_fails_leaves_the_step_with_its_error_and_the_event_waitin
     schedule.attach(model, optim)
     run(model, optim, 1)
     with monkeypatch.context() as patch:
-        patch.setattr("growkern.commit._attributes", lambda *a: 1 / 0)
+        patch.setattr("growkern.commit.commit._attributes", lambda *a: 1 / 0)
         with pytest.raises(CommitError, match="taken back"):
             run(model, optim, 1)
 
@@ -107,7 +107,7 @@ def test_a_growth_that_fails_under_a_grad_scaler_leaves_the_scale_as_it_was(monk
     schedule_at(1, to=WIDER).attach(model, optim)
     patch = monkeypatch.context()
     with patch as patched:
-        patched.setattr("growkern.commit._attributes", lambda *a: 1 / 0)
+        patched.setattr("growkern.commit.commit._attributes", lambda *a: 1 / 0)
         for i in range(3):
             optim.zero_grad()
             scaler.scale(loss_of(model, batch(seed=i))).backward()

@@ -13,8 +13,10 @@ from test_commit import same, state_of
 from torch import nn
 
 import growkern
-from growkern import GrowthPlan, depth, groups, optim_target, shrinking, width
-from growkern.commit import Undo
+from growkern import GrowthPlan, depth, shrinking, width
+from growkern.commit import optimizer as optim_target
+from growkern.commit import param_groups as groups
+from growkern.commit.commit import Undo
 from growkern.errors import CheckpointError, CommitError, PlanError, UnsupportedModelError
 from growkern.optimizer.update_scale import scale_of
 from growkern.shrink import FirstCopies, WeightSelection

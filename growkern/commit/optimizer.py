@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from growkern.commit.param_groups import join_groups, split_groups
+from growkern.commit.undo import Undo
 from growkern.errors import CommitError
-from growkern.groups import join_groups, split_groups
 from growkern.optimizer.adamw import begin
 from growkern.optimizer.state_rules import MASTER, MASTER_GRAD, SLICES, OptimSpec
 from growkern.optimizer.update_scale import Scale, UpdateScale, scale_of
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.support.named_tensors import Tensors
-from growkern.undo import Undo
 
 Masters = MutableMapping[nn.Parameter, nn.Parameter]
 

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from growkern.commit.checkpoint_guard import Grown, Guard, OptimGuard, guard_of, optim_guard_of
+from growkern.commit.optimizer import OptimTarget, grow_optimizer, grow_state
+from growkern.commit.undo import Undo
 from growkern.errors import CommitError, UnsupportedModelError
-from growkern.guard import Grown, Guard, OptimGuard, guard_of, optim_guard_of
 from growkern.model import initial
-from growkern.optim_target import OptimTarget, grow_optimizer, grow_state
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.support.interrupts import uninterrupted
 from growkern.support.memory import Keep, in_place
 from growkern.support.named_tensors import Tensors
-from growkern.undo import Undo
 
 
 def commit(

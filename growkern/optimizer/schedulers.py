@@ -1,0 +1,42 @@
+"""Which schedulers drive which optimizers; nothing is written."""
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from growkern.errors import PlanError
+from growkern.support.wrappers import unwrapped
+
+
+def schedulers(scheduler: object | None) -> list[object]:
+    """A scheduler, or several, and the schedulers inside."""
+    if scheduler is None:
+        return []
+    if isinstance(scheduler, list | tuple):
+        several: list[object] = list(scheduler)  # pyright: ignore[reportUnknownArgumentType]
+        return [s for one in several for s in schedulers(one)]
+    inner: list[object] = list(getattr(scheduler, "_schedulers", []))
+    return [scheduler, *schedulers(inner)]
+
+
+def check_scheduler(optim: Optimizer | None, scheduler: object | None) -> None:
+    """Raise PlanError for a scheduler that drives another optimizer."""
+    if optim is None and scheduler is not None:
+        raise PlanError("scheduler: pass the optimizer that it drives too, as optim.")
+    for one in schedulers(scheduler):
+        if hasattr(one, "optimizer") and driven_by(one) is not optim:
+            raise PlanError(f"scheduler: this {type(one).__name__} drives another optimizer.")
+        if not callable(getattr(one, "step", None)):
+            raise PlanError(f"scheduler: {type(one).__name__} is not a learning-rate scheduler.")
+
+
+def driven_by(scheduler: object) -> object:
+    """The optimizer that a scheduler drives, out of what frameworks wrap it in."""
+    return unwrapped(getattr(scheduler, "optimizer", None))
+
+
+def follows(scheduler: object | None) -> bool:
+    """Whether split groups keep their factors under a scheduler: it is one of torch's, and no rate of its own is for all groups."""
+    return all(
+        isinstance(one, LRScheduler) and not getattr(one, "eta_min", 0)
+        for one in schedulers(scheduler)
+    )
