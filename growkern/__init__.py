@@ -8,6 +8,8 @@ from growkern.advice.advice import Advice
 from growkern.advice.adviser import advise
 from growkern.api import expand_inplace, plan
 from growkern.compare import Comparison, Outcome, compare
+from growkern.engine.report import GrowthReport
+from growkern.engine.upcycle import upcycle
 from growkern.events import At, WhenPlateau, WhenSlope
 from growkern.history import resume
 from growkern.model.describe import describe
@@ -15,10 +17,8 @@ from growkern.model.layers import embedding, linear, norm, reader, writer
 from growkern.model.spec import Blocks, ModelSpec, Power
 from growkern.optimizer.update_scale import Scale, UpdateScale
 from growkern.planning.growth_plan import GrowthPlan
-from growkern.report import GrowthReport
 from growkern.schedule import GrowthSchedule
 from growkern.shrinking import shrink_inplace
-from growkern.upcycle import upcycle
 from growkern.verify import Verification, verify
 
 __version__ = "0.1.0"

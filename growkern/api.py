@@ -13,9 +13,12 @@ from torch.optim import Optimizer
 from growkern.commit.checkpoint_guard import n_growths
 from growkern.commit.commit import check_blocks, commit
 from growkern.commit.optimizer import Masters, OptimTarget
-from growkern.compiled import reset_near_limit
-from growkern.ddp import Ranks
 from growkern.depth import IdentityBlocks
+from growkern.engine.compile_cache import reset_near_limit
+from growkern.engine.ddp import Ranks
+from growkern.engine.live_objects import Live, averages_of, forgotten_schedulers, refuse_forgotten
+from growkern.engine.next_steps import notes
+from growkern.engine.report import GrowthReport
 from growkern.engine.sources import tensors_of
 from growkern.errors import (
     CommitError,
@@ -27,10 +30,8 @@ from growkern.errors import (
 from growkern.execution.execute import Execution, Memory
 from growkern.execution.tiles import Given
 from growkern.execution.torch_backend import norm_of
-from growkern.forgotten import Live, averages_of, forgotten_schedulers, refuse_forgotten
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
-from growkern.notes import notes
 from growkern.optimizer.describe import describe_optimizer
 from growkern.optimizer.lr_scaling import Multiplier, lr_factors, multipliers, scales, slices
 from growkern.optimizer.schedulers import check_scheduler, follows, schedulers
@@ -41,7 +42,6 @@ from growkern.planning.check import check
 from growkern.planning.decisions import DepthMethod, ShrinkMethod, WidthMethod
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.sizes import Target, resolve_sizes
-from growkern.report import GrowthReport
 from growkern.support.memory import elsewhere, in_place
 from growkern.support.named_tensors import Tensors
 from growkern.support.wrappers import mid_step, unwrapped

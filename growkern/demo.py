@@ -25,8 +25,8 @@ from growkern.demo_run import (
     read_corpus,
     tuned,
 )
+from growkern.engine.report import GrowthReport
 from growkern.errors import GrowthError
-from growkern.report import GrowthReport
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from growkern.api import expand_inplace
+from growkern.engine.report import GrowthReport
 from growkern.errors import GrowthError
-from growkern.report import GrowthReport
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

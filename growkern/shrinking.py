@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 
 from growkern.api import change_inplace, check_caller
 from growkern.commit.optimizer import Masters
+from growkern.engine.report import GrowthReport
 from growkern.errors import PlanError
 from growkern.execution.execute import Memory
 from growkern.model.spec import ModelSpec
@@ -15,7 +16,6 @@ from growkern.planning.check import check
 from growkern.planning.decisions import ShrinkMethod
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.sizes import Target, resolve_sizes
-from growkern.report import GrowthReport
 from growkern.shrink import WeightSelection
 from growkern.support.wrappers import unwrapped
 

@@ -11,8 +11,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 import growkern
-from growkern import ddp
 from growkern.commit import commit
+from growkern.engine import ddp
 
 CASES = {
     "plain": {},

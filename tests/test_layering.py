@@ -183,14 +183,18 @@ BROKEN = {
         "from growkern.support.text import table",
         "not below it",
     ),
-    "commit-imports-report": ("growkern.commit.commit", "import growkern.report", "not below it"),
+    "commit-imports-report": (
+        "growkern.commit.commit",
+        "import growkern.engine.report",
+        "not below it",
+    ),
     "width-imports-depth": (
         "growkern.width.lossless",
         "from growkern.depth.stack import Stack",
         "not below it",
     ),
     "report-imports-package": (
-        "growkern.report",
+        "growkern.engine.report",
         "from growkern import expand_inplace",
         "not below it",
     ),
@@ -312,7 +316,7 @@ SOUND = {
         "growkern.kernels.expand",
         "import triton.language as tl\nfrom growkern.kernels.noise import normal\nimport math",
     ),
-    "no-call": ("growkern.report", "printer = 'print(x)'\nlogger.print(1)"),
+    "no-call": ("growkern.engine.report", "printer = 'print(x)'\nlogger.print(1)"),
 }
 
 

@@ -6,8 +6,8 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
+from growkern.engine.report import GrowthReport
 from growkern.events import Event
-from growkern.report import GrowthReport
 from growkern.schedule import Attachment, GrowthSchedule, Options, growth_metrics
 from growkern.support.wrappers import unwrapped
 
