@@ -11,7 +11,7 @@ from torch import Tensor
 
 import growkern
 from growkern import demo_run, depth, width
-from growkern.compare import loss_of
+from growkern.analysis.comparison import loss_of
 
 STEPS, MORE, EVAL = 600, 100, 64
 TRAINING = demo_run.Training()

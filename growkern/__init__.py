@@ -6,8 +6,9 @@ from types import ModuleType
 from growkern import depth, errors, optim, recipes, shrink, vocab, width
 from growkern.advice.advice import Advice
 from growkern.advice.adviser import advise
+from growkern.analysis.comparison import Comparison, Outcome, compare
+from growkern.analysis.verification import Verification, verify
 from growkern.api import expand_inplace, plan
-from growkern.compare import Comparison, Outcome, compare
 from growkern.engine.report import GrowthReport
 from growkern.engine.upcycle import upcycle
 from growkern.events import At, WhenPlateau, WhenSlope
@@ -19,7 +20,6 @@ from growkern.optimizer.update_scale import Scale, UpdateScale
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.schedule import GrowthSchedule
 from growkern.shrinking import shrink_inplace
-from growkern.verify import Verification, verify
 
 __version__ = "0.1.0"
 

@@ -212,7 +212,7 @@ BROKEN = {
     ),
     "api-imports-verify": (
         "growkern.api",
-        "from growkern.verify import verify",
+        "from growkern.analysis.verification import verify",
         "not below it",
     ),
     "commit-imports-execution": (

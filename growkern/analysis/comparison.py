@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from growkern.analysis.verification import verify
 from growkern.api import expand_inplace
 from growkern.errors import GrowthError, PlanError
 from growkern.optimizer.update_scale import UpdateScale, scale_of
@@ -17,7 +18,6 @@ from growkern.planning.decisions import DepthMethod, WidthMethod
 from growkern.planning.sizes import Target
 from growkern.support.text import table
 from growkern.support.wrappers import unwrapped
-from growkern.verify import verify
 
 Batch = Tensor | Mapping[str, object]
 Method = WidthMethod | DepthMethod | tuple[WidthMethod, DepthMethod]
