@@ -11,15 +11,15 @@ from growkern.analysis.verification import Verification, verify
 from growkern.api import expand_inplace, plan
 from growkern.engine.report import GrowthReport
 from growkern.engine.upcycle import upcycle
-from growkern.events import At, WhenPlateau, WhenSlope
-from growkern.history import resume
 from growkern.model.describe import describe
 from growkern.model.layers import embedding, linear, norm, reader, writer
 from growkern.model.spec import Blocks, ModelSpec, Power
 from growkern.optimizer.update_scale import Scale, UpdateScale
 from growkern.planning.growth_plan import GrowthPlan
-from growkern.schedule import GrowthSchedule
 from growkern.shrinking import shrink_inplace
+from growkern.training.replay import resume
+from growkern.training.schedule import GrowthSchedule
+from growkern.training.triggers import At, WhenPlateau, WhenSlope
 
 __version__ = "0.1.0"
 

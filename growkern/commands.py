@@ -223,7 +223,7 @@ def advise(
     """Say from a loss curve whether to grow now, later or never, or to start the target from scratch, and what growth would save."""
     with _failures("advise"):
         import growkern
-        from growkern.loss_curve import read_curve
+        from growkern.training.loss_curve import read_curve
 
         others = [_other(text, tokens_per_step) for text in other or []]
         found = growkern.advise(
@@ -240,7 +240,7 @@ def advise(
 
 def _other(text: str, tokens_per_step: float | None) -> tuple[float, list[tuple[float, float]]]:
     """A curve of another size, from FILE:PARAMS."""
-    from growkern.loss_curve import read_curve
+    from growkern.training.loss_curve import read_curve
 
     path, _, n_params = text.rpartition(":")
     try:

@@ -8,9 +8,9 @@ from models import batch, loss_of, make
 
 import growkern
 from growkern.errors import PlanError
-from growkern.events import At, WhenPlateau
 from growkern.integrations.accelerate import attach
-from growkern.schedule import GrowthSchedule
+from growkern.training.schedule import GrowthSchedule
+from growkern.training.triggers import At, WhenPlateau
 
 accelerate = pytest.importorskip("accelerate")
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

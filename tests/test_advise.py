@@ -16,11 +16,11 @@ from models import batch, loss_of, make
 import growkern
 from growkern.advice.scaling import fit, interval
 from growkern.errors import PlanError
-from growkern.events import At
-from growkern.loss_curve import LossCurve, read_curve
 from growkern.recipes import RECIPES
 from growkern.recipes.recipe import Recipe, Saved
-from growkern.schedule import GrowthSchedule
+from growkern.training.loss_curve import LossCurve, read_curve
+from growkern.training.schedule import GrowthSchedule
+from growkern.training.triggers import At
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # bench/ is not installed

@@ -9,8 +9,8 @@ import torch._dynamo.testing
 from models import VOCAB, batch, exact_norms, logits, loss_of, make
 
 from growkern import width
-from growkern.events import At
-from growkern.schedule import GrowthSchedule
+from growkern.training.schedule import GrowthSchedule
+from growkern.training.triggers import At
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from growkern.errors import PlanError
-from growkern.events import At, Event, WhenPlateau, WhenSlope
-from growkern.schedule import GrowthSchedule
+from growkern.training.schedule import GrowthSchedule
+from growkern.training.triggers import At, Event, WhenPlateau, WhenSlope
 
 
 def observed(event, values, flops=1.0):

@@ -10,9 +10,9 @@ from models import VOCAB, make
 
 import growkern
 from growkern.errors import PlanError
-from growkern.events import At, WhenPlateau
 from growkern.integrations import hf
-from growkern.schedule import GrowthSchedule
+from growkern.training.schedule import GrowthSchedule
+from growkern.training.triggers import At, WhenPlateau
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

@@ -8,8 +8,8 @@ from models import batch, loss_of, make
 
 import growkern
 from growkern.errors import PlanError
-from growkern.events import At, WhenPlateau
-from growkern.schedule import GrowthSchedule
+from growkern.training.schedule import GrowthSchedule
+from growkern.training.triggers import At, WhenPlateau
 
 lightning = pytest.importorskip("lightning.pytorch")
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

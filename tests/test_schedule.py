@@ -10,9 +10,9 @@ from models import Plain, batch, loss_of, make
 
 import growkern
 from growkern.errors import PlanError
-from growkern.events import At, WhenPlateau, WhenSlope
 from growkern.planning.growth_plan import GrowthPlan
-from growkern.schedule import GrowthSchedule
+from growkern.training.schedule import GrowthSchedule
+from growkern.training.triggers import At, WhenPlateau, WhenSlope
 
 WIDER, DEEPER = {"hidden": 48}, {"layers": 3}
 

@@ -10,8 +10,8 @@ from test_schedule import DEEPER, WIDER, optimizer, run, same_weights, schedule_
 
 import growkern
 from growkern.errors import CommitError, GrowthError, PlanError, UnsupportedModelError
-from growkern.events import At, WhenSlope
-from growkern.schedule import GrowthSchedule
+from growkern.training.schedule import GrowthSchedule
+from growkern.training.triggers import At, WhenSlope
 
 
 def test_two_schedules_on_one_optimizer_are_refused_until_one_is_removed():
@@ -130,7 +130,7 @@ def test_a_control_c_with_the_last_write_leaves_a_growth_that_is_done_and_record
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("growkern.schedule.expand_inplace", interrupted)
+        patch.setattr("growkern.training.schedule.expand_inplace", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(model, optim, 1)
     run(model, optim, 1)

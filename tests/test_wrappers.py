@@ -5,9 +5,9 @@ import torch
 from models import batch, loss_of, make
 from test_schedule import WIDER, optimizer, run, schedule_at
 
-from growkern.events import At
-from growkern.schedule import GrowthSchedule
 from growkern.support.wrappers import unwrapped
+from growkern.training.schedule import GrowthSchedule
+from growkern.training.triggers import At
 
 
 def test_wrappers_are_looked_through_by_name():

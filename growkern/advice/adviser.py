@@ -17,10 +17,10 @@ from growkern.advice.advice import SURE, Advice, Option
 from growkern.advice.scaling import Curve, ScalingLaw, fit, interval
 from growkern.depth import IdentityBlocks
 from growkern.errors import PlanError, raise_all
-from growkern.events import Event
 from growkern.recipes import BUDGETS, MEASURED, RECIPES
 from growkern.recipes.recipe import Interval, Recipe
-from growkern.schedule import GrowthSchedule
+from growkern.training.schedule import GrowthSchedule
+from growkern.training.triggers import Event
 from growkern.width import Lossless
 
 FAR = 4.0  # beyond as many times the curve's compute, the law is an extrapolation

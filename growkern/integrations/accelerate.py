@@ -7,9 +7,9 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from growkern.engine.report import GrowthReport
-from growkern.events import Event
-from growkern.schedule import Attachment, GrowthSchedule, Options, growth_metrics
 from growkern.support.wrappers import unwrapped
+from growkern.training.schedule import Attachment, GrowthSchedule, Options, growth_metrics
+from growkern.training.triggers import Event
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from growkern.errors import PlanError
-from growkern.history import resume as replay
 from growkern.model.spec import ModelSpec
-from growkern.schedule import Attachment, GrowthSchedule, Options, growth_metrics
+from growkern.training.replay import resume as replay
+from growkern.training.schedule import Attachment, GrowthSchedule, Options, growth_metrics
 
 
 class Trainer(Protocol):

@@ -10,11 +10,11 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from growkern.errors import PlanError
-from growkern.history import resume
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
 from growkern.planning.growth_plan import GrowthPlan
-from growkern.schedule import Attachment, GrowthSchedule, Options, growth_metrics
+from growkern.training.replay import resume
+from growkern.training.schedule import Attachment, GrowthSchedule, Options, growth_metrics
 
 
 class GrowthCallback(Callback):

@@ -7,12 +7,12 @@ from math import isfinite, log
 from typing import Any, Literal
 
 from growkern.errors import GrowthError, PlanError
-from growkern.loss_curve import LossCurve
 from growkern.model.spec import ModelSpec
 from growkern.planning.decisions import DepthMethod, WidthMethod
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.options import DYNAMICS, STATES
 from growkern.planning.sizes import Target, resolve_sizes
+from growkern.training.loss_curve import LossCurve
 
 
 @dataclass

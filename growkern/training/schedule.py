@@ -17,15 +17,23 @@ from growkern.commit.checkpoint_guard import n_growths
 from growkern.commit.optimizer import Masters
 from growkern.engine.report import GrowthReport
 from growkern.errors import PlanError, raise_all
-from growkern.events import Counts, Event, WhenSlope, disorder, read_state, target_of, unknown_sizes
 from growkern.execution.execute import Memory
-from growkern.loss_curve import LossCurve
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.support.interrupts import uninterrupted
 from growkern.support.text import table
 from growkern.support.wrappers import unwrapped
+from growkern.training.loss_curve import LossCurve
+from growkern.training.triggers import (
+    Counts,
+    Event,
+    WhenSlope,
+    disorder,
+    read_state,
+    target_of,
+    unknown_sizes,
+)
 
 logger = logging.getLogger("growkern")
 
