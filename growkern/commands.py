@@ -52,9 +52,9 @@ def plan(
     """Show what a growth of a checkpoint would do, tensor by tensor; nothing is grown."""
     options = _options(to, width, depth, seed)
     with _failures("plan"):
-        from growkern.checkpoint import plan_for
+        from growkern.checkpoints.grow import plan_for
+        from growkern.checkpoints.load import load
         from growkern.errors import CheckpointError
-        from growkern.saved import load
 
         made = plan_for(load(checkpoint), **options)
         typer.echo(made)
@@ -107,7 +107,7 @@ def grow(
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with _failures("grow"):
-        from growkern import checkpoint as checkpoints
+        from growkern.checkpoints import grow as checkpoints
 
         bar = Progress(*columns, console=Console(stderr=True))
         task = bar.add_task("growing")
@@ -142,7 +142,7 @@ def verify(
     with _failures("verify"):
         import growkern
         from growkern.batches import common_inputs
-        from growkern.saved import load
+        from growkern.checkpoints.load import load
 
         before, after = load(source).model, load(target).model
         found = growkern.verify(before, after, common_inputs(before, after, 2, tokens, seed))
@@ -178,7 +178,7 @@ def compare(
 
         import growkern
         from growkern.batches import training_batches
-        from growkern.saved import load
+        from growkern.checkpoints.load import load
 
         model = load(checkpoint).model
         batches = training_batches(

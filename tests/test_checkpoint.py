@@ -14,7 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import growkern
-from growkern import checkpoint, saved, shards
+from growkern.checkpoints import grow as checkpoint
+from growkern.checkpoints import load as saved
+from growkern.checkpoints import shards
 from growkern.errors import CheckpointError
 
 OTHERS = [

@@ -216,7 +216,7 @@ PEAK = """
 import sys
 from pathlib import Path
 import torch
-from growkern import checkpoint
+from growkern.checkpoints import grow as checkpoint
 from growkern.support import memory
 
 torch.set_num_threads(1)

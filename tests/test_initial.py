@@ -272,7 +272,7 @@ def test_a_plan_that_draws_a_block_of_the_source_is_refused():
 
 
 def test_the_command_line_refuses_what_needs_a_live_model(tmp_path):
-    from growkern import checkpoint
+    from growkern.checkpoints import grow as checkpoint
 
     make("llama", tied=True).save_pretrained(tmp_path / "small")
 

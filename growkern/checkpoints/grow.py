@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from growkern.api import plan as plan_growth
+from growkern.checkpoints.load import CONFIG, Checkpoint, Layout, load
+from growkern.checkpoints.shards import Shards, aside, n_bytes_of
 from growkern.commit.commit import check_blocks, grown_config
 from growkern.engine.sources import tensors_of
 from growkern.errors import CheckpointError, PlanError
@@ -20,8 +22,6 @@ from growkern.planning.check import check
 from growkern.planning.decisions import DepthMethod, WidthMethod
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.planning.sizes import Target
-from growkern.saved import CONFIG, Checkpoint, Layout, load
-from growkern.shards import Shards, aside, n_bytes_of
 from growkern.support.memory import page_out
 from growkern.support.text import table
 

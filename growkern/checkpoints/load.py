@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from growkern.checkpoints.shards import parsed, stored
 from growkern.errors import CheckpointError, UnsupportedModelError
 from growkern.model.describe import refuse_unknown
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
-from growkern.shards import parsed, stored
 
 CONFIG = "config.json"
 
