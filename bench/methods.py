@@ -10,8 +10,9 @@ from rich.progress import track
 from torch import Tensor
 
 import growkern
-from growkern import demo_run, depth, width
+from growkern import depth, width
 from growkern.analysis.comparison import loss_of
+from growkern.cli import demo_run
 
 STEPS, MORE, EVAL = 600, 100, 64
 TRAINING = demo_run.Training()

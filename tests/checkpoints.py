@@ -7,7 +7,7 @@ from models import make
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from growkern import cli
+from growkern.cli import main as cli
 
 INDEX = "model.safetensors.index.json"
 

@@ -60,7 +60,7 @@ def steps(out: Path) -> dict[str, list[str] | str]:
             *MODEL_TESTS,
         ],  # the same models, on the GPU and through the kernels
         "memcheck": checked if Path(sanitizer).exists() else "compute-sanitizer is not installed",
-        "demo": [*python, "growkern.cli", "demo", "--device", "cuda", "--out", str(out / "demo")],
+        "demo": [*python, "growkern", "demo", "--device", "cuda", "--out", str(out / "demo")],
         "bench": [*python, "bench", "--gpu", "--out", str(out / "results")],
     }
 

@@ -3,7 +3,7 @@
 import pytest
 
 from growkern import depth, width
-from growkern.arguments import depth_of, methods_of, sizes_of, width_of
+from growkern.cli.parse import depth_of, methods_of, sizes_of, width_of
 from growkern.errors import PlanError
 
 

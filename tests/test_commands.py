@@ -276,7 +276,7 @@ def test_peak_memory_stays_far_under_the_size_of_the_target(family, to, share, b
 
 def command(*arguments: object) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "growkern.cli", *map(str, arguments)],
+        [sys.executable, "-m", "growkern", *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

@@ -5,7 +5,8 @@ import sys
 import pytest
 from typer.testing import CliRunner, Result
 
-from growkern import cli, demo, demo_run
+from growkern.cli import demo, demo_run
+from growkern.cli import main as cli
 
 pytestmark = pytest.mark.xdist_group("demo")  # one worker trains, once
 

@@ -25,19 +25,10 @@ ROWS = (  # top to bottom: a room imports from lower rows, and from itself
     ("model",),
     ("errors", "support"),
 )
-INTERIM = {  # modules that have not moved yet -> their room
-
-    "sizes": "planning", "index_map": "planning", "methods": "planning", "axes": "planning", "law": "planning", "plan": "planning",
-    "state": "optimizer", "describe_optim": "optimizer", "dynamics": "optimizer", "scale": "optimizer", "reference_adamw": "optimizer",
-    "execute": "execution", "pieces": "execution", "sides": "execution", "reference": "execution",
-    "optim_target": "commit", "groups": "commit", "undo": "commit", "guard": "commit",
-    "forgotten": "engine", "ddp": "engine", "compiled": "engine", "report": "engine", "notes": "engine", "upcycle": "engine",
+MODULES = {
+    "__main__": "cli",
     "shrinking": "api",
-    "verify": "analysis", "compare": "analysis", "loss_curve": "training",
-    "events": "training", "schedule": "training", "history": "training",
-    "checkpoint": "checkpoints", "saved": "checkpoints", "shards": "checkpoints",
-    "commands": "cli", "arguments": "cli", "batches": "cli", "demo": "cli", "demo_picture": "cli", "demo_run": "cli",
-}  # fmt: skip
+}  # single files that belong to a room of another name
 RANKS = {name: rank for rank, names in enumerate(ROWS) for name in names}
 IMPORTERS = {  # what only some may import -> who
     "kernels": {"growkern.execution.execute", "growkern.optimizer.adamw"},
@@ -61,7 +52,7 @@ PRINTERS = {"cli"}
 def room_of(module: str) -> str:
     """``growkern.width.lossless`` -> ``width``; ``growkern`` stays."""
     name = module.split(".")[1] if "." in module else module
-    return INTERIM.get(name, name)
+    return MODULES.get(name, name)
 
 
 def imports_of(tree: ast.AST) -> Iterator[tuple[str, bool]]:
@@ -80,7 +71,7 @@ def imports_of(tree: ast.AST) -> Iterator[tuple[str, bool]]:
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
             for alias in node.names:
-                names_module = base == "growkern" and alias.name in {*RANKS, *INTERIM, *IMPORTERS}
+                names_module = base == "growkern" and alias.name in {*RANKS, *MODULES, *IMPORTERS}
                 yield (f"growkern.{alias.name}" if names_module else base), id(node) in inside
 
 
@@ -305,11 +296,11 @@ SOUND = {
         "def f():\n    import triton\n    from growkern.kernels.expand import expand",
     ),
     "types": (
-        "growkern.demo_run",
+        "growkern.cli.demo_run",
         "if TYPE_CHECKING:\n    from transformers import LlamaForCausalLM",
     ),
     "public": (
-        "growkern.cli",
+        "growkern.cli.main",
         "import growkern\nfrom growkern import expand_inplace, plan\nprint(growkern.__version__)",
     ),
     "sibling": (

@@ -106,7 +106,7 @@ def test_wheel_states_its_requirements(wheel):
         if n.endswith(("/METADATA", "/entry_points.txt"))
     }
 
-    assert "growkern = growkern.cli:main" in texts["entry_points.txt"]
+    assert "growkern = growkern.cli.main:main" in texts["entry_points.txt"]
     required = [
         line
         for line in texts["METADATA"].splitlines()

@@ -20,7 +20,7 @@ try:
     from bench.harness import RESULTS
     from bench.savings import __main__ as savings
     from bench.savings import analysis, campaign, jobs, report, symmetry
-    from growkern.demo_run import Run, Training, build, flops_per_step, loss_at, read_corpus
+    from growkern.cli.demo_run import Run, Training, build, flops_per_step, loss_at, read_corpus
 finally:
     sys.path.remove(str(ROOT))
 

@@ -11,7 +11,7 @@ from statistics import mean, stdev
 
 from bench.savings.campaign import Setup
 from bench.savings.jobs import unit
-from growkern.demo_run import flops_needed
+from growkern.cli.demo_run import flops_needed
 
 Losses = Mapping[int, float]  # seed -> annealed loss
 Curve = Sequence[tuple[float, float]]  # (FLOPs, loss), rising and falling

@@ -106,7 +106,7 @@ class Setup:
         n_bytes: Bytes of text, at most.
         optimizer: ``"adamw"`` or ``"muon"``.
         landing: Steps after the last growth at which the trunk's loss is taken once more.
-        training: Fields of ``growkern.demo_run.Training`` that differ from its defaults.
+        training: Fields of ``growkern.cli.demo_run.Training`` that differ from its defaults.
     """
 
     source: Sizes

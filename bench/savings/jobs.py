@@ -17,7 +17,7 @@ from torch import nn
 
 from bench.harness import cell, machine, slug
 from bench.savings.campaign import RECIPES, Setup, Sizes
-from growkern.demo_run import (
+from growkern.cli.demo_run import (
     Corpus,
     Run,
     Training,

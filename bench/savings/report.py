@@ -11,7 +11,7 @@ from rich.table import Table
 from bench.savings.analysis import TUNING, Campaign, Losses, Saving
 from bench.savings.campaign import SETUPS
 from bench.savings.jobs import Job
-from growkern.demo_run import flops_needed
+from growkern.cli.demo_run import flops_needed
 
 
 def tables(campaign: Campaign) -> Iterator[Table | str]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from bench.harness import RESULTS, cell, machine, slug
 from bench.savings.campaign import RECIPES, SETUPS
 from bench.savings.jobs import corpus
-from growkern.demo_run import Corpus, Run, Training
+from growkern.cli.demo_run import Corpus, Run, Training
 
 ADAMW = (
     "noise 0",

@@ -1,0 +1,1 @@
+"""Check a growth from outside, and compare methods."""

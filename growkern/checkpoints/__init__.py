@@ -1,0 +1,1 @@
+"""Growth of checkpoints on disk, from shards to shards."""

@@ -1,0 +1,1 @@
+"""EXECUTE: a plan and source tensors to staged target tensors; no module is known here."""

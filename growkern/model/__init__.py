@@ -1,0 +1,1 @@
+"""DESCRIBE: what a model is, as names and shapes; never values."""

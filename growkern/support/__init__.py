@@ -1,0 +1,1 @@
+"""What knows nothing of growkern: memory, dtypes, interrupts, tensors by name, text, wrappers."""

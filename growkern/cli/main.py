@@ -22,7 +22,7 @@ def app() -> "Typer":
     """Build the command line; later subcommands join here."""
     import typer
 
-    from growkern import commands
+    from growkern.cli import commands
 
     cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -55,7 +55,7 @@ def app() -> "Typer":
         """Train a small Llama on Python's own library, grow it twice on the way, and compare at equal FLOPs."""
         import torch
 
-        from growkern import demo
+        from growkern.cli import demo
         from growkern.errors import GrowthError
 
         if device == "auto":

@@ -141,8 +141,8 @@ def verify(
     """
     with _failures("verify"):
         import growkern
-        from growkern.batches import common_inputs
         from growkern.checkpoints.load import load
+        from growkern.cli.inputs import common_inputs
 
         before, after = load(source).model, load(target).model
         found = growkern.verify(before, after, common_inputs(before, after, 2, tokens, seed))
@@ -177,8 +177,8 @@ def compare(
         import torch
 
         import growkern
-        from growkern.batches import training_batches
         from growkern.checkpoints.load import load
+        from growkern.cli.inputs import training_batches
 
         model = load(checkpoint).model
         batches = training_batches(
@@ -252,7 +252,7 @@ def _other(text: str, tokens_per_step: float | None) -> tuple[float, list[tuple[
 
 
 def _arguments() -> Any:
-    from growkern import arguments
+    from growkern.cli import parse as arguments
 
     return arguments
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from growkern.demo_picture import draw
-from growkern.demo_run import (
+from growkern.cli.demo_picture import draw
+from growkern.cli.demo_run import (
     Growth,
     Line,
     Run,

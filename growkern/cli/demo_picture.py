@@ -4,7 +4,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from growkern.demo_run import Line, parted
+from growkern.cli.demo_run import Line, parted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
