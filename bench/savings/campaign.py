@@ -41,6 +41,8 @@ RECIPES: dict[str, Recipe] = {
     "default, one rate": Recipe(ONE_RATE, (0.5, 1.0)),
     "noise 2": Recipe({**ONE_RATE, "width": width.Lossless(noise=2)}, (0.5, 1.0)),
     "noise 4": Recipe({**ONE_RATE, "width": width.Lossless(noise=4)}, (0.5, 1.0)),
+    "noise 2, law's rates": Recipe({"width": width.Lossless(noise=2)}),
+    "CopyAndPad, law's rates": Recipe({"width": width.CopyAndPad(norm="corrected")}),
     "default, dropped": Recipe(DROPPED, (0.5, 1.0), rewarm=60),
     "HyperClone": Recipe({**ONE_RATE, "width": width.HyperClone(noise_db=10)}, (0.5, 1.0)),
     "Lemon": Recipe({**ONE_RATE, "width": width.Lemon()}, (0.5, 1.0)),
