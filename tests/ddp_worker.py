@@ -1,4 +1,4 @@
-"""One process of tests/test_ddp.py: runs every case and saves what it saw."""
+"""One process of tests/engine/test_ddp.py: runs every case and saves what it saw."""
 
 import sys
 from contextlib import nullcontext

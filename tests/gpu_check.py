@@ -12,25 +12,19 @@ from pathlib import Path
 from time import perf_counter
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNEL_TESTS = ["tests/test_expand.py", "tests/test_adamw.py"]
+KERNEL_TESTS = ["tests/kernels/test_expand.py", "tests/kernels/test_adamw_kernel.py"]
 MODEL_TESTS = [
-    f"tests/test_{name}.py"
-    for name in (
-        "families",
-        "law",
-        "optimizer",
-        "commit",
-        "memory",
-        "verify",
-        "state",
-        "dynamics",
-        "optim",
-    )
+    "tests/model/test_families.py",
+    "tests/planning/test_build.py",
+    "tests/optimizer",
+    "tests/commit",
+    "tests/execution/test_memory.py",
+    "tests/analysis/test_verification.py",
 ]
-NOT_HERE = [
-    "tests/test_packaging.py",
-    "tests/test_bench.py",
-]  # builds, and what the bench itself does below
+NOT_HERE = [  # builds, and what the bench itself does below
+    "tests/house/test_packaging.py",
+    "tests/benchmarks/test_bench.py",
+]
 
 
 def steps(out: Path) -> dict[str, list[str] | str]:

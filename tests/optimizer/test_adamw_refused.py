@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_optim import parameters, train
+from test_adamw_class import parameters, train
 from torch import Tensor
 from torch.nn import Parameter
 

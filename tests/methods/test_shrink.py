@@ -9,7 +9,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from models import FAMILIES, LLAMA, Plain, batch, exact_norms, logits, make, spec_of, train
-from test_commit import same, state_of
+from states import same, state_of
 from torch import nn
 
 import growkern

@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.xdist_group("packaging")  # one worker builds, once
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LEFT_OUT = shutil.ignore_patterns(
     ".*", "__pycache__", "build", "dist", "*.egg-info", "results", "growkern-demo"
 )

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("lightning.pytorch")
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 WORKERS = {"hf": HERE / "killed_hf.py", "lightning": HERE / "killed_lightning.py"}
 WIDER, DEEPER, STEPS = 3, 6, 8  # the steps of the growths, and the last one
 

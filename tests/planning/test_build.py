@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from laws import full, gathered, grad_scale
 from models import FAMILIES, LLAMA_LIKE, batch, exact_norms, grow, loss_of, make, spec_of, train
 
 import growkern
@@ -13,33 +14,8 @@ from growkern.planning.index_map import PAD
 QUIET = width.Lossless(noise=0)
 
 
-def gathered(plan, row, t):
-    """The source tensor at the target's size, without scales; pads are zero."""
-    for axis, this in enumerate(plan.axis_maps(row)):
-        index = torch.tensor([max(i, 0) for i in this.index_map.indices])
-        t = t.index_select(axis, index)
-    return t * full(
-        plan, row, lambda a: torch.tensor([float(i != PAD) for i in a.index_map.indices])
-    )
-
-
-def full(plan, row, of):
-    """The product of one vector per axis, at the target's shape."""
-    shape = plan.shapes(row)[1]
-    out = torch.ones(shape, dtype=torch.float64)
-    for axis, this in enumerate(plan.axis_maps(row)):
-        view = [1] * len(shape)
-        view[axis] = -1
-        out = out * of(this).double().view(view)
-    return out
-
-
 def weight_scale(plan, row):
     return full(plan, row, lambda a: torch.tensor(a.weight_scale.expanded(), dtype=torch.float64))
-
-
-def grad_scale(plan, row):
-    return full(plan, row, lambda a: torch.tensor(a.grad_scale.expanded(), dtype=torch.float64))
 
 
 def no_pad(plan, row):

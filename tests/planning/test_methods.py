@@ -6,8 +6,8 @@ import drift as drifts
 import pytest
 import torch
 from drift import STOCK, drift
+from laws import gathered, grad_scale
 from models import batch, exact_norms, grow, logits, loss_of, make, train
-from test_law import gathered, grad_scale
 
 import growkern
 from growkern import depth, width

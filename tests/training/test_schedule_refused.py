@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from models import batch, loss_of, make
-from test_schedule import DEEPER, WIDER, optimizer, run, same_weights, schedule_at
+from scheduled import DEEPER, WIDER, optimizer, run, same_weights, schedule_at
 
 import growkern
 from growkern.errors import CommitError, GrowthError, PlanError, UnsupportedModelError

@@ -12,9 +12,9 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from checkpoints import contents, invoke, said, save
 from models import make
 from safetensors.torch import load_file, save_file
+from saved import contents, invoke, said, save
 
 
 @pytest.fixture

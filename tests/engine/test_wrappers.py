@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import batch, loss_of, make
-from test_schedule import WIDER, optimizer, run, schedule_at
+from scheduled import WIDER, optimizer, run, schedule_at
 
 from growkern.support.wrappers import unwrapped
 from growkern.training.schedule import GrowthSchedule

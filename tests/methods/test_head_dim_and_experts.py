@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from laws import gathered, grad_scale
 from models import (
     EAGER,
     POST_NORM,
@@ -18,7 +19,6 @@ from models import (
     spec_of,
     train,
 )
-from test_law import gathered, grad_scale
 
 import growkern
 from growkern import width

@@ -17,7 +17,7 @@ from growkern import width
 from growkern.errors import CheckpointError, PlanError
 from growkern.optimizer.update_scale import scale_of
 
-WORKER = Path(__file__).parent / "resume_worker.py"
+WORKER = Path(__file__).parents[1] / "resume_worker.py"
 
 
 def run(folder: Path, *die: str) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-WORKER = Path(__file__).parent / "ddp_worker.py"
+WORKER = Path(__file__).parents[1] / "ddp_worker.py"
 CASES = [
     "plain",
     "static_graph",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ROWS = (  # top to bottom: a room imports from lower rows, and from itself
     ("cli",),
     ("growkern",),  # growkern/__init__.py

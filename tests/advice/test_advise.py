@@ -10,8 +10,8 @@ from statistics import mean
 
 import pytest
 import torch
-from checkpoints import invoke, said
 from models import batch, loss_of, make
+from saved import invoke, said
 
 import growkern
 from growkern.advice.scaling import fit, interval
@@ -22,7 +22,7 @@ from growkern.training.loss_curve import LossCurve, read_curve
 from growkern.training.schedule import GrowthSchedule
 from growkern.training.triggers import At
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 try:
     bench = pytest.importorskip("bench.advice", exc_type=ImportError)

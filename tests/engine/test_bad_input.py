@@ -544,7 +544,7 @@ for one in (engine, model):
 
 def refused(script):
     run = [sys.executable, "-c", script]
-    done = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     found = [line for line in done.stdout.splitlines() if line.startswith(("REFUSED", "GREW"))]
     assert found, done.stdout + done.stderr[-2000:]
     return found

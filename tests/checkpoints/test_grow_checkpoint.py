@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from checkpoints import INDEX, contents, invoke, load, said, save
 from models import batch, logits, make
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from saved import INDEX, contents, invoke, load, said, save
 
 import growkern
 from growkern.checkpoints import grow as checkpoint
