@@ -18,7 +18,6 @@ ROWS = (  # top to bottom: a room imports from lower rows, and from itself
     ("api",),
     ("engine",),
     ("commit", "execution"),
-    ("optim",),
     ("optimizer",),
     ("width", "depth", "shrink", "vocab"),
     ("planning",),
@@ -27,6 +26,7 @@ ROWS = (  # top to bottom: a room imports from lower rows, and from itself
 )
 MODULES = {
     "__main__": "cli",
+    "optim": "optimizer",
     "shrinking": "api",
 }  # single files that belong to a room of another name
 RANKS = {name: rank for rank, names in enumerate(ROWS) for name in names}
@@ -161,6 +161,15 @@ def test_every_room_has_a_file():
     rooms = {room_of(module) for module, _ in modules()}
 
     assert rooms == {*RANKS, "kernels"}
+
+
+def test_readme_draws_the_rooms_that_the_rules_know():
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Layout")[2]
+    rows = [
+        line[4:52].replace(",", " ").split() for line in text.splitlines() if line[:4] == "    "
+    ]
+
+    assert rows == [[*row] for row in ROWS if row != ("growkern",)]
 
 
 BROKEN = {
