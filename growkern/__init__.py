@@ -8,7 +8,7 @@ from growkern.advice.advice import Advice
 from growkern.advice.adviser import advise
 from growkern.analysis.comparison import Comparison, Outcome, compare
 from growkern.analysis.verification import Verification, verify
-from growkern.api import expand_inplace, plan
+from growkern.api import expand_inplace, plan, shrink_inplace
 from growkern.engine.report import GrowthReport
 from growkern.engine.upcycle import upcycle
 from growkern.model.describe import describe
@@ -16,7 +16,6 @@ from growkern.model.layers import embedding, linear, norm, reader, writer
 from growkern.model.spec import Blocks, ModelSpec, Power
 from growkern.optimizer.update_scale import Scale, UpdateScale
 from growkern.planning.growth_plan import GrowthPlan
-from growkern.shrinking import shrink_inplace
 from growkern.training.replay import resume
 from growkern.training.schedule import GrowthSchedule
 from growkern.training.triggers import At, WhenPlateau, WhenSlope

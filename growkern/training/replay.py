@@ -6,14 +6,13 @@ from itertools import pairwise
 from torch import nn
 from torch.optim import Optimizer
 
-from growkern.api import expand_inplace
+from growkern.api import expand_inplace, shrink_inplace
 from growkern.commit.checkpoint_guard import recorded
 from growkern.commit.optimizer import Masters
 from growkern.errors import GrowthError, PlanError
 from growkern.execution.execute import NOTHING
 from growkern.model.spec import ModelSpec
 from growkern.planning.growth_plan import GrowthPlan
-from growkern.shrinking import shrink_inplace
 from growkern.support.wrappers import unwrapped
 
 

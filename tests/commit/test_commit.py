@@ -13,8 +13,11 @@ from growkern import api
 from growkern.commit import commit
 from growkern.commit import optimizer as optim_target
 from growkern.commit import param_groups as groups
+from growkern.engine import run as engine
+from growkern.engine.sources import tensors_of
 from growkern.errors import CommitError, GrowthError, InsufficientMemoryError
 from growkern.execution import execute
+from growkern.optimizer.describe import describe_optimizer
 
 
 def fixture(family="bert"):
@@ -41,7 +44,7 @@ STAGES = {
     "groups": (optim_target, "split_groups"),
     "scheduler": (groups, "_follow"),
     "last check": (optim_target, "check_state"),
-    "gradient norm": (api, "_grad_norm"),
+    "gradient norm": (engine, "_grad_norm"),
 }
 ERRORS = [
     RuntimeError("boom"),
@@ -118,8 +121,8 @@ def test_the_bytes_promised_are_the_bytes_staged():
     model, optim, _, _ = fixture()
     spec = growkern.describe(model)
     plan = growkern.plan(model, optim, to={"hidden": 48, "layers": 4})
-    sources = api.tensors_of(model, optim, spec)
-    law = api.describe_optimizer(model, optim, spec).rules
+    sources = tensors_of(model, optim, spec)
+    law = describe_optimizer(model, optim, spec).rules
 
     run = execute.Execution(plan, sources, law, memory="stage")
     (staged,) = run.parts()

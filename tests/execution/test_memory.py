@@ -12,15 +12,16 @@ import torch
 from models import batch, grow, make, train
 
 import growkern
-from growkern import api
 from growkern.commit import commit
 from growkern.commit import optimizer as optim_target
 from growkern.commit import param_groups as groups
+from growkern.engine.sources import tensors_of
 from growkern.errors import CommitError, GrowthError, InsufficientMemoryError, PlanError
 from growkern.execution import execute
 from growkern.execution.tiles import Cutter
 from growkern.kernels import table
 from growkern.kernels.table import Table
+from growkern.optimizer.describe import describe_optimizer
 from growkern.optimizer.state_rules import GRADIENT, SQUARE, VALUE
 from growkern.support import memory
 
@@ -174,8 +175,8 @@ def test_a_lean_growth_that_fails_brings_every_source_back(stage, call, error, m
 def test_sources_are_let_go_one_by_one():
     model, optim, _ = fixture("llama")
     spec = growkern.describe(model)
-    plan, law = growkern.plan(model, optim), api.describe_optimizer(model, optim, spec).rules
-    run = execute.Execution(plan, api.tensors_of(model, optim, spec), law, memory="lean")
+    plan, law = growkern.plan(model, optim), describe_optimizer(model, optim, spec).rules
+    run = execute.Execution(plan, tensors_of(model, optim, spec), law, memory="lean")
     alive = weakref.ref(run.sources.values["model.embed_tokens.weight"])
     assert alive() is not None
 
@@ -277,8 +278,8 @@ def test_what_cannot_be_brought_back_is_said(monkeypatch):
 def test_the_bytes_reported_are_those_of_the_table(to):
     model, optim, _ = fixture("gpt2")
     spec = growkern.describe(model)
-    plan, law = growkern.plan(model, optim, to=to), api.describe_optimizer(model, optim, spec).rules
-    sources = api.tensors_of(model, optim, spec)
+    plan, law = growkern.plan(model, optim, to=to), describe_optimizer(model, optim, spec).rules
+    sources = tensors_of(model, optim, spec)
     run = execute.Execution(plan, sources, law, memory="stage")
     cutter, staged = Cutter(plan), next(run.parts())
     tensors = {

@@ -27,7 +27,6 @@ ROWS = (  # top to bottom: a room imports from lower rows, and from itself
 MODULES = {
     "__main__": "cli",
     "optim": "optimizer",
-    "shrinking": "api",
 }  # single files that belong to a room of another name
 RANKS = {name: rank for rank, names in enumerate(ROWS) for name in names}
 IMPORTERS = {  # what only some may import -> who

@@ -13,7 +13,7 @@ from states import same, state_of
 from torch import nn
 
 import growkern
-from growkern import GrowthPlan, depth, shrinking, width
+from growkern import GrowthPlan, api, depth, width
 from growkern.commit import optimizer as optim_target
 from growkern.commit import param_groups as groups
 from growkern.commit.commit import Undo
@@ -533,7 +533,7 @@ def test_checkpoints_of_the_wide_model_are_refused_and_those_of_the_first_one_lo
 
 
 STAGES = {
-    "plan": (shrinking, "build"),
+    "plan": (api, "build"),
     "dicts": (Undo, "items"),
     "lists": (Undo, "entries"),
     "values": (Undo, "storage"),

@@ -1,0 +1,49 @@
+"""Who carries the learning-rate law through a growth: param groups, the optimizer itself, or step hooks."""
+
+from collections.abc import Sequence
+
+from growkern.commit.optimizer import Masters, OptimTarget
+from growkern.engine.request import Request
+from growkern.optimizer.lr_scaling import Multiplier, lr_factors, multipliers, scales, slices
+from growkern.optimizer.schedulers import follows
+from growkern.optimizer.state_rules import OptimSpec
+from growkern.optimizer.update_scale import scale_of
+from growkern.planning.growth_plan import GrowthPlan
+
+
+def optim_target(
+    plan: GrowthPlan, request: Request, described: OptimSpec, unmanaged: Sequence[str]
+) -> OptimTarget:
+    """What the optimizer of a request becomes.
+
+    Args:
+        plan: The plan.
+        request: Names the model, the optimizer, its schedulers and its master weights.
+        described: The optimizer.
+        unmanaged: Schedulers that drive the optimizer and were not handed over: groups are not split under them.
+    """
+    model, (optim,), scheduler = request.model, request.optims, request.scheduler
+    masters = request.masters
+    law, split, before = described.law, dict[str, float](), scale_of(optim)
+    joins = plan.shrinks and not unmanaged and follows(scheduler)
+    own: Masters = {} if masters is None else masters
+    source = {n: own.get(p, p) for n, p in model.named_parameters(remove_duplicate=False)}
+    found: dict[str, Multiplier] = {}
+    if law is not None and plan.dynamics is not None:
+        found = multipliers(plan, law, described, plan.dynamics)
+    if law is not None and plan.dynamics == "mup" and not law.slices:
+        if not unmanaged and follows(scheduler):
+            factors = lr_factors(plan, law, described)
+            split = {name: f for name, f in factors.items() if f is not None and f != 1}
+            if plan.shrinks and before is not None:  # what a growth gave its hooks, they give back
+                origin = {row.name: source.get(row.source) for row in plan.rows}
+                split = {n: f for n, f in split.items() if origin[n] not in before.scales}
+        found = {name: one for name, one in found.items() if name not in split}
+    if law is not None and law.slices:
+        states = {name: optim.state.get(p, {}) for name, p in source.items()}
+        vectors = slices(plan, source, states, found)
+        return OptimTarget(
+            optim, described, scheduler=scheduler, slices=vectors, masters=own, joins=joins
+        )
+    hooked = scales(plan, source, found, before)
+    return OptimTarget(optim, described, split, scheduler, hooked, masters=own, joins=joins)

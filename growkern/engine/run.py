@@ -1,0 +1,237 @@
+"""One growth, from request to report: describe, refuse stale references, agree on the plan, stage, commit, report."""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from growkern.commit.checkpoint_guard import n_growths
+from growkern.commit.commit import check_blocks, commit
+from growkern.commit.optimizer import OptimTarget
+from growkern.engine.compile_cache import reset_near_limit
+from growkern.engine.ddp import Ranks
+from growkern.engine.live_objects import Live, averages_of, forgotten_schedulers, refuse_forgotten
+from growkern.engine.next_steps import notes
+from growkern.engine.optim_target import optim_target
+from growkern.engine.report import GrowthReport
+from growkern.engine.request import Request
+from growkern.engine.sources import tensors_of
+from growkern.errors import CommitError, GrowthError
+from growkern.execution.execute import Execution
+from growkern.execution.torch_backend import norm_of
+from growkern.model.describe import describe
+from growkern.model.spec import ModelSpec
+from growkern.optimizer.describe import describe_optimizer
+from growkern.optimizer.lr_scaling import lr_factors
+from growkern.optimizer.schedulers import check_scheduler, schedulers
+from growkern.optimizer.state_rules import (
+    GRADIENT,
+    MASTER,
+    MASTER_GRAD,
+    VALUE,
+    Law,
+    OptimSpec,
+    Rule,
+)
+from growkern.optimizer.update_scale import scale_of
+from growkern.planning.growth_plan import GrowthPlan
+from growkern.support.memory import elsewhere, in_place
+from growkern.support.named_tensors import Tensors
+
+logger = logging.getLogger("growkern")
+
+
+def run(request: Request) -> GrowthReport:
+    """Grow or shrink what a request names; when anything fails, everything is bitwise as it was.
+
+    Raises:
+        GrowthError: See ``growkern.expand_inplace``.
+    """
+    start, live = perf_counter(), Live.scan()
+    ranks = Ranks(request.model, live.modules)
+    with ranks.together(), torch.inference_mode(False), torch.no_grad():
+        sources = _describe(request)
+        plan, unmanaged = _agree_on_plan(request, sources, ranks, live)
+        del live
+        staged = _stage(request, sources, plan, unmanaged)
+        _commit(request, sources, staged, ranks)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    reset_near_limit(n_growths(request.model))
+    report = _report(request, sources, staged, perf_counter() - start)
+    logger.debug("%s", report)
+    return report
+
+
+@dataclass(frozen=True)
+class _Described:
+    """The model, the optimizer and the averages, before anything changes.
+
+    Attributes:
+        spec: Of the model.
+        optim: Of the optimizer; None where there is none.
+        averages: Models that grow by the same plan.
+        n_params: Parameters of the model.
+    """
+
+    spec: ModelSpec
+    optim: OptimSpec | None
+    averages: list[nn.Module]
+    n_params: int
+
+    @property
+    def law(self) -> Law | None:
+        """How the optimizer's state scales."""
+        return self.optim.law if self.optim else None
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """What a plan asks for, ready to be executed.
+
+    Attributes:
+        plan: The plan.
+        target: What the optimizer becomes.
+        executions: Of the model, and of every average.
+        norms: Norm of the gradient before the growth; the commit adds that after it.
+    """
+
+    plan: GrowthPlan
+    target: OptimTarget | None
+    executions: list[Execution]
+    norms: list[float]
+
+
+def _describe(request: Request) -> _Described:
+    """Describe model, optimizer and averages, or raise with every reason."""
+    model, optim = request.model, request.optim
+    check_scheduler(optim, request.scheduler)
+    averages = averages_of(model, request.ema)
+    if optim is not None and (scale := scale_of(optim)) is not None:
+        scale.restore()  # a schedule's hook may run before the one that ends the step
+    spec, described = describe(model, request.spec), None
+    if optim is not None:
+        described = describe_optimizer(
+            model,
+            optim,
+            spec,
+            drop=request.drop_state,
+            rules=request.rules,
+            masters=request.masters,
+        )
+    return _Described(spec, described, averages, sum(p.numel() for p in model.parameters()))
+
+
+def _agree_on_plan(
+    request: Request, sources: _Described, ranks: Ranks, live: Live
+) -> tuple[GrowthPlan, Sequence[str]]:
+    """Refuse stale references, plan, and agree with the other processes; give the plan and the schedulers that nobody handed over."""
+    model, optim = request.model, request.optim
+    averages = sources.averages if request.ema is not None else None
+    left = refuse_forgotten(model, optim, live, averages, request.masters)
+    plan = request.make_plan(sources.spec)
+    unmanaged = forgotten_schedulers(optim, schedulers(request.scheduler), left) if optim else []
+    check_blocks(plan, model)
+    ranks.agree(plan.to_json() if ranks.wrappers else "", "the plan")
+    return plan, unmanaged
+
+
+def _stage(
+    request: Request, sources: _Described, plan: GrowthPlan, unmanaged: Sequence[str]
+) -> _Staged:
+    """Prepare the executions: nothing is computed and nothing changes yet, but what cannot fit is refused."""
+    model, optim, law = request.model, request.optim, sources.law
+    target = None
+    if optim is not None and sources.optim is not None:
+        target = optim_target(plan, request, sources.optim, unmanaged)
+    tensors = tensors_of(model, optim, sources.spec, request.masters)
+    if law is not None and law.resets:
+        own = {MASTER, MASTER_GRAD}  # values, whatever becomes of the history
+        states = tensors.states.items()
+        tensors.states = {n: {k: s[k] for k in own & s.keys()} for n, s in states}
+    execution = Execution(
+        plan, tensors, _state_rules(plan, law), backend=request.backend, memory=request.memory,
+        given=request.new_rows,
+    )  # fmt: skip
+    shadows = [execution.of(tensors_of(one, None, sources.spec)) for one in sources.averages]
+    return _Staged(
+        plan, target, [execution, *shadows], [_grad_norm(plan, tensors, "source", request)]
+    )
+
+
+def _state_rules(plan: GrowthPlan, law: Law | None) -> Mapping[str, Rule | None]:
+    """State key -> how it grows; of master weights too."""
+    rules: Mapping[str, Rule | None] = {}
+    if law is not None:
+        units = plan.dynamics == "exact" and not law.slices
+        rules = law.grown(plan.state, source_units=units)
+    return {**rules, MASTER: VALUE, MASTER_GRAD: GRADIENT}
+
+
+def _commit(request: Request, sources: _Described, staged: _Staged, ranks: Ranks) -> None:
+    """Compute the target tensors and put them into the live model and optimizer; undo all of it when anything fails."""
+    plan, lean = staged.plan, staged.executions[0].memory == "lean"
+
+    def before_end() -> bool:
+        live = tensors_of(request.model, request.optim, sources.spec, request.masters)
+        staged.norms.append(_grad_norm(plan, live, "name", request))
+        return ranks.finish()
+
+    try:
+        parts = [one.parts() if lean else [*one.parts()] for one in staged.executions]
+    except GrowthError:
+        raise
+    except Exception as error:
+        raise CommitError(f"the growth failed before anything was changed: {error}") from error
+    with elsewhere() if lean else nullcontext(in_place) as keep:
+        followers = [*zip(sources.averages, parts[1:], strict=True)]
+        commit(
+            plan, parts.pop(0), request.model, staged.target, followers=followers, keep=keep, last=before_end,
+        )  # fmt: skip
+
+
+def _report(request: Request, sources: _Described, staged: _Staged, seconds: float) -> GrowthReport:
+    plan, law, executions = staged.plan, sources.law, staged.executions
+    before, after = staged.norms
+    carried = plan.dynamics is not None and law is not None and law.lr is not None
+    return GrowthReport(
+        family=plan.family,
+        source_sizes=dict(plan.source_sizes),
+        target_sizes=dict(plan.target_sizes),
+        n_params_source=sources.n_params,
+        n_params_target=sum(p.numel() for p in request.model.parameters()),
+        n_new_blocks=sum(block.new for blocks in plan.stacks.values() for block in blocks),
+        preserves="gradient" if plan.preserves == "trajectory" and not carried else plan.preserves,
+        reasons=plan.reasons,
+        n_bytes_read=sum(one.n_read for one in executions),
+        n_bytes_written=sum(one.n_written for one in executions),
+        seconds=seconds,
+        memory=executions[0].memory,
+        peak_bytes=sum(one.peak_bytes for one in executions),
+        lr_factors=dict(Counter(lr_factors(plan, law, sources.optim).values())),
+        lr_applied=carried,
+        grad_norm_factor=after / before if before > 0 and after > 0 else None,
+        noisy=plan.noisy,
+        notes=(*plan.notes, *notes(plan, sources.spec, staged.target)),
+    )
+
+
+def _grad_norm(plan: GrowthPlan, tensors: Tensors, side: str, request: Request) -> float:
+    """The global gradient norm without new blocks: from gradients in flight, else from second moments."""
+    names = [getattr(row, side) for row in plan.rows if not row.new and row.constant is None]
+    if tensors.grads:
+        return norm_of([tensors.grads[n] for n in names if n in tensors.grads], 2)
+    optim = request.optim
+    scale, squares = scale_of(optim) if optim is not None else None, list[Tensor]()
+    for name in names:
+        square = tensors.states.get(name, {}).get("exp_avg_sq")
+        if isinstance(square, Tensor):
+            p = request.model.get_parameter(name)
+            held = (request.masters or {}).get(p, p)
+            squares.append(scale.sum_of_squares(held, square) if scale is not None else square)
+    return norm_of(squares, 1) ** 0.5
