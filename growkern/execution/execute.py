@@ -20,7 +20,7 @@ from growkern.optimizer.eight_bit import N_BYTES, decoded, encoded, is_coded, sc
 from growkern.optimizer.state_rules import GRADIENT, MASTER, MASTER_GRAD, VALUE, Rule
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.support.dtypes import arithmetic
-from growkern.support.memory import empty, free_bytes, trim
+from growkern.support.memory import free_bytes, trim
 from growkern.support.named_tensors import Tensors
 
 Memory = Literal["stage", "lean"]
@@ -150,7 +150,7 @@ class Execution:
         jobs: list[Job] = []
         for row in one.rows:
             source, shape = self.sources.values[row.source], self.plan.shapes(row)[1]
-            target = staged.values[row.name] = empty(shape, source)
+            target = staged.values[row.name] = source.new_empty(shape)
             if row.source in self.plan.counters:
                 target.copy_(torch.arange(target.shape[-1], device=target.device).expand_as(target))
                 self.n_written += target.numel() * target.element_size()
@@ -159,7 +159,7 @@ class Execution:
             jobs.append((row, source, target, VALUE, self.sources.values[upper]))
             if _grows_grad(row, self.sources):
                 grad = self.sources.grads[row.source]
-                staged.grads[row.name] = empty(shape, grad)
+                staged.grads[row.name] = grad.new_empty(shape)
                 above = self.sources.grads.get(upper, grad)
                 jobs.append((row, grad, staged.grads[row.name], GRADIENT, above))
             if not (found := _state(self.plan, row, self.sources)):
@@ -177,7 +177,7 @@ class Execution:
                     both = (decoded(held, key) for held in (found, above))
                     pairs = dict(zip((key, scale_key(key)), zip(*both, strict=True), strict=True))
                 for k, (v, other) in pairs.items():
-                    state[k] = grown = empty(rule.shape(shape), v)
+                    state[k] = grown = v.new_empty(rule.shape(shape))
                     jobs.append((row, v, grown, rule, other if isinstance(other, Tensor) else v))
         return jobs
 

@@ -3,10 +3,11 @@
 import ctypes
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from mmap import PAGESIZE
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,37 +18,71 @@ Keep = Callable[
 ]  # takes a tensor that is about to be replaced; gives the way to have it back
 
 
-HUGE_PAGE = 1 << 21
-# of <linux/mman.h>; the second since 5.4, and refused without harm before
-MADV_HUGEPAGE, MADV_PAGEOUT = 14, 21
+MADV_PAGEOUT = 21  # of <linux/mman.h>, since 5.4; refused without harm before
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can be allocated on a device; None when that is not known."""
+    """Bytes that can be allocated on a device; None when that is not known. Of the host: what its container still allows, at most."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     if device.type == "cpu":
-        try:
-            with open("/proc/meminfo") as lines:
-                return next(
-                    int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
-                )
-        except (OSError, StopIteration):
-            return None
+        known = [n for n in (_host_free(), container_free()) if n is not None]
+        return min(known, default=None)
     return None
 
 
-def empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """An uninitialised tensor of the dtype and device of another.
+def _host_free() -> int | None:
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(
+                int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
+            )
+    except (OSError, StopIteration):
+        return None
 
-    A large one of the host lies in huge pages where the system leaves that to the program: its first touch brings 2 MiB at a time
-    rather than 4 KiB, which is what takes longest on a CPU. (What torch does for all under ``THP_MEM_ALLOC_ENABLE=1``.)
+
+def container_free(root: Path = CGROUPS, process: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Bytes that the memory limits of this process's control groups leave; None where there is no limit.
+
+    Args:
+        root: Where control groups are mounted: version 2, or version 1 with its folder ``memory``.
+        process: The groups of this process, as ``/proc/self/cgroup`` has them. Inside of a container the mount may begin at its own
+            group, so the root itself counts too.
     """
-    tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
-    if tensor.device.type == "cpu":
-        _advise(tensor, HUGE_PAGE, MADV_HUGEPAGE)
-    return tensor
+    try:
+        lines = [line.split(":", 2) for line in process.read_text().splitlines()]
+    except OSError:
+        return None
+    free: list[int] = []
+    for _, controllers, path in lines:
+        if controllers == "":
+            mount, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            mount = root / "memory"
+        else:
+            continue
+        group = mount / path.lstrip("/")
+        for folder in (group, *group.parents):
+            free += _left(folder, *names)
+            if folder == mount:
+                break
+    return min(free, default=None)
+
+
+def _left(group: Path, limit: str, usage: str, cache: str) -> list[int]:
+    """What the limit of one control group leaves; file pages that nobody has read of late do not count as used."""
+    try:
+        allowed, used = ((group / name).read_text().strip() for name in (limit, usage))
+        stat = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        reclaimable = next((int(n) for name, n in stat if name == cache), 0)
+        if allowed == "max" or int(allowed) >= 1 << 60:  # version 1 has no word for no limit
+            return []
+        return [max(0, int(allowed) - int(used) + reclaimable)]
+    except (OSError, ValueError):
+        return []
 
 
 def in_place(tensor: Tensor) -> Callable[[], Tensor]:

@@ -1,7 +1,7 @@
 """Memory is known before a growth runs, and met; sources that give way on the way come back when it fails."""
 
+import copy
 import os
-import re
 import subprocess
 import sys
 import weakref
@@ -373,22 +373,53 @@ def test_resident_memory_peaks_at_what_was_promised(mode, dtype, tmp_path):
     assert abs(peak - promised) < 0.02 * written, (peak, promised, written)
 
 
-@pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs transparent huge pages"
-)
-def test_large_targets_of_the_host_ask_for_huge_pages():
-    plain = torch.empty(1 << 24)  # 64 MiB: a mapping of its own
-    large = memory.empty([1 << 24], plain)
+def control_groups(root, version: int, **limits: tuple[str, int, int]) -> Path:
+    """Write control groups below ``root``: folder -> limit, usage, file pages; give the file that names the last one."""
+    names = ("memory.max", "memory.current", "inactive_file") if version == 2 else (
+        "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file",
+    )  # fmt: skip
+    mount, path = root / ("memory" if version == 1 else ""), ""
+    for name, (limit, usage, cached) in limits.items():
+        path += f"/{name}" if name != "top" else ""
+        (mount / path.lstrip("/")).mkdir(parents=True, exist_ok=True)
+        values = dict(zip(names, (limit, usage), strict=False))
+        for file, value in values.items():
+            (mount / path.lstrip("/") / file).write_text(f"{value}\n")
+        stat = f"anon 1\n{names[2]} {cached}\n"
+        (mount / path.lstrip("/") / "memory.stat").write_text(stat)
+    process = root / "cgroup"
+    line = f"0::{path or '/'}" if version == 2 else f"5:cpu,memory:{path or '/'}\n3:cpu:/"
+    process.write_text(line + "\n")
+    return process
 
-    def flags(tensor: torch.Tensor) -> str:
-        at = tensor.data_ptr() + tensor.nbytes // 2
-        inside = False
-        for line in Path("/proc/self/smaps").read_text().splitlines():
-            if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-                inside = int(span[1], 16) <= at < int(span[2], 16)
-            elif inside and line.startswith("VmFlags:"):
-                return line
-        raise AssertionError("no mapping holds the tensor")
 
-    assert " hg" in flags(large)
-    assert " hg" not in flags(plain)
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_host_is_as_free_as_the_tightest_of_its_control_groups(tmp_path, version):
+    process = control_groups(tmp_path, version, outer=("1000", 700, 100), inner=("5000", 700, 0))
+
+    assert memory.container_free(tmp_path, process) == 1000 - 700 + 100
+
+
+@pytest.mark.parametrize(("version", "limit"), [(1, str(1 << 62)), (2, "max")])
+def test_a_control_group_without_a_limit_limits_nothing(tmp_path, version, limit):
+    process = control_groups(tmp_path, version, top=(limit, 700, 0))
+
+    assert memory.container_free(tmp_path, process) is None
+
+
+def test_a_container_sees_its_own_group_at_the_root(tmp_path):
+    control_groups(tmp_path, 2, top=("1000", 900, 0))
+    (tmp_path / "cgroup").write_text("0::/docker/of/the/host\n")
+
+    assert memory.container_free(tmp_path, tmp_path / "cgroup") == 100
+
+
+def test_a_growth_that_a_container_has_no_room_for_is_refused(monkeypatch):
+    monkeypatch.setattr(memory, "container_free", lambda: 1000)
+    model = make("llama", tied=True)
+    before = copy.deepcopy(model.state_dict())
+
+    with pytest.raises(InsufficientMemoryError):
+        growkern.expand_inplace(model, to="2x")
+
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
