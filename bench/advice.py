@@ -1,19 +1,19 @@
 """How often is ``growkern.advise`` right? ``python -m bench.advice`` judges it on the rows of the savings campaign.
 
 For every recipe, growth point and budget of the campaign the adviser gets what a user has before the decision: the source's trunk curve up
-to the growth point and, in a second pass, the curve of a model of another size (seed 0; never the target's). The efficiency of
-growth comes from the other recipes of the campaign, or from the other setups alone; never from the recipe that is judged. The truth is
-the campaign's own figure, ``Campaign.saving``. ``--write`` derives ``growkern/recipes/measured.py`` from the rows.
+to the growth point and, in a second pass, the curve of a model of another size (seed 0; never the target's). What
+growth keeps comes from the other recipes of the campaign, or from the other setups alone; never from the recipe that is judged. The truth
+is the campaign's own figure, ``Campaign.saving``. ``--write`` derives ``growkern/recipes/measured.py`` from the rows.
 """
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, floor
 from pathlib import Path
-from statistics import mean, mode, stdev
+from statistics import mean, mode, stdev, variance
 
 from rich.console import Console
 from rich.table import Table
@@ -66,7 +66,8 @@ class Figure:
     variant: Variant
     budget: float  # FLOPs
     saving: Saving
-    efficiency: float
+    kept: float  # of what the source is worth to the target, by annealed losses
+    worth: float  # that worth over what a law of the trunks' losses says
     losses: Mapping[str, float]  # of from scratch, never grow and grow now
     source: Trunk  # of a seed that grew; the adviser sees it up to the growth
     target: Trunk  # whose size the adviser sees, and the calibration its curve
@@ -123,12 +124,16 @@ class Judged:
 class Rows:
     """The committed rows of all devices, by setup."""
 
-    def __init__(self, folder: Path = RESULTS) -> None:
+    def __init__(
+        self, folder: Path = RESULTS, keep: Callable[[int], bool] = lambda seed: True
+    ) -> None:
+        """Read the rows of a folder; ``keep`` says by its seed which rows count."""
         self.laws: dict[tuple[Trunk, Trunk | None], ScalingLaw] = {}
         self.before: dict[tuple[Trunk, float], Trunk] = {}
         self.trunks: dict[TrunkKey, Trunk] = {}
         paths = sorted(folder.glob("savings-*.csv"))
         rows = [row for p in paths if not p.stem.endswith("-curves") for row in read_rows(p)]
+        rows = [row for row in rows if keep(int(row["seed"]))]
         for path in (p for p in paths if p.stem.endswith("-curves")):
             self._read_curves(read_rows(path))
         self.campaigns = {name: Campaign(SETUPS[name], rows) for name in JUDGED}
@@ -177,7 +182,9 @@ class Rows:
                 worth = (
                     float(law.tokens(target.n_params, at_growth).median()) * target.flops_per_token
                 )
-                share = budget / (1 - saving.charged[0]) / (budget - v.grow_at + worth)
+                seeds = sorted(set(saving.losses) & set(campaign.seeds)) or None
+                annealed = campaign.worth(v.grow_at, seeds)
+                kept = (budget / (1 - saving.charged[0]) - budget + v.grow_at) / annealed
                 ends = [*(campaign.tuned(sizes, b) for sizes in plain), saving.losses]
                 losses = {
                     option: mean(found.values())
@@ -191,7 +198,8 @@ class Rows:
                     v,
                     budget,
                     saving,
-                    share,
+                    kept,
+                    annealed / worth,
                     losses,
                     source,
                     target,
@@ -230,21 +238,36 @@ class Rows:
 
 
 def calibrate(figures: Sequence[Figure]) -> dict[str, Recipe]:
-    """Mean efficiency of every recipe. Its spread is at least that of all figures: few figures of one setup do not show their own."""
+    """What every recipe keeps. Its spread is at least that within recipes on average: a few figures do not show their own."""
     if not figures:
         return {}
-    least = stdev(f.efficiency for f in figures) if len(figures) > 1 else ALONE
+    own = [
+        [f.kept for f in figures if f.variant.recipe == name]
+        for name in {f.variant.recipe for f in figures}
+    ]
+    within = [variance(values) for values in own if len(values) > 1]
+    least = max(ALONE, mean(within) ** 0.5) if within else ALONE
+    ratios = {(f.setup, f.variant.grow_at): f.worth for f in figures}.values()
+    spread = max(ALONE, stdev(ratios) if len(ratios) > 1 else 0.0)
+    worth = round(mean(ratios), 3), round(spread, 3)
     found: dict[str, Recipe] = {}
-    for name in dict.fromkeys(f.variant.recipe for f in figures):
-        own = [f for f in figures if f.variant.recipe == name]
-        shares = [f.efficiency for f in own]
+    for name, grows in dict.fromkeys((f.variant.recipe, f.kind) for f in figures):
+        own = [f for f in figures if (f.variant.recipe, f.kind) == (name, grows)]
+        shares = [f.kept for f in own]
         spread = max(least, stdev(shares) if len(shares) > 1 else 0.0)
         recipe = RECIPES[name]
-        found[name] = Recipe(
-            name, own[0].kind, round(mean(shares), 3), round(spread, 3), len(shares), recipe.growth,
-            mode(f.variant.rate for f in own), recipe.rewarm, tuple(map(saved, own)),
+        label = label_of(own[0])
+        found[label] = Recipe(
+            label, grows, round(mean(shares), 3), round(spread, 3), len(shares), recipe.growth,
+            mode(f.variant.rate for f in own), recipe.rewarm, tuple(map(saved, own)), worth,
         )  # fmt: skip
     return found
+
+
+def label_of(figure: Figure) -> str:
+    """Name of a figure's recipe; of a recipe for width that grew depth too, with a note."""
+    name = figure.variant.recipe
+    return name if figure.kind != "both" or "Stack" in name else f"{name}, both"
 
 
 def saved(figure: Figure) -> Saved:
@@ -255,7 +278,7 @@ def saved(figure: Figure) -> Saved:
         for middle, low, high in (one.charged, one.sunk)
     )
     at, budget = float(f"{figure.variant.grow_at:.3g}"), float(f"{figure.budget:.3g}")
-    n = 0 if one.chose else len(one.losses)
+    n = one.n_seeds
     return Saved(figure.setup, at, budget, charged, sunk, round(one.headroom, 3), n)
 
 
@@ -263,6 +286,21 @@ def kind(setup: Setup) -> str:
     """What grows from the source of a setup to its target."""
     wider, deeper = (a != b for a, b in zip(setup.source_sizes, setup.target_sizes, strict=True))
     return "both" if wider and deeper else "width" if wider else "depth"
+
+
+def judge_seeds(folder: Path = RESULTS, *, other: bool) -> list[Judged]:
+    """Every figure of a single seed, judged by what the other seeds say of its recipe."""
+    seeds = range(1, 1 + max((f.saving.n_seeds for f in Rows(folder).figures), default=0))
+    judged: list[Judged] = []
+    for seed in seeds:
+        known = calibrate(Rows(folder, lambda one, seed=seed: one != seed).figures)
+        rows = Rows(folder, lambda one, seed=seed: one in (TUNING, seed))
+        for figure in rows.figures:
+            recipe = known.get(label_of(figure))
+            if recipe is not None and not figure.saving.chose:
+                found = rows.judge(figure, recipe, other=other)
+                judged += [found] if found else []
+    return judged
 
 
 def judge_all(rows: Rows, *, other: bool, across: bool) -> list[Judged]:
@@ -325,6 +363,7 @@ def summary(judged: Sequence[Judged]) -> str:
     )
 
 
+CURVES = "the source's curve", "the source's and another size's curve"
 PASSES = {  # what the adviser was given: the second curve, and whether all of the setup was left out of the calibration
     "the source's curve; the recipe left out": (False, False),
     "the source's and another size's curve; the recipe left out": (True, False),
@@ -338,7 +377,8 @@ def module(recipes: Mapping[str, Recipe], figures: Sequence[Figure]) -> str:
     ratios = [f.budget / f.variant.grow_at for f in figures]
     low, high = floor(10 * min(ratios)) / 10, ceil(10 * max(ratios)) / 10
     setups = ", ".join(dict.fromkeys(f.setup for f in figures))
-    rows = "".join(map(_source, recipes.values()))
+    plain = [r for r in recipes.values() if _is_growth(r.name)]
+    rows = "".join(map(_source, plain))
     used = ", ".join(name for name in ("depth", "width") if f" {name}." in rows)
     return f'''"""Recipes of growth, and what they saved, as measured. Written by ``python -m bench.advice --write``; not by hand.
 
@@ -358,6 +398,12 @@ RECIPES: dict[str, Recipe] = {{
 '''
 
 
+def _is_growth(name: str) -> bool:
+    """True for a recipe that arguments of ``expand_inplace`` say all of: no other sizes on the way, no fresh weights mixed in."""
+    recipe = RECIPES[name.removesuffix(", both")]
+    return not recipe.via and recipe.keep == 1
+
+
 def _source(recipe: Recipe) -> str:
     """A recipe as Python; its methods by their modules."""
     growth = ", ".join(f"{json.dumps(k)}: {_value(v)}" for k, v in recipe.growth.items())
@@ -367,9 +413,9 @@ def _source(recipe: Recipe) -> str:
         for one in recipe.saved
     )
     return (
-        f"        Recipe(\n            {json.dumps(recipe.name)}, {json.dumps(recipe.kind)}, {recipe.efficiency}, {recipe.sd}, {recipe.n},"
+        f"        Recipe(\n            {json.dumps(recipe.name)}, {json.dumps(recipe.kind)}, {recipe.kept}, {recipe.sd}, {recipe.n},"
         f"\n            {{{growth}}}, {recipe.lr_factor:g}, {recipe.rewarm},\n            (\n{figures}            ),\n"
-        "        ),\n"
+        f"            {recipe.worth},\n        ),\n"
     )
 
 
@@ -391,6 +437,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     asked = parser.parse_args(arguments)
     console, rows = Console(width=180), Rows(asked.rows)
+    for other in (False, True):
+        judged = judge_seeds(asked.rows, other=other)
+        console.print(f"{CURVES[other]}; the seed left out: {summary(judged)}\n", highlight=False)
     for title, (other, across) in PASSES.items():
         judged = judge_all(rows, other=other, across=across)
         if judged:
@@ -399,7 +448,7 @@ def main(arguments: list[str] | None = None) -> int:
     figures = rows.figures
     for recipe in calibrate(figures).values():
         console.print(
-            f"{recipe.kind:6} {recipe.name:24} {recipe.efficiency:.0%} +- {recipe.sd:.0%} ({recipe.n})",
+            f"{recipe.kind:6} {recipe.name:24} keeps {recipe.kept:.0%} +- {recipe.sd:.0%} ({recipe.n})",
             highlight=False,
         )
     if asked.write:

@@ -26,8 +26,6 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from growkern.support.memory import empty
-
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 ROOF = "copy_"
@@ -116,7 +114,7 @@ def touch(n_bytes: int) -> None:
     if not torch.cuda.is_available():
         n = min(n_bytes, available_bytes() * 3 // 8)
         small = torch.empty(n, dtype=torch.uint8)
-        both = small, empty([n], small)
+        both = small, torch.empty(n, dtype=small.dtype, device=small.device)
         for pages in both:
             pages[::PAGE].fill_(1)
 

@@ -92,6 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     console = Console(width=160)
     name, device = ("gpu", "cuda") if asked.gpu else (asked.setup, "cpu")
+    if asked.workers < 1 or asked.seeds < 0 or asked.out.is_file():
+        parser.error("--workers is 1 or more, --seeds 0 or more, and --out a folder")
     setup, ledger = SETUPS[name], Ledger(asked.out)
     if asked.markdown:
         console.print(
@@ -101,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = asked.recipes or [*setup.recipes]
     finalists = asked.finalists or names
     if unknown := {*names, *finalists} - {*RECIPES}:
-        parser.error(f"unknown recipes: {', '.join(sorted(unknown))}; known: {', '.join(RECIPES)}")
+        parser.error(f"unknown recipes: {'; '.join(sorted(unknown))}; known: {'; '.join(RECIPES)}")
 
     def on_done(job: Job, done: Done, at: str) -> None:
         losses = " ".join(f"{row['loss']:.4f}" for row in done.rows)
@@ -121,6 +123,12 @@ def main(arguments: list[str] | None = None) -> int:
             jobs(), ledger, asked.work, workers=1 if asked.gpu else asked.workers, device=device, on_done=on_done,
         )  # fmt: skip
     found = campaign()
+    if not found.complete:
+        console.print(
+            f"{ledger.rows_path} has no whole setup {name!r} yet: run it without --report.",
+            highlight=False,
+        )
+        return 1
     for part in tables(found):
         console.print(part, highlight=False)
     path = asked.out / f"{ledger.rows_path.stem}-{slug(name)}.png"

@@ -1,6 +1,5 @@
 """What the rows of a campaign say: tuned curves, savings under both accountings, headroom, paired differences, intervals."""
 
-import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,17 @@ Losses = Mapping[int, float]  # seed -> annealed loss
 Curve = Sequence[tuple[float, float]]  # (FLOPs, loss), rising and falling
 TUNING = 0  # the seed that chooses; it is in no figure, unless there is no other
 REFERENCE = "default"
-DRAWS = 2000
+T90 = (
+    6.314,
+    2.920,
+    2.353,
+    2.132,
+    2.015,
+    1.943,
+    1.895,
+    1.860,
+    1.833,
+)  # Student's t at 95 %, of 1, 2, ... degrees of freedom
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class Saving:
-    """What a variant saves at a budget, with intervals of 90 %, as shares of the FLOPs that the target from scratch needs.
+    """What a variant saves at a budget, as shares of the FLOPs that the target from scratch needs for the same loss.
+
+    Intervals are Student's, of 90 %: every seed's grown run is read off the runs from scratch of that seed.
 
     Attributes:
         charged: The source's FLOPs are paid by the run.
@@ -46,8 +57,14 @@ class Saving:
     charged: tuple[float, float, float]
     sunk: tuple[float, float, float]
     headroom: float
+    headroom_sunk: float
     difference: tuple[float, float] | None  # to the reference, paired: mean, standard error
     beyond: bool
+
+    @property
+    def n_seeds(self) -> int:
+        """Seeds that chose nothing."""
+        return len(set(self.losses) - {TUNING})
 
     @property
     def chose(self) -> bool:
@@ -100,6 +117,12 @@ class Campaign:
                 if row["loss_landed"]:
                     self.landed[variant][seed] = float(row["loss_landed"])
 
+    @property
+    def complete(self) -> bool:
+        """True when the tuning seed has run source and target to every budget."""
+        sizes = self.setup.source_sizes, self.setup.target_sizes
+        return all(self.tried(size, b) for size in sizes for b in range(len(self.budgets)))
+
     def best_lr(self, sizes: tuple[int, int], budget: int) -> float:
         """The learning rate whose run of these sizes ends lowest at a budget, on the tuning seed.
 
@@ -150,12 +173,15 @@ class Campaign:
         At the growth the target would stand where its own curve has the source's loss, and train on from there: with the
         source's ``grow_at`` FLOPs worth ``c`` of the target's, the budget ``B`` buys what costs ``B - grow_at + c`` from scratch.
         """
+        whole = self.budgets[budget] - grow_at + self.worth(grow_at, seeds)
+        return 1 - self.budgets[budget] / whole
+
+    def worth(self, grow_at: float, seeds: Sequence[int] | None = None) -> float:
+        """FLOPs that the target from scratch needs for the annealed loss of the source at a growth point."""
         source, target = (
             self.curve(sizes, seeds) for sizes in (self.setup.source_sizes, self.setup.target_sizes)
         )
-        worth = flops_needed(target, at(source, grow_at))[0]
-        whole = self.budgets[budget] - grow_at + worth
-        return 1 - self.budgets[budget] / whole
+        return flops_needed(target, at(source, grow_at))[0]
 
     def variants(self, budget: int) -> list[Variant]:
         """Every recipe at every growth point that this budget has, under its best rate on the tuning seed."""
@@ -168,7 +194,7 @@ class Campaign:
         return [variant for _, variant in best.values()]
 
     def saving(self, variant: Variant, budget: int) -> Saving:
-        """What a variant saves, with intervals from a bootstrap over seeds: runs of one seed are drawn together."""
+        """What a variant saves: the mean over seeds, and its interval."""
         losses = _measured(self.grown[variant, budget])
         scratch = self.setup.target_sizes
         common = set(losses).intersection(
@@ -183,15 +209,13 @@ class Campaign:
             return 1 - spent / need, 1 - (spent - variant.grow_at) / need, beyond
 
         charged, sunk, beyond = shares(seeds)
-        rng = random.Random(0)
-        draws = [
-            shares(rng.choices(seeds, k=len(seeds)))[:2]
-            for _ in range(DRAWS if len(seeds) > 1 else 0)
-        ]
+        each = [shares([seed]) for seed in seeds]
+        spent, worth = self.budgets[budget], self.worth(variant.grow_at, seeds)
+        whole = spent - variant.grow_at + worth
         return Saving(
             variant, self.budgets[budget], losses,
-            _interval(charged, [c for c, _ in draws]), _interval(sunk, [s for _, s in draws]),
-            self.headroom(budget, variant.grow_at, seeds), self._difference(variant, budget, losses), beyond,
+            _interval(charged, [c for c, *_ in each]), _interval(sunk, [s for _, s, _ in each]),
+            1 - spent / whole, 1 - (spent - variant.grow_at) / whole, self._difference(variant, budget, losses), beyond,
         )  # fmt: skip
 
     def savings(self, budget: int) -> list[Saving]:
@@ -232,9 +256,9 @@ def _pick(losses: Losses, seeds: Sequence[int]) -> list[float]:
     return [losses[s] for s in seeds if s in losses] or [*losses.values()]
 
 
-def _interval(point: float, draws: list[float]) -> tuple[float, float, float]:
-    """A point with the 5 % and 95 % quantiles of its draws; NaN where there are none."""
-    if not draws:
+def _interval(point: float, values: Sequence[float]) -> tuple[float, float, float]:
+    """A point with Student's interval of 90 % from the values of the seeds; NaN for a single one."""
+    if len(values) < 2:
         return point, float("nan"), float("nan")
-    draws.sort()
-    return point, draws[len(draws) // 20], draws[-1 - len(draws) // 20]
+    half = T90[min(len(values) - 1, len(T90)) - 1] * stdev(values) / len(values) ** 0.5
+    return point, point - half, point + half

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cache
+from math import isfinite, nan
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
@@ -262,15 +263,43 @@ class Ledger:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file; none where there is no file."""
+    """Rows of a CSV file; none where there is no file. A last line that a kill has cut short does not count.
+
+    Raises:
+        SystemExit: A row is not whole, a loss is no number, or a run has two rows that differ.
+    """
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    text = path.read_text(encoding="utf-8")
+    rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+    seen: dict[tuple[str, ...], str] = {}
+    for line, row in enumerate(rows, 2):
+        if None in row or None in row.values() or not isfinite(_number(row.get("loss"))):
+            raise SystemExit(
+                f"{path}, line {line}: not a whole row of the campaign. Delete the line; its run runs again."
+            )
+        if (
+            "budget" in row
+            and seen.setdefault(tuple(row[k] for k in ROW), row["loss"]) != row["loss"]
+        ):
+            raise SystemExit(
+                f"{path}, line {line}: another row of the same run has another loss. Delete the wrong one."
+            )
+    return rows
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return nan
 
 
 def _append(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
-    is_new = not path.exists()
+    if path.exists():  # a line that a kill has cut short gives way
+        with path.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+    is_new = not path.exists() or not path.stat().st_size
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         if is_new:

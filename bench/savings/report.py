@@ -55,8 +55,8 @@ def verdict(campaign: Campaign, budget: int, savings: list[Saving]) -> str:
         else f"Growing does not save for certain: {saved:+.0%}{spread}, {name}."
         if saved > 0
         else f"Growing does not save: {saved:+.0%}{spread} at best, {name}.",
-        f"With a source that is there already it saves {best.sunk[0]:+.0%}; a free and perfect growth there would save "
-        f"{best.headroom:+.0%}.",
+        f"With a source that is there already it saves {best.sunk[0]:+.0%}. A free and perfect growth there would save "
+        f"{best.headroom:+.0%}, and {best.headroom_sunk:+.0%} with a source that is there already.",
     ]
     loss = mean(best.losses.values())
     if never < min(loss, scratch):
@@ -109,7 +109,7 @@ MORE = "width, c++", "width, muon", "wider", "both"  # setups whose best recipe 
 def readme(rows: list[dict[str, str]]) -> Iterator[str]:
     """The tables of README: the lowest recipe of every setup that has run, and all recipes of the two main setups."""
     ran = {name: Campaign(SETUPS[name], rows) for name in TABLES + MORE}
-    ran = {name: campaign for name, campaign in ran.items() if campaign.grown}
+    ran = {name: campaign for name, campaign in ran.items() if campaign.complete and campaign.grown}
     yield overview(ran)
     yield from (markdown(ran[name]) for name in TABLES if name in ran)
 

@@ -87,8 +87,8 @@ class Advice:
         lines = [
             f"{n_source:,.0f} -> {n_target:,.0f} parameters, {self.spent:.3g} of {self.budget:.3g} FLOPs spent.",
             self._verdict(),
-            f"A free and perfect growth now would save {percent(self.headroom)}. Recipe: {self.recipe.name} ({self.recipe.how}), with an "
-            f"efficiency of {self.recipe.efficiency:.0%} +- {1.645 * self.recipe.sd:.0%} of a perfect growth.",
+            f"A free and perfect growth now would save {percent(self.headroom)}. Recipe: {self.recipe.name} ({self.recipe.how}). It keeps "
+            f"{self.recipe.kept:.0%} +- {1.645 * self.recipe.sd:.0%} of what the source's training is worth.",
             "",
             table(header, rows),
             "",

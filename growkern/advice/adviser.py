@@ -2,11 +2,11 @@
 
 The law of ``growkern.scaling`` says where source and target would be. At a growth, the source's training is *worth* the FLOPs after
 which the target, from scratch, has the source's loss. A free and perfect growth after g of B FLOPs would end where the target from
-scratch ends after ``B - g + worth(g)`` FLOPs; a recipe ends where it is after a share of them, the recipe's *efficiency*, which was
-measured on runs (``growkern.recipes``).
+scratch ends after ``B - g + worth(g)`` FLOPs; a recipe ends where it is after ``B - g + kept * worth(g)``. How much of the worth recipes
+keep was measured on runs (``growkern.recipes``).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, prod
 
@@ -25,6 +25,7 @@ from growkern.width import Lossless
 
 FAR = 4.0  # beyond as many times the curve's compute, the law is an extrapolation
 LATEST = 0.5  # share of the budget: no growth was measured later
+SEEDS = 3  # a recipe that was measured on fewer is no default
 LATER = 0.01  # growing later is advised when it saves so much more of the compute
 NOTHING: Interval = (0.0, 0.0, 0.0)
 N_TIMES = 16  # growth points that are tried between now and ``LATEST``
@@ -76,14 +77,28 @@ def advise(
         arXiv:2203.06211 (the loss a grown model starts at, read off the target's own curve).
     """
     if isinstance(curve, GrowthSchedule):
+        if source is not None or target is not None:
+            raise PlanError(
+                "advise(schedule): the schedule knows its model and plans its target; leave source= and target= out."
+            )
         run = _observed(curve)
         kind, recipe = kind or run.kind, recipe or run.recipe
         n, f, points = run.n_params, flops_per_token or run.flops_per_token, run.curve
         spent, notes = run.spent if spent is None else spent, run.notes
     else:
-        n, points, notes = _sizes(source, target), curve, ()
+        n, points, notes = _sizes(source, target), _points(curve, "curve"), ()
         f = flops_per_token or (6.0 * n[0], 6.0 * n[1])
-    law = law or fit([(n[0], points), *others], seed=seed)
+    if law is not None and law.curves[0].n_params != n[0]:
+        raise PlanError(
+            f"law= was fitted to a model of {law.curves[0].n_params:,.0f} parameters, not of {n[0]:,.0f}."
+        )
+    (each_source, each_target), (budget,) = (
+        _numbers(f, "flops_per_token", 2),
+        _numbers([budget], "budget", 1),
+    )
+    f = each_source, each_target
+    read = [(float(size), _points(other, "others")) for size, other in others]
+    law = law or fit([(n[0], points), *read], seed=seed)
     now = points[-1][0] * f[0] if spent is None else spent
     _check(n, f, now, budget)
     return _advice(law, n, f, _recipe(recipe, kind or "width"), now, budget, seed, notes)
@@ -161,7 +176,7 @@ def _observed(schedule: GrowthSchedule) -> _Observed:
 
 
 def _recipe_of(event: Event, kind: str) -> Recipe:
-    """The measured recipe of an event's method, state and dynamics, or of its method and state; else the pool of its kind."""
+    """The measured recipe of an event's method, state and dynamics; else the pool of its kind."""
 
     def settings(growth: Mapping[str, object]) -> tuple[object, ...]:
         method = growth.get(kind) or METHODS[kind]
@@ -169,29 +184,35 @@ def _recipe_of(event: Event, kind: str) -> Recipe:
 
     asked = settings(vars(event))
     known = [one for one in RECIPES.values() if one.kind == kind]
-    found = [one for n in (3, 2) for one in known if settings(one.growth)[:n] == asked[:n]]
+    found = [one for one in known if settings(one.growth) == asked]
     return found[0] if found else pooled(RECIPES, kind, type(asked[0]).__name__)
 
 
 def pooled(recipes: Mapping[str, Recipe], kind: str | None, name: str) -> Recipe:
     """Mean and spread of measured recipes of a kind (of all, where none is of that kind), for a recipe that was not measured."""
     known = [one for one in recipes.values() if one.kind == kind] or [*recipes.values()]
-    mean = sum(one.efficiency for one in known) / len(known)
-    sd = (sum(one.sd**2 for one in known) / len(known)) ** 0.5
-    return Recipe(name, kind or "width", mean, sd, 0)
+    n = len(known)
+    kept = sum(one.kept for one in known) / n
+    spread = sum((one.kept - kept) ** 2 for one in known) / n
+    sd = (sum(one.sd**2 for one in known) / n + spread) ** 0.5
+    worth = sum(one.worth[0] for one in known) / n, max(one.worth[1] for one in known)
+    return Recipe(name, kind or "width", kept, sd, 0, worth=worth)
 
 
 def _recipe(recipe: str | Recipe | None, kind: str) -> Recipe:
-    if isinstance(recipe, Recipe):
-        return recipe
     if kind not in METHODS:
         raise PlanError(f"kind={kind!r}: what grows is 'width' or 'depth'.")
+    if isinstance(recipe, Recipe):
+        return recipe
     if recipe is None:
         known = [one for one in RECIPES.values() if one.kind == kind]
-        return max(known, key=lambda one: one.efficiency) if known else pooled(RECIPES, kind, kind)
-    if recipe not in RECIPES:
+        sound = [one for one in known if all(s.n_seeds >= SEEDS for s in one.saved)] or known
+        return max(sound, key=lambda one: one.kept) if sound else pooled(RECIPES, kind, kind)
+    if recipe not in RECIPES or RECIPES[recipe].kind != kind:
+        of_kind = [name for name, one in RECIPES.items() if one.kind == kind]
         raise PlanError(
-            f"no recipe {recipe!r} was measured. Known: {', '.join(RECIPES)}. Pass a Recipe of your own measurements."
+            f"no recipe {recipe!r} of kind {kind!r} was measured. Known: {'; '.join(of_kind) or 'none'}. Pass a Recipe of your own "
+            "measurements."
         )
     return RECIPES[recipe]
 
@@ -205,6 +226,27 @@ def _sizes(source: float | None, target: float | None) -> tuple[float, float]:
     return float(source), float(target)
 
 
+def _points(curve: Iterable[Sequence[float]], name: str) -> list[tuple[float, float]]:
+    """A curve as pairs of Python's floats, whatever sequence or array it is."""
+    try:
+        found = [(float(tokens), float(loss)) for tokens, loss in curve]
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"{name}: expected pairs of (tokens, loss in nats): {error}.") from None
+    if not found:
+        raise PlanError(f"{name}: it has no points. Pass (tokens, loss in nats) of the run so far.")
+    return found
+
+
+def _numbers(values: object, name: str, n: int) -> tuple[float, ...]:
+    try:
+        found = tuple(float(value) for value in values)  # pyright: ignore
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"{name}: {error}.") from None
+    if len(found) != n:
+        raise PlanError(f"{name}: expected {n} numbers, got {len(found)}.")
+    return found
+
+
 def _check(n: tuple[float, float], f: tuple[float, float], now: float, budget: float) -> None:
     """Refuse sizes and budgets that leave nothing to advise on."""
     problems: list[str] = []
@@ -216,6 +258,8 @@ def _check(n: tuple[float, float], f: tuple[float, float], now: float, budget: f
         problems.append(
             f"flops_per_token={f}: pass FLOPs of a token, forward and backward, of source and target, above 0."
         )
+    if f[1] <= f[0]:
+        problems.append(f"flops_per_token={f}: the target's are not above the source's.")
     if not (isfinite(now) and now > 0):
         problems.append(f"spent={now}: pass the FLOPs until now, above 0.")
     if not (isfinite(budget) and budget > now):
@@ -230,23 +274,25 @@ def _advice(
     notes: Sequence[str],
 ) -> Advice:  # fmt: skip
     generator = torch.Generator().manual_seed(seed + 2)
-    normal = torch.randn(len(law.draws), generator=generator, dtype=torch.float64)
-    share = (recipe.efficiency + recipe.sd * normal).clamp_min(0.01)
+    normal = torch.randn(2, len(law.draws), generator=generator, dtype=torch.float64)
+    kept = recipe.kept + recipe.sd * normal[0]
+    factor = (recipe.worth[0] + recipe.worth[1] * normal[1]).clamp_min(0)
 
     def scratch_flops(loss: Tensor) -> Tensor:
         """FLOPs after which the target from scratch has a loss."""
         return (law.tokens(n[1], loss - law.noise) * f[1]).clamp_max(1e3 * budget)
 
-    def need(at: float, share: Tensor | float) -> Tensor:
+    def need(at: float, kept: Tensor | float) -> Tensor:
         """FLOPs after which the target from scratch has the loss of a run that grew at ``at`` FLOPs, at the end of the budget."""
-        return share * (budget - at + scratch_flops(law.loss(n[0], at / f[0])))
+        worth = factor * scratch_flops(law.loss(n[0], at / f[0]))
+        return (budget - at + kept * worth).clamp_min(0.01 * budget)
 
     def ends(flops: Tensor | float) -> Tensor:
         """Loss of the target after as many FLOPs from scratch."""
         return law.loss(n[1], torch.as_tensor(flops) / f[1]) + law.noise
 
-    def saved(at: float, share: Tensor | float) -> Tensor:
-        return 1 - budget / need(at, share)
+    def saved(at: float, kept: Tensor | float) -> Tensor:
+        return 1 - budget / need(at, kept)
 
     def shares(flops: Tensor) -> tuple[Interval, Interval]:
         """What is saved, charged and sunk, where the target from scratch needs as many FLOPs."""
@@ -254,11 +300,11 @@ def _advice(
 
     latest = max(now, LATEST * budget)
     times = [now * (latest / now) ** (i / (N_TIMES - 1)) for i in range(N_TIMES)]
-    best = max(times, key=lambda at: float(saved(at, share).median()))
-    gain = float(saved(best, share).median() - saved(now, share).median())
+    best = max(times, key=lambda at: float(saved(at, kept).median()))
+    gain = float(saved(best, kept).median() - saved(now, kept).median())
     points = {"grow now": now} | ({"grow later": best} if gain > LATER else {})
     scratch, never = ends(budget), law.loss(n[0], budget / f[0])
-    grown = {name: ends(need(at, share)) for name, at in points.items()}
+    grown = {name: ends(need(at, kept)) for name, at in points.items()}
     last = [*grown][-1]
     charged = {"from scratch": scratch, "never grow": never, last: grown[last]}
     sunk = charged | {"from scratch": ends(budget - now)}
@@ -275,7 +321,7 @@ def _advice(
     ]
     for name, at in points.items():
         chance = _chances(charged | {last: grown[name]})[last]
-        options.append(Option(name, at, interval(grown[name]), *shares(need(at, share)), chance))
+        options.append(Option(name, at, interval(grown[name]), *shares(need(at, kept)), chance))
     return Advice(
         _decide(chances), _decide(_chances(sunk)), tuple(options), interval(saved(now, 1.0)), recipe, n, f, now, budget, law,
         (*_unknown(law, n, f, recipe, now, budget), *notes),
@@ -318,13 +364,14 @@ def _unknown(
     said.append(
         f"how well growth does at your sizes: {recipe.name} was measured in {recipe.n} figures on models of {MEASURED}."
         if recipe.n
-        else f"how well {recipe.name} does: it was not measured. The spread is that of all recipes of its kind."
+        else f"how well {recipe.name} does: it was not measured. Its figures are those of all recipes of its kind that were, or of all "
+        "kinds where none was."
     )
     low, high = BUDGETS
     if not low <= budget / now <= high:
         said.append(
-            f"how efficient growth is for a budget of {budget / now:.3g} x the compute until now: {low:.3g} to {high:.3g} x were measured, "
-            "and the efficiency falls as the training after growth gets longer."
+            f"how much of the source's worth growth keeps for a budget of {budget / now:.3g} x the compute until now: {low:.3g} to "
+            f"{high:.3g} x were measured."
         )
     said.append(
         "losses after annealing, and whether the learning rates are the best: losses are those of the curve's own schedule, and an "

@@ -35,6 +35,8 @@ KEPT_RANGE = 10  # points with fewer than 1/10 of a curve's tokens are warm-up, 
 N_BINS = 48  # points of a curve that the fit sees; neighbours are averaged
 N_INDEPENDENT = 12  # a curve weighs as many points: its neighbouring points are not independent
 MIN_POINTS = 5
+LEAST_FALL = 1e-4  # a curve that falls by less, as a share of its loss, is flat
+MOST_LOSS = 100.0  # nats; what is above is no loss of a language model
 N_DRAWS = 4000
 MIN_DRAWS = 200
 
@@ -67,7 +69,7 @@ class ScalingLaw:
         noise: Shape (n_draws,): how far a run of another size lies from the law, in nats.
 
     Example:
-        >>> law = fit({58_656: curve})
+        >>> law = fit([(58_656, curve)])
         >>> interval(law.loss(217_664, 1e6))
         (1.41, 1.62, 1.78)
     """
@@ -199,13 +201,15 @@ def _problems(n_params: float, curve: Curve) -> list[str]:
     if not n_params > 0 or not isfinite(n_params):
         return [f"n_params={n_params}: the number of parameters has to be above 0."]
     wrong = [
-        (i, p) for i, p in enumerate(curve) if not (p[0] > 0 and isfinite(p[0]) and isfinite(p[1]))
+        (i, p)
+        for i, p in enumerate(curve)
+        if not (p[0] > 0 and isfinite(p[0]) and 0 < p[1] < MOST_LOSS)
     ]
     if wrong:
         i, (tokens, loss) = wrong[0]
         return [
-            f"{name} has {len(wrong)} points that are no numbers, or have no tokens; the first is point {i}: tokens={tokens}, "
-            f"loss={loss}. Leave such points out."
+            f"{name} has {len(wrong)} points that are no numbers, have no tokens, or no loss in nats; the first is point {i}: "
+            f"tokens={tokens}, loss={loss}. Leave such points out; of perplexities take the logarithm."
         ]
     if any(later[0] <= earlier[0] for earlier, later in pairwise(curve)):
         return [
@@ -220,7 +224,8 @@ def _problems(n_params: float, curve: Curve) -> list[str]:
     xs = [log(d) for d, _ in points]
     middle = sum(xs) / len(xs)
     slope = sum((x - middle) * loss for x, (_, loss) in zip(xs, points, strict=True))
-    if slope >= 0:
+    fall = -slope / sum((x - middle) ** 2 for x in xs) * (xs[-1] - xs[0])
+    if fall < LEAST_FALL * abs(points[-1][1]):
         return [
             f"{name} does not fall: {points[0][1]:.4g} nats at {points[0][0]:,.0f} tokens, {points[-1][1]:.4g} at "
             f"{points[-1][0]:,.0f}. Advice needs a run that learns."

@@ -8,7 +8,8 @@ from typing_extensions import Unpack
 
 from growkern.engine.report import GrowthReport
 from growkern.support.wrappers import unwrapped
-from growkern.training.schedule import Attachment, GrowthSchedule, Options, growth_metrics
+from growkern.training.attachment import Attachment, Options, growth_metrics
+from growkern.training.schedule import GrowthSchedule
 from growkern.training.triggers import Event
 
 if TYPE_CHECKING:

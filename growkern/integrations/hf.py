@@ -11,8 +11,9 @@ from typing_extensions import Unpack
 
 from growkern.errors import PlanError
 from growkern.model.spec import ModelSpec
+from growkern.training.attachment import Attachment, Options, growth_metrics
 from growkern.training.replay import resume as replay
-from growkern.training.schedule import Attachment, GrowthSchedule, Options, growth_metrics
+from growkern.training.schedule import GrowthSchedule
 
 
 class Trainer(Protocol):

@@ -13,8 +13,9 @@ from growkern.errors import PlanError
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
 from growkern.planning.growth_plan import GrowthPlan
+from growkern.training.attachment import Attachment, Options, growth_metrics
 from growkern.training.replay import resume
-from growkern.training.schedule import Attachment, GrowthSchedule, Options, growth_metrics
+from growkern.training.schedule import GrowthSchedule
 
 
 class GrowthCallback(Callback):

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import isnan
+from math import isfinite, isnan
 from typing import Any
 
+from growkern.errors import PlanError
 from growkern.support.text import table
 
 Interval = tuple[float, float, float]  # lower end, median, upper end: 90 % of the draws
@@ -40,30 +41,43 @@ class Recipe:
     Attributes:
         name: Name in the rows of ``bench/results/savings-*.csv``.
         kind: ``"width"``, ``"depth"`` or ``"both"``.
-        efficiency: Compute that the target from scratch needs for the loss of the grown run, as a share of what it needs for
-            the loss after a free and perfect growth: 1 where growth lost nothing. Mean over figures.
-        sd: Standard deviation of the efficiency.
+        kept: Share of what the source's training is worth to the target that the grown run has at its end; 1 after a free and perfect
+            growth. The worth is what the target, from scratch, spends until it has the source's loss. Mean over figures.
+        sd: Standard deviation of ``kept``.
         n: Number of measured figures.
         growth: Arguments of ``expand_inplace`` and of events, beside ``to``.
-        lr_factor: Factor on all learning rates from the growth on, beside those of ``dynamics``. Set it yourself, in the groups
-            and in the scheduler's ``base_lrs``.
-        rewarm: Steps over which the learning rate rises again from zero, with dropped state.
+        lr_factor: Factor on all learning rates from the growth on, beside those of ``dynamics``. It is not in ``growth``: multiply the
+            ``lr`` of the param groups, and the scheduler's ``base_lrs``.
+        rewarm: Steps over which the learning rate rises again from zero, where the state is dropped; the loop's to do, as the factor is.
         saved: The figures.
+        worth: Worth of the source's training over what a law says that is fitted to losses at a constant learning rate, and its standard
+            deviation: annealed losses count, and a small model under a large rate gains more from annealing.
 
     Example:
-        >>> recipe = growkern.recipes.RECIPES["Stack, dropped"]
-        >>> growkern.At(step=1000, to={"layers": "4x"}, **recipe.growth)
+        >>> recipe = growkern.recipes.RECIPES["Sparkling fresh"]
+        >>> growkern.At(step=1000, to="2x", **recipe.growth)
     """
 
     name: str
     kind: str
-    efficiency: float
+    kept: float
     sd: float
     n: int
     growth: Mapping[str, Any] = field(default_factory=dict[str, Any])
     lr_factor: float = 1.0
     rewarm: int = 0
     saved: tuple[Saved, ...] = ()
+    worth: tuple[float, float] = (1.0, 0.0)
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name}={value}" for name, value in (("kept", self.kept), ("sd", self.sd), *zip(("worth", "its sd"), self.worth, strict=True))
+            if not isfinite(value) or (value < 0 and name != "kept")
+        ]  # fmt: skip
+        if wrong:
+            raise PlanError(
+                f"recipe {self.name!r}: {', '.join(wrong)}: pass finite numbers, deviations not below 0."
+            )
 
     @property
     def how(self) -> str:
@@ -88,13 +102,13 @@ class Recipe:
         rows = [
             [
                 one.setup, f"{one.grown_at:.3g}", f"{one.budget:.3g}", share(one.charged), share(one.sunk), f"{one.headroom:.0%}",
-                one.n_seeds,
+                one.n_seeds or "the one that tuned",
             ]
             for one in self.saved
         ]  # fmt: skip
         lines = [
             f"{self.name} ({self.kind}): {self.how}",
-            f"Efficiency {self.efficiency:.0%} +- {1.645 * self.sd:.0%} of a perfect growth, in {self.n} figures.",
+            f"It keeps {self.kept:.0%} +- {1.645 * self.sd:.0%} of what the source's training is worth, in {self.n} figures.",
         ]
         return "\n".join([*lines, "", table(header, rows)] if rows else lines)
 

@@ -86,13 +86,14 @@ def read_curve(path: Path, tokens_per_step: float | None = None) -> list[tuple[f
         (tokens, loss in nats), in the order of the file.
 
     Raises:
-        PlanError: The file cannot be read, lacks a column, holds text where a number belongs, or counts steps of unknown size.
+        PlanError: The file cannot be read, lacks a column, holds text where a number belongs, or counts steps of unknown size. Rows without
+            a loss, or at 0 tokens, are passed over.
 
     Example:
         >>> read_curve(Path("trainer_state.json"), tokens_per_step=65_536)
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of a name
         if path.suffix == ".json":
             log: Sequence[Mapping[str, Any]] = json.loads(text)["log_history"]
             rows = [row for row in log if "loss" in row]
@@ -107,15 +108,29 @@ def read_curve(path: Path, tokens_per_step: float | None = None) -> list[tuple[f
             "log_history of a trainer_state.json."
         )
     column = next(
-        (name for name in ("tokens", "num_input_tokens_seen", "step") if rows[0].get(name)), None
+        (
+            name
+            for name in ("tokens", "num_input_tokens_seen", "step")
+            if any(row.get(name) for row in rows)
+        ),
+        None,
     )
     if column is None or (column == "step" and tokens_per_step is None):
         found = "counts steps" if column else f"has {', '.join(map(str, rows[0]))}"
         raise PlanError(
             f"cannot tell the tokens of {path}, which {found}: add a column tokens, or pass tokens_per_step (--tokens-per-step)."
         )
-    each = tokens_per_step or 1.0 if column == "step" else 1.0
+    if tokens_per_step is not None and not (isfinite(tokens_per_step) and tokens_per_step > 0):
+        raise PlanError(f"tokens_per_step={tokens_per_step}: a step has more than 0 tokens.")
+    each = (tokens_per_step or 1.0) if column == "step" else 1.0
+    logged = [
+        row
+        for row in rows
+        if row.get("loss") not in (None, "") and row.get(column) not in (None, "")
+    ]
     try:
-        return [(float(row[column]) * each, float(row["loss"])) for row in rows]
+        return [
+            (float(row[column]) * each, float(row["loss"])) for row in logged if float(row[column])
+        ]
     except (TypeError, ValueError, KeyError) as error:
         raise PlanError(f"cannot read a loss curve from {path}: {error}.") from None

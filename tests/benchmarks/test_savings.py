@@ -220,6 +220,48 @@ def test_killed_campaign_goes_on_and_finds_the_same(smoke, tmp_path):
     assert bare(found) == bare(lines)
 
 
+def test_report_of_nothing_says_what_to_do(tmp_path, capsys):
+    assert savings.main(["--setup", "depth", "--report", "--out", str(tmp_path)]) == 1
+
+    assert "has no whole setup 'depth' yet: run it without --report" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [["--workers", "0"], ["--out", __file__]])
+def test_options_that_cannot_be_are_refused(options, capsys):
+    with pytest.raises(SystemExit):
+        savings.main(["--setup", "smoke", *options])
+
+    assert "--workers is 1 or more" in capsys.readouterr().err
+
+
+def test_line_that_a_kill_cut_short_runs_again_and_gives_way(tmp_path):
+    ledger, job = jobs.Ledger(tmp_path), jobs.Job(SMOKE, SMOKE.target_sizes, 4e-3, 0)
+    rows = [row(SMOKE.target_sizes, 4e-3, 0, budget, 3.125) for budget in (8, 16)]
+    for one in rows:
+        one["budget"] = float(one["budget"])
+    ledger.append(jobs.Done(rows))
+    whole = ledger.rows_path.read_text()
+    ledger.rows_path.write_text(whole[: whole.rindex("3.125") + 1])
+
+    assert not ledger.finished(job) and len(ledger.rows()) == 1
+    ledger.append(jobs.Done(rows))
+
+    assert ledger.finished(job) and ledger.rows_path.read_text() == whole
+
+
+@pytest.mark.parametrize("broken", ["nan", "", "3.5"])
+def test_rows_that_are_no_measurement_are_refused_by_file_and_line(tmp_path, broken):
+    ledger = jobs.Ledger(tmp_path)
+    one = row(SMOKE.target_sizes, 4e-3, 0, 8, 3.125)
+    one["budget"] = float(one["budget"])
+    ledger.append(jobs.Done([one]))
+    lines = ledger.rows_path.read_text().splitlines(keepends=True)
+    ledger.rows_path.write_text("".join([*lines, lines[-1].replace("3.125", broken)]))
+
+    with pytest.raises(SystemExit, match=r"savings-.*\.csv, line 3"):
+        ledger.rows()
+
+
 def test_readme_holds_the_tables_of_the_committed_rows():
     (path,) = [p for p in RESULTS.glob("savings-*.csv") if not p.stem.endswith("-curves")]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -237,7 +279,7 @@ def test_unknown_recipe_is_refused_with_the_known_ones(capsys):
     with pytest.raises(SystemExit):
         savings.main(["--setup", "smoke", "--recipes", "nothing"])
 
-    assert "unknown recipes: nothing; known: default, " in capsys.readouterr().err
+    assert "unknown recipes: nothing; known: default; " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

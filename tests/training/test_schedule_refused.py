@@ -130,7 +130,7 @@ def test_a_control_c_with_the_last_write_leaves_a_growth_that_is_done_and_record
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("growkern.training.schedule.expand_inplace", interrupted)
+        patch.setattr("growkern.training.attachment.expand_inplace", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(model, optim, 1)
     run(model, optim, 1)

@@ -1,0 +1,235 @@
+"""What stands between a schedule and a running optimizer: the hook that grows after a step."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import TypedDict  # of torch; typing has them from 3.11 on
+
+from growkern.api import expand_inplace, plan
+from growkern.commit.checkpoint_guard import n_growths
+from growkern.commit.optimizer import Masters
+from growkern.engine.report import GrowthReport
+from growkern.errors import PlanError, raise_all
+from growkern.execution.execute import Memory
+from growkern.model.describe import describe
+from growkern.model.spec import ModelSpec
+from growkern.planning.growth_plan import GrowthPlan
+from growkern.support.interrupts import uninterrupted
+from growkern.support.wrappers import unwrapped
+from growkern.training.loss_curve import LossCurve
+from growkern.training.triggers import (
+    Event,
+    unknown_sizes,
+)
+
+if TYPE_CHECKING:
+    from growkern.training.schedule import GrowthSchedule
+
+logger = logging.getLogger("growkern")
+OnGrowth = Callable[[Event, GrowthReport], object]
+
+
+class Options(TypedDict, total=False):
+    """What all growths of an attached schedule share, as in ``expand_inplace``; what differs belongs to the events.
+
+    Attributes:
+        spec: Description of a model of your own, or what makes one of the model: sizes differ from growth to growth.
+        backend: As in ``expand_inplace``.
+        ema: As in ``expand_inplace``.
+        masters: As in ``expand_inplace``.
+        rules: As in ``expand_inplace``.
+        memory: As in ``expand_inplace``.
+    """
+
+    spec: ModelSpec | Callable[[nn.Module], ModelSpec] | None
+    backend: str | None
+    ema: nn.Module | Sequence[nn.Module] | None
+    masters: Masters | None
+    rules: Mapping[str, int | None] | None
+    memory: Memory | None
+
+
+class Attachment:
+    """A schedule at work on one model and one optimizer; made by ``GrowthSchedule.attach``.
+
+    It belongs to the optimizer, and goes with it: it holds neither that nor its schedulers.
+
+    Attributes:
+        schedule: What grows when.
+        model: What grows.
+        deferred: True when ``grow`` is called by somebody else.
+        stepped: True when a step was taken since ``grow`` was called last.
+        on_growth: Called after each growth, after the schedule's own.
+    """
+
+    def __init__(
+        self, schedule: "GrowthSchedule", model: nn.Module, optim: Optimizer, scheduler: object | None,
+        options: Options, deferred: bool,
+    ) -> None:  # fmt: skip
+        optim = unwrapped(optim)
+        self.schedule, self.on_growth = schedule, list[OnGrowth]()
+        self.model: nn.Module = unwrapped(model)
+        self._schedulers: list[ref[Any]] = [ref(unwrapped(one)) for one in _listed(scheduler)]
+        self._options, self.deferred, self.stepped = options, deferred, False
+        # the growth that runs, and how many there were before it
+        self._running: tuple[GrowthPlan, int] | None = None
+        self._take: Any = torch.compiler.disable(_take)
+        title = f"cannot attach this schedule of {len(schedule.events)} events:"
+        if unknown := sorted(options.keys() - Options.__annotations__.keys()):
+            raise PlanError(
+                f"{title} unknown options {', '.join(unknown)}. Known: {', '.join(Options.__annotations__)}; "
+                "what grows, and how, is said by the events."
+            )
+        if not isinstance(optim, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PlanError(f"{title} optim is no torch Optimizer, but {type(optim).__name__}.")
+        if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optim).__mro__):
+            raise PlanError(
+                f"{title} ZeroRedundancyOptimizer shares parameters out by tables of its own, which would not grow. Use a plain "
+                "optimizer under DistributedDataParallel."
+            )
+        if schedule.attachment is not None:
+            raise PlanError(f"{title} it is attached to an optimizer already; remove() that first.")
+        for hook in optim._optimizer_step_post_hooks.values():  # pyright: ignore[reportPrivateUsage]
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, Attachment):
+                raise PlanError(
+                    f"{title} a schedule of {len(other.schedule.events)} events drives this {type(optim).__name__} "
+                    "already. Put all events into one schedule, or remove() that one first."
+                )
+        spec = describe(self.model, self._spec())  # refuses now what could not grow later
+        raise_all(PlanError, title, unknown_sizes(schedule.ahead, spec))
+        self.n_params = sum(p.numel() for p in self.model.parameters())
+        self._optim, self._hook = ref(optim), optim.register_step_post_hook(self._after_step)
+        schedule.attachment = self
+        counts = schedule.counts
+        if counts.n_tokens and not counts.n_flops:  # observed before the model was known
+            counts.n_flops = 6.0 * counts.n_tokens * self.n_params
+
+    def remove(self) -> None:
+        """Take the schedule off the optimizer; a second call does nothing."""
+        self._hook.remove()
+        if self.schedule.attachment is self:
+            self.schedule.attachment = None
+
+    def grow(self) -> list[tuple[Event, GrowthReport]]:
+        """Fire every event that is due, in order, when a step was taken since the last call.
+
+        Returns:
+            The events that fired, with their reports.
+
+        Raises:
+            GrowthError: A growth failed; nothing of it was done, and its event has not fired.
+            PlanError: The next event waits for tokens, and two steps have reported none.
+        """
+        schedule, optim, grown = self.schedule, self._optim(), list[tuple[Event, GrowthReport]]()
+        if optim is None or not self.stepped:
+            return grown
+        self.stepped = False
+        self.settle()
+        silent = [e.trigger for e in schedule.ahead if e.silent(schedule.counts)]
+        if silent and schedule.counts.n_steps > 1:
+            raise PlanError(
+                f"cannot tell when to grow ({'; '.join(silent)}): {schedule.counts.n_steps} steps have reported no tokens. "
+                "Call schedule.observe(tokens=...) with every step."
+            )
+        while (event := schedule.next_event) is not None and event.due(schedule.counts):
+            report = self._expand(event, optim)
+            grown.append((event, report))
+            for call in (*schedule.on_growth, *self.on_growth):
+                call(event, report)
+        return grown
+
+    def planned(self, event: Event) -> GrowthPlan:
+        """Plan the growth of an event on the model as it is now, without growing it."""
+        options = self._options  # a model may be built at a grown size
+        before = max(len(self.schedule.fired), n_growths(self.model))
+        return plan(
+            self.model, self._optim(), to=event.to, width=event.width, depth=event.depth, state=event.state,
+            dynamics=event.dynamics, spec=self._spec(), seed=before if event.seed is None else event.seed,
+            rules=options.get("rules"), masters=options.get("masters"),
+        )  # fmt: skip
+
+    def _after_step(self, optim: Optimizer, args: object, kwargs: object) -> None:
+        self._take(self, optim)  # not traced when the step is compiled
+
+    def _expand(self, event: Event, optim: Optimizer) -> GrowthReport:
+        schedule, options, planned = self.schedule, self._options, self.planned(event)
+        live = _listed([one() for one in self._schedulers])
+        self._running = planned, n_growths(self.model)
+        try:
+            report = expand_inplace(
+                self.model, optim, plan=planned, width=event.width, dynamics=planned.dynamics, spec=self._spec(),
+                rules=options.get("rules"), backend=options.get("backend"), scheduler=live or None, ema=options.get("ema"),
+                masters=options.get("masters"), memory=options.get("memory"),
+            )  # fmt: skip
+        finally:
+            self.settle()
+        sizes = ", ".join(
+            f"{name} {n:,} -> {report.target_sizes[name]:,}"
+            for name, n in report.source_sizes.items()
+            if report.target_sizes[name] != n
+        )
+        logger.info(
+            "step %d: grew %s: %s; parameters %s -> %s; %.3g s", schedule.counts.n_steps, report.family, sizes,
+            f"{report.n_params_source:,}", f"{report.n_params_target:,}", report.seconds,
+        )  # fmt: skip
+        return report
+
+    def settle(self) -> None:
+        """Note that a growth is done. After an error all is as it was, but a Ctrl-C may come with the last write, or here."""
+        running, schedule = self._running, self.schedule
+        if running is None:
+            return
+        planned, before = running
+        with uninterrupted():
+            if n_growths(self.model) > before:
+                schedule.fired.append(schedule.counts.n_steps)
+                schedule.history.append(planned.to_json())
+                schedule.counts.points = []
+                schedule.counts.curve = LossCurve(last=schedule.counts.n_tokens)
+                self.n_params = sum(p.numel() for p in self.model.parameters())
+            self._running = None
+
+    def _spec(self) -> ModelSpec | None:
+        spec = self._options.get("spec")
+        return spec if spec is None or isinstance(spec, ModelSpec) else spec(self.model)
+
+
+def _take(self: Attachment, optim: Optimizer) -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return  # the step is recorded, not taken
+    # A fused optimizer skips the step of an overflow by itself, and is called all the same. Its own step counts would say
+    # so too, but a read of them would wait for the device at every step; GradScaler's flag is there only with a GradScaler.
+    overflow = getattr(optim, "found_inf", None)
+    if isinstance(overflow, Tensor) and overflow.item():
+        return
+    self.schedule.counts.n_steps += 1
+    self.stepped = True
+    if self.deferred:
+        return
+    try:
+        self.grow()
+    except BaseException:
+        if overflow is not None:  # GradScaler now cannot take them off, and would unscale twice
+            vars(optim).pop("grad_scale", None)
+            vars(optim).pop("found_inf", None)
+        raise
+
+
+def growth_metrics(event: Event, report: GrowthReport) -> dict[str, float]:
+    """What integrations log of a growth: target sizes, parameters and seconds, as numbers."""
+    sizes = {f"growth/{name}": float(n) for name, n in report.target_sizes.items()}
+    return sizes | {
+        "growth/parameters": float(report.n_params_target),
+        "growth/seconds": report.seconds,
+    }
+
+
+def _listed(scheduler: object | None) -> list[Any]:
+    several: list[Any] = [*scheduler] if isinstance(scheduler, list | tuple) else [scheduler]
+    return [one for one in several if one is not None]
