@@ -23,11 +23,19 @@ from growkern.training.triggers import At, WhenPlateau, WhenSlope
 __version__ = "0.1.0"
 
 
+_LAZY = "accelerate", "hf", "lightning"
+
+
 def __getattr__(name: str) -> ModuleType:
     """``growkern.hf``, ``growkern.lightning``, ``growkern.accelerate``: imported, with their framework, when first used."""
-    if name in ("accelerate", "hf", "lightning"):
+    if name in _LAZY:
         return import_module(f"growkern.integrations.{name}")
     raise AttributeError(f"module 'growkern' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Public names, and no machinery."""
+    return sorted((*__all__, *_LAZY, "__version__"))
 
 
 __all__ = [

@@ -114,6 +114,7 @@ def test_wheel_states_its_requirements(wheel):
     ]
     assert required == [
         "Requires-Dist: torch>=2.9",
+        "Requires-Dist: typing_extensions",
         'Requires-Dist: triton>=3.5; sys_platform == "linux"',
     ]
 

@@ -143,6 +143,10 @@ def _is_method(name: str, value: object) -> bool:
     )
 
 
+def test_dir_shows_the_public_names_and_no_machinery():
+    assert dir(growkern) == sorted([*NAMES, "accelerate", "hf", "lightning", "__version__"])
+
+
 def test_public_names_are_exactly_these():
     assert growkern.__all__ == NAMES
 
