@@ -150,8 +150,8 @@ WIDTH = Setup(
     early=(102, 205, 384),
 )  # fmt: skip
 DEPTH = Setup(
-    {"hidden": 32, "layers": 2}, {"hidden": 32, "layers": 8}, (500, 1000, 2000), (200,), (4e-3, 8e-3, 16e-3),
-    SOURCE_RATES, tuple(name for name in DEPTHS if name not in ("Middle", "TopCopies")), beyond=(3000,),
+    {"hidden": 32, "layers": 2}, {"hidden": 32, "layers": 8}, (500, 1000, 2000), (200,), RATES,
+    RATES, tuple(name for name in DEPTHS if name not in ("Middle", "TopCopies")), beyond=(3000,),
     early=(100, 200, 375),
 )  # fmt: skip
 
