@@ -238,30 +238,40 @@ class Rows:
 
 
 def calibrate(figures: Sequence[Figure]) -> dict[str, Recipe]:
-    """What every recipe keeps. Its spread is at least that within recipes on average: a few figures do not show their own."""
+    """What every recipe keeps. Its spread is at least that within the recipes of its kind: a few figures do not show their own."""
     if not figures:
         return {}
-    own = [
-        [f.kept for f in figures if f.variant.recipe == name]
-        for name in {f.variant.recipe for f in figures}
-    ]
-    within = [variance(values) for values in own if len(values) > 1]
-    least = max(ALONE, mean(within) ** 0.5) if within else ALONE
-    ratios = {(f.setup, f.variant.grow_at): f.worth for f in figures}.values()
-    spread = max(ALONE, stdev(ratios) if len(ratios) > 1 else 0.0)
-    worth = round(mean(ratios), 3), round(spread, 3)
+    kinds = {f.kind for f in figures}
+    least = {grows: _spread([f for f in figures if f.kind == grows]) for grows in kinds}
+    worth = {
+        grows: _worth(f for f in figures if f.kind == grows) for grows in {f.kind for f in figures}
+    }
     found: dict[str, Recipe] = {}
     for name, grows in dict.fromkeys((f.variant.recipe, f.kind) for f in figures):
         own = [f for f in figures if (f.variant.recipe, f.kind) == (name, grows)]
         shares = [f.kept for f in own]
-        spread = max(least, stdev(shares) if len(shares) > 1 else 0.0)
+        spread = max(least[grows], stdev(shares) if len(shares) > 1 else 0.0)
         recipe = RECIPES[name]
         label = label_of(own[0])
         found[label] = Recipe(
             label, grows, round(mean(shares), 3), round(spread, 3), len(shares), recipe.growth,
-            mode(f.variant.rate for f in own), recipe.rewarm, tuple(map(saved, own)), worth,
+            mode(f.variant.rate for f in own), recipe.rewarm, tuple(map(saved, own)), worth[grows],
         )  # fmt: skip
     return found
+
+
+def _spread(figures: Sequence[Figure]) -> float:
+    """What the figures of one recipe differ by, on average over recipes."""
+    names = {f.variant.recipe for f in figures}
+    own = [[f.kept for f in figures if f.variant.recipe == name] for name in names]
+    found = [variance(values) for values in own if len(values) > 1]
+    return max(ALONE, mean(found) ** 0.5) if found else ALONE
+
+
+def _worth(figures: Iterable[Figure]) -> tuple[float, float]:
+    """Worth of a source over what the law of its trunk says, over setups and growth points, and its spread."""
+    ratios = {(f.setup, f.variant.grow_at): f.worth for f in figures}.values()
+    return round(mean(ratios), 3), round(max(ALONE, stdev(ratios) if len(ratios) > 1 else 0.0), 3)
 
 
 def label_of(figure: Figure) -> str:

@@ -1,15 +1,15 @@
 """Recipes of growth, and what they saved, as measured. Written by ``python -m bench.advice --write``; not by hand.
 
-From 69 figures (recipes, growth points, budgets) of bench/results/savings-*.csv, setups: width.
+From 89 figures (recipes, growth points, budgets) of bench/results/savings-*.csv, setups: width, depth.
 """
 
 from math import nan
 
-from growkern import width
+from growkern import depth, width
 from growkern.recipes.recipe import Recipe, Saved
 
 MEASURED = "60 to 230 thousand parameters (bytes of Python source)"
-BUDGETS = 2.4, 6.7  # multiples of the compute at growth
+BUDGETS = 2.4, 10  # multiples of the compute at growth
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -222,6 +222,66 @@ RECIPES: dict[str, Recipe] = {
                 Saved("width", 1.78e+11, 1.19e+12, (-0.213, -0.073, 0.067), (-0.031, 0.088, 0.207), 0.205, 3),
             ),
             (1.137, 0.1),
+        ),
+        Recipe(
+            "Stack, dropped", "depth", 1.572, 0.886, 3,
+            {"dynamics": None, "state": "drop", "depth": depth.Stack(remainder='bottom', ignore_first=0, ignore_last=0)}, 1, 60,
+            (
+                Saved("depth", 1.07e+11, 2.68e+11, (nan, 0.346, nan), (nan, 0.607, nan), 0.38, 0),
+                Saved("depth", 1.07e+11, 5.36e+11, (nan, 0.295, nan), (nan, 0.436, nan), 0.235, 0),
+                Saved("depth", 1.07e+11, 1.07e+12, (nan, 0.356, nan), (nan, 0.421, nan), 0.133, 0),
+            ),
+            (0.934, 0.1),
+        ),
+        Recipe(
+            "Stack", "depth", 1.567, 0.899, 3,
+            {"dynamics": None, "depth": depth.Stack(remainder='bottom', ignore_first=0, ignore_last=0)}, 1, 0,
+            (
+                Saved("depth", 1.07e+11, 2.68e+11, (nan, 0.356, nan), (nan, 0.613, nan), 0.38, 0),
+                Saved("depth", 1.07e+11, 5.36e+11, (nan, 0.28, nan), (nan, 0.424, nan), 0.235, 0),
+                Saved("depth", 1.07e+11, 1.07e+12, (nan, 0.358, nan), (nan, 0.422, nan), 0.133, 0),
+            ),
+            (0.934, 0.1),
+        ),
+        Recipe(
+            "Interpose", "depth", 1.361, 0.681, 3,
+            {"dynamics": None, "depth": depth.Interpose(halve_branches=True, ignore_first=0, ignore_last=0)}, 1, 0,
+            (
+                Saved("depth", 1.07e+11, 2.68e+11, (nan, 0.336, nan), (nan, 0.602, nan), 0.38, 0),
+                Saved("depth", 1.07e+11, 5.36e+11, (nan, 0.285, nan), (nan, 0.428, nan), 0.235, 0),
+                Saved("depth", 1.07e+11, 1.07e+12, (nan, 0.29, nan), (nan, 0.361, nan), 0.133, 0),
+            ),
+            (0.934, 0.1),
+        ),
+        Recipe(
+            "Interpose, dropped", "depth", 1.378, 0.681, 3,
+            {"dynamics": None, "state": "drop", "depth": depth.Interpose(halve_branches=True, ignore_first=0, ignore_last=0)}, 1, 60,
+            (
+                Saved("depth", 1.07e+11, 2.68e+11, (nan, 0.336, nan), (nan, 0.602, nan), 0.38, 0),
+                Saved("depth", 1.07e+11, 5.36e+11, (nan, 0.282, nan), (nan, 0.425, nan), 0.235, 0),
+                Saved("depth", 1.07e+11, 1.07e+12, (nan, 0.298, nan), (nan, 0.368, nan), 0.133, 0),
+            ),
+            (0.934, 0.1),
+        ),
+        Recipe(
+            "IdentityBlocks", "depth", 1.15, 0.681, 3,
+            {"dynamics": None, "depth": depth.IdentityBlocks()}, 1, 0,
+            (
+                Saved("depth", 1.07e+11, 2.68e+11, (nan, 0.369, nan), (nan, 0.621, nan), 0.38, 0),
+                Saved("depth", 1.07e+11, 5.36e+11, (nan, 0.247, nan), (nan, 0.398, nan), 0.235, 0),
+                Saved("depth", 1.07e+11, 1.07e+12, (nan, 0.208, nan), (nan, 0.288, nan), 0.133, 0),
+            ),
+            (0.934, 0.1),
+        ),
+        Recipe(
+            "Fresh", "depth", 1.354, 0.681, 3,
+            {"dynamics": None, "depth": depth.Fresh(at='top')}, 1, 0,
+            (
+                Saved("depth", 1.07e+11, 2.68e+11, (nan, 0.359, nan), (nan, 0.615, nan), 0.38, 0),
+                Saved("depth", 1.07e+11, 5.36e+11, (nan, 0.278, nan), (nan, 0.422, nan), 0.235, 0),
+                Saved("depth", 1.07e+11, 1.07e+12, (nan, 0.284, nan), (nan, 0.356, nan), 0.133, 0),
+            ),
+            (0.934, 0.1),
         ),
     )
 }  # fmt: skip
