@@ -243,9 +243,7 @@ def calibrate(figures: Sequence[Figure]) -> dict[str, Recipe]:
         return {}
     kinds = {f.kind for f in figures}
     least = {grows: _spread([f for f in figures if f.kind == grows]) for grows in kinds}
-    worth = {
-        grows: _worth(f for f in figures if f.kind == grows) for grows in {f.kind for f in figures}
-    }
+    worth = {grows: _worth(f for f in figures if f.kind == grows) for grows in kinds}
     found: dict[str, Recipe] = {}
     for name, grows in dict.fromkeys((f.variant.recipe, f.kind) for f in figures):
         own = [f for f in figures if (f.variant.recipe, f.kind) == (name, grows)]
@@ -288,8 +286,7 @@ def saved(figure: Figure) -> Saved:
         for middle, low, high in (one.charged, one.sunk)
     )
     at, budget = float(f"{figure.variant.grow_at:.3g}"), float(f"{figure.budget:.3g}")
-    n = one.n_seeds
-    return Saved(figure.setup, at, budget, charged, sunk, round(one.headroom, 3), n)
+    return Saved(figure.setup, at, budget, charged, sunk, round(one.headroom, 3), one.n_seeds)
 
 
 def kind(setup: Setup) -> str:
