@@ -12,7 +12,7 @@ from bench.harness import ROOF, Row, number
 LARGE = 60 << 20  # bytes of a large tensor's weight: 64 MB and what rounding leaves of 64 MiB
 RUN_MAPS = ("x1.5 adam", "x2 adam", "x3 adam")
 RANDOM_MAPS = ("random x2 adam",)
-NOISES = ("noise=1", "noise=0")  # the default, and none
+NOISES = ("noise=1", "noise=0")  # of copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ BARS = (
 
 
 def bars(rows: Sequence[Row], *, gpu: bool) -> Table:
-    """Every bar with what was measured: with the default noise, and with none."""
+    """Every bar with what was measured: of copies, with twin noise and with none."""
     drawn = Table(title="bars (the worst case counts)", title_justify="left")
     drawn.add_column("promise")
     for name in ("bar", *NOISES):

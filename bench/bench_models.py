@@ -1,7 +1,7 @@
 """How long does it take to grow a whole model with its optimizer, and what do others need for the same?
 
-Lines: ``expand_inplace`` with default noise and without; the roof, a cold ``copy_`` of the same bytes; and two baselines, written
-from what each does:
+Lines: ``expand_inplace`` by default, and of copies with twin noise and without; the roof, a cold ``copy_`` of the same bytes;
+and two baselines, written from what each does:
 
 - *state_dict double* (staged-training): every weight and both moments are doubled into fresh zeros by its growth operator; the
   target model and its AdamW are built, and load them;
@@ -311,7 +311,9 @@ def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -
     case = CASES[name]
     samples: dict[Line, list[tuple[float, int]]] = {}
     promised: dict[Line, int] = {}
-    methods = {f"{OURS} noise={noise:g}": noise for noise in (Lossless().noise, 0.0)}
+    methods = {f"{OURS} default": Lossless()} | {
+        f"{OURS} noise={noise:g}": Lossless(noise) for noise in (1.0, 0.0)
+    }
 
     def timed(line: Line, call: Callable[[], object]) -> None:
         say(" ".join(line))
@@ -321,8 +323,7 @@ def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -
 
     def grow(line: Line, model: nn.Module, optim: AdamW) -> None:
         reports: list[growkern.GrowthReport] = []
-        method = Lossless(noise=methods[line[0]])
-        call = partial(growkern.expand_inplace, to=case.to, width=method, dynamics=None)
+        call = partial(growkern.expand_inplace, to=case.to, width=methods[line[0]], dynamics=None)
         timed(line, lambda: reports.append(call(model, optim)))
         promised[line] = reports[0].peak_bytes
 
@@ -342,7 +343,7 @@ def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -
         for backend in methods:
             model, optim = build(case)
             if backend == next(iter(methods)):
-                plan = growkern.plan(model, optim, to=case.to)
+                plan = growkern.plan(model, optim, to=case.to, width=Lossless(noise=0.0))
                 work = jobs(model, optim, plan)
                 timed((harness.ROOF, "cold"), roof([*work[0], *work[1]]))
                 if case.doubles:

@@ -18,6 +18,7 @@ STEPS, MORE, EVAL = 600, 100, 64
 TRAINING = demo_run.Training()
 WIDTHS = [
     width.Lossless(),
+    width.Lossless(noise=1),
     width.Lossless(noise=0),
     width.FPI(),
     width.Net2Wider(noise=0.1),

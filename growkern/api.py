@@ -113,7 +113,7 @@ def expand_inplace(
         optim: Its optimizer; changed in place.
         to: ``"2x"``, ``"1.5x"`` (all widths), or a mapping from size name to an int or a factor: ``hidden, heads, kv_heads,
             ffn, layers, ...``. What is not named follows ``hidden`` in proportion where that is whole.
-        width: Width method; default ``width.Lossless()``: exact, with symmetry-breaking twin noise.
+        width: Width method; default ``width.Lossless()``: exact, and what is new copies nothing where pads are exact.
         depth: Depth method; default ``depth.IdentityBlocks()``: exact.
         state: What becomes of optimizer state. ``"exact"``: the dual law. ``"copy"``: gathered as it is. ``"asymmetric"``: the
             first copy of every element keeps what it was, the others start from 0 (SPARKLING). ``"zero_pad"``: the same,

@@ -17,6 +17,7 @@ from growkern.errors import PlanError
 EXACT = 1e-10
 WIDTHS = [
     width.Lossless(),
+    width.Lossless(noise=1),
     width.FPI(),
     width.FPI(maps="cyclic"),
     width.Net2Wider(noise=0.1),

@@ -32,22 +32,24 @@ class Recipe:
 ONE_RATE: dict[str, Any] = {"dynamics": None}
 DROPPED: dict[str, Any] = {"dynamics": None, "state": "drop"}
 FRESH = width.Sparkling("random", "zero")
+COPIES = width.Lossless(noise=1)
 
 RECIPES: dict[str, Recipe] = {
     # width
     "default": Recipe(),
+    "default, one rate": Recipe(ONE_RATE, (0.5, 1.0)),
+    "default, dropped": Recipe(DROPPED, (0.5, 1.0), rewarm=60),
     "noise 0": Recipe({"width": width.Lossless(noise=0)}),
     "noise 0.3": Recipe({"width": width.Lossless(noise=0.3)}),
-    "default, one rate": Recipe(ONE_RATE, (0.5, 1.0)),
-    "noise 2": Recipe({**ONE_RATE, "width": width.Lossless(noise=2)}, (0.5, 1.0)),
-    "noise 4": Recipe({**ONE_RATE, "width": width.Lossless(noise=4)}, (0.5, 1.0)),
-    "noise 2, law's rates": Recipe({"width": width.Lossless(noise=2)}),
-    "CopyAndPad, law's rates": Recipe({"width": width.CopyAndPad(norm="corrected")}),
-    "default, dropped": Recipe(DROPPED, (0.5, 1.0), rewarm=60),
+    "noise 1": Recipe({"width": COPIES}),
+    "noise 1, one rate": Recipe({**ONE_RATE, "width": COPIES}, (0.5, 1.0)),
+    "noise 1, dropped": Recipe({**DROPPED, "width": COPIES}, (0.5, 1.0), rewarm=60),
+    "noise 2": Recipe({"width": width.Lossless(noise=2)}),
+    "noise 2, one rate": Recipe({**ONE_RATE, "width": width.Lossless(noise=2)}, (0.5, 1.0)),
+    "noise 4, one rate": Recipe({**ONE_RATE, "width": width.Lossless(noise=4)}, (0.5, 1.0)),
     "HyperClone": Recipe({**ONE_RATE, "width": width.HyperClone(noise_db=10)}, (0.5, 1.0)),
     "Lemon": Recipe({**ONE_RATE, "width": width.Lemon()}, (0.5, 1.0)),
     "AKI": Recipe({**ONE_RATE, "width": width.AKI()}, (0.5, 1.0)),
-    "CopyAndPad": Recipe({**ONE_RATE, "width": width.CopyAndPad(norm="corrected")}, (0.5, 1.0)),
     "CopyAndPad, as published": Recipe({**ONE_RATE, "width": width.CopyAndPad()}, (0.5, 1.0)),
     "FPI": Recipe({**ONE_RATE, "width": width.FPI()}, (0.5, 1.0)),
     "Net2Wider": Recipe({**ONE_RATE, "width": width.Net2Wider(noise=0.1)}, (0.5, 1.0)),
@@ -60,8 +62,8 @@ RECIPES: dict[str, Recipe] = {
     "FreshFeatures, dropped": Recipe(
         {**DROPPED, "width": width.FreshFeatures()}, (0.5, 1.0), rewarm=60
     ),
-    "shrink and perturb": Recipe(DROPPED, (0.5, 1.0), rewarm=60, keep=0.5),
-    "shrink and perturb 0.8": Recipe(DROPPED, (0.5, 1.0), rewarm=60, keep=0.8),
+    "shrink and perturb": Recipe({**DROPPED, "width": COPIES}, (0.5, 1.0), rewarm=60, keep=0.5),
+    "shrink and perturb 0.8": Recipe({**DROPPED, "width": COPIES}, (0.5, 1.0), rewarm=60, keep=0.8),
     # depth
     "Stack": Recipe({**ONE_RATE, "depth": depth.Stack()}),
     "Stack, dropped": Recipe({**DROPPED, "depth": depth.Stack()}, rewarm=60),
@@ -146,7 +148,7 @@ SOURCE_RATES = (4e-3, 8e-3, 16e-3)
 SMALL = {"hidden": 32, "layers": 4}
 WIDTH = Setup(
     SMALL, {"hidden": 64, "layers": 4}, (512, 854, 1366), (205,), RATES, SOURCE_RATES,
-    ("default", "default, one rate", "CopyAndPad", "Sparkling fresh", "FreshFeatures"), beyond=(2186,),
+    ("default", "default, one rate", "noise 1, one rate", "Sparkling fresh", "FreshFeatures"), beyond=(2186,),
     early=(102, 205, 384),
 )  # fmt: skip
 DEPTH = Setup(
@@ -164,13 +166,15 @@ SETUPS: dict[str, Setup] = {
     "width": WIDTH,
     "width, all": replace(WIDTH, recipes=WIDTHS),
     "width, points": replace(WIDTH, grow_at=(102, 384), recipes=("default, one rate", "Sparkling fresh")),
-    "width, c++": replace(WIDTH, text="c++", recipes=("default, one rate", "Sparkling fresh")),
+    "width, c++": replace(
+        WIDTH, text="c++", recipes=("default, one rate", "noise 1, one rate", "Sparkling fresh", "Sparkling fresh, state"),
+    ),
     "width, muon": replace(
         WIDTH, optimizer="muon", recipes=("default, dropped", "Sparkling fresh", "FreshFeatures, dropped")
     ),
     "wider": replace(
         WIDTH, source={"hidden": 64, "layers": 4}, target={"hidden": 128, "layers": 4}, lrs=(1e-3, 2e-3, 4e-3),
-        source_lrs=RATES, recipes=("default, one rate", "Sparkling fresh"),
+        source_lrs=RATES, recipes=("default, one rate", "noise 1, one rate", "Sparkling fresh"),
     ),
     "depth": DEPTH,
     "depth, points": replace(DEPTH, grow_at=(100, 375), recipes=("Stack, dropped", "IdentityBlocks")),
@@ -178,7 +182,7 @@ SETUPS: dict[str, Setup] = {
         DEPTH, budgets=(2000, 4500), beyond=(), early=(800,), grow_at=(800,), recipes=("Stack, dropped", "IdentityBlocks"),
     ),
     "depth, twice": replace(
-        DEPTH, source={"hidden": 32, "layers": 4}, source_lrs=(8e-3,), recipes=("Stack", "Middle", "Interpose"),
+        DEPTH, source={"hidden": 32, "layers": 4}, source_lrs=(8e-3,), recipes=("Stack", "Middle", "Interpose", "TopCopies"),
     ),
     "both": replace(
         WIDTH, source={"hidden": 32, "layers": 2}, recipes=("default, one rate", *NAMES[BOTH:]),

@@ -29,13 +29,13 @@ from growkern.cli.demo_run import Corpus, Run, Training
 
 ADAMW = (
     "noise 0",
-    "default, one rate",
+    "noise 1, one rate",
     "HyperClone",
-    "CopyAndPad",
+    "default, one rate",
     "FreshFeatures",
     "Sparkling fresh",
 )
-MUON = "noise 0", "default, dropped", "FreshFeatures, dropped", "Sparkling fresh"
+MUON = "noise 0", "noise 1, dropped", "FreshFeatures, dropped", "Sparkling fresh"
 SETUP, SEED, LR, WINDOWS = SETUPS["width"], 0, 8e-3, 64
 COLUMNS: tuple[str, ...] = (
     "optimizer",

@@ -26,8 +26,8 @@ class GrowthReport:
         peak_bytes: What that takes at most beyond what was there, on the device that takes most.
         lr_factors: Learning-rate factor of the law -> number of parameter tensors; None where it is not one number.
         lr_applied: True when param groups were split by these factors.
-        grad_norm_factor: The law's factor on the global gradient norm; None without second moments or gradients.
-        noisy: True when twin noise was added: gradients then hold a part of its making beside what the law says.
+        grad_norm_factor: The law's factor on the global gradient norm of what the source had; None without second moments or gradients.
+        noisy: True when twin noise was added or something copies nothing: gradients then hold more than the law says.
         notes: What the user should do or know next.
     """
 
@@ -90,7 +90,7 @@ class GrowthReport:
         ]
         if self.grad_norm_factor is not None:
             advice = (
-                "twin noise adds to it: measure"
+                "what is new adds to it: measure"
                 if self.noisy
                 else "scale a clipping threshold alike"
             )

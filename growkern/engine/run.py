@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import product
 from time import perf_counter
 
 import torch
@@ -222,8 +223,9 @@ def _report(request: Request, sources: _Described, staged: _Staged, seconds: flo
 
 
 def _grad_norm(plan: GrowthPlan, tensors: Tensors, side: str, request: Request) -> float:
-    """The global gradient norm without new blocks: from gradients in flight, else from second moments."""
-    names = [getattr(row, side) for row in plan.rows if not row.new and row.constant is None]
+    """The global gradient norm of what the source had: from gradients in flight, else from second moments."""
+    rows = {getattr(r, side): r for r in plan.rows if not r.new and r.constant is None}
+    names = [*rows]
     if tensors.grads:
         return norm_of([tensors.grads[n] for n in names if n in tensors.grads], 2)
     optim = request.optim
@@ -232,6 +234,11 @@ def _grad_norm(plan: GrowthPlan, tensors: Tensors, side: str, request: Request) 
         square = tensors.states.get(name, {}).get("exp_avg_sq")
         if isinstance(square, Tensor):
             p = request.model.get_parameter(name)
-            held = (request.masters or {}).get(p, p)
-            squares.append(scale.sum_of_squares(held, square) if scale is not None else square)
+            if scale is not None:
+                square = scale.second_moment((request.masters or {}).get(p, p), square)
+            parts = [square]
+            if side == "name":
+                spans = (axis.index_map.copied for axis in plan.axis_maps(rows[name]))
+                parts = [square[at] for at in product(*spans)]
+            squares += [part.sum()[None] for part in parts] if scale is not None else parts
     return norm_of(squares, 1) ** 0.5

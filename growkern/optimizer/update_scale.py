@@ -121,11 +121,11 @@ class UpdateScale:
                 if p.grad is not None:
                     _scale_grad(p.grad, scale.grad, _multiplied)
 
-    def sum_of_squares(self, p: Tensor, square: Tensor) -> Tensor:
-        """The sum of a second moment in the units of the parameter's gradient, (1,); the optimizer keeps it in its own."""
+    def second_moment(self, p: Tensor, square: Tensor) -> Tensor:
+        """A second moment in the units of the parameter's gradient; the optimizer keeps it in its own."""
         grad = self.scales[p].grad if p in self.scales else ()
         factors = tuple(_power(f, 2.0, n) for f, n in zip(grad, square.shape, strict=False))
-        return (_multiplied(square.clone(), factors) if factors else square).sum()[None]
+        return _multiplied(square.clone(), factors) if factors else square
 
     def state_dict(self) -> dict[str, Any]:
         """Factors by the parameter's place in the optimizer's groups."""

@@ -189,8 +189,8 @@ class GrowthPlan:
 
     @property
     def noisy(self) -> bool:
-        """True when twin noise is added, so that gradients follow the law only up to what the noise adds."""
-        return any(axis.noise for axis in self.axes.values())
+        """True when twin noise is added or something copies nothing, so that the law does not say all of the gradient norm."""
+        return any(axis.noise or axis.index_map.has_pads for axis in self.axes.values())
 
     @property
     def drawn(self) -> frozenset[str]:

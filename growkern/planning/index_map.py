@@ -159,6 +159,18 @@ class IndexMap:
         """True when some target coordinate copies nothing."""
         return any(run.source == PAD for run in self.runs)
 
+    @property
+    def copied(self) -> tuple[slice, ...]:
+        """Where target coordinates copy something."""
+        spans = list[slice]()
+        for run in self.runs:
+            if run.source != PAD:
+                start, stop = run.span
+                if spans and spans[-1].stop == start:
+                    start = spans.pop().start
+                spans.append(slice(start, stop))
+        return tuple(spans)
+
     def per_copy(self, function: Callable[[int], float], pad: float) -> Vector:
         """``function(C(g(i)))`` for every target coordinate ``i``; ``pad`` where it copies nothing."""
         return self.by_copy(lambda _, count: function(count), pad)

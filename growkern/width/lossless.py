@@ -1,8 +1,9 @@
 """Lossless width growth: the target computes exactly what the source computed.
 
-Even splits at whole multiples. At other widths, where norms read a space: isometric scaling or a zero pad (RMSNorm), a mean pad
-or centring with a zero pad (LayerNorm). The zero pad, mean pad and eps rules are LEMON's (Wang et al., arXiv:2310.07999);
-the even split is Net2Net's (Chen et al., arXiv:1511.05641); twin noise is HyperCloning's (Samragh et al., arXiv:2409.12903).
+New coordinates copy nothing (Zhang et al., arXiv:2104.11390), under norms that are corrected for them: by a zero pad (RMSNorm), a
+mean pad, or centring with a zero pad (LayerNorm). Or they are copies: even splits at whole multiples (Net2Net: Chen et al.,
+arXiv:1511.05641), at other widths isometric scaling or pads, with twin noise (HyperCloning: Samragh et al., arXiv:2409.12903). The
+pads and the eps rules are LEMON's (Wang et al., arXiv:2310.07999).
 """
 
 from collections.abc import Mapping
@@ -36,21 +37,30 @@ NORM_KINDS: dict[str, str] = {
     "mean_pad": "layer",
     "centre_pad": "layer",
 }
+PADS: dict[str, Norms] = {"rms": "zero_pad", "layer": "mean_pad"}
+
+
+TWIN_NOISE = 1.0  # of copies under ``noise=None``
 
 
 @dataclass(frozen=True)
 class Lossless:
-    """Grow width and preserve the function, breaking the symmetry of copies on the way.
+    """Grow width and preserve the function.
+
+    By default what is new copies nothing: new residual coordinates are written as 0 and read by drawn columns, new heads and FFN
+    units have drawn rows and are read by 0, and norms are corrected. Of what preserves the function this ended lowest (README,
+    "What growing pays"). It is not exact everywhere: under post-norm, norms of several kinds, and for head_dim, experts and kv
+    heads that split, what is new copies what is there, with twin noise of 1.
 
     Args:
-        noise: Strength of the twin noise, in standard deviations of the weight it is added to: ``+N`` on one copy's column,
-            ``-N`` on its twin's, so the function stays. 0 leaves equal copies, which stay equal for ever. Columns that read a
-            pad are free and always drawn as strong as the weights.
-        norms: What to do at a width that is no whole multiple: ``"isometric"`` or ``"zero_pad"`` under RMSNorm (default
-            isometric), ``"mean_pad"`` or ``"centre_pad"`` under LayerNorm (default mean pad). Whole multiples need none.
+        noise: None for what is said above. A number makes copies everywhere, and is the strength of their twin noise, in standard
+            deviations of the weight it is added to: ``+N`` on one copy's column, ``-N`` on its twin's, so the function stays. 0
+            leaves equal copies, which stay equal for ever. What reads a pad is free and always drawn as strong as the weights.
+        norms: What to do under norms: ``"zero_pad"`` (RMSNorm), ``"mean_pad"`` or ``"centre_pad"`` (LayerNorm; default mean pad).
+            Copies ask at a width that is no whole multiple alone, and take ``"isometric"`` too, their default under RMSNorm.
     """
 
-    noise: float = 1.0
+    noise: float | None = None
     norms: Norms | None = None
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
@@ -61,22 +71,28 @@ class Lossless:
             sizes: Every target size.
 
         Returns:
-            An even or exact split of every space.
+            A pad or an exact split of every space.
 
         Raises:
             PlanError: A size this method does not grow, a width that a post-norm model cannot have, or a ``norms`` that does
-                not go with the model's norms.
+                not go with the model's norms or with ``noise``.
         """
         problems: list[str] = []
-        if not isinstance(self.noise, int | float) or not 0 <= self.noise < float("inf"):  # pyright: ignore[reportUnnecessaryIsInstance]
-            problems.append(f"noise={self.noise!r} is not a finite number >= 0.")
+        pads = self.noise is None
+        noise = TWIN_NOISE if self.noise is None else self.noise
+        if not isinstance(noise, int | float) or not 0 <= noise < float("inf"):  # pyright: ignore[reportUnnecessaryIsInstance]
+            problems.append(f"noise={noise!r} is neither None nor a finite number >= 0.")
         if self.norms is not None and self.norms not in list(NORM_KINDS):
             problems.append(f"norms={self.norms!r} is none of {', '.join(NORM_KINDS)}.")
+        elif pads and self.norms == "isometric":
+            problems.append(
+                "norms='isometric' divides copies among each other; pass their noise= too."
+            )
         problems += [*head_dim_and_experts.problems(spec, sizes)]
         refuse(spec, sizes, "Lossless", problems, (*GROWS, *INNER, "top_k"))
         maps: dict[str, IndexMap] = {}
         contracts: dict[str, Contract] = {}
-        index_map, contract = cache(_index_map), cache(_contract)  # blocks share theirs
+        index_map, contract = cache(self._index_map), cache(_contract)  # blocks share theirs
         scaled = {*normed(spec), "positions"}
         apart = splits(spec, sizes)
         for space in spaces(spec, sizes):
@@ -88,13 +104,7 @@ class Lossless:
                 maps[space.name] = head_dim_and_experts.index_map(spec, space)
                 contracts |= dict(head_dim_and_experts.contracts(space, maps[space.name]))
                 continue
-            how = (
-                "positions"
-                if space.name == "positions"
-                else None
-                if space.whole or not space.norms
-                else rule_of(spec, space, self.norms)
-            )
+            how = self._rule(spec, space)
             maps[space.name] = index_map(space.n_source, space.n_target, how)
             for stream in space.streams:
                 contracts[stream] = contract(maps[space.name], how, stream in scaled)
@@ -103,7 +113,25 @@ class Lossless:
             (*head_dim_and_experts.notes(spec, sizes),),
             head_dim_and_experts.joint(spec, maps, apart),
         )
-        return Width(maps, contracts, self.noise, notes=notes, joint=joint)
+        return Width(maps, contracts, float(noise), notes=notes, joint=joint)
+
+    def _rule(self, spec: ModelSpec, space: Space) -> str | None:
+        """What becomes of a space: a rule for norms, free units, positions; None for an even split."""
+        if space.name == "positions":
+            return "positions"
+        if self.noise is None and not space.norms:
+            return "free"
+        if self.noise is None and len(space.norms) == 1 and not (spec.post_norm or space.same):
+            return rule_of(spec, space, self.norms or PADS[next(iter(space.norms))])
+        return None if space.whole or not space.norms else rule_of(spec, space, self.norms)
+
+    def _index_map(self, n_source: int, n_target: int, how: str | None) -> IndexMap:
+        if n_source == n_target:
+            return IndexMap.identity(n_source)
+        if how == "mean_pad" and self.noise is not None:
+            return IndexMap.padded(n_source, n_target)
+        padded = how in ("zero_pad", "mean_pad", "centre_pad", "positions", "free")
+        return (IndexMap.tail if padded else IndexMap.cyclic)(n_source, n_target)
 
 
 def rule_of(spec: ModelSpec, space: Space, norms: Norms | None) -> Norms:
@@ -127,18 +155,6 @@ def rule_of(spec: ModelSpec, space: Space, norms: Norms | None) -> Norms:
     return how
 
 
-def _index_map(n_source: int, n_target: int, how: str | None) -> IndexMap:
-    if n_source == n_target:
-        return IndexMap.identity(n_source)
-    if how in ("zero_pad", "centre_pad", "positions"):
-        return IndexMap.tail(n_source, n_target)
-    return (
-        IndexMap.padded(n_source, n_target)
-        if how == "mean_pad"
-        else IndexMap.cyclic(n_source, n_target)
-    )
-
-
 def _contract(index_map: IndexMap, how: str | None, normed: bool) -> Contract:
     n_copies = max((count for count, _ in index_map.counts.pieces), default=1)
     if how == "isometric" and normed:
@@ -146,6 +162,8 @@ def _contract(index_map: IndexMap, how: str | None, normed: bool) -> Contract:
         return Contract(root, root)
     w = Vector.full(1.0, index_map.n_target)
     u = index_map.per_copy(lambda c: 1 / c, pad=1 / n_copies)
+    if how == "free":
+        return Contract(w, u, "free")
     return Contract(
         w,
         u,

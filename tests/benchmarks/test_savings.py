@@ -416,7 +416,7 @@ def test_copies_without_noise_stay_equal_under_muon_and_part_with_it(monkeypatch
     monkeypatch.setattr(symmetry, "SETUP", setup)
     monkeypatch.setattr(symmetry, "WINDOWS", 2)
 
-    rows = [*symmetry.measure("muon", ("noise 0", "default, dropped"), 0, read_corpus(300_000))]
+    rows = [*symmetry.measure("muon", ("noise 0", "noise 1, dropped"), 0, read_corpus(300_000))]
 
     equal, parted = (row["cosine"] for row in rows)
     assert equal == pytest.approx(1) and parted < 0.9

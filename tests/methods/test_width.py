@@ -415,7 +415,8 @@ def test_aki_needs_a_next_layer():
         growkern.plan(make("llama", tied=True, num_hidden_layers=1), to="2x", width=width.AKI())
 
 
-ALL = [width.Lossless(), width.FPI(), width.Net2Wider(noise=0.1), width.AKI(), width.HyperClone(noise_db=10), width.Lemon(),
+ALL = [width.Lossless(), width.Lossless(noise=1), width.FPI(), width.Net2Wider(noise=0.1), width.AKI(),
+       width.HyperClone(noise_db=10), width.Lemon(),
        width.Lemon(expansion="random"),
        width.CopyAndPad(), width.CopyAndPad(norm="corrected"), width.Sparkling(), width.Sparkling("random", "copy"),
        width.Sparkling("copy", "zero"), width.FreshFeatures()]  # fmt: skip
@@ -473,6 +474,7 @@ LOCKED = [
 LOCKED += [width.Lemon(alpha=0.5)]
 PARTED = [
     width.Lossless(),
+    width.Lossless(noise=1),
     width.Net2Wider(noise=0.1),
     width.AKI(),
     width.HyperClone(noise_db=5),
@@ -536,3 +538,34 @@ def test_the_next_layer_is_read_whatever_the_memory(memory, backend):
 
     for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("to", ["2x", "1.5x", {"hidden": 42, "ffn": 101}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_the_default_copies_nothing_where_pads_are_exact(family, to):
+    model = make(family, tied=True)
+
+    one, other = (
+        growkern.plan(model, to=to, width=method)
+        for method in (width.Lossless(), width.CopyAndPad(norm="corrected"))
+    )
+
+    assert one.rows == other.rows and one.axes == other.axes
+    assert not any(axis.noise for axis in one.axes.values())
+
+
+def test_the_default_copies_with_twin_noise_where_pads_are_not_exact():
+    plan = growkern.plan(make("bert", tied=True), to="2x")
+    found = {
+        axis.partition(".")[0]: (plan.axes[axis].noise, plan.axes[axis].index_map.has_pads)
+        for axis in (axis for row in plan.rows for axis in row.axes)
+    }
+
+    assert found["reader residual"] == (1.0, False)  # post-norm: hidden is copied
+    assert found["reader heads"] == found["reader ffn"] == (0.0, True)
+    assert plan.function_preserving and plan.noisy
+
+
+def test_isometric_norms_ask_for_copies():
+    with pytest.raises(PlanError, match=r"norms='isometric' divides copies.*pass their noise="):
+        growkern.plan(make("llama", tied=True), to="1.5x", width=width.Lossless(norms="isometric"))

@@ -52,15 +52,20 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize(("family", "target"), CASES, ids=lambda v: v)
-def test_growth_preserves_the_function_in_float64(family, target, tied, monkeypatch):
+COPIED = [(f, t, True, 1.0) for f, t in CASES if t in ("2x", "1.5x", "awkward-and-deeper")]
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "tied", "noise"),
+    [(f, t, tied, None) for f, t in CASES for tied in (True, False)] + COPIED,
+)
+def test_growth_preserves_the_function_in_float64(family, target, tied, noise, monkeypatch):
     exact_norms(monkeypatch)
     model = make(family, tied=tied).double().eval()
     ids = batch()
     before = logits(model, ids).detach()
 
-    report = grow(model, to=TARGETS[target])
+    report = grow(model, to=TARGETS[target], width=width.Lossless(noise=noise))
 
     assert report.function_preserving
     assert (logits(model, ids) - before).abs().max() < 1e-10
@@ -83,18 +88,22 @@ def test_growth_preserves_the_function_in_float32(family):
     assert error < 1e-5 * max(1.0, before.abs().max())
 
 
+RULES = [
+    ("llama", "isometric"), ("llama", "zero_pad"), ("gpt2", "mean_pad"), ("gpt2", "centre_pad"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("family", "norms"),
-    [("llama", "isometric"), ("llama", "zero_pad"), ("gpt2", "mean_pad"), ("gpt2", "centre_pad")],
-    ids=lambda v: v,
+    ("family", "norms", "noise"),
+    [(*rule, noise) for rule in RULES for noise in (None, 1.0) if rule[1] != "isometric" or noise],
 )
 @pytest.mark.parametrize("hidden", [30, 42, 54])
-def test_every_norm_rule_is_exact_at_awkward_widths(family, norms, hidden, monkeypatch):
+def test_every_norm_rule_is_exact_at_awkward_widths(family, norms, noise, hidden, monkeypatch):
     exact_norms(monkeypatch)
     model = make(family, tied=False).double().eval()
     before = logits(model, batch()).detach()
 
-    grow(model, to={"hidden": hidden}, width=width.Lossless(norms=norms))
+    grow(model, to={"hidden": hidden}, width=width.Lossless(noise, norms))
 
     assert (logits(model, batch()) - before).abs().max() < 1e-10
 

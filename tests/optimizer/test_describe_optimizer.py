@@ -11,6 +11,8 @@ import growkern
 from growkern import depth, width
 from growkern.errors import PlanError
 
+COPIES = width.Lossless(noise=1)  # their learning rates are divided; those of what is kept are not
+
 VARIANTS = {
     "plain": dict(foreach=False),
     "foreach": dict(foreach=True),
@@ -243,7 +245,7 @@ def test_learning_rates_follow_the_law_for_good():
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
     shared = torch.tensor(1e-3)
 
-    report = grow(model, optim, to="2x")
+    report = grow(model, optim, to="2x", width=COPIES)
 
     rates = {id(p): g["lr"] for g in optim.param_groups for p in g["params"]}
     assert rates[id(model.model.layers[0].mlp.up_proj.weight)] == pytest.approx(5e-4)
@@ -251,7 +253,7 @@ def test_learning_rates_follow_the_law_for_good():
     assert rates[id(model.model.embed_tokens.weight)] == rates[id(model.model.norm.weight)] == 1e-3
     assert report.lr_applied and report.lr_factors == {1.0: 6, 0.5: 15}
     assert shared == torch.tensor(1e-3)
-    grow(model, optim, to="2x")
+    grow(model, optim, to="2x", width=COPIES)
     assert {round(g["lr"], 9) for g in optim.param_groups} == {1e-3, 2.5e-4}
 
 
@@ -259,7 +261,7 @@ def test_without_dynamics_groups_stay_and_factors_are_reported():
     model = make("llama", tied=False)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-    report = grow(model, optim, to="2x", dynamics=None)
+    report = grow(model, optim, to="2x", width=COPIES, dynamics=None)
 
     assert len(optim.param_groups) == 1 and optim.param_groups[0]["lr"] == 1e-3
     assert report.lr_factors == {1.0: 6, 0.5: 15} and "not applied" in str(report)
@@ -270,7 +272,7 @@ def test_a_shared_tensor_learning_rate_is_not_multiplied_in_place():
     model = make("llama", tied=False)
     optim = torch.optim.AdamW(model.parameters(), lr=lr, foreach=False)
 
-    grow(model, optim, to="2x")
+    grow(model, optim, to="2x", width=COPIES)
 
     assert lr == torch.tensor(1e-3) and sorted(
         float(g["lr"]) for g in optim.param_groups
@@ -311,7 +313,8 @@ def test_schedulers_go_on_and_keep_the_factor(make_scheduler):
         rates = []
         for t in range(10):
             if t == 3 and grown:
-                grow(model, optim, to={"hidden": 48, "layers": 3}, scheduler=scheduler)
+                to = {"hidden": 48, "layers": 3}
+                grow(model, optim, to=to, width=COPIES, scheduler=scheduler)
             train(model, optim, 1, first=t)
             scheduler.step()
             rates.append([float(g["lr"]) for g in optim.param_groups])
@@ -331,7 +334,7 @@ def test_a_plateau_scheduler_keeps_the_factor():
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scheduler = schedules.ReduceLROnPlateau(optim, patience=0, factor=0.1, min_lr=[1e-5])
 
-    grow(model, optim, to="2x", scheduler=scheduler)
+    grow(model, optim, to="2x", width=COPIES, scheduler=scheduler)
     for _ in range(8):
         train(model, optim, 1)
         scheduler.step(1.0)
@@ -402,6 +405,24 @@ def test_the_gradient_norm_factor_is_the_one_that_clipping_sees():
     after = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
 
     assert report.grad_norm_factor == pytest.approx((after / before).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("dynamics", [None, "exact"])
+def test_the_gradient_norm_factor_is_that_of_what_the_source_had(dynamics):
+    """Under the default it stays: what is new copies nothing, and its second moments, which are means, count for nothing."""
+    model = make("llama", tied=False).double()
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 2)
+    optim.zero_grad()
+
+    squares = {name: optim.state[p]["exp_avg_sq"].sum() for name, p in model.named_parameters()}
+
+    report = grow(model, optim, to="2x", dynamics=dynamics)
+
+    gains = {name: 2 if "norm" in name else 1 for name in squares}  # divided by the root of 2
+    expected = sum(gains[name] * s for name, s in squares.items()) / sum(squares.values())
+    assert report.grad_norm_factor == pytest.approx(expected.sqrt().item(), rel=1e-9)
+    assert "what is new adds to it: measure" in str(report)
 
 
 @pytest.mark.parametrize("to", ["2x", {"ffn": 60, "hidden": 48}], ids=["whole", "uneven"])
@@ -540,7 +561,11 @@ def test_a_tie_may_be_declared_either_way(declared):
     before = logits(model, batch()).detach()
 
     growkern.expand_inplace(
-        model, optim, spec=dataclasses.replace(model.spec(), ties=declared), to="2x"
+        model,
+        optim,
+        spec=dataclasses.replace(model.spec(), ties=declared),
+        to="2x",
+        width=COPIES,
     )
 
     assert (logits(model, batch()) - before).abs().max() < 1e-12

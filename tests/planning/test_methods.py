@@ -15,6 +15,7 @@ from growkern.errors import PlanError
 
 WIDTHS = [
     width.Lossless(),
+    width.Lossless(noise=1),
     width.Lossless(noise=0),
     width.FPI(),
     width.FPI(maps="cyclic"),
@@ -46,6 +47,7 @@ FAMILIES = ["llama", "gpt2", "bert"]
 NOT_POST_NORM = [width.CopyAndPad(norm="corrected"), depth.Interpose(halve_branches=True)]
 SAYS = {  # at 2x, of llama, of gpt2, of bert
     "Lossless()": ("function",) * 3,
+    "Lossless(noise=1)": ("function",) * 3,
     "Lossless(noise=0)": ("trajectory",) * 3,
     "FPI()": ("nothing",) * 3,
     "FPI(maps='cyclic')": ("trajectory",) * 3,
