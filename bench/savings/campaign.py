@@ -148,7 +148,7 @@ SOURCE_RATES = (4e-3, 8e-3, 16e-3)
 SMALL = {"hidden": 32, "layers": 4}
 WIDTH = Setup(
     SMALL, {"hidden": 64, "layers": 4}, (512, 854, 1366), (205,), RATES, SOURCE_RATES,
-    ("default", "default, one rate", "noise 1, one rate", "Sparkling fresh", "FreshFeatures"), beyond=(2186,),
+    ("default", "default, one rate", "Sparkling fresh"), beyond=(2186,),
     early=(102, 205, 384),
 )  # fmt: skip
 DEPTH = Setup(

@@ -25,7 +25,8 @@ from growkern.training.triggers import At
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 try:
-    bench = pytest.importorskip("bench.advice", exc_type=ImportError)
+    judging = pytest.importorskip("bench.advice.judging", exc_type=ImportError)
+    from bench.advice import calibration, figures
 finally:
     sys.path.remove(str(ROOT))
 
@@ -451,7 +452,7 @@ def test_files_may_have_a_byte_order_mark_blank_losses_and_a_first_row_without_t
 
 @pytest.fixture(scope="module")
 def rows():
-    return bench.Rows()
+    return figures.Rows()
 
 
 @pytest.mark.parametrize(
@@ -460,44 +461,45 @@ def rows():
 def test_intervals_hold_what_held_out_seeds_of_the_campaign_measured_in_eight_of_ten_runs(
     other, most
 ):
-    judged = bench.judge_seeds(other=other)
+    judged = judging.judge_seeds(other=other)
 
     held = [j.holds for j in judged]
     assert len(held) >= 10, "the rows of bench/results/savings-*.csv have too few grown runs"
-    assert sum(held) >= 0.8 * len(held), bench.summary(judged)
-    assert mean(j.width for j in judged) < most, bench.summary(judged)
+    assert sum(held) >= 0.8 * len(held), judging.summary(judged)
+    assert mean(j.width for j in judged) < most, judging.summary(judged)
 
 
 def test_the_calibration_is_that_of_the_committed_rows(rows):
-    text = bench.module(bench.calibrate(rows.figures), rows.figures)
+    text = calibration.module(calibration.calibrate(rows.figures), rows.figures)
 
-    assert bench.CALIBRATION.read_text() == text, "run: python -m bench.advice --write"
+    assert calibration.CALIBRATION.read_text() == text, "run: python -m bench.advice --write"
 
 
 def test_no_seed_is_judged_by_a_calibration_that_holds_it(monkeypatch):
     asked, judged = [], []
 
-    class Watched(bench.Rows):
-        def __init__(self, folder=bench.RESULTS, keep=lambda seed: True):
+    class Watched(figures.Rows):
+        def __init__(self, folder=judging.RESULTS, keep=lambda seed: True):
             super().__init__(folder, keep)
             asked.append({seed for seed in range(4) if keep(seed)})
 
-        def judge(self, figure, recipe, *, other):
-            judged.append((asked[-2], set(figure.saving.losses)))
+    def judge(rows, figure, recipe, *, other):
+        judged.append((asked[-2], set(figure.saving.losses)))
 
-    monkeypatch.setattr(bench, "Rows", Watched)
+    monkeypatch.setattr(judging, "Rows", Watched)
+    monkeypatch.setattr(judging, "judge", judge)
 
-    bench.judge_seeds(other=False)
+    judging.judge_seeds(other=False)
 
     assert len(judged) >= 10 and all(not known & own for known, own in judged)
 
 
 def test_no_figure_is_judged_by_a_calibration_that_holds_it(rows, monkeypatch):
     seen = []
-    monkeypatch.setattr(bench, "pooled", lambda recipes, *_: seen.append(set(recipes)) or PERFECT)
-    monkeypatch.setattr(rows, "judge", lambda figure, recipe, other: None, raising=False)
+    monkeypatch.setattr(judging, "pooled", lambda recipes, *_: seen.append(set(recipes)) or PERFECT)
+    monkeypatch.setattr(judging, "judge", lambda *_, **__: None)
 
-    bench.judge_all(rows, other=False, across=False)
+    judging.judge_all(rows, other=False, across=False)
 
     assert len(seen) == len(rows.figures) and all(
         figure.variant.recipe not in known for figure, known in zip(rows.figures, seen, strict=True)

@@ -1,0 +1,1 @@
+"""Whether ``growkern.advise`` is right, judged on the rows of the savings campaign; and what it knows of recipes, derived from them."""

@@ -1,0 +1,165 @@
+"""What the campaign measured, as the adviser's figures: recipes at growth points and budgets, beside the curves of the plain runs."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import mean
+
+from bench.harness import RESULTS
+from bench.savings.analysis import Campaign, Saving, Variant
+from bench.savings.campaign import SETUPS, Setup
+from bench.savings.jobs import read_rows
+from growkern.advice.scaling import Curve, ScalingLaw, fit
+
+JUDGED = "width", "width, c++", "wider", "depth", "depth, twice", "both"
+VOCAB = 256
+
+TrunkKey = tuple[str, tuple[int, int], float, int]  # text, sizes, learning rate, seed
+
+
+@dataclass(frozen=True, eq=False)
+class Trunk:
+    """The curve of a plain run: parameters without the input embedding, FLOPs of a byte, and (bytes, held-out loss)."""
+
+    n_params: int
+    flops_per_token: float
+    points: Curve
+
+    def until(self, flops: float) -> "Trunk":
+        """The curve up to a number of FLOPs."""
+        return replace(
+            self, points=[p for p in self.points if p[0] * self.flops_per_token <= flops * 1.001]
+        )
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What the campaign measured for a recipe at a growth point and a budget."""
+
+    setup: str
+    kind: str  # what grows: "width", "depth" or "both"
+    variant: Variant
+    budget: float  # FLOPs
+    saving: Saving
+    kept: float  # of what the source is worth to the target, by annealed losses
+    worth: float  # that worth over what a law of the trunks' losses says
+    losses: Mapping[str, float]  # of from scratch, never grow and grow now
+    source: Trunk  # of a seed that grew; the adviser sees it up to the growth
+    target: Trunk  # whose size the adviser sees, and the calibration its curve
+
+    @property
+    def charged(self) -> float:
+        """Share of the FLOPs that is saved, both phases charged."""
+        return self.saving.charged[0]
+
+    @property
+    def sunk(self) -> float:
+        """Share of the FLOPs that is saved where the source was there."""
+        return self.saving.sunk[0]
+
+
+class Rows:
+    """The committed rows of all devices, by setup."""
+
+    def __init__(
+        self, folder: Path = RESULTS, keep: Callable[[int], bool] = lambda seed: True
+    ) -> None:
+        """Read the rows of a folder; ``keep`` says by its seed which rows count."""
+        self.laws: dict[tuple[Trunk, Trunk | None], ScalingLaw] = {}
+        self.before: dict[tuple[Trunk, float], Trunk] = {}
+        self.trunks: dict[TrunkKey, Trunk] = {}
+        paths = sorted(folder.glob("savings-*.csv"))
+        rows = [row for p in paths if not p.stem.endswith("-curves") for row in read_rows(p)]
+        rows = [row for row in rows if keep(int(row["seed"]))]
+        for path in (p for p in paths if p.stem.endswith("-curves")):
+            self._read_curves(read_rows(path))
+        self.campaigns = {name: Campaign(SETUPS[name], rows) for name in JUDGED}
+
+    def _read_curves(self, rows: Sequence[Mapping[str, str]]) -> None:
+        points: dict[TrunkKey, list[Mapping[str, str]]] = {}
+        for row in rows:
+            if row["optimizer"] == "adamw":
+                sizes = int(row["hidden"]), int(row["layers"])
+                key = row["text"], sizes, float(row["lr"]), int(row["seed"])
+                points.setdefault(key, []).append(row)
+        for key, own in points.items():
+            each = float(own[-1]["flops"]) / float(own[-1]["n_bytes"])
+            curve = [(float(row["n_bytes"]), float(row["loss"])) for row in own]
+            self.trunks.setdefault(
+                key, Trunk(int(own[0]["n_params"]) - VOCAB * key[1][0], each, curve)
+            )
+
+    def trunk(
+        self, text: str, sizes: tuple[int, int], lr: float | None, seeds: Iterable[int]
+    ) -> Trunk | None:
+        """The curve of a size at a learning rate on a text, of the first of these seeds that has one."""
+        keys = [(text, sizes, lr, seed) for seed in seeds if lr is not None]
+        return next((self.trunks[key] for key in keys if key in self.trunks), None)
+
+    @cached_property
+    def figures(self) -> list[Figure]:
+        """Everything that the campaign has measured."""
+        return [
+            f for name, campaign in self.campaigns.items() for f in self._figures(name, campaign)
+        ]
+
+    def _figures(self, name: str, campaign: Campaign) -> Iterator[Figure]:
+        setup = campaign.setup
+        plain = setup.target_sizes, setup.source_sizes
+        for b, budget in enumerate(campaign.budgets):
+            for v in campaign.variants(b):
+                saving = campaign.saving(v, b)
+                last = campaign.best_lr(setup.target_sizes, len(campaign.budgets) - 1)
+                source = self.trunk(setup.text, setup.source_sizes, v.lr, sorted(saving.losses))
+                target = self.trunk(setup.text, setup.target_sizes, last, campaign.seeds)
+                if source is None or target is None:
+                    continue  # the curves are written with the last budget of a run
+                law = self.law(source, target)
+                at_growth = law.loss(source.n_params, v.grow_at / source.flops_per_token)
+                worth = (
+                    float(law.tokens(target.n_params, at_growth).median()) * target.flops_per_token
+                )
+                seeds = sorted(set(saving.losses) & set(campaign.seeds)) or None
+                annealed = campaign.worth(v.grow_at, seeds)
+                kept = (budget / (1 - saving.charged[0]) - budget + v.grow_at) / annealed
+                ends = [*(campaign.tuned(sizes, b) for sizes in plain), saving.losses]
+                losses = {
+                    option: mean(found.values())
+                    for option, found in zip(
+                        ("from scratch", "never grow", "grow now"), ends, strict=True
+                    )
+                }
+                yield Figure(
+                    name,
+                    kind(setup),
+                    v,
+                    budget,
+                    saving,
+                    kept,
+                    annealed / worth,
+                    losses,
+                    source,
+                    target,
+                )
+
+    def law(self, first: Trunk, second: Trunk | None) -> ScalingLaw:
+        """The law of one or two curves, fitted once."""
+        if (first, second) not in self.laws:
+            self.laws[first, second] = fit([(t.n_params, t.points) for t in (first, second) if t])
+        return self.laws[first, second]
+
+    def rate(self, text: str, sizes: tuple[int, int]) -> float | None:
+        """The best learning rate of a size on a text at its largest budget."""
+        for campaign in self.campaigns.values():
+            setup = campaign.setup
+            if text == setup.text and sizes in (setup.source_sizes, setup.target_sizes):
+                b = max((b for s, _, b in campaign.plain if s == sizes), default=None)
+                return None if b is None else campaign.best_lr(sizes, b)
+        return None
+
+
+def kind(setup: Setup) -> str:
+    """What grows from the source of a setup to its target."""
+    wider, deeper = (a != b for a, b in zip(setup.source_sizes, setup.target_sizes, strict=True))
+    return "both" if wider and deeper else "width" if wider else "depth"

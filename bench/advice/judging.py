@@ -1,0 +1,152 @@
+"""The adviser beside the truth: every figure of the campaign, advised as a user would have been before the growth."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from rich.table import Table
+
+import growkern
+from bench.advice.calibration import calibrate, label_of
+from bench.advice.figures import Figure, Rows
+from bench.harness import RESULTS
+from bench.savings.analysis import TUNING
+from bench.savings.campaign import SETUPS
+from growkern.advice.advice import Advice, percent
+from growkern.advice.adviser import pooled
+from growkern.recipes.recipe import Recipe
+
+OTHER = {
+    "width": ((32, 2), (32, 8)), "wider": ((32, 4),), "depth": ((32, 4),), "depth, twice": ((32, 2),), "both": ((32, 4),),
+}  # sizes of the second curve, by setup: the first that has been run  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An advice beside the truth."""
+
+    figure: Figure
+    advice: Advice
+
+    @property
+    def holds(self) -> bool:
+        """True when the interval holds the measured saving, both phases charged."""
+        low, _, high = self.advice.now.charged
+        return low <= self.figure.charged <= high
+
+    @property
+    def width(self) -> float:
+        """Half of the interval's width."""
+        low, _, high = self.advice.now.charged
+        return (high - low) / 2
+
+    @property
+    def lowest(self) -> str:
+        """What ended lowest."""
+        return min(self.figure.losses, key=lambda name: self.figure.losses[name])
+
+    @property
+    def likeliest(self) -> bool:
+        """True when the option that ends lowest in the most draws ended lowest."""
+        return self.advice.likeliest.name.replace("later", "now") == self.lowest
+
+    @property
+    def right(self) -> bool | None:
+        """True when the decision names what ended lowest; None where the adviser cannot tell."""
+        decision = self.advice.decision
+        if decision == "cannot tell":
+            return None
+        return decision.replace("later", "now") == self.lowest
+
+
+def judge(rows: Rows, figure: Figure, recipe: Recipe, *, other: bool) -> Judged | None:
+    """Advise as before the growth; None where a curve that this needs has not been run."""
+    source, target, at = figure.source, figure.target, figure.variant.grow_at
+    text = SETUPS[figure.setup].text
+    sizes = OTHER.get(figure.setup, ())
+    found = [rows.trunk(text, size, rows.rate(text, size), [TUNING]) for size in sizes]
+    more = next((trunk for trunk in found if trunk), None) if other else None
+    if other and more is None:
+        return None
+    before = rows.before.setdefault((source, at), source.until(at))
+    advice = growkern.advise(
+        before.points, source=source.n_params, target=target.n_params, spent=at, budget=figure.budget,
+        flops_per_token=(source.flops_per_token, target.flops_per_token), recipe=recipe, law=rows.law(before, more),
+    )  # fmt: skip
+    return Judged(figure, advice)
+
+
+def judge_seeds(folder: Path = RESULTS, *, other: bool) -> list[Judged]:
+    """Every figure of a single seed, judged by what the other seeds say of its recipe."""
+    seeds = range(1, 1 + max((f.saving.n_seeds for f in Rows(folder).figures), default=0))
+    judged: list[Judged] = []
+    for seed in seeds:
+        known = calibrate(Rows(folder, lambda one, seed=seed: one != seed).figures)
+        rows = Rows(folder, lambda one, seed=seed: one in (TUNING, seed))
+        for figure in rows.figures:
+            recipe = known.get(label_of(figure))
+            if recipe is not None and not figure.saving.chose:
+                found = judge(rows, figure, recipe, other=other)
+                judged += [found] if found else []
+    return judged
+
+
+def judge_all(rows: Rows, *, other: bool, across: bool) -> list[Judged]:
+    """Every figure of the campaign, judged without its recipe; with ``across``, without all of its setup.
+
+    A figure without calibration, or without the second curve, is left out: the table says how many there were.
+    """
+    figures = rows.figures
+    judged: list[Judged] = []
+    for figure in figures:
+        known = [
+            f
+            for f in figures
+            if (f.setup != figure.setup if across else f.variant.recipe != figure.variant.recipe)
+        ]
+        if known:
+            found = judge(
+                rows, figure, pooled(calibrate(known), figure.kind, "held out"), other=other
+            )
+            judged += [found] if found else []
+    return judged
+
+
+def table(judged: Sequence[Judged], title: str) -> Table:
+    """Advice beside the truth, row by row."""
+    shown = Table(title=title, title_justify="left")
+    for name in (
+        "setup",
+        "recipe, grown at",
+        "budget",
+        "saves",
+        "advised",
+        "",
+        "sunk",
+        "advised",
+        "decision",
+        "lowest",
+        "",
+    ):
+        shown.add_column(name, no_wrap=True)
+    for j in judged:
+        f = j.figure
+        shown.add_row(
+            f.setup, f"{f.variant.recipe} @{f.variant.grow_at:.3g}", f"{j.advice.budget:.3g}", f"{f.charged:+.0%}",
+            percent(j.advice.now.charged), "" if j.holds else "MISSED", f"{f.sunk:+.0%}", percent(j.advice.now.sunk),
+            j.advice.decision, j.lowest, {True: "right", False: "WRONG", None: ""}[j.right],
+        )  # fmt: skip
+    return shown
+
+
+def summary(judged: Sequence[Judged]) -> str:
+    """Coverage, mean width and decisions in a sentence."""
+    if not judged:
+        return "No figure can be judged: rows of grown runs, or of the second curve, are missing."
+    n, told = len(judged), [j for j in judged if j.right is not None]
+    return (
+        f"{sum(j.holds for j in judged)} of {n} intervals hold the measured saving; they are +- {mean(j.width for j in judged):.0%} wide "
+        f"on average. Decisions: {sum(bool(j.right) for j in told)} right, {sum(not j.right for j in told)} wrong, {n - len(told)} 'cannot "
+        f"tell'; the likeliest option was right in {sum(j.likeliest for j in judged)}."
+    )
