@@ -50,7 +50,6 @@ RECIPES: dict[str, Recipe] = {
     "HyperClone": Recipe({**ONE_RATE, "width": width.HyperClone(noise_db=10)}, (0.5, 1.0)),
     "Lemon": Recipe({**ONE_RATE, "width": width.Lemon()}, (0.5, 1.0)),
     "AKI": Recipe({**ONE_RATE, "width": width.AKI()}, (0.5, 1.0)),
-    "AKIPro": Recipe({**ONE_RATE, "width": width.AKIPro()}, (0.5, 1.0)),
     "CopyAndPad, as published": Recipe({**ONE_RATE, "width": width.CopyAndPad()}, (0.5, 1.0)),
     "FPI": Recipe({**ONE_RATE, "width": width.FPI()}, (0.5, 1.0)),
     "Net2Wider": Recipe({**ONE_RATE, "width": width.Net2Wider(noise=0.1)}, (0.5, 1.0)),

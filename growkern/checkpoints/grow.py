@@ -14,6 +14,7 @@ from growkern.api import plan as plan_growth
 from growkern.checkpoints.load import CONFIG, Checkpoint, Layout, load
 from growkern.checkpoints.shards import Shards, aside, n_bytes_of
 from growkern.commit.commit import check_blocks, grown_config
+from growkern.engine.history import recorded
 from growkern.engine.sources import tensors_of
 from growkern.errors import CheckpointError, PlanError
 from growkern.execution.execute import Execution
@@ -208,7 +209,7 @@ def _target_config(plan: GrowthPlan, model: Any) -> Any:
             f"{plan.depth} leaves new blocks to a live model to initialise: load the checkpoint by from_pretrained, grow the model by "
             "expand_inplace, and save it; or choose another depth method."
         )
-    grown = grown_config(plan, model, config)
+    grown = grown_config(plan, model, config, recorded(plan, describe(model)))
     try:
         type(config).from_dict(grown.to_dict())
     except Exception as error:

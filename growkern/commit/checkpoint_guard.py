@@ -16,14 +16,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Grown:
-    """One growth that a model has been through: what changed, and what its tensors were before."""
+    """One growth that a model has been through: what changed, what its tensors were before, and what checkpoints keep of it."""
 
     what: str
+    record: str
     source: Shapes
     target: Shapes
 
     @staticmethod
-    def by(plan: GrowthPlan, number: int) -> "Grown":
+    def by(plan: GrowthPlan, number: int, record: str) -> "Grown":
         """Of a plan, the ``number``-th."""
         sizes = plan.source_sizes.items()
         changes = [
@@ -32,6 +33,7 @@ class Grown:
         kind = "shrinking" if plan.shrinks else "growth"
         return Grown(
             f"{kind} {number} ({', '.join(changes) or 'nothing changed'})",
+            record,
             {row.source: plan.shapes(row)[0] for row in plan.rows},
             {row.name: plan.shapes(row)[1] for row in plan.rows},
         )

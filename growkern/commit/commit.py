@@ -25,6 +25,7 @@ def commit(
     model: nn.Module,
     target: OptimTarget | None = None,
     *,
+    record: str,
     followers: Sequence[tuple[nn.Module, Iterable[Tensors]]] = (),
     keep: Keep = in_place,
     last: Callable[[], bool] = lambda: False,
@@ -36,6 +37,7 @@ def commit(
         parts: What ``Execution.parts`` computes, in any number of parts; handed over.
         model: The source model, changed in place. Parameter objects keep their identity.
         target: Of its optimizer.
+        record: What the config keeps of the growth.
         followers: Models that grow by the same plan (averages of the model), and what was computed for each.
         keep: Where replaced tensors wait until the growth has succeeded.
         last: Called on the grown model, while everything can still be taken back, unless it returns True.
@@ -47,9 +49,9 @@ def commit(
     torch.clear_autocast_cache()  # it holds casts of the source's weights
     with uninterrupted() as held:
         try:
-            _model(plan, parts, model, target, undo, held)
+            _model(plan, parts, model, target, undo, held, record)
             for follower, own in followers:
-                _model(plan, own, follower, None, undo, held)
+                _model(plan, own, follower, None, undo, held, record)
             if held:
                 raise KeyboardInterrupt
             final = last()
@@ -71,6 +73,7 @@ def _model(
     target: OptimTarget | None,
     undo: Undo,
     held: list[int],
+    record: str,
 ) -> None:
     """Write one model and its optimizer."""
     source = dict(model.named_parameters(remove_duplicate=False))
@@ -86,9 +89,9 @@ def _model(
         blocks = _new_blocks(plan, path, fresh, model)
         container = model.get_submodule(path)
         undo.items(container._modules, {str(i): block for i, block in enumerate(blocks)})  # pyright: ignore[reportPrivateUsage]
-    _attributes(plan, model, undo)
+    _attributes(plan, model, undo, record)
     _draw(plan, model)
-    _guard(plan, model, target, undo)
+    _guard(plan, model, target, undo, record)
     if target is not None:
         params = dict(model.named_parameters(remove_duplicate=False))
         grow_optimizer(plan, fresh, target, source, params, undo)
@@ -210,7 +213,7 @@ def _values(
             grow_state(target, p, staged.states[row.name], undo)
 
 
-def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo) -> None:
+def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo, record: str) -> None:
     for path, value in plan.attributes.items():
         owner, _, name = path.rpartition(".")
         module = model.get_submodule(owner)
@@ -226,7 +229,7 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo) -> None:
     own: Any = vars(model).get("config")
     copies = {id(config): _grown_config(plan, model, config) for config in _configs(model)}
     if hasattr(own, "to_dict"):  # of transformers: saved with the model
-        copies[id(own)] = grown_config(plan, model, own)
+        copies[id(own)] = grown_config(plan, model, own, record)
     for module in model.modules():
         if (config := vars(module).get("config")) is not None and copies[id(config)] is not config:
             undo.attribute(module, "config", copies[id(config)])
@@ -236,11 +239,11 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo) -> None:
             undo.attribute(old, name, b.to(getattr(old, name)))
 
 
-def grown_config(plan: GrowthPlan, model: nn.Module, config: Any) -> Any:
+def grown_config(plan: GrowthPlan, model: nn.Module, config: Any, record: str) -> Any:
     """A copy of a config of transformers with the target's sizes and this growth on record."""
     grown = _grown_config(plan, model, config)
     grown = copy.deepcopy(config) if grown is config else grown
-    grown.growkern_history = [*(getattr(config, "growkern_history", None) or []), plan.to_json()]
+    grown.growkern_history = [*(getattr(config, "growkern_history", None) or []), record]
     return grown
 
 
@@ -267,13 +270,15 @@ def _grown_config(plan: GrowthPlan, model: nn.Module, config: Any) -> Any:
     return grown
 
 
-def _guard(plan: GrowthPlan, model: nn.Module, target: OptimTarget | None, undo: Undo) -> None:
+def _guard(
+    plan: GrowthPlan, model: nn.Module, target: OptimTarget | None, undo: Undo, record: str
+) -> None:
     """Hooks that refuse checkpoints from before the growth."""
     guard = guard_of(model)
     if guard is None:
         guard = Guard()
         undo.steps.append(model.register_load_state_dict_pre_hook(guard).remove)
-    grown = Grown.by(plan, len(guard.growths) + 1)
+    grown = Grown.by(plan, len(guard.growths) + 1, record)
     undo.attribute(guard, "growths", [*guard.growths, grown])
     if target is not None:
         hook = OptimGuard(target.described.rules, grown.what)

@@ -16,6 +16,7 @@ from growkern.commit.commit import check_blocks, commit
 from growkern.commit.optimizer import OptimTarget
 from growkern.engine.compile_cache import reset_near_limit
 from growkern.engine.ddp import Ranks
+from growkern.engine.history import recorded
 from growkern.engine.live_objects import Live, averages_of, forgotten_schedulers, refuse_forgotten
 from growkern.engine.next_steps import notes
 from growkern.engine.optim_target import optim_target
@@ -192,7 +193,8 @@ def _commit(request: Request, sources: _Described, staged: _Staged, ranks: Ranks
     with elsewhere() if lean else nullcontext(in_place) as keep:
         followers = [*zip(sources.averages, parts[1:], strict=True)]
         commit(
-            plan, parts.pop(0), request.model, staged.target, followers=followers, keep=keep, last=before_end,
+            plan, parts.pop(0), request.model, staged.target, record=recorded(plan, sources.spec), followers=followers, keep=keep,
+            last=before_end,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from growkern.errors import PlanError
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
-from growkern.planning.growth_plan import GrowthPlan
+from growkern.planning.growth_record import read
 from growkern.training.attachment import Attachment, Options, growth_metrics
 from growkern.training.replay import resume
 from growkern.training.schedule import GrowthSchedule
@@ -165,7 +165,7 @@ class GrowthCallback(Callback):
             return given
 
         spec = fixed if isinstance(given, ModelSpec) else given
-        first = GrowthPlan.from_json(history[0])
+        first = read(history[0])
         if describe(model, spec(model) if spec else None).sizes != first.source_sizes:
             return  # built as the checkpoint has it
         optim = _single(trainer.optimizers) if with_optimizer else None

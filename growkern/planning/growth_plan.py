@@ -1,7 +1,7 @@
 """Growth plans: what every target tensor is made of. Data only: no tensors, no device, no dtype."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from math import isfinite, prod
@@ -13,6 +13,7 @@ from growkern.planning.index_map import IndexMap, Run
 from growkern.planning.vector import Vector
 from growkern.support.text import fold, table
 
+VERSION = 1  # of the JSON
 PADS = "zero", "mean", "normal", "free", "given"
 # what an element without an ancestor is: 0, the mean along the axis, or noise, where it is read ("normal") or written ("free"),
 # or what the method gives
@@ -250,28 +251,24 @@ class GrowthPlan:
 
     def to_json(self) -> str:
         """Write the plan as JSON."""
-        return json.dumps(_fields(self), sort_keys=True, default=_fields)
+        return json.dumps({"version": VERSION} | _fields(self), sort_keys=True, default=_fields)
 
     @staticmethod
     def from_json(text: str) -> "GrowthPlan":
-        """Read a plan that ``to_json`` wrote; raise PlanError for anything else."""
+        """Read a plan that ``to_json`` wrote, here or in an earlier version; a field that it lacks takes its default.
+
+        Raises:
+            PlanError: Anything else; a plan of a later version; a field that is unknown, or lacks and has no default.
+        """
         try:
             data = json.loads(text)
-            eps = data["config_eps"]
-            data |= {
-                name: tuple(data[name])
-                for name in ("config_lists", "counters", "rebuilt", "reasons", "notes")
-            }
-            data |= {
-                "axes": {key: _axis_from_json(axis) for key, axis in data["axes"].items()},
-                "rows": tuple(
-                    TensorRow(**(row | {"axes": tuple(row["axes"])})) for row in data["rows"]
-                ),
-                "blocks": _blocks_from_json(data["blocks"]),
-                "others": {path: _blocks_from_json(rows) for path, rows in data["others"].items()},
-                "config_eps": tuple(eps) if eps else None,
-            }
-            return GrowthPlan(**data)
+            version = data.pop("version", 0)  # 0.1 wrote none
+            if version not in range(VERSION + 1):
+                raise PlanError(
+                    f"this plan is of version {version!r}, and this growkern reads versions up to {VERSION}: install the growkern "
+                    "that wrote it, or a later one."
+                )
+            return GrowthPlan(**{k: FIELDS.get(k, _same)(value) for k, value in data.items()})
         except (
             AttributeError,
             KeyError,
@@ -334,6 +331,16 @@ def _fields(one: Any) -> dict[str, Any]:
     return {field.name: getattr(one, field.name) for field in fields(one)}
 
 
+def _same(value: Any) -> Any:
+    return value
+
+
+def _rows_from_json(rows: list[dict[str, Any]]) -> tuple[TensorRow, ...]:
+    for row in rows:
+        row["axes"] = tuple(row["axes"])
+    return tuple(TensorRow(**row) for row in rows)
+
+
 def _blocks_from_json(rows: list[dict[str, Any]]) -> tuple[BlockRow, ...]:
     return tuple(BlockRow(**row) for row in rows)
 
@@ -346,6 +353,16 @@ def _axis_from_json(data: dict[str, Any]) -> AxisMap:
     for key in ("weight_scale", "grad_scale"):
         data[key] = Vector(tuple((value, n) for value, n in data[key]["pieces"]))
     return AxisMap(**data)
+
+
+FIELDS: dict[str, Callable[[Any], Any]] = {  # what JSON has no type for
+    **dict.fromkeys(("config_lists", "counters", "rebuilt", "reasons", "notes"), tuple),
+    "axes": lambda axes: {key: _axis_from_json(axis) for key, axis in axes.items()},
+    "rows": _rows_from_json,
+    "blocks": _blocks_from_json,
+    "others": lambda others: {path: _blocks_from_json(rows) for path, rows in others.items()},
+    "config_eps": lambda eps: tuple(eps) if eps else None,
+}
 
 
 def _product(values: list[float | None]) -> float | None:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import TypedDict  # of torch; typing has them from 3.11 on
 
 from growkern.api import expand_inplace, plan
-from growkern.commit.checkpoint_guard import n_growths
+from growkern.commit.checkpoint_guard import guard_of, n_growths
 from growkern.commit.optimizer import Masters
 from growkern.engine.report import GrowthReport
 from growkern.errors import PlanError, raise_all
@@ -77,7 +77,7 @@ class Attachment:
         self._schedulers: list[ref[Any]] = [ref(unwrapped(one)) for one in _listed(scheduler)]
         self._options, self.deferred, self.stepped = options, deferred, False
         # the growth that runs, and how many there were before it
-        self._running: tuple[GrowthPlan, int] | None = None
+        self._running: int | None = None
         self._take: Any = torch.compiler.disable(_take)
         title = f"cannot attach this schedule of {len(schedule.events)} events:"
         if unknown := sorted(options.keys() - Options.__annotations__.keys()):
@@ -160,7 +160,7 @@ class Attachment:
     def _expand(self, event: Event, optim: Optimizer) -> GrowthReport:
         schedule, options, planned = self.schedule, self._options, self.planned(event)
         live = _listed([one() for one in self._schedulers])
-        self._running = planned, n_growths(self.model)
+        self._running = n_growths(self.model)
         try:
             report = expand_inplace(
                 self.model, optim, plan=planned, width=event.width, dynamics=planned.dynamics, spec=self._spec(),
@@ -185,11 +185,12 @@ class Attachment:
         running, schedule = self._running, self.schedule
         if running is None:
             return
-        planned, before = running
+        before = running
         with uninterrupted():
-            if n_growths(self.model) > before:
+            guard = guard_of(self.model)
+            if guard is not None and n_growths(self.model) > before:
                 schedule.fired.append(schedule.counts.n_steps)
-                schedule.history.append(planned.to_json())
+                schedule.history.append(guard.growths[-1].record)
                 schedule.counts.points = []
                 schedule.counts.curve = LossCurve(last=schedule.counts.n_tokens)
                 self.n_params = sum(p.numel() for p in self.model.parameters())

@@ -9,11 +9,16 @@ from torch.optim import Optimizer
 from growkern.api import expand_inplace, shrink_inplace
 from growkern.commit.checkpoint_guard import recorded
 from growkern.commit.optimizer import Masters
+from growkern.engine.history import replanned
 from growkern.errors import GrowthError, PlanError
 from growkern.execution.execute import NOTHING
+from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
 from growkern.planning.growth_plan import GrowthPlan
+from growkern.planning.growth_record import GrowthRecord, digest_of, read
 from growkern.support.wrappers import unwrapped
+
+Growth = GrowthPlan | GrowthRecord
 
 
 def resume(
@@ -34,15 +39,15 @@ def resume(
         model: Model of the starting sizes; changed in place. Where its config says that it has been through the first of the
             growths (``from_pretrained``), those are left out, and there can be no optimizer.
         optim: Its optimizer, freshly built.
-        history: Plans, as JSON: ``config.growkern_history`` of a checkpoint, or ``history`` of a schedule's state. None: that of
-            the model's own config.
+        history: Growths on record: ``config.growkern_history`` of a checkpoint, ``history`` of a schedule's state, or plans. None:
+            that of the model's own config.
         scheduler: The learning-rate scheduler that drives ``optim``; follows its groups.
         ema: Averages of the model.
         masters: Parameter -> the float32 copy that ``optim`` holds in its place.
         spec: Makes the description of a model of your own.
 
     Raises:
-        PlanError: A plan does not fit the model as the ones before it left it.
+        PlanError: A growth does not fit the model as the ones before it left it, or cannot be planned again as it was.
 
     Example:
         >>> growkern.resume(model, optim, torch.load("schedule.pt")["history"])
@@ -50,34 +55,44 @@ def resume(
     """
     model = unwrapped(model)
     done = recorded(model)
-    plans = [
-        one if isinstance(one, GrowthPlan) else GrowthPlan.from_json(one)
+    growths = [
+        one if isinstance(one, GrowthPlan) else read(one)
         for one in (done if history is None else history)
     ]
-    if done and [one.to_json() for one in plans[: len(done)]] != done:
+    if done and [digest_of(one) for one in growths[: len(done)]] != [
+        *map(digest_of, map(read, done))
+    ]:
         raise PlanError(
             f"this model's config says that it has been through {len(done)} growths, and they are not the first of the "
-            f"{len(plans)} of the history: build the model from the config it started with."
+            f"{len(growths)} of the history: build the model from the config it started with."
         )
     if optim is not None and done:
         raise PlanError(
             "this model has been through growths; build it from the config it started with, so that they can be replayed on "
             "the optimizer too."
         )
-    for number, (one, after) in enumerate(pairwise(plans[len(done) :]), len(done) + 1):
-        names = {row.name for row in one.rows}, {row.source for row in after.rows}
-        missing = names[0] - names[1] if not after.shrinks else ()
-        if dict(one.target_sizes) != dict(after.source_sizes) or names[1] - names[0] or missing:
+    for number, (one, after) in enumerate(pairwise(growths[len(done) :]), len(done) + 1):
+        if dict(one.target_sizes) != dict(after.source_sizes) or not _names_fit(one, after):
             raise PlanError(
-                f"growth {number + 1} of {len(plans)} does not fit: it is for {dict(after.source_sizes)}, growth {number} ends "
+                f"growth {number + 1} of {len(growths)} does not fit: it is for {dict(after.source_sizes)}, growth {number} ends "
                 f"at {dict(one.target_sizes)}."
             )
-    for number, plan in enumerate(plans[len(done) :], len(done) + 1):
+    for number, one in enumerate(growths[len(done) :], len(done) + 1):
         try:
+            own = describe(model, spec(model) if spec else None)
+            plan = one if isinstance(one, GrowthPlan) else replanned(one, own)
             change = shrink_inplace if plan.shrinks else expand_inplace
             change(
                 model, optim, plan=plan, dynamics=plan.dynamics, scheduler=scheduler, ema=ema, masters=masters,
-                spec=spec(model) if spec else None, backend=NOTHING,
+                spec=own if spec else None, backend=NOTHING,
             )  # fmt: skip
         except GrowthError as error:
-            raise PlanError(f"growth {number} of {len(plans)} does not fit: {error}") from error
+            raise PlanError(f"growth {number} of {len(growths)} does not fit: {error}") from error
+
+
+def _names_fit(one: Growth, after: Growth) -> bool:
+    """True unless two plans say that the second grows other tensors than the first leaves."""
+    if not (isinstance(one, GrowthPlan) and isinstance(after, GrowthPlan)):
+        return True
+    left, grown = {row.name for row in one.rows}, {row.source for row in after.rows}
+    return not grown - left and (after.shrinks or not left - grown)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from growkern.errors import GrowthError, PlanError
 from growkern.model.spec import ModelSpec
 from growkern.planning.decisions import DepthMethod, WidthMethod
-from growkern.planning.growth_plan import GrowthPlan
+from growkern.planning.growth_record import read
 from growkern.planning.options import DYNAMICS, STATES
 from growkern.planning.sizes import Target, resolve_sizes
 from growkern.training.loss_curve import LossCurve
@@ -346,7 +346,7 @@ def read_state(
             [*map(str, [*state["history"]])],
         )
         for one in history:
-            GrowthPlan.from_json(one)
+            read(one)
         bad = not (counts.n_steps >= 0 and counts.n_tokens >= 0 and counts.n_flops >= 0)
         if bad or len(fired) != len(history) or len(fired) > n_events:
             raise ValueError("counts, fired and history do not fit each other")

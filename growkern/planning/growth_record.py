@@ -1,0 +1,100 @@
+"""What a checkpoint keeps of a growth: the few hundred bytes from which its plan can be made again, and a digest that holds it to it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from typing import Any
+
+from growkern.errors import PlanError
+from growkern.planning.growth_plan import GrowthPlan
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class GrowthRecord:
+    """A growth on record: what was asked for, not what it made of every tensor. JSON both ways.
+
+    Attributes:
+        family: Family of the model.
+        source_sizes: Named sizes before.
+        to: Named sizes after, of those that changed.
+        width: Width method, or the method that shrinks, as text.
+        depth: Depth method, as text.
+        seed: Seed of the noise and of what is drawn.
+        state: What became of the optimizer state.
+        dynamics: What became of the learning rates.
+        digest: Of the plan, without its notes (``digest``).
+    """
+
+    family: str
+    source_sizes: Mapping[str, int]
+    to: Mapping[str, int]
+    width: str
+    depth: str
+    seed: int
+    state: str
+    dynamics: str | None
+    digest: str
+
+    @staticmethod
+    def of(plan: GrowthPlan) -> "GrowthRecord":
+        """The record of a plan."""
+        same = ("family", "source_sizes", "width", "depth", "seed", "state", "dynamics")
+        sizes = plan.target_sizes.items()
+        to = {name: n for name, n in sizes if plan.source_sizes[name] != n}
+        return GrowthRecord(
+            **{name: getattr(plan, name) for name in same}, to=to, digest=digest(plan)
+        )
+
+    @property
+    def target_sizes(self) -> dict[str, int]:
+        """Named sizes after."""
+        return {**self.source_sizes, **self.to}
+
+    @property
+    def shrinks(self) -> bool:
+        """True when a size got smaller."""
+        return any(self.target_sizes[name] < n for name, n in self.source_sizes.items())
+
+    def to_json(self) -> str:
+        """Write the record as JSON."""
+        return json.dumps({"version": VERSION} | asdict(self), sort_keys=True)
+
+
+def digest(plan: GrowthPlan) -> str:
+    """32 hexadecimal digits of all that a plan does; its notes and its reasons, which are text, are left out."""
+    return sha256(replace(plan, notes=(), reasons=()).to_json().encode()).hexdigest()[:32]
+
+
+def digest_of(growth: GrowthPlan | GrowthRecord) -> str:
+    """The digest of a plan, or the one on record."""
+    return growth.digest if isinstance(growth, GrowthRecord) else digest(growth)
+
+
+def read(text: str) -> GrowthPlan | GrowthRecord:
+    """Read an entry of a history: a record, or a whole plan (of a method that text cannot say, or of growkern 0.1).
+
+    Raises:
+        PlanError: It is neither.
+    """
+    try:
+        data: Any = json.loads(text)
+        if "digest" not in data:
+            return GrowthPlan.from_json(text)
+        version = data.pop("version", VERSION)
+        if version != VERSION:
+            raise PlanError(
+                f"this growth was recorded in version {version!r}, and this growkern reads version {VERSION}: install the "
+                "growkern that wrote the checkpoint, or a later one."
+            )
+        record = GrowthRecord(**data)
+        sizes = [*record.source_sizes.values(), *record.to.values()]
+        if record.to.keys() - record.source_sizes.keys() or any(type(n) is not int for n in sizes):
+            raise ValueError("its sizes are not those of a model")
+        return record
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise PlanError(
+            f"cannot read a growth of the history: {error}; only what growkern wrote."
+        ) from None

@@ -1,0 +1,72 @@
+"""Methods as text, such as ``"HyperClone(noise_db=10)"``: read into objects, and nothing is evaluated."""
+
+import ast
+from collections.abc import Mapping, Sequence
+from types import UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+from growkern.errors import PlanError
+
+
+def parsed(text: str) -> ast.expr:
+    """Parse an expression; raise PlanError for what is none."""
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise unreadable(text) from None
+
+
+def method_of(tree: ast.expr, text: str, known: Mapping[str, type]) -> object:
+    """Make the method that an expression names or calls with literals.
+
+    Args:
+        tree: The expression, or a part of it.
+        text: What the user wrote, for error messages.
+        known: Name -> class.
+
+    Raises:
+        PlanError: An unknown name, an argument that is no literal, or one that the class does not take.
+    """
+    call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
+    if not isinstance(call.func, ast.Name):
+        raise unreadable(text)
+    if call.func.id not in known:
+        raise PlanError(f"there is no method {call.func.id!r}: {', '.join(known)}.")
+    try:
+        values: list[Any] = [ast.literal_eval(value) for value in call.args]
+        named: dict[str, Any] = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        raise unreadable(text) from None
+    try:
+        made = known[call.func.id](*values, **named)
+    except TypeError as error:
+        raise PlanError(f"cannot make {text!r}: {error}.") from None
+    for name, hint in get_type_hints(known[call.func.id]).items():
+        if not _fits(value := getattr(made, name), hint):
+            said = hint.__name__ if type(hint) is type else str(hint).replace("typing.", "")
+            raise PlanError(f"cannot make {text!r}: {name}={value!r} is no {said}.")
+    return made
+
+
+def unreadable(text: str) -> PlanError:
+    """The error for a text that names no method."""
+    return PlanError(
+        f"cannot read {text!r}: the name of a method, with arguments that are plain values, such as HyperClone(noise_db=10)."
+    )
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """True where a literal is of the type that a method's field has."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        return isinstance(value, tuple) and all(
+            _fits(v, inner[0]) for v in cast(Sequence[object], value)
+        )
+    if hint in (int, float):
+        kinds = int if hint is int else (int, float)
+        return isinstance(value, kinds) and not isinstance(value, bool)
+    return isinstance(value, hint)
