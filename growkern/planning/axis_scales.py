@@ -1,6 +1,6 @@
 """What width methods decide -> how every axis grows: roles, norms, and copies that nothing parts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from math import isclose, sqrt
 
@@ -76,63 +76,46 @@ def _axis_map(
     factors: Mapping[str, float | None],
     written: Mapping[str, float],
 ) -> AxisMap:
-    def one(component: Component) -> tuple[IndexMap, Contract]:
-        if isinstance(component, tuple):
-            own, contracts = zip(*map(one, component), strict=True)
-            return concat_maps(own), replace(
-                contracts[0],
-                w=concat_vectors([c.w for c in contracts]),
-                u=concat_vectors([c.u for c in contracts]),
-            )
-        if isinstance(component, int):
-            full = Vector.full(1, component)
-            return IndexMap.identity(component), Contract(full, full)
-        space = space_of(component)
-        readers: Mapping[str, IndexMap] = wide.readers if axis.role == "reader" else {}
-        contract = wide.contracts[component]
-        if axis.role != "reader" and (factor := written.get(component, 1.0)) != 1:
-            w, u = (contract.w.map(lambda x: x * factor), contract.u.map(lambda x: x / factor))
-            contract = replace(contract, w=w, u=u)
-        return readers.get(space, wide.maps[space]), contract
-
-    def parts(segment: Segment) -> Iterator[tuple[IndexMap, Contract]]:
-        at = 0
-        while at < len(segment):
-            both = wide.joint.get(segment[at : at + 2])  # pyright: ignore[reportArgumentType, reportCallIssue]
-            if both is not None:
-                ones = Vector.full(1.0, both.n_target)
-                yield both, Contract(ones, ones)
-            else:
-                yield one(segment[at])
-            at += 1 if both is None else 2
-
-    maps, w, u, centred = list[IndexMap](), list[Vector](), list[Vector](), False
-    pads: set[Pad] = set()
-    for segment in axis.segments:
-        index_map, segment_w, segment_u = (
-            IndexMap.identity(1),
-            Vector.full(1.0, 1),
-            Vector.full(1.0, 1),
-        )
-        for inner, contract in parts(segment):
+    """What an axis grows by, from its role and the contracts of the streams along it."""
+    parts = [list(_parts(segment, axis.role, wide, written)) for segment in axis.segments]
+    maps, w, u = list[IndexMap](), list[Vector](), list[Vector]()
+    for segment in parts:
+        index_map, one, w_one = IndexMap.identity(1), Vector.full(1.0, 1), Vector.full(1.0, 1)
+        for inner, contract in segment:
             index_map = index_map.product(inner)
-            segment_w, segment_u = segment_w.outer(contract.w), segment_u.outer(contract.u)
-            centred = centred or contract.centred
-            if inner.has_pads:
-                reads = contract.reads or ("zero" if contract.pad == "free" else "free")
-                pads.add(contract.pad if axis.role != "reader" else reads)
+            w_one, one = w_one.outer(contract.w), one.outer(contract.u)
         maps.append(index_map)
-        w.append(segment_w)
-        u.append(segment_u)
+        w.append(w_one)
+        u.append(one)
     index_map, w_axis, u_axis = concat_maps(maps), concat_vectors(w), concat_vectors(u)
-    pad: Pad = pads.pop() if len(pads) == 1 else "zero"
+    if axis.role == "gain":
+        return _gain(axis, wide, factors, (index_map, w_axis, u_axis))
+    contracts = [contract for segment in parts for inner, contract in segment if inner.has_pads]
     if axis.role == "writer":
+        pads = {contract.pad for contract in contracts}
+        centred = any(contract.centred for segment in parts for _, contract in segment)
+        pad = _only(pads)
         return AxisMap(index_map, w_axis, u_axis, pad, drawn=wide.drawn, centred=centred)
-    if axis.role == "reader":
-        copies = any(count > 1 for count, _ in index_map.counts.pieces)
-        noise = wide.noise if copies else 0.0
-        reads: Pad = "normal" if pad == "free" or not index_map.has_pads else "zero"
-        return AxisMap(index_map, u_axis, w_axis, reads, noise=noise, drawn=wide.drawn)
+    copies = any(count > 1 for count, _ in index_map.counts.pieces)
+    pad = _only({c.reads or ("zero" if c.pad == "free" else "free") for c in contracts})
+    reads: Pad = "normal" if pad == "free" or not index_map.has_pads else "zero"
+    noise = wide.noise if copies else 0.0
+    return AxisMap(index_map, u_axis, w_axis, reads, noise=noise, drawn=wide.drawn)
+
+
+def _only(pads: Set[Pad]) -> Pad:
+    """The pad of all; 0 where they differ."""
+    return next(iter(pads)) if len(pads) == 1 else "zero"
+
+
+def _gain(
+    axis: AxisUse,
+    wide: Width,
+    factors: Mapping[str, float | None],
+    scales: tuple[IndexMap, Vector, Vector],
+) -> AxisMap:
+    """A norm's gain: it takes back what its input was scaled by."""
+    index_map, w_axis, u_axis = scales
     norm = axis.norm
     assert norm is not None, "a gain has a norm"
     root = sqrt(factors[norm.reads] or 1.0)
@@ -143,6 +126,44 @@ def _axis_map(
         u_axis.zip(back, lambda x, y: x / y),
         "mean",
     )
+
+
+def _parts(
+    segment: Segment, role: str, wide: Width, written: Mapping[str, float]
+) -> Iterator[tuple[IndexMap, Contract]]:
+    """Index map and contract of every component of a segment; two that have a joint map are one."""
+    at = 0
+    while at < len(segment):
+        both = wide.joint.get(segment[at : at + 2])  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if both is not None:
+            ones = Vector.full(1.0, both.n_target)
+            yield both, Contract(ones, ones)
+        else:
+            yield _part(segment[at], role, wide, written)
+        at += 1 if both is None else 2
+
+
+def _part(
+    component: Component, role: str, wide: Width, written: Mapping[str, float]
+) -> tuple[IndexMap, Contract]:
+    """Index map and contract of a component: a stream, a number of coordinates that stay, or several one after the other."""
+    if isinstance(component, tuple):
+        own, contracts = zip(*(_part(c, role, wide, written) for c in component), strict=True)
+        return concat_maps(own), replace(
+            contracts[0],
+            w=concat_vectors([c.w for c in contracts]),
+            u=concat_vectors([c.u for c in contracts]),
+        )
+    if isinstance(component, int):
+        full = Vector.full(1, component)
+        return IndexMap.identity(component), Contract(full, full)
+    space = space_of(component)
+    readers: Mapping[str, IndexMap] = wide.readers if role == "reader" else {}
+    contract = wide.contracts[component]
+    if role != "reader" and (factor := written.get(component, 1.0)) != 1:
+        w, u = (contract.w.map(lambda x: x * factor), contract.u.map(lambda x: x / factor))
+        contract = replace(contract, w=w, u=u)
+    return readers.get(space, wide.maps[space]), contract
 
 
 def lawful(spec: ModelSpec, wide: Width) -> bool:

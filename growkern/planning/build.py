@@ -9,7 +9,7 @@ with: ``offset + weight`` in some.
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from growkern.errors import PlanError, raise_all
 from growkern.model.spec import AxisUse, Blocks, ModelSpec, size_value, written
@@ -51,65 +51,21 @@ def build(
     Raises:
         PlanError: A method cannot do what is asked.
     """
-    problems = [
-        *([] if state in STATES else [f"unknown state={state!r}: {', '.join(map(repr, STATES))}."]),
-        *(
-            []
-            if dynamics in DYNAMICS
-            else [f"unknown dynamics={dynamics!r}: 'mup', 'exact' or None."]
-        ),
-        *(
-            []
-            if type(seed) is int and 0 <= seed < 1 << 64
-            else [f"seed={seed!r}: an int from 0 to 2**64 - 1."]
-        ),
-        *(
-            _strange("method", "narrow", "a way to shrink such as WeightSelection()", shrink)
-            if shrink is not None
-            else ()
-        ),
-        *(
-            _strange("width", "widen", "a width method such as Lossless()", width)
-            if shrink is None
-            else ()
-        ),
-        *(
-            _strange("depth", "deepen", "a depth method such as IdentityBlocks()", depth)
-            if shrink is None
-            else ()
-        ),
-    ]
-    verb = "grow" if shrink is None else "shrink"
-    raise_all(PlanError, f"cannot {verb} {spec.family}:", problems)
+    _check_request(spec, width, depth, shrink, state, dynamics, seed)
     if shrink is not None:
         wide = shrink.narrow(spec, sizes)
     else:
         assert width is not None, "seen above"
         wide = width.widen(spec, sizes)
     if spec.blocks is None and sizes.get("layers") != spec.sizes.get("layers"):
-        verb = "deepen" if shrink is None else verb
+        verb = "deepen" if shrink is None else "shrink"
         raise PlanError(f"cannot {verb} {spec.family}:\n  the spec names no blocks.")
     deep = {stack.path: _decided(spec, stack, sizes, depth, shrink) for stack in spec.stacks}
     homes = {path: homes_of(one.blocks) for path, one in deep.items()}
     factors = norm_factors(spec, wide)
     unequal = [stream for stream, factor in factors.items() if factor is None]
-    reasons = (
-        *wide.reasons,
-        *dict.fromkeys(reason for one in deep.values() for reason in one.reasons),
-        *(f"the norms of {s!r} see unequal copies" for s in unequal),
-    )
     axes = axis_maps(spec.axes, wide, factors, written(spec, sizes))
-    eps = {
-        f"{name.removesuffix('.weight')}.{norm.eps}": factors[norm.reads] or 1.0
-        for name, _, norm in spec.norms()
-    }
-    norm_eps = set(eps.values())
-    eps_of_config = (
-        max(norm_eps, key=lambda f: f != 1) if spec.config_eps and norm_eps != {1.0} else None
-    )
-    shared = f"config.{spec.config_eps} feeds norms of several widths; the live model is exact, a reload takes it for all of them"
-    unsaved = "no field of the config holds the epsilon of the norms, which grew: the live model is exact, a reload has the source's"
-    several, unheld = spec.config_eps and len(norm_eps) > 1, spec.config and not spec.config_eps
+    eps = _Eps.of(spec, factors)
     return GrowthPlan(
         family=spec.family,
         source_sizes=dict(spec.sizes),
@@ -130,23 +86,80 @@ def build(
         rebuilt=spec.rebuilt if sizes.get("head_dim") != spec.sizes.get("head_dim") else (),
         eps={
             name: factor
-            for source, factor in eps.items()
+            for source, factor in eps.modules.items()
             for name, _ in targets(spec, homes, source)
             if factor != 1
         },
         config={name: size_value(size, sizes) for name, size in spec.config.items()},
         config_lists=spec.config_lists,
-        config_eps=(spec.config_eps, eps_of_config) if spec.config_eps and eps_of_config else None,
+        config_eps=eps.config,
         lawful=not wide.noise and lawful(spec, wide),
-        reasons=reasons,
+        reasons=(
+            *wide.reasons,
+            *dict.fromkeys(reason for one in deep.values() for reason in one.reasons),
+            *(f"the norms of {s!r} see unequal copies" for s in unequal),
+        ),
         notes=(
             *wide.notes,
             *dict.fromkeys(note for one in deep.values() for note in one.notes),
             *(locked(wide) if state in ("exact", "copy", "drop") else ()),
             *_unsaved(spec, sizes),
-            *((shared,) if several else (unsaved,) if unheld and norm_eps != {1.0} else ()),
+            *eps.notes,
         ),
     )
+
+
+def _check_request(
+    spec: ModelSpec, width: object, depth: object, shrink: object, state: str, dynamics: str | None, seed: int
+) -> None:  # fmt: skip
+    """Raise PlanError for options that are none, and for methods of another kind."""
+    problems: list[str] = []
+    if state not in STATES:
+        problems.append(f"unknown state={state!r}: {', '.join(map(repr, STATES))}.")
+    if dynamics not in DYNAMICS:
+        problems.append(f"unknown dynamics={dynamics!r}: 'mup', 'exact' or None.")
+    if type(seed) is not int or not 0 <= seed < 1 << 64:
+        problems.append(f"seed={seed!r}: an int from 0 to 2**64 - 1.")
+    if shrink is not None:
+        expected = "a way to shrink such as WeightSelection()"
+        problems += _strange("method", "narrow", expected, shrink)
+    else:
+        problems += _strange("width", "widen", "a width method such as Lossless()", width)
+        problems += _strange("depth", "deepen", "a depth method such as IdentityBlocks()", depth)
+    verb = "grow" if shrink is None else "shrink"
+    raise_all(PlanError, f"cannot {verb} {spec.family}:", problems)
+
+
+@dataclass(frozen=True)
+class _Eps:
+    """Epsilons of norms, which follow the mean square that the norms see.
+
+    Attributes:
+        modules: ``"module.attribute"`` of the source -> factor.
+        config: Field of the config and factor on it; None where there is none, or it stays.
+        notes: What the user should know.
+    """
+
+    modules: Mapping[str, float]
+    config: tuple[str, float] | None
+    notes: tuple[str, ...]
+
+    @staticmethod
+    def of(spec: ModelSpec, factors: Mapping[str, float | None]) -> "_Eps":
+        """What the factors on the mean squares mean for modules and config."""
+        modules = {
+            f"{name.removesuffix('.weight')}.{norm.eps}": factors[norm.reads] or 1.0
+            for name, _, norm in spec.norms()
+        }
+        values, config = set(modules.values()), None
+        if spec.config_eps and values - {1.0}:
+            config = spec.config_eps, max(values, key=lambda f: f != 1)
+        shared = f"config.{spec.config_eps} feeds norms of several widths; the live model is exact, a reload takes it for all of them"
+        unsaved = "no field of the config holds the epsilon of the norms, which grew: the live model is exact, a reload has the source's"
+        if spec.config_eps and len(values) > 1:
+            return _Eps(modules, config, (shared,))
+        unheld = spec.config and not spec.config_eps and values - {1.0}
+        return _Eps(modules, config, (unsaved,) if unheld else ())
 
 
 TAKES = {
