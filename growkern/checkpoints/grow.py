@@ -152,14 +152,7 @@ def grow(
             shards.close()
             config.save_pretrained(part)
             left = _copy_others(folder, part)
-    notes = [*plan.notes]
-    if source.unused:
-        some = ", ".join(source.unused[:3])
-        notes.append(
-            f"{len(source.unused)} stored tensors are not of a {type(model).__name__} and were left out: {some}."
-        )
-    if left:
-        notes.append(f"not copied: {', '.join(left)}.")
+    notes = (*plan.notes, *_left_out(source, left))
     sizes = sum(t.numel() * t.element_size() for t in layout.sources.values()), layout.n_bytes
     target = sum(_n(plan.shapes(row)[1]) for row in plan.rows if row.source in names)
     return GrownCheckpoint(
@@ -169,7 +162,7 @@ def grow(
         sizes,
         len(shards.files),
         perf_counter() - start,
-        tuple(notes),
+        notes,
     )
 
 
@@ -199,6 +192,15 @@ def _refuse_full(out: Path, n_bytes: int) -> None:
         raise CheckpointError(
             f"cannot write {out}: the target takes {n_bytes / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free there."
         )
+
+
+def _left_out(source: Checkpoint, files: list[str]) -> Iterator[str]:
+    """Say what of the source is not in the target."""
+    if source.unused:
+        kind, some = type(source.model).__name__, ", ".join(source.unused[:3])
+        yield f"{len(source.unused)} stored tensors are not of a {kind} and were left out: {some}."
+    if files:
+        yield f"not copied: {', '.join(files)}."
 
 
 def _target_config(plan: GrowthPlan, model: Any) -> Any:

@@ -104,12 +104,7 @@ def refuse_forgotten(
         alike = [m for m in found if [(n, p.shape) for n, p in m.named_parameters()] == shapes]
         return [type(m).__name__ for m in alike if averages is None and id(m) not in inside]
 
-    if dead := _dead(model, optim, live, masters or {}):
-        raise UnsupportedOptimizerError(
-            f"cannot grow this {type(model).__name__}: its optimizer holds {len(dead)} parameters that no module has any more "
-            f"({', '.join(dead[:3])}): it has not trained what replaced them. Build the optimizer anew, or take them out of "
-            "its groups."
-        )
+    _refuse_dead(model, optim, live, masters or {})
     if engines(live) or optimizers(live) or modules(live) or averaged(live):
         live, title = live.scanned_again(), f"cannot grow this {type(model).__name__}:"
         if engines(live):
@@ -132,6 +127,21 @@ def refuse_forgotten(
                 "or ema=() if it averages another model."
             )
     return live
+
+
+def _refuse_dead(
+    model: nn.Module,
+    optim: Optimizer | None,
+    live: Live,
+    masters: Mapping[nn.Parameter, nn.Parameter],
+) -> None:
+    """Raise UnsupportedOptimizerError where the optimizer holds parameters that nobody else does."""
+    if dead := _dead(model, optim, live, masters):
+        raise UnsupportedOptimizerError(
+            f"cannot grow this {type(model).__name__}: its optimizer holds {len(dead)} parameters that no module has any more "
+            f"({', '.join(dead[:3])}): it has not trained what replaced them. Build the optimizer anew, or take them out of "
+            "its groups."
+        )
 
 
 def _dead(

@@ -1,5 +1,7 @@
 """What a user should know after a growth."""
 
+from collections.abc import Iterator
+
 from growkern.commit.optimizer import OptimTarget
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.lr_scaling import lr_factors
@@ -10,62 +12,65 @@ def notes(plan: GrowthPlan, spec: ModelSpec, target: OptimTarget | None) -> list
     """Notes on the optimizer, for the report."""
     if target is None:
         return []
-    described, found = target.described, list[str]()
-    law, kind = described.law, described.kind.rpartition(".")[2]
+    return [*_on_groups(plan, spec, target), *_on_dynamics(plan, target), *_on_state(plan, target)]
+
+
+def _on_groups(plan: GrowthPlan, spec: ModelSpec, target: OptimTarget) -> Iterator[str]:
+    """What became of the param groups, and what is in none."""
     if target.split and plan.shrinks:
-        found.append(
+        yield (
             "learning rates and weight decay followed the law; groups that a growth had split are one again where they agree and "
             "no scheduler was left out."
         )
     elif target.split:
-        found.append(
-            "weight decay was divided by the learning-rate factor where that is not 1, so that decay per step stays."
-        )
-        found.append(
-            "param groups were split by learning rate; to load this optimizer's state_dict into a new one, build it with the same groups."
-        )
-    if target.scales:
-        found.append(
-            f"UpdateScale carries the factors of {len(target.scales)} tensors, beside the groups, in hooks of this optimizer's "
-            "step; growkern.resume puts it back."
-        )
-        if plan.dynamics == "exact":
-            found.append(
-                f"the state of {kind} stays in the source's units: what the UpdateScale hands it."
-            )
-    decays = any(group.get("weight_decay") for group in target.optim.param_groups)
-    if plan.dynamics == "exact" and law is not None and law.slices and decays:
-        gains = [row for row in plan.rows if row.offset and plan.scales(row)[0] != 1]
-        found += [
-            f"weight decay of {len(gains)} norms pulls their weight to 0, not their gain, and is not the source's: leave it out "
-            "for norms."
-        ][: len(gains)]
-    if law is None or law.lr is None:
-        found.append(
-            f"the learning-rate law of {described.kind} is not known, so its rates stayed."
-        )
-    uneven = [f for f in lr_factors(plan, law, described).values() if f is None]
-    if uneven and plan.dynamics is None:
-        found.append(
-            f"{len(uneven)} tensors have a learning-rate factor per element, so theirs stayed; they may want a shorter step."
-        )
-    held = {name for group in described.groups for name in group}
+        yield "weight decay was divided by the learning-rate factor where that is not 1, so that decay per step stays."
+        yield "param groups were split by learning rate; to load this optimizer's state_dict into a new one, build it with the same groups."
+    held = {name for group in target.described.groups for name in group}
     missing = [
         row.source
         for row in plan.rows
         if not row.new and row.source in spec.tensors and row.source not in held
     ]
     if missing:
-        found.append(
-            f"{len(missing)} tensors are in no param group (frozen, buffers or forgotten): {', '.join(missing[:3])}..."
+        yield f"{len(missing)} tensors are in no param group (frozen, buffers or forgotten): {', '.join(missing[:3])}..."
+
+
+def _on_dynamics(plan: GrowthPlan, target: OptimTarget) -> Iterator[str]:
+    """What became of the learning rates, and of what goes with them."""
+    described = target.described
+    law = described.law
+    if target.scales:
+        yield (
+            f"UpdateScale carries the factors of {len(target.scales)} tensors, beside the groups, in hooks of this optimizer's "
+            "step; growkern.resume puts it back."
         )
+        if plan.dynamics == "exact":
+            kind = described.kind.rpartition(".")[2]
+            yield f"the state of {kind} stays in the source's units: what the UpdateScale hands it."
+    decays = any(group.get("weight_decay") for group in target.optim.param_groups)
+    if plan.dynamics == "exact" and law is not None and law.slices and decays:
+        gains = [row for row in plan.rows if row.offset and plan.scales(row)[0] != 1]
+        if gains:
+            yield (
+                f"weight decay of {len(gains)} norms pulls their weight to 0, not their gain, and is not the source's: leave it out "
+                "for norms."
+            )
+    if law is None or law.lr is None:
+        yield f"the learning-rate law of {described.kind} is not known, so its rates stayed."
+    uneven = [f for f in lr_factors(plan, law, described).values() if f is None]
+    if uneven and plan.dynamics is None:
+        yield f"{len(uneven)} tensors have a learning-rate factor per element, so theirs stayed; they may want a shorter step."
+
+
+def _on_state(plan: GrowthPlan, target: OptimTarget) -> Iterator[str]:
+    """What became of the optimizer's state."""
+    law, kind = target.described.law, target.described.kind.rpartition(".")[2]
     if plan.state == "drop" or (law is not None and law.resets):
-        found.append("optimizer state was dropped: warm the learning rate up again.")
+        yield "optimizer state was dropped: warm the learning rate up again."
     if plan.state in ("asymmetric", "zero_pad"):
-        found.append(
+        yield (
             "new elements have a step of their own, and their learning rate warms up."
             if law is not None and law.slices
             else f"new elements start from 0 under {kind}'s old step, which makes its first updates up to 6.6 times as large: "
             "growkern.optim.AdamW gives them a step of their own."
         )
-    return found

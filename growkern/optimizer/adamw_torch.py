@@ -103,10 +103,7 @@ def _matrix(
     cols = {k.removesuffix("_cols"): v[None, :] for k, v in slices.items() if k.endswith("_cols")}
 
     def room(name: str) -> Tensor:
-        key = name, dtype, p.device
-        if key not in scratch or scratch[key].numel() < p.numel():
-            scratch[key] = torch.empty(p.numel(), dtype=dtype, device=p.device)
-        return scratch[key][: p.numel()].view(p.shape)
+        return _room(p, dtype, scratch, name)
 
     def held(name: str, t: Tensor) -> Tensor:
         return t if t.dtype == dtype else room(name).copy_(t)
@@ -129,8 +126,8 @@ def _matrix(
         t.copy_(top)
 
     one = p.new_ones((1, 1), dtype=dtype)
-    ages = [(step - side["born"]).clamp_(min=1) for side in (rows, cols) if "born" in side]
-    ages = ages or [one * step]
+    born = [side["born"] for side in (rows, cols) if "born" in side]
+    ages = [(step - b).clamp_(min=1) for b in born] or [one * step]
     risen1, risen2 = ([-torch.expm1(t * log(beta)) for t in ages] for beta in (h.beta1, h.beta2))
     update = torch.sqrt(top, out=room("update"))
     update.div_(least([r.sqrt_() for r in risen2]))
@@ -139,15 +136,9 @@ def _matrix(
     update.mul_(rows.get("lr", one) * h.lr).div_(least(risen1))
     if "lr" in cols:
         update.mul_(cols["lr"])
-    born = [side["born"] for side in (rows, cols) if "born" in side]
-    if born and "rewarm" in slices:  # 2: there from the beginning
-        rho, tau = slices["rewarm"]
-        parts = [
-            torch.where(b > 0, (t / tau).clamp_(max=1), 2.0)
-            for b, t in zip(born, ages, strict=True)
-        ]
-        part = least(parts)
-        update.mul_(part.masked_fill_(part > 1, 0).mul_(rho - 1).add_(1))
+    if born and "rewarm" in slices:
+        part = least(_warmed(born, ages, slices["rewarm"][1]))
+        update.mul_(part.masked_fill_(part > 1, 0).mul_(slices["rewarm"][0] - 1).add_(1))
 
     new = held("p", p)
     if h.weight_decay:
@@ -158,9 +149,34 @@ def _matrix(
             keep = 1 - decay * cols.get("decay", one)
         new.mul_(keep)
     new.sub_(update)
-    for t, value in ((p, new), (exp_avg, m), (exp_avg_sq, v)):
-        if value is not t:  # else it was computed in place
+    _written(((p, new), (exp_avg, m), (exp_avg_sq, v)))
+
+
+def _written(results: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy what was not computed in place."""
+    for t, value in results:
+        if value is not t:
             t.copy_(value)
+
+
+def _room(
+    p: Tensor,
+    dtype: torch.dtype,
+    scratch: dict[tuple[str, torch.dtype, torch.device], Tensor],
+    name: str,
+) -> Tensor:
+    """A temporary of the shape of ``p``, in pages that are warm."""
+    key = name, dtype, p.device
+    if key not in scratch or scratch[key].numel() < p.numel():
+        scratch[key] = torch.empty(p.numel(), dtype=dtype, device=p.device)
+    return scratch[key][: p.numel()].view(p.shape)
+
+
+def _warmed(born: Sequence[Tensor], ages: Sequence[Tensor], tau: Tensor) -> list[Tensor]:
+    """How far the warm-up of later rows and columns is, up to 1; 2 for those that were there from the beginning."""
+    return [
+        torch.where(b > 0, (t / tau).clamp_(max=1), 2.0) for b, t in zip(born, ages, strict=True)
+    ]
 
 
 def log(beta: float) -> float:

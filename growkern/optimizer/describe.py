@@ -38,15 +38,7 @@ def describe_optimizer(
         UnsupportedOptimizerError: It holds no parameter of the model, or parameters that no model holds any more; it has state
             of a class or key whose law is not known, or state that does not fit its parameter.
     """
-    if not isinstance(optim, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise UnsupportedOptimizerError(
-            f"optim: expected a torch.optim.Optimizer, got {type(optim).__name__}."
-        )
-    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optim).__mro__):
-        raise UnsupportedOptimizerError(
-            "a ZeroRedundancyOptimizer is not supported yet: its shards would have to move between processes. Train with the "
-            "optimizer itself across the growth."
-        )
+    _check_class(optim)
     live = model.named_parameters(remove_duplicate=False)
     if masters is not None:
         _check_masters(model, optim, masters)
@@ -62,13 +54,7 @@ def describe_optimizer(
             f"{title} it holds no parameter of this {type(model).__name__}; pass the optimizer that trains it, and where it "
             "holds copies in higher precision, masters=."
         )
-    law = LAWS.get(kind)
-    if law is not None and law.lr_without is not None:
-        option, lr = law.lr_without
-        law = law if all(group.get(option) for group in optim.param_groups) else replace(law, lr=lr)
-    if rules is not None:
-        law = law or Law({}, lr=None)
-        law = replace(law, rules={**law.rules, **{k: by_order(k, n) for k, n in rules.items()}})
+    law = _law_of(kind, optim, rules)
     states = {names[id(p)]: (p, s) for p, s in optim.state.items() if id(p) in names and s}
     problems = [] if drop or (law and law.resets) else [*_unknown(kind, law, states)]
     found = {str(key) for _, state in states.values() for key in state}
@@ -91,6 +77,31 @@ def describe_optimizer(
         if law and not law.decays and not group.get("decoupled_weight_decay")
     }
     return OptimSpec(kind, tuple(held), keys, law, adjusts, frozenset(coupled))
+
+
+def _check_class(optim: object) -> None:
+    """Raise UnsupportedOptimizerError for what is no optimizer, or one whose state lies in other processes."""
+    if not isinstance(optim, Optimizer):
+        raise UnsupportedOptimizerError(
+            f"optim: expected a torch.optim.Optimizer, got {type(optim).__name__}."
+        )
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optim).__mro__):
+        raise UnsupportedOptimizerError(
+            "a ZeroRedundancyOptimizer is not supported yet: its shards would have to move between processes. Train with the "
+            "optimizer itself across the growth."
+        )
+
+
+def _law_of(kind: str, optim: Optimizer, rules: Mapping[str, int | None] | None) -> Law | None:
+    """The law of a class under the options of its groups, with the user's rules; None where there is neither."""
+    law = LAWS.get(kind)
+    if law is not None and law.lr_without is not None:
+        option, lr = law.lr_without
+        law = law if all(group.get(option) for group in optim.param_groups) else replace(law, lr=lr)
+    if rules is None:
+        return law
+    law = law or Law({}, lr=None)
+    return replace(law, rules={**law.rules, **{k: by_order(k, n) for k, n in rules.items()}})
 
 
 def _check_masters(

@@ -92,7 +92,7 @@ def _axis_map(
         return _gain(axis, wide, factors, (index_map, w_axis, u_axis))
     contracts = [contract for segment in parts for inner, contract in segment if inner.has_pads]
     if axis.role == "writer":
-        pads = {contract.pad for contract in contracts}
+        pads: set[Pad] = {contract.pad for contract in contracts}
         centred = any(contract.centred for segment in parts for _, contract in segment)
         pad = _only(pads)
         return AxisMap(index_map, w_axis, u_axis, pad, drawn=wide.drawn, centred=centred)

@@ -14,7 +14,14 @@ from dataclasses import dataclass, replace
 from growkern.errors import PlanError, raise_all
 from growkern.model.spec import AxisUse, Blocks, ModelSpec, size_value, written
 from growkern.planning.axis_scales import axis_maps, lawful, locked, norm_factors
-from growkern.planning.decisions import BlockRow, Depth, DepthMethod, ShrinkMethod, WidthMethod
+from growkern.planning.decisions import (
+    BlockRow,
+    Depth,
+    DepthMethod,
+    ShrinkMethod,
+    Width,
+    WidthMethod,
+)
 from growkern.planning.growth_plan import AxisMap, GrowthPlan, TensorRow
 from growkern.planning.options import DYNAMICS, STATES
 
@@ -52,18 +59,13 @@ def build(
         PlanError: A method cannot do what is asked.
     """
     _check_request(spec, width, depth, shrink, state, dynamics, seed)
-    if shrink is not None:
-        wide = shrink.narrow(spec, sizes)
-    else:
-        assert width is not None, "seen above"
-        wide = width.widen(spec, sizes)
+    wide = _wide(spec, sizes, width, shrink)
     if spec.blocks is None and sizes.get("layers") != spec.sizes.get("layers"):
         verb = "deepen" if shrink is None else "shrink"
         raise PlanError(f"cannot {verb} {spec.family}:\n  the spec names no blocks.")
     deep = {stack.path: _decided(spec, stack, sizes, depth, shrink) for stack in spec.stacks}
     homes = {path: homes_of(one.blocks) for path, one in deep.items()}
     factors = norm_factors(spec, wide)
-    unequal = [stream for stream, factor in factors.items() if factor is None]
     axes = axis_maps(spec.axes, wide, factors, written(spec, sizes))
     eps = _Eps.of(spec, factors)
     return GrowthPlan(
@@ -84,12 +86,7 @@ def build(
         counters=spec.counters,
         attributes=attributes(spec, homes, sizes),
         rebuilt=spec.rebuilt if sizes.get("head_dim") != spec.sizes.get("head_dim") else (),
-        eps={
-            name: factor
-            for source, factor in eps.modules.items()
-            for name, _ in targets(spec, homes, source)
-            if factor != 1
-        },
+        eps=eps.of_targets(spec, homes),
         config={name: size_value(size, sizes) for name, size in spec.config.items()},
         config_lists=spec.config_lists,
         config_eps=eps.config,
@@ -97,7 +94,7 @@ def build(
         reasons=(
             *wide.reasons,
             *dict.fromkeys(reason for one in deep.values() for reason in one.reasons),
-            *(f"the norms of {s!r} see unequal copies" for s in unequal),
+            *(f"the norms of {s!r} see unequal copies" for s, f in factors.items() if f is None),
         ),
         notes=(
             *wide.notes,
@@ -107,6 +104,19 @@ def build(
             *eps.notes,
         ),
     )
+
+
+def _wide(
+    spec: ModelSpec,
+    sizes: Mapping[str, int],
+    width: WidthMethod | None,
+    shrink: ShrinkMethod | None,
+) -> Width:
+    """What the method says of all spaces."""
+    if shrink is not None:
+        return shrink.narrow(spec, sizes)
+    assert width is not None, "one of the two decides"
+    return width.widen(spec, sizes)
 
 
 def _check_request(
@@ -143,6 +153,15 @@ class _Eps:
     modules: Mapping[str, float]
     config: tuple[str, float] | None
     notes: tuple[str, ...]
+
+    def of_targets(self, spec: ModelSpec, homes: Homes) -> dict[str, float]:
+        """``"module.attribute"`` of the target -> factor, where it is not 1."""
+        return {
+            name: factor
+            for source, factor in self.modules.items()
+            for name, _ in targets(spec, homes, source)
+            if factor != 1
+        }
 
     @staticmethod
     def of(spec: ModelSpec, factors: Mapping[str, float | None]) -> "_Eps":

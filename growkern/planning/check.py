@@ -1,12 +1,12 @@
 """Does a plan fit a model?"""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import isfinite
 
 from growkern.errors import PlanError, raise_all
 from growkern.model.spec import ModelSpec
-from growkern.planning.build import attributes, homes_of, offset, targets
+from growkern.planning.build import Homes, attributes, homes_of, offset, targets
 from growkern.planning.decisions import BlockRow
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.options import DYNAMICS, STATES
@@ -25,47 +25,22 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
         raise PlanError(
             f"the plan is for a {plan.family} of {dict(plan.source_sizes)}, this {spec.family} has {dict(spec.sizes)}; plan anew."
         )
-    problems: list[str] = []
     homes = {path: homes_of(blocks) for path, blocks in plan.stacks.items()}
     if {*plan.stacks} != {stack.path for stack in spec.stacks} or not all(
         _whole(plan, plan.stacks[s.path], spec.sizes[s.size], plan.target_sizes.get(s.size))
         for s in spec.stacks
     ):
-        problems.append("its blocks are not those of the model and new ones.")
+        problems = ["its blocks are not those of the model and new ones."]
     else:
-        expected = [(n, source) for source in names for n, _ in targets(spec, homes, source)]
-        if sorted((row.name, row.source) for row in plan.rows) != sorted(expected):
-            problems.append("its rows are not the tensors of the target.")
-        target = replace(spec, sizes=plan.target_sizes)
-        for row in plan.rows:
-            known = set(row.axes) <= set(plan.axes)
-            found, wanted = plan.shapes(row)[1] if known else row.axes, target.shape(row.source)
-            if found != wanted:
-                problems.append(f"{row.name}: has shape {found}, the target {wanted}.")
-            if row.drawn and not row.new:
-                problems.append(f"{row.name}: is initialised anew, but its block is not new.")
-            if row.offset != offset(spec.tensors[row.source]):
-                problems.append(f"{row.name}: the model adds another offset to it.")
-            if row.upper is not None and (
-                row.upper not in names
-                or spec.shape(row.upper) != spec.shape(row.source)
-                or row.upper_axis not in range(len(row.axes))
-            ):
-                problems.append(
-                    f"{row.name}: takes a part of {row.upper}, which has another shape."
-                )
+        problems = [*_of_rows(plan, spec, homes, names)]
         if dict(plan.attributes) != attributes(spec, homes, plan.target_sizes):
             problems.append("its attributes are not the sizes that the target's modules cache.")
-    eps = {f"{name.removesuffix('.weight')}.{norm.eps}" for name, _, norm in spec.norms()}
-    eps = (
-        {name for source in eps for name, _ in targets(spec, homes, source)}
-        if not problems
-        else eps
-    )
-    if not problems and (
-        not set(plan.eps) <= eps or not all(isfinite(f) and f > 0 for f in plan.eps.values())
-    ):
-        problems.append("its factors on eps are not of the target's norms, or no positive numbers.")
+    if not problems:
+        eps = {f"{name.removesuffix('.weight')}.{norm.eps}" for name, _, norm in spec.norms()}
+        eps = {name for source in eps for name, _ in targets(spec, homes, source)}
+        numbers = all(isfinite(f) and f > 0 for f in plan.eps.values())
+        if not set(plan.eps) <= eps or not numbers:
+            problems = ["its factors on eps are not of the target's norms, or no positive numbers."]
     if not set(plan.rebuilt) <= set(spec.rebuilt):
         problems.append("it makes modules anew that hold more than the config says.")
     if dict(plan.ties) != dict(spec.ties) or tuple(plan.counters) != tuple(spec.counters):
@@ -74,6 +49,29 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
     if plan.state not in STATES or plan.dynamics not in DYNAMICS or not states <= {"law", "fresh"}:
         problems.append(f"its state {plan.state!r} or dynamics {plan.dynamics!r} is not known.")
     raise_all(PlanError, f"this plan for a {plan.family} cannot be run:", problems)
+
+
+def _of_rows(plan: GrowthPlan, spec: ModelSpec, homes: Homes, names: set[str]) -> Iterator[str]:
+    """Say which rows are not those of the target."""
+    expected = [(n, source) for source in names for n, _ in targets(spec, homes, source)]
+    if sorted((row.name, row.source) for row in plan.rows) != sorted(expected):
+        yield "its rows are not the tensors of the target."
+    target = replace(spec, sizes=plan.target_sizes)
+    for row in plan.rows:
+        known = set(row.axes) <= set(plan.axes)
+        found, wanted = plan.shapes(row)[1] if known else row.axes, target.shape(row.source)
+        if found != wanted:
+            yield f"{row.name}: has shape {found}, the target {wanted}."
+        if row.drawn and not row.new:
+            yield f"{row.name}: is initialised anew, but its block is not new."
+        if row.offset != offset(spec.tensors[row.source]):
+            yield f"{row.name}: the model adds another offset to it."
+        if row.upper is not None and (
+            row.upper not in names
+            or spec.shape(row.upper) != spec.shape(row.source)
+            or row.upper_axis not in range(len(row.axes))
+        ):
+            yield f"{row.name}: takes a part of {row.upper}, which has another shape."
 
 
 def _whole(

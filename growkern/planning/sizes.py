@@ -1,7 +1,7 @@
 """From what a user asks (``"2x"``, ``{"hidden": 1024}``) to the target size of every named size."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from fractions import Fraction
 from operator import index
@@ -52,25 +52,8 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
         elif n != source[name] and name in spec.fixed:
             verb = "shrink" if shrink else "grow"
             problems.append(f"{name}: cannot {verb} in this {spec.family}: {spec.fixed[name]}.")
-    if not problems and "kv_heads" in target and target["heads"] % target["kv_heads"]:
-        kv = target["kv_heads"]
-        problems.append(
-            f"heads: {target['heads']} is not a multiple of kv_heads={kv}; nearest: {_nearest(target['heads'], kv)}."
-        )
     if not problems and "kv_heads" in target:
-        group = source["heads"] // source["kv_heads"]
-        change = target["heads"] // target["kv_heads"] - group
-        whole = not target["kv_heads"] % source["kv_heads"] and target["heads"] == source["heads"]
-        if change > 0 if shrink else change < 0 and not whole:  # kv heads alone: groups are split
-            way_out = (
-                f"name heads={target['kv_heads'] * group}"
-                if shrink
-                else f"name kv_heads={source['kv_heads']}"
-            )
-            problems.append(
-                f"heads: {target['heads']} over kv_heads={target['kv_heads']} would {'grow' if shrink else 'shrink'} the groups of "
-                f"{group}; {way_out} to keep them."
-            )
+        problems += _groups(source, target, shrink)
     if not problems and target == dict(source):
         problems.append(
             f"every target equals its source ({', '.join(f'{k}={v}' for k, v in source.items())}); name a "
@@ -80,6 +63,28 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
         PlanError, f"cannot {'shrink' if shrink else 'grow'} {spec.family} to {to!r}:", problems
     )
     return target
+
+
+def _groups(source: Mapping[str, int], target: Mapping[str, int], shrink: bool) -> Iterator[str]:
+    """Say what stands against the target's heads over its kv heads."""
+    heads, kv_heads, group = (
+        target["heads"],
+        target["kv_heads"],
+        source["heads"] // source["kv_heads"],
+    )
+    if heads % kv_heads:
+        yield (
+            f"heads: {heads} is not a multiple of kv_heads={kv_heads}; nearest: {_nearest(heads, kv_heads)}."
+        )
+        return
+    change = heads // kv_heads - group
+    split = not kv_heads % source["kv_heads"] and heads == source["heads"]  # kv heads alone
+    if change > 0 if shrink else change < 0 and not split:
+        way_out = f"heads={kv_heads * group}" if shrink else f"kv_heads={source['kv_heads']}"
+        yield (
+            f"heads: {heads} over kv_heads={kv_heads} would {'grow' if shrink else 'shrink'} the groups of {group}; "
+            f"name {way_out} to keep them."
+        )
 
 
 def _wrong_side(name: str, n: int, source: int, shrink: bool) -> str | None:

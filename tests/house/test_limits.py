@@ -1,0 +1,57 @@
+"""A file and a function fit in a head."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted(p for room in ("growkern", "kernels") for p in (ROOT / room).rglob("*.py"))
+LINES, FUNCTION, BRANCHES = 400, 60, 15  # of a module; of a function without its docstring; in it
+BRANCH = ast.If, ast.For, ast.While, ast.IfExp, ast.ExceptHandler, ast.Match
+LONG = {  # what may be longer, and why
+    "_tile": "one kernel: what it computes for a tile is one text, and each call would be inlined",
+    "attach": "of hf: a class that the trainer restores by calling it, so it is made here, with its methods",
+    "app": "of the command line: the demo's options are its signature",
+    "grow": "of the command line: the options are its signature",
+}
+
+
+def functions(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, lines and branches of every function of a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            said = len((ast.get_docstring(node, clean=False) or "").splitlines())
+            lines = node.end_lineno - node.lineno + 1 - said
+            yield node.name, lines, sum(isinstance(n, BRANCH) for n in ast.walk(node))
+
+
+def test_no_module_has_more_than_400_lines():
+    long = {p.name: n for p in FILES if (n := len(p.read_text().splitlines())) > LINES}
+
+    assert not long and len(FILES) > 100
+
+
+def test_no_function_has_more_than_60_lines_or_15_branches():
+    families = ROOT / "growkern" / "model" / "families"  # descriptions, as data: a line per tensor
+    found = {
+        name: f"{path.relative_to(ROOT)}: {lines} lines, {branches} branches"
+        for path in FILES
+        if path.parent != families
+        for name, lines, branches in functions(path)
+        if lines > FUNCTION or branches > BRANCHES
+    }
+
+    assert found.keys() == LONG.keys(), found
+
+
+@pytest.mark.parametrize(
+    ("body", "lines", "branches"),
+    [("    pass\n" * 61, 62, 0), ('    """Said.\n\n    More."""\n    pass\n', 2, 0), ("    if x: pass\n" * 16, 17, 16)],
+    ids=["long", "docstring", "branches"],
+)  # fmt: skip
+def test_lines_and_branches_are_counted(body, lines, branches, tmp_path):
+    (path := tmp_path / "one.py").write_text(f"def one():\n{body}")
+
+    assert [*functions(path)] == [("one", lines, branches)]
