@@ -49,8 +49,8 @@ class Lossless:
 
     By default what is new copies nothing: new residual coordinates are written as 0 and read by drawn columns, new heads and FFN
     units have drawn rows and are read by 0, and norms are corrected. Of what preserves the function this ended lowest (README,
-    "What growing pays"). It is not exact everywhere: under post-norm, norms of several kinds, and for head_dim, experts and kv
-    heads that split, what is new copies what is there, with twin noise of 1.
+    "What growing pays"). It is not exact everywhere: under post-norm, norms of several kinds or whose epsilon no config holds
+    (OPT), and for head_dim, experts and kv heads that split, what is new copies what is there, with twin noise of 1.
 
     Args:
         noise: None for what is said above. A number makes copies everywhere, and is the strength of their twin noise, in standard
@@ -121,7 +121,15 @@ class Lossless:
             return "positions"
         if self.noise is None and not space.norms:
             return "free"
-        if self.noise is None and len(space.norms) == 1 and not (spec.post_norm or space.same):
+        saved = (
+            spec.config_eps is not None or not spec.config
+        )  # by whom a reload has the epsilon of the norms
+        if (
+            self.noise is None
+            and len(space.norms) == 1
+            and saved
+            and not (spec.post_norm or space.same)
+        ):
             return rule_of(spec, space, self.norms or PADS[next(iter(space.norms))])
         return None if space.whole or not space.norms else rule_of(spec, space, self.norms)
 

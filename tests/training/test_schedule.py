@@ -11,7 +11,7 @@ from scheduled import DEEPER, WIDER, optimizer, run, same_weights, schedule_at
 
 import growkern
 from growkern.errors import PlanError
-from growkern.planning.growth_plan import GrowthPlan
+from growkern.planning.growth_record import read
 from growkern.training.schedule import GrowthSchedule
 from growkern.training.triggers import At, WhenPlateau, WhenSlope
 
@@ -121,7 +121,7 @@ def test_events_of_one_step_fire_in_order_with_seeds_and_methods_of_their_own():
     schedule.attach(model, optim)
     run(model, optim, 2)
 
-    plans = [GrowthPlan.from_json(text) for text in schedule.history]
+    plans = [read(text) for text in schedule.history]
     assert [p.seed for p in plans] == [0, 77, 2]
     assert "0.5" in plans[0].width and "Stack" in plans[1].depth
     assert schedule.fired == [2, 2, 2] and schedule.next_event is None
@@ -309,7 +309,7 @@ def test_a_schedule_goes_on_after_a_restart_and_does_not_fire_twice():
 
     assert schedule.fired == resumed.fired == [2, 6]
     assert resumed.state_dict() == schedule.state_dict()
-    assert [GrowthPlan.from_json(t).target_sizes["layers"] for t in resumed.history] == [2, 3]
+    assert [read(t).target_sizes["layers"] for t in resumed.history] == [2, 3]
     same_weights(model, twin)
 
 
