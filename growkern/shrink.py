@@ -26,6 +26,13 @@ class WeightSelection:
     Args:
         layers: The source layers to keep, in order; None for the first.
 
+    Preserves:
+        Nothing.
+
+    Example:
+        >>> growkern.plan(model, to="0.5x", shrink=shrink.WeightSelection()).preserves
+        'nothing'
+
     Reference:
         Xu et al., "Initializing Models with Larger Ones", ICLR 2024, arXiv:2311.18823.
     """
@@ -54,6 +61,16 @@ class FirstCopies:
 
     Args:
         layers: The source layers to keep, in order; None for the first. ``(0, 2)`` takes ``IdentityBlocks`` from 2 to 4 layers back.
+
+    Preserves:
+        Nothing, unless the copies are equal: then all that they compute.
+
+    Example:
+        >>> growkern.plan(model, to="0.5x", shrink=shrink.FirstCopies()).preserves
+        'nothing'
+
+    Reference:
+        growkern's own: the even splits of Net2Net (arXiv:1511.05641) and HyperCloning (arXiv:2409.12903), read backwards.
     """
 
     layers: tuple[int, ...] | None = None

@@ -26,7 +26,18 @@ REASON = ("new tokens take probability from the old ones",)
 
 @dataclass(frozen=True)
 class Zero:
-    """New rows are 0: every new token has logit 0."""
+    """New rows are 0: every new token has logit 0.
+
+    Preserves:
+        Nothing: new tokens take probability from the old ones.
+
+    Example:
+        >>> growkern.plan(model, to={"vocab": 80}, width=vocab.Zero()).preserves
+        'nothing'
+
+    Reference:
+        The simplest of the rules that Hewitt compares: https://nlp.stanford.edu/~johnhew/vocab-expansion.html
+    """
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
         """Give maps and contracts; raise PlanError for another size than ``vocab``."""
@@ -43,7 +54,15 @@ class MeanCov:
         scale: Of the covariance.
         seed: Of the draws; equal seeds give equal rows.
 
+    Preserves:
+        Nothing: new tokens take probability from the old ones.
+
+    Example:
+        >>> growkern.plan(model, to={"vocab": 80}, width=vocab.MeanCov()).preserves
+        'nothing'
+
     Reference:
+        Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021:
         https://nlp.stanford.edu/~johnhew/vocab-expansion.html
     """
 
@@ -72,14 +91,25 @@ class CLPTransfer:
     """A tokenizer of its own: tokens that both have keep their rows, others mix them as a helper model's embedding does.
 
     A new token ``t`` is ``sum_o w_o e_o`` over the tokens ``o`` that both have, ``w = cos(h_t, h_o) / sum cos``; where the helper has no
-    vector (0), or its similarities cancel, it is normal with the mean and the standard deviation of each dimension (Ostendorff & Rehm,
-    arXiv:2301.09626).
+    vector (0), or its similarities cancel, it is normal with the mean and the standard deviation of each dimension.
 
     Args:
         helper: Embedding of the target's tokens, ``[n_target, any]``, of a small model that has its tokenizer.
         tokens: For every token of the target, the token of the source that it is; -1 for a new one.
         top_k: Mix only as many, the most similar ones; None for all.
         seed: Of the draws.
+
+    Preserves:
+        Nothing: it is another tokenizer.
+
+    Example:
+        >>> helper, tokens = torch.randn(80, 16), [*range(66), *[-1] * 14]
+        >>> growkern.plan(model, to={"vocab": 80}, width=vocab.CLPTransfer(helper, tokens)).preserves
+        'nothing'
+
+    Reference:
+        Ostendorff, Rehm, "Efficient Language Model Training through Cross-Lingual and Progressive Transfer Learning",
+        arXiv:2301.09626.
     """
 
     helper: Tensor = field(repr=False, compare=False)

@@ -29,8 +29,12 @@ class Fresh:
     Args:
         at: Where the new blocks go: on ``"top"`` of the others, or ``"even"``, spread between them.
 
+    Preserves:
+        Nothing.
+
     Example:
-        >>> growkern.expand_inplace(model, optim, to={"layers": 12}, depth=growkern.depth.Fresh())
+        >>> growkern.plan(model, to={"layers": 12}, depth=depth.Fresh()).preserves
+        'nothing'
 
     Reference:
         Bu, "Scaling depth capacity via zero/one-layer model expansion", arXiv:2511.04981.

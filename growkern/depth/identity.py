@@ -12,7 +12,20 @@ from growkern.planning.decisions import Depth
 
 @dataclass(frozen=True)
 class IdentityBlocks:
-    """Insert copies of blocks that compute the identity, spread evenly (LLaMA-Pro's positions where they divide)."""
+    """Insert copies of blocks that compute the identity, spread evenly (LLaMA-Pro's positions where they divide).
+
+    The attention output and the down projection of a new block are 0; its other weights are those of the block before it.
+
+    Preserves:
+        The function; in post-norm models up to the epsilon of the norms.
+
+    Example:
+        >>> growkern.plan(model, to={"layers": 4}, depth=depth.IdentityBlocks()).preserves
+        'function'
+
+    Reference:
+        Wu et al., "LLaMA Pro: Progressive LLaMA with Block Expansion", ACL 2024, arXiv:2401.02415.
+    """
 
     def deepen(self, n_source: int, n_target: int) -> Depth:
         """Give the blocks of the target: after source block ``i``, as many new ones as keep the spread even."""

@@ -22,6 +22,17 @@ class Interpose:
         halve_branches: Divide what the copies of a layer add to the residual stream by their number: nearly exact.
         ignore_first: Layers at the bottom that are not repeated.
         ignore_last: Layers at the top that are not repeated.
+
+    Preserves:
+        Nothing; with ``halve_branches=True`` nearly the function.
+
+    Example:
+        >>> plan = growkern.plan(model, to={"layers": 4}, depth=depth.Interpose())
+        >>> [block.source for block in plan.blocks]
+        [0, 0, 1, 1]
+
+    Reference:
+        Shen et al., "Staged Training for Transformer Language Models", ICML 2022, arXiv:2203.06211.
     """
 
     halve_branches: bool = False
@@ -41,7 +52,22 @@ class Interpose:
 
 @dataclass(frozen=True)
 class DepthUpscale:
-    """Two copies of the model, one on the other, without the last ``m`` layers of the lower and the first ``m`` of the upper."""
+    """Put a copy of the model on the model, without the last ``m`` layers of the lower and the first ``m`` of the upper.
+
+    ``m`` follows from the depth of the target.
+
+    Preserves:
+        Nothing.
+
+    Example:
+        >>> plan = growkern.plan(model, to={"layers": 4}, depth=depth.DepthUpscale())
+        >>> [block.source for block in plan.blocks]
+        [0, 1, 0, 1]
+
+    Reference:
+        Kim et al., "SOLAR 10.7B: Scaling Large Language Models with Simple yet Effective Depth Up-Scaling", NAACL 2024,
+        arXiv:2312.15166.
+    """
 
     def deepen(self, n_source: int, n_target: int) -> Depth:
         """Give the blocks of the target; ``m`` follows from its depth.
@@ -63,10 +89,21 @@ class DepthUpscale:
 
 @dataclass(frozen=True)
 class Layers:
-    """An order of source layers.
+    """Copy source layers in any order.
 
     Args:
         order: For every layer of the target the layer of the source that it copies; ``(0, 1, 1, 2)``.
+
+    Preserves:
+        Nothing.
+
+    Example:
+        >>> plan = growkern.plan(model, to={"layers": 3}, depth=depth.Layers((0, 1, 1)))
+        >>> [block.source for block in plan.blocks]
+        [0, 1, 1]
+
+    Reference:
+        The orders of Du et al., NeurIPS 2024, arXiv:2405.15319, are all of this form.
     """
 
     order: tuple[int, ...]

@@ -25,6 +25,18 @@ class Stack:
             the ``"top"`` (bert2BERT).
         ignore_first: Layers at the bottom that are not repeated.
         ignore_last: Layers at the top that are not repeated.
+
+    Preserves:
+        Nothing.
+
+    Example:
+        >>> plan = growkern.plan(model, to={"layers": 5}, depth=depth.Stack())
+        >>> [block.source for block in plan.blocks]
+        [0, 1, 0, 1, 0]
+
+    Reference:
+        Gong et al., "Efficient Training of BERT by Progressively Stacking", ICML 2019; Du et al., "Stacking Your Transformers: A Closer
+        Look at Model Growth for Efficient LLM Pre-Training", NeurIPS 2024, arXiv:2405.15319.
     """
 
     remainder: Literal["bottom", "top"] = "bottom"
@@ -51,6 +63,18 @@ class TopCopies:
     Args:
         n: How many of the top are copied, again and again until the target depth is reached; None for as many as are added, at
             most all.
+
+    Preserves:
+        Nothing.
+
+    Example:
+        >>> plan = growkern.plan(model, to={"layers": 4}, depth=depth.TopCopies(n=1))
+        >>> [block.source for block in plan.blocks]
+        [0, 1, 1, 1]
+
+    Reference:
+        Yang et al., "Progressively Stacking 2.0: A Multi-stage Layerwise Training Method for BERT Training Speedup",
+        arXiv:2011.13635.
     """
 
     n: int | None = None

@@ -28,6 +28,16 @@ class FPI:
     Args:
         maps: ``"random"``: uniform draws behind the first copy, as published; ``"cyclic"``: ``i mod n``.
         seed: Of the draws. One map for the residual stream, one for heads, one for the FFNs of all blocks.
+
+    Preserves:
+        The trajectory under cyclic maps at whole multiples; under random maps nothing where a norm reads what grows.
+
+    Example:
+        >>> growkern.plan(model, to="2x", width=width.FPI(maps="cyclic"), dynamics="exact").preserves
+        'trajectory'
+
+    Reference:
+        Chen et al., "bert2BERT: Towards Reusable Pretrained Language Models", ACL 2022, arXiv:2110.07143, section 3.2.
     """
 
     maps: Maps = "random"
@@ -70,6 +80,16 @@ class Net2Wider(FPI):
         seed: Of the draws.
         noise: In standard deviations of the weight: ``+N`` on one copy's column, ``-N`` on its twin's, so that the function stays;
             the paper adds noise without a twin.
+
+    Preserves:
+        What ``FPI`` preserves with ``noise=0``; with noise at most the function.
+
+    Example:
+        >>> growkern.plan(model, to="2x", width=width.Net2Wider(maps="cyclic", noise=0.1)).preserves
+        'function'
+
+    Reference:
+        Chen, Goodfellow, Shlens, "Net2Net: Accelerating Learning via Knowledge Transfer", ICLR 2016, arXiv:1511.05641.
     """
 
     noise: float = 0.0
@@ -85,8 +105,22 @@ class Net2Wider(FPI):
 class AKI(FPI):
     """Advanced knowledge initialisation: what a block writes anew (rows, biases, norms) comes from the next layer.
 
-    The last layer, and what lies outside the blocks, falls back to FPI. Optimizer state follows the rows it came with. Not
-    function preserving; it breaks the symmetry of copies.
+    The last layer, and what lies outside the blocks, falls back to FPI. Optimizer state follows the rows it came with. Copies
+    diverge, because their rows differ.
+
+    Args:
+        maps: As of ``FPI``.
+        seed: As of ``FPI``.
+
+    Preserves:
+        Nothing.
+
+    Example:
+        >>> growkern.plan(model, to="2x", width=width.AKI()).preserves
+        'nothing'
+
+    Reference:
+        Chen et al., "bert2BERT: Towards Reusable Pretrained Language Models", ACL 2022, arXiv:2110.07143, section 3.3.
     """
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
@@ -109,7 +143,21 @@ class AKI(FPI):
 class AKIPro(AKI):
     """AKI for grouped-query attention: query heads grow inside their groups, kv heads stay.
 
-    Published with ``depth.Interpose()``.
+    Published with ``depth.Interpose()``. Models whose kv heads would grow are refused.
+
+    Args:
+        maps: As of ``FPI``.
+        seed: As of ``FPI``.
+
+    Preserves:
+        Nothing.
+
+    Example:
+        >>> growkern.plan(model, to={"hidden": 48, "kv_heads": 2}, width=width.AKIPro()).preserves
+        'nothing'
+
+    Reference:
+        Zhang et al., "AquilaMoE: Efficient Training for MoE Models with Scale-Up and Scale-Out Strategies", arXiv:2408.06567.
     """
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:

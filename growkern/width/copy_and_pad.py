@@ -24,6 +24,16 @@ class CopyAndPad:
         norm: ``"as_published"`` leaves norms as they are, which then see more coordinates: not exact. ``"corrected"`` scales gains
             and eps (RMSNorm), or pads with the mean (LayerNorm): exact.
         std: Of what is drawn, in standard deviations of the weight.
+
+    Preserves:
+        The function with ``norm="corrected"``; as published nothing.
+
+    Example:
+        >>> growkern.plan(model, to="2x", width=width.CopyAndPad(norm="corrected")).preserves
+        'function'
+
+    Reference:
+        Zhang et al., 2021, arXiv:2104.11390; the norms by LEMON's pads (Wang et al., ICLR 2024, arXiv:2310.07999).
     """
 
     norm: Literal["as_published", "corrected"] = "as_published"

@@ -25,8 +25,12 @@ class FreshFeatures:
     nearly as it is where they are about as large as the old ones, because gains and epsilons stay. A tied head cannot be 0 where the
     embedding is drawn, so the gain and the bias of the norm before it are.
 
+    Preserves:
+        The function where no norm reads what grows (``ffn``, ``heads``), else nothing.
+
     Example:
-        >>> growkern.expand_inplace(model, optim, to="2x", width=growkern.width.FreshFeatures())
+        >>> growkern.plan(model, to={"ffn": "2x"}, width=width.FreshFeatures()).preserves
+        'function'
 
     Reference:
         Evci et al., "GradMax: Growing Neural Networks using Gradient Information", ICLR 2022, arXiv:2201.05125.

@@ -18,6 +18,17 @@ class HyperClone:
         noise_db: Signal-to-noise ratio of the twin noise in dB (the paper's 5 and 10): ``+N`` on one block of columns, ``-N`` on its
             twin, of standard deviation ``std(W) / 10**(noise_db / 20)``. None for symmetric copies, which stay equal for ever.
         general: Other widths than whole multiples, which the paper has not, by ``Lossless``.
+
+    Preserves:
+        The trajectory, at whole multiples; with ``noise_db`` the function.
+
+    Example:
+        >>> growkern.plan(model, to="2x", width=width.HyperClone(noise_db=10)).preserves
+        'function'
+
+    Reference:
+        Samragh et al., "Scaling Smart: Accelerating Large Language Model Pre-training with Small Model Initialization", 2024,
+        arXiv:2409.12903, figure 1.
     """
 
     noise_db: float | None = None

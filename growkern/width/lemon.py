@@ -31,6 +31,16 @@ class Lemon:
             ``"random"``: the same, and where no norm reads (heads, ffn) what is new is drawn, and read by 0.
         alpha: Share of the first of two copies; of more, each takes ``(1 - alpha) / alpha`` of what the one before it takes.
             0.5 is even.
+
+    Preserves:
+        The function.
+
+    Example:
+        >>> growkern.plan(model, to="1.5x", width=width.Lemon()).preserves
+        'function'
+
+    Reference:
+        Wang et al., "LEMON: Lossless model expansion", ICLR 2024, arXiv:2310.07999, figure 3.
     """
 
     expansion: Literal["average", "zero", "circular", "random"] | None = None

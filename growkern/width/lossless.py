@@ -58,6 +58,19 @@ class Lossless:
             leaves equal copies, which stay equal for ever. What reads a pad is free and always drawn as strong as the weights.
         norms: What to do under norms: ``"zero_pad"`` (RMSNorm), ``"mean_pad"`` or ``"centre_pad"`` (LayerNorm; default mean pad).
             Copies ask at a width that is no whole multiple alone, and take ``"isometric"`` too, their default under RMSNorm.
+
+    Preserves:
+        The function. With ``noise=0`` the gradient, and under ``dynamics="exact"`` the trajectory, where nothing is padded.
+
+    Example:
+        >>> growkern.plan(model, to="2x", width=width.Lossless()).preserves
+        'function'
+        >>> growkern.plan(model, to="2x", width=width.Lossless(noise=0), dynamics="exact").preserves
+        'trajectory'
+
+    Reference:
+        Zhang et al., arXiv:2104.11390 (copy and pad); Wang et al., "LEMON: Lossless model expansion", ICLR 2024, arXiv:2310.07999
+        (pads under norms); Samragh et al., arXiv:2409.12903 (twin noise). What is ours: README, "How it works".
     """
 
     noise: float | None = None

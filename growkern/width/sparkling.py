@@ -27,6 +27,16 @@ class Sparkling:
     Args:
         fan_out: What is written to new coordinates.
         fan_in: What reads them.
+
+    Preserves:
+        The trajectory with copies on both sides at 2x, else nothing.
+
+    Example:
+        >>> growkern.plan(model, to="2x", width=width.Sparkling("random", "zero")).preserves
+        'nothing'
+
+    Reference:
+        "SPARKLING: signal preservation and symmetry breaking", ICML 2026, arXiv:2602.02472.
     """
 
     fan_out: Side = "copy"
