@@ -24,9 +24,13 @@ def check_scheduler(optim: Optimizer | None, scheduler: object | None) -> None:
         raise PlanError("scheduler: pass the optimizer that it drives too, as optim.")
     for one in schedulers(scheduler):
         if hasattr(one, "optimizer") and driven_by(one) is not optim:
-            raise PlanError(f"scheduler: this {type(one).__name__} drives another optimizer.")
+            raise PlanError(
+                f"scheduler: this {type(one).__name__} drives another optimizer; pass the one that drives optim."
+            )
         if not callable(getattr(one, "step", None)):
-            raise PlanError(f"scheduler: {type(one).__name__} is not a learning-rate scheduler.")
+            raise PlanError(
+                f"scheduler: {type(one).__name__} is not a learning-rate scheduler; expected a torch.optim.lr_scheduler, or a list of them."
+            )
 
 
 def driven_by(scheduler: object) -> object:

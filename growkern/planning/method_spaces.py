@@ -11,7 +11,7 @@ from growkern.planning.vector import Vector
 
 GROWS = ("hidden", "heads", "kv_heads", "ffn", "positions")
 INNER = ("head_dim", "experts")  # what only the default grows
-OTHERS = dict.fromkeys((*INNER, "top_k"), "width.Lossless") | {"vocab": "growkern.vocab"}
+OTHERS = dict.fromkeys((*GROWS, *INNER, "top_k"), "width.Lossless") | {"vocab": "growkern.vocab"}
 
 
 class Space(NamedTuple):
@@ -51,7 +51,7 @@ def refuse(
     deep = {"layers", *(stack.size for stack in spec.stacks)}
     found = [
         f"{name}: {who} does not grow it ({spec.sizes[name]} -> {n}); it grows {', '.join(grows)}"
-        + (f", and {OTHERS[name]} grows {name}." if name in OTHERS else ".")
+        + (f", and {OTHERS[name]} grows {name}, in a call of its own." if name in OTHERS else ".")
         for name, n in sizes.items()
         if n != spec.sizes[name] and name not in {*grows, *deep}
     ]
