@@ -28,7 +28,7 @@ from growkern.execution.tiles import Cutter
 from growkern.model.spec import space_size
 from growkern.optimizer.state_rules import GRADIENT, LAWS, SQUARE, VALUE
 from growkern.planning.build import build
-from growkern.planning.decisions import Contract, Width, WidthMethod
+from growkern.planning.decisions import StreamScale, WidthDecision, WidthMethod
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.index_map import IndexMap
 from growkern.planning.vector import Vector
@@ -67,19 +67,19 @@ class Random:
     noise: float
     seed: int = 0
 
-    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
         """Draw a map for every space, with an even split over the copies."""
         draw = random.Random(self.seed)
         maps: dict[str, IndexMap] = {}
-        contracts: dict[str, Contract] = {}
+        stream_scales: dict[str, StreamScale] = {}
         for space, streams in spec.spaces.items():
             n_source, n_target = space_size(space, spec.sizes), space_size(space, sizes)
             indices = [*range(n_source), *draw.choices(range(n_source), k=n_target - n_source)]
             draw.shuffle(indices)
             maps[space] = IndexMap.of(indices, n_source)
             split = maps[space].per_copy(lambda n: 1 / n, pad=1.0)
-            contracts |= dict.fromkeys(streams, Contract(Vector.full(1.0, n_target), split))
-        return Width(maps, contracts, self.noise)
+            stream_scales |= dict.fromkeys(streams, StreamScale(Vector.full(1.0, n_target), split))
+        return WidthDecision(maps, stream_scales, self.noise)
 
 
 MAPS = {"x1.5": (1.5, False), "x2": (2.0, False), "x3": (3.0, False), "random x2": (2.0, True)}

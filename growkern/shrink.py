@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from growkern.errors import PlanError, raise_all
-from growkern.model.spec import ModelSpec, written
-from growkern.planning.decisions import BlockRow, Contract, Depth, Width
+from growkern.model.spec import ModelSpec, writer_corrections
+from growkern.planning.decisions import BlockRow, LayerOrder, StreamScale, WidthDecision
 from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import spaces, tied_streams
 from growkern.planning.vector import Vector
@@ -39,13 +39,13 @@ class WeightSelection:
 
     layers: tuple[int, ...] | None = None
 
-    def narrow(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
-        """Give maps and contracts for the target ``sizes``; raise PlanError for a size that does not shrink."""
+    def narrow(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
+        """Give index maps and stream scales for the target ``sizes``; raise PlanError for a size that does not shrink."""
         _refuse(spec, sizes, "WeightSelection")
         reasons = ("selected weights do not make up for the others",)
         return _narrowed(spec, sizes, _spaced, lambda _: 1.0, reasons)
 
-    def keep(self, n_source: int, n_target: int) -> Depth:
+    def keep(self, n_source: int, n_target: int) -> LayerOrder:
         """Give the blocks that stay; raise PlanError where ``layers`` are not as many, or not in a model of this depth."""
         return _kept(self.layers, n_source, n_target, "WeightSelection")
 
@@ -75,8 +75,8 @@ class FirstCopies:
 
     layers: tuple[int, ...] | None = None
 
-    def narrow(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
-        """Give maps and contracts for the target ``sizes``.
+    def narrow(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
+        """Give index maps and stream scales for the target ``sizes``.
 
         Raises:
             PlanError: A width that does not divide the source's; a size that does not shrink.
@@ -91,7 +91,7 @@ class FirstCopies:
         reasons = ("the other copies are dropped, which is exact only where they are equal",)
         return _narrowed(spec, sizes, _first, float, reasons)
 
-    def keep(self, n_source: int, n_target: int) -> Depth:
+    def keep(self, n_source: int, n_target: int) -> LayerOrder:
         """Give the blocks that stay; raise PlanError where ``layers`` are not as many, or not in a model of this depth."""
         return _kept(self.layers, n_source, n_target, "FirstCopies")
 
@@ -111,29 +111,29 @@ def _narrowed(
     index_map: Callable[[int, int], IndexMap],
     u: Callable[[int], float],
     reasons: tuple[str, ...],
-) -> Width:
-    """Maps and contracts of what stays; ``u`` is the factor on readers, of the number of copies. Norms are left alone."""
+) -> WidthDecision:
+    """Index maps and stream scales of what stays; ``u`` is the factor on readers, of the number of copies. Norms are left alone."""
     maps: dict[str, IndexMap] = {}
-    contracts: dict[str, Contract] = {}
-    made: dict[tuple[bool, int, int], tuple[IndexMap, Contract]] = {}  # blocks share theirs
+    stream_scales: dict[str, StreamScale] = {}
+    made: dict[tuple[bool, int, int], tuple[IndexMap, StreamScale]] = {}  # blocks share theirs
     for space in spaces(spec, sizes):
         key = (space.name == "positions", space.n_source, space.n_target)
         if key not in made:
             places, n_source, n = key
             ones = Vector.full(1.0, n)
-            contract = Contract(ones, ones if places else Vector.full(u(n_source // n), n))
-            made[key] = (_first if places else index_map)(n_source, n), contract
-        maps[space.name], contract = made[key]
-        contracts |= dict.fromkeys(space.streams, contract)
-    factors = written(spec, sizes)
+            stream_scale = StreamScale(ones, ones if places else Vector.full(u(n_source // n), n))
+            made[key] = (_first if places else index_map)(n_source, n), stream_scale
+        maps[space.name], stream_scale = made[key]
+        stream_scales |= dict.fromkeys(space.streams, stream_scale)
+    factors = writer_corrections(spec, sizes)
     for stream, origin in [
         *tied_streams(spec)
     ]:  # a tied head takes the embedding's factor, the last norm makes up for it
-        ones, factor = contracts[origin].w, factors.get(origin, 1.0)
-        w = contracts[origin].u.map(lambda c, f=factor: c / f)
-        contracts[stream] = Contract(w, ones.map(lambda _, f=factor: f))
+        ones, factor = stream_scales[origin].activation, factors.get(origin, 1.0)
+        w = stream_scales[origin].readout.map(lambda c, f=factor: c / f)
+        stream_scales[stream] = StreamScale(w, ones.map(lambda _, f=factor: f))
     narrower = any(sizes[name] != n for name, n in spec.sizes.items() if name != "layers")
-    return Width(maps, contracts, reasons=reasons if narrower else (), norms_kept=True)
+    return WidthDecision(maps, stream_scales, reasons=reasons if narrower else (), norms_kept=True)
 
 
 def _first(n_source: int, n_target: int) -> IndexMap:
@@ -147,7 +147,7 @@ def _spaced(n_source: int, n_target: int) -> IndexMap:
     return IndexMap.of((round(i * step) for i in range(n_target)), n_source)
 
 
-def _kept(layers: tuple[int, ...] | None, n_source: int, n_target: int, who: str) -> Depth:
+def _kept(layers: tuple[int, ...] | None, n_source: int, n_target: int, who: str) -> LayerOrder:
     order = (*range(n_target),) if layers is None else (*layers,)
     known = all(type(i) is int and 0 <= i < n_source for i in order)
     if not known or [*order] != sorted({*order}):
@@ -159,4 +159,4 @@ def _kept(layers: tuple[int, ...] | None, n_source: int, n_target: int, who: str
             f'{who}: layers={layers!r} are {len(order)}, the target {n_target}; pass to={{"layers": {len(order)}}}.'
         )
     reasons = ("blocks are dropped",) if n_target < n_source else ()
-    return Depth(tuple(map(BlockRow, order)), reasons=reasons)
+    return LayerOrder(tuple(map(BlockRow, order)), reasons=reasons)

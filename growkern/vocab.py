@@ -15,7 +15,7 @@ from torch import Tensor
 
 from growkern.errors import PlanError
 from growkern.model.spec import ModelSpec
-from growkern.planning.decisions import Contract, Width
+from growkern.planning.decisions import StreamScale, WidthDecision
 from growkern.planning.index_map import PAD, IndexMap
 from growkern.planning.method_spaces import refuse, spaces
 from growkern.planning.vector import Vector
@@ -39,8 +39,8 @@ class Zero:
         The simplest of the rules that Hewitt compares: https://nlp.stanford.edu/~johnhew/vocab-expansion.html
     """
 
-    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
-        """Give maps and contracts; raise PlanError for another size than ``vocab``."""
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
+        """Give index maps and stream scales; raise PlanError for another size than ``vocab``."""
         return _width(self, spec, sizes, "zero")
 
 
@@ -69,12 +69,12 @@ class MeanCov:
     scale: float = 1e-9
     seed: int = 0
 
-    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
-        """Give maps and contracts; raise PlanError for another size than ``vocab``, or a negative ``scale``."""
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
+        """Give index maps and stream scales; raise PlanError for another size than ``vocab``, or a negative ``scale``."""
         number = isinstance(self.scale, int | float)  # pyright: ignore[reportUnnecessaryIsInstance]
         if not (number and isfinite(self.scale) and self.scale >= 0):
             raise PlanError(f"MeanCov: scale={self.scale!r} is not a finite number >= 0.")
-        return _width(self, spec, sizes, "given")
+        return _width(self, spec, sizes, "from_method")
 
     def rows(self, source: Tensor, n: int) -> Tensor:
         """``n`` new rows of a tensor of old ones."""
@@ -117,8 +117,8 @@ class CLPTransfer:
     top_k: int | None = None
     seed: int = 0
 
-    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
-        """Give maps and contracts; raise PlanError where helper, tokens and sizes do not fit each other."""
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
+        """Give index maps and stream scales; raise PlanError where helper, tokens and sizes do not fit each other."""
         n_source, n_target = spec.sizes.get("vocab", 0), sizes.get("vocab", 0)
         if strange := [t for t in self.tokens if not hasattr(t, "__index__")]:
             raise PlanError(f"CLPTransfer: tokens holds {strange[0]!r}, which is no token.")
@@ -138,7 +138,7 @@ class CLPTransfer:
         if problems := [problem for holds, problem in found if not holds]:
             raise PlanError(f"CLPTransfer: {'; '.join(problems)}.")
         index_map = IndexMap.of((t if t >= 0 else PAD for t in map(index, self.tokens)), n_source)
-        return _width(self, spec, sizes, "given", index_map)
+        return _width(self, spec, sizes, "from_method", index_map)
 
     def rows(self, source: Tensor, n: int) -> Tensor:
         """The ``n`` new tokens' rows of a tensor of old ones."""
@@ -164,19 +164,19 @@ def _width(
     method: object,
     spec: ModelSpec,
     sizes: Mapping[str, int],
-    pad: Literal["zero", "given"],
+    pad: Literal["zero", "from_method"],
     index_map: IndexMap | None = None,
-) -> Width:
+) -> WidthDecision:
     """Rows of the vocabulary behind the others, or where a map says; everything else stays."""
     refuse(spec, sizes, type(method).__name__, grows=("vocab",))
     maps: dict[str, IndexMap] = {}
-    contracts: dict[str, Contract] = {}
+    stream_scales: dict[str, StreamScale] = {}
     for space in spaces(spec, sizes):
         own = index_map if space.name == "vocab" else None
         maps[space.name] = own or IndexMap.tail(space.n_source, space.n_target)
         ones = Vector.full(1.0, space.n_target)
-        contracts |= dict.fromkeys(space.streams, Contract(ones, ones, pad))
-    return Width(maps, contracts, reasons=REASON)
+        stream_scales |= dict.fromkeys(space.streams, StreamScale(ones, ones, pad))
+    return WidthDecision(maps, stream_scales, reasons=REASON)
 
 
 def _normal(n: int, width: int, seed: int) -> Tensor:

@@ -63,7 +63,7 @@ class GrownCheckpoint:
             [
                 f"Grew {self.plan.family} by {self.plan.width}, {self.plan.depth}, seed {self.plan.seed}",
                 table(["size", "source", "target"], rows),
-                self.plan.kept,
+                self.plan.preserves_text,
                 *(f"note: {note}" for note in self.notes),
                 f"{self.out}: {self.n_files} file{'s' * (self.n_files > 1)} of weights in {self.seconds:.3g} s",
             ]

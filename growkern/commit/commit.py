@@ -15,7 +15,7 @@ from growkern.errors import CommitError, UnsupportedModelError
 from growkern.model import initial
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.support.interrupts import uninterrupted
-from growkern.support.memory import Keep, in_place
+from growkern.support.memory import Backup, keep_on_device
 from growkern.support.named_tensors import Tensors
 
 
@@ -27,7 +27,7 @@ def commit(
     *,
     record: str,
     followers: Sequence[tuple[nn.Module, Iterable[Tensors]]] = (),
-    keep: Keep = in_place,
+    keep: Backup = keep_on_device,
     last: Callable[[], bool] = lambda: False,
 ) -> None:
     """Make the model and the optimizer the target, or leave them bitwise as they were.
@@ -58,7 +58,7 @@ def commit(
             if held and not final:
                 raise KeyboardInterrupt
         except BaseException as error:
-            undo.back()
+            undo.rollback()
             if isinstance(error, CommitError):
                 raise
             if isinstance(error, Exception):
@@ -88,7 +88,7 @@ def _model(
     for path in plan.stacks:
         blocks = _new_blocks(plan, path, fresh, model)
         container = model.get_submodule(path)
-        undo.items(container._modules, {str(i): block for i, block in enumerate(blocks)})  # pyright: ignore[reportPrivateUsage]
+        undo.set_dict(container._modules, {str(i): block for i, block in enumerate(blocks)})  # pyright: ignore[reportPrivateUsage]
     _attributes(plan, model, undo, record)
     _draw(plan, model)
     _guard(plan, model, target, undo, record)
@@ -206,7 +206,7 @@ def _values(
         if p is None:
             owner, _, name = row.source.rpartition(".")
             buffers = model.get_submodule(owner)._buffers  # pyright: ignore[reportPrivateUsage]
-            undo.items(buffers, buffers | {name: value})
+            undo.set_dict(buffers, buffers | {name: value})
             continue
         undo.storage(p, value, staged.grads.get(row.name))
         if target is not None and row.name in staged.states:
@@ -277,7 +277,7 @@ def _guard(
     guard = guard_of(model)
     if guard is None:
         guard = Guard()
-        undo.steps.append(model.register_load_state_dict_pre_hook(guard).remove)
+        undo.rollbacks.append(model.register_load_state_dict_pre_hook(guard).remove)
     grown = Grown.by(plan, len(guard.growths) + 1, record)
     undo.attribute(guard, "growths", [*guard.growths, grown])
     if target is not None:
@@ -285,4 +285,4 @@ def _guard(
         if (before := optim_guard_of(target.optim)) is not None:
             undo.attribute(before, "what", grown.what)
             return
-        undo.steps.append(target.optim.register_load_state_dict_pre_hook(hook).remove)
+        undo.rollbacks.append(target.optim.register_load_state_dict_pre_hook(hook).remove)

@@ -58,7 +58,7 @@ def grow_state(of: OptimTarget, p: nn.Parameter, grown: Mapping[str, object], un
         grad = state.pop(MASTER_GRAD, None)
         undo.storage(held, value, grad if isinstance(grad, Tensor) else None)
     if state:
-        undo.items(of.optim.state[held], of.optim.state[held] | state)
+        undo.set_dict(of.optim.state[held], of.optim.state[held] | state)
 
 
 def grow_optimizer(
@@ -91,7 +91,7 @@ def grow_optimizer(
             start = value if isinstance(value, Tensor) else p.detach().to(like.dtype, copy=True)
             masters[p] = nn.Parameter(start, requires_grad=like.requires_grad)
     if masters.keys() != of.masters.keys():
-        undo.items(of.masters, masters)
+        undo.set_dict(of.masters, masters)
     after = of.held(target)
     _optimizer(plan, fresh, of, before, after, undo)
     law = of.described.law
@@ -141,7 +141,7 @@ def _optimizer(
             if "exp_avg" not in kept:
                 begin(groups[id(origin)], p, kept)
             states[p] = {**kept, **of.slices[row.name]}
-    undo.items(optim.state, states)
+    undo.set_dict(optim.state, states)
     place, before = _places(target), _places(source)
     for group in optim.param_groups:
         params: list[nn.Parameter] = group["params"]
@@ -151,10 +151,10 @@ def _optimizer(
         in_order = places == sorted(places) and len(places) == len(params)
         if len(grown) > len(params) and in_order:  # keep it so
             grown.sort(key=lambda p: place[id(p)])
-        undo.entries(params, grown)
+        undo.set_list(params, grown)
         if "param_names" in group:
             new = {id(p): name for name, p in reversed(target.items())}
-            undo.entries(group["param_names"], [names.get(id(p)) or new[id(p)] for p in grown])
+            undo.set_list(group["param_names"], [names.get(id(p)) or new[id(p)] for p in grown])
 
 
 def _own_names(group: Mapping[str, Any], source: dict[str, nn.Parameter]) -> dict[int, str]:
@@ -186,7 +186,7 @@ def _scales(
         undo.attribute(before, "orders", orders)
         undo.attribute(before, "scales", scales)
     elif scales:
-        undo.steps.append(UpdateScale(target.optim, scales, orders=orders).detach)
+        undo.rollbacks.append(UpdateScale(target.optim, scales, orders=orders).detach)
 
 
 def check_state(optim: Optimizer, described: OptimSpec) -> None:

@@ -55,9 +55,9 @@ def split_groups(
         state = optim.state.get(target[name], {})
         followed = {key: state[key] * factor for key in rates if key in state}
         if followed:
-            undo.items(state, state | followed)
+            undo.set_dict(state, state | followed)
     if factors and not any(isinstance(hook, LrGuard) for hook in _pre_hooks(optim)):
-        undo.steps.append(optim.register_step_pre_hook(LrGuard()).remove)
+        undo.rollbacks.append(optim.register_step_pre_hook(LrGuard()).remove)
     names = {id(p): name for name, p in target.items() if name in factors}
     for index, group in enumerate(list(optim.param_groups)):
         parts: dict[float, list[int]] = {}
@@ -80,10 +80,10 @@ def split_groups(
         kept = groups.pop(stays)
         for key in ("params", "param_names"):
             if key in group:
-                undo.entries(group[key], kept[key])
+                undo.set_list(group[key], kept[key])
                 kept[key] = group[key]
-        undo.items(group, kept)
-        undo.entries(optim.param_groups, [*optim.param_groups, *groups.values()])
+        undo.set_dict(group, kept)
+        undo.set_list(optim.param_groups, [*optim.param_groups, *groups.values()])
         for one in schedulers(scheduler):
             _follow(one, index, stays, list(groups), undo)
 
@@ -119,13 +119,13 @@ def join_groups(
             joined = {key: value for key, value in joined.items() if key not in (LR_FACTOR, ORIGIN)}
         for key in ("params", "param_names"):
             if key in group:
-                undo.entries(group[key], joined[key])
+                undo.set_list(group[key], joined[key])
                 joined[key] = group[key]
-        undo.items(group, joined)
-    undo.entries(optim.param_groups, [g for i, g in enumerate(groups) if i not in gone])
+        undo.set_dict(group, joined)
+    undo.set_list(optim.param_groups, [g for i, g in enumerate(groups) if i not in gone])
     for one in schedulers(scheduler) if gone else ():
         for values in _lists(one, (*SCHEDULER_LISTS, *SCHEDULER_ENTRIES)):
-            undo.entries(values, [value for i, value in enumerate(values) if i not in gone])
+            undo.set_list(values, [value for i, value in enumerate(values) if i not in gone])
 
 
 def _are_one(group: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -186,9 +186,9 @@ def _scaled(group: Mapping[str, Any], factor: float, decays: Sequence[str]) -> d
 def _follow(scheduler: object, index: int, stays: float, factors: list[float], undo: Undo) -> None:
     for values in _lists(scheduler, SCHEDULER_LISTS):
         kept = [*values[:index], values[index] * stays, *values[index + 1 :]]
-        undo.entries(values, [*kept, *(values[index] * factor for factor in factors)])
+        undo.set_list(values, [*kept, *(values[index] * factor for factor in factors)])
     for values in _lists(scheduler, SCHEDULER_ENTRIES):
-        undo.entries(values, [*values, *(values[index] for _ in factors)])
+        undo.set_list(values, [*values, *(values[index] for _ in factors)])
 
 
 def _lists(scheduler: object, names: tuple[str, ...]) -> list[list[Any]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from growkern.errors import CommitError
-from growkern.support.memory import Keep, in_place
+from growkern.support.memory import Backup, keep_on_device
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -18,14 +18,14 @@ V = TypeVar("V")
 class Undo:
     """What has been written, and how to take it back, latest first; ``keep``: where tensors that are replaced wait."""
 
-    keep: Keep = in_place
-    steps: list[Callable[[], object]] = field(default_factory=list[Callable[[], object]])
+    keep: Backup = keep_on_device
+    rollbacks: list[Callable[[], object]] = field(default_factory=list[Callable[[], object]])
 
     def attribute(self, owner: object, name: str, value: object) -> None:
         """Set an attribute."""
         missing = object()
         before = getattr(owner, name, missing)
-        self.steps.append(
+        self.rollbacks.append(
             lambda: delattr(owner, name) if before is missing else setattr(owner, name, before)
         )
         setattr(owner, name, value)
@@ -43,13 +43,13 @@ class Undo:
                 p.set_(before())  # pyright: ignore[reportArgumentType]
             p.grad = left if before_grad is None else before_grad()
 
-        self.steps.append(back)
+        self.rollbacks.append(back)
         p.grad = None  # its setter checks shapes
         with torch.no_grad():
             p.set_(value)  # pyright: ignore[reportArgumentType]
         p.grad = grad
 
-    def items(self, target: MutableMapping[K, V], content: Mapping[K, V]) -> None:
+    def set_dict(self, target: MutableMapping[K, V], content: Mapping[K, V]) -> None:
         """Replace the content of a dict; the object stays."""
         before = {key: self._kept(value, content.get(key)) for key, value in target.items()}
 
@@ -58,7 +58,7 @@ class Undo:
             target.clear()
             target.update(kept)
 
-        self.steps.append(back)
+        self.rollbacks.append(back)
         target.clear()
         target.update(content)
 
@@ -67,13 +67,13 @@ class Undo:
             return self.keep(value)  # pyright: ignore[reportReturnType]
         return lambda: value
 
-    def entries(self, target: list[V], content: Sequence[V]) -> None:
+    def set_list(self, target: list[V], content: Sequence[V]) -> None:
         """Replace the content of a list; the object stays."""
         before = list(target)
-        self.steps.append(lambda: target.__setitem__(slice(None), before))
+        self.rollbacks.append(lambda: target.__setitem__(slice(None), before))
         target[:] = content
 
-    def back(self) -> None:
+    def rollback(self) -> None:
         """Take everything back; a step that fails is tried again when the others have freed their memory.
 
         Raises:
@@ -82,14 +82,14 @@ class Undo:
         for last in (False, True):
             failed: list[Callable[[], object]] = []
             errors: list[Exception] = []
-            while self.steps:
-                step = self.steps.pop()
+            while self.rollbacks:
+                step = self.rollbacks.pop()
                 try:
                     step()
                 except Exception as error:
                     failed.append(step)
                     errors.append(error)
-            self.steps = failed[::-1]
+            self.rollbacks = failed[::-1]
             if failed and last:
                 raise CommitError(
                     f"the growth failed, and {len(failed)} of its changes could not be taken back ({errors[0]}): model and "

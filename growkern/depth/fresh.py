@@ -9,7 +9,7 @@ from typing import Literal
 
 from growkern.depth.layer_order import blocks, spread
 from growkern.errors import PlanError
-from growkern.planning.decisions import Depth
+from growkern.planning.decisions import LayerOrder
 
 REASON = ("new blocks are initialised anew",)
 NOTE = (
@@ -42,13 +42,13 @@ class Fresh:
 
     at: Literal["top", "even"] = "top"
 
-    def deepen(self, n_source: int, n_target: int) -> Depth:
+    def deepen(self, n_source: int, n_target: int) -> LayerOrder:
         """Give the blocks of the target; raise PlanError for an unknown ``at``."""
         if self.at not in ("top", "even"):
             raise PlanError(f"Fresh: at={self.at!r}; 'top' or 'even'.")
         if n_target == n_source:
-            return Depth(spread(n_source, n_target))
+            return LayerOrder(spread(n_source, n_target))
         # on top, kinds of layers that alternate go on alternating
         order = [layer % n_source for layer in range(n_target)]
         rows = blocks(order, n_source, "Fresh") if self.at == "top" else spread(n_source, n_target)
-        return Depth(rows, reasons=REASON, fresh=True, notes=NOTE)
+        return LayerOrder(rows, reasons=REASON, fresh=True, notes=NOTE)

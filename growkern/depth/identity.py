@@ -7,7 +7,7 @@ output and down projections are zero, spread evenly. Post-norm blocks take over 
 from dataclasses import dataclass
 
 from growkern.depth.layer_order import spread
-from growkern.planning.decisions import Depth
+from growkern.planning.decisions import LayerOrder
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,6 @@ class IdentityBlocks:
         Wu et al., "LLaMA Pro: Progressive LLaMA with Block Expansion", ACL 2024, arXiv:2401.02415.
     """
 
-    def deepen(self, n_source: int, n_target: int) -> Depth:
+    def deepen(self, n_source: int, n_target: int) -> LayerOrder:
         """Give the blocks of the target: after source block ``i``, as many new ones as keep the spread even."""
-        return Depth(spread(n_source, n_target), identity=True)
+        return LayerOrder(spread(n_source, n_target), identity=True)

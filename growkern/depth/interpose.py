@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from growkern.depth.layer_order import around, between, blocks
 from growkern.errors import PlanError
-from growkern.planning.decisions import Depth
+from growkern.planning.decisions import LayerOrder
 
 REASON = ("copied blocks compute their function twice",)
 
@@ -39,7 +39,7 @@ class Interpose:
     ignore_first: int = 0
     ignore_last: int = 0
 
-    def deepen(self, n_source: int, n_target: int) -> Depth:
+    def deepen(self, n_source: int, n_target: int) -> LayerOrder:
         """Give the blocks of the target; raise PlanError when nothing is left to repeat."""
         n, m = between(n_source, n_target, self.ignore_first, self.ignore_last, "Interpose")
         order = around(
@@ -47,7 +47,9 @@ class Interpose:
         )
         counts = Counter(order)
         branch = [1 / counts[source] for source in order] if self.halve_branches else ()
-        return Depth(blocks(order, n_source, "Interpose", branch), reasons=REASON if m > n else ())
+        return LayerOrder(
+            blocks(order, n_source, "Interpose", branch), reasons=REASON if m > n else ()
+        )
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,14 @@ class DepthUpscale:
         arXiv:2312.15166.
     """
 
-    def deepen(self, n_source: int, n_target: int) -> Depth:
+    def deepen(self, n_source: int, n_target: int) -> LayerOrder:
         """Give the blocks of the target; ``m`` follows from its depth.
 
         Raises:
             PlanError: The depth is not ``2 (n - m)`` for an ``m`` from 0 on that leaves every layer in.
         """
         if n_target == n_source:
-            return Depth(blocks(range(n_source), n_source, "DepthUpscale"))
+            return LayerOrder(blocks(range(n_source), n_source, "DepthUpscale"))
         m, odd = divmod(2 * n_source - n_target, 2)
         if odd or not 0 <= m <= n_source // 2:
             raise PlanError(
@@ -84,7 +86,7 @@ class DepthUpscale:
                 "Stack() reach it."
             )
         order = [*range(n_source - m), *range(m, n_source)]
-        return Depth(blocks(order, n_source, "DepthUpscale"), reasons=REASON)
+        return LayerOrder(blocks(order, n_source, "DepthUpscale"), reasons=REASON)
 
 
 @dataclass(frozen=True)
@@ -108,12 +110,12 @@ class Layers:
 
     order: tuple[int, ...]
 
-    def deepen(self, n_source: int, n_target: int) -> Depth:
+    def deepen(self, n_source: int, n_target: int) -> LayerOrder:
         """Give the blocks of the target; raise PlanError where the order is not one of these layers or of this depth."""
         if len(self.order) != n_target:
             raise PlanError(
                 f'Layers: the order has {len(self.order)} layers, the target {n_target}; pass to={{"layers": {len(self.order)}}}.'
             )
-        return Depth(
+        return LayerOrder(
             blocks(self.order, n_source, "Layers"), reasons=REASON if n_target > n_source else ()
         )

@@ -11,7 +11,7 @@ from typing import Literal
 
 from growkern.depth.layer_order import around, between, blocks
 from growkern.errors import PlanError
-from growkern.planning.decisions import Depth
+from growkern.planning.decisions import LayerOrder
 
 REASON = ("stacked blocks compute their function twice",)
 
@@ -43,7 +43,7 @@ class Stack:
     ignore_first: int = 0
     ignore_last: int = 0
 
-    def deepen(self, n_source: int, n_target: int) -> Depth:
+    def deepen(self, n_source: int, n_target: int) -> LayerOrder:
         """Give the blocks of the target; raise PlanError when nothing is left to repeat."""
         if self.remainder not in ("bottom", "top"):
             raise PlanError(f"Stack: remainder={self.remainder!r}; 'bottom' or 'top'.")
@@ -53,7 +53,7 @@ class Stack:
             *(range(rest) if self.remainder == "bottom" else range(n - rest, n))
         ]
         order = around(order, n_source, self.ignore_first, self.ignore_last)
-        return Depth(blocks(order, n_source, "Stack"), reasons=REASON if m > n else ())
+        return LayerOrder(blocks(order, n_source, "Stack"), reasons=REASON if m > n else ())
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class TopCopies:
 
     n: int | None = None
 
-    def deepen(self, n_source: int, n_target: int) -> Depth:
+    def deepen(self, n_source: int, n_target: int) -> LayerOrder:
         """Give the blocks of the target; raise PlanError when there are not so many layers."""
         n_new = n_target - n_source
         n = min(n_new, n_source) if self.n is None else self.n
@@ -87,4 +87,4 @@ class TopCopies:
             raise PlanError(f"TopCopies: n={n} layers of a model of {n_source}.")
         top = [*range(n_source - n, n_source)]
         order = [*range(n_source), *(top[i % n] for i in range(n_new))]
-        return Depth(blocks(order, n_source, "TopCopies"), reasons=REASON if n_new else ())
+        return LayerOrder(blocks(order, n_source, "TopCopies"), reasons=REASON if n_new else ())

@@ -42,7 +42,7 @@ from growkern.optimizer.state_rules import (
 )
 from growkern.optimizer.update_scale import scale_of
 from growkern.planning.growth_plan import GrowthPlan
-from growkern.support.memory import elsewhere, in_place
+from growkern.support.memory import keep_on_device, offload
 from growkern.support.named_tensors import Tensors
 
 logger = logging.getLogger("growkern")
@@ -190,7 +190,7 @@ def _commit(request: Request, sources: _Described, staged: _Staged, ranks: Ranks
         raise
     except Exception as error:
         raise CommitError(f"the growth failed before anything was changed: {error}") from error
-    with elsewhere() if lean else nullcontext(in_place) as keep:
+    with offload() if lean else nullcontext(keep_on_device) as keep:
         followers = [*zip(sources.averages, parts[1:], strict=True)]
         commit(
             plan, parts.pop(0), request.model, staged.target, record=recorded(plan, sources.spec), followers=followers, keep=keep,

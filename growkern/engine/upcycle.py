@@ -233,11 +233,11 @@ def _hand_over(
             for group in optim.param_groups:
                 params: list[nn.Parameter] = group["params"]
                 kept = [q for p in params for q in takes.get(p, [] if p in gone else [p])]
-                undo.entries(params, kept)
+                undo.set_list(params, kept)
                 if "param_names" in group:
-                    undo.entries(group["param_names"], [names[p] for p in kept])
+                    undo.set_list(group["param_names"], [names[p] for p in kept])
             rest = {p: state for p, state in optim.state.items() if p not in gone}
-            undo.items(optim.state, rest | dict(states))
+            undo.set_dict(optim.state, rest | dict(states))
         except BaseException:
-            undo.back()
+            undo.rollback()
             raise

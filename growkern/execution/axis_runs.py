@@ -13,7 +13,7 @@ from torch import Tensor
 from growkern.execution.torch_backend import Copy
 from growkern.optimizer.state_rules import Rule
 from growkern.planning.growth_plan import AxisMap, Pad
-from growkern.planning.index_map import ONE, PAD, IndexMap, Run, twins
+from growkern.planning.index_map import ONE, PAD, IndexMap, Run, pair_copies
 from growkern.planning.vector import Vector
 
 N_RUNS, N_LONG_RUNS = (
@@ -68,8 +68,8 @@ class Side:
         self.pad: Pad = "zero"
         self.noisy, self.drawn = False, 1.0
         for axis in axes:
-            index_map = axis.index_map.first_copies() if rule.first else axis.index_map
-            if rule.grad and not rule.value:  # what is copied by 0 has no ancestor
+            index_map = axis.index_map.first_copies() if rule.first_copy_only else axis.index_map
+            if rule.grad and not rule.is_weight:  # what is copied by 0 has no ancestor
                 index_map = index_map.where(axis.grad_scale)
             factors, ids = _noise(axis, rule)
             self.ids = self.ids.product(ids)
@@ -80,7 +80,7 @@ class Side:
             self.factors = self.factors.outer(factors)
             if not axis.index_map.is_identity:
                 self.pad, self.drawn = axis.pad, axis.drawn
-                self.noisy = self.noisy or axis.pad == "normal"
+                self.noisy = self.noisy or axis.pad == "random_reader"
         if upper is None:  # 0 where the next layer is read
             self.upper = Vector.full(1.0, self.index_map.n_target)
         self.quiet = not any(value for value, _ in self.factors.pieces)
@@ -88,7 +88,7 @@ class Side:
     @property
     def free(self) -> bool:
         """True when some coordinates are drawn wherever the other side is."""
-        return self.pad == "free" and self.index_map.has_pads
+        return self.pad == "random_writer" and self.index_map.has_pads
 
     @cached_property
     def copies(self) -> list[float]:
@@ -256,12 +256,12 @@ def scale_of(axis: AxisMap, rule: Rule) -> Vector:
 
 def _noise(axis: AxisMap, rule: Rule) -> tuple[Vector, IndexMap]:
     """Noise factor of each target coordinate of an axis (0 in state), and its counter; twins share a counter."""
-    index_map, value = axis.index_map, 1.0 if rule.value else 0.0
-    if not rule.value or axis.pad != "normal" or index_map.is_identity:
+    index_map, value = axis.index_map, 1.0 if rule.is_weight else 0.0
+    if not rule.is_weight or axis.pad != "random_reader" or index_map.is_identity:
         return Vector.full(value, index_map.n_target), IndexMap.identity(index_map.n_target)
     if not axis.noise and not index_map.has_pads:
         return Vector.full(0.0, index_map.n_target), IndexMap.identity(index_map.n_target)
-    signs, partners = twins(index_map)
+    signs, partners = pair_copies(index_map)
     if not index_map.has_pads:
         return signs.map(lambda sign: axis.noise * sign), partners
     copied = index_map.per_copy(lambda _: axis.noise, pad=0.0)

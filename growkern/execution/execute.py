@@ -124,7 +124,7 @@ class Execution:
         cutter.n_read = 0
         _run(pieces, self.backend)
         for row, _, target, rule, _ in jobs:
-            if row.offset and row.constant is None and rule.value:
+            if row.offset and row.constant is None and rule.is_weight:
                 self._shift(row, target)
 
     def _shift(self, row: TensorRow, target: Tensor) -> None:
@@ -155,7 +155,7 @@ class Execution:
                 target.copy_(torch.arange(target.shape[-1], device=target.device).expand_as(target))
                 self.n_written += target.numel() * target.element_size()
                 continue
-            upper = row.upper or row.source
+            upper = row.next_layer_source or row.source
             jobs.append((row, source, target, VALUE, self.sources.values[upper]))
             if _grows_grad(row, self.sources):
                 grad = self.sources.grads[row.source]
@@ -173,7 +173,7 @@ class Execution:
                         state[key] = value.clone() if isinstance(value, Tensor) else value
                     continue
                 pairs = {key: (value, above[key])}
-                if rule.coded and is_coded(value):
+                if rule.quantized and is_coded(value):
                     both = (decoded(held, key) for held in (found, above))
                     pairs = dict(zip((key, scale_key(key)), zip(*both, strict=True), strict=True))
                 for k, (v, other) in pairs.items():
@@ -229,7 +229,7 @@ def tensor_sets(
             grown += [(v, rule) for key, v in state if (rule := rules.get(key)) is not None]
             for t, rule in grown:
                 if isinstance(t, Tensor):
-                    coded = rule.coded and is_coded(t)
+                    coded = rule.quantized and is_coded(t)
                     n = prod(rule.shape(shape)) * (N_BYTES if coded else t.element_size())
                     made[t.device] = made.get(t.device, 0) + n
                     if not row.new:

@@ -48,8 +48,8 @@ def _cell(rows: Side, cols: Side, r: Stretch, c: Stretch, rule: Rule) -> _Cell:
     pads: tuple[Pad, ...] = tuple(side.pad for side, s in ((rows, r), (cols, c)) if s.source == PAD)
     heard = all(any(copy.noise for copy in side.copies) for side in (r, c))
     heard = heard and (rows.noisy or cols.noisy)
-    drawn = all(pad in ("normal", "free") for pad in pads)
-    return _Cell(r, c, pads, rule.value and drawn and (heard or "free" in pads))
+    drawn = all(pad in ("random_reader", "random_writer") for pad in pads)
+    return _Cell(r, c, pads, rule.is_weight and drawn and (heard or "random_writer" in pads))
 
 
 class Cutter:
@@ -86,7 +86,7 @@ class Cutter:
         )
         for row, source, target, rule, _ in jobs:
             known = row.source in self._stds
-            if known or not rule.value or row.constant is not None or not source.numel():
+            if known or not rule.is_weight or row.constant is not None or not source.numel():
                 continue
             kind = source.device, arithmetic(target.dtype), source.dtype
             layout = self._layout(row, rule, *kind[:2])
@@ -114,9 +114,13 @@ class Cutter:
             self.n_read += 2 * src.numel() * src.element_size()
             src = src - src.mean(axis, keepdim=True)
             upper = (
-                upper - upper.mean(axis, keepdim=True) if upper is not None and row.upper else None
+                upper - upper.mean(axis, keepdim=True)
+                if upper is not None and row.next_layer_source
+                else None
             )
-        above = _matrix(upper, layout.source) if upper is not None and row.upper else None
+        above = (
+            _matrix(upper, layout.source) if upper is not None and row.next_layer_source else None
+        )
         source, target = _matrix(src, layout.source), _matrix(dst, layout.target)
         if layout.whole is not None:
             r, c = layout.whole
@@ -142,7 +146,7 @@ class Cutter:
                 yield Piece(value, target, r.copies, c.copies, r.index, c.index, drawn)
                 continue
             value, scaled = fill.of(cell)
-            if cell.free and "free" in cell.pads:
+            if cell.free and "random_writer" in cell.pads:
                 r, c = r.drawn((rows if rows.free else cols).drawn), c.drawn(1.0)
             elif not scaled:
                 r, c = r.unscaled, c.unscaled
@@ -158,7 +162,7 @@ class Cutter:
             own = row.factor, row.grad_factor
             scaled = self._scaled.setdefault((id(axes[0]), *own), axes[0].times(*own))
             axes = (scaled, *axes[1:])
-        mixed = axes[row.upper_axis] if row.upper is not None else None
+        mixed = axes[row.next_layer_axis] if row.next_layer_source is not None else None
         key = *map(id, axes), id(mixed), rule, device, dtype
         found = self._layouts.get(key)
         if found is None:
@@ -167,7 +171,7 @@ class Cutter:
                 axes = (*axes[:at], self._mean_of(axes[at], rule), *axes[at + 1 :])
             at = _split(axes)
             rows, cols = (self._side(part, rule, mixed) for part in (axes[:at], axes[at:]))
-            free = rule.value and (rows.free or cols.free)
+            free = rule.is_weight and (rows.free or cols.free)
             by_row = self._cut(rows, device, dtype, True, free)
             by_col = self._cut(cols, device, dtype, False, free)
             cells = [_cell(rows, cols, r, c, rule) for r in by_row for c in by_col if r.n and c.n]
@@ -175,7 +179,7 @@ class Cutter:
             target = rows.index_map.n_target, cols.index_map.n_target
             copied = not any(cell.free or cell.pads for cell in cells)
             plain = [(cell.rows, cell.cols) for cell in cells] if copied else []
-            centred = [i for i, axis in enumerate(axes) if rule.value and axis.centred]
+            centred = [i for i, axis in enumerate(axes) if rule.is_weight and axis.centred]
             whole = plain[0] if len(plain) == 1 and mixed is None else None
             if whole and any(
                 s.index is None and s.n != n for s, n in zip(whole, source, strict=True)
@@ -265,15 +269,15 @@ class _Fill:
     def of(self, cell: _Cell) -> tuple[Tensor, bool]:
         """The tensor to read, and whether the scales apply to it."""
         r, c, pads, _ = cell
-        if not self.rule.value and self.rule.lost == "mean":
+        if not self.rule.is_weight and self.rule.missing == "mean":
             return self.mean_of_law.expand(r.n, c.n), False
-        if self.rule.value and pads == ("given",):
+        if self.rule.is_weight and pads == ("from_method",):
             if r.source == PAD:
                 start = self.rows.n_pads_before(r.copies[0].target)
                 return _taken(self.given.narrow(0, start, r.n), 1, c), False
             start = self.cols.n_pads_before(c.copies[0].target)
             return _taken(self.given.narrow(0, start, c.n).T, 0, r), False
-        if not self.rule.value or any(pad != "mean" for pad in pads):
+        if not self.rule.is_weight or any(pad != "mean" for pad in pads):
             return self.source.new_zeros(1, 1).expand(r.n, c.n), True
         mean = self.mean(r.source == PAD, c.source == PAD)
         rows = mean if r.source == PAD else _taken(mean, 0, r)
@@ -287,7 +291,7 @@ class _Fill:
                 "what this plan's new coordinates hold is its method's to give: pass its width= with plan=."
             )
         self.n_statistics += 1
-        rows = self.rows.pad == "given" and self.rows.index_map.has_pads
+        rows = self.rows.pad == "from_method" and self.rows.index_map.has_pads
         source, side = (self.source, self.rows) if rows else (self.source.T, self.cols)
         return self._given(source, side.index_map.n_target - side.n_copied).contiguous()
 

@@ -265,7 +265,7 @@ def size_value(size: Size, sizes: Mapping[str, int]) -> float:
     return prod(space_size(name, sizes) for name in ([size] if isinstance(size, str) else size))
 
 
-def written(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[str, float]:
+def writer_corrections(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[str, float]:
     """Stream -> factor on what writes it, so that the powers of sizes that the model multiplies it with change nothing."""
     return {
         stream: (space_size(power.size, sizes) / space_size(power.size, spec.sizes))
@@ -274,7 +274,7 @@ def written(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[str, float]:
     }
 
 
-def inexact(eps: float) -> tuple[str, ...]:
+def post_norm_eps_reason(eps: float) -> tuple[str, ...]:
     """Why a new post-norm block with norms of this epsilon is not the identity: it normalises what is normalised already."""
     return (
         (f"new post-norm blocks are the identity only up to the epsilon of their norms, {eps:g}",)

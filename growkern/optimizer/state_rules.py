@@ -19,34 +19,36 @@ class Rule:
     Attributes:
         weight: Power of the weight's factor.
         grad: Power of the gradient's factor.
-        value: True for what is a weight itself: it takes the weight's noise, pads and centring too.
-        lost: What an element without an ancestor is, unless it is a value: 0, or the mean over the elements that have one.
-        first: True when only the first copy of every source element keeps it; the others are without an ancestor.
-        reduced: Axis of the parameter, from the end, that this is a mean over; None for none.
-        kept: True when that axis is still there, of size 1.
-        coded: True when it may be kept in 8 bits (``growkern.optimizer.eight_bit``).
+        is_weight: True for state that is a copy of the weight: it takes the weight's noise, pads and centring too.
+        missing: State of an element that copies no source element: ``"zero"``, or ``"mean"`` of the state of all copied elements.
+            Ignored for weights.
+        first_copy_only: True when the first copy of every source element keeps the state, and the other copies count as elements
+            that copy none.
+        reduced: Axis of the parameter, from the end, over which the state is a mean; None where it has all axes.
+        keepdim: True when that axis is still there, of size 1.
+        quantized: True when the state may be stored in 8 bits (``growkern.optimizer.eight_bit``).
     """
 
     weight: float = 0
     grad: float = 0
-    value: bool = False
-    lost: Literal["zero", "mean"] = "zero"
-    first: bool = False
+    is_weight: bool = False
+    missing: Literal["zero", "mean"] = "zero"
+    first_copy_only: bool = False
     reduced: int | None = None
-    kept: bool = True
-    coded: bool = False
+    keepdim: bool = True
+    quantized: bool = False
 
     def shape(self, of: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the state of a parameter of shape ``of``."""
         if self.reduced is None:
             return of
         axis = len(of) + self.reduced
-        return (*of[:axis], *((1,) if self.kept else ()), *of[axis + 1 :])
+        return (*of[:axis], *((1,) if self.keepdim else ()), *of[axis + 1 :])
 
 
-VALUE = Rule(weight=1, value=True)
+VALUE = Rule(weight=1, is_weight=True)
 GRADIENT = Rule(grad=1)
-SQUARE = Rule(grad=2, lost="mean")
+SQUARE = Rule(grad=2, missing="mean")
 GATHERED = Rule()
 
 
@@ -98,13 +100,13 @@ class Law:
         """
 
         def one(rule: Rule | None) -> Rule | None:
-            if rule is None or rule.value:
+            if rule is None or rule.is_weight:
                 return rule
             own = source_units and (rule.weight, rule.grad) != (1, 0)
             if own or state in ("copy", "asymmetric"):
                 rule = replace(rule, weight=0, grad=0)
             if state in ("asymmetric", "zero_pad"):
-                rule = replace(rule, first=True, lost="zero")
+                rule = replace(rule, first_copy_only=True, missing="zero")
             return rule
 
         return {key: one(rule) for key, rule in self.rules.items()}
@@ -145,8 +147,8 @@ OWN = "torch.optim"
 
 EIGHT_BITS: dict[str, Rule | None] = {
     "step": None,
-    "state1": replace(GRADIENT, coded=True),
-    "state2": replace(SQUARE, coded=True),
+    "state1": replace(GRADIENT, quantized=True),
+    "state2": replace(SQUARE, quantized=True),
 } | dict.fromkeys(("qmap1", "qmap2", "absmax1", "absmax2"))
 FACTORS = ("lr", "eps", "decay", "born")  # of growkern.optim.AdamW; each has rows and columns
 SLICES = (*(f"{name}_{side}" for name in FACTORS for side in ("rows", "cols")), "rewarm")
@@ -161,7 +163,7 @@ LAWS: dict[str, Law] = {
         rates=("eta",),
     ),
     f"{OWN}.adadelta.Adadelta": Law(
-        STEP | {"square_avg": SQUARE, "acc_delta": Rule(weight=2, lost="mean")}, lr=(0, 0)
+        STEP | {"square_avg": SQUARE, "acc_delta": Rule(weight=2, missing="mean")}, lr=(0, 0)
     ),
     f"{OWN}.Adafactor": Law(
         STEP
@@ -176,7 +178,7 @@ LAWS: dict[str, Law] = {
     f"{OWN}.adam.Adam": Law(ADAM),
     f"{OWN}.adamw.AdamW": Law(ADAM, decays=DECAY),
     f"{OWN}.adamax.Adamax": Law(
-        STEP | {"exp_avg": GRADIENT, "exp_inf": replace(GRADIENT, lost="mean")}
+        STEP | {"exp_avg": GRADIENT, "exp_inf": replace(GRADIENT, missing="mean")}
     ),
     f"{OWN}.lbfgs.LBFGS": Law({}, lr=(0, 0), resets=True),
     f"{OWN}.Muon": Law({"momentum_buffer": GRADIENT}, lr=(0.5, -0.5), decays=DECAY, matrix=True),
@@ -186,7 +188,7 @@ LAWS: dict[str, Law] = {
         STEP | {"square_avg": SQUARE, "momentum_buffer": GATHERED, "grad_avg": GRADIENT}
     ),
     f"{OWN}.rprop.Rprop": Law(
-        STEP | {"prev": GRADIENT, "step_size": Rule(weight=1, lost="mean")}, lr=(0, 0)
+        STEP | {"prev": GRADIENT, "step_size": Rule(weight=1, missing="mean")}, lr=(0, 0)
     ),
     f"{OWN}.sgd.SGD": Law(
         {"momentum_buffer": GRADIENT}, lr=(1, -1), decays=DECAY, together=("momentum_buffer",)
@@ -201,8 +203,8 @@ LAWS: dict[str, Law] = {
         | {
             "exp_avg": Rule(weight=1),  # of updates, learning rate and all
             "exp_avg_sq": SQUARE,
-            "exp_avg_sq_row": replace(SQUARE, reduced=-1, kept=False),
-            "exp_avg_sq_col": replace(SQUARE, reduced=-2, kept=False),
+            "exp_avg_sq_row": replace(SQUARE, reduced=-1, keepdim=False),
+            "exp_avg_sq_col": replace(SQUARE, reduced=-2, keepdim=False),
             "RMS": None,
         },
         lr=(0, 0),

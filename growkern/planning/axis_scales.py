@@ -5,17 +5,17 @@ from dataclasses import replace
 from math import isclose, sqrt
 
 from growkern.model.spec import AxisUse, Component, ModelSpec, Segment, space_of
-from growkern.planning.decisions import Contract, Width
+from growkern.planning.decisions import StreamScale, WidthDecision
 from growkern.planning.growth_plan import AxisMap, Pad
 from growkern.planning.index_map import PAD, IndexMap, concat_maps
 from growkern.planning.vector import Vector, concat_vectors
 
 
-def norm_factors(spec: ModelSpec, wide: Width) -> dict[str, float | None]:
+def norm_factors(spec: ModelSpec, wide: WidthDecision) -> dict[str, float | None]:
     """The factor on the mean square of every normalised stream; None where copies are unequal, so that there is no one factor."""
     factors: dict[str, float | None] = {}
     for reads in dict.fromkeys(norm.reads for _, _, norm in spec.norms()):
-        index_map, w = wide.maps[space_of(reads)], wide.contracts[reads].w
+        index_map, w = wide.maps[space_of(reads)], wide.stream_scales[reads].activation
         if index_map.is_identity or wide.norms_kept:
             factors[reads] = 1.0
             continue
@@ -40,18 +40,18 @@ def _squares(index_map: IndexMap, w: Vector) -> Vector:
 
 def axis_maps(
     keys: Mapping[AxisUse, str],
-    wide: Width,
+    wide: WidthDecision,
     factors: Mapping[str, float | None],
     written: Mapping[str, float],
 ) -> dict[str, AxisMap]:
-    """How every axis grows; axes whose spaces share maps and contracts, as those of blocks do, share theirs.
+    """How every axis grows; axes whose spaces share index maps and stream scales, as those of blocks do, share theirs.
 
-    ``written`` are the factors on what writes a stream (``growkern.model.spec.written``).
+    ``written`` are the factors on what writes a stream (``growkern.model.spec.writer_corrections``).
     """
 
     def kin(stream: str) -> tuple[object, ...]:
         space = space_of(stream)
-        shared = wide.maps[space], wide.readers.get(space), wide.contracts[stream]
+        shared = wide.maps[space], wide.readers.get(space), wide.stream_scales[stream]
         return (*map(id, shared), written.get(stream))
 
     found: dict[object, AxisMap] = {}
@@ -62,7 +62,7 @@ def axis_maps(
             for segment in axis.segments
             for c in (*segment, -1)
         )
-        reads = axis.norm and (id(wide.contracts[axis.norm.reads]), factors[axis.norm.reads])
+        reads = axis.norm and (id(wide.stream_scales[axis.norm.reads]), factors[axis.norm.reads])
         kind = axis.role, parts, reads
         if kind not in found:
             found[kind] = _axis_map(axis, wide, factors, written)
@@ -72,33 +72,40 @@ def axis_maps(
 
 def _axis_map(
     axis: AxisUse,
-    wide: Width,
+    wide: WidthDecision,
     factors: Mapping[str, float | None],
     written: Mapping[str, float],
 ) -> AxisMap:
-    """What an axis grows by, from its role and the contracts of the streams along it."""
+    """What an axis grows by, from its role and the scales of the streams along it."""
     parts = [list(_parts(segment, axis.role, wide, written)) for segment in axis.segments]
     maps, w, u = list[IndexMap](), list[Vector](), list[Vector]()
     for segment in parts:
         index_map, one, w_one = IndexMap.identity(1), Vector.full(1.0, 1), Vector.full(1.0, 1)
-        for inner, contract in segment:
+        for inner, stream_scale in segment:
             index_map = index_map.product(inner)
-            w_one, one = w_one.outer(contract.w), one.outer(contract.u)
+            w_one, one = w_one.outer(stream_scale.activation), one.outer(stream_scale.readout)
         maps.append(index_map)
         w.append(w_one)
         u.append(one)
     index_map, w_axis, u_axis = concat_maps(maps), concat_vectors(w), concat_vectors(u)
     if axis.role == "gain":
         return _gain(axis, wide, factors, (index_map, w_axis, u_axis))
-    contracts = [contract for segment in parts for inner, contract in segment if inner.has_pads]
+    stream_scales = [
+        stream_scale for segment in parts for inner, stream_scale in segment if inner.has_pads
+    ]
     if axis.role == "writer":
-        pads: set[Pad] = {contract.pad for contract in contracts}
-        centred = any(contract.centred for segment in parts for _, contract in segment)
+        pads: set[Pad] = {stream_scale.pad for stream_scale in stream_scales}
+        centred = any(stream_scale.centred for segment in parts for _, stream_scale in segment)
         pad = _only(pads)
         return AxisMap(index_map, w_axis, u_axis, pad, drawn=wide.drawn, centred=centred)
     copies = any(count > 1 for count, _ in index_map.counts.pieces)
-    pad = _only({c.reads or ("zero" if c.pad == "free" else "free") for c in contracts})
-    reads: Pad = "normal" if pad == "free" or not index_map.has_pads else "zero"
+    pad = _only(
+        {
+            c.reads or ("zero" if c.pad == "random_writer" else "random_reader")
+            for c in stream_scales
+        }
+    )
+    reads: Pad = "random_reader" if pad == "random_reader" or not index_map.has_pads else "zero"
     noise = wide.noise if copies else 0.0
     return AxisMap(index_map, u_axis, w_axis, reads, noise=noise, drawn=wide.drawn)
 
@@ -110,7 +117,7 @@ def _only(pads: Set[Pad]) -> Pad:
 
 def _gain(
     axis: AxisUse,
-    wide: Width,
+    wide: WidthDecision,
     factors: Mapping[str, float | None],
     scales: tuple[IndexMap, Vector, Vector],
 ) -> AxisMap:
@@ -119,7 +126,7 @@ def _gain(
     norm = axis.norm
     assert norm is not None, "a gain has a norm"
     root = sqrt(factors[norm.reads] or 1.0)
-    back = wide.contracts[norm.reads].w.map(lambda value: root / value)
+    back = wide.stream_scales[norm.reads].activation.map(lambda value: root / value)
     return AxisMap(
         index_map,
         w_axis.zip(back, lambda x, y: x * y),
@@ -129,44 +136,47 @@ def _gain(
 
 
 def _parts(
-    segment: Segment, role: str, wide: Width, written: Mapping[str, float]
-) -> Iterator[tuple[IndexMap, Contract]]:
-    """Index map and contract of every component of a segment; two that have a joint map are one."""
+    segment: Segment, role: str, wide: WidthDecision, written: Mapping[str, float]
+) -> Iterator[tuple[IndexMap, StreamScale]]:
+    """Index map and stream scale of every component of a segment; two that have a joint map are one."""
     at = 0
     while at < len(segment):
         both = wide.joint.get(segment[at : at + 2])  # pyright: ignore[reportArgumentType, reportCallIssue]
         if both is not None:
             ones = Vector.full(1.0, both.n_target)
-            yield both, Contract(ones, ones)
+            yield both, StreamScale(ones, ones)
         else:
             yield _part(segment[at], role, wide, written)
         at += 1 if both is None else 2
 
 
 def _part(
-    component: Component, role: str, wide: Width, written: Mapping[str, float]
-) -> tuple[IndexMap, Contract]:
-    """Index map and contract of a component: a stream, a number of coordinates that stay, or several one after the other."""
+    component: Component, role: str, wide: WidthDecision, written: Mapping[str, float]
+) -> tuple[IndexMap, StreamScale]:
+    """Index map and stream scale of a component: a stream, a number of coordinates that stay, or several one after the other."""
     if isinstance(component, tuple):
-        own, contracts = zip(*(_part(c, role, wide, written) for c in component), strict=True)
+        own, stream_scales = zip(*(_part(c, role, wide, written) for c in component), strict=True)
         return concat_maps(own), replace(
-            contracts[0],
-            w=concat_vectors([c.w for c in contracts]),
-            u=concat_vectors([c.u for c in contracts]),
+            stream_scales[0],
+            activation=concat_vectors([c.activation for c in stream_scales]),
+            readout=concat_vectors([c.readout for c in stream_scales]),
         )
     if isinstance(component, int):
         full = Vector.full(1, component)
-        return IndexMap.identity(component), Contract(full, full)
+        return IndexMap.identity(component), StreamScale(full, full)
     space = space_of(component)
     readers: Mapping[str, IndexMap] = wide.readers if role == "reader" else {}
-    contract = wide.contracts[component]
+    stream_scale = wide.stream_scales[component]
     if role != "reader" and (factor := written.get(component, 1.0)) != 1:
-        w, u = (contract.w.map(lambda x: x * factor), contract.u.map(lambda x: x / factor))
-        contract = replace(contract, w=w, u=u)
-    return readers.get(space, wide.maps[space]), contract
+        w, u = (
+            stream_scale.activation.map(lambda x: x * factor),
+            stream_scale.readout.map(lambda x: x / factor),
+        )
+        stream_scale = replace(stream_scale, activation=w, readout=u)
+    return readers.get(space, wide.maps[space]), stream_scale
 
 
-def lawful(spec: ModelSpec, wide: Width) -> bool:
+def gradients_exact(spec: ModelSpec, wide: WidthDecision) -> bool:
     """True when every gradient is the source's, copied and scaled.
 
     Not so where a coordinate copies none, or by 0, and where a norm hands copies unequal shares of a gradient: the mean that it takes
@@ -174,34 +184,38 @@ def lawful(spec: ModelSpec, wide: Width) -> bool:
     """
     if wide.joint:
         return False
-    contracts = {id(c): (c, wide.maps[space_of(s)]) for s, c in wide.contracts.items()}
-    for contract, index_map in contracts.values():
-        values = {value for vector in (contract.w, contract.u) for value, _ in vector.pieces}
+    stream_scales = {id(c): (c, wide.maps[space_of(s)]) for s, c in wide.stream_scales.items()}
+    for stream_scale, index_map in stream_scales.values():
+        values = {
+            value
+            for vector in (stream_scale.activation, stream_scale.readout)
+            for value, _ in vector.pieces
+        }
         if index_map.has_pads or 0 in values:
             return False
     pairs = {(norm.reads, axis.segments) for _, axis, norm in spec.norms()}
     return all(
-        _shares(wide.contracts[reads]) == _shares(wide.contracts[str(segments[0][0])])
+        _shares(wide.stream_scales[reads]) == _shares(wide.stream_scales[str(segments[0][0])])
         for reads, segments in pairs
     )
 
 
-def _shares(contract: Contract) -> Vector:
+def _shares(stream_scale: StreamScale) -> Vector:
     """What each copy takes of a gradient, to rounding."""
-    return contract.w.zip(contract.u, lambda w, u: round(w * u, 12))
+    return stream_scale.activation.zip(stream_scale.readout, lambda w, u: round(w * u, 12))
 
 
-def locked(wide: Width) -> Iterator[str]:
+def symmetric_copies(wide: WidthDecision) -> Iterator[str]:
     """Say which copies nothing parts: equal ones get equal gradients."""
     if wide.noise or wide.next_layer:
         return
-    found: dict[tuple[int, int], bool] = {}  # blocks share maps and contracts
+    found: dict[tuple[int, int], bool] = {}  # blocks share index maps and stream scales
     equal: dict[str, bool] = {}  # by space: one stream whose copies are read unevenly parts them
-    for stream, contract in wide.contracts.items():
+    for stream, stream_scale in wide.stream_scales.items():
         index_map = wide.maps[space_of(stream)]
-        key = id(index_map), id(contract)
+        key = id(index_map), id(stream_scale)
         if key not in found:
-            found[key] = _some_equal(index_map, contract.u)
+            found[key] = _some_equal(index_map, stream_scale.readout)
         space = space_of(stream).partition(".")[0]
         equal[space] = equal.get(space, True) and found[key]
     split = {space.partition(".")[0] for pair in wide.joint for space in pair}  # by their queries

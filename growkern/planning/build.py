@@ -1,4 +1,4 @@
-"""The dual law: methods decide maps, contracts and blocks; the roles of the axes decide all the rest.
+"""The dual law: methods decide index maps, stream scales and blocks; the roles of the axes decide all the rest.
 
     writer: weight x w, gradient x u        reader: weight x u, gradient x w
     gain of a norm from stream a to stream b: weight x w_b sqrt(f) / w_a, gradient x u_b w_a / sqrt(f)
@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from growkern.errors import PlanError, raise_all
-from growkern.model.spec import AxisUse, Blocks, ModelSpec, size_value, written
-from growkern.planning.axis_scales import axis_maps, lawful, locked, norm_factors
+from growkern.model.spec import AxisUse, Blocks, ModelSpec, size_value, writer_corrections
+from growkern.planning.axis_scales import axis_maps, gradients_exact, norm_factors, symmetric_copies
 from growkern.planning.decisions import (
     BlockRow,
-    Depth,
     DepthMethod,
+    LayerOrder,
     ShrinkMethod,
-    Width,
+    WidthDecision,
     WidthMethod,
 )
 from growkern.planning.growth_plan import AxisMap, GrowthPlan, TensorRow
@@ -40,7 +40,7 @@ def build(
     dynamics: str | None = "mup",
     seed: int = 0,
 ) -> GrowthPlan:
-    """Plan a growth: methods decide maps, contracts and blocks, roles decide the rest.
+    """Plan a growth: methods decide index maps, stream scales and blocks, roles decide the rest.
 
     Args:
         spec: Description of the source model.
@@ -66,7 +66,7 @@ def build(
     deep = {stack.path: _decided(spec, stack, sizes, depth, shrink) for stack in spec.stacks}
     homes = {path: homes_of(one.blocks) for path, one in deep.items()}
     factors = norm_factors(spec, wide)
-    axes = axis_maps(spec.axes, wide, factors, written(spec, sizes))
+    axes = axis_maps(spec.axes, wide, factors, writer_corrections(spec, sizes))
     eps = _Eps.of(spec, factors)
     return GrowthPlan(
         family=spec.family,
@@ -79,7 +79,7 @@ def build(
         dynamics=dynamics,
         axes=axes,
         rows=tuple(_rows(spec, deep, homes, axes if wide.next_layer else {})),
-        path=spec.blocks.path if spec.blocks else "",
+        blocks_path=spec.blocks.path if spec.blocks else "",
         blocks=deep[spec.blocks.path].blocks if spec.blocks else (),
         others={stack.path: deep[stack.path].blocks for stack in spec.others},
         ties=dict(spec.ties),
@@ -90,7 +90,7 @@ def build(
         config={name: size_value(size, sizes) for name, size in spec.config.items()},
         config_lists=spec.config_lists,
         config_eps=eps.config,
-        lawful=not wide.noise and lawful(spec, wide),
+        gradients_exact=not wide.noise and gradients_exact(spec, wide),
         reasons=(
             *wide.reasons,
             *dict.fromkeys(reason for one in deep.values() for reason in one.reasons),
@@ -99,7 +99,7 @@ def build(
         notes=(
             *wide.notes,
             *dict.fromkeys(note for one in deep.values() for note in one.notes),
-            *(locked(wide) if state in ("exact", "copy", "drop") else ()),
+            *(symmetric_copies(wide) if state in ("exact", "copy", "drop") else ()),
             *_unsaved(spec, sizes),
             *eps.notes,
         ),
@@ -111,7 +111,7 @@ def _wide(
     sizes: Mapping[str, int],
     width: WidthMethod | None,
     shrink: ShrinkMethod | None,
-) -> Width:
+) -> WidthDecision:
     """What the method says of all spaces."""
     if shrink is not None:
         return shrink.narrow(spec, sizes)
@@ -211,11 +211,11 @@ def _decided(
     sizes: Mapping[str, int],
     depth: DepthMethod | None,
     shrink: ShrinkMethod | None,
-) -> Depth:
+) -> LayerOrder:
     """What the method says of a stack."""
     n_source, n_target = spec.sizes[stack.size], sizes[stack.size]
     if spec.others and n_target == n_source:  # the method is for another stack
-        return Depth(tuple(map(BlockRow, range(n_source))))
+        return LayerOrder(tuple(map(BlockRow, range(n_source))))
     if shrink is not None:
         return shrink.keep(n_source, n_target)
     assert depth is not None, "one of the two decides"
@@ -224,7 +224,7 @@ def _decided(
 
 def _deepened(
     spec: ModelSpec, stack: Blocks, depth: DepthMethod, sizes: Mapping[str, int]
-) -> Depth:
+) -> LayerOrder:
     """What the method says, with new blocks that copy only what can be copied, and are what the spec knows of them."""
     n_layers, n_target = spec.sizes[stack.size], sizes[stack.size]
     deep = depth.deepen(n_layers, n_target)
@@ -283,7 +283,7 @@ def targets(spec: ModelSpec, homes: Homes, name: str) -> Iterator[tuple[str, int
 
 def _rows(
     spec: ModelSpec,
-    deep: Mapping[str, Depth],
+    deep: Mapping[str, LayerOrder],
     homes: Homes,
     mixed: Mapping[str, AxisMap],
 ) -> Iterator[TensorRow]:
@@ -326,18 +326,18 @@ def _with_next(
     upper = f"{stack.path}.{index + 1}.{inner}"
     for at, (axis, key) in enumerate(zip(axes, row.axes, strict=True)):
         if axis.role != "reader" and not mixed[key].index_map.is_identity and upper in spec.tensors:
-            return replace(row, upper=upper, upper_axis=at)
+            return replace(row, next_layer_source=upper, next_layer_axis=at)
     return row
 
 
-def _in_block(row: TensorRow, stack: Blocks, deep: Depth, index: int, inner: str) -> TensorRow:
+def _in_block(row: TensorRow, stack: Blocks, deep: LayerOrder, index: int, inner: str) -> TensorRow:
     """What becomes of a tensor, called ``inner`` inside its block, in target block ``index``."""
     block = deep.blocks[index]
     if block.branch != 1:  # readers of what the branch adds see no factor, its inner tensors do
         own = "factor" if inner in stack.branches else "grad_factor"
         row = replace(row, **{own: block.branch})
     if deep.fresh and block.new:
-        return replace(row, drawn=True, state="fresh", upper=None, upper_axis=0)
+        return replace(row, drawn=True, state="fresh", next_layer_source=None, next_layer_axis=0)
     if not deep.identity:
         return row
     if inner in stack.carries:

@@ -66,12 +66,12 @@ def _of_rows(plan: GrowthPlan, spec: ModelSpec, homes: Homes, names: set[str]) -
             yield f"{row.name}: is initialised anew, but its block is not new."
         if row.offset != offset(spec.tensors[row.source]):
             yield f"{row.name}: the model adds another offset to it."
-        if row.upper is not None and (
-            row.upper not in names
-            or spec.shape(row.upper) != spec.shape(row.source)
-            or row.upper_axis not in range(len(row.axes))
+        if row.next_layer_source is not None and (
+            row.next_layer_source not in names
+            or spec.shape(row.next_layer_source) != spec.shape(row.source)
+            or row.next_layer_axis not in range(len(row.axes))
         ):
-            yield f"{row.name}: takes a part of {row.upper}, which has another shape."
+            yield f"{row.name}: takes a part of {row.next_layer_source}, which has another shape."
 
 
 def _whole(

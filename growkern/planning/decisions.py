@@ -1,4 +1,4 @@
-"""What growth methods decide: a width method gives maps and contracts, a depth method gives blocks. The plan does the rest."""
+"""What growth methods decide: a width method gives index maps and stream scales, a depth method gives blocks. The plan does the rest."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,32 +10,32 @@ from growkern.planning.vector import Vector
 
 
 @dataclass(frozen=True)
-class Contract:
+class StreamScale:
     """How the activations of a stream grow: ``x'_i = w_i x_g(i)``, and readers take them back with ``u_i``.
 
     Attributes:
-        w: Scale of the activation, per target coordinate.
-        u: Scale of its readers; over the copies of a coordinate the sum of ``w u`` is 1.
+        activation: ``w``, the scale of the activation, per target coordinate.
+        readout: ``u``, the scale of its readers; over the copies of a coordinate the sum of ``w u`` is 1.
         pad: Activation of a coordinate that copies nothing: 0 or the mean of the others, and what reads it is drawn; or free (what
             writes it is drawn), and what reads it is 0; or given (the method's ``rows`` write it).
         reads: What reads such a coordinate: drawn or 0; None for what ``pad`` asks for.
         centred: True when writers give up their mean over the stream's coordinates first.
     """
 
-    w: Vector
-    u: Vector
-    pad: Literal["zero", "mean", "free", "given"] = "zero"
-    reads: Literal["zero", "free"] | None = None
+    activation: Vector
+    readout: Vector
+    pad: Literal["zero", "mean", "random_writer", "from_method"] = "zero"
+    reads: Literal["zero", "random_reader"] | None = None
     centred: bool = False
 
 
 @dataclass(frozen=True)
-class Width:
+class WidthDecision:
     """What a width method decides.
 
     Attributes:
         maps: Space -> index map, for every space.
-        contracts: Stream -> contract, for every stream.
+        stream_scales: Stream -> stream_scale, for every stream.
         noise: Strength of the twin noise on readers of copies, in standard deviations of the weight; 0 for none.
         reasons: Why the function is not preserved; empty when it is.
         drawn: Strength of what is drawn on one side of a pad, in standard deviations of the weight.
@@ -47,7 +47,7 @@ class Width:
     """
 
     maps: Mapping[str, IndexMap]
-    contracts: Mapping[str, Contract]
+    stream_scales: Mapping[str, StreamScale]
     noise: float = 0.0
     reasons: tuple[str, ...] = ()
     drawn: float = 1.0
@@ -76,7 +76,7 @@ class BlockRow:
 
 
 @dataclass(frozen=True)
-class Depth:
+class LayerOrder:
     """What a depth method decides.
 
     Attributes:
@@ -97,19 +97,19 @@ class Depth:
 class WidthMethod(Protocol):
     """Anything that can widen."""
 
-    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
-        """Give maps and contracts for the target ``sizes``; raise PlanError for what the method cannot do."""
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
+        """Give index maps and stream scales for the target ``sizes``; raise PlanError for what the method cannot do."""
         ...
 
 
 class ShrinkMethod(Protocol):
     """Anything that can shrink: maps into the source that leave coordinates out, and blocks that stay."""
 
-    def narrow(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
-        """Give maps and contracts for the target ``sizes``; raise PlanError for what the method cannot do."""
+    def narrow(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
+        """Give index maps and stream scales for the target ``sizes``; raise PlanError for what the method cannot do."""
         ...
 
-    def keep(self, n_source: int, n_target: int) -> Depth:
+    def keep(self, n_source: int, n_target: int) -> LayerOrder:
         """Give the blocks that stay; raise PlanError for what the method cannot do."""
         ...
 
@@ -117,6 +117,6 @@ class ShrinkMethod(Protocol):
 class DepthMethod(Protocol):
     """Anything that can deepen."""
 
-    def deepen(self, n_source: int, n_target: int) -> Depth:
+    def deepen(self, n_source: int, n_target: int) -> LayerOrder:
         """Give the blocks of the target; raise PlanError for what the method cannot do."""
         ...

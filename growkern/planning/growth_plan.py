@@ -14,10 +14,10 @@ from growkern.planning.vector import Vector
 from growkern.support.text import fold, table
 
 VERSION = 1  # of the JSON
-PADS = "zero", "mean", "normal", "free", "given"
-# what an element without an ancestor is: 0, the mean along the axis, or noise, where it is read ("normal") or written ("free"),
-# or what the method gives
-Pad = Literal["zero", "mean", "normal", "free", "given"]
+PADS = "zero", "mean", "random_reader", "random_writer", "from_method"
+# what an element is that copies no source element: 0; the mean along the axis; random, where the axis reads the new coordinate or writes
+# it; or what the method writes
+Pad = Literal["zero", "mean", "random_reader", "random_writer", "from_method"]
 Preserves = Literal["nothing", "function", "gradient", "trajectory"]
 KEPT: Mapping[Preserves, str] = {
     "function": "preserves the function",
@@ -97,9 +97,9 @@ class TensorRow:
         state: ``"law"``: the source's optimizer state, grown. ``"fresh"``: none, so that its own step count starts at 0.
         factor: On the weight, beside those of its axes.
         grad_factor: On the gradient, likewise.
-        upper: Name of the source tensor, of one shape with ``source``, that all but the first copies along ``upper_axis`` are
-            taken from; None for ``source`` itself.
-        upper_axis: See ``upper``.
+        next_layer_source: Name of the source tensor, of one shape with ``source``, from which all but the first copies along
+            ``next_layer_axis`` are taken; None for ``source`` itself.
+        next_layer_axis: See ``next_layer_source``.
         offset: What the model adds to the tensor: the sum is what grows.
     """
 
@@ -111,8 +111,8 @@ class TensorRow:
     state: Literal["law", "fresh"] = "law"
     factor: float = 1.0
     grad_factor: float = 1.0
-    upper: str | None = None
-    upper_axis: int = 0
+    next_layer_source: str | None = None
+    next_layer_axis: int = 0
     offset: float = 0.0
     drawn: bool = False
 
@@ -132,7 +132,7 @@ class GrowthPlan:
         dynamics: What becomes of learning rates: ``"mup"``, ``"exact"`` or None.
         axes: Key -> axis map.
         rows: One per target tensor, in source order, block by block.
-        path: Name of the module that holds the blocks.
+        blocks_path: Name of the module that holds the blocks.
         blocks: Target blocks in order; empty when the model has none.
         others: The same of further stacks: name of the module -> its target blocks.
         ties: Name -> name of the same parameter under its first name, in the source.
@@ -143,7 +143,7 @@ class GrowthPlan:
         config: Config field -> value.
         config_lists: Config fields with one entry per block.
         config_eps: Config field and factor on it.
-        lawful: True when every gradient of a target block is its source's, copied and scaled: nothing is drawn or 0.
+        gradients_exact: True when every gradient of a target block is its source's, copied and scaled: nothing is drawn or 0.
         reasons: Why the function is not preserved; empty when it is.
         notes: What the user should know.
     """
@@ -157,7 +157,7 @@ class GrowthPlan:
     state: str
     axes: Mapping[str, AxisMap]
     rows: tuple[TensorRow, ...]
-    path: str = ""
+    blocks_path: str = ""
     blocks: tuple[BlockRow, ...] = ()
     others: Mapping[str, tuple[BlockRow, ...]] = field(
         default_factory=dict[str, tuple[BlockRow, ...]]
@@ -171,7 +171,7 @@ class GrowthPlan:
     config_lists: tuple[str, ...] = ()
     config_eps: tuple[str, float] | None = None
     dynamics: str | None = "mup"
-    lawful: bool = False
+    gradients_exact: bool = False
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -181,7 +181,7 @@ class GrowthPlan:
     @property
     def stacks(self) -> dict[str, tuple[BlockRow, ...]]:
         """Name of every module that holds blocks -> its target blocks."""
-        return {**({self.path: self.blocks} if self.blocks else {}), **self.others}
+        return {**({self.blocks_path: self.blocks} if self.blocks else {}), **self.others}
 
     @property
     def shrinks(self) -> bool:
@@ -204,7 +204,7 @@ class GrowthPlan:
         return not self.reasons
 
     @property
-    def kept(self) -> str:
+    def preserves_text(self) -> str:
         """``preserves`` as a sentence, with the reasons where it is nothing."""
         return KEPT.get(self.preserves, "not function preserving: " + "; ".join(self.reasons))
 
@@ -218,7 +218,9 @@ class GrowthPlan:
         """
         if self.reasons:
             return "nothing"
-        if not self.lawful or any(b.new for blocks in self.stacks.values() for b in blocks):
+        if not self.gradients_exact or any(
+            b.new for blocks in self.stacks.values() for b in blocks
+        ):
             return "function"
         return "trajectory" if self.state == self.dynamics == "exact" else "gradient"
 
@@ -268,6 +270,7 @@ class GrowthPlan:
                     f"this plan is of version {version!r}, and this growkern reads versions up to {VERSION}: install the growkern "
                     "that wrote it, or a later one."
                 )
+            data = _renamed(data) if version == 0 else data
             return GrowthPlan(**{k: FIELDS.get(k, _same)(value) for k, value in data.items()})
         except (
             AttributeError,
@@ -320,7 +323,7 @@ class GrowthPlan:
             )
         )
         parts.append(
-            self.kept,
+            self.preserves_text,
         )
         return "\n\n".join(
             [*parts, *([("\n".join(f"note: {note}" for note in self.notes))] if self.notes else [])]
@@ -329,6 +332,19 @@ class GrowthPlan:
 
 def _fields(one: Any) -> dict[str, Any]:
     return {field.name: getattr(one, field.name) for field in fields(one)}
+
+
+def _renamed(data: dict[str, Any]) -> dict[str, Any]:
+    """A plan of growkern 0.1, under the names of version 1."""
+    old = {"lawful": "gradients_exact", "path": "blocks_path"}
+    data = {old.get(key, key): value for key, value in data.items()}
+    old = {"upper": "next_layer_source", "upper_axis": "next_layer_axis"}
+    data["rows"] = [{old.get(key, key): v for key, v in row.items()} for row in data["rows"]]
+    old = {"normal": "random_reader", "free": "random_writer", "given": "from_method"}
+    data["axes"] = {
+        key: axis | {"pad": old.get(axis["pad"], axis["pad"])} for key, axis in data["axes"].items()
+    }
+    return data
 
 
 def _same(value: Any) -> Any:

@@ -248,7 +248,7 @@ def concat_maps(maps: Sequence[IndexMap]) -> IndexMap:
     return IndexMap(n_source, n_target, tuple(runs))
 
 
-def twins(m: IndexMap) -> tuple[Vector, IndexMap]:
+def pair_copies(m: IndexMap) -> tuple[Vector, IndexMap]:
     """Pair the copies of each source coordinate: per target coordinate a sign (1, -1, 0) and the first of its pair.
 
     Noise with these signs, drawn once per pair, sums to zero over the copies of every coordinate. An odd copy has sign 0.

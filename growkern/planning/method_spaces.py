@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from growkern.errors import PlanError, raise_all
-from growkern.model.spec import SIZE_OF_SPACE, ModelSpec, space_of, space_size, written
-from growkern.planning.decisions import Contract
+from growkern.model.spec import SIZE_OF_SPACE, ModelSpec, space_of, space_size, writer_corrections
+from growkern.planning.decisions import StreamScale
 from growkern.planning.index_map import IndexMap
 from growkern.planning.vector import Vector
 
@@ -82,40 +82,40 @@ def normed(spec: ModelSpec) -> set[str]:
     return {*(norm.reads for _, _, norm in spec.norms()), *spec.powers}
 
 
-def even(index_map: IndexMap) -> Contract:
+def even(index_map: IndexMap) -> StreamScale:
     """Copies as they are, and readers divided by their number: ``w = 1``, ``u = 1 / C``."""
     w = Vector.full(1.0, index_map.n_target)
-    return Contract(w, index_map.per_copy(lambda count: 1 / count, pad=1.0))
+    return StreamScale(w, index_map.per_copy(lambda count: 1 / count, pad=1.0))
 
 
-def positions(index_map: IndexMap) -> Contract:
+def positions(index_map: IndexMap) -> StreamScale:
     """More positions: theirs is the mean of the others until they are trained."""
     ones = Vector.full(1.0, index_map.n_target)
-    return Contract(ones, ones, "mean")
+    return StreamScale(ones, ones, "mean")
 
 
 def solve_ties(
     spec: ModelSpec,
     sizes: Mapping[str, int],
     maps: Mapping[str, IndexMap],
-    contracts: dict[str, Contract],
+    stream_scales: dict[str, StreamScale],
 ) -> None:
-    """A tied tensor has one scale: where it writes one stream and reads another, the reader's contract takes it back.
+    """A tied tensor has one scale: where it writes one stream and reads another, the reader's scale takes it back.
 
     (Tied head: the factor 1/C goes into the final norm, which writes the stream the head reads.)
     """
-    factors = written(spec, sizes)
+    factors = writer_corrections(spec, sizes)
     for stream, origin in tied_streams(spec):
-        if contracts[origin].centred:
+        if stream_scales[origin].centred:
             raise PlanError(
                 f"cannot centre {spec.family}: the tensor that writes {origin!r} is tied to the one that reads {stream!r}, and its "
                 "mean reaches the logits; use mean_pad."
             )
-        ones = Vector.full(factors.get(origin, 1.0), len(contracts[origin].w))
-        u = contracts[origin].w.zip(ones, lambda w, factor: w * factor)
+        ones = Vector.full(factors.get(origin, 1.0), len(stream_scales[origin].activation))
+        u = stream_scales[origin].activation.zip(ones, lambda w, factor: w * factor)
         counts = maps[space_of(stream)].per_copy(float, pad=1.0)
-        contracts[stream] = Contract(
-            u.zip(counts, lambda x, c: 1 / (x * c)), u, contracts[stream].pad
+        stream_scales[stream] = StreamScale(
+            u.zip(counts, lambda x, c: 1 / (x * c)), u, stream_scales[stream].pad
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Keep = Callable[
+Backup = Callable[
     [Tensor], Callable[[], Tensor]
 ]  # takes a tensor that is about to be replaced; gives the way to have it back
 
@@ -85,13 +85,13 @@ def _left(group: Path, limit: str, usage: str, cache: str) -> list[int]:
         return []
 
 
-def in_place(tensor: Tensor) -> Callable[[], Tensor]:
+def keep_on_device(tensor: Tensor) -> Callable[[], Tensor]:
     """Keep a tensor where it is."""
     return lambda: tensor
 
 
 @contextmanager
-def elsewhere() -> Generator[Keep, None, None]:
+def offload() -> Generator[Backup, None, None]:
     """Keep tensors of a GPU on the host, and those of the host in a temporary file, so that their memory is free at once."""
     files = ExitStack()
     file: list[Any] = []

@@ -1,4 +1,4 @@
-"""Width methods: each gives an index map per space and a contract per stream."""
+"""Width methods: each gives an index map per space and a stream scale per stream."""
 
 from growkern.width.bert2bert import AKI, FPI, AKIPro, Net2Wider
 from growkern.width.copy_and_pad import CopyAndPad

@@ -10,7 +10,7 @@ from typing import Literal
 
 from growkern.errors import PlanError
 from growkern.model.spec import ModelSpec
-from growkern.planning.decisions import Contract, Width
+from growkern.planning.decisions import StreamScale, WidthDecision
 from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import even, positions, refuse, solve_ties, spaces
 
@@ -43,25 +43,25 @@ class FPI:
     maps: Maps = "random"
     seed: int = 0
 
-    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
-        """Give maps and contracts for the target ``sizes``; raise PlanError for what does not grow."""
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
+        """Give index maps and stream scales for the target ``sizes``; raise PlanError for what does not grow."""
         who = type(self).__name__
         known = [] if self.maps in MAPS else [f"maps={self.maps!r}; 'random' or 'cyclic'."]
         refuse(spec, sizes, who, known)
         maps: dict[str, IndexMap] = {}
-        contracts: dict[str, Contract] = {}
-        made: dict[tuple[str, int, int], tuple[IndexMap, Contract]] = {}
+        stream_scales: dict[str, StreamScale] = {}
+        made: dict[tuple[str, int, int], tuple[IndexMap, StreamScale]] = {}
         for space in spaces(spec, sizes):
             kind = space.name.partition(".")[0]  # blocks share theirs
             key = kind, space.n_source, space.n_target
             if key not in made:
                 index_map = self._map(kind, space.n_source, space.n_target)
-                contract = positions(index_map) if kind == "positions" else even(index_map)
-                made[key] = index_map, contract
-            maps[space.name], contract = made[key]
-            contracts |= dict.fromkeys(space.streams, contract)
-        solve_ties(spec, sizes, maps, contracts)
-        return Width(maps, contracts)
+                stream_scale = positions(index_map) if kind == "positions" else even(index_map)
+                made[key] = index_map, stream_scale
+            maps[space.name], stream_scale = made[key]
+            stream_scales |= dict.fromkeys(space.streams, stream_scale)
+        solve_ties(spec, sizes, maps, stream_scales)
+        return WidthDecision(maps, stream_scales)
 
     def _map(self, kind: str, n_source: int, n_target: int) -> IndexMap:
         if kind == "positions":
@@ -94,8 +94,8 @@ class Net2Wider(FPI):
 
     noise: float = 0.0
 
-    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
-        """Give maps and contracts for the target ``sizes``; raise PlanError for what does not grow."""
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
+        """Give index maps and stream scales for the target ``sizes``; raise PlanError for what does not grow."""
         if not 0 <= self.noise < float("inf"):
             raise PlanError(f"Net2Wider: noise={self.noise!r} is not a finite number >= 0.")
         return replace(super().widen(spec, sizes), noise=self.noise)
@@ -123,8 +123,8 @@ class AKI(FPI):
         Chen et al., "bert2BERT: Towards Reusable Pretrained Language Models", ACL 2022, arXiv:2110.07143, section 3.3.
     """
 
-    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
-        """Give maps and contracts for the target ``sizes``; raise PlanError for what does not grow, or for one layer."""
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
+        """Give index maps and stream scales for the target ``sizes``; raise PlanError for what does not grow, or for one layer."""
         found = super().widen(spec, sizes)
         who = type(self).__name__
         if spec.sizes.get("layers", 0) < 2 or spec.blocks is None:
@@ -160,8 +160,8 @@ class AKIPro(AKI):
         Zhang et al., "AquilaMoE: Efficient Training for MoE Models with Scale-Up and Scale-Out Strategies", arXiv:2408.06567.
     """
 
-    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
-        """Give maps and contracts; raise PlanError where kv heads would grow."""
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
+        """Give index maps and stream scales; raise PlanError where kv heads would grow."""
         before, after = spec.sizes.get("kv_heads"), sizes.get("kv_heads")
         if before != after:
             raise PlanError(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from growkern.model.spec import ModelSpec
-from growkern.planning.decisions import Contract, Width
+from growkern.planning.decisions import StreamScale, WidthDecision
 from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import Space, normed, positions, refuse, solve_ties, spaces
 from growkern.planning.vector import Vector
@@ -39,8 +39,8 @@ class CopyAndPad:
     norm: Literal["as_published", "corrected"] = "as_published"
     std: float = 1.0
 
-    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
-        """Give maps and contracts for the target ``sizes``.
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
+        """Give index maps and stream scales for the target ``sizes``.
 
         Raises:
             PlanError: Zero on both sides; a corrected norm that a post-norm model cannot have; a size that does not grow.
@@ -54,26 +54,30 @@ class CopyAndPad:
             problems.append(f"norm={self.norm!r}; 'as_published' or 'corrected'.")
         refuse(spec, sizes, "CopyAndPad", problems)
         maps: dict[str, IndexMap] = {}
-        contracts: dict[str, Contract] = {}
+        stream_scales: dict[str, StreamScale] = {}
         reasons: dict[str, None] = {}
         for space in spaces(spec, sizes):
             maps[space.name] = IndexMap.tail(space.n_source, space.n_target)
             ones = Vector.full(1.0, space.n_target)
             if space.name == "positions":
-                contracts |= dict.fromkeys(space.streams, positions(maps[space.name]))
+                stream_scales |= dict.fromkeys(space.streams, positions(maps[space.name]))
             elif not space.norms:
-                contracts |= dict.fromkeys(space.streams, Contract(ones, ones, "free"))
+                stream_scales |= dict.fromkeys(
+                    space.streams, StreamScale(ones, ones, "random_writer")
+                )
             else:
-                contracts |= self._normed(spec, space, ones)
+                stream_scales |= self._normed(spec, space, ones)
                 if self.norm == "as_published" and not space.same:
                     reasons[
                         f"norms see {space.n_target} coordinates, {space.n_source} of them the source's"
                     ] = None
-        solve_ties(spec, sizes, maps, contracts)
+        solve_ties(spec, sizes, maps, stream_scales)
         kept = self.norm == "as_published"
-        return Width(maps, contracts, reasons=tuple(reasons), drawn=self.std, norms_kept=kept)
+        return WidthDecision(
+            maps, stream_scales, reasons=tuple(reasons), drawn=self.std, norms_kept=kept
+        )
 
-    def _normed(self, spec: ModelSpec, space: Space, ones: Vector) -> dict[str, Contract]:
+    def _normed(self, spec: ModelSpec, space: Space, ones: Vector) -> dict[str, StreamScale]:
         """Streams of a space that norms read."""
         mean = False
         if self.norm == "corrected" and not space.same:
@@ -81,6 +85,6 @@ class CopyAndPad:
             mean = rule_of(spec, space, "zero_pad" if rms else None) == "mean_pad"
         scaled = normed(spec)
         return {
-            stream: Contract(ones, ones, "mean" if mean and stream in scaled else "zero")
+            stream: StreamScale(ones, ones, "mean" if mean and stream in scaled else "zero")
             for stream in space.streams
         }

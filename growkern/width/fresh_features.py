@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from growkern.model.spec import ModelSpec, space_of
-from growkern.planning.decisions import Contract, Width
+from growkern.planning.decisions import StreamScale, WidthDecision
 from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import positions, refuse, solve_ties, spaces, tied_streams
 from growkern.planning.vector import Vector
@@ -36,22 +36,22 @@ class FreshFeatures:
         Evci et al., "GradMax: Growing Neural Networks using Gradient Information", ICLR 2022, arXiv:2201.05125.
     """
 
-    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
-        """Give maps and contracts for the target ``sizes``; raise PlanError for a size that the method does not grow."""
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
+        """Give index maps and stream scales for the target ``sizes``; raise PlanError for a size that the method does not grow."""
         refuse(spec, sizes, "FreshFeatures")
         maps: dict[str, IndexMap] = {}
-        contracts: dict[str, Contract] = {}
+        stream_scales: dict[str, StreamScale] = {}
         seen = False
         for space in spaces(spec, sizes):
             tail = maps[space.name] = IndexMap.tail(space.n_source, space.n_target)
             ones = Vector.full(1.0, space.n_target)
-            free = Contract(ones, ones, "free")
+            free = StreamScale(ones, ones, "random_writer")
             own = positions(tail) if space.name == "positions" else free
-            contracts |= dict.fromkeys(space.streams, own)
+            stream_scales |= dict.fromkeys(space.streams, own)
             seen = seen or bool(space.norms and not space.same)
-        solve_ties(spec, sizes, maps, contracts)
+        solve_ties(spec, sizes, maps, stream_scales)
         for stream, _ in tied_streams(spec):
             old = maps[space_of(stream)].per_copy(float, pad=0.0)
-            w = contracts[stream].w.zip(old, lambda x, y: x * y)
-            contracts[stream] = replace(contracts[stream], w=w, pad="zero")
-        return Width(maps, contracts, reasons=REASON if seen else (), norms_kept=True)
+            w = stream_scales[stream].activation.zip(old, lambda x, y: x * y)
+            stream_scales[stream] = replace(stream_scales[stream], activation=w, pad="zero")
+        return WidthDecision(maps, stream_scales, reasons=REASON if seen else (), norms_kept=True)

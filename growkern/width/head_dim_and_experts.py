@@ -9,7 +9,7 @@ of the queries' holds the zeros. Copies of an expert are chosen together, as the
 from collections.abc import Iterator, Mapping
 
 from growkern.model.spec import KEY, QUERY, SHARE, ModelSpec
-from growkern.planning.decisions import Contract
+from growkern.planning.decisions import StreamScale
 from growkern.planning.index_map import PAD, IndexMap
 from growkern.planning.method_spaces import Space, even
 from growkern.planning.vector import Vector
@@ -55,19 +55,19 @@ def index_map(spec: ModelSpec, space: Space) -> IndexMap:
     return IndexMap.of([*(i // k for i in range(k * turned)), *passed], source)
 
 
-def contracts(space: Space, index_map: IndexMap) -> Iterator[tuple[str, Contract]]:
-    """Streams and their contracts."""
+def stream_scales(space: Space, index_map: IndexMap) -> Iterator[tuple[str, StreamScale]]:
+    """Streams and their scales."""
     ones = Vector.full(1.0, space.n_target)
     first = Vector.of(float(j != PAD) for j in index_map.first_copies().indices)
     share = even(index_map)
     for stream in space.streams:
         kind = stream.removeprefix("head_dim:raw_")
         if stream == QUERY:
-            yield stream, Contract(first, first)
+            yield stream, StreamScale(first, first)
         elif stream == KEY or kind != stream:
-            yield stream, Contract(ones, first)
+            yield stream, StreamScale(ones, first)
         else:
-            yield stream, Contract(share.u, share.w) if stream == SHARE else share
+            yield stream, StreamScale(share.readout, share.activation) if stream == SHARE else share
 
 
 def is_split(space: Space, apart: int) -> bool:

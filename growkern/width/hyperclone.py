@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from growkern.errors import PlanError
 from growkern.model.spec import ModelSpec
-from growkern.planning.decisions import Width
+from growkern.planning.decisions import WidthDecision
 from growkern.planning.method_spaces import refuse, spaces
 from growkern.width.lossless import Lossless
 
@@ -34,8 +34,8 @@ class HyperClone:
     noise_db: float | None = None
     general: bool = False
 
-    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
-        """Give maps and contracts for the target ``sizes``.
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
+        """Give index maps and stream scales for the target ``sizes``.
 
         Raises:
             PlanError: A width that is no whole multiple, without ``general``; a size that does not grow.

@@ -6,7 +6,7 @@ from typing import Literal
 
 from growkern.errors import PlanError
 from growkern.model.spec import ModelSpec, space_of
-from growkern.planning.decisions import Contract, Width
+from growkern.planning.decisions import StreamScale, WidthDecision
 from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import normed, refuse, spaces
 from growkern.planning.vector import Vector
@@ -46,8 +46,8 @@ class Lemon:
     expansion: Literal["average", "zero", "circular", "random"] | None = None
     alpha: float = 0.6
 
-    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
-        """Give maps and contracts for the target ``sizes``.
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
+        """Give index maps and stream scales for the target ``sizes``.
 
         Raises:
             PlanError: An expansion that the model's norms do not take, a width that a post-norm model cannot have, or ``alpha``
@@ -78,33 +78,35 @@ class Lemon:
                     f"expansion={other!r}."
                 )
         wide = Lossless(noise=0.0, norms=norms).widen(spec, sizes)
-        maps, contracts = dict(wide.maps), dict(wide.contracts)
+        maps, stream_scales = dict(wide.maps), dict(wide.stream_scales)
         for space in spaces(spec, sizes) if self.expansion == "random" else ():
             if not (space.norms or space.same or space.name == "positions"):
                 maps[space.name] = IndexMap.tail(space.n_source, space.n_target)
                 ones = Vector.full(1.0, space.n_target)
-                contracts |= dict.fromkeys(space.streams, Contract(ones, ones, "free"))
+                stream_scales |= dict.fromkeys(
+                    space.streams, StreamScale(ones, ones, "random_writer")
+                )
         ratio = (1 - self.alpha) / self.alpha
 
         def share(k: int, count: int) -> float:
             return ratio**k / sum(ratio**i for i in range(count))
 
         tied = {spec.tensors[tied][-1].segments[0][0] for tied in spec.ties}
-        for stream, contract in contracts.items():
+        for stream, stream_scale in stream_scales.items():
             index_map = maps[space_of(stream)]
             if stream in tied or stream in normed(spec) or index_map.is_identity:
                 continue
-            even = contract.w.zip(contract.u, lambda x, y: x * y)
+            even = stream_scale.activation.zip(stream_scale.readout, lambda x, y: x * y)
             split = index_map.by_copy(share, pad=0.0)
             u = Vector.of(
                 y if j < 0 else s / x
                 for j, s, x, y in zip(
                     index_map.indices,
                     split.expanded(),
-                    contract.w.expanded(),
+                    stream_scale.activation.expanded(),
                     even.expanded(),
                     strict=True,
                 )
             )
-            contracts[stream] = replace(contract, u=u)
-        return replace(wide, maps=maps, contracts=contracts)
+            stream_scales[stream] = replace(stream_scale, readout=u)
+        return replace(wide, maps=maps, stream_scales=stream_scales)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from growkern.errors import PlanError
 from growkern.model.spec import ModelSpec
-from growkern.planning.decisions import Contract, Width
+from growkern.planning.decisions import StreamScale, WidthDecision
 from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import (
     GROWS,
@@ -76,8 +76,8 @@ class Lossless:
     noise: float | None = None
     norms: Norms | None = None
 
-    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
-        """Give maps and contracts for the target ``sizes``.
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
+        """Give index maps and stream scales for the target ``sizes``.
 
         Args:
             spec: Description of the source model.
@@ -104,36 +104,39 @@ class Lossless:
         problems += [*head_dim_and_experts.problems(spec, sizes)]
         refuse(spec, sizes, "Lossless", problems, (*GROWS, *INNER, "top_k"))
         maps: dict[str, IndexMap] = {}
-        contracts: dict[str, Contract] = {}
-        index_map, contract = cache(self._index_map), cache(_contract)  # blocks share theirs
+        stream_scales: dict[str, StreamScale] = {}
+        index_map, stream_scale = (
+            cache(self._index_map),
+            cache(_stream_scale),
+        )  # blocks share theirs
         scaled = {*normed(spec), "positions"}
         apart = splits(spec, sizes)
         for space in spaces(spec, sizes):
             if head_dim_and_experts.is_split(space, apart):
                 maps[space.name] = head_dim_and_experts.split(space)
-                contracts |= dict.fromkeys(space.streams, even(maps[space.name]))
+                stream_scales |= dict.fromkeys(space.streams, even(maps[space.name]))
                 continue
             if space.name in INNER and not space.same:
                 maps[space.name] = head_dim_and_experts.index_map(spec, space)
-                contracts |= dict(head_dim_and_experts.contracts(space, maps[space.name]))
+                stream_scales |= dict(head_dim_and_experts.stream_scales(space, maps[space.name]))
                 continue
             how = self._rule(spec, space)
             maps[space.name] = index_map(space.n_source, space.n_target, how)
             for stream in space.streams:
-                contracts[stream] = contract(maps[space.name], how, stream in scaled)
-        solve_ties(spec, sizes, maps, contracts)
+                stream_scales[stream] = stream_scale(maps[space.name], how, stream in scaled)
+        solve_ties(spec, sizes, maps, stream_scales)
         notes, joint = (
             (*head_dim_and_experts.notes(spec, sizes),),
             head_dim_and_experts.joint(spec, maps, apart),
         )
-        return Width(maps, contracts, float(noise), notes=notes, joint=joint)
+        return WidthDecision(maps, stream_scales, float(noise), notes=notes, joint=joint)
 
     def _rule(self, spec: ModelSpec, space: Space) -> str | None:
         """What becomes of a space: a rule for norms, free units, positions; None for an even split."""
         if space.name == "positions":
             return "positions"
         if self.noise is None and not space.norms:
-            return "free"
+            return "random_writer"
         saved = (
             spec.config_eps is not None or not spec.config
         )  # by whom a reload has the epsilon of the norms
@@ -151,7 +154,7 @@ class Lossless:
             return IndexMap.identity(n_source)
         if how == "mean_pad" and self.noise is not None:
             return IndexMap.padded(n_source, n_target)
-        padded = how in ("zero_pad", "mean_pad", "centre_pad", "positions", "free")
+        padded = how in ("zero_pad", "mean_pad", "centre_pad", "positions", "random_writer")
         return (IndexMap.tail if padded else IndexMap.cyclic)(n_source, n_target)
 
 
@@ -176,16 +179,16 @@ def rule_of(spec: ModelSpec, space: Space, norms: Norms | None) -> Norms:
     return how
 
 
-def _contract(index_map: IndexMap, how: str | None, normed: bool) -> Contract:
+def _stream_scale(index_map: IndexMap, how: str | None, normed: bool) -> StreamScale:
     n_copies = max((count for count, _ in index_map.counts.pieces), default=1)
     if how == "isometric" and normed:
         root = index_map.per_copy(lambda c: 1 / sqrt(c), pad=1.0)
-        return Contract(root, root)
+        return StreamScale(root, root)
     w = Vector.full(1.0, index_map.n_target)
     u = index_map.per_copy(lambda c: 1 / c, pad=1 / n_copies)
-    if how == "free":
-        return Contract(w, u, "free")
-    return Contract(
+    if how == "random_writer":
+        return StreamScale(w, u, "random_writer")
+    return StreamScale(
         w,
         u,
         "mean" if how in ("mean_pad", "positions") and normed else "zero",

@@ -6,7 +6,7 @@ from math import sqrt
 from typing import Literal
 
 from growkern.model.spec import ModelSpec
-from growkern.planning.decisions import Contract, Width
+from growkern.planning.decisions import StreamScale, WidthDecision
 from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import positions, refuse, solve_ties, spaces
 from growkern.planning.vector import Vector
@@ -42,8 +42,8 @@ class Sparkling:
     fan_out: Side = "copy"
     fan_in: Side = "copy"
 
-    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> Width:
-        """Give maps and contracts for the target ``sizes``; raise PlanError for zeros on both sides."""
+    def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
+        """Give index maps and stream scales for the target ``sizes``; raise PlanError for zeros on both sides."""
         problems = [
             f"{name}={side!r} is none of {', '.join(SIDES)}."
             for name, side in (("fan_out", self.fan_out), ("fan_in", self.fan_in))
@@ -56,35 +56,35 @@ class Sparkling:
         refuse(spec, sizes, "Sparkling", problems)
         maps: dict[str, IndexMap] = {}
         readers: dict[str, IndexMap] = {}
-        contracts: dict[str, Contract] = {}
+        stream_scales: dict[str, StreamScale] = {}
         inexact = False
         for space in spaces(spec, sizes):
             tail = IndexMap.tail(space.n_source, space.n_target)
             cyclic = IndexMap.cyclic(space.n_source, space.n_target)
             if space.name == "positions":
                 maps[space.name] = tail
-                contracts |= dict.fromkeys(space.streams, positions(tail))
+                stream_scales |= dict.fromkeys(space.streams, positions(tail))
                 continue
             maps[space.name] = cyclic if self.fan_out == "copy" else tail
             readers[space.name] = cyclic if self.fan_in == "copy" else tail
             ones = Vector.full(1.0, space.n_target)
             factor = Vector.full(self.factor(space.n_source, space.n_target), space.n_target)
-            contract = Contract(
+            stream_scale = StreamScale(
                 ones,
                 factor,
-                "free" if self.fan_out == "random" else "zero",
-                reads="free" if self.fan_in == "random" else "zero",
+                "random_writer" if self.fan_out == "random" else "zero",
+                reads="random_reader" if self.fan_in == "random" else "zero",
             )
-            contracts |= dict.fromkeys(space.streams, contract)
+            stream_scales |= dict.fromkeys(space.streams, stream_scale)
             exact = self.fan_out == self.fan_in == "copy" and space.n_target == 2 * space.n_source
             inexact = inexact or not (exact or space.same)
-        solve_ties(spec, sizes, maps, contracts)
+        solve_ties(spec, sizes, maps, stream_scales)
         reasons = ("signals keep their size, not their values",) if inexact else ()
         dead = (
             "new rows are zero: what multiplies two of them (queries with keys, gates with values) never trains.",
         )
-        return Width(
-            maps, contracts, reasons=reasons, norms_kept=True, readers=readers,
+        return WidthDecision(
+            maps, stream_scales, reasons=reasons, norms_kept=True, readers=readers,
             notes=dead if self.fan_out == "zero" else (),
         )  # fmt: skip
 

@@ -102,7 +102,9 @@ def test_weights_and_moments_equal_a_loop_over_elements(axes, transposed, scatte
 
 def even(n, k):
     m = IndexMap.cyclic(n, k)
-    return AxisMap(m, m.per_copy(lambda c: 1 / c, 1.0), Vector.full(1.0, k), "normal", noise=0.5)
+    return AxisMap(
+        m, m.per_copy(lambda c: 1 / c, 1.0), Vector.full(1.0, k), "random_reader", noise=0.5
+    )
 
 
 def writer(n, k, pad="zero"):
@@ -157,7 +159,7 @@ def test_odd_copies_and_single_ones_are_handled():
 
 def test_pads_of_writers_are_zero_or_the_mean_and_those_of_readers_are_free():
     source = torch.randn(6, 4, dtype=torch.float64)
-    free = AxisMap(IndexMap.padded(4, 7), Vector.full(1.0, 7), Vector.full(1.0, 7), "normal")
+    free = AxisMap(IndexMap.padded(4, 7), Vector.full(1.0, 7), Vector.full(1.0, 7), "random_reader")
 
     zero, mean = (
         execute(plan_of([writer(6, 8, pad), writer(4, 4)]), Tensors({"w": source}), None).values[

@@ -44,7 +44,7 @@ def test_what_is_kept_elsewhere_comes_back_as_it_was(name):
     )
     before, layout = tensor.clone(), (tensor.stride(), tensor.storage_offset())
 
-    with memory.elsewhere() as keep:
+    with memory.offload() as keep:
         keep(torch.ones(1000))  # the file holds others too
         back = keep(tensor)
         again = keep(torch.zeros(3))
@@ -235,7 +235,7 @@ def test_a_full_disk_takes_the_growth_back(monkeypatch):
 
 def test_tensors_that_share_memory_are_kept_once_and_still_share_it():
     flat = torch.arange(12.0)
-    with memory.elsewhere() as keep:
+    with memory.offload() as keep:
         one, other = (keep(part) for part in flat.view(2, 6))
 
         assert torch.equal(one(), flat[:6]) and torch.equal(other(), flat[6:])

@@ -126,11 +126,11 @@ class OwnMaps:
 
     def widen(self, spec, sizes):
         wide = width.Lossless(noise=0).widen(spec, sizes)
-        maps, contracts = dict(wide.maps), dict(wide.contracts)
+        maps, stream_scales = dict(wide.maps), dict(wide.stream_scales)
         for space in [name for name in maps if name.startswith("heads.")]:
             maps[space] = IndexMap.drawn(spec.sizes["heads"], sizes["heads"], space)
-            contracts[space] = even(maps[space])
-        return dataclasses.replace(wide, maps=maps, contracts=contracts)
+            stream_scales[space] = even(maps[space])
+        return dataclasses.replace(wide, maps=maps, stream_scales=stream_scales)
 
 
 def test_self_attentions_of_a_stack_share_the_heads_of_their_table(monkeypatch):

@@ -5,7 +5,7 @@ from math import isclose
 import hypothesis.strategies as st
 from hypothesis import given
 
-from growkern.planning.index_map import PAD, IndexMap, concat_maps, twins
+from growkern.planning.index_map import PAD, IndexMap, concat_maps, pair_copies
 from growkern.planning.vector import Vector, concat_vectors
 
 sizes = st.integers(1, 12)
@@ -79,7 +79,7 @@ def test_an_even_split_sums_to_one_over_the_copies(m):
 @given(maps())
 def test_twins_cancel_over_the_copies_of_every_coordinate(m):
     signs, partners = (
-        found.expanded() if isinstance(found, Vector) else found.indices for found in twins(m)
+        found.expanded() if isinstance(found, Vector) else found.indices for found in pair_copies(m)
     )
 
     for j, count in enumerate(m.counts.expanded()):

@@ -10,7 +10,16 @@ The head is tied to the embedding through a transform with a LayerNorm of its ow
 from typing import Protocol
 
 from growkern.model.layers import embedding, linear, norm, writer
-from growkern.model.spec import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec, TensorSpec, inexact
+from growkern.model.spec import (
+    KEY,
+    QUERY,
+    ROOT,
+    VALUE,
+    Blocks,
+    ModelSpec,
+    TensorSpec,
+    post_norm_eps_reason,
+)
 
 BERT_HEAD = (
     "cls.predictions.transform.dense",
@@ -121,7 +130,7 @@ def describe(
             identity=dict.fromkeys(outputs, 0.0)
             | {"attention.output.LayerNorm.weight": 1.0, "attention.output.LayerNorm.bias": 0.0},
             carries={"output.LayerNorm.weight": 1.0, "output.LayerNorm.bias": 0.0},
-            reasons=inexact(config.layer_norm_eps),
+            reasons=post_norm_eps_reason(config.layer_norm_eps),
         ),
         attributes={
             **{f"{at}.{i}.attention.self.num_attention_heads": "heads" for i in layers},

@@ -13,7 +13,16 @@ from typing import Protocol
 
 from growkern.errors import UnsupportedModelError, raise_all
 from growkern.model.layers import linear, norm, reader, writer
-from growkern.model.spec import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec, TensorSpec, inexact
+from growkern.model.spec import (
+    KEY,
+    QUERY,
+    ROOT,
+    VALUE,
+    Blocks,
+    ModelSpec,
+    TensorSpec,
+    post_norm_eps_reason,
+)
 
 OUTSIDE = "what it reads comes from outside; describe the whole model, with this as a part"
 CONSTANTS = {"weight": 1.0, "bias": 0.0}  # of a norm that only normalises
@@ -72,7 +81,7 @@ def describe(encoder: Encoder, base: str = "") -> ModelSpec:
             at,
             identity=dict.fromkeys(outputs, 0.0) | {f"norm1.{k}": CONSTANTS[k] for k in norms},
             carries={f"norm2.{k}": CONSTANTS[k] for k in norms},
-            reasons=() if first.norm_first else inexact(first.norm1.eps),
+            reasons=() if first.norm_first else post_norm_eps_reason(first.norm1.eps),
         ),
         attributes={f"{base}num_layers": "layers"}
         | {
