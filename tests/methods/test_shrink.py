@@ -534,8 +534,8 @@ def test_checkpoints_of_the_wide_model_are_refused_and_those_of_the_first_one_lo
 
 STAGES = {
     "plan": (api, "build"),
-    "dicts": (Undo, "items"),
-    "lists": (Undo, "entries"),
+    "dicts": (Undo, "set_dict"),
+    "lists": (Undo, "set_list"),
     "values": (Undo, "storage"),
     "attributes": (Undo, "attribute"),
     "optimizer": (optim_target, "_optimizer"),
