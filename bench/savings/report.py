@@ -102,7 +102,7 @@ def picture(campaign: Campaign, path: Path) -> None:
     figure.savefig(path)
 
 
-TABLES = "width", "depth"  # setups with a table of all recipes in README
+TABLES = "width", "depth", "depth, twice"  # setups with a table of all recipes in README
 MORE = "width, c++", "width, muon", "wider", "both"  # setups whose best recipe is in README
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from growkern.errors import CheckpointError
+from growkern.errors import CheckpointError, PlanError
 from growkern.optimizer.state_rules import Rule
 from growkern.planning.growth_plan import GrowthPlan
 
@@ -120,8 +120,18 @@ def optim_guard_of(optim: Optimizer) -> OptimGuard | None:
 
 
 def recorded(model: nn.Module) -> list[str]:
-    """The growths that a model's config says it has been through, as JSON."""
-    return list(getattr(getattr(model, "config", None), "growkern_history", None) or [])
+    """The growths that a model's config says it has been through, as JSON.
+
+    Raises:
+        PlanError: The config holds something else.
+    """
+    found: Any = getattr(getattr(model, "config", None), "growkern_history", None) or []
+    if not isinstance(found, list | tuple) or not all(isinstance(one, str) for one in found):  # pyright: ignore[reportUnknownVariableType]
+        raise PlanError(
+            f"config.growkern_history is {found!r}, not a list of growths on record: take it out of the config, or restore it "
+            "from the checkpoint."
+        )
+    return list(found)  # pyright: ignore[reportUnknownArgumentType]
 
 
 def n_growths(model: nn.Module) -> int:

@@ -40,9 +40,9 @@ def replanned(record: GrowthRecord, spec: ModelSpec) -> GrowthPlan:
     Raises:
         PlanError: This growkern knows no such method, or plans another growth of the model.
     """
-    if dict(record.source_sizes) != dict(spec.sizes):
+    if record.family != spec.family or dict(record.source_sizes) != dict(spec.sizes):
         raise PlanError(
-            f"the record is of a {record.family} of {dict(record.source_sizes)}; this one has {dict(spec.sizes)}."
+            f"the record is of a {record.family} of {dict(record.source_sizes)}; this {spec.family} has {dict(spec.sizes)}."
         )
     names = {"width": (record.width, WIDTHS), "depth": (record.depth, DEPTHS)}
     if record.shrinks:

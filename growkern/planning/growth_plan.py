@@ -271,7 +271,11 @@ class GrowthPlan:
                     "that wrote it, or a later one."
                 )
             data = _renamed(data) if version == 0 else data
-            return GrowthPlan(**{k: FIELDS.get(k, _same)(value) for k, value in data.items()})
+            plan = GrowthPlan(**{k: FIELDS.get(k, _same)(value) for k, value in data.items()})
+            _check_types(plan)
+            return plan
+        except PlanError as error:
+            raise PlanError(f"cannot read the plan: {error}") from None
         except (
             AttributeError,
             KeyError,
@@ -332,6 +336,38 @@ class GrowthPlan:
 
 def _fields(one: Any) -> dict[str, Any]:
     return {field.name: getattr(one, field.name) for field in fields(one)}
+
+
+def _check_types(plan: GrowthPlan) -> None:
+    """Raise TypeError for a value that no plan holds there."""
+    number, text = (int, float), (str,)
+    mappings: dict[str, tuple[type, ...]] = {
+        **dict.fromkeys(("source_sizes", "target_sizes"), (int,)),
+        **dict.fromkeys(("attributes", "eps", "config"), number),
+        "ties": text,
+    }
+    for name, kinds in mappings.items():
+        mapping = getattr(plan, name)
+        if not isinstance(mapping, dict) or not all(
+            isinstance(k, str) and isinstance(v, kinds)
+            for k, v in mapping.items()  # pyright: ignore[reportUnknownVariableType]
+        ):
+            raise TypeError(f"{name} is no mapping from names to {kinds[-1].__name__}")
+    texts = [plan.family, plan.width, plan.depth, plan.state, plan.dynamics or "", plan.blocks_path]
+    texts += [*plan.config_lists, *plan.counters, *plan.rebuilt, *plan.reasons, *plan.notes]
+    for row in plan.rows:
+        texts += [row.name, row.source, row.state, *row.axes, row.next_layer_source or ""]
+        numbers = row.factor, row.grad_factor, row.offset, row.constant or 0, row.next_layer_axis
+        if not all(isinstance(n, number) for n in numbers):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"a factor of the row {row.name!r} is no number")
+    blocks = [block for rows in (plan.blocks, *plan.others.values()) for block in rows]
+    if not all(type(b.source) is int and isinstance(b.branch, number) for b in blocks):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError("a block copies no block")
+    if type(plan.seed) is not int or not all(isinstance(one, str) for one in texts):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError("a name, a method or the seed is of another type")
+    eps = plan.config_eps
+    if eps is not None and not (isinstance(eps[0], str) and isinstance(eps[1], number)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError("config_eps is no field and factor")
 
 
 def _renamed(data: dict[str, Any]) -> dict[str, Any]:

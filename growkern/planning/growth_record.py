@@ -8,6 +8,7 @@ from typing import Any
 
 from growkern.errors import PlanError
 from growkern.planning.growth_plan import GrowthPlan
+from growkern.planning.sizes import MAX_LAYERS, MAX_SIZE
 
 VERSION = 1
 
@@ -73,6 +74,22 @@ def digest_of(growth: GrowthPlan | GrowthRecord) -> str:
     return growth.digest if isinstance(growth, GrowthRecord) else digest(growth)
 
 
+def _check(record: GrowthRecord) -> None:
+    """Raise ValueError for fields of other types, and for sizes that no model has."""
+    texts = record.family, record.width, record.depth, record.state, record.digest
+    if not all(isinstance(text, str) for text in (*texts, record.dynamics or "")):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError("a family, a method, a state or a digest is no text")
+    source, to = dict(record.source_sizes), dict(record.to)
+    if to.keys() - source.keys() or any(
+        type(n) is not int for n in (*source.values(), *to.values())
+    ):
+        raise ValueError("its sizes are not those of a model")
+    for name, n in to.items():
+        limit = MAX_LAYERS if name.endswith("layers") else MAX_SIZE
+        if not 1 <= n <= max(limit, source[name]):
+            raise ValueError(f"{name}: the target {n:,} is not from 1 to {limit:,}")
+
+
 def read(text: str) -> GrowthPlan | GrowthRecord:
     """Read an entry of a history: a record, or a whole plan (of a method that text cannot say, or of growkern 0.1).
 
@@ -90,10 +107,10 @@ def read(text: str) -> GrowthPlan | GrowthRecord:
                 "growkern that wrote the checkpoint, or a later one."
             )
         record = GrowthRecord(**data)
-        sizes = [*record.source_sizes.values(), *record.to.values()]
-        if record.to.keys() - record.source_sizes.keys() or any(type(n) is not int for n in sizes):
-            raise ValueError("its sizes are not those of a model")
+        _check(record)
         return record
+    except PlanError:
+        raise
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise PlanError(
             f"cannot read a growth of the history: {error}; only what growkern wrote."

@@ -47,7 +47,8 @@ def resume(
         spec: Makes the description of a model of your own.
 
     Raises:
-        PlanError: A growth does not fit the model as the ones before it left it, or cannot be planned again as it was.
+        PlanError: A growth does not fit the model as the ones before it left it, or cannot be planned again as it was. Those before
+            it have been replayed then; what can be seen from the history alone is refused before the first.
 
     Example:
         >>> growkern.resume(model, optim, torch.load("schedule.pt")["history"])
@@ -55,6 +56,11 @@ def resume(
     """
     model = unwrapped(model)
     done = recorded(model)
+    given: object = history
+    if given is not None and not (
+        isinstance(given, list | tuple) and all(isinstance(h, str | GrowthPlan) for h in given)  # pyright: ignore
+    ):
+        raise PlanError(f"history: expected a list of growths on record, got {given!r}.")
     growths = [
         one if isinstance(one, GrowthPlan) else read(one)
         for one in (done if history is None else history)
@@ -87,7 +93,16 @@ def resume(
                 spec=own if spec else None, backend=NOTHING,
             )  # fmt: skip
         except GrowthError as error:
-            raise PlanError(f"growth {number} of {len(growths)} does not fit: {error}") from error
+            left = (
+                ""
+                if number == len(done) + 1
+                else (
+                    f" Growths 1 to {number - 1} have been replayed: build the model and its optimizer anew before another try."
+                )
+            )
+            raise PlanError(
+                f"growth {number} of {len(growths)} does not fit: {error}{left}"
+            ) from error
 
 
 def _names_fit(one: Growth, after: Growth) -> bool:

@@ -13,7 +13,7 @@ from math import sqrt
 from typing import Literal
 
 from growkern.errors import PlanError
-from growkern.model.spec import ModelSpec
+from growkern.model.spec import ModelSpec, space_of
 from growkern.planning.decisions import StreamScale, WidthDecision
 from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import (
@@ -49,8 +49,9 @@ class Lossless:
 
     By default what is new copies nothing: new residual coordinates are written as 0 and read by drawn columns, new heads and FFN
     units have drawn rows and are read by 0, and norms are corrected. Of what preserves the function this ended lowest (README,
-    "What growing pays"). It is not exact everywhere: under post-norm, norms of several kinds or whose epsilon no config holds
-    (OPT), and for head_dim, experts and kv heads that split, what is new copies what is there, with twin noise of 1.
+    "What growing pays"). It is not exact everywhere: where norms write the residual stream (post-norm, Gemma 2), are of several
+    kinds, or share an epsilon that no config holds for all (OPT, Qwen3), and for head_dim, experts and kv heads that split, what
+    is new copies what is there, with twin noise of 1. ``norms`` asks for pads under norms all the same.
 
     Args:
         noise: None for what is said above. A number makes copies everywhere, and is the strength of their twin noise, in standard
@@ -135,17 +136,9 @@ class Lossless:
         """What becomes of a space: a rule for norms, free units, positions; None for an even split."""
         if space.name == "positions":
             return "positions"
-        if self.noise is None and not space.norms:
+        if self.noise is None and not space.norms and (spec.post_norm or not _sandwiched(spec)):
             return "random_writer"
-        saved = (
-            spec.config_eps is not None or not spec.config
-        )  # by whom a reload has the epsilon of the norms
-        if (
-            self.noise is None
-            and len(space.norms) == 1
-            and saved
-            and not (spec.post_norm or space.same)
-        ):
+        if self.noise is None and not space.same and (self.norms or _pads_last(spec, space)):
             return rule_of(spec, space, self.norms or PADS[next(iter(space.norms))])
         return None if space.whole or not space.norms else rule_of(spec, space, self.norms)
 
@@ -156,6 +149,25 @@ class Lossless:
             return IndexMap.padded(n_source, n_target)
         padded = how in ("zero_pad", "mean_pad", "centre_pad", "positions", "random_writer")
         return (IndexMap.tail if padded else IndexMap.cyclic)(n_source, n_target)
+
+
+def _pads_last(spec: ModelSpec, space: Space) -> bool:
+    """True where pads are exact, also after a reload, and train.
+
+    Their norms want another epsilon, so a field of the config must hold it for all norms of the model (OPT has none; Qwen3 shares it
+    with norms that do not grow). Where a norm writes the residual stream (Gemma 2), a pad's gain would be 0 in a new block, and so
+    would what it multiplies: neither would train.
+    """
+    held = not spec.config or (
+        spec.config_eps and len({space_of(norm.reads) for _, _, norm in spec.norms()}) == 1
+    )
+    return bool(held) and len(space.norms) == 1 and not (spec.post_norm or _sandwiched(spec))
+
+
+def _sandwiched(spec: ModelSpec) -> bool:
+    """True where a norm writes what a norm reads."""
+    read = {norm.reads for _, _, norm in spec.norms()}
+    return any(str(axis.segments[0][0]) in read for _, axis, _ in spec.norms())
 
 
 def rule_of(spec: ModelSpec, space: Space, norms: Norms | None) -> Norms:

@@ -116,6 +116,13 @@ RECORDS = {
     "unknown": ({"colour": "red"}, "unexpected keyword argument 'colour'"),
     "lacking": ({"width": None}, "missing 1 required .* 'width'"),
     "sizes": ({"to": {"wings": 2}}, "sizes are not those of a model"),
+    "too large": ({"to": {"layers": 200_000}}, "layers: the target 200,000 is not from 1 to 4,096"),
+    "larger than any float": (
+        {"to": {"ffn": 10**30}},
+        "ffn: the target .* is not from 1 to 262,144",
+    ),
+    "a method that is a number": ({"width": 3}, "a method, a state or a digest is no text"),
+    "no family": ({"family": []}, "a family, a method"),
     "no number": ({"to": {"hidden": "wide"}}, "sizes are not those of a model"),
 }
 
@@ -141,8 +148,77 @@ def test_a_plan_reads_what_it_lacks_as_defaults_and_refuses_what_it_does_not_kno
         GrowthPlan.from_json(json.dumps(data | {"colour": "red"}))
     with pytest.raises(PlanError, match=r"missing 1 required .* 'family'"):
         GrowthPlan.from_json(json.dumps({k: v for k, v in data.items() if k != "family"}))
-    with pytest.raises(PlanError, match="version 2, and this growkern reads versions up to 1"):
+    with pytest.raises(
+        PlanError, match="read the plan: this plan is of version 2, .* up to 1"
+    ) as at:
         GrowthPlan.from_json(json.dumps(data | {"version": 2}))
+    assert "PlanError" not in str(at.value) and "only what" not in str(at.value)
+
+
+JUNK = {
+    "source_sizes": None, "attributes": [1], "eps": {"a": "b"}, "ties": {"a": 1}, "blocks_path": 3, "depth": None, "reasons": [None],
+    "seed": "0", "config_eps": [1, 2], "notes": [3], "counters": [1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", JUNK)
+def test_junk_in_a_plan_is_refused_when_it_is_read(key):
+    data = json.loads(growkern.plan(make("llama", tied=True), to={"layers": 3}).to_json())
+
+    with pytest.raises(PlanError, match="cannot read the plan"):
+        GrowthPlan.from_json(json.dumps(data | {key: JUNK[key]}))
+
+
+PARTS = [("rows", k) for k in ("factor", "constant", "state", "name")]
+PARTS += [("blocks", k) for k in ("source", "branch")]
+
+
+@pytest.mark.parametrize(("part", "key"), PARTS)
+def test_junk_in_a_row_or_a_block_is_refused_when_it_is_read(part, key):
+    data = json.loads(growkern.plan(make("llama", tied=True), to={"layers": 3}).to_json())
+    data[part][0][key] = [1]
+
+    with pytest.raises(PlanError, match="cannot read the plan"):
+        GrowthPlan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("junk", [5, "abc", [5], {"a": 1}], ids=str)
+def test_a_config_whose_history_is_junk_is_refused_by_name(junk):
+    model = make("llama", tied=True)
+    model.config.growkern_history = junk
+
+    for call in (growkern.resume, growkern.expand_inplace):
+        with pytest.raises(PlanError, match="config.growkern_history is .*, not a list of growths"):
+            call(model)
+    assert model.config.hidden_size == 24
+
+
+@pytest.mark.parametrize("history", [5, [5], "abc"], ids=str)
+def test_a_history_that_is_none_is_refused(history):
+    with pytest.raises(PlanError, match="history: expected a list of growths on record"):
+        growkern.resume(make("llama", tied=True), None, history)
+
+
+def test_a_record_of_another_family_is_refused():
+    record = GrowthRecord.of(growkern.plan(make("llama", tied=True), to="2x"))
+
+    with pytest.raises(PlanError, match="the record is of a mistral of .*this llama has"):
+        growkern.resume(
+            make("llama", tied=True), None, [replace(record, family="mistral").to_json()]
+        )
+
+
+def test_what_was_replayed_before_a_record_that_does_not_fit_is_said():
+    model = make("llama", tied=True)
+    start = copy.deepcopy(model)
+    growkern.expand_inplace(model, to="2x")
+    growkern.expand_inplace(model, to={"layers": 3})
+    one, two = (read(text) for text in model.config.growkern_history)
+
+    with pytest.raises(
+        PlanError, match=r"growth 2 of 2 .* Growths 1 to 1 have been replayed: build the model"
+    ):
+        growkern.resume(start, None, [one.to_json(), replace(two, digest="0" * 32).to_json()])
 
 
 def test_a_model_of_the_users_own_resumes_by_records_of_its_schedule():
