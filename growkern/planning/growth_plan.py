@@ -10,8 +10,8 @@ from typing import Any, Literal
 from growkern.errors import PlanError
 from growkern.planning.decisions import BlockRow
 from growkern.planning.index_map import IndexMap, Run
+from growkern.planning.plan_text import plan_text
 from growkern.planning.vector import Vector
-from growkern.support.text import fold, table
 
 VERSION = 1  # of the JSON
 PADS = "zero", "mean", "random_reader", "random_writer", "from_method"
@@ -287,51 +287,7 @@ class GrowthPlan:
             raise PlanError(f"cannot read the plan: {error!r}; only what to_json wrote.") from None
 
     def __str__(self) -> str:
-        grown = [(k, n, self.target_sizes[k]) for k, n in self.source_sizes.items()]
-        parts = [
-            f"Shrink plan for {self.family}: {self.width}, state {self.state!r}, dynamics {self.dynamics!r}"
-            if self.shrinks
-            else f"Growth plan for {self.family}: {self.width}, {self.depth}, seed {self.seed}, "
-            f"state {self.state!r}, dynamics {self.dynamics!r}",
-            table(
-                ["size", "source", "target", ""],
-                [[k, a, b, f"x {b / a:g}" if b != a else ""] for k, a, b in grown],
-            ),
-        ]
-        parts += [
-            f"{path if self.others else 'blocks'}  "
-            + " ".join(
-                f"{'+' * b.new}{b.source}{f' x {b.branch:g}' * (b.branch != 1)}" for b in blocks
-            )
-            + f"   (+ new, {'initialised anew; modules of' if self.drawn else 'copy of'})"
-            for path, blocks in self.stacks.items()
-            if any(block.new for block in blocks)
-        ]
-        if len(self.blocks) < self.source_sizes.get("layers", 0) and self.blocks:
-            parts.append(f"blocks  {' '.join(str(b.source) for b in self.blocks)} stay")
-        lines = dict.fromkeys(
-            (
-                fold(row.name),
-                *map(_shape, self.shapes(row)),
-                _weight(row, s),
-                _scale(a),
-            )
-            for row in self.rows
-            for s, a in [self.scales(row)]
-            if self.changes(row)
-        )
-        parts.append(
-            table(
-                ["tensor", "source", "target", "weight s", "gradient a"],
-                [list(line) for line in lines],
-            )
-        )
-        parts.append(
-            self.preserves_text,
-        )
-        return "\n\n".join(
-            [*parts, *([("\n".join(f"note: {note}" for note in self.notes))] if self.notes else [])]
-        )
+        return plan_text(self)
 
 
 def _fields(one: Any) -> dict[str, Any]:
@@ -420,17 +376,3 @@ FIELDS: dict[str, Callable[[Any], Any]] = {  # what JSON has no type for
 def _product(values: list[float | None]) -> float | None:
     numbers = [value for value in values if value is not None]
     return prod(numbers) if len(numbers) == len(values) else None
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _weight(row: TensorRow, scale: float | None) -> str:
-    if row.drawn:
-        return "initialised"
-    return _scale(scale) if row.constant is None else f"all {row.constant:g}"
-
-
-def _scale(value: float | None) -> str:
-    return "varies" if value is None else f"{value:.6g}"

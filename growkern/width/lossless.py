@@ -138,7 +138,8 @@ class Lossless:
             return "positions"
         if self.noise is None and not space.norms and (spec.post_norm or not _sandwiched(spec)):
             return "random_writer"
-        if self.noise is None and not space.same and (self.norms or _pads_last(spec, space)):
+        pads = self.noise is None and space.norms and not space.same
+        if pads and (self.norms or _pads_last(spec, space)):
             return rule_of(spec, space, self.norms or PADS[next(iter(space.norms))])
         return None if space.whole or not space.norms else rule_of(spec, space, self.norms)
 

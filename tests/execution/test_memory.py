@@ -128,7 +128,7 @@ def test_lean_and_staged_growths_are_bitwise_equal(family, to):
 STAGES = {
     "a set": (execute, "_run"),
     "values": (commit.Undo, "storage"),
-    "dicts": (commit.Undo, "items"),
+    "dicts": (commit.Undo, "set_dict"),
     "copy blocks": (commit, "_new_blocks"),
     "guards": (commit, "_guard"),
     "hooks": (optim_target, "_scales"),

@@ -118,6 +118,7 @@ def test_save_state_and_load_state_carry_the_schedule(accelerator_of, tmp_path):
     train(accelerator, model, optim, scheduler, 3, first=4, each=each)
 
     grown = dict(hidden_size=48, num_attention_heads=8, num_key_value_heads=4, intermediate_size=80)
+    grown |= dict(rms_norm_eps=5e-7)  # the epsilon has followed
     accelerator, resumed, optim, scheduler, again = prepared(**grown)
     accelerator.load_state(str(tmp_path))
     assert again.fired == [2] and again.counts.n_steps == 4

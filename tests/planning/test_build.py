@@ -77,7 +77,7 @@ PADDED = [
 PADDED += [("llama", {"hidden": 30}, "zero_pad"), ("qwen3", {"hidden": 54}, "zero_pad")]
 CASES = [(*case, QUIET.noise) for case in PADDED] + [
     (family, to, None if family in LAYERED else "zero_pad", None)
-    for family in ("gpt2", "plain", "gpt_neox", "llama", "qwen3", "mixtral", "gemma2", "t5")
+    for family in ("gpt2", "plain", "gpt_neox", "llama", "qwen3", "mixtral", "t5")
     for to in ("2x", "1.5x")
 ]
 
