@@ -165,7 +165,9 @@ SETUPS: dict[str, Setup] = {
     ),
     "width": WIDTH,
     "width, all": replace(WIDTH, recipes=WIDTHS),
-    "width, points": replace(WIDTH, grow_at=(102, 384), recipes=("default, one rate", "Sparkling fresh")),
+    "width, points": replace(
+        WIDTH, grow_at=(102, 384, 768), early=(*WIDTH.early, 768), recipes=("default, one rate", "Sparkling fresh"),
+    ),
     "width, c++": replace(
         WIDTH, text="c++", recipes=("default, one rate", "noise 1, one rate", "Sparkling fresh", "Sparkling fresh, state"),
     ),
@@ -174,7 +176,7 @@ SETUPS: dict[str, Setup] = {
     ),
     "wider": replace(
         WIDTH, source={"hidden": 64, "layers": 4}, target={"hidden": 128, "layers": 4}, lrs=(1e-3, 2e-3, 4e-3),
-        source_lrs=RATES, recipes=("default, one rate", "noise 1, one rate", "Sparkling fresh"),
+        source_lrs=RATES, recipes=("default, one rate", "Sparkling fresh"),
     ),
     "depth": DEPTH,
     "depth, points": replace(DEPTH, grow_at=(100, 375), recipes=("Stack, dropped", "IdentityBlocks")),
