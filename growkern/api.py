@@ -25,7 +25,8 @@ from growkern.planning.decisions import DepthMethod, ShrinkMethod, WidthMethod
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.sizes import Target, resolve_sizes
 from growkern.shrink import WeightSelection
-from growkern.support.wrappers import mid_step, unwrapped
+from growkern.support.live_registry import mid_step
+from growkern.support.wrappers import unwrapped
 from growkern.width import Lossless
 
 SHRINKING_STATES = "exact", "copy", "drop"

@@ -1,56 +1,20 @@
 """Live objects that a growth would leave behind: other optimizers, modules outside the model, schedulers."""
 
-import gc
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import compress
+from collections.abc import Mapping, Sequence
 from sys import getrefcount
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
 from growkern.errors import PlanError, UnsupportedModelError, UnsupportedOptimizerError
 from growkern.optimizer.schedulers import driven_by
+from growkern.support.live_registry import Live
 from growkern.support.wrappers import unwrapped
 
 ENGINE = "DeepSpeedEngine"  # told by its name, as no framework is imported
-
-
-class Live(NamedTuple):
-    """Live objects that may hold parameters; a scan of the heap, some 50 ms."""
-
-    optimizers: list[Optimizer]
-    modules: list[nn.Module]
-    schedulers: list[LRScheduler]
-
-    def scanned_again(self) -> "Live":
-        """Let go of what was found, collect what only waits for its turn, and scan once more."""
-        for found in self:
-            found.clear()
-        gc.collect()
-        return Live.scan()
-
-    @staticmethod
-    def scan() -> "Live":
-        """Find them all."""
-        wanted = {
-            t: i for i, kind in enumerate((Optimizer, nn.Module, LRScheduler)) for t in _kinds(kind)
-        }
-        objects: list[object] = gc.get_objects()
-        found: tuple[list[Any], list[Any], list[Any]] = [], [], []
-        for thing in compress(objects, map(wanted.__contains__, map(type, objects))):
-            found[wanted[type(thing)]].append(thing)  # loops in C: there are some 400,000
-        return Live(*found)
-
-
-def _kinds(kind: type) -> Iterator[type]:
-    """A class and all that are made from it."""
-    yield kind
-    for one in kind.__subclasses__():
-        yield from _kinds(one)
 
 
 def refuse_forgotten(
@@ -106,7 +70,7 @@ def refuse_forgotten(
 
     _refuse_dead(model, optim, live, masters or {})
     if engines(live) or optimizers(live) or modules(live) or averaged(live):
-        live, title = live.scanned_again(), f"cannot grow this {type(model).__name__}:"
+        live, title = live.collected(), f"cannot grow this {type(model).__name__}:"
         if engines(live):
             raise UnsupportedModelError(
                 f"{title} a {ENGINE} around it is alive, which is not supported yet: grow before deepspeed.initialize."
@@ -202,7 +166,7 @@ def forgotten_schedulers(optim: Optimizer, handed: Sequence[object], live: Live)
         drivers = [s for s in live.schedulers if driven_by(s) is optim]
         return [type(s).__name__ for s in drivers if not any(s is one for one in handed)]
 
-    return found(live) and found(live.scanned_again())
+    return found(live) and found(live.collected())
 
 
 def _kind(thing: object) -> str:

@@ -17,7 +17,7 @@ from growkern.commit.optimizer import OptimTarget
 from growkern.engine.compile_cache import reset_near_limit
 from growkern.engine.ddp import Ranks
 from growkern.engine.history import recorded
-from growkern.engine.live_objects import Live, averages_of, forgotten_schedulers, refuse_forgotten
+from growkern.engine.live_objects import averages_of, forgotten_schedulers, refuse_forgotten
 from growkern.engine.next_steps import notes
 from growkern.engine.optim_target import optim_target
 from growkern.engine.report import GrowthReport
@@ -42,6 +42,7 @@ from growkern.optimizer.state_rules import (
 )
 from growkern.optimizer.update_scale import scale_of
 from growkern.planning.growth_plan import GrowthPlan
+from growkern.support.live_registry import Live
 from growkern.support.memory import keep_on_device, offload
 from growkern.support.named_tensors import Tensors
 
@@ -54,7 +55,7 @@ def run(request: Request) -> GrowthReport:
     Raises:
         GrowthError: See ``growkern.expand_inplace``.
     """
-    start, live = perf_counter(), Live.scan()
+    start, live = perf_counter(), Live.now()
     ranks = Ranks(request.model, live.modules)
     with ranks.together(), torch.inference_mode(False), torch.no_grad():
         sources = _describe(request)

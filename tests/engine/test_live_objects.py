@@ -1,0 +1,212 @@
+"""Live optimizers, modules and schedulers are found however they came to be, frozen or not, without a scan of the heap."""
+
+import copy
+import gc
+import inspect
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from models import batch, grow, make, train
+from torch import nn
+
+from growkern.errors import UnsupportedModelError, UnsupportedOptimizerError
+from growkern.support.live_registry import Live, mid_step
+
+
+def constructed(things):
+    return things
+
+
+def unpickled(things):
+    return pickle.loads(pickle.dumps(things))
+
+
+def loaded(things):
+    torch.save(things, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+WAYS = (constructed, copy.deepcopy, unpickled, loaded)
+
+
+@pytest.fixture
+def frozen():
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_an_optimizer_is_found_behind_gc_freeze(way, request):
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 1)
+    model, optim = way((model, optim))
+    request.getfixturevalue("frozen")
+
+    with pytest.raises(UnsupportedOptimizerError, match="another live optimizer holds state"):
+        grow(model, to="2x")
+
+    grow(model, optim, to="2x")
+    train(model, optim, 1)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_a_module_outside_is_found_behind_gc_freeze(way, request):
+    model = make("llama", tied=True)
+    head = nn.Linear(1, 1)
+    head.weight = model.get_input_embeddings().weight
+    model, head = way((model, head))
+    request.getfixturevalue("frozen")
+
+    with pytest.raises(UnsupportedModelError, match=r"modules outside it hold .*Linear"):
+        grow(model, to="2x")
+
+    del head
+    grow(model, to="2x")
+
+
+@pytest.mark.parametrize(
+    "way", (constructed, copy.deepcopy, unpickled), ids=lambda way: way.__name__
+)
+@pytest.mark.parametrize("name", ("ConstantLR", "ReduceLROnPlateau", "SequentialLR"))
+def test_a_scheduler_is_found_behind_gc_freeze(way, name, request):
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    kinds = torch.optim.lr_scheduler
+    schedulers = {
+        "ConstantLR": lambda: kinds.ConstantLR(optim),
+        "ReduceLROnPlateau": lambda: kinds.ReduceLROnPlateau(optim),
+        "SequentialLR": lambda: kinds.SequentialLR(optim, [kinds.ConstantLR(optim)], []),
+    }
+    model, optim, scheduler = way((model, optim, schedulers[name]()))
+    request.getfixturevalue("frozen")
+
+    assert any(scheduler is s for s in Live.now().schedulers)
+    grow(model, optim, to="2x")
+
+    assert (
+        len(optim.param_groups) == 1
+    )  # a scheduler that was not handed over would not follow a split
+
+
+def test_without_a_scheduler_groups_are_split():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    grow(model, optim, to="2x")
+    assert len(optim.param_groups) > 1
+
+
+@pytest.mark.parametrize("freeze", (False, True))
+def test_what_was_made_before_the_import_is_found(freeze):
+    code = f"""
+import gc, torch, transformers
+config = transformers.LlamaConfig(hidden_size=16, num_attention_heads=2, intermediate_size=24, num_hidden_layers=1, vocab_size=32)
+model = transformers.LlamaForCausalLM(config)
+optim = torch.optim.AdamW(model.parameters())
+ids = torch.zeros(1, 4, dtype=int)
+model(ids, labels=ids).loss.backward()
+optim.step()
+if {freeze}:
+    gc.freeze()
+import growkern
+try:
+    growkern.expand_inplace(model)
+except growkern.errors.UnsupportedOptimizerError as error:
+    assert "AdamW" in str(error)
+    assert bool(gc.get_freeze_count()) is {freeze}
+    growkern.expand_inplace(model, optim)
+    print("found")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "found\n", done.stderr
+
+
+def test_a_growth_does_not_scan_the_heap(monkeypatch):
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 1)
+    for name in ("get_objects", "get_referrers", "collect"):
+        monkeypatch.setattr(gc, name, lambda *_, name=name: pytest.fail(f"gc.{name}"))
+
+    grow(model, optim, to="2x")
+
+    assert model.config.hidden_size == 48
+
+
+def test_what_has_died_is_not_registered():
+    made = nn.Identity()
+    number = id(made)
+    assert any(m is made for m in Live.now().modules)
+    del made
+    assert all(id(m) != number or type(m) is not nn.Identity for m in Live.now().modules)
+
+
+def test_mid_step_ends_with_the_steps_own_work():
+    model = make("llama", tied=True)
+    optim = torch.optim.SGD(model.parameters(), lr=1e-3)
+    seen = []
+    optim.register_step_post_hook(lambda *_: seen.append(("post", mid_step(optim))))
+    optim.register_step_pre_hook(lambda *_: seen.append(("pre", mid_step(optim))))
+    for _ in range(2):
+        optim.step(lambda: seen.append(("closure", mid_step(optim))))
+    assert seen == [("pre", True), ("closure", True), ("post", False)] * 2
+
+    def fails():
+        raise ValueError("in a closure")
+
+    with pytest.raises(ValueError, match="in a closure"):
+        optim.step(fails)
+    assert not mid_step(optim)
+    grow(model, optim, to="2x")  # an optimizer whose step has failed can grow
+
+
+def test_torchs_classes_work_as_before():
+    class Hub(
+        nn.Module, PyTorchModelHubMixin
+    ):  # has a __new__ with arguments behind that of nn.Module
+        def __init__(self, size: int = 3):
+            super().__init__()
+            self.linear = nn.Linear(size, size)
+
+    class Halving(torch.optim.lr_scheduler.LRScheduler):
+        def get_lr(self):
+            return [lr / 2 for lr in self.base_lrs]
+
+    assert Hub(size=4)._hub_mixin_config == {"size": 4}
+    assert [*inspect.signature(Hub).parameters] == ["size"]
+    assert [*inspect.signature(Halving).parameters][:2] == ["optimizer", "last_epoch"]
+    assert [*inspect.signature(nn.Linear).parameters][:2] == ["in_features", "out_features"]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sizes'"):
+        Hub(sizes=4)
+
+    linear = nn.Linear(2, 2)
+    x = torch.ones(1, 2)
+    for other in (torch.fx.symbolic_trace(linear), copy.copy(linear)):
+        assert torch.equal(other(x), linear(x))
+    optim = torch.optim.SGD(linear.parameters(), lr=1.0)
+    scheduler = Halving(optim)
+    assert optim.param_groups[0]["lr"] == 0.5
+    assert scheduler.optimizer is optim
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_compiled_step_and_a_module_made_while_compiling():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 1)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def forward(x):
+        return nn.ReLU()(x) + 1
+
+    assert torch.equal(forward(torch.zeros(2)), torch.ones(2))
+    model(batch()).logits.sum().backward()
+    torch.compile(optim.step, backend="eager")()
+    grow(model, optim, to="2x")
