@@ -25,7 +25,6 @@ from growkern.planning.decisions import DepthMethod, ShrinkMethod, WidthMethod
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.sizes import Target, resolve_sizes
 from growkern.shrink import WeightSelection
-from growkern.support.live_registry import mid_step
 from growkern.support.wrappers import unwrapped
 from growkern.width import Lossless
 
@@ -233,7 +232,7 @@ def shrink_inplace(
         >>> growkern.shrink_inplace(model, optim, to={"hidden": 512, "layers": 6})
     """
     model, optim = unwrapped(model), unwrapped(optim)
-    _check_caller(model, optim, plan)
+    _check_caller(model, plan)
     if plan is not None:
         again = dynamics not in ("mup", plan.dynamics) or state not in ("exact", plan.state)
         if to != "0.5x" or method is not None or again:
@@ -270,7 +269,7 @@ def _check_arguments(
     dynamics: object, seed: int | None,
 ) -> None:  # fmt: skip
     """Raise for what is of the wrong kind, said twice, or asked for at the wrong time."""
-    _check_caller(model, optim, plan)
+    _check_caller(model, plan)
     if not isinstance(plan, GrowthPlan):
         return
     again = dynamics not in ("mup", plan.dynamics) or seed not in (None, plan.seed)
@@ -283,16 +282,11 @@ def _check_arguments(
         raise PlanError("plan: its targets are smaller than their sources; shrink_inplace runs it.")
 
 
-def _check_caller(model: object, optim: object, plan: object) -> None:
-    """Raise for what is of the wrong kind, or called at the wrong time."""
+def _check_caller(model: object, plan: object) -> None:
+    """Raise for what is of the wrong kind."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"model: expected a torch.nn.Module, got {type(model).__name__}."
-        )
-    if isinstance(optim, Optimizer) and mid_step(optim):
-        raise PlanError(
-            "a growth in a closure or a pre-hook of optimizer.step() would change half a step; grow between steps, or in a "
-            "post-hook (GrowthSchedule.attach)."
         )
     if plan is not None and not isinstance(plan, GrowthPlan):
         raise PlanError(

@@ -15,7 +15,6 @@ from growkern.errors import CommitError, UnsupportedModelError
 from growkern.model import initial
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.support.interrupts import uninterrupted
-from growkern.support.memory import Backup, keep_on_device
 from growkern.support.named_tensors import Tensors
 
 
@@ -27,7 +26,7 @@ def commit(
     *,
     record: str,
     followers: Sequence[tuple[nn.Module, Iterable[Tensors]]] = (),
-    keep: Backup = keep_on_device,
+    undo: Undo,
     last: Callable[[], bool] = lambda: False,
 ) -> None:
     """Make the model and the optimizer the target, or leave them bitwise as they were.
@@ -39,13 +38,12 @@ def commit(
         target: Of its optimizer.
         record: What the config keeps of the growth.
         followers: Models that grow by the same plan (averages of the model), and what was computed for each.
-        keep: Where replaced tensors wait until the growth has succeeded.
+        undo: Gets every write; a failure rolls back all that it holds.
         last: Called on the grown model, while everything can still be taken back, unless it returns True.
 
     Raises:
         CommitError: Something failed; everything has been put back.
     """
-    undo = Undo(keep)
     torch.clear_autocast_cache()  # it holds casts of the source's weights
     with uninterrupted() as held:
         try:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from growkern.commit.optimizer import Masters
+from growkern.commit.undo import Undo
 from growkern.execution.execute import Memory
 from growkern.execution.tiles import Given
 from growkern.model.spec import ModelSpec
@@ -30,6 +31,7 @@ class Request:
         rules: State key -> order in the gradient, for an optimizer without state rules.
         memory: ``"stage"``, ``"lean"``, or None for the first that fits.
         new_rows: What writes the rows that copy no source row, where the width method does.
+        undo: Writes of earlier growths that a failure of this one rolls back too (``all_or_nothing``).
     """
 
     model: nn.Module
@@ -44,6 +46,7 @@ class Request:
     rules: Mapping[str, int | None] | None = None
     memory: Memory | None = None
     new_rows: Given | None = None
+    undo: Undo | None = None
 
     @property
     def optim(self) -> Optimizer | None:

@@ -2,8 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from time import perf_counter
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from growkern.commit.checkpoint_guard import n_growths
 from growkern.commit.commit import check_blocks, commit
 from growkern.commit.optimizer import OptimTarget
+from growkern.commit.undo import Undo
 from growkern.engine.compile_cache import reset_near_limit
 from growkern.engine.ddp import Ranks
 from growkern.engine.history import recorded
@@ -23,7 +24,7 @@ from growkern.engine.optim_target import optim_target
 from growkern.engine.report import GrowthReport
 from growkern.engine.request import Request
 from growkern.engine.sources import tensors_of
-from growkern.errors import CommitError, GrowthError
+from growkern.errors import CommitError, GrowthError, PlanError
 from growkern.execution.execute import Execution
 from growkern.execution.torch_backend import norm_of
 from growkern.model.describe import describe
@@ -42,7 +43,8 @@ from growkern.optimizer.state_rules import (
 )
 from growkern.optimizer.update_scale import scale_of
 from growkern.planning.growth_plan import GrowthPlan
-from growkern.support.live_registry import Live
+from growkern.support.interrupts import uninterrupted
+from growkern.support.live_registry import Live, mid_step
 from growkern.support.memory import keep_on_device, offload
 from growkern.support.named_tensors import Tensors
 
@@ -55,6 +57,11 @@ def run(request: Request) -> GrowthReport:
     Raises:
         GrowthError: See ``growkern.expand_inplace``.
     """
+    if any(map(mid_step, request.optims)):
+        raise PlanError(
+            "a growth in a closure or a pre-hook of optimizer.step() would change half a step; grow between steps, or in a "
+            "post-hook (GrowthSchedule.attach)."
+        )
     start, live = perf_counter(), Live.now()
     ranks = Ranks(request.model, live.modules)
     with ranks.together(), torch.inference_mode(False), torch.no_grad():
@@ -69,6 +76,20 @@ def run(request: Request) -> GrowthReport:
     report = _report(request, sources, staged, perf_counter() - start)
     logger.debug("%s", report)
     return report
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Generator[Undo]:
+    """Make several growths of a model one: when the block raises, all of them are rolled back. They get the ``Undo`` it yields."""
+    with offload() as keep:
+        undo = Undo(keep)
+        try:
+            yield undo
+        except BaseException:
+            with uninterrupted():
+                undo.rollback()
+                Ranks(model, Live.now().modules).rebuild()
+            raise
 
 
 @dataclass(frozen=True)
@@ -191,11 +212,11 @@ def _commit(request: Request, sources: _Described, staged: _Staged, ranks: Ranks
         raise
     except Exception as error:
         raise CommitError(f"the growth failed before anything was changed: {error}") from error
-    with offload() if lean else nullcontext(keep_on_device) as keep:
+    with offload() if lean and not request.undo else nullcontext(keep_on_device) as keep:
         followers = [*zip(sources.averages, parts[1:], strict=True)]
         commit(
-            plan, parts.pop(0), request.model, staged.target, record=recorded(plan, sources.spec), followers=followers, keep=keep,
-            last=before_end,
+            plan, parts.pop(0), request.model, staged.target, record=recorded(plan, sources.spec), followers=followers,
+            undo=request.undo or Undo(keep), last=before_end,
         )  # fmt: skip
 
 

@@ -1,13 +1,16 @@
 """Which optimizers, modules and schedulers are alive, and which optimizer is inside ``step()``: known from the import of growkern on.
 
-A scan of the heap costs 70 ms at a million objects, and does not see what ``gc.freeze()`` has put aside. So the three base classes
-of torch get a ``__new__`` that registers every instance: constructors, ``copy``, and ``pickle`` all call it.
+A scan of the heap costs 70 ms at a million objects, and does not see what ``gc.freeze()`` has put aside. So optimizers and
+schedulers are registered by a ``__new__`` of their base classes, which constructors, ``copy`` and ``pickle`` all call. Modules, which
+compiled code makes too (a slice of a ``ModuleList``), are registered by torch's hooks when they get a parameter or a submodule, and by
+``__setstate__``, which ``copy`` and ``pickle`` call.
 """
 
 import gc
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import wraps
 from itertools import compress
 from sys import _getframe  # pyright: ignore[reportPrivateUsage]
 from types import CodeType
@@ -16,6 +19,10 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import (
@@ -49,17 +56,32 @@ class Live(NamedTuple):
 
 def _register_instances(kind: type) -> None:
     """Give a class the ``__new__`` that registers its instances; the next ``__new__`` in the MRO gets the arguments."""
-    alive = _alive[kind]
 
     def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
         make: Any = super(kind, cls).__new__
         self = make(cls) if make is object.__new__ else make(cls, *args, **kwargs)
-        if not torch.compiler.is_dynamo_compiling():
-            alive[id(self)] = self
+        _alive[kind][id(self)] = self
         return self
 
     new.__wrapped__ = kind.__init__  # pyright: ignore[reportFunctionMemberAccess] the signature of the class stays
     kind.__new__ = new
+
+
+def _register_module(module: nn.Module, *_: object) -> None:
+    if not torch.compiler.is_dynamo_compiling():
+        _alive[nn.Module][id(module)] = module
+
+
+def _register_copies() -> None:
+    """Have modules that are copied or unpickled registered."""
+    set_state: Any = nn.Module.__setstate__
+
+    @wraps(set_state)
+    def __setstate__(self: nn.Module, state: dict[str, Any]) -> None:
+        set_state(self, state)
+        _register_module(self)
+
+    nn.Module.__setstate__ = __setstate__
 
 
 def _register_existing() -> None:
@@ -93,9 +115,10 @@ class _Step:
 _steps: WeakKeyDictionary[Optimizer, _Step] = WeakKeyDictionary()
 
 
-def mid_step(optim: Optimizer) -> bool:
+def mid_step(optim: object) -> bool:
     """True inside ``optim.step()`` before its own work is done: in its pre-hooks, and in a closure."""
-    step, frame = _steps.get(optim), _getframe(1)
+    step = _steps.get(optim) if isinstance(optim, Optimizer) else None
+    frame = _getframe(1)
     while step is not None and step.frame and frame is not None:
         if (id(frame), frame.f_code) == (
             step.frame,
@@ -123,7 +146,10 @@ def _end_step(optim: Optimizer, *_: object) -> None:
         _steps[optim].frame = 0
 
 
-for _kind in KINDS:
-    _register_instances(_kind)
+_register_instances(Optimizer)
+_register_instances(LRScheduler)
+register_module_parameter_registration_hook(_register_module)
+register_module_module_registration_hook(_register_module)
+_register_copies()
 _register_existing()
 register_optimizer_step_pre_hook(_begin_step)

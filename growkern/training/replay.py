@@ -1,19 +1,22 @@
 """Growths replayed on a model of the starting sizes, so that a checkpoint from after them loads into it."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
+from typing import cast
 
 from torch import nn
 from torch.optim import Optimizer
 
-from growkern.api import expand_inplace, shrink_inplace
 from growkern.commit.checkpoint_guard import recorded
 from growkern.commit.optimizer import Masters
 from growkern.engine.history import replanned
+from growkern.engine.request import Request
+from growkern.engine.run import all_or_nothing, run
 from growkern.errors import GrowthError, PlanError
 from growkern.execution.execute import NOTHING
-from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
+from growkern.planning.check import check
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.growth_record import GrowthRecord, digest_of, read
 from growkern.support.wrappers import unwrapped
@@ -47,8 +50,8 @@ def resume(
         spec: Makes the description of a model of your own.
 
     Raises:
-        PlanError: A growth does not fit the model as the ones before it left it, or cannot be planned again as it was. Those before
-            it have been replayed then; what can be seen from the history alone is refused before the first.
+        PlanError: A growth does not fit the model as the ones before it left it, or cannot be planned again as it was; model and
+            optimizer are bitwise as they were.
 
     Example:
         >>> growkern.resume(model, optim, torch.load("schedule.pt")["history"])
@@ -83,26 +86,27 @@ def resume(
                 f"growth {number + 1} of {len(growths)} does not fit: it is for {dict(after.source_sizes)}, growth {number} ends "
                 f"at {dict(one.target_sizes)}."
             )
-    for number, one in enumerate(growths[len(done) :], len(done) + 1):
-        try:
-            own = describe(model, spec(model) if spec else None)
-            plan = one if isinstance(one, GrowthPlan) else replanned(one, own)
-            change = shrink_inplace if plan.shrinks else expand_inplace
-            change(
-                model, optim, plan=plan, dynamics=plan.dynamics, scheduler=scheduler, ema=ema, masters=masters,
-                spec=own if spec else None, backend=NOTHING,
-            )  # fmt: skip
-        except GrowthError as error:
-            left = (
-                ""
-                if number == len(done) + 1
-                else (
-                    f" Growths 1 to {number - 1} have been replayed: build the model and its optimizer anew before another try."
-                )
-            )
-            raise PlanError(
-                f"growth {number} of {len(growths)} does not fit: {error}{left}"
-            ) from error
+    optims = () if optim is None else (cast(Optimizer, unwrapped(optim)),)
+    with all_or_nothing(model) as undo:
+        for number, one in enumerate(growths[len(done) :], len(done) + 1):
+            try:
+                run(
+                    Request(
+                        model, optims, partial(_plan, one), one.state == "drop", spec=spec(model) if spec else None,
+                        backend=NOTHING, scheduler=scheduler, ema=ema, masters=masters, undo=undo,
+                    )
+                )  # fmt: skip
+            except GrowthError as error:
+                raise PlanError(
+                    f"growth {number} of {len(growths)} does not fit: {error} Nothing was changed."
+                ) from error
+
+
+def _plan(growth: Growth, spec: ModelSpec) -> GrowthPlan:
+    """The plan of a growth on record, for the model as the growths before it left it."""
+    plan = growth if isinstance(growth, GrowthPlan) else replanned(growth, spec)
+    check(plan, spec)
+    return plan
 
 
 def _names_fit(one: Growth, after: Growth) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import grow, make, spec_of, train
+from torch.optim.swa_utils import AveragedModel
 
 import growkern
 from growkern import depth, shrink, vocab, width
@@ -208,17 +209,53 @@ def test_a_record_of_another_family_is_refused():
         )
 
 
-def test_what_was_replayed_before_a_record_that_does_not_fit_is_said():
+def _wrong_digest(records):
+    return [records[0].to_json(), replace(records[1], digest="0" * 32).to_json()]
+
+
+def _unknown_method(records):
+    return [records[0].to_json(), replace(records[1], depth="Tower()").to_json()]
+
+
+def _another_family(records):
+    return [records[0].to_json(), replace(records[1], family="mistral").to_json()]
+
+
+@pytest.mark.parametrize("spoiled", (_wrong_digest, _unknown_method, _another_family))
+@pytest.mark.parametrize("optimizer", (torch.optim.AdamW, torch.optim.SGD, None))
+def test_a_later_growth_that_does_not_fit_takes_the_earlier_ones_back(spoiled, optimizer):
     model = make("llama", tied=True)
-    start = copy.deepcopy(model)
-    growkern.expand_inplace(model, to="2x")
-    growkern.expand_inplace(model, to={"layers": 3})
-    one, two = (read(text) for text in model.config.growkern_history)
+    start, average = copy.deepcopy(model), AveragedModel(model)
+    growkern.expand_inplace(model, to="2x", ema=())
+    growkern.expand_inplace(model, to={"layers": 3}, ema=())
+    good = model.config.growkern_history
+    optim = optimizer and optimizer(start.parameters(), lr=1e-3)
+    scheduler = optim and torch.optim.lr_scheduler.ConstantLR(optim)
+    average.module = copy.deepcopy(start)
+    before = copy.deepcopy((start, average, optim and optim.state_dict(), start.config.to_dict()))
+    names, ids = dict(start.named_parameters()), [id(p) for p in start.parameters()]
 
     with pytest.raises(
-        PlanError, match=r"growth 2 of 2 .* Growths 1 to 1 have been replayed: build the model"
+        PlanError, match=r"(?s)growth 2 of 2 does not fit: .* Nothing was changed\."
     ):
-        growkern.resume(start, None, [one.to_json(), replace(two, digest="0" * 32).to_json()])
+        growkern.resume(start, optim, spoiled([*map(read, good)]), scheduler=scheduler, ema=average)
+
+    for now, was in ((start, before[0]), (average, before[1])):
+        assert str(now) == str(was)
+        assert_same(now.state_dict(), was.state_dict())
+    assert [id(p) for p in start.parameters()] == ids and dict(start.named_parameters()) == names
+    assert (optim and optim.state_dict()) == before[2] and start.config.to_dict() == before[3]
+    growkern.resume(start, optim, good, scheduler=scheduler, ema=average)  # and can be tried again
+    assert start.config.num_hidden_layers == average.module.config.num_hidden_layers == 3
+    if optim is not None:
+        start.load_state_dict(model.state_dict())
+        train(start, optim, 1)
+
+
+def assert_same(now, was):
+    assert now.keys() == was.keys()
+    for name in now:
+        assert torch.equal(now[name], was[name]), name
 
 
 def test_a_model_of_the_users_own_resumes_by_records_of_its_schedule():
