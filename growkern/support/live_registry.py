@@ -74,7 +74,7 @@ def _register_module(module: nn.Module, *_: object) -> None:
 
 def _register_copies() -> None:
     """Have modules that are copied or unpickled registered."""
-    set_state: Any = nn.Module.__setstate__
+    set_state = cast(Any, nn.Module.__setstate__)
 
     @wraps(set_state)
     def __setstate__(self: nn.Module, state: dict[str, Any]) -> None:
