@@ -168,7 +168,7 @@ def ready(case: str, n_bytes: int, dtype: str) -> Ready | str:
         for order, (source, target) in enumerate(zip([weight, *state.values()], grown, strict=True))
         if isinstance(source, Tensor) and isinstance(target, Tensor)
     ]
-    maps = [axis.index_map.indices for axis in plan.axis_maps(plan.rows[0])]
+    maps = [axis.index_map.indices for axis in plan.axis_maps(plan.tensors[0])]
     rows, cols = (torch.tensor(m, device=DEVICE) for m in maps)
     shares = [1 / torch.bincount(m, minlength=n_source)[m].float() for m in (rows, cols)]
     scales = [
@@ -219,7 +219,7 @@ def _warm(case: Ready) -> Callable[[], object]:
         from growkern.kernels.expand import expand
     else:
         expand = reference.expand
-    cutter, row = Cutter(case.plan), case.plan.rows[0]
+    cutter, row = Cutter(case.plan), case.plan.tensors[0]
     return partial(
         expand, [p for job in case.jobs for p in cutter.pieces(row, *job[:2], RULES[job[2]])]
     )

@@ -147,7 +147,7 @@ def logits(model: nn.Module) -> Tensor:
 def jobs(model: nn.Module, optim: AdamW, plan: GrowthPlan) -> tuple[list[Job], list[Job]]:
     """Every source tensor that the plan grows, and the shape of its target: weights, and moments."""
     parameters = dict(model.named_parameters())
-    rows = [row for row in plan.rows if plan.changes(row)]
+    rows = [row for row in plan.tensors if plan.changes(row)]
     weights = [(parameters[row.source].detach(), plan.shapes(row)[1]) for row in rows]
     moments = [
         (optim.state[parameters[row.source]][key], plan.shapes(row)[1])
@@ -347,7 +347,7 @@ def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -
                 work = jobs(model, optim, plan)
                 timed((harness.ROOF, "cold"), roof([*work[0], *work[1]]))
                 if case.doubles:
-                    shapes = {row.name: plan.shapes(row)[1] for row in plan.rows}
+                    shapes = {row.name: plan.shapes(row)[1] for row in plan.tensors}
                     double = partial(state_dict_double, model, optim, config)
                     timed((DOUBLE, "cold"), double)
                     timed((REPEAT, "cold"), partial(repeat_and_divide, model, config, shapes))

@@ -25,12 +25,14 @@ from growkern.planning.decisions import DepthMethod, ShrinkMethod, WidthMethod
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.sizes import Target, resolve_sizes
 from growkern.shrink import WeightSelection
+from growkern.support.renamed import renamed_arguments
 from growkern.support.wrappers import unwrapped
 from growkern.width import Lossless
 
 SHRINKING_STATES = "exact", "copy", "drop"
 
 
+@renamed_arguments(masters="master_weights", rules="state_rules")
 def plan(
     model: nn.Module,
     optim: Optimizer | None = None,
@@ -42,8 +44,8 @@ def plan(
     dynamics: str | None = "mup",
     spec: ModelSpec | None = None,
     seed: int | None = None,
-    masters: Masters | None = None,
-    rules: Mapping[str, int | None] | None = None,
+    master_weights: Masters | None = None,
+    state_rules: Mapping[str, int | None] | None = None,
     shrink: ShrinkMethod | None = None,
 ) -> GrowthPlan:
     """Plan a growth, or a shrinking, without changing anything; ``print`` it to see every decision.
@@ -58,8 +60,8 @@ def plan(
         dynamics: What becomes of learning rates; see ``expand_inplace``.
         spec: Description of a model of your own.
         seed: Of all noise; None for the number of growths before. Equal seeds give equal bits, on every machine.
-        masters: Of weights in lower precision; see ``expand_inplace``.
-        rules: Of an optimizer whose law is not known.
+        master_weights: Of weights in lower precision; see ``expand_inplace``.
+        state_rules: Of an optimizer whose law is not known.
         shrink: How to shrink, in place of ``width`` and ``depth``; ``to`` then names smaller sizes.
 
     Returns:
@@ -74,7 +76,12 @@ def plan(
     found = describe(model, spec)
     if optim is not None:
         describe_optimizer(
-            model, unwrapped(optim), found, drop=state == "drop", rules=rules, masters=masters
+            model,
+            unwrapped(optim),
+            found,
+            drop=state == "drop",
+            state_rules=state_rules,
+            master_weights=master_weights,
         )
     if shrink is not None:
         if width or depth or seed:
@@ -84,6 +91,7 @@ def plan(
     return _plan(model, found, to, width, depth, state, dynamics, seed)
 
 
+@renamed_arguments(masters="master_weights", rules="state_rules")
 def expand_inplace(
     model: nn.Module,
     optim: Optimizer | None = None,
@@ -99,8 +107,8 @@ def expand_inplace(
     plan: GrowthPlan | None = None,
     scheduler: object | None = None,
     ema: nn.Module | Sequence[nn.Module] | None = None,
-    masters: Masters | None = None,
-    rules: Mapping[str, int | None] | None = None,
+    master_weights: Masters | None = None,
+    state_rules: Mapping[str, int | None] | None = None,
     memory: Memory | None = None,
 ) -> GrowthReport:
     """Grow a model and its optimizer in place, in the middle of training.
@@ -131,9 +139,9 @@ def expand_inplace(
         scheduler: The learning-rate scheduler that drives ``optim``, or a list of them; they follow the split groups.
         ema: Averages of the model (``AveragedModel``, or any module like ``model``), grown by the same plan; ``()`` when
             those that are alive are of other models.
-        masters: Parameter -> the float32 copy that ``optim`` holds in its place, when weights are kept in lower precision;
-            masters of new blocks are added to it.
-        rules: For an optimizer whose law is not known: state key -> order in the gradient (0: gathered as it is, 1, 2), None
+        master_weights: Parameter -> the float32 copy that ``optim`` holds in its place, when weights are kept in lower precision;
+            those of new blocks are added to it.
+        state_rules: For an optimizer whose law is not known: state key -> order in the gradient (0: gathered as it is, 1, 2), None
             for what is kept.
         memory: ``"stage"`` computes every target beside the source, then swaps; ``"lean"`` goes tensor by tensor and keeps
             replaced sources on the host (of a CPU: in a temporary file) for the undo; None takes the first that fits.
@@ -170,12 +178,13 @@ def expand_inplace(
     new_rows = getattr(width, "rows", None)
     return run(
         Request(
-            model, optims, make_plan, drop_state, spec=spec, backend=backend, scheduler=scheduler, ema=ema, masters=masters, rules=rules,
-            memory=memory, new_rows=new_rows,
+            model, optims, make_plan, drop_state, spec=spec, backend=backend, scheduler=scheduler, ema=ema,
+            master_weights=master_weights, state_rules=state_rules, memory=memory, new_rows=new_rows,
         )
     )  # fmt: skip
 
 
+@renamed_arguments(masters="master_weights", rules="state_rules")
 def shrink_inplace(
     model: nn.Module,
     optim: Optimizer | None = None,
@@ -189,8 +198,8 @@ def shrink_inplace(
     plan: GrowthPlan | None = None,
     scheduler: object | None = None,
     ema: nn.Module | Sequence[nn.Module] | None = None,
-    masters: Masters | None = None,
-    rules: Mapping[str, int | None] | None = None,
+    master_weights: Masters | None = None,
+    state_rules: Mapping[str, int | None] | None = None,
     memory: Memory | None = None,
 ) -> GrowthReport:
     """Shrink a model and its optimizer in place, in the middle of training.
@@ -214,8 +223,8 @@ def shrink_inplace(
         plan: A plan made before (``growkern.plan(..., shrink=...)``), in place of ``to``, ``method``, ``state`` and ``dynamics``.
         scheduler: The learning-rate scheduler that drives ``optim``, or a list of them; they follow its groups.
         ema: Averages of the model; see ``expand_inplace``.
-        masters: Of weights in lower precision; those of dropped blocks are taken out of it.
-        rules: Of an optimizer whose law is not known.
+        master_weights: Of weights in lower precision; those of dropped blocks are taken out of it.
+        state_rules: Of an optimizer whose law is not known.
         memory: See ``expand_inplace``.
 
     Returns:
@@ -258,8 +267,8 @@ def shrink_inplace(
     drop_state = (plan.state if plan else state) == "drop"
     return run(
         Request(
-            model, optims, make_plan, drop_state, spec=spec, backend=backend, scheduler=scheduler, ema=ema, masters=masters, rules=rules,
-            memory=memory,
+            model, optims, make_plan, drop_state, spec=spec, backend=backend, scheduler=scheduler, ema=ema,
+            master_weights=master_weights, state_rules=state_rules, memory=memory,
         )
     )  # fmt: skip
 

@@ -148,7 +148,7 @@ def _observed(schedule: GrowthSchedule) -> _Observed:
     assert attachment is not None and event is not None
     plan = attachment.planned(event)
     names = {name for name, _ in attachment.model.named_parameters()}
-    target = sum(prod(plan.shapes(row)[1]) for row in plan.rows if row.source in names)
+    target = sum(prod(plan.shapes(row)[1]) for row in plan.tensors if row.source in names)
     source = attachment.n_params
     each = (
         counts.n_flops / counts.n_tokens if counts.n_flops and not schedule.fired else 6.0 * source

@@ -112,7 +112,7 @@ def compare(
         loss: Of a model and a batch; by default the output's ``loss``, or the cross entropy of the next token.
         held_out: Input that losses and gradient norms are measured on; by default the first of ``batch``.
         on_outcome: Called with every outcome as it comes.
-        options: ``state``, ``dynamics``, ``spec``, ``seed``, ``backend``, ``rules``, ``memory``: as in ``expand_inplace``.
+        options: ``state``, ``dynamics``, ``spec``, ``seed``, ``backend``, ``state_rules``, ``memory``: as in ``expand_inplace``.
 
     Returns:
         One outcome per method, behind that of the source itself. What a method refuses is an outcome too.

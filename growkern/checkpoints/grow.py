@@ -154,7 +154,7 @@ def grow(
             left = _copy_others(folder, part)
     notes = (*plan.notes, *_left_out(source, left))
     sizes = sum(t.numel() * t.element_size() for t in layout.sources.values()), layout.n_bytes
-    target = sum(_n(plan.shapes(row)[1]) for row in plan.rows if row.source in names)
+    target = sum(_n(plan.shapes(row)[1]) for row in plan.tensors if row.source in names)
     return GrownCheckpoint(
         out,
         plan,
@@ -224,14 +224,14 @@ def _target_config(plan: GrowthPlan, model: Any) -> Any:
 
 def _parameters(plan: GrowthPlan, model: Any) -> set[str]:
     held = dict(model.named_parameters(remove_duplicate=False))
-    return {row.source for row in plan.rows if row.source in held}
+    return {row.source for row in plan.tensors if row.source in held}
 
 
 def _grown(run: Execution, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Every target by name; sources are let go when they have been used."""
     values = dict(run.sources.values)
     same: dict[str, list[TensorRow]] = {}
-    for row in run.plan.rows:
+    for row in run.plan.tensors:
         if not run.plan.changes(row):
             same.setdefault(row.source, []).append(row)
     for one, staged in zip(run.sets, run.parts(), strict=True):

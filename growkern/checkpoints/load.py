@@ -88,7 +88,7 @@ class Layout:
     def __init__(self, source: Checkpoint, plan: GrowthPlan, values: Mapping[str, Tensor]) -> None:
         self.model = source.model
         kept = set(self.model.state_dict()) - set(self.model._keys_to_ignore_on_save or ())  # pyright: ignore[reportPrivateUsage]
-        self.rows: dict[str, TensorRow] = {r.name: r for r in plan.rows if r.source in kept}
+        self.rows: dict[str, TensorRow] = {r.name: r for r in plan.tensors if r.source in kept}
         self.sources: dict[str, Tensor] = {}
         self.targets: dict[str, Tensor] = {}
         self.mapped: set[str] = set()

@@ -34,8 +34,8 @@ class Grown:
         return Grown(
             f"{kind} {number} ({', '.join(changes) or 'nothing changed'})",
             record,
-            {row.source: plan.shapes(row)[0] for row in plan.rows},
-            {row.name: plan.shapes(row)[1] for row in plan.rows},
+            {row.source: plan.shapes(row)[0] for row in plan.tensors},
+            {row.name: plan.shapes(row)[1] for row in plan.tensors},
         )
 
 

@@ -75,7 +75,7 @@ def _model(
 ) -> None:
     """Write one model and its optimizer."""
     source = dict(model.named_parameters(remove_duplicate=False))
-    rows, fresh = {row.name: row for row in plan.rows}, Tensors()
+    rows, fresh = {row.name: row for row in plan.tensors}, Tensors()
     for staged in parts:
         _values([rows[name] for name in staged.values], staged, model, source, target, undo)
         fresh.values |= {k: v for k, v in staged.values.items() if rows[k].new}

@@ -31,7 +31,7 @@ class OptimTarget:
         scheduler: The learning-rate scheduler that drives it; follows the groups.
         scales: Parameter name -> what ``UpdateScale`` is to do with it, beside the groups.
         slices: Parameter name -> entries of its state that hold such factors, for an optimizer that takes them itself.
-        masters: Parameter of the model -> the copy in higher precision that the optimizer holds in its place.
+        master_weights: Parameter of the model -> the copy in higher precision that the optimizer holds in its place.
         joins: True when groups that a growth has split are made one again where their factors agree, and empty ones dropped.
     """
 
@@ -43,17 +43,17 @@ class OptimTarget:
     slices: Mapping[str, Mapping[str, Tensor]] = field(
         default_factory=dict[str, Mapping[str, Tensor]]
     )
-    masters: Masters = field(default_factory=dict[nn.Parameter, nn.Parameter])
+    master_weights: Masters = field(default_factory=dict[nn.Parameter, nn.Parameter])
     joins: bool = False
 
     def held(self, params: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """What the optimizer holds for the parameters of a model."""
-        return {name: self.masters.get(p, p) for name, p in params.items()}
+        return {name: self.master_weights.get(p, p) for name, p in params.items()}
 
 
 def grow_state(of: OptimTarget, p: nn.Parameter, grown: Mapping[str, object], undo: Undo) -> None:
     """Give a parameter that stays its grown state, and its master its grown values."""
-    held, state = of.masters.get(p, p), dict(grown)
+    held, state = of.master_weights.get(p, p), dict(grown)
     if isinstance(value := state.pop(MASTER, None), Tensor):
         grad = state.pop(MASTER_GRAD, None)
         undo.storage(held, value, grad if isinstance(grad, Tensor) else None)
@@ -81,17 +81,17 @@ def grow_optimizer(
     """
     before, stay = of.held(source), {id(p) for p in target.values()}
     dropped = {id(p) for p in source.values()} - stay
-    masters = {p: master for p, master in of.masters.items() if id(p) not in dropped}
-    for row in plan.rows:
+    master_weights = {p: master for p, master in of.master_weights.items() if id(p) not in dropped}
+    for row in plan.tensors:
         value = fresh.states.get(row.name, {}).pop(MASTER, None)
         fresh.states.get(row.name, {}).pop(MASTER_GRAD, None)
-        if row.new and source.get(row.source) in of.masters:
-            like = of.masters[source[row.source]]
+        if row.new and source.get(row.source) in of.master_weights:
+            like = of.master_weights[source[row.source]]
             p = target[row.name]
             start = value if isinstance(value, Tensor) else p.detach().to(like.dtype, copy=True)
-            masters[p] = nn.Parameter(start, requires_grad=like.requires_grad)
-    if masters.keys() != of.masters.keys():
-        undo.set_dict(of.masters, masters)
+            master_weights[p] = nn.Parameter(start, requires_grad=like.requires_grad)
+    if master_weights.keys() != of.master_weights.keys():
+        undo.set_dict(of.master_weights, master_weights)
     after = of.held(target)
     _optimizer(plan, fresh, of, before, after, undo)
     law = of.described.law
@@ -120,7 +120,7 @@ def _optimizer(
     if resets and hasattr(optim, "_numel_cache"):
         undo.attribute(optim, "_numel_cache", None)  # of LBFGS
     joins: dict[int, list[nn.Parameter]] = {}
-    for row in plan.rows:
+    for row in plan.tensors:
         if row.source not in source:
             continue
         p, origin = target[row.name], source[row.source]

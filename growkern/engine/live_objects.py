@@ -22,7 +22,7 @@ def refuse_forgotten(
     optim: Optimizer | None,
     live: Live,
     averages: Sequence[nn.Module] | None,
-    masters: Mapping[nn.Parameter, nn.Parameter] | None = None,
+    master_weights: Mapping[nn.Parameter, nn.Parameter] | None = None,
 ) -> Live:
     """Look for live objects that the growth would leave behind.
 
@@ -31,7 +31,7 @@ def refuse_forgotten(
         optim: Its optimizer.
         live: What is alive.
         averages: Averages of the model that were handed over; None when nothing was said of them.
-        masters: Parameter -> what the optimizer holds in its place.
+        master_weights: Parameter -> what the optimizer holds in its place.
 
     Returns:
         What is alive, looked at again where it mattered.
@@ -68,7 +68,7 @@ def refuse_forgotten(
         alike = [m for m in found if [(n, p.shape) for n, p in m.named_parameters()] == shapes]
         return [type(m).__name__ for m in alike if averages is None and id(m) not in inside]
 
-    _refuse_dead(model, optim, live, masters or {})
+    _refuse_dead(model, optim, live, master_weights or {})
     if engines(live) or optimizers(live) or modules(live) or averaged(live):
         live, title = live.collected(), f"cannot grow this {type(model).__name__}:"
         if engines(live):
@@ -97,10 +97,10 @@ def _refuse_dead(
     model: nn.Module,
     optim: Optimizer | None,
     live: Live,
-    masters: Mapping[nn.Parameter, nn.Parameter],
+    master_weights: Mapping[nn.Parameter, nn.Parameter],
 ) -> None:
     """Raise UnsupportedOptimizerError where the optimizer holds parameters that nobody else does."""
-    if dead := _dead(model, optim, live, masters):
+    if dead := _dead(model, optim, live, master_weights):
         raise UnsupportedOptimizerError(
             f"cannot grow this {type(model).__name__}: its optimizer holds {len(dead)} parameters that no module has any more "
             f"({', '.join(dead[:3])}): it has not trained what replaced them. Build the optimizer anew, or take them out of "
@@ -112,17 +112,17 @@ def _dead(
     model: nn.Module,
     optim: Optimizer | None,
     live: Live,
-    masters: Mapping[nn.Parameter, nn.Parameter],
+    master_weights: Mapping[nn.Parameter, nn.Parameter],
 ) -> list[str]:
     """Parameters that no module holds, and the optimizer alone, or in place of one of the model that it does not hold."""
     groups: list[Any] = optim.param_groups if optim is not None else []
     held = {id(p) for m in live.modules if "_parameters" in vars(m) for p in m._parameters.values()}  # pyright: ignore
-    held |= {id(master) for master in masters.values()}
+    held |= {id(master) for master in master_weights.values()}
     places = {id(p) for group in groups for p in group["params"]}
     missing = {
         p.shape
         for p in model.parameters()
-        if p.requires_grad and id(masters.get(p, p)) not in places
+        if p.requires_grad and id(master_weights.get(p, p)) not in places
     }
     dead: list[str] = []
     probe = [object()]

@@ -28,7 +28,7 @@ def _on_groups(plan: GrowthPlan, spec: ModelSpec, target: OptimTarget) -> Iterat
     held = {name for group in target.described.groups for name in group}
     missing = [
         row.source
-        for row in plan.rows
+        for row in plan.tensors
         if not row.new and row.source in spec.tensors and row.source not in held
     ]
     if missing:
@@ -49,7 +49,7 @@ def _on_dynamics(plan: GrowthPlan, target: OptimTarget) -> Iterator[str]:
             yield f"the state of {kind} stays in the source's units: what the UpdateScale hands it."
     decays = any(group.get("weight_decay") for group in target.optim.param_groups)
     if plan.dynamics == "exact" and law is not None and law.slices and decays:
-        gains = [row for row in plan.rows if row.offset and plan.scales(row)[0] != 1]
+        gains = [row for row in plan.tensors if row.offset and plan.scales(row)[0] != 1]
         if gains:
             yield (
                 f"weight decay of {len(gains)} norms pulls their weight to 0, not their gain, and is not the source's: leave it out "

@@ -23,10 +23,10 @@ def optim_target(
         unmanaged: Schedulers that drive the optimizer and were not handed over: groups are not split under them.
     """
     model, (optim,), scheduler = request.model, request.optims, request.scheduler
-    masters = request.masters
+    master_weights = request.master_weights
     law, split, before = described.law, dict[str, float](), scale_of(optim)
     joins = plan.shrinks and not unmanaged and follows(scheduler)
-    own: Masters = {} if masters is None else masters
+    own: Masters = {} if master_weights is None else master_weights
     source = {n: own.get(p, p) for n, p in model.named_parameters(remove_duplicate=False)}
     found: dict[str, Multiplier] = {}
     if law is not None and plan.dynamics is not None:
@@ -36,14 +36,14 @@ def optim_target(
             factors = lr_factors(plan, law, described)
             split = {name: f for name, f in factors.items() if f is not None and f != 1}
             if plan.shrinks and before is not None:  # what a growth gave its hooks, they give back
-                origin = {row.name: source.get(row.source) for row in plan.rows}
+                origin = {row.name: source.get(row.source) for row in plan.tensors}
                 split = {n: f for n, f in split.items() if origin[n] not in before.scales}
         found = {name: one for name, one in found.items() if name not in split}
     if law is not None and law.slices:
         states = {name: optim.state.get(p, {}) for name, p in source.items()}
         vectors = slices(plan, source, states, found)
         return OptimTarget(
-            optim, described, scheduler=scheduler, slices=vectors, masters=own, joins=joins
+            optim, described, scheduler=scheduler, slices=vectors, master_weights=own, joins=joins
         )
     hooked = scales(plan, source, found, before)
-    return OptimTarget(optim, described, split, scheduler, hooked, masters=own, joins=joins)
+    return OptimTarget(optim, described, split, scheduler, hooked, master_weights=own, joins=joins)

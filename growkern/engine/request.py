@@ -27,8 +27,8 @@ class Request:
         backend: ``"triton"``, ``"torch"``, ``"nan"``, or None.
         scheduler: The learning-rate scheduler that drives the optimizer, or a list of them.
         ema: Averages of the model, grown by the same plan; None when the user named none.
-        masters: Parameter -> the copy in higher precision that the optimizer holds in its place.
-        rules: State key -> order in the gradient, for an optimizer without state rules.
+        master_weights: Parameter -> the copy in higher precision that the optimizer holds in its place.
+        state_rules: State key -> order in the gradient, for an optimizer without state state_rules.
         memory: ``"stage"``, ``"lean"``, or None for the first that fits.
         new_rows: What writes the rows that copy no source row, where the width method does.
         undo: Writes of earlier growths that a failure of this one rolls back too (``all_or_nothing``).
@@ -42,8 +42,8 @@ class Request:
     backend: str | None = None
     scheduler: object | None = None
     ema: nn.Module | Sequence[nn.Module] | None = None
-    masters: Masters | None = None
-    rules: Mapping[str, int | None] | None = None
+    master_weights: Masters | None = None
+    state_rules: Mapping[str, int | None] | None = None
     memory: Memory | None = None
     new_rows: Given | None = None
     undo: Undo | None = None

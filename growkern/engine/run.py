@@ -145,8 +145,8 @@ def _describe(request: Request) -> _Described:
             optim,
             spec,
             drop=request.drop_state,
-            rules=request.rules,
-            masters=request.masters,
+            state_rules=request.state_rules,
+            master_weights=request.master_weights,
         )
     return _Described(spec, described, averages, sum(p.numel() for p in model.parameters()))
 
@@ -157,7 +157,7 @@ def _agree_on_plan(
     """Refuse stale references, plan, and agree with the other processes; give the plan and the schedulers that nobody handed over."""
     model, optim = request.model, request.optim
     averages = sources.averages if request.ema is not None else None
-    left = refuse_forgotten(model, optim, live, averages, request.masters)
+    left = refuse_forgotten(model, optim, live, averages, request.master_weights)
     plan = request.make_plan(sources.spec)
     unmanaged = forgotten_schedulers(optim, schedulers(request.scheduler), left) if optim else []
     check_blocks(plan, model)
@@ -173,7 +173,7 @@ def _stage(
     target = None
     if optim is not None and sources.optim is not None:
         target = optim_target(plan, request, sources.optim, unmanaged)
-    tensors = tensors_of(model, optim, sources.spec, request.masters)
+    tensors = tensors_of(model, optim, sources.spec, request.master_weights)
     if law is not None and law.resets:
         own = {MASTER, MASTER_GRAD}  # values, whatever becomes of the history
         states = tensors.states.items()
@@ -202,7 +202,7 @@ def _commit(request: Request, sources: _Described, staged: _Staged, ranks: Ranks
     plan, lean = staged.plan, staged.executions[0].memory == "lean"
 
     def before_end() -> bool:
-        live = tensors_of(request.model, request.optim, sources.spec, request.masters)
+        live = tensors_of(request.model, request.optim, sources.spec, request.master_weights)
         staged.norms.append(_grad_norm(plan, live, "name", request))
         return ranks.finish()
 
@@ -248,7 +248,7 @@ def _report(request: Request, sources: _Described, staged: _Staged, seconds: flo
 
 def _grad_norm(plan: GrowthPlan, tensors: Tensors, side: str, request: Request) -> float:
     """The global gradient norm of what the source had: from gradients in flight, else from second moments."""
-    rows = {getattr(r, side): r for r in plan.rows if not r.new and r.constant is None}
+    rows = {getattr(r, side): r for r in plan.tensors if not r.new and r.constant is None}
     names = [*rows]
     if tensors.grads:
         return norm_of([tensors.grads[n] for n in names if n in tensors.grads], 2)
@@ -259,7 +259,7 @@ def _grad_norm(plan: GrowthPlan, tensors: Tensors, side: str, request: Request) 
         if isinstance(square, Tensor):
             p = request.model.get_parameter(name)
             if scale is not None:
-                square = scale.second_moment((request.masters or {}).get(p, p), square)
+                square = scale.second_moment((request.master_weights or {}).get(p, p), square)
             parts = [square]
             if side == "name":
                 spans = (axis.index_map.copied for axis in plan.axis_maps(rows[name]))

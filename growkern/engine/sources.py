@@ -14,7 +14,7 @@ def tensors_of(
     model: nn.Module,
     optim: Optimizer | None,
     spec: ModelSpec,
-    masters: Mapping[nn.Parameter, nn.Parameter] | None = None,
+    master_weights: Mapping[nn.Parameter, nn.Parameter] | None = None,
 ) -> Tensors:
     """Gather the live tensors by name: parameters, buffers, gradients in flight, optimizer state and what masters hold."""
     tensors = Tensors()
@@ -24,7 +24,7 @@ def tensors_of(
         tensors.values[name] = p.detach()
         if p.grad is not None:
             tensors.grads[name] = p.grad.detach()
-        held = (masters or {}).get(p, p)
+        held = (master_weights or {}).get(p, p)
         state = dict(optim.state.get(held, {})) if optim is not None else {}
         if held is not p:
             state[MASTER] = held.detach()

@@ -79,7 +79,7 @@ class Execution:
             raise PlanError(f"unknown memory={memory!r}: 'stage', 'lean' or None, for what fits.")
         shapes = [
             f"{row.source}: has shape {tuple(sources.values[row.source].shape)}, the plan is for {plan.shapes(row)[0]}"
-            for row in plan.rows
+            for row in plan.tensors
             if tuple(sources.values[row.source].shape) != plan.shapes(row)[0]
         ]
         raise_all(PlanError, f"this plan for a {plan.family} does not fit:", shapes)
@@ -213,7 +213,7 @@ def tensor_sets(
 ) -> list[TensorSet]:
     """What changes, by source, the largest sources first: in this order the peak of ``"lean"`` is lowest."""
     by_source: dict[str, list[TensorRow]] = {}
-    for row in plan.rows:
+    for row in plan.tensors:
         if plan.changes(row):
             by_source.setdefault(row.source, []).append(row)
     sets: list[TensorSet] = []

@@ -17,8 +17,8 @@ def describe_optimizer(
     spec: ModelSpec,
     *,
     drop: bool = False,
-    rules: Mapping[str, int | None] | None = None,
-    masters: Mapping[nn.Parameter, nn.Parameter] | None = None,
+    state_rules: Mapping[str, int | None] | None = None,
+    master_weights: Mapping[nn.Parameter, nn.Parameter] | None = None,
 ) -> OptimSpec:
     """Describe an optimizer: its class, its groups and state keys by parameter name.
 
@@ -27,9 +27,9 @@ def describe_optimizer(
         optim: The optimizer.
         spec: Of the model.
         drop: True when its state is going to be dropped, so that no law is needed.
-        rules: For a class whose law is not known: state key -> order in the gradient (0: gathered as it is), None for what
+        state_rules: For a class whose law is not known: state key -> order in the gradient (0: gathered as it is), None for what
             is kept.
-        masters: Parameter of the model -> the copy that the optimizer holds in its place.
+        master_weights: Parameter of the model -> the copy that the optimizer holds in its place.
 
     Returns:
         Names and a law only.
@@ -40,9 +40,11 @@ def describe_optimizer(
     """
     _check_class(optim)
     live = model.named_parameters(remove_duplicate=False)
-    if masters is not None:
-        _check_masters(model, optim, masters)
-    names = {id((masters or {}).get(p, p)): name for name, p in live if name not in spec.ties}
+    if master_weights is not None:
+        _check_masters(model, optim, master_weights)
+    names = {
+        id((master_weights or {}).get(p, p)): name for name, p in live if name not in spec.ties
+    }
     held = [
         tuple(names[id(p)] for p in group["params"] if id(p) in names)
         for group in optim.param_groups
@@ -52,15 +54,15 @@ def describe_optimizer(
     if not any(held):
         raise UnsupportedOptimizerError(
             f"{title} it holds no parameter of this {type(model).__name__}; pass the optimizer that trains it, and where it "
-            "holds copies in higher precision, masters=."
+            "holds copies in higher precision, master_weights=."
         )
-    law = _law_of(kind, optim, rules)
+    law = _law_of(kind, optim, state_rules)
     states = {names[id(p)]: (p, s) for p, s in optim.state.items() if id(p) in names and s}
     problems = [] if drop or (law and law.resets) else [*_unknown(kind, law, states)]
     found = {str(key) for _, state in states.values() for key in state}
-    if found and (strange := sorted((rules or {}).keys() - found)):
+    if found and (strange := sorted((state_rules or {}).keys() - found)):
         problems.append(
-            f"rules: no parameter has the state {', '.join(strange)}; there are {', '.join(sorted(found))}."
+            f"state_rules: no parameter has the state {', '.join(strange)}; there are {', '.join(sorted(found))}."
         )
     raise_all(UnsupportedOptimizerError, title, problems)
     keys = {name: tuple(map(str, s)) for name, (_, s) in states.items()}
@@ -92,26 +94,28 @@ def _check_class(optim: object) -> None:
         )
 
 
-def _law_of(kind: str, optim: Optimizer, rules: Mapping[str, int | None] | None) -> Law | None:
+def _law_of(
+    kind: str, optim: Optimizer, state_rules: Mapping[str, int | None] | None
+) -> Law | None:
     """The law of a class under the options of its groups, with the user's rules; None where there is neither."""
     law = LAWS.get(kind)
     if law is not None and law.lr_without is not None:
         option, lr = law.lr_without
         law = law if all(group.get(option) for group in optim.param_groups) else replace(law, lr=lr)
-    if rules is None:
+    if state_rules is None:
         return law
     law = law or Law({}, lr=None)
-    return replace(law, rules={**law.rules, **{k: by_order(k, n) for k, n in rules.items()}})
+    return replace(law, rules={**law.rules, **{k: by_order(k, n) for k, n in state_rules.items()}})
 
 
 def _check_masters(
-    model: nn.Module, optim: Optimizer, masters: Mapping[nn.Parameter, nn.Parameter]
+    model: nn.Module, optim: Optimizer, master_weights: Mapping[nn.Parameter, nn.Parameter]
 ) -> None:
     """Raise UnsupportedOptimizerError unless every parameter has one master of its own in the optimizer, or is there itself."""
     names = {id(p): name for name, p in model.named_parameters()}
     places = [id(p) for group in optim.param_groups for p in group["params"]]
-    pairs = [*masters.items()] if isinstance(masters, MutableMapping) else []
-    problems = [] if isinstance(masters, MutableMapping) else ["expected a dict from parameters to masters."]  # fmt: skip
+    pairs = [*master_weights.items()] if isinstance(master_weights, MutableMapping) else []
+    problems = [] if isinstance(master_weights, MutableMapping) else ["expected a dict from parameters to masters."]  # fmt: skip
     for p, master in pairs:
         name = names.get(id(p))
         if name is None or not isinstance(master, nn.Parameter):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -134,7 +138,7 @@ def _check_masters(
         problems.append(
             f"{left[0]} and {len(left) - 1} more have none, and the optimizer holds {len(stray)} tensors of no parameter."
         )
-    raise_all(UnsupportedOptimizerError, "masters:", problems)
+    raise_all(UnsupportedOptimizerError, "master_weights:", problems)
 
 
 def _unknown(
@@ -147,7 +151,7 @@ def _unknown(
             keys = sorted({str(key) for _, state in states.values() for key in state})
             yield (
                 f"the law of {kind} (state {', '.join(keys)}) is not known. Known: {known}. Say how each key grows, "
-                "rules={\"key\": order in the gradient}, or grow with state='drop'."
+                "state_rules={\"key\": order in the gradient}, or grow with state='drop'."
             )
         return
     for name, (p, state) in states.items():
@@ -156,7 +160,7 @@ def _unknown(
             if key not in law.rules:
                 yield (
                     f"{name}: unknown state {key!r}; known: {', '.join(law.rules)}. Say how it grows, "
-                    f"rules={{\"{key}\": order in the gradient}}, or grow with state='drop'."
+                    f"state_rules={{\"{key}\": order in the gradient}}, or grow with state='drop'."
                 )
             elif rule is not None and not isinstance(value, Tensor):
                 yield f"{name}: state {key!r} is {value!r}, not a tensor."

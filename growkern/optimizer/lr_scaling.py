@@ -60,7 +60,7 @@ def lr_factors(
 def held_rows(plan: GrowthPlan, described: OptimSpec | None) -> list[TensorRow]:
     """The target parameters whose sources an optimizer holds."""
     held = {name for group in described.groups for name in group} if described else set[str]()
-    return [row for row in plan.rows if row.source in held]
+    return [row for row in plan.tensors if row.source in held]
 
 
 def multipliers(
@@ -136,7 +136,7 @@ def scales(
         before: What there was.
     """
     grown: dict[str, Scale] = {}
-    for row in plan.rows:
+    for row in plan.tensors:
         p = source.get(row.source)
         old = before.scales.get(p) if before and p is not None else None
         new = found.get(row.name)
@@ -180,7 +180,7 @@ def slices(
         found: What this growth adds, by target name.
     """
     grown: dict[str, dict[str, Tensor]] = {}
-    for row in plan.rows:
+    for row in plan.tensors:
         p, new = source.get(row.source), found.get(row.name, Multiplier(()))
         if p is None:
             continue

@@ -78,7 +78,7 @@ def build(
         state=state,
         dynamics=dynamics,
         axes=axes,
-        rows=tuple(_rows(spec, deep, homes, axes if wide.next_layer else {})),
+        tensors=tuple(_rows(spec, deep, homes, axes if wide.next_layer else {})),
         blocks_path=spec.blocks.path if spec.blocks else "",
         blocks=deep[spec.blocks.path].blocks if spec.blocks else (),
         others={stack.path: deep[stack.path].blocks for stack in spec.others},

@@ -21,7 +21,7 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
         names = {
             n for n, at in places.items() if at is None or at[1] in stay.get(at[0].path, {at[1]})
         }
-    if dict(plan.source_sizes) != dict(spec.sizes) or {row.source for row in plan.rows} != names:
+    if dict(plan.source_sizes) != dict(spec.sizes) or {row.source for row in plan.tensors} != names:
         raise PlanError(
             f"the plan is for a {plan.family} of {dict(plan.source_sizes)}, this {spec.family} has {dict(spec.sizes)}; plan anew."
         )
@@ -45,7 +45,7 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
         problems.append("it makes modules anew that hold more than the config says.")
     if dict(plan.ties) != dict(spec.ties) or tuple(plan.counters) != tuple(spec.counters):
         problems.append("its ties or counters are not the model's.")
-    states = {row.state for row in plan.rows}
+    states = {row.state for row in plan.tensors}
     if plan.state not in STATES or plan.dynamics not in DYNAMICS or not states <= {"law", "fresh"}:
         problems.append(f"its state {plan.state!r} or dynamics {plan.dynamics!r} is not known.")
     raise_all(PlanError, f"this plan for a {plan.family} cannot be run:", problems)
@@ -54,10 +54,10 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
 def _of_rows(plan: GrowthPlan, spec: ModelSpec, homes: Homes, names: set[str]) -> Iterator[str]:
     """Say which rows are not those of the target."""
     expected = [(n, source) for source in names for n, _ in targets(spec, homes, source)]
-    if sorted((row.name, row.source) for row in plan.rows) != sorted(expected):
+    if sorted((row.name, row.source) for row in plan.tensors) != sorted(expected):
         yield "its rows are not the tensors of the target."
     target = replace(spec, sizes=plan.target_sizes)
-    for row in plan.rows:
+    for row in plan.tensors:
         known = set(row.axes) <= set(plan.axes)
         found, wanted = plan.shapes(row)[1] if known else row.axes, target.shape(row.source)
         if found != wanted:

@@ -12,6 +12,7 @@ from growkern.planning.decisions import BlockRow
 from growkern.planning.index_map import IndexMap, Run
 from growkern.planning.plan_text import plan_text
 from growkern.planning.vector import Vector
+from growkern.support.renamed import renamed_attribute
 
 VERSION = 1  # of the JSON
 PADS = "zero", "mean", "random_reader", "random_writer", "from_method"
@@ -116,6 +117,9 @@ class TensorRow:
     offset: float = 0.0
     drawn: bool = False
 
+    upper = renamed_attribute("next_layer_source")
+    upper_axis = renamed_attribute("next_layer_axis")
+
 
 @dataclass(frozen=True)
 class GrowthPlan:
@@ -131,7 +135,7 @@ class GrowthPlan:
         state: What becomes of optimizer state: one of ``growkern.optimizer.state_rules.STATES``.
         dynamics: What becomes of learning rates: ``"mup"``, ``"exact"`` or None.
         axes: Key -> axis map.
-        rows: One per target tensor, in source order, block by block.
+        tensors: One row per target tensor, in source order, block by block.
         blocks_path: Name of the module that holds the blocks.
         blocks: Target blocks in order; empty when the model has none.
         others: The same of further stacks: name of the module -> its target blocks.
@@ -156,7 +160,7 @@ class GrowthPlan:
     seed: int
     state: str
     axes: Mapping[str, AxisMap]
-    rows: tuple[TensorRow, ...]
+    tensors: tuple[TensorRow, ...]
     blocks_path: str = ""
     blocks: tuple[BlockRow, ...] = ()
     others: Mapping[str, tuple[BlockRow, ...]] = field(
@@ -174,6 +178,11 @@ class GrowthPlan:
     gradients_exact: bool = False
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    lawful = renamed_attribute("gradients_exact")
+    kept = renamed_attribute("preserves_text")
+    path = renamed_attribute("blocks_path")
+    rows = renamed_attribute("tensors")
 
     def __hash__(self) -> int:
         return hash(self.to_json())
@@ -196,7 +205,7 @@ class GrowthPlan:
     @property
     def drawn(self) -> frozenset[str]:
         """Names of the tensors that the model initialises itself."""
-        return frozenset(row.name for row in self.rows if row.drawn)
+        return frozenset(row.name for row in self.tensors if row.drawn)
 
     @property
     def function_preserving(self) -> bool:
@@ -311,7 +320,7 @@ def _check_types(plan: GrowthPlan) -> None:
             raise TypeError(f"{name} is no mapping from names to {kinds[-1].__name__}")
     texts = [plan.family, plan.width, plan.depth, plan.state, plan.dynamics or "", plan.blocks_path]
     texts += [*plan.config_lists, *plan.counters, *plan.rebuilt, *plan.reasons, *plan.notes]
-    for row in plan.rows:
+    for row in plan.tensors:
         texts += [row.name, row.source, row.state, *row.axes, row.next_layer_source or ""]
         numbers = row.factor, row.grad_factor, row.offset, row.constant or 0, row.next_layer_axis
         if not all(isinstance(n, number) for n in numbers):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -328,10 +337,10 @@ def _check_types(plan: GrowthPlan) -> None:
 
 def _renamed(data: dict[str, Any]) -> dict[str, Any]:
     """A plan of growkern 0.1, under the names of version 1."""
-    old = {"lawful": "gradients_exact", "path": "blocks_path"}
+    old = {"lawful": "gradients_exact", "path": "blocks_path", "rows": "tensors"}
     data = {old.get(key, key): value for key, value in data.items()}
     old = {"upper": "next_layer_source", "upper_axis": "next_layer_axis"}
-    data["rows"] = [{old.get(key, key): v for key, v in row.items()} for row in data["rows"]]
+    data["tensors"] = [{old.get(key, key): v for key, v in row.items()} for row in data["tensors"]]
     old = {"normal": "random_reader", "free": "random_writer", "given": "from_method"}
     data["axes"] = {
         key: axis | {"pad": old.get(axis["pad"], axis["pad"])} for key, axis in data["axes"].items()
@@ -366,7 +375,7 @@ def _axis_from_json(data: dict[str, Any]) -> AxisMap:
 FIELDS: dict[str, Callable[[Any], Any]] = {  # what JSON has no type for
     **dict.fromkeys(("config_lists", "counters", "rebuilt", "reasons", "notes"), tuple),
     "axes": lambda axes: {key: _axis_from_json(axis) for key, axis in axes.items()},
-    "rows": _rows_from_json,
+    "tensors": _rows_from_json,
     "blocks": _blocks_from_json,
     "others": lambda others: {path: _blocks_from_json(rows) for path, rows in others.items()},
     "config_eps": lambda eps: tuple(eps) if eps else None,

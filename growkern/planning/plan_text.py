@@ -37,7 +37,7 @@ def plan_text(plan: "GrowthPlan") -> str:
             _weight(row, s),
             _scale(a),
         )
-        for row in plan.rows
+        for row in plan.tensors
         for s, a in [plan.scales(row)]
         if plan.changes(row)
     )

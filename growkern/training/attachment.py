@@ -41,16 +41,16 @@ class Options(TypedDict, total=False):
         spec: Description of a model of your own, or what makes one of the model: sizes differ from growth to growth.
         backend: As in ``expand_inplace``.
         ema: As in ``expand_inplace``.
-        masters: As in ``expand_inplace``.
-        rules: As in ``expand_inplace``.
+        master_weights: As in ``expand_inplace``.
+        state_rules: As in ``expand_inplace``.
         memory: As in ``expand_inplace``.
     """
 
     spec: ModelSpec | Callable[[nn.Module], ModelSpec] | None
     backend: str | None
     ema: nn.Module | Sequence[nn.Module] | None
-    masters: Masters | None
-    rules: Mapping[str, int | None] | None
+    master_weights: Masters | None
+    state_rules: Mapping[str, int | None] | None
     memory: Memory | None
 
 
@@ -151,7 +151,7 @@ class Attachment:
         return plan(
             self.model, self._optim(), to=event.to, width=event.width, depth=event.depth, state=event.state,
             dynamics=event.dynamics, spec=self._spec(), seed=before if event.seed is None else event.seed,
-            rules=options.get("rules"), masters=options.get("masters"),
+            state_rules=options.get("state_rules"), master_weights=options.get("master_weights"),
         )  # fmt: skip
 
     def _after_step(self, optim: Optimizer, args: object, kwargs: object) -> None:
@@ -164,8 +164,8 @@ class Attachment:
         try:
             report = expand_inplace(
                 self.model, optim, plan=planned, width=event.width, dynamics=planned.dynamics, spec=self._spec(),
-                rules=options.get("rules"), backend=options.get("backend"), scheduler=live or None, ema=options.get("ema"),
-                masters=options.get("masters"), memory=options.get("memory"),
+                state_rules=options.get("state_rules"), backend=options.get("backend"), scheduler=live or None, ema=options.get("ema"),
+                master_weights=options.get("master_weights"), memory=options.get("memory"),
             )  # fmt: skip
         finally:
             self.settle()

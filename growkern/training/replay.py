@@ -19,11 +19,13 @@ from growkern.model.spec import ModelSpec
 from growkern.planning.check import check
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.growth_record import GrowthRecord, digest_of, read
+from growkern.support.renamed import renamed_arguments
 from growkern.support.wrappers import unwrapped
 
 Growth = GrowthPlan | GrowthRecord
 
 
+@renamed_arguments(masters="master_weights")
 def resume(
     model: nn.Module,
     optim: Optimizer | None = None,
@@ -31,7 +33,7 @@ def resume(
     *,
     scheduler: object | None = None,
     ema: nn.Module | Sequence[nn.Module] | None = None,
-    masters: Masters | None = None,
+    master_weights: Masters | None = None,
     spec: Callable[[nn.Module], ModelSpec] | None = None,
 ) -> None:
     """Replay growths and shrinkings without moving data: sizes, blocks, attributes, config, param groups and hooks become the target's.
@@ -46,7 +48,7 @@ def resume(
             that of the model's own config.
         scheduler: The learning-rate scheduler that drives ``optim``; follows its groups.
         ema: Averages of the model.
-        masters: Parameter -> the float32 copy that ``optim`` holds in its place.
+        master_weights: Parameter -> the float32 copy that ``optim`` holds in its place.
         spec: Makes the description of a model of your own.
 
     Raises:
@@ -93,7 +95,7 @@ def resume(
                 run(
                     Request(
                         model, optims, partial(_plan, one), one.state == "drop", spec=spec(model) if spec else None,
-                        backend=NOTHING, scheduler=scheduler, ema=ema, masters=masters, undo=undo,
+                        backend=NOTHING, scheduler=scheduler, ema=ema, master_weights=master_weights, undo=undo,
                     )
                 )  # fmt: skip
             except GrowthError as error:
@@ -113,5 +115,5 @@ def _names_fit(one: Growth, after: Growth) -> bool:
     """True unless two plans say that the second grows other tensors than the first leaves."""
     if not (isinstance(one, GrowthPlan) and isinstance(after, GrowthPlan)):
         return True
-    left, grown = {row.name for row in one.rows}, {row.source for row in after.rows}
+    left, grown = {row.name for row in one.tensors}, {row.source for row in after.tensors}
     return not grown - left and (after.shrinks or not left - grown)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack  # of torch; typing has them from 3.11 on
 
 from growkern.errors import PlanError, raise_all
+from growkern.support.renamed import renamed_arguments
 from growkern.support.text import table
 from growkern.training.attachment import Attachment, OnGrowth, Options
 from growkern.training.triggers import (
@@ -127,6 +128,7 @@ class GrowthSchedule:
         if isfinite(value):
             self.counts.points = event.keep([*self.counts.points, (self.counts.n_flops, value)])
 
+    @renamed_arguments(masters="master_weights", rules="state_rules")
     def attach(
         self, model: nn.Module, optim: Optimizer, scheduler: object | None = None, *, deferred: bool = False,
         **options: Unpack[Options],
@@ -142,7 +144,7 @@ class GrowthSchedule:
             optim: Its optimizer; wrappers of Accelerate and Lightning are looked through.
             scheduler: The learning-rate scheduler that drives ``optim``, or a list of them; they follow the growth.
             deferred: Only count steps there; what is due grows when ``grow()`` of the result is called.
-            options: ``spec``, ``backend``, ``ema``, ``rules``, ``memory``: see ``Options``.
+            options: ``spec``, ``backend``, ``ema``, ``state_rules``, ``memory``: see ``Options``.
 
         Returns:
             The attachment; ``remove()`` takes it off.

@@ -115,7 +115,7 @@ def test_baselines_double_what_they_claim_to(case):
     bench_models.growkern.expand_inplace(
         grown, grown_optim, width=bench_models.Lossless(noise=0.0), dynamics=None
     )
-    shapes = {row.name: plan.shapes(row)[1] for row in plan.rows}
+    shapes = {row.name: plan.shapes(row)[1] for row in plan.tensors}
 
     doubled, doubled_optim = bench_models.state_dict_double(model, optim, grown.config)
     repeated = bench_models.repeat_and_divide(model, grown.config, shapes)

@@ -200,7 +200,7 @@ OPTIMIZERS = [
     (
         MyAdam,
         None,
-        r"law of .*MyAdam \(state exp_avg, exp_avg_sq, step\) is not known. Known: .*SGD.*rules=",
+        r"law of .*MyAdam \(state exp_avg, exp_avg_sq, step\) is not known. Known: .*SGD.*state_rules=",
     ),
     (torch.optim.AdamW, extra_key, "norm.weight: unknown state 'ema'"),
     (
@@ -379,7 +379,7 @@ def test_a_plan_whose_scales_do_not_fit_is_not_read():
 def test_a_plan_for_tensors_of_other_shapes_changes_nothing():
     model = make("llama", tied=True)
     data = json.loads(growkern.plan(model).to_json())
-    rows = {row["name"]: row for row in data["rows"]}
+    rows = {row["name"]: row for row in data["tensors"]}
     up, down = (rows[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("up", "down"))
     up["axes"], down["axes"] = down["axes"], up["axes"]
     before = {name: p.clone() for name, p in model.named_parameters()}

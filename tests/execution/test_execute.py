@@ -70,7 +70,7 @@ def test_weights_and_moments_equal_a_loop_over_elements(axes, transposed, scatte
         source = source.mT.contiguous().mT if source.dim() > 1 else source
     m, v = torch.rand(shape, dtype=torch.float64), torch.rand(shape, dtype=torch.float64)
     plan = plan_of(axes)
-    if not plan.changes(plan.rows[0]):
+    if not plan.changes(plan.tensors[0]):
         return
 
     with pytest.MonkeyPatch.context() as patch:

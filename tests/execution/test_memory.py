@@ -183,7 +183,7 @@ def test_sources_are_let_go_one_by_one():
     for _ in run.parts():
         assert "model.embed_tokens.weight" in run.sources.values or alive() is None
 
-    assert not set(run.sources.values) & {row.source for row in plan.rows if plan.changes(row)}
+    assert not set(run.sources.values) & {row.source for row in plan.tensors if plan.changes(row)}
 
 
 def test_what_does_not_fit_staged_is_grown_lean(monkeypatch):
@@ -284,7 +284,7 @@ def test_the_bytes_reported_are_those_of_the_table(to):
     cutter, staged = Cutter(plan), next(run.parts())
     tensors = {
         (row.name, order): job
-        for row in plan.rows
+        for row in plan.tensors
         if plan.changes(row)
         for order, job in enumerate(
             [
@@ -294,12 +294,12 @@ def test_the_bytes_reported_are_those_of_the_table(to):
         )
         if job[1] is not None
     }
-    for row in plan.rows:
+    for row in plan.tensors:
         for order, key in ((1, "exp_avg"), (2, "exp_avg_sq")):
             if row.name in staged.states:
                 pair = sources.states[row.source][key], staged.states[row.name][key]
                 tensors[row.name, key] = (*pair, order)
-    rows = {row.name: row for row in plan.rows}
+    rows = {row.name: row for row in plan.tensors}
     pieces = [
         piece
         for (name, kind), (source, target, *order) in tensors.items()

@@ -122,7 +122,7 @@ ERRORS = {  # what is done, what the error must name, and the way out that it mu
     "a history in the wrong order": (in_the_wrong_order, "growth 2 of 2 does not fit", "growth 1 ends at"),
     "an optimizer that was forgotten": (another_optimizer, "AdamW", "Pass it as optim"),
     "an optimizer of another model": (a_stranger, "no parameter of this LlamaForCausalLM", "pass the optimizer that trains it"),
-    "an optimizer that is not known": (an_unknown_class, "Own", "rules="),
+    "an optimizer that is not known": (an_unknown_class, "Own", "state_rules="),
     "a head outside": (a_tied_head_outside, r"Linear \(model.embed_tokens.weight\)", "Pass the whole model"),
     "an average that was forgotten": (an_average, "AveragedModel", "pass it as ema="),
     "no weights": (on_the_meta_device, "model.embed_tokens.weight: is on the meta device", "load the weights first"),

@@ -38,7 +38,10 @@ DEVICE_FREE_MODULES = {
     "growkern.model.layers",
     "growkern.optimizer.state_rules",
 }
-TORCHLESS = {"growkern.support.text"}  # of support, what they may import
+TORCHLESS = {
+    "growkern.support.text",
+    "growkern.support.renamed",
+}  # of support, what they may import
 DEVICE = {"torch", "triton", "transformers"}
 STRANGERS = {  # lower, but not theirs to know
     "commit": {"width", "depth", "shrink", "vocab"},

@@ -2,11 +2,15 @@
 
 import inspect
 from collections.abc import Iterator
+from functools import partial
 from types import ModuleType
 
 import pytest
+import torch
+from models import make
 
 import growkern
+from growkern.planning.growth_plan import GrowthPlan
 
 NAMES = [
     "Advice",
@@ -62,8 +66,8 @@ SIGNATURES = {  # positional names, then keyword-only names with their defaults
             "plan": None,
             "scheduler": None,
             "ema": None,
-            "masters": None,
-            "rules": None,
+            "master_weights": None,
+            "state_rules": None,
             "memory": None,
         },
         "GrowthReport",
@@ -80,8 +84,8 @@ SIGNATURES = {  # positional names, then keyword-only names with their defaults
             "plan": None,
             "scheduler": None,
             "ema": None,
-            "masters": None,
-            "rules": None,
+            "master_weights": None,
+            "state_rules": None,
             "memory": None,
         },
         "GrowthReport",
@@ -96,8 +100,8 @@ SIGNATURES = {  # positional names, then keyword-only names with their defaults
             "dynamics": "mup",
             "spec": None,
             "seed": None,
-            "masters": None,
-            "rules": None,
+            "master_weights": None,
+            "state_rules": None,
             "shrink": None,
         },
         "GrowthPlan",
@@ -194,3 +198,47 @@ def test_signature_is_the_documented_one(name):
 
 def test_verify_takes_source_target_and_batch():
     assert list(inspect.signature(growkern.verify).parameters)[:3] == ["source", "target", "batch"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("lawful", "gradients_exact"),
+        ("kept", "preserves_text"),
+        ("path", "blocks_path"),
+        ("rows", "tensors"),
+    ],
+)
+def test_old_names_of_a_plan_work_and_warn(old, new):
+    plan = growkern.plan(make("llama", tied=True))
+    with pytest.warns(DeprecationWarning, match=f"of GrowthPlan is called {new} now"):
+        assert getattr(plan, old) is getattr(plan, new)
+    with pytest.warns(DeprecationWarning, match="next_layer_axis"):
+        assert plan.tensors[0].upper_axis == 0
+    assert GrowthPlan.from_json(plan.to_json()) == plan
+
+
+def _calls(model, optim):
+    schedule = growkern.GrowthSchedule([growkern.At(step=1)])
+    return {
+        "plan": partial(growkern.plan, model, optim),
+        "expand_inplace": partial(growkern.expand_inplace, model, optim),
+        "shrink_inplace": partial(growkern.shrink_inplace, model, optim),
+        "resume": partial(growkern.resume, model, optim),
+        "attach": partial(schedule.attach, model, optim),
+    }
+
+
+@pytest.mark.parametrize("call", ("plan", "expand_inplace", "shrink_inplace", "resume", "attach"))
+def test_old_names_of_arguments_work_and_warn(call):
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters())
+    run = _calls(model, optim)[call]
+    with pytest.raises(TypeError, match=r"got both master_weights= and masters=, its old name"):
+        run(masters={}, master_weights={})
+    with pytest.warns(DeprecationWarning, match="masters= is called master_weights= now"):
+        run(masters={})
+    if call not in ("resume", "attach"):
+        run = _calls(make("llama", tied=True), None)[call]
+        with pytest.warns(DeprecationWarning, match="rules= is called state_rules= now"):
+            run(rules=None)

@@ -114,7 +114,7 @@ def test_gradients_of_what_is_kept_follow_the_law(family, monkeypatch, exact_rou
     model.zero_grad()
     loss_of(model, batch()).backward()
 
-    for row in plan.rows:
+    for row in plan.tensors:
         if row.name not in source:
             continue
         scale = grad_scale(plan, row)

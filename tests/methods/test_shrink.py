@@ -303,21 +303,23 @@ def test_groups_stay_empty_where_a_scheduler_is_left_out():
 
 def test_names_of_a_group_and_masters_follow():
     model = make("llama", tied=True, num_hidden_layers=3).bfloat16()
-    masters = {p: nn.Parameter(p.detach().float()) for p in model.parameters()}
+    master_weights = {p: nn.Parameter(p.detach().float()) for p in model.parameters()}
     names = [name for name, _ in model.named_parameters()]
-    optim = torch.optim.AdamW(list(zip(names, masters.values(), strict=True)), lr=1e-3)
-    for master in masters.values():
+    optim = torch.optim.AdamW(list(zip(names, master_weights.values(), strict=True)), lr=1e-3)
+    for master in master_weights.values():
         master.grad = torch.ones_like(master)
     optim.step()
     with torch.no_grad():
-        [p.copy_(master) for p, master in masters.items()]
+        [p.copy_(master) for p, master in master_weights.items()]
 
-    shrink(model, optim, to={"hidden": 12, "layers": 2}, masters=masters)
+    shrink(model, optim, to={"hidden": 12, "layers": 2}, master_weights=master_weights)
 
     assert optim.param_groups[0]["param_names"] == [name for name, _ in model.named_parameters()]
-    assert [id(p) for p in masters] == [id(p) for p in model.parameters()]
-    assert [id(m) for m in optim.param_groups[0]["params"]] == [id(m) for m in masters.values()]
-    for p, master in masters.items():
+    assert [id(p) for p in master_weights] == [id(p) for p in model.parameters()]
+    assert [id(m) for m in optim.param_groups[0]["params"]] == [
+        id(m) for m in master_weights.values()
+    ]
+    for p, master in master_weights.items():
         assert torch.equal(p, master.detach().bfloat16()) and master.shape == p.shape
         assert optim.state[master]["exp_avg"].shape == p.shape
 

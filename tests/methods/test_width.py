@@ -334,7 +334,7 @@ def test_fresh_features_keep_old_weights_draw_new_writers_and_are_read_by_nothin
     grow(model, plan=plan)
 
     spec = growkern.describe(make(family, tied=tied))
-    for row in plan.rows:
+    for row in plan.tensors:
         value, old = (
             {**dict(one.named_parameters()), **dict(one.named_buffers())}[row.name].detach()
             for one in (model, source)
@@ -550,7 +550,7 @@ def test_the_default_copies_nothing_where_pads_are_exact(family, to):
         for method in (width.Lossless(), width.CopyAndPad(norm="corrected"))
     )
 
-    assert one.rows == other.rows and one.axes == other.axes
+    assert one.tensors == other.tensors and one.axes == other.axes
     assert not any(axis.noise for axis in one.axes.values())
 
 
@@ -558,7 +558,7 @@ def test_the_default_copies_with_twin_noise_where_pads_are_not_exact():
     plan = growkern.plan(make("bert", tied=True), to="2x")
     found = {
         axis.partition(".")[0]: (plan.axes[axis].noise, plan.axes[axis].index_map.has_pads)
-        for axis in (axis for row in plan.rows for axis in row.axes)
+        for axis in (axis for row in plan.tensors for axis in row.axes)
     }
 
     assert found["reader residual"] == (1.0, False)  # post-norm: hidden is copied

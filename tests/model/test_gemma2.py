@@ -19,7 +19,7 @@ def gains(model, of=lambda p: p):
 
 
 def scale_of(plan, name, i):
-    row = next(row for row in plan.rows if row.name == name)
+    row = next(row for row in plan.tensors if row.name == name)
     (axis,) = plan.axis_maps(row)
     return axis.index_map.indices[i], axis.weight_scale.expanded()[i]
 
@@ -75,14 +75,14 @@ def test_averages_masters_and_averaged_state_follow_the_sum_and_moments_do_not()
 def test_masters_in_full_precision_follow_the_sum():
     model = make("gemma2", tied=True).bfloat16()
     source = gains(model)
-    masters = {p: torch.nn.Parameter(p.detach().float() + 1e-3) for p in model.parameters()}
-    held = gains(model, lambda p: masters[p])
-    optim = torch.optim.AdamW(masters.values(), lr=1e-3)
+    master_weights = {p: torch.nn.Parameter(p.detach().float() + 1e-3) for p in model.parameters()}
+    held = gains(model, lambda p: master_weights[p])
+    optim = torch.optim.AdamW(master_weights.values(), lr=1e-3)
     plan = growkern.plan(model, to="1.5x", dynamics=None)
 
-    grow(model, optim, plan=plan, masters=masters)
+    grow(model, optim, plan=plan, master_weights=master_weights)
 
-    check_offset(plan, held, gains(model, lambda p: masters[p]), 1e-6)
+    check_offset(plan, held, gains(model, lambda p: master_weights[p]), 1e-6)
     check_offset(plan, source, gains(model), 2**-7)
 
 

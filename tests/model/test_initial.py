@@ -145,18 +145,26 @@ def test_the_optimizer_starts_new_parameters_from_nothing_and_trains_them(state)
 def test_averages_masters_and_memory_modes_get_the_same_draws(memory):
     model = make("llama", tied=True).bfloat16()
     average = copy.deepcopy(model)
-    masters = {p: nn.Parameter(p.detach().float()) for p in model.parameters()}
-    optim = torch.optim.AdamW(masters.values(), lr=1e-3)
+    master_weights = {p: nn.Parameter(p.detach().float()) for p in model.parameters()}
+    optim = torch.optim.AdamW(master_weights.values(), lr=1e-3)
     whole = make("llama", tied=True)
 
     to = {"layers": 4, "ffn": "2x"}
-    grow(model, optim, to=to, depth=depth.Fresh(), ema=average, masters=masters, memory=memory)
+    grow(
+        model,
+        optim,
+        to=to,
+        depth=depth.Fresh(),
+        ema=average,
+        master_weights=master_weights,
+        memory=memory,
+    )
     grow(whole, to=to, depth=depth.Fresh())
 
     pairs = zip(new_blocks(model, 2).items(), new_blocks(average, 2).values(), strict=True)
     for (name, p), mean in pairs:
         assert p.dtype == torch.bfloat16 and torch.equal(p, mean)
-        assert torch.equal(masters[p], p.float())
+        assert torch.equal(master_weights[p], p.float())
         assert torch.equal(whole.get_parameter(name).bfloat16(), p), name
 
 

@@ -152,18 +152,18 @@ def test_rules_say_how_unknown_state_grows():
         return [{k: v for k, v in optim.state[p].items()} for p in model.parameters()]
 
     known = grown(optims.Adam)
-    told = grown(Own, rules={"step": None, "exp_avg": 1, "exp_avg_sq": 2})
+    told = grown(Own, state_rules={"step": None, "exp_avg": 1, "exp_avg_sq": 2})
 
     for a, b in zip(known, told, strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)
     with pytest.raises(UnsupportedOptimizerError, match="unknown state 'exp_avg_sq'"):
-        grown(Own, rules={"step": None, "exp_avg": 1})
+        grown(Own, state_rules={"step": None, "exp_avg": 1})
     with pytest.raises(
         UnsupportedOptimizerError, match="has the state exp_avrg; there are exp_avg, "
     ):
-        grown(Own, rules={"step": None, "exp_avg": 1, "exp_avg_sq": 2, "exp_avrg": 1})
+        grown(Own, state_rules={"step": None, "exp_avg": 1, "exp_avg_sq": 2, "exp_avrg": 1})
     with pytest.raises(UnsupportedOptimizerError, match="'exp_avg' has the order 3"):
-        grown(Own, rules={"step": None, "exp_avg": 3, "exp_avg_sq": 2})
+        grown(Own, state_rules={"step": None, "exp_avg": 3, "exp_avg_sq": 2})
 
 
 @pytest.mark.parametrize("memory", ["stage", "lean"])
@@ -295,42 +295,42 @@ def test_state_in_eight_bits_grows_in_its_codes(kind, memory):
 
 @pytest.mark.parametrize("memory", ["stage", "lean"])
 def test_masters_grow_with_the_weights_they_are_copies_of(memory):
-    """bfloat16 weights, float32 masters in the optimizer: equal to growing a float32 model, new blocks too."""
+    """bfloat16 weights, float32 master_weights in the optimizer: equal to growing a float32 model, new blocks too."""
 
-    def step(model, masters, optim, seed):
+    def step(model, master_weights, optim, seed):
         loss_of(model, batch(seed)).backward()
-        for p, master in masters.items():
+        for p, master in master_weights.items():
             master.grad, p.grad = p.grad.float(), None
         optim.step()
         optim.zero_grad()
         with torch.no_grad():
-            for p, master in masters.items():
+            for p, master in master_weights.items():
                 p.copy_(master)
 
     model = make("llama", tied=True).bfloat16()
-    masters = {p: torch.nn.Parameter(p.detach().float()) for p in model.parameters()}
-    optim = optims.AdamW(masters.values(), lr=1e-3)
+    master_weights = {p: torch.nn.Parameter(p.detach().float()) for p in model.parameters()}
+    optim = optims.AdamW(master_weights.values(), lr=1e-3)
     for seed in range(3):
-        step(model, masters, optim, seed)
+        step(model, master_weights, optim, seed)
     whole = make("llama", tied=True)
     other = optims.AdamW(whole.parameters(), lr=1e-3)
     train(whole, other, 1)
     with torch.no_grad():
-        for (p, master), q in zip(masters.items(), whole.parameters(), strict=True):
+        for (p, master), q in zip(master_weights.items(), whole.parameters(), strict=True):
             q.copy_(master)
             q.grad = None
             other.state[q] = {k: v.clone() for k, v in optim.state[master].items()}
             assert p.dtype == torch.bfloat16
-    ids = [id(master) for master in masters.values()]
+    ids = [id(master) for master in master_weights.values()]
     how = dict(to={"hidden": 48, "layers": 3}, memory=memory, width=width.Lossless(noise=0))
 
-    report = grow(model, optim, masters=masters, **how)
+    report = grow(model, optim, master_weights=master_weights, **how)
     grow(whole, other, **how)
 
-    assert set(ids) <= {id(master) for master in masters.values()}
+    assert set(ids) <= {id(master) for master in master_weights.values()}
     assert list(map(id, model.parameters())) and report.lr_applied
     for (name, p), q in zip(model.named_parameters(), whole.parameters(), strict=True):
-        master = masters[p]
+        master = master_weights[p]
         torch.testing.assert_close(master, q, rtol=1e-6, atol=1e-7, msg=name)
         torch.testing.assert_close(p, master.bfloat16(), rtol=1e-2, atol=0)
         assert optim.state.get(master, {}).keys() == other.state.get(q, {}).keys()
@@ -339,20 +339,27 @@ def test_masters_grow_with_the_weights_they_are_copies_of(memory):
     rates = {id(p): g["lr"] for g in optim.param_groups for p in g["params"]}
     expected = {id(p): g["lr"] for g in other.param_groups for p in g["params"]}
     for p, q in zip(model.parameters(), whole.parameters(), strict=True):
-        assert rates[id(masters[p])] == expected[id(q)]
-    step(model, masters, optim, 3)
+        assert rates[id(master_weights[p])] == expected[id(q)]
+    step(model, master_weights, optim, 3)
 
 
 def test_masters_that_nobody_spoke_of_are_refused():
     model = make("llama", tied=True).bfloat16()
-    masters = {p: torch.nn.Parameter(p.detach().float()) for p in model.parameters()}
-    optim = optims.AdamW(masters.values(), lr=1e-3)
+    master_weights = {p: torch.nn.Parameter(p.detach().float()) for p in model.parameters()}
+    optim = optims.AdamW(master_weights.values(), lr=1e-3)
 
-    with pytest.raises(UnsupportedOptimizerError, match="holds no parameter of this.*masters="):
+    with pytest.raises(
+        UnsupportedOptimizerError, match="holds no parameter of this.*master_weights="
+    ):
         grow(model, optim, to="2x")
-    with pytest.raises(UnsupportedOptimizerError, match="(?s)masters:.*has shape .*its master"):
+    with pytest.raises(
+        UnsupportedOptimizerError, match="(?s)master_weights:.*has shape .*its master"
+    ):
         grow(
-            model, optim, to="2x", masters={p: torch.nn.Parameter(torch.zeros(3)) for p in masters}
+            model,
+            optim,
+            to="2x",
+            master_weights={p: torch.nn.Parameter(torch.zeros(3)) for p in master_weights},
         )
 
     assert model.config.hidden_size == 24
@@ -387,20 +394,20 @@ def test_torch_func_sees_the_grown_shapes():
 
 def test_masters_that_are_incomplete_or_wrong_change_nothing():
     model = make("llama", tied=True).bfloat16()
-    masters = {p: torch.nn.Parameter(p.detach().float()) for p in model.parameters()}
-    optim = optims.AdamW(masters.values(), lr=1e-3)
-    first = next(iter(masters))
-    alien = torch.nn.Parameter(masters[first].detach().clone())
+    master_weights = {p: torch.nn.Parameter(p.detach().float()) for p in model.parameters()}
+    optim = optims.AdamW(master_weights.values(), lr=1e-3)
+    first = next(iter(master_weights))
+    alien = torch.nn.Parameter(master_weights[first].detach().clone())
 
     for wrong, match in (
-        ({p: m for p, m in masters.items() if p is not first}, "more have none"),
-        (masters | {first: alien}, "does not hold its master"),
-        ({"model.norm.weight": masters[first]}, "is no parameter of the model"),
-        (list(masters.items()), "expected a dict"),
+        ({p: m for p, m in master_weights.items() if p is not first}, "more have none"),
+        (master_weights | {first: alien}, "does not hold its master"),
+        ({"model.norm.weight": master_weights[first]}, "is no parameter of the model"),
+        (list(master_weights.items()), "expected a dict"),
     ):
-        with pytest.raises(UnsupportedOptimizerError, match=f"(?s)masters:.*{match}"):
-            grow(model, optim, to="2x", masters=wrong)
-    assert model.config.hidden_size == 24 and masters[first].shape == first.shape
+        with pytest.raises(UnsupportedOptimizerError, match=f"(?s)master_weights:.*{match}"):
+            grow(model, optim, to="2x", master_weights=wrong)
+    assert model.config.hidden_size == 24 and master_weights[first].shape == first.shape
 
 
 def test_an_average_that_is_the_model_is_refused():
@@ -437,11 +444,11 @@ def test_a_replaced_head_is_found_while_others_hold_the_old_one():
 
 def test_masters_grow_beside_a_history_that_starts_anew():
     model = make("llama", tied=True).bfloat16()
-    masters = {p: torch.nn.Parameter(p.detach().float()) for p in model.parameters()}
-    optim = optims.LBFGS(masters.values())
+    master_weights = {p: torch.nn.Parameter(p.detach().float()) for p in model.parameters()}
+    optim = optims.LBFGS(master_weights.values())
 
-    grow(model, optim, to="2x", masters=masters)
+    grow(model, optim, to="2x", master_weights=master_weights)
 
-    for p, master in masters.items():
+    for p, master in master_weights.items():
         assert master.shape == p.shape
         torch.testing.assert_close(p, master.bfloat16(), rtol=1e-2, atol=1e-3)

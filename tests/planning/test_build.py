@@ -54,7 +54,7 @@ def test_every_gradient_and_moment_of_the_grown_model_follows_the_dual_law(
     model.zero_grad()
     loss_of(model, batch()).backward()
 
-    for row in plan.rows:
+    for row in plan.tensors:
         if row.name not in source:
             continue
         p = model.get_parameter(row.name)
@@ -96,7 +96,7 @@ def test_gradients_beside_pads_follow_the_law(family, to, norms, noise, monkeypa
     model.zero_grad()
     loss_of(model, batch()).backward()
 
-    for row in (row for row in plan.rows if row.source in source):
+    for row in (row for row in plan.tensors if row.source in source):
         grad, expected = (
             model.get_parameter(row.name).grad,
             gathered(plan, row, source[row.source]) * grad_scale(plan, row),
@@ -132,7 +132,7 @@ def test_the_law_of_a_llama_is_the_decoder_table():
     for tied in (True, False):
         model = make("llama", tied=tied, attention_bias=True)
         plan = growkern.plan(model, to={"hidden": 48, "ffn": 120}, width=width.Lossless(noise=1))
-        found = {row.name: plan.scales(row) for row in plan.rows}
+        found = {row.name: plan.scales(row) for row in plan.tensors}
 
         for name, law in block.items():
             assert found[f"model.layers.1.{name}"] == pytest.approx(law), name
@@ -190,7 +190,7 @@ def test_the_grown_run_is_the_source_run_under_scaled_hyperparameters(
 
     grow(model, optim, plan=plan, dynamics=None)
     params = {name: p for name, p in model.named_parameters() if optim.state[p]}
-    rows = {row.name: row for row in plan.rows if row.name in params}
+    rows = {row.name: row for row in plan.tensors if row.name in params}
     target = ElementwiseAdamW(
         params,
         optim.state,

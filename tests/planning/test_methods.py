@@ -121,7 +121,7 @@ def test_a_method_preserves_what_it_says_and_no_less(family, method, to, monkeyp
         one.zero_grad()
         loss_of(one, batch()).backward()
     grads = {name: p.grad for name, p in source.named_parameters()}
-    for row in plan.rows:
+    for row in plan.tensors:
         if (grad := grads.get(row.source)) is not None:
             expected = gathered(plan, row, grad) * grad_scale(plan, row)
             found = model.get_parameter(row.name).grad

@@ -170,7 +170,7 @@ def test_junk_in_a_plan_is_refused_when_it_is_read(key):
         GrowthPlan.from_json(json.dumps(data | {key: JUNK[key]}))
 
 
-PARTS = [("rows", k) for k in ("factor", "constant", "state", "name")]
+PARTS = [("tensors", k) for k in ("factor", "constant", "state", "name")]
 PARTS += [("blocks", k) for k in ("source", "branch")]
 
 

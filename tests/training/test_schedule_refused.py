@@ -56,7 +56,8 @@ def test_what_cannot_grow_is_refused_when_it_is_attached():
     with pytest.raises(UnsupportedModelError, match="no family describes"):
         schedule_at(1).attach(torch.nn.Linear(2, 2), optimizer(torch.nn.Linear(2, 2)))
     with pytest.raises(
-        PlanError, match="unknown options to. Known: spec, backend, ema, masters, rules, memory"
+        PlanError,
+        match="unknown options to. Known: spec, backend, ema, master_weights, rules, memory",
     ):
         schedule_at(1).attach(make("llama", tied=True), None, to="3x")
     with pytest.raises(PlanError, match="ZeroRedundancyOptimizer shares parameters out"):

@@ -1,0 +1,49 @@
+"""Names that have changed: the old ones work for one release, with a warning."""
+
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def renamed_arguments(**new_names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function take keyword arguments by their old names: old -> new.
+
+    Raises:
+        TypeError: (of the function) An argument was passed by both names.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            given: dict[str, Any] = kwargs
+            for old in new_names.keys() & given.keys():
+                new = new_names[old]
+                if new in given:
+                    raise TypeError(
+                        f"{function.__name__}() got both {new}= and {old}=, its old name"
+                    )
+                _warn(f"{old}= is called {new}= now", 3)
+                given[new] = given.pop(old)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    return decorate
+
+
+def renamed_attribute(new: str) -> property:
+    """The old name of an attribute: it reads the new one."""
+
+    def read(self: object) -> Any:
+        _warn(f"this attribute of {type(self).__name__} is called {new} now", 3)
+        return getattr(self, new)
+
+    return property(read, doc=f"The old name of ``{new}``.")
+
+
+def _warn(text: str, level: int) -> None:
+    warnings.warn(f"growkern: {text}; the old name goes with 0.3.", DeprecationWarning, level)
