@@ -4,14 +4,11 @@ import ast
 from collections.abc import Sequence
 from typing import cast
 
-from growkern import depth, width
+from growkern.engine.history import DEPTHS, WIDTHS
 from growkern.errors import PlanError
 from growkern.planning.decisions import DepthMethod, WidthMethod
 from growkern.planning.method_text import method_of, parsed
 from growkern.planning.sizes import Target
-
-WIDTHS: dict[str, type] = {name: getattr(width, name) for name in width.__all__}
-DEPTHS: dict[str, type] = {name: getattr(depth, name) for name in depth.__all__}
 
 
 def sizes_of(texts: Sequence[str]) -> Target:

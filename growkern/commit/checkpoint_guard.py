@@ -119,7 +119,7 @@ def optim_guard_of(optim: Optimizer) -> OptimGuard | None:
     return next((hook for hook in hooks if isinstance(hook, OptimGuard)), None)
 
 
-def recorded(model: nn.Module) -> list[str]:
+def growth_history(model: nn.Module) -> list[str]:
     """The growths that a model's config says it has been through, as JSON.
 
     Raises:
@@ -137,4 +137,4 @@ def recorded(model: nn.Module) -> list[str]:
 def n_growths(model: nn.Module) -> int:
     """Growths that a model has been through, here or before it was saved."""
     guard = guard_of(model)
-    return max(len(guard.growths) if guard else 0, len(recorded(model)))
+    return max(len(guard.growths) if guard else 0, len(growth_history(model)))

@@ -10,11 +10,10 @@ from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.growth_record import GrowthRecord, digest
 from growkern.planning.method_text import method_of, parsed
 
-WIDTHS = {name: getattr(width, name) for name in width.__all__} | {
-    one.__name__: one for one in (vocab.Zero, vocab.MeanCov)
-}
-DEPTHS = {name: getattr(depth, name) for name in depth.__all__}
-SHRINKS = {name: getattr(shrink, name) for name in shrink.__all__}
+WIDTHS: dict[str, type] = {name: getattr(width, name) for name in width.__all__}
+DEPTHS: dict[str, type] = {name: getattr(depth, name) for name in depth.__all__}
+SHRINKS: dict[str, type] = {name: getattr(shrink, name) for name in shrink.__all__}
+VOCABS: dict[str, type] = {method.__name__: method for method in (vocab.Zero, vocab.MeanCov)}
 
 
 def recorded(plan: GrowthPlan, spec: ModelSpec) -> str:
@@ -44,7 +43,7 @@ def replanned(record: GrowthRecord, spec: ModelSpec) -> GrowthPlan:
         raise PlanError(
             f"the record is of a {record.family} of {dict(record.source_sizes)}; this {spec.family} has {dict(spec.sizes)}."
         )
-    names = {"width": (record.width, WIDTHS), "depth": (record.depth, DEPTHS)}
+    names = {"width": (record.width, WIDTHS | VOCABS), "depth": (record.depth, DEPTHS)}
     if record.shrinks:
         names = {"shrink": (record.width, SHRINKS)}
     methods: dict[str, Any] = {

@@ -8,7 +8,7 @@ from typing import cast
 from torch import nn
 from torch.optim import Optimizer
 
-from growkern.commit.checkpoint_guard import recorded
+from growkern.commit.checkpoint_guard import growth_history
 from growkern.commit.optimizer import Masters
 from growkern.engine.history import replanned
 from growkern.engine.request import Request
@@ -60,7 +60,7 @@ def resume(
         >>> model.load_state_dict(torch.load("model.pt")); optim.load_state_dict(torch.load("optim.pt"))
     """
     model = unwrapped(model)
-    done = recorded(model)
+    done = growth_history(model)
     given: object = history
     if given is not None and not (
         isinstance(given, list | tuple) and all(isinstance(h, str | GrowthPlan) for h in given)  # pyright: ignore
