@@ -15,7 +15,7 @@ from torch import Tensor
 
 from growkern.errors import CheckpointError, PlanError, raise_all
 from growkern.support.interrupts import uninterrupted
-from growkern.support.memory import bytes_of
+from growkern.support.memory import write_bytes
 
 SINGLE, INDEX, PATTERN = (
     "model.safetensors",
@@ -172,13 +172,9 @@ class Shards:
         planned = self._left.pop(name)
         assert tensor.shape == planned.shape, (name, tensor.shape, planned.shape)
         path, offset = self._at[name]
-        data = bytes_of(tensor.to(planned.dtype))
         with open(path, "r+b", buffering=0) as file:
             file.seek(offset)
-            done = 0
-            while done < len(data):
-                done += file.write(data[done : done + (1 << 28)])
-        return len(data)
+            return write_bytes(tensor.to(planned.dtype), file)
 
     def close(self) -> None:
         """Write the index where there are several shards; see to it that all that was promised was written."""

@@ -6,9 +6,10 @@ import tempfile
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from io import FileIO
 from mmap import PAGESIZE
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ Backup = Callable[
 
 MADV_PAGEOUT = 21  # of <linux/mman.h>, since 5.4; refused without harm before
 CGROUPS = Path("/sys/fs/cgroup")
+CHUNK = 1 << 24  # bytes that go to a file, or come from it, at a time
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -94,7 +96,7 @@ def keep_on_device(tensor: Tensor) -> Callable[[], Tensor]:
 def offload() -> Generator[Backup, None, None]:
     """Keep tensors of a GPU on the host, and those of the host in a temporary file, so that their memory is free at once."""
     files = ExitStack()
-    file: list[Any] = []
+    file: list[FileIO] = []
     kept: dict[
         int, Callable[[], Tensor]
     ] = {}  # by storage: tensors that share one still do when they are back
@@ -103,7 +105,7 @@ def offload() -> Generator[Backup, None, None]:
         raw, place = _raw(tensor), tensor.untyped_storage().data_ptr()
         if not tensor.is_cuda and not file:
             opened = tempfile.TemporaryFile(prefix="growkern-", buffering=0)  # noqa: SIM115
-            file.append(files.enter_context(opened))
+            file.append(cast(FileIO, files.enter_context(opened)))
         if place not in kept:
             kept[place] = cache(_to_host(raw) if tensor.is_cuda else _to_file(raw, file[0]))
         back, dtype, device = kept[place], tensor.dtype, tensor.device
@@ -126,44 +128,55 @@ def _to_host(raw: Tensor) -> Callable[[], Tensor]:
     return lambda: host.to(device)
 
 
-def _to_file(raw: Tensor, file: Any) -> Callable[[], Tensor]:
-    n_bytes = raw.numel()
+def _to_file(raw: Tensor, file: FileIO) -> Callable[[], Tensor]:
     start = file.seek(0, 2)
-    done, buffer = 0, memoryview(_buffer(raw))
-    while done < n_bytes:
-        done += file.write(buffer[done : done + (1 << 28)])
+    n_bytes = write_bytes(raw, file)
 
     def back() -> Tensor:
-        tensor = torch.empty(n_bytes, dtype=torch.uint8)
-        into, read = memoryview(_buffer(tensor)), 0
         file.seek(start)
-        while read < n_bytes:
-            got = int(file.readinto(into[read:]))
-            if not got:
-                raise OSError(f"the temporary file of a source ended {n_bytes - read} bytes early")
-            read += got
-        return tensor
+        return read_bytes(n_bytes, file)
 
     return back
 
 
-def _buffer(raw: Tensor) -> ctypes.Array[ctypes.c_ubyte]:
-    return (ctypes.c_ubyte * raw.numel()).from_address(raw.data_ptr())
+def write_bytes(tensor: Tensor, file: FileIO) -> int:
+    """Write the elements of a tensor of the host to an unbuffered file, in order; give their number of bytes."""
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    parts: tuple[Tensor, ...] = torch.split(flat, CHUNK)
+    for part in parts:
+        view, room = _chunk(len(part))
+        room.copy_(part)
+        while view:
+            view = view[file.write(view) :]
+    return len(flat)
+
+
+def read_bytes(n_bytes: int, file: FileIO) -> Tensor:
+    """Read uint8 (n_bytes,) from an unbuffered file; raise OSError where it ends before."""
+    found = torch.empty(n_bytes, dtype=torch.uint8)
+    parts: tuple[Tensor, ...] = torch.split(found, CHUNK)
+    for part in parts:
+        view, room = _chunk(len(part))
+        while view:
+            if not (n := file.readinto(view)):
+                raise OSError("the temporary file of a source is shorter than what was written")
+            view = view[n:]
+        part.copy_(room)
+    return found
+
+
+def _chunk(n_bytes: int) -> tuple[memoryview, Tensor]:
+    """New memory that a file and a tensor share."""
+    buffer = bytearray(n_bytes)
+    return memoryview(buffer), torch.frombuffer(
+        buffer, dtype=torch.uint8
+    ) if n_bytes else torch.empty(0)
 
 
 def trim() -> None:
     """Give freed memory of the host back to the system."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The elements of a tensor of the host as bytes, in order; they live as long as the view does."""
-    dense = tensor.detach().contiguous()
-    n_bytes = dense.numel() * dense.element_size()
-    array = (ctypes.c_ubyte * n_bytes).from_address(dense.data_ptr() if n_bytes else 0)
-    array.tensor = dense  # pyright: ignore[reportAttributeAccessIssue]
-    return memoryview(array).cast("B")
 
 
 def page_out(tensor: Tensor) -> None:

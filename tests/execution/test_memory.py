@@ -55,11 +55,19 @@ def test_what_is_kept_elsewhere_comes_back_as_it_was(name):
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_bytes_of_a_tensor_are_its_elements_in_order(name):
+def test_bytes_of_a_tensor_are_its_elements_in_order(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CHUNK", 7)
     tensor = TENSORS[name]
 
-    data = memory.bytes_of(tensor)
+    with open(tmp_path / "file", "w+b", buffering=0) as file:
+        n_bytes = memory.write_bytes(tensor, file)
+        file.seek(0)
+        data = bytes(memory.read_bytes(n_bytes, file).tolist())
+        file.seek(0)
+        with pytest.raises(OSError, match="shorter than what was written"):
+            memory.read_bytes(n_bytes + 1, file)
 
+    assert data == (tmp_path / "file").read_bytes()
     assert len(data) == tensor.numel() * tensor.element_size()
     if len(data):
         read = torch.frombuffer(bytearray(data), dtype=tensor.dtype).view(tensor.shape)
@@ -244,17 +252,17 @@ def test_tensors_that_share_memory_are_kept_once_and_still_share_it():
 
 def test_an_undo_that_fails_once_is_tried_again(monkeypatch):
     model, optim, scheduler = fixture()
-    before, calls, buffer = snapshot(model, optim, scheduler), [], memory._buffer
+    before, calls, buffer = snapshot(model, optim, scheduler), [], memory.read_bytes
 
-    def fails(raw):
+    def fails(n_bytes, file):
         if failing:
             calls.append(1)
             if len(calls) == 2:
                 raise MemoryError
-        return buffer(raw)
+        return buffer(n_bytes, file)
 
     failing = []
-    monkeypatch.setattr(memory, "_buffer", fails)
+    monkeypatch.setattr(memory, "read_bytes", fails)
     monkeypatch.setattr(optim_target, "check_state", lambda *_: (failing.append(1), 1 / 0))
 
     with pytest.raises(CommitError, match="taken back: division by zero"):
@@ -265,10 +273,8 @@ def test_an_undo_that_fails_once_is_tried_again(monkeypatch):
 
 def test_what_cannot_be_brought_back_is_said(monkeypatch):
     model, optim, scheduler = fixture()
-    gone = []
-    monkeypatch.setattr(optim_target, "check_state", lambda *_: (gone.append(1), 1 / 0))
-    buffer = memory._buffer
-    monkeypatch.setattr(memory, "_buffer", lambda raw: 1 / 0 if gone else buffer(raw))
+    monkeypatch.setattr(optim_target, "check_state", lambda *_: 1 / 0)
+    monkeypatch.setattr(memory, "read_bytes", lambda *_: 1 / 0)
 
     with pytest.raises(CommitError, match="could not be taken back .*load them from a checkpoint"):
         grow(model, optim, to="2x", scheduler=scheduler, memory="lean")
