@@ -9,7 +9,6 @@ from functools import cache
 from io import FileIO
 from mmap import PAGESIZE
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -105,7 +104,7 @@ def offload() -> Generator[Backup, None, None]:
         raw, place = _raw(tensor), tensor.untyped_storage().data_ptr()
         if not tensor.is_cuda and not file:
             opened = tempfile.TemporaryFile(prefix="growkern-", buffering=0)  # noqa: SIM115
-            file.append(cast(FileIO, files.enter_context(opened)))
+            file.append(files.enter_context(opened))
         if place not in kept:
             kept[place] = cache(_to_host(raw) if tensor.is_cuda else _to_file(raw, file[0]))
         back, dtype, device = kept[place], tensor.dtype, tensor.device
