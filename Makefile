@@ -9,7 +9,7 @@ GPU_OUT ?= gpu-check
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: test lint fmt demo savings bench bench-gpu gpu-check clean
+.PHONY: test lint fmt mutants demo savings bench bench-gpu gpu-check clean
 
 test: lint
 	$(BIN)/pytest $(PYTEST_ARGS)
@@ -22,6 +22,10 @@ lint: .venv/test.stamp
 fmt: .venv/test.stamp
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# hand-made mistakes that the tests must find; about an hour on 2 cores
+mutants: .venv/test.stamp
+	$(BIN)/python tests/mutants.py
 
 demo: .venv/demo.stamp
 	$(BIN)/growkern demo

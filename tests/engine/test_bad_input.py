@@ -405,8 +405,8 @@ def edit(path, value):
 
 
 EDITS = {
-    "a name": (edit("rows/3/name", "model.norm.weight"), "rows are not the tensors"),
-    "an axis key": (edit("rows/3/axes", ["no", "such"]), "has shape .*no.*such"),
+    "a name": (edit("tensors/3/name", "model.norm.weight"), "rows are not the tensors"),
+    "an axis key": (edit("tensors/3/axes", ["no", "such"]), "has shape .*no.*such"),
     "a block": (edit("blocks/0/source", 7), "blocks are not those"),
     "the path": (edit("blocks_path", "model.nowhere"), "blocks are not those"),
     "an attribute": (edit("attributes/model.forward", 3), "attributes are not the sizes"),

@@ -1,0 +1,15 @@
+"""The mutants of ``tests/mutants.py`` are still mutants of this code; whether tests kill them is ``make mutants``."""
+
+from pathlib import Path
+
+import pytest
+from mutants import MUTANTS
+
+import growkern
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_changes_one_place(name):
+    mutant = MUTANTS[name]
+    text = Path(growkern.__file__).parent.joinpath(mutant.path).read_text()
+    assert text.count(mutant.old) == 1 and mutant.old != mutant.new

@@ -1,0 +1,285 @@
+"""Hand-made mutants: each breaks one line of growkern, and the tests named beside it must fail: ``make mutants``.
+
+``python tests/mutants.py [NAME ...]`` runs all of them, or those named, two at a time, each in a copy of the checkout, and prints the
+survivors. The exit status is 1 where one survives.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+COPIED = (
+    "growkern",
+    "kernels",
+    "tests",
+    "bench",
+    "pyproject.toml",
+    "README.md",
+    "Makefile",
+    "constraints.txt",
+)
+N_WORKERS = 2
+
+
+class Mutant(NamedTuple):
+    """One wrong line.
+
+    Attributes:
+        path: File below ``growkern``.
+        old: Text that occurs once in the file.
+        new: Text that replaces it.
+        tests: Arguments of pytest, below ``tests``.
+    """
+
+    path: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = {
+    # planning: the law, the plan, what is refused
+    "plan: another layer's shape is not compared": Mutant(
+        "planning/check.py", "            or spec.shape(row.next_layer_source) != spec.shape(row.source)\n", "",
+        "engine/test_bad_input.py -k hand_has_edited"),
+    "plan: epsilon factors may be infinite": Mutant(
+        "planning/check.py", "all(isfinite(f) and f > 0 for f in plan.eps.values())", "True",
+        "engine/test_bad_input.py -k 'hand_has_edited or numbers_that_are_none'"),
+    "plan: split kv heads keep gradients": Mutant(
+        "planning/axis_scales.py", "    if wide.joint:\n        return False\n", "",
+        "methods/test_head_dim_and_experts.py planning/test_build.py -k 'law or preserves or gradient'"),
+    "plan: the last space says whether copies are equal": Mutant(
+        "planning/axis_scales.py", "equal.get(space, True) and found[key]", "found[key]",
+        "methods/test_head_dim_and_experts.py methods/test_width.py planning/test_build.py"),
+    "plan: an odd number of copies is paired": Mutant(
+        "planning/index_map.py", "if len(targets) % 2:", "if False:", "planning/test_index_map.py"),
+    # optimizer: state rules
+    "state: Muon's update has the shape of its rows": Mutant(
+        "optimizer/state_rules.py", "return 0.2 * sqrt(max(rows, cols))", "return 0.2 * sqrt(rows)",
+        "optimizer/test_lr_scaling.py optimizer/test_state_rules.py -k uon"),
+    "state: ASGD's lambd is no decay": Mutant(
+        "optimizer/state_rules.py", 'decays=("weight_decay", "lambd")', 'decays=("weight_decay",)',
+        "optimizer/test_lr_scaling.py optimizer/test_describe_optimizer.py -k ASGD"),
+    "state: Adamax starts new elements at 0": Mutant(
+        "optimizer/state_rules.py", '"exp_inf": replace(GRADIENT, missing="mean")', '"exp_inf": GRADIENT',
+        "optimizer/test_state_rules.py optimizer/test_describe_optimizer.py"),
+    "state: Adadelta starts new elements at 0": Mutant(
+        "optimizer/state_rules.py", 'Rule(weight=2, missing="mean")}, lr=(0, 0)', "Rule(weight=2)}, lr=(0, 0)",
+        "optimizer/test_state_rules.py optimizer/test_describe_optimizer.py"),
+    "state: Rprop starts new elements at 0": Mutant(
+        "optimizer/state_rules.py", 'Rule(weight=1, missing="mean")', "Rule(weight=1)",
+        "optimizer/test_state_rules.py optimizer/test_describe_optimizer.py"),
+    "state: second moments of new elements are 0": Mutant(
+        "optimizer/state_rules.py", 'SQUARE = Rule(grad=2, missing="mean")', "SQUARE = Rule(grad=2)",
+        "optimizer/test_describe_optimizer.py -k ancestor"),
+    "state: second moments scale like gradients": Mutant(
+        "optimizer/state_rules.py", "SQUARE = Rule(grad=2,", "SQUARE = Rule(grad=1,", "planning/test_build.py -k moments"),
+    "state: fused SGD has momentum of some tensors": Mutant(
+        "optimizer/state_rules.py", 'together=("momentum_buffer",)', "together=()",
+        "optimizer/test_describe_optimizer.py -k goes_on_in_sgd"),
+    "state: every tie of a block of 8 bits is the largest": Mutant(
+        "optimizer/eight_bit.py", "(one >= largest)", "(one > 0)", "optimizer/test_state_rules.py -k eight"),
+    # optimizer: learning rates and UpdateScale
+    "rates: coupled decay has no units of its own": Mutant(
+        "optimizer/lr_scaling.py", "units=ones if coupled else None", "units=None",
+        "optimizer/test_lr_scaling.py -k groups_and_hooks"),
+    "rates: gains of two growths are not multiplied": Mutant(
+        "optimizer/lr_scaling.py", "old.gain * new.gain", "new.gain", "optimizer/test_lr_scaling.py -k two_growths"),
+    "rates: pads take the factor of the first element": Mutant(
+        "optimizer/lr_scaling.py", "torch.where(index == PAD, old.mean(), old[index.clamp(min=0)])", "old[index.clamp(min=0)]",
+        "optimizer/test_lr_scaling.py optimizer/test_adamw_class.py optimizer/test_state_rules.py"),
+    "rates: new slices have the old step": Mutant(
+        "optimizer/lr_scaling.py", "step if fresh else 0.0", "0.0", "optimizer/test_state_rules.py -k step_of_their_own"),
+    "rates: sparse gradients take all rows' factors": Mutant(
+        "optimizer/update_scale.py", "f[rows] if i == 0 and isinstance(f, Tensor) else f for", "f for",
+        "optimizer/test_lr_scaling.py"),
+    "rates: other hooks see the optimizer's units": Mutant(
+        "optimizer/update_scale.py", "self._hooks[1].id, last=False", "self._hooks[1].id, last=True",
+        "optimizer/test_lr_scaling.py training/test_schedule.py -k hook"),
+    "rates: norms are taken in the optimizer's units": Mutant(
+        "optimizer/update_scale.py", "return _multiplied(square.clone(), factors) if factors else square", "return square",
+        "optimizer/test_describe_optimizer.py -k norm_factor_of_second"),
+    "rates: schedulers with a floor are said to follow": Mutant(
+        "optimizer/schedulers.py", 'and not getattr(one, "eta_min", 0)', "",
+        "optimizer/test_describe_optimizer.py -k 'schedulers_go_on or hooks_carry'"),
+    "groups: min_lr stays": Mutant(
+        "commit/param_groups.py", '    "min_lr",\n', "", "optimizer/test_describe_optimizer.py -k 'schedulers_go_on or plateau'"),
+    "groups: min_lrs of schedulers stay": Mutant(
+        "commit/param_groups.py", '("base_lrs", "min_lrs", "max_lrs")', '("base_lrs", "max_lrs")',
+        "optimizer/test_describe_optimizer.py -k 'schedulers_go_on or plateau'"),
+    "groups: NAdam's decay is never decoupled": Mutant(
+        "commit/param_groups.py", 'if group.get("decoupled_weight_decay"):', "if False:",
+        "optimizer/test_lr_scaling.py -k groups_and_hooks"),
+    # execution
+    "execute: every tensor has the same noise": Mutant(
+        "execution/tiles.py", "axis_keys(self.plan.seed, _tensor_id(row.name))", "axis_keys(self.plan.seed, 0)",
+        "execution/test_execute.py -k noise"),
+    "execute: a mean is a sum": Mutant(
+        "execution/tiles.py", "(rows @ by_row / max(1, n))", "(rows @ by_row)", "optimizer/test_describe_optimizer.py -k ancestor"),
+    "execute: the mean of a power is no power mean": Mutant(
+        "execution/tiles.py", "(sum(copied) / max(1, len(copied))) ** (1 / power)", "(sum(copied) / max(1, len(copied)))",
+        "optimizer/test_state_rules.py -k 'gathered and dafactor'"),
+    "execute: the high half of the seed does nothing": Mutant(
+        "execution/torch_backend.py", "mix(mix(mix(seed & 0xFFFFFFFF) ^ seed >> 32) ^ tensor_id)",
+        "mix(mix(mix(seed & 0xFFFFFFFF)) ^ tensor_id)", "kernels/test_expand.py -k 'formula or seed'"),
+    "execute: offsets do not move with the scale": Mutant(
+        "execution/execute.py", "row.offset * (s - 1) for", "0.0 * (s - 1) for", "model/test_gemma2.py"),
+    "execute: step counts are shared": Mutant(
+        "execution/execute.py", "state[key] = value.clone() if isinstance(value, Tensor) else value", "state[key] = value",
+        "optimizer/test_describe_optimizer.py -k stacked_blocks"),
+    "execute: lean keeps its sources": Mutant(
+        "execution/execute.py", "            self.sources.forget(one.rows[0].source)\n", "", "execution/test_memory.py -k let_go"),
+    "execute: lean frees nothing": Mutant(
+        "execution/execute.py", 'if memory == "lean" else ():', "if False else ():", "execution/test_memory.py -k does_not"),
+    # commit
+    "undo: an attribute that was not there becomes None": Mutant(
+        "commit/undo.py", "delattr(owner, name) if before is missing", "setattr(owner, name, None) if before is missing",
+        "commit/test_commit.py"),
+    "undo: gradients that were left are dropped": Mutant(
+        "commit/undo.py", "p.grad = left if before_grad is None", "p.grad = None if before_grad is None",
+        "commit/test_commit.py -k failure_at_any_stage"),
+    "undo: nothing is tried again": Mutant(
+        "commit/undo.py", "for last in (False, True):", "for last in (True,):", "execution/test_memory.py -k tried_again"),
+    "undo: the first write is taken back first": Mutant(
+        "commit/undo.py", "self.rollbacks.pop()", "self.rollbacks.pop(0)", "commit/test_commit.py -k failure_at_any_stage"),
+    "commit: Ctrl-C in the last step is forgotten": Mutant(
+        "commit/commit.py", "            if held and not final:\n                raise KeyboardInterrupt\n", "",
+        "commit/test_commit.py -k 'control_c or signal'"),
+    "commit: new blocks share buffers": Mutant(
+        "commit/commit.py",
+        "    memo |= {id(b): values[inner] for inner, b in block.named_buffers() if inner in values}\n", "",
+        "methods/test_depth.py model/test_initial.py model/test_t5.py model/test_families.py -k 'buffer or block'"),
+    "commit: new blocks of frozen ones train": Mutant(
+        "commit/commit.py", "nn.Parameter(values[inner], requires_grad=p.requires_grad)", "nn.Parameter(values[inner])",
+        "methods/test_depth.py optimizer/test_describe_optimizer.py -k 'frozen or block'"),
+    "commit: the config keeps its epsilon": Mutant(
+        "commit/commit.py", "getattr(config, plan.config_eps[0]) * plan.config_eps[1]", "getattr(config, plan.config_eps[0])",
+        "model/test_families.py -k 'loads_with_equal and llama'"),
+    "commit: a signal that came late is lost": Mutant(
+        "support/interrupts.py", "    if held:  #", "    if False:  #", "commit/test_commit.py -k 'signal_handler or control_c'"),
+    "guard: a deeper checkpoint is let through": Mutant(
+        "commit/checkpoint_guard.py", "if whole and not new & shapes.keys() and (apart or new):", "if whole and apart:",
+        "training/test_history.py training/test_replay.py engine/test_bad_input.py -k 'before or refused or load'"),
+    "guard: optimizer state is let through": Mutant(
+        "commit/checkpoint_guard.py", "if not isinstance(value, Tensor) or rule is None:", "if True:",
+        "training/test_history.py training/test_replay.py -k 'optim or before'"),
+    # engine and model
+    "engine: a replaced head is not missed": Mutant(
+        "engine/live_objects.py", " or p.shape in missing)", ")", "optimizer/test_state_rules.py -k 'dead or replaced'"),
+    "engine: what was frozen is not seen": Mutant(
+        "support/live_registry.py", "if frozen := gc.get_freeze_count() > 0:", "if frozen := False:",
+        "engine/test_live_objects.py -k before_the_import"),
+    "engine: copies are not registered": Mutant(
+        "support/live_registry.py", "        set_state(self, state)\n        _register_module(self)\n", "        set_state(self, state)\n",
+        "engine/test_live_objects.py -k module_outside"),
+    "engine: earlier growths stay when a later one fails": Mutant(
+        "engine/run.py", "            with uninterrupted():\n                undo.rollback()\n", "            with uninterrupted():\n",
+        "training/test_history.py -k takes_the_earlier"),
+    "model: overlapping tensors grow": Mutant(
+        "model/describe.py", "elif p.layout is torch.strided and _overlaps(p):", "elif False:",
+        "engine/test_bad_input.py -k tensors_that_cannot"),
+    # checkpoints
+    "checkpoint: a full disk is found out late": Mutant(
+        "checkpoints/grow.py", "if free < n_bytes + SPARE:", "if False:", "checkpoints/test_grow_checkpoint.py -k full"),
+    "checkpoint: read pages stay": Mutant(
+        "checkpoints/grow.py", "        page_out(tensor)\n", "        pass\n", "cli/test_commands.py -k peak_memory"),
+    "checkpoint: the index is believed": Mutant(
+        "checkpoints/shards.py",
+        '        problems += [f"{name}: is not in {file}." for name in names if name not in held]\n', "        pass\n",
+        "checkpoints/test_grow_checkpoint.py -k not_whole"),
+    "checkpoint: files are not synced": Mutant(
+        "checkpoints/shards.py", "            _sync(path)\n", "            pass\n",
+        "checkpoints/test_grow_checkpoint.py -k 'fails or renamed or overwrite'"),
+    "checkpoint: what was to be replaced is not given back": Mutant(
+        "checkpoints/shards.py", "                    replaced.rename(out)\n", "                    pass\n",
+        "checkpoints/test_grow_checkpoint.py -k renamed"),
+    "checkpoint: missing tensors are drawn": Mutant(
+        "checkpoints/load.py", "    if problems:\n        raise CheckpointError(\n            f\"{folder} is incomplete:",
+        "    if False:\n        raise CheckpointError(\n            f\"{folder} is incomplete:",
+        "checkpoints/test_grow_checkpoint.py -k not_whole"),
+    "checkpoint: the last dtype is the widest": Mutant(
+        "checkpoints/load.py", "widest = torch.promote_types(widest, dtype)", "widest = dtype",
+        "checkpoints/test_grow_checkpoint.py cli/test_commands.py -k 'dtype or mixed'"),
+}  # fmt: skip
+
+
+def copied(folder: Path) -> Path:
+    """Copy the checkout, without what is built."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            skip = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, folder / name, symlinks=True, ignore=skip)
+        else:
+            shutil.copy(source, folder / name)
+    return folder
+
+
+def killer_of(mutant: Mutant, checkout: Path) -> str:
+    """Run the tests of a mutant in a copy of the checkout; give the test that fails, or an empty text where none does.
+
+    Raises:
+        SystemExit: The tests cannot be run, or the one that fails does so without the mutant too.
+    """
+    path = checkout / "growkern" / mutant.path
+    text = path.read_text()
+    path.write_text(text.replace(mutant.old, mutant.new))
+    words = [f"tests/{word}" if ".py" in word else word for word in shlex.split(mutant.tests)]
+    try:
+        status, output = _pytest(words, checkout)
+    finally:
+        path.write_text(text)
+    if status == 0:
+        return ""
+    lines = [line.split(" - ")[0] for line in output.splitlines()]
+    failed = [line.split(" ", 1)[1] for line in lines if line.startswith(("FAILED", "ERROR"))]
+    if status != 1 or not failed or _pytest([failed[0]], checkout)[0] != 0:
+        raise SystemExit(f"pytest {mutant.tests} fails without the mutant too:\n{output[-3000:]}")
+    return failed[0]
+
+
+def _pytest(words: list[str], checkout: Path) -> tuple[int, str]:
+    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *words],
+        cwd=checkout, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def main(names: list[str]) -> int:
+    """Run mutants and print what became of each."""
+    chosen = {name: MUTANTS[name] for name in names or MUTANTS}
+    survivors: list[str] = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(N_WORKERS) as pool:
+        checkouts: Queue[Path] = Queue()
+        for i in range(N_WORKERS):
+            (place := Path(folder, str(i))).mkdir()
+            checkouts.put(copied(place))
+
+        def run(item: tuple[str, Mutant]) -> tuple[str, str]:
+            checkout = checkouts.get()
+            try:
+                return item[0], killer_of(item[1], checkout)
+            finally:
+                checkouts.put(checkout)
+
+        for number, (name, killer) in enumerate(pool.map(run, chosen.items()), 1):
+            survivors += [] if killer else [name]
+            print(f"{number}/{len(chosen)} {name}: {killer or 'SURVIVES'}", flush=True)
+    print(
+        f"{len(survivors)} of {len(chosen)} survive" + "".join(f"\n  {name}" for name in survivors)
+    )
+    return bool(survivors)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
