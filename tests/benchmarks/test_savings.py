@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))  # bench/ is not installed
 try:
     from bench.harness import RESULTS
     from bench.savings import __main__ as savings
-    from bench.savings import analysis, campaign, jobs, report, symmetry
+    from bench.savings import analysis, campaign, jobs, layer_norm, report, symmetry
     from growkern.cli.demo_run import Run, Training, build, flops_per_step, loss_at, read_corpus
 finally:
     sys.path.remove(str(ROOT))
@@ -421,3 +421,18 @@ def test_copies_without_noise_stay_equal_under_muon_and_part_with_it(monkeypatch
     equal, parted = (row["cosine"] for row in rows)
     assert equal == pytest.approx(1) and parted < 0.9
     assert all(1 < row["residual"] <= 64 for row in rows)
+
+
+def test_the_default_is_exact_under_layer_norm_and_trains(monkeypatch):
+    setup = replace(
+        campaign.SETUPS["width"], grow_at=(2,), budgets=(8, 12),
+        training={"n_trunk": 2, "n_eval": 2, "warmup": 2},
+    )  # fmt: skip
+    monkeypatch.setattr(layer_norm, "SETUP", setup)
+
+    rows = [*layer_norm.measure(1, read_corpus(300_000))]
+
+    assert [row["recipe"] for row in rows] == [name for name in layer_norm.RATES for _ in range(2)]
+    for first, last in zip(rows[::2], rows[1::2], strict=True):
+        assert first["loss_after"] == pytest.approx(first["loss_before"], abs=1e-5)
+        assert last["loss"] < first["loss"] < first["loss_before"]
