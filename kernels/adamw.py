@@ -1,8 +1,8 @@
 """``p = p * (1 - lr * wd * decay_ij) - lr * lr_ij * warm(t) / (1 - b1**t) * m / (sqrt(v) / sqrt(1 - b2**t) + eps * eps_ij)`` with
 ``m += (1 - b1) * (g - m)``, ``v = b2 * v + (1 - b2) * g**2`` and ``t = step - max(born_i, born_j)``, over many tensors per launch.
 
-All of AdamW in one pass over the memory, with the factors per row and per column of tensors that have slices.
-Bytes: p, m, v read and written once, g read once; plus the vectors.
+A launch runs all of AdamW in one pass over memory, with factors per row and per column for tensors that have slices.
+Bytes: p, m, v read and written once, g read once; plus the slice vectors.
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ N_WARPS = 8
 
 
 def block_r(n_bytes: int) -> int:
-    """Rows of a tile: 8 elements a thread, 4 of 8 bytes; not yet measured on a device."""
+    """Rows of a tile: 8 elements per thread, 4 elements of 8 bytes. Not yet measured on a device."""
     return 16 if n_bytes < 8 else 8
 
 
 def sliced_r(n_bytes: int) -> int:
-    """Rows at a time where there are slices: half as many, so that the factors of their columns fit in registers beside them."""
+    """Rows per iteration for tensors with slices: fewer than ``block_r``, so that the column factors fit in registers too."""
     return 8 if n_bytes < 8 else 2
 
 
@@ -49,7 +49,7 @@ def adamw_kernel(
     col = tile % n_across * BLOCK_C
     end = tl.minimum(row + BLOCK_R, tl.load(piece + field.N_ROWS).to(tl.int32))
     if HAS_SCALER:
-        end = tl.where(tl.load(inf_ptr) != 0, row, end)  # nothing is written
+        end = tl.where(tl.load(inf_ptr) != 0, row, end)  # skip the step
     is_sliced = False
     if HAS_SLICES:
         is_sliced = tl.load(piece + field.SLICED) != 0
@@ -68,13 +68,14 @@ def adamw_kernel(
 def adamw(
     updates: Sequence[Any], table: Table, grad_scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None
 ) -> None:  # fmt: skip
-    """Update parameters and moments in place: one launch per dtypes of parameter, gradient and moments.
+    """Update parameters and moments in place: one launch per combination of parameter, gradient and moment dtypes.
 
     Args:
-        updates: ``growkern.optimizer.adamw_torch.Update`` of one device, steps counted; laid out alike, contiguous where sliced.
-        table: Of that device, kept between steps.
-        grad_scale: What gradients are divided by, in place.
-        found_inf: Not 0: nothing is updated.
+        updates: ``growkern.optimizer.adamw_torch.Update`` on one device; step counts include this step. All tensors of an update have
+            one memory layout, contiguous if it has slices.
+        table: Table of that device, kept between steps.
+        grad_scale: Divisor of the gradients, applied in place.
+        found_inf: If not 0, nothing is updated.
     """
     if not updates:
         return
@@ -94,7 +95,7 @@ def adamw(
 
 
 def launch_options(kind: Kind, has_slices: bool, has_scaler: bool) -> dict[str, Any]:
-    """What a launch is specialised on."""
+    """Options that a launch is specialized on."""
     p, g, s = kind
     rows = block_r(p.itemsize)
     options: dict[str, Any] = dict(

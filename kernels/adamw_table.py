@@ -1,7 +1,7 @@
-"""What ``adamw`` works on, as whole numbers on the device: a table that stays while no tensor moves, and what changes every step.
+"""Arguments of ``adamw`` as integers on the device: a table that stays valid while no tensor moves, and an upload in every step.
 
-Rows of the table are stretches of tensors: of a sliced one the matrix, of another one any split of its memory. What changes every
-step is one small upload: the gradients' addresses, steps, and the hyperparameters of each group.
+A record of the table is a stretch of a tensor: the whole matrix of a tensor with slices, or a part of the flat memory of a tensor
+without. The upload holds what changes every step: addresses of gradients, step counts, and the hyperparameters of each param group.
 """
 
 from array import array
@@ -17,7 +17,7 @@ from growkern.kernels.table import N_FIELDS
 
 P, M, V, V_MAX, STEP, TENSOR, HYPER, N_ROWS, N_COLS, FIRST, WIDE, SLICED = map(
     tl.constexpr, range(1, 13)
-)  # fields after FIRST_TILE; SLICED: where the addresses of its slices are, 0 for none
+)  # fields of a record after FIRST_TILE; SLICED: offset of the slice addresses in the table, 0 without slices
 SLICES = (
     *(f"{name}_{side}" for name in ("lr", "eps", "decay", "born") for side in ("rows", "cols")),
     "rewarm",
@@ -26,13 +26,13 @@ LR_ROWS, LR_COLS, EPS_ROWS, EPS_COLS, DECAY_ROWS, DECAY_COLS, BORN_ROWS, BORN_CO
     tl.constexpr, range(len(SLICES))
 )
 LR, LERP, KEEP, SQUARE, RATE1, RATE2, EPS, DECAY, SIGN = map(tl.constexpr, range(9))
-N_HYPER = 9  # numbers of a group, each in 8 bytes
-LEAST_BETA = 1e-300  # has a logarithm, and no power of it counts
-Kind = tuple[torch.dtype, torch.dtype, torch.dtype]  # of parameter, gradient and moments
+N_HYPER = 9  # numbers per param group, 8 bytes each
+LEAST_BETA = 1e-300  # has a logarithm, and its powers are negligible
+Kind = tuple[torch.dtype, torch.dtype, torch.dtype]  # dtypes of parameter, gradient and moments
 
 
 class Table:
-    """Records of one device's tensors, kept from step to step."""
+    """Records of all tensors on one device, kept between steps."""
 
     def __init__(self) -> None:
         self.signature: list[Any] = []
@@ -43,7 +43,7 @@ class Table:
     def prepare(
         self, updates: Sequence[Any], block_r: Callable[[int], int], block_c: int
     ) -> torch.Tensor:
-        """Bring the table up to date, and upload what changes every step: a pair per tensor, then the hyperparameters."""
+        """Update the table, and upload (gradient address, step count) of every tensor, then the hyperparameters."""
         ids: dict[int, int] = {}
         hypers: list[Any] = []
         signature: list[Any] = []
@@ -61,7 +61,7 @@ class Table:
                 [(key, u.slices[key].data_ptr()) for key in SLICES if key in u.slices] if u.slices else 0,
             ))  # fmt: skip
         if signature != self.signature:
-            self.signature = []  # not valid while it is rebuilt
+            self.signature = []  # the table is invalid during the rebuild
             self._build(updates, [s[0] for s in signature], block_r, block_c)
             self.signature = signature
         now = array("q")
@@ -83,7 +83,7 @@ class Table:
         for i, u in enumerate(updates):
             kinds.setdefault((u.p.dtype, u.grad.dtype, u.exp_avg.dtype), []).append(i)
         cuts = [list(stretches(u)) for u in updates]
-        at = sum(map(len, cuts)) * N_FIELDS.value  # slices lie behind the records
+        at = sum(map(len, cuts)) * N_FIELDS.value  # slice addresses follow the records
         table, slices = array("q"), array("q")
         self.launches, self.hypers = [], []
         for kind, members in kinds.items():
@@ -109,12 +109,12 @@ class Table:
                 (kind, sliced, first, (len(table) - first) // N_FIELDS.value, n_tiles)
             )
         device = updates[0].p.device
-        content = table + slices or array("q", [0])  # no buffer is empty
+        content = table + slices or array("q", [0])  # torch.frombuffer refuses an empty buffer
         self.on_device = torch.frombuffer(content, dtype=torch.int64).to(device, copy=True)
 
 
 def stretches(u: Any, width: int = 128) -> Iterator[tuple[int, int, int, bool]]:
-    """Rows, columns, first element, and whether all groups of 16 bytes are aligned: of a sliced tensor, or of flat memory."""
+    """Yield stretches of a tensor: rows, columns, first element, True if all 16-byte groups are aligned."""
     tensors = [u.p, u.grad, u.exp_avg, u.exp_avg_sq]
     tensors += [] if u.max_exp_avg_sq is None else [u.max_exp_avg_sq]
     n, n_wide = u.p.numel(), 16 // min(t.itemsize for t in tensors)
@@ -136,7 +136,7 @@ def stretches(u: Any, width: int = 128) -> Iterator[tuple[int, int, int, bool]]:
 
 
 def numbers(hyper: Any) -> tuple[float, ...]:
-    """What the kernel reads of a group."""
+    """Numbers of a param group that the kernel reads, in the order ``LR`` ... ``SIGN``."""
     rates = (-log(max(beta, LEAST_BETA)) for beta in (hyper.beta1, hyper.beta2))
     return (
         hyper.lr, 1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, *rates,
@@ -145,7 +145,7 @@ def numbers(hyper: Any) -> tuple[float, ...]:
 
 
 def math(dtype: torch.dtype) -> torch.dtype:
-    """The arithmetic of a parameter's update."""
+    """Dtype in which a parameter's update is computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

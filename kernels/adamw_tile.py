@@ -1,4 +1,4 @@
-"""What ``adamw`` does with a stretch of a tensor: load, update, store, tile by tile; to inline."""
+"""Device functions of ``adamw``, to inline: load, update and store a stretch of a tensor, tile by tile."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ from growkern.kernels.write import vector
 
 @triton.jit
 def _risen(y, MATH: tl.constexpr):
-    """``1 - exp(-y)``; in float32 by a series where the difference would lose digits, its next term below 1e-8 of the sum."""
+    """``1 - exp(-y)``. In float32, a series replaces the difference where it would cancel; the next term is below 1e-8 of the sum."""
     large = 1 - tl.exp(-y)
     if tl.float64 == MATH:
         return large
@@ -21,7 +21,7 @@ def _risen(y, MATH: tl.constexpr):
 
 @triton.jit
 def _slice(slices, rows_key: tl.constexpr, rows, cols, row_mask, col_mask, other, MATH: tl.constexpr):  # fmt: skip
-    """A tile's numbers of its rows and of its columns; they follow each other in the list of addresses."""
+    """Load the row and column vectors of a slice for a tile. Their addresses are adjacent in the list of slice addresses."""
     by_row = vector(tl.load(slices + rows_key), rows, row_mask, other, MATH)
     return by_row, vector(tl.load(slices + rows_key + 1), cols, col_mask, other, MATH)
 
@@ -49,7 +49,7 @@ def _tile(
     m_ptr = tl.load(piece + field.M).to(tl.pointer_type(S_TYPE)) + start
     v_ptr = tl.load(piece + field.V).to(tl.pointer_type(S_TYPE)) + start
     top_ptr = tl.load(piece + field.V_MAX).to(tl.pointer_type(S_TYPE)) + start
-    if IS_WIDE:  # bytes; on a block, as a hint on a scalar does not reach the access
+    if IS_WIDE:  # in bytes, on the block: a hint on a scalar does not reach the access
         p_ptr = tl.multiple_of(p_ptr, [16, 16])
         g_ptr = tl.multiple_of(g_ptr, [16, 16])
         m_ptr = tl.multiple_of(m_ptr, [16, 16])
@@ -57,7 +57,7 @@ def _tile(
         top_ptr = tl.multiple_of(top_ptr, [16, 16])
 
     h = (now_ptr + tl.load(piece + field.HYPER)).to(tl.pointer_type(MATH))
-    EACH: tl.constexpr = 1 if tl.float64 == MATH else 2  # numbers lie 8 bytes apart
+    EACH: tl.constexpr = 1 if tl.float64 == MATH else 2  # numbers are 8 bytes apart
     g = tl.load(g_ptr + cols, mask=mask, other=0).to(MATH)
     if HAS_SCALER:
         g = g / tl.load(scale_ptr).to(MATH)
@@ -118,7 +118,7 @@ def update(
                 True, IS_SLICED, HAS_SCALER, N_WIDE, BLOCK_R, BLOCK_C,
             )  # fmt: skip
             row += BLOCK_R
-    else:  # an address for every element: a few rows at a time
+    else:  # unaligned: one address per element, so few rows per iteration
         while row < end:
             _tile(
                 table_ptr, now_ptr, scale_ptr, piece, row, col, P_TYPE, G_TYPE, S_TYPE, MATH,

@@ -1,10 +1,10 @@
 """``dst[r.target + i, c.target + j] = (src[row(i), col(j)] + noise) * r.scale * c.scale * r.scales[i] * c.scales[j]`` for all copies
 ``r`` of the rows and ``c`` of the columns of a rectangle, over many rectangles per launch.
 
-One launch covers every piece of a (source dtype, target dtype): weights, gradients and optimizer state of a whole model. A program
-finds its piece by a binary search over first tiles, loads a tile of the source once, and writes it to every place it goes to: scale,
-twin noise and fills (sources of stride 0) in the same pass.
-Bytes: R C (source) read once + copies R C (target) written once per piece, plus what the vectors of a random map take.
+One launch covers all pieces of one (source dtype, target dtype): weights, gradients and optimizer state of a whole model. A program
+finds its piece by a binary search over first tiles, loads a tile of the source once, and writes the tile to all its target places,
+with scales, twin noise and fills (sources of stride 0) in the same pass.
+Bytes: R C (source) read once + copies R C (target) written once per piece, plus the vectors of random index maps.
 """
 
 from collections.abc import Sequence
@@ -33,9 +33,9 @@ from growkern.kernels.table import (
 )
 from growkern.kernels.write import find, vector, write
 
-BLOCK_C = 128  # columns of a tile: fewer than threads, so that vectors along columns load in the layout of the tile
+BLOCK_C = 128  # columns of a tile, fewer than threads, so that vectors along columns load in the layout of the tile
 N_WARPS = 8
-N_REGISTERS = 64  # a thread: 1024 threads at a time on an SM; left alone, ptxas spills a few to make room for more
+N_REGISTERS = 64  # per thread, for 1024 threads at a time on an SM; without this limit ptxas spills registers to fit more threads
 DTYPES = {
     getattr(torch, name): getattr(tl, name)
     for name in ("float64", "float32", "float16", "bfloat16", "int64")
@@ -43,12 +43,12 @@ DTYPES = {
 
 
 def block_r(n_bytes: int) -> int:
-    """Rows of a tile: 8 elements a thread, 4 of 8 bytes; not yet measured on a device."""
+    """Rows of a tile: 8 elements per thread, 4 elements of 8 bytes. Not yet measured on a device."""
     return 16 if n_bytes < 8 else 8
 
 
 def narrow_r(n_bytes: int) -> int:
-    """Rows at a time where addresses are not aligned: 2 elements a thread, 1 of 8 bytes, so that their addresses fit."""
+    """Rows per iteration for unaligned addresses: 2 elements per thread, 1 element of 8 bytes, so that the addresses fit in registers."""
     return 4 if n_bytes < 8 else 2
 
 
@@ -59,7 +59,7 @@ def _tile(
     FROM_WIDE: tl.constexpr, TO_WIDE: tl.constexpr, N_WIDE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a piece; columns count from the first of the piece, so that they lie on groups of 16 bytes."""
+    """Copy a tile of a piece. Columns count from the piece's first column, so that they align with groups of 16 bytes."""
     first = tl.load(piece + FIRST_COL).to(tl.int32)
     n_cols = tl.load(piece + N_COLS).to(tl.int32)
     if TO_WIDE:
@@ -74,7 +74,7 @@ def _tile(
     src_ptr = tl.load(piece + SRC_PTR).to(tl.pointer_type(SRC))
     src_ptr += src_rows.to(tl.int64) * tl.load(piece + SRC_ROW)
 
-    if FROM_WIDE:  # bytes; on a block, as a hint on a scalar does not reach the load
+    if FROM_WIDE:  # in bytes, on the block: a hint on a scalar does not reach the load
         src_ptr = tl.multiple_of(src_ptr + first, [16, 16]) + cols
     else:
         src_cols = first + cols
@@ -105,11 +105,9 @@ def expand_kernel(
         _tile(table_ptr, piece, row, col, SRC, DST, MATH, True, True, N_WIDE, BLOCK_R, BLOCK_C)
     elif flags & DST_WIDE != 0:
         _tile(table_ptr, piece, row, col, SRC, DST, MATH, False, True, N_WIDE, BLOCK_R, BLOCK_C)
-    else:  # an address for every element: a few rows at a time
+    else:  # unaligned: one address per element, so few rows per iteration
         end = tl.minimum(row + BLOCK_R, tl.load(piece + N_ROWS).to(tl.int32))
-        while (
-            row < end
-        ):  # not range: the interpreter of triton 3.6 cannot count to a bound that was loaded
+        while row < end:  # no range(): the interpreter of triton 3.6 cannot loop to a loaded bound
             _tile(
                 table_ptr,
                 piece,
@@ -131,11 +129,11 @@ def expand(pieces: Sequence[Any]) -> None:
     """Write every piece (``growkern.execution.torch_backend.Piece``): one launch per pair of dtypes, one more per length of staged rows.
 
     Args:
-        pieces: What they write does not overlap; on one device; their vectors are contiguous. Values are rounded once, at the
+        pieces: Pieces on one device, with contiguous vectors and without overlap in the target. Values are rounded once, at the
             store; a pure copy is bit-exact.
 
     Raises:
-        IndexError: A piece does not fit its tensors (values of indices are not looked at); nothing has been launched.
+        IndexError: A piece does not fit its tensors (index values are not checked); nothing has been launched.
     """
     table, launches = tabled(pieces)
     if not any(n_tiles for *_, n_tiles in launches):
@@ -149,7 +147,7 @@ def expand(pieces: Sequence[Any]) -> None:
 
 
 def tabled(pieces: Sequence[Any]) -> tuple[Table, list[tuple[dict[str, Any], int, int, int]]]:
-    """All that is done on the host: the table, and every launch's options, first piece, pieces and tiles."""
+    """Do all host work: build the table, and the options, first piece, number of pieces and number of tiles of every launch."""
     table, launches = Table(), []
     for (src, dst, n_staged), members in kinds(pieces).items():
         options = launch_options(src, dst, n_staged)
@@ -159,7 +157,7 @@ def tabled(pieces: Sequence[Any]) -> tuple[Table, list[tuple[dict[str, Any], int
 
 
 def kinds(pieces: Sequence[Any]) -> dict[tuple[torch.dtype, torch.dtype, int], list[Any]]:
-    """Pieces by what a launch is specialised on: dtypes, and the block that a staged row fits in (0: rows are not staged)."""
+    """Group pieces by launch: source dtype, target dtype, and the block that a staged row fits in (0: rows are not staged)."""
     found: dict[tuple[torch.dtype, torch.dtype, int], list[Any]] = {}
     for piece in pieces:
         n_staged = 0 if piece.cols is None else staged(piece.src.shape[1], piece.src.itemsize)
@@ -168,10 +166,10 @@ def kinds(pieces: Sequence[Any]) -> dict[tuple[torch.dtype, torch.dtype, int], l
 
 
 def launch_options(src: torch.dtype, dst: torch.dtype, n_staged: int) -> dict[str, Any]:
-    """What a launch is specialised on."""
+    """Options that a launch is specialized on."""
     options: dict[str, Any] = dict(
         SRC=DTYPES[src], DST=DTYPES[dst], MATH=tl.float64 if dst == torch.float64 else tl.float32,
-        num_warps=N_WARPS, enable_fp_fusion=False,  # no multiply-add in one rounding: the same bits as the torch backend
+        num_warps=N_WARPS, enable_fp_fusion=False,  # no fused multiply-add: the same bits as the torch backend
     )  # fmt: skip
     if torch.version.hip is None:
         options |= dict(maxnreg=N_REGISTERS)

@@ -1,7 +1,7 @@
-"""``expand`` for maps that are random on the columns: whole source rows are staged on chip, then permuted.
+"""``expand`` for index maps that are random on the columns: whole source rows are staged on chip, then permuted.
 
 ``dst[r.target + i, c.target + j] = (src[row(i), index[j]] + noise) * ...`` as in ``expand``. A gather from device memory fetches 32
-bytes for every element; staged, each source row is read once, in order, and the gather runs in shared memory.
+bytes per element; with staging, each source row is read once, in order, and the gather runs in shared memory.
 Bytes: R C_source read once + R C_target per copy of the rows written once, plus 4 C_target of index per tile of rows.
 """
 
@@ -24,18 +24,18 @@ from growkern.kernels.write import find, vector, write
 SMALLEST, LARGEST = (
     1024,
     8192,
-)  # blocks of columns that a staged row fits in; longer rows are gathered through the caches
-BLOCK_R = 8  # rows of a program, one after the other
+)  # column blocks for a staged row; longer rows are gathered through the caches
+BLOCK_R = 8  # rows per program, one after the other
 
 
 def staged(n_cols: int, n_bytes: int) -> int:
-    """The block that a source row of ``n_cols`` fits in; 0 where none is large enough, and for float64, whose gather spills."""
+    """Return the block that a source row of ``n_cols`` fits in; 0 if no block is large enough, and for float64, whose gather spills."""
     block = max(SMALLEST, triton.next_power_of_2(n_cols))
     return block if block <= LARGEST and n_bytes <= 4 else 0
 
 
 def n_warps(block: int) -> int:
-    """Warps of a program: 8 staged elements a thread at most, so that they fit beside what the stores need."""
+    """Warps per program: at most 8 staged elements per thread, which fit in registers together with the operands of the stores."""
     return max(8, block // 256)
 
 

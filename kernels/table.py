@@ -1,4 +1,4 @@
-"""Pieces as a table of whole numbers on the device: pointers, sizes, strides, and where each rectangle goes; uploaded once."""
+"""Pieces as a table of integers on the device, uploaded once: pointers, sizes, strides, and the copies of each rectangle."""
 
 from array import array
 from collections.abc import Iterator, Sequence
@@ -27,34 +27,34 @@ import triton.language as tl
     COL_COPIES,
     N_SRC,
     FIRST_COL,
-) = map(tl.constexpr, range(18))  # fields of a piece; copies: how many, and where in the table
+) = map(tl.constexpr, range(18))  # fields of a piece record; *_COPIES: number << 32 | offset
 N_FIELDS = tl.constexpr(18)
 TARGET, TARGETS, SCALE, SCALES, FACTOR, FACTORS, FIRST_ID, IDS = map(
     tl.constexpr, range(8)
-)  # of a copy
+)  # fields of a copy record
 N_COPY = tl.constexpr(8)
 SRC_WIDE, DST_WIDE, ARITHMETIC, NOISE = (
     tl.constexpr(1 << i) for i in range(4)
-)  # flags: sides in aligned 16-byte groups, ...
+)  # bits of FLAGS; *_WIDE: access in aligned 16-byte groups
 
 
 class Table:
-    """Records of copies and pieces, one after the other."""
+    """Records of copies and pieces, stored one after the other."""
 
     def __init__(self) -> None:
         self.numbers = array("q")
         self.copies: dict[int, int] = {}
         self.geometries: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
-        self.kept: list[Any] = []  # ids above are those of live objects
+        self.kept: list[Any] = []  # objects whose ids are keys above, kept alive
 
     def add(self, pieces: Sequence[Any], block_r: int, block_c: int | None) -> tuple[int, int, int]:
-        """Append pieces cut into tiles of ``block_r`` rows, and of ``block_c`` columns or all.
+        """Append pieces, cut into tiles of ``block_r`` rows and ``block_c`` columns (None: all columns).
 
         Returns:
-            Where they begin, how many there are, and how many tiles.
+            Offset of the first record, number of records, number of tiles.
         """
         records, n_tiles, n_pieces = array("q"), 0, 0
-        tiles: dict[int, int] = {}  # by the id of a geometry's record
+        tiles: dict[int, int] = {}  # number of tiles by the id of a geometry's record
         for piece in pieces:
             src, dst, noise = piece.src.data_ptr(), piece.dst.data_ptr(), piece.noise
             drawn = (0, 0, 0) if noise is None else (noise.std.data_ptr(), *noise.keys)
@@ -71,11 +71,11 @@ class Table:
         return start, n_pieces, n_tiles
 
     def upload(self, device: torch.device) -> torch.Tensor:
-        """The table on a device."""
+        """Copy the table to a device."""
         return torch.frombuffer(self.numbers, dtype=torch.int64).to(device, copy=True)
 
     def _geometry(self, piece: Any, src_at: int, dst_at: int) -> list[tuple[int, ...]]:
-        """A record from N_ROWS on for every stretch of columns: checked and worked out once for tensors of one shape and alignment."""
+        """Record fields from N_ROWS on, per stretch of columns; checked and computed once for all pieces of one shape and alignment."""
         src, dst = piece.src, piece.dst
         key = (
             id(piece.row_copies), id(piece.col_copies), id(piece.rows), id(piece.cols), piece.noise is None,
@@ -107,7 +107,7 @@ class Table:
         return found
 
     def _copies(self, copies: tuple[Any, ...]) -> int:
-        """How many, and where: copies that pieces share are written once."""
+        """Return number and offset of the copies, packed; copies that pieces share are written once."""
         if id(copies) not in self.copies:
             self.kept.append(copies)
             self.copies[id(copies)] = len(copies) << 32 | len(self.numbers)
@@ -128,7 +128,7 @@ def _pointer(t: torch.Tensor | None) -> int:
 
 
 def check(piece: Any) -> None:
-    """Raise IndexError for a piece that reads or writes beyond its tensors; values of indices are the plan's, which has checked them."""
+    """Raise IndexError for a piece that reads or writes outside of its tensors. The growth plan has checked the index values."""
     (n_rows, n_cols), (dst_rows, dst_cols) = piece.shape, piece.dst.shape
     last_row = max((c.target + n_rows for c in piece.row_copies if c.targets is None), default=0)
     last_col = max((c.target + n_cols for c in piece.col_copies), default=0)
@@ -173,7 +173,7 @@ def check(piece: Any) -> None:
 
 
 def stretches(piece: Any, n_cols: int) -> Iterator[tuple[int, int, int]]:
-    """Columns whose groups of 16 bytes are aligned, and the head and the tail that are not: first, how many, flags."""
+    """Yield stretches of columns (first, number, flags): a body of aligned 16-byte groups, and the unaligned head and tail."""
     src, dst = piece.src, piece.dst
     n_wide = 16 // min(src.itemsize, dst.itemsize)
     places = {copy.target % n_wide for copy in piece.col_copies}

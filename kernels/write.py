@@ -1,4 +1,4 @@
-"""What every kernel does with a tile once it is loaded: noise, scales, and a store to each place it goes to; to inline."""
+"""Device functions for a loaded tile, to inline: add noise, scale, and store the tile to all its target places."""
 
 import triton
 import triton.language as tl
@@ -31,7 +31,7 @@ from growkern.kernels.table import (
 
 @triton.jit
 def find(table_ptr, n_pieces, pid):
-    """The last piece whose first tile is not after ``pid``, so never one without tiles."""
+    """Return the last piece whose first tile is at most ``pid``; a piece without tiles is never found."""
     low = 0
     high = n_pieces - 1
     while low < high:
@@ -66,7 +66,7 @@ def grown(
     MATH: tl.constexpr,
     COL_VECTORS: tl.constexpr,
 ):
-    """Noise and scales of one copy: ``r`` and ``c`` point to its records."""
+    """Apply noise and scales of one copy; ``r`` and ``c`` point to its records."""
     x = values.to(MATH)
     factor = _product(r, c, FACTOR, MATH)
     if (tl.load(piece + FLAGS) & NOISE != 0) & (factor != 0):
@@ -94,7 +94,7 @@ def write(
     values, table_ptr, piece, rows, cols, row_mask, col_mask,
     DST: tl.constexpr, MATH: tl.constexpr, WIDE: tl.constexpr, COL_VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile to every place it goes to; ``cols`` count from the first of the piece."""
+    """Write a tile to all its target places; ``cols`` count from the piece's first column."""
     arithmetic = tl.load(piece + FLAGS) & ARITHMETIC != 0
     dst = tl.load(piece + DST_PTR).to(tl.pointer_type(DST))
     stride = tl.load(piece + DST_ROW)
@@ -110,7 +110,7 @@ def write(
         while j < (tl.load(piece + COL_COPIES) >> 32).to(tl.int32):
             c = table_ptr + (tl.load(piece + COL_COPIES) & 0x7FFFFFFF) + j * N_COPY
             into = dst + targets.to(tl.int64) * stride + tl.load(c + TARGET) + first
-            if WIDE:  # bytes; on a block, as a hint on a scalar does not reach the store
+            if WIDE:  # in bytes, on the block: a hint on a scalar does not reach the store
                 into = tl.multiple_of(into, [16, 16])
             into += cols
             if arithmetic:

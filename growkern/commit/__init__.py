@@ -1,1 +1,1 @@
-"""COMMIT: staged tensors to the live model and optimizer; the only writer, and every write can be rolled back."""
+"""COMMIT: write staged tensors to the live model and optimizer, as the only writer. Every write can be rolled back."""

@@ -1,4 +1,4 @@
-"""Checkpoints from before a growth, loaded after it: refused by name, where torch would load a part, or corrupt memory later."""
+"""Refuse checkpoints from before a growth, which torch would load in part, or which would corrupt memory later."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Grown:
-    """One growth that a model has been through: what changed, what its tensors were before, and what checkpoints keep of it."""
+    """One growth of a model: its description, its record for the config, and the tensor shapes of source and target."""
 
     what: str
     record: str
@@ -25,7 +25,7 @@ class Grown:
 
     @staticmethod
     def by(plan: GrowthPlan, number: int, record: str) -> "Grown":
-        """Of a plan, the ``number``-th."""
+        """Describe the growth by a plan, the model's ``number``-th growth."""
         sizes = plan.source_sizes.items()
         changes = [
             f"{k} {n} -> {plan.target_sizes[k]}" for k, n in sizes if plan.target_sizes[k] != n
@@ -40,7 +40,7 @@ class Grown:
 
 
 class Guard:
-    """Looks at what is loaded into a grown model; a hook of the model, which goes with its copies and pickles."""
+    """Hook that checks state dicts loaded into a grown model. It stays on copies and pickles of the model."""
 
     def __init__(self) -> None:
         self.growths: list[Grown] = []
@@ -48,7 +48,7 @@ class Guard:
     def __call__(
         self, module: nn.Module, state_dict: Mapping[str, object], prefix: str, *_: object
     ) -> None:
-        """Raise CheckpointError for a ``state_dict`` of the model as it was before one of its growths."""
+        """Raise CheckpointError for a ``state_dict`` from before one of the model's growths."""
         shapes = {
             name.removeprefix(prefix): tuple(t.shape)
             for name, t in state_dict.items()
@@ -79,13 +79,13 @@ class Guard:
 
 
 class OptimGuard:
-    """Looks at what is loaded into the optimizer of a grown model: torch checks no shapes, and ``fused=True`` writes beyond them."""
+    """Hook that checks state dicts loaded into a grown optimizer: torch checks no shapes, and ``fused=True`` writes out of bounds."""
 
     def __init__(self, rules: Mapping[str, Rule | None], what: str) -> None:
         self.rules, self.what = rules, what
 
     def __call__(self, optim: Optimizer, state_dict: Mapping[str, Any]) -> None:
-        """Raise CheckpointError for state that does not fit."""
+        """Raise CheckpointError for state whose shapes do not fit the optimizer's parameters."""
         saved: list[int] = [i for group in state_dict["param_groups"] for i in group["params"]]
         params: list[Tensor] = [p for group in optim.param_groups for p in group["params"]]
         if len(saved) != len(params):
@@ -106,24 +106,24 @@ class OptimGuard:
 
 
 def guard_of(model: nn.Module) -> Guard | None:
-    """The guard that a model has."""
+    """Return the ``Guard`` of a model, or None."""
     found: Any = getattr(model, "_load_state_dict_pre_hooks")  # noqa: B009  (typed as private)
-    hooks: list[Any] = [getattr(hook, "hook", hook) for hook in found.values()]  # torch wraps them
+    hooks: list[Any] = [getattr(hook, "hook", hook) for hook in found.values()]  # torch wraps hooks
     return next((hook for hook in hooks if isinstance(hook, Guard)), None)
 
 
 def optim_guard_of(optim: Optimizer) -> OptimGuard | None:
-    """The guard that an optimizer has."""
+    """Return the ``OptimGuard`` of an optimizer, or None."""
     found: Any = optim._optimizer_load_state_dict_pre_hooks  # pyright: ignore[reportPrivateUsage]
     hooks: list[Any] = [*found.values()]
     return next((hook for hook in hooks if isinstance(hook, OptimGuard)), None)
 
 
 def growth_history(model: nn.Module) -> list[str]:
-    """The growths that a model's config says it has been through, as JSON.
+    """Return the growths that a model's config records, as JSON.
 
     Raises:
-        PlanError: The config holds something else.
+        PlanError: ``config.growkern_history`` is not a list of strings.
     """
     found: Any = getattr(getattr(model, "config", None), "growkern_history", None) or []
     if not isinstance(found, list | tuple) or not all(isinstance(one, str) for one in found):  # pyright: ignore[reportUnknownVariableType]
@@ -135,6 +135,6 @@ def growth_history(model: nn.Module) -> list[str]:
 
 
 def n_growths(model: nn.Module) -> int:
-    """Growths that a model has been through, here or before it was saved."""
+    """Return the number of a model's growths, in this process or before the model was saved."""
     guard = guard_of(model)
     return max(len(guard.growths) if guard else 0, len(growth_history(model)))

@@ -1,4 +1,4 @@
-"""Staged tensors -> live model and optimizer. The only writer; every write can be undone until the last has succeeded."""
+"""Write staged tensors to the live model and optimizer. Every write can be undone until the last write has succeeded."""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -29,22 +29,23 @@ def commit(
     undo: Undo,
     last: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Make the model and the optimizer the target, or leave them bitwise as they were.
+    """Turn the model and the optimizer into the target, or leave them bitwise unchanged.
 
     Args:
-        plan: What was planned.
-        parts: What ``Execution.parts`` computes, in any number of parts; handed over.
+        plan: The growth plan.
+        parts: Staged tensors from ``Execution.parts``, in any number of parts; consumed.
         model: The source model, changed in place. Parameter objects keep their identity.
-        target: Of its optimizer.
-        record: What the config keeps of the growth.
-        followers: Models that grow by the same plan (averages of the model), and what was computed for each.
-        undo: Gets every write; a failure rolls back all that it holds.
-        last: Called on the grown model, while everything can still be taken back, unless it returns True.
+        target: The target of the model's optimizer.
+        record: The record of the growth for the config.
+        followers: Models that grow by the same plan (averages of the model), each with its staged tensors.
+        undo: Rollback log of every write; a failure rolls back the whole log.
+        last: Called last, on the grown model. An exception in it rolls the growth back; so does a pending SIGINT, unless it returns
+            True.
 
     Raises:
-        CommitError: Something failed; everything has been put back.
+        CommitError: The growth failed; every write has been rolled back.
     """
-    torch.clear_autocast_cache()  # it holds casts of the source's weights
+    torch.clear_autocast_cache()  # the cache holds casts of the source's weights
     with uninterrupted() as held:
         try:
             _model(plan, parts, model, target, undo, held, record)
@@ -96,7 +97,7 @@ def _model(
 
 
 def _new_blocks(plan: GrowthPlan, path: str, staged: Tensors, model: nn.Module) -> list[nn.Module]:
-    """Every block of a stack of the target: the live ones, and copies of modules (not of their tensors) for new ones."""
+    """All blocks of a target stack: live blocks, and for new blocks copies of the modules (not of their tensors)."""
     live = [m for m in model.get_submodule(path)._modules.values() if m is not None]  # pyright: ignore[reportPrivateUsage]
     blocks: list[nn.Module] = []
     for index, block in enumerate(plan.stacks[path]):
@@ -113,7 +114,7 @@ def _new_blocks(plan: GrowthPlan, path: str, staged: Tensors, model: nn.Module) 
 def _copied(
     block: nn.Module, name: str, values: dict[str, torch.Tensor], model: nn.Module
 ) -> nn.Module:
-    """A copy of the modules of a block, with these tensors; what it shares with the rest of the model stays shared."""
+    """Copy the modules of a block, with ``values`` as tensors. Objects shared with the rest of the model stay shared."""
     own = set(block.modules())
     memo: dict[int, object] = {id(c): c for c in _configs(model)}
     memo |= {id(m): m for m in model.modules() if m not in own}
@@ -131,7 +132,7 @@ def _copied(
 
 
 def _draw(plan: GrowthPlan, model: nn.Module) -> None:
-    """Have the grown model initialise the parameters of its new blocks that are drawn."""
+    """Initialize the drawn parameters of new blocks with the grown model's own code."""
     drawn = plan.drawn
     new = [f"{at}.{i}" for at, bs in plan.stacks.items() for i, b in enumerate(bs) if b.new]
     for block in new if drawn else ():
@@ -142,7 +143,7 @@ def _draw(plan: GrowthPlan, model: nn.Module) -> None:
 
 
 def _initialised(model: nn.Module, name: str, seed: int) -> dict[str, nn.Parameter]:
-    """The parameters of a block, initialised anew on the CPU in a copy of its modules."""
+    """Return newly initialized parameters of a block, made on the CPU in a copy of its modules."""
     block = model.get_submodule(name)
     blank = {n: initial.blank(p) for n, p in block.named_parameters()}
     buffers = {n: b.to("cpu", copy=True) for n, b in block.named_buffers()}
@@ -152,7 +153,7 @@ def _initialised(model: nn.Module, name: str, seed: int) -> dict[str, nn.Paramet
 
 
 def _hook_owners(module: nn.Module) -> list[object]:
-    """The objects whose bound methods are hooks of a module: they belong to the user and are not copied."""
+    """Objects whose bound methods are hooks of a module. They belong to the user and are not copied."""
     tables: list[Any] = [v for k, v in vars(module).items() if k.endswith("_hooks")]
     hooks: list[Any] = [hook for t in tables if isinstance(t, dict) for hook in t.values()]  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
     owners: list[Any] = [getattr(hook, "__self__", None) for hook in hooks]
@@ -160,11 +161,11 @@ def _hook_owners(module: nn.Module) -> list[object]:
 
 
 def check_blocks(plan: GrowthPlan, model: nn.Module) -> None:
-    """Refuse blocks that cannot be built.
+    """Check that all new blocks can be built.
 
     Raises:
-        UnsupportedModelError: A block that is copied has a patched forward, so that the copy would run the original's; or the model
-            does not initialise every parameter of a block that it is to initialise.
+        UnsupportedModelError: A block to be copied has a patched ``forward``, so that the copy would run the original's weights;
+            or the model does not initialize every parameter of a block that is drawn.
     """
     copied = {f"{at}.{b.source}": None for at, bs in plan.stacks.items() for b in bs if b.new}
     patched = [
@@ -178,12 +179,12 @@ def check_blocks(plan: GrowthPlan, model: nn.Module) -> None:
             f"cannot copy blocks whose forward is patched by a function ({', '.join(patched[:3])}): the copy would run the "
             "original's weights. Take the patch off, grow, and patch again."
         )
-    for block in copied if plan.drawn else ():  # as they are: the target's differ in their sizes
+    for block in copied if plan.drawn else ():  # source blocks: target blocks differ only in size
         _initialised(model, block, plan.seed)
 
 
 def _configs(model: nn.Module) -> list[object]:
-    """Every config object that the model or a part of it holds."""
+    """All config objects of the model and its submodules."""
     found = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
     return list(found.values())
 
@@ -196,7 +197,7 @@ def _values(
     target: OptimTarget | None,
     undo: Undo,
 ) -> None:
-    """Storage, gradients and state of parameters that stay, and buffers."""
+    """Write storage, gradients and optimizer state of existing parameters, and write buffers."""
     for row in rows:
         if row.new:
             continue
@@ -226,7 +227,7 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo, record: str) -> 
         undo.attribute(module, name, getattr(module, name) * factor)
     own: Any = vars(model).get("config")
     copies = {id(config): _grown_config(plan, model, config) for config in _configs(model)}
-    if hasattr(own, "to_dict"):  # of transformers: saved with the model
+    if hasattr(own, "to_dict"):  # a config of transformers, saved with the model
         copies[id(own)] = grown_config(plan, model, own, record)
     for module in model.modules():
         if (config := vars(module).get("config")) is not None and copies[id(config)] is not config:
@@ -238,7 +239,7 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo, record: str) -> 
 
 
 def grown_config(plan: GrowthPlan, model: nn.Module, config: Any, record: str) -> Any:
-    """A copy of a config of transformers with the target's sizes and this growth on record."""
+    """Copy a config of transformers, with the target's sizes and the record of this growth."""
     grown = _grown_config(plan, model, config)
     grown = copy.deepcopy(config) if grown is config else grown
     grown.growkern_history = [*(getattr(config, "growkern_history", None) or []), record]
@@ -246,7 +247,7 @@ def grown_config(plan: GrowthPlan, model: nn.Module, config: Any, record: str) -
 
 
 def _grown_config(plan: GrowthPlan, model: nn.Module, config: Any) -> Any:
-    """A copy of a config with the target's sizes, so that other models built from the same object stay whole."""
+    """Copy a config with the target's sizes, so that other models with the same config object stay valid."""
     order = [block.source for block in plan.blocks]
     fields: dict[str, float] = {}
     for key, value in sorted(plan.config.items(), key=lambda item: "." in item[0]):
@@ -271,7 +272,7 @@ def _grown_config(plan: GrowthPlan, model: nn.Module, config: Any) -> Any:
 def _guard(
     plan: GrowthPlan, model: nn.Module, target: OptimTarget | None, undo: Undo, record: str
 ) -> None:
-    """Hooks that refuse checkpoints from before the growth."""
+    """Register or update the hooks that refuse checkpoints from before the growth."""
     guard = guard_of(model)
     if guard is None:
         guard = Guard()

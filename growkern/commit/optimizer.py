@@ -1,4 +1,4 @@
-"""The optimizer's side of a commit: its parameters, their state, its groups, and what scales their updates."""
+"""Commit a growth to the optimizer: its parameters, their state, its param groups, and the scales of its updates."""
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -22,17 +22,17 @@ Masters = MutableMapping[nn.Parameter, nn.Parameter]
 
 @dataclass(frozen=True)
 class OptimTarget:
-    """What an optimizer becomes.
+    """Target of an optimizer.
 
     Attributes:
         optim: The optimizer, changed in place.
-        described: What it is.
-        split: Parameter name -> lasting factor on its learning rate; groups are split where they differ.
-        scheduler: The learning-rate scheduler that drives it; follows the groups.
-        scales: Parameter name -> what ``UpdateScale`` is to do with it, beside the groups.
-        slices: Parameter name -> entries of its state that hold such factors, for an optimizer that takes them itself.
+        described: Description of the source optimizer.
+        split: Parameter name -> lasting factor on its learning rate; param groups are split where factors differ.
+        scheduler: The learning-rate scheduler of the optimizer, adapted to the split param groups.
+        scales: Parameter name -> its ``Scale`` for ``UpdateScale``, which works without a change to the param groups.
+        slices: Parameter name -> state entries with its factors, for ``growkern.optim.AdamW``.
         master_weights: Parameter of the model -> the copy in higher precision that the optimizer holds in its place.
-        joins: True when groups that a growth has split are made one again where their factors agree, and empty ones dropped.
+        joins: True when param groups that a growth split are merged where their factors agree, and empty groups dropped.
     """
 
     optim: Optimizer
@@ -47,12 +47,12 @@ class OptimTarget:
     joins: bool = False
 
     def held(self, params: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """What the optimizer holds for the parameters of a model."""
+        """Tensors that the optimizer holds for the parameters of a model: the masters, or the parameters themselves."""
         return {name: self.master_weights.get(p, p) for name, p in params.items()}
 
 
 def grow_state(of: OptimTarget, p: nn.Parameter, grown: Mapping[str, object], undo: Undo) -> None:
-    """Give a parameter that stays its grown state, and its master its grown values."""
+    """Write the grown state of an existing parameter, and the grown values of its master weights."""
     held, state = of.master_weights.get(p, p), dict(grown)
     if isinstance(value := state.pop(MASTER, None), Tensor):
         grad = state.pop(MASTER_GRAD, None)
@@ -69,15 +69,15 @@ def grow_optimizer(
     target: Mapping[str, nn.Parameter],
     undo: Undo,
 ) -> None:
-    """Bring everything else of the optimizer to the target.
+    """Write the rest of the optimizer's target: new parameters, master weights, param groups, schedulers and update scales.
 
     Args:
-        plan: What was planned.
+        plan: The growth plan.
         fresh: Staged tensors of new parameters.
-        of: What the optimizer becomes.
+        of: Target of the optimizer.
         source: Parameters of the source model by name.
-        target: Of the target.
-        undo: Takes it back.
+        target: Parameters of the target model by name.
+        undo: Rollback log of the writes.
     """
     before, stay = of.held(source), {id(p) for p in target.values()}
     dropped = {id(p) for p in source.values()} - stay
@@ -111,14 +111,14 @@ def _optimizer(
     target: dict[str, nn.Parameter],
     undo: Undo,
 ) -> None:
-    """State of new parameters, and they themselves into the group of the one they come from."""
+    """Write the state of new parameters, and add each new parameter to the param group of its source."""
     optim, law = of.optim, of.described.law
     resets = law is not None and law.resets
     dropped = {id(p) for p in source.values()} - {id(p) for p in target.values()}
     states: dict[Any, Any] = {p: s for p, s in optim.state.items() if id(p) not in dropped}
     groups = {id(p): group for group in optim.param_groups for p in group["params"]}
     if resets and hasattr(optim, "_numel_cache"):
-        undo.attribute(optim, "_numel_cache", None)  # of LBFGS
+        undo.attribute(optim, "_numel_cache", None)  # LBFGS caches the number of elements
     joins: dict[int, list[nn.Parameter]] = {}
     for row in plan.tensors:
         if row.source not in source:
@@ -149,7 +149,7 @@ def _optimizer(
         grown = [q for p in params for q in (p, *joins.get(id(p), [])) if id(q) not in dropped]
         places = [before[id(p)] for p in params if id(p) in before]
         in_order = places == sorted(places) and len(places) == len(params)
-        if len(grown) > len(params) and in_order:  # keep it so
+        if len(grown) > len(params) and in_order:  # keep model order
             grown.sort(key=lambda p: place[id(p)])
         undo.set_list(params, grown)
         if "param_names" in group:
@@ -158,13 +158,13 @@ def _optimizer(
 
 
 def _own_names(group: Mapping[str, Any], source: dict[str, nn.Parameter]) -> dict[int, str]:
-    """Names in a group that are not the model's: of other parameters, or of the user's choice."""
+    """``param_names`` of a group, by ``id``, that are not names in the model: of other parameters, or chosen by the user."""
     names = {id(p): n for p, n in zip(group["params"], group.get("param_names", []), strict=False)}
     return {i: n for i, n in names.items() if n not in source or id(source[n]) != i}
 
 
 def _places(params: dict[str, nn.Parameter]) -> dict[int, int]:
-    """Position of every parameter in model order; a tied one counts where it comes first."""
+    """Position of every parameter in model order, by ``id``; a tied parameter has its first position."""
     return {id(p): i for i, p in reversed(list(enumerate(params.values())))}
 
 
@@ -174,10 +174,10 @@ def _scales(
     params: Mapping[str, nn.Parameter],
     undo: Undo,
 ) -> None:
-    """Hooks for the parameters whose updates are scaled beside the groups."""
+    """Install or update the ``UpdateScale`` of the optimizer."""
     scales: dict[Tensor, Scale] = {params[n]: scale for n, scale in target.scales.items()}
     before = scale_of(target.optim)
-    if before is not None:  # what is not of this model stays
+    if before is not None:  # scales of other models' parameters stay
         own = {id(p) for p in [*source.values(), *params.values()]}
         scales |= {p: scale for p, scale in before.scales.items() if id(p) not in own}
     rules = target.described.rules.items()
@@ -190,7 +190,7 @@ def _scales(
 
 
 def check_state(optim: Optimizer, described: OptimSpec) -> None:
-    """An un-grown state corrupts memory under fused=True: look at every one."""
+    """Raise CommitError for state of a wrong shape, which corrupts memory under ``fused=True``."""
     rules = described.rules
     for group in optim.param_groups:
         for p in group["params"]:

@@ -1,4 +1,4 @@
-"""Param groups split by learning rate, and the schedulers that follow them."""
+"""Split param groups by learning-rate factor, merge them again, and adapt schedulers to the groups."""
 
 from collections.abc import Mapping, Sequence
 from math import isclose
@@ -17,18 +17,18 @@ LR_KEYS = (
     "max_lr",
     "min_lr",
     "swa_lr",
-)  # what schedulers keep in a param group, besides the group's own
+)  # learning rates in a param group: its own, and those of schedulers
 LR_FACTOR, ORIGIN = (
     "lr_factor",
     "lr_origin",
-)  # in a group that was split: its factor, and the place it was split off
+)  # keys of a split param group: its factor, and the index of the group it was split from
 SCHEDULER_LISTS = ("base_lrs", "min_lrs", "max_lrs")  # one learning rate per group
 SCHEDULER_ENTRIES = (
     "lr_lambdas",
     "_last_lr",
     "base_momentums",
     "max_momentums",
-)  # one entry per group, copied
+)  # one entry per group, copied to split groups
 
 
 def split_groups(
@@ -40,16 +40,16 @@ def split_groups(
     rates: Sequence[str],
     undo: Undo,
 ) -> None:
-    """Give parameters whose learning-rate factor is not 1 a group of their own, behind the others.
+    """Split param groups by the learning-rate factor of their parameters; append the split-off groups after all others.
 
     Args:
-        optim: Changed in place.
-        target: Its parameters by name.
-        factors: Parameter name -> factor.
-        scheduler: Follows the groups.
-        decays: Keys of a group that are divided by the factor.
-        rates: Keys of the state that are multiplied by it.
-        undo: Takes it back.
+        optim: The optimizer, changed in place.
+        target: The optimizer's parameters by name.
+        factors: Parameter name -> learning-rate factor.
+        scheduler: Scheduler or schedulers of the optimizer, adapted to the groups.
+        decays: Param group keys that are divided by the factor.
+        rates: State keys that are multiplied by the factor.
+        undo: Rollback log of the writes.
     """
     for name, factor in factors.items():
         state = optim.state.get(target[name], {})
@@ -91,13 +91,13 @@ def split_groups(
 def join_groups(
     optim: Optimizer, places: Mapping[int, int], scheduler: object | None, undo: Undo
 ) -> None:
-    """Make groups one again that a growth has split and a shrinking has given one factor, and drop those left without parameters.
+    """Merge param groups that a growth split and a shrink gave one factor again, and drop groups without parameters.
 
     Args:
-        optim: Changed in place.
-        places: ``id`` of a parameter -> its place in model order, which joined groups keep.
-        scheduler: Follows the groups.
-        undo: Takes it back.
+        optim: The optimizer, changed in place.
+        places: ``id`` of a parameter -> its position in model order, which merged groups keep.
+        scheduler: Scheduler or schedulers of the optimizer, adapted to the groups.
+        undo: Rollback log of the writes.
     """
     groups, gone = [*optim.param_groups], set[int]()
     into: dict[int, list[dict[str, Any]]] = {}
@@ -129,7 +129,7 @@ def join_groups(
 
 
 def _are_one(group: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two groups were one, and nothing parts them any more but rounding."""
+    """True when two groups were split from one group and now differ only by rounding."""
     own = ("params", "param_names")
     keys = group.keys() - own
     if ORIGIN not in group or group[ORIGIN] != other.get(ORIGIN) or keys != other.keys() - own:
@@ -139,7 +139,7 @@ def _are_one(group: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _joined(parts: Sequence[dict[str, Any]], places: Mapping[int, int]) -> dict[str, Any]:
-    """Groups one after the other, or in model order where each of them is."""
+    """Merge groups: in model order if every group is in model order, else one after the other."""
     joined, joint = dict(parts[0]), [key for key in ("params", "param_names") if key in parts[0]]
     lists = {key: [entry for part in parts for entry in part[key]] for key in joint}
     found = [[places.get(id(p), -1) for p in part["params"]] for part in parts]
@@ -151,10 +151,10 @@ def _joined(parts: Sequence[dict[str, Any]], places: Mapping[int, int]) -> dict[
 
 
 class LrGuard:
-    """A step pre-hook: who sets one learning rate for all groups by hand would undo the split, and double its decay."""
+    """Step pre-hook against one learning rate set by hand for all split groups, which would undo the split and rescale the decay."""
 
     def __call__(self, optim: Optimizer, args: object, kwargs: object) -> None:
-        """Raise PlanError when groups that were split have one learning rate again."""
+        """Raise PlanError when split groups with different factors have one learning rate."""
         rates: dict[object, list[tuple[float, float]]] = {}
         for group in optim.param_groups:
             if LR_FACTOR in group:

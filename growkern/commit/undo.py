@@ -1,4 +1,4 @@
-"""Writes that can be taken back: what commit and its helpers change live objects through."""
+"""Reversible writes to live objects, for commit and its helpers."""
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ V = TypeVar("V")
 
 @dataclass
 class Undo:
-    """What has been written, and how to take it back, latest first; ``keep``: where tensors that are replaced wait."""
+    """Log of writes that ``rollback`` undoes, latest first. ``keep`` backs up tensors that are replaced."""
 
     keep: Backup = keep_on_device
     rollbacks: list[Callable[[], object]] = field(default_factory=list[Callable[[], object]])
@@ -31,7 +31,7 @@ class Undo:
         setattr(owner, name, value)
 
     def storage(self, p: Tensor, value: Tensor, grad: Tensor | None) -> None:
-        """Give a parameter new storage and a new gradient; the object stays."""
+        """Give a parameter new storage and a new gradient; the parameter object stays."""
         before = self.keep(p.detach())
         before_grad = None if p.grad is None or grad is None else self.keep(p.grad)
         left = p.grad if grad is None else None
@@ -39,18 +39,18 @@ class Undo:
         def back() -> None:
             p.grad = None
             with torch.no_grad():
-                p.set_(torch.empty(0, dtype=p.dtype, device=p.device))  # pyright: ignore[reportArgumentType]  # room for the source
+                p.set_(torch.empty(0, dtype=p.dtype, device=p.device))  # pyright: ignore[reportArgumentType]  # frees memory for the source
                 p.set_(before())  # pyright: ignore[reportArgumentType]
             p.grad = left if before_grad is None else before_grad()
 
         self.rollbacks.append(back)
-        p.grad = None  # its setter checks shapes
+        p.grad = None  # the setter of grad checks shapes
         with torch.no_grad():
             p.set_(value)  # pyright: ignore[reportArgumentType]
         p.grad = grad
 
     def set_dict(self, target: MutableMapping[K, V], content: Mapping[K, V]) -> None:
-        """Replace the content of a dict; the object stays."""
+        """Replace the content of a dict; the dict object stays."""
         before = {key: self._kept(value, content.get(key)) for key, value in target.items()}
 
         def back() -> None:
@@ -68,16 +68,16 @@ class Undo:
         return lambda: value
 
     def set_list(self, target: list[V], content: Sequence[V]) -> None:
-        """Replace the content of a list; the object stays."""
+        """Replace the content of a list; the list object stays."""
         before = list(target)
         self.rollbacks.append(lambda: target.__setitem__(slice(None), before))
         target[:] = content
 
     def rollback(self) -> None:
-        """Take everything back; a step that fails is tried again when the others have freed their memory.
+        """Undo all writes. A write whose undo fails is tried again once, after the other undos have freed their memory.
 
         Raises:
-            CommitError: Something could not be taken back.
+            CommitError: A write could not be undone.
         """
         for last in (False, True):
             failed: list[Callable[[], object]] = []

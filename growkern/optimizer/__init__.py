@@ -1,1 +1,1 @@
-"""What a growth means for an optimizer: the rules of its state, its learning rates; nothing is written to a live one."""
+"""How a growth changes an optimizer: growth rules of its state, factors on its learning rates. Live optimizers are only read."""

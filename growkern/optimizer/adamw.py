@@ -1,4 +1,4 @@
-"""``AdamW``: torch's, with factors per row and column of a parameter that live in its state."""
+"""``torch.optim.AdamW`` with factors per row and per column of a parameter, stored in the parameter's state."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -18,37 +18,37 @@ KEYS = frozenset(SLICES)
 KERNEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PLAIN = (Parameter, Tensor)
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-WHOLE = ("foreach", "fused", "capturable", "differentiable")  # options of steps over whole tensors
+WHOLE = ("foreach", "fused", "capturable", "differentiable")  # options that rule out _in_blocks
 NOTHING: dict[str, Tensor] = {}
-Group = dict[str, Any]  # torch's type of a param group
+Group = dict[str, Any]  # torch types a param group like this
 State = dict[str, Tensor]
-Mine = tuple[Tensor, bool]  # a parameter that is updated here, and whether by the kernel
+Mine = tuple[Tensor, bool]  # a parameter that growkern updates, and True if the kernel does
 Vector = Tensor | Sequence[float] | None
 
 
 class AdamW(torch.optim.AdamW):
     """``torch.optim.AdamW`` whose parameters may carry *slices*: factors per row and per column.
 
-    Constructor, param groups, state keys and checkpoints are torch's, both ways. A parameter is a matrix: its last axis are the
-    columns (C), all others flattened the rows (R); one axis is one row. ``state[p]`` may hold, in float32 (float64 for float64
-    parameters) and on the parameter's device, each absent where it is neutral (``set_slices`` checks what it is given; another
-    module may put tensors beside a state's ``step`` itself, every step checks their lengths):
+    Constructor, param groups and state keys are torch's, and checkpoints load both ways. A parameter is seen as a matrix: its last
+    axis is the columns (C), all other axes, flattened, are the rows (R); a 1-d parameter is one row. ``state[p]`` may hold the
+    keys below, in float32 (float64 for float64 parameters) and on the parameter's device; a missing key is neutral. ``set_slices``
+    checks its arguments. Other modules may write the keys into the state themselves: every step checks the tensors' lengths.
 
     - ``lr_rows`` (R,), ``lr_cols`` (C,): factors on the learning rate of Adam's update, not on the decay;
     - ``eps_rows``, ``eps_cols``: factors on eps;
     - ``decay_rows``, ``decay_cols``: factors on the decoupled decay ``lr * weight_decay``;
-    - ``born_rows``, ``born_cols``: the value of ``step`` when a row or column came into being. An element's own step ``t = step -
-      max(born_rows[i], born_cols[j])``, 1 at its first update, drives its bias correction;
-    - ``rewarm`` (2,): rho, tau. What was born later than 0 has ``1 + (rho - 1) * min(t / tau, 1)`` as one more factor on lr.
+    - ``born_rows``, ``born_cols``: the value of ``step`` when a row or column was created. The bias correction of an element uses
+      its own step count ``t = step - max(born_rows[i], born_cols[j])``, which is 1 at its first update;
+    - ``rewarm`` (2,): rho, tau. ``1 + (rho - 1) * min(t / tau, 1)`` is one more factor on lr of elements created after step 0.
 
-    With ``lr_ij = lr_rows[i] * lr_cols[j]`` and so on::
+    With ``lr_ij = lr_rows[i] * lr_cols[j]``, and ``eps_ij`` and ``decay_ij`` defined alike, a step computes::
 
         p -= lr * weight_decay * decay_ij * p
         p -= lr * lr_ij * warm(t) / (1 - beta1**t) * exp_avg / (sqrt(exp_avg_sq / (1 - beta2**t)) + eps * eps_ij)
 
-    On a CPU parameters without slices are updated by torch itself, large ones part by part (the same bits, sooner). On a GPU
-    every dense real parameter goes through one Triton launch per combination of dtypes, unless its group is capturable,
-    differentiable or has a tensor as lr.
+    On a CPU, torch updates parameters without slices, large ones block by block (the same bits, in less time). On a GPU, one
+    Triton launch per combination of dtypes updates all dense real parameters, except those of groups that are capturable,
+    differentiable or have a tensor as lr or beta.
 
     Example:
         >>> optim = AdamW(model.parameters(), lr=1e-3)
@@ -59,22 +59,22 @@ class AdamW(torch.optim.AdamW):
         arXiv:2602.02472.
     """
 
-    __module__ = "growkern.optim"  # where users find it, and a key of the state rules
+    __module__ = "growkern.optim"  # the public path of the class, and its key in the state rules
 
     _ours: dict[int, tuple[list[Mine], list[Tensor]]]
 
     def set_slices(self, p: Tensor, **vectors: Vector) -> None:
-        """Give a parameter slices; those not named stay. All is checked before anything changes.
+        """Set slices of a parameter; slices that are not named stay. All arguments are checked before anything changes.
 
         Args:
-            p: A dense real parameter of this optimizer. Where it has no state yet it gets torch's, so that a checkpoint of it loads
-                into ``torch.optim.AdamW`` too.
-            vectors: Key -> numbers, of R for ``*_rows``, C for ``*_cols`` and 2 for ``rewarm``; None removes. ``born_*`` from 0 to
-                the parameter's present step; all others above 0.
+            p: A dense real parameter of this optimizer. A parameter without state gets torch's initial state, so that its
+                checkpoint also loads into ``torch.optim.AdamW``.
+            vectors: Key -> numbers: R for ``*_rows``, C for ``*_cols``, 2 for ``rewarm``; None removes the key. ``born_*`` must lie
+                between 0 and the parameter's current step; all others must be above 0.
 
         Raises:
-            ValueError: An unknown key, a wrong length, a number that is not finite or out of range, or a parameter that is not
-                this optimizer's, not dense or not real.
+            ValueError: A key is unknown, a length is wrong, a number is not finite or out of range, or the parameter is not in
+                this optimizer, not dense or not real.
         """
         group = next((g for g in self.param_groups if any(p is q for q in g["params"])), None)
         if group is None:
@@ -96,7 +96,7 @@ class AdamW(torch.optim.AdamW):
                 state[key] = vector
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load torch's checkpoint or one with slices, which keep their dtype whatever the parameter's is."""
+        """Load a checkpoint of torch's AdamW or one with slices. Slices keep their dtype, whatever the parameter's dtype is."""
         final: list[StateDict] = []
 
         def restore(_: torch.optim.Optimizer) -> None:
@@ -108,7 +108,7 @@ class AdamW(torch.optim.AdamW):
                 for key in KEYS.intersection(saved):
                     self.state[p][key] = saved[key].to(p.device, arithmetic(p.dtype), copy=True)
 
-        # last to see what is loaded, first to see what torch made of it: the user's hooks find it whole
+        # the last pre-hook sees the final state dict; the first post-hook restores the slices before the user's post-hooks run
         before = self.register_load_state_dict_pre_hook(lambda _, found: final.append(found))
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
@@ -120,9 +120,9 @@ class AdamW(torch.optim.AdamW):
     def _init_group(  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls it by position
         self, group: Group, *lists: list[Tensor]
     ) -> bool:
-        """Give torch's ``step`` what torch updates, and update the rest with the last group.
+        """Pass torch's ``step`` the parameters that torch updates; update all others when the last group is initialized.
 
-        torch's ``step`` itself runs unchanged, closure, hooks and all; it asks every group in turn.
+        torch's ``step`` runs unchanged, with closure and hooks, and calls ``_init_group`` for every group in turn.
         """
         if group is self.param_groups[0]:
             self._ours = {id(g): self._split(g) for g in self.param_groups}
@@ -132,12 +132,12 @@ class AdamW(torch.optim.AdamW):
             _in_blocks(lists)
         if group is self.param_groups[-1]:
             found, self._ours = self._ours, {}
-            with torch.no_grad():  # another group may be differentiable
+            with torch.no_grad():  # torch may have enabled grad for a differentiable group
                 self._launch([one for g in self.param_groups for one in self._updates(g, found)])
         return bool(has_complex)
 
     def _split(self, group: Group) -> tuple[list[Mine], list[Tensor]]:
-        """Parameters that are updated here, and those that are torch's; nothing has changed when it raises."""
+        """Split a group into parameters that growkern updates and parameters that torch updates; an error changes nothing."""
         compiling = torch.compiler.is_compiling()
         launches = not (
             compiling or group["capturable"] or group["differentiable"]
@@ -176,7 +176,7 @@ class AdamW(torch.optim.AdamW):
             yield Update(p, p.grad, *moments, top, state["step"], hyper, slices), fits
 
     def _launch(self, updates: Sequence[tuple[Update, bool]]) -> None:
-        """One more step for all of them; gradients are scaled and steps skipped as torch's fused AdamW does."""
+        """Count and run one step of all updates. Gradients are unscaled and steps skipped as in torch's fused AdamW."""
         scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         steps: dict[torch.device, list[Tensor]] = {}
@@ -200,7 +200,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def begin(group: Group, p: Tensor, state: State) -> None:
-    """torch's state of a parameter before its first step."""
+    """Write torch's initial state of a parameter into ``state``."""
     on_device = group["capturable"] or group["fused"]
     wide = torch.get_default_dtype() == torch.float64 and not group["fused"]
     state["step"] = torch.zeros(
@@ -211,8 +211,8 @@ def begin(group: Group, p: Tensor, state: State) -> None:
 
 
 def _in_blocks(lists: Sequence[list[Tensor]]) -> None:
-    """Cut large tensors of a CPU into parts whose temporaries stay in cache; what torch does goes element by element."""
-    filled = [found for found in lists if found]  # the steps are last
+    """Split large CPU tensors into blocks whose temporaries stay in cache; torch's step is elementwise, so the bits are the same."""
+    filled = [found for found in lists if found]  # the last list holds the step counts
     whole = [*zip(*filled, strict=True)]
     for found in filled:
         found.clear()
@@ -221,13 +221,14 @@ def _in_blocks(lists: Sequence[list[Tensor]]) -> None:
         cut = n > BLOCK and p.device.type == "cpu" and all(type(t) in PLAIN for t in tensors)
         cut = cut and all(t.is_contiguous() and t.numel() == n for t in tensors)
         parts = [t.detach().view(-1).split(BLOCK) if cut else (t,) for t in tensors]
-        counted = (step, *(step.clone() for _ in parts[0][1:]))  # once, before torch counts on
+        # clones for all blocks but the first: torch increments the real step count once
+        counted = (step, *(step.clone() for _ in parts[0][1:]))
         for found, own in zip(filled, (*parts, counted), strict=True):
             found.extend(own)
 
 
 def _checked(key: str, vector: Vector, p: Tensor, step: float) -> Tensor | None:
-    """The tensor of a slice key, of its own memory; or ValueError."""
+    """Return the vector of a slice key as a new tensor, or raise ValueError."""
     if key not in KEYS:
         raise ValueError(f"{key!r} is no slice; there are {', '.join(SLICES)}.")
     if vector is None:
@@ -251,7 +252,7 @@ def _checked(key: str, vector: Vector, p: Tensor, step: float) -> Tensor | None:
 
 
 def _check_sliced(p: Tensor, state: Mapping[str, Tensor], group: Group, compiling: bool) -> None:
-    """Raise RuntimeError for what cannot be updated with slices: another module may have put them there."""
+    """Raise RuntimeError for a parameter that cannot be updated with its slices, which another module may have written."""
 
     def name() -> str:
         return f"a parameter of shape {tuple(p.shape)} with slices"
@@ -261,7 +262,7 @@ def _check_sliced(p: Tensor, state: Mapping[str, Tensor], group: Group, compilin
         raise RuntimeError(f"AdamW does not support sparse gradients: {name()} has one.")
     if p.is_complex():
         raise RuntimeError(f"{name()} is {p.dtype}; slices are for real parameters.")
-    if type(p) not in PLAIN:  # a DTensor, say: rows and columns of a shard are not the parameter's
+    if type(p) not in PLAIN:  # e.g. DTensor: a shard has other rows and columns than the parameter
         raise RuntimeError(f"{name()} is of class {type(p).__name__}; slices are for plain ones.")
     for option in ("capturable", "differentiable"):
         if group[option]:
@@ -286,7 +287,7 @@ def _check_sliced(p: Tensor, state: Mapping[str, Tensor], group: Group, compilin
 
 
 def _fits(p: Tensor, state: Mapping[str, Tensor], sliced: bool) -> bool:
-    """True for what the kernel updates: on a GPU, dense, every tensor laid out alike, no subclass that computes by itself."""
+    """True when the kernel can update the parameter: on a GPU, dense, all tensors of one memory layout, no tensor subclass."""
     g, dtype = p.grad, p.dtype
     if not p.is_cuda or type(p) not in PLAIN or type(g) is not Tensor or g.layout != torch.strided:
         return False
@@ -309,7 +310,7 @@ def _fits(p: Tensor, state: Mapping[str, Tensor], sliced: bool) -> bool:
 
 
 def _is_dense(t: Tensor) -> bool:
-    """True when its elements fill its memory, in whatever order of axes."""
+    """True when the elements of a tensor fill its memory without gaps, in any order of axes."""
     expected = 1
     for stride, n in sorted(zip(t.stride(), t.shape, strict=True)):
         if n > 1 and stride != expected:

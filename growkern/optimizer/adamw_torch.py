@@ -1,6 +1,7 @@
-"""AdamW with slices in torch: the meaning of ``kernels/adamw.py``, and the backend of sliced parameters on a CPU.
+"""AdamW with slices in torch: the reference of ``kernels/adamw.py``, and the backend of sliced parameters on a CPU.
 
-A parameter is a matrix: its last axis are the columns C, all others flattened the rows R; one axis is one row, none is 1 x 1.
+A parameter is seen as a matrix: its last axis is the columns C, all other axes, flattened, are the rows R. A 1-d parameter is one
+row, a 0-d parameter is 1 x 1.
 """
 
 import math
@@ -13,11 +14,11 @@ from torch import Tensor
 from growkern.optimizer.state_rules import SLICES
 from growkern.support.dtypes import arithmetic
 
-BLOCK = 1 << 18  # elements computed at a time: temporaries stay in cache, and every thread has work
+BLOCK = 1 << 18  # elements per block: temporaries stay in cache, and every thread has work
 
 
 class Hyper(NamedTuple):
-    """What the tensors of a param group share at one step."""
+    """Hyperparameters that all tensors of a param group share at one step."""
 
     lr: float
     beta1: float
@@ -31,10 +32,10 @@ class Update(NamedTuple):
     """One parameter at one step.
 
     Attributes:
-        p, grad, exp_avg, exp_avg_sq: Of one shape; ``max_exp_avg_sq`` too, None without amsgrad.
-        step: 0-d, this step counted already.
-        hyper: Of its group; one object for all tensors of a group.
-        slices: Key -> vector; other keys are not looked at, so the parameter's state will do. Empty where there are none.
+        p, grad, exp_avg, exp_avg_sq: Tensors of one shape; so is ``max_exp_avg_sq``, which is None without amsgrad.
+        step: Step count, 0-d, this step included.
+        hyper: Hyperparameters of the param group; one object for all tensors of the group.
+        slices: Slice key -> vector; empty without slices. Other keys are ignored, so the parameter's state can be passed.
     """
 
     p: Tensor
@@ -53,19 +54,19 @@ def sizes(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def length(key: str, shape: Sequence[int]) -> int:
-    """Numbers in a slice vector of a parameter."""
+    """Length of a slice vector of a parameter."""
     return 2 if key == "rewarm" else sizes(shape)[key.endswith("_cols")]
 
 
 def adamw(
     updates: Sequence[Update], grad_scale: Tensor | None = None, found_inf: Tensor | None = None
 ) -> None:
-    """Update parameters and moments in place, in float32 (float64 for float64); what is stored is rounded once.
+    """Update parameters and moments in place, computed in float32 (float64 for float64) and rounded once, when stored.
 
     Args:
-        updates: Steps are counted already.
-        grad_scale: What gradients are divided by first; they are written back, as torch's fused AdamW does.
-        found_inf: Not 0: nothing is updated.
+        updates: Parameters to update; their step counts include this step.
+        grad_scale: Divisor of the gradients. Divided gradients are written back, as in torch's fused AdamW.
+        found_inf: If not 0, nothing is updated.
     """
     if found_inf is not None and found_inf.item():
         return
@@ -77,7 +78,7 @@ def adamw(
             continue
         n_rows, n_cols = sizes(u.p.shape)
         slices = {key: u.slices[key] for key in SLICES if key in u.slices}
-        dense = [t.contiguous() for t in tensors]  # the others have no view that is a matrix
+        dense = [t.contiguous() for t in tensors]  # other layouts have no matrix view
         matrices = [t.view(n_rows, n_cols) for t in dense]
         n = max(1, BLOCK // n_cols)
         for start in range(0, n_rows, n):
@@ -96,7 +97,7 @@ def _matrix(
     scale: Tensor | None,
     scratch: dict[tuple[str, torch.dtype, torch.device], Tensor],
 ) -> None:
-    """Some rows; temporaries are kept in ``scratch``, as the pages of fresh ones would be cold."""
+    """Update a block of rows. Temporaries are reused from ``scratch``, because the pages of new allocations are cold."""
     p, grad, exp_avg, exp_avg_sq, *tops = tensors
     dtype, h, step = arithmetic(p.dtype), u.hyper, u.step.item()
     rows = {k.removesuffix("_rows"): v[:, None] for k, v in slices.items() if k.endswith("_rows")}
@@ -109,7 +110,7 @@ def _matrix(
         return t if t.dtype == dtype else room(name).copy_(t)
 
     def least(sides: Sequence[Tensor]) -> Tensor:
-        """What grows with the own step is least on the side that was born last: no power per element."""
+        """Minimum over rows and columns: the values grow with the own step count, so an element has the value of its younger side."""
         return sides[0] if len(sides) == 1 else torch.minimum(*sides, out=room("least"))
 
     g = held("g", grad)
@@ -153,7 +154,7 @@ def _matrix(
 
 
 def _written(results: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy what was not computed in place."""
+    """Copy results that were not computed in place."""
     for t, value in results:
         if value is not t:
             t.copy_(value)
@@ -165,7 +166,7 @@ def _room(
     scratch: dict[tuple[str, torch.dtype, torch.device], Tensor],
     name: str,
 ) -> Tensor:
-    """A temporary of the shape of ``p``, in pages that are warm."""
+    """Return a temporary of the shape of ``p``, in memory that is reused."""
     key = name, dtype, p.device
     if key not in scratch or scratch[key].numel() < p.numel():
         scratch[key] = torch.empty(p.numel(), dtype=dtype, device=p.device)
@@ -173,12 +174,12 @@ def _room(
 
 
 def _warmed(born: Sequence[Tensor], ages: Sequence[Tensor], tau: Tensor) -> list[Tensor]:
-    """How far the warm-up of later rows and columns is, up to 1; 2 for those that were there from the beginning."""
+    """Progress ``min(t / tau, 1)`` of the re-warm-up of rows and columns created after step 0; 2 for all others."""
     return [
         torch.where(b > 0, (t / tau).clamp_(max=1), 2.0) for b, t in zip(born, ages, strict=True)
     ]
 
 
 def log(beta: float) -> float:
-    """Its logarithm, so that ``1 - beta**t`` is ``-expm1(t * log)`` and keeps its digits for small t; finite for 0."""
+    """Logarithm of a beta, finite for 0. ``-expm1(t * log(beta))`` is ``1 - beta**t`` without cancellation for small t."""
     return math.log(max(beta, 1e-300))

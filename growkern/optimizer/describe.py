@@ -1,4 +1,4 @@
-"""A live optimizer -> what growkern knows of it: class, names and a law; values are never read."""
+"""Describe a live optimizer: its class, the names of its parameters and state keys, its law. Values are never read."""
 
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import replace
@@ -20,23 +20,23 @@ def describe_optimizer(
     state_rules: Mapping[str, int | None] | None = None,
     master_weights: Mapping[nn.Parameter, nn.Parameter] | None = None,
 ) -> OptimSpec:
-    """Describe an optimizer: its class, its groups and state keys by parameter name.
+    """Describe an optimizer: its class, its param groups and state keys by parameter name.
 
     Args:
-        model: The model it trains.
+        model: The model that the optimizer trains.
         optim: The optimizer.
-        spec: Of the model.
-        drop: True when its state is going to be dropped, so that no law is needed.
-        state_rules: For a class whose law is not known: state key -> order in the gradient (0: gathered as it is), None for what
-            is kept.
-        master_weights: Parameter of the model -> the copy that the optimizer holds in its place.
+        spec: Spec of the model.
+        drop: True when the state is going to be dropped, so that no law is needed.
+        state_rules: State key -> order in the gradient (0: gathered unscaled; None: kept), for classes or keys without a known law.
+        master_weights: Parameter of the model -> its master weights, which the optimizer holds in its place.
 
     Returns:
-        Names and a law only.
+        Names and a law, no values.
 
     Raises:
-        UnsupportedOptimizerError: It holds no parameter of the model, or parameters that no model holds any more; it has state
-            of a class or key whose law is not known, or state that does not fit its parameter.
+        UnsupportedOptimizerError: ``optim`` is no optimizer, is a ZeroRedundancyOptimizer, or holds no parameter of the model; its
+            state has a class or key without a known law, or does not fit its parameter; ``state_rules`` or ``master_weights`` does
+            not match the optimizer.
     """
     _check_class(optim)
     live = model.named_parameters(remove_duplicate=False)
@@ -82,7 +82,7 @@ def describe_optimizer(
 
 
 def _check_class(optim: object) -> None:
-    """Raise UnsupportedOptimizerError for what is no optimizer, or one whose state lies in other processes."""
+    """Raise UnsupportedOptimizerError for an object that is no optimizer, and for an optimizer that shards its state over processes."""
     if not isinstance(optim, Optimizer):
         raise UnsupportedOptimizerError(
             f"optim: expected a torch.optim.Optimizer, got {type(optim).__name__}."
@@ -97,7 +97,7 @@ def _check_class(optim: object) -> None:
 def _law_of(
     kind: str, optim: Optimizer, state_rules: Mapping[str, int | None] | None
 ) -> Law | None:
-    """The law of a class under the options of its groups, with the user's rules; None where there is neither."""
+    """The law of a class under the options of its param groups, with the user's rules added; None without law and rules."""
     law = LAWS.get(kind)
     if law is not None and law.lr_without is not None:
         option, lr = law.lr_without
@@ -111,7 +111,7 @@ def _law_of(
 def _check_masters(
     model: nn.Module, optim: Optimizer, master_weights: Mapping[nn.Parameter, nn.Parameter]
 ) -> None:
-    """Raise UnsupportedOptimizerError unless every parameter has one master of its own in the optimizer, or is there itself."""
+    """Raise UnsupportedOptimizerError unless ``master_weights`` maps parameters to distinct masters that the optimizer holds instead."""
     names = {id(p): name for name, p in model.named_parameters()}
     places = [id(p) for group in optim.param_groups for p in group["params"]]
     pairs = [*master_weights.items()] if isinstance(master_weights, MutableMapping) else []
@@ -144,7 +144,7 @@ def _check_masters(
 def _unknown(
     kind: str, law: Law | None, states: Mapping[str, tuple[Tensor, Mapping[str, object]]]
 ) -> Iterator[str]:
-    """What of an optimizer's state cannot be grown."""
+    """Yield an error message for each state entry that cannot be grown."""
     if law is None:
         if states:
             known = ", ".join(name.rpartition(".")[2] for name in LAWS)

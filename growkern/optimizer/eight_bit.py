@@ -1,4 +1,4 @@
-"""Optimizer state in 8 bits, as bitsandbytes keeps it: codes into a map of 256 values, and the scale of every block of 256."""
+"""8-bit optimizer state of bitsandbytes: codes into a map of 256 values, and one scale per block of 256 elements."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,21 +7,21 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-N_BYTES = 8  # per element while it grows: its value and its block's scale
+N_BYTES = 8  # per element during a growth: float32 value and float32 scale of its block
 
 
 def is_coded(value: object) -> bool:
-    """True for codes; small tensors are kept as they are."""
+    """True for 8-bit codes; bitsandbytes keeps the state of small tensors in floating point."""
     return isinstance(value, Tensor) and not value.is_floating_point()
 
 
 def scale_key(key: str) -> str:
-    """Where the scales of ``state1`` or ``state2`` are."""
+    """State key of the block scales of ``state1`` or ``state2``."""
     return f"absmax{key[-1]}"
 
 
 def decoded(state: Mapping[str, Any], key: str) -> tuple[Tensor, Tensor]:
-    """The values of ``state1`` or ``state2``, and every element's scale, float32."""
+    """Decode ``state1`` or ``state2``: its values, and the block scale of every element, float32."""
     codes: Tensor = state[key]
     per_block: Tensor = state[scale_key(key)]
     scales = per_block.repeat_interleave(BLOCK)[: codes.numel()].view(codes.shape)
@@ -30,14 +30,15 @@ def decoded(state: Mapping[str, Any], key: str) -> tuple[Tensor, Tensor]:
 
 
 def encoded(values: Tensor, scales: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of grown values, and the scale of every block.
+    """Encode grown values: return codes, and the scale of every block.
 
-    A block whose elements bring one scale keeps it, and so its codes, bit for bit; another takes its largest value.
+    A block whose elements all have one scale that no value exceeds keeps that scale, and so its codes, bit for bit. The scale of
+    any other block is its largest absolute value.
 
     Args:
-        values: What ``decoded`` gave, grown.
-        scales: The same of the scales.
-        code: The map, sorted, (256,).
+        values: Grown values of ``decoded``.
+        scales: Grown scales of ``decoded``.
+        code: Map of the codes, sorted, (256,).
     """
     n_blocks = -(-values.numel() // BLOCK)
     padded = (torch.nn.functional.pad(t.flatten(), (0, n_blocks * BLOCK - t.numel())) for t in (values, scales))  # fmt: skip

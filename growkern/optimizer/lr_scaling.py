@@ -1,8 +1,8 @@
-"""What keeps the source's dynamics after a growth, and what carries it: param groups, step hooks, or the optimizer itself.
+"""Factors that keep the source's training dynamics after a growth, for param groups, step hooks or the optimizer itself.
 
     update of the source, in the target's units: s x update(gradient / a, weight / s)
 
-``"mup"`` keeps the learning rate's part of it, ``"exact"`` all of it.
+``dynamics="mup"`` applies only the learning-rate factor of this formula, ``dynamics="exact"`` applies all of it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +22,13 @@ from growkern.planning.vector import Vector
 from growkern.support.dtypes import arithmetic
 
 REWARM = (1.3, 250.0)  # rho and tau of SPARKLING, arXiv:2602.02472
-ROUNDING = 1e-6  # of a product of factors in float32 that is 1
+ROUNDING = 1e-6  # tolerance for a product of float32 factors that equals 1
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Multiplier:
-    """Factors of one target parameter, along each of its axes; see ``Scale``."""
+    """Factors of one target parameter, one vector per axis; see ``Scale`` for the fields."""
 
     update: tuple[Vector, ...]
     grad: tuple[Vector, ...] = ()
@@ -48,7 +48,7 @@ class Multiplier:
 def lr_factors(
     plan: GrowthPlan, law: Law | None, described: OptimSpec | None
 ) -> dict[str, float | None]:
-    """The law's learning-rate factor of every target parameter that the optimizer holds; None where it is not one number."""
+    """The law's learning-rate factor of every target parameter that the optimizer holds; None if unknown or not uniform."""
     found: dict[str, float | None] = {}
     for row in held_rows(plan, described) if law else ():
         factor = law.lr_factor(*plan.scales(row)) if law else None
@@ -58,7 +58,7 @@ def lr_factors(
 
 
 def held_rows(plan: GrowthPlan, described: OptimSpec | None) -> list[TensorRow]:
-    """The target parameters whose sources an optimizer holds."""
+    """Rows of the target parameters whose source parameters are in the optimizer."""
     held = {name for group in described.groups for name in group} if described else set[str]()
     return [row for row in plan.tensors if row.source in held]
 
@@ -66,7 +66,7 @@ def held_rows(plan: GrowthPlan, described: OptimSpec | None) -> list[TensorRow]:
 def multipliers(
     plan: GrowthPlan, law: Law, described: OptimSpec, dynamics: str
 ) -> dict[str, Multiplier]:
-    """The factors of every target parameter that the optimizer holds; those that scale nothing are left out."""
+    """The ``Multiplier`` of every target parameter that the optimizer holds, without trivial ones."""
     found: dict[str, Multiplier] = {}
     for row in held_rows(plan, described):
         axes = plan.axis_maps(row)
@@ -86,9 +86,8 @@ def multipliers(
             gain = _gain(plan, law, described, row, matrix_norm=False)
             update = tuple(map(_no_zero, update))
             ones = tuple(Vector.full(1.0, len(vector)) for vector in update)
-            coupled = (
-                row.source in described.coupled
-            )  # its decay is in the gradient, and stays as it is
+            # coupled weight decay is part of the gradient and keeps its strength: the optimizer sees the weight unscaled
+            coupled = row.source in described.coupled
             one = Multiplier(update, gain=gain, units=ones if coupled else None)
         if not one.trivial:
             found[row.name] = one
@@ -103,7 +102,7 @@ def _gain(
     *,
     matrix_norm: bool,
 ) -> float:
-    """Of a step that is orthogonalised as a matrix: its shape is in its learning rate, and ``sqrt(copies)`` in its norm."""
+    """Factor on an orthogonalized step (Muon): undoes the shape in its learning rate and, if asked, ``sqrt(copies)`` in its norm."""
     if law is None or not law.matrix or described is None:
         return 1.0
     source, target = plan.shapes(row)
@@ -113,12 +112,12 @@ def _gain(
 
 
 def _no_zero(vector: Vector) -> Vector:
-    """A pad that nothing reads has the factor 0, and nothing to keep."""
+    """Replace a factor 0 by 1: pads that nothing reads have factor 0 and no dynamics to keep."""
     return vector.map(lambda x: x or 1.0)
 
 
 def _power(vector: Vector, power: float) -> Vector:
-    return vector.map(lambda x: x**power if power and x else 1.0)  # by 0: nothing to keep
+    return vector.map(lambda x: x**power if power and x else 1.0)  # 0: see _no_zero
 
 
 def scales(
@@ -127,13 +126,13 @@ def scales(
     found: Mapping[str, Multiplier],
     before: UpdateScale | None,
 ) -> dict[str, Scale]:
-    """The scales of target parameters: those that there were, grown, times what this growth adds.
+    """Scales of the target parameters for ``UpdateScale``: scales of the source, grown, times the factors that this growth adds.
 
     Args:
         plan: The growth.
         source: Source parameters by name.
-        found: What this growth adds, by target name.
-        before: What there was.
+        found: Factors that this growth adds, by target name.
+        before: ``UpdateScale`` of the optimizer before the growth.
     """
     grown: dict[str, Scale] = {}
     for row in plan.tensors:
@@ -152,13 +151,13 @@ def scales(
         grad = _along(old.grad, maps, new.grad, p)
         offset = new.offset or old.offset
         scale = Scale(update, grad, old.gain * new.gain, units, offset)
-        if not plan.shrinks or not _is_one(scale):  # a growth and its inverse
+        if not plan.shrinks or not _is_one(scale):  # a shrink that inverts a growth leaves no scale
             grown[row.name] = scale
     return grown
 
 
 def _is_one(scale: Scale) -> bool:
-    """Whether a scale changes nothing, but for rounding."""
+    """True when all factors of a scale are 1 up to rounding."""
     factors = [scale.gain, *scale.update, *scale.grad, *scale.seen]
     return all(bool(torch.all(abs(torch.as_tensor(f) - 1) < ROUNDING)) for f in factors)
 
@@ -169,15 +168,15 @@ def slices(
     states: Mapping[str, Mapping[str, object]],
     found: Mapping[str, Multiplier],
 ) -> dict[str, dict[str, Tensor]]:
-    """The same for ``growkern.optim.AdamW``, as the entries of its state: rows and columns of every parameter.
+    """Slices of the target parameters for ``growkern.optim.AdamW``: target name -> state entries with factors per row and column.
 
-    Elements that start without moments (``state="asymmetric"``, ``"zero_pad"``) get a step of their own.
+    Rows and columns that start without moments (``state="asymmetric"``, ``"zero_pad"``) get a step count of their own.
 
     Args:
         plan: The growth.
         source: Source parameters by name.
-        states: Their state.
-        found: What this growth adds, by target name.
+        states: Optimizer state by source name.
+        found: Factors that this growth adds, by target name.
     """
     grown: dict[str, dict[str, Tensor]] = {}
     for row in plan.tensors:
@@ -212,7 +211,7 @@ def _born(
     step: float,
     like: Tensor,
 ) -> dict[str, Tensor]:
-    """The steps at which rows and columns came into being."""
+    """State entries ``born_rows`` and ``born_cols``, the step counts at which rows and columns were created, and ``rewarm``."""
     entries: dict[str, Tensor] = {}
     fresh = plan.state in ("asymmetric", "zero_pad")
     for side, m in zip(("rows", "cols"), maps, strict=True):
@@ -234,14 +233,14 @@ def _born(
 
 
 def _matrix(parts: Sequence[T], product: Callable[[T, T], T], one: T) -> tuple[T, T]:
-    """Rows and columns: the last axis, and the product of the others."""
+    """Fold the axes into rows and columns: the product of all axes but the last, and the last axis."""
     return (reduce(product, parts[:-1], one), parts[-1]) if parts else (one, one)
 
 
 def _along(
     olds: Sequence[Factor], maps: Sequence[IndexMap], news: Sequence[Vector], like: Tensor
 ) -> tuple[Factor, ...]:
-    """Old factors gathered along each axis (their mean where nothing is copied), times new ones."""
+    """Gather the old factors along each axis, pads taking their mean, and multiply them by the new factors."""
     found: list[Factor] = []
     for i, index_map in enumerate(maps):
         old = olds[i] if i < len(olds) else 1.0

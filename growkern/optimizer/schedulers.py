@@ -1,4 +1,4 @@
-"""Which schedulers drive which optimizers; nothing is written."""
+"""Find the optimizer that a scheduler drives. Schedulers are only read."""
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -8,7 +8,7 @@ from growkern.support.wrappers import unwrapped
 
 
 def schedulers(scheduler: object | None) -> list[object]:
-    """A scheduler, or several, and the schedulers inside."""
+    """Flatten a scheduler, or a list of them, into all schedulers, nested ones included."""
     if scheduler is None:
         return []
     if isinstance(scheduler, list | tuple):
@@ -19,7 +19,7 @@ def schedulers(scheduler: object | None) -> list[object]:
 
 
 def check_scheduler(optim: Optimizer | None, scheduler: object | None) -> None:
-    """Raise PlanError for a scheduler that drives another optimizer."""
+    """Raise PlanError for a scheduler that drives another optimizer, or for an object that is no scheduler."""
     if optim is None and scheduler is not None:
         raise PlanError("scheduler: pass the optimizer that it drives too, as optim.")
     for one in schedulers(scheduler):
@@ -34,12 +34,12 @@ def check_scheduler(optim: Optimizer | None, scheduler: object | None) -> None:
 
 
 def driven_by(scheduler: object) -> object:
-    """The optimizer that a scheduler drives, out of what frameworks wrap it in."""
+    """Return the optimizer that a scheduler drives, without the wrappers of frameworks."""
     return unwrapped(getattr(scheduler, "optimizer", None))
 
 
 def follows(scheduler: object | None) -> bool:
-    """Whether split groups keep their factors under a scheduler: it is one of torch's, and no rate of its own is for all groups."""
+    """True when split param groups keep their learning-rate factors: all schedulers are torch's, and none has a nonzero ``eta_min``."""
     return all(
         isinstance(one, LRScheduler) and not getattr(one, "eta_min", 0)
         for one in schedulers(scheduler)

@@ -1,4 +1,4 @@
-"""The law of optimizer state: one table, keyed by optimizer class, because a key means different things in different classes.
+"""The law of optimizer state: a table by optimizer class, because a state key has different meanings in different classes.
 
 A state tensor is gathered like its parameter and multiplied by a power of ``s``, the factor on the weight, and a power of ``a``,
 the factor on the gradient. Scalars (``step``) are kept.
@@ -14,18 +14,18 @@ from growkern.errors import UnsupportedOptimizerError
 
 @dataclass(frozen=True)
 class Rule:
-    """How one tensor grows: gathered, times ``s ** weight * a ** grad``.
+    """Growth rule of one state tensor: gather it, and multiply it by ``s ** weight * a ** grad``.
 
     Attributes:
-        weight: Power of the weight's factor.
-        grad: Power of the gradient's factor.
-        is_weight: True for state that is a copy of the weight: it takes the weight's noise, pads and centring too.
+        weight: Power of ``s``.
+        grad: Power of ``a``.
+        is_weight: True for state that is a copy of the weight and gets the weight's noise, pads and centering too.
         missing: State of an element that copies no source element: ``"zero"``, or ``"mean"`` of the state of all copied elements.
             Ignored for weights.
         first_copy_only: True when the first copy of every source element keeps the state, and the other copies count as elements
             that copy none.
-        reduced: Axis of the parameter, from the end, over which the state is a mean; None where it has all axes.
-        keepdim: True when that axis is still there, of size 1.
+        reduced: Axis of the parameter, counted from the end, over which the state is a mean; None if the state has all axes.
+        keepdim: True when the state keeps the reduced axis with size 1.
         quantized: True when the state may be stored in 8 bits (``growkern.optimizer.eight_bit``).
     """
 
@@ -58,14 +58,14 @@ class Law:
 
     Attributes:
         rules: State key -> rule; None for a scalar that is kept.
-        lr: Powers of ``s`` and of ``a`` in the factor on the learning rate that keeps the source's dynamics; None: not known.
-        decays: Keys of a param group that are divided by that factor, so that decay per step stays (decoupled decay, SGD).
-        rates: State keys that hold a learning rate and follow it.
-        matrix: True when the step is that of the whole matrix, orthogonalised, so that its shape counts too (Muon).
-        resets: True when the state is a history that cannot be grown and starts anew.
-        lr_without: An option of the param groups, and what ``lr`` is where it is off.
-        slices: True when the optimizer takes factors per row and column itself (``growkern.optim.AdamW``).
-        together: State keys that a fused step takes of all parameters or of none, so that new ones start with zeros.
+        lr: Powers of ``s`` and ``a`` in the learning-rate factor that keeps the source's dynamics; None if unknown.
+        decays: Param group keys that are divided by the learning-rate factor, which keeps the decay per step (decoupled decay, SGD).
+        rates: State keys that hold a learning rate and are multiplied by the learning-rate factor.
+        matrix: True when the step of a matrix is orthogonalized, so that the learning-rate factor depends on its shape (Muon).
+        resets: True when the state is a history that cannot be grown and is reset.
+        lr_without: A param group option, and the value of ``lr`` when a group has the option off.
+        slices: True when the optimizer itself applies factors per row and column (``growkern.optim.AdamW``).
+        together: State keys that a fused step needs for all parameters or for none, so that new parameters start with zeros.
     """
 
     rules: Mapping[str, Rule | None]
@@ -79,7 +79,7 @@ class Law:
     together: tuple[str, ...] = ()
 
     def lr_factor(self, weight_scale: float | None, grad_scale: float | None) -> float | None:
-        """The factor on the learning rate of a tensor; None where it is not one number."""
+        """The learning-rate factor of a tensor; None if it is unknown or differs between elements."""
         if self.lr is None:
             return None
         factor = 1.0
@@ -93,10 +93,10 @@ class Law:
         """The rules under a mode of ``state=``.
 
         Args:
-            state: ``"exact"``: the law. ``"copy"``: gathered as it is. ``"asymmetric"``: the first copy keeps what it was, the
-                others start from 0 (SPARKLING, arXiv:2602.02472). ``"zero_pad"``: the first copy by the law, the others from 0.
-            source_units: True when the optimizer goes on in the source's units (``UpdateScale``): what is not in those of the
-                weights is gathered.
+            state: ``"exact"``: the law. ``"copy"``: gather unscaled. ``"asymmetric"``: gather the first copy unscaled, start the
+                other copies from 0 (SPARKLING, arXiv:2602.02472). ``"zero_pad"``: the law for the first copy, 0 for the others.
+            source_units: True when the optimizer keeps the source's units (``UpdateScale``): state that is not in the units of the
+                weights is then gathered unscaled.
         """
 
         def one(rule: Rule | None) -> Rule | None:
@@ -113,7 +113,7 @@ class Law:
 
 
 def by_order(key: str, order: int | None) -> Rule | None:
-    """The rule of a state key that the user has given the order in the gradient of."""
+    """The rule of a state key whose order in the gradient the user has given."""
     if order is None:
         return None
     if type(order) is not int or not 0 <= order <= 2:
@@ -124,7 +124,7 @@ def by_order(key: str, order: int | None) -> Rule | None:
 
 
 def muon_adjustment(shape: tuple[int, ...], how: str | None) -> float:
-    """What ``torch.optim.Muon`` multiplies its learning rate by (``adjust_lr_fn``)."""
+    """The factor of ``torch.optim.Muon`` on its learning rate (``adjust_lr_fn``)."""
     rows, cols = shape[:2]
     if how == "match_rms_adamw":
         return 0.2 * sqrt(max(rows, cols))
@@ -141,7 +141,7 @@ DECAY = ("weight_decay",)
 MASTER, MASTER_GRAD = (
     "master",
     "master.grad",
-)  # of a parameter in lower precision: beside its state while it grows
+)  # state keys under which the master weights of a parameter and their gradient grow
 STEP: dict[str, Rule | None] = {"step": None}
 OWN = "torch.optim"
 
@@ -150,12 +150,12 @@ EIGHT_BITS: dict[str, Rule | None] = {
     "state1": replace(GRADIENT, quantized=True),
     "state2": replace(SQUARE, quantized=True),
 } | dict.fromkeys(("qmap1", "qmap2", "absmax1", "absmax2"))
-FACTORS = ("lr", "eps", "decay", "born")  # of growkern.optim.AdamW; each has rows and columns
+FACTORS = ("lr", "eps", "decay", "born")  # of growkern.optim.AdamW, each per row and per column
 SLICES = (*(f"{name}_{side}" for name in FACTORS for side in ("rows", "cols")), "rewarm")
 LAWS: dict[str, Law] = {
     "growkern.optim.AdamW": Law(
         ADAM | dict.fromkeys(SLICES), decays=DECAY, slices=True
-    ),  # its vectors grow with what they are factors of: growkern.optimizer.lr_scaling
+    ),  # growkern.optimizer.lr_scaling grows the slices
     f"{OWN}.asgd.ASGD": Law(
         STEP | {"ax": VALUE, "eta": None, "mu": None},
         lr=(1, -1),
@@ -201,7 +201,7 @@ LAWS: dict[str, Law] = {
     "transformers.optimization.Adafactor": Law(
         STEP
         | {
-            "exp_avg": Rule(weight=1),  # of updates, learning rate and all
+            "exp_avg": Rule(weight=1),  # an average of updates, learning rate included
             "exp_avg_sq": SQUARE,
             "exp_avg_sq_row": replace(SQUARE, reduced=-1, keepdim=False),
             "exp_avg_sq_col": replace(SQUARE, reduced=-2, keepdim=False),
@@ -221,15 +221,15 @@ LAWS: dict[str, Law] = {
 
 @dataclass(frozen=True)
 class OptimSpec:
-    """What growkern knows of an optimizer: class and names, never values.
+    """Description of an optimizer: class and names, never values.
 
     Attributes:
         kind: Qualified class name.
         groups: Names of the model's parameters in each param group.
         states: Parameter name -> its state keys.
-        law: Of its state; None when it is not known.
-        coupled: Parameters whose weight decay goes through the gradient.
-        adjusts: Parameter name -> how its learning rate follows its shape (``adjust_lr_fn`` of Muon).
+        law: Law of the state; None if unknown.
+        coupled: Names of parameters whose weight decay is added to the gradient.
+        adjusts: Parameter name -> ``adjust_lr_fn`` of Muon, which adjusts the learning rate to the parameter's shape.
     """
 
     kind: str
@@ -241,5 +241,5 @@ class OptimSpec:
 
     @property
     def rules(self) -> Mapping[str, Rule | None]:
-        """Of its state; none when the law is not known."""
+        """Growth rules of the state; empty if the law is unknown."""
         return self.law.rules if self.law else dict[str, Rule | None]()

@@ -1,7 +1,7 @@
-"""The optimizer's view of grown parameters: step hooks that hand it weights and gradients in other units, and bring its update back.
+"""Step hooks that convert weights and gradients to the optimizer's units before a step, and convert its update back after the step.
 
-The optimizer sees ``p / s`` and ``p.grad / a``; what it adds to ``p / s`` is added to ``p``, times ``s``. Whatever is in its step
-(epsilons, decay of either kind, bounds, averages) is then what it was in those units, for any optimizer, element by element.
+The optimizer sees ``p / s`` and ``p.grad / a``; its update of ``p / s`` is multiplied by ``s`` and added to ``p``. All terms of its
+step (epsilon, weight decay of either kind, bounds, averages) then act in these units, for any optimizer, element by element.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,19 +15,19 @@ from torch.optim import Optimizer
 from growkern.errors import PlanError
 from growkern.support.interrupts import uninterrupted
 
-Factor = float | Tensor  # along one axis: of all, or of each coordinate, (n,)
+Factor = float | Tensor  # along one axis: one number, or one per coordinate, (n,)
 
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """Factors of one parameter: an element's is the product of those along its axes, one entry per axis.
+    """Factors of one parameter, one entry per axis. The factor of an element is the product of its factors along all axes.
 
     Attributes:
-        update: ``s``, on the optimizer's update.
-        units: What the parameter is divided by when the optimizer sees it; None for ``s`` too.
-        grad: ``a``, that gradients are divided by.
-        gain: On what the update holds beyond decoupled decay (the step of a matrix as a whole, as Muon's).
-        offset: What is added to the parameter before it is divided, and taken off after: the model adds it too.
+        update: ``s``, the factor on the optimizer's update.
+        units: Divisor of the parameter while the optimizer sees it; None for ``s``.
+        grad: ``a``, the divisor of the gradient.
+        gain: Factor on the update without its decoupled weight decay, for steps of a matrix as a whole (Muon).
+        offset: Constant that the model adds to the parameter; their sum is converted.
     """
 
     update: tuple[Factor, ...]
@@ -38,24 +38,26 @@ class Scale:
 
     @property
     def seen(self) -> tuple[Factor, ...]:
-        """What the parameter is divided by when the optimizer sees it."""
+        """Divisor of the parameter while the optimizer sees it."""
         return self.update if self.units is None else self.units
 
 
 class UpdateScale:
-    """Scale the updates of an optimizer, element by element and for good, without touching its groups or schedulers.
+    """Scale the updates of an optimizer, element by element and in every step, without a change to its param groups or schedulers.
 
-    Between the two hooks of a step a copy of the scaled parameters is held. A step that raises half-way leaves them in the
-    optimizer's units: ``restore`` brings them back (the next step does so too).
+    A copy of the scaled parameters exists between the two hooks of a step. A step that raises an exception leaves the parameters
+    in the optimizer's units, until ``restore`` or the next step converts them back.
 
     Args:
         optim: Any optimizer.
         scales: Parameter -> one factor on its update, or a ``Scale``.
-        orders: State key -> powers of ``s`` and ``a`` in its units. What is in those of the weights (``ax`` of ASGD, ``z`` of
-            schedule-free) is handed over and brought back with them; the rest stays in the optimizer's until ``remove``.
+        orders: State key -> powers of ``s`` and ``a`` in its units. State in the units of the weights (``ax`` of ASGD, ``z`` of
+            schedule-free) is converted with the weights in every step; all other state stays in the optimizer's units until
+            ``remove``.
 
     Raises:
-        PlanError: A parameter is not the optimizer's, or a factor does not fit it; the optimizer has an ``UpdateScale`` already.
+        PlanError: A parameter is not in the optimizer, a factor does not fit its parameter, or the optimizer already has an
+            ``UpdateScale``.
 
     Example:
         >>> scale = growkern.UpdateScale(optim, {model.lm_head.weight: 0.5})
@@ -78,10 +80,10 @@ class UpdateScale:
         self._hooks = [optim.register_step_pre_hook(self._enter)]
 
     def remove(self) -> None:
-        """Take the hooks off; the optimizer sees parameters as they are, and its state is brought into their units.
+        """Remove the hooks, and convert the optimizer's state to the model's units.
 
         Raises:
-            PlanError: It holds state that is no tensor of its parameter's number of axes; nothing has changed.
+            PlanError: A state tensor has another number of axes than its parameter; nothing has changed.
         """
         self.restore()
         found = [(p, one, key) for p, one in self.scales.items() for key in self._own(p)]
@@ -98,18 +100,18 @@ class UpdateScale:
         self.detach()
 
     def detach(self) -> None:
-        """Take the hooks off, and leave the optimizer's state as it is."""
+        """Remove the hooks without a change to the optimizer's state."""
         for hook in self._hooks:
             hook.remove()
 
     def restore(self) -> None:
-        """Bring parameters back that an interrupted step has left in the optimizer's units, with what it did to them."""
+        """Convert parameters from the optimizer's units back to the model's, keeping the update. Needed after a step that raised."""
         with torch.no_grad(), uninterrupted():
             while self._before:
                 p, before = self._before.popitem()
                 scale = self.scales[p]
                 for key, t in self._tensors(p).items():
-                    if (old := before.get(key)) is None:  # the step has made it
+                    if (old := before.get(key)) is None:  # the step created this state
                         _rescaled(t, scale.update, scale.offset, _multiplied)
                         continue
                     seen = _rescaled(old.clone(), scale.seen, scale.offset, _divided)
@@ -122,13 +124,13 @@ class UpdateScale:
                     _scale_grad(p.grad, scale.grad, _multiplied)
 
     def second_moment(self, p: Tensor, square: Tensor) -> Tensor:
-        """A second moment in the units of the parameter's gradient; the optimizer keeps it in its own."""
+        """Convert a second moment of the optimizer to the units of the parameter's gradient."""
         grad = self.scales[p].grad if p in self.scales else ()
         factors = tuple(_power(f, 2.0, n) for f, n in zip(grad, square.shape, strict=False))
         return _multiplied(square.clone(), factors) if factors else square
 
     def state_dict(self) -> dict[str, Any]:
-        """Factors by the parameter's place in the optimizer's groups."""
+        """Return the factors, keyed by the parameter's position in the optimizer's param groups, and ``orders``."""
         places = self._places()
         scales = {
             places[p]: {f.name: getattr(one, f.name) for f in fields(one)}
@@ -137,10 +139,10 @@ class UpdateScale:
         return {"scales": scales, "orders": self.orders}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the factors of another run of the same optimizer.
+        """Load the factors of another run of the same optimizer.
 
         Raises:
-            PlanError: They do not fit the parameters.
+            PlanError: ``state`` is no state dict of ``UpdateScale``, or the factors do not fit the parameters.
         """
         if not {"scales", "orders"} <= state.keys():
             raise PlanError("UpdateScale: this is not what its state_dict gave.")
@@ -156,13 +158,13 @@ class UpdateScale:
         return {p: i for i, p in enumerate(params)}
 
     def _tensors(self, p: Tensor) -> dict[str, Tensor]:
-        """The parameter and the state that is in its units."""
+        """The parameter and its state in the units of the weights, by state key."""
         state = self.optim.state.get(p, {})
         keys = [key for key, powers in self.orders.items() if powers == (1, 0)]
         return {"": p} | {k: state[k] for k in keys if isinstance(state.get(k), Tensor)}
 
     def _own(self, p: Tensor) -> list[str]:
-        """Keys of the state that stays in the optimizer's units."""
+        """Keys of the state that stays in the optimizer's units; none without gradient factors."""
         state: Mapping[str, Any] = self.optim.state.get(p, {}) if self.scales[p].grad else {}
         return [k for k, powers in self.orders.items() if powers != (1, 0) and isinstance(state.get(k), Tensor)]  # fmt: skip
 
@@ -185,20 +187,18 @@ class UpdateScale:
         self, optim: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self.restore()
-        if (
-            len(self._hooks) == 1
-        ):  # not when it was built: that may be in a hook of a step, while torch goes through them
+        # the constructor cannot register the post-hook: it may run inside a step hook, while torch iterates over the hooks
+        if len(self._hooks) == 1:
             self._hooks.append(optim.register_step_post_hook(self._leave))
             hooks: Any = optim._optimizer_step_post_hooks  # pyright: ignore[reportPrivateUsage]
-            hooks.move_to_end(
-                self._hooks[1].id, last=False
-            )  # others see parameters in their own units
+            # first, so that all other post-hooks see parameters in the model's units
+            hooks.move_to_end(self._hooks[1].id, last=False)
         closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._into()
             return None
 
-        def evaluated() -> Any:  # the model wants its own units
+        def evaluated() -> Any:  # the closure runs the model, in the model's units
             self.restore()
             with torch.enable_grad():
                 loss = closure()
@@ -217,7 +217,7 @@ class UpdateScale:
 
 
 def scale_of(optim: Optimizer) -> UpdateScale | None:
-    """The ``UpdateScale`` that an optimizer has."""
+    """Return the ``UpdateScale`` of an optimizer, or None."""
     hooks: list[Any] = list(getattr(optim, "_optimizer_step_pre_hooks", {}).values())
     owners = [getattr(hook, "__self__", None) for hook in hooks]
     return next((owner for owner in owners if isinstance(owner, UpdateScale)), None)
@@ -252,7 +252,7 @@ def _checked(optim: Optimizer, p: Tensor, scale: float | Scale) -> Scale:
 
 
 def _vectors(t: Tensor, factors: tuple[Factor, ...]) -> list[Factor]:
-    """Factors that broadcast over a tensor, without those that are 1."""
+    """Factors in shapes that broadcast over a tensor, without scalar factors 1."""
     found: list[Factor] = []
     for axis, factor in enumerate(factors):
         if isinstance(factor, Tensor):
@@ -265,7 +265,7 @@ def _vectors(t: Tensor, factors: tuple[Factor, ...]) -> list[Factor]:
 
 
 def _power(factor: Factor, power: float, n: int) -> Factor:
-    """A factor along an axis of ``n``; its mean where the state is an average over the axis."""
+    """Power of a factor along a state axis of size ``n``; its mean where the state is an average over the axis (``n`` is 1)."""
     raised = factor**power
     return float(raised.mean()) if isinstance(raised, Tensor) and n == 1 else raised
 
@@ -288,7 +288,7 @@ def _rescaled(
     offset: float,
     scaled: Callable[[Tensor, tuple[Factor, ...]], Tensor],
 ) -> Tensor:
-    """Scale a weight in place, together with what the model adds to it."""
+    """Scale the sum of a weight and the model's offset in place."""
     if not offset or not _vectors(t, factors):
         return scaled(t, factors)
     return scaled(t.add_(offset), factors).sub_(offset)
@@ -299,7 +299,7 @@ def _scale_grad(
     factors: tuple[Factor, ...],
     scaled: Callable[[Tensor, tuple[Factor, ...]], Tensor],
 ) -> None:
-    """Scale a gradient in place; of a sparse one (rows of an embedding) the values it has."""
+    """Scale a gradient in place; for a sparse gradient (rows of an embedding), scale its values."""
     if grad.layout == torch.strided:
         scaled(grad, factors)
         return
