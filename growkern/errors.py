@@ -1,43 +1,43 @@
-"""The errors growkern raises. Each says what was asked, what is at fault, what is allowed and the way out."""
+"""Errors that growkern raises. Every message names the request, the cause, the allowed values and a way out."""
 
 import re
 
 
 class GrowthError(RuntimeError):
-    """Base of every error growkern raises. When one is raised, model and optimizer are as they were."""
+    """Base class of every growkern error. Model and optimizer are unchanged after it, unless a CommitError reports a failed rollback."""
 
 
 class UnsupportedModelError(GrowthError):
-    """The model, or the way it is wrapped or stored, is one growkern cannot grow."""
+    """growkern cannot grow the model, or cannot grow it in the way it is wrapped or stored."""
 
 
 class UnsupportedOptimizerError(GrowthError):
-    """The optimizer, or state in it, is one whose law is not known."""
+    """growkern cannot grow the optimizer or its state, for example because the class or a state key is unknown."""
 
 
 class PlanError(GrowthError, ValueError):
-    """The growth that was asked for cannot be planned."""
+    """The requested growth cannot be planned."""
 
 
 class InsufficientMemoryError(GrowthError):
-    """The grown tensors do not fit beside the source."""
+    """The grown tensors do not fit in memory beside the source tensors."""
 
 
 class CheckpointError(GrowthError):
-    """A checkpoint is incomplete, cannot be written, or is not of the model, or the optimizer, as growths have left it."""
+    """A checkpoint is incomplete, cannot be written, or does not match the model or the optimizer after its growths."""
 
 
 class CommitError(GrowthError):
-    """A growth failed on its way; everything was put back."""
+    """A growth failed during execution and was rolled back; the message says so if the rollback failed too."""
 
 
-SHOWN = 8  # lines of problems that one error has at most
+SHOWN = 8  # maximum number of problem lines in one error
 
 
 def raise_all(error: type[GrowthError], heading: str, problems: list[str]) -> None:
-    """Raise ``error`` with a line for every problem; do nothing when there is none.
+    """Raise ``error`` with one line per problem; do nothing if the list is empty.
 
-    Problems that differ by the indices of blocks share a line, and what comes after ``SHOWN`` lines is counted.
+    Problems that differ only in block indices share a line. Of more than ``SHOWN`` lines, the last one counts the problems not shown.
     """
     groups: dict[str, list[str]] = {}
     for problem in problems:

@@ -1,1 +1,1 @@
-"""PLAN: a spec, sizes and methods to a GrowthPlan; arithmetic on integers and floats, without torch."""
+"""Planning: make a GrowthPlan from a spec, sizes and methods, by arithmetic on integers and floats, without torch."""

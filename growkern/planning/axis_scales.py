@@ -1,4 +1,4 @@
-"""What width methods decide -> how every axis grows: roles, norms, and copies that nothing parts."""
+"""Axis maps from the decision of a width method: one per axis, by role; corrections of norms; checks of gradients and of equal copies."""
 
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
@@ -12,7 +12,7 @@ from growkern.planning.vector import Vector, concat_vectors
 
 
 def norm_factors(spec: ModelSpec, wide: WidthDecision) -> dict[str, float | None]:
-    """The factor on the mean square of every normalised stream; None where copies are unequal, so that there is no one factor."""
+    """Return the factor on the mean square of every normalized stream (1 under ``norms_kept``); None if the factor is not uniform."""
     factors: dict[str, float | None] = {}
     for reads in dict.fromkeys(norm.reads for _, _, norm in spec.norms()):
         index_map, w = wide.maps[space_of(reads)], wide.stream_scales[reads].activation
@@ -28,7 +28,7 @@ def norm_factors(spec: ModelSpec, wide: WidthDecision) -> dict[str, float | None
 
 
 def _squares(index_map: IndexMap, w: Vector) -> Vector:
-    """Per source coordinate, the sum of the squared factors of its copies."""
+    """Return, per source coordinate, the sum of the squared scales ``w`` of its copies."""
     if (one := w.uniform) is not None:
         return index_map.counts.map(lambda count: count * one * one)
     sums = [0.0] * index_map.n_source
@@ -44,9 +44,9 @@ def axis_maps(
     factors: Mapping[str, float | None],
     written: Mapping[str, float],
 ) -> dict[str, AxisMap]:
-    """How every axis grows; axes whose spaces share index maps and stream scales, as those of blocks do, share theirs.
+    """Return the axis map of every axis, by key. Axes of different blocks share one object if their index maps and stream scales do.
 
-    ``written`` are the factors on what writes a stream (``growkern.model.spec.writer_corrections``).
+    ``written`` maps a stream to the factor on its writers (``growkern.model.spec.writer_corrections``).
     """
 
     def kin(stream: str) -> tuple[object, ...]:
@@ -76,7 +76,7 @@ def _axis_map(
     factors: Mapping[str, float | None],
     written: Mapping[str, float],
 ) -> AxisMap:
-    """What an axis grows by, from its role and the scales of the streams along it."""
+    """Build the axis map of one axis from its role and the scales of its streams."""
     parts = [list(_parts(segment, axis.role, wide, written)) for segment in axis.segments]
     maps, w, u = list[IndexMap](), list[Vector](), list[Vector]()
     for segment in parts:
@@ -111,7 +111,7 @@ def _axis_map(
 
 
 def _only(pads: Set[Pad]) -> Pad:
-    """The pad of all; 0 where they differ."""
+    """Return the only pad of a set, or ``"zero"`` if the set has none or several."""
     return next(iter(pads)) if len(pads) == 1 else "zero"
 
 
@@ -121,7 +121,7 @@ def _gain(
     factors: Mapping[str, float | None],
     scales: tuple[IndexMap, Vector, Vector],
 ) -> AxisMap:
-    """A norm's gain: it takes back what its input was scaled by."""
+    """Build the axis map of a norm's gain, which divides out the scale of the norm's input."""
     index_map, w_axis, u_axis = scales
     norm = axis.norm
     assert norm is not None, "a gain has a norm"
@@ -138,7 +138,7 @@ def _gain(
 def _parts(
     segment: Segment, role: str, wide: WidthDecision, written: Mapping[str, float]
 ) -> Iterator[tuple[IndexMap, StreamScale]]:
-    """Index map and stream scale of every component of a segment; two that have a joint map are one."""
+    """Yield index map and stream scale of every component of a segment; two components with a joint map count as one."""
     at = 0
     while at < len(segment):
         both = wide.joint.get(segment[at : at + 2])  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -153,7 +153,7 @@ def _parts(
 def _part(
     component: Component, role: str, wide: WidthDecision, written: Mapping[str, float]
 ) -> tuple[IndexMap, StreamScale]:
-    """Index map and stream scale of a component: a stream, a number of coordinates that stay, or several one after the other."""
+    """Return index map and stream scale of a component: a stream, a fixed number of coordinates, or a tuple of components, concatenated."""
     if isinstance(component, tuple):
         own, stream_scales = zip(*(_part(c, role, wide, written) for c in component), strict=True)
         return concat_maps(own), replace(
@@ -177,10 +177,10 @@ def _part(
 
 
 def gradients_exact(spec: ModelSpec, wide: WidthDecision) -> bool:
-    """True when every gradient is the source's, copied and scaled.
+    """True when every gradient of the target is a gradient of the source, copied and scaled.
 
-    Not so where a coordinate copies none, or by 0, and where a norm hands copies unequal shares of a gradient: the mean that it takes
-    of them goes to all copies alike. Nor where copies of a kv head serve a part of its queries each.
+    False if a coordinate is a pad or has a scale of 0; if the streams before and after a norm split gradients over copies in different
+    shares, because the mean in the norm's backward pass reaches all copies equally; or if copies of a kv head divide its queries.
     """
     if wide.joint:
         return False
@@ -201,16 +201,16 @@ def gradients_exact(spec: ModelSpec, wide: WidthDecision) -> bool:
 
 
 def _shares(stream_scale: StreamScale) -> Vector:
-    """What each copy takes of a gradient, to rounding."""
+    """Return each copy's share of the gradient, ``w u``, rounded to 12 decimals."""
     return stream_scale.activation.zip(stream_scale.readout, lambda w, u: round(w * u, 12))
 
 
 def symmetric_copies(wide: WidthDecision) -> Iterator[str]:
-    """Say which copies nothing parts: equal ones get equal gradients."""
+    """Yield a note that names the spaces whose equal copies get equal gradients and so never diverge."""
     if wide.noise or wide.next_layer:
         return
     found: dict[tuple[int, int], bool] = {}  # blocks share index maps and stream scales
-    equal: dict[str, bool] = {}  # by space: one stream whose copies are read unevenly parts them
+    equal: dict[str, bool] = {}  # by space: copies diverge if one stream reads them unevenly
     for stream, stream_scale in wide.stream_scales.items():
         index_map = wide.maps[space_of(stream)]
         key = id(index_map), id(stream_scale)
@@ -218,7 +218,7 @@ def symmetric_copies(wide: WidthDecision) -> Iterator[str]:
             found[key] = _some_equal(index_map, stream_scale.readout)
         space = space_of(stream).partition(".")[0]
         equal[space] = equal.get(space, True) and found[key]
-    split = {space.partition(".")[0] for pair in wide.joint for space in pair}  # by their queries
+    split = {space.partition(".")[0] for pair in wide.joint for space in pair}  # queries differ
     if spaces := [space for space, same in equal.items() if same and space not in split]:
         yield (
             f"equal copies stay equal ({', '.join(spaces)}): twin noise, an uneven split, rows of the next layer or "
@@ -227,7 +227,7 @@ def symmetric_copies(wide: WidthDecision) -> Iterator[str]:
 
 
 def _some_equal(index_map: IndexMap, u: Vector) -> bool:
-    """True when two copies of a coordinate are read with one factor."""
+    """True when two copies of a coordinate have the same readout scale."""
     if u.uniform is not None or not any(count > 1 for count, _ in index_map.counts.pieces):
         return any(count > 1 for count, _ in index_map.counts.pieces)
     pairs = [(j, x) for j, x in zip(index_map.indices, u.expanded(), strict=True) if j != PAD]

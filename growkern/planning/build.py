@@ -1,10 +1,10 @@
-"""The dual law: methods decide index maps, stream scales and blocks; the roles of the axes decide all the rest.
+"""The dual law: methods decide index maps, stream scales and blocks; the roles of axes decide the factors on weights and gradients.
 
     writer: weight x w, gradient x u        reader: weight x u, gradient x w
     gain of a norm from stream a to stream b: weight x w_b sqrt(f) / w_a, gradient x u_b w_a / sqrt(f)
 
-where ``f`` is the factor by which the norm's mean square changes, which its epsilon must follow. A gain is what the model multiplies
-with: ``offset + weight`` in some.
+where ``f`` is the factor by which the norm's mean square changes; the norm's epsilon changes by ``f`` too. The gain is the vector that
+the norm multiplies with: the weight, or ``offset + weight`` in some models.
 """
 
 from collections import defaultdict
@@ -25,7 +25,7 @@ from growkern.planning.decisions import (
 from growkern.planning.growth_plan import AxisMap, GrowthPlan, TensorRow
 from growkern.planning.options import DYNAMICS, STATES
 
-# stack -> source block -> the target blocks that copy it
+# path of the stack -> source block -> target blocks that copy the source block
 Homes = Mapping[str, Mapping[int, list[int]]]
 
 
@@ -40,23 +40,23 @@ def build(
     dynamics: str | None = "mup",
     seed: int = 0,
 ) -> GrowthPlan:
-    """Plan a growth: methods decide index maps, stream scales and blocks, roles decide the rest.
+    """Plan a growth, or a shrink if ``shrink`` is given.
 
     Args:
         spec: Description of the source model.
         sizes: Every target size (``growkern.planning.sizes.resolve_sizes``).
         width: Width method.
         depth: Depth method.
-        shrink: In place of both, where the targets are smaller.
-        state: What becomes of the optimizer's state (``growkern.optimizer.state_rules.STATES``).
-        dynamics: What becomes of its learning rates: ``"mup"``, ``"exact"`` or None.
-        seed: Of all noise.
+        shrink: Shrink method, in place of ``width`` and ``depth``, for smaller targets.
+        state: Mode of the optimizer state, one of ``growkern.planning.options.STATES``.
+        dynamics: Mode of the learning rates: ``"mup"``, ``"exact"`` or None.
+        seed: Seed of the noise and of all drawn weights.
 
     Returns:
         The plan.
 
     Raises:
-        PlanError: A method cannot do what is asked.
+        PlanError: An option or a method is invalid, or a method does not support the growth.
     """
     _check_request(spec, width, depth, shrink, state, dynamics, seed)
     wide = _wide(spec, sizes, width, shrink)
@@ -112,7 +112,7 @@ def _wide(
     width: WidthMethod | None,
     shrink: ShrinkMethod | None,
 ) -> WidthDecision:
-    """What the method says of all spaces."""
+    """Return the decision of the shrink method, or else of the width method."""
     if shrink is not None:
         return shrink.narrow(spec, sizes)
     assert width is not None, "one of the two decides"
@@ -122,7 +122,7 @@ def _wide(
 def _check_request(
     spec: ModelSpec, width: object, depth: object, shrink: object, state: str, dynamics: str | None, seed: int
 ) -> None:  # fmt: skip
-    """Raise PlanError for options that are none, and for methods of another kind."""
+    """Raise PlanError for unknown options, an invalid seed, and methods of the wrong kind."""
     problems: list[str] = []
     if state not in STATES:
         problems.append(f"unknown state={state!r}: {', '.join(map(repr, STATES))}.")
@@ -142,12 +142,12 @@ def _check_request(
 
 @dataclass(frozen=True)
 class _Eps:
-    """Epsilons of norms, which follow the mean square that the norms see.
+    """Factors on the epsilons of norms, equal to the factors on the mean squares of their inputs.
 
     Attributes:
         modules: ``"module.attribute"`` of the source -> factor.
-        config: Field of the config and factor on it; None where there is none, or it stays.
-        notes: What the user should know.
+        config: Field of the config and factor on it; None if the config has no such field, or the field does not change.
+        notes: Notes for the user.
     """
 
     modules: Mapping[str, float]
@@ -155,7 +155,7 @@ class _Eps:
     notes: tuple[str, ...]
 
     def of_targets(self, spec: ModelSpec, homes: Homes) -> dict[str, float]:
-        """``"module.attribute"`` of the target -> factor, where it is not 1."""
+        """Return ``"module.attribute"`` of the target -> factor, for factors other than 1."""
         return {
             name: factor
             for source, factor in self.modules.items()
@@ -165,7 +165,7 @@ class _Eps:
 
     @staticmethod
     def of(spec: ModelSpec, factors: Mapping[str, float | None]) -> "_Eps":
-        """What the factors on the mean squares mean for modules and config."""
+        """Derive the factors of modules and config from the factors on the mean squares."""
         modules = {
             f"{name.removesuffix('.weight')}.{norm.eps}": factors[norm.reads] or 1.0
             for name, _, norm in spec.norms()
@@ -196,7 +196,7 @@ def _strange(name: str, verb: str, expected: str, method: object) -> list[str]:
 
 
 def _unsaved(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:
-    """Say where transformers would refuse the target's config when it is saved."""
+    """Yield a note if transformers would refuse to save the target's config."""
     if spec.saved is not None and sizes[spec.saved[0]] % sizes[spec.saved[1]]:
         whole, unit = spec.saved
         yield (
@@ -212,9 +212,9 @@ def _decided(
     depth: DepthMethod | None,
     shrink: ShrinkMethod | None,
 ) -> LayerOrder:
-    """What the method says of a stack."""
+    """Return the layer order of a stack; in a model of several stacks, a stack of unchanged depth keeps the source's order."""
     n_source, n_target = spec.sizes[stack.size], sizes[stack.size]
-    if spec.others and n_target == n_source:  # the method is for another stack
+    if spec.others and n_target == n_source:  # the depth method is for another stack
         return LayerOrder(tuple(map(BlockRow, range(n_source))))
     if shrink is not None:
         return shrink.keep(n_source, n_target)
@@ -225,7 +225,11 @@ def _decided(
 def _deepened(
     spec: ModelSpec, stack: Blocks, depth: DepthMethod, sizes: Mapping[str, int]
 ) -> LayerOrder:
-    """What the method says, with new blocks that copy only what can be copied, and are what the spec knows of them."""
+    """Return the layer order of a depth method, adapted to the stack.
+
+    New blocks copy no block before ``first_copied``, and the stack's reasons for inexact identity blocks are added. Raises PlanError if
+    the stack does not support the branch factors, the identity blocks or the copies.
+    """
     n_layers, n_target = spec.sizes[stack.size], sizes[stack.size]
     deep = depth.deepen(n_layers, n_target)
     if any(block.branch != 1 for block in deep.blocks) and (stack.carries or not stack.branches):
@@ -249,7 +253,7 @@ def _deepened(
 
 
 def attributes(spec: ModelSpec, homes: Homes, sizes: Mapping[str, int]) -> dict[str, float]:
-    """Every size that a module of the target caches."""
+    """Return ``"module.attribute"`` of the target -> value, for every size and block index that a module caches."""
     own = {
         name: index if size == "block" else size_value(size, sizes)
         for source, size in spec.attributes.items()
@@ -263,7 +267,7 @@ def attributes(spec: ModelSpec, homes: Homes, sizes: Mapping[str, int]) -> dict[
 
 
 def homes_of(blocks: Sequence[BlockRow]) -> Mapping[int, list[int]]:
-    """Source block -> the target blocks that copy it."""
+    """Map every source block to the target blocks that copy it."""
     homes: dict[int, list[int]] = defaultdict(list)
     for index, block in enumerate(blocks):
         homes[block.source].append(index)
@@ -271,7 +275,7 @@ def homes_of(blocks: Sequence[BlockRow]) -> Mapping[int, list[int]]:
 
 
 def targets(spec: ModelSpec, homes: Homes, name: str) -> Iterator[tuple[str, int]]:
-    """Every name that a source name has in the target, and the index of its block."""
+    """Yield every target name of a source tensor or module, with the index of its target block (0 outside of blocks)."""
     place = spec.block_of(name)
     if place is None or not homes:
         yield name, 0
@@ -287,7 +291,7 @@ def _rows(
     homes: Homes,
     mixed: Mapping[str, AxisMap],
 ) -> Iterator[TensorRow]:
-    """Every tensor of the target; what grows along one of the ``mixed`` axes takes a part from the next layer."""
+    """Yield the row of every target tensor; tensors that grow along a ``mixed`` axis take their later copies from the next layer."""
     for source, axes in spec.tensors.items():
         if source in spec.ties:
             continue
@@ -306,7 +310,7 @@ def _rows(
 
 
 def offset(axes: Sequence[AxisUse]) -> float:
-    """What the model adds to a tensor: to the gain of a norm."""
+    """Return the offset that the model adds to a norm's weight to get the gain; 0 for other tensors."""
     for axis in axes:
         if axis.norm:
             return axis.norm.offset
@@ -322,7 +326,7 @@ def _with_next(
     index: int,
     inner: str,
 ) -> TensorRow:
-    """What the tensor writes anew comes from the next layer, where there is one."""
+    """Set the next layer's tensor as source of the later copies along the first written axis that grows, if there is a next layer."""
     upper = f"{stack.path}.{index + 1}.{inner}"
     for at, (axis, key) in enumerate(zip(axes, row.axes, strict=True)):
         if axis.role != "reader" and not mixed[key].index_map.is_identity and upper in spec.tensors:
@@ -331,9 +335,9 @@ def _with_next(
 
 
 def _in_block(row: TensorRow, stack: Blocks, deep: LayerOrder, index: int, inner: str) -> TensorRow:
-    """What becomes of a tensor, called ``inner`` inside its block, in target block ``index``."""
+    """Complete the row of tensor ``inner`` (name inside the block) in target block ``index``: branch factor, constant, initialization."""
     block = deep.blocks[index]
-    if block.branch != 1:  # readers of what the branch adds see no factor, its inner tensors do
+    if block.branch != 1:  # scales output weights and inner gradients
         own = "factor" if inner in stack.branches else "grad_factor"
         row = replace(row, **{own: block.branch})
     if deep.fresh and block.new:

@@ -1,4 +1,4 @@
-"""Does a plan fit a model?"""
+"""Check that a plan fits a model."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,9 +13,9 @@ from growkern.planning.options import DYNAMICS, STATES
 
 
 def check(plan: GrowthPlan, spec: ModelSpec) -> None:
-    """Raise PlanError for a plan that is not one for this model: it may have been made for another, or written by hand."""
+    """Raise PlanError for a plan that does not fit the model, such as a plan for another model or one edited by hand."""
     names = set(spec.tensors) - set(spec.ties)
-    if plan.shrinks:  # nothing is made of the blocks that go
+    if plan.shrinks:  # dropped blocks have no rows
         stay = {path: {block.source for block in blocks} for path, blocks in plan.stacks.items()}
         places = {name: spec.block_of(name) for name in names}
         names = {
@@ -52,7 +52,7 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
 
 
 def _of_rows(plan: GrowthPlan, spec: ModelSpec, homes: Homes, names: set[str]) -> Iterator[str]:
-    """Say which rows are not those of the target."""
+    """Yield a problem for every row that does not match the target."""
     expected = [(n, source) for source in names for n, _ in targets(spec, homes, source)]
     if sorted((row.name, row.source) for row in plan.tensors) != sorted(expected):
         yield "its rows are not the tensors of the target."
@@ -77,7 +77,7 @@ def _of_rows(plan: GrowthPlan, spec: ModelSpec, homes: Homes, names: set[str]) -
 def _whole(
     plan: GrowthPlan, blocks: Sequence[BlockRow], n_source: int, n_target: int | None
 ) -> bool:
-    """True for all blocks of the source in their order, and copies of them; for some where the plan shrinks."""
+    """True when blocks hold every source block in order, plus copies; a plan that shrinks may leave source blocks out."""
     kept = [block.source for block in blocks if not block.new]
     within = all(0 <= block.source < n_source for block in blocks)
     expected = sorted({*kept}) if plan.shrinks else list(range(n_source))

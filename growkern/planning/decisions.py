@@ -1,4 +1,4 @@
-"""What growth methods decide: a width method gives index maps and stream scales, a depth method gives blocks. The plan does the rest."""
+"""Decisions of growth methods: a width method gives index maps and stream scales, a depth method gives blocks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,15 +11,16 @@ from growkern.planning.vector import Vector
 
 @dataclass(frozen=True)
 class StreamScale:
-    """How the activations of a stream grow: ``x'_i = w_i x_g(i)``, and readers take them back with ``u_i``.
+    """Scales of a stream: activations grow as ``x'_i = w_i x_g(i)``, and readers compensate with the factor ``u_i``.
 
     Attributes:
         activation: ``w``, the scale of the activation, per target coordinate.
-        readout: ``u``, the scale of its readers; over the copies of a coordinate the sum of ``w u`` is 1.
-        pad: Activation of a coordinate that copies nothing: 0 or the mean of the others, and what reads it is drawn; or free (what
-            writes it is drawn), and what reads it is 0; or given (the method's ``rows`` write it).
-        reads: What reads such a coordinate: drawn or 0; None for what ``pad`` asks for.
-        centred: True when writers give up their mean over the stream's coordinates first.
+        readout: ``u``, the scale of readers, per target coordinate. For an exact growth, ``w u`` sums to 1 over the copies of a coordinate.
+        pad: Activation of a coordinate that copies no source coordinate: ``"zero"``; ``"mean"`` of the others; ``"random_writer"``: its
+            writers are drawn; ``"from_method"``: the method's ``rows`` gives its writers.
+        reads: Readers of such a coordinate: ``"zero"`` or ``"random_reader"`` (drawn). None: ``"zero"`` for the pad ``"random_writer"``,
+            else ``"random_reader"``.
+        centred: True when writers are first centered: their mean over the stream's coordinates is subtracted.
     """
 
     activation: Vector
@@ -31,19 +32,20 @@ class StreamScale:
 
 @dataclass(frozen=True)
 class WidthDecision:
-    """What a width method decides.
+    """Decision of a width or shrink method.
 
     Attributes:
         maps: Space -> index map, for every space.
-        stream_scales: Stream -> stream_scale, for every stream.
+        stream_scales: Stream -> stream scale, for every stream.
         noise: Strength of the twin noise on readers of copies, in standard deviations of the weight; 0 for none.
         reasons: Why the function is not preserved; empty when it is.
-        drawn: Strength of what is drawn on one side of a pad, in standard deviations of the weight.
-        norms_kept: True when gains and eps of norms stay, whatever becomes of the mean square they see.
-        next_layer: True when all but the first copies that a block's tensors write are taken from the next layer.
-        readers: Space -> index map of its readers, where that is another one.
-        notes: What the user should know.
-        joint: Two spaces whose product has a map of its own: groups of query heads that more kv heads split.
+        drawn: Standard deviation of drawn readers or writers of pads, in standard deviations of the weight.
+        norms_kept: True when gains and epsilons of norms are not corrected for a changed mean square.
+        next_layer: True when writers in a block take all but the first copy of each coordinate from the next layer.
+        readers: Space -> index map of its readers, where it differs from ``maps``.
+        notes: Notes for the user.
+        joint: Pair of spaces -> index map of their product, where it is not the product of their maps: groups of query heads that are
+            divided among more kv heads.
     """
 
     maps: Mapping[str, IndexMap]
@@ -66,8 +68,8 @@ class BlockRow:
 
     Attributes:
         source: The source block that it copies.
-        new: True when that one is elsewhere too.
-        branch: Factor on what its branches add to the residual stream.
+        new: True for a new block; False for the source block itself.
+        branch: Factor on the outputs of the block's branches, which are added to the residual stream.
     """
 
     source: int
@@ -77,14 +79,14 @@ class BlockRow:
 
 @dataclass(frozen=True)
 class LayerOrder:
-    """What a depth method decides.
+    """Decision of a depth or shrink method.
 
     Attributes:
         blocks: Blocks of the target, in order.
         identity: True when new blocks start as the identity.
         reasons: Why the function is not preserved; empty when it is.
-        fresh: True when the model initialises the parameters of new blocks itself, as it does those of a model that is built.
-        notes: What the user should know.
+        fresh: True when the model's own initialization draws the parameters of new blocks.
+        notes: Notes for the user.
     """
 
     blocks: tuple[BlockRow, ...]
@@ -95,28 +97,28 @@ class LayerOrder:
 
 
 class WidthMethod(Protocol):
-    """Anything that can widen."""
+    """Interface of width methods."""
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
-        """Give index maps and stream scales for the target ``sizes``; raise PlanError for what the method cannot do."""
+        """Return index maps and stream scales for the target ``sizes``; raise PlanError for sizes that the method does not support."""
         ...
 
 
 class ShrinkMethod(Protocol):
-    """Anything that can shrink: maps into the source that leave coordinates out, and blocks that stay."""
+    """Interface of shrink methods, which choose the source coordinates and the blocks that stay."""
 
     def narrow(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
-        """Give index maps and stream scales for the target ``sizes``; raise PlanError for what the method cannot do."""
+        """Return index maps and stream scales for the target ``sizes``; raise PlanError for sizes that the method does not support."""
         ...
 
     def keep(self, n_source: int, n_target: int) -> LayerOrder:
-        """Give the blocks that stay; raise PlanError for what the method cannot do."""
+        """Return the blocks that stay; raise PlanError for a depth that the method does not support."""
         ...
 
 
 class DepthMethod(Protocol):
-    """Anything that can deepen."""
+    """Interface of depth methods."""
 
     def deepen(self, n_source: int, n_target: int) -> LayerOrder:
-        """Give the blocks of the target; raise PlanError for what the method cannot do."""
+        """Return the blocks of the target; raise PlanError for a depth that the method does not support."""
         ...

@@ -1,4 +1,4 @@
-"""Growth plans: what every target tensor is made of. Data only: no tensors, no device, no dtype."""
+"""Growth plans: the source tensors, index maps and scales of every target tensor. Plans hold data only: no tensor, device or dtype."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -14,10 +14,10 @@ from growkern.planning.plan_text import plan_text
 from growkern.planning.vector import Vector
 from growkern.support.renamed import renamed_attribute
 
-VERSION = 1  # of the JSON
+VERSION = 1  # of the JSON format
 PADS = "zero", "mean", "random_reader", "random_writer", "from_method"
-# what an element is that copies no source element: 0; the mean along the axis; random, where the axis reads the new coordinate or writes
-# it; or what the method writes
+# weight of an element that copies no source element: 0; the mean along the axis; random, for a reader or a writer of the new coordinate;
+# or the value that the method gives
 Pad = Literal["zero", "mean", "random_reader", "random_writer", "from_method"]
 Preserves = Literal["nothing", "function", "gradient", "trajectory"]
 KEPT: Mapping[Preserves, str] = {
@@ -29,16 +29,16 @@ KEPT: Mapping[Preserves, str] = {
 
 @dataclass(frozen=True)
 class AxisMap:
-    """How one axis grows. Shared by every tensor axis with the same use.
+    """How one axis grows. All tensor axes with the same use share one axis map.
 
     Attributes:
         index_map: Source coordinate of each target coordinate.
         weight_scale: Factor on the weight, per target coordinate.
         grad_scale: Factor on the gradient and on first-order state (squared on second-order state).
-        pad: What a weight is where nothing is copied.
-        noise: Strength of the twin noise along the axis.
-        drawn: Strength of noise where nothing is copied.
-        centred: True when the mean along the axis is subtracted from the weight first.
+        pad: Weight at coordinates that copy no source coordinate.
+        noise: Strength of the twin noise along the axis, in standard deviations of the weight.
+        drawn: Strength of the noise at coordinates that copy no source coordinate, in standard deviations of the weight.
+        centred: True when the weight is first centered: its mean along the axis is subtracted.
     """
 
     index_map: IndexMap
@@ -66,7 +66,7 @@ class AxisMap:
             )
 
     def times(self, factor: float, grad_factor: float) -> "AxisMap":
-        """The same with one more factor on the weight, and one on the gradient."""
+        """Return this axis map with one more factor on the weight, and one on the gradient."""
         weight = self.weight_scale.map(lambda x: x * factor)
         return replace(
             self,
@@ -76,7 +76,7 @@ class AxisMap:
 
     @cached_property
     def is_identity(self) -> bool:
-        """True when the axis is left as it is."""
+        """True when the axis does not change."""
         return (
             self.index_map.is_identity
             and self.weight_scale.uniform == 1
@@ -93,15 +93,15 @@ class TensorRow:
         source: Name of the source tensor.
         axes: Key of the axis map (in ``GrowthPlan.axes``) of each axis.
         new: True when the tensor belongs to a new block.
-        constant: The value of every element, for a tensor that copies nothing.
-        drawn: True when the model initialises the tensor itself, if it is a parameter; a buffer is copied.
-        state: ``"law"``: the source's optimizer state, grown. ``"fresh"``: none, so that its own step count starts at 0.
-        factor: On the weight, beside those of its axes.
-        grad_factor: On the gradient, likewise.
-        next_layer_source: Name of the source tensor, of one shape with ``source``, from which all but the first copies along
-            ``next_layer_axis`` are taken; None for ``source`` itself.
+        constant: Value of every element of a tensor that copies no source tensor; None for a tensor that does.
+        drawn: True when the model's own initialization draws the tensor, if it is a parameter; a buffer is copied.
+        state: ``"law"``: the source's optimizer state, grown. ``"fresh"``: no optimizer state; the tensor's step count starts at 0.
+        factor: Factor on the weight, besides the weight scales of the axes.
+        grad_factor: Factor on the gradient, besides the gradient scales of the axes.
+        next_layer_source: Name of the source tensor, of the same shape as ``source``, of all but the first copies along
+            ``next_layer_axis``; None if ``source`` is the source of all copies.
         next_layer_axis: See ``next_layer_source``.
-        offset: What the model adds to the tensor: the sum is what grows.
+        offset: Constant that the model adds to the tensor; the scales apply to the sum.
     """
 
     name: str
@@ -123,33 +123,34 @@ class TensorRow:
 
 @dataclass(frozen=True)
 class GrowthPlan:
-    """What a growth will do. Frozen, comparable, hashable, JSON both ways; the same inputs give the same plan everywhere.
+    """Everything a growth will do. Plans are frozen, comparable, hashable and convert to and from JSON; equal inputs give equal plans.
 
     Attributes:
-        family: Of the model.
+        family: Family of the model.
         source_sizes: Named sizes before.
         target_sizes: Named sizes after.
         width: The width method, as text.
         depth: The depth method, as text.
-        seed: Of all noise.
-        state: What becomes of optimizer state: one of ``growkern.optimizer.state_rules.STATES``.
-        dynamics: What becomes of learning rates: ``"mup"``, ``"exact"`` or None.
+        seed: Seed of the noise and of all drawn weights.
+        state: Mode of the optimizer state: one of ``growkern.planning.options.STATES``.
+        dynamics: Mode of the learning rates: ``"mup"``, ``"exact"`` or None.
         axes: Key -> axis map.
         tensors: One row per target tensor, in source order, block by block.
         blocks_path: Name of the module that holds the blocks.
         blocks: Target blocks in order; empty when the model has none.
-        others: The same of further stacks: name of the module -> its target blocks.
-        ties: Name -> name of the same parameter under its first name, in the source.
+        others: Further stacks: name of the module that holds the blocks -> its target blocks in order.
+        ties: Name of a tied parameter -> first name of the same parameter, in the source.
         counters: Buffers that are 0, 1, ... n - 1 along their last axis.
         attributes: ``"module.attribute"`` of the target -> value.
-        rebuilt: Modules whose buffers are made anew from the target's config.
+        rebuilt: Modules whose buffers are recomputed from the target's config.
         eps: ``"module.attribute"`` of the target -> factor on a norm's epsilon.
         config: Config field -> value.
         config_lists: Config fields with one entry per block.
         config_eps: Config field and factor on it.
-        gradients_exact: True when every gradient of a target block is its source's, copied and scaled: nothing is drawn or 0.
+        gradients_exact: True when every gradient is the source's, copied and scaled, without noise, pads or scales of 0. New blocks do not
+            count.
         reasons: Why the function is not preserved; empty when it is.
-        notes: What the user should know.
+        notes: Notes for the user.
     """
 
     family: str
@@ -194,36 +195,36 @@ class GrowthPlan:
 
     @property
     def shrinks(self) -> bool:
-        """True when a size gets smaller: a plan for ``shrink_inplace``."""
+        """True when a size gets smaller, in a plan for ``shrink_inplace``."""
         return any(self.target_sizes[name] < n for name, n in self.source_sizes.items())
 
     @property
     def noisy(self) -> bool:
-        """True when twin noise is added or something copies nothing, so that the law does not say all of the gradient norm."""
+        """True when twin noise is added or an axis has pads, so that the law does not fully determine the gradient norm."""
         return any(axis.noise or axis.index_map.has_pads for axis in self.axes.values())
 
     @property
     def drawn(self) -> frozenset[str]:
-        """Names of the tensors that the model initialises itself."""
+        """Names of the tensors that the model's own initialization draws."""
         return frozenset(row.name for row in self.tensors if row.drawn)
 
     @property
     def function_preserving(self) -> bool:
-        """True when the target computes what the source computed."""
+        """True when the target computes the same function as the source."""
         return not self.reasons
 
     @property
     def preserves_text(self) -> str:
-        """``preserves`` as a sentence, with the reasons where it is nothing."""
+        """``preserves`` as text, with the reasons if the function is not preserved."""
         return KEPT.get(self.preserves, "not function preserving: " + "; ".join(self.reasons))
 
     @property
     def preserves(self) -> Preserves:
-        """What of the source lives on in the target; each holds those before it.
+        """The strongest property of the source that the growth preserves; each property implies the ones before it.
 
-        ``"function"``: what it computes. ``"gradient"``: every gradient is the source's, copied and scaled by ``grad_scale``; not
-        so where something is drawn, or starts as 0. ``"trajectory"``: with optimizer state and hyperparameters to match, every
-        step from here.
+        ``"function"``: the target computes the same function. ``"gradient"``: every gradient is the source's, copied and scaled by
+        ``grad_scale``; drawn or zero weights rule this out. ``"trajectory"``: optimizer state and hyperparameters match too, so that
+        every later step is the source's.
         """
         if self.reasons:
             return "nothing"
@@ -234,7 +235,7 @@ class GrowthPlan:
         return "trajectory" if self.state == self.dynamics == "exact" else "gradient"
 
     def axis_maps(self, row: TensorRow) -> tuple[AxisMap, ...]:
-        """The axis maps of a tensor, its own factor on the first."""
+        """Return the axis maps of a tensor; the first one includes the tensor's own factors."""
         axes = tuple(self.axes[key] for key in row.axes)
         if row.factor == row.grad_factor == 1 or not axes:
             return axes
@@ -246,14 +247,14 @@ class GrowthPlan:
         return tuple(m.n_source for m in maps), tuple(m.n_target for m in maps)
 
     def scales(self, row: TensorRow) -> tuple[float | None, float | None]:
-        """Weight scale ``s`` and gradient scale ``a`` of a tensor; None where they are not one number."""
+        """Weight scale ``s`` and gradient scale ``a`` of a tensor; None for a scale that is not uniform."""
         axes = self.axis_maps(row)
         return _product([axis.weight_scale.uniform for axis in axes]), _product(
             [axis.grad_scale.uniform for axis in axes]
         )
 
     def changes(self, row: TensorRow) -> bool:
-        """True when the tensor is not left exactly as it is."""
+        """True when the growth changes the tensor or makes a new one."""
         return (
             row.new
             or row.constant is not None
@@ -261,19 +262,19 @@ class GrowthPlan:
         )
 
     def to_json(self) -> str:
-        """Write the plan as JSON."""
+        """Return the plan as JSON."""
         return json.dumps({"version": VERSION} | _fields(self), sort_keys=True, default=_fields)
 
     @staticmethod
     def from_json(text: str) -> "GrowthPlan":
-        """Read a plan that ``to_json`` wrote, here or in an earlier version; a field that it lacks takes its default.
+        """Read a plan that ``to_json`` of this or an earlier version wrote; a missing field takes its default.
 
         Raises:
-            PlanError: Anything else; a plan of a later version; a field that is unknown, or lacks and has no default.
+            PlanError: The text is not a plan, or the plan is of a later version, has an unknown field, or lacks a field without default.
         """
         try:
             data = json.loads(text)
-            version = data.pop("version", 0)  # 0.1 wrote none
+            version = data.pop("version", 0)  # growkern 0.1 wrote no version
             if version not in range(VERSION + 1):
                 raise PlanError(
                     f"this plan is of version {version!r}, and this growkern reads versions up to {VERSION}: install the growkern "
@@ -304,7 +305,7 @@ def _fields(one: Any) -> dict[str, Any]:
 
 
 def _check_types(plan: GrowthPlan) -> None:
-    """Raise TypeError for a value that no plan holds there."""
+    """Raise TypeError for a value of the wrong type."""
     number, text = (int, float), (str,)
     mappings: dict[str, tuple[type, ...]] = {
         **dict.fromkeys(("source_sizes", "target_sizes"), (int,)),
@@ -336,7 +337,7 @@ def _check_types(plan: GrowthPlan) -> None:
 
 
 def _renamed(data: dict[str, Any]) -> dict[str, Any]:
-    """A plan of growkern 0.1, under the names of version 1."""
+    """Rename the fields and pads of a plan of growkern 0.1 to those of version 1."""
     old = {"lawful": "gradients_exact", "path": "blocks_path", "rows": "tensors"}
     data = {old.get(key, key): value for key, value in data.items()}
     old = {"upper": "next_layer_source", "upper_axis": "next_layer_axis"}
@@ -372,7 +373,7 @@ def _axis_from_json(data: dict[str, Any]) -> AxisMap:
     return AxisMap(**data)
 
 
-FIELDS: dict[str, Callable[[Any], Any]] = {  # what JSON has no type for
+FIELDS: dict[str, Callable[[Any], Any]] = {  # decoders of types that JSON lacks
     **dict.fromkeys(("config_lists", "counters", "rebuilt", "reasons", "notes"), tuple),
     "axes": lambda axes: {key: _axis_from_json(axis) for key, axis in axes.items()},
     "tensors": _rows_from_json,

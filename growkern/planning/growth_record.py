@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a growth: the few hundred bytes from which its plan can be made again, and a digest that holds it to it."""
+"""Records of growths in checkpoints: the few hundred bytes from which a plan can be made again, and a digest to check the plan."""
 
 import json
 from collections.abc import Mapping
@@ -15,18 +15,18 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class GrowthRecord:
-    """A growth on record: what was asked for, not what it made of every tensor. JSON both ways.
+    """Record of a growth: the request, without the rows of the plan. ``to_json`` writes a record and ``read`` reads it.
 
     Attributes:
         family: Family of the model.
         source_sizes: Named sizes before.
-        to: Named sizes after, of those that changed.
-        width: Width method, or the method that shrinks, as text.
+        to: Named sizes after, for the sizes that changed.
+        width: Width method, or shrink method, as text.
         depth: Depth method, as text.
-        seed: Seed of the noise and of what is drawn.
-        state: What became of the optimizer state.
-        dynamics: What became of the learning rates.
-        digest: Of the plan, without its notes (``digest``).
+        seed: Seed of the noise and of all drawn weights.
+        state: Mode of the optimizer state.
+        dynamics: Mode of the learning rates.
+        digest: Digest of the plan, without notes and reasons (see ``digest``).
     """
 
     family: str
@@ -41,7 +41,7 @@ class GrowthRecord:
 
     @staticmethod
     def of(plan: GrowthPlan) -> "GrowthRecord":
-        """The record of a plan."""
+        """Make the record of a plan."""
         same = ("family", "source_sizes", "width", "depth", "seed", "state", "dynamics")
         sizes = plan.target_sizes.items()
         to = {name: n for name, n in sizes if plan.source_sizes[name] != n}
@@ -60,22 +60,22 @@ class GrowthRecord:
         return any(self.target_sizes[name] < n for name, n in self.source_sizes.items())
 
     def to_json(self) -> str:
-        """Write the record as JSON."""
+        """Return the record as JSON."""
         return json.dumps({"version": VERSION} | asdict(self), sort_keys=True)
 
 
 def digest(plan: GrowthPlan) -> str:
-    """32 hexadecimal digits of all that a plan does; its notes and its reasons, which are text, are left out."""
+    """Return 32 hexadecimal digits that identify a plan; its notes and reasons, which are text, do not count."""
     return sha256(replace(plan, notes=(), reasons=()).to_json().encode()).hexdigest()[:32]
 
 
 def digest_of(growth: GrowthPlan | GrowthRecord) -> str:
-    """The digest of a plan, or the one on record."""
+    """Return the digest of a plan, or the recorded digest of a record."""
     return growth.digest if isinstance(growth, GrowthRecord) else digest(growth)
 
 
 def _check(record: GrowthRecord) -> None:
-    """Raise ValueError for fields of other types, and for sizes that no model has."""
+    """Raise ValueError for fields of the wrong type, and for sizes that no model has."""
     texts = record.family, record.width, record.depth, record.state, record.digest
     if not all(isinstance(text, str) for text in (*texts, record.dynamics or "")):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError("a family, a method, a state or a digest is no text")
@@ -91,10 +91,10 @@ def _check(record: GrowthRecord) -> None:
 
 
 def read(text: str) -> GrowthPlan | GrowthRecord:
-    """Read an entry of a history: a record, or a whole plan (of a method that text cannot say, or of growkern 0.1).
+    """Read an entry of a growth history: a record, or a whole plan (of a method that text cannot represent, or of growkern 0.1).
 
     Raises:
-        PlanError: It is neither.
+        PlanError: The text is neither a record nor a plan, or has a version that this growkern cannot read.
     """
     try:
         data: Any = json.loads(text)

@@ -1,6 +1,6 @@
-"""Index maps as runs: which source coordinate each target coordinate copies, without tensors.
+"""Index maps as runs: the source coordinate that each target coordinate copies, without tensors.
 
-An index map sends target coordinate ``i`` to the source coordinate ``g(i)`` it copies, or to no one (a pad). It is stored as
+An index map sends target coordinate ``i`` to the source coordinate ``g(i)`` that it copies, or to none (a pad). The map is stored as
 runs ``(target, length, source)``: contiguous in the target and in the source, so a run is a slice on both sides.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from growkern.errors import PlanError
 from growkern.planning.vector import Vector, merged
 
-PAD = -1  # source of a run of target coordinates that copy nothing
+PAD = -1  # source of a run of target coordinates that copy no source coordinate
 
 
 class Run(NamedTuple):
@@ -26,18 +26,18 @@ class Run(NamedTuple):
 
     @property
     def span(self) -> tuple[int, int]:
-        """First target coordinate, and the one after the last."""
+        """First target coordinate, and last target coordinate + 1."""
         return self.target, self.target + self.length
 
 
 @dataclass(frozen=True)
 class IndexMap:
-    """Where each target coordinate of a space or an axis comes from.
+    """The source coordinate of each target coordinate of a space or an axis.
 
     Attributes:
         n_source: Source size in coordinates.
         n_target: Target size in coordinates.
-        runs: In target order, without gaps or overlaps; ``source`` is ``PAD`` where nothing is copied.
+        runs: Runs in target order, without gaps or overlaps; ``source`` is ``PAD`` for a run of pads.
     """
 
     n_source: int
@@ -71,7 +71,7 @@ class IndexMap:
 
     @staticmethod
     def padded(n_source: int, n_target: int) -> "IndexMap":
-        """As many whole copies as fit; the rest are pads."""
+        """Return as many whole copies of the source as fit, followed by pads."""
         n_copied = n_target // n_source * n_source
         runs = IndexMap.cyclic(n_source, n_copied).runs
         return IndexMap(
@@ -82,14 +82,14 @@ class IndexMap:
 
     @staticmethod
     def tail(n_source: int, n_target: int) -> "IndexMap":
-        """One copy, and pads behind it."""
+        """Return one copy of the source, followed by pads."""
         copied = IndexMap.identity(n_source).runs
         pads = (Run(n_source, n_target - n_source, PAD),) if n_target > n_source else ()
         return IndexMap(n_source, n_target, (*copied, *pads))
 
     @staticmethod
     def drawn(n_source: int, n_target: int, seed: str) -> "IndexMap":
-        """One copy, and uniform draws behind it (Net2Net, bert2BERT); equal seeds give equal maps everywhere."""
+        """Return one copy of the source, followed by uniform draws (Net2Net, bert2BERT); equal seeds give equal maps on every machine."""
         draw = Random(seed)
         more = [draw.randrange(n_source) for _ in range(n_target - n_source)]
         return IndexMap.of([*range(n_source), *more], n_source)
@@ -115,7 +115,7 @@ class IndexMap:
 
     @cached_property
     def segments(self) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
-        """Source stretches whose coordinates are copied alike, in order: source, length, target start of every copy."""
+        """Segments of the source that are copied as a whole, in order: source start, length, target start of every copy."""
         copying = [run for run in self.runs if run.source != PAD]
         ends = (run.source + run.length for run in copying)
         bounds = sorted({0, self.n_source, *(run.source for run in copying), *ends})
@@ -130,7 +130,7 @@ class IndexMap:
 
     @cached_property
     def by_count(self) -> dict[int, tuple[list[int], list[list[int]]]]:
-        """Number of copies -> source coordinates that are copied so often, and for every copy their target coordinates."""
+        """Number of copies -> source coordinates with this many copies, and a list of their target coordinates for every copy."""
         targets: list[list[int]] = [[] for _ in range(self.n_source)]
         for i, j in enumerate(self.indices):
             if j != PAD:
@@ -146,22 +146,22 @@ class IndexMap:
 
     @property
     def counts(self) -> Vector:
-        """Per source coordinate, how many target coordinates copy it."""
+        """Number of copies of each source coordinate."""
         return merged((len(targets), n) for _, n, targets in self.segments)
 
     @cached_property
     def is_identity(self) -> bool:
-        """True when nothing moves and nothing is added."""
+        """True when the sizes are equal and every coordinate copies itself."""
         return self.n_source == self.n_target and all(run.target == run.source for run in self.runs)
 
     @property
     def has_pads(self) -> bool:
-        """True when some target coordinate copies nothing."""
+        """True when some target coordinate copies no source coordinate."""
         return any(run.source == PAD for run in self.runs)
 
     @property
     def copied(self) -> tuple[slice, ...]:
-        """Where target coordinates copy something."""
+        """Slices of the target coordinates that copy a source coordinate."""
         spans = list[slice]()
         for run in self.runs:
             if run.source != PAD:
@@ -172,11 +172,11 @@ class IndexMap:
         return tuple(spans)
 
     def per_copy(self, function: Callable[[int], float], pad: float) -> Vector:
-        """``function(C(g(i)))`` for every target coordinate ``i``; ``pad`` where it copies nothing."""
+        """Return ``function(C(g(i)))`` for every target coordinate ``i``, ``C`` being the number of copies; ``pad`` for pads."""
         return self.by_copy(lambda _, count: function(count), pad)
 
     def by_copy(self, function: Callable[[int, int], float], pad: float) -> Vector:
-        """``function(k, C(g(i)))`` for the ``k``-th copy, from 0 on; ``pad`` where nothing is copied."""
+        """Return ``function(k, C(g(i)))`` for the ``k``-th copy, from 0 on; ``pad`` for pads."""
         if self.is_identity:
             return Vector.full(function(0, 1), self.n_target)
         values = [
@@ -186,7 +186,7 @@ class IndexMap:
         return merged((value, n) for _, n, value in sorted([*values, *pads]))
 
     def first_copies(self) -> "IndexMap":
-        """The same with pads in place of all but the first copy of every source coordinate."""
+        """Return this map with pads in place of all but the first copy of every source coordinate."""
         found = [(run.target, run.length, PAD) for run in self.runs if run.source == PAD]
         for source, n, (first, *others) in ((j, n, ts) for j, n, ts in self.segments if ts):
             found += [(first, n, source), *((other, n, PAD) for other in others)]
@@ -194,14 +194,14 @@ class IndexMap:
         return IndexMap(self.n_source, self.n_target, runs)
 
     def where(self, kept: Vector) -> "IndexMap":
-        """The same with pads in place of coordinates whose entry is 0."""
+        """Return this map with pads in place of coordinates whose entry in ``kept`` is 0."""
         if all(value for value, _ in kept.pieces):
             return self
         pairs = zip(self.indices, kept.expanded(), strict=True)
         return IndexMap.of((j if value else PAD for j, value in pairs), self.n_source)
 
     def product(self, inner: "IndexMap") -> "IndexMap":
-        """The map of a row-major product of two spaces: coordinate ``i * inner.n + j``."""
+        """Return the map of a row-major product of two spaces: coordinate ``i * inner.n + j``."""
         if self == ONE or inner == ONE:
             return inner if self == ONE else self
         n_source, n_target = inner.n_source, inner.n_target
@@ -237,7 +237,7 @@ def _joined(runs: Iterable[Run]) -> tuple[Run, ...]:
 
 
 def concat_maps(maps: Sequence[IndexMap]) -> IndexMap:
-    """The map of an axis that holds several segments one after the other (fused q, k, v)."""
+    """Return the map of an axis that concatenates several segments (fused q, k, v)."""
     runs: list[Run] = []
     n_source = n_target = 0
     for m in maps:
@@ -249,9 +249,9 @@ def concat_maps(maps: Sequence[IndexMap]) -> IndexMap:
 
 
 def pair_copies(m: IndexMap) -> tuple[Vector, IndexMap]:
-    """Pair the copies of each source coordinate: per target coordinate a sign (1, -1, 0) and the first of its pair.
+    """Pair the copies of each source coordinate; return a sign (1, -1, 0) per target coordinate, and the map to the first of its pair.
 
-    Noise with these signs, drawn once per pair, sums to zero over the copies of every coordinate. An odd copy has sign 0.
+    Noise with these signs, drawn once per pair, sums to zero over the copies of every coordinate. A copy without partner has sign 0.
     """
     found = [(run.target, run.length, 0.0, run.target) for run in m.runs if run.source == PAD]
     for _, n, targets in m.segments:

@@ -1,4 +1,4 @@
-"""What width methods share: sizes they grow, spaces and their norms, even splits, and what tied weights ask."""
+"""Helpers of width methods: sizes that a method grows, spaces and their norms, even splits, and scales of tied weights."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from growkern.planning.index_map import IndexMap
 from growkern.planning.vector import Vector
 
 GROWS = ("hidden", "heads", "kv_heads", "ffn", "positions")
-INNER = ("head_dim", "experts")  # what only the default grows
+INNER = ("head_dim", "experts")  # sizes that only width.Lossless grows
 OTHERS = dict.fromkeys((*GROWS, *INNER, "top_k"), "width.Lossless") | {"vocab": "growkern.vocab"}
 
 
@@ -25,18 +25,18 @@ class Space(NamedTuple):
 
     @property
     def size(self) -> str:
-        """What users call it."""
+        """Name of the size for users."""
         name = self.name.partition(".")[0]
         return SIZE_OF_SPACE.get(name, name)
 
     @property
     def same(self) -> bool:
-        """True when it does not grow."""
+        """True when the space does not grow."""
         return self.n_target == self.n_source
 
     @property
     def whole(self) -> bool:
-        """True when the target is a whole multiple."""
+        """True when the target is a whole multiple of the source."""
         return self.n_target % self.n_source == 0
 
 
@@ -47,7 +47,7 @@ def refuse(
     problems: Iterable[str] = (),
     grows: Sequence[str] = GROWS,
 ) -> None:
-    """Raise PlanError for sizes that a method does not grow, and for its other problems."""
+    """Raise PlanError for sizes that the method ``who`` does not grow, and for its other problems."""
     deep = {"layers", *(stack.size for stack in spec.stacks)}
     found = [
         f"{name}: {who} does not grow it ({spec.sizes[name]} -> {n}); it grows {', '.join(grows)}"
@@ -63,14 +63,14 @@ def refuse(
 
 
 def splits(spec: ModelSpec, sizes: Mapping[str, int]) -> int:
-    """How many kv heads take the queries of one: more than 1 where kv heads grow and heads do not."""
+    """Return the number of kv heads that divide the queries of one source kv head: more than 1 if kv heads grow and heads do not."""
     if "kv_heads" not in sizes or sizes["heads"] != spec.sizes["heads"]:
         return 1
     return sizes["kv_heads"] // spec.sizes["kv_heads"]
 
 
 def spaces(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[Space]:
-    """Every space."""
+    """Yield every space of the model."""
     norms = {norm.reads: norm.kind for _, _, norm in spec.norms()}
     for name, streams in spec.spaces.items():
         kinds = {norms[stream] for stream in streams if stream in norms}
@@ -78,18 +78,18 @@ def spaces(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[Space]:
 
 
 def normed(spec: ModelSpec) -> set[str]:
-    """The streams that norms read, and those that join them once the model has multiplied them."""
+    """Return the streams that norms read, and the streams that the model multiplies by a power of a size."""
     return {*(norm.reads for _, _, norm in spec.norms()), *spec.powers}
 
 
 def even(index_map: IndexMap) -> StreamScale:
-    """Copies as they are, and readers divided by their number: ``w = 1``, ``u = 1 / C``."""
+    """Return the scale of an even split: copies are not scaled, readers are divided by the number of copies: ``w = 1``, ``u = 1 / C``."""
     w = Vector.full(1.0, index_map.n_target)
     return StreamScale(w, index_map.per_copy(lambda count: 1 / count, pad=1.0))
 
 
 def positions(index_map: IndexMap) -> StreamScale:
-    """More positions: theirs is the mean of the others until they are trained."""
+    """Return the scale of positions: a new position starts as the mean of the others."""
     ones = Vector.full(1.0, index_map.n_target)
     return StreamScale(ones, ones, "mean")
 
@@ -100,9 +100,9 @@ def solve_ties(
     maps: Mapping[str, IndexMap],
     stream_scales: dict[str, StreamScale],
 ) -> None:
-    """A tied tensor has one scale: where it writes one stream and reads another, the reader's scale takes it back.
+    """Set the scales of streams that tied tensors read: a tied tensor that writes one stream and reads another has only one scale.
 
-    (Tied head: the factor 1/C goes into the final norm, which writes the stream the head reads.)
+    For a tied head, the factor 1/C goes into the final norm, which writes the stream that the head reads.
     """
     factors = writer_corrections(spec, sizes)
     for stream, origin in tied_streams(spec):
@@ -120,10 +120,10 @@ def solve_ties(
 
 
 def tied_streams(spec: ModelSpec) -> Iterator[tuple[str, str]]:
-    """The streams that a tied tensor reads and writes.
+    """Yield the stream that a tied tensor reads and the stream that it writes.
 
     Raises:
-        PlanError: They are one.
+        PlanError: The two streams are the same.
     """
     for tied, first in spec.ties.items():
         for use, other in zip(spec.tensors[tied], spec.tensors[first], strict=True):

@@ -1,4 +1,4 @@
-"""Methods as text, such as ``"HyperClone(noise_db=10)"``: read into objects, and nothing is evaluated."""
+"""Make method objects from text such as ``"HyperClone(noise_db=10)"``, without evaluating the text as code."""
 
 import ast
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from growkern.errors import PlanError
 
 
 def parsed(text: str) -> ast.expr:
-    """Parse an expression; raise PlanError for what is none."""
+    """Parse an expression; raise PlanError for text that is not an expression."""
     try:
         return ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -17,15 +17,15 @@ def parsed(text: str) -> ast.expr:
 
 
 def method_of(tree: ast.expr, text: str, known: Mapping[str, type]) -> object:
-    """Make the method that an expression names or calls with literals.
+    """Make the method that an expression names, or calls with literal arguments.
 
     Args:
-        tree: The expression, or a part of it.
-        text: What the user wrote, for error messages.
-        known: Name -> class.
+        tree: Syntax tree of the name or the call.
+        text: Text that the user wrote, for error messages.
+        known: Name of a method -> class.
 
     Raises:
-        PlanError: An unknown name, an argument that is no literal, or one that the class does not take.
+        PlanError: An unknown name, an argument that is not a literal, or an argument that the class does not accept.
     """
     call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
     if not isinstance(call.func, ast.Name):
@@ -49,14 +49,14 @@ def method_of(tree: ast.expr, text: str, known: Mapping[str, type]) -> object:
 
 
 def unreadable(text: str) -> PlanError:
-    """The error for a text that names no method."""
+    """Return the error for a text that names no method."""
     return PlanError(
         f"cannot read {text!r}: the name of a method, with arguments that are plain values, such as HyperClone(noise_db=10)."
     )
 
 
 def _fits(value: object, hint: Any) -> bool:
-    """True where a literal is of the type that a method's field has."""
+    """True when a value matches the type hint of a method's field."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in inner)

@@ -1,4 +1,4 @@
-"""What a plan may say of optimizer state and of learning rates."""
+"""Modes of the optimizer state (``state=``) and of the learning rates (``dynamics=``)."""
 
 STATES = ("exact", "copy", "asymmetric", "zero_pad", "drop")
 

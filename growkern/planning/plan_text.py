@@ -1,4 +1,4 @@
-"""A growth plan for a reader: ``print(plan)``."""
+"""Text of a growth plan, for ``print(plan)``."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def plan_text(plan: "GrowthPlan") -> str:
-    """Sizes, new blocks, a line for every kind of tensor, what is preserved, and notes."""
+    """Format a plan: sizes, new blocks, a line for every kind of tensor, the preserved property, and notes."""
     grown = [(k, n, plan.target_sizes[k]) for k, n in plan.source_sizes.items()]
     parts = [
         f"Shrink plan for {plan.family}: {plan.width}, state {plan.state!r}, dynamics {plan.dynamics!r}"

@@ -1,4 +1,4 @@
-"""From what a user asks (``"2x"``, ``{"hidden": 1024}``) to the target size of every named size."""
+"""Resolve the user's request (``"2x"``, ``{"hidden": 1024}``) to the target of every named size."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -9,17 +9,17 @@ from operator import index
 from growkern.errors import PlanError, raise_all
 from growkern.model.spec import ModelSpec
 
-WIDTHS = ("hidden", "heads", "kv_heads", "ffn")  # what "2x" means; the rest grows when it is named
-MAX_SIZE = 1 << 18  # beyond any model: a slip of the finger must not fill the host's memory
+WIDTHS = ("hidden", "heads", "kv_heads", "ffn")  # sizes that "2x" grows; others grow if named
+MAX_SIZE = 1 << 18  # larger than any model: a typo must not fill the host's memory
 MAX_LAYERS = 1 << 12
 Target = str | Mapping[str, int | str]
 
 
 def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[str, int]:
-    """Work out every target size.
+    """Return every target size.
 
-    What is not named follows ``hidden``: ffn, heads and kv heads grow in proportion where that is whole (heads and kv heads
-    together, groups intact), else stay; everything else stays.
+    Sizes that are not named follow ``hidden``: ffn, heads and kv heads grow in proportion if the result is whole (heads and kv heads
+    together, with groups of unchanged size), else stay. All other sizes stay.
 
     Args:
         spec: Description of the source model.
@@ -27,11 +27,11 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
         shrink: True for targets below the source, False for those above.
 
     Returns:
-        Every size of ``spec.sizes`` at its target.
+        The target of every size of ``spec.sizes``.
 
     Raises:
-        PlanError: An unknown size name, a factor or target that is not whole, on the wrong side of the source, or that the
-            model cannot express, with the nearest sizes; every reason at once.
+        PlanError: A size name is unknown, or a target is not whole, is on the wrong side of the source, or is impossible in the
+            model. The error lists every problem, with the nearest possible sizes.
     """
     if not isinstance(to, str | Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PlanError(
@@ -66,7 +66,7 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
 
 
 def _groups(source: Mapping[str, int], target: Mapping[str, int], shrink: bool) -> Iterator[str]:
-    """Say what stands against the target's heads over its kv heads."""
+    """Yield the problems of the target's ratio of heads to kv heads."""
     heads, kv_heads, group = (
         target["heads"],
         target["kv_heads"],
@@ -78,7 +78,7 @@ def _groups(source: Mapping[str, int], target: Mapping[str, int], shrink: bool) 
         )
         return
     change = heads // kv_heads - group
-    split = not kv_heads % source["kv_heads"] and heads == source["heads"]  # kv heads alone
+    split = not kv_heads % source["kv_heads"] and heads == source["heads"]  # only kv heads grow
     if change > 0 if shrink else change < 0 and not split:
         way_out = f"heads={kv_heads * group}" if shrink else f"kv_heads={source['kv_heads']}"
         yield (

@@ -1,4 +1,4 @@
-"""Vectors as run lengths: factors per coordinate, equal over long stretches."""
+"""Run-length encoded vectors: factors per coordinate that are equal over long stretches."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,25 +19,25 @@ class Vector:
 
     @staticmethod
     def full(value: float, n: int) -> "Vector":
-        """One value, ``n`` times."""
+        """Return a vector of one value, ``n`` times."""
         return Vector(((value, n),) if n else ())
 
     def __len__(self) -> int:
         return sum(length for _, length in self.pieces)
 
     def expanded(self) -> list[float]:
-        """All values, one by one."""
+        """Return all values as a list."""
         return [value for value, length in self.pieces for _ in range(length)]
 
     @cached_property
     def changes(self) -> dict[int, float]:
-        """Coordinate -> the value from there on."""
+        """First coordinate of each piece -> value of the piece."""
         starts = accumulate((length for _, length in self.pieces), initial=0)
         return {start: value for start, (value, _) in zip(starts, self.pieces, strict=False)}
 
     @property
     def uniform(self) -> float | None:
-        """The one value of all coordinates, or None when they differ."""
+        """The value that all coordinates have, or None when values differ."""
         values = {value for value, _ in self.pieces}
         return values.pop() if len(values) == 1 else None
 
@@ -46,7 +46,7 @@ class Vector:
         return merged((function(value), length) for value, length in self.pieces)
 
     def zip(self, other: "Vector", function: Callable[[float, float], float]) -> "Vector":
-        """Combine two vectors of one length, value by value."""
+        """Combine two vectors of equal length, value by value."""
         left, right = list(reversed(self.pieces)), list(reversed(other.pieces))
         pieces: list[tuple[float, int]] = []
         while left and right:
@@ -62,7 +62,7 @@ class Vector:
         return merged(pieces)
 
     def outer(self, inner: "Vector") -> "Vector":
-        """All products, row-major: ``out[i * len(inner) + j] = self[i] * inner[j]``."""
+        """Return all products, row-major: ``out[i * len(inner) + j] = self[i] * inner[j]``."""
         if len(self) == 1 and self.uniform == 1:
             return inner
         if inner.uniform is not None:
@@ -71,7 +71,7 @@ class Vector:
 
 
 def merged(pieces: Iterable[tuple[float, int]]) -> Vector:
-    """A vector of ``(value, length)`` pairs in order; neighbours of equal value become one."""
+    """Make a vector from ``(value, length)`` pairs in order; adjacent pairs of equal value are merged."""
     merged: list[tuple[float, int]] = []
     for value, length in pieces:
         if merged and merged[-1][0] == value:
@@ -82,5 +82,5 @@ def merged(pieces: Iterable[tuple[float, int]]) -> Vector:
 
 
 def concat_vectors(vectors: Sequence[Vector]) -> Vector:
-    """One vector after the other."""
+    """Concatenate vectors."""
     return merged(piece for vector in vectors for piece in vector.pieces)

@@ -1,1 +1,1 @@
-"""What knows nothing of growkern: memory, dtypes, interrupts, tensors by name, text, wrappers."""
+"""Helpers that import nothing else of growkern: memory, dtypes, interrupts, live objects, named tensors, renamed names, text, wrappers."""

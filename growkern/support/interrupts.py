@@ -1,4 +1,4 @@
-"""Ctrl-C while something is written: it waits, because half of it helps no one."""
+"""Delay SIGINT (Ctrl-C) during a write, so that the write completes or is rolled back."""
 
 import signal
 import threading
@@ -8,9 +8,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def uninterrupted() -> Generator[list[int], None, None]:
-    """Hold SIGINT back; give those that wait to raise KeyboardInterrupt, for who can still take back what was done.
+    """Delay SIGINT until the block ends.
 
-    A handler of the user's own is called when the block has ended, and SIGINT that is ignored stays so.
+    Yields the list of pending signals, so that the caller can still roll back and raise KeyboardInterrupt. If the user has installed a
+    handler, the list stays empty, and the handler is called when the block has ended. An ignored SIGINT stays ignored. Outside the main
+    thread, SIGINT is not delayed.
     """
     before = signal.getsignal(signal.SIGINT)
     interrupts: list[int] = []
@@ -30,5 +32,5 @@ def uninterrupted() -> Generator[list[int], None, None]:
         signal.signal(signal.SIGINT, before)
         if held and not done and held is not interrupts:
             signal.raise_signal(held[0])
-    if held:  # since the last look; what was written stays
+    if held:  # SIGINT arrived after the caller's last check: the writes stay
         signal.raise_signal(held[0])

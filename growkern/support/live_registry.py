@@ -1,8 +1,8 @@
-"""Which optimizers, modules and schedulers are alive, and which optimizer is inside ``step()``: known from the import of growkern on.
+"""Registry of live optimizers, modules and schedulers, and of optimizers inside ``step()``, from the import of growkern on.
 
-A scan of the heap costs 70 ms at a million objects, and does not see what ``gc.freeze()`` has put aside. So optimizers and
-schedulers are registered by a ``__new__`` of their base classes, which constructors, ``copy`` and ``pickle`` all call. Modules, which
-compiled code makes too (a slice of a ``ModuleList``), are registered by torch's hooks when they get a parameter or a submodule, and by
+A scan of the heap costs 70 ms at a million objects, and does not see objects that ``gc.freeze()`` has frozen. So a ``__new__`` of the
+base classes, which constructors, ``copy`` and ``pickle`` all call, registers optimizers and schedulers. Modules, which compiled code
+also makes (a slice of a ``ModuleList``), are registered by torch's registration hooks when they get a parameter or a submodule, and by
 ``__setstate__``, which ``copy`` and ``pickle`` call.
 """
 
@@ -43,11 +43,11 @@ class Live(NamedTuple):
 
     @staticmethod
     def now() -> "Live":
-        """List the optimizers, modules and schedulers of this process that are alive."""
+        """List the live optimizers, modules and schedulers of this process."""
         return Live(*([*_alive[kind].values()] for kind in KINDS))
 
     def collected(self) -> "Live":
-        """Empty these lists, collect unreachable reference cycles, and list what is still alive."""
+        """Empty these lists, collect unreachable reference cycles, and list the objects that are still alive."""
         for things in self:
             things.clear()
         gc.collect()
@@ -55,7 +55,7 @@ class Live(NamedTuple):
 
 
 def _register_instances(kind: type) -> None:
-    """Give a class the ``__new__`` that registers its instances; the next ``__new__`` in the MRO gets the arguments."""
+    """Give a class a ``__new__`` that registers its instances and passes its arguments to the next ``__new__`` in the MRO."""
 
     def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
         make: Any = super(kind, cls).__new__
@@ -73,7 +73,7 @@ def _register_module(module: nn.Module, *_: object) -> None:
 
 
 def _register_copies() -> None:
-    """Have modules that are copied or unpickled registered."""
+    """Register every module that is copied or unpickled."""
     set_state = cast(Any, nn.Module.__setstate__)
 
     @wraps(set_state)
@@ -85,7 +85,7 @@ def _register_copies() -> None:
 
 
 def _register_existing() -> None:
-    """Register what was made before the import, by one scan of the heap, of what is frozen too."""
+    """Register the objects made before the import, by one scan of the heap that includes frozen objects."""
     if frozen := gc.get_freeze_count() > 0:
         gc.unfreeze()
     kinds = {made: kind for kind in KINDS for made in _subclasses(kind)}
@@ -97,7 +97,7 @@ def _register_existing() -> None:
 
 
 def _subclasses(kind: type) -> Iterator[type]:
-    """A class and all that inherit from it."""
+    """Yield a class and all its subclasses."""
     yield kind
     for made in kind.__subclasses__():
         yield from _subclasses(made)
@@ -105,7 +105,7 @@ def _subclasses(kind: type) -> Iterator[type]:
 
 @dataclass
 class _Step:
-    """A call of ``Optimizer.step``: the frame that runs it (0 once its own work is done), and the hook that says so."""
+    """A call of ``Optimizer.step``: id (0 after the update) and code of the frame that runs it, and the post-hook that sets the id to 0."""
 
     frame: int
     code: CodeType
@@ -116,14 +116,14 @@ _steps: WeakKeyDictionary[Optimizer, _Step] = WeakKeyDictionary()
 
 
 def mid_step(optim: object) -> bool:
-    """True inside ``optim.step()`` before its own work is done: in its pre-hooks, and in a closure."""
+    """True inside ``optim.step()`` before the update is done: in a pre-hook or a closure."""
     step = _steps.get(optim) if isinstance(optim, Optimizer) else None
     frame = _getframe(1)
     while step is not None and step.frame and frame is not None:
         if (id(frame), frame.f_code) == (
             step.frame,
             step.code,
-        ):  # a step that raised has left the stack
+        ):  # the frame of a step that raised is off the stack
             return True
         frame = frame.f_back
     return False
@@ -137,7 +137,7 @@ def _begin_step(optim: Optimizer, *_: object) -> None:
         step = _Step(0, frame.f_code, optim.register_step_post_hook(_end_step))
         _steps[optim] = step
     hooks = cast("OrderedDict[int, Any]", step.done.hooks_dict_ref())
-    hooks.move_to_end(step.done.id, last=False)  # before the post-hooks of others, which may grow
+    hooks.move_to_end(step.done.id, last=False)  # runs before other post-hooks, which may grow
     step.frame, step.code = id(frame), frame.f_code
 
 

@@ -1,4 +1,4 @@
-"""Memory: what is free, and where a source waits for the growth to succeed when it cannot wait on its device."""
+"""Free memory of a device, and backups of source tensors on the host or on disk until the growth has succeeded."""
 
 import ctypes
 import sys
@@ -15,16 +15,16 @@ from torch import Tensor
 
 Backup = Callable[
     [Tensor], Callable[[], Tensor]
-]  # takes a tensor that is about to be replaced; gives the way to have it back
+]  # takes a tensor that is about to be replaced; returns a function that restores it
 
 
-MADV_PAGEOUT = 21  # of <linux/mman.h>, since 5.4; refused without harm before
+MADV_PAGEOUT = 21  # from <linux/mman.h>, since Linux 5.4; older kernels refuse it without harm
 CGROUPS = Path("/sys/fs/cgroup")
-CHUNK = 1 << 24  # bytes that go to a file, or come from it, at a time
+CHUNK = 1 << 24  # bytes per read or write of a file
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can be allocated on a device; None when that is not known. Of the host: what its container still allows, at most."""
+    """Return the bytes that can be allocated on a device; None if unknown. On the host, the limits of the container count too."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -45,12 +45,12 @@ def _host_free() -> int | None:
 
 
 def container_free(root: Path = CGROUPS, process: Path = Path("/proc/self/cgroup")) -> int | None:
-    """Bytes that the memory limits of this process's control groups leave; None where there is no limit.
+    """Return the bytes left under the memory limits of this process's control groups; None if no group has a limit.
 
     Args:
-        root: Where control groups are mounted: version 2, or version 1 with its folder ``memory``.
-        process: The groups of this process, as ``/proc/self/cgroup`` has them. Inside of a container the mount may begin at its own
-            group, so the root itself counts too.
+        root: Mount point of the control groups: of version 2, or of version 1 with its folder ``memory``.
+        process: File that lists the groups of this process, in the format of ``/proc/self/cgroup``. Inside a container, the mount may
+            begin at the container's own group, so the limit of the root counts too.
     """
     try:
         lines = [line.split(":", 2) for line in process.read_text().splitlines()]
@@ -74,12 +74,12 @@ def container_free(root: Path = CGROUPS, process: Path = Path("/proc/self/cgroup
 
 
 def _left(group: Path, limit: str, usage: str, cache: str) -> list[int]:
-    """What the limit of one control group leaves; file pages that nobody has read of late do not count as used."""
+    """Return the bytes left under the limit of one control group, if it has a limit; inactive file pages do not count as used."""
     try:
         allowed, used = ((group / name).read_text().strip() for name in (limit, usage))
         stat = (line.split() for line in (group / "memory.stat").read_text().splitlines())
         reclaimable = next((int(n) for name, n in stat if name == cache), 0)
-        if allowed == "max" or int(allowed) >= 1 << 60:  # version 1 has no word for no limit
+        if allowed == "max" or int(allowed) >= 1 << 60:  # version 1: a huge number is no limit
             return []
         return [max(0, int(allowed) - int(used) + reclaimable)]
     except (OSError, ValueError):
@@ -87,18 +87,18 @@ def _left(group: Path, limit: str, usage: str, cache: str) -> list[int]:
 
 
 def keep_on_device(tensor: Tensor) -> Callable[[], Tensor]:
-    """Keep a tensor where it is."""
+    """Keep a tensor on its device."""
     return lambda: tensor
 
 
 @contextmanager
 def offload() -> Generator[Backup, None, None]:
-    """Keep tensors of a GPU on the host, and those of the host in a temporary file, so that their memory is free at once."""
+    """Back up GPU tensors to the host and host tensors to a temporary file, so that their memory is free at once."""
     files = ExitStack()
     file: list[FileIO] = []
     kept: dict[
         int, Callable[[], Tensor]
-    ] = {}  # by storage: tensors that share one still do when they are back
+    ] = {}  # by storage: tensors that share a storage share it again when restored
 
     def keep(tensor: Tensor) -> Callable[[], Tensor]:
         raw, place = _raw(tensor), tensor.untyped_storage().data_ptr()
@@ -118,7 +118,7 @@ def offload() -> Generator[Backup, None, None]:
 
 
 def _raw(tensor: Tensor) -> Tensor:
-    """The bytes that lie under a tensor."""
+    """Return the storage of a tensor as a uint8 tensor."""
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
@@ -139,7 +139,7 @@ def _to_file(raw: Tensor, file: FileIO) -> Callable[[], Tensor]:
 
 
 def write_bytes(tensor: Tensor, file: FileIO) -> int:
-    """Write the elements of a tensor of the host to an unbuffered file, in order; give their number of bytes."""
+    """Write the elements of a host tensor to an unbuffered file, in order; return the number of bytes."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     parts: tuple[Tensor, ...] = torch.split(flat, CHUNK)
     for part in parts:
@@ -151,7 +151,7 @@ def write_bytes(tensor: Tensor, file: FileIO) -> int:
 
 
 def read_bytes(n_bytes: int, file: FileIO) -> Tensor:
-    """Read uint8 (n_bytes,) from an unbuffered file; raise OSError where it ends before."""
+    """Read uint8 (n_bytes,) from an unbuffered file; raise OSError if the file ends early."""
     found = torch.empty(n_bytes, dtype=torch.uint8)
     parts: tuple[Tensor, ...] = torch.split(found, CHUNK)
     for part in parts:
@@ -165,7 +165,7 @@ def read_bytes(n_bytes: int, file: FileIO) -> Tensor:
 
 
 def _chunk(n_bytes: int) -> tuple[memoryview, Tensor]:
-    """New memory that a file and a tensor share."""
+    """Allocate a buffer; return a memoryview of it and a uint8 tensor on it."""
     buffer = bytearray(n_bytes)
     return memoryview(buffer), torch.frombuffer(
         buffer, dtype=torch.uint8
@@ -173,18 +173,18 @@ def _chunk(n_bytes: int) -> tuple[memoryview, Tensor]:
 
 
 def trim() -> None:
-    """Give freed memory of the host back to the system."""
+    """Return freed host memory to the operating system."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def page_out(tensor: Tensor) -> None:
-    """Let the memory of a tensor that is mapped from a file go, as a hint: what is read again is read from the file again."""
+    """Hint to the kernel to reclaim the pages of a tensor that is mapped from a file; a later read loads the pages from the file again."""
     _advise(tensor, PAGESIZE, MADV_PAGEOUT)
 
 
 def _advise(tensor: Tensor, page: int, advice: int) -> None:
-    """Tell the system how the whole pages that a tensor of the host lies in are used; a hint, so a refusal is no failure."""
+    """Call ``madvise`` for the whole pages in the storage of a host tensor. The advice is a hint, so a refusal is not an error."""
     storage = tensor.untyped_storage()
     start = -(-storage.data_ptr() // page) * page
     end = (storage.data_ptr() + storage.nbytes()) // page * page

@@ -21,7 +21,7 @@ class Tensors:
     states: dict[str, dict[str, object]] = field(default_factory=dict[str, dict[str, object]])
 
     def all(self) -> Iterator[Tensor]:
-        """Every tensor."""
+        """Yield every tensor."""
         yield from self.values.values()
         yield from self.grads.values()
         yield from (
@@ -29,7 +29,7 @@ class Tensors:
         )
 
     def forget(self, name: str) -> None:
-        """Let the tensors of a name go."""
+        """Drop the references to the tensors of a name."""
         for tensors in (self.values, self.grads, self.states):
             tensors.pop(name, None)
 

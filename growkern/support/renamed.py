@@ -1,4 +1,4 @@
-"""Names that have changed: the old ones work for one release, with a warning."""
+"""Renamed arguments and attributes: the old names work for one release, with a DeprecationWarning."""
 
 import warnings
 from collections.abc import Callable
@@ -10,10 +10,10 @@ R = TypeVar("R")
 
 
 def renamed_arguments(**new_names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a function take keyword arguments by their old names: old -> new.
+    """Let a function accept keyword arguments by their old names. ``new_names`` maps old name -> new name.
 
     Raises:
-        TypeError: (of the function) An argument was passed by both names.
+        TypeError: (from a call of the decorated function) An argument was passed by both names.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -36,7 +36,7 @@ def renamed_arguments(**new_names: str) -> Callable[[Callable[P, R]], Callable[P
 
 
 def renamed_attribute(new: str) -> property:
-    """The old name of an attribute: it reads the new one."""
+    """Return a property for the old name of an attribute; the property reads the attribute ``new``."""
 
     def read(self: object) -> Any:
         _warn(f"this attribute of {type(self).__name__} is called {new} now", 3)

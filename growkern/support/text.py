@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Lay rows out in columns; numbers to the right."""
+    """Format rows as columns of text; columns of numbers are right-aligned."""
     cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
     right = [
         bool(rows) and all(isinstance(row[c], int | float) for row in rows)

@@ -1,8 +1,8 @@
-"""What is wrapped around models, optimizers and schedulers; told by class name, as no framework is imported."""
+"""Wrappers of models, optimizers and schedulers, identified by class name, so that no framework is imported."""
 
 from typing import Any
 
-WRAPPERS = {  # class in the MRO -> attribute that holds what is wrapped
+WRAPPERS = {  # class name in the MRO -> attribute that holds the wrapped object
     "AcceleratedOptimizer": "optimizer",
     "AcceleratedScheduler": "scheduler",
     "DistributedDataParallel": "module",
@@ -12,7 +12,7 @@ WRAPPERS = {  # class in the MRO -> attribute that holds what is wrapped
 
 
 def unwrapped(thing: Any) -> Any:
-    """The model, optimizer or scheduler inside wrappers, or the thing itself."""
+    """Return the model, optimizer or scheduler inside all wrappers, or the argument itself if it has no wrapper."""
     for kind in type(thing).__mro__:
         if kind.__name__ in WRAPPERS:
             return unwrapped(getattr(thing, WRAPPERS[kind.__name__]))
