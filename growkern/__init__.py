@@ -27,14 +27,14 @@ _LAZY = "accelerate", "hf", "lightning"
 
 
 def __getattr__(name: str) -> ModuleType:
-    """``growkern.hf``, ``growkern.lightning``, ``growkern.accelerate``: imported, with their framework, when first used."""
+    """Import ``growkern.hf``, ``growkern.lightning`` or ``growkern.accelerate``, with its framework, on first use."""
     if name in _LAZY:
         return import_module(f"growkern.integrations.{name}")
     raise AttributeError(f"module 'growkern' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    """Public names, and no machinery."""
+    """Return the public names only."""
     return sorted((*__all__, *_LAZY, "__version__"))
 
 

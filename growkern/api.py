@@ -1,4 +1,4 @@
-"""The public calls: each checks its arguments and makes a request, which the engine runs."""
+"""Public functions: each checks its arguments and builds a request, which the engine runs."""
 
 from collections.abc import Mapping, Sequence
 
@@ -48,27 +48,27 @@ def plan(
     state_rules: Mapping[str, int | None] | None = None,
     shrink: ShrinkMethod | None = None,
 ) -> GrowthPlan:
-    """Plan a growth, or a shrinking, without changing anything; ``print`` it to see every decision.
+    """Plan a growth or a shrinking without changing anything; ``print`` the plan to see every decision.
 
     Args:
         model: Source model.
-        optim: Its optimizer, to have its state checked too.
+        optim: Optimizer of the model; its state is checked too.
         to: ``"2x"``, ``"1.5x"`` (all widths), or a mapping from size name to an int or a factor.
         width: Width method; default ``width.Lossless()``.
         depth: Depth method; default ``depth.IdentityBlocks()``.
-        state: What becomes of optimizer state; see ``expand_inplace``.
-        dynamics: What becomes of learning rates; see ``expand_inplace``.
-        spec: Description of a model of your own.
-        seed: Of all noise; None for the number of growths before. Equal seeds give equal bits, on every machine.
-        master_weights: Of weights in lower precision; see ``expand_inplace``.
-        state_rules: Of an optimizer whose law is not known.
-        shrink: How to shrink, in place of ``width`` and ``depth``; ``to`` then names smaller sizes.
+        state: How optimizer state grows; see ``expand_inplace``.
+        dynamics: How learning rates follow the growth; see ``expand_inplace``.
+        spec: Description of a custom model.
+        seed: Seed of the noise; None: the number of earlier growths. Equal seeds give equal bits on every machine.
+        master_weights: Float32 copies of low-precision weights; see ``expand_inplace``.
+        state_rules: Rules for an optimizer without a known law; see ``expand_inplace``.
+        shrink: Shrink method, in place of ``width`` and ``depth``; ``to`` then names smaller sizes.
 
     Returns:
-        The plan; ``expand_inplace(..., plan=plan)`` runs it, or ``shrink_inplace``.
+        The plan; ``expand_inplace(..., plan=plan)`` or ``shrink_inplace(..., plan=plan)`` runs it.
 
     Raises:
-        PlanError: The growth cannot be planned; every reason at once, with the way out.
+        PlanError: The growth cannot be planned. The message lists every reason and a way out.
         UnsupportedModelError: See ``describe``.
         UnsupportedOptimizerError: The optimizer's state cannot be grown.
     """
@@ -114,55 +114,55 @@ def expand_inplace(
     """Grow a model and its optimizer in place, in the middle of training.
 
     Parameter objects keep their identity; weights, buffers, gradients in flight, optimizer state, param groups, module
-    attributes and config become those of the target. When anything fails, everything is bitwise as it was.
+    attributes and config become those of the target. The model gets its own copy of the config, so other models with the same
+    config object do not change. If the growth fails, everything is bitwise unchanged.
 
     Args:
         model: Source model; changed in place.
-        optim: Its optimizer; changed in place.
+        optim: Optimizer of the model; changed in place.
         to: ``"2x"``, ``"1.5x"`` (all widths), or a mapping from size name to an int or a factor: ``hidden, heads, kv_heads,
-            ffn, layers, ...``. What is not named follows ``hidden`` in proportion where that is whole.
-        width: Width method; default ``width.Lossless()``: exact, and what is new copies nothing where pads are exact.
+            ffn, layers, ...``. Unnamed widths follow ``hidden`` in proportion where the result is an integer.
+        width: Width method; default ``width.Lossless()``: exact, and new coordinates copy nothing where pads are exact.
         depth: Depth method; default ``depth.IdentityBlocks()``: exact.
-        state: What becomes of optimizer state. ``"exact"``: the dual law. ``"copy"``: gathered as it is. ``"asymmetric"``: the
-            first copy of every element keeps what it was, the others start from 0 (SPARKLING). ``"zero_pad"``: the same,
-            the first copy by the law. ``"drop"``: cleared.
-        dynamics: ``"mup"`` multiplies learning rates by the law's factor for good (decay per step stays): by splitting param
-            groups where it is one number per tensor and the scheduler was handed over, else by ``UpdateScale``.
-            ``"exact"`` keeps the run on the source's trajectory: learning rate, epsilon and decay, element by element, by
+        state: How optimizer state grows. ``"exact"``: scaled by the dual law. ``"copy"``: copied unscaled. ``"asymmetric"``: the
+            first copy of every element keeps the source's state unscaled, the other copies start from 0 (SPARKLING).
+            ``"zero_pad"``: the first copy is scaled by the law, the other copies start from 0. ``"drop"``: cleared.
+        dynamics: ``"mup"`` multiplies learning rates permanently by the law's factor (decay per step stays): by splitting param
+            groups where the factor is one number per tensor and the scheduler was passed, else by ``UpdateScale``.
+            ``"exact"`` keeps the run on the source's trajectory: it scales learning rate, epsilon and decay element by element, by
             ``UpdateScale`` (the optimizer's state then stays in the source's units) or by ``growkern.optim.AdamW`` itself.
-            None leaves learning rates alone and reports the factors.
-        spec: Description of a model of your own.
-        seed: Of all noise; None for the number of growths before this one, so that two do not draw the same.
-        backend: ``"triton"``, ``"torch"``, or None for triton on a GPU and torch elsewhere; ``"nan"`` changes structure alone,
-            and what is replaced is NaN (``resume``).
-        plan: A plan made before, in place of ``to``, ``width``, ``depth``, ``state``, ``dynamics`` and ``seed``.
-        scheduler: The learning-rate scheduler that drives ``optim``, or a list of them; they follow the split groups.
-        ema: Averages of the model (``AveragedModel``, or any module like ``model``), grown by the same plan; ``()`` when
-            those that are alive are of other models.
-        master_weights: Parameter -> the float32 copy that ``optim`` holds in its place, when weights are kept in lower precision;
-            those of new blocks are added to it.
-        state_rules: For an optimizer whose law is not known: state key -> order in the gradient (0: gathered as it is, 1, 2), None
-            for what is kept.
-        memory: ``"stage"`` computes every target beside the source, then swaps; ``"lean"`` goes tensor by tensor and keeps
-            replaced sources on the host (of a CPU: in a temporary file) for the undo; None takes the first that fits.
-
-    The model gets a config of its own (a changed copy), so other models built from the same config object stay whole.
+            None leaves learning rates unchanged and reports the factors.
+        spec: Description of a custom model.
+        seed: Seed of the noise; None: the number of earlier growths, so that successive growths draw different noise.
+        backend: ``"triton"``, ``"torch"``, or None for triton on a GPU and torch elsewhere. ``"nan"`` changes only the structure
+            and fills replaced tensors with NaN (for ``resume``).
+        plan: Plan from ``growkern.plan``, in place of ``to``, ``width``, ``depth``, ``state``, ``dynamics`` and ``seed``.
+        scheduler: The learning-rate scheduler that drives ``optim``, or a list of schedulers; each follows the split groups.
+        ema: Weight averages of the model (``AveragedModel``, or any module with the model's parameters), grown by the same plan;
+            ``()`` if every live ``AveragedModel`` averages another model.
+        master_weights: Mapping from parameter to the float32 copy that ``optim`` updates in place of the low-precision parameter;
+            the copies for new blocks are added to it.
+        state_rules: Rules for an optimizer without a known law: state key -> order in the gradient: 0 (copied unscaled), 1 (first
+            moment) or 2 (second moment); None for state that is kept.
+        memory: ``"stage"`` computes every target beside the source, then swaps. ``"lean"`` grows one parameter (with gradient and state) at
+            a time and keeps replaced sources on the host (for a model on the CPU: in a temporary file) for the rollback. None: the
+            first of these that fits.
 
     Returns:
-        What was done; ``print`` it.
+        The report; ``print`` it.
 
     Raises:
-        PlanError: The growth cannot be planned; every reason at once, with the way out.
+        PlanError: The growth cannot be planned. The message lists every reason and a way out.
         UnsupportedModelError: See ``describe``.
         UnsupportedOptimizerError: The optimizer's state cannot be grown.
-        InsufficientMemoryError: The growth does not fit, with the figures.
-        CommitError: The growth failed on its way and was taken back.
+        InsufficientMemoryError: The growth does not fit in memory. The message gives required and free memory.
+        CommitError: The growth failed and was rolled back.
 
     Example:
         >>> growkern.expand_inplace(model, optim, to={"hidden": 1024, "layers": 24})
 
     Reference:
-        The dual law of weights and gradients, README.md, "How it works".
+        The dual law of weights and gradients: README.md, "How it works".
     """
     model, optim = unwrapped(model), unwrapped(optim)
     _check_arguments(model, optim, plan, to, width, depth, state, dynamics, seed)
@@ -204,38 +204,38 @@ def shrink_inplace(
 ) -> GrowthReport:
     """Shrink a model and its optimizer in place, in the middle of training.
 
-    Parameter objects that stay keep their identity; those of dropped blocks leave the optimizer's groups and state. Groups
-    that a growth has split are made one again where their learning rates agree, and groups left empty are dropped, with their
-    entries in the schedulers, unless a scheduler that drives ``optim`` was not handed over. When anything fails, everything is
-    bitwise as it was.
+    Remaining Parameter objects keep their identity; parameters of dropped blocks leave the param groups and the optimizer
+    state. Param groups that a growth split are merged where their learning rates agree, and empty groups are removed together with
+    their scheduler entries, unless a live scheduler that drives ``optim`` was not passed. If the shrinking fails, everything is
+    bitwise unchanged.
 
     Args:
         model: Source model; changed in place.
-        optim: Its optimizer; changed in place.
+        optim: Optimizer of the model; changed in place.
         to: ``"0.5x"`` (all widths), or a mapping from size name to an int or a factor: ``hidden, heads, kv_heads, ffn, positions,
-            layers``. What is not named follows ``hidden`` in proportion where that is whole.
-        method: Default ``shrink.WeightSelection()``; ``shrink.FirstCopies()`` takes an even growth back. No method preserves the
-            function of a model that was not grown.
-        state: What becomes of optimizer state: ``"exact"``, ``"copy"`` or ``"drop"``; see ``expand_inplace``.
-        dynamics: What becomes of learning rates; to take a growth back, that of the growth.
-        spec: Description of a model of your own.
+            layers``. Unnamed widths follow ``hidden`` in proportion where the result is an integer.
+        method: Shrink method; default ``shrink.WeightSelection()``. ``shrink.FirstCopies()`` undoes an even growth. No method
+            preserves the function of a model that was not grown.
+        state: How optimizer state shrinks: ``"exact"``, ``"copy"`` or ``"drop"``; see ``expand_inplace``.
+        dynamics: How learning rates follow the shrinking; see ``expand_inplace``. To undo a growth, pass the growth's ``dynamics``.
+        spec: Description of a custom model.
         backend: See ``expand_inplace``.
-        plan: A plan made before (``growkern.plan(..., shrink=...)``), in place of ``to``, ``method``, ``state`` and ``dynamics``.
-        scheduler: The learning-rate scheduler that drives ``optim``, or a list of them; they follow its groups.
-        ema: Averages of the model; see ``expand_inplace``.
-        master_weights: Of weights in lower precision; those of dropped blocks are taken out of it.
-        state_rules: Of an optimizer whose law is not known.
+        plan: Plan from ``growkern.plan(..., shrink=...)``, in place of ``to``, ``method``, ``state`` and ``dynamics``.
+        scheduler: The learning-rate scheduler that drives ``optim``, or a list of schedulers; each follows the param groups.
+        ema: Weight averages of the model; see ``expand_inplace``.
+        master_weights: Float32 copies of low-precision weights; the copies for dropped blocks are removed from the mapping.
+        state_rules: Rules for an optimizer without a known law; see ``expand_inplace``.
         memory: See ``expand_inplace``.
 
     Returns:
-        What was done; ``print`` it.
+        The report; ``print`` it.
 
     Raises:
-        PlanError: The shrinking cannot be planned; every reason at once, with the way out.
+        PlanError: The shrinking cannot be planned. The message lists every reason and a way out.
         UnsupportedModelError: See ``describe``.
-        UnsupportedOptimizerError: The optimizer's state cannot be taken along.
+        UnsupportedOptimizerError: The optimizer's state cannot be shrunk.
         InsufficientMemoryError: The target does not fit beside the source.
-        CommitError: The shrinking failed on its way and was taken back.
+        CommitError: The shrinking failed and was rolled back.
 
     Example:
         >>> growkern.shrink_inplace(model, optim, to={"hidden": 512, "layers": 6})
@@ -277,7 +277,7 @@ def _check_arguments(
     model: object, optim: object, plan: object, to: object, width: object, depth: object, state: str,
     dynamics: object, seed: int | None,
 ) -> None:  # fmt: skip
-    """Raise for what is of the wrong kind, said twice, or asked for at the wrong time."""
+    """Raise for arguments of the wrong type, arguments given in addition to ``plan``, and a plan that shrinks."""
     _check_caller(model, plan)
     if not isinstance(plan, GrowthPlan):
         return
@@ -292,7 +292,7 @@ def _check_arguments(
 
 
 def _check_caller(model: object, plan: object) -> None:
-    """Raise for what is of the wrong kind."""
+    """Raise for a model or a plan of the wrong type."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"model: expected a torch.nn.Module, got {type(model).__name__}."

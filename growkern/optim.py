@@ -1,4 +1,4 @@
-"""Optimizers: ``AdamW``, torch's with factors per row and column of a parameter."""
+"""Optimizers: ``AdamW``, torch's AdamW with factors per row and per column of a parameter."""
 
 from growkern.optimizer.adamw import AdamW
 

@@ -1,4 +1,4 @@
-"""Methods of ``shrink_inplace``: which coordinates and which blocks of the source stay, and what that does to their scales."""
+"""Shrink methods: each selects source coordinates and source blocks to keep, and gives the stream scales of the target."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,11 +17,12 @@ SHRINKS = ("hidden", "heads", "kv_heads", "ffn", "positions", "layers")
 
 @dataclass(frozen=True)
 class WeightSelection:
-    """Keep evenly spaced coordinates of every space, as they are, and the first layers.
+    """Keep evenly spaced coordinates of every space, unscaled, and the first layers.
 
     Coordinate ``i`` of ``n`` keeps source coordinate ``i * N / n`` of ``N`` where ``n`` divides ``N``, else ``i * (N - 1) / (n - 1)``,
-    rounded (halves to even). Gradients and state are those of what is kept. The paper takes each axis of each tensor by itself;
-    here a coordinate is one of a space, so heads stay whole and fused q, k and v agree. The first positions stay.
+    rounded (halves to even). Kept elements keep their gradients and optimizer state. The paper selects along each axis of each
+    tensor separately; WeightSelection selects coordinates of a space, so heads stay whole and fused q, k and v agree. Of the
+    positions, the first are kept.
 
     Args:
         layers: The source layers to keep, in order; None for the first.
@@ -46,24 +47,24 @@ class WeightSelection:
         return _narrowed(spec, sizes, _spaced, lambda _: 1.0, reasons)
 
     def keep(self, n_source: int, n_target: int) -> LayerOrder:
-        """Give the blocks that stay; raise PlanError where ``layers`` are not as many, or not in a model of this depth."""
+        """Give the kept blocks; raise PlanError unless ``layers`` names ``n_target`` source layers in ascending order."""
         return _kept(self.layers, n_source, n_target, "WeightSelection")
 
 
 @dataclass(frozen=True)
 class FirstCopies:
-    """Keep the first copy of every coordinate, and multiply its readers by the number of copies: an even growth taken back.
+    """Undo an even growth: keep the first copy of every coordinate, and multiply its readers by the number of copies.
 
-    The inverse of ``width.Lossless(noise=0)``, ``width.HyperClone()`` and ``depth.Stack()`` at whole multiples, bit for bit at
-    powers of 2 (but for Gemma 2 and T5, whose embedding or head is scaled by ``sqrt(hidden)``): weights, gradients, optimizer
-    state, and learning rates under the ``dynamics`` of the growth. Where copies have parted, what the others learnt is lost.
-    Gains and epsilons of norms stay, and the first positions.
+    FirstCopies inverts ``width.Lossless(noise=0)``, ``width.HyperClone()`` and ``depth.Stack()`` at whole multiples, bit for bit at
+    powers of 2 (except in Gemma 2 and T5, whose embedding or head is scaled by ``sqrt(hidden)``): weights, gradients, optimizer
+    state, and learning rates under the ``dynamics`` of the growth. Where copies have diverged, the training of the other copies is
+    discarded. Gains and epsilons of norms are kept, and so are the first positions.
 
     Args:
-        layers: The source layers to keep, in order; None for the first. ``(0, 2)`` takes ``IdentityBlocks`` from 2 to 4 layers back.
+        layers: The source layers to keep, in order; None for the first. ``(0, 2)`` undoes ``IdentityBlocks`` from 2 to 4 layers.
 
     Preserves:
-        Nothing, unless the copies are equal: then all that they compute.
+        Nothing, unless the copies are equal: then the function.
 
     Example:
         >>> growkern.plan(model, to="0.5x", shrink=shrink.FirstCopies()).preserves
@@ -92,7 +93,7 @@ class FirstCopies:
         return _narrowed(spec, sizes, _first, float, reasons)
 
     def keep(self, n_source: int, n_target: int) -> LayerOrder:
-        """Give the blocks that stay; raise PlanError where ``layers`` are not as many, or not in a model of this depth."""
+        """Give the kept blocks; raise PlanError unless ``layers`` names ``n_target`` source layers in ascending order."""
         return _kept(self.layers, n_source, n_target, "FirstCopies")
 
 
@@ -112,10 +113,10 @@ def _narrowed(
     u: Callable[[int], float],
     reasons: tuple[str, ...],
 ) -> WidthDecision:
-    """Index maps and stream scales of what stays; ``u`` is the factor on readers, of the number of copies. Norms are left alone."""
+    """Return index maps and stream scales of the kept coordinates; ``u`` maps the number of copies to the factor on readers."""
     maps: dict[str, IndexMap] = {}
     stream_scales: dict[str, StreamScale] = {}
-    made: dict[tuple[bool, int, int], tuple[IndexMap, StreamScale]] = {}  # blocks share theirs
+    made: dict[tuple[bool, int, int], tuple[IndexMap, StreamScale]] = {}  # shared by blocks
     for space in spaces(spec, sizes):
         key = (space.name == "positions", space.n_source, space.n_target)
         if key not in made:
@@ -128,7 +129,7 @@ def _narrowed(
     factors = writer_corrections(spec, sizes)
     for stream, origin in [
         *tied_streams(spec)
-    ]:  # a tied head takes the embedding's factor, the last norm makes up for it
+    ]:  # a tied head has the embedding's factor; the final norm compensates
         ones, factor = stream_scales[origin].activation, factors.get(origin, 1.0)
         w = stream_scales[origin].readout.map(lambda c, f=factor: c / f)
         stream_scales[stream] = StreamScale(w, ones.map(lambda _, f=factor: f))

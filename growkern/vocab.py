@@ -1,7 +1,7 @@
-"""New tokens: rows that no index map gives. Never function preserving: whatever they are, they take probability from the old ones.
+"""Vocabulary methods: rows for new tokens. No method preserves the function: new tokens take probability from the old ones.
 
-They stand where width methods do (``width=vocab.MeanCov()`` with ``to={"vocab": n}``), and grow nothing else. First
-moments of new tokens start as 0, second moments as the mean of the others.
+Pass a vocabulary method as width method (``width=vocab.MeanCov()`` with ``to={"vocab": n}``); it grows no other size. First
+moments of new tokens start at 0, second moments at the mean second moment of the other tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from growkern.planning.index_map import PAD, IndexMap
 from growkern.planning.method_spaces import refuse, spaces
 from growkern.planning.vector import Vector
 
-CANCELS = 0.1  # similarities whose sum is a smaller share of their sizes say nothing
+CANCELS = 0.1  # smallest usable ratio of a sum of similarities to the sum of their absolute values
 REASON = ("new tokens take probability from the old ones",)
 
 
@@ -36,23 +36,23 @@ class Zero:
         'nothing'
 
     Reference:
-        The simplest of the rules that Hewitt compares: https://nlp.stanford.edu/~johnhew/vocab-expansion.html
+        The simplest initialization that Hewitt compares: https://nlp.stanford.edu/~johnhew/vocab-expansion.html
     """
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
-        """Give index maps and stream scales; raise PlanError for another size than ``vocab``."""
+        """Give index maps and stream scales; raise PlanError when a size other than ``vocab`` grows."""
         return _width(self, spec, sizes, "zero")
 
 
 @dataclass(frozen=True)
 class MeanCov:
-    """New rows are drawn around the mean of the old (Hewitt 2021; ``resize_token_embeddings`` of transformers).
+    """New rows are drawn around the mean of the old rows (Hewitt 2021; ``resize_token_embeddings`` of transformers).
 
-    ``N(mean, scale * covariance)``, of the rows of each tensor by itself.
+    Rows are drawn from ``N(mean, scale * covariance)``, with mean and covariance of the rows of each tensor.
 
     Args:
-        scale: Of the covariance.
-        seed: Of the draws; equal seeds give equal rows.
+        scale: Factor on the covariance.
+        seed: Seed of the draws; equal seeds give equal rows.
 
     Preserves:
         Nothing: new tokens take probability from the old ones.
@@ -70,14 +70,14 @@ class MeanCov:
     seed: int = 0
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
-        """Give index maps and stream scales; raise PlanError for another size than ``vocab``, or a negative ``scale``."""
+        """Give index maps and stream scales; raise PlanError when a size other than ``vocab`` grows, or for an invalid ``scale``."""
         number = isinstance(self.scale, int | float)  # pyright: ignore[reportUnnecessaryIsInstance]
         if not (number and isfinite(self.scale) and self.scale >= 0):
             raise PlanError(f"MeanCov: scale={self.scale!r} is not a finite number >= 0.")
         return _width(self, spec, sizes, "from_method")
 
     def rows(self, source: Tensor, n: int) -> Tensor:
-        """``n`` new rows of a tensor of old ones."""
+        """Draw ``n`` new rows for a tensor with the rows ``source``."""
         rows = source.to("cpu", torch.float64)
         mean, centred = rows.mean(0), rows - rows.mean(0)
         cov = centred.T @ centred * (self.scale / rows.shape[0])
@@ -88,19 +88,19 @@ class MeanCov:
 
 @dataclass(frozen=True)
 class CLPTransfer:
-    """A tokenizer of its own: tokens that both have keep their rows, others mix them as a helper model's embedding does.
+    """Change the tokenizer: shared tokens keep their rows, new tokens mix shared rows by similarity in a helper model's embedding.
 
-    A new token ``t`` is ``sum_o w_o e_o`` over the tokens ``o`` that both have, ``w = cos(h_t, h_o) / sum cos``; where the helper has no
-    vector (0), or its similarities cancel, it is normal with the mean and the standard deviation of each dimension.
+    A new token ``t`` gets the row ``sum_o w_o e_o`` over the shared tokens ``o``, ``w = cos(h_t, h_o) / sum cos``. If the helper vector
+    of ``t`` is 0, or its similarities cancel, the row is drawn from a normal with the mean and standard deviation of each dimension.
 
     Args:
-        helper: Embedding of the target's tokens, ``[n_target, any]``, of a small model that has its tokenizer.
-        tokens: For every token of the target, the token of the source that it is; -1 for a new one.
-        top_k: Mix only as many, the most similar ones; None for all.
-        seed: Of the draws.
+        helper: Embedding of the target's tokens, ``[n_target, any]``, from a small model with the target's tokenizer.
+        tokens: Source token of each target token; -1 for a new token.
+        top_k: Number of shared tokens to mix, the most similar ones; None for all.
+        seed: Seed of the draws.
 
     Preserves:
-        Nothing: it is another tokenizer.
+        Nothing: the target has another tokenizer.
 
     Example:
         >>> helper, tokens = torch.randn(80, 16), [*range(66), *[-1] * 14]
@@ -118,7 +118,7 @@ class CLPTransfer:
     seed: int = 0
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
-        """Give index maps and stream scales; raise PlanError where helper, tokens and sizes do not fit each other."""
+        """Give index maps and stream scales; raise PlanError when ``helper``, ``tokens`` and ``sizes`` do not fit each other."""
         n_source, n_target = spec.sizes.get("vocab", 0), sizes.get("vocab", 0)
         if strange := [t for t in self.tokens if not hasattr(t, "__index__")]:
             raise PlanError(f"CLPTransfer: tokens holds {strange[0]!r}, which is no token.")
@@ -141,13 +141,13 @@ class CLPTransfer:
         return _width(self, spec, sizes, "from_method", index_map)
 
     def rows(self, source: Tensor, n: int) -> Tensor:
-        """The ``n`` new tokens' rows of a tensor of old ones."""
+        """Compute the rows of the ``n`` new tokens for a tensor with the rows ``source``."""
         tokens = torch.tensor([index(t) for t in self.tokens])
         new, both = (tokens < 0).nonzero()[:, 0], (tokens >= 0).nonzero()[:, 0]
         old = source.to("cpu", torch.float64)
         helper = torch.nn.functional.normalize(self.helper.to("cpu", torch.float64), dim=1)
         rows = old.mean(0) + _normal(n, old.shape[1], self.seed) * old.std(0)
-        for start in range(0, n, 1024):  # tokens x tokens would be too large
+        for start in range(0, n, 1024):  # the whole matrix of similarities would be too large
             some = torch.arange(start, min(start + 1024, n))
             cos = helper[new[some]] @ helper[both].T
             if self.top_k is not None and self.top_k < len(both):
@@ -167,7 +167,7 @@ def _width(
     pad: Literal["zero", "from_method"],
     index_map: IndexMap | None = None,
 ) -> WidthDecision:
-    """Rows of the vocabulary behind the others, or where a map says; everything else stays."""
+    """Return a decision that adds vocabulary rows at the end, or where ``index_map`` has pads, and keeps every other space."""
     refuse(spec, sizes, type(method).__name__, grows=("vocab",))
     maps: dict[str, IndexMap] = {}
     stream_scales: dict[str, StreamScale] = {}
@@ -180,6 +180,6 @@ def _width(
 
 
 def _normal(n: int, width: int, seed: int) -> Tensor:
-    """Standard normal draws, (n, width)."""
+    """Draw float64 (n, width) from a standard normal."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, width, generator=generator, dtype=torch.float64)

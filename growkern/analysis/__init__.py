@@ -1,1 +1,1 @@
-"""Check a growth from outside, and compare methods."""
+"""Verify a growth, and compare growth methods."""

@@ -1,4 +1,4 @@
-"""Growth methods side by side: what each does to a model, on copies of it, before one is chosen."""
+"""Compare growth methods on copies of a model, before one is chosen."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -26,21 +26,21 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one method does to a model.
+    """Result of one method.
 
     Attributes:
-        method: As text; ``"(none)"`` is the source, which goes on.
-        refused: Why it cannot; then the rest is not known.
-        preserves: What it promises; see ``GrowthPlan.preserves``.
-        logits_error: Largest absolute difference of the outputs to the source's.
-        loss: Held out, or on the first batch: after growth and before any step.
-        loss_after: Likewise, after the steps.
-        grad_norm: Norm of all gradients there, over that of the source.
-        n_dead: Elements without gradient in two steps.
-        n_equal: Rows and columns that equal another one after two steps: they stay so.
-        n_params: Of the grown model.
-        seconds: Of the growth.
-        n_bytes: Written by it.
+        method: The method as text; ``"(none)"`` is the source, trained on without growth.
+        refused: Why the method cannot grow the model; if set, all other fields keep their defaults.
+        preserves: What the growth preserves; see ``GrowthPlan.preserves``.
+        logits_error: Largest absolute difference between the outputs of grown model and source.
+        loss: Loss on ``held_out`` (default: the first batch) after growth, before any step.
+        loss_after: Loss on the same batch after the steps.
+        grad_norm: Global gradient norm on the same batch before any step, divided by the source's.
+        n_dead: Number of elements without gradient in two steps.
+        n_equal: Number of rows and columns that equal another one after two steps: they will stay equal.
+        n_params: Number of parameters of the grown model.
+        seconds: Wall time of the growth.
+        n_bytes: Bytes written by the growth.
     """
 
     method: str
@@ -59,11 +59,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare`` saw; ``print`` it.
+    """Result of ``compare``; ``print`` it.
 
     Attributes:
-        outcomes: One per method, in the order asked for; the source first.
-        n_steps: Steps that ``loss_after`` is behind.
+        outcomes: Outcome of the source, then of each method in the order of ``methods``.
+        n_steps: Number of steps before ``loss_after``.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -100,25 +100,25 @@ def compare(
     on_outcome: Callable[[Outcome], object] | None = None,
     **options: Any,
 ) -> Comparison:
-    """Grow copies of a model by several methods, and train each for a few steps; nothing that is passed in is changed.
+    """Grow copies of a model by several methods, and train each for a few steps; the arguments are not changed.
 
     Args:
         model: Source model.
-        optim: Its optimizer.
+        optim: Optimizer of the model.
         methods: Width methods, depth methods, or pairs of both.
-        batch: Input: keyword arguments, or a tensor; several are taken in turn by the steps.
+        batch: Input: keyword arguments, or a tensor; the steps cycle through a sequence of batches.
         to: As in ``expand_inplace``.
-        steps: How many of the optimizer follow each growth.
-        loss: Of a model and a batch; by default the output's ``loss``, or the cross entropy of the next token.
-        held_out: Input that losses and gradient norms are measured on; by default the first of ``batch``.
-        on_outcome: Called with every outcome as it comes.
+        steps: Number of optimizer steps after each growth.
+        loss: Function of a model and a batch; by default the output's ``loss``, or the cross entropy of the next token.
+        held_out: Input for measuring losses and gradient norms; by default the first of ``batch``.
+        on_outcome: Function that is called with every outcome as soon as it is measured.
         options: ``state``, ``dynamics``, ``spec``, ``seed``, ``backend``, ``state_rules``, ``memory``: as in ``expand_inplace``.
 
     Returns:
-        One outcome per method, behind that of the source itself. What a method refuses is an outcome too.
+        One outcome for the source, then one per method. A method that refuses the model has an outcome too.
 
     Raises:
-        PlanError: No methods, something that is none, no batch, or a negative number of steps.
+        PlanError: ``methods`` is empty or has an entry of another type, there is no batch, or ``steps`` is negative.
     """
     model, optim = unwrapped(model), unwrapped(optim)
     batches = [batch] if isinstance(batch, Tensor | Mapping) else [*batch]
@@ -158,7 +158,7 @@ class _Measure:
         self.norm = self._losses(twin)[1]
 
     def __call__(self, method: Method | None) -> Outcome:
-        """One outcome; None goes on with the source."""
+        """Measure one outcome; ``method=None`` trains the source on without growth."""
         source, (grown, optim) = self.model, self._copies()
         name, seconds, n_bytes, preserves = "(none)", nan, 0, "trajectory"
         if method is not None:
@@ -192,7 +192,7 @@ class _Measure:
         )
 
     def _copies(self) -> tuple[nn.Module, Optimizer]:
-        """Model and optimizer, of their own memory; a copy of an optimizer has no hooks, so those that scale are put on again."""
+        """Copy model and optimizer; a copied optimizer has no hooks, so the hooks of ``UpdateScale`` are registered again."""
         scale = scale_of(self.optim)
         if scale is not None:
             scale.restore()
@@ -202,7 +202,7 @@ class _Measure:
         return model, optim
 
     def _losses(self, model: nn.Module) -> tuple[float, float]:
-        """Loss and gradient norm on what is held out, in evaluation mode."""
+        """Return loss and gradient norm on the held-out batch, in evaluation mode."""
         model.eval()
         model.zero_grad()
         found = self.loss(model, self.measured)
@@ -213,10 +213,10 @@ class _Measure:
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """The output's own loss, or the cross entropy of the next token.
+    """Return the output's own loss, or the cross entropy of the next token.
 
     Raises:
-        PlanError: Neither is to be had from this batch.
+        PlanError: The output has no loss, and output and batch do not have the logits and token ids of a cross entropy.
     """
     out: Any = model(**batch) if isinstance(batch, Mapping) else model(batch)
     if (found := getattr(out, "loss", None)) is not None:
@@ -231,7 +231,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _text(method: object) -> str:
-    """A method as one writes it: without what is the default."""
+    """Return a method as Python text, without arguments that equal their defaults."""
     if not is_dataclass(method):
         return str(method)
     values = [(f.name, getattr(method, f.name), f.default) for f in fields(method)]
@@ -240,7 +240,7 @@ def _text(method: object) -> str:
 
 
 def _pair(method: object) -> tuple[WidthMethod | None, DepthMethod | None] | None:
-    """Width and depth method of what the user passed; None where it is neither."""
+    """Return width and depth method of an entry of ``methods``; None if it is neither a method nor a pair."""
     if isinstance(method, tuple):
         both = cast(tuple[object, ...], method)
         if len(both) == 2 and hasattr(both[0], "widen") and hasattr(both[1], "deepen"):

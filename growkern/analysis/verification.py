@@ -1,4 +1,4 @@
-"""Check a growth from outside: outputs, gradients, copies, optimizer state. Nothing that is passed in is changed."""
+"""Verify a growth: outputs, gradients, equal copies and optimizer state. The arguments are not changed."""
 
 import copy
 from collections.abc import Mapping
@@ -11,23 +11,23 @@ from torch.optim import Optimizer
 
 from growkern.support.text import fold, table
 
-# relative to the largest logit; float64 too is loose, because norms of transformers round to float32 whatever their input
+# relative to the largest logit; float64 is loose too, because norms in Hugging Face transformers round to float32 for any dtype
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-STEP = 1e-2  # root mean square of the two trial steps, over all elements: far from zero, far from divergence
+STEP = 1e-2  # root mean square of each trial step over all elements: far from zero, far from divergence
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What ``verify`` saw.
+    """Result of ``verify``; ``print`` it.
 
     Attributes:
         logits_error: Largest absolute difference of the outputs; nan when their shapes differ (a backbone's hidden states).
         logits_scale: Largest absolute output of the source.
         tolerance: Relative error that rounding in the model's dtype explains.
-        dead: Tensor -> elements without gradient in two steps (rows of an embedding that the batch does not use left out).
-        copies: Tensor -> rows and columns that equal another one, bit for bit, after two steps: they will stay equal.
-        state: Optimizer state that does not fit its parameter.
-        unheld: Trainable parameters that no optimizer group holds.
+        dead: Tensor -> number of elements without gradient in two steps, except embedding rows that the batch does not use.
+        copies: Tensor -> number of rows and columns that equal another one, bit for bit, after two steps: they will stay equal.
+        state: Optimizer state whose shape does not fit its parameter.
+        unheld: Trainable parameters in no param group.
     """
 
     logits_error: float
@@ -45,7 +45,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """True when the function is the same, everything trains and the optimizer fits. Copies are no failure."""
+        """True when the function is the same, every element trains and the optimizer fits. Equal copies do not count as failure."""
         return self.same_function and not (self.dead or self.state or self.unheld)
 
     def __str__(self) -> str:
@@ -98,16 +98,16 @@ def verify(
     batch: Tensor | Mapping[str, object],
     optim: Optimizer | None = None,
 ) -> Verification:
-    """Compare a grown model with its source, and check that every part of it trains.
+    """Compare a grown model with its source, and check that every element of the grown model trains.
 
     Args:
         source: A copy of the model from before the growth.
         target: The grown model.
         batch: Input of both: keyword arguments, or a tensor. With ``labels``, the model's own loss is used.
-        optim: The optimizer of ``target``, to check its state and groups too.
+        optim: Optimizer of ``target``; if passed, its state and param groups are checked too.
 
     Returns:
-        The findings; ``print`` it. Gradients are taken in evaluation mode, on copies: two steps of plain gradient descent.
+        The result; ``print`` it. Gradients come from two steps of plain gradient descent on a copy of ``target``, in evaluation mode.
     """
     with torch.no_grad():
         before, after = (_run(model, batch)[0] for model in (source, target))
@@ -127,7 +127,7 @@ def verify(
 
 
 def _run(model: nn.Module, batch: Tensor | Mapping[str, object]) -> tuple[Tensor, Tensor]:
-    """Outputs and a loss, in evaluation mode; the mode is put back."""
+    """Return outputs and a loss in evaluation mode, and restore the training mode."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -150,7 +150,7 @@ def _run(model: nn.Module, batch: Tensor | Mapping[str, object]) -> tuple[Tensor
 def _trial(
     model: nn.Module, batch: Tensor | Mapping[str, object]
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Elements without gradient in two steps of a copy, and rows and columns that are equal after them."""
+    """Train a copy for two steps; count, per tensor, elements without gradient, and rows and columns that are equal afterwards."""
     trial = copy.deepcopy(model)
     embeddings = [m for m in trial.modules() if isinstance(m, nn.Embedding)]
     tables = {
@@ -180,7 +180,7 @@ def _n_copies(weight: Tensor) -> int:
 
 
 def _equal_rows(matrix: Tensor) -> int:
-    """Rows that equal another one: candidates by a random projection, then bit for bit. Constant rows (zeros) do not count."""
+    """Count rows that equal another row bit for bit; a random projection finds candidates. Constant rows (zeros) do not count."""
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(matrix.shape[1], dtype=torch.float64, generator=generator).to(
         matrix.device

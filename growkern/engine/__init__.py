@@ -1,1 +1,1 @@
-"""RUN AND REPORT: what stands around a growth: live tensors, live objects, processes, the report."""
+"""RUN AND REPORT: run one growth: collect live tensors, check live objects, synchronize DDP processes, write the report."""

@@ -1,4 +1,4 @@
-"""torch.compile: parameter shapes are guarded, so every growth costs one compilation, and there is a limit to their number."""
+"""torch.compile guards parameter shapes, so every growth causes a recompilation, and dynamo limits the number of recompilations."""
 
 import sys
 from typing import Any
@@ -7,13 +7,13 @@ import torch
 
 
 def reset_near_limit(n_growths: int) -> bool:
-    """Forget compiled graphs when half of dynamo's ``recompile_limit`` may have gone into growths; beyond it graphs run eagerly.
+    """Reset dynamo when growths may have used half of its ``recompile_limit``; beyond the limit, graphs run eagerly.
 
     Args:
-        n_growths: How many growths the model has been through.
+        n_growths: Number of growths of the model so far.
 
     Returns:
-        Whether everything that is compiled will be compiled once more.
+        True when all compiled code will be compiled again.
     """
     dynamo: Any = sys.modules.get("torch._dynamo")
     if dynamo is None or not dynamo.utils.counters["stats"]["unique_graphs"]:

@@ -1,4 +1,4 @@
-"""Growth under DistributedDataParallel: the reducer is rebuilt inside the same wrapper, and ranks agree, before and after."""
+"""Growth under DistributedDataParallel: rebuild the reducer inside the same wrapper, and compare ranks before and after."""
 
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
@@ -13,18 +13,18 @@ from growkern.errors import CommitError, PlanError
 
 BLOCK = (
     1 << 20
-)  # elements summed at a time: the sum is in int64, and a copy in it would be twice the parameter
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of an element
+)  # elements per partial sum: an int64 copy of a whole float32 parameter would be twice as large
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
 
 
 class Ranks:
-    """The processes that train a model together: its wrappers, and their votes. Without a wrapper there is nothing to agree on.
+    """The DistributedDataParallel wrappers of a model, and collective checks between their processes.
 
-    Every process of a wrapper must call the growth; what is checked here is collective.
+    Every process of a wrapper must call the growth. Without a wrapper, the checks do nothing.
     """
 
     def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
-        """Find the wrappers of a model among live modules; the model may be a part of what they wrap."""
+        """Find the wrappers of a model among live modules; a wrapped module may contain the model as a submodule."""
         own = {id(p) for p in model.parameters()}
         self.model = model
         self.agreed = self.began = self.voted = False
@@ -35,11 +35,11 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Generator[None, None, None]:
-        """Do something in all processes or in none: what fails in one fails in all, and reducers fit what is then there."""
+        """Run the block in all processes or in none: an error in one process fails all, and reducers are rebuilt after the rollback."""
         try:
             yield
         except BaseException:
-            if not self.agreed:  # others wait to agree
+            if not self.agreed:  # other processes wait in agree()
                 self.agreed = True
                 self._gathered(torch.tensor([0]))
             elif self.began:
@@ -48,10 +48,10 @@ class Ranks:
             raise
 
     def finish(self) -> bool:
-        """The last step of a growth that has succeeded here; True when there was somebody to agree with.
+        """Finish a growth that has succeeded in this process; return True when the model has a wrapper.
 
         Raises:
-            CommitError: It has not succeeded in another process, or not in the same way.
+            CommitError: The growth failed in another process, or the parameters differ between processes.
         """
         self.vote(True)
         self.rebuild()
@@ -59,7 +59,12 @@ class Ranks:
         return bool(self.wrappers)
 
     def agree(self, text: str, what: str) -> None:
-        """Raise PlanError unless every process has come this far and says the same."""
+        """Compare ``text`` between all processes.
+
+        Raises:
+            CommitError: Another process failed before this call.
+            PlanError: The processes have different texts.
+        """
         self.agreed = True
         digest = 1 + int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")
         for numbers in self._gathered(torch.tensor([digest])):
@@ -75,10 +80,10 @@ class Ranks:
         self.began = True
 
     def vote(self, ok: bool) -> None:
-        """Say whether this process has succeeded; once.
+        """Tell the other processes whether this process has succeeded; later calls do nothing.
 
         Raises:
-            CommitError: Another one has not.
+            CommitError: This process has succeeded, and another one has failed.
         """
         if self.voted:
             return
@@ -88,12 +93,12 @@ class Ranks:
                 raise CommitError("the growth failed in another process and was taken back.")
 
     def rebuild(self) -> None:
-        """Give every wrapper a new reducer for the parameters as they are."""
+        """Give every wrapper a new reducer for the current parameters."""
         for wrapper in self.wrappers:
             _rebuild(wrapper)
 
     def check(self) -> None:
-        """Raise CommitError unless all processes hold the same bits."""
+        """Raise CommitError when a checksum of the bits of any parameter differs between processes."""
         if not self.wrappers:
             return
         params = dict(self.model.named_parameters())
@@ -106,7 +111,7 @@ class Ranks:
                 )
 
     def _gathered(self, numbers: Tensor) -> list[list[Tensor]]:
-        """What every process of a wrapper has: int64 (N,) each."""
+        """Gather ``numbers`` in each wrapper: a list of int64 (N,), one per process."""
         found: list[list[Tensor]] = []
         device = next(self.model.parameters()).device if self.wrappers else None
         for wrapper in self.wrappers:
@@ -124,10 +129,10 @@ def _checksum(p: Tensor) -> Tensor:
 
 
 def _rebuild(ddp: Any) -> None:
-    """What ``DistributedDataParallel.__setstate__`` does, with hooks, buckets and graph settings kept.
+    """Rebuild the reducer as ``DistributedDataParallel.__setstate__`` does; keep hooks, bucket and static-graph settings.
 
     Raises:
-        CommitError: This version of torch does it otherwise.
+        CommitError: This version of torch has other private attributes.
     """
     try:
         hooks = list(ddp._comm_hooks)
@@ -135,7 +140,7 @@ def _rebuild(ddp: Any) -> None:
             p for n, p in ddp.module.named_parameters() if n not in ddp.parameters_to_ignore
         ]
         for name in ("reducer", "logger"):
-            setattr(ddp, name, None)  # the old reducer takes its own hooks off
+            setattr(ddp, name, None)  # the old reducer removes its own hooks
         params, sparse = ddp._build_params_for_reducer()
         names = ddp._build_debug_param_to_name_mapping(params)
         ddp._has_rebuilt_buckets = False

@@ -1,4 +1,4 @@
-"""Growths on record: plan -> the text that a checkpoint keeps, and that text -> the same plan."""
+"""Growth records: convert a plan to the JSON that a checkpoint stores, and a record back to the same plan."""
 
 from typing import Any
 
@@ -17,18 +17,16 @@ VOCABS: dict[str, type] = {method.__name__: method for method in (vocab.Zero, vo
 
 
 def recorded(plan: GrowthPlan, spec: ModelSpec) -> str:
-    """What a checkpoint keeps of a growth, as JSON: a record where it gives the plan again, else the plan.
+    """Return the JSON that a checkpoint stores of a growth: a record if it reproduces the plan, else the plan itself.
 
     Args:
         plan: The plan.
-        spec: The spec that it was made of.
+        spec: Description of the source model that the plan was made for.
     """
     record = GrowthRecord.of(plan)
     try:
         replanned(record, spec)
-    except (
-        GrowthError
-    ):  # a method of the user's own, one that holds tensors, or a plan that was edited
+    except GrowthError:  # a custom method, a method that holds tensors, or an edited plan
         return plan.to_json()
     return record.to_json()
 
@@ -37,7 +35,7 @@ def replanned(record: GrowthRecord, spec: ModelSpec) -> GrowthPlan:
     """Make the plan of a record again.
 
     Raises:
-        PlanError: This growkern knows no such method, or plans another growth of the model.
+        PlanError: The method is unknown, the record is for another model, or the new plan differs from the recorded plan.
     """
     if record.family != spec.family or dict(record.source_sizes) != dict(spec.sizes):
         raise PlanError(

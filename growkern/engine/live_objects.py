@@ -1,4 +1,4 @@
-"""Live objects that a growth would leave behind: other optimizers, modules outside the model, schedulers."""
+"""Live objects that a growth would make stale: other optimizers, modules outside the model, averages, schedulers."""
 
 from collections.abc import Mapping, Sequence
 from sys import getrefcount
@@ -14,7 +14,7 @@ from growkern.optimizer.schedulers import driven_by
 from growkern.support.live_registry import Live
 from growkern.support.wrappers import unwrapped
 
-ENGINE = "DeepSpeedEngine"  # told by its name, as no framework is imported
+ENGINE = "DeepSpeedEngine"  # recognized by class name, so that no framework is imported
 
 
 def refuse_forgotten(
@@ -24,23 +24,23 @@ def refuse_forgotten(
     averages: Sequence[nn.Module] | None,
     master_weights: Mapping[nn.Parameter, nn.Parameter] | None = None,
 ) -> Live:
-    """Look for live objects that the growth would leave behind.
+    """Refuse a growth that would leave live objects with tensors of the source.
 
     Args:
-        model: What grows; wrappers around it are no modules outside.
-        optim: Its optimizer.
-        live: What is alive.
-        averages: Averages of the model that were handed over; None when nothing was said of them.
-        master_weights: Parameter -> what the optimizer holds in its place.
+        model: Source model, without wrappers.
+        optim: Optimizer of the model.
+        live: Live objects of the process.
+        averages: Averages of the model that the user passed; None if ``ema`` was not passed.
+        master_weights: Parameter -> the copy that the optimizer holds in its place.
 
     Returns:
-        What is alive, looked at again where it mattered.
+        ``live``, or a new list made after garbage collection if ``live`` contained a stale object.
 
     Raises:
         UnsupportedOptimizerError: Another optimizer holds state of the parameters (its next step would fail, or corrupt
-            memory under ``fused=True``); the optimizer holds parameters that nobody else does.
-        UnsupportedModelError: A module outside the model holds one of its parameters (a head tied to this backbone); an
-            average of a model of the same shapes was not handed over.
+            memory under ``fused=True``); the optimizer holds parameters that no module holds.
+        UnsupportedModelError: A module outside the model holds one of the model's parameters (a head tied to this backbone);
+            a ``DeepSpeedEngine`` around the model is alive; an average of a model of the same shapes was not passed.
     """
     params = {id(p): name for name, p in model.named_parameters()}
     inside = {id(m) for m in model.modules()}
@@ -54,7 +54,7 @@ def refuse_forgotten(
         others = [m for m in live.modules if id(m) not in inside and "_parameters" in vars(m)]
         others = [
             m for m in others if not isinstance(m, GraphModule)
-        ]  # a compiled graph is made anew
+        ]  # torch.compile makes new graphs
         shared = [(m, p) for m in others for p in m.parameters(recurse=False) if id(p) in params]
         return [f"{type(m).__name__} ({params[id(p)]})" for m, p in shared]
 
@@ -99,7 +99,7 @@ def _refuse_dead(
     live: Live,
     master_weights: Mapping[nn.Parameter, nn.Parameter],
 ) -> None:
-    """Raise UnsupportedOptimizerError where the optimizer holds parameters that nobody else does."""
+    """Raise UnsupportedOptimizerError when the optimizer holds parameters that no module holds."""
     if dead := _dead(model, optim, live, master_weights):
         raise UnsupportedOptimizerError(
             f"cannot grow this {type(model).__name__}: its optimizer holds {len(dead)} parameters that no module has any more "
@@ -114,7 +114,10 @@ def _dead(
     live: Live,
     master_weights: Mapping[nn.Parameter, nn.Parameter],
 ) -> list[str]:
-    """Parameters that no module holds, and the optimizer alone, or in place of one of the model that it does not hold."""
+    """Return the names of optimizer parameters that no module holds.
+
+    Such a parameter has no reference outside the optimizer, or has the shape of a trainable parameter that is in no param group.
+    """
     groups: list[Any] = optim.param_groups if optim is not None else []
     held = {id(p) for m in live.modules if "_parameters" in vars(m) for p in m._parameters.values()}  # pyright: ignore
     held |= {id(master) for master in master_weights.values()}
@@ -127,7 +130,7 @@ def _dead(
     dead: list[str] = []
     probe = [object()]
     p: Any = probe[0]
-    own = getrefcount(p)  # of what only a list and a local name hold, in this version of Python
+    own = getrefcount(p)  # the count for a list and a local name, in this version of Python
     for group in groups:
         names = group.get("param_names", [None] * len(group["params"]))
         for i in range(len(group["params"])):
@@ -139,7 +142,7 @@ def _dead(
 
 
 def averages_of(model: nn.Module, ema: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
-    """The modules inside averages of the model; raise PlanError for what is none."""
+    """Return the modules inside the averages of the model; raise PlanError for an object that is no average of the model."""
     several = [ema] if isinstance(ema, nn.Module) else [*(ema or ())]
     if strangers := [one for one in several if not isinstance(one, nn.Module)]:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PlanError(f"ema: expected modules, got {type(strangers[0]).__name__}.")
@@ -160,7 +163,7 @@ def averages_of(model: nn.Module, ema: nn.Module | Sequence[nn.Module] | None) -
 
 
 def forgotten_schedulers(optim: Optimizer, handed: Sequence[object], live: Live) -> list[str]:
-    """Class names of live schedulers that drive the optimizer and were not handed over."""
+    """Return the class names of live schedulers that drive the optimizer and are not in ``handed``."""
 
     def found(live: Live) -> list[str]:
         drivers = [s for s in live.schedulers if driven_by(s) is optim]

@@ -1,4 +1,4 @@
-"""What a user should know after a growth."""
+"""Notes for the user in the report of a growth."""
 
 from collections.abc import Iterator
 
@@ -9,14 +9,14 @@ from growkern.planning.growth_plan import GrowthPlan
 
 
 def notes(plan: GrowthPlan, spec: ModelSpec, target: OptimTarget | None) -> list[str]:
-    """Notes on the optimizer, for the report."""
+    """Return the notes on the optimizer for the report."""
     if target is None:
         return []
     return [*_on_groups(plan, spec, target), *_on_dynamics(plan, target), *_on_state(plan, target)]
 
 
 def _on_groups(plan: GrowthPlan, spec: ModelSpec, target: OptimTarget) -> Iterator[str]:
-    """What became of the param groups, and what is in none."""
+    """Yield notes on split or merged param groups, and on tensors in no group."""
     if target.split and plan.shrinks:
         yield (
             "learning rates and weight decay followed the law; groups that a growth had split are one again where they agree and "
@@ -36,7 +36,7 @@ def _on_groups(plan: GrowthPlan, spec: ModelSpec, target: OptimTarget) -> Iterat
 
 
 def _on_dynamics(plan: GrowthPlan, target: OptimTarget) -> Iterator[str]:
-    """What became of the learning rates, and of what goes with them."""
+    """Yield notes on learning rates, epsilons and weight decay."""
     described = target.described
     law = described.law
     if target.scales:
@@ -63,7 +63,7 @@ def _on_dynamics(plan: GrowthPlan, target: OptimTarget) -> Iterator[str]:
 
 
 def _on_state(plan: GrowthPlan, target: OptimTarget) -> Iterator[str]:
-    """What became of the optimizer's state."""
+    """Yield notes on the optimizer state."""
     law, kind = target.described.law, target.described.kind.rpartition(".")[2]
     if plan.state == "drop" or (law is not None and law.resets):
         yield "optimizer state was dropped: warm the learning rate up again."

@@ -1,4 +1,4 @@
-"""Who carries the learning-rate law through a growth: param groups, the optimizer itself, or step hooks."""
+"""Choose what applies the learning-rate law after a growth: param groups, the optimizer itself, or step hooks."""
 
 from collections.abc import Sequence
 
@@ -14,13 +14,13 @@ from growkern.planning.growth_plan import GrowthPlan
 def optim_target(
     plan: GrowthPlan, request: Request, described: OptimSpec, unmanaged: Sequence[str]
 ) -> OptimTarget:
-    """What the optimizer of a request becomes.
+    """Return the target of a request's optimizer.
 
     Args:
         plan: The plan.
-        request: Names the model, the optimizer, its schedulers and its master weights.
-        described: The optimizer.
-        unmanaged: Schedulers that drive the optimizer and were not handed over: groups are not split under them.
+        request: Request with the model, the optimizer, its schedulers and its master weights.
+        described: Description of the optimizer.
+        unmanaged: Live schedulers that drive the optimizer and were not passed; if there are any, groups are not split.
     """
     model, (optim,), scheduler = request.model, request.optims, request.scheduler
     master_weights = request.master_weights
@@ -35,7 +35,7 @@ def optim_target(
         if not unmanaged and follows(scheduler):
             factors = lr_factors(plan, law, described)
             split = {name: f for name, f in factors.items() if f is not None and f != 1}
-            if plan.shrinks and before is not None:  # what a growth gave its hooks, they give back
+            if plan.shrinks and before is not None:  # undo a growth's UpdateScale by itself
                 origin = {row.name: source.get(row.source) for row in plan.tensors}
                 split = {n: f for n, f in split.items() if origin[n] not in before.scales}
         found = {name: one for name, one in found.items() if name not in split}

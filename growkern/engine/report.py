@@ -1,4 +1,4 @@
-"""What a growth did, as data and as a table."""
+"""The report of a growth, as data and as a table."""
 
 from dataclasses import dataclass
 
@@ -8,27 +8,28 @@ from growkern.support.text import table
 
 @dataclass(frozen=True)
 class GrowthReport:
-    """What a growth did.
+    """Report of a growth.
 
     Attributes:
-        family: Of the model.
+        family: Model family.
         source_sizes: Named sizes before.
         target_sizes: Named sizes after.
-        n_params_source: Parameters before.
-        n_params_target: Parameters after.
-        n_new_blocks: Blocks that were added.
+        n_params_source: Number of parameters before.
+        n_params_target: Number of parameters after.
+        n_new_blocks: Number of added blocks.
         preserves: ``"nothing"``, ``"function"``, ``"gradient"`` or ``"trajectory"``; see ``GrowthPlan.preserves``.
-        reasons: Why not, when not.
-        n_bytes_read: Bytes of source tensors that were read: once each, and once more where noise or a mean is measured.
-        n_bytes_written: Bytes of target tensors that were written, once each.
+        reasons: Why the function is not preserved; empty when it is.
+        n_bytes_read: Bytes read from source tensors: once each, and once more where noise or a mean is measured.
+        n_bytes_written: Bytes written to target tensors, once each.
         seconds: Wall time of the growth.
         memory: ``"stage"``: all targets beside all sources. ``"lean"``: one set of tensors after the other.
-        peak_bytes: What that takes at most beyond what was there, on the device that takes most.
-        lr_factors: Learning-rate factor of the law -> number of parameter tensors; None where it is not one number.
-        lr_applied: True when param groups were split by these factors.
-        grad_norm_factor: The law's factor on the global gradient norm of what the source had; None without second moments or gradients.
-        noisy: True when twin noise was added or something copies nothing: gradients then hold more than the law says.
-        notes: What the user should do or know next.
+        peak_bytes: Peak memory beyond the memory in use before, on the device with the highest peak.
+        lr_factors: Learning-rate factor of the law -> number of parameter tensors; None for a factor that is not one number.
+        lr_applied: True when learning rates follow the law, by param groups, by ``UpdateScale`` or by the optimizer itself.
+        grad_norm_factor: The law's factor on the global gradient norm, pads and new blocks left out; None without gradients and second
+            moments.
+        noisy: True when twin noise was added or coordinates copy nothing: the gradient norm then exceeds the law's.
+        notes: Notes for the user on the next steps.
     """
 
     family: str
@@ -52,7 +53,7 @@ class GrowthReport:
 
     @property
     def function_preserving(self) -> bool:
-        """True when the target computes what the source computed, up to rounding."""
+        """True when the target computes the same function as the source, up to rounding."""
         return self.preserves != "nothing"
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What one growth is asked for, in one object."""
+"""The arguments of one growth, in one object."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,22 +16,22 @@ from growkern.planning.growth_plan import GrowthPlan
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One growth or shrinking, as asked for. ``expand_inplace`` documents what users pass.
+    """Request for one growth or shrinking. ``expand_inplace`` documents the arguments of users.
 
     Attributes:
-        model: Changed in place, out of its wrappers.
-        optims: Changed in place: none, or one.
-        make_plan: The spec of ``model`` -> the plan, or PlanError.
-        drop_state: True when the optimizer's state is cleared, so that no rule for it needs to be known.
-        spec: Description of a model of the user's own.
+        model: Source model without wrappers; changed in place.
+        optims: No optimizer or one; changed in place.
+        make_plan: Function from the spec of ``model`` to the plan; raises PlanError.
+        drop_state: True when the optimizer's state is cleared, so that it needs no rule.
+        spec: Description of a custom model.
         backend: ``"triton"``, ``"torch"``, ``"nan"``, or None.
-        scheduler: The learning-rate scheduler that drives the optimizer, or a list of them.
-        ema: Averages of the model, grown by the same plan; None when the user named none.
+        scheduler: The learning-rate scheduler that drives the optimizer, or a list of schedulers.
+        ema: Averages of the model, grown by the same plan; None if the user passed none.
         master_weights: Parameter -> the copy in higher precision that the optimizer holds in its place.
-        state_rules: State key -> order in the gradient, for an optimizer without state state_rules.
+        state_rules: State key -> order in the gradient, for an optimizer without a known law.
         memory: ``"stage"``, ``"lean"``, or None for the first that fits.
-        new_rows: What writes the rows that copy no source row, where the width method does.
-        undo: Writes of earlier growths that a failure of this one rolls back too (``all_or_nothing``).
+        new_rows: The width method's function that writes rows without a source row; None for a method without one.
+        undo: Writes of earlier growths that a failure of this growth rolls back too (``all_or_nothing``).
     """
 
     model: nn.Module
@@ -50,5 +50,5 @@ class Request:
 
     @property
     def optim(self) -> Optimizer | None:
-        """The optimizer; None where there is none."""
+        """The optimizer, or None."""
         return self.optims[0] if self.optims else None

@@ -52,7 +52,7 @@ logger = logging.getLogger("growkern")
 
 
 def run(request: Request) -> GrowthReport:
-    """Grow or shrink what a request names; when anything fails, everything is bitwise as it was.
+    """Run a request for a growth or a shrinking; if it fails, everything is bitwise unchanged.
 
     Raises:
         GrowthError: See ``growkern.expand_inplace``.
@@ -80,7 +80,7 @@ def run(request: Request) -> GrowthReport:
 
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Generator[Undo]:
-    """Make several growths of a model one: when the block raises, all of them are rolled back. They get the ``Undo`` it yields."""
+    """Yield an ``Undo`` for the requests of several growths of a model; when the block raises, all growths are rolled back."""
     with offload() as keep:
         undo = Undo(keep)
         try:
@@ -94,13 +94,13 @@ def all_or_nothing(model: nn.Module) -> Generator[Undo]:
 
 @dataclass(frozen=True)
 class _Described:
-    """The model, the optimizer and the averages, before anything changes.
+    """Descriptions of the model and the optimizer before anything changes.
 
     Attributes:
-        spec: Of the model.
-        optim: Of the optimizer; None where there is none.
-        averages: Models that grow by the same plan.
-        n_params: Parameters of the model.
+        spec: Description of the model.
+        optim: Description of the optimizer, or None.
+        averages: Averages of the model, which grow by the same plan.
+        n_params: Number of parameters of the model.
     """
 
     spec: ModelSpec
@@ -110,19 +110,19 @@ class _Described:
 
     @property
     def law(self) -> Law | None:
-        """How the optimizer's state scales."""
+        """The law of the optimizer's state; None if unknown."""
         return self.optim.law if self.optim else None
 
 
 @dataclass(frozen=True)
 class _Staged:
-    """What a plan asks for, ready to be executed.
+    """A plan, ready to be executed.
 
     Attributes:
         plan: The plan.
-        target: What the optimizer becomes.
-        executions: Of the model, and of every average.
-        norms: Norm of the gradient before the growth; the commit adds that after it.
+        target: Target of the optimizer, or None.
+        executions: Executions of the model and of every average.
+        norms: Gradient norm before the growth; ``_commit`` appends the norm after it.
     """
 
     plan: GrowthPlan
@@ -132,12 +132,12 @@ class _Staged:
 
 
 def _describe(request: Request) -> _Described:
-    """Describe model, optimizer and averages, or raise with every reason."""
+    """Describe the model and the optimizer, and check schedulers and averages."""
     model, optim = request.model, request.optim
     check_scheduler(optim, request.scheduler)
     averages = averages_of(model, request.ema)
     if optim is not None and (scale := scale_of(optim)) is not None:
-        scale.restore()  # a schedule's hook may run before the one that ends the step
+        scale.restore()  # a schedule's post-hook may run before UpdateScale's
     spec, described = describe(model, request.spec), None
     if optim is not None:
         described = describe_optimizer(
@@ -154,7 +154,7 @@ def _describe(request: Request) -> _Described:
 def _agree_on_plan(
     request: Request, sources: _Described, ranks: Ranks, live: Live
 ) -> tuple[GrowthPlan, Sequence[str]]:
-    """Refuse stale references, plan, and agree with the other processes; give the plan and the schedulers that nobody handed over."""
+    """Refuse stale references, and agree on a plan with the other processes; return it and the schedulers that were not passed."""
     model, optim = request.model, request.optim
     averages = sources.averages if request.ema is not None else None
     left = refuse_forgotten(model, optim, live, averages, request.master_weights)
@@ -168,14 +168,14 @@ def _agree_on_plan(
 def _stage(
     request: Request, sources: _Described, plan: GrowthPlan, unmanaged: Sequence[str]
 ) -> _Staged:
-    """Prepare the executions: nothing is computed and nothing changes yet, but what cannot fit is refused."""
+    """Prepare the executions: check shapes and memory, but compute and change nothing."""
     model, optim, law = request.model, request.optim, sources.law
     target = None
     if optim is not None and sources.optim is not None:
         target = optim_target(plan, request, sources.optim, unmanaged)
     tensors = tensors_of(model, optim, sources.spec, request.master_weights)
     if law is not None and law.resets:
-        own = {MASTER, MASTER_GRAD}  # values, whatever becomes of the history
+        own = {MASTER, MASTER_GRAD}  # master weights grow even when the state is reset
         states = tensors.states.items()
         tensors.states = {n: {k: s[k] for k in own & s.keys()} for n, s in states}
     execution = Execution(
@@ -189,7 +189,7 @@ def _stage(
 
 
 def _state_rules(plan: GrowthPlan, law: Law | None) -> Mapping[str, Rule | None]:
-    """State key -> how it grows; of master weights too."""
+    """Return state key -> rule, master weights included."""
     rules: Mapping[str, Rule | None] = {}
     if law is not None:
         units = plan.dynamics == "exact" and not law.slices
@@ -198,7 +198,7 @@ def _state_rules(plan: GrowthPlan, law: Law | None) -> Mapping[str, Rule | None]
 
 
 def _commit(request: Request, sources: _Described, staged: _Staged, ranks: Ranks) -> None:
-    """Compute the target tensors and put them into the live model and optimizer; undo all of it when anything fails."""
+    """Compute the target tensors and put them into the live model and optimizer; roll all writes back on failure."""
     plan, lean = staged.plan, staged.executions[0].memory == "lean"
 
     def before_end() -> bool:
@@ -247,7 +247,7 @@ def _report(request: Request, sources: _Described, staged: _Staged, seconds: flo
 
 
 def _grad_norm(plan: GrowthPlan, tensors: Tensors, side: str, request: Request) -> float:
-    """The global gradient norm of what the source had: from gradients in flight, else from second moments."""
+    """Return the global gradient norm, pads and new blocks left out: from gradients in flight, else from second moments."""
     rows = {getattr(r, side): r for r in plan.tensors if not r.new and r.constant is None}
     names = [*rows]
     if tensors.grads:

@@ -1,4 +1,4 @@
-"""Live tensors of a model and of its optimizer, by name."""
+"""Collect the live tensors of a model and of its optimizer by name."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,7 @@ def tensors_of(
     spec: ModelSpec,
     master_weights: Mapping[nn.Parameter, nn.Parameter] | None = None,
 ) -> Tensors:
-    """Gather the live tensors by name: parameters, buffers, gradients in flight, optimizer state and what masters hold."""
+    """Collect live tensors by name: parameters, buffers, gradients in flight, optimizer state, master weights and their gradients."""
     tensors = Tensors()
     for name, p in model.named_parameters(remove_duplicate=False):
         if name in spec.ties:

@@ -1,4 +1,4 @@
-"""A dense model -> its mixture of experts, in the middle of training (sparse upcycling: Komatsuzaki et al., arXiv:2212.05055)."""
+"""Turn a dense model into a mixture of experts in the middle of training (sparse upcycling: Komatsuzaki et al., arXiv:2212.05055)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,13 +25,13 @@ from growkern.support.wrappers import unwrapped
 
 @dataclass(frozen=True)
 class Twin:
-    """The mixture that a dense class of transformers becomes.
+    """The mixture class of transformers for a dense class.
 
     Attributes:
-        name: Class of the mixture.
-        fields: Of its config, beside those that both have: field -> field of the dense config.
-        without: Fields of the dense config that the mixture has not, and the only value that it can stand for.
-        own: Fields of the mixture's config alone.
+        name: Class name of the mixture.
+        fields: Config field of the mixture -> dense config field with its value, for fields that only the mixture has.
+        without: Dense config field that the mixture lacks -> the only value that the mixture supports.
+        own: Config field of the mixture -> value, for fields without a dense counterpart.
     """
 
     name: str
@@ -56,29 +56,31 @@ TWINS = {
 def upcycle(
     model: nn.Module, optim: Optimizer | None = None, *, experts: int, top_k: int = 2, std: float = 0.02, seed: int = 0
 ) -> nn.Module:  # fmt: skip
-    """Make every MLP of a dense model a layer of experts: its copies, behind a router that is drawn.
+    """Replace every MLP of a dense model by a layer of experts: copies of the MLP behind a random router.
 
-    The shares of the chosen experts sum to one, so the function is preserved whatever the router says; the copies part as they see
-    other tokens. Everything but the MLPs is shared with ``model``, Parameter objects included. The optimizer, changed in place, holds
-    the experts where it held the MLPs. An expert's gradient is that of its share of the tokens, in expectation ``1 / experts`` of the
-    MLP's: first-order state and gradients in flight are scaled by that, second-order state by its square. The router starts without
-    state. It has no ``growkern_history``: save the mixture, and build the optimizer for it with the groups that it has now.
+    The routing weights of the chosen experts sum to one, so any router preserves the function; the experts diverge because they see
+    different tokens. The mixture shares everything but the MLPs with ``model``, Parameter objects included. In the optimizer, changed
+    in place, the experts replace the MLPs. An expert sees a share of the tokens, so its expected gradient is ``1 / experts`` of the
+    MLP's: first-order state and gradients in flight are scaled by this factor, second-order state by its square. The router starts
+    without state. The mixture has no ``growkern_history``: save the mixture itself, and to load the optimizer's state, build the
+    optimizer with the same param groups.
 
     Args:
         model: ``LlamaForCausalLM``, ``MistralForCausalLM`` (they become Mixtral) or ``Qwen3ForCausalLM`` (Qwen3-MoE) of transformers.
-        optim: Its optimizer.
-        experts: How many there are to be.
-        top_k: How many of them a token goes through.
-        std: Of the router's weights.
-        seed: Of the router's weights.
+        optim: Optimizer of the model.
+        experts: Number of experts per layer.
+        top_k: Number of experts per token.
+        std: Standard deviation of the router's weights.
+        seed: Seed of the router's weights.
 
     Returns:
-        The mixture, a model of its own class; train this one from now on.
+        The mixture, a new model; train it in place of ``model``.
 
     Raises:
-        UnsupportedModelError: The model has no twin, or holds what the twin has not.
+        UnsupportedModelError: The model has no mixture class, or uses an option that the mixture lacks; the tensors of an MLP are
+            partly frozen or not in one param group.
         UnsupportedOptimizerError: The optimizer's state cannot be grown.
-        PlanError: ``top_k`` is not between 1 and ``experts``, or ``std`` is not above 0.
+        PlanError: ``top_k`` is not between 1 and ``experts``, ``std`` is not above 0, or the optimizer has an ``UpdateScale``.
     """
     model, optim = unwrapped(model), unwrapped(optim)
     twin = TWINS.get(type(model).__name__)
@@ -124,7 +126,7 @@ def upcycle(
 
 
 def _mixture(model: nn.Module, config: Any, twin: Twin, experts: int, top_k: int) -> Any:
-    """The mixture around the dense model's own parameters; its experts are still on the meta device."""
+    """Build the mixture around the dense model's own parameters, with experts on the meta device."""
     import transformers
 
     kind: Any = getattr(transformers, twin.name)
@@ -152,7 +154,7 @@ def _mixture(model: nn.Module, config: Any, twin: Twin, experts: int, top_k: int
 
 
 def _apart(model: nn.Module, optim: Optimizer | None) -> Iterator[str]:
-    """Say where an MLP is not one: partly frozen, or in several groups, or held in part."""
+    """Yield an error for each MLP whose tensors are partly frozen, in several param groups, or in none."""
     groups = (
         {id(p): i for i, g in enumerate(optim.param_groups) for p in g["params"]} if optim else {}
     )
@@ -170,7 +172,7 @@ def _apart(model: nn.Module, optim: Optimizer | None) -> Iterator[str]:
             )
 
 
-Moved = tuple[nn.Parameter, list[nn.Parameter]]  # a new parameter, and those whose place it takes
+Moved = tuple[nn.Parameter, list[nn.Parameter]]  # a new parameter, and the parameters it replaces
 
 
 def _experts(model: nn.Module, layer: Any, experts: int, std: float, seed: int) -> list[Moved]:
@@ -199,7 +201,7 @@ def _copies(parts: Sequence[Tensor], n: int) -> Tensor:
 def _state(
     optim: Optimizer, old: Sequence[nn.Parameter], rules: Mapping[str, Rule | None], experts: int
 ) -> dict[str, object]:
-    """State of the experts: that of what they copy, in the share of the tokens that they see."""
+    """Return the state of the experts: copies of the MLP's state, scaled by powers of ``1 / experts``."""
     states = [optim.state.get(p, {}) for p in old]
     if not states or not all(states):
         return {}
@@ -219,7 +221,7 @@ def _state(
 def _hand_over(
     optim: Optimizer, moved: Sequence[Moved], states: Mapping[Any, object], mixture: nn.Module
 ) -> None:
-    """Experts take the places of their MLPs, routers those beside them; all or nothing."""
+    """Replace MLPs by experts in the param groups, add routers behind them, and roll back on failure."""
     gone = {p for _, old in moved for p in old}
     takes: dict[nn.Parameter, list[nn.Parameter]] = {}
     last: nn.Parameter | None = None

@@ -1,1 +1,1 @@
-"""EXECUTE: a plan and source tensors to staged target tensors; no module is known here."""
+"""EXECUTE: compute staged target tensors from a plan and source tensors, without access to modules."""

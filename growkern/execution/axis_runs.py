@@ -1,4 +1,4 @@
-"""The rows or the columns of a target: stretches of source coordinates and where they go; what copies none stands apart."""
+"""Rows or columns of a target as stretches: ranges of source coordinates with all their copies, and ranges of pads."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -19,15 +19,15 @@ from growkern.planning.vector import Vector
 N_RUNS, N_LONG_RUNS = (
     32,
     1024,
-)  # an axis of more runs is copied by an index; of long runs, more are worth it
-LONG = 64  # coordinates: 128 bytes of the smallest dtype
+)  # maximal number of runs to copy by slices rather than by an index: in general, and for long runs
+LONG = 64  # coordinates per long run: 128 bytes of the smallest dtype
 
 
 @dataclass(frozen=True, eq=False)
 class Stretch:
-    """``n`` source coordinates from ``source`` on (``PAD``: none), or those of ``index``, and where they go.
+    """``n`` source coordinates, from ``source`` on (``PAD``: none) or listed in ``index``, and their copies in the target.
 
-    ``upper``: they are of the next layer's tensor.
+    ``upper``: True when the source is the next layer's tensor.
     """
 
     source: int
@@ -38,11 +38,11 @@ class Stretch:
 
     @cached_property
     def unscaled(self) -> "Stretch":
-        """The same, copied as it is."""
+        """This stretch with scale 1."""
         return replace(self, copies=tuple(replace(c, scale=1.0, scales=None) for c in self.copies))
 
     def drawn(self, strength: float) -> "Stretch":
-        """The same, all of it noise, and no factor but this one."""
+        """Return this stretch with noise of factor ``strength`` and scale 1."""
         copies = (
             replace(c, noise=strength, noises=None, scale=1.0, scales=None) for c in self.copies
         )
@@ -60,7 +60,7 @@ class _Cut(NamedTuple):
 
 
 class Side:
-    """The rows or the columns of a target seen as a matrix: some of its axes, row-major, grown by a rule."""
+    """Rows or columns of a target matrix: some axes of the target tensor, flattened row-major and grown by a rule."""
 
     def __init__(self, axes: Sequence[AxisMap], rule: Rule, upper: AxisMap | None = None) -> None:
         self.index_map = self.ids = ONE
@@ -69,7 +69,7 @@ class Side:
         self.noisy, self.drawn = False, 1.0
         for axis in axes:
             index_map = axis.index_map.first_copies() if rule.first_copy_only else axis.index_map
-            if rule.grad and not rule.is_weight:  # what is copied by 0 has no ancestor
+            if rule.grad and not rule.is_weight:  # an element copied with factor 0 counts as a pad
                 index_map = index_map.where(axis.grad_scale)
             factors, ids = _noise(axis, rule)
             self.ids = self.ids.product(ids)
@@ -81,18 +81,18 @@ class Side:
             if not axis.index_map.is_identity:
                 self.pad, self.drawn = axis.pad, axis.drawn
                 self.noisy = self.noisy or axis.pad == "random_reader"
-        if upper is None:  # 0 where the next layer is read
+        if upper is None:  # 0 for coordinates that copy the next layer
             self.upper = Vector.full(1.0, self.index_map.n_target)
         self.quiet = not any(value for value, _ in self.factors.pieces)
 
     @property
     def free(self) -> bool:
-        """True when some coordinates are drawn wherever the other side is."""
+        """True when the side has pads of the kind ``"random_writer"``."""
         return self.pad == "random_writer" and self.index_map.has_pads
 
     @cached_property
     def copies(self) -> list[float]:
-        """Per source coordinate, the sum of the scales of its copies."""
+        """Sum of the scales of the copies, per source coordinate."""
         sums = [0.0] * self.index_map.n_source
         for j, s in zip(self.index_map.indices, self.scale.expanded(), strict=True):
             if j != PAD:
@@ -101,24 +101,24 @@ class Side:
 
     @cached_property
     def n_copied(self) -> int:
-        """Target coordinates that copy one."""
+        """Number of target coordinates that copy a source coordinate."""
         return sum(run.length for run in self.index_map.runs if run.source != PAD)
 
     def n_pads_before(self, target: int) -> int:
-        """Target coordinates before this one that copy none."""
+        """Return the number of pads before a target coordinate."""
         pads = (run for run in self.index_map.runs if run.source == PAD and run.target < target)
         return sum(min(run.length, target - run.target) for run in pads)
 
     def stretches(
         self, device: torch.device, dtype: torch.dtype, *, rows: bool, counted: bool
     ) -> list[Stretch]:
-        """Cut the side where what is copied, or how, changes; go by an index where that is too often.
+        """Cut the side into contiguous stretches with one scale and one noise factor; if there are too many, list indices instead.
 
         Args:
-            device: Of the tensors.
-            dtype: Of the arithmetic.
+            device: Device of the tensors.
+            dtype: Dtype of the arithmetic.
             rows: True for rows.
-            counted: True when counters are needed though this side adds no noise by itself.
+            counted: True when noise counters are needed even if all noise factors of this side are 0.
         """
         n, n_target = len(self.index_map.runs), self.index_map.n_target
         long = n <= N_LONG_RUNS and n_target >= LONG * n
@@ -133,7 +133,7 @@ class Side:
         return list(self._scattered(make) if rows and scatters(device) else self._gathered(make))
 
     def _cuts(self) -> list["_Cut"]:
-        """Runs of one scale and one noise factor."""
+        """Cut the index map into runs with one scale, one noise factor and one source tensor."""
         n_target, cuts = self.index_map.n_target, list[_Cut]()
         changes = {run.target: run for run in self.index_map.runs}
         ids = {run.target: run for run in self.ids.runs}
@@ -151,7 +151,7 @@ class Side:
         return cuts
 
     def _scattered(self, make: "_Copies") -> Iterator[Stretch]:
-        """Source coordinates of equally many copies go together, each copy to a list of target coordinates."""
+        """Group source coordinates with equally many copies; each copy lists its target coordinates."""
         if pads := [i for i, j in enumerate(self.index_map.indices) if j == PAD]:
             yield Stretch(PAD, len(pads), (make.listed(pads, place=True),))
         lower = self.upper.expanded()
@@ -165,7 +165,7 @@ class Side:
                 return
 
     def _gathered(self, make: "_Copies") -> Iterator[Stretch]:
-        """Neighbouring target coordinates that copy something go together, and those that do not."""
+        """Group neighboring target coordinates that are all pads, or that all copy one source tensor."""
         indices = self.index_map.indices
         kinds = zip((j == PAD for j in indices), self.upper.expanded(), strict=True)
         for (pad, lower), same in groupby(enumerate(kinds), lambda found: found[1]):
@@ -177,12 +177,12 @@ class Side:
 
 
 def scatters(device: torch.device) -> bool:
-    """Whether rows of a random map go from a source row to all its places (a GPU loads it once), or are fetched in target order."""
+    """True when rows of a random map are scattered (a GPU loads each source row once), False when they are gathered in target order."""
     return device.type == "cuda"
 
 
 class _Copies:
-    """Makes the copies of a side that list their coordinates."""
+    """Makes copies that list their coordinates of a side."""
 
     def __init__(self, side: Side, device: torch.device, dtype: torch.dtype, counted: bool) -> None:
         self.device = device
@@ -203,7 +203,7 @@ class _Copies:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
     def listed(self, targets: Sequence[int], *, place: bool = False) -> Copy:
-        """Any coordinates of the target."""
+        """Return a copy of the side at any target coordinates, which ``place`` stores as ``Copy.targets``."""
         at = self.int32(targets)
         return Copy(
             targets=at if place else None,
@@ -221,7 +221,7 @@ def _copy(cut: _Cut, skip: int = 0) -> Copy:
 
 
 def _segments(cuts: list[_Cut]) -> Iterator[Stretch]:
-    """Cut the source where a cut begins or ends, so that every cut is made of whole segments."""
+    """Divide the source at the bounds of all cuts, so that every cut consists of whole segments; yield each with its copies."""
     bounds = sorted({bound for cut in cuts for bound in (cut.source, cut.source + cut.n)})
     following = dict(pairwise(bounds))
     copies: dict[int, list[Copy]] = defaultdict(list)
@@ -235,7 +235,7 @@ def _segments(cuts: list[_Cut]) -> Iterator[Stretch]:
 
 
 def _later_copies(index_map: IndexMap, *, mixed: bool) -> Vector:
-    """0 for all but the first copy of every source coordinate, where these are read elsewhere; else 1."""
+    """Return 0 for all but the first copy of every source coordinate if ``mixed`` (the next layer is copied there), else 1."""
     if not mixed:
         return Vector.full(1.0, index_map.n_target)
     first = index_map.first_copies()
@@ -246,7 +246,7 @@ def _later_copies(index_map: IndexMap, *, mixed: bool) -> Vector:
 
 
 def scale_of(axis: AxisMap, rule: Rule) -> Vector:
-    """The factor of a rule along an axis."""
+    """Return a rule's factor for each target coordinate of an axis."""
     powers = (axis.weight_scale, rule.weight), (axis.grad_scale, rule.grad)
     scales = [vector.map(lambda x, k=k: x**k) for vector, k in powers if k]
     if len(scales) == 2:
@@ -255,7 +255,7 @@ def scale_of(axis: AxisMap, rule: Rule) -> Vector:
 
 
 def _noise(axis: AxisMap, rule: Rule) -> tuple[Vector, IndexMap]:
-    """Noise factor of each target coordinate of an axis (0 in state), and its counter; twins share a counter."""
+    """Return noise factor (0 for state) and noise counter of each target coordinate of an axis; twins share a counter."""
     index_map, value = axis.index_map, 1.0 if rule.is_weight else 0.0
     if not rule.is_weight or axis.pad != "random_reader" or index_map.is_identity:
         return Vector.full(value, index_map.n_target), IndexMap.identity(index_map.n_target)

@@ -1,6 +1,6 @@
-"""Plans and source tensors -> staged target tensors. Knows no model and writes nothing that lives.
+"""Compute staged target tensors from a plan and source tensors. No model is needed, and no live tensor is written.
 
-Targets are cut into pieces; a backend writes all pieces of a device, all at once, or one set of tensors after the other.
+Targets are cut into pieces; a backend writes the pieces of each device, all at once or one set of tensors after the other.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,18 +25,18 @@ from growkern.support.named_tensors import Tensors
 
 Memory = Literal["stage", "lean"]
 MEMORIES = ("stage", "lean")
-NOTHING = "nan"  # a backend for targets that a checkpoint is going to fill
-# row, source, target, how it grows, and the next layer's source for a row that takes a part of that
+NOTHING = "nan"  # backend that fills targets with NaN; a checkpoint overwrites them
+# row, source, target, rule, and the next layer's source for a row that copies a part of it
 Job = tuple[TensorRow, Tensor, Tensor, Rule, Tensor | None]
 
 
 @dataclass(frozen=True)
 class TensorSet:
-    """All that grows from one parameter or buffer: its value, gradient and state, wherever they go.
+    """All targets of one source parameter or buffer: values, gradients and state, in all blocks.
 
     Attributes:
-        rows: Of the plan, all of one source.
-        n_bytes: Of the targets, per device.
+        rows: Rows of the plan with this source.
+        n_bytes: Bytes of the targets, per device.
         n_freed: Bytes of the sources that the targets replace, per device.
     """
 
@@ -46,13 +46,13 @@ class TensorSet:
 
 
 class Execution:
-    """A growth that is ready to run: its memory is known and fits.
+    """A growth that is ready to run: its peak memory is known and fits.
 
     Attributes:
-        cutter: Of this plan; executions that share one give the values of a name the same noise.
-        memory: ``"stage"``: every target beside every source, then one swap. ``"lean"``: set by set, sources freed on the way.
-        peak_bytes: What it takes at most beyond what was there, on the device that takes most.
-        n_read: Bytes read so far, of sources and of statistics.
+        cutter: ``Cutter`` of the plan; executions that share a cutter add the same noise to values of the same name.
+        memory: ``"stage"``: every target beside every source, then one swap. ``"lean"``: set by set, with sources freed in between.
+        peak_bytes: Peak memory beyond the memory in use before, on the device with the highest peak.
+        n_read: Bytes read so far, for targets and for statistics.
         n_written: Bytes written so far.
     """
 
@@ -67,11 +67,11 @@ class Execution:
         cutter: Cutter | None = None,
         given: Given | None = None,
     ) -> None:
-        """Check that the plan fits the tensors and the tensors the memory; see ``execute``.
+        """Check that the plan fits the tensors and that the targets fit in memory; see ``execute``.
 
         Raises:
             PlanError: The plan is for tensors of other shapes; ``memory`` is unknown.
-            InsufficientMemoryError: It does not fit, with both figures.
+            InsufficientMemoryError: The targets do not fit. The message gives required and free memory.
         """
         self.plan, self.sources, self.backend = plan, sources, backend
         self.rules, self.cutter = rules, cutter or Cutter(plan, given)
@@ -89,13 +89,13 @@ class Execution:
         self.n_read = self.n_written = 0
 
     def of(self, sources: Tensors) -> "Execution":
-        """The same growth of other tensors of these names (an average of the model), with the same noise."""
+        """Return the same growth, with the same noise, of other tensors with these names (an average of the model)."""
         return Execution(
             self.plan, sources, {}, backend=self.backend, memory=self.memory, cutter=self.cutter
         )
 
     def parts(self) -> Iterator[Tensors]:
-        """Targets: all at once, or set by set; a set's sources are forgotten before it is given, so that they can be freed."""
+        """Yield the targets at once, or set by set; references to a set's sources are dropped first, so that their memory can be freed."""
         if self.memory == "stage":
             staged = Tensors()
             self._run([job for one in self.sets for job in self.jobs(one, staged)])
@@ -128,14 +128,14 @@ class Execution:
                 self._shift(row, target)
 
     def _shift(self, row: TensorRow, target: Tensor) -> None:
-        """``s w`` -> ``s (w + offset) - offset``; nothing where ``s`` is 1."""
+        """Change ``s w`` to ``s (w + offset) - offset`` in place."""
         (axis,) = self.plan.axis_maps(row)
         shift = [row.offset * (s - 1) for s in axis.weight_scale.expanded()]
         if any(shift):
             target += torch.tensor(shift, dtype=arithmetic(target.dtype), device=target.device)
 
     def _coded(self, one: TensorSet, staged: Tensors) -> None:
-        """Bring state that is kept in 8 bits back to them."""
+        """Quantize the grown state again where the source state is stored in 8 bits."""
         for row in one.rows:
             before, state = self.sources.states.get(row.source, {}), staged.states.get(row.name, {})
             for key in [key for key in state if is_coded(before.get(key))]:
@@ -146,7 +146,7 @@ class Execution:
                 state[key], state[scale_key(key)] = encoded(values, scales, code)
 
     def jobs(self, one: TensorSet, staged: Tensors) -> list[Job]:
-        """Allocate the targets of a set; what is no job (counters, scalars of new blocks) is done at once."""
+        """Allocate the targets of a set and return their jobs; counters, and scalar state of new blocks, are written here."""
         jobs: list[Job] = []
         for row in one.rows:
             source, shape = self.sources.values[row.source], self.plan.shapes(row)[1]
@@ -192,17 +192,17 @@ def execute(
     """Compute every target tensor that differs from its source.
 
     Args:
-        plan: What to do.
+        plan: The plan.
         sources: Live tensors by source name; they are only read.
-        rules: State key -> how it grows (``Law.grown``); None for what is kept.
+        rules: State key -> rule (``Law.grown``); None for state that is kept.
         backend: ``"triton"``, ``"torch"``, or None for triton on a GPU and torch elsewhere.
 
     Returns:
-        Staged tensors by target name, in fresh storage. Scalars of the state are copied for new blocks only.
+        Staged tensors by target name, in fresh storage. Scalar state is copied for new blocks only.
 
     Raises:
         PlanError: The plan is for tensors of other shapes.
-        InsufficientMemoryError: They do not fit beside the sources, with both figures.
+        InsufficientMemoryError: The targets do not fit beside the sources. The message gives required and free memory.
         GrowthError: The backend cannot run.
     """
     return next(Execution(plan, sources, rules, backend=backend, memory="stage").parts())
@@ -211,7 +211,7 @@ def execute(
 def tensor_sets(
     plan: GrowthPlan, sources: Tensors, rules: Mapping[str, Rule | None]
 ) -> list[TensorSet]:
-    """What changes, by source, the largest sources first: in this order the peak of ``"lean"`` is lowest."""
+    """Group changed rows by source, the largest sources first: in this order the peak of ``"lean"`` is lowest."""
     by_source: dict[str, list[TensorRow]] = {}
     for row in plan.tensors:
         if plan.changes(row):
@@ -244,7 +244,7 @@ def _grows_grad(row: TensorRow, sources: Tensors) -> bool:
 
 
 def _state(plan: GrowthPlan, row: TensorRow, sources: Tensors) -> Mapping[str, object]:
-    """The state that grows with a row; a master grows whatever becomes of the rest."""
+    """Return the state that grows with a row; master weights grow even when all other state is dropped or fresh."""
     found = {} if row.drawn else sources.states.get(row.source, {})
     if row.state == "law" and plan.state != "drop":
         return found
@@ -253,7 +253,7 @@ def _state(plan: GrowthPlan, row: TensorRow, sources: Tensors) -> Mapping[str, o
 
 
 def peaks(sets: list[TensorSet], memory: str) -> dict[torch.device, int]:
-    """What a growth takes at most beyond what was there, per device."""
+    """Return the peak bytes of a growth beyond its sources, per device."""
     now: dict[torch.device, int] = {}
     peak: dict[torch.device, int] = {}
     for one in sets:
@@ -266,7 +266,7 @@ def peaks(sets: list[TensorSet], memory: str) -> dict[torch.device, int]:
 
 
 def _choose(sets: list[TensorSet], memory: Memory | None) -> tuple[Memory, int]:
-    """The fastest way that fits, and its peak."""
+    """Return the fastest memory mode that fits, and its peak bytes."""
     free = {device: free_bytes(device) for device in {d for one in sets for d in one.n_bytes}}
     for mode in MEMORIES if memory is None else (memory,):
         needed = peaks(sets, mode)
@@ -285,7 +285,7 @@ def _choose(sets: list[TensorSet], memory: Memory | None) -> tuple[Memory, int]:
 
 
 def unavailable(backend: str, device: torch.device) -> list[str]:
-    """Why a backend cannot run on a device; empty when it can."""
+    """Return the reasons why a backend cannot run on a device; empty when it can."""
     if backend == "torch":
         return []
     if backend != "triton":
@@ -318,5 +318,5 @@ def _run(pieces: list[Piece], backend: str | None) -> None:
             expand([piece for piece in group if piece.dst.dtype in DTYPES])
             group = [
                 piece for piece in group if piece.dst.dtype not in DTYPES
-            ]  # bool and small integers: buffers
+            ]  # buffers of bool and small integers
         reference.expand(group)

@@ -1,5 +1,7 @@
-"""Target tensors -> pieces: a tensor is seen as rows x columns; every stretch of source rows and stretch of source columns is a
-rectangle that goes to all its copies in the target, or stands for what no source is copied to: a mean, a constant."""
+"""Cut target tensors into pieces: a tensor is viewed as a matrix, and a stretch of rows and a stretch of columns form a rectangle.
+
+A rectangle is copied from the source to all its places in the target, or holds pads: zeros, a mean, noise, or the method's rows.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +26,7 @@ Given = Callable[[Tensor, int], Tensor]
 
 
 class _Cell(NamedTuple):
-    """A stretch of rows by a stretch of columns; the pads of those that copy nothing; whether there is noise."""
+    """A stretch of rows by a stretch of columns, the pad kinds of stretches that copy nothing, and whether noise is added."""
 
     rows: Stretch
     cols: Stretch
@@ -36,15 +38,15 @@ class _Layout(NamedTuple):
     rows: Side
     cols: Side
     cells: list[_Cell]
-    plain: list[tuple[Stretch, Stretch]]  # all cells, where all they do is copy and scale
-    whole: tuple[Stretch, Stretch] | None  # the one of them, where it takes all of its source
-    centred: list[int]  # axes whose mean is subtracted first
-    source: tuple[int, int]  # shapes as matrices
+    plain: list[tuple[Stretch, Stretch]]  # all cells, if every cell is only copied and scaled
+    whole: tuple[Stretch, Stretch] | None  # the only cell, if it reads its whole source
+    centred: list[int]  # axes along which the mean is subtracted first
+    source: tuple[int, int]  # matrix shape
     target: tuple[int, int]
 
 
 def _cell(rows: Side, cols: Side, r: Stretch, c: Stretch, rule: Rule) -> _Cell:
-    """Noise is on weights that copy, or that read a pad, but not on those that write one."""
+    """Make a cell. A cell of a weight gets noise if it has twin noise or a random pad, and no pad of another kind."""
     pads: tuple[Pad, ...] = tuple(side.pad for side, s in ((rows, r), (cols, c)) if s.source == PAD)
     heard = all(any(copy.noise for copy in side.copies) for side in (r, c))
     heard = heard and (rows.noisy or cols.noisy)
@@ -53,17 +55,15 @@ def _cell(rows: Side, cols: Side, r: Stretch, c: Stretch, rule: Rule) -> _Cell:
 
 
 class Cutter:
-    """Cuts target tensors into pieces; what depends on an axis alone is worked out once.
+    """Cuts target tensors into pieces; computes sides and stretches once for all tensors with the same axes.
 
-    ``given``: the method's, of a tensor's rows and how many more there are to be -> those.
+    ``given``: the width method's ``rows``, from source rows and the number of new rows to the new rows.
     """
 
     def __init__(self, plan: GrowthPlan, given: Given | None = None) -> None:
         self.plan, self.given = plan, given
-        self.n_read = 0  # bytes that statistics of sources read
-        shared = {
-            id(axis): axis for axis in plan.axes.values()
-        }  # most axes of blocks are one object
+        self.n_read = 0  # bytes read for statistics of sources
+        shared = {id(axis): axis for axis in plan.axes.values()}  # blocks share most axis objects
         equal: dict[AxisMap, AxisMap] = {}
         ones = {place: equal.setdefault(axis, axis) for place, axis in shared.items()}
         self._axes = {key: ones[id(axis)] for key, axis in plan.axes.items()}
@@ -72,7 +72,7 @@ class Cutter:
         self._stretches: dict[tuple[object, ...], list[Stretch]] = {}
         self._stds: dict[
             str, Tensor
-        ] = {}  # by source: what is a value beside a weight gets its noise
+        ] = {}  # by source: master weights and averages get the same noise
         self._means: dict[tuple[int, Rule], AxisMap] = {}
         self._scaled: dict[tuple[int, float, float], AxisMap] = {}
         self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
@@ -80,7 +80,7 @@ class Cutter:
     def measure(
         self, jobs: Iterable[tuple[TensorRow, Tensor, Tensor, Rule, Tensor | None]]
     ) -> None:
-        """Measure every weight that gets noise at once, rather than each by itself; jobs as arguments of ``pieces``."""
+        """Measure the root mean square of all weights that get noise in one batch; jobs hold the arguments of ``pieces``."""
         noisy: dict[tuple[torch.device, torch.dtype, torch.dtype], dict[str, Tensor]] = defaultdict(
             dict
         )
@@ -103,7 +103,7 @@ class Cutter:
     def pieces(
         self, row: TensorRow, src: Tensor, dst: Tensor, rule: Rule, upper: Tensor | None = None
     ) -> Iterator[Piece]:
-        """Cut one target tensor: a weight, its gradient or its state, each by its rule; ``upper`` is the next layer's source."""
+        """Cut one target tensor (weight, gradient or state) by its rule; ``upper`` is the next layer's source tensor."""
         if row.constant is not None:
             into = dst.view(1, dst.numel())
             yield Piece(self._constant(row.constant, dst).expand_as(into), into)
@@ -156,8 +156,8 @@ class Cutter:
     def _layout(
         self, row: TensorRow, rule: Rule, device: torch.device, dtype: torch.dtype
     ) -> "_Layout":
-        """How tensors of these axes are cut: worked out once."""
-        axes = tuple(map(self._axes.__getitem__, row.axes))  # blocks share them
+        """Return the layout of tensors with the row's axes, computed once."""
+        axes = tuple(map(self._axes.__getitem__, row.axes))  # shared by blocks
         if row.factor != 1 or row.grad_factor != 1:
             own = row.factor, row.grad_factor
             scaled = self._scaled.setdefault((id(axes[0]), *own), axes[0].times(*own))
@@ -190,10 +190,10 @@ class Cutter:
         return found
 
     def _mean_of(self, axis: AxisMap, rule: Rule) -> AxisMap:
-        """An axis of size 1 in place of one that was averaged over: its factor is the mean of the factors."""
+        """Return an axis of size 1 in place of an axis that the state is averaged over; its factor is the mean of that axis's factors."""
         scale, runs = scale_of(axis, rule).expanded(), axis.index_map.runs
         copied = [scale[i] for run in runs if run.source != PAD for i in range(*run.span)]
-        one, power = Vector.full(1.0, 1), rule.grad or 1  # without one, the factors are all 1
+        one, power = Vector.full(1.0, 1), rule.grad or 1  # at power 0, all factors are 1
         mean = Vector.full((sum(copied) / max(1, len(copied))) ** (1 / power), 1)
         found = AxisMap(IndexMap.identity(1), one, mean)
         return self._means.setdefault((id(axis), rule), found)
@@ -226,7 +226,7 @@ def _matrix(tensor: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _split(axes: tuple[AxisMap, ...]) -> int:
-    """How many axes are rows: at most the last grown axis, and what follows it, are columns."""
+    """Return the number of row axes; the columns are the axes after a single grown axis, else the last grown axis and those after it."""
     grown = [i for i, axis in enumerate(axes) if not axis.is_identity]
     if len(grown) == 1 and grown[0] < len(axes) - 1:
         return grown[0] + 1
@@ -234,7 +234,7 @@ def _split(axes: tuple[AxisMap, ...]) -> int:
 
 
 def _std(rms: Tensor) -> Tensor:
-    """Noise is measured in the root mean square of its weight, to eight bits, so that devices that sum in another order agree."""
+    """Return the noise scale of a weight: its root mean square, rounded to bfloat16 so that the order of summation has no effect."""
     return rms.to(torch.bfloat16).to(rms.dtype) / reference.BYTES_STD
 
 
@@ -243,7 +243,7 @@ def _tensor_id(name: str) -> int:
 
 
 class _Fill:
-    """What stands for the source where a stretch copies nothing, broadcast."""
+    """Sources of cells with pads: broadcast zeros or means, or the method's rows."""
 
     def __init__(
         self,
@@ -257,17 +257,17 @@ class _Fill:
         self.source, self.rows, self.cols, self.rule, self.dtype = source, rows, cols, rule, dtype
         self._given = given
         self._means: dict[tuple[bool, bool], Tensor] = {}
-        self.n_statistics = 0  # times that the whole source is read for one
+        self.n_statistics = 0  # number of times that statistics read the whole source
 
     @cached_property
     def std(self) -> Tensor:
-        """Of the noise, where it was not measured before."""
+        """Noise scale of the source, for a weight that ``Cutter.measure`` did not measure."""
         self.n_statistics += 1
         norm = reference.norms_of([self.source], 2)[0]
         return _std(norm / max(1, self.source.numel()) ** 0.5)
 
     def of(self, cell: _Cell) -> tuple[Tensor, bool]:
-        """The tensor to read, and whether the scales apply to it."""
+        """Return the source tensor of a cell, and whether the scales of its copies apply."""
         r, c, pads, _ = cell
         if not self.rule.is_weight and self.rule.missing == "mean":
             return self.mean_of_law.expand(r.n, c.n), False
@@ -285,7 +285,7 @@ class _Fill:
 
     @cached_property
     def given(self) -> Tensor:
-        """Rows, or columns as rows, that the method gives."""
+        """New rows, or new columns as rows, from the width method."""
         if self._given is None:
             raise PlanError(
                 "what this plan's new coordinates hold is its method's to give: pass its width= with plan=."
@@ -296,7 +296,7 @@ class _Fill:
         return self._given(source, side.index_map.n_target - side.n_copied).contiguous()
 
     def mean(self, over_rows: bool, over_cols: bool) -> Tensor:
-        """Mean over the rows, the columns or both, (1, C), (R, 1) or (1, 1); measured once."""
+        """Return the mean over the rows, the columns or both, (1, C), (R, 1) or (1, 1); each is computed once."""
         if (over_rows, over_cols) not in self._means:
             self.n_statistics += 1
             found = list(reference.blocks(self.source))
@@ -310,7 +310,7 @@ class _Fill:
 
     @cached_property
     def mean_of_law(self) -> Tensor:
-        """Mean over the elements that copy, each scaled by the law: what an element without an ancestor starts from."""
+        """Mean of all copied elements, scaled by the law: the start value of an element that copies no source element."""
         rows, cols = (
             torch.tensor(side.copies, dtype=self.dtype, device=self.source.device)
             for side in (self.rows, self.cols)
@@ -322,7 +322,7 @@ class _Fill:
 
 
 def _read(source: Tensor, above: Tensor | None, r: Stretch, c: Stretch) -> Tensor:
-    """The tensor that a cell is copied from."""
+    """Return the tensor that a cell copies: the source, or the next layer's source."""
     return above if above is not None and (r.upper or c.upper) else source
 
 

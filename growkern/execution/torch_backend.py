@@ -1,4 +1,4 @@
-"""The torch backend: the meaning of every kernel, and the real backend on a CPU. Same names and signatures as ``kernels/``."""
+"""The torch backend: the reference for the kernels in ``kernels/``, with their names and signatures, and the backend on a CPU."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,29 +10,29 @@ from torch import Tensor
 
 from growkern.support.dtypes import arithmetic
 
-BLOCK = 1 << 18  # elements computed at a time: temporaries stay in cache, and every thread has work
+BLOCK = 1 << 18  # elements per step: temporaries fit in cache, and every thread has work
 BYTES_MEAN, BYTES_STD = (
     510,
     147.80054127099805,
-)  # of the sum of four uniform bytes: 4 * 127.5, sqrt(4 * (256**2 - 1) / 12)
-MULTIPLIERS = 0x7FEB352D, 0x846CA68B  # of the mix, and
-SHIFTS = 16, 15, 16  # its shifts: "lowbias32" of C. Wellons, hash-prospector
-GOLDEN = 0x9E3779B9  # parts neighbouring counters before they are mixed
+)  # mean and standard deviation of a sum of four uniform bytes: 4 * 127.5, sqrt(4 * (256**2 - 1) / 12)
+MULTIPLIERS = 0x7FEB352D, 0x846CA68B  # of the hash "lowbias32", C. Wellons, hash-prospector
+SHIFTS = 16, 15, 16  # of the same hash
+GOLDEN = 0x9E3779B9  # spreads neighboring counters before they are mixed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Copy:
-    """Where the rows (or the columns) of a source rectangle go, once. ``n`` of them.
+    """One copy of the ``n`` rows (or columns) of a source rectangle: target coordinates, scales and noise.
 
     Attributes:
-        target: First target row (column).
-        targets: Target row of each, int32 (n,), where they do not follow each other; rows only.
-        scale: Factor on all.
-        scales: Factor on each, (n,), in the arithmetic's dtype; None for 1.
-        noise: Factor on the noise of all.
-        noises: Factor on the noise of each, (n,), in the arithmetic's dtype; None for 1.
-        first_id: Counter of the first; the others follow.
-        ids: Counter of each, int32 (n,), where they do not follow each other.
+        target: First target row (column) of contiguous targets.
+        targets: Target row of each row, int32 (n,); None for contiguous targets. Rows only.
+        scale: Factor on all rows (columns).
+        scales: Factor per row (column), (n,), in the arithmetic's dtype; None for 1.
+        noise: Factor on the noise of all rows (columns).
+        noises: Factor on the noise per row (column), (n,), in the arithmetic's dtype; None for 1.
+        first_id: Noise counter of the first row (column); the other counters follow.
+        ids: Noise counter per row (column), int32 (n,); None for consecutive counters.
     """
 
     target: int = 0
@@ -46,7 +46,7 @@ class Copy:
 
     @property
     def is_scaled(self) -> bool:
-        """True when values change on the way."""
+        """True when the copy scales values."""
         return self.scale != 1.0 or self.scales is not None
 
 
@@ -56,7 +56,7 @@ class Noise:
 
     Attributes:
         std: 0-d tensor on the device, in the arithmetic's dtype: standard deviation / ``BYTES_STD``.
-        keys: What the counters of rows and of columns start from, int32 each: ``axis_keys(seed, tensor id)``.
+        keys: Offsets of the row counters and the column counters, int32 each: ``axis_keys(seed, tensor id)``.
     """
 
     std: Tensor
@@ -65,20 +65,20 @@ class Noise:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """A rectangle of a source (R rows, C columns) and all the places in a target that it goes to.
+    """A rectangle of a source (R rows, C columns) and all its copies in a target.
 
     For every copy ``r`` in ``row_copies`` and ``c`` in ``col_copies``::
 
         dst[r.target + i, c.target + j] = (src[i, j] + noise) * (r.scale * c.scale) * r.scales[i] * c.scales[j]
 
     Attributes:
-        src: Source, any strides (0 broadcasts): (R, C) where there is no index, else indexed.
+        src: Source of any strides (0 broadcasts): (R, C), or the matrix that ``rows`` and ``cols`` index.
         dst: The whole target as a matrix; columns are contiguous.
-        row_copies: Where the rows go.
-        col_copies: Where the columns go.
-        rows: Source row of each row, int32 (R,); None for its own.
-        cols: Source column of each column, int32 (C,); None for its own.
-        noise: What is added first; None for nothing.
+        row_copies: Copies of the rows.
+        col_copies: Copies of the columns.
+        rows: Source row of each row, int32 (R,); None for row ``i`` of ``src``.
+        cols: Source column of each column, int32 (C,); None for column ``j`` of ``src``.
+        noise: Noise that is added before scaling; None for no noise.
     """
 
     src: Tensor
@@ -91,7 +91,7 @@ class Piece:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of the rectangle."""
+        """Number of rows and of columns of the rectangle."""
         n_rows, n_cols = self.src.shape
         return (
             n_rows if self.rows is None else len(self.rows),
@@ -100,7 +100,7 @@ class Piece:
 
     @property
     def n_read(self) -> int:
-        """Bytes of the source, once; a broadcast one is as good as none."""
+        """Bytes read from the source, counted once; 0 for a broadcast source."""
         n_rows, n_cols = self.src.shape
         if self.rows is not None:
             n_rows = min(n_rows, len(self.rows))
@@ -108,7 +108,7 @@ class Piece:
 
     @property
     def n_written(self) -> int:
-        """Bytes of all copies."""
+        """Bytes written to all copies."""
         n_copies = len(self.row_copies) * len(self.col_copies)
         return prod(self.shape) * n_copies * self.dst.itemsize
 
@@ -121,7 +121,7 @@ class Piece:
 
 
 def blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """Parts of a tensor in its arithmetic's dtype; one of lower precision goes block by block, so that no copy of it is made."""
+    """Yield a tensor in its arithmetic's dtype: a low-precision tensor in blocks, to avoid a copy of the whole tensor."""
     dtype = arithmetic(tensor.dtype)
     if tensor.dtype == dtype or tensor.dim() == 0:
         yield tensor.to(dtype)
@@ -132,9 +132,9 @@ def blocks(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def norms_of(tensors: Sequence[Tensor], order: int) -> Tensor:
-    """The norm of every tensor, of order 2, or 1 where none is negative, without a copy; on one device, computed in one dtype."""
+    """Return each tensor's norm of order 2 or 1 (1: no negative elements). All tensors have one device and one arithmetic dtype."""
     if all(tensor.dtype == arithmetic(tensor.dtype) for tensor in tensors):
-        if order == 1 and tensors[0].device.type == "cpu":  # 2.7 x as fast as what follows
+        if order == 1 and tensors[0].device.type == "cpu":  # 2.7 x as fast as _foreach_norm
             return torch.stack([tensor.sum() for tensor in tensors])
         return torch.stack(torch._foreach_norm(list(tensors), order))  # pyright: ignore
     parts = [torch.stack([torch.norm(b, order) for b in blocks(t)]) for t in tensors]  # pyright: ignore
@@ -142,7 +142,7 @@ def norms_of(tensors: Sequence[Tensor], order: int) -> Tensor:
 
 
 def norm_of(tensors: Sequence[Tensor], order: int) -> float:
-    """The norm of all elements of all tensors, as ``norms_of``; one wait per device and dtype."""
+    """Return the norm of all elements of all tensors, as ``norms_of`` does; synchronize once per device and dtype."""
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         if tensor.numel():
@@ -154,7 +154,7 @@ def expand(pieces: Sequence[Piece]) -> None:
     """Write every piece.
 
     Args:
-        pieces: What they write does not overlap. Values are rounded once, at the store; a pure copy is bit-exact.
+        pieces: Pieces with disjoint targets. Values are rounded once, at the store; a pure copy is bit-exact.
     """
     scratch = Scratch()
     for piece in pieces:
@@ -166,13 +166,13 @@ def expand(pieces: Sequence[Piece]) -> None:
 
 
 class Scratch:
-    """Memory for temporaries, used again and again, so that it stays in cache."""
+    """Reused memory for temporaries, so that temporaries stay in cache."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
 
     def get(self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor; what the name held before is gone."""
+        """Return a contiguous uninitialized tensor; it overwrites the previous tensor of the same name."""
         n, buffer = prod(shape), self.buffers.get(f"{name} {dtype}")
         if buffer is None or buffer.numel() < n or buffer.device != like.device:
             buffer = torch.empty(n, dtype=dtype, device=like.device)
@@ -182,7 +182,7 @@ class Scratch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Draw:
-    """Copies that share their noise: counters of rows (R,) and columns (C,), mixed, and every pair with its factor."""
+    """Copies that share one noise draw: mixed counters of rows (R,) and columns (C,), and (row copy, column copy, noise factor)."""
 
     rows: Tensor | None
     cols: Tensor | None
@@ -212,13 +212,13 @@ def _draws(piece: Piece) -> Iterator[_Draw]:
 
 
 def _expand(piece: Piece, draws: list[_Draw], at: slice, scratch: Scratch) -> None:
-    """Write every copy of some rows: they stay in cache, so each source is read once."""
+    """Write every copy of the rows ``at``; the rows stay in cache, so the source is read once."""
     src, rows, cols = piece.src, piece.rows, piece.cols
     if rows is None:
         src = _part(src, at)
     elif cols is None or len(src) >= at.stop - at.start:
         src, rows = src.index_select(0, _part(rows, at)), None
-    if cols is not None:  # before the rows, where there are fewer of them yet
+    if cols is not None:  # before the rows if the source has fewer rows
         if not piece.pure_copy:  # torch gathers columns of bfloat16 3.5 x slower
             src = src.to(arithmetic(piece.dst.dtype))
         src = src.index_select(1, cols)
@@ -292,19 +292,20 @@ def _column(vector: Tensor | None, at: slice) -> Tensor | None:
 
 
 def _part(tensor: Tensor, at: slice) -> Tensor:
-    """Some rows; all of them without a view, which takes longer than copying a small tensor."""
+    """Return the rows ``at``; for all rows return the tensor itself, because a view takes longer than copying a small tensor."""
     return tensor if at.stop - at.start == len(tensor) else tensor[at]
 
 
 def normal(keys: tuple[int, int], row_ids: Tensor, col_ids: Tensor) -> Tensor:
-    """Draw whole numbers of mean 0 and standard deviation ``BYTES_STD`` from counters: the sum of four bytes of a hash, less its mean.
+    """Draw integers of mean 0 and standard deviation ``BYTES_STD`` from counters: the sum of four bytes of a hash, minus its mean.
 
-    Integers throughout, so that every device gives the same bits; close to a normal, cut off at 3.45 deviations.
+    All arithmetic is in integers, so every device gives the same bits. The distribution is close to a normal, cut off at 3.45
+    standard deviations.
 
     Args:
-        keys: Of ``axis_keys``.
-        row_ids: Counters, int32 (R,).
-        col_ids: Counters, int32 (C,).
+        keys: Offsets from ``axis_keys``.
+        row_ids: Row counters, int32 (R,).
+        col_ids: Column counters, int32 (C,).
 
     Returns:
         float32 (R, C). Element (i, j) depends on ``keys``, ``row_ids[i]`` and ``col_ids[j]`` alone.
@@ -325,7 +326,7 @@ def _mixed(ids: Tensor, key: int) -> Tensor:
 
 
 def _hash(rows: Tensor, cols: Tensor, scratch: Scratch) -> Tensor:
-    """The numbers of ``normal`` from mixed counters; they lie in ``scratch``."""
+    """Compute the numbers of ``normal`` from mixed counters, in the memory of ``scratch``."""
     shape = len(rows), len(cols)
     word, spare = (scratch.get(name, shape, rows, torch.int32) for name in ("word", "spare"))
     _mix(torch.add(rows[:, None], cols, out=word), spare)
@@ -336,7 +337,7 @@ def _hash(rows: Tensor, cols: Tensor, scratch: Scratch) -> Tensor:
 
 
 def _mix(x: Tensor, shifted: Tensor) -> Tensor:
-    """Mix 32 bits in place; int32 wraps, and a mask makes its shifts logical."""
+    """Mix int32 in place; multiplication wraps, and a mask makes right shifts logical."""
     for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, None), strict=True):
         torch.bitwise_right_shift(x, shift, out=shifted)
         x.bitwise_xor_(shifted.bitwise_and_((1 << 32 - shift) - 1))
@@ -346,18 +347,18 @@ def _mix(x: Tensor, shifted: Tensor) -> Tensor:
 
 
 def axis_keys(seed: int, tensor_id: int) -> tuple[int, int]:
-    """What the counters of rows and of columns start from, int32 each, of a 64-bit seed and a 32-bit tensor id."""
+    """Return the offsets of row counters and of column counters, int32 each, for a 64-bit seed and a 32-bit tensor id."""
     of_rows = mix(mix(mix(seed & 0xFFFFFFFF) ^ seed >> 32) ^ tensor_id)
     return signed(of_rows), signed(mix(of_rows ^ GOLDEN))
 
 
 def mix(x: int) -> int:
-    """Mix 32 bits: a bijection after which every bit depends on every bit."""
+    """Mix 32 bits: a bijection in which every output bit depends on every input bit."""
     for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, 1), strict=True):
         x = (x ^ x >> shift) * multiplier & 0xFFFFFFFF
     return x
 
 
 def signed(x: int) -> int:
-    """The int32 of the same 32 bits."""
+    """Return the int32 with the same 32 bits."""
     return x - (1 << 32) if x >> 31 else x
