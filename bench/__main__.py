@@ -1,7 +1,8 @@
 """Run every bench of this machine: ``python -m bench`` on a CPU, ``python -m bench --gpu`` for everything on a GPU.
 
-Kernel microbenchmarks, then whole models, then a table, the bars and a picture. Rows are appended to
-``bench/results/<device>.csv`` and the picture, of this run alone, lies beside it. The exit status is 1 when a case was red.
+The run times kernel microbenchmarks, then whole models, and prints a table and the bars. Rows are appended to
+``bench/results/<device>.csv``; a picture of this run is saved to the same folder. A case is red if its result is wrong or its
+process fails; a red case is not timed. The exit status is 1 if a case is red.
 """
 
 import argparse
@@ -22,9 +23,9 @@ from bench import bench_models, harness
 from bench.bars import bars
 from bench.report import picture, table
 
-OPS = ("expand", "adamw")  # each has bench/bench_<op>.py and test_<op> in it
+OPS = ("expand", "adamw")  # bench/bench_<op>.py contains test_<op>
 VERDICTS = (" PASSED", " FAILED", " ERROR")
-Found = tuple[list[harness.Row], list[str]]  # rows, and what is red
+Found = tuple[list[harness.Row], list[str]]  # rows, and descriptions of red cases
 
 
 def kernels(scope: str, progress: Progress, folder: Path) -> Found:
@@ -40,7 +41,7 @@ def kernels(scope: str, progress: Progress, folder: Path) -> Found:
             if verdict in rest and name.endswith(tuple(f"::test_{op}" for op in OPS)):
                 case = rest.rpartition(verdict)[0].removesuffix("]")
                 progress.update(task, advance=1, description=f"kernels: {escape(case)}")
-                if verdict != VERDICTS[0] and case not in red:  # an unused fixture is an error too
+                if verdict != VERDICTS[0] and case not in red:  # one case may have FAILED and ERROR
                     red.append(case)
 
     path = folder / "expand.json"
@@ -88,7 +89,7 @@ BENCHES = {"kernels": kernels, "models": models}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, append, draw; 1 when a case was red."""
+    """Run the benches, append rows and draw the picture; return 1 if a case is red."""
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=(__doc__ or "").split("\n")[0]
     )
@@ -99,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
     console = Console()
-    console.width = max(console.width, 100)  # the table, whole, in a log too
+    console.width = max(console.width, 100)  # the whole table fits, in a log too
     has_gpu = torch.cuda.is_available()
     if options.gpu and not has_gpu:
         console.print("[red]--gpu: torch sees no CUDA device here[/red]")

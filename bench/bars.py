@@ -1,4 +1,4 @@
-"""What growkern promises of its speed, and what a run measured of it."""
+"""The bars: growkern's promises of speed and memory, compared with the rows of a run."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from bench.bench_adamw import OURS
 from bench.bench_models import DOUBLE, GPT2_WIDE, HOST, REPEAT, XL_WIDE
 from bench.harness import ROOF, Row, number
 
-LARGE = 60 << 20  # bytes of a large tensor's weight: 64 MB and what rounding leaves of 64 MiB
+LARGE = 60 << 20  # least bytes of a large weight; a nominal 64 MiB is rounded down
 RUN_MAPS = ("x1.5 adam", "x2 adam", "x3 adam")
 RANDOM_MAPS = ("random x2 adam",)
-NOISES = ("noise=1", "noise=0")  # of copies
+NOISES = ("noise=1", "noise=0")  # twin noise of copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +20,12 @@ class Bar:
     """One promise.
 
     Attributes:
-        text: What is promised.
-        limit: The figure.
-        unit: Of it.
-        measure: Rows, backend and noise -> the figures of all cases it is about; the worst counts.
-        at_most: True when the figure may not be more.
-        gpu: True when it is about a GPU.
+        text: The promise, as text.
+        limit: Bound on the figure.
+        unit: Unit of the figure.
+        measure: Function from rows, backend and noise to the figures of all cases of the promise; the worst figure counts.
+        at_most: True if ``limit`` is an upper bound, False if ``limit`` is a lower bound.
+        gpu: True if the promise is for GPUs only.
     """
 
     text: str
@@ -36,22 +36,22 @@ class Bar:
     gpu: bool = False
 
     def worst(self, rows: Sequence[Row], backend: str, noise: str) -> float | None:
-        """The figure that counts; None where nothing was measured."""
+        """Return the worst figure; None without a measurement."""
         found = list(self.measure(rows, backend, noise))
         return (max if self.at_most else min)(found) if found else None
 
     def held(self, figure: float) -> bool:
-        """Whether a figure keeps the promise."""
+        """Return True if a figure keeps the promise."""
         return figure <= self.limit if self.at_most else figure >= self.limit
 
 
 def find(rows: Sequence[Row], **wanted: object) -> list[Row]:
-    """The rows that have these values."""
+    """Return the rows with these column values."""
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
 def times(row: Row, other: Row, *, per_byte: bool = False) -> float:
-    """How many times faster a row is than another one."""
+    """Return the speedup of a row over another row."""
     speed = number(other["p50_ms"]) / number(row["p50_ms"])
     return speed * number(row["n_bytes"]) / number(other["n_bytes"]) if per_byte else speed
 
@@ -148,7 +148,7 @@ BARS = (
 
 
 def bars(rows: Sequence[Row], *, gpu: bool) -> Table:
-    """Every bar with what was measured: of copies, with twin noise and with none."""
+    """Return a table of the bars with the measured figures of copies, with and without twin noise."""
     drawn = Table(title="bars (the worst case counts)", title_justify="left")
     drawn.add_column("promise")
     for name in ("bar", *NOISES):

@@ -1,12 +1,13 @@
-"""How close does a step of ``growkern.optim.AdamW`` come to a ``copy_`` of the same bytes, and what do slices cost beside torch's?
+"""How close is a step of ``growkern.optim.AdamW`` to a ``copy_`` of the same bytes, and what do slices cost compared with torch's AdamW?
 
-All parameters of a GPT-2, and one tensor alone, without slices and with every kind of them. Baselines, which know no slices:
-``torch.optim.AdamW`` in its foreach and fused forms; the roof. Beside slices, what the hooks of ``UpdateScale`` cost. Every case is
-checked against torch's single-tensor step first, and a red one is not timed.
+A case has all parameters of a GPT-2, or one tensor alone, without slices or with every kind of slice. The baselines are the foreach and
+fused forms of ``torch.optim.AdamW``, which have no slices, and the roof. Cases with slices also time the hooks of ``UpdateScale``. Every
+case is first checked against torch's single-tensor step; a red case is not timed.
 
     python -m pytest bench/bench_adamw.py --bench-scope cpu      # or quick, gpu
 
-Every line is *warm*: a step writes where it has written before. On a CPU, without slices, ours is torch's single-tensor, in blocks.
+Every line is *warm*: a step writes to memory that an earlier step has written. On a CPU, without slices, growkern's step is torch's
+single-tensor step, in blocks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,18 +28,18 @@ from growkern.optimizer.update_scale import Scale
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 OURS = "triton" if GPU else "torch"
-HOOKS = "UpdateScale"  # around torch's foreach
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of parameter, gradient and moments
+HOOKS = "UpdateScale"  # hooks around torch's foreach step
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # dtype of parameter, gradient and moments
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-SECONDS = {"quick": 0.01, "cpu": 2.0, "gpu": 0.2}  # that one line of a case may take
-ROUNDS = (3, 50)  # least and most
+SECONDS = {"quick": 0.01, "cpu": 2.0, "gpu": 0.2}  # time limit of one line of a case
+ROUNDS = (3, 50)  # minimum and maximum
 MOMENTS = ("exp_avg", "exp_avg_sq")
-N_STEPS = 9  # done before the one that is timed
+N_STEPS = 9  # step count before the timed step
 OPTIONS = dict(lr=1e-3, eps=1e-6, weight_decay=0.1)
-FACTORS = {"lr": 0.5, "eps": 3.0, "decay": 2.0, "born": 0.0, "rewarm": 1.0}  # the same for all rows
+FACTORS = {"lr": 0.5, "eps": 3.0, "decay": 2.0, "born": 0.0, "rewarm": 1.0}  # equal for all rows
 WITH_FACTORS = dict(
     lr=1e-3 / 4, eps=1e-6 * 9, weight_decay=0.1 * 4 * 4
-)  # the same as a param group
+)  # OPTIONS times FACTORS, for a param group
 
 
 def gpt2(width: int, n_layers: int, n_vocab: int, n_positions: int) -> list[tuple[int, ...]]:
@@ -66,7 +67,7 @@ SCOPES = {
 
 @dataclass(frozen=True)
 class Ready:
-    """A case with its tensors, checked."""
+    """A checked case with its tensors."""
 
     params: list[Parameter]
     state: list[dict[str, Tensor]]
@@ -74,11 +75,11 @@ class Ready:
 
     @property
     def moved(self) -> int:
-        """Bytes of a step: gradient, parameter and moments read, the last three written."""
+        """Bytes of a step: gradient, parameter and both moments are read; all but the gradient are written."""
         return 7 * harness.n_bytes(self.params)
 
     def optimizer(self, kind: type[torch.optim.AdamW], **options: object) -> torch.optim.AdamW:
-        """One that shares the tensors with all others."""
+        """Return an optimizer on the case's tensors, which all optimizers share."""
         optim = kind(self.params, **OPTIONS, **options)  # pyright: ignore[reportArgumentType]
         for p, state in zip(self.params, self.state, strict=True):
             step = torch.tensor(float(N_STEPS), device=DEVICE if options.get("fused") else "cpu")
@@ -89,12 +90,12 @@ class Ready:
 
 
 def slices(p: Tensor) -> dict[str, Tensor]:
-    """Every kind there is."""
+    """Return slices of every kind for a parameter."""
     return {key: torch.full((length(key, p.shape),), FACTORS[key.partition("_")[0]]) for key in SLICES}  # fmt: skip
 
 
 def drawn(index: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Parameter, gradient and moments number ``index``, again and again the same."""
+    """Draw parameter, gradient and moments with the seed ``index``."""
     g = torch.Generator(DEVICE).manual_seed(index)
     p, grad, avg = (torch.randn(shape, generator=g, device=DEVICE).to(dtype) for _ in range(3))
     return p, grad, avg, avg.square().add_(0.1)
@@ -102,7 +103,7 @@ def drawn(index: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tenso
 
 @lru_cache(maxsize=1)
 def ready(name: str, dtype: str, sliced: bool) -> Ready | str:
-    """Build a case and check it: what is wrong with it, if anything is."""
+    """Build and check a case; return the case, or the errors as text."""
     params: list[Parameter] = []
     state: list[dict[str, Tensor]] = []
     for index, shape in enumerate(SHAPES[name]):
@@ -117,7 +118,7 @@ def ready(name: str, dtype: str, sliced: bool) -> Ready | str:
 
 
 def wrong(case: Ready, dtype: torch.dtype) -> Iterator[str]:
-    """Hold one step of ours against torch's single-tensor step, one parameter after the other."""
+    """Compare one growkern step with torch's single-tensor step, parameter by parameter; yield the errors."""
     for index, (actual, state) in enumerate(zip(case.params, case.state, strict=True)):
         p, grad, *moments = drawn(index, tuple(actual.shape), dtype)
         expected = Parameter(p)
@@ -138,7 +139,7 @@ def wrong(case: Ready, dtype: torch.dtype) -> Iterator[str]:
 
 
 def hooked(case: Ready) -> torch.optim.AdamW:
-    """torch's with hooks: what it sees of a parameter is twice as large, column by column, and of a gradient half, row by row."""
+    """Return torch's AdamW with hooks: the step sees parameters doubled, column by column, and gradients halved, row by row."""
     optim = case.optimizer(torch.optim.AdamW, foreach=True)
     scales: dict[Tensor, Scale] = {}
     for p in case.params:
@@ -150,7 +151,7 @@ def hooked(case: Ready) -> torch.optim.AdamW:
 
 
 def wrong_hooks(case: Ready) -> Iterator[str]:
-    """Hold one step through hooks against torch's step on parameters and gradients scaled by hand; a few stand for all."""
+    """Compare one step with hooks with torch's step on parameters and gradients scaled by hand, for a few parameters; yield the errors."""
     few = case.params[1:4] or case.params
     before = [
         [t.detach().double() for t in (p, p.grad, *state.values()) if t is not None]
@@ -187,7 +188,7 @@ LINES: dict[str, Callable[[Ready], Callable[[], object]]] = {
 
 
 def chosen(scope: str) -> Sequence[tuple[str, bool, str, str]]:
-    """Case, whether with slices, dtype and backend of every line in a scope."""
+    """Return case, slices or not, dtype and backend of every line in a scope."""
     return [
         (name, sliced, dtype, backend)
         for name, dtypes in SCOPES[scope].items()
@@ -199,7 +200,7 @@ def chosen(scope: str) -> Sequence[tuple[str, bool, str, str]]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Everything in the scope that the command line names; the lines of a case follow each other."""
+    """Parametrize by all lines of the scope ``--bench-scope``; the lines of a case are consecutive."""
     found = chosen(str(metafunc.config.getoption("--bench-scope")))
     ids = [f"{name}{' slices' * sliced}, {dtype}, {backend}" for name, sliced, dtype, backend in found]  # fmt: skip
     metafunc.parametrize(("case", "sliced", "dtype", "backend"), found, ids=ids)
@@ -207,7 +208,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.mark.benchmark(timer=harness.device_timer())
 def test_adamw(benchmark, request, case: str, sliced: bool, dtype: str, backend: str):
-    """Time one line of one case, if the case is right."""
+    """Time one line of one case, unless the case is red."""
     found = ready(case, dtype, sliced)
     assert isinstance(found, Ready), f"not timed: {found}"
     call = LINES[backend](found)

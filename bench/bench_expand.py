@@ -1,12 +1,12 @@
-"""How close does ``expand`` come to a ``copy_`` of the same bytes, and how far is it ahead of what people write?
+"""How close is ``expand`` to a ``copy_`` of the same bytes, and how much faster is ``expand`` than ``index_select``?
 
-One weight, alone or with both moments of Adam, grown on both axes at once. Baselines: ``index_select`` twice and multiply, out of
-place; the same under ``torch.compile`` (GPU only); the roof. Every case is checked against plain indexing first, and a red one
-is not timed.
+A case grows one weight, alone or with both moments of Adam, on both axes at once. The baselines are two ``index_select`` and a multiply,
+out of place; this baseline under ``torch.compile`` (GPU only); and the roof. Every case is first checked against plain indexing; a red
+case is not timed.
 
     python -m pytest bench/bench_expand.py --bench-scope cpu      # or quick, gpu; `python -m bench` keeps the results
 
-*cold* is ``execute``, which allocates; *warm* is ``expand`` of the same pieces, again and again.
+*cold* times ``execute``, which allocates the targets; *warm* times repeated calls of ``expand`` on the same pieces.
 """
 
 import random
@@ -38,21 +38,21 @@ from growkern.width import Lossless
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 OURS = "triton" if GPU else "torch"
-ALLOCATES = "warm" if GPU else "cold"  # a GPU's caching allocator hands out what it has
+ALLOCATES = "warm" if GPU else "cold"  # a GPU's caching allocator reuses memory
 NAME = "layer.weight"
 LAW = LAWS["torch.optim.adamw.AdamW"]
-RULES = (VALUE, GRADIENT, SQUARE)  # by order
+RULES = (VALUE, GRADIENT, SQUARE)  # by order in the gradient
 STATE = {"weights": (), "adam": ("exp_avg", "exp_avg_sq")}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the weight; moments are float32
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # dtype of the weight; moments are float32
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
-SECONDS = {"quick": 0.01, "cpu": 0.15, "gpu": 0.1}  # that one line of a case may take
-ROUNDS = (3, 100)  # least and most
-MIN_COMPILED = 64 << 20  # bytes of a target that is worth a compilation
+SECONDS = {"quick": 0.01, "cpu": 0.15, "gpu": 0.1}  # time limit of one line of a case
+ROUNDS = (3, 100)  # minimum and maximum
+MIN_COMPILED = 64 << 20  # least bytes of a target for torch.compile
 
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """What grows and how: the factor on both sides, in runs or by a random map, with which state and noise."""
+    """A growth: factor on both axes, optimizer state, twin noise, and whether the index map is random or in runs."""
 
     factor: float
     state: str
@@ -62,13 +62,13 @@ class Growth:
 
 @dataclass(frozen=True)
 class Random:
-    """A width method that nobody wants: every target coordinate copies a random source coordinate."""
+    """A width method for this bench only: every target coordinate copies a random source coordinate."""
 
     noise: float
     seed: int = 0
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
-        """Draw a map for every space, with an even split over the copies."""
+        """Draw an index map for every space, with an even split over the copies."""
         draw = random.Random(self.seed)
         maps: dict[str, IndexMap] = {}
         stream_scales: dict[str, StreamScale] = {}
@@ -90,12 +90,12 @@ CASES = {
     for noise in (0.0, 1.0)
 }
 KIB, MIB = 1 << 10, 1 << 20
-SIZES = {  # bytes of the target's weight, if it were float32
+SIZES = {  # bytes of the target's weight in float32
     "quick": [64 * KIB, 256 * KIB],
     "cpu": [64 * KIB, MIB, 16 * MIB, 128 * MIB],
     "gpu": [64 * KIB, MIB, 16 * MIB, 64 * MIB, 128 * MIB, 1024 * MIB],
 }
-ALL_SIZES = {  # cases that run at every size; the others run at the size below
+ALL_SIZES = {  # cases that run at every size; other cases run at ONE_SIZE
     "quick": ["x2 adam noise=0"],
     "cpu": ["x2 adam noise=0", "x2 adam noise=1", "random x2 adam noise=0"],
     "gpu": [case for case in CASES if "adam" in case],
@@ -106,7 +106,7 @@ QUICK = ["x2 adam noise=0", "x1.5 weights noise=1", "random x2 adam noise=0"]
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A case with its tensors, checked: ``jobs`` are (source, target, order in the gradient)."""
+    """A checked case with its tensors; ``jobs`` are (source, target, order in the gradient)."""
 
     plan: GrowthPlan
     tensors: Tensors
@@ -125,7 +125,7 @@ class Ready:
 
 
 def chosen(scope: str) -> Iterator[tuple[str, int, str]]:
-    """Case, bytes of its target and dtype, of everything in a scope."""
+    """Yield case, bytes of its target and dtype for a scope."""
     for case in QUICK if scope == "quick" else CASES:
         every = case in ALL_SIZES[scope]
         for dtype in DTYPES:
@@ -135,14 +135,14 @@ def chosen(scope: str) -> Iterator[tuple[str, int, str]]:
 
 
 def lines(n_bytes: int) -> list[tuple[str, str]]:
-    """Backend and phase of everything that is timed in a case."""
+    """Return backend and phase of every line that is timed for a case."""
     compiled = [("torch.compile", ALLOCATES)] if GPU and n_bytes >= MIN_COMPILED else []
     return [line for line in LINES if line[0] != "torch.compile"] + compiled
 
 
 @lru_cache(maxsize=1)
 def ready(case: str, n_bytes: int, dtype: str) -> Ready | str:
-    """Build a case and check it: what is wrong with it, if anything is."""
+    """Build and check a case; return the case, or the errors as text."""
     growth = CASES[case]
     n_target = sqrt(n_bytes / 4)
     n_source = max(16, round(n_target / growth.factor / 16) * 16)
@@ -179,7 +179,7 @@ def ready(case: str, n_bytes: int, dtype: str) -> Ready | str:
 
 
 def wrong(case: Ready, noise: float) -> Iterator[str]:
-    """Hold what was grown against plain indexing; noise must leave the sums over the copies of a column."""
+    """Compare grown tensors with plain indexing; noise must keep the sums over the copies of a column. Yield the errors."""
     for (source, target, order), scales in zip(case.jobs, case.scales, strict=True):
         name, rounding = ("weight", *STATE["adam"])[order], ROUNDING[target.dtype]
         actual = target.float()
@@ -207,7 +207,7 @@ def gathered(
     cols: Tensor,
     scales: Sequence[tuple[Tensor | None, Tensor | None]],
 ) -> list[Tensor]:
-    """What people write: ``index_select`` twice and multiply."""
+    """Grow by plain PyTorch: two ``index_select`` and a multiply."""
     return [
         _scaled(source.index_select(0, rows).index_select(1, cols), *both)
         for source, both in zip(sources, scales, strict=True)
@@ -234,7 +234,7 @@ def _index_select(case: Ready) -> Callable[[], object]:
 
 
 def _compiled(case: Ready) -> Callable[[], object]:
-    torch.compiler.reset()  # a kernel of its own for every case, not one for all shapes
+    torch.compiler.reset()  # compiles a kernel for every case, not one for all shapes
     compiled = torch.compile(gathered, dynamic=False)
     return partial(compiled, case.sources, case.rows, case.cols, case.scales)
 
@@ -261,7 +261,7 @@ LINES: dict[tuple[str, str], Callable[[Ready], Callable[[], object]]] = {
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Everything in the scope that the command line names; the lines of a case follow each other."""
+    """Parametrize by all lines of the scope ``--bench-scope``; the lines of a case are consecutive."""
     scope = str(metafunc.config.getoption("--bench-scope"))
     found = [(*one, *line) for one in chosen(scope) for line in lines(one[1])]
     ids = [
@@ -273,7 +273,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.mark.benchmark(timer=harness.device_timer())
 def test_expand(benchmark, request, case: str, size: int, dtype: str, backend: str, phase: str):
-    """Time one line of one case, if the case is right."""
+    """Time one line of one case, unless the case is red."""
     found = ready(case, size, dtype)
     assert isinstance(found, Ready), f"not timed: {found}"
     call = LINES[backend, phase](found)

@@ -1,16 +1,16 @@
-"""How long does it take to grow a whole model with its optimizer, and what do others need for the same?
+"""How long does it take to grow a whole model with its optimizer, and how long do other methods take?
 
-Lines: ``expand_inplace`` by default, and of copies with twin noise and without; the roof, a cold ``copy_`` of the same bytes;
-and two baselines, written from what each does:
+The lines are ``expand_inplace`` by default, and with copies, with and without twin noise; the roof, a cold ``copy_`` of the same bytes;
+two baselines, written after the published methods; and the host time:
 
-- *state_dict double* (staged-training): every weight and both moments are doubled into fresh zeros by its growth operator; the
-  target model and its AdamW are built, and load them;
-- *repeat and divide* (HyperCloning): the target model is built, every weight is repeated, divided and copied into it. As
-  published it drops the optimizer, so it is compared per byte;
-- *host*: what a growth on a GPU costs the CPU beside it: the plan, the pieces, the kernels' table. No byte is moved.
+- *state_dict double* (staged-training): the growth operator doubles every weight and both moments into new zero tensors; the
+  target model and its AdamW are built, and load the doubled state dicts;
+- *repeat and divide* (HyperCloning): the target model is built, and every weight is repeated, divided and copied into the target. The
+  published method drops the optimizer, so the times are compared per byte;
+- *host*: CPU time of a growth on a GPU: the plan, the pieces, the table of the kernels. No byte is moved.
 
-Every case has a process of its own (``python -m bench.bench_models CASE FILE``), so that first calls and resident memory are its
-own. The grown model's logits are held against the source's first, and a red case is not timed.
+Every case runs in its own process (``python -m bench.bench_models CASE FILE``), which isolates first calls and resident memory. The
+logits of the grown model are first compared with the logits of the source; a red case is not timed.
 """
 
 import copy
@@ -43,30 +43,30 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 OURS = "triton" if GPU else "torch"
 REPEATS = 3
-TOLERANCE = {"fp32": 1e-4, "bf16": 4e-2}  # of logits, relative to the largest
+TOLERANCE = {"fp32": 1e-4, "bf16": 4e-2}  # of logits, relative to the largest logit
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Job = tuple[Tensor, tuple[int, ...]]  # a source and the shape of its target
 Line = tuple[str, str]  # backend and phase
-CHECK = "check"  # a phase that is no row
+CHECK = "check"  # a phase without rows
 DOUBLE, REPEAT = "state_dict double", "repeat and divide"
-HOST, N_HOST = "host", 20  # a backend, and its samples
-ROOM = {DOUBLE: 0.65, REPEAT: 0.25}  # of a case's memory, touched before a call
+HOST, N_HOST = "host", 20  # a backend, and its number of samples
+ROOM = {DOUBLE: 0.65, REPEAT: 0.25}  # share of a case's memory that is touched before a call
 OTHER_ROOM = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A model and what it grows to.
+    """A model and its target sizes.
 
     Attributes:
         family: ``"GPT2"`` or ``"Llama"``.
-        config: Fields of its config that differ from the default.
+        config: Fields of the model's config that differ from the defaults.
         to: Target sizes.
-        scope: Where it runs: ``"quick"``, ``"cpu"`` (on a GPU too) or ``"gpu"``.
-        memory: Bytes that it needs in all.
-        dtype: Of the weights; moments are float32.
-        doubles: True when every grown axis is doubled and nothing else: what the baselines can do.
+        scope: Scope that runs the case: ``"quick"``, ``"cpu"`` (on a GPU too), ``"gpu"``, or ``"test"`` (tests only).
+        memory: Total bytes that the case needs.
+        dtype: Dtype of the weights; moments are float32.
+        doubles: True if every grown axis is doubled and the depth stays, as both baselines require.
     """
 
     family: str
@@ -110,14 +110,14 @@ CASES = {
 
 
 def chosen(scope: str) -> list[str]:
-    """The cases of a scope that fit in memory."""
+    """Return the cases of a scope that fit in memory."""
     scopes = {"quick": ("quick",), "cpu": ("cpu",), "gpu": ("cpu", "gpu")}[scope]
     room = harness.available_bytes()
     return [name for name, case in CASES.items() if case.scope in scopes and case.memory <= room]
 
 
 def build(case: Case) -> tuple[nn.Module, AdamW]:
-    """The source model and an AdamW whose moments are filled, as after training."""
+    """Return the source model and an AdamW with filled moments, as after training."""
     import transformers
 
     config = getattr(transformers, f"{case.family}Config")(**case.config)
@@ -129,7 +129,7 @@ def build(case: Case) -> tuple[nn.Module, AdamW]:
 
 
 def filled(optim: AdamW) -> AdamW:
-    """Give every parameter the moments of some gradient."""
+    """Fill the moments of every parameter."""
     for group in optim.param_groups:
         for p in group["params"]:
             avg = torch.full_like(p, 1e-3, dtype=torch.float32).add_(p.detach(), alpha=1e-2)
@@ -139,13 +139,13 @@ def filled(optim: AdamW) -> AdamW:
 
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
-    """What a model says to a fixed batch."""
+    """Return the logits of a model on a fixed batch."""
     ids = torch.arange(2 * 16, device=DEVICE).view(2, 16) % 251
     return model(ids).logits.float().clone()
 
 
 def jobs(model: nn.Module, optim: AdamW, plan: GrowthPlan) -> tuple[list[Job], list[Job]]:
-    """Every source tensor that the plan grows, and the shape of its target: weights, and moments."""
+    """Return every source tensor that the plan grows, with the shape of its target: weights, and moments."""
     parameters = dict(model.named_parameters())
     rows = [row for row in plan.tensors if plan.changes(row)]
     weights = [(parameters[row.source].detach(), plan.shapes(row)[1]) for row in rows]
@@ -159,14 +159,14 @@ def jobs(model: nn.Module, optim: AdamW, plan: GrowthPlan) -> tuple[list[Job], l
 
 
 def moved(work: Sequence[Job]) -> tuple[int, int]:
-    """Bytes read, each source once, and bytes written."""
+    """Return bytes read, each source once, and bytes written."""
     sources = {id(t): t for t, _ in work}.values()
     written = sum(torch.Size(shape).numel() * t.element_size() for t, shape in work)
     return harness.n_bytes(sources), written
 
 
 def roof(work: Sequence[Job]) -> Callable[[], object]:
-    """Allocate every target and copy as many bytes into it; on a GPU, copy as many bytes."""
+    """Return a call that allocates every target and fills it by copies; on a GPU, a call that copies the same number of bytes."""
     if GPU:
         return harness.gpu_roof(sum(moved(work)))
 
@@ -181,9 +181,9 @@ def roof(work: Sequence[Job]) -> Callable[[], object]:
 def doubling(
     name: str, source: Tensor, shape: tuple[int, ...], tied: bool
 ) -> tuple[list[int], int]:
-    """Axes that are doubled, and what the weight is divided by: 2 where an axis is read."""
+    """Return the doubled axes, and the divisor of the weight: 2 if the input axis is doubled."""
     axes = [axis for axis, n in enumerate(source.shape) if n != shape[axis]]
-    if source.dim() == 1:  # a tied head reads what the final norm writes
+    if source.dim() == 1:  # a tied head reads the output of the final norm
         return axes, 2 if tied and name.startswith(("transformer.ln_f", "model.norm")) else 1
     if "wte" in name or "wpe" in name or "embed_tokens" in name:
         return axes, 1
@@ -192,7 +192,7 @@ def doubling(
 
 
 def segments(name: str, source: Tensor) -> tuple[Tensor, ...]:
-    """A fused q, k, v is three tensors."""
+    """Split a fused q, k, v tensor into three tensors."""
     return source.chunk(3, -1) if "c_attn" in name else (source,)
 
 
@@ -237,14 +237,14 @@ def repeated(name: str, source: Tensor, axes: list[int], divisor: float) -> Tens
 
 
 def fresh(model: nn.Module, config: object, dtype: torch.dtype) -> nn.Module:
-    """A freshly built model of the target's size."""
+    """Build a new model of the target's size."""
     with torch.device(DEVICE):
         return type(model)(config).to(dtype)
 
 
 @torch.no_grad()
 def host(model: nn.Module, optim: AdamW, to: str | Mapping[str, int | str]) -> Callable[[], object]:
-    """Plan a growth, cut its tensors and build the table of its launches."""
+    """Return a call that plans a growth, cuts its tensors into pieces and builds the table of its launches."""
     from growkern.kernels.expand import tabled
 
     spec = growkern.describe(model)
@@ -264,7 +264,7 @@ def host(model: nn.Module, optim: AdamW, to: str | Mapping[str, int | str]) -> C
 
 
 def state_dict_double(model: nn.Module, optim: AdamW, config: object) -> tuple[nn.Module, AdamW]:
-    """Double the state dicts of model and optimizer, build the target, load both."""
+    """Double the state dicts of model and optimizer, build the target model and its optimizer, and load both."""
     names = {id(p): name for name, p in model.named_parameters()}
     order = [names[id(p)] for group in optim.param_groups for p in group["params"]]
     weights = {name: doubled(name, t) for name, t in model.state_dict().items()}
@@ -285,7 +285,7 @@ def state_dict_double(model: nn.Module, optim: AdamW, config: object) -> tuple[n
 def repeat_and_divide(
     model: nn.Module, config: object, shapes: Mapping[str, tuple[int, ...]]
 ) -> nn.Module:
-    """Build the target, and copy every weight into it, repeated and divided."""
+    """Build the target, and copy every weight, repeated and divided, into the target."""
     tied = model.config.tie_word_embeddings
     target = fresh(model, config, next(model.parameters()).dtype)
     into = dict(target.named_parameters())
@@ -295,18 +295,18 @@ def repeat_and_divide(
 
 
 def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -> list[harness.Row]:
-    """Check a case, then time its lines one after the other, several times over.
+    """Check a case, then time its lines in turn, ``repeats`` times.
 
     Args:
-        name: In ``CASES``.
+        name: Name of a case in ``CASES``.
         repeats: Samples per line.
-        say: Told what happens.
+        say: Function that gets progress messages.
 
     Returns:
-        Its rows.
+        Rows of the case.
 
     Raises:
-        AssertionError: The grown model does not compute what the source computed.
+        AssertionError: The logits of the grown model differ from the logits of the source.
     """
     case = CASES[name]
     samples: dict[Line, list[tuple[float, int]]] = {}
@@ -336,7 +336,7 @@ def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -
         return copy.deepcopy(model.config)
 
     config: object = None
-    for backend in methods:  # the first growth of a process is timed too; the others are not
+    for backend in methods:  # only the first growth of a process gives a row
         config = checked((backend, CHECK if samples else "first"))
     work: tuple[list[Job], list[Job]] = [], []
     for _ in range(repeats):
@@ -353,7 +353,7 @@ def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -
                     timed((REPEAT, "cold"), partial(repeat_and_divide, model, config, shapes))
             grow((backend, "cold"), model, optim)
             del model, optim
-    say(HOST)  # last, where nothing is freed before: no byte is moved, no memory is watched
+    say(HOST)  # last, without freeing memory before: no byte is moved, no peak is measured
     once = host(*build(case), case.to)
     once()
     samples[HOST, "warm"] = [(harness.wall(once), 0) for _ in range(N_HOST)]

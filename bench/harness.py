@@ -1,12 +1,12 @@
-"""What every bench stands on: time, peak memory, the roof, the machine, rows that are appended.
+"""Tools of all benches: time, peak memory, the roof, the machine, the file of rows.
 
 A row holds the time of one line (a backend or a baseline) of one case in one phase:
 
 - *first*: the first call of a fresh process, compilation included;
-- *cold*: the call allocates what it writes, so the process's own page faults are in it;
-- *warm*: the call writes where it has written before.
+- *cold*: the call allocates its outputs, so the time includes the process's own page faults;
+- *warm*: the call writes to memory that an earlier call has written.
 
-The roof is a ``copy_`` of the same bytes, measured in the same run and phase; every row is given in percent of it.
+The roof is a ``copy_`` of the same bytes, measured in the same run and phase; every row states its throughput in percent of the roof.
 """
 
 import csv
@@ -34,22 +34,22 @@ COLUMNS = (
     "op", "case", "tensor_bytes", "dtype", "backend", "phase", "n_runs", *QUANTILES, "n_bytes", "gb_s", "roof_percent",
     "peak_bytes", "promised_bytes", "commit", "date", "device", "driver", "torch", "triton",
 )  # fmt: skip
-FLUSH_BYTES = 256 << 20  # beyond every L2 cache there is
-GPU_BUFFER = 4 << 30  # bytes; a whole model's roof is copied in parts of it
-SLEEP_CYCLES = 2_000_000  # about a millisecond of a GPU: the host prepares a launch meanwhile
+FLUSH_BYTES = 256 << 20  # larger than any L2 cache
+GPU_BUFFER = 4 << 30  # bytes; the roof of a whole model is copied in parts of this size
+SLEEP_CYCLES = 2_000_000  # about a millisecond on a GPU, in which the host prepares a launch
 PAGE = 4096
 Row = dict[str, object]
-EVENT_PAIR: list[torch.cuda.Event] = []  # the start of the interval that is being timed
+EVENT_PAIR: list[torch.cuda.Event] = []  # start event of the current interval
 
 
 def synchronize() -> None:
-    """Wait for the GPU, where there is one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def wall(call: Callable[[], object]) -> float:
-    """Seconds that a call takes, host and device together."""
+    """Return the seconds that a call takes on host and device together."""
     synchronize()
     start = perf_counter()
     call()
@@ -58,7 +58,7 @@ def wall(call: Callable[[], object]) -> float:
 
 
 def device_timer() -> Callable[[], float]:
-    """A clock in seconds whose calls come in pairs: CUDA events on a GPU, ``perf_counter`` elsewhere."""
+    """Return a clock in seconds, to be called in pairs: CUDA events on a GPU, ``perf_counter`` elsewhere."""
     if not torch.cuda.is_available():
         return perf_counter
     total = [0.0]
@@ -82,14 +82,14 @@ def _flushed() -> Tensor:
 
 
 def trim() -> None:
-    """Give back to the system what was freed: pages are cold then, and resident memory is what is held."""
-    if give_back := getattr(CDLL(None), "malloc_trim", None):  # glibc has it
+    """Return freed memory to the system, so that pages are cold and resident memory counts live allocations only."""
+    if give_back := getattr(CDLL(None), "malloc_trim", None):  # glibc only
         give_back(0)
 
 
 def flush() -> None:
-    """Make runs alike: empty the GPU's cache and keep it busy while the host prepares the next launch; on a CPU, ``trim``."""
-    EVENT_PAIR.clear()  # of a call that failed
+    """Make runs comparable: flush the GPU's cache and keep the GPU busy while the host prepares a launch; on a CPU, ``trim``."""
+    EVENT_PAIR.clear()  # left by a call that failed
     if torch.cuda.is_available():
         _flushed().zero_()
         torch.cuda._sleep(SLEEP_CYCLES)  # pyright: ignore[reportPrivateUsage]
@@ -98,7 +98,7 @@ def flush() -> None:
 
 
 def available_bytes() -> int:
-    """Memory that a bench may take: the GPU's, or the machine's."""
+    """Return the free memory of the GPU, or of the machine without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
     with open("/proc/meminfo") as lines:
@@ -106,10 +106,11 @@ def available_bytes() -> int:
 
 
 def touch(n_bytes: int) -> None:
-    """Write to as much memory as the next call will need, in pages of either size, and free it; nothing on a GPU.
+    """Write to as much memory as the next call needs, in pages of either size, and free the memory; do nothing on a GPU.
 
-    On a virtual machine the host backs guest memory at its first touch, at several times the cost of a page fault, and takes
-    it back some seconds after it is freed. So touch right before timing: cold means the process's own page faults alone.
+    On a virtual machine the host backs guest memory at its first touch, at several times the cost of a page fault, and reclaims
+    the memory some seconds after it is freed. Call ``touch`` right before timing, so that a cold time includes the process's own
+    page faults only.
     """
     if not torch.cuda.is_available():
         n = min(n_bytes, available_bytes() * 3 // 8)
@@ -125,9 +126,9 @@ def _status_bytes(key: str) -> int:
 
 
 def measured(call: Callable[[], object], room: int = 0) -> tuple[float, int]:
-    """Run a call once, for which ``room`` bytes are touched: seconds, and peak bytes above what was held at its start.
+    """Touch ``room`` bytes, then run a call once; return seconds, and peak bytes above the memory at the start of the call.
 
-    The peak is one of device memory on a GPU, of resident memory elsewhere.
+    The peak is of device memory on a GPU, and of resident memory elsewhere.
     """
     trim()
     touch(room)
@@ -144,10 +145,10 @@ def measured(call: Callable[[], object], room: int = 0) -> tuple[float, int]:
 
 
 def roof(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Callable[[], object]:
-    """A call that copies the same bytes: as many read, as many written, nothing computed.
+    """Return a call that copies: it reads and writes the same number of bytes and computes nothing.
 
-    On a GPU, where reading and writing cost the same, half of all bytes are copied at once, so that no launch and no cache
-    shows (``gpu_roof``). On a CPU every source is copied into each source-sized part of its target.
+    On a GPU, where reading and writing cost the same, half of all bytes are copied at once, so that launches and caches do not
+    count (``gpu_roof``). On a CPU every source is copied into each source-sized part of its target.
     """
     if targets[0].is_cuda:
         return gpu_roof(n_bytes(sources) + n_bytes(targets))
@@ -162,7 +163,7 @@ def roof(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Callable[[], o
 
 
 def gpu_roof(moved: int) -> Callable[[], object]:
-    """A call that reads and writes ``moved`` bytes in all, by ``copy_`` from one buffer to another."""
+    """Return a call that reads and writes ``moved`` bytes in total, by ``copy_`` from one buffer to another."""
     n = moved // 2
     a, b = (torch.empty(min(n, GPU_BUFFER), dtype=torch.uint8, device="cuda") for _ in range(2))
 
@@ -180,7 +181,7 @@ def n_bytes(tensors: Iterable[Tensor]) -> int:
 
 @cache
 def machine() -> dict[str, str]:
-    """What a row says of the machine and the code."""
+    """Return the columns that describe the machine and the code."""
     cuda = torch.cuda.is_available()
     return {
         "commit": _commit(),
@@ -199,7 +200,7 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """The commit, and whether anything but results differs from it."""
+    """Return the commit, with ``+dirty`` if files other than results differ from the commit."""
     commit = _said("git", "rev-parse", "--short=12", "HEAD") or "unknown"
     changed = _said("git", "status", "--porcelain", "--", ".", ":!bench/results")
     return f"{commit}+dirty" if changed else commit
@@ -221,7 +222,7 @@ def _version(package: str) -> str:
 
 
 def quantile(samples: Sequence[float], q: float) -> float:
-    """The q-quantile of some samples, linear between neighbours."""
+    """Return the q-quantile of samples, linear between neighbors."""
     ordered = sorted(samples)
     at = q * (len(ordered) - 1)
     low = int(at)
@@ -242,19 +243,19 @@ def row(
     tensor_bytes: int,
     promised: int | None = None,
 ) -> Row:
-    """Make a row of what was measured.
+    """Make a row from the measurements of a line.
 
     Args:
         op: Name of the bench.
         case: Name of the case.
-        dtype: Of weights, and of state where it differs.
+        dtype: Dtype of weights, and of state if different.
         backend: ``"torch"``, ``"triton"``, or the name of a baseline; ``"copy_"`` is the roof.
         phase: ``"first"``, ``"cold"`` or ``"warm"``.
         seconds: One sample per run.
         moved: Bytes of the sources and of the targets, each counted once.
-        peak: Bytes above what was held before the call.
-        tensor_bytes: Size of the case: of the target's weight, or of all that a whole model's growth writes.
-        promised: The peak that growkern's report states, where there is one.
+        peak: Peak bytes above the memory before the call.
+        tensor_bytes: Size of the case: bytes of the target's weight, or all bytes that a whole model's growth writes.
+        promised: Peak bytes that growkern's report states; None for a line without a report.
 
     Returns:
         A row with every column; ``with_roof`` fills in the percentage.
@@ -278,12 +279,12 @@ def row(
 
 
 def number(cell: object) -> float:
-    """The number in a cell, read from a file or just measured."""
+    """Convert a cell, read from a file or just measured, to a number."""
     return float(str(cell))
 
 
 def with_roof(rows: Sequence[Row]) -> list[Row]:
-    """Give every row its GB/s in percent of the roof's, of the same case and phase; a first call is held against cold ones."""
+    """Fill in the GB/s of every row in percent of the roof of the same case and phase; a first call is compared with the cold roof."""
     key = ("op", "case", "tensor_bytes", "dtype")
 
     def at(row: Row, phase: object) -> tuple[object, ...]:
@@ -298,7 +299,7 @@ def with_roof(rows: Sequence[Row]) -> list[Row]:
 
 
 def slug(name: str) -> str:
-    """A device's name as a file's."""
+    """Convert a device name to a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -306,7 +307,7 @@ def append(rows: Sequence[Row], folder: Path) -> Path:
     """Append rows to ``<device>.csv``; the header is written once, with the file.
 
     Raises:
-        ValueError: The file there has other columns.
+        ValueError: The existing file has other columns.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{slug(machine()['device'])}.csv"
@@ -322,12 +323,12 @@ def append(rows: Sequence[Row], folder: Path) -> Path:
 
 
 def cell(value: object) -> object:
-    """A value as a row's file holds it: floats with five digits."""
+    """Format a value for the file of rows: floats with five digits."""
     return f"{value:.5g}" if isinstance(value, float) else value
 
 
 def size_text(n: float) -> str:
-    """Bytes, for a reader."""
+    """Format a number of bytes."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if n >= scale:
             return f"{n / scale:.3g} {unit}"
@@ -335,10 +336,10 @@ def size_text(n: float) -> str:
 
 
 def follow(module: Sequence[str], on_line: Callable[[str], None], **env: str) -> tuple[int, str]:
-    """Run a Python module in a fresh process from the repository's root; hand over every line it writes.
+    """Run a Python module in a new process from the repository's root, and call ``on_line`` for every output line.
 
     Returns:
-        Its exit status, and the last lines it wrote.
+        The exit status, and the last output lines.
     """
     tail: list[str] = []
     inherited: Mapping[str, str] = {  # under xdist, pytest-benchmark would not time anything

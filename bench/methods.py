@@ -1,7 +1,7 @@
 """Every method on the demo's model and text, side by side: ``python -m bench.methods`` prints the README's tables.
 
-A byte-level Llama learns Python's own library for 600 steps; copies of it grow by every method, at twice the width or twice the
-depth, and train on for 100 steps with the same batches. Losses are of held-out files, in nats per byte.
+A byte-level Llama trains on the source text of Python's library for 600 steps. Copies of the model grow by every method, to twice the
+width or twice the depth, and train on for 100 steps with the same batches. Losses are of held-out files, in nats per byte.
 """
 
 import torch
@@ -42,14 +42,14 @@ DEPTHS = [
 
 
 def windows(text: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """``n`` windows of the text, at random."""
+    """Draw ``n`` random windows of the text."""
     seq = TRAINING.seq + 1
     starts = torch.randint(len(text) - seq, (n, 1), generator=generator)
     return text[starts + torch.arange(seq)].long()
 
 
 def main() -> None:
-    """Train the source, compare, print."""
+    """Train the source, compare the methods and print the tables."""
     console = Console(width=200)
     draw = torch.Generator().manual_seed(0)
     text, held_out = demo_run.read_corpus(6_000_000)

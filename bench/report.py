@@ -1,4 +1,4 @@
-"""Rows for a reader: a table and a picture."""
+"""Report of rows: a table and a picture."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,13 +10,13 @@ from bench.harness import ROOF, Row, machine, number, size_text, slug
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Rows for a reader: what the run has in common is its title."""
+    """Return a table of rows; the title names device, versions and commit."""
     at = machine()
     title = f"{at['device']}, torch {at['torch']}, triton {at['triton'] or '-'}, {at['commit']}"
     drawn = Table(title=title, title_justify="left")
     for name in ("case", "size", "dtype", "backend", "phase"):
         drawn.add_column(name, no_wrap=True)
-    for name in ("ms", "GB/s", "% roof"):  # medians; the rest is in the file
+    for name in ("ms", "GB/s", "% roof"):  # medians; the file has more
         drawn.add_column(name, justify="right", no_wrap=True)
     last: tuple[object, ...] = ()
     for r in rows:
@@ -36,8 +36,8 @@ def picture(rows: Sequence[Row], folder: Path) -> Path:
     """Draw GB/s over the size of a tensor, one panel per case that has several sizes; the roof is the dashed line.
 
     Args:
-        rows: Of one run.
-        folder: Where ``<device>.png`` goes.
+        rows: Rows of one run.
+        folder: Folder of ``<device>.png``.
     """
     panels: dict[tuple[str, str], list[Row]] = {}
     for r in rows:

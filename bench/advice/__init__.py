@@ -1,1 +1,1 @@
-"""Whether ``growkern.advise`` is right, judged on the rows of the savings campaign; and what it knows of recipes, derived from them."""
+"""Validation of ``growkern.advise`` on the rows of the savings campaign, and calibration of its recipes from these rows."""

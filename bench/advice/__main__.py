@@ -1,9 +1,9 @@
 """How often is ``growkern.advise`` right? ``python -m bench.advice`` judges it on the rows of the savings campaign.
 
-For every recipe, growth point and budget of the campaign the adviser gets what a user has before the decision: the source's trunk curve up
-to the growth point and, in a second pass, the curve of a model of another size (seed 0; never the target's). What
-growth keeps comes from the other recipes of the campaign, or from the other setups alone; never from the recipe that is judged. The truth
-is the campaign's own figure, ``Campaign.saving``. ``--write`` derives ``growkern/recipes/measured.py`` from the rows.
+For every recipe, growth point and budget of the campaign the adviser gets the data that a user has before the decision: the source's trunk
+curve up to the growth point and, in a second pass, the curve of a model of another size (seed 0; never the target's). The share of worth
+that growth keeps is calibrated on the other seeds, on the other recipes, or on the other setups; never on the figure that is judged. The
+truth is the campaign's own figure, ``Campaign.saving``. ``--write`` derives ``growkern/recipes/measured.py`` from the rows.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from bench.advice.judging import judge_all, judge_seeds, summary, table
 from bench.harness import RESULTS
 
 CURVES = "the source's curve", "the source's and another size's curve"
-PASSES = {  # what the adviser was given: the second curve, and whether all of the setup was left out of the calibration
+PASSES = {  # title -> whether the adviser gets the second curve, and whether the calibration leaves the whole setup out
     "the source's curve; the recipe left out": (False, False),
     "the source's and another size's curve; the recipe left out": (True, False),
     "the source's curve; the setup left out": (False, True),
@@ -26,7 +26,7 @@ PASSES = {  # what the adviser was given: the second curve, and whether all of t
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Judge the adviser and print what came out; return the exit status."""
+    """Judge the adviser and print the results; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=Path, default=RESULTS, help="folder of savings-*.csv")
     parser.add_argument(

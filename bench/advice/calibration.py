@@ -1,4 +1,4 @@
-"""What recipes keep of their source's training, from the campaign's figures; and ``growkern/recipes/measured.py``, which holds it."""
+"""Calibration of recipes from the campaign's figures, and the text of ``growkern/recipes/measured.py``."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,13 +10,16 @@ from bench.advice.figures import Figure
 from bench.savings.campaign import RECIPES
 from growkern.recipes.recipe import Recipe, Saved
 
-ALONE = 0.1  # spread of a single figure
+ALONE = 0.1  # least spread, and the spread of a single figure
 MODELS = "60 to 230 thousand parameters (bytes of Python source)"
 CALIBRATION = Path(__file__).resolve().parents[2] / "growkern" / "recipes" / "measured.py"
 
 
 def calibrate(figures: Sequence[Figure]) -> dict[str, Recipe]:
-    """What every recipe keeps. Its spread is at least that within the recipes of its kind: a few figures do not show their own."""
+    """Return the recipes with mean and spread of ``kept``.
+
+    The spread is at least the spread within the recipes of the kind, because few figures underestimate the spread of a recipe.
+    """
     if not figures:
         return {}
     kinds = {f.kind for f in figures}
@@ -37,7 +40,7 @@ def calibrate(figures: Sequence[Figure]) -> dict[str, Recipe]:
 
 
 def _spread(figures: Sequence[Figure]) -> float:
-    """What the figures of one recipe differ by, on average over recipes."""
+    """Return the spread of ``kept`` within one recipe, as the root of the mean variance over recipes."""
     names = {f.variant.recipe for f in figures}
     own = [[f.kept for f in figures if f.variant.recipe == name] for name in names]
     found = [variance(values) for values in own if len(values) > 1]
@@ -45,19 +48,19 @@ def _spread(figures: Sequence[Figure]) -> float:
 
 
 def _worth(figures: Iterable[Figure]) -> tuple[float, float]:
-    """Worth of a source over what the law of its trunk says, over setups and growth points, and its spread."""
+    """Return mean and spread of ``Figure.worth`` over setups and growth points."""
     ratios = {(f.setup, f.variant.grow_at): f.worth for f in figures}.values()
     return round(mean(ratios), 3), round(max(ALONE, stdev(ratios) if len(ratios) > 1 else 0.0), 3)
 
 
 def label_of(figure: Figure) -> str:
-    """Name of a figure's recipe; of a recipe for width that grew depth too, with a note."""
+    """Return the name of a figure's recipe, with the suffix ``, both`` if a recipe for width grew depth too."""
     name = figure.variant.recipe
     return name if figure.kind != "both" or "Stack" in name else f"{name}, both"
 
 
 def saved(figure: Figure) -> Saved:
-    """A figure as ``growkern.recipes`` holds it."""
+    """Convert a figure to ``growkern.recipes.Saved``."""
     one = figure.saving
     charged, sunk = (
         (round(low, 3), round(middle, 3), round(high, 3))
@@ -68,7 +71,7 @@ def saved(figure: Figure) -> Saved:
 
 
 def module(recipes: Mapping[str, Recipe], figures: Sequence[Figure]) -> str:
-    """Text of ``growkern/recipes/measured.py``."""
+    """Return the text of ``growkern/recipes/measured.py``."""
     ratios = [f.budget / f.variant.grow_at for f in figures]
     low, high = floor(10 * min(ratios)) / 10, ceil(10 * max(ratios)) / 10
     setups = ", ".join(dict.fromkeys(f.setup for f in figures))
@@ -94,13 +97,13 @@ RECIPES: dict[str, Recipe] = {{
 
 
 def _is_growth(name: str) -> bool:
-    """True for a recipe that arguments of ``expand_inplace`` say all of: no other sizes on the way, no fresh weights mixed in."""
+    """Return True if arguments of ``expand_inplace`` define the recipe: no intermediate sizes, no average with fresh weights."""
     recipe = RECIPES[name.removesuffix(", both")]
     return not recipe.via and recipe.keep == 1
 
 
 def _source(recipe: Recipe) -> str:
-    """A recipe as Python; its methods by their modules."""
+    """Return a recipe as Python source, with methods named by their modules."""
     growth = ", ".join(f"{json.dumps(k)}: {_value(v)}" for k, v in recipe.growth.items())
     figures = "".join(
         f"                Saved({json.dumps(one.setup)}, {one.grown_at:.3g}, {one.budget:.3g}, {one.charged}, {one.sunk}, {one.headroom}, "

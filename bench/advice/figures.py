@@ -1,4 +1,4 @@
-"""What the campaign measured, as the adviser's figures: recipes at growth points and budgets, beside the curves of the plain runs."""
+"""Figures of the campaign: recipes at growth points and budgets, with the curves of the plain runs."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ class Trunk:
     points: Curve
 
     def until(self, flops: float) -> "Trunk":
-        """The curve up to a number of FLOPs."""
+        """Return the curve up to ``flops``."""
         return replace(
             self, points=[p for p in self.points if p[0] * self.flops_per_token <= flops * 1.001]
         )
@@ -35,18 +35,18 @@ class Trunk:
 
 @dataclass(frozen=True)
 class Figure:
-    """What the campaign measured for a recipe at a growth point and a budget."""
+    """Measurement of a recipe at a growth point and a budget."""
 
     setup: str
     kind: str  # what grows: "width", "depth" or "both"
     variant: Variant
     budget: float  # FLOPs
     saving: Saving
-    kept: float  # of what the source is worth to the target, by annealed losses
-    worth: float  # that worth over what a law of the trunks' losses says
-    losses: Mapping[str, float]  # of from scratch, never grow and grow now
-    source: Trunk  # of a seed that grew; the adviser sees it up to the growth
-    target: Trunk  # whose size the adviser sees, and the calibration its curve
+    kept: float  # share of the source's worth that the run keeps, by annealed losses
+    worth: float  # ratio of the source's worth to the prediction by a law of the trunks' losses
+    losses: Mapping[str, float]  # final losses of from scratch, never grow and grow now
+    source: Trunk  # trunk of a seed that grew; the adviser sees the curve up to the growth
+    target: Trunk  # trunk of the target; the adviser sees its size, the calibration its curve
 
     @property
     def charged(self) -> float:
@@ -55,7 +55,7 @@ class Figure:
 
     @property
     def sunk(self) -> float:
-        """Share of the FLOPs that is saved where the source was there."""
+        """Share of the FLOPs that is saved with an existing source."""
         return self.saving.sunk[0]
 
 
@@ -65,7 +65,7 @@ class Rows:
     def __init__(
         self, folder: Path = RESULTS, keep: Callable[[int], bool] = lambda seed: True
     ) -> None:
-        """Read the rows of a folder; ``keep`` says by its seed which rows count."""
+        """Read the rows of a folder; ``keep`` selects the seeds."""
         self.laws: dict[tuple[Trunk, Trunk | None], ScalingLaw] = {}
         self.before: dict[tuple[Trunk, float], Trunk] = {}
         self.trunks: dict[TrunkKey, Trunk] = {}
@@ -93,13 +93,13 @@ class Rows:
     def trunk(
         self, text: str, sizes: tuple[int, int], lr: float | None, seeds: Iterable[int]
     ) -> Trunk | None:
-        """The curve of a size at a learning rate on a text, of the first of these seeds that has one."""
+        """Return the curve of a size at a learning rate on a text, of the first of ``seeds`` that has a curve."""
         keys = [(text, sizes, lr, seed) for seed in seeds if lr is not None]
         return next((self.trunks[key] for key in keys if key in self.trunks), None)
 
     @cached_property
     def figures(self) -> list[Figure]:
-        """Everything that the campaign has measured."""
+        """All figures of the campaign."""
         return [
             f for name, campaign in self.campaigns.items() for f in self._figures(name, campaign)
         ]
@@ -144,13 +144,13 @@ class Rows:
                 )
 
     def law(self, first: Trunk, second: Trunk | None) -> ScalingLaw:
-        """The law of one or two curves, fitted once."""
+        """Return the scaling law of one or two curves; every law is fitted once."""
         if (first, second) not in self.laws:
             self.laws[first, second] = fit([(t.n_params, t.points) for t in (first, second) if t])
         return self.laws[first, second]
 
     def rate(self, text: str, sizes: tuple[int, int]) -> float | None:
-        """The best learning rate of a size on a text at its largest budget."""
+        """Return the best learning rate of a size on a text at the largest budget."""
         for campaign in self.campaigns.values():
             setup = campaign.setup
             if text == setup.text and sizes in (setup.source_sizes, setup.target_sizes):
@@ -160,6 +160,6 @@ class Rows:
 
 
 def kind(setup: Setup) -> str:
-    """What grows from the source of a setup to its target."""
+    """Return what grows in a setup: ``"width"``, ``"depth"`` or ``"both"``."""
     wider, deeper = (a != b for a, b in zip(setup.source_sizes, setup.target_sizes, strict=True))
     return "both" if wider and deeper else "width" if wider else "depth"

@@ -1,4 +1,4 @@
-"""The adviser beside the truth: every figure of the campaign, advised as a user would have been before the growth."""
+"""Comparison of the advice before a growth with the measured figure, for every figure of the campaign."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ OTHER = {
 
 @dataclass(frozen=True)
 class Judged:
-    """An advice beside the truth."""
+    """An advice and the measured figure."""
 
     figure: Figure
     advice: Advice
 
     @property
     def holds(self) -> bool:
-        """True when the interval holds the measured saving, both phases charged."""
+        """True if the interval contains the measured saving, both phases charged."""
         low, _, high = self.advice.now.charged
         return low <= self.figure.charged <= high
 
@@ -43,7 +43,7 @@ class Judged:
 
     @property
     def lowest(self) -> str:
-        """What ended lowest."""
+        """Name of the option that ended lowest."""
         return min(self.figure.losses, key=lambda name: self.figure.losses[name])
 
     @property
@@ -53,7 +53,7 @@ class Judged:
 
     @property
     def right(self) -> bool | None:
-        """True when the decision names what ended lowest; None where the adviser cannot tell."""
+        """True if the decision names the option that ended lowest; None if the adviser cannot tell."""
         decision = self.advice.decision
         if decision == "cannot tell":
             return None
@@ -61,7 +61,7 @@ class Judged:
 
 
 def judge(rows: Rows, figure: Figure, recipe: Recipe, *, other: bool) -> Judged | None:
-    """Advise as before the growth; None where a curve that this needs has not been run."""
+    """Advise as before the growth; return None if ``other`` is True and no run of another size exists."""
     source, target, at = figure.source, figure.target, figure.variant.grow_at
     text = SETUPS[figure.setup].text
     sizes = OTHER.get(figure.setup, ())
@@ -78,7 +78,7 @@ def judge(rows: Rows, figure: Figure, recipe: Recipe, *, other: bool) -> Judged 
 
 
 def judge_seeds(folder: Path = RESULTS, *, other: bool) -> list[Judged]:
-    """Every figure of a single seed, judged by what the other seeds say of its recipe."""
+    """Judge every figure of a single seed, with its recipe calibrated on the other seeds."""
     seeds = range(1, 1 + max((f.saving.n_seeds for f in Rows(folder).figures), default=0))
     judged: list[Judged] = []
     for seed in seeds:
@@ -93,9 +93,9 @@ def judge_seeds(folder: Path = RESULTS, *, other: bool) -> list[Judged]:
 
 
 def judge_all(rows: Rows, *, other: bool, across: bool) -> list[Judged]:
-    """Every figure of the campaign, judged without its recipe; with ``across``, without all of its setup.
+    """Judge every figure of the campaign, calibrated without its recipe; with ``across``, calibrated without its setup.
 
-    A figure without calibration, or without the second curve, is left out: the table says how many there were.
+    A figure without calibration, or without the second curve, is left out; ``summary`` states how many figures were judged.
     """
     figures = rows.figures
     judged: list[Judged] = []
@@ -114,7 +114,7 @@ def judge_all(rows: Rows, *, other: bool, across: bool) -> list[Judged]:
 
 
 def table(judged: Sequence[Judged], title: str) -> Table:
-    """Advice beside the truth, row by row."""
+    """Return a table with a row per figure: measured and advised savings, decision and outcome."""
     shown = Table(title=title, title_justify="left")
     for name in (
         "setup",
@@ -141,7 +141,7 @@ def table(judged: Sequence[Judged], title: str) -> Table:
 
 
 def summary(judged: Sequence[Judged]) -> str:
-    """Coverage, mean width and decisions in a sentence."""
+    """Return coverage, mean width and decisions as text."""
     if not judged:
         return "No figure can be judged: rows of grown runs, or of the second curve, are missing."
     n, told = len(judged), [j for j in judged if j.right is not None]

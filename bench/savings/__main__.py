@@ -1,8 +1,8 @@
 """What growing saves: ``python -m bench.savings`` runs a campaign and prints a table per budget, with a verdict in words.
 
 Runs of equal FLOPs are compared by their annealed held-out loss. The learning rates of the source, of the target from scratch
-and of each recipe are tuned on seed 0; every figure of the tables is from the other seeds. FLOPs of both phases are charged, and
-beside it stands what is saved where the source is there already ("sunk"). A campaign that was killed goes on where it was.
+and of each recipe are tuned on seed 0; every figure of the tables is from the other seeds. Savings are stated with the FLOPs of both
+phases charged, and for an existing source ("sunk"). A killed campaign resumes where it stopped.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from bench.savings.report import describe, picture, readme, tables
 
 
 def plain(setup: Setup) -> list[Job]:
-    """Source and target at every learning rate, on the seed that chooses."""
+    """Return the jobs of source and target at every learning rate, on the tuning seed."""
     return [
         _plain(setup, sizes, lr, 0)
         for sizes, lrs in (
@@ -30,7 +30,7 @@ def plain(setup: Setup) -> list[Job]:
 
 
 def search(setup: Setup, names: list[str], campaign: Campaign) -> list[Job]:
-    """Every recipe at every growth point and rate, from the source's best learning rate, on the seed that chooses."""
+    """Return the jobs of every recipe at every growth point and rate, from the source's best learning rate, on the tuning seed."""
     lr = campaign.best_lr(setup.source_sizes, 0)
     return [
         Job(setup, setup.target_sizes, lr, 0, name, rate, at * campaign.per)
@@ -41,7 +41,7 @@ def search(setup: Setup, names: list[str], campaign: Campaign) -> list[Job]:
 
 
 def sources(setup: Setup, campaign: Campaign, seeds: int) -> list[Job]:
-    """Source and target at their best rates, on the other seeds."""
+    """Return the jobs of source and target at their best rates, on the other seeds."""
     chosen = {
         (sizes, campaign.best_lr(sizes, b))
         for sizes in (setup.source_sizes, setup.target_sizes)
@@ -53,7 +53,7 @@ def sources(setup: Setup, campaign: Campaign, seeds: int) -> list[Job]:
 
 
 def finals(setup: Setup, names: list[str], campaign: Campaign, seeds: int) -> list[Job]:
-    """Every recipe under the rates that were best on seed 0, on the other seeds."""
+    """Return the jobs of every recipe at the rates that were best on seed 0, on the other seeds."""
     chosen = {
         v: None
         for b in range(len(campaign.budgets))
@@ -75,7 +75,7 @@ def _plain(setup: Setup, sizes: tuple[int, int], lr: float, seed: int) -> Job:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a campaign and print what it found; return the exit status."""
+    """Run a campaign and print its results; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--setup", choices=SETUPS, default="width")
     parser.add_argument("--gpu", action="store_true", help="the setup for a GPU, on the GPU")

@@ -1,4 +1,4 @@
-"""What the rows of a campaign say: tuned curves, savings under both accountings, headroom, paired differences, intervals."""
+"""Analysis of a campaign's rows: tuned curves, savings under both accountings, headroom, paired differences, intervals."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,8 +13,8 @@ from bench.savings.jobs import unit
 from growkern.cli.demo_run import flops_needed
 
 Losses = Mapping[int, float]  # seed -> annealed loss
-Curve = Sequence[tuple[float, float]]  # (FLOPs, loss), rising and falling
-TUNING = 0  # the seed that chooses; it is in no figure, unless there is no other
+Curve = Sequence[tuple[float, float]]  # (FLOPs, loss); FLOPs rise and losses fall
+TUNING = 0  # the tuning seed, which no figure includes unless no other seed has run
 REFERENCE = "default"
 T90 = (
     6.314,
@@ -31,7 +31,7 @@ T90 = (
 
 @dataclass(frozen=True)
 class Variant:
-    """A recipe at one growth point, under one factor on the learning rate."""
+    """A recipe at one growth point, with one factor on the learning rate."""
 
     recipe: str
     grow_at: float  # FLOPs of the source
@@ -41,14 +41,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Saving:
-    """What a variant saves at a budget, as shares of the FLOPs that the target from scratch needs for the same loss.
+    """Savings of a variant at a budget, as shares of the FLOPs that the target from scratch needs for the same loss.
 
-    Intervals are Student's, of 90 %: every seed's grown run is read off the runs from scratch of that seed.
+    Intervals are Student's, of 90 %: the grown run of a seed is compared with the runs from scratch of the same seed.
 
     Attributes:
-        charged: The source's FLOPs are paid by the run.
-        sunk: The source was there already.
-        beyond: True where the loss lies outside of what the runs from scratch reached, so that their curve was prolonged.
+        charged: Saving with the source's FLOPs charged to the run.
+        sunk: Saving with an existing source, whose FLOPs are not counted.
+        beyond: True if the loss lies outside of the curve of the runs from scratch, so that the curve was extrapolated.
     """
 
     variant: Variant
@@ -58,22 +58,22 @@ class Saving:
     sunk: tuple[float, float, float]
     headroom: float
     headroom_sunk: float
-    difference: tuple[float, float] | None  # to the reference, paired: mean, standard error
+    difference: tuple[float, float] | None  # paired, to the reference: mean, standard error
     beyond: bool
 
     @property
     def n_seeds(self) -> int:
-        """Seeds that chose nothing."""
+        """Number of seeds, without the tuning seed."""
         return len(set(self.losses) - {TUNING})
 
     @property
     def chose(self) -> bool:
-        """True where only the tuning seed has run: its figures are no measurement."""
+        """True if only the tuning seed has run, whose figures are no measurement."""
         return set(self.losses) == {TUNING}
 
 
 def at(curve: Curve, flops: float) -> float:
-    """Loss of a curve at some FLOPs, log-linear between its points and beyond them."""
+    """Return the loss of a curve at ``flops``, log-linear between its points and beyond them."""
     pairs = [*pairwise(curve)]
     inside = next((p for p in pairs if p[0][0] <= flops <= p[1][0]), None)
     (c0, l0), (c1, l1) = inside or (pairs[0] if flops < curve[0][0] else pairs[-1])
@@ -124,9 +124,9 @@ class Campaign:
         return all(self.tried(size, b) for size in sizes for b in range(len(self.budgets)))
 
     def best_lr(self, sizes: tuple[int, int], budget: int) -> float:
-        """The learning rate whose run of these sizes ends lowest at a budget, on the tuning seed.
+        """Return the learning rate whose run of these sizes ends lowest at a budget, on the tuning seed.
 
-        At growth points it is that of the run which grows: the best at the first budget.
+        At a growth point, return the rate of the run that grows: the best rate at the first budget.
         """
         if budget >= len(self.setup.budgets) + len(self.setup.beyond):
             budget = 0
@@ -138,17 +138,17 @@ class Campaign:
         return min(tried, key=lambda lr: tried[lr])
 
     def tuned(self, sizes: tuple[int, int], budget: int) -> Losses:
-        """Losses of the plain run at its best rate; of the tuning seed alone where no other has run."""
+        """Return the losses of the plain run at its best rate; of the tuning seed alone if no other seed has run."""
         return _measured(self.plain[sizes, self.best_lr(sizes, budget), budget])
 
     @cached_property
     def seeds(self) -> list[int]:
-        """Seeds that chose nothing and that the runs from scratch have; the tuning seed where there is no other."""
+        """Seeds, without the tuning seed, that all runs from scratch have; the tuning seed if there is no other."""
         found = [set(self.tuned(self.setup.target_sizes, b)) for b in range(len(self.budgets))]
         return sorted(set.intersection(*found))
 
     def curve(self, sizes: tuple[int, int], seeds: Sequence[int] | None = None) -> Curve:
-        """Tuned annealed losses, as the mean over seeds: at all budgets, and at those of ``beyond`` and ``early`` that all seeds have."""
+        """Return tuned annealed losses, averaged over seeds, at all budgets and at ``beyond`` and ``early`` budgets that all seeds have."""
         drawn = seeds or self.seeds
         found: list[tuple[float, float]] = []
         for b, flops in enumerate(self.reach):
@@ -158,7 +158,7 @@ class Campaign:
         return sorted(found)
 
     def tried(self, sizes: tuple[int, int], budget: int) -> bool:
-        """True when the tuning seed has run these sizes to this budget."""
+        """Return True if the tuning seed has run these sizes to this budget."""
         return any(
             (sizes, budget) == (s, b) and TUNING in run for (s, _, b), run in self.plain.items()
         )
@@ -168,23 +168,24 @@ class Campaign:
         return tried and seeds <= {*self.plain[sizes, self.best_lr(sizes, budget), budget]}
 
     def headroom(self, budget: int, grow_at: float, seeds: Sequence[int] | None = None) -> float:
-        """Share of FLOPs that a free and perfect growth would save.
+        """Return the share of FLOPs that a free and perfect growth would save.
 
-        At the growth the target would stand where its own curve has the source's loss, and train on from there: with the
-        source's ``grow_at`` FLOPs worth ``c`` of the target's, the budget ``B`` buys what costs ``B - grow_at + c`` from scratch.
+        After such a growth the target trains on from the point of its own curve that has the source's loss. If the source's
+        ``grow_at`` FLOPs are worth ``c`` FLOPs of the target, a run of budget ``B`` ends at the loss that costs
+        ``B - grow_at + c`` FLOPs from scratch.
         """
         whole = self.budgets[budget] - grow_at + self.worth(grow_at, seeds)
         return 1 - self.budgets[budget] / whole
 
     def worth(self, grow_at: float, seeds: Sequence[int] | None = None) -> float:
-        """FLOPs that the target from scratch needs for the annealed loss of the source at a growth point."""
+        """Return the FLOPs that the target from scratch needs for the annealed loss of the source at a growth point."""
         source, target = (
             self.curve(sizes, seeds) for sizes in (self.setup.source_sizes, self.setup.target_sizes)
         )
         return flops_needed(target, at(source, grow_at))[0]
 
     def variants(self, budget: int) -> list[Variant]:
-        """Every recipe at every growth point that this budget has, under its best rate on the tuning seed."""
+        """Return every recipe at every growth point of this budget, with the best rate on the tuning seed."""
         best: dict[tuple[str, float], tuple[float, Variant]] = {}
         for (variant, b), losses in self.grown.items():
             if b == budget and TUNING in losses:
@@ -194,7 +195,7 @@ class Campaign:
         return [variant for _, variant in best.values()]
 
     def saving(self, variant: Variant, budget: int) -> Saving:
-        """What a variant saves: the mean over seeds, and its interval."""
+        """Return the savings of a variant: means over seeds, and intervals."""
         losses = _measured(self.grown[variant, budget])
         scratch = self.setup.target_sizes
         common = set(losses).intersection(
@@ -219,12 +220,12 @@ class Campaign:
         )  # fmt: skip
 
     def savings(self, budget: int) -> list[Saving]:
-        """Of every variant, the lowest loss first; behind all others what only the seed that chose has run."""
+        """Return the savings of every variant, the lowest loss first; variants that only the tuning seed has run come last."""
         found = [self.saving(variant, budget) for variant in self.variants(budget)]
         return sorted(found, key=lambda s: (s.chose, mean(s.losses.values())))
 
     def landing(self, variant: Variant) -> float | None:
-        """Mean loss of the trunk ``setup.landing`` steps after the growth; None where no run came so far."""
+        """Return the mean loss of the trunk ``setup.landing`` steps after the growth; None if no run got that far."""
         found = _measured(self.landed[variant])
         return mean(found.values()) if found else None
 
@@ -247,17 +248,17 @@ class Campaign:
 
 
 def _measured(losses: Losses) -> Losses:
-    """Losses of the seeds that chose nothing; of the tuning seed where there is no other."""
+    """Return the losses without the tuning seed; all losses if no other seed has run."""
     return {s: v for s, v in losses.items() if s != TUNING} or losses
 
 
 def _pick(losses: Losses, seeds: Sequence[int]) -> list[float]:
-    """Losses of the seeds that are there, all of them where none is."""
+    """Return the losses of ``seeds``; all losses if none of ``seeds`` has run."""
     return [losses[s] for s in seeds if s in losses] or [*losses.values()]
 
 
 def _interval(point: float, values: Sequence[float]) -> tuple[float, float, float]:
-    """A point with Student's interval of 90 % from the values of the seeds; NaN for a single one."""
+    """Return a point with Student's interval of 90 % from the values of the seeds; NaN for a single seed."""
     if len(values) < 2:
         return point, float("nan"), float("nan")
     half = T90[min(len(values) - 1, len(T90)) - 1] * stdev(values) / len(values) ** 0.5

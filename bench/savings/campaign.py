@@ -1,4 +1,4 @@
-"""What a campaign compares, as data: recipes, and setups of sizes, budgets, growth points and learning rates."""
+"""Data of the campaigns: recipes, and setups of sizes, budgets, growth points and learning rates."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,15 +11,15 @@ Sizes = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a run grows.
+    """Growth settings of a run.
 
     Attributes:
         growth: Arguments of ``expand_inplace``.
-        rates: Factors on the learning rate after growth; the best on seed 0 is measured on the other seeds.
+        rates: Factors on the learning rate after growth; the best factor on seed 0 is measured on the other seeds.
         rewarm: Steps over which the learning rate rises again after growth.
-        keep: Share of the grown weights that stays; the rest comes from fresh weights ("shrink and perturb", Ash and Adams,
+        keep: Share of the grown weights in an average with fresh weights ("shrink and perturb", Ash and Adams,
             arXiv:1910.08475, as an interpolation: D'Oro et al., ICLR 2023).
-        via: Sizes on the way to the target, each with the multiple of the growth point's FLOPs at which the run leaves it.
+        via: Intermediate sizes, each with the FLOPs, as a multiple of the growth point's FLOPs, at which the run grows on.
     """
 
     growth: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -93,23 +93,23 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclass(frozen=True)
 class Setup:
-    """One comparison. Budgets and growth points are in steps of the target, as FLOPs are counted.
+    """One comparison. Budgets and growth points are FLOPs, in units of a step of the target.
 
     Attributes:
         source: Sizes of the source, which also trains on without growing.
         target: Sizes of the target, which also trains from scratch.
         budgets: FLOPs, in steps of the target, at which annealed losses are compared.
-        beyond: Further budgets, which only the target from scratch reaches: a grown run that ends lower than it at the last of
-            ``budgets`` is compared with these.
-        early: Further budgets, which only the source reaches: the growth points, where its annealed loss says what it is worth.
+        beyond: Further budgets, which only the target from scratch reaches; for grown runs that end below the target from scratch
+            at the last of ``budgets``.
+        early: Further budgets, which only the source reaches: the growth points, where the annealed loss gives the source's worth.
         grow_at: FLOPs of the source, in steps of the target, at which it grows.
         lrs: Peak learning rates of the target that are tried on seed 0.
-        source_lrs: Likewise, of the source.
-        recipes: Names of ``RECIPES``.
+        source_lrs: Peak learning rates of the source that are tried on seed 0.
+        recipes: Names of recipes in ``RECIPES``.
         text: ``"python"``, ``"c++"`` or ``"packages"``.
-        n_bytes: Bytes of text, at most.
+        n_bytes: Maximum bytes of text.
         optimizer: ``"adamw"`` or ``"muon"``.
-        landing: Steps after the last growth at which the trunk's loss is taken once more.
+        landing: Steps after the last growth at which the trunk's loss is measured again.
         training: Fields of ``growkern.cli.demo_run.Training`` that differ from its defaults.
     """
 

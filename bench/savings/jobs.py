@@ -1,4 +1,4 @@
-"""Jobs of a campaign: each trains one run in a process of its own, and gives rows. Finished jobs are not run again."""
+"""Jobs of a campaign. Each job trains one run in a worker process and returns rows. Finished jobs are not run again."""
 
 import csv
 import site
@@ -35,13 +35,13 @@ COLUMNS = (
     *KEY, "budget", "flops", "n_bytes", "n_params", "loss", "trunk_loss", "loss_before", "loss_after", "loss_landed", "seconds", "commit",
     "date", "device", "torch",
 )  # fmt: skip
-ROW = (*KEY, "budget")  # what identifies a row
-PLAIN = ("text", "optimizer", "hidden", "layers", "lr", "seed")  # what identifies a curve
+ROW = (*KEY, "budget")  # columns that identify a row
+PLAIN = ("text", "optimizer", "hidden", "layers", "lr", "seed")  # columns that identify a curve
 CURVE = (
     *PLAIN, "flops", "n_bytes", "n_params", "train_loss", "loss",
 )  # fmt: skip
 FRESH = (
-    10_000  # between the seed of a run and that of the weights that a shrunk run is perturbed with
+    10_000  # offset from the seed of a run to the seed of the fresh weights that perturb the run
 )
 POINTS = 24  # losses of the trunk on a curve, evenly spread in log-FLOPs
 Key = tuple[str, ...]
@@ -49,17 +49,17 @@ Key = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Job:
-    """One run: plain, or grown at ``grow_at`` FLOPs from the snapshot that a plain run left there.
+    """One run: plain, or grown at ``grow_at`` FLOPs from the snapshot of a plain run.
 
     Attributes:
-        setup: What all runs share.
+        setup: Setup of the comparison.
         sizes: ``(hidden, layers)`` that the run ends with.
-        lr: Peak learning rate; of a grown run, its source's.
-        seed: Seed of weights, batches and noise.
+        lr: Peak learning rate; of a grown run, the rate of the source.
+        seed: Seed of weights, batches and symmetry-breaking noise.
         recipe: Name of a recipe; empty for a plain run.
         rate: Factor on the learning rate after growth.
         grow_at: FLOPs at which the run grows.
-        saves: FLOPs at which a plain run leaves snapshots.
+        saves: FLOPs at which a plain run saves snapshots.
     """
 
     setup: Setup = field(repr=False, hash=False)
@@ -73,7 +73,7 @@ class Job:
 
     @property
     def key(self) -> Key:
-        """What identifies the run in the file of rows."""
+        """Values of the columns ``KEY``, which identify the run in the file of rows."""
         source = tuple(self.setup.source.values()) if self.recipe else ("", "")
         at = f"{self.grow_at:.4g}" if self.recipe else ""
         values = (
@@ -84,7 +84,7 @@ class Job:
 
     @property
     def budgets(self) -> list[float]:
-        """FLOPs of the budgets that the run can serve: those whose branch begins behind the last growth."""
+        """FLOPs of the budgets that the run can serve: budgets whose branch begins after the last growth."""
         via = RECIPES[self.recipe].via if self.recipe else ()
         last = max([self.grow_at, *(self.grow_at * multiple for _, multiple in via)])
         trunk = 1 - Training(**self.setup.training).anneal
@@ -95,7 +95,7 @@ class Job:
         return [end for end in ends if last <= trunk * end]
 
     def snapshot(self, work: Path, at: float) -> Path:
-        """Where a plain run leaves the snapshot that grown runs start from."""
+        """Return the path of the snapshot that a plain run saves and grown runs start from."""
         sizes = "x".join(map(str, self.setup.source.values()))
         name = f"{self.setup.text}-{self.setup.optimizer}-{sizes}-lr{self.lr:g}-seed{self.seed}-at{at:.4g}.pt"
         return work / name
@@ -103,14 +103,14 @@ class Job:
 
 @dataclass
 class Done:
-    """What a job found: rows by annealed branch, and points of the trunk's curve."""
+    """Results of a job: a row per annealed branch, and points of the trunk's curve."""
 
     rows: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     curve: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
 
 def unit(setup: Setup) -> float:
-    """FLOPs of one step of the target."""
+    """Return the FLOPs of one step of the target."""
     return flops_per_step(build(setup.target, 0), Training(**setup.training))
 
 
@@ -137,7 +137,7 @@ def run(job: Job, work: Path, device: str) -> Done:
 
 
 class _Trial:
-    """A run on its way: its trunk, what happens at which FLOPs, and what has been found."""
+    """A job in progress: the trunk, events by FLOPs, and results."""
 
     def __init__(self, job: Job, work: Path, device: str) -> None:
         self.job, self.work, self.started, self.done = job, work, perf_counter(), Done()
@@ -202,7 +202,7 @@ class _Trial:
         part.rename(path)
 
     def _plan_growths(self) -> None:
-        """The first growth happens now; where a recipe goes by other sizes, the next ones come later."""
+        """Schedule the first growth now and, if the recipe has intermediate sizes, further growths later."""
         recipe, at = RECIPES[self.job.recipe], self.job.grow_at
         stages = [*(sizes for sizes, _ in recipe.via), self.job.setup.target]
         times = [0.0, *(at * multiple for _, multiple in recipe.via)]
@@ -228,13 +228,13 @@ class _Trial:
 
 @torch.no_grad()
 def shrink_and_perturb(model: nn.Module, fresh: nn.Module, keep: float) -> None:
-    """Move every parameter towards that of a fresh model of these sizes: ``keep * p + (1 - keep) * fresh``."""
+    """Average every parameter with the parameter of a fresh model of the same sizes: ``keep * p + (1 - keep) * fresh``."""
     for p, new in zip(model.parameters(), fresh.parameters(), strict=True):
         p.lerp_(new.to(p.device), 1 - keep)
 
 
 class Ledger:
-    """The files of rows: ``savings-<device>.csv`` of annealed losses, and of the trunks' curves beside it."""
+    """The files of rows: annealed losses in ``savings-<device>.csv``, trunk curves in ``savings-<device>-curves.csv``."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -242,15 +242,15 @@ class Ledger:
         self.rows_path, self.curve_path = folder / f"{name}.csv", folder / f"{name}-curves.csv"
 
     def rows(self) -> list[dict[str, str]]:
-        """All rows so far."""
+        """Return all rows so far."""
         return read_rows(self.rows_path)
 
     def finished(self, job: Job) -> bool:
-        """True when every budget that the job can serve has its row."""
+        """Return True if every budget that the job can serve has a row."""
         return {(*job.key, f"{end:.5g}") for end in job.budgets} <= self._known()
 
     def append(self, done: Done) -> None:
-        """Write what a job found and the files do not hold yet; both files get a header with their first row."""
+        """Append the results of a job that the files do not contain yet; the first row of a file comes with a header."""
         known = self._known()
         rows = [row for row in done.rows if tuple(str(cell(row[k])) for k in ROW) not in known]
         curves = {tuple(row[k] for k in PLAIN) for row in read_rows(self.curve_path)}
@@ -263,10 +263,10 @@ class Ledger:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file; none where there is no file. A last line that a kill has cut short does not count.
+    """Read the rows of a CSV file; none if there is no file. A last line that a kill has truncated is ignored.
 
     Raises:
-        SystemExit: A row is not whole, a loss is no number, or a run has two rows that differ.
+        SystemExit: A row is incomplete, a loss is not finite, or two rows of a run have different losses.
     """
     if not path.exists():
         return []
@@ -296,7 +296,7 @@ def _number(text: str | None) -> float:
 
 
 def _append(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
-    if path.exists():  # a line that a kill has cut short gives way
+    if path.exists():  # remove a last line that a kill has truncated
         with path.open("r+b") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
     is_new = not path.exists() or not path.stat().st_size
@@ -310,10 +310,10 @@ def _append(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) 
 def run_all(
     jobs: Iterable[Job], ledger: Ledger, work: Path, *, workers: int, device: str, on_done: Callable[[Job, Done, str], object]
 ) -> None:  # fmt: skip
-    """Run jobs that have no rows yet, ``workers`` at a time, each in a process of its own.
+    """Run jobs that have no rows yet, ``workers`` at a time, in worker processes.
 
-    ``on_done`` gets the job, what it found, and how many of this round are done. Plain runs that grown runs start from run again
-    where their snapshots are missing.
+    ``on_done`` gets the job, its results, and the count of finished jobs in this round, as text. A plain run runs again if a snapshot
+    that grown runs start from is missing.
     """
     work.mkdir(parents=True, exist_ok=True)
     known: list[Job] = []

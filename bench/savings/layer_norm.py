@@ -2,7 +2,7 @@
 
 The campaign trains Llamas, whose norms are RMSNorms. Here a GPT-2 of 32 x 4 trains as in the campaign's setup ``width``, grows to 64 x 4
 at the same FLOPs by pads (the default) and by copies with twin noise (``noise=1``), at the law's learning rates and at one rate halved,
-and is annealed at the first and the last budget. Its learning rate is not tuned. Rows go to ``bench/results/layer-norm-<device>.csv``.
+and is annealed at the first and the last budget. The learning rate is not tuned. Rows go to ``bench/results/layer-norm-<device>.csv``.
 """
 
 import argparse
@@ -44,7 +44,7 @@ class GPT2Run(Run):
 
 
 def measure(seed: int, text: Corpus) -> Iterator[dict[str, Any]]:
-    """Train the source once, and from there grow and train on by every recipe; give the rows."""
+    """Train the source once; from its snapshot, grow by every recipe and train on. Yield the rows."""
     source, per = GPT2Run(SETUP.source, seed, text), GPT2Run(SETUP.target, seed, text).cost
     source.train_until(SETUP.grow_at[0] * per)
     here = source.snapshot()
@@ -63,7 +63,7 @@ def measure(seed: int, text: Corpus) -> Iterator[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, write; return the exit status."""
+    """Measure, print and write the rows; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")

@@ -1,4 +1,4 @@
-"""A campaign for a reader: a table per budget, a verdict in words, a picture."""
+"""Report of a campaign: a table and a verdict per budget, and a picture."""
 
 from collections.abc import Iterator
 from math import isnan
@@ -15,7 +15,7 @@ from growkern.cli.demo_run import flops_needed
 
 
 def tables(campaign: Campaign) -> Iterator[Table | str]:
-    """For every budget a table, lowest loss first, and its verdict."""
+    """Yield a table, lowest loss first, and a verdict for every budget."""
     for b, flops in enumerate(campaign.budgets):
         savings = campaign.savings(b)
         table = Table(
@@ -38,7 +38,7 @@ KINDS = (("from scratch", "target_sizes"), ("never grows", "source_sizes"))
 
 
 def verdict(campaign: Campaign, budget: int, savings: list[Saving]) -> str:
-    """Say whether growing saved compute at this budget, whoever won."""
+    """Return, as text, whether growing saved compute at this budget."""
     target = campaign.setup.target_sizes
     scratch = mean(campaign.tuned(target, budget).values())
     never = mean(campaign.tuned(campaign.setup.source_sizes, budget).values())
@@ -68,7 +68,7 @@ def verdict(campaign: Campaign, budget: int, savings: list[Saving]) -> str:
 
 
 def describe(job: Job) -> str:
-    """A job in a line."""
+    """Describe a job in one line."""
     sizes = "x".join(map(str, job.sizes))
     how = f"{job.recipe} x{job.rate:g} @{job.grow_at:.3g}" if job.recipe else "plain"
     return f"{job.setup.text} {sizes} lr {job.lr:g} seed {job.seed} {how}"
@@ -107,7 +107,7 @@ MORE = "width, c++", "width, muon", "wider", "both"  # setups whose best recipe 
 
 
 def readme(rows: list[dict[str, str]]) -> Iterator[str]:
-    """The tables of README: the lowest recipe of every setup that has run, and all recipes of the two main setups."""
+    """Yield the tables of README: the lowest recipe of every setup that has run, and all recipes of the setups in ``TABLES``."""
     ran = {name: Campaign(SETUPS[name], rows) for name in TABLES + MORE}
     ran = {name: campaign for name, campaign in ran.items() if campaign.complete and campaign.grown}
     yield overview(ran)
@@ -115,7 +115,7 @@ def readme(rows: list[dict[str, str]]) -> Iterator[str]:
 
 
 def markdown(campaign: Campaign) -> str:
-    """README's table of a setup: every recipe at its growth point, its landing, and loss and savings at the first and the last budget."""
+    """Return README's table of a setup: landing loss of every recipe, and loss and savings at the first and the last budget."""
     first, last = 0, len(campaign.budgets) - 1
     steps = campaign.setup.budgets
     header = ["run", f"after {campaign.setup.landing} steps"]
@@ -155,7 +155,7 @@ def markdown(campaign: Campaign) -> str:
 
 
 def _early(campaign: Campaign, s: Saving) -> bool:
-    """True for the setup's own growth point, which all recipes share."""
+    """Return True if the variant grows at the setup's first growth point, which all recipes share."""
     return abs(s.variant.grow_at / campaign.per / campaign.setup.grow_at[0] - 1) < 0.01
 
 
@@ -172,7 +172,7 @@ def _cells(s: Saving) -> list[str]:
 
 
 def overview(campaigns: dict[str, Campaign]) -> str:
-    """README's short table: for every setup and budget the tuned runs, and the recipe that was lowest on the seed that chooses."""
+    """Return README's short table: for every setup and budget, the tuned runs and the recipe that was lowest on the tuning seed."""
     header = [
         "setup",
         "FLOPs (steps)",

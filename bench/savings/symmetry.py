@@ -3,10 +3,10 @@
 A byte-level Llama of 32 x 4 trains as in the campaign's setup ``width``, grows to 64 x 4 by several recipes, and trains on. At the growth
 and after every hundred steps a row is printed, and written to ``bench/results/symmetry-<device>.csv``:
 
-- *cosine*: mean cosine similarity of the two halves that a coordinate's copies read with and write to, over the matrices of all blocks. 1:
-  the copies are still equal; 0: they have parted.
-- *residual*: effective rank of what enters the final norm, on 64 held-out windows; at most the width.
-- *update*: mean effective rank of what the matrices of all blocks have learned since the growth; at most the smaller side.
+- *cosine*: mean cosine similarity of the two halves of a weight matrix, which read or write the two copies of each coordinate, over the
+  matrices of all blocks. 1: the copies are equal; 0: the copies have diverged.
+- *residual*: effective rank of the residual stream before the final norm, on 64 held-out windows; at most the width.
+- *update*: mean effective rank of the change of each matrix since the growth, over the matrices of all blocks; at most the smaller side.
 
 The effective rank is the exponential of the entropy of the singular values' shares (Roy and Vetterli, EUSIPCO 2007).
 """
@@ -53,20 +53,20 @@ COLUMNS: tuple[str, ...] = (
 
 
 def effective_rank(x: Tensor) -> float:
-    """Exponential of the entropy of the singular values' shares: from 1 to the smaller side of ``x [m, n]``."""
+    """Return the exponential of the entropy of the singular values' shares: from 1 to the smaller side of ``x [m, n]``."""
     values = torch.linalg.svdvals(x.double())
     shares = values / values.sum()
     return float(torch.special.entr(shares).sum().exp())
 
 
 def cosine_of_halves(x: Tensor) -> float:
-    """Mean cosine similarity of the halves of ``x [m, n]``, over the dimensions that twice the source's sizes are."""
+    """Return the mean cosine similarity of the two halves of ``x [m, n]``, over both dimensions."""
     found = [torch.cosine_similarity(a, b, dim=d) for d in (0, 1) for a, b in (x.chunk(2, 1 - d),)]
     return mean(float(each.mean()) for each in found)
 
 
 def matrices(run: Run) -> list[Tensor]:
-    """The weight matrices of all blocks."""
+    """Return the weight matrices of all blocks."""
     return [
         p.detach() for name, p in run.model.named_parameters() if p.ndim == 2 and "layers." in name
     ]
@@ -74,7 +74,7 @@ def matrices(run: Run) -> list[Tensor]:
 
 @torch.no_grad()
 def residual(run: Run, text: Corpus) -> Tensor:
-    """What enters the final norm, ``[tokens, width]``, on held-out windows."""
+    """Return the input of the final norm, ``[tokens, width]``, on held-out windows."""
     seen: list[Tensor] = []
     norm: Any = run.model.model.norm
     handle = norm.register_forward_pre_hook(
@@ -90,7 +90,7 @@ def residual(run: Run, text: Corpus) -> Tensor:
 def measure(
     optimizer: str, names: tuple[str, ...], steps: int, text: Corpus
 ) -> Iterator[dict[str, Any]]:
-    """Train the source once, and from there grow and train on by every recipe; give the rows."""
+    """Train the source once; from its snapshot, grow by every recipe and train on. Yield the rows."""
     training = Training(**SETUP.training)
     source = Run(SETUP.source, LR, SEED, text, training, optimizer=optimizer)
     target = Run(SETUP.target, LR, SEED, text, training)
@@ -113,7 +113,7 @@ def measure(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, write; return the exit status."""
+    """Measure, print and write the rows; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=400, help="after the growth; in hundreds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")

@@ -1,4 +1,4 @@
-"""What ``growkern.advise`` returns: options with intervals, a decision, what is not known; as text and as a picture."""
+"""The result of ``growkern.advise``: options with intervals, a decision and the unknowns, as text and as a picture."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,20 +7,21 @@ from growkern.advice.scaling import ScalingLaw, interval
 from growkern.recipes.recipe import Interval, Recipe
 from growkern.support.text import table
 
-SURE = 0.8  # an option is advised when it ends lowest in as many of the draws
+SURE = 0.8  # an option is advised if it ends lowest in this share of the draws
 
 
 @dataclass(frozen=True)
 class Option:
-    """What one way of spending the budget leads to. Intervals hold 90 % of the draws.
+    """Predicted result of one way to spend the budget. Intervals contain 90 % of the draws.
 
     Attributes:
         name: ``"from scratch"``, ``"never grow"``, ``"grow now"`` or ``"grow later"``.
-        at: FLOPs of the source at the growth; None where nothing grows.
+        at: FLOPs of the source at the growth; None for an option without growth.
         loss: Loss at the end of the budget, in nats, under the learning-rate schedule of the curve.
-        charged: Share of the target's compute from scratch that is saved when the run pays for both phases.
-        sunk: The same when the source's FLOPs until now are not counted.
-        chance: Share of the draws in which the option ends lowest; the growth point with the larger saving stands for growth.
+        charged: Share of the target's compute from scratch that the option saves, with the FLOPs of both phases charged.
+        sunk: Share of the target's compute from scratch that the option saves, not counting the source's FLOPs until now.
+        chance: Share of the draws in which the option ends lowest. A growth option is compared with the options without growth, which
+            are compared with the growth option that saves more.
     """
 
     name: str
@@ -33,21 +34,21 @@ class Option:
 
 @dataclass(frozen=True)
 class Advice:
-    """What ``advise`` found; ``print`` it.
+    """Result of ``growkern.advise``; ``print`` it.
 
     Attributes:
-        decision: ``"grow now"``, ``"grow later"``, ``"never grow"``, ``"from scratch"`` or ``"cannot tell"``: where the target from
-            scratch could have the whole budget.
-        decision_sunk: The same where the source's FLOPs are gone, and the target from scratch would get what is left.
-        options: From scratch, never grow, grow now and, where a later growth saves more, grow later.
+        decision: ``"grow now"``, ``"grow later"``, ``"never grow"``, ``"from scratch"`` or ``"cannot tell"``, if the target from
+            scratch could spend the whole budget.
+        decision_sunk: The decision if the source's FLOPs are sunk: the target from scratch could spend only the rest of the budget.
+        options: The options from scratch, never grow, grow now and, if a later growth saves more, grow later.
         headroom: Share of the compute that a free and perfect growth now would save, both phases charged.
         recipe: The recipe that the options assume.
         n_params: Parameters of source and target.
         flops_per_token: FLOPs of a token, forward and backward, of source and target.
         spent: FLOPs until now.
         budget: FLOPs of the whole run.
-        law: The fitted law.
-        unknown: What the advice does not know, in sentences.
+        law: The fitted scaling law.
+        unknown: Unknowns that limit the advice, one sentence each.
     """
 
     decision: str
@@ -119,7 +120,7 @@ class Advice:
         """Draw the curve, the law's bands of source and target, and the grown run over FLOPs. Needs matplotlib.
 
         Args:
-            path: File of the picture; its suffix says the format.
+            path: File of the picture; the suffix sets the format.
 
         Example:
             >>> growkern.advise(schedule, budget=1e18).draw("advice.png")
@@ -178,12 +179,12 @@ REASONS = {
 
 
 def percent(share: Interval) -> str:
-    """An interval of shares in words, e.g. ``4 % +- 6 %``: the median, and half of the interval's width."""
+    """Format an interval of shares, e.g. ``4 % +- 6 %``: the median, and half of the interval's width."""
     low, middle, high = share
     return f"{100 * middle:.0f} % +- {50 * (high - low):.0f} %"
 
 
 def plus_minus(values: Interval) -> str:
-    """An interval of losses in words: the median, and half of the interval's width."""
+    """Format an interval of losses: the median, and half of the interval's width."""
     low, middle, high = values
     return f"{middle:.3f} +- {(high - low) / 2:.3f}"

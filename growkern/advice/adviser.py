@@ -1,9 +1,9 @@
-"""Advice before compute is spent: whether to grow a model, never, or start the target from scratch; when; and what it saves.
+"""Advice before compute is spent: whether to grow a model, never grow, or start the target from scratch; when to grow; what growth saves.
 
-The law of ``growkern.scaling`` says where source and target would be. At a growth, the source's training is *worth* the FLOPs after
-which the target, from scratch, has the source's loss. A free and perfect growth after g of B FLOPs would end where the target from
-scratch ends after ``B - g + worth(g)`` FLOPs; a recipe ends where it is after ``B - g + kept * worth(g)``. How much of the worth recipes
-keep was measured on runs (``growkern.recipes``).
+The scaling law (``growkern.advice.scaling``) predicts the losses of source and target. The *worth* of the source's training at a growth is
+the number of FLOPs after which the target from scratch reaches the source's loss. A free and perfect growth after g of B FLOPs ends at the
+loss of the target from scratch after ``B - g + worth(g)`` FLOPs; a recipe ends at the loss after ``B - g + kept * worth(g)`` FLOPs. The
+share ``kept`` of each recipe was measured (``growkern.recipes``).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,13 +23,13 @@ from growkern.training.schedule import GrowthSchedule
 from growkern.training.triggers import Event
 from growkern.width import Lossless
 
-FAR = 4.0  # beyond as many times the curve's compute, the law is an extrapolation
-LATEST = 0.5  # share of the budget: no growth was measured later
-SEEDS = 3  # a recipe that was measured on fewer is no default
-LATER = 0.01  # growing later is advised when it saves so much more of the compute
+FAR = 4.0  # multiple of the curve's compute beyond which the law is an extrapolation
+LATEST = 0.5  # share of the budget; no later growth was measured
+SEEDS = 3  # minimum number of seeds of a default recipe
+LATER = 0.01  # minimum gain in saved compute, as a share, of growing later
 NOTHING: Interval = (0.0, 0.0, 0.0)
 N_TIMES = 16  # growth points that are tried between now and ``LATEST``
-METHODS = {"width": Lossless(), "depth": IdentityBlocks()}  # of expand_inplace, where none is named
+METHODS = {"width": Lossless(), "depth": IdentityBlocks()}  # default methods of expand_inplace
 
 
 def advise(
@@ -46,26 +46,28 @@ def advise(
     law: ScalingLaw | None = None,
     seed: int = 0,
 ) -> Advice:
-    """Say whether to grow, never grow, or start the target from scratch, and what growing now would save, before it is done.
+    """Advise whether to grow, never grow, or start the target from scratch, and predict what growing now would save.
 
     Args:
-        curve: (tokens, loss in nats) of the run so far; or the ``GrowthSchedule`` of a running loop, which has observed both.
-        budget: FLOPs of the whole run, those until now included.
-        source: Parameters of the model that trains, without the input embedding. A schedule knows all its model's parameters.
-        target: Parameters of the model it would grow into. A schedule plans its next event.
-        others: Number of parameters and curve of models of other sizes, on the same data. One narrows every interval.
-        kind: ``"width"`` (default) or ``"depth"``: what grows. A schedule knows it.
-        recipe: Name of a measured recipe, or a ``Recipe`` of your own measurements. Default: the kind's best.
-        flops_per_token: FLOPs of a token, forward and backward, of source and target. Default: 6 x parameters.
-        spent: FLOPs until now. Default: the curve's last tokens times the source's FLOPs per token.
-        law: The law of these curves, ``Advice.law`` of an earlier call, so that other budgets and recipes need no new fit.
+        curve: (tokens, loss in nats) of the run so far; or the attached ``GrowthSchedule`` of a run, which has observed tokens and losses.
+        budget: FLOPs of the whole run, including the FLOPs until now.
+        source: Number of parameters of the source, without the input embedding. A schedule counts all parameters of its model instead.
+        target: Number of parameters of the target, without the input embedding. A schedule plans its next event instead.
+        others: Pairs of number of parameters and curve, of models of other sizes on the same data. A second size narrows all intervals.
+        kind: ``"width"`` or ``"depth"``: what grows. Default: what the schedule's next event grows, else ``"width"``.
+        recipe: Name of a measured recipe, or a ``Recipe`` of your own measurements. Default: the recipe of the schedule's next event,
+            else the best measured recipe of the kind.
+        flops_per_token: FLOPs of a token, forward and backward, of source and target. Default: as observed by the schedule, else
+            6 x parameters.
+        spent: FLOPs until now. Default: as observed by the schedule, else the curve's last tokens times the source's FLOPs per token.
+        law: Law fitted to these curves, ``Advice.law`` of an earlier call; other budgets and recipes then need no new fit.
         seed: Seed of the draws.
 
     Returns:
-        Options with intervals, a decision under either accounting, and what is not known.
+        Options with intervals, a decision under either accounting, and the unknowns.
 
     Raises:
-        PlanError: A curve cannot be fitted; the target is not larger than the source; the budget is spent; an unknown recipe.
+        PlanError: A curve cannot be fitted, the target is not larger than the source, the budget is spent, or the recipe is unknown.
 
     Example:
         >>> advice = growkern.advise(curve, source=58_656, target=217_664, budget=1.2e12, others=[(30_000, smaller)])
@@ -106,7 +108,7 @@ def advise(
 
 @dataclass(frozen=True)
 class _Observed:
-    """What a schedule knows of its run."""
+    """Inputs of the advice that a schedule provides."""
 
     n_params: tuple[float, float]
     flops_per_token: tuple[float, float]
@@ -118,10 +120,10 @@ class _Observed:
 
 
 def _observed(schedule: GrowthSchedule) -> _Observed:
-    """What advice needs, from a schedule at work.
+    """Return the inputs of the advice from an attached schedule.
 
     Raises:
-        PlanError: The schedule is not attached, has no event ahead, or has observed no tokens.
+        PlanError: The schedule is not attached, has no remaining event, or has observed no tokens.
     """
     attachment, event, counts = schedule.attachment, schedule.next_event, schedule.counts
     problems = [
@@ -176,7 +178,7 @@ def _observed(schedule: GrowthSchedule) -> _Observed:
 
 
 def _recipe_of(event: Event, kind: str) -> Recipe:
-    """The measured recipe of an event's method, state and dynamics; else the pool of its kind."""
+    """Return the measured recipe with an event's method, state and dynamics; else the pooled recipe of the kind."""
 
     def settings(growth: Mapping[str, object]) -> tuple[object, ...]:
         method = growth.get(kind) or METHODS[kind]
@@ -189,7 +191,7 @@ def _recipe_of(event: Event, kind: str) -> Recipe:
 
 
 def pooled(recipes: Mapping[str, Recipe], kind: str | None, name: str) -> Recipe:
-    """Mean and spread of measured recipes of a kind (of all, where none is of that kind), for a recipe that was not measured."""
+    """Return mean and spread of the measured recipes of a kind (of all kinds if the kind has none), for an unmeasured recipe."""
     known = [one for one in recipes.values() if one.kind == kind] or [*recipes.values()]
     n = len(known)
     kept = sum(one.kept for one in known) / n
@@ -227,7 +229,7 @@ def _sizes(source: float | None, target: float | None) -> tuple[float, float]:
 
 
 def _points(curve: Iterable[Sequence[float]], name: str) -> list[tuple[float, float]]:
-    """A curve as pairs of Python's floats, whatever sequence or array it is."""
+    """Convert a curve, given as any sequence or array, to pairs of Python floats."""
     try:
         found = [(float(tokens), float(loss)) for tokens, loss in curve]
     except (TypeError, ValueError) as error:
@@ -248,7 +250,7 @@ def _numbers(values: object, name: str, n: int) -> tuple[float, ...]:
 
 
 def _check(n: tuple[float, float], f: tuple[float, float], now: float, budget: float) -> None:
-    """Refuse sizes and budgets that leave nothing to advise on."""
+    """Raise PlanError for sizes, FLOPs and budgets that allow no advice."""
     problems: list[str] = []
     if not n[1] > n[0]:
         problems.append(
@@ -279,23 +281,23 @@ def _advice(
     factor = (recipe.worth[0] + recipe.worth[1] * normal[1]).clamp_min(0)
 
     def scratch_flops(loss: Tensor) -> Tensor:
-        """FLOPs after which the target from scratch has a loss."""
+        """Return the FLOPs after which the target from scratch reaches a loss."""
         return (law.tokens(n[1], loss - law.noise) * f[1]).clamp_max(1e3 * budget)
 
     def need(at: float, kept: Tensor | float) -> Tensor:
-        """FLOPs after which the target from scratch has the loss of a run that grew at ``at`` FLOPs, at the end of the budget."""
+        """Return the FLOPs after which the target from scratch reaches the final loss of a run that grew at ``at`` FLOPs."""
         worth = factor * scratch_flops(law.loss(n[0], at / f[0]))
         return (budget - at + kept * worth).clamp_min(0.01 * budget)
 
     def ends(flops: Tensor | float) -> Tensor:
-        """Loss of the target after as many FLOPs from scratch."""
+        """Return the loss of the target from scratch after ``flops``."""
         return law.loss(n[1], torch.as_tensor(flops) / f[1]) + law.noise
 
     def saved(at: float, kept: Tensor | float) -> Tensor:
         return 1 - budget / need(at, kept)
 
     def shares(flops: Tensor) -> tuple[Interval, Interval]:
-        """What is saved, charged and sunk, where the target from scratch needs as many FLOPs."""
+        """Return the savings, charged and sunk, if the target from scratch needs ``flops``."""
         return interval(1 - budget / flops), interval(1 - (budget - now) / flops)
 
     latest = max(now, LATEST * budget)
@@ -329,7 +331,7 @@ def _advice(
 
 
 def _chances(losses: dict[str, Tensor]) -> dict[str, float]:
-    """Share of the draws in which each option ends lowest."""
+    """Return the share of the draws in which each option ends lowest."""
     lowest = torch.stack([*losses.values()]).argmin(0)
     return {name: float((lowest == i).double().mean()) for i, name in enumerate(losses)}
 
@@ -347,7 +349,7 @@ def _unknown(
     now: float,
     budget: float,
 ) -> list[str]:
-    """What the advice does not know, in sentences."""
+    """Return the unknowns that limit the advice, one sentence each."""
     said: list[str] = []
     sizes = {curve.n_params for curve in law.curves}
     if len(sizes) == 1:

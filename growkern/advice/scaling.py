@@ -1,4 +1,4 @@
-"""The law of a loss, ``L(N, D) = E + A / N^a + B / D^b``, fitted to loss curves, with its uncertainty as draws.
+"""The scaling law ``L(N, D) = E + A / N^a + B / D^b``, fitted to loss curves; posterior draws give the uncertainty.
 
 N is the number of parameters, D the number of tokens, and losses are in nats. Exponents and noise are on a grid; at every grid
 point the coefficients E, A and B have a Gaussian posterior in closed form, and the grid point is weighted by its marginal
@@ -32,24 +32,24 @@ NOISE = [
 ]  # standard deviations of a point, as shares of the loss
 RUN_SD = 0.01  # standard deviation between runs of one size (seed, learning rate), as a share of the loss
 KEPT_RANGE = 10  # points with fewer than 1/10 of a curve's tokens are warm-up, and left out
-N_BINS = 48  # points of a curve that the fit sees; neighbours are averaged
-N_INDEPENDENT = 12  # a curve weighs as many points: its neighbouring points are not independent
+N_BINS = 48  # points of a curve in the fit; neighboring points are averaged
+N_INDEPENDENT = 12  # weight of a curve, in points: neighboring points are not independent
 MIN_POINTS = 5
-LEAST_FALL = 1e-4  # a curve that falls by less, as a share of its loss, is flat
-MOST_LOSS = 100.0  # nats; what is above is no loss of a language model
+LEAST_FALL = 1e-4  # least fall of a curve, as a share of its loss
+MOST_LOSS = 100.0  # nats; a larger value is no loss of a language model
 N_DRAWS = 4000
 MIN_DRAWS = 200
 
 
 @dataclass(frozen=True)
 class FittedCurve:
-    """What the fit has seen of a curve.
+    """A loss curve as the fit uses it.
 
     Attributes:
-        n_params: Parameters of the model.
-        points: (tokens, loss in nats), averaged over neighbours; warm-up is left out.
-        n_read: Points of the curve as given.
-        n_left_out: Points of the warm-up.
+        n_params: Number of parameters of the model.
+        points: (tokens, loss in nats), averaged over neighboring points, without the warm-up.
+        n_read: Number of points of the given curve.
+        n_left_out: Number of warm-up points, which the fit leaves out.
     """
 
     n_params: float
@@ -60,13 +60,13 @@ class FittedCurve:
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """Draws of the law's five numbers; made by ``fit``.
+    """Posterior draws of the law's five parameters, made by ``fit``.
 
     Attributes:
         draws: Shape (n_draws, 5): E, A / N^a and B / D^b at the reference in nats, a, b.
-        reference: N and D at which A / N^a and B / D^b are given: those of the end of the first curve.
-        curves: What the fit has seen.
-        noise: Shape (n_draws,): how far a run of another size lies from the law, in nats.
+        reference: N and D at which ``draws`` gives A / N^a and B / D^b: the end of the first curve.
+        curves: The curves as the fit uses them.
+        noise: Shape (n_draws,): deviation of a run of another size from the law, in nats.
 
     Example:
         >>> law = fit([(58_656, curve)])
@@ -87,7 +87,7 @@ class ScalingLaw:
         return e + at_n * (n_params / n) ** -a + at_d * (tokens / d) ** -b
 
     def tokens(self, n_params: float, loss: Tensor) -> Tensor:
-        """Predict the tokens after which a model has a loss: one value per draw, infinite where it never has."""
+        """Predict the tokens after which a model reaches a loss: one value per draw, infinite if the loss is never reached."""
         e, at_n, at_d, a, b = self.draws.T
         n, d = self.reference
         above = loss - e - at_n * (n_params / n) ** -a
@@ -106,11 +106,11 @@ def fit(curves: Sequence[tuple[float, Curve]], *, seed: int = 0) -> ScalingLaw:
 
     Args:
         curves: Pairs of a number of parameters (without the input embedding) and a curve of (tokens, loss in nats). The first is the
-            run of interest; of the others, each may lie off the law by about 1 % of the loss (seed, learning rate).
+            run of interest; every other run may deviate from the law by about 1 % of the loss (seed, learning rate).
         seed: Seed of the draws.
 
     Returns:
-        Draws of the law. Points of the warm-up, those below a tenth of a curve's last tokens, are left out.
+        Draws of the law. Points below a tenth of a curve's last tokens are warm-up and left out.
 
     Raises:
         PlanError: A curve has fewer than five points after its warm-up, does not fall, or holds a number that is not finite.
@@ -136,14 +136,14 @@ def fit(curves: Sequence[tuple[float, Curve]], *, seed: int = 0) -> ScalingLaw:
 
 
 def interval(values: Tensor, level: float = 0.9) -> tuple[float, float, float]:
-    """Lower end, median and upper end of the central interval of draws."""
+    """Return the lower end, median and upper end of the central interval of draws."""
     low, high = (1 - level) / 2, (1 + level) / 2
     found = torch.quantile(values, torch.tensor([low, 0.5, high], dtype=values.dtype))
     return float(found[0]), float(found[1]), float(found[2])
 
 
 def spread(values: Tensor) -> str:
-    """Draws in words: the median and the interval of 90 %."""
+    """Format draws as the median and the interval of 90 %."""
     low, middle, high = interval(values)
     return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
 
@@ -151,7 +151,7 @@ def spread(values: Tensor) -> str:
 def _posterior(
     curves: Sequence[FittedCurve], reference: tuple[float, float], scale: float, seed: int
 ) -> Tensor:
-    """Draws of (E, A / N^a, B / D^b, a, b), those with a negative coefficient rejected."""
+    """Draw (E, A / N^a, B / D^b, a, b) from the posterior; reject draws with a negative coefficient."""
     rows = [(i, c.n_params, d, loss) for i, c in enumerate(curves) for d, loss in c.points]
     weights = [min(1.0, N_INDEPENDENT / len(curves[i].points)) for i, *_ in rows]
     w, y = _tensor(weights), _tensor([loss for *_, loss in rows])
@@ -163,7 +163,7 @@ def _posterior(
     ones = torch.ones(len(a), len(rows), dtype=torch.float64)
     columns = [ones, n ** -a[:, None], d ** -b[:, None]]
     columns += [ones * _tensor([float(i == k) for i, *_ in rows]) for k in range(1, len(curves))]
-    x = torch.stack(columns, -1)  # (grid, points, coefficients): another run may lie off the law
+    x = torch.stack(columns, -1)  # (grid, points, coefficients); every other run has an offset
     mean = _tensor([scale / 2] * 3 + [0.0] * (len(curves) - 1))
     precision = _tensor([scale / 2] * 3 + [scale * RUN_SD] * (len(curves) - 1)) ** -2
     weighted = x.mT * (w / sigma[:, None] ** 2)[:, None, :]
@@ -196,7 +196,7 @@ def _posterior(
 
 
 def _problems(n_params: float, curve: Curve) -> list[str]:
-    """Why a curve cannot be fitted."""
+    """Return the reasons why a curve cannot be fitted."""
     name = f"the curve of {n_params:,.0f} parameters"
     if not n_params > 0 or not isfinite(n_params):
         return [f"n_params={n_params}: the number of parameters has to be above 0."]
@@ -234,7 +234,7 @@ def _problems(n_params: float, curve: Curve) -> list[str]:
 
 
 def _read(n_params: float, curve: Curve) -> FittedCurve:
-    """Leave the warm-up out, and average neighbours in bins of equal width in log tokens."""
+    """Drop the warm-up, and average neighboring points in bins of equal width in log tokens."""
     last = curve[-1][0]
     late = [point for point in curve if point[0] * KEPT_RANGE >= last]
     bins: dict[int, list[tuple[float, float]]] = {}

@@ -1,4 +1,4 @@
-"""Growth of a checkpoint that transformers saved, from shards to shards: neither source nor target is ever in memory whole."""
+"""Growth of a transformers checkpoint from shards to shards. Neither source nor target is ever in memory as a whole."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -26,25 +26,25 @@ from growkern.planning.sizes import Target
 from growkern.support.memory import page_out
 from growkern.support.text import table
 
-WEIGHTS = (  # what becomes of a folder's weights and training state is not a matter of copying
+WEIGHTS = (  # weights and training state, which are not copied to the target folder
     ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".index.json", "trainer_state.json",
 )  # fmt: skip
-SPARE = 1 << 20  # bytes of the disk for config, index and headers
-Progress = Callable[[int, int], object]  # bytes written so far, bytes in all
+SPARE = 1 << 20  # bytes of disk space for config, index and headers
+Progress = Callable[[int, int], object]  # bytes written so far, total bytes
 
 
 @dataclass(frozen=True)
 class GrownCheckpoint:
-    """What became of a checkpoint.
+    """Report of a checkpoint's growth.
 
     Attributes:
-        out: Where it lies.
-        plan: What was done.
-        n_params: Parameters of source and target.
-        n_bytes: Of the weights of source and target, as stored.
-        n_files: Shards of the target.
+        out: Folder of the grown checkpoint.
+        plan: Plan of the growth.
+        n_params: Number of parameters of source and target.
+        n_bytes: Bytes of the stored weights of source and target.
+        n_files: Number of shards of the target.
         seconds: Wall time.
-        notes: What the user should know.
+        notes: Notes of the plan, and the tensors and files of the source that are not in the target.
     """
 
     out: Path
@@ -78,7 +78,7 @@ def plan_for(
     depth: DepthMethod | None = None,
     seed: int | None = None,
 ) -> GrowthPlan:
-    """Plan a growth of a checkpoint, as ``growkern.plan`` does; raise PlanError too where transformers would not load the target."""
+    """Plan a growth of a checkpoint; see ``growkern.plan``. Also raise PlanError if transformers could not load the target."""
     plan = plan_growth(source.model, to=to, width=width, depth=depth, seed=seed)
     _target_config(plan, source.model)
     return plan
@@ -97,31 +97,31 @@ def grow(
     max_shard_size: str = "5GB",
     on_progress: Progress = lambda done, total: None,
 ) -> GrownCheckpoint:
-    """Grow a checkpoint into another folder, which ``from_pretrained`` loads.
+    """Grow a checkpoint and write the target to another folder; ``from_pretrained`` loads the target.
 
-    Sources are read from their shards and targets written to theirs one set of tensors after the other. All is written to a folder
-    beside ``out``, which is renamed when it is whole; a failure, or Ctrl-C, leaves nothing behind.
+    Source tensors are read from their shards, and target tensors written to new shards, one set of tensors at a time. The target is
+    written to a temporary folder beside ``out``, which is renamed when the target is complete. A failure or Ctrl-C leaves no files.
 
     Args:
-        folder: Source: what ``load`` takes. It is only read.
-        out: Target; its parent exists.
-        to: As in ``expand_inplace``.
+        folder: Folder of the source, see ``load``; only read.
+        out: Folder of the target; the parent folder exists.
+        to: See ``expand_inplace``.
         width: Width method; default ``width.Lossless()``.
         depth: Depth method; default ``depth.IdentityBlocks()``.
-        seed: Of all noise; None for the number of growths in the config's history.
-        plan: A plan made before, in place of ``to``, ``width``, ``depth`` and ``seed``.
-        overwrite: Replace a checkpoint that is at ``out``.
-        max_shard_size: Of a file; a tensor that is larger has one of its own.
-        on_progress: Called after every tensor.
+        seed: Seed of the symmetry-breaking noise; None for the number of growths in the config's history.
+        plan: An existing plan, in place of ``to``, ``width``, ``depth`` and ``seed``.
+        overwrite: Replace an existing checkpoint at ``out``.
+        max_shard_size: Maximum size of a shard; a larger tensor gets a shard of its own.
+        on_progress: Called after every tensor with the bytes written and the total bytes.
 
     Returns:
-        What was done; ``print`` it.
+        Report of the growth; ``print`` it.
 
     Raises:
-        CheckpointError: See ``load``; ``out`` exists, is not beside the source, or cannot be written.
+        CheckpointError: See ``load``; or ``out`` exists, contains the source or is inside it, or cannot be written.
         UnsupportedModelError: See ``load``.
         PlanError: The growth cannot be planned, or the plan is for another model.
-        InsufficientMemoryError: The largest set of tensors does not fit.
+        InsufficientMemoryError: The largest set of tensors does not fit in memory.
     """
     start = perf_counter()
     limit = n_bytes_of(max_shard_size)
@@ -140,7 +140,7 @@ def grow(
         tensors = tensors_of(model, None, found)
         run = Execution(plan, tensors, {}, memory="lean")
         layout = Layout(source, plan, tensors.values)
-        model.to("meta")  # the sources are let go one by one
+        model.to("meta")  # the model drops its references; sources are freed one by one
         _refuse_full(out, layout.n_bytes)
         with aside(out, overwrite) as part:
             shards = Shards(part, layout.targets, limit)
@@ -195,7 +195,7 @@ def _refuse_full(out: Path, n_bytes: int) -> None:
 
 
 def _left_out(source: Checkpoint, files: list[str]) -> Iterator[str]:
-    """Say what of the source is not in the target."""
+    """Yield notes on the tensors and files of the source that are not in the target."""
     if source.unused:
         kind, some = type(source.model).__name__, ", ".join(source.unused[:3])
         yield f"{len(source.unused)} stored tensors are not of a {kind} and were left out: {some}."
@@ -204,7 +204,7 @@ def _left_out(source: Checkpoint, files: list[str]) -> Iterator[str]:
 
 
 def _target_config(plan: GrowthPlan, model: Any) -> Any:
-    """The config of the target; raise PlanError where transformers would not load it."""
+    """Return the target's config; raise PlanError if new blocks need a live model or transformers rejects the config."""
     config = model.config
     if plan.drawn:
         raise PlanError(
@@ -228,7 +228,7 @@ def _parameters(plan: GrowthPlan, model: Any) -> set[str]:
 
 
 def _grown(run: Execution, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    """Every target by name; sources are let go when they have been used."""
+    """Yield every target tensor with its name, and free each source after its last use."""
     values = dict(run.sources.values)
     same: dict[str, list[TensorRow]] = {}
     for row in run.plan.tensors:
@@ -253,7 +253,7 @@ def _let_go(values: dict[str, Tensor], name: str, layout: Layout) -> None:
 
 
 def _copy_others(folder: Path, part: Path) -> list[str]:
-    """Copy what goes with a model (tokenizer, generation config, ...); give the names of what does not."""
+    """Copy files that belong to the model (tokenizer, generation config, ...); return the names of files that are not copied."""
     left: list[str] = []
     for path in sorted(folder.iterdir()):
         if not path.is_file():

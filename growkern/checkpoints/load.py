@@ -1,4 +1,4 @@
-"""A checkpoint that transformers saved: loaded, and how the tensors of its model lie on disk."""
+"""Loading of transformers checkpoints, and the layout of a model's tensors on disk."""
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -19,13 +19,13 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A saved model, loaded.
+    """A loaded checkpoint.
 
     Attributes:
-        folder: Where it lies.
-        model: On the CPU, in evaluation mode, in the widest dtype that is stored; its weights are mapped from the shards.
-        dtypes: Name on disk -> dtype.
-        unused: Names on disk that the model has no place for.
+        folder: Folder of the checkpoint.
+        model: The model on the CPU, in evaluation mode, in the widest stored dtype; its weights are memory-mapped from the shards.
+        dtypes: Dtype of each stored tensor, by name on disk.
+        unused: Names of stored tensors that the model does not have.
     """
 
     folder: Path
@@ -35,17 +35,17 @@ class Checkpoint:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Load a checkpoint that ``save_pretrained`` wrote, after its files have been checked.
+    """Check the files of a ``save_pretrained`` checkpoint, and load the model.
 
     Args:
-        folder: With ``config.json`` and safetensors.
+        folder: Folder with ``config.json`` and safetensors files.
 
     Returns:
-        The model of the class that its config names, and how it is stored.
+        The model, of the class that the config names, and the stored dtypes.
 
     Raises:
-        CheckpointError: It is incomplete, damaged, or not in safetensors; every reason at once.
-        UnsupportedModelError: No family describes its class, or it is quantised.
+        CheckpointError: The checkpoint is incomplete, damaged, or not in safetensors format; every reason at once.
+        UnsupportedModelError: No family describes the model class, or the checkpoint is quantized.
     """
     kind = _kind(folder)
     dtypes = stored(folder)
@@ -62,7 +62,7 @@ def load(folder: Path) -> Checkpoint:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except Exception as error:  # of many kinds: what is wrong with a config has its own
+        except Exception as error:  # the type depends on what is wrong with the config
             raise CheckpointError(
                 f"{folder}: transformers cannot load it as {kind.__name__}: {error}"
             ) from error
@@ -75,14 +75,14 @@ def load(folder: Path) -> Checkpoint:
 
 
 class Layout:
-    """How tensors of the model lie on disk: under which names, in which pieces, in which dtype.
+    """Layout of the model's tensors on disk: names, splits and dtypes.
 
     Attributes:
-        rows: Target name -> row, of what is stored.
-        sources: What is stored of the source, on the meta device.
-        targets: The same of the target.
-        mapped: Sources that are what is on disk, as it is.
-        n_bytes: Of the targets.
+        rows: Row of each stored target tensor, by name in the model.
+        sources: Stored tensors of the source by name on disk, on the meta device.
+        targets: Stored tensors of the target by name on disk, on the meta device.
+        mapped: Names of source tensors that are memory-mapped from the shards without conversion.
+        n_bytes: Bytes of the stored target tensors.
     """
 
     def __init__(self, source: Checkpoint, plan: GrowthPlan, values: Mapping[str, Tensor]) -> None:
@@ -103,7 +103,7 @@ class Layout:
             whole[row.name] = torch.empty(shape, dtype=value.dtype, device="meta")
             stored = [source.dtypes.get(old, value.dtype) for old in before]
             self.sources |= {o: t.to(d) for (o, t), d in zip(before.items(), stored, strict=True)}
-            for i, (new, tensor) in enumerate(after.items()):  # more of them where experts grow
+            for i, (new, tensor) in enumerate(after.items()):  # more than before if experts grow
                 self.targets[new] = tensor.to(stored[i * len(stored) // len(after)])
             if source.dtypes.get(next(iter(before))) == value.dtype and len(before) == 1:
                 self.mapped.add(row.source)
@@ -116,7 +116,7 @@ class Layout:
         self.n_bytes = sum(t.numel() * t.element_size() for t in self.targets.values())
 
     def on_disk(self, name: str, tensor: Tensor) -> Mapping[str, Tensor]:
-        """A target as it is stored; nothing where the model does not store it."""
+        """Return a target tensor as stored, by name on disk; empty if the model does not store the tensor."""
         return self._reverted({name: tensor}) if name in self.rows else {}
 
     def _reverted(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -127,7 +127,7 @@ class Layout:
 
 
 def _kind(folder: Path) -> Any:
-    """The class of transformers that a checkpoint's config names."""
+    """Return the transformers class that a checkpoint's config names."""
     import transformers
 
     if not folder.is_dir():
@@ -154,7 +154,7 @@ def _kind(folder: Path) -> Any:
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """Transformers without its progress bars and its table of what was loaded."""
+    """Disable transformers' progress bars and its log messages below errors."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

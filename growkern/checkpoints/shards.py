@@ -1,4 +1,4 @@
-"""Safetensors shards of a checkpoint: what they hold, a writer that takes tensors in any order, a folder that is whole or not there."""
+"""Safetensors shards of a checkpoint: a header reader, a writer that takes tensors in any order, an output folder written atomically."""
 
 import json
 import os
@@ -37,18 +37,17 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-ALIGNMENT = 8  # of the header's end, as safetensors pads it
+ALIGNMENT = 8  # bytes; safetensors pads the header to a multiple
 
 
 def stored(folder: Path) -> dict[str, torch.dtype]:
-    """Read which tensors the shards of a checkpoint hold, from their headers.
+    """Read the names and dtypes of a checkpoint's tensors from the headers of its shards.
 
     Returns:
-        Name on disk -> dtype.
+        Dtype of each tensor, by name on disk.
 
     Raises:
-        CheckpointError: There are none, some are missing or cut short, or they do not hold what the index says; every reason
-            at once.
+        CheckpointError: Shards are missing, truncated, or without a tensor that the index lists; every reason at once.
     """
     if (folder / SINGLE).is_file():
         return _header(folder / SINGLE)
@@ -86,7 +85,7 @@ def stored(folder: Path) -> dict[str, torch.dtype]:
 
 
 def parsed(path: Path) -> dict[str, Any]:
-    """Read a file of JSON; raise CheckpointError for anything but an object."""
+    """Read a JSON file; raise CheckpointError if the file does not contain a JSON object."""
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -97,7 +96,7 @@ def parsed(path: Path) -> dict[str, Any]:
 
 
 def n_bytes_of(text: str) -> int:
-    """Read a size such as ``"5GB"``; raise PlanError for what is none."""
+    """Parse a size such as ``"5GB"``; raise PlanError for any other text."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B|)\s*", text.upper())
     if match is None or (n_bytes := int(float(match[1]) * UNITS[match[2]])) < 1:
         raise PlanError(f"cannot read the size {text!r}: such as 5GB or 500MB.")
@@ -121,20 +120,20 @@ def _header(path: Path) -> dict[str, torch.dtype]:
 
 
 class Shards:
-    """Shards of known names and shapes, filled tensor by tensor, straight into the files.
+    """Writer of shards whose tensor names and shapes are known; each tensor is written directly to its place in a file.
 
     Attributes:
-        files: Of the weights.
-        n_bytes: Of all tensors.
+        files: Names of the shard files.
+        n_bytes: Bytes of all tensors.
     """
 
     def __init__(self, folder: Path, tensors: Mapping[str, Tensor], max_shard_size: int) -> None:
-        """Lay the shards out.
+        """Create the shard files with their headers.
 
         Args:
-            folder: Where they go; it exists.
-            tensors: Name -> tensor of the shape and dtype to come (on the meta device), in the order of the shards.
-            max_shard_size: In bytes; a tensor that is larger has a shard of its own.
+            folder: Folder of the shards; the folder exists.
+            tensors: Tensors of the final shapes and dtypes (on the meta device) by name, in the order of the shards.
+            max_shard_size: Maximum bytes of a shard; a larger tensor gets a shard of its own.
         """
         from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -168,7 +167,7 @@ class Shards:
                 self._at[name] = path, 8 + len(text) + offset
 
     def write(self, name: str, tensor: Tensor) -> int:
-        """Write a tensor, once; give its size in bytes."""
+        """Write a tensor, exactly once; return its size in bytes."""
         planned = self._left.pop(name)
         assert tensor.shape == planned.shape, (name, tensor.shape, planned.shape)
         path, offset = self._at[name]
@@ -177,7 +176,7 @@ class Shards:
             return write_bytes(tensor.to(planned.dtype), file)
 
     def close(self) -> None:
-        """Write the index where there are several shards; see to it that all that was promised was written."""
+        """Write the index if there are several shards; assert that all tensors were written."""
         assert not self._left, [*self._left][:3]
         if len(self.files) > 1:
             text = json.dumps(self._index, indent=2, sort_keys=True) + "\n"
@@ -186,7 +185,7 @@ class Shards:
 
 @contextmanager
 def aside(out: Path, overwrite: bool) -> Generator[Path]:
-    """Give a folder beside ``out`` to write to; renamed to ``out`` when all went well, removed when not.
+    """Yield a temporary folder beside ``out``, which is renamed to ``out`` on success and removed on failure.
 
     Raises:
         CheckpointError: ``out`` cannot be written.

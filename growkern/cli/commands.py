@@ -111,7 +111,7 @@ def grow(
 
         bar = Progress(*columns, console=Console(stderr=True))
         task = bar.add_task("growing")
-        with ExitStack() as shown:  # from the first tensor on: what is refused has no bar
+        with ExitStack() as shown:  # starts at the first tensor: a refused growth shows no bar
 
             def advance(done: int, total: int) -> None:
                 if not bar.live.is_started:
@@ -239,7 +239,7 @@ def advise(
 
 
 def _other(text: str, tokens_per_step: float | None) -> tuple[float, list[tuple[float, float]]]:
-    """A curve of another size, from FILE:PARAMS."""
+    """Parse FILE:PARAMS; return the number of parameters and the loss curve."""
     from growkern.training.loss_curve import read_curve
 
     path, _, n_params = text.rpartition(":")
@@ -270,7 +270,7 @@ def _options(
 
 
 def _read(option: str, read: Callable[[], T]) -> T:
-    """What an option says, or typer's message of what is wrong with it."""
+    """Parse an option; turn PlanError into typer's BadParameter."""
     from growkern.errors import PlanError
 
     try:
@@ -291,7 +291,7 @@ def _saved(path: Path) -> "GrowthPlan":
 
 @contextmanager
 def _failures(command: str) -> Generator[None]:
-    """A growth that fails is a sentence, and exit code 1."""
+    """Turn GrowthError into an error message and exit code 1."""
     from growkern.errors import GrowthError
 
     try:

@@ -1,8 +1,8 @@
-"""A run that grows: a byte-level Llama learns Python's own library, doubles its width, gains layers and trains on.
+"""The demo: a byte-level Llama trains on the source text of Python's library, doubles its width, gains layers and trains on.
 
-Beside it train the runs it has to beat at equal FLOPs: the target from scratch, at three learning rates of which the best counts,
-and the source, which never grows. All runs see the same text and the same batches under one WSD schedule, annealed to zero. The
-verdict is computed from these runs, whoever won. It rests on one seed; ``python -m bench.savings`` measures with several.
+The baselines at equal FLOPs are the target from scratch, at the best of three learning rates, and the source, which never grows.
+All runs see the same text and the same batches under one WSD schedule, annealed to zero. The verdict is computed from these runs.
+All figures rest on one seed; ``python -m bench.savings`` measures with several.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -44,14 +44,14 @@ class Setup:
 
     Attributes:
         source: Sizes of the source.
-        growths: What grows, and at which share of the budget.
+        growths: Share of the budget, and target sizes, of each growth.
         target: Sizes after the last growth.
         budget: FLOPs of every run, in steps of the target.
-        lr: Peak learning rate of the source; growth scales it where its law says so.
+        lr: Peak learning rate of the source; growths multiply learning rates by the factors of ``dynamics="mup"``.
         scratch_lrs: Peak learning rates at which the target trains from scratch.
-        training: What all runs share.
-        n_points: Number of validation losses on a curve, about.
-        n_bytes: Bytes of text, at most.
+        training: Training settings of all runs.
+        n_points: Approximate number of validation losses on a curve.
+        n_bytes: Maximum bytes of text.
     """
 
     source: Sizes = field(default_factory=lambda: {"hidden": 32, "layers": 4})
@@ -83,10 +83,10 @@ def run(
     """Train, grow, train on, compare, and draw.
 
     Args:
-        out: Folder of the picture; made when it is missing.
+        out: Folder of the picture; created if missing.
         seed: Seed of weights, batches and growth noise.
-        compare: Train the target from scratch and the source without growth too, at equal FLOPs.
-        device: Where to train, as torch names it.
+        compare: True to also train the target from scratch and the source without growth, at equal FLOPs.
+        device: Name of the torch device to train on.
         setup: Sizes and training.
 
     Returns:
@@ -96,7 +96,7 @@ def run(
         GrowthError: A growth moved the validation loss by more than 1e-4, or Python's source text is not installed.
         ModuleNotFoundError: An extra is missing.
     """
-    # extras that are missing are missed now, not after minutes
+    # a missing extra raises now, not after minutes
     import matplotlib  # noqa: F401  # pyright: ignore[reportUnusedImport]
     import transformers  # noqa: F401  # pyright: ignore[reportUnusedImport]
     from rich.console import Console
@@ -136,7 +136,7 @@ def _train(
     name: str, trunk: Run, ends: Sequence[float], growths: list[tuple[float, str | Sizes]], every: float, seed: int,
     bars: "Progress",
 ) -> Line:  # fmt: skip
-    """Train a trunk, grow it on the way, and anneal a branch to each of ``ends``; every run comes through here."""
+    """Train a trunk with its growths, and anneal a branch to each of ``ends``. Every run uses this function."""
     done, start = Line(name), perf_counter()
     bar = bars.add_task(name, total=ends[-1], loss="")
     measured = 0.0
@@ -158,7 +158,7 @@ def _train(
 
 
 def grow(trunk: Run, to: str | Sizes, seed: int, bars: "Progress") -> Growth:
-    """Grow a run by the default, and show the report and the loss on either side.
+    """Grow a run by the default methods, and show the report and the loss before and after.
 
     Raises:
         GrowthError: The growth moved the validation loss.
@@ -170,7 +170,7 @@ def grow(trunk: Run, to: str | Sizes, seed: int, bars: "Progress") -> Growth:
     row = growth.label, f"{growth.before:.7f}", f"{growth.after:.7f}", f"{moved:.1e}"
     bars.console.print(f"\n{report}\n", highlight=False, markup=False, soft_wrap=True)
     bars.console.print(_table(("growth", "validation loss before", "after", "difference"), [row]))
-    if not moved <= TOLERANCE:  # a NaN is no pass
+    if not moved <= TOLERANCE:  # NaN raises too
         raise GrowthError(
             f"{growth.label}: the validation loss went from {row[1]} to {row[2]}; growth may move it by {TOLERANCE:g}."
         )
@@ -178,7 +178,7 @@ def grow(trunk: Run, to: str | Sizes, seed: int, bars: "Progress") -> Growth:
 
 
 def label(report: GrowthReport) -> str:
-    """The first size that grew: ``width 64 → 128``."""
+    """Return the first size that grew, as text: ``width 64 → 128``."""
     name, n = next(
         (name, n) for name, n in report.source_sizes.items() if report.target_sizes[name] != n
     )
@@ -186,7 +186,7 @@ def label(report: GrowthReport) -> str:
 
 
 def summary(lines: list[Line]) -> "Table":
-    """The runs beside each other."""
+    """Return a table with one row per run."""
     rows = [
         (
             line.name,
@@ -202,7 +202,7 @@ def summary(lines: list[Line]) -> "Table":
 
 
 def verdict(lines: list[Line]) -> str:
-    """Say in a few lines what was measured, whoever won; the first line is the title of the picture."""
+    """Return the measured result in a few lines; the first line is the title of the picture."""
     grown, *others = lines
     if not others:
         labels = ", ".join(growth.label for growth in grown.growths)
@@ -228,7 +228,7 @@ def verdict(lines: list[Line]) -> str:
 
 
 def _saves(share: float, beyond: bool) -> str:
-    """Say what a share of FLOPs means; ``beyond``: the curve from scratch had to be prolonged."""
+    """Describe a share of saved FLOPs; ``beyond``: the curve from scratch was extrapolated."""
     about = "about " if beyond else ""
     if share > 0:
         return f"saves {about}{share:.0%} of the compute"

@@ -20,7 +20,7 @@ def draw(lines: list[Line], said: str, path: Path) -> None:
     Args:
         lines: The grown run, the runs from scratch, and the source that never grows; or the grown run alone.
         said: The verdict.
-        path: Where the PNG goes.
+        path: Path of the PNG file.
     """
     from matplotlib.figure import Figure
 
@@ -29,7 +29,7 @@ def draw(lines: list[Line], said: str, path: Path) -> None:
     grown, *others = lines
     low = min(loss for line in lines for _, loss in [*line.curve, *line.ends])
     late = [loss for line in lines for flops, loss in line.curve if flops >= line.flops / 6]
-    high = low + 1.25 * (max(late) - low) + 1e-3  # the first fall would flatten the rest
+    high = low + 1.25 * (max(late) - low) + 1e-3  # clips the first fall of the loss
     low -= 0.15 * (high - low)
     _line(axes, grown, GROWN, f"grown to {_size(grown)}")
     if others:
@@ -68,7 +68,7 @@ def _size(line: Line) -> str:
 
 
 def _line(axes: "Axes", line: Line, color: str, label: str, alpha: float = 1.0) -> None:
-    """A trunk as a thin line, and its annealed branches as bold segments that end in points."""
+    """Draw a trunk as a thin line, and its annealed branches as bold segments that end in points."""
     x, y = zip(*((flops / TERA, loss) for flops, loss in line.curve), strict=True)
     axes.plot(x, y, "-", color=color, linewidth=1, alpha=0.7 * alpha)
     for i, ((c0, l0), (c1, l1)) in enumerate(zip(line.starts, line.ends, strict=True)):
@@ -79,7 +79,7 @@ def _line(axes: "Axes", line: Line, color: str, label: str, alpha: float = 1.0) 
 
 
 def _shifted(axes: "Axes", grown: Line) -> None:
-    """The grown run as it looks where its source is there already: its FLOPs begin at the first growth."""
+    """Draw the grown run for an existing source: FLOPs are counted from the first growth."""
     source = grown.growths[0].flops
     curve = [*(p for p in grown.curve if p[0] > source), grown.ends[-1]]
     x, y = zip(*(((flops - source) / TERA, loss) for flops, loss in curve), strict=True)
@@ -90,7 +90,7 @@ def _shifted(axes: "Axes", grown: Line) -> None:
 
 
 def _names(axes: "Axes", lines: list[Line], gap: float) -> None:
-    """The final losses beside the last points, at least ``gap`` apart."""
+    """Write the final losses beside the last points, at least ``gap`` apart."""
     grown, (best, *_), never = parted(lines)
     at = float("-inf")
     named = sorted(

@@ -2,7 +2,7 @@
 
 The trunk of a run trains at a constant learning rate. At any budget of FLOPs a branch can be annealed off the trunk: its
 learning rate falls linearly to zero over the last quarter of the budget, and the held-out loss is measured there. Weights,
-optimizer state and batches of the trunk are put back afterwards, so one trunk serves many budgets (Hu et al., "MiniCPM",
+optimizer state and batches of the trunk are restored afterwards, so one trunk serves many budgets (Hu et al., "MiniCPM",
 arXiv:2404.06395, section 4). ``growkern demo`` and ``bench.savings`` compare runs of this kind at equal FLOPs.
 """
 
@@ -35,7 +35,7 @@ Corpus = tuple[Tensor, Tensor]  # bytes to train on, and bytes held out
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How every run of a comparison trains; only its sizes and its learning rate are its own."""
+    """Training settings that all runs of a comparison share; only sizes and learning rate differ."""
 
     batch: int = 4  # windows in a step
     seq: int = 128  # bytes in a window
@@ -50,7 +50,7 @@ class Training:
 
 @dataclass(slots=True)
 class Snapshot:
-    """Where a trunk stood: enough to put it back, or to start another run from it."""
+    """State of a trunk, from which the trunk can be restored or another run can start."""
 
     model: dict[str, Tensor]
     optims: list[dict[str, Any]]
@@ -66,7 +66,7 @@ class Run:
         lr: Peak learning rate.
         seed: Seed of the initial weights, and of the batches: runs of equal seeds see equal batches.
         text: Training bytes and held-out bytes.
-        training: What all runs of a comparison share.
+        training: Training settings that all runs of a comparison share.
         optimizer: ``"adamw"``, or ``"muon"``: ``torch.optim.Muon`` for the matrices of blocks, AdamW for the rest.
 
     Attributes:
@@ -126,11 +126,11 @@ class Run:
         return losses
 
     def evaluate(self, n_windows: int | None = None) -> float:
-        """Mean held-out loss in nats per byte, over windows that are always the same ones."""
+        """Return the mean held-out loss in nats per byte, over a fixed set of windows."""
         return evaluate(self.model, self.text[1], self.training, n_windows or self.training.n_trunk)
 
     def annealed(self, end: float) -> tuple[float, float]:
-        """FLOPs and held-out loss of a branch annealed to zero at the step nearest to ``end``; the trunk stays where it is."""
+        """Return FLOPs and held-out loss of a branch annealed to zero at the step nearest to ``end``; the trunk is restored."""
         here = self.snapshot()
         while self.flops + self.cost / 2 < end:
             self.step(end)
@@ -142,9 +142,9 @@ class Run:
         """Grow in place, and go on training.
 
         Args:
-            rate: Factor on all learning rates from here on, beside the factors of ``dynamics="mup"``.
+            rate: Factor on all learning rates after the growth, beside the factors of ``dynamics="mup"``.
             rewarm: Steps over which the learning rate rises again from zero.
-            growth: Arguments of ``growkern.expand_inplace``. Several optimizers are built anew, without state.
+            growth: Arguments of ``growkern.expand_inplace``. Several optimizers are rebuilt without state.
         """
         if len(self.optims) > 1:
             growth.pop("state", None)
@@ -168,7 +168,7 @@ class Run:
         )
 
     def restore(self, at: Snapshot) -> None:
-        """Go back to a snapshot of a model of these sizes."""
+        """Restore a snapshot of a model of the same sizes."""
         self.model.load_state_dict(at.model)
         for optim, state in zip(self.optims, at.optims, strict=True):
             optim.load_state_dict(_cloned(state))
@@ -194,7 +194,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """One growth: where on the curve, what grew, and the validation loss on either side."""
+    """One growth: FLOPs, label, and validation loss before and after."""
 
     flops: float
     label: str
@@ -204,7 +204,7 @@ class Growth:
 
 @dataclass(slots=True)
 class Line:
-    """What one run did.
+    """Record of one run.
 
     Attributes:
         curve: FLOPs and validation losses of the trunk, at a constant learning rate.
@@ -232,13 +232,13 @@ class Line:
 
 
 def parted(lines: list[Line]) -> tuple[Line, list[Line], Line]:
-    """The grown run; the runs from scratch, the lowest loss first; the source that never grows."""
+    """Split lines into the grown run, the runs from scratch (the lowest loss first) and the source that never grows."""
     grown, *scratch, never = lines
     return grown, sorted(scratch, key=lambda line: line.loss), never
 
 
 def tuned(lines: Sequence[Line]) -> list[tuple[float, float]]:
-    """The lowest annealed loss at each budget: the curve of one size under the best of several learning rates."""
+    """Return the lowest annealed loss at each budget: the curve of one size under the best of several learning rates."""
     return [
         min(points, key=lambda point: point[1])
         for points in zip(*(line.ends for line in lines), strict=True)
@@ -249,7 +249,7 @@ COUNTERS = ("flops", "n_bytes", "n_steps", "since", "clip", "rate", "rewarm")
 
 
 def _cloned(state: Any) -> Any:
-    """A nested state dict whose tensors are copies."""
+    """Copy a nested state dict with its tensors."""
     if isinstance(state, Tensor):
         return state.clone()
     if isinstance(state, dict):
@@ -283,8 +283,8 @@ def build(
 def flops_per_step(model: "LlamaForCausalLM", training: Training) -> float:
     """Count the FLOPs of a step, forward and backward: a multiply-add is 2, and backward is twice forward.
 
-    Per byte, 6 for every parameter but the embedding's, which is looked up; and 12 x layers x width x window for attention's
-    two products of activations (Chowdhery et al., "PaLM", arXiv:2204.02311, appendix B).
+    A byte costs 6 FLOPs for every parameter outside of the embedding, which is a lookup, and 12 x layers x width x window for the
+    two products of activations in attention (Chowdhery et al., "PaLM", arXiv:2204.02311, appendix B).
     """
     c = model.config
     n_params = sum(p.numel() for p in model.parameters()) - c.vocab_size * c.hidden_size
@@ -293,7 +293,7 @@ def flops_per_step(model: "LlamaForCausalLM", training: Training) -> float:
 
 
 def loss_at(model: "LlamaForCausalLM", text: Tensor, starts: Tensor, training: Training) -> Tensor:
-    """Mean loss of predicting each next byte in the windows that begin at ``starts``, in nats per byte."""
+    """Return the mean next-byte loss of the windows that begin at ``starts``, in nats per byte."""
     window = text[(starts[:, None] + torch.arange(training.seq + 1)).to(text.device)].long()
     logits = model(input_ids=window[:, :-1]).logits
     return nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
@@ -301,7 +301,7 @@ def loss_at(model: "LlamaForCausalLM", text: Tensor, starts: Tensor, training: T
 
 @torch.no_grad()
 def evaluate(model: "LlamaForCausalLM", text: Tensor, training: Training, n_windows: int) -> float:
-    """Mean loss over windows spread evenly over the held-out text, in eval mode."""
+    """Return the mean loss over windows spread evenly over the held-out text, in eval mode."""
     model.eval()
     starts = torch.arange(n_windows) * ((len(text) - training.seq - 1) // n_windows)
     parts = [starts[i : i + EVAL_BATCH] for i in range(0, n_windows, EVAL_BATCH)]
@@ -311,14 +311,14 @@ def evaluate(model: "LlamaForCausalLM", text: Tensor, training: Training, n_wind
 
 
 def flops_needed(curve: Sequence[tuple[float, float]], loss: float) -> tuple[float, bool]:
-    """FLOPs at which a curve has a loss, log-linear between its points and beyond them.
+    """Return the FLOPs at which a curve reaches a loss, log-linear between its points and beyond them.
 
     Args:
         curve: FLOPs and losses; FLOPs rise and losses fall.
         loss: The loss to look for.
 
     Returns:
-        The FLOPs, and whether the loss lies outside of the curve, so that the curve was prolonged.
+        The FLOPs, and True if the loss lies outside of the curve, so that the FLOPs are extrapolated.
     """
     pairs = [*pairwise(curve)]
     inside = next((p for p in pairs if p[1][1] <= loss <= p[0][1]), None)
@@ -329,7 +329,7 @@ def flops_needed(curve: Sequence[tuple[float, float]], loss: float) -> tuple[flo
 
 
 def read_corpus(n_bytes: int, device: str = "cpu") -> Corpus:
-    """Read the source text of the Python that runs this: bytes to train on, and of other files, bytes held out.
+    """Read the source text of the running Python's library: bytes to train on, and held-out bytes from other files.
 
     Raises:
         GrowthError: Python's source text is not installed.
@@ -344,10 +344,10 @@ def read_corpus(n_bytes: int, device: str = "cpu") -> Corpus:
 
 
 def read_files(files: Sequence[Path], n_bytes: int, device: str, what: str) -> Corpus:
-    """Read files until there are ``n_bytes``; every twelfth file is held out.
+    """Read files until ``n_bytes`` are read; every twelfth file is held out.
 
     Raises:
-        GrowthError: The files hold less than a hundredth of it on either side.
+        GrowthError: The training bytes or the held-out bytes are fewer than a hundredth of ``n_bytes``.
     """
     parts = bytearray(), bytearray()
     for i, path in enumerate(files):

@@ -1,4 +1,4 @@
-"""Batches for a model of transformers: of random inputs, or of a text."""
+"""Batches for a transformers model, from random inputs or from a text."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,16 +9,16 @@ from torch import Tensor
 
 from growkern.errors import GrowthError
 
-MASKED = 0.15  # of tokens, as BERT was trained
+MASKED = 0.15  # share of masked tokens, as in BERT's training
 SKIPPED = -100  # labels that cross entropy ignores
-OFFSET = 2  # positions that RoBERTa and OPT keep to themselves
+OFFSET = 2  # positions that RoBERTa and OPT reserve
 
 
 def random_inputs(model: Any, n_rows: int, n_tokens: int, seed: int) -> dict[str, Tensor]:
-    """Draw inputs of a model: token ids (n_rows, n_tokens), or images where it takes these.
+    """Draw random inputs of a model: token ids (n_rows, n_tokens), or images if the model takes pixel values.
 
     Raises:
-        GrowthError: The model has no room for that many tokens.
+        GrowthError: ``n_tokens`` exceeds the number of positions of the model.
     """
     generator = torch.Generator().manual_seed(seed)
     config = model.config
@@ -37,7 +37,7 @@ def random_inputs(model: Any, n_rows: int, n_tokens: int, seed: int) -> dict[str
 def common_inputs(
     source: Any, target: Any, n_rows: int, n_tokens: int, seed: int
 ) -> dict[str, Tensor]:
-    """Draw inputs of two models; raise GrowthError where one cannot take what the other can."""
+    """Draw random inputs for two models; raise GrowthError if their classes or vocabulary sizes differ."""
     kinds = type(source).__name__, type(target).__name__
     sizes = [getattr(model.config, "vocab_size", None) for model in (source, target)]
     if kinds[0] != kinds[1] or sizes[0] != sizes[1]:
@@ -50,25 +50,25 @@ def common_inputs(
 def training_batches(
     model: Any, folder: Path, text: Path | None, n: int, n_rows: int, n_tokens: int, seed: int
 ) -> list[dict[str, Tensor]]:
-    """Make batches with labels: the next token, masked tokens, or (of images) a random class.
+    """Make batches with labels: next tokens, masked tokens, or random classes of images.
 
     Args:
-        model: Of the checkpoint.
-        folder: The checkpoint, for its tokenizer.
-        text: Read from its start; None for random inputs.
-        n: Batches; fewer where the text is shorter.
-        n_rows: Rows of each.
-        n_tokens: Tokens of each row.
-        seed: Of what is drawn.
+        model: Model of the checkpoint.
+        folder: Folder of the checkpoint, with the tokenizer.
+        text: Text file, read from its start; None for random inputs.
+        n: Number of batches; fewer if the text is shorter.
+        n_rows: Rows per batch.
+        n_tokens: Tokens per row.
+        seed: Seed of random inputs, masks and classes.
 
     Raises:
-        GrowthError: The text is too short, or there is no tokenizer to read it.
+        GrowthError: The text is too short, no tokenizer of the model can read the text, or the model class has no loss.
     """
     inputs = [random_inputs(model, n_rows, n_tokens, seed + i) for i in range(n)]
     mask: int | None = None
     if text is not None and "input_ids" in inputs[0]:
         ids, mask = _tokens(folder, text)
-        n = min(n, len(ids) // (n_rows * n_tokens))  # a short text is gone through again
+        n = min(n, len(ids) // (n_rows * n_tokens))  # batches of a short text repeat
         if not n:
             raise GrowthError(
                 f"{text} has {len(ids)} tokens, and a batch of {n_rows} x {n_tokens} takes {n_rows * n_tokens}; pass a longer "
@@ -94,7 +94,7 @@ def _labelled(
             yield one | {"labels": classes}
         elif type(model).__name__.endswith("ForMaskedLM"):
             hidden = torch.rand(ids.shape, generator=generator) < MASKED
-            hidden[:, 0] = True  # a batch without any has no loss
+            hidden[:, 0] = True  # a batch without masked tokens has no loss
             drawn = torch.randint(0, model.config.vocab_size, ids.shape, generator=generator)
             seen = drawn if mask is None else torch.full_like(ids, mask)
             yield {
@@ -112,7 +112,7 @@ def _labelled(
 
 
 def _tokens(folder: Path, text: Path) -> tuple[Tensor, int | None]:
-    """Token ids of a text, and that of the mask."""
+    """Return the token ids of a text, and the id of the mask token."""
     from transformers import AutoTokenizer
 
     try:

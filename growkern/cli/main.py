@@ -1,4 +1,4 @@
-"""The command line. typer and the demo's extras are imported where they are used, so that a missing one is a sentence, not a traceback."""
+"""The command line. typer and the demo's extras are imported on use, so that a missing package gives a message, not a traceback."""
 
 import sys
 from collections.abc import Generator
@@ -19,7 +19,7 @@ def main() -> None:
 
 
 def app() -> "Typer":
-    """Build the command line; later subcommands join here."""
+    """Build the command line with all subcommands."""
     import typer
 
     from growkern.cli import commands
@@ -89,7 +89,7 @@ def app() -> "Typer":
 
 @contextmanager
 def _extras() -> Generator[None]:
-    """Turn a missing extra into the way out."""
+    """Turn a missing extra into a message with the pip command."""
     try:
         yield
     except ModuleNotFoundError as error:

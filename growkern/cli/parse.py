@@ -1,4 +1,4 @@
-"""What the command line says, read: target sizes, and methods as one writes them in Python. Nothing is evaluated."""
+"""Parsing of command line options: target sizes, and methods in Python syntax. No option is evaluated as code."""
 
 import ast
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ def sizes_of(texts: Sequence[str]) -> Target:
     """Read target sizes: ``["2x"]``, or ``["hidden=1024,layers=24", "ffn=2x"]``.
 
     Raises:
-        PlanError: Neither, or a size that is named twice.
+        PlanError: A text has neither form, or a size is named twice.
     """
     if len(texts) == 1 and "=" not in texts[0]:
         return texts[0]

@@ -1,4 +1,4 @@
-"""Growth in a loop of Hugging Face Accelerate."""
+"""Growth in a training loop of Hugging Face Accelerate."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -20,24 +20,24 @@ def attach(
     accelerator: "Accelerator", model: nn.Module, optim: Optimizer, schedule: GrowthSchedule, scheduler: object | None = None,
     **options: Unpack[Options],
 ) -> Attachment:  # fmt: skip
-    """Grow inside ``optim.step()``: one line after ``accelerator.prepare``.
+    """Grow inside ``optim.step()``. Call ``attach`` once, after ``accelerator.prepare``.
 
-    Growth is in place, so what Accelerate holds of model, optimizer and schedulers stays valid. It is logged to the trackers, and
-    the schedule is saved and loaded with ``save_state`` and ``load_state``.
+    Growth is in place, so Accelerate's references to model, optimizer and schedulers stay valid. Each growth is logged to the
+    trackers, and ``save_state`` and ``load_state`` save and load the schedule.
 
     Args:
-        accelerator: That prepared the model.
-        model: As ``prepare`` gave it, or bare.
-        optim: As ``prepare`` gave it, or bare.
-        schedule: What grows when; report tokens and metrics to it in the loop, by ``schedule.observe``.
-        scheduler: The learning-rate scheduler, or a list; those that were prepared are found without.
-        options: As in ``GrowthSchedule.attach``.
+        accelerator: The accelerator that prepared the model.
+        model: The model, prepared or not.
+        optim: The optimizer, prepared or not.
+        schedule: The growth schedule; the training loop reports tokens and metrics by ``schedule.observe``.
+        scheduler: The learning-rate scheduler, or a list of schedulers; None for the prepared schedulers that drive ``optim``.
+        options: See ``GrowthSchedule.attach``.
 
     Returns:
-        The attachment; ``remove()`` takes it off.
+        The attachment; ``remove()`` detaches the schedule.
 
     Raises:
-        PlanError: The schedule is attached already, or another one is attached to the optimizer.
+        PlanError: The schedule is already attached, or another schedule is attached to the optimizer.
         UnsupportedModelError: The model cannot be grown.
 
     Example:

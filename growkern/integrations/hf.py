@@ -17,7 +17,7 @@ from growkern.training.schedule import GrowthSchedule
 
 
 class Trainer(Protocol):
-    """What is used of ``transformers.Trainer``."""
+    """Attributes and methods of ``transformers.Trainer`` that this module uses."""
 
     args: Any
     callback_handler: Any
@@ -27,7 +27,7 @@ class Trainer(Protocol):
         """Add a callback."""
 
     def create_optimizer(self) -> Optimizer:
-        """Create the optimizer, unless there is one, and return it."""
+        """Return the optimizer; create the optimizer if there is none."""
         ...
 
     def log(self, logs: dict[str, float]) -> None:
@@ -35,23 +35,24 @@ class Trainer(Protocol):
 
 
 def attach(trainer: Trainer, schedule: GrowthSchedule, **options: Unpack[Options]) -> object:
-    """Grow while ``trainer.train()`` runs: one line before it.
+    """Grow during ``trainer.train()``. Call ``attach`` once, before ``train``.
 
-    Growth happens when a step has ended, before that step is logged, evaluated and saved: its checkpoint is the target's. What the
-    trainer logs (``loss``, ``eval_loss``, ...) is observed by the schedule, growth is logged by ``trainer.log``, and the schedule is
-    saved and restored with the trainer's state. Steps that mixed precision skipped do not count, unlike in ``global_step``.
-    Under ``load_best_model_at_end`` the best model is sought anew after each growth: earlier ones no longer fit.
+    Growth happens at the end of a step, before the step is logged, evaluated and saved: the checkpoint of the step contains the
+    grown model. The schedule observes every metric that the trainer logs (``loss``, ``eval_loss``, ...), ``trainer.log`` logs each
+    growth, and the schedule is saved and restored with the trainer's state. Steps that mixed precision skips do not count, unlike in
+    ``global_step``. Under ``load_best_model_at_end`` the search for the best model restarts after each growth, because checkpoints
+    from before the growth no longer fit the model.
 
     Args:
-        trainer: Of ``transformers``.
-        schedule: What grows when.
-        options: As in ``GrowthSchedule.attach``.
+        trainer: Trainer of ``transformers``.
+        schedule: The growth schedule.
+        options: See ``GrowthSchedule.attach``.
 
     Returns:
-        The callback; ``trainer.remove_callback`` takes it off.
+        The callback; ``trainer.remove_callback`` removes it.
 
     Raises:
-        PlanError: Another schedule is attached, or an event needs tokens, and the trainer does not count them.
+        PlanError: Another schedule is attached, or an event needs tokens and the trainer does not count tokens.
     """
     from transformers.trainer_callback import ExportableState, TrainerCallback
 
@@ -72,7 +73,7 @@ def attach(trainer: Trainer, schedule: GrowthSchedule, **options: Unpack[Options
             'Pass TrainingArguments(include_num_input_tokens_seen="all").'
         )
 
-    # Of its own class for every trainer, and without arguments: the trainer restores a callback by calling its class.
+    # Every trainer gets a new class, without constructor arguments: the trainer restores a callback by calling the callback's class.
     class GrowthCallback(TrainerCallback, ExportableState):
         attachment: Attachment | None = None
         n_tokens = 0
@@ -84,13 +85,13 @@ def attach(trainer: Trainer, schedule: GrowthSchedule, **options: Unpack[Options
             saved = state.stateful_callbacks.get("GrowthCallback")
             if (
                 saved is None
-            ):  # of a run without a schedule; the trainer's next save expects the entry
+            ):  # the run had no schedule before; the trainer's next save expects the entry
                 schedule.counts.n_steps = state.global_step
                 state.stateful_callbacks["GrowthCallback"] = self.state()
             else:
                 schedule.load_state_dict(saved["attributes"]["schedule"])
             self.n_tokens = state.num_input_tokens_seen
-            if self.attachment is not None:  # of a run that an error ended
+            if self.attachment is not None:  # left by a run that raised an error
                 self.attachment.remove()
             model: nn.Module = trainer.model
             self.attachment = schedule.attach(
@@ -106,7 +107,7 @@ def attach(trainer: Trainer, schedule: GrowthSchedule, **options: Unpack[Options
                     state.best_global_step = None
                 should_log = (
                     control.should_log
-                )  # a log resets it, and with it the loss of this step would be lost
+                )  # trainer.log clears the flag, which would suppress the loss log of this step
                 trainer.log(growth_metrics(event, report))
                 control.should_log = should_log
 
@@ -127,15 +128,17 @@ def attach(trainer: Trainer, schedule: GrowthSchedule, **options: Unpack[Options
 def resume(
     trainer: Trainer, checkpoint: str, *, spec: Callable[[nn.Module], ModelSpec] | None = None
 ) -> None:
-    """Bring the trainer's model and optimizer to the sizes of a checkpoint: before ``train(resume_from_checkpoint=checkpoint)``.
+    """Replay a checkpoint's growths on the trainer's model and optimizer.
+
+    Call ``resume`` before ``trainer.train(resume_from_checkpoint=checkpoint)``.
 
     Args:
-        trainer: On a model of the starting sizes.
-        checkpoint: A folder that a trainer with a schedule has written.
-        spec: As in ``growkern.resume``.
+        trainer: Trainer of a model of the starting sizes.
+        checkpoint: Folder of a checkpoint that a trainer with a schedule has written.
+        spec: See ``growkern.resume``.
 
     Raises:
-        PlanError: No trainer with a schedule has written it, or its growths do not fit the model.
+        PlanError: The checkpoint contains no schedule, or the recorded growths do not fit the model.
     """
     try:
         state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())

@@ -19,21 +19,21 @@ from growkern.training.schedule import GrowthSchedule
 
 
 class GrowthCallback(Callback):
-    """Grow while ``trainer.fit`` runs: ``Trainer(callbacks=[growkern.lightning.GrowthCallback(schedule)])``.
+    """Grow during ``trainer.fit``: ``Trainer(callbacks=[growkern.lightning.GrowthCallback(schedule)])``.
 
-    Growth happens at the end of a batch whose step is done, before checkpoints of it are written. The schedule observes the loss of
-    the training step as ``loss``, and what the module logs, each once per value; growth goes to the loggers; the schedule is saved
-    and restored with checkpoints. One from after a growth loads into a module of the starting sizes, by ``ckpt_path`` alone: its
-    growths are replayed first.
+    Growth happens at the end of a batch, after the optimizer step and before checkpoints are written. The schedule observes the loss
+    of the training step as ``loss``, and every metric that the module logs, once per value. Each growth is logged to the loggers, and
+    checkpoints contain the schedule. A checkpoint of a grown model loads into a module of the starting sizes by ``ckpt_path`` alone:
+    the callback replays the growths first.
 
     Args:
-        schedule: What grows when.
-        model: The model inside the LightningModule; None for its only child that has parameters.
-        tokens: Tokens of a batch, where an event needs them; or report them by ``schedule.observe``.
-        options: As in ``GrowthSchedule.attach``.
+        schedule: The growth schedule.
+        model: Function from the LightningModule to the model that grows; None for the only child module that has parameters.
+        tokens: Function from a batch to its number of tokens; needed by events that count tokens, unless ``schedule.observe`` gets tokens.
+        options: See ``GrowthSchedule.attach``.
 
     Raises:
-        PlanError: When fitting starts: several optimizers, or no single model inside the module.
+        PlanError: At the start of fitting: the module configures several optimizers, or has no single child with parameters.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class GrowthCallback(Callback):
         self.waiting: Callable[[], None] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let weights from after a growth wait: Lightning loads weights before there is an optimizer to replay growths on."""
+        """Delay loading the weights of a grown model: Lightning loads weights before the optimizer exists, and the replay needs both."""
         self._let_load(trainer)
         load = trainer.strategy.load_model_state_dict
 
@@ -72,17 +72,17 @@ class GrowthCallback(Callback):
         trainer.strategy.load_model_state_dict = load_or_wait
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replay growths on model and optimizer, and load the weights that waited; the optimizer's state comes next."""
+        """Replay growths on model and optimizer, and load the delayed weights. Lightning loads the optimizer state next."""
         waiting, self.waiting = self.waiting, None
         if waiting is not None:
             waiting()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the trainer as it was."""
+        """Remove the hook on the trainer's weight loading."""
         self._let_load(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach to the optimizer, which is restored by now."""
+        """Attach the schedule to the restored optimizer."""
         optim = _single(trainer.optimizers)
         self._detach()
         self.attachment = self.schedule.attach(
@@ -92,7 +92,7 @@ class GrowthCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Observe the batch, and grow what is due."""
+        """Observe loss and tokens of the batch, and fire due events."""
         loss: Any = outputs.get("loss") if isinstance(outputs, dict) else outputs  # pyright: ignore[reportUnknownVariableType]
         own = {"loss": loss} if isinstance(loss, Tensor) else {}
         self._observe("batch", trainer, own, self.tokens(batch) if self.tokens else 0)
@@ -101,44 +101,44 @@ class GrowthCallback(Callback):
                 logger.log_metrics(growth_metrics(event, report), step=trainer.global_step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Observe what validation logged."""
+        """Observe the metrics that validation logged."""
         if not trainer.sanity_checking:
             self._observe("validation", trainer, {})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Observe what is logged once an epoch."""
+        """Observe the metrics that are logged once per epoch."""
         self._observe("epoch", trainer, {})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Detach."""
+        """Detach the schedule."""
         self._detach()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Detach, and leave the trainer as it was."""
+        """Detach the schedule, and remove the hook on the trainer's weight loading."""
         self._detach()
         self._let_load(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The schedule's."""
+        """Return the state dict of the schedule."""
         return self.schedule.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The schedule's."""
+        """Load the state dict of the schedule."""
         self.schedule.load_state_dict(state_dict)
 
     def _observe(
         self, hook: str, trainer: Trainer, own: dict[str, Tensor], tokens: int = 0
     ) -> None:
-        # Lightning keeps the last value of every metric: each is read only in the hook in which it first came up, when it is new.
+        # Lightning keeps the last value of every metric. Each metric is read only in the hook where it first appeared, when it is new.
         metrics = own | dict(trainer.callback_metrics)
         fresh = {k: v for k, v in metrics.items() if self.owners.setdefault(k, hook) == hook}
         event = self.schedule.next_event
-        kept = {"loss"} if self.tokens else set[str]()  # the curve of growkern.advise needs both
+        kept = {"loss"} if self.tokens else set[str]()  # growkern.advise needs both
         seen = {k: v for k, v in fresh.items() if event and k in kept | {event.observes}}
         n: Any = tokens
-        if trainer.world_size > 1:  # all processes have to see the same, to grow at the same step
+        if trainer.world_size > 1:  # all processes have to grow at the same step
             seen = {k: trainer.strategy.reduce(v, reduce_op="mean") for k, v in seen.items()}
             n = trainer.strategy.reduce(
                 torch.tensor(tokens, device=trainer.strategy.root_device), reduce_op="sum"
@@ -167,7 +167,7 @@ class GrowthCallback(Callback):
         spec = fixed if isinstance(given, ModelSpec) else given
         first = read(history[0])
         if describe(model, spec(model) if spec else None).sizes != first.source_sizes:
-            return  # built as the checkpoint has it
+            return  # the module was built at the checkpoint's sizes
         optim = _single(trainer.optimizers) if with_optimizer else None
         several = _schedulers(trainer) if with_optimizer else None
         resume(

@@ -1,4 +1,4 @@
-"""Ways to grow, with what they saved where they were measured: ``growkern.recipes.RECIPES``, by name."""
+"""Recipes of growth with their measured savings, by name: ``growkern.recipes.RECIPES``."""
 
 from growkern.recipes.measured import BUDGETS, MEASURED, RECIPES
 from growkern.recipes.recipe import Recipe, Saved

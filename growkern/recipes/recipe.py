@@ -1,4 +1,4 @@
-"""A way to grow, with what it saved where it was measured."""
+"""A recipe of growth with its measured savings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,16 +13,16 @@ Interval = tuple[float, float, float]  # lower end, median, upper end: 90 % of t
 
 @dataclass(frozen=True)
 class Saved:
-    """What a recipe saved where it was measured: shares of the FLOPs that the tuned target needs from scratch for the same loss.
+    """Measured savings of a recipe, as shares of the FLOPs that the tuned target from scratch needs for the same loss.
 
     Attributes:
         setup: Name of the sizes and the text in ``bench/savings/campaign.py``.
         grown_at: FLOPs at the growth.
         budget: FLOPs of the whole run.
-        charged: Both phases are charged: lower end of the 90 % interval over seeds, mean, upper end.
-        sunk: The same when the source's FLOPs are not counted.
-        headroom: What a free and perfect growth would have saved, both phases charged.
-        n_seeds: Number of seeds, none of which chose a learning rate; 0 for the seed that did, which has no interval.
+        charged: Saving with the FLOPs of both phases charged: lower end of the 90 % interval over seeds, mean, upper end.
+        sunk: Saving without the source's FLOPs: lower end of the 90 % interval over seeds, mean, upper end.
+        headroom: Saving of a free and perfect growth, with the FLOPs of both phases charged.
+        n_seeds: Number of seeds, without the seed that tuned learning rates; 0 if only the tuning seed has run: no interval.
     """
 
     setup: str
@@ -36,22 +36,24 @@ class Saved:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to grow, and what it saved in measured runs; ``print`` it.
+    """A recipe of growth with its measured savings; ``print`` it.
 
     Attributes:
         name: Name in the rows of ``bench/results/savings-*.csv``.
         kind: ``"width"``, ``"depth"`` or ``"both"``.
-        kept: Share of what the source's training is worth to the target that the grown run has at its end; 1 after a free and perfect
-            growth. The worth is what the target, from scratch, spends until it has the source's loss. Mean over figures.
+        kept: Share of the worth of the source's training that the grown run keeps at its end; 1 for a free and perfect growth. The
+            worth is the number of FLOPs after which the target from scratch reaches the source's loss. Mean over figures.
         sd: Standard deviation of ``kept``.
         n: Number of measured figures.
-        growth: Arguments of ``expand_inplace`` and of events, beside ``to``.
-        lr_factor: Factor on all learning rates from the growth on, beside those of ``dynamics``. It is not in ``growth``: multiply the
-            ``lr`` of the param groups, and the scheduler's ``base_lrs``.
-        rewarm: Steps over which the learning rate rises again from zero, where the state is dropped; the loop's to do, as the factor is.
-        saved: The figures.
-        worth: Worth of the source's training over what a law says that is fitted to losses at a constant learning rate, and its standard
-            deviation: annealed losses count, and a small model under a large rate gains more from annealing.
+        growth: Arguments of ``expand_inplace`` and of events, besides ``to``.
+        lr_factor: Factor on all learning rates after the growth, besides the factors of ``dynamics``. ``growth`` does not contain the
+            factor: multiply the ``lr`` of the param groups, and the scheduler's ``base_lrs``.
+        rewarm: Steps over which the learning rate rises again from zero if the state is dropped. The training loop has to apply the
+            warm-up, like ``lr_factor``.
+        saved: Measured savings by setup and budget.
+        worth: Mean and standard deviation of the ratio of the measured to the predicted worth of the source's training. The measurement
+            uses annealed losses, the prediction a law fitted to losses at a constant learning rate; a small model at a large learning
+            rate gains more from annealing.
 
     Example:
         >>> recipe = growkern.recipes.RECIPES["Sparkling fresh"]
@@ -81,7 +83,7 @@ class Recipe:
 
     @property
     def how(self) -> str:
-        """Arguments of ``expand_inplace``, and what else belongs to the recipe, as text."""
+        """Arguments of ``expand_inplace``, learning-rate factor and warm-up, as text."""
         if not self.n:
             return "not measured"
         said = [f"{name}={value!r}" for name, value in self.growth.items()]
@@ -114,7 +116,7 @@ class Recipe:
 
 
 def share(interval: Interval) -> str:
-    """A measured share in words, with its interval where it has one: ``18 % [11, 24]``."""
+    """Format a measured share, with the interval if there is one: ``18 % [11, 24]``."""
     low, middle, high = interval
     spread = "" if isnan(low) else f" [{100 * low:.0f}, {100 * high:.0f}]"
     return f"{100 * middle:.0f} %{spread}"

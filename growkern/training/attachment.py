@@ -1,4 +1,4 @@
-"""What stands between a schedule and a running optimizer: the hook that grows after a step."""
+"""The attachment of a schedule to an optimizer: a post-step hook that grows the model after a step."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from typing_extensions import TypedDict  # of torch; typing has them from 3.11 on
+from typing_extensions import TypedDict  # a torch dependency; typing's is complete from 3.11 on
 
 from growkern.api import expand_inplace, plan
 from growkern.commit.checkpoint_guard import guard_of, n_growths
@@ -35,15 +35,15 @@ OnGrowth = Callable[[Event, GrowthReport], object]
 
 
 class Options(TypedDict, total=False):
-    """What all growths of an attached schedule share, as in ``expand_inplace``; what differs belongs to the events.
+    """Arguments of ``expand_inplace`` that all growths of an attached schedule share; arguments that differ are fields of the events.
 
     Attributes:
-        spec: Description of a model of your own, or what makes one of the model: sizes differ from growth to growth.
-        backend: As in ``expand_inplace``.
-        ema: As in ``expand_inplace``.
-        master_weights: As in ``expand_inplace``.
-        state_rules: As in ``expand_inplace``.
-        memory: As in ``expand_inplace``.
+        spec: Description of a custom model, or a function from the model to its description: every growth changes the sizes.
+        backend: See ``expand_inplace``.
+        ema: See ``expand_inplace``.
+        master_weights: See ``expand_inplace``.
+        state_rules: See ``expand_inplace``.
+        memory: See ``expand_inplace``.
     """
 
     spec: ModelSpec | Callable[[nn.Module], ModelSpec] | None
@@ -55,16 +55,16 @@ class Options(TypedDict, total=False):
 
 
 class Attachment:
-    """A schedule at work on one model and one optimizer; made by ``GrowthSchedule.attach``.
+    """A schedule attached to one model and one optimizer; ``GrowthSchedule.attach`` makes it.
 
-    It belongs to the optimizer, and goes with it: it holds neither that nor its schedulers.
+    The optimizer's step hook keeps the attachment alive. The attachment holds only weak references to the optimizer and its schedulers.
 
     Attributes:
-        schedule: What grows when.
-        model: What grows.
-        deferred: True when ``grow`` is called by somebody else.
-        stepped: True when a step was taken since ``grow`` was called last.
-        on_growth: Called after each growth, after the schedule's own.
+        schedule: The growth schedule.
+        model: The model that grows, without wrappers.
+        deferred: True when an integration calls ``grow``, False when the step hook does.
+        stepped: True when the optimizer has stepped since the last call of ``grow``.
+        on_growth: Callbacks that run after each growth, after the callbacks of the schedule.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Attachment:
         self.model: nn.Module = unwrapped(model)
         self._schedulers: list[ref[Any]] = [ref(unwrapped(one)) for one in _listed(scheduler)]
         self._options, self.deferred, self.stepped = options, deferred, False
-        # the growth that runs, and how many there were before it
+        # number of growths before the one in progress; None when no growth is in progress
         self._running: int | None = None
         self._take: Any = torch.compiler.disable(_take)
         title = f"cannot attach this schedule of {len(schedule.events)} events:"
@@ -101,30 +101,30 @@ class Attachment:
                     f"{title} a schedule of {len(other.schedule.events)} events drives this {type(optim).__name__} "
                     "already. Put all events into one schedule, or remove() that one first."
                 )
-        spec = describe(self.model, self._spec())  # refuses now what could not grow later
+        spec = describe(self.model, self._spec())  # raises now if the model cannot be grown
         raise_all(PlanError, title, unknown_sizes(schedule.ahead, spec))
         self.n_params = sum(p.numel() for p in self.model.parameters())
         self._optim, self._hook = ref(optim), optim.register_step_post_hook(self._after_step)
         schedule.attachment = self
         counts = schedule.counts
-        if counts.n_tokens and not counts.n_flops:  # observed before the model was known
+        if counts.n_tokens and not counts.n_flops:  # tokens were observed before the attachment
             counts.n_flops = 6.0 * counts.n_tokens * self.n_params
 
     def remove(self) -> None:
-        """Take the schedule off the optimizer; a second call does nothing."""
+        """Detach the schedule from the optimizer. A second call does nothing."""
         self._hook.remove()
         if self.schedule.attachment is self:
             self.schedule.attachment = None
 
     def grow(self) -> list[tuple[Event, GrowthReport]]:
-        """Fire every event that is due, in order, when a step was taken since the last call.
+        """Fire every due event, in order, if the optimizer has stepped since the last call.
 
         Returns:
             The events that fired, with their reports.
 
         Raises:
-            GrowthError: A growth failed; nothing of it was done, and its event has not fired.
-            PlanError: The next event waits for tokens, and two steps have reported none.
+            GrowthError: A growth failed and changed nothing; its event has not fired.
+            PlanError: A remaining event needs tokens or FLOPs, and two steps have reported none.
         """
         schedule, optim, grown = self.schedule, self._optim(), list[tuple[Event, GrowthReport]]()
         if optim is None or not self.stepped:
@@ -145,8 +145,9 @@ class Attachment:
         return grown
 
     def planned(self, event: Event) -> GrowthPlan:
-        """Plan the growth of an event on the model as it is now, without growing it."""
-        options = self._options  # a model may be built at a grown size
+        """Plan the growth of an event at the model's current sizes, without growing the model."""
+        options = self._options
+        # a model built at a grown size may have no growth history
         before = max(len(self.schedule.fired), n_growths(self.model))
         return plan(
             self.model, self._optim(), to=event.to, width=event.width, depth=event.depth, state=event.state,
@@ -155,7 +156,7 @@ class Attachment:
         )  # fmt: skip
 
     def _after_step(self, optim: Optimizer, args: object, kwargs: object) -> None:
-        self._take(self, optim)  # not traced when the step is compiled
+        self._take(self, optim)  # torch.compile does not trace _take
 
     def _expand(self, event: Event, optim: Optimizer) -> GrowthReport:
         schedule, options, planned = self.schedule, self._options, self.planned(event)
@@ -181,7 +182,10 @@ class Attachment:
         return report
 
     def settle(self) -> None:
-        """Note that a growth is done. After an error all is as it was, but a Ctrl-C may come with the last write, or here."""
+        """Record the growth in progress, if it has completed.
+
+        Runs after errors too, and again in ``grow`` and ``state_dict``: SIGINT may arrive after a growth's last write, or in this method.
+        """
         running, schedule = self._running, self.schedule
         if running is None:
             return
@@ -203,9 +207,9 @@ class Attachment:
 
 def _take(self: Attachment, optim: Optimizer) -> None:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return  # the step is recorded, not taken
-    # A fused optimizer skips the step of an overflow by itself, and is called all the same. Its own step counts would say
-    # so too, but a read of them would wait for the device at every step; GradScaler's flag is there only with a GradScaler.
+        return  # the CUDA graph records the step and does not run it
+    # On overflow, GradScaler still calls a fused optimizer, which skips the update itself. The optimizer's step count would show
+    # the skip, but reading the count would synchronize the device at every step. Only GradScaler sets found_inf.
     overflow = getattr(optim, "found_inf", None)
     if isinstance(overflow, Tensor) and overflow.item():
         return
@@ -216,14 +220,15 @@ def _take(self: Attachment, optim: Optimizer) -> None:
     try:
         self.grow()
     except BaseException:
-        if overflow is not None:  # GradScaler now cannot take them off, and would unscale twice
+        # the error keeps GradScaler from deleting these attributes, and the next step would unscale twice
+        if overflow is not None:
             vars(optim).pop("grad_scale", None)
             vars(optim).pop("found_inf", None)
         raise
 
 
 def growth_metrics(event: Event, report: GrowthReport) -> dict[str, float]:
-    """What integrations log of a growth: target sizes, parameters and seconds, as numbers."""
+    """Return the metrics that integrations log for a growth: target sizes, parameter count and seconds, as floats."""
     sizes = {f"growth/{name}": float(n) for name, n in report.target_sizes.items()}
     return sizes | {
         "growth/parameters": float(report.n_params_target),

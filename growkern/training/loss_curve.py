@@ -24,8 +24,8 @@ class LossCurve:
     Losses stay tensors on their device until ``read`` or ``state`` is called, so that no step waits for a GPU.
 
     Attributes:
-        points: (tokens, mean loss since the point before), in nats.
-        last: Tokens at the last loss.
+        points: Pairs of token count and mean loss since the previous point, in nats.
+        last: Token count at the last loss.
         total: Sum of the losses since the last point.
         n_open: Number of losses since the last point.
     """
@@ -38,7 +38,7 @@ class LossCurve:
     n_open: int = 0
 
     def add(self, tokens: float, loss: float | Tensor) -> None:
-        """Record the loss of a step that ends at ``tokens`` tokens of the run; a loss without new tokens is passed over."""
+        """Record the loss of a step that ends at ``tokens`` tokens of the run; a loss without new tokens is ignored."""
         if tokens <= self.last:
             return
         self.total = self.total + (
@@ -50,7 +50,7 @@ class LossCurve:
             self.total, self.n_open = 0.0, 0
 
     def read(self) -> list[tuple[float, float]]:
-        """Return all points, with the open one at the end; points whose loss is not finite are left out."""
+        """Return all points with a finite loss; the losses since the last point, if any, give a further point."""
         rest = [(self.last, self.total / self.n_open)] if self.n_open else []
         read = [(tokens, float(loss)) for tokens, loss in [*self.points, *rest]]
         return [(tokens, loss) for tokens, loss in read if isfinite(loss)]
@@ -67,7 +67,7 @@ class LossCurve:
 
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> "LossCurve":
-        """Read what ``state`` gave; an empty mapping is a curve without points."""
+        """Build a curve from the result of ``state``; an empty mapping gives a curve without points."""
         points: list[tuple[float, float | Tensor]] = [
             (float(x), float(y)) for x, y in state.get("points", ())
         ]
@@ -80,20 +80,20 @@ def read_curve(path: Path, tokens_per_step: float | None = None) -> list[tuple[f
 
     Args:
         path: A CSV file with the columns ``tokens`` (or ``step``) and ``loss``, or a ``trainer_state.json`` of transformers' Trainer.
-        tokens_per_step: Tokens of a step, where the file counts steps.
+        tokens_per_step: Tokens per step; required if the file counts steps.
 
     Returns:
-        (tokens, loss in nats), in the order of the file.
+        (tokens, loss in nats), in the order of the file. Rows without a loss, or at 0 tokens, are skipped.
 
     Raises:
-        PlanError: The file cannot be read, lacks a column, holds text where a number belongs, or counts steps of unknown size. Rows without
-            a loss, or at 0 tokens, are passed over.
+        PlanError: The file cannot be read, lacks a column, holds text in place of a number, or counts steps while ``tokens_per_step`` is
+            None; or ``tokens_per_step`` is not positive.
 
     Example:
         >>> read_curve(Path("trainer_state.json"), tokens_per_step=65_536)
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of a name
+        text = path.read_text(encoding="utf-8-sig")  # utf-8-sig strips a byte-order mark
         if path.suffix == ".json":
             log: Sequence[Mapping[str, Any]] = json.loads(text)["log_history"]
             rows = [row for row in log if "loss" in row]

@@ -1,4 +1,4 @@
-"""Growths replayed on a model of the starting sizes, so that a checkpoint from after them loads into it."""
+"""Replay of recorded growths on a model of the starting sizes, so that the model can load a checkpoint of the grown sizes."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -38,22 +38,22 @@ def resume(
 ) -> None:
     """Replay growths and shrinkings without moving data: sizes, blocks, attributes, config, param groups and hooks become the target's.
 
-    Weights that are replaced are NaN until a checkpoint is loaded.
+    Replaced weights are NaN until a checkpoint is loaded.
 
     Args:
-        model: Model of the starting sizes; changed in place. Where its config says that it has been through the first of the
-            growths (``from_pretrained``), those are left out, and there can be no optimizer.
-        optim: Its optimizer, freshly built.
-        history: Growths on record: ``config.growkern_history`` of a checkpoint, ``history`` of a schedule's state, or plans. None:
-            that of the model's own config.
-        scheduler: The learning-rate scheduler that drives ``optim``; follows its groups.
-        ema: Averages of the model.
-        master_weights: Parameter -> the float32 copy that ``optim`` holds in its place.
-        spec: Makes the description of a model of your own.
+        model: Model of the starting sizes; changed in place. If the model's config already records the first growths
+            (``from_pretrained``), these growths are skipped, and ``optim`` must be None.
+        optim: Optimizer of the model, newly built.
+        history: Recorded growths: ``config.growkern_history`` of a checkpoint, ``history`` of a schedule's state dict, or plans. None:
+            ``growkern_history`` of the model's own config.
+        scheduler: The learning-rate scheduler that drives ``optim``; updated with the param groups.
+        ema: Weight averages of the model, replayed by the same plans.
+        master_weights: Mapping from parameter to the float32 copy that ``optim`` updates in place of the parameter.
+        spec: Function from a custom model to its description.
 
     Raises:
-        PlanError: A growth does not fit the model as the ones before it left it, or cannot be planned again as it was; model and
-            optimizer are bitwise as they were.
+        PlanError: A growth does not fit the model that the previous growths produce, or its plan differs from the recorded plan. Model
+            and optimizer are bitwise unchanged.
 
     Example:
         >>> growkern.resume(model, optim, torch.load("schedule.pt")["history"])
@@ -105,14 +105,14 @@ def resume(
 
 
 def _plan(growth: Growth, spec: ModelSpec) -> GrowthPlan:
-    """The plan of a growth on record, for the model as the growths before it left it."""
+    """Return the plan of a recorded growth for the model that the previous growths produce."""
     plan = growth if isinstance(growth, GrowthPlan) else replanned(growth, spec)
     check(plan, spec)
     return plan
 
 
 def _names_fit(one: Growth, after: Growth) -> bool:
-    """True unless two plans say that the second grows other tensors than the first leaves."""
+    """Return False if both growths are plans and the second plan reads other tensors than the first plan produces."""
     if not (isinstance(one, GrowthPlan) and isinstance(after, GrowthPlan)):
         return True
     left, grown = {row.name for row in one.tensors}, {row.source for row in after.tensors}

@@ -1,4 +1,4 @@
-"""Growths on a schedule: a hook on the optimizer counts steps and fires events, and a state survives a restart."""
+"""Growth schedules: an optimizer hook counts steps and fires events, and a state dict restores the progress after a restart."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from weakref import ref
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from typing_extensions import Unpack  # of torch; typing has them from 3.11 on
+from typing_extensions import Unpack  # a torch dependency; typing has Unpack from 3.11 on
 
 from growkern.errors import PlanError, raise_all
 from growkern.support.renamed import renamed_arguments
@@ -28,21 +28,21 @@ logger = logging.getLogger("growkern")
 
 
 class GrowthSchedule:
-    """Events that grow a model while it trains: in order, each once.
+    """Events that grow a model during training; each event fires once, in order.
 
     Args:
-        events: What grows when. An event waits for those before it.
-        on_growth: Called after each growth with the event and its report.
+        events: Growths with their triggers. An event waits until all previous events have fired.
+        on_growth: Callbacks that get the event and the report after each growth.
 
     Attributes:
-        events: As given.
-        on_growth: As given; a list that may be added to.
+        events: Events of the schedule.
+        on_growth: List of the callbacks; more can be appended.
         counts: Steps, tokens and compute so far.
-        fired: The step at which each event fired, of those that did.
-        history: The plans that ran, as JSON (``GrowthPlan.from_json`` reads them).
+        fired: Step at which each fired event fired.
+        history: Records of the growths, as JSON; ``growkern.resume`` reads them.
 
     Raises:
-        PlanError: Events that cannot follow each other, all at once: steps or tokens going backwards, sizes that shrink.
+        PlanError: Steps, tokens or sizes decrease from an event to a later event, or an event is invalid; every reason at once.
 
     Example:
         >>> schedule = GrowthSchedule([At(step=1000, to={"hidden": 1024}), WhenPlateau(patience=50, to={"layers": 24})])
@@ -60,7 +60,7 @@ class GrowthSchedule:
 
     @property
     def attachment(self) -> "Attachment | None":
-        """Where the schedule is at work; the optimizer's hook alone keeps it alive."""
+        """The attachment of the schedule, or None. Only the optimizer's hook keeps the attachment alive."""
         return self._attachment() if self._attachment is not None else None
 
     @attachment.setter
@@ -74,7 +74,7 @@ class GrowthSchedule:
 
     @property
     def next_event(self) -> Event | None:
-        """The event that is waited for; None when all have fired."""
+        """The first event that has not fired; None when all events have fired."""
         return self.ahead[0] if self.ahead else None
 
     def observe(
@@ -84,19 +84,19 @@ class GrowthSchedule:
         flops: float | None = None,
         **metrics: float | Tensor,
     ) -> None:
-        """Report what the last step, or an evaluation, showed.
+        """Report tokens, FLOPs and metrics of the last step or of an evaluation.
 
-        A metric is read when the next event looks at it. The curve of ``loss`` over tokens is kept for ``growkern.advise``.
-
-        Where several processes train one model, report the same numbers in each: all have to grow at the same step.
+        The schedule keeps a metric only if the next event observes the metric. The curve of ``loss`` over tokens is kept for
+        ``growkern.advise``. If several processes train one model, report the same numbers in each process: all processes have to
+        grow at the same step.
 
         Args:
             tokens: Tokens of this step.
-            flops: Compute of this step; None for 6 x tokens x parameters of the attached model.
-            metrics: Values by name. What is not finite says nothing and is passed over.
+            flops: FLOPs of this step; None for 6 x tokens x parameters of the attached model.
+            metrics: Values by metric name. Values that are not finite are ignored.
 
         Raises:
-            PlanError: ``WhenSlope`` waits for a metric, and nothing has said what compute it took.
+            PlanError: ``tokens`` or ``flops`` is negative or not finite, or the next event is a ``WhenSlope`` and no FLOPs are known.
         """
         n = float(tokens)
         if not all(isfinite(x) and x >= 0 for x in (n, flops or 0)):
@@ -108,10 +108,10 @@ class GrowthSchedule:
         self.observe_metrics(metrics)
 
     def observe_metrics(self, metrics: Mapping[str, float | Tensor]) -> None:
-        """Report values under names that are no Python identifiers: ``observe``, with a mapping.
+        """Report metrics as a mapping, for names that are not Python identifiers; see ``observe``.
 
         Raises:
-            PlanError: As ``observe``.
+            PlanError: See ``observe``.
         """
         if "loss" in metrics:
             self.counts.curve.add(self.counts.n_tokens, metrics["loss"])
@@ -133,30 +133,32 @@ class GrowthSchedule:
         self, model: nn.Module, optim: Optimizer, scheduler: object | None = None, *, deferred: bool = False,
         **options: Unpack[Options],
     ) -> "Attachment":  # fmt: skip
-        """Grow inside ``optim.step()`` from now on: one line before the loop.
+        """Grow inside ``optim.step()`` from now on. Call ``attach`` once, before the training loop.
 
-        The hook runs when the step is done, after backward. A graph that is still alive then cannot be walked backward any more,
-        grown or not: the step itself has written the weights it saved. Nothing grows while a CUDA graph is captured. When a
-        growth fails, its error leaves ``optim.step()``, nothing has changed, and the next step tries again.
+        The hook runs at the end of the step, after backward. An autograd graph that is still alive cannot run backward after the
+        step, with or without growth, because the step has overwritten the weights that the graph saved. No growth happens while a
+        CUDA graph is captured. If a growth fails, ``optim.step()`` raises the error, the growth has changed nothing, and the next
+        step tries again.
 
         Args:
-            model: The model; ``torch.compile`` and ``DistributedDataParallel`` are looked through.
-            optim: Its optimizer; wrappers of Accelerate and Lightning are looked through.
-            scheduler: The learning-rate scheduler that drives ``optim``, or a list of them; they follow the growth.
-            deferred: Only count steps there; what is due grows when ``grow()`` of the result is called.
-            options: ``spec``, ``backend``, ``ema``, ``state_rules``, ``memory``: see ``Options``.
+            model: The model; wrappers of ``torch.compile`` and ``DistributedDataParallel`` are removed.
+            optim: Optimizer of the model; wrappers of Accelerate and Lightning are removed.
+            scheduler: The learning-rate scheduler that drives ``optim``, or a list of schedulers; updated by every growth.
+            deferred: True to only count steps in ``optim.step()``; due events then fire when ``grow()`` of the attachment is called.
+            options: ``spec``, ``backend``, ``ema``, ``master_weights``, ``state_rules``, ``memory``: see ``Options``.
 
         Returns:
-            The attachment; ``remove()`` takes it off.
+            The attachment; ``remove()`` detaches the schedule.
 
         Raises:
-            PlanError: The schedule is attached already, or another one is attached to the optimizer; an unknown option.
+            PlanError: The schedule is already attached, another schedule is attached to the optimizer, ``optim`` cannot be used, an
+                option is unknown, or an event names an unknown size.
             UnsupportedModelError: The model cannot be grown.
         """
         return Attachment(self, model, optim, scheduler, options, deferred)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a restart needs, as plain JSON types: counts, what fired, the plans that ran."""
+        """Return the state that a restart needs, as plain JSON types: counts, steps of the fired events, records of the growths."""
         if self.attachment is not None:
             self.attachment.settle()
         points = [list(point) for point in self.counts.points]
@@ -169,10 +171,10 @@ class GrowthSchedule:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a ``state_dict``; events that have not fired may differ from those it was written with.
+        """Restore the progress from a ``state_dict``; events that have not fired may differ from the saved schedule.
 
         Raises:
-            PlanError: Not a state dict of a schedule, or one whose events that fired are not this schedule's.
+            PlanError: ``state`` is not a state dict of a schedule, or its fired events are not the first events of this schedule.
         """
         counts, fired, history, events = read_state(state, len(self.events))
         own = self.state_dict()["events"]
@@ -182,7 +184,7 @@ class GrowthSchedule:
                 f"{own[: len(fired)]}. Leave those as they were; later ones may change."
             )
         if events[len(fired) : len(fired) + 1] != own[len(fired) : len(fired) + 1]:
-            counts.points = []  # another event's observations
+            counts.points = []  # the points belong to another event
         self.counts, self.fired, self.history = counts, fired, history
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""When to grow: triggers as data. An event looks at counts and observations, and never at a model."""
+"""Triggers of growth, as data. An event reads counts and observations, and never a model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,13 @@ from growkern.training.loss_curve import LossCurve
 
 @dataclass
 class Counts:
-    """What triggers look at.
+    """Counts and observations that triggers read.
 
     Attributes:
-        n_steps: Steps that changed weights.
+        n_steps: Optimizer steps that changed weights.
         n_tokens: Tokens reported.
-        n_flops: Compute reported, or 6 x tokens x parameters.
-        points: Compute and value of what the next event's metric was since the event before; as much as the event keeps.
+        n_flops: FLOPs reported, or 6 x tokens x parameters.
+        points: Pairs of FLOPs and value of the next event's metric since the previous event, as selected by ``Event.keep``.
         curve: Observed ``loss`` over tokens since the last growth, for ``growkern.advise``.
     """
 
@@ -36,15 +36,15 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Event(ABC):
-    """One growth of a schedule; a subclass says when.
+    """One growth of a schedule; a subclass defines the trigger.
 
     Attributes:
-        to: As in ``expand_inplace``.
-        width: As in ``expand_inplace``.
-        depth: As in ``expand_inplace``.
-        state: As in ``expand_inplace``.
-        dynamics: As in ``expand_inplace``.
-        seed: Of all noise; None for the number of growths before it, so that two do not draw the same.
+        to: See ``expand_inplace``.
+        width: See ``expand_inplace``.
+        depth: See ``expand_inplace``.
+        state: See ``expand_inplace``.
+        dynamics: See ``expand_inplace``.
+        seed: Seed of the symmetry-breaking noise; None for the number of previous growths, so that no two growths share a seed.
     """
 
     to: Target = "2x"
@@ -56,46 +56,46 @@ class Event(ABC):
 
     @property
     def observes(self) -> str | None:
-        """Name of the metric that the trigger looks at."""
+        """Name of the metric that the trigger reads; None if the trigger reads no metric."""
         return None
 
     @property
     def counts_tokens(self) -> bool:
-        """True when the trigger needs to know tokens."""
+        """True when the trigger needs token counts."""
         return False
 
     def silent(self, counts: Counts) -> bool:
-        """True when nothing that the trigger counts was reported."""
+        """Return True if the trigger counts tokens or FLOPs and none were reported."""
         return False
 
     @property
     @abstractmethod
     def trigger(self) -> str:
-        """When, in words."""
+        """The trigger, as text."""
 
     @abstractmethod
     def due(self, counts: Counts) -> bool:
-        """True when it is time."""
+        """Return True if the event has to fire now."""
 
     @abstractmethod
     def progress(self, counts: Counts) -> str:
-        """How far it is, in words."""
+        """Describe the progress toward the trigger, as text."""
 
     def keep(self, points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-        """The observations that the trigger still needs."""
+        """Return the observations that the trigger still needs."""
         return points
 
 
 @dataclass(frozen=True, kw_only=True)
 class At(Event):
-    """Grow after a number of steps, or of tokens.
+    """Grow after a number of steps or tokens.
 
     Attributes:
-        step: Steps that changed weights, from the start of the run.
-        tokens: Tokens, as ``schedule.observe(tokens=...)`` counts them.
+        step: Number of optimizer steps that changed weights, from the start of the run.
+        tokens: Number of tokens, as counted by ``schedule.observe(tokens=...)``.
 
     Raises:
-        PlanError: Neither or both are given, or not a positive number.
+        PlanError: Neither or both of ``step`` and ``tokens`` are given, the number is not positive, or ``step`` is not whole.
 
     Example:
         >>> At(step=1000, to={"hidden": 1024})
@@ -115,26 +115,26 @@ class At(Event):
 
     @property
     def counts_tokens(self) -> bool:
-        """True when the trigger needs to know tokens."""
+        """True when the trigger needs token counts."""
         return self.tokens is not None
 
     def silent(self, counts: Counts) -> bool:
-        """True when nothing that the trigger counts was reported."""
+        """Return True if the trigger counts tokens or FLOPs and none were reported."""
         return self.tokens is not None and counts.n_tokens == 0
 
     @property
     def trigger(self) -> str:
-        """When, in words."""
+        """The trigger, as text."""
         return f"{self.tokens:,.0f} tokens" if self.tokens is not None else f"step {self.step:,}"
 
     def due(self, counts: Counts) -> bool:
-        """True when it is time."""
+        """Return True if the event has to fire now."""
         if self.tokens is not None:
             return counts.n_tokens >= self.tokens
         return self.step is not None and counts.n_steps >= self.step
 
     def progress(self, counts: Counts) -> str:
-        """How far it is, in words."""
+        """Describe the progress toward the trigger, as text."""
         if self.tokens is not None:
             return f"{counts.n_tokens:,.0f} of {self.tokens:,.0f} tokens"
         return f"step {counts.n_steps:,} of {self.step:,}"
@@ -142,16 +142,16 @@ class At(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class WhenPlateau(Event):
-    """Grow when a metric has not improved for a while; counting starts anew after the event before.
+    """Grow when a metric has not improved for ``patience`` observations; counting restarts after the previous event.
 
     Attributes:
-        metric: Name under which ``schedule.observe`` gets it.
-        patience: Observations in a row without an improvement.
-        min_delta: What an improvement has to exceed.
-        mode: ``"min"``: smaller is better. ``"max"``: larger is.
+        metric: Name under which ``schedule.observe`` gets the metric.
+        patience: Number of consecutive observations without an improvement.
+        min_delta: Difference that an improvement has to exceed.
+        mode: ``"min"``: a smaller value is better. ``"max"``: a larger value is better.
 
     Raises:
-        PlanError: ``patience`` below 1, a negative ``min_delta``, or an unknown mode.
+        PlanError: ``patience`` is below 1, ``min_delta`` is negative, or ``mode`` is unknown.
 
     Example:
         >>> WhenPlateau(metric="eval_loss", patience=5, min_delta=0.01, to="1.5x")
@@ -171,26 +171,26 @@ class WhenPlateau(Event):
 
     @property
     def observes(self) -> str | None:
-        """Name of the metric that the trigger looks at."""
+        """Name of the metric that the trigger reads."""
         return self.metric
 
     @property
     def trigger(self) -> str:
-        """When, in words."""
+        """The trigger, as text."""
         by = f" by more than {self.min_delta:g}" if self.min_delta else ""
         return f"{self.metric} ({self.mode}) not better{by} for {self.patience:,}"
 
     def keep(self, points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-        """The best observation, and those since."""
+        """Return the best observation and all later observations."""
         gain = (points[0][1] - points[-1][1]) * (1 if self.mode == "min" else -1)
         return points[-1:] if gain > self.min_delta else points
 
     def due(self, counts: Counts) -> bool:
-        """True when it is time."""
+        """Return True if the event has to fire now."""
         return len(counts.points) > self.patience
 
     def progress(self, counts: Counts) -> str:
-        """How far it is, in words."""
+        """Describe the progress toward the trigger, as text."""
         if not counts.points:
             return f"no {self.metric!r} observed yet"
         return (
@@ -200,18 +200,18 @@ class WhenPlateau(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class WhenSlope(Event):
-    """Grow when a loss falls too slowly for its compute: staged training's rule.
+    """Grow when a loss falls too slowly for its compute: the rule of staged training.
 
-    The slope is ``-d loss / d ln(compute)``, by least squares over the last observations since the event before. Compute is what
-    ``schedule.observe`` gets as ``flops``, or 6 x tokens x parameters.
+    The slope ``-d loss / d ln(compute)`` is fitted by least squares to the last observations since the previous event. Compute is
+    the sum of the ``flops`` that ``schedule.observe`` gets, or 6 x tokens x parameters.
 
     Attributes:
-        tau: The slope below which to grow; that of the target's own loss curve saves most.
-        window: Observations that the slope is taken over.
+        tau: Slope below which the model grows; the slope of the target's own loss curve saves the most compute.
+        window: Number of observations in the fit.
         metric: Name under which ``schedule.observe`` gets the loss.
 
     Raises:
-        PlanError: ``tau`` is no number, or ``window`` below 2.
+        PlanError: ``tau`` is not finite, or ``window`` is below 2.
 
     Reference:
         Shen, Walsh, Keutzer, Dodge, Peters, Beltagy, "Staged Training for Transformer Language Models", ICML 2022, arXiv:2203.06211.
@@ -229,40 +229,40 @@ class WhenSlope(Event):
 
     @property
     def observes(self) -> str | None:
-        """Name of the metric that the trigger looks at."""
+        """Name of the metric that the trigger reads."""
         return self.metric
 
     @property
     def counts_tokens(self) -> bool:
-        """True when the trigger needs to know tokens."""
+        """True when the trigger needs token counts."""
         return True
 
     def silent(self, counts: Counts) -> bool:
-        """True when nothing that the trigger counts was reported."""
+        """Return True if the trigger counts tokens or FLOPs and none were reported."""
         return counts.n_flops == 0
 
     @property
     def trigger(self) -> str:
-        """When, in words."""
+        """The trigger, as text."""
         return f"slope of {self.metric} over {self.window:,} below {self.tau:g}"
 
     def keep(self, points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-        """The window."""
+        """Return the last ``window`` observations."""
         return points[-self.window :]
 
     def due(self, counts: Counts) -> bool:
-        """True when it is time."""
+        """Return True if the event has to fire now."""
         found = self.slope(counts)
         return len(counts.points) >= self.window and found is not None and found < self.tau
 
     def progress(self, counts: Counts) -> str:
-        """How far it is, in words."""
+        """Describe the progress toward the trigger, as text."""
         found = self.slope(counts)
         seen = f"{len(counts.points):,} of {self.window:,} observed"
         return seen if found is None else f"slope {found:.3g}, {seen}"
 
     def slope(self, counts: Counts) -> float | None:
-        """``-d metric / d ln(compute)`` over the window; None while compute is one number."""
+        """Return ``-d metric / d ln(compute)`` over the window; None if all observations have the same compute."""
         points = [(x, y) for x, y in counts.points if x > 0]
         n, xs, ys = max(1, len(points)), [log(x) for x, _ in points], [y for _, y in points]
         x_mean, y_mean = sum(xs) / n, sum(ys) / n
@@ -272,14 +272,14 @@ class WhenSlope(Event):
 
 
 def target_of(event: Event) -> str:
-    """What an event grows, in words."""
+    """Return the target sizes of an event, as text."""
     if isinstance(event.to, str):
         return event.to
     return ", ".join(f"{name}={value}" for name, value in event.to.items())
 
 
 def disorder(events: Sequence[Event]) -> list[str]:
-    """Why these events cannot follow each other: steps or tokens that go backwards, sizes that shrink."""
+    """Return the reasons why events cannot be scheduled: unknown options, or steps, tokens or sizes that decrease."""
     if not events or not all(isinstance(event, Event) for event in events):  # pyright: ignore[reportUnnecessaryIsInstance]
         found = ", ".join(type(event).__name__ for event in events)
         return [f"expected At, WhenPlateau or WhenSlope events, got {found or 'none'}."]
@@ -294,7 +294,7 @@ def disorder(events: Sequence[Event]) -> list[str]:
     ]
     reached: dict[
         str, tuple[int, float]
-    ] = {}  # what -> the event that named it last, and its number
+    ] = {}  # quantity -> last event that names the quantity, and the largest number
     for i, event in enumerate(events):
         named: dict[str, object] = dict(event.to) if not isinstance(event.to, str) else {}
         numbers: list[tuple[str, object]] = [(f"size {k}", n) for k, n in named.items()]
@@ -312,10 +312,10 @@ def disorder(events: Sequence[Event]) -> list[str]:
 
 
 def unknown_sizes(events: Sequence[Event], spec: ModelSpec) -> list[str]:
-    """What a model cannot be asked for; numbers are not looked at, as those of growths that have been are reached already.
+    """Return the size names that a model lacks. Numbers are not checked, because the model may already have reached them.
 
     Raises:
-        PlanError: A factor that cannot be read.
+        PlanError: A growth factor cannot be parsed or applied.
     """
     problems: list[str] = []
     for event in events:
@@ -331,15 +331,18 @@ def unknown_sizes(events: Sequence[Event], spec: ModelSpec) -> list[str]:
 def read_state(
     state: Mapping[str, Any], n_events: int
 ) -> tuple[Counts, list[int], list[str], list[str]]:
-    """Counts, the steps at which events fired, the plans that ran and all events in words, of a schedule's ``state_dict``.
+    """Parse the ``state_dict`` of a schedule.
+
+    Returns:
+        Counts, steps of the fired events, records of the growths, and all events as text.
 
     Raises:
-        PlanError: It is not one.
+        PlanError: ``state`` is not a state dict of a schedule.
     """
     try:
         n = state["counts"]
         points = [(float(x), float(y)) for x, y in n["points"]]
-        curve = LossCurve.from_state(n.get("curve", {}))  # states of earlier versions have none
+        curve = LossCurve.from_state(n.get("curve", {}))  # earlier versions wrote no curve
         counts = Counts(int(n["n_steps"]), float(n["n_tokens"]), float(n["n_flops"]), points, curve)
         fired, history = (
             [int(step) for step in [*state["fired"]]],
