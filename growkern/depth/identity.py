@@ -1,7 +1,7 @@
 """Depth growth by blocks that start as the identity: exact.
 
-Wu et al., "LLaMA Pro: Progressive LLaMA with Block Expansion", ACL 2024, arXiv:2401.02415: copies of blocks whose attention
-output and down projections are zero, spread evenly. Post-norm blocks take over the last norm of the block before them instead.
+Wu et al., "LLaMA Pro: Progressive LLaMA with Block Expansion", ACL 2024, arXiv:2401.02415: copies of blocks with zero
+attention output and down projections, spread evenly. A new post-norm block also takes over the last norm of the block before it.
 """
 
 from dataclasses import dataclass
@@ -12,9 +12,10 @@ from growkern.planning.decisions import LayerOrder
 
 @dataclass(frozen=True)
 class IdentityBlocks:
-    """Insert copies of blocks that compute the identity, spread evenly (LLaMA-Pro's positions where they divide).
+    """Insert blocks that compute the identity, spread evenly (LLaMA Pro's positions where the numbers of blocks divide).
 
-    The attention output and the down projection of a new block are 0; its other weights are those of the block before it.
+    The attention output and down projections of a new block are 0 (in Gemma 2: the gains of the norms behind these projections). All
+    other weights are copies of the block before it.
 
     Preserves:
         The function; in post-norm models up to the epsilon of the norms.
@@ -28,5 +29,5 @@ class IdentityBlocks:
     """
 
     def deepen(self, n_source: int, n_target: int) -> LayerOrder:
-        """Give the blocks of the target: after source block ``i``, as many new ones as keep the spread even."""
+        """Return the blocks of the target, with the new blocks spread evenly behind the source blocks."""
         return LayerOrder(spread(n_source, n_target), identity=True)

@@ -1,7 +1,7 @@
-"""Depth growth by copies beside their layers, and by any order of layers: not function preserving.
+"""Depth growth by copies next to their layers, or by any order of layers: not function preserving.
 
-Interpose: staged training (Shen et al., ICML 2022, arXiv:2203.06211), "interleaved" in AquilaMoE: target layer ``l`` copies source layer
-``l // k``. DepthUpscale: SOLAR (Kim et al., NAACL 2024, arXiv:2312.15166): ``[0 .. n - m - 1] + [m .. n - 1]``.
+Interpose: staged training (Shen et al., ICML 2022, arXiv:2203.06211), called "interleaved" in AquilaMoE: target layer ``l`` copies
+source layer ``l // k``. DepthUpscale: SOLAR (Kim et al., NAACL 2024, arXiv:2312.15166): ``[0 .. n - m - 1] + [m .. n - 1]``.
 """
 
 from collections import Counter
@@ -16,10 +16,10 @@ REASON = ("copied blocks compute their function twice",)
 
 @dataclass(frozen=True)
 class Interpose:
-    """Put copies beside their layers, spread evenly where the target is no whole multiple.
+    """Put the copies of a layer next to it, spread evenly if the target depth is no whole multiple of the source depth.
 
     Args:
-        halve_branches: Divide what the copies of a layer add to the residual stream by their number: nearly exact.
+        halve_branches: Divide what each copy of a layer adds to the residual stream by the number of copies: nearly exact.
         ignore_first: Layers at the bottom that are not repeated.
         ignore_last: Layers at the top that are not repeated.
 
@@ -40,7 +40,7 @@ class Interpose:
     ignore_last: int = 0
 
     def deepen(self, n_source: int, n_target: int) -> LayerOrder:
-        """Give the blocks of the target; raise PlanError when nothing is left to repeat."""
+        """Return the blocks of the target; raise PlanError if the ignored layers leave none to repeat."""
         n, m = between(n_source, n_target, self.ignore_first, self.ignore_last, "Interpose")
         order = around(
             [layer * n // m for layer in range(m)], n_source, self.ignore_first, self.ignore_last
@@ -54,9 +54,9 @@ class Interpose:
 
 @dataclass(frozen=True)
 class DepthUpscale:
-    """Put a copy of the model on the model, without the last ``m`` layers of the lower and the first ``m`` of the upper.
+    """Stack a copy of the model on the model: the lower one loses its last ``m`` layers, the copy its first ``m`` layers.
 
-    ``m`` follows from the depth of the target.
+    ``m`` follows from the target depth.
 
     Preserves:
         Nothing.
@@ -72,10 +72,10 @@ class DepthUpscale:
     """
 
     def deepen(self, n_source: int, n_target: int) -> LayerOrder:
-        """Give the blocks of the target; ``m`` follows from its depth.
+        """Return the blocks of the target; ``m`` follows from the target depth.
 
         Raises:
-            PlanError: The depth is not ``2 (n - m)`` for an ``m`` from 0 on that leaves every layer in.
+            PlanError: The target depth is not ``2 (n - m)`` with ``0 <= m <= n / 2``, so that every source layer stays.
         """
         if n_target == n_source:
             return LayerOrder(blocks(range(n_source), n_source, "DepthUpscale"))
@@ -94,7 +94,7 @@ class Layers:
     """Copy source layers in any order.
 
     Args:
-        order: For every layer of the target the layer of the source that it copies; ``(0, 1, 1, 2)``.
+        order: Index of the source layer that each target layer copies, e.g. ``(0, 1, 1, 2)``.
 
     Preserves:
         Nothing.
@@ -105,13 +105,13 @@ class Layers:
         [0, 1, 1]
 
     Reference:
-        The orders of Du et al., NeurIPS 2024, arXiv:2405.15319, are all of this form.
+        All orders of Du et al., NeurIPS 2024, arXiv:2405.15319, have this form.
     """
 
     order: tuple[int, ...]
 
     def deepen(self, n_source: int, n_target: int) -> LayerOrder:
-        """Give the blocks of the target; raise PlanError where the order is not one of these layers or of this depth."""
+        """Return the blocks of the target; raise PlanError for an ``order`` of another length or one that ``blocks`` refuses."""
         if len(self.order) != n_target:
             raise PlanError(
                 f'Layers: the order has {len(self.order)} layers, the target {n_target}; pass to={{"layers": {len(self.order)}}}.'

@@ -1,4 +1,4 @@
-"""What depth methods share: orders of source layers, and the blocks they make."""
+"""Helpers of the depth methods: orders of source layers, and the target blocks that follow from an order."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from growkern.planning.decisions import BlockRow
 def blocks(
     order: Sequence[int], n_source: int, who: str, branch: Sequence[float] = ()
 ) -> tuple[BlockRow, ...]:
-    """The blocks of a target whose layer ``l`` copies source layer ``order[l]``: the first copy is the source's own block.
+    """Return the blocks of a target whose layer ``l`` copies source layer ``order[l]``; the first copy is the source's own block.
 
     Raises:
-        PlanError: A source layer is missing, beyond the model, or comes before the one below it.
+        PlanError: A source layer is missing or does not exist, or its first copy comes before the first copy of the layer below it.
     """
     first = {source: at for at, source in reversed([*enumerate(order)])}
     if sorted(first) != list(range(n_source)):
@@ -30,7 +30,7 @@ def blocks(
 
 
 def spread(n_source: int, n_target: int) -> tuple[BlockRow, ...]:
-    """The blocks of a target with new ones spread evenly: each follows the source block that it is built like."""
+    """Return the blocks of a target with new blocks spread evenly; each new block follows the source block that it copies."""
     n_new, found = n_target - n_source, list[BlockRow]()
     for i in range(n_source):
         found.append(BlockRow(i))
@@ -41,10 +41,10 @@ def spread(n_source: int, n_target: int) -> tuple[BlockRow, ...]:
 def between(
     n_source: int, n_target: int, ignore_first: int, ignore_last: int, who: str
 ) -> tuple[int, int]:
-    """Source and target depth of what is repeated.
+    """Return the source and target depth without the ignored layers.
 
     Raises:
-        PlanError: Nothing is left.
+        PlanError: The ignored layers leave none to repeat.
     """
     ignored = ignore_first + ignore_last
     if min(ignore_first, ignore_last) < 0 or ignored >= n_source:
@@ -55,7 +55,7 @@ def between(
 
 
 def around(order: Sequence[int], n_source: int, ignore_first: int, ignore_last: int) -> list[int]:
-    """An order of the layers in between, with those that are not repeated around it."""
+    """Put the ignored layers below and above ``order``, an order of the repeated layers."""
     return [
         *range(ignore_first),
         *(source + ignore_first for source in order),

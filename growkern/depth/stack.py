@@ -2,7 +2,7 @@
 
 Gong et al., "Efficient Training of BERT by Progressively Stacking", ICML 2019; Du et al., "Stacking Your Transformers",
 NeurIPS 2024, arXiv:2405.15319 (G_stack): target layer ``l`` copies source layer ``l mod n_source``. bert2BERT (Chen et al., ACL 2022,
-arXiv:2110.07143): whole stacks, and the remainder from the top. MSLT (Yang et al., arXiv:2011.13635) and gradual stacking: copies
+arXiv:2110.07143): whole stacks, and the remaining layers from the top. MSLT (Yang et al., arXiv:2011.13635) and gradual stacking: copies
 of the top layers.
 """
 
@@ -18,11 +18,11 @@ REASON = ("stacked blocks compute their function twice",)
 
 @dataclass(frozen=True)
 class Stack:
-    """Repeat the layers until the target depth is reached; optimizer state comes along.
+    """Repeat the layers, with their optimizer state, until the target depth is reached.
 
     Args:
-        remainder: Where what does not fill a whole stack comes from: the ``"bottom"`` (StackBERT, G_stack: ``l mod n_source``) or
-            the ``"top"`` (bert2BERT).
+        remainder: Source layers of an incomplete stack: the ``"bottom"`` layers (StackBERT, G_stack: ``l mod n_source``) or the
+            ``"top"`` layers (bert2BERT).
         ignore_first: Layers at the bottom that are not repeated.
         ignore_last: Layers at the top that are not repeated.
 
@@ -44,7 +44,7 @@ class Stack:
     ignore_last: int = 0
 
     def deepen(self, n_source: int, n_target: int) -> LayerOrder:
-        """Give the blocks of the target; raise PlanError when nothing is left to repeat."""
+        """Return the blocks of the target; raise PlanError if the ignored layers leave none to repeat."""
         if self.remainder not in ("bottom", "top"):
             raise PlanError(f"Stack: remainder={self.remainder!r}; 'bottom' or 'top'.")
         n, m = between(n_source, n_target, self.ignore_first, self.ignore_last, "Stack")
@@ -61,8 +61,8 @@ class TopCopies:
     """Append copies of the top layers (MSLT, gradual stacking).
 
     Args:
-        n: How many of the top are copied, again and again until the target depth is reached; None for as many as are added, at
-            most all.
+        n: Number of top layers that are copied, repeatedly until the target depth is reached; None for the number of added layers,
+            at most all layers.
 
     Preserves:
         Nothing.
@@ -80,7 +80,7 @@ class TopCopies:
     n: int | None = None
 
     def deepen(self, n_source: int, n_target: int) -> LayerOrder:
-        """Give the blocks of the target; raise PlanError when there are not so many layers."""
+        """Return the blocks of the target; raise PlanError unless ``n`` is from 1 to the source depth."""
         n_new = n_target - n_source
         n = min(n_new, n_source) if self.n is None else self.n
         if n_new and not 1 <= n <= n_source:

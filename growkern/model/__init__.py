@@ -1,1 +1,1 @@
-"""DESCRIBE: what a model is, as names and shapes; never values."""
+"""DESCRIBE: a model to a ModelSpec of names and shapes, without values."""

@@ -1,4 +1,4 @@
-"""A live model and optimizer -> what growkern knows of them. The only reader of live structure; it never reads values."""
+"""Describe a live model as a ModelSpec. This module reads names, shapes and module attributes, never values of tensors."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -23,9 +23,8 @@ WRAPPERS = {
     "BaseTuner": adapters,
     "BaseTunerLayer": adapters,
 }
-LEAVES: dict[
-    str, dict[str, int]
-] = {  # class name of a leaf module, or of its base -> attribute that caches a size -> axis of its weight
+# class name of a leaf module, or of its base -> attribute that caches a size -> axis of the module's weight
+LEAVES: dict[str, dict[str, int]] = {
     "Linear": {"out_features": 0, "in_features": 1},
     "Conv1D": {"nx": 0, "nf": 1},
     "Embedding": {"num_embeddings": 0, "embedding_dim": 1},
@@ -34,7 +33,8 @@ LEAVES: dict[
     "Conv2d": {"out_channels": 0, "in_channels": 1},
 }
 
-CONFIGS: dict[str, Callable[[nn.Module], object]] = {  # package -> where its models say their sizes
+# package -> function that returns the object with the sizes of a model
+CONFIGS: dict[str, Callable[[nn.Module], object]] = {
     "transformers": lambda model: model.config,
     "torch": lambda model: model,
 }
@@ -44,15 +44,15 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> ModelSpec:
     """Describe a model: which axes of which tensors use which spaces.
 
     Args:
-        model: A model of a known family, or any module with its ``spec``.
-        spec: Description of a model of your own; checked against the model.
+        model: A model of a known family, or any module together with a ``spec``.
+        spec: Description of a model of your own. ``describe`` checks it against the model.
 
     Returns:
-        The spec, with the sizes that leaf modules cache.
+        The spec, with ``leaves`` filled in and every tie ordered reader -> writer.
 
     Raises:
-        UnsupportedModelError: An unknown family, a wrapper, parameters that cannot be grown, or a spec that does not cover
-            every parameter and persistent buffer; every reason at once.
+        UnsupportedModelError: The family is unknown, the model is wrapped, parameters cannot be grown, or the spec does not fit the
+            model or does not cover every parameter and persistent buffer. The message lists all problems of the first failing check.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UnsupportedModelError(
@@ -95,12 +95,12 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> ModelSpec:
 
 
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every module under every name it has."""
+    """Return all modules, each under all of its names."""
     return list(model.named_modules(remove_duplicate=False))  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
 
 def cached_sizes(kind: type) -> Mapping[str, int]:
-    """What modules of a class cache of their weight's shape: attribute -> axis."""
+    """Return the attributes that cache sizes of the weight in modules of a class: attribute -> axis of the weight."""
     return next(
         (LEAVES[base.__name__] for base in kind.__mro__ if base.__name__ in LEAVES),
         dict[str, int](),
@@ -121,12 +121,13 @@ def _family(model: nn.Module) -> ModelSpec:
     refuse_unknown(kind)
     spec = FAMILIES[kind.__name__](CONFIGS[kind.__module__.partition(".")[0]](model))
     live = dict(model.named_parameters(remove_duplicate=False))
+    # transformers unties two parameters if the checkpoint has different values for them
     same = {a: b for a, b in spec.ties.items() if live.get(a) is live.get(b)}
-    return replace(spec, ties=same)  # transformers unties what a checkpoint holds two values of
+    return replace(spec, ties=same)
 
 
 def _wrappers(model: nn.Module) -> Iterator[str]:
-    found: dict[str, str] = {}  # by the way out: the outermost is enough
+    found: dict[str, str] = {}  # keyed by remedy: the outermost wrapper is enough
     for name, module in _modules(model):
         for kind in type(module).__mro__:
             if kind.__name__ in WRAPPERS:
@@ -171,7 +172,7 @@ def _unfit(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """True where two elements may lie in one place."""
+    """True when two elements may share a memory location."""
     span = 1
     for stride, n in sorted(
         (s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1
@@ -212,7 +213,7 @@ def _misshapen(spec: ModelSpec, live: dict[str, Tensor]) -> Iterator[str]:
 
 
 def _absent(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
-    """Attributes, sizes and blocks that the spec names and the model does not have."""
+    """Yield attributes, modules, sizes, stream writers and blocks that the spec names and the model does not have."""
     modules = dict(_modules(model))
     for where, size in (
         *spec.attributes.items(),
@@ -243,7 +244,7 @@ def _absent(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
 
 
 def _misplaced(stack: Blocks, spec: ModelSpec, container: nn.Module | None) -> Iterator[str]:
-    """What a model has otherwise than the spec's stack of blocks."""
+    """Yield the differences between the model's container of blocks and the spec's stack of blocks."""
     if not isinstance(container, nn.ModuleList):
         yield f"{stack.path}: the spec says blocks lie there, but it is no ModuleList of the model."
     elif len(container) != spec.sizes.get(stack.size):
@@ -258,7 +259,7 @@ def _misplaced(stack: Blocks, spec: ModelSpec, container: nn.Module | None) -> I
 
 
 def _directed(spec: ModelSpec, tied: str, first: str) -> tuple[str, str]:
-    """A tie, with the use that writes a stream as the first name: it decides how the tensor grows."""
+    """Order the names of a tie as (reader, writer): the axes of the writer decide how the tensor grows."""
     roles = zip(spec.tensors[tied], spec.tensors[first], strict=True)
     return (
         (first, tied)

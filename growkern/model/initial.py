@@ -1,4 +1,4 @@
-"""Blocks that the model's own code initialises: on the CPU, from a seed of their own."""
+"""Initialize new blocks with the model's own code, on the CPU, from one seed per block."""
 
 from collections.abc import Callable
 from hashlib import blake2b
@@ -14,17 +14,17 @@ Initialise = Callable[[nn.Module], object]
 
 
 def blank(p: Tensor) -> Tensor:
-    """Where a parameter is drawn: on the CPU, in float32 at least, NaN until something writes it."""
+    """Return a CPU tensor in at least float32, filled with NaN, for the model's code to initialize."""
     return torch.full(p.shape, nan, dtype=torch.promote_types(p.dtype, torch.float32))
 
 
 def seed_of(seed: int, name: str) -> int:
-    """The seed of a block's draws: that of the plan, and the block's name."""
+    """Return the seed of a block's draws: a hash of the plan's seed and the block's name."""
     return int.from_bytes(blake2b(f"{seed} {name}".encode(), digest_size=7).digest(), "little")
 
 
 def initialiser(model: nn.Module, name: str) -> Initialise | None:
-    """``_init_weights`` of the closest module around a block that has one (transformers, nanoGPT); None where none has."""
+    """Return ``_init_weights`` of the closest module around a block that has one (transformers, nanoGPT), or None."""
     while name:
         name = name.rpartition(".")[0]
         found: Any = getattr(model.get_submodule(name), "_init_weights", None)
@@ -34,15 +34,15 @@ def initialiser(model: nn.Module, name: str) -> Initialise | None:
 
 
 def initialise(block: nn.Module, around: Initialise | None, seed: int) -> None:
-    """Initialise a block whose parameters are ``blank``, as its constructors do and then as the model does.
+    """Initialize a block whose parameters are ``blank``: first as its constructors do, then as the model does.
 
     Args:
         block: A block on the CPU.
-        around: What the model applies to every module, children first; None for nothing.
-        seed: Of the CPU's generator, which is afterwards as it was; no other generator is touched.
+        around: Function that the model applies to every module, children first; None to apply no function.
+        seed: Seed of the CPU generator, whose state is restored afterwards; no other generator is touched.
 
     Raises:
-        UnsupportedModelError: The model's code fails, or leaves a parameter unwritten.
+        UnsupportedModelError: The model's code fails, or does not initialize a parameter.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -70,7 +70,7 @@ WAY_OUT = "Give it one, or choose another depth method, such as IdentityBlocks()
 
 
 def _reset(module: nn.Module) -> None:
-    """What a constructor does to the parameters of a module."""
+    """Initialize the parameters of a module as its constructor does."""
     reset: Any = getattr(module, "reset_parameters", None) or getattr(
         module, "_reset_parameters", None
     )

@@ -1,4 +1,4 @@
-"""How a spec is written: the tensors of linear layers, embeddings and norms, by the axes that they read and write."""
+"""Helpers to write a spec: the tensors of linear layers, embeddings and norms, by the axes that they read and write."""
 
 from typing import Any, Literal
 
@@ -12,12 +12,12 @@ def _segments(axis: Axis) -> tuple[Segment, ...]:
 
 
 def writer(axis: Axis) -> AxisUse:
-    """An axis that produces its streams."""
+    """Return an axis that produces its streams."""
     return AxisUse("writer", _segments(axis))
 
 
 def reader(axis: Axis) -> AxisUse:
-    """An axis that contracts its streams."""
+    """Return an axis that contracts its streams."""
     return AxisUse("reader", _segments(axis))
 
 
@@ -44,7 +44,7 @@ def norm(
     eps: str = "eps",
     offset: float = 0.0,
 ) -> dict[str, TensorSpec]:
-    """Describe a normalisation with gain ``offset + weight`` and, by default for LayerNorm, ``bias``."""
+    """Describe a norm with gain ``offset + weight`` and, by default for LayerNorm, ``bias``."""
     gain = AxisUse("gain", _segments(writes), Norm(reads, kind, eps, offset))
     has_bias = kind == "layer" if bias is None else bias
     return {f"{name}.weight": (gain,)} | ({f"{name}.bias": (writer(writes),)} if has_bias else {})
@@ -66,7 +66,7 @@ def head_norms(attention: str) -> dict[str, TensorSpec]:
 
 
 def rope_fixed(config: object) -> dict[str, str]:
-    """Why head_dim cannot grow: scaled RoPE whose frequencies follow from more than their place in a head."""
+    """Return why head_dim cannot grow, if the frequencies of the RoPE type depend on more than ``j / head_dim``; else an empty dict."""
     rope: Any = getattr(config, "rope_parameters", None) or {}
     kinds: set[str] = {
         r.get("rope_type", "default") for r in (rope, *rope.values()) if hasattr(r, "get")

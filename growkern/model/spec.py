@@ -1,10 +1,10 @@
-"""What a model is made of: spaces, the axes that use them, and the data a growth needs beside tensors.
+"""Description of a model: spaces, the axes that use spaces, and the metadata that a growth needs beside tensors.
 
 A *space* is a named set of coordinates shared by axes; its name before the first dot is the user's size (``"ffn.3"`` has size
 ``ffn``; ``residual`` has size ``hidden``; ``group`` has ``heads / kv_heads``). A *stream* is an activation on a space, written
-``"space"`` or ``"space:name"``: streams of one space share an index map, each has its own scales. An axis is a list of
-segments, each the row-major product of streams, fixed sizes and streams side by side: ``("kv_heads.0", "group.0", "head_dim")``.
-A head_dim that can grow tells ``QUERY``, ``KEY`` and ``VALUE`` apart: the first two meet in a product.
+``"space"`` or ``"space:name"``: streams of one space share an index map, each has its own scales. An axis is a list of segments.
+A segment is the row-major product of streams, fixed sizes and concatenated streams: ``("kv_heads.0", "group.0", "head_dim")``.
+A spec whose head_dim can grow uses the streams ``QUERY``, ``KEY`` and ``VALUE``, because attention multiplies queries by keys.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,23 +19,21 @@ Segment = tuple[Component, ...]
 Axis = str | Segment | Sequence[Segment]
 
 QUERY, KEY, VALUE = "head_dim:query", "head_dim:key", "head_dim:value"
-RAW = {QUERY: "head_dim:raw_query", KEY: "head_dim:raw_key"}  # before norms of their own
-SHARE = "experts:share"  # what the router gives an expert: the shares of the chosen sum to one
+RAW = {QUERY: "head_dim:raw_query", KEY: "head_dim:raw_key"}  # queries and keys before their norms
+SHARE = "experts:share"  # router weight of an expert: the weights of the chosen experts sum to one
 SIZE_OF_SPACE = {"residual": "hidden"}  # every other space is named after its size
-EXACT_EPS = (
-    1e-10  # an epsilon below changes what is normalised twice by less than rounding in float32
-)
+EXACT_EPS = 1e-10  # below this epsilon, a second normalization changes values by less than rounding in float32
 
 
 @dataclass(frozen=True)
 class Norm:
-    """How a normalisation joins two streams of one space.
+    """A norm, which reads one stream of a space and writes another stream of the same space.
 
     Attributes:
-        reads: The stream it normalises.
+        reads: Stream that the norm reads.
         kind: ``"rms"`` divides by the root mean square, ``"layer"`` subtracts the mean first.
-        eps: Name of the module attribute that holds its epsilon.
-        offset: What the module adds to its parameter: the gain is ``offset + weight``.
+        eps: Name of the module attribute that holds the epsilon.
+        offset: Constant that the module adds to its weight: the gain is ``offset + weight``.
     """
 
     reads: str
@@ -50,8 +48,8 @@ class AxisUse:
 
     Attributes:
         role: ``"writer"`` (fan-out, bias), ``"reader"`` (fan-in) or ``"gain"`` (of a norm: writes one stream, reads another).
-        segments: What the axis holds, in order.
-        norm: The norm, for a gain.
+        segments: Segments of the axis, in order.
+        norm: Norm of a gain; None for other roles.
     """
 
     role: Role
@@ -60,14 +58,14 @@ class AxisUse:
 
     @property
     def streams(self) -> list[str]:
-        """Every stream on it."""
+        """Return every stream on the axis."""
         parts = [c for segment in self.segments for c in segment]
         return [
             s for c in parts for s in (c if isinstance(c, tuple) else (c,)) if isinstance(s, str)
         ]
 
     def size(self, sizes: Mapping[str, int]) -> int:
-        """Its length at the given sizes."""
+        """Return the length of the axis at the given sizes."""
         return sum(prod(space_size(c, sizes) for c in segment) for segment in self.segments)
 
     def __str__(self) -> str:
@@ -86,13 +84,14 @@ class Blocks:
 
     Attributes:
         path: Name of the ``ModuleList``.
-        identity: Tensors of a block (names inside it) and the constant that turns the block into the identity.
-        carries: For post-norm blocks: tensors that move on to the inserted block, and the constant that stays behind.
-        outputs: Tensors whose product with a number is that number times what the block adds; by default those that are 0 in
-            the identity.
-        first_copied: The first block that new ones may copy; those before it are unlike all others.
-        reasons: Why a new block is not quite the identity (a post-norm block is, up to the epsilon of its norms); empty when it is.
-        size: Name of the size that is their number.
+        identity: Tensor of a block (name inside the block) -> constant that makes the block the identity.
+        carries: For post-norm blocks: tensor that moves from a block to the last block inserted behind it -> constant that replaces
+            the tensor in the block and in all other inserted blocks.
+        outputs: Tensors whose multiplication by a number multiplies what the block adds to the residual stream by that number. By
+            default the tensors that are 0 in ``identity``.
+        first_copied: Index of the first block that new blocks may copy; earlier blocks have another structure than all others.
+        reasons: Why a new block is not exactly the identity (a post-norm block is, up to the epsilon of its norms); empty when it is.
+        size: Name of the size that counts the blocks.
     """
 
     path: str
@@ -105,7 +104,7 @@ class Blocks:
 
     @property
     def branches(self) -> tuple[str, ...]:
-        """See ``outputs``."""
+        """Return ``outputs``, or by default the tensors that are 0 in ``identity``."""
         return self.outputs or tuple(name for name, value in self.identity.items() if value == 0)
 
 
@@ -119,7 +118,7 @@ class Power:
     base: int = 1
 
 
-ROOT = Power("head_dim", -0.5)  # of attention scores
+ROOT = Power("head_dim", -0.5)  # scale of attention scores
 Size = (
     str | tuple[str, ...] | Power
 )  # a size name, or a product of them; "block" is the index of the block
@@ -127,30 +126,30 @@ Size = (
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What growkern knows of a model: names, sizes and roles, never values.
+    """Description of a model: names, sizes and roles, never values.
 
     Attributes:
         family: Name for messages.
         sizes: Every size that a user can name, e.g. ``{"hidden": 768, "layers": 12}``.
-        tensors: For every parameter and persistent buffer, how its axes use the spaces.
-        ties: Name -> name of the same parameter under its first name. Both are in ``tensors``.
-        blocks: What depth growth repeats; None when the model has no blocks.
-        others: Further stacks of blocks, each with a size of its own (a decoder's beside the encoder's).
-        attributes: ``"module.path.attribute"`` -> size; what modules cache. Sizes of leaf modules follow by themselves.
-        config: Field of ``model.config``, and of every other config in the model, -> size; ``"module.path.field"`` where the config
-            of one module differs.
-        leaves: ``"module.path.attribute"`` -> tensor and axis whose size it caches; ``describe`` fills it in from module types.
+        tensors: Name of every parameter and persistent buffer -> its axes.
+        ties: Name of a tied tensor -> name of the tensor that is the same parameter. Both names are in ``tensors``.
+        blocks: Blocks that depth growth repeats; None when the model has no blocks.
+        others: Further stacks of blocks, each with a size of its own (the decoder's blocks beside the encoder's).
+        attributes: ``"module.path.attribute"`` -> size that the attribute caches. ``describe`` adds the attributes of leaf modules.
+        config: Field of ``model.config`` and of every other config in the model -> size. ``"module.path.field"`` is the field of the
+            config of one module.
+        leaves: ``"module.path.attribute"`` -> tensor and axis whose size the attribute caches; filled in by ``describe``.
         counters: Buffers that hold 0, 1, ... n - 1 along their last axis.
         config_lists: Fields of ``model.config`` that hold one entry per block.
         config_eps: Field of ``model.config`` that holds the epsilon of the norms.
-        hidden_is_heads: True when the model has no head_dim of its own: hidden = heads x head_dim.
-        powers: Stream -> the power of a size that the model multiplies it with, between what writes it and what reads it. A stream
-            that nothing reads joins those of its space that norms read.
-        rotary: The share of head_dim, from its start, whose halves are turned in pairs (RoPE); 0 for none.
-        rebuilt: Modules without parameters whose buffers follow from the config (rotary embeddings): made anew when head_dim grows.
-        saved: A size and its unit: transformers saves the model only where the first is a multiple of the second.
+        hidden_is_heads: True when the config has no field for head_dim: hidden = heads x head_dim.
+        powers: Stream -> power of a size by which the model multiplies the stream between its writers and its readers. A stream
+            without readers (Gemma 2's embedding) is added to a stream of its space that norms read.
+        rotary: Fraction of head_dim, from its start, that RoPE rotates by pairing the coordinates of its two halves; 0 without RoPE.
+        rebuilt: Modules without parameters whose buffers follow from the config (rotary embeddings); rebuilt when head_dim grows.
+        saved: Two sizes: transformers saves the model only if the first size is a multiple of the second.
         post_norm: True when norms write the residual stream itself: after every sum, or once after the embedding.
-        fixed: Size -> why it cannot grow in this model.
+        fixed: Size -> why the size cannot grow in this model.
     """
 
     family: str
@@ -174,18 +173,18 @@ class ModelSpec:
     fixed: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def shape(self, name: str, sizes: Mapping[str, int] | None = None) -> tuple[int, ...]:
-        """Shape of a tensor at the given sizes (default: the source's)."""
+        """Return the shape of a tensor at the given sizes (default: the source's)."""
         at = self.sizes if sizes is None else sizes
         return tuple(axis.size(at) for axis in self.tensors[name])
 
     @cached_property
     def axes(self) -> Mapping[AxisUse, str]:
-        """Every axis, and its name."""
+        """Return every axis -> its name."""
         return {axis: str(axis) for axes in self.tensors.values() for axis in axes}
 
     @cached_property
     def spaces(self) -> Mapping[str, list[str]]:
-        """Every space and its streams."""
+        """Return every space -> its streams."""
         spaces: dict[str, list[str]] = {}
         for stream in self.streams:
             spaces.setdefault(space_of(stream), []).append(stream)
@@ -193,7 +192,7 @@ class ModelSpec:
 
     @cached_property
     def streams(self) -> list[str]:
-        """Every stream, in order of appearance."""
+        """Return every stream, in order of appearance."""
         names: dict[str, None] = {}
         for axes in self.tensors.values():
             for axis in axes:
@@ -203,7 +202,7 @@ class ModelSpec:
         return list(names)
 
     def norms(self) -> list[tuple[str, AxisUse, Norm]]:
-        """Every norm: the name of its gain, the gain's axis, the norm."""
+        """Return every norm, as the name of its gain, the axis of the gain, and the norm."""
         return [
             (name, axes[0], axes[0].norm)
             for name, axes in self.tensors.items()
@@ -212,11 +211,11 @@ class ModelSpec:
 
     @cached_property
     def stacks(self) -> tuple[Blocks, ...]:
-        """All stacks of blocks."""
+        """Return all stacks of blocks."""
         return (*((self.blocks,) if self.blocks else ()), *self.others)
 
     def block_of(self, name: str) -> tuple[Blocks, int, str] | None:
-        """The stack a tensor or module lies in, the index of its block, and its name inside the block."""
+        """Return the stack that contains a tensor or module, the block's index and the name inside the block; None if no stack does."""
         if name not in self._places:
             self._places[name] = self._place(name)
         return self._places[name]
@@ -238,12 +237,12 @@ class ModelSpec:
 
 
 def space_of(stream: str) -> str:
-    """The space a stream lives on."""
+    """Return the space of a stream."""
     return stream.partition(":")[0]
 
 
 def space_size(component: Component, sizes: Mapping[str, int]) -> int:
-    """Size of a space (or a fixed size, or spaces side by side) under the given named sizes."""
+    """Return the size of a space, a fixed size, or concatenated spaces under the given named sizes."""
     if isinstance(component, int):
         return component
     if isinstance(component, tuple):
@@ -259,14 +258,14 @@ def _size_name(component: str) -> str:
 
 
 def size_value(size: Size, sizes: Mapping[str, int]) -> float:
-    """Value of an attribute or config field: a size, a product of sizes, or a power of one (a float)."""
+    """Return the value of an attribute or config field: a size, a product of sizes, or a power of a size (a float)."""
     if isinstance(size, Power):
         return size.factor * (space_size(size.size, sizes) / size.base) ** size.exponent
     return prod(space_size(name, sizes) for name in ([size] if isinstance(size, str) else size))
 
 
 def writer_corrections(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[str, float]:
-    """Stream -> factor on what writes it, so that the powers of sizes that the model multiplies it with change nothing."""
+    """Return stream -> factor on the writers of the stream that cancels the change of its size power (``ModelSpec.powers``)."""
     return {
         stream: (space_size(power.size, sizes) / space_size(power.size, spec.sizes))
         ** -power.exponent
@@ -275,7 +274,7 @@ def writer_corrections(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[str, f
 
 
 def post_norm_eps_reason(eps: float) -> tuple[str, ...]:
-    """Why a new post-norm block with norms of this epsilon is not the identity: it normalises what is normalised already."""
+    """Return why a new post-norm block with this epsilon is not the identity: the block normalizes a normalized input again."""
     return (
         (f"new post-norm blocks are the identity only up to the epsilon of their norms, {eps:g}",)
         if eps > EXACT_EPS

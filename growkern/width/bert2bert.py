@@ -1,4 +1,4 @@
-"""Function-preserving and advanced initialisation: Net2Net's maps for a whole transformer.
+"""Function-preserving and advanced knowledge initialization: Net2Net's index maps for a whole transformer.
 
 Chen et al., "bert2BERT", ACL 2022, arXiv:2110.07143 (FPI, section 3.2; AKI, section 3.3); Chen, Goodfellow, Shlens, "Net2Net",
 ICLR 2016, arXiv:1511.05641; "AquilaMoE", arXiv:2408.06567 (AKI-Pro).
@@ -20,17 +20,17 @@ MAPS = ("random", "cyclic")
 
 @dataclass(frozen=True)
 class FPI:
-    """Function-preserving initialisation: new coordinates copy old ones, readers are divided by the number of copies.
+    """Function-preserving initialization: new coordinates copy old ones, readers are divided by the number of copies.
 
-    Exact where no norm reads the space, and at whole multiples of a cyclic map; random maps are inexact under norms, as published.
-    Equal copies with equal factors stay equal: nothing here breaks their symmetry.
+    FPI is exact where no norm reads the space, and at whole multiples with a cyclic map; random maps are inexact under norms, as
+    published. Equal copies with equal factors stay equal: FPI does not break their symmetry.
 
     Args:
         maps: ``"random"``: uniform draws behind the first copy, as published; ``"cyclic"``: ``i mod n``.
-        seed: Of the draws. One map for the residual stream, one for heads, one for the FFNs of all blocks.
+        seed: Seed of the random maps: one for the residual stream, one for heads, one for the FFNs of all blocks.
 
     Preserves:
-        The trajectory under cyclic maps at whole multiples; under random maps nothing where a norm reads what grows.
+        The trajectory with cyclic maps at whole multiples; with random maps nothing if a norm reads a space that grows.
 
     Example:
         >>> growkern.plan(model, to="2x", width=width.FPI(maps="cyclic"), dynamics="exact").preserves
@@ -44,7 +44,7 @@ class FPI:
     seed: int = 0
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
-        """Give index maps and stream scales for the target ``sizes``; raise PlanError for what does not grow."""
+        """Return index maps and stream scales for the target ``sizes``; raise PlanError for a size that does not grow."""
         who = type(self).__name__
         known = [] if self.maps in MAPS else [f"maps={self.maps!r}; 'random' or 'cyclic'."]
         refuse(spec, sizes, who, known)
@@ -52,7 +52,7 @@ class FPI:
         stream_scales: dict[str, StreamScale] = {}
         made: dict[tuple[str, int, int], tuple[IndexMap, StreamScale]] = {}
         for space in spaces(spec, sizes):
-            kind = space.name.partition(".")[0]  # blocks share theirs
+            kind = space.name.partition(".")[0]  # blocks share index maps
             key = kind, space.n_source, space.n_target
             if key not in made:
                 index_map = self._map(kind, space.n_source, space.n_target)
@@ -73,16 +73,16 @@ class FPI:
 
 @dataclass(frozen=True)
 class Net2Wider(FPI):
-    """Net2Net's widening: FPI, with noise on the copies so that they part.
+    """Net2Net's widening: FPI, with noise on the copies so that they diverge.
 
     Args:
-        maps: As of ``FPI``.
-        seed: Of the draws.
-        noise: In standard deviations of the weight: ``+N`` on one copy's column, ``-N`` on its twin's, so that the function stays;
-            the paper adds noise without a twin.
+        maps: See ``FPI``.
+        seed: See ``FPI``.
+        noise: Standard deviation of the noise, in standard deviations of the weight: ``+N`` on one copy's column, ``-N`` on its
+            twin's, so that the function is preserved. The paper adds noise without a twin.
 
     Preserves:
-        What ``FPI`` preserves with ``noise=0``; with noise at most the function.
+        The same as ``FPI`` with ``noise=0``; at most the function with noise.
 
     Example:
         >>> growkern.plan(model, to="2x", width=width.Net2Wider(maps="cyclic", noise=0.1)).preserves
@@ -95,7 +95,7 @@ class Net2Wider(FPI):
     noise: float = 0.0
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
-        """Give index maps and stream scales for the target ``sizes``; raise PlanError for what does not grow."""
+        """Return index maps and stream scales for the target ``sizes``; raise PlanError for a size that does not grow."""
         if not 0 <= self.noise < float("inf"):
             raise PlanError(f"Net2Wider: noise={self.noise!r} is not a finite number >= 0.")
         return replace(super().widen(spec, sizes), noise=self.noise)
@@ -103,14 +103,14 @@ class Net2Wider(FPI):
 
 @dataclass(frozen=True)
 class AKI(FPI):
-    """Advanced knowledge initialisation: what a block writes anew (rows, biases, norms) comes from the next layer.
+    """Advanced knowledge initialization: new rows, biases and norm gains of a block are copied from the next layer.
 
-    The last layer, and what lies outside the blocks, falls back to FPI. Optimizer state follows the rows it came with. Copies
-    diverge, because their rows differ.
+    The last layer and the tensors outside the blocks fall back to FPI. The optimizer state of a row comes from the same layer as the
+    row. Copies diverge, because their rows differ.
 
     Args:
-        maps: As of ``FPI``.
-        seed: As of ``FPI``.
+        maps: See ``FPI``.
+        seed: See ``FPI``.
 
     Preserves:
         Nothing.
@@ -124,7 +124,7 @@ class AKI(FPI):
     """
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
-        """Give index maps and stream scales for the target ``sizes``; raise PlanError for what does not grow, or for one layer."""
+        """Return index maps and stream scales for the target ``sizes``; raise PlanError for a size that does not grow, or one layer."""
         found = super().widen(spec, sizes)
         who = type(self).__name__
         if spec.sizes.get("layers", 0) < 2 or spec.blocks is None:
@@ -143,11 +143,11 @@ class AKI(FPI):
 class AKIPro(AKI):
     """AKI for grouped-query attention: query heads grow inside their groups, kv heads stay.
 
-    Published with ``depth.Interpose()``. Models whose kv heads would grow are refused.
+    AquilaMoE combines AKI-Pro with ``depth.Interpose()``. AKIPro refuses to grow kv heads.
 
     Args:
-        maps: As of ``FPI``.
-        seed: As of ``FPI``.
+        maps: See ``FPI``.
+        seed: See ``FPI``.
 
     Preserves:
         Nothing.
@@ -161,7 +161,7 @@ class AKIPro(AKI):
     """
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
-        """Give index maps and stream scales; raise PlanError where kv heads would grow."""
+        """Return index maps and stream scales for the target ``sizes``; raise PlanError if kv heads would grow."""
         before, after = spec.sizes.get("kv_heads"), sizes.get("kv_heads")
         if before != after:
             raise PlanError(

@@ -14,36 +14,35 @@ from growkern.width.lossless import rule_of
 
 @dataclass(frozen=True)
 class CopyAndPad:
-    """Keep every weight where it is; of what is new one side is zero and the other drawn, so that old outputs stay.
+    """Keep every weight in place; a new coordinate has zero writers and drawn readers or the reverse, so that old outputs stay.
 
-    New residual coordinates are written as zero and read by drawn columns; new FFN units and heads have drawn rows and zero columns.
-    (The reverse, of which the paper speaks too, never trains where two of its zeros are multiplied: queries with keys, gates with
-    values.)
+    The writers of new residual coordinates are zero and their readers drawn; new FFN units and heads have drawn rows and zero columns.
+    (The paper also mentions the reverse. With it, two zeros that are multiplied never train: queries and keys, gates and values.)
 
     Args:
-        norm: ``"as_published"`` leaves norms as they are, which then see more coordinates: not exact. ``"corrected"`` scales gains
-            and eps (RMSNorm), or pads with the mean (LayerNorm): exact.
-        std: Of what is drawn, in standard deviations of the weight.
+        norm: ``"as_published"`` does not change norms, although they see more coordinates: not exact. ``"corrected"`` scales gains
+            and epsilons (RMSNorm), or pads with the mean (LayerNorm): exact.
+        std: Standard deviation of drawn weights, in standard deviations of the tensor.
 
     Preserves:
-        The function with ``norm="corrected"``; as published nothing.
+        The function with ``norm="corrected"``; nothing with ``norm="as_published"``.
 
     Example:
         >>> growkern.plan(model, to="2x", width=width.CopyAndPad(norm="corrected")).preserves
         'function'
 
     Reference:
-        Zhang et al., 2021, arXiv:2104.11390; the norms by LEMON's pads (Wang et al., ICLR 2024, arXiv:2310.07999).
+        Zhang et al., 2021, arXiv:2104.11390. The corrected norms use LEMON's pads (Wang et al., ICLR 2024, arXiv:2310.07999).
     """
 
     norm: Literal["as_published", "corrected"] = "as_published"
     std: float = 1.0
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
-        """Give index maps and stream scales for the target ``sizes``.
+        """Return index maps and stream scales for the target ``sizes``.
 
         Raises:
-            PlanError: Zero on both sides; a corrected norm that a post-norm model cannot have; a size that does not grow.
+            PlanError: ``std`` is not positive, the model is post-norm and ``norm="corrected"``, or a size does not grow.
         """
         problems: list[str] = []
         if not 0 < self.std < float("inf"):
@@ -78,7 +77,7 @@ class CopyAndPad:
         )
 
     def _normed(self, spec: ModelSpec, space: Space, ones: Vector) -> dict[str, StreamScale]:
-        """Streams of a space that norms read."""
+        """Return the scales of the streams of a space that norms read."""
         mean = False
         if self.norm == "corrected" and not space.same:
             rms = space.norms == {"rms"}

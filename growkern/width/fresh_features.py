@@ -1,7 +1,7 @@
-"""Width growth by features that nothing reads yet: the function changes only through norms.
+"""Width growth by features whose readers are 0: the function changes only through norms.
 
 ``Sparkling("random", "zero")`` (arXiv:2602.02472) draws and zeroes the same elements, but multiplies every reader by ``sqrt(d / d')``, so
-that the function jumps. GradMax (Evci et al., ICLR 2022, arXiv:2201.05125) grows one layer by such units.
+that the function jumps. GradMax (Evci et al., ICLR 2022, arXiv:2201.05125) adds such units to one layer.
 """
 
 from collections.abc import Mapping
@@ -18,15 +18,15 @@ REASON = ("norms see new features",)
 
 @dataclass(frozen=True)
 class FreshFeatures:
-    """Append new coordinates whose writers are drawn and whose readers are 0; all weights of old coordinates stay as they are.
+    """Append new coordinates whose writers are drawn and whose readers are 0; all weights of old coordinates keep their values.
 
-    New rows that write a coordinate are normal, as strong as the rest of their tensor; columns that read it start at 0. New coordinates of
-    a space that no norm reads (ffn, heads) change nothing. On the residual stream a norm takes their mean square in: the function stays
-    nearly as it is where they are about as large as the old ones, because gains and epsilons stay. A tied head cannot be 0 where the
-    embedding is drawn, so the gain and the bias of the norm before it are.
+    Rows that write a new coordinate are normal with the standard deviation of their tensor; columns that read a new coordinate start at 0.
+    New coordinates of a space that no norm reads (ffn, heads) do not change the function. On the residual stream, the mean square of a
+    norm includes them, and gains and epsilons stay: the function is nearly preserved if new activations are about as large as old ones.
+    A tied head shares the drawn rows of the embedding and cannot be 0, so the gain and the bias of the norm before the head are 0 instead.
 
     Preserves:
-        The function where no norm reads what grows (``ffn``, ``heads``), else nothing.
+        The function if no norm reads a space that grows (``ffn``, ``heads``), else nothing.
 
     Example:
         >>> growkern.plan(model, to={"ffn": "2x"}, width=width.FreshFeatures()).preserves
@@ -37,7 +37,7 @@ class FreshFeatures:
     """
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
-        """Give index maps and stream scales for the target ``sizes``; raise PlanError for a size that the method does not grow."""
+        """Return index maps and stream scales for the target ``sizes``; raise PlanError for a size that the method does not grow."""
         refuse(spec, sizes, "FreshFeatures")
         maps: dict[str, IndexMap] = {}
         stream_scales: dict[str, StreamScale] = {}

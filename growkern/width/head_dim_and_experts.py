@@ -1,9 +1,11 @@
-"""head_dim and experts: spaces on which activations meet in a product, or share what a router gives.
+"""Width growth of head_dim and experts, by copies.
 
-Queries meet keys: of the copies of a coordinate only the first keeps its query, the others' are 0, so that every product is there
-once, and keys, which are copied, give the zeros a gradient. RoPE turns coordinate ``j`` of a half by an angle that falls with
-``j / head_dim``: at ``k`` times the head_dim it is the angle of coordinate ``k j``. Norms of queries and keys see copies, and the gain
-of the queries' holds the zeros. Copies of an expert are chosen together, as their router rows are equal, and share its weight.
+head_dim: attention multiplies queries by keys. Only the first copy of a coordinate keeps its query; the other copies have query 0, so
+that every product is counted once. All copies keep their key, which gives the zero queries a gradient. RoPE rotates coordinate ``j`` of
+a half by an angle that falls with ``j / head_dim``, so source coordinate ``j`` has the angle of target coordinate ``k j`` at ``k`` times
+the head_dim. Norms of queries and keys see copies; the zeros are in the gain of the query norm.
+
+experts: the copies of an expert have equal router rows, so the router chooses them together and they share the expert's router weight.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +18,7 @@ from growkern.planning.vector import Vector
 
 
 def problems(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:
-    """Say what stands against the sizes asked for."""
+    """Yield the reasons why head_dim, experts or top_k cannot grow to ``sizes``."""
     source, target = (s.get("head_dim", 1) for s in (spec.sizes, sizes))
     if target != source and not {QUERY, KEY} <= set(spec.streams):
         yield f"head_dim: the spec of this {spec.family} does not tell queries from keys (growkern.model.spec.QUERY, KEY, VALUE)."
@@ -46,7 +48,7 @@ def problems(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:
 
 
 def index_map(spec: ModelSpec, space: Space) -> IndexMap:
-    """Copies one after the other; under RoPE, of a pair beside it."""
+    """Return the index map of head_dim or experts: cyclic, but with adjacent copies of the coordinates that RoPE rotates."""
     source, target = space.n_source, space.n_target
     if space.name != "head_dim" or not (turned := _turned(spec, source)):
         return IndexMap.cyclic(source, target)
@@ -56,7 +58,7 @@ def index_map(spec: ModelSpec, space: Space) -> IndexMap:
 
 
 def stream_scales(space: Space, index_map: IndexMap) -> Iterator[tuple[str, StreamScale]]:
-    """Streams and their scales."""
+    """Yield every stream of head_dim or experts with its scales."""
     ones = Vector.full(1.0, space.n_target)
     first = Vector.of(float(j != PAD) for j in index_map.first_copies().indices)
     share = even(index_map)
@@ -71,12 +73,12 @@ def stream_scales(space: Space, index_map: IndexMap) -> Iterator[tuple[str, Stre
 
 
 def is_split(space: Space, apart: int) -> bool:
-    """True for kv heads that grow while heads stay, and for the groups of heads that they split."""
+    """True for the space of kv heads if they grow while heads do not, and for the space of the groups that they split."""
     return apart > 1 and space.size in ("kv_heads", "group")
 
 
 def split(space: Space) -> IndexMap:
-    """Copies of a kv head one after the other: each takes the next part of its queries."""
+    """Return an index map with adjacent copies of a kv head: each copy serves the next share of the source head's queries."""
     copies = max(1, space.n_target // space.n_source)
     return IndexMap.of((i // copies for i in range(space.n_target)), space.n_source)
 
@@ -84,14 +86,14 @@ def split(space: Space) -> IndexMap:
 def joint(
     spec: ModelSpec, maps: Mapping[str, IndexMap], apart: int
 ) -> dict[tuple[str, str], IndexMap]:
-    """Query heads stay where they are when kv heads split their groups."""
+    """Return identity maps of the query heads (kv_heads x group) if kv heads split their groups, else no maps."""
     heads = IndexMap.identity(spec.sizes.get("heads", 1))
     groups = [name for name in maps if name.startswith("group")] if apart > 1 else []
     return {(name.replace("group", "kv_heads"), name): heads for name in groups}
 
 
 def notes(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:
-    """Say what users should know."""
+    """Yield notes for the user."""
     if (
         any(norm.reads.startswith("head_dim") for _, _, norm in spec.norms())
         and sizes["head_dim"] != spec.sizes["head_dim"]

@@ -12,12 +12,12 @@ from growkern.width.lossless import Lossless
 
 @dataclass(frozen=True)
 class HyperClone:
-    """Tile and divide: ``W' = tile(W) / k``; biases, norms and embeddings tiled. Exact.
+    """Tile and divide: ``W' = tile(W) / k``; biases, norms and embeddings are tiled. Exact.
 
     Args:
-        noise_db: Signal-to-noise ratio of the twin noise in dB (the paper's 5 and 10): ``+N`` on one block of columns, ``-N`` on its
-            twin, of standard deviation ``std(W) / 10**(noise_db / 20)``. None for symmetric copies, which stay equal for ever.
-        general: Other widths than whole multiples, which the paper has not, by ``Lossless``.
+        noise_db: Signal-to-noise ratio of the twin noise in dB (the paper uses 5 and 10): ``+N`` on one block of columns, ``-N`` on
+            its twin, with standard deviation ``std(W) / 10**(noise_db / 20)``. None for symmetric copies, which stay equal forever.
+        general: True to grow to widths that are no whole multiples, which the paper does not cover, by ``Lossless``.
 
     Preserves:
         The trajectory, at whole multiples; with ``noise_db`` the function.
@@ -35,10 +35,10 @@ class HyperClone:
     general: bool = False
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
-        """Give index maps and stream scales for the target ``sizes``.
+        """Return index maps and stream scales for the target ``sizes``.
 
         Raises:
-            PlanError: A width that is no whole multiple, without ``general``; a size that does not grow.
+            PlanError: A width is no whole multiple and ``general`` is False, or a size does not grow.
         """
         noise = 0.0 if self.noise_db is None else 10 ** (-self.noise_db / 20)
         if not self.general:

@@ -21,16 +21,16 @@ EXPANSIONS = (*RULES, "circular", "random")
 
 @dataclass(frozen=True)
 class Lemon:
-    """Exact expansion with an uneven split: copies part because their readers are unequal, not by noise.
+    """Exact expansion with an uneven split: copies diverge because their readers are unequal, without noise.
 
-    Vectors under a norm are expanded with their mean (LayerNorm) or with zeros (RMSNorm), at whole multiples circularly; what reads
-    the pad is drawn. Everything else is copied circularly.
+    Vectors that a norm reads are expanded with their mean (LayerNorm) or with zeros (RMSNorm), and circularly at whole multiples;
+    readers of a pad are drawn. All other vectors are copied circularly.
 
     Args:
-        expansion: ``"average"``, ``"zero"`` or ``"circular"`` (whole multiples only); None for what the model's norms take.
-            ``"random"``: the same, and where no norm reads (heads, ffn) what is new is drawn, and read by 0.
-        alpha: Share of the first of two copies; of more, each takes ``(1 - alpha) / alpha`` of what the one before it takes.
-            0.5 is even.
+        expansion: ``"average"``, ``"zero"`` or ``"circular"`` (whole multiples only); None for the one that fits the model's norms.
+            ``"random"``: as None, but new coordinates that no norm reads (heads, ffn) have drawn writers and zero readers.
+        alpha: Share of the first of two copies. With more copies, the share of each is ``(1 - alpha) / alpha`` of the share of the
+            copy before it. 0.5 splits evenly.
 
     Preserves:
         The function.
@@ -47,11 +47,11 @@ class Lemon:
     alpha: float = 0.6
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
-        """Give index maps and stream scales for the target ``sizes``.
+        """Return index maps and stream scales for the target ``sizes``.
 
         Raises:
-            PlanError: An expansion that the model's norms do not take, a width that a post-norm model cannot have, or ``alpha``
-                beyond (0, 1).
+            PlanError: ``expansion`` is unknown or does not fit the model's norms, a post-norm model cannot have the width, a size does
+                not grow, or ``alpha`` is not in (0, 1).
         """
         if not 0 < self.alpha < 1:
             raise PlanError(f"Lemon: alpha={self.alpha!r} is not between 0 and 1.")

@@ -1,9 +1,9 @@
-"""Lossless width growth: the target computes exactly what the source computed.
+"""Lossless width growth: the target computes the source's function exactly.
 
-New coordinates copy nothing (Zhang et al., arXiv:2104.11390), under norms that are corrected for them: by a zero pad (RMSNorm), a
-mean pad, or centring with a zero pad (LayerNorm). Or they are copies: even splits at whole multiples (Net2Net: Chen et al.,
-arXiv:1511.05641), at other widths isometric scaling or pads, with twin noise (HyperCloning: Samragh et al., arXiv:2409.12903). The
-pads and the eps rules are LEMON's (Wang et al., arXiv:2310.07999).
+New coordinates are pads, which copy no source coordinate (Zhang et al., arXiv:2104.11390), and norms are corrected for pads: by a zero
+pad (RMSNorm), a mean pad, or centering with a zero pad (LayerNorm). Or new coordinates are copies: even splits at whole multiples
+(Net2Net: Chen et al., arXiv:1511.05641), isometric scaling or pads at other widths, with twin noise (HyperCloning: Samragh et al.,
+arXiv:2409.12903). The pads and the epsilon rules are LEMON's (Wang et al., arXiv:2310.07999).
 """
 
 from collections.abc import Mapping
@@ -40,28 +40,31 @@ NORM_KINDS: dict[str, str] = {
 PADS: dict[str, Norms] = {"rms": "zero_pad", "layer": "mean_pad"}
 
 
-TWIN_NOISE = 1.0  # of copies under ``noise=None``
+TWIN_NOISE = 1.0  # strength of the twin noise on copies under ``noise=None``
 
 
 @dataclass(frozen=True)
 class Lossless:
     """Grow width and preserve the function.
 
-    By default what is new copies nothing: new residual coordinates are written as 0 and read by drawn columns, new heads and FFN
-    units have drawn rows and are read by 0, and norms are corrected. Of what preserves the function this ended lowest (README,
-    "What growing pays"). It is not exact everywhere: where norms write the residual stream (post-norm, Gemma 2), are of several
-    kinds, or share an epsilon that no config holds for all (OPT, Qwen3), and for head_dim, experts and kv heads that split, what
-    is new copies what is there, with twin noise of 1. ``norms`` asks for pads under norms all the same.
+    By default new coordinates are pads: the writers of new residual coordinates are 0 (LayerNorm: the mean) and their readers drawn,
+    new heads and FFN units have drawn rows and zero readers, and norms are corrected. Of the methods that preserve the function, this
+    one ended with the lowest loss (README, "What growing pays"). Pads are not exact everywhere: if norms write the residual stream
+    (post-norm, Gemma 2), are of several kinds, or need an epsilon that no config field holds for all of them (OPT, Qwen3), and for
+    head_dim, experts and kv heads that split, new coordinates are copies with twin noise of strength 1. ``norms`` requests pads under
+    norms nevertheless.
 
     Args:
-        noise: None for what is said above. A number makes copies everywhere, and is the strength of their twin noise, in standard
-            deviations of the weight it is added to: ``+N`` on one copy's column, ``-N`` on its twin's, so the function stays. 0
-            leaves equal copies, which stay equal for ever. What reads a pad is free and always drawn as strong as the weights.
-        norms: What to do under norms: ``"zero_pad"`` (RMSNorm), ``"mean_pad"`` or ``"centre_pad"`` (LayerNorm; default mean pad).
-            Copies ask at a width that is no whole multiple alone, and take ``"isometric"`` too, their default under RMSNorm.
+        noise: None for the default above. A number replaces pads by copies and is the strength of their twin noise, in standard
+            deviations of the weight: ``+N`` on one copy's column, ``-N`` on its twin's, so that the function is preserved. 0 leaves
+            equal copies, which stay equal forever. Readers of zero and mean pads do not affect the function; they are always drawn
+            with the standard deviation of the weight.
+        norms: Rule for coordinates that norms read: ``"zero_pad"`` (RMSNorm), ``"mean_pad"`` or ``"centre_pad"`` (LayerNorm; default
+            ``"mean_pad"``). With ``noise``, the rule applies only at a width that is no whole multiple, and ``"isometric"`` (RMSNorm)
+            is allowed too, as the default.
 
     Preserves:
-        The function. With ``noise=0`` the gradient, and under ``dynamics="exact"`` the trajectory, where nothing is padded.
+        The function. With ``noise=0`` and no pads also the gradient, and under ``dynamics="exact"`` the trajectory.
 
     Example:
         >>> growkern.plan(model, to="2x", width=width.Lossless()).preserves
@@ -71,14 +74,14 @@ class Lossless:
 
     Reference:
         Zhang et al., arXiv:2104.11390 (copy and pad); Wang et al., "LEMON: Lossless model expansion", ICLR 2024, arXiv:2310.07999
-        (pads under norms); Samragh et al., arXiv:2409.12903 (twin noise). What is ours: README, "How it works".
+        (pads under norms); Samragh et al., arXiv:2409.12903 (twin noise). growkern's own rules: README, "How it works".
     """
 
     noise: float | None = None
     norms: Norms | None = None
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
-        """Give index maps and stream scales for the target ``sizes``.
+        """Return index maps and stream scales for the target ``sizes``.
 
         Args:
             spec: Description of the source model.
@@ -88,8 +91,8 @@ class Lossless:
             A pad or an exact split of every space.
 
         Raises:
-            PlanError: A size this method does not grow, a width that a post-norm model cannot have, or a ``norms`` that does
-                not go with the model's norms or with ``noise``.
+            PlanError: A size does not grow, a post-norm model cannot have the width, or ``norms`` does not fit the model's norms or
+                ``noise``.
         """
         problems: list[str] = []
         pads = self.noise is None
@@ -109,7 +112,7 @@ class Lossless:
         index_map, stream_scale = (
             cache(self._index_map),
             cache(_stream_scale),
-        )  # blocks share theirs
+        )  # blocks share index maps and stream scales
         scaled = {*normed(spec), "positions"}
         apart = splits(spec, sizes)
         for space in spaces(spec, sizes):
@@ -133,7 +136,7 @@ class Lossless:
         return WidthDecision(maps, stream_scales, float(noise), notes=notes, joint=joint)
 
     def _rule(self, spec: ModelSpec, space: Space) -> str | None:
-        """What becomes of a space: a rule for norms, free units, positions; None for an even split."""
+        """Return how a space grows: a rule for norms, ``"random_writer"``, ``"positions"``, or None for an even split."""
         if space.name == "positions":
             return "positions"
         if self.noise is None and not space.norms and (spec.post_norm or not _sandwiched(spec)):
@@ -153,11 +156,11 @@ class Lossless:
 
 
 def _pads_last(spec: ModelSpec, space: Space) -> bool:
-    """True where pads are exact, also after a reload, and train.
+    """True when pads are exact, also after a reload, and train.
 
-    Their norms want another epsilon, so a field of the config must hold it for all norms of the model (OPT has none; Qwen3 shares it
-    with norms that do not grow). Where a norm writes the residual stream (Gemma 2), a pad's gain would be 0 in a new block, and so
-    would what it multiplies: neither would train.
+    Pads change the epsilon of the norms that read them, so one config field must hold it for all norms of the model (OPT has no such
+    field; Qwen3 shares it with norms that do not grow). If a norm writes the residual stream (Gemma 2), a pad's gain in a new block and
+    the activation that the gain multiplies would both be 0, and neither would train.
     """
     held = not spec.config or (
         spec.config_eps and len({space_of(norm.reads) for _, _, norm in spec.norms()}) == 1
@@ -166,13 +169,13 @@ def _pads_last(spec: ModelSpec, space: Space) -> bool:
 
 
 def _sandwiched(spec: ModelSpec) -> bool:
-    """True where a norm writes what a norm reads."""
+    """True when a norm writes a stream that a norm reads."""
     read = {norm.reads for _, _, norm in spec.norms()}
     return any(str(axis.segments[0][0]) in read for _, axis, _ in spec.norms())
 
 
 def rule_of(spec: ModelSpec, space: Space, norms: Norms | None) -> Norms:
-    """What to do where norms read a space that grows by no whole multiple; raise PlanError where nothing is exact."""
+    """Return the rule for a space that norms read; raise PlanError if no rule is exact, or if ``norms`` is for another kind of norm."""
     n_source, n_target = space.n_source, space.n_target
     low = n_target // n_source * n_source
     nearest = f"nearest whole multiples: {', '.join(str(n) for n in (low, low + n_source))}"

@@ -19,14 +19,14 @@ SIDES = ("copy", "random", "zero")
 class Sparkling:
     """Keep the size of signals, not the function: new rows and columns are copied, random or zero, and readers scaled to match.
 
-    Copies on both sides at twice the width keep both.
-    With ``c`` new coordinates per old one, readers of copies on both sides are scaled by ``1 / sqrt(1 + 3c)`` (``1 / (1 + c)`` above
-    c = 1), all others by ``sqrt(d / d')``; writers are not scaled. Meant for ``state="asymmetric"`` and ``growkern.optim.AdamW``, which
-    warms up what is new. Norms stay.
+    Copies on both sides at twice the width keep the function too.
+    With ``c`` new coordinates per old one, readers are scaled by ``1 / sqrt(1 + 3c)`` (``1 / (1 + c)`` above c = 1) if both sides are
+    copies, else by ``sqrt(d / d')``; writers are not scaled. Norms do not change. The method is meant for ``state="asymmetric"`` and
+    ``growkern.optim.AdamW``, which warms up the learning rate of new rows and columns.
 
     Args:
-        fan_out: What is written to new coordinates.
-        fan_in: What reads them.
+        fan_out: Initialization of the writers of new coordinates.
+        fan_in: Initialization of the readers of new coordinates.
 
     Preserves:
         The trajectory with copies on both sides at 2x, else nothing.
@@ -43,7 +43,7 @@ class Sparkling:
     fan_in: Side = "copy"
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
-        """Give index maps and stream scales for the target ``sizes``; raise PlanError for zeros on both sides."""
+        """Return index maps and stream scales for the target ``sizes``; raise PlanError for zeros on both sides."""
         problems = [
             f"{name}={side!r} is none of {', '.join(SIDES)}."
             for name, side in (("fan_out", self.fan_out), ("fan_in", self.fan_in))
@@ -89,7 +89,7 @@ class Sparkling:
         )  # fmt: skip
 
     def factor(self, n_source: int, n_target: int) -> float:
-        """On what reads a space that grows from ``n_source`` to ``n_target`` coordinates."""
+        """Return the factor on readers of a space that grows from ``n_source`` to ``n_target`` coordinates."""
         if self.fan_out == self.fan_in == "copy":
             c = n_target / n_source - 1
             return 1 / sqrt(1 + 3 * c) if c <= 1 else 1 / (1 + c)

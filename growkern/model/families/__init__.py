@@ -1,4 +1,4 @@
-"""Architecture families: class name of a model -> the function that describes it from its config (of torch.nn: from itself)."""
+"""Architecture families: class name of a model -> function from the config (torch.nn: from the module) to the ModelSpec."""
 
 from collections.abc import Callable
 from functools import partial

@@ -2,9 +2,9 @@
 
 https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/bert/modeling_bert.py
 
-Post-norm LayerNorm: every sum is normalised before anything reads it, so hidden grows exactly by whole multiples only, and a
-new block takes over the last LayerNorm of the block before it. There is no head_dim of its own (hidden = heads x head_dim).
-The head is tied to the embedding through a transform with a LayerNorm of its own, which carries the scale.
+Post-norm LayerNorm: every sum is normalized before a layer reads it, so hidden grows exactly by whole multiples only, and a
+new block takes over the last LayerNorm of the block before it. The config has no head_dim (hidden = heads x head_dim). The head
+is tied to the embedding and follows a transform with a LayerNorm, whose gain takes the scale factor of the tie.
 """
 
 from typing import Protocol
@@ -27,11 +27,11 @@ BERT_HEAD = (
     "cls.predictions",
 )
 ROBERTA_HEAD = "lm_head.dense", "lm_head.layer_norm", "lm_head"
-Head = tuple[str, str, str]  # names of the transform, its norm, and what holds decoder and bias
+Head = tuple[str, str, str]  # names of the transform, its norm, the module of decoder and bias
 
 
 class Config(Protocol):
-    """The fields of ``BertConfig`` and ``RobertaConfig`` that are read."""
+    """The fields of ``BertConfig`` and ``RobertaConfig`` that ``describe`` reads."""
 
     model_type: str
     hidden_size: int
@@ -48,7 +48,7 @@ class Config(Protocol):
 def describe(
     config: Config, base: str = "bert.", mlm: Head | None = BERT_HEAD, pooler: bool = False
 ) -> ModelSpec:
-    """Describe a BERT: ``base`` is the prefix of the backbone, ``mlm`` and ``pooler`` say which heads there are."""
+    """Describe a BERT: ``base`` is the prefix of the backbone, ``mlm`` names the masked-LM head, ``pooler`` is True with a pooler."""
     layers = range(config.num_hidden_layers)
     at = f"{base}encoder.layer"
     blocks = {

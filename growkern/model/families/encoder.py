@@ -2,9 +2,10 @@
 
 https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/transformer.py
 
-LayerNorm before (``norm_first``) or after each sum, fused ``in_proj`` (q, k, v). There is no config: the module says its sizes.
-What an encoder reads comes from outside, so by itself it grows in ffn and layers only; as part of a model, describe it under its
-name (``base``) and put its tensors, sizes, blocks and attributes beside those of the rest. There is no head_dim of its own.
+LayerNorm at the start of each branch (``norm_first``) or after each sum, fused ``in_proj`` (q, k, v). There is no config: sizes are
+read from the module, and hidden = heads x head_dim. The input of an encoder comes from outside, so an encoder by itself grows in ffn
+and layers only. To grow it as part of a model, describe the encoder under its name (``base``) and merge its tensors, sizes, blocks
+and attributes into the spec of the model.
 """
 
 from collections.abc import Sequence
@@ -25,11 +26,11 @@ from growkern.model.spec import (
 )
 
 OUTSIDE = "what it reads comes from outside; describe the whole model, with this as a part"
-CONSTANTS = {"weight": 1.0, "bias": 0.0}  # of a norm that only normalises
+CONSTANTS = {"weight": 1.0, "bias": 0.0}  # parameters of a norm that only normalizes
 
 
 class Leaf(Protocol):
-    """What is read of ``torch.nn.Linear`` (``out_features``) and ``torch.nn.LayerNorm`` (``eps``)."""
+    """The attributes of ``torch.nn.Linear`` (``out_features``) and ``torch.nn.LayerNorm`` (``eps``) that this module reads."""
 
     out_features: int
     eps: float
@@ -37,7 +38,7 @@ class Leaf(Protocol):
 
 
 class Attention(Protocol):
-    """What is read of ``torch.nn.MultiheadAttention``."""
+    """The attributes of ``torch.nn.MultiheadAttention`` that this module reads."""
 
     embed_dim: int
     num_heads: int
@@ -45,7 +46,7 @@ class Attention(Protocol):
 
 
 class Layer(Protocol):
-    """What is read of ``torch.nn.TransformerEncoderLayer``."""
+    """The attributes of ``torch.nn.TransformerEncoderLayer`` that this module reads."""
 
     self_attn: Attention
     linear1: Leaf
@@ -54,20 +55,20 @@ class Layer(Protocol):
 
 
 class Encoder(Protocol):
-    """What is read of ``torch.nn.TransformerEncoder``."""
+    """The attributes of ``torch.nn.TransformerEncoder`` that this module reads."""
 
     layers: Sequence[Layer]
     norm: Leaf | None
 
 
 def describe(encoder: Encoder, base: str = "") -> ModelSpec:
-    """Describe an encoder that lies at ``base`` (``"encoder."``); its last norm, if it has one, writes ``residual:final``."""
+    """Describe an encoder at the prefix ``base`` (``"encoder."``); the last norm, if there is one, writes ``residual:final``."""
     raise_all(UnsupportedModelError, "cannot describe this encoder:", _problems(encoder))
     first, at, n = encoder.layers[0], f"{base}layers", len(encoder.layers)
     one = describe_layer(first, f"{at}.0.")
     names = ["weight", "bias"][: 1 + (first.linear1.bias is not None)]
     outputs = [f"{part}.{name}" for part in ("self_attn.out_proj", "linear2") for name in names]
-    norms = [] if first.norm_first else names  # of torch: a layer has all its biases, or none
+    norms = [] if first.norm_first else names  # a torch layer has all biases or none
     return replace(
         one,
         sizes={**one.sizes, "layers": n},
@@ -98,7 +99,7 @@ def _last(name: str, own: Leaf) -> dict[str, TensorSpec]:
 
 
 def _problems(encoder: Encoder) -> list[str]:
-    """What makes this another encoder than torch's."""
+    """Return the differences from an encoder of torch layers that are all alike."""
     parts = [("TransformerEncoderLayer", layer) for layer in encoder.layers]
     parts += [("LayerNorm", encoder.norm)] if encoder.norm is not None else []
     strange = {(kind, type(m).__name__) for kind, m in parts if type(m).__name__ != kind}
@@ -109,7 +110,7 @@ def _problems(encoder: Encoder) -> list[str]:
 
 
 def describe_layer(layer: Layer, base: str = "") -> ModelSpec:
-    """Describe one layer that lies at ``base``."""
+    """Describe one layer at the prefix ``base``."""
     attention = f"{base}self_attn"
     return ModelSpec(
         family="encoder",
@@ -135,7 +136,7 @@ def describe_layer(layer: Layer, base: str = "") -> ModelSpec:
 
 
 def _layer(base: str, index: str, layer: Layer) -> dict[str, TensorSpec]:
-    """The tensors of one layer; ``index`` ends the names of its own spaces."""
+    """Return the tensors of one layer; ``index`` is the suffix of the names of the layer's spaces."""
     heads, attention = f"heads{index}", f"{base}self_attn"
     fused = writer([(heads, stream) for stream in (QUERY, KEY, VALUE)])
     bias, first = layer.linear1.bias is not None, layer.norm_first

@@ -2,10 +2,10 @@
 
 https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/gemma2/modeling_gemma2.py
 
-A decoder with RMSNorms before and after attention and MLP, whose gains are ``1 + weight``: a new block is the identity through its
-post-norm gains (weight -1), as a projection of zero would leave them a derivative of ``1 / sqrt(eps)``. The embedding is multiplied
-by ``sqrt(hidden)``. Scores are divided by ``sqrt(query_pre_attn_scalar)``, a field that growth leaves as it is, and logits and
-scores are capped element by element. head_dim stays unless it is named; scores are scaled by ``query_pre_attn_scalar``, whatever it is.
+A decoder with RMSNorms before and after attention and MLP, whose gains are ``1 + weight``. A new block is the identity because its
+post-norm gains are 0 (weight -1); with zero projections instead, the norms would have a derivative of ``1 / sqrt(eps)``. The embedding
+is multiplied by ``sqrt(hidden)``. Scores are divided by ``sqrt(query_pre_attn_scalar)`` for any head_dim; growth does not change this
+field. Logits and scores are capped element by element. head_dim grows only if it is named.
 """
 
 from typing import Protocol
@@ -14,11 +14,11 @@ from growkern.model.layers import embedding, linear, norm, rope_fixed
 from growkern.model.spec import KEY, QUERY, VALUE, Blocks, ModelSpec, Power, TensorSpec
 
 POST_NORMS = "post_attention_layernorm.weight", "post_feedforward_layernorm.weight"
-SCALE = Power("hidden", 0.5)  # of the embedding
+SCALE = Power("hidden", 0.5)  # scale of the embedding
 
 
 class Config(Protocol):
-    """The fields of ``Gemma2Config`` that are read."""
+    """The fields of ``Gemma2Config`` that ``describe`` reads."""
 
     hidden_size: int
     intermediate_size: int
@@ -32,7 +32,7 @@ class Config(Protocol):
 
 
 def describe(config: Config, base: str = "model.", head: bool = True) -> ModelSpec:
-    """Describe a Gemma 2: ``base`` is the prefix of the backbone, ``head`` says whether there is a head."""
+    """Describe a Gemma 2: ``base`` is the prefix of the backbone, ``head`` is True with a language-model head."""
     bias = config.attention_bias
     layers = range(config.num_hidden_layers)
     at, normed, branch = f"{base}layers", "residual:normed", "residual:branch"

@@ -3,8 +3,8 @@
 https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/gpt2/modeling_gpt2.py
 
 Pre-norm LayerNorm, learned positions, ``Conv1D`` weights (in, out), fused ``c_attn`` (q, k, v), head tied to the embedding.
-There is no head_dim of its own (hidden = heads x head_dim). Blocks cannot be added under ``scale_attn_by_inverse_layer_idx``,
-where a block computes something else at another depth. Cross attention is not described.
+The config has no head_dim (hidden = heads x head_dim). Blocks cannot be added under ``scale_attn_by_inverse_layer_idx``, because
+the function of a block depends on the depth of the block. Cross attention is not described.
 """
 
 from typing import Protocol
@@ -14,7 +14,7 @@ from growkern.model.spec import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec
 
 
 class Config(Protocol):
-    """The fields of ``GPT2Config`` that are read."""
+    """The fields of ``GPT2Config`` that ``describe`` reads."""
 
     n_embd: int
     n_head: int
@@ -28,7 +28,7 @@ class Config(Protocol):
 
 
 def describe(config: Config, base: str = "transformer.", head: bool = True) -> ModelSpec:
-    """Describe a GPT-2: ``base`` is the prefix of the backbone, ``head`` says whether there is a language-model head."""
+    """Describe a GPT-2: ``base`` is the prefix of the backbone, ``head`` is True with a language-model head."""
     layers = range(config.n_layer)
     h, scaled, own = f"{base}h", config.scale_attn_weights, config.scale_attn_by_inverse_layer_idx
     blocks = {

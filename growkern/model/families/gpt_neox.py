@@ -1,9 +1,9 @@
-"""GPT-NeoX of transformers: ``GPTNeoXForCausalLM``, ``GPTNeoXModel`` (Pythia is one).
+"""GPT-NeoX of transformers: ``GPTNeoXForCausalLM``, ``GPTNeoXModel`` (e.g. Pythia).
 
 https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/gpt_neox/modeling_gpt_neox.py
 
-Pre-norm LayerNorm, RoPE on a part of each head, attention and MLP side by side (``use_parallel_residual``) or one after the
-other: the same axes. ``query_key_value`` holds q, k, v head by head. There is no head_dim of its own (hidden = heads x head_dim).
+Pre-norm LayerNorm, RoPE on a part of each head, attention and MLP in parallel (``use_parallel_residual``) or in sequence, with the
+same axes. ``query_key_value`` holds q, k, v head by head. The config has no head_dim (hidden = heads x head_dim).
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from growkern.model.spec import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec
 
 
 class Config(Protocol):
-    """The fields of ``GPTNeoXConfig`` that are read."""
+    """The fields of ``GPTNeoXConfig`` that ``describe`` reads."""
 
     hidden_size: int
     intermediate_size: int
@@ -27,7 +27,7 @@ class Config(Protocol):
 
 
 def describe(config: Config, base: str = "gpt_neox.", head: bool = True) -> ModelSpec:
-    """Describe a GPT-NeoX: ``base`` is the prefix of the backbone, ``head`` says whether there is a language-model head."""
+    """Describe a GPT-NeoX: ``base`` is the prefix of the backbone, ``head`` is True with a language-model head."""
     layers = range(config.num_hidden_layers)
     at, bias = f"{base}layers", config.attention_bias
     rotary: float = config.rope_parameters.get("partial_rotary_factor", 1.0)

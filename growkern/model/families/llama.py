@@ -2,8 +2,8 @@
 
 https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/llama/modeling_llama.py
 
-Pre-norm RMSNorm, RoPE, grouped-query attention, SwiGLU. Query heads are kv heads x group, so groups stay together whatever
-grows. head_dim stays unless it is named; Qwen2 derives it, so growth writes it into the config.
+Pre-norm RMSNorm, RoPE, grouped-query attention, SwiGLU. The axis of query heads is kv_heads x group, so that growth keeps groups
+together. head_dim grows only if it is named; Qwen2's config derives head_dim from hidden, so growth writes head_dim into the config.
 """
 
 from typing import Protocol
@@ -13,7 +13,7 @@ from growkern.model.spec import KEY, QUERY, RAW, ROOT, VALUE, Blocks, ModelSpec
 
 
 class Config(Protocol):
-    """The fields that are read; ``attention_bias`` and ``mlp_bias`` where the architecture has them."""
+    """The config fields that ``describe`` reads, beside ``head_dim``, ``attention_bias`` and ``mlp_bias`` of some architectures."""
 
     model_type: str
     hidden_size: int
@@ -26,7 +26,7 @@ class Config(Protocol):
 
 
 def describe(config: Config, base: str = "model.", head: bool = True) -> ModelSpec:
-    """Describe a Llama-type decoder: ``base`` is the prefix of the backbone, ``head`` says whether there is a head."""
+    """Describe a Llama-type decoder: ``base`` is the prefix of the backbone, ``head`` is True with a language-model head."""
     attention_bias = bool(getattr(config, "attention_bias", False))
     qkv_bias = attention_bias or config.model_type == "qwen2"
     mlp_bias, qk_norms = bool(getattr(config, "mlp_bias", False)), config.model_type == "qwen3"

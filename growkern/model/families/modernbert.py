@@ -2,9 +2,10 @@
 
 https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/modernbert/modeling_modernbert.py
 
-Pre-norm LayerNorm, RoPE, fused ``Wqkv`` (q, k, v) and ``Wi`` (input, gate), global and local attention in turns
-(``layer_types``). The embedding is normalised, and block 0 reads that norm's output without another: so hidden grows exactly by
-whole multiples only, and new blocks copy any block but the first. There is no head_dim of its own (hidden = heads x head_dim).
+Pre-norm LayerNorm, RoPE, fused ``Wqkv`` (q, k, v) and ``Wi`` (input, gate), alternating global and local attention
+(``layer_types``). The embedding is normalized, and the attention of block 0 reads the output of this norm without a norm of its own.
+Hence hidden grows exactly by whole multiples only, and new blocks copy any block but the first. The config has no head_dim
+(hidden = heads x head_dim).
 """
 
 from typing import Protocol
@@ -14,7 +15,7 @@ from growkern.model.spec import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec
 
 
 class Config(Protocol):
-    """The fields of ``ModernBertConfig`` that are read."""
+    """The fields of ``ModernBertConfig`` that ``describe`` reads."""
 
     hidden_size: int
     intermediate_size: int
@@ -30,7 +31,7 @@ class Config(Protocol):
 
 
 def describe(config: Config, base: str = "model.", mlm: bool = True) -> ModelSpec:
-    """Describe a ModernBERT: ``base`` is the prefix of the backbone, ``mlm`` says whether there is a masked-LM head."""
+    """Describe a ModernBERT: ``base`` is the prefix of the backbone, ``mlm`` is True with a masked-LM head."""
     layers = range(config.num_hidden_layers)
     at, tokens = f"{base}layers", f"{base}embeddings.tok_embeddings"
     attention_bias, mlp_bias, norm_bias = config.attention_bias, config.mlp_bias, config.norm_bias

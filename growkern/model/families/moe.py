@@ -4,10 +4,10 @@ https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models
 https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/qwen3_moe/modeling_qwen3_moe.py
 
 Llama-type decoders (pre-norm RMSNorm, RoPE, grouped-query attention) whose SwiGLU is a layer of experts in two 3-D tensors
-behind a router. head_dim stays unless it is named; where the config derives it, growth writes it there. More experts need a
-top_k that is as many times larger: copies of an expert share what it was given; the coefficient of the router's own loss falls
-as their number rises. Dense blocks between those with experts (Qwen3-MoE's ``mlp_only_layers``, ``decoder_sparse_step``) keep
-their ffn, and a model that has any gains no layers.
+behind a router. head_dim grows only if it is named; if the config derives head_dim, growth writes it into the config. top_k must
+grow by the same factor as experts, because the copies of an expert share its router weight. The coefficient of the router's auxiliary
+loss is divided by this factor. Dense blocks between blocks with experts (Qwen3-MoE's ``mlp_only_layers``, ``decoder_sparse_step``)
+keep their ffn, and a model with dense blocks cannot gain layers.
 """
 
 from typing import Protocol
@@ -28,7 +28,7 @@ from growkern.model.spec import (
 
 
 class Config(Protocol):
-    """The fields that are read; of Qwen3-MoE, ``attention_bias``, ``decoder_sparse_step`` and ``mlp_only_layers`` too."""
+    """The config fields that ``describe`` reads, beside optional ones such as ``head_dim`` and Qwen3-MoE's ``decoder_sparse_step``."""
 
     model_type: str
     hidden_size: int
@@ -50,11 +50,11 @@ def describe(
     ffn: str = "intermediate_size",
     qk_norms: bool = False,
 ) -> ModelSpec:
-    """Describe a mixture: ``base`` and ``head`` as for Llama; ``ffn`` is the field with the size of an expert."""
+    """Describe a mixture of experts, with the ``base`` and ``head`` of Llama; ``ffn`` is the config field with the ffn of an expert."""
     bias = bool(getattr(config, "attention_bias", False))
     layers = range(config.num_hidden_layers)
     dense, coef, n = _dense(config), config.router_aux_loss_coef, config.num_local_experts
-    balance = Power("experts", -1.0, coef, n)  # the loss is a sum over experts of two shares
+    balance = Power("experts", -1.0, coef, n)  # C copies of each expert multiply the loss by C
     at, normed = f"{base}layers", "residual:normed"
     blocks = {
         name: axes
@@ -165,7 +165,7 @@ def describe(
 
 
 def _dense(config: Config) -> list[int]:
-    """Blocks without experts."""
+    """Return the indices of blocks without experts."""
     step: int = getattr(config, "decoder_sparse_step", 1)
     only: list[int] = getattr(config, "mlp_only_layers", [])
     return [i for i in range(config.num_hidden_layers) if i in only or (i + 1) % step]

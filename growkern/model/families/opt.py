@@ -2,8 +2,8 @@
 
 https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/opt/modeling_opt.py
 
-Pre-norm LayerNorm, learned positions (whose first two rows are no positions), head tied to the embedding. There is no head_dim of
-its own (hidden = heads x head_dim). An embedding of another width than hidden (``word_embed_proj_dim``) keeps its width. Refused:
+Pre-norm LayerNorm, learned positions (two more rows precede position 0), head tied to the embedding. The config has no head_dim
+(hidden = heads x head_dim). An embedding of another width than hidden (``word_embed_proj_dim``) keeps its width. ``describe`` refuses
 OPT-350m's post-norm blocks (``do_layer_norm_before=False``), norms without gains, and a decoder without its last norm.
 """
 
@@ -17,7 +17,7 @@ OFFSET = 2  # rows of the position table before position 0
 
 
 class Config(Protocol):
-    """The fields of ``OPTConfig`` that are read."""
+    """The fields of ``OPTConfig`` that ``describe`` reads."""
 
     hidden_size: int
     ffn_dim: int
@@ -34,7 +34,7 @@ class Config(Protocol):
 
 
 def describe(config: Config, base: str = "model.decoder.", head: bool = True) -> ModelSpec:
-    """Describe an OPT: ``base`` is the prefix of the decoder, ``head`` says whether there is a language-model head."""
+    """Describe an OPT: ``base`` is the prefix of the decoder, ``head`` is True with a language-model head."""
     wanted = {
         "do_layer_norm_before": True,
         "layer_norm_elementwise_affine": True,

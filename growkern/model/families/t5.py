@@ -2,12 +2,12 @@
 
 https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/t5/modeling_t5.py
 
-Pre-norm RMSNorm, scores that are not scaled, gated or plain FFNs. Encoder and decoder share their embedding, and with it the
-residual space. The first block of each holds the table of relative positions, one column per head, that all of them add to
-their scores: so the self-attentions of a stack share their heads. With a tied head (``scale_decoder_outputs``) what the
-decoder's last norm writes is divided by ``sqrt(hidden)``. head_dim (``d_kv``) stays unless it is named; scores are not scaled
-by it. Sizes ``layers`` and ``decoder_layers`` grow by themselves; where the decoder is the deeper one, ``generate()`` of
-transformers 5.23 wants a cache made from ``model.decoder.config``: its own counts ``num_layers``.
+Pre-norm RMSNorm, unscaled attention scores, gated or plain FFNs. Encoder and decoder share the embedding and hence the residual
+space. The first block of each stack holds the table of relative positions, one column per head. All blocks of the stack add the
+table to their scores, so the self-attentions of a stack share one space of heads. With a tied head (``scale_decoder_outputs``), the
+output of the decoder's last norm is divided by ``sqrt(hidden)``. head_dim (``d_kv``) grows only if it is named. ``layers`` and
+``decoder_layers`` are independent sizes. If the decoder is deeper than the encoder, ``generate()`` of transformers 5.23 needs a
+cache made from ``model.decoder.config``, because its default cache has ``num_layers`` layers.
 """
 
 from typing import Protocol
@@ -17,7 +17,7 @@ from growkern.model.spec import KEY, QUERY, VALUE, Blocks, ModelSpec, Power, Siz
 
 
 class Config(Protocol):
-    """The fields of ``T5Config`` that are read."""
+    """The fields of ``T5Config`` that ``describe`` reads."""
 
     d_model: int
     d_kv: int
@@ -32,7 +32,7 @@ class Config(Protocol):
 
 
 def describe(config: Config, decoder: bool = True, head: bool = True) -> ModelSpec:
-    """Describe a T5: whether it has a decoder, and a head on it."""
+    """Describe a T5: ``decoder`` is True with a decoder, ``head`` is True with a language-model head."""
     depths = {"encoder": config.num_layers}
     depths |= {"decoder": config.num_decoder_layers} if decoder else {}
     tables = ["shared", *(f"{stack}.embed_tokens" for stack in depths)]
@@ -105,7 +105,7 @@ ATTENTION: dict[str, Size] = {
 
 
 def _attentions(stack: str) -> tuple[str, ...]:
-    """The attentions of a block, in order; the FFN follows them."""
+    """Return the names of the attentions of a block, in order; the FFN comes last."""
     return ("SelfAttention",) if stack == "encoder" else ("SelfAttention", "EncDecAttention")
 
 

@@ -2,9 +2,9 @@
 
 https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/vit/modeling_vit.py
 
-Pre-norm LayerNorm, a convolution over patches, a class token, learned positions. Patches, channels and labels are fixed sizes:
-other images are another function. There is no head_dim of its own (hidden = heads x head_dim). The mask token of masked image
-modelling is not described.
+Pre-norm LayerNorm, a convolution over patches, a class token, learned positions. Patches, channels and labels are fixed sizes,
+because a model for other images has another function. The config has no head_dim (hidden = heads x head_dim). The mask token of
+masked image modeling is not described.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from growkern.model.spec import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec
 
 
 class Config(Protocol):
-    """The fields of ``ViTConfig`` that are read."""
+    """The fields of ``ViTConfig`` that ``describe`` reads."""
 
     hidden_size: int
     intermediate_size: int
@@ -30,11 +30,11 @@ class Config(Protocol):
 
 
 def describe(config: Config, base: str = "vit.", head: bool = True) -> ModelSpec:
-    """Describe a ViT: ``base`` is the prefix of the backbone, ``head`` says whether there are labels, or a pooler."""
+    """Describe a ViT: ``base`` is the prefix of the backbone; ``head`` is True with a classifier, False with a pooler."""
     layers = range(config.num_hidden_layers)
     at, bias = f"{base}layers", config.qkv_bias
     (image_h, image_w), (patch_h, patch_w) = _pair(config.image_size), _pair(config.patch_size)
-    n_positions = (image_h // patch_h) * (image_w // patch_w) + 1  # and the class token
+    n_positions = (image_h // patch_h) * (image_w // patch_w) + 1  # plus the class token
     pooled = config.pooler_output_size == config.hidden_size
     blocks = {
         name: axes
