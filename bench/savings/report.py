@@ -94,7 +94,9 @@ def picture(campaign: Campaign, path: Path) -> None:
     axes.set(
         xscale="log", xlabel="training compute, both phases (10¹² FLOPs)",
         ylabel="annealed held-out loss (nats per byte)",
-        title=f"{campaign.setup.source_sizes} to {campaign.setup.target_sizes}, {campaign.setup.text}",
+        title="{} wide, {} blocks, grown to {} wide, {} blocks ({} text, {})".format(
+            *campaign.setup.source_sizes, *campaign.setup.target_sizes, campaign.setup.text, campaign.setup.optimizer
+        ),
     )  # fmt: skip
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
