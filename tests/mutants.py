@@ -181,7 +181,7 @@ MUTANTS = {
         "support/live_registry.py", "        set_state(self, state)\n        _register_module(self)\n", "        set_state(self, state)\n",
         "engine/test_live_objects.py -k module_outside"),
     "engine: earlier growths stay when a later one fails": Mutant(
-        "engine/run.py", "            with uninterrupted():\n                undo.rollback()\n", "            with uninterrupted():\n",
+        "engine/run.py", "        with uninterrupted():\n            undo.rollback()\n", "        with uninterrupted():\n",
         "training/test_history.py -k takes_the_earlier"),
     "model: overlapping tensors grow": Mutant(
         "model/describe.py", "elif p.layout is torch.strided and _overlaps(p):", "elif False:",

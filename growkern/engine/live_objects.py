@@ -11,10 +11,19 @@ from torch.optim.swa_utils import AveragedModel
 
 from growkern.errors import PlanError, UnsupportedModelError, UnsupportedOptimizerError
 from growkern.optimizer.schedulers import driven_by
-from growkern.support.live_registry import Live
+from growkern.support.live_registry import Live, mid_step
 from growkern.support.wrappers import unwrapped
 
 ENGINE = "DeepSpeedEngine"  # recognized by class name, so that no framework is imported
+
+
+def refuse_mid_step(*optims: object) -> None:
+    """Raise PlanError inside the step of one of the optimizers, before its update is done."""
+    if any(map(mid_step, optims)):
+        raise PlanError(
+            "a growth in a closure or a pre-hook of optimizer.step() would change half a step; grow between steps, or in a "
+            "post-hook (GrowthSchedule.attach)."
+        )
 
 
 def refuse_forgotten(
@@ -64,9 +73,13 @@ def refuse_forgotten(
 
     def averaged(live: Live) -> list[str]:
         shapes = [(name, p.shape) for name, p in model.named_parameters()]
-        found = [m.module for m in live.modules if isinstance(m, AveragedModel)]
-        alike = [m for m in found if [(n, p.shape) for n, p in m.named_parameters()] == shapes]
-        return [type(m).__name__ for m in alike if averages is None and id(m) not in inside]
+        if averages is not None:
+            return []
+        parts = [
+            p for m in live.modules if isinstance(m, AveragedModel) for p in m.module.modules()
+        ]
+        alike = [m for m in parts if [(n, p.shape) for n, p in m.named_parameters()] == shapes]
+        return [type(m).__name__ for m in alike if id(m) not in inside]
 
     _refuse_dead(model, optim, live, master_weights or {})
     if engines(live) or optimizers(live) or modules(live) or averaged(live):

@@ -18,13 +18,18 @@ from growkern.commit.undo import Undo
 from growkern.engine.compile_cache import reset_near_limit
 from growkern.engine.ddp import Ranks
 from growkern.engine.history import recorded
-from growkern.engine.live_objects import averages_of, forgotten_schedulers, refuse_forgotten
+from growkern.engine.live_objects import (
+    averages_of,
+    forgotten_schedulers,
+    refuse_forgotten,
+    refuse_mid_step,
+)
 from growkern.engine.next_steps import notes
 from growkern.engine.optim_target import optim_target
 from growkern.engine.report import GrowthReport
 from growkern.engine.request import Request
 from growkern.engine.sources import tensors_of
-from growkern.errors import CommitError, GrowthError, PlanError
+from growkern.errors import CommitError, GrowthError
 from growkern.execution.execute import Execution
 from growkern.execution.torch_backend import norm_of
 from growkern.model.describe import describe
@@ -44,7 +49,7 @@ from growkern.optimizer.state_rules import (
 from growkern.optimizer.update_scale import scale_of
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.support.interrupts import uninterrupted
-from growkern.support.live_registry import Live, mid_step
+from growkern.support.live_registry import Live
 from growkern.support.memory import keep_on_device, offload
 from growkern.support.named_tensors import Tensors
 
@@ -57,11 +62,7 @@ def run(request: Request) -> GrowthReport:
     Raises:
         GrowthError: See ``growkern.expand_inplace``.
     """
-    if any(map(mid_step, request.optims)):
-        raise PlanError(
-            "a growth in a closure or a pre-hook of optimizer.step() would change half a step; grow between steps, or in a "
-            "post-hook (GrowthSchedule.attach)."
-        )
+    refuse_mid_step(*request.optims)
     start, live = perf_counter(), Live.now()
     ranks = Ranks(request.model, live.modules)
     with ranks.together(), torch.inference_mode(False), torch.no_grad():
@@ -81,15 +82,14 @@ def run(request: Request) -> GrowthReport:
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Generator[Undo]:
     """Yield an ``Undo`` for the requests of several growths of a model; when the block raises, all growths are rolled back."""
-    with offload() as keep:
-        undo = Undo(keep)
-        try:
-            yield undo
-        except BaseException:
-            with uninterrupted():
-                undo.rollback()
-                Ranks(model, Live.now().modules).rebuild()
-            raise
+    undo = Undo()
+    try:
+        yield undo
+    except BaseException:
+        with uninterrupted():
+            undo.rollback()
+            Ranks(model, Live.now().modules).rebuild()
+        raise
 
 
 @dataclass(frozen=True)

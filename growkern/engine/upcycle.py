@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from growkern.commit.undo import Undo
+from growkern.engine.live_objects import refuse_mid_step
 from growkern.errors import (
     PlanError,
     UnsupportedModelError,
@@ -95,6 +96,7 @@ def upcycle(
         or not 0 < std < float("inf")
     ):
         raise PlanError(f"experts={experts!r}, top_k={top_k!r}, std={std!r}: 1 <= top_k <= experts and std > 0.")  # fmt: skip
+    refuse_mid_step(optim)
     spec = describe(model)
     config: Any = model.config
     strange = [

@@ -79,7 +79,9 @@ def _check(record: GrowthRecord) -> None:
     texts = record.family, record.width, record.depth, record.state, record.digest
     if not all(isinstance(text, str) for text in (*texts, record.dynamics or "")):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError("a family, a method, a state or a digest is no text")
-    source, to = dict(record.source_sizes), dict(record.to)
+    source, to = record.source_sizes, record.to
+    if not isinstance(source, dict) or not isinstance(to, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError("its sizes are no mapping from names to numbers")
     if to.keys() - source.keys() or any(
         type(n) is not int for n in (*source.values(), *to.values())
     ):

@@ -9,13 +9,12 @@ also makes (a slice of a ``ModuleList``), are registered by torch's registration
 import gc
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import wraps
 from itertools import compress
 from sys import _getframe  # pyright: ignore[reportPrivateUsage]
 from types import CodeType
 from typing import Any, NamedTuple, cast
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -28,7 +27,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
-from torch.utils.hooks import RemovableHandle
 
 KINDS: tuple[type[Any], ...] = (Optimizer, nn.Module, LRScheduler)
 _alive: dict[type, WeakValueDictionary[int, Any]] = {kind: WeakValueDictionary() for kind in KINDS}
@@ -44,7 +42,7 @@ class Live(NamedTuple):
     @staticmethod
     def now() -> "Live":
         """List the live optimizers, modules and schedulers of this process."""
-        return Live(*([*_alive[kind].values()] for kind in KINDS))
+        return Live(*(_listed(_alive[kind]) for kind in KINDS))
 
     def collected(self) -> "Live":
         """Empty these lists, collect unreachable reference cycles, and list the objects that are still alive."""
@@ -54,15 +52,21 @@ class Live(NamedTuple):
         return Live.now()
 
 
+def _listed(things: WeakValueDictionary[int, Any]) -> list[Any]:
+    """List the values while other threads may register more: ``valuerefs`` copies in one step, ``values`` does not."""
+    return [thing for ref in things.valuerefs() if (thing := ref()) is not None]
+
+
 def _register_instances(kind: type) -> None:
     """Give a class a ``__new__`` that registers its instances and passes its arguments to the next ``__new__`` in the MRO."""
 
     def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
         make: Any = super(kind, cls).__new__
-        self = make(cls) if make is object.__new__ else make(cls, *args, **kwargs)
+        self = object.__new__(cls) if make is object.__new__ else make(cls, *args, **kwargs)
         _alive[kind][id(self)] = self
         return self
 
+    new = torch._disable_dynamo(new)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] as torch's add_param_group
     new.__wrapped__ = kind.__init__  # pyright: ignore[reportFunctionMemberAccess] the signature of the class stays
     kind.__new__ = new
 
@@ -88,10 +92,10 @@ def _register_existing() -> None:
     """Register the objects made before the import, by one scan of the heap that includes frozen objects."""
     if frozen := gc.get_freeze_count() > 0:
         gc.unfreeze()
-    kinds = {made: kind for kind in KINDS for made in _subclasses(kind)}
-    objects: list[Any] = gc.get_objects()
-    for thing in compress(objects, map(kinds.__contains__, map(type, objects))):
-        _alive[kinds[type(thing)]][id(thing)] = thing
+    kinds = {id(made): kind for kind in KINDS for made in _subclasses(kind)}
+    objects: list[object] = gc.get_objects()
+    for thing in compress(objects, (id(type(thing)) in kinds for thing in objects)):
+        _alive[kinds[id(type(thing))]][id(thing)] = thing
     if frozen:
         gc.freeze()
 
@@ -103,47 +107,54 @@ def _subclasses(kind: type) -> Iterator[type]:
         yield from _subclasses(made)
 
 
-@dataclass
 class _Step:
-    """A call of ``Optimizer.step``: id (0 after the update) and code of the frame that runs it, and the post-hook that sets the id to 0."""
+    """The latest call of an optimizer's ``step``; a post-hook of the optimizer, which ends the call.
 
-    frame: int
-    code: CodeType
-    done: RemovableHandle
+    Attributes:
+        frame: ``id`` of the frame that runs ``step``; 0 after the update.
+    """
+
+    frame = 0
+
+    def __call__(self, *_: object) -> None:
+        _running.pop(self.frame, None)
+        self.frame = 0
 
 
-_steps: WeakKeyDictionary[Optimizer, _Step] = WeakKeyDictionary()
+_running: dict[
+    int, tuple[_Step, CodeType]
+] = {}  # by the id of the frame; a step that raised stays until its id is used again
 
 
 def mid_step(optim: object) -> bool:
     """True inside ``optim.step()`` before the update is done: in a pre-hook or a closure."""
-    step = _steps.get(optim) if isinstance(optim, Optimizer) else None
+    step = _step_of(optim)[1] if isinstance(optim, Optimizer) else None
     frame = _getframe(1)
     while step is not None and step.frame and frame is not None:
-        if (id(frame), frame.f_code) == (
-            step.frame,
-            step.code,
-        ):  # the frame of a step that raised is off the stack
+        if _running.get(id(frame)) == (step, frame.f_code):
             return True
         frame = frame.f_back
     return False
 
 
+def _step_of(optim: Optimizer) -> tuple[int | None, _Step | None]:
+    """Return the key of the post-hook among the optimizer's hooks, and the post-hook."""
+    hooks: dict[int, Any] = optim._optimizer_step_post_hooks  # pyright: ignore[reportPrivateUsage]
+    return next(((key, h) for key, h in hooks.items() if isinstance(h, _Step)), (None, None))
+
+
 def _begin_step(optim: Optimizer, *_: object) -> None:
-    if torch.compiler.is_dynamo_compiling():
+    hooks: Any = optim._optimizer_step_post_hooks  # pyright: ignore[reportPrivateUsage]
+    if torch.compiler.is_dynamo_compiling() or not isinstance(hooks, OrderedDict):
         return
-    frame, step = _getframe(1), _steps.get(optim)
-    if step is None or step.done.id not in (step.done.hooks_dict_ref() or ()):
-        step = _Step(0, frame.f_code, optim.register_step_post_hook(_end_step))
-        _steps[optim] = step
-    hooks = cast("OrderedDict[int, Any]", step.done.hooks_dict_ref())
-    hooks.move_to_end(step.done.id, last=False)  # runs before other post-hooks, which may grow
-    step.frame, step.code = id(frame), frame.f_code
-
-
-def _end_step(optim: Optimizer, *_: object) -> None:
-    if optim in _steps:
-        _steps[optim].frame = 0
+    key, step = _step_of(optim)
+    if step is None:
+        step = _Step()
+        key = optim.register_step_post_hook(step).id
+    hooks.move_to_end(key, last=False)  # runs before other post-hooks, which may grow
+    frame = _getframe(1)
+    step.frame = id(frame)
+    _running[step.frame] = step, frame.f_code
 
 
 _register_instances(Optimizer)

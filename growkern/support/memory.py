@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 Backup = Callable[
     [Tensor], Callable[[], Tensor]
@@ -96,18 +97,18 @@ def offload() -> Generator[Backup, None, None]:
     """Back up GPU tensors to the host and host tensors to a temporary file, so that their memory is free at once."""
     files = ExitStack()
     file: list[FileIO] = []
-    kept: dict[
-        int, Callable[[], Tensor]
-    ] = {}  # by storage: tensors that share a storage share it again when restored
+    # by address, while the storage lives: tensors that share a storage share it again when restored
+    kept: dict[int, tuple[StorageWeakRef, Callable[[], Tensor]]] = {}
 
     def keep(tensor: Tensor) -> Callable[[], Tensor]:
         raw, place = _raw(tensor), tensor.untyped_storage().data_ptr()
         if not tensor.is_cuda and not file:
             opened = tempfile.TemporaryFile(prefix="growkern-", buffering=0)  # noqa: SIM115
             file.append(files.enter_context(opened))
-        if place not in kept:
-            kept[place] = cache(_to_host(raw) if tensor.is_cuda else _to_file(raw, file[0]))
-        back, dtype, device = kept[place], tensor.dtype, tensor.device
+        if place not in kept or kept[place][0].expired():
+            back = cache(_to_host(raw) if tensor.is_cuda else _to_file(raw, file[0]))
+            kept[place] = StorageWeakRef(tensor.untyped_storage()), back
+        back, dtype, device = kept[place][1], tensor.dtype, tensor.device
         layout = tensor.storage_offset(), tensor.shape, tensor.stride()
         return lambda: torch.empty(0, dtype=dtype, device=device).set_(
             back().untyped_storage(), *layout

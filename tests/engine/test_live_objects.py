@@ -7,13 +7,15 @@ import io
 import pickle
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from models import batch, grow, make, train
 from torch import nn
 
-from growkern.errors import UnsupportedModelError, UnsupportedOptimizerError
+import growkern
+from growkern.errors import PlanError, UnsupportedModelError, UnsupportedOptimizerError
 from growkern.support.live_registry import Live, mid_step
 
 
@@ -114,6 +116,16 @@ model(ids, labels=ids).loss.backward()
 optim.step()
 if {freeze}:
     gc.freeze()
+class Meta(type):
+    def __eq__(cls, other):
+        return cls is other  # and no hash
+
+
+class Odd(metaclass=Meta):
+    pass
+
+
+odd = [Odd()]
 import growkern
 try:
     growkern.expand_inplace(model)
@@ -165,6 +177,103 @@ def test_mid_step_ends_with_the_steps_own_work():
     grow(model, optim, to="2x")  # an optimizer whose step has failed can grow
 
 
+class Wrapper(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    (
+        lambda model: model,
+        lambda model: torch.compile(model, backend="eager"),
+        nn.DataParallel,
+        Wrapper,
+    ),
+    ids=("plain", "compiled", "DataParallel", "wrapper"),
+)
+def test_an_average_of_a_wrapped_model_is_found(wrap):
+    model = make("llama", tied=True)
+    average = torch.optim.swa_utils.AveragedModel(wrap(model))
+
+    with pytest.raises(UnsupportedModelError, match="AveragedModel of a LlamaForCausalLM"):
+        grow(model, to="2x")
+
+    del average
+    grow(model, to="2x")
+
+
+def test_other_threads_may_make_modules_meanwhile():
+    stop, made = threading.Event(), []
+
+    def build():
+        while not stop.is_set():
+            made[:] = [nn.Linear(1, 1) for _ in range(100)]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=build)
+    kept = [nn.Linear(1, 1) for _ in range(3000)]
+    thread.start()
+    try:
+        for _ in range(100):
+            assert len(Live.now().modules) >= len(kept)
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+
+
+class Unhashable(torch.optim.SGD):
+    def __eq__(self, other):
+        return self is other
+
+
+def test_an_optimizer_without_a_hash_or_with_hooks_of_its_own_steps():
+    model = make("llama", tied=True)
+    optim = Unhashable(model.parameters(), lr=1e-3)
+    train(model, optim, 1)
+
+    def closure():
+        with pytest.raises(PlanError, match="would change half a step"):
+            grow(model, optim, to="2x")
+
+    optim.step(closure)
+    grow(model, optim, to="2x")
+
+    optim = torch.optim.SGD(model.parameters(), lr=1e-3)
+    optim._optimizer_step_post_hooks = {}
+    train(model, optim, 1)
+
+
+def test_a_step_that_raised_is_over_in_the_step_of_another_optimizer():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    other = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+
+    def fails():
+        raise ValueError("in a closure")
+
+    other.register_step_post_hook(lambda *_: grow(model, optim, to={"ffn": "2x"}))
+    for _ in range(5):  # the frame of the one is at the address of the other's
+        with pytest.raises(ValueError, match="in a closure"):
+            optim.step(fails)
+        other.step()
+    assert model.config.intermediate_size == 40 * 32
+
+
+def test_upcycling_inside_a_step_is_refused():
+    model = make("llama", tied=True)
+    optim = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def closure():
+        growkern.upcycle(model, optim, experts=4)
+
+    with pytest.raises(PlanError, match="would change half a step"):
+        optim.step(closure)
+
+
 def test_torchs_classes_work_as_before():
     class Named:  # a mixin whose __new__ takes the arguments
         def __new__(cls, *args, **kwargs):
@@ -195,11 +304,22 @@ def test_torchs_classes_work_as_before():
     assert scheduler.optimizer is optim
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")
 def test_a_compiled_step_and_a_module_made_while_compiling():
     model = make("llama", tied=True)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train(model, optim, 1)
+    weight = nn.Parameter(torch.ones(2))
+
+    @torch.compile(backend="eager")
+    def build_and_step(x):
+        inner = torch.optim.SGD([weight], lr=0.1)
+        y = (x * weight).sum()
+        y.backward()
+        inner.step()
+        return y.detach()
+
+    assert build_and_step(torch.ones(2)) == 2 and torch.equal(weight, torch.full((2,), 0.9))
 
     layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
 

@@ -250,6 +250,15 @@ def test_tensors_that_share_memory_are_kept_once_and_still_share_it():
         assert one().untyped_storage().data_ptr() == other().untyped_storage().data_ptr()
 
 
+def test_memory_that_is_used_again_is_kept_again():
+    with memory.offload() as keep:
+        for value in range(20):
+            tensor = torch.full((1000,), float(value))
+            back = keep(tensor)
+            del tensor
+            assert torch.equal(back(), torch.full((1000,), float(value)))
+
+
 def test_an_undo_that_fails_once_is_tried_again(monkeypatch):
     model, optim, scheduler = fixture()
     before, calls, buffer = snapshot(model, optim, scheduler), [], memory.read_bytes

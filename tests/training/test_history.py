@@ -124,6 +124,8 @@ RECORDS = {
     ),
     "a method that is a number": ({"width": 3}, "a method, a state or a digest is no text"),
     "no family": ({"family": []}, "a family, a method"),
+    "no sizes": ({"to": []}, "no mapping from names"),
+    "pairs": ({"source_sizes": [["hidden", 24]]}, "no mapping from names"),
     "no number": ({"to": {"hidden": "wide"}}, "sizes are not those of a model"),
 }
 
