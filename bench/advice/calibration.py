@@ -11,7 +11,7 @@ from bench.savings.campaign import RECIPES
 from growkern.recipes.recipe import Recipe, Saved
 
 ALONE = 0.1  # least spread, and the spread of a single figure
-MODELS = "60 to 230 thousand parameters (bytes of Python source)"
+MODELS = "60 to 870 thousand parameters (bytes of Python and C++ source)"
 CALIBRATION = Path(__file__).resolve().parents[2] / "growkern" / "recipes" / "measured.py"
 
 
@@ -80,7 +80,8 @@ def module(recipes: Mapping[str, Recipe], figures: Sequence[Figure]) -> str:
     used = ", ".join(name for name in ("depth", "width") if f" {name}." in rows)
     return f'''"""Recipes of growth, and what they saved, as measured. Written by ``python -m bench.advice --write``; not by hand.
 
-From {len(figures)} figures (recipes, growth points, budgets) of bench/results/savings-*.csv, setups: {setups}.
+From {len(figures)} figures (recipes, growth points, budgets) of bench/results/savings-*.csv, setups:
+{setups}.
 """
 
 {"from math import nan" + chr(10) * 2 if "nan" in rows else ""}from growkern import {used}
@@ -104,7 +105,9 @@ def _is_growth(name: str) -> bool:
 
 def _source(recipe: Recipe) -> str:
     """Return a recipe as Python source, with methods named by their modules."""
-    growth = ", ".join(f"{json.dumps(k)}: {_value(v)}" for k, v in recipe.growth.items())
+    arguments = [f"{json.dumps(k)}: {_value(v)}" for k, v in recipe.growth.items()]
+    short = sum(map(len, arguments)) < 100
+    growth = (", " if short else ",\n             ").join(arguments)
     figures = "".join(
         f"                Saved({json.dumps(one.setup)}, {one.grown_at:.3g}, {one.budget:.3g}, {one.charged}, {one.sunk}, {one.headroom}, "
         f"{one.n_seeds}),\n"

@@ -1,6 +1,7 @@
 """Recipes of growth, and what they saved, as measured. Written by ``python -m bench.advice --write``; not by hand.
 
-From 144 figures (recipes, growth points, budgets) of bench/results/savings-*.csv, setups: width, width, c++, wider, depth, depth, twice, both.
+From 144 figures (recipes, growth points, budgets) of bench/results/savings-*.csv, setups:
+width, width, c++, wider, depth, depth, twice, both.
 """
 
 from math import nan
@@ -8,7 +9,7 @@ from math import nan
 from growkern import depth, width
 from growkern.recipes.recipe import Recipe, Saved
 
-MEASURED = "60 to 230 thousand parameters (bytes of Python source)"
+MEASURED = "60 to 870 thousand parameters (bytes of Python and C++ source)"
 BUDGETS = 1.3, 13.4  # multiples of the compute at growth
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -267,7 +268,9 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "Stack, dropped", "depth", 1.374, 0.637, 3,
-            {"dynamics": None, "state": "drop", "depth": depth.Stack(remainder='bottom', ignore_first=0, ignore_last=0)}, 1, 60,
+            {"dynamics": None,
+             "state": "drop",
+             "depth": depth.Stack(remainder='bottom', ignore_first=0, ignore_last=0)}, 1, 60,
             (
                 Saved("depth", 1.07e+11, 2.68e+11, (0.158, 0.247, 0.337), (0.495, 0.548, 0.602), 0.313, 3),
                 Saved("depth", 1.07e+11, 5.36e+11, (0.041, 0.235, 0.428), (0.233, 0.388, 0.543), 0.185, 3),
@@ -303,7 +306,9 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "Interpose, dropped", "depth", 1.035, 0.458, 3,
-            {"dynamics": None, "state": "drop", "depth": depth.Interpose(halve_branches=True, ignore_first=0, ignore_last=0)}, 1, 60,
+            {"dynamics": None,
+             "state": "drop",
+             "depth": depth.Interpose(halve_branches=True, ignore_first=0, ignore_last=0)}, 1, 60,
             (
                 Saved("depth", 1.07e+11, 2.68e+11, (0.135, 0.233, 0.332), (0.481, 0.54, 0.599), 0.313, 3),
                 Saved("depth", 1.07e+11, 5.36e+11, (-0.08, 0.198, 0.476), (0.136, 0.359, 0.581), 0.185, 3),
@@ -363,7 +368,10 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "Sparkling fresh and Stack", "both", 1.013, 0.137, 3,
-            {"dynamics": None, "state": "drop", "width": width.Sparkling(fan_out='random', fan_in='zero'), "depth": depth.Stack(remainder='bottom', ignore_first=0, ignore_last=0)}, 0.5, 60,
+            {"dynamics": None,
+             "state": "drop",
+             "width": width.Sparkling(fan_out='random', fan_in='zero'),
+             "depth": depth.Stack(remainder='bottom', ignore_first=0, ignore_last=0)}, 0.5, 60,
             (
                 Saved("both", 1.78e+11, 4.45e+11, (nan, 0.385, nan), (nan, 0.631, nan), 0.428, 1),
                 Saved("both", 1.78e+11, 7.43e+11, (nan, 0.304, nan), (nan, 0.471, nan), 0.31, 1),
