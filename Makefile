@@ -23,7 +23,7 @@ fmt: .venv/test.stamp
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# hand-made mistakes that the tests must find; about an hour on 2 cores
+# hand-made mistakes that the tests must find
 mutants: .venv/test.stamp
 	$(BIN)/python tests/mutants.py
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -359,3 +360,18 @@ def follow(module: Sequence[str], on_line: Callable[[str], None], **env: str) ->
             tail = [*tail, line.rstrip()][-40:]
             on_line(line.rstrip())
     return process.wait(), "\n".join(tail)
+
+
+def record(path: Path, columns: Sequence[str], rows: Iterable[Row], n_shown: int) -> None:
+    """Write rows to a new CSV file as they come, and print the first ``n_shown`` columns of each, and at last the path."""
+    console = Console(width=140)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            shown = {key: cell(value) for key, value in row.items()}
+            writer.writerow(shown)
+            file.flush()
+            console.print("  ".join(str(shown[key]) for key in columns[:n_shown]), highlight=False)
+    console.print(path, highlight=False)

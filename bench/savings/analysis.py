@@ -154,7 +154,7 @@ class Campaign:
         for b, flops in enumerate(self.reach):
             if b >= len(self.budgets) and not self._ran(sizes, b, {TUNING, *drawn}):
                 continue
-            found.append((flops, mean(_pick(self.plain[sizes, self.best_lr(sizes, b), b], drawn))))
+            found.append((flops, mean(pick(self.plain[sizes, self.best_lr(sizes, b), b], drawn))))
         return sorted(found)
 
     def tried(self, sizes: tuple[int, int], budget: int) -> bool:
@@ -205,7 +205,7 @@ class Campaign:
 
         def shares(drawn: Sequence[int]) -> tuple[float, float, bool]:
             curve = self.curve(self.setup.target_sizes, drawn)
-            need, beyond = flops_needed(curve, mean(_pick(losses, drawn)))
+            need, beyond = flops_needed(curve, mean(pick(losses, drawn)))
             spent = self.budgets[budget]
             return 1 - spent / need, 1 - (spent - variant.grow_at) / need, beyond
 
@@ -252,7 +252,7 @@ def _measured(losses: Losses) -> Losses:
     return {s: v for s, v in losses.items() if s != TUNING} or losses
 
 
-def _pick(losses: Losses, seeds: Sequence[int]) -> list[float]:
+def pick(losses: Losses, seeds: Sequence[int]) -> list[float]:
     """Return the losses of ``seeds``; all losses if none of ``seeds`` has run."""
     return [losses[s] for s in seeds if s in losses] or [*losses.values()]
 

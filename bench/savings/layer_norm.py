@@ -6,16 +6,14 @@ and is annealed at the first and the last budget. The learning rate is not tuned
 """
 
 import argparse
-import csv
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
 
-from bench.harness import RESULTS, cell, machine, slug
+from bench.harness import RESULTS, machine, record, slug
 from bench.savings.campaign import RECIPES, SETUPS
 from bench.savings.jobs import corpus
 from growkern.cli.demo_run import HEAD_DIM, Corpus, Run, Training
@@ -69,18 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    console, text = Console(width=140), corpus(SETUP.text, SETUP.n_bytes, "cpu")
-    asked.out.mkdir(parents=True, exist_ok=True)
+    text = corpus(SETUP.text, SETUP.n_bytes, "cpu")
     path = asked.out / f"layer-norm-{slug(machine()['device'])}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for row in (row for seed in asked.seeds for row in measure(seed, text)):
-            shown = {k: cell(v) for k, v in row.items()}
-            writer.writerow(shown)
-            file.flush()
-            console.print("  ".join(str(shown[k]) for k in COLUMNS[:7]), highlight=False)
-    console.print(path, highlight=False)
+    record(path, COLUMNS, (row for seed in asked.seeds for row in measure(seed, text)), 7)
     return 0
 
 

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from bench.savings.analysis import TUNING, Campaign, Losses, Saving
+from bench.savings.analysis import TUNING, Campaign, Losses, Saving, pick
 from bench.savings.campaign import SETUPS
 from bench.savings.jobs import Job
 from growkern.cli.demo_run import flops_needed
@@ -195,8 +195,8 @@ def overview(campaigns: dict[str, Campaign]) -> str:
             if not measured:
                 continue
             best = min(measured, key=lambda s: campaign.grown[s.variant, b][TUNING])
-            plain = [
-                f"{mean(campaign.tuned(sizes, b).values()):.3f}"
+            plain = [  # on the seeds of the grown run
+                f"{mean(pick(campaign.plain[sizes, campaign.best_lr(sizes, b), b], [*best.losses])):.3f}"
                 for sizes in (setup.target_sizes, setup.source_sizes)
             ]
             loss, charged, sunk = _cells(best)

@@ -12,17 +12,15 @@ The effective rank is the exponential of the entropy of the singular values' sha
 """
 
 import argparse
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from bench.harness import RESULTS, cell, machine, slug
+from bench.harness import RESULTS, machine, record, slug
 from bench.savings.campaign import RECIPES, SETUPS
 from bench.savings.jobs import corpus
 from growkern.cli.demo_run import Corpus, Run, Training
@@ -119,19 +117,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    console, text = Console(width=140), corpus(SETUP.text, SETUP.n_bytes, "cpu")
-    asked.out.mkdir(parents=True, exist_ok=True)
+    text = corpus(SETUP.text, SETUP.n_bytes, "cpu")
     path = asked.out / f"symmetry-{slug(machine()['device'])}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for optimizer, names in (("adamw", ADAMW), ("muon", MUON)):
-            for row in measure(optimizer, names, asked.steps, text):
-                shown = {k: cell(v) for k, v in row.items()}
-                writer.writerow(shown)
-                file.flush()
-                console.print("  ".join(str(shown[k]) for k in COLUMNS[:7]), highlight=False)
-    console.print(path, highlight=False)
+    both = (("adamw", ADAMW), ("muon", MUON))
+    rows = (row for kind, names in both for row in measure(kind, names, asked.steps, text))
+    record(path, COLUMNS, rows, 7)
     return 0
 
 
