@@ -1,6 +1,5 @@
 """One process of tests/engine/test_ddp.py: runs every case and saves what it saw."""
 
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -116,9 +115,10 @@ def disagree(rank: int) -> str:
     return "nothing"
 
 
-def main(folder: str) -> None:
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+def main(folder: Path, rank: int, world: int) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     found: dict[object, object] = {}
     for case in CASES:
         found[case] = run(case, rank, world)
@@ -136,9 +136,5 @@ def main(folder: str) -> None:
     except RuntimeError as error:
         found["not rebuilt"], found["not rebuilt error"] = {}, str(error)
     ddp._rebuild, ddp.Ranks.check = rebuild, check
-    torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -1,13 +1,12 @@
-"""A run of Hugging Face's Trainer that may be killed at any moment and started again: ``killed_hf.py FOLDER [DIE]``.
+"""A run of Hugging Face's Trainer that may be killed at any moment and started again: ``main(folder, die)``.
 
-It grows twice and saves a checkpoint after each step. ``DIE`` is a step to die after, or ``growing-N`` or ``saving-N``: in the
+It grows twice and saves a checkpoint after each step. ``die`` is a step to die after, or ``growing-N`` or ``saving-N``: in the
 middle of the growth, or of the checkpoint, of step N.
 """
 
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -90,7 +89,3 @@ def main(folder: Path, die: str = "") -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = {"model": model.state_dict(), "schedule": schedule.state_dict()}
     torch.save(state | {"resumed": str(checkpoint)}, folder / "end.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])

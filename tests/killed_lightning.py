@@ -1,8 +1,7 @@
-"""A run of Lightning that may be killed at any moment and started again: ``killed_lightning.py FOLDER [DIE]``; see ``killed_hf.py``."""
+"""A run of Lightning that may be killed at any moment and started again: see ``killed_hf.py``."""
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import fsspec
@@ -111,7 +110,3 @@ def main(folder: Path, die: str = "") -> None:
     trainer.fit(module, Batches(), ckpt_path=str(checkpoint) if checkpoint else None)
     state = {"model": module.model.state_dict(), "schedule": schedule.state_dict()}
     torch.save(state | {"resumed": str(checkpoint)}, folder / "end.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,11 +1,10 @@
-"""A training run that may be killed at any moment and started again: ``resume_worker.py FOLDER [DIE]``.
+"""A training run that may be killed at any moment and started again: ``main(folder, die)``.
 
-It grows twice on a schedule and saves everything after each step. ``DIE`` is a step to die after, or ``growing``.
+It grows twice on a schedule and saves everything after each step. ``die`` is a step to die after, or ``growing``.
 """
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -61,7 +60,3 @@ def main(folder: Path, die: str = "") -> None:
         print(step + 1, flush=True)
         if die == str(step + 1):
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -101,13 +101,14 @@ def measure(
         run.grow(to=dict(SETUP.target), seed=SEED, rate=0.5, rewarm=recipe.rewarm, **recipe.growth)
         grown = [p.clone() for p in matrices(run)]
         for step in range(0, steps + 1, 100):
+            if step:
+                run.train_until(run.flops + 100 * run.cost)
             learned = [p - q for p, q in zip(matrices(run), grown, strict=True)]
             yield {
                 "optimizer": optimizer, "recipe": name, "steps": step, "loss": run.evaluate(),
                 "cosine": mean(map(cosine_of_halves, matrices(run))), "residual": effective_rank(residual(run, text)),
                 "update": mean(map(effective_rank, learned)) if step else "",
             } | machine()  # fmt: skip
-            run.train_until(run.flops + 100 * run.cost)
 
 
 def main(arguments: list[str] | None = None) -> int:

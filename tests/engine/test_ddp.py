@@ -1,13 +1,10 @@
 """Growth under DistributedDataParallel: real gloo processes on loopback against one process on the joined batch."""
 
-import subprocess
-import sys
-from pathlib import Path
-
+import processes
 import pytest
 import torch
 
-WORKER = Path(__file__).parents[1] / "ddp_worker.py"
+pytestmark = processes.together
 CASES = [
     "plain",
     "static_graph",
@@ -24,14 +21,11 @@ CASES = [
 @pytest.fixture(scope="module", params=[2, 4])
 def world(request, tmp_path_factory) -> tuple[int, dict]:
     """What every process of a group of so many saw."""
-    folder = tmp_path_factory.mktemp("ddp")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(request.param),
-         "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(WORKER), str(folder)],
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return request.param, {rank: torch.load(folder / f"{rank}.pt") for rank in range(request.param)}
+    folder, n = tmp_path_factory.mktemp("ddp"), request.param
+    log = folder / "log"
+    started = [processes.start("ddp_worker", folder, rank, n, log=log) for rank in range(n)]
+    processes.end(started, log)
+    return n, {rank: torch.load(folder / f"{rank}.pt") for rank in range(n)}
 
 
 @pytest.mark.parametrize("case", CASES)

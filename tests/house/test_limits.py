@@ -55,3 +55,11 @@ def test_lines_and_branches_are_counted(body, lines, branches, tmp_path):
     (path := tmp_path / "one.py").write_text(f"def one():\n{body}")
 
     assert [*functions(path)] == [("one", lines, branches)]
+
+
+@pytest.mark.xdist_group("one")
+def test_a_group_of_tests_stays_on_one_worker(request):
+    """pytest-xdist groups tests by a suffix of their ids, which pytest 9.2.0 ignores: each worker then runs every fixture."""
+    grouped = getattr(request.config.option, "loadgroup", False)
+
+    assert request.node.nodeid.endswith("@one") or not grouped

@@ -2,42 +2,33 @@
 
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("lightning.pytorch")
+pytestmark = processes.together
 
-HERE = Path(__file__).parents[1]
-WORKERS = {"hf": HERE / "killed_hf.py", "lightning": HERE / "killed_lightning.py"}
+WORKERS = {"hf": "killed_hf", "lightning": "killed_lightning"}
 WIDER, DEEPER, STEPS = 3, 6, 8  # the steps of the growths, and the last one
-
-
-def start(framework: str, folder: Path, *die: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(WORKERS[framework]), str(folder), *die],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
 
 
 def end(framework: str, folder: Path) -> dict:
     """Run to the end, and give what the run ended with."""
-    process = start(framework, folder)
-    errors = process.communicate()[1]
-    assert process.returncode == 0, errors[-4000:]
+    log = folder / "log"
+    processes.end([processes.start(WORKERS[framework], folder, log=log)], log)
     return torch.load(folder / "end.pt", weights_only=False)
 
 
 def die(framework: str, folder: Path, at: str) -> None:
-    process = start(framework, folder, at)
-    errors = process.communicate()[1]
-    assert process.returncode == -signal.SIGKILL, errors[-4000:]
+    log = folder / "log"
+    process = processes.start(WORKERS[framework], folder, at, log=log)
+    processes.end([process], log, -signal.SIGKILL)
 
 
 @pytest.fixture(scope="module", params=WORKERS)
@@ -77,15 +68,13 @@ def test_a_killed_run_ends_where_the_unbroken_one_ends(deaths, unbroken, tmp_pat
 
 def test_a_run_that_is_killed_at_a_random_moment_ends_there_too(unbroken, tmp_path):
     framework, expected = unbroken
-    chance = random.SystemRandom()
+    chance, log = random.SystemRandom(), tmp_path / "log"
     lines, wait = chance.randrange(1, STEPS), chance.uniform(0, 0.1)
-    process = start(framework, tmp_path)
-    for _ in range(lines):
-        while not process.stdout.readline().strip().isdigit():
-            assert process.poll() is None, process.stderr.read()[-4000:]
+    process = processes.start(WORKERS[framework], tmp_path, log=log)
+    processes.wait_for_lines(process, log, lines)
     time.sleep(wait)
     process.kill()
-    process.communicate()
+    process.join()
 
     found = end(framework, tmp_path)
 

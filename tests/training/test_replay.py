@@ -1,13 +1,11 @@
 """Checkpoints and resumes across growths."""
 
 import copy
-import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from models import batch, grow, logits, make, train
@@ -17,20 +15,19 @@ from growkern import width
 from growkern.errors import CheckpointError, PlanError
 from growkern.optimizer.update_scale import scale_of
 
-WORKER = Path(__file__).parents[1] / "resume_worker.py"
-
-
-def run(folder: Path, *die: str) -> int:
-    return subprocess.run(
-        [sys.executable, str(WORKER), str(folder), *die], capture_output=True
-    ).returncode
-
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("unbroken")
-    assert run(folder) == 0
+    run(folder)
     return torch.load(folder / "checkpoint.pt", weights_only=False)
+
+
+def run(folder: Path, *die: str) -> None:
+    """Run to the end, or to the death that was asked for."""
+    log = folder / "log"
+    process = processes.start("resume_worker", folder, *die, log=log)
+    processes.end([process], log, -signal.SIGKILL if die else 0)
 
 
 def same(folder: Path, expected: dict) -> bool:
@@ -43,25 +40,26 @@ def same(folder: Path, expected: dict) -> bool:
 
 
 @pytest.mark.parametrize("deaths", [["2", "6", "10"], ["growing"], ["4", "growing", "8"]], ids=str)
+@processes.together
 def test_a_killed_run_ends_where_the_unbroken_one_ends(deaths, unbroken, tmp_path):
     """Before, after, right after and in the middle of growths."""
     for die in deaths:
-        assert run(tmp_path, die) == -signal.SIGKILL
+        run(tmp_path, die)
 
-    assert run(tmp_path) == 0 and same(tmp_path, unbroken)
+    run(tmp_path)
+    assert same(tmp_path, unbroken)
 
 
+@processes.together
 def test_a_run_that_is_killed_at_a_random_moment_ends_there_too(unbroken, tmp_path):
-    lines = random.SystemRandom().randrange(1, 11)
-    process = subprocess.Popen(
-        [sys.executable, str(WORKER), str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    for _ in range(lines):
-        process.stdout.readline()
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    lines, log = random.SystemRandom().randrange(1, 11), tmp_path / "log"
+    process = processes.start("resume_worker", tmp_path, log=log)
+    processes.wait_for_lines(process, log, lines)
+    process.kill()
+    process.join()
 
-    assert run(tmp_path) == 0 and same(tmp_path, unbroken), f"killed after step {lines}"
+    run(tmp_path)
+    assert same(tmp_path, unbroken), f"killed after step {lines}"
 
 
 def test_the_history_lives_in_the_config_and_makes_a_model_of_the_start_load_the_end(tmp_path):
