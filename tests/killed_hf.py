@@ -1,7 +1,7 @@
-"""A run of Hugging Face's Trainer that may be killed at any moment and started again: ``killed_hf.py FOLDER [DIE]``.
+"""Run Hugging Face's Trainer in a process that may be killed at any moment and started again: ``killed_hf.py FOLDER [DIE]``.
 
-It grows twice and saves a checkpoint after each step. ``DIE`` is a step to die after, or ``growing-N`` or ``saving-N``: in the
-middle of the growth, or of the checkpoint, of step N.
+The run grows twice and saves a checkpoint after each step. ``DIE`` says when the process kills itself: N, after the checkpoint of step N;
+``growing-N``, during the growth of step N; ``saving-N``, during the checkpoint of step N.
 """
 
 import json
@@ -31,7 +31,7 @@ class Words(torch.utils.data.Dataset):
 
 
 class Tell(transformers.TrainerCallback):
-    """Say that a step is saved, and die after it."""
+    """Print the number of every saved step, and kill the process after the checkpoint of step ``die``."""
 
     def __init__(self, die):
         self.die = die
@@ -47,7 +47,7 @@ def kill(*_: object) -> None:
 
 
 def complete(folder: Path) -> bool:
-    """True of a checkpoint that was written to the end: the Trainer's own state comes last."""
+    """Whether a checkpoint was written to the end: the Trainer writes ``trainer_state.json`` last."""
     try:
         json.loads((folder / "trainer_state.json").read_text())
     except (OSError, ValueError):
