@@ -1,6 +1,7 @@
-"""A training run that may be killed at any moment and started again: ``resume_worker.py FOLDER [DIE]``.
+"""Train in a process that may be killed at any moment and started again: ``resume_worker.py FOLDER [DIE]``.
 
-It grows twice on a schedule and saves everything after each step. ``DIE`` is a step to die after, or ``growing``.
+The run grows twice on a schedule and saves a checkpoint after each step. ``DIE`` says when the process kills itself: N, after step N;
+``growing``, during the next growth.
 """
 
 import os
@@ -28,7 +29,7 @@ def main(folder: Path, die: str = "") -> None:
     schedule = growkern.GrowthSchedule(
         [
             growkern.At(step=4, to={"hidden": 48}),
-            growkern.At(step=8, to={"layers": 3, "ffn": 100}),  # per element: hooks
+            growkern.At(step=8, to={"layers": 3, "ffn": 100}),  # uneven copies take hooks
         ]
     )
     first, path = 0, folder / "checkpoint.pt"

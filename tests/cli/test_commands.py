@@ -205,9 +205,7 @@ def test_compare_refuses_a_model_without_a_loss(tmp_path):
 def test_wrong_options_are_refused_before_anything_is_read(arguments, match):
     result = invoke(*arguments)
 
-    assert result.exit_code == (
-        1 if match is None else 2
-    )  # "hidden" parses as one size, like "2x"
+    assert result.exit_code == (1 if match is None else 2)  # "hidden" parses as one size, like "2x"
     assert match is None or match in said(result), result.output
 
 

@@ -51,7 +51,7 @@ pytestmark = pytest.mark.xdist_group("compile")  # one xdist worker compiles, on
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, dict[str, int]]:
-    """Compile every case; per target and case, return registers, bytes of stack and local memory, spills, and widest load and store in bits."""
+    """Compile every case; return, per target and case, registers, bytes of stack and local memory, spills and widths of accesses."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     out = subprocess.run(
         [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300
@@ -168,7 +168,7 @@ def adamw(case: tuple[str | int, ...]) -> tuple[object, dict[str, object], dict[
 
 
 def narrow_products(ttir: str) -> int:
-    """Count the 32-bit products that reach a pointer's offset; loads, splats and ranges end the search, for they are indices into vectors."""
+    """Count the 32-bit products that reach a pointer's offset; the search ends at loads, splats, ranges and constants."""
     made = {m[1]: (m[2], m[3]) for m in re.finditer(r"(%\S+) = (\S+) ([^\n]*)", ttir)}
 
     def reaches(name: str, seen: frozenset[str]) -> int:

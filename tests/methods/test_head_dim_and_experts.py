@@ -102,7 +102,7 @@ def test_everything_in_larger_heads_trains_within_two_steps(family, monkeypatch)
 
 @pytest.mark.parametrize("family", [*ROPE, *LEARNED, *ROPE_OF_HIDDEN])
 def test_gradients_of_what_is_kept_follow_the_law(family, monkeypatch, exact_routers):
-    """Autograd gives the law's gradient where the gradient scale is not 0; elsewhere, as in zeroed queries, the gradient breaks the symmetry."""
+    """Autograd gives the law's gradient where its scale is not 0; elsewhere, as in zeroed queries, the gradient breaks the symmetry."""
     exact_norms(monkeypatch)
     model = model_of(family).double()
     loss_of(model, batch()).backward()

@@ -16,7 +16,7 @@ pytest.importorskip("lightning.pytorch")
 
 HERE = Path(__file__).parents[1]
 WORKERS = {"hf": HERE / "killed_hf.py", "lightning": HERE / "killed_lightning.py"}
-WIDER, DEEPER, STEPS = 3, 6, 8  # the steps of the growths, and the last one
+WIDER, DEEPER, STEPS = 3, 6, 8  # the steps of the two growths, and the last step
 
 
 def start(framework: str, folder: Path, *die: str) -> subprocess.Popen:
@@ -27,7 +27,7 @@ def start(framework: str, folder: Path, *die: str) -> subprocess.Popen:
 
 
 def end(framework: str, folder: Path) -> dict:
-    """Run to the end, and give what the run ended with."""
+    """Run to the end and return the saved end of the run."""
     process = start(framework, folder)
     errors = process.communicate()[1]
     assert process.returncode == 0, errors[-4000:]
@@ -70,7 +70,7 @@ def test_a_killed_run_ends_where_the_unbroken_one_ends(deaths, unbroken, tmp_pat
 
     found = end(framework, tmp_path)
 
-    last = int(deaths[-1].split("-")[-1]) - ("-" in deaths[-1])  # what is complete
+    last = int(deaths[-1].split("-")[-1]) - ("-" in deaths[-1])  # the last complete checkpoint
     assert str(last) in Path(found["resumed"]).name
     assert_same(found, expected)
 
