@@ -161,10 +161,8 @@ def test_headroom_is_that_of_a_target_which_starts_where_the_source_stands():
     found = advise_on(loss, others=[(TARGET, curve_of(loss, TARGET, seed=2))])
 
     spent, budget = 6 * SOURCE * 1e6, 2.4e12
-    low, high = (
-        1.0,
-        1e9,
-    )  # bounds on the tokens after which the target from scratch has the source's loss
+    # bounds on the tokens after which the target from scratch has the source's loss
+    low, high = 1.0, 1e9
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if loss(TARGET, middle) > loss(SOURCE, 1e6) else (low, middle)

@@ -80,9 +80,8 @@ def test_savings_are_those_of_hand_made_numbers_under_both_accountings():
 
     (saving,) = found.savings(1)
 
-    need = exp(
-        log(8) + 1.5 * log(2)
-    )  # the loss falls by a nat per doubling: 1.5 takes 8 x 2^1.5 steps
+    # from scratch, the loss falls by a nat per doubling: a loss of 1.5 takes 8 x 2^1.5 steps
+    need = exp(log(8) + 1.5 * log(2))
     assert saving.charged == pytest.approx((1 - 16 / need,) * 3)
     assert saving.sunk == pytest.approx((1 - 14 / need,) * 3)
     assert saving.beyond  # no run from scratch reaches 1.5
@@ -325,9 +324,8 @@ def test_run_that_grows_in_two_steps_serves_only_budgets_behind_the_last(tmp_pat
     setup = campaign.Setup(
         sizes, {"hidden": 32, "layers": 8}, (8, 16), (4,), (4e-3,), (4e-3,), (), n_bytes=1_000_000, training=small,
     )  # fmt: skip
-    at = 4 * jobs.unit(
-        setup
-    )  # 4 layers until 8 steps, when the trunk of the first budget has ended
+    # the run has 4 layers until 8 steps, when the trunk of the first budget has ended
+    at = 4 * jobs.unit(setup)
     source = jobs.Job(setup, setup.source_sizes, 4e-3, 0, saves=(at,))
     grown = jobs.Job(setup, setup.target_sizes, 4e-3, 0, "Stack by twos", 1.0, at)
     jobs.run(source, tmp_path, "cpu")

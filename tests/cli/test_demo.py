@@ -73,9 +73,8 @@ def test_all_runs_spend_the_budget_within_half_a_step_and_grown_and_scratch_end_
 
     assert len(rows) == 5
     for _, flops, _ in rows:
-        assert float(flops) == pytest.approx(
-            setup.budget * step, abs=0.501 * step
-        )  # the printed FLOPs are rounded
+        # the printed FLOPs are rounded
+        assert float(flops) == pytest.approx(setup.budget * step, abs=0.501 * step)
     sizes = {name.partition(",")[0]: n for name, _, n in rows}
     assert sizes["grown"] == sizes["from scratch"] != sizes["never grows"]
 

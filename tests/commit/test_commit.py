@@ -92,9 +92,8 @@ def test_control_c_during_the_writing_takes_the_growth_back(monkeypatch):
         commit, "_attributes", lambda *a: (os.kill(os.getpid(), signal.SIGINT), original(*a))
     )
 
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a background job ignores SIGINT
+    # a background job ignores SIGINT
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             grow(model, optim, to="2x", scheduler=scheduler)

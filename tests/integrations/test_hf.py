@@ -202,10 +202,8 @@ def test_the_trainers_metrics_and_tokens_fire_events(tmp_path):
 
     trainer.train()
 
-    assert schedule.fired == [
-        4,
-        5,
-    ]  # three evaluations precede step 4; five batches of 24 tokens precede the second growth
+    # three evaluations precede step 4; five batches of 24 tokens precede the second growth
+    assert schedule.fired == [4, 5]
     assert schedule.counts.n_tokens == 6 * 24
 
 

@@ -26,13 +26,8 @@ from growkern.optimizer.adamw_torch import SLICES, Hyper, Update, arithmetic, le
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
-KINDS = [
-    (F64, F64),
-    (F32, F32),
-    (BF16, F32),
-    (BF16, BF16),
-    (F16, F32),
-]  # dtypes of parameter and moments
+# dtypes of parameter and moments
+KINDS = [(F64, F64), (F32, F32), (BF16, F32), (BF16, BF16), (F16, F32)]
 SHAPES = [
     (),
     (1,),
@@ -82,9 +77,7 @@ class Case:
         n, dtype = length(key, self.shape), arithmetic(self.kind[0])
         if key == "rewarm":
             return torch.tensor([3.0, 4.0], dtype=dtype, device=DEVICE)
-        if key.startswith(
-            "born"
-        ):  # births come before the step, so that an update counts at least 1
+        if key.startswith("born"):  # a birth comes before the step: an update counts at least 1
             return torch.randint(0, self.step, (n,), generator=g).to(DEVICE, dtype)
         return (torch.rand(n, generator=g) + 0.5).to(DEVICE, dtype)
 

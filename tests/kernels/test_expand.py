@@ -243,9 +243,7 @@ def check(built: list[tuple[Tensor, Tensor, Piece]]) -> None:
             actual, expected = piece.dst.to(F64), moved(piece, copy).dst.to(F64)
             eps = torch.finfo(BF16).eps
             torch.testing.assert_close(actual, expected, rtol=eps, atol=0, equal_nan=True)
-            piece.dst.copy_(
-                moved(piece, copy).dst
-            )  # the memory around the target is compared below
+            piece.dst.copy_(moved(piece, copy).dst)  # the lines below compare the memory around
         assert torch.equal(bits(memory), bits(copy))
 
 
@@ -622,9 +620,8 @@ GROWTHS = [(F64, "2x", True), (F32, {"layers": 2, "hidden": 24}, False), (BF16, 
 @pytest.mark.parametrize(("dtype", "to", "tied"), GROWTHS, ids=["float64", "float32", "bfloat16"])
 def test_backends_grow_a_model_and_its_optimizer_to_the_same_tensors(dtype, to, tied):
     (model, optim), (other, other_optim) = trained(dtype, tied), trained(dtype, tied)
-    eps = (
-        torch.finfo(BF16).eps if dtype == BF16 and INTERPRETED else 0.0
-    )  # the interpreter truncates: see check()
+    # the interpreter truncates bfloat16: see check()
+    eps = torch.finfo(BF16).eps if dtype == BF16 and INTERPRETED else 0.0
 
     grow(model, optim, to=to, seed=2**63 + 1, backend="triton")
     grow(other, other_optim, to=to, seed=2**63 + 1, backend="torch")

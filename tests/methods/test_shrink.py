@@ -472,9 +472,8 @@ def test_every_way_gives_the_same_bits(method, options):
     other, other_optim = twin(model, optim)
     to = {"hidden": 12, "ffn": 40 if method == BACK else 41, "layers": 1}
     for one, own in ((model, optim), (other, other_optim)):
-        growkern.expand_inplace(
-            one, own, to={"ffn": 80}
-        )  # 41 runs of length 1 are gathered by an index
+        # 41 runs of length 1 are gathered by an index
+        growkern.expand_inplace(one, own, to={"ffn": 80})
 
     shrink(model, optim, to=to, method=method, backend="torch")
     shrink(other, other_optim, to=to, method=method, **options)

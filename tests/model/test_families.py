@@ -367,7 +367,7 @@ PROBES |= {
     "qwen3_moe": {k: v for k, v in PROBES["llama"].items() if k != "intermediate_size"}
     | {"moe_intermediate_size": 60, "num_experts": 6, "num_experts_per_tok": 3},
 }
-UNUSED = {"rotary_ndims"}  # no module reads it once the model is built
+UNUSED = {"rotary_ndims"}  # no module reads the attribute once the model is built
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def test_a_failure_while_initialising_leaves_everything_as_it_was(memory, block,
     before = everything(model, optim)
     original, calls = type(model)._init_weights, []
     n_modules = len([*model.model.layers[0].modules()])
-    last = 1 if block == "of the check" else 3 * n_modules + 5  # the second new block fails
+    last = 1 if block == "of the check" else 3 * n_modules + 5  # the check or the second new block
 
     def failing(self, module):
         calls.append(module)

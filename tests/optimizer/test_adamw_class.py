@@ -282,9 +282,8 @@ def test_slices_survive_a_checkpoint_unrounded_and_torch_goes_on_without(dtype, 
             assert given_.data_ptr() != found.data_ptr()
     (seen,) = loaded
     assert all(torch.equal(v, first.state[p]["lr_cols"]) for v, p in zip(seen, a, strict=True))
-    second.load_state_dict(
-        copy.deepcopy(first.state_dict())
-    )  # load_state_dict shares the moments of the dict
+    # load_state_dict shares the moments of the dict
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
     train([first, second], 3)
     assert_same(first, second, slices=True)
     train([third], 1)

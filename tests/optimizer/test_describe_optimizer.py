@@ -11,9 +11,8 @@ import growkern
 from growkern import depth, width
 from growkern.errors import PlanError
 
-COPIES = width.Lossless(
-    noise=1
-)  # the law divides learning rates of copies, and keeps the rate where nothing is copied
+# the law divides learning rates of copies, and keeps the rate where nothing is copied
+COPIES = width.Lossless(noise=1)
 
 VARIANTS = {
     "plain": dict(foreach=False),

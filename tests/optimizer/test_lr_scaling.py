@@ -260,9 +260,8 @@ def test_a_step_that_fails_half_way_leaves_parameters_to_be_restored(monkeypatch
         assert torch.equal(p, q)
     scale_of(optim).remove()
     assert scale_of(optim) is None
-    assert [*map(type, optim._optimizer_step_post_hooks.values())] == [
-        _Step
-    ]  # the live registry's hook stays
+    # the live registry's hook stays
+    assert [*map(type, optim._optimizer_step_post_hooks.values())] == [_Step]
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Adafactor", "Rprop", "ASGD", "Adadelta", "RMSprop"])

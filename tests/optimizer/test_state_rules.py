@@ -193,9 +193,8 @@ def test_an_average_grows_by_the_same_plan_depth_too(averaged, memory):
     assert int(ema.n_averaged) == 3 and module.config.num_hidden_layers == 3
     old = [p for n, p in module.named_parameters() if "layers.1." not in n]
     new = [p for n, p in model.named_parameters() if "layers.1." not in n]
-    for a, b, distance in zip(
-        old, new, apart, strict=True
-    ):  # equal noise keeps average and model as close
+    # equal noise keeps average and model as close
+    for a, b, distance in zip(old, new, apart, strict=True):
         assert (a - b).norm() <= 2.01 * distance + 1e-6
     expected = [
         0.9 * a + 0.1 * b for a, b in zip(module.parameters(), model.parameters(), strict=True)

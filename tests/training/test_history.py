@@ -247,9 +247,8 @@ def test_a_later_growth_that_does_not_fit_takes_the_earlier_ones_back(spoiled, o
         assert_same(now.state_dict(), was.state_dict())
     assert [id(p) for p in start.parameters()] == ids and dict(start.named_parameters()) == names
     assert (optim and optim.state_dict()) == before[2] and start.config.to_dict() == before[3]
-    growkern.resume(
-        start, optim, good, scheduler=scheduler, ema=average
-    )  # resume can be tried again
+    # resume can be tried again
+    growkern.resume(start, optim, good, scheduler=scheduler, ema=average)
     assert start.config.num_hidden_layers == average.module.config.num_hidden_layers == 3
     if optim is not None:
         start.load_state_dict(model.state_dict())

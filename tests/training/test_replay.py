@@ -82,9 +82,8 @@ def test_the_history_lives_in_the_config_and_makes_a_model_of_the_start_load_the
     other = torch.optim.AdamW(again.parameters(), lr=1e-3)
     growkern.resume(again, other, loaded.config.growkern_history)
 
-    assert any(
-        p.isnan().all() for p in again.parameters()
-    )  # NaN marks weights that are not loaded yet
+    # NaN marks weights that are not loaded yet
+    assert any(p.isnan().all() for p in again.parameters())
     again.load_state_dict(model.state_dict())
     other.load_state_dict(copy.deepcopy(optim.state_dict()))  # load_state_dict shares tensors
     saved = {"dtype": None, "architectures": None}  # fields that save_pretrained adds

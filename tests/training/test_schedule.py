@@ -226,10 +226,8 @@ def test_each_plateau_counts_from_the_growth_before():
 
     run(model, optim, 8, each=lambda i, loss: schedule.observe(loss=1.0))
 
-    assert schedule.fired == [
-        4,
-        7,
-    ]  # the third observation makes the event due, and the next step fires it
+    # an event is due after three observations and fires at the next step
+    assert schedule.fired == [4, 7]
 
 
 def test_a_metric_that_no_event_looks_at_is_not_read():
@@ -340,9 +338,8 @@ def test_events_ahead_may_change_at_a_restart_and_those_that_fired_may_not():
     changed = GrowthSchedule([At(step=1, to=WIDER), WhenPlateau(patience=9)])
     changed.load_state_dict(saved)
 
-    assert (
-        changed.fired == [1] and changed.counts.points == []
-    )  # the points belong to another trigger
+    # the points belong to another trigger
+    assert changed.fired == [1] and changed.counts.points == []
     with pytest.raises(PlanError, match="the growths that ran were .*hidden=48 at step 1"):
         GrowthSchedule([At(step=1, to=DEEPER)]).load_state_dict(saved)
     with pytest.raises(PlanError, match="cannot read the schedule's state"):
