@@ -1,4 +1,4 @@
-"""One process of tests/engine/test_ddp.py: runs every case and saves what it saw."""
+"""Run every case of tests/engine/test_ddp.py in one process of a group, and save its weights, logits and errors."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -44,7 +44,7 @@ def make() -> Plain:
 
 
 def run(case: str, rank: int | None, world: int, *, grows: bool = True) -> dict[str, torch.Tensor]:
-    """Train across a growth, or without one; as one process on everything where ``rank`` is None."""
+    """Train, with a growth where ``grows``; where ``rank`` is None, one process trains on the joined batch."""
     model = make()
     wrapped = model if rank is None else DistributedDataParallel(model, **CASES[case])
     if case == "comm_hook" and rank is not None:
@@ -59,7 +59,7 @@ def run(case: str, rank: int | None, world: int, *, grows: bool = True) -> dict[
             last = micro == micros - 1
             with nullcontext() if last or rank is None else wrapped.no_sync():
                 (loss_of(wrapped, ids) / micros).backward()
-            # In the middle of an accumulation, where there is one.
+            # In the case "accumulate", the growth comes between two micro-batches.
             if grows and step == AT and micro == 0:
                 growkern.expand_inplace(wrapped if case == "plain" else model, optim, **growth)
         optim.step()
@@ -93,7 +93,7 @@ def failed(rank: int, world: int) -> tuple[str, str, bool, float]:
 
 
 def refused(rank: int) -> str:
-    """Only the first process keeps an average, and does not say so."""
+    """Grow a model of which only rank 0 has an AveragedModel, without ``ema=``; return the error."""
     model = make()
     keep = DistributedDataParallel(model)
     average = torch.optim.swa_utils.AveragedModel(model) if rank == 0 else None

@@ -1,7 +1,8 @@
-"""What every method does to the logits of every family at twice the size: ``python tests/drift.py`` prints the README's table.
+"""Measure how far every method moves the logits of every family at twice the size: ``python tests/drift.py`` prints the README's table.
 
-Tiny models of stock transformers with random weights, in float64. 0: below 1e-10. Otherwise the root mean square of the change
-over that of the logits: on random weights, so it says how far from exact a method is, not what it costs in training.
+The models are tiny stock transformers with random weights, in float64. A drift is 0 where no logit moves by 1e-10; otherwise it is the
+root mean square of the change divided by the root mean square of the logits. Because the weights are random, a drift shows how far from
+exact a method is, and not what the method costs in training.
 """
 
 import sys
@@ -46,7 +47,7 @@ STOCK = [f for f in FAMILIES if f != "plain"]
 
 
 def target_of(model, method):
-    """Twice the width, or twice the depth; AKIPro keeps the kv heads."""
+    """Return twice the width for a width method (AKIPro keeps the kv heads) and twice the depth for a depth method."""
     sizes = growkern.describe(model, spec_of(model)).sizes
     if hasattr(method, "deepen"):
         return {name: 2 * n for name, n in sizes.items() if name in ("layers", "decoder_layers")}
@@ -57,7 +58,7 @@ def target_of(model, method):
 
 
 def drift(family, method):
-    """Relative drift, and what the plan says that it preserves; None where it is refused."""
+    """Return the relative drift and ``report.preserves``; None where the method refuses."""
     model = make(family, tied=True, **({"num_hidden_layers": 4} if family == "modernbert" else {}))
     model = model.double().eval()
     own = {"width": method} if hasattr(method, "widen") else {"depth": method}

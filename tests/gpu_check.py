@@ -1,7 +1,7 @@
-"""Everything that needs a GPU, on a machine that has one: ``make gpu-check``, or ``python tests/gpu_check.py [FOLDER]``.
+"""Run every check that needs a GPU: ``make gpu-check``, or ``python tests/gpu_check.py [FOLDER]``.
 
-Needs no network and installs nothing: the Python that runs this has torch, triton, transformers, pytest, hypothesis and, for the
-bench, pytest-benchmark. Logs, the picture and ``results/<device>.csv`` go to one folder; the exit status is 0 when all is green.
+The script needs no network and installs nothing: its Python has torch, triton, transformers, pytest, hypothesis and, for the bench,
+pytest-benchmark. Logs, the picture and ``results/<device>.csv`` go to one folder; the exit status is 0 when every step passes.
 """
 
 import os
@@ -21,14 +21,14 @@ MODEL_TESTS = [
     "tests/execution/test_memory.py",
     "tests/analysis/test_verification.py",
 ]
-NOT_HERE = [  # builds, and what the bench itself does below
+NOT_HERE = [  # one builds packages, and the step "bench" covers the other
     "tests/house/test_packaging.py",
     "tests/benchmarks/test_bench.py",
 ]
 
 
 def steps(out: Path) -> dict[str, list[str] | str]:
-    """Name -> command, or why it is left out."""
+    """Return, by name of the step, a command or the reason why the step is left out."""
     python = [sys.executable, "-m"]
     ignored = [f"--ignore={path}" for path in NOT_HERE]
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -52,7 +52,7 @@ def steps(out: Path) -> dict[str, list[str] | str]:
             "pytest",
             "-q",
             *MODEL_TESTS,
-        ],  # the same models, on the GPU and through the kernels
+        ],  # the models are on the GPU and grow through the kernels
         "memcheck": checked if Path(sanitizer).exists() else "compute-sanitizer is not installed",
         "demo": [*python, "growkern", "demo", "--device", "cuda", "--out", str(out / "demo")],
         "bench": [*python, "bench", "--gpu", "--out", str(out / "results")],
@@ -60,7 +60,7 @@ def steps(out: Path) -> dict[str, list[str] | str]:
 
 
 def main(folder: str = "gpu-check", *only: str) -> int:
-    """Run every step, or those named; each writes ``<step>.log``."""
+    """Run every step, or the steps in ``only``; each step writes ``<step>.log``."""
     import torch
 
     if not torch.cuda.is_available():

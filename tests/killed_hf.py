@@ -1,7 +1,7 @@
-"""A run of Hugging Face's Trainer that may be killed at any moment and started again: ``main(folder, die)``.
+"""Run Hugging Face's Trainer in a process that may be killed at any moment and started again: ``main(folder, die)``.
 
-It grows twice and saves a checkpoint after each step. ``die`` is a step to die after, or ``growing-N`` or ``saving-N``: in the
-middle of the growth, or of the checkpoint, of step N.
+The run grows twice and saves a checkpoint after each step. ``die`` says when the process kills itself: N, after the checkpoint of step N;
+``growing-N``, during the growth of step N; ``saving-N``, during the checkpoint of step N.
 """
 
 import json
@@ -30,7 +30,7 @@ class Words(torch.utils.data.Dataset):
 
 
 class Tell(transformers.TrainerCallback):
-    """Say that a step is saved, and die after it."""
+    """Print the number of every saved step, and kill the process after the checkpoint of step ``die``."""
 
     def __init__(self, die):
         self.die = die
@@ -46,7 +46,7 @@ def kill(*_: object) -> None:
 
 
 def complete(folder: Path) -> bool:
-    """True of a checkpoint that was written to the end: the Trainer's own state comes last."""
+    """Whether a checkpoint was written to the end: the Trainer writes ``trainer_state.json`` last."""
     try:
         json.loads((folder / "trainer_state.json").read_text())
     except (OSError, ValueError):

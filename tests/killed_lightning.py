@@ -1,4 +1,4 @@
-"""A run of Lightning that may be killed at any moment and started again: see ``killed_hf.py``."""
+"""Run Lightning's Trainer in a process that may be killed: ``main(folder, die)``, with the ``die`` of ``killed_hf.py``."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ class Module(lightning.LightningModule):
 
 
 class Batches:
-    """A loader that goes on where its state was: what Lightning asks for to resume inside an epoch."""
+    """A loader whose state dict keeps its position, which Lightning needs to resume inside an epoch."""
 
     done = 0
 
@@ -51,7 +51,7 @@ class Batches:
 
 
 class Save(lightning.callbacks.ModelCheckpoint):
-    """Say that a step is saved, and die after it."""
+    """Print the number of every saved step, and kill the process after the checkpoint of step ``die``."""
 
     die = ""
 
@@ -67,7 +67,7 @@ def kill(*_: object) -> None:
 
 
 def complete(path: Path) -> bool:
-    """True of a checkpoint that can be read to the end."""
+    """Whether ``torch.load`` reads a checkpoint to the end."""
     try:
         torch.load(path, weights_only=False)
     except Exception:

@@ -1,4 +1,4 @@
-"""A plan's maps and scales as tensors."""
+"""Helpers that turn a plan's index maps and scales into tensors."""
 
 import torch
 
@@ -6,7 +6,7 @@ from growkern.planning.index_map import PAD
 
 
 def full(plan, row, of):
-    """The product of one vector per axis, at the target's shape."""
+    """Return the product of one vector per axis, in the target's shape."""
     shape = plan.shapes(row)[1]
     out = torch.ones(shape, dtype=torch.float64)
     for axis, this in enumerate(plan.axis_maps(row)):
@@ -17,7 +17,7 @@ def full(plan, row, of):
 
 
 def gathered(plan, row, t):
-    """The source tensor at the target's size, without scales; pads are zero."""
+    """Gather a source tensor into the target's shape, without scales; pads are zero."""
     for axis, this in enumerate(plan.axis_maps(row)):
         index = torch.tensor([max(i, 0) for i in this.index_map.indices])
         t = t.index_select(axis, index)

@@ -1,4 +1,4 @@
-"""Tiny real models, shared by the tests: stock transformers, and a plain module with its spec."""
+"""Tiny models that the tests share: stock transformers, and plain modules with a spec."""
 
 import os
 from dataclasses import replace
@@ -13,7 +13,7 @@ from growkern.model.families import encoder
 
 DEVICE = os.environ.get(
     "GROWKERN_TEST_DEVICE", "cpu"
-)  # "cuda": models and batches of the tests, as in gpu_check.py
+)  # gpu_check.py puts the models and batches of the tests on "cuda"
 VOCAB, LENGTH = 66, 16
 LLAMA = dict(
     hidden_size=24,
@@ -26,12 +26,12 @@ LLAMA = dict(
     bos_token_id=0,
     eos_token_id=1,
 )
-EAGER = "eager"  # of experts: the other implementations of transformers refuse float64
+EAGER = "eager"  # the other implementations of experts in transformers refuse float64
 LLAMA_LIKE = ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gemma2"]
 POST_NORM = ["bert", "roberta", "modernbert", "encoder_post"]  # hidden grows by whole multiples
 FAMILIES = ["gpt2", "gpt_neox", "opt", *LLAMA_LIKE, *POST_NORM, "t5", "vit", "encoder", "plain"]
 POSITIONS = ["gpt2", "opt", "bert", "roberta", "plain", "encoder", "encoder_post"]
-NAMES = {  # family -> prefix of its classes, and what follows it
+NAMES = {  # family -> prefix and suffix of its class names
     "gpt2": ("GPT2", "LMHeadModel"),
     "gpt_neox": ("GPTNeoX", "ForCausalLM"),
     "opt": ("OPT", "ForCausalLM"),
@@ -77,7 +77,7 @@ SIZES = {
 
 
 def make(family: str, *, tied: bool, seed: int = 0, **changes: object) -> nn.Module:
-    """A tiny model with all weights (biases, gains) away from their initial values."""
+    """Make a tiny model and move all weights (biases and gains too) away from their initial values."""
     torch.manual_seed(seed)
     model = _make(family, tied, changes)
     with torch.no_grad():
@@ -96,17 +96,17 @@ def _make(family: str, tied: bool, changes: dict) -> nn.Module:
         **(SIZES.get(family, LLAMA | {"head_dim": 6}) | changes), tie_word_embeddings=tied
     )
     config._experts_implementation = EAGER
-    config.tie_word_embeddings = tied  # which T5 takes for no more than a scale
+    config.tie_word_embeddings = tied  # T5's config reads the argument as a scale
     return getattr(transformers, f"{name}{kind}")(config)
 
 
 def spec_of(model: nn.Module) -> ModelSpec | None:
-    """The spec to pass: only models of our own need one."""
+    """Return the spec of a model, or None where a family describes the model."""
     return model.spec() if isinstance(model, Plain | Encoding) else None
 
 
 def inputs(model: nn.Module, ids: Tensor) -> Tensor | dict[str, Tensor]:
-    """What the model takes: ids, an image made of them, or ids for encoder and decoder."""
+    """Return the model's inputs: ids, an image made of ids, or ids for encoder and decoder."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return {"input_ids": ids.flip(1), "decoder_input_ids": ids}
     if getattr(model, "main_input_name", "") != "pixel_values":
@@ -126,7 +126,7 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Cross entropy with the next token, or with the first where there is one label."""
+    """Return the cross entropy with the next token, or with the first token where the model predicts one label."""
     out = logits(model, ids)
     if out.dim() == 2:
         return nn.functional.cross_entropy(out, ids[:, 0])
@@ -169,7 +169,7 @@ class Block(nn.Module):
 
 
 class Plain(nn.Module):
-    """A nanoGPT-style decoder: nothing of transformers in it."""
+    """A decoder in the style of nanoGPT, which uses nothing of transformers."""
 
     def __init__(
         self, width: int = 24, n_head: int = 4, n_layer: int = 2, tied: bool = True
@@ -225,7 +225,7 @@ class Plain(nn.Module):
 
 
 class Encoding(nn.Module):
-    """An encoder of torch between an embedding and a head."""
+    """``torch.nn.TransformerEncoder`` between an embedding and a head."""
 
     def __init__(self, tied: bool, norm_first: bool, eps: float = 1e-12) -> None:
         super().__init__()
@@ -260,8 +260,8 @@ class Encoding(nn.Module):
 
 
 def exact_norms(monkeypatch) -> None:
-    """Let what rounds to float32 in transformers (RMSNorms, eager softmax, a scale) compute in the input's dtype: it hides what
-    float64 shows."""
+    """Let RMSNorms, eager softmax and Gemma's embedding scale, which transformers computes in float32, compute in the input's dtype:
+    rounding to float32 would hide errors that float64 shows."""
     for name in [*LLAMA_LIKE, "t5"]:
         module = getattr(getattr(transformers.models, name), f"modeling_{name}")
         prefix = NAMES.get(name, (name.capitalize(),))[0]
@@ -280,14 +280,14 @@ def _rms_norm(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def _scaled_embedding(self: nn.Embedding, ids: Tensor) -> Tensor:
-    assert abs(self.embed_scale / self.scalar_embed_scale - 1) < 1e-7  # the one is in float32
+    assert abs(self.embed_scale / self.scalar_embed_scale - 1) < 1e-7  # embed_scale is in float32
     return nn.functional.embedding(ids, self.weight, self.padding_idx) * self.scalar_embed_scale
 
 
 def train(
     model: nn.Module, optim: torch.optim.Optimizer, steps: int, first: int = 0
 ) -> list[float]:
-    """Ordinary steps, one batch each; the old loss stays alive as in an ordinary loop."""
+    """Take ordinary steps on one batch each and return the losses; the last loss tensor stays alive, as in an ordinary loop."""
     losses = []
     for i in range(first, first + steps):
         loss = loss_of(model, batch(seed=i))

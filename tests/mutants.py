@@ -1,7 +1,7 @@
-"""Hand-made mutants: each breaks one line of growkern, and the tests named beside it must fail: ``make mutants``.
+"""A hand-made mutant breaks one place of growkern, and the tests named beside the mutant must fail: ``make mutants``.
 
-``python tests/mutants.py [NAME ...]`` runs all of them, or those named, two at a time, each in a copy of the checkout, and prints the
-survivors. The exit status is 1 where one survives.
+``python tests/mutants.py [NAME ...]`` runs all mutants, or the named ones, two at a time, each in a copy of the checkout, and prints the
+survivors. The exit status is 1 where a mutant survives.
 """
 
 import os
@@ -30,7 +30,7 @@ N_WORKERS = 2
 
 
 class Mutant(NamedTuple):
-    """One wrong line.
+    """One wrong place of growkern, and the tests that must fail there.
 
     Attributes:
         path: File below ``growkern``.
@@ -46,7 +46,7 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = {
-    # planning: the law, the plan, what is refused
+    # planning: the law, plans and their checks
     "plan: another layer's shape is not compared": Mutant(
         "planning/check.py", "            or spec.shape(row.next_layer_source) != spec.shape(row.source)\n", "",
         "engine/test_bad_input.py -k hand_has_edited"),
@@ -212,7 +212,7 @@ MUTANTS = {
 
 
 def copied(folder: Path) -> Path:
-    """Copy the checkout, without what is built."""
+    """Copy the checkout into a folder, without build outputs."""
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
@@ -227,7 +227,7 @@ def killer_of(mutant: Mutant, checkout: Path) -> str:
     """Run the tests of a mutant in a copy of the checkout; give the test that fails, or an empty text where none does.
 
     Raises:
-        SystemExit: The tests cannot be run, or the one that fails does so without the mutant too.
+        SystemExit: The tests cannot be run, or the failing test fails without the mutant too.
     """
     path = checkout / "growkern" / mutant.path
     text = path.read_text()
@@ -256,7 +256,7 @@ def _pytest(words: list[str], checkout: Path) -> tuple[int, str]:
 
 
 def main(names: list[str]) -> int:
-    """Run mutants and print what became of each."""
+    """Run mutants; print, for each mutant, the test that fails, or SURVIVES."""
     chosen = {name: MUTANTS[name] for name in names or MUTANTS}
     survivors: list[str] = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(N_WORKERS) as pool:

@@ -1,6 +1,7 @@
-"""A training run that may be killed at any moment and started again: ``main(folder, die)``.
+"""Train in a process that may be killed at any moment and started again: ``main(folder, die)``.
 
-It grows twice on a schedule and saves everything after each step. ``die`` is a step to die after, or ``growing``.
+The run grows twice on a schedule and saves a checkpoint after each step. ``die`` says when the process kills itself: N, after step N;
+``growing``, during the next growth.
 """
 
 import os
@@ -27,7 +28,7 @@ def main(folder: Path, die: str = "") -> None:
     schedule = growkern.GrowthSchedule(
         [
             growkern.At(step=4, to={"hidden": 48}),
-            growkern.At(step=8, to={"layers": 3, "ffn": 100}),  # per element: hooks
+            growkern.At(step=8, to={"layers": 3, "ffn": 100}),  # uneven copies take hooks
         ]
     )
     first, path = 0, folder / "checkpoint.pt"

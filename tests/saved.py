@@ -1,4 +1,4 @@
-"""Saved checkpoints of tiny models, and the command line: shared by the tests."""
+"""Helpers that save and load checkpoints of tiny models and run the command line."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ def invoke(*arguments: object) -> Result:
 
 
 def said(result: Result) -> str:
-    """Output without the frames and line breaks that typer puts around it."""
+    """Return the output without the frames and line breaks that typer adds."""
     return re.sub(r"[\s│]+", " ", result.output)
 
 
@@ -30,7 +30,7 @@ def save(
 
 
 def load(model: nn.Module, folder: Path, **options: object) -> nn.Module:
-    """By stock transformers; every tensor is there, and none too many."""
+    """Load a checkpoint by stock transformers, and assert that no tensor is missing, unexpected or of another shape."""
     loaded, info = type(model).from_pretrained(folder, output_loading_info=True, **options)
     assert not any(info.values()), info
     return loaded.eval()

@@ -1,4 +1,4 @@
-"""A training run with a growth schedule."""
+"""Helpers that train a model under a growth schedule."""
 
 import torch
 from models import batch, loss_of

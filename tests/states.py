@@ -1,4 +1,4 @@
-"""All that a growth may change of a model and an optimizer, and whether two are the same."""
+"""Helpers that collect everything that a growth may change in a model and an optimizer, and compare two collections."""
 
 import copy
 
@@ -6,7 +6,7 @@ import torch
 
 
 def state_of(model, optim, scheduler=None):
-    """Everything a growth could touch, with bits and identities."""
+    """Collect everything that a growth may change, with bits and identities."""
     return {
         "params": [
             (n, id(p), p.shape, p.detach().clone(), p.data_ptr(), p.stride())

@@ -1,4 +1,4 @@
-"""Advice: the fit finds laws that are known, the arithmetic is that of hand-made numbers, and the campaign's runs are predicted."""
+"""``growkern.advise`` recovers known scaling laws, agrees with closed-form savings, and predicts the savings campaign's runs."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ TO = {"width": "2x", "depth": {"layers": "4x"}}
 
 
 def law_of(seed: int):
-    """A random law, and its formula as the oracle."""
+    """Return the formula L(N, D) of a random scaling law, as the oracle."""
     rng = random.Random(seed)
     a, b = rng.uniform(0.25, 0.45), rng.uniform(0.25, 0.45)
     e, at_n, at_d = rng.uniform(0.5, 1.5), rng.uniform(0.2, 0.8), rng.uniform(0.3, 0.9)
@@ -161,7 +161,8 @@ def test_headroom_is_that_of_a_target_which_starts_where_the_source_stands():
     found = advise_on(loss, others=[(TARGET, curve_of(loss, TARGET, seed=2))])
 
     spent, budget = 6 * SOURCE * 1e6, 2.4e12
-    low, high = 1.0, 1e9  # tokens after which the target, from scratch, has the source's loss
+    # bounds on the tokens after which the target from scratch has the source's loss
+    low, high = 1.0, 1e9
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if loss(TARGET, middle) > loss(SOURCE, 1e6) else (low, middle)
@@ -185,7 +186,7 @@ def test_a_target_that_cannot_gain_is_advised_against_and_a_large_budget_needs_g
     def flat(n: float, d: float) -> float:  # a larger model learns no more
         return 1.0 + 0.8 * (d / 1e6) ** -0.37
 
-    def steep(n: float, d: float) -> float:  # the source is at its floor
+    def steep(n: float, d: float) -> float:  # the source's loss is at its floor
         return 0.3 + 1.2 * (n / SOURCE) ** -0.6 + 0.1 * (d / 1e6) ** -0.5
 
     never, grow = (
@@ -342,7 +343,7 @@ def test_the_observed_curve_survives_a_restart_and_starts_anew_after_a_growth():
 
     assert again.counts.curve.read() == schedule.counts.curve.read() != []
     old = schedule.state_dict()
-    del old["counts"]["curve"]  # of an earlier version
+    del old["counts"]["curve"]  # an earlier version wrote no curve
     again.load_state_dict(old)
     assert again.counts.curve.read() == []
     loss_of(model, batch()).backward()
@@ -355,7 +356,7 @@ def test_a_curve_of_a_long_run_stays_small_and_holds_the_means():
 
     for i in range(1, 20_001):
         curve.add(10.0 * i, torch.tensor(float("nan") if i == 7 else float(i)))
-    curve.add(10.0, 5.0)  # no new tokens
+    curve.add(10.0, 5.0)  # a count of tokens that does not rise is ignored
 
     points = curve.read()
     assert len(points) < 200 and points[-1][0] == 200_000

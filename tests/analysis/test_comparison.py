@@ -1,4 +1,4 @@
-"""Methods side by side, against growths made by hand."""
+"""The table of ``growkern.compare`` equals growths and training steps made by hand."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""verify sees what is wrong: each finding is provoked once."""
+"""``growkern.verify`` finds another function, equal copies, dead elements, wrong optimizer state and parameters that no optimizer holds."""
 
 import copy
 

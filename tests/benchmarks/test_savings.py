@@ -1,4 +1,4 @@
-"""The savings campaign: it runs end to end at tiny sizes, goes on after a kill, and its arithmetic is that of hand-made numbers."""
+"""The savings campaign runs end to end at tiny sizes, continues after a kill, and computes the savings of hand-made rows."""
 
 import csv
 import sys
@@ -26,7 +26,7 @@ finally:
 
 SMOKE = campaign.SETUPS["smoke"]
 STEP = jobs.unit(SMOKE)
-pytestmark = pytest.mark.xdist_group("savings")  # one worker trains, once
+pytestmark = pytest.mark.xdist_group("savings")  # one xdist worker trains, once
 
 
 def rows_of(folder: Path, curves: bool = False) -> list[dict[str, str]]:
@@ -36,7 +36,7 @@ def rows_of(folder: Path, curves: bool = False) -> list[dict[str, str]]:
 
 
 def run_campaign(*arguments: str) -> int:
-    """Run a campaign; its processes find bench/, which is not installed, by the path of this one."""
+    """Run a campaign with the repository root on ``sys.path``, from which its processes import bench/."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(ROOT), *sys.path])
         return savings.main([*arguments])
@@ -62,7 +62,8 @@ def row(sizes: tuple[int, int], lr: float, seed: int, budget: float, loss: float
 
 
 def hand_made(grown_loss: float, never: float = 3.0) -> list[dict[str, str]]:
-    """From scratch 3.0 at 8 steps and 2.0 at 16 (at its better rate); grown after 2 steps, measured at 16."""
+    """Make rows of three seeds: the target from scratch ends at 3.0 after 8 steps and at 2.0 after 16, at the better of two learning rates;
+    the source grows after 2 steps, and the grown run ends after 16."""
     source, target = SMOKE.source_sizes, SMOKE.target_sizes
     found = []
     for seed in (0, 1, 2):
@@ -79,10 +80,11 @@ def test_savings_are_those_of_hand_made_numbers_under_both_accountings():
 
     (saving,) = found.savings(1)
 
-    need = exp(log(8) + 1.5 * log(2))  # a nat per doubling: 1.5 costs 8 x 2^1.5 steps from scratch
+    # from scratch, the loss falls by a nat per doubling: a loss of 1.5 takes 8 x 2^1.5 steps
+    need = exp(log(8) + 1.5 * log(2))
     assert saving.charged == pytest.approx((1 - 16 / need,) * 3)
     assert saving.sunk == pytest.approx((1 - 14 / need,) * 3)
-    assert saving.beyond  # no run from scratch went so low
+    assert saving.beyond  # no run from scratch reaches 1.5
     assert saving.difference == pytest.approx((0, 0))
 
 
@@ -104,8 +106,8 @@ def test_grown_run_that_ends_lower_is_compared_with_longer_runs_from_scratch():
 def test_headroom_is_that_of_a_target_which_starts_where_the_source_stands():
     found = analysis.Campaign(SMOKE, hand_made(1.9, never=2.5))
 
-    source = 2.5 + 0.5 * 2  # at 2 steps: half a nat per doubling, 8 -> 2 is two of them
-    worth = 8 * 2 ** (3.0 - source)  # from scratch this loss takes so many steps
+    source = 2.5 + 0.5 * 2  # at 2 steps: the loss falls by half a nat per doubling
+    worth = 8 * 2 ** (3.0 - source)  # steps from scratch to the source's loss
     assert found.headroom(1, 2 * STEP) == pytest.approx(1 - 16 / (16 - 2 + worth))
 
 
@@ -126,7 +128,7 @@ def test_tuning_takes_the_better_rate_of_seed_0_and_leaves_that_seed_out():
     rows = hand_made(1.9)
     rows += [
         row(SMOKE.target_sizes, 8e-3, 3, 16, 0.1)
-    ]  # a lucky seed of a rate that was not chosen
+    ]  # seed 3 is low at a learning rate that seed 0 does not choose
     found = analysis.Campaign(SMOKE, rows)
 
     assert found.best_lr(SMOKE.target_sizes, 1) == 4e-3
@@ -153,7 +155,7 @@ def test_verdict_says_what_the_numbers_say(grown_loss, never, said):
 
 def test_a_saving_whose_interval_holds_zero_is_not_called_a_saving():
     rows = hand_made(1.9)
-    rows[-1]["loss"] = "2.15"  # seed 2 of the grown run loses
+    rows[-1]["loss"] = "2.15"  # the grown run of seed 2 ends above the run from scratch
     found = analysis.Campaign(SMOKE, [*rows, row(SMOKE.target_sizes, 4e-3, 3, 16, 2.0)])
 
     assert "Growing does not save" in report.verdict(found, 1, found.savings(1))
@@ -161,10 +163,10 @@ def test_a_saving_whose_interval_holds_zero_is_not_called_a_saving():
 
 def test_what_only_the_tuning_seed_ran_is_held_against_that_seed_and_comes_last():
     rows = hand_made(1.9)
-    rows = [r for r in rows if not (r["recipe"] and r["seed"] != "0")]  # grown on seed 0 alone
+    rows = [r for r in rows if not (r["recipe"] and r["seed"] != "0")]  # only seed 0 grows
     for r in rows:
         if r["seed"] != "0" and not r["recipe"]:
-            r["loss"] = str(float(r["loss"]) + 0.5)  # the other seeds are worse
+            r["loss"] = str(float(r["loss"]) + 0.5)  # the other seeds end higher
     found = analysis.Campaign(SMOKE, rows)
 
     (saving,) = found.savings(1)
@@ -197,13 +199,13 @@ def test_growth_of_the_campaign_keeps_the_loss_and_charges_the_source(smoke):
         assert float(r["loss_after"]) == pytest.approx(float(r["loss_before"]), abs=1e-3)
         assert log(256) > float(r["loss_landed"]) != float(r["loss_after"])
         assert float(r["grow_at"]) == pytest.approx(2 * STEP, rel=1e-3)
-        assert float(r["flops"]) <= 0.75 * float(r["budget"]) + STEP  # the trunk, with its source
+        assert float(r["flops"]) <= 0.75 * float(r["budget"]) + STEP  # of trunk and source
 
 
 def test_killed_campaign_goes_on_and_finds_the_same(smoke, tmp_path):
     (path,) = [p for p in smoke.glob("*.csv") if not p.stem.endswith("-curves")]
     lines = path.read_text().splitlines(keepends=True)
-    kept = lines[:-2]  # a run of two budgets: what a kill on its way would have lost
+    kept = lines[:-2]  # a kill during the last run loses its two rows
     (tmp_path / path.name).write_text("".join(kept))
     arguments = ["--setup", "smoke", "--seeds", "1", "--workers", "1", "--out", str(tmp_path)]
 
@@ -322,7 +324,8 @@ def test_run_that_grows_in_two_steps_serves_only_budgets_behind_the_last(tmp_pat
     setup = campaign.Setup(
         sizes, {"hidden": 32, "layers": 8}, (8, 16), (4,), (4e-3,), (4e-3,), (), n_bytes=1_000_000, training=small,
     )  # fmt: skip
-    at = 4 * jobs.unit(setup)  # by 4 layers until 8 steps: behind the trunk of the first budget
+    # the run has 4 layers until 8 steps, when the trunk of the first budget has ended
+    at = 4 * jobs.unit(setup)
     source = jobs.Job(setup, setup.source_sizes, 4e-3, 0, saves=(at,))
     grown = jobs.Job(setup, setup.target_sizes, 4e-3, 0, "Stack by twos", 1.0, at)
     jobs.run(source, tmp_path, "cpu")
@@ -337,7 +340,7 @@ def test_a_job_is_finished_when_all_of_its_budgets_have_rows_and_no_row_is_writt
     ledger, job = jobs.Ledger(tmp_path), jobs.Job(SMOKE, SMOKE.target_sizes, 4e-3, 0)
     first, second = (row(SMOKE.target_sizes, 4e-3, 0, budget, 3.0) for budget in (8, 16))
     for one in (first, second):
-        one["budget"] = float(one["budget"])  # as a job gives it
+        one["budget"] = float(one["budget"])  # a job writes budgets as floats
 
     ledger.append(jobs.Done([first]))
     assert not ledger.finished(job)

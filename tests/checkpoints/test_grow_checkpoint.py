@@ -1,4 +1,4 @@
-"""Growth of saved checkpoints on the command line: what is written is loaded by stock transformers."""
+"""``growkern grow`` writes checkpoints that stock transformers loads; a refused or failed growth writes nothing."""
 
 import json
 import re
@@ -137,7 +137,7 @@ def test_names_without_the_prefix_of_the_class_are_read(tmp_path):
     file = tmp_path / "source" / "model.safetensors"
     names = load_file(file)
     short = {n.removeprefix("transformer."): t for n, t in names.items()}
-    save_file(short, file, {"format": "pt"})  # as the first GPT-2 checkpoints are
+    save_file(short, file, {"format": "pt"})  # the first GPT-2 checkpoints have no prefix
 
     checkpoint.grow(tmp_path / "source", tmp_path / "out")
 
@@ -161,7 +161,7 @@ def test_what_goes_with_a_model_is_copied_and_the_rest_is_named(source, tmp_path
     for name in ("tokenizer.json", "optimizer.pt", "trainer_state.json"):
         (source / name).write_text("{}")
     (source / "onnx").mkdir()
-    hub = tmp_path / "hub"  # files as the hub's cache keeps them
+    hub = tmp_path / "hub"  # the hub's cache keeps files as symlinks
     hub.mkdir()
     for path in source.iterdir():
         (hub / path.name).symlink_to(path)
@@ -371,7 +371,7 @@ def test_a_target_that_cannot_be_renamed_gives_back_what_it_was_to_replace(
 
     def fails(path, to):
         calls.append(path.name)
-        if len(calls) == 2:  # what was there is aside
+        if len(calls) == 2:  # the first rename has moved the old checkpoint aside
             raise OSError(5, "Input/output error")
         return rename(path, to)
 

@@ -1,4 +1,4 @@
-"""The commands on checkpoints: plan, verify, compare; and grow in a process of its own: memory, Ctrl-C, the progress bar."""
+"""The commands plan, verify and compare read checkpoints; grow keeps to its memory, obeys Ctrl-C and draws a progress bar."""
 
 import os
 import re
@@ -156,7 +156,7 @@ def test_compare_trains_on_a_text_by_the_tokenizer_of_the_checkpoint(family, tmp
     ]  # fmt: skip
 
     after = [float(re.search(r"\(none\).*?\d\.\d{4}  (\d\.\d{4})", r.output)[1]) for r in results]
-    assert after[1] < 0.5 * after[0]  # two words in turn are learnt
+    assert after[1] < 0.5 * after[0]  # the model learns two alternating words
 
 
 @pytest.mark.parametrize(
@@ -205,9 +205,7 @@ def test_compare_refuses_a_model_without_a_loss(tmp_path):
 def test_wrong_options_are_refused_before_anything_is_read(arguments, match):
     result = invoke(*arguments)
 
-    assert result.exit_code == (
-        1 if match is None else 2
-    )  # "hidden" is a size like "2x" until a model says no
+    assert result.exit_code == (1 if match is None else 2)  # "hidden" parses as one size, like "2x"
     assert match is None or match in said(result), result.output
 
 
@@ -237,7 +235,7 @@ print(resident("VmHWM") - start, *grown.n_bytes)
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """80 MB of Llama in one file, whose pages are let go as it is read, and 100 MB of Mixtral in shards."""
+    """Save a Llama of about 90 MB in one file and a Mixtral of about 120 MB in shards of 8 MB."""
     folder = tmp_path_factory.mktemp("big")
     config = transformers.LlamaConfig(**BIG, vocab_size=6000, tie_word_embeddings=True)
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "llama")
@@ -254,9 +252,9 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("family", "to", "share"),
     [
-        ("llama", "2x", 0.2),  # of the target
+        ("llama", "2x", 0.2),  # share of the target's bytes
         ("llama", {"layers": 7}, 0.4),
-        ("mixtral", "2x", 0.7),  # experts are joined when they are loaded: the source is resident
+        ("mixtral", "2x", 0.7),  # loading stacks the experts: the source is resident
     ],
     ids=str,
 )

@@ -1,3 +1,5 @@
+"""``growkern demo`` grows a model twice, prints a verdict that follows from its losses, and draws a picture."""
+
 import re
 import struct
 import sys
@@ -8,7 +10,7 @@ from typer.testing import CliRunner, Result
 from growkern.cli import demo, demo_run
 from growkern.cli import main as cli
 
-pytestmark = pytest.mark.xdist_group("demo")  # one worker trains, once
+pytestmark = pytest.mark.xdist_group("demo")  # one xdist worker trains, once
 
 
 def invoke(*arguments: object) -> Result:
@@ -18,7 +20,7 @@ def invoke(*arguments: object) -> Result:
 
 
 def losses(output: str) -> list[tuple[str, float, float]]:
-    """Growth, loss before, loss after: the rows of the tables that stand below the reports."""
+    """Read the tables below the reports: growth, loss before and loss after, per row."""
     found = re.findall(r"((?:width|layers) \d+ → \d+)\D+(\d\.\d{7})\D+(\d\.\d{7})", output)
     return [(label, float(before), float(after)) for label, before, after in found]
 
@@ -45,7 +47,7 @@ def test_picture_is_a_png_of_a_drawing(compared):
     width, height = struct.unpack(">II", content[16:24])
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     assert width >= 1000 and height >= 600
-    assert len(content) > 20_000  # white paper of this size takes 5 kB
+    assert len(content) > 20_000  # a blank picture of this size takes 5 kB
 
 
 def test_both_growths_are_reported_and_keep_the_loss(compared):
@@ -71,7 +73,8 @@ def test_all_runs_spend_the_budget_within_half_a_step_and_grown_and_scratch_end_
 
     assert len(rows) == 5
     for _, flops, _ in rows:
-        assert float(flops) == pytest.approx(setup.budget * step, abs=0.501 * step)  # as printed
+        # the printed FLOPs are rounded
+        assert float(flops) == pytest.approx(setup.budget * step, abs=0.501 * step)
     sizes = {name.partition(",")[0]: n for name, _, n in rows}
     assert sizes["grown"] == sizes["from scratch"] != sizes["never grows"]
 
@@ -120,7 +123,7 @@ def test_loss_that_is_not_a_number_is_a_failure(tmp_path, monkeypatch):
 
 
 def lines(grown: float, never: float) -> list[demo.Line]:
-    """A run that grew at 8 of 16 FLOPs; from scratch, the best rates reach 3 nats at 8 and 2 at 16; a source that never grew."""
+    """Make the lines of a run that grew at 8 of 16 FLOPs, of two runs from scratch (at best 3 nats at 8 and 2 at 16), and of the source."""
     growth = demo.Growth(8.0, "width 32 → 64", 3.0, 3.0)
     return [
         demo.Line("grown", ends=[(16.0, grown)], growths=[growth]),
@@ -133,7 +136,7 @@ def lines(grown: float, never: float) -> list[demo.Line]:
 @pytest.mark.parametrize(
     ("grown", "charged", "sunk"),
     [
-        (1.0, "saves about 50% of the compute", "saves about 75% of the compute"),  # 32 FLOPs needed
+        (1.0, "saves about 50% of the compute", "saves about 75% of the compute"),  # from scratch, 1 nat takes 32 FLOPs
         (2.0, "does not save: 0% more compute", "saves 50% of the compute"),
         (2.5, "does not save: 41% more compute", "saves 29% of the compute"),
         (3.5, "does not save: about 183% more compute", "does not save: about 41% more compute"),

@@ -1,4 +1,4 @@
-"""What the command line says, read."""
+"""The command line parses sizes and methods; any other text is refused and never evaluated."""
 
 import pytest
 
@@ -36,7 +36,7 @@ def test_sizes_that_cannot_be_read_are_refused(texts, match):
 
 
 def named(value):
-    """Of a case: functions by name, so that every process collects the same."""
+    """Return the id of a value: a function's name, so that every xdist worker collects equal ids."""
     return getattr(value, "__name__", str(value))
 
 

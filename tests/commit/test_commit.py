@@ -1,4 +1,4 @@
-"""All or nothing: whatever fails, model and optimizer are bitwise as they were."""
+"""A growth that fails leaves model, optimizer and scheduler bitwise unchanged."""
 
 import os
 import signal
@@ -67,7 +67,7 @@ def test_a_failure_at_any_stage_leaves_everything_bitwise_unchanged(
 
     def fails(*args, **kwargs):
         calls.append(name)
-        result = original(*args, **kwargs)  # fail after the work, when there is most to undo
+        result = original(*args, **kwargs)  # raise after the stage's work, which must be undone
         if len(calls) >= call:
             raise error
         return result
@@ -79,7 +79,7 @@ def test_a_failure_at_any_stage_leaves_everything_bitwise_unchanged(
         assert isinstance(raised, (CommitError, type(error)))
         assert same(state_of(model, optim, scheduler), before)
     else:
-        assert len(calls) < call  # this stage runs once in a growth
+        assert len(calls) < call  # the growth ran the stage fewer times than `call`
     monkeypatch.undo()
     train(model, optim, 1)
     assert loss is not None
@@ -92,7 +92,8 @@ def test_control_c_during_the_writing_takes_the_growth_back(monkeypatch):
         commit, "_attributes", lambda *a: (os.kill(os.getpid(), signal.SIGINT), original(*a))
     )
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    # a background job ignores SIGINT
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             grow(model, optim, to="2x", scheduler=scheduler)

@@ -1,4 +1,4 @@
-"""What cannot be done is refused before anything changes, with the numbers at fault and the way out."""
+"""A growth that cannot be done is refused before any tensor changes; the error gives the numbers at fault and a way out."""
 
 import json
 import subprocess
@@ -393,7 +393,7 @@ def test_a_plan_for_tensors_of_other_shapes_changes_nothing():
 
 
 def edit(path, value):
-    """A hand in a plan: ``a.b.0`` names a place in its JSON."""
+    """Return a function that sets one value in a plan's JSON; ``path`` is written like ``tensors/3/name``."""
 
     def edited(data):
         *parts, last = path.split("/")

@@ -1,4 +1,4 @@
-"""Growth under DistributedDataParallel: real gloo processes on loopback against one process on the joined batch."""
+"""Under DistributedDataParallel, gloo processes on loopback grow and train as one process on the joined batch does."""
 
 import processes
 import pytest
@@ -20,7 +20,7 @@ CASES = [
 
 @pytest.fixture(scope="module", params=[2, 4])
 def world(request, tmp_path_factory) -> tuple[int, dict]:
-    """What every process of a group of so many saw."""
+    """Run ddp_worker.py in 2 and in 4 processes; return their number and the saved results of each rank."""
     folder, n = tmp_path_factory.mktemp("ddp"), request.param
     log = folder / "log"
     started = [processes.start("ddp_worker", folder, rank, n, log=log) for rank in range(n)]
@@ -55,7 +55,7 @@ def test_the_grown_processes_are_the_source_in_one_process_that_never_grows(worl
 
         assert exact["wte.weight"].shape[1] == 2 * source["wte.weight"].shape[1]
         torch.testing.assert_close(exact["logits"], source["logits"], rtol=0, atol=1e-9)
-        assert apart > 1e-4  # the same, had learning rates been left alone
+        assert apart > 1e-4  # unscaled learning rates move the target away from the source
 
 
 def test_without_a_new_reducer_they_would_not(world):

@@ -1,4 +1,4 @@
-"""Live optimizers, modules and schedulers are found however they came to be, frozen or not, without a scan of the heap."""
+"""growkern finds live optimizers, modules and schedulers, constructed, copied or loaded, behind gc.freeze too, and never scans the heap."""
 
 import copy
 import gc
@@ -256,7 +256,7 @@ def test_a_step_that_raised_is_over_in_the_step_of_another_optimizer():
         raise ValueError("in a closure")
 
     other.register_step_post_hook(lambda *_: grow(model, optim, to={"ffn": "2x"}))
-    for _ in range(5):  # the frame of the one is at the address of the other's
+    for _ in range(5):  # Python reuses the address of the failed step's frame
         with pytest.raises(ValueError, match="in a closure"):
             optim.step(fails)
         other.step()
@@ -275,7 +275,7 @@ def test_upcycling_inside_a_step_is_refused():
 
 
 def test_torchs_classes_work_as_before():
-    class Named:  # a mixin whose __new__ takes the arguments
+    class Named:  # the mixin's __new__ takes the arguments
         def __new__(cls, *args, **kwargs):
             self = super().__new__(cls)
             self.arguments = args, kwargs
@@ -325,7 +325,7 @@ def test_a_compiled_step_and_a_module_made_while_compiling():
 
     @torch.compile(backend="eager", fullgraph=True)
     def forward(x):
-        for layer in layers[:1]:  # a new ModuleList
+        for layer in layers[:1]:  # slicing makes a new ModuleList
             x = layer(x)
         return x
 

@@ -1,4 +1,4 @@
-"""Dense models that become their mixtures: stock transformers compute the same, the optimizer steps on."""
+"""``growkern.upcycle`` turns a dense model into a mixture of experts with equal logits, and the optimizer keeps stepping."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_the_optimizer_holds_the_experts_with_their_share_of_the_moments(family)
     assert mixture.model.layers[1].mlp.gate.weight not in optim.state
     before = loss_of(mixture, batch()).item()
     for _ in range(10):
-        train(mixture, optim, 1)  # of one batch
+        train(mixture, optim, 1)  # each call trains on the batch of seed 0
     assert loss_of(mixture, batch()) < before
 
 
@@ -100,7 +100,7 @@ def test_a_mixture_is_saved_loaded_and_grown(family, tmp_path):
 
 
 def test_experts_see_in_expectation_their_share_of_the_gradient():
-    """The state rule's reason: over many routers, the mean gradient of an expert is 1 / experts of the MLP's."""
+    """Over many routers, an expert's mean gradient is 1 / experts of the dense MLP's gradient, which is the factor of the state rule."""
     model = make("llama", tied=True)
     loss_of(model, batch(n=16)).backward()
     dense = model.model.layers[0].mlp.down_proj.weight.grad.clone()

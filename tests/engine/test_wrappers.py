@@ -1,4 +1,4 @@
-"""Wrappers are looked through, of optimizers and of compiled models; a compiled step leaves the schedule alone."""
+"""growkern looks through wrappers of optimizers and compiled models; torch.compile does not trace a schedule in a compiled step."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_a_compiled_model_is_looked_through():
     assert model.config.hidden_size == 48
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles its optimizer
+@pytest.mark.filterwarnings("ignore")  # torch warns while it compiles the optimizer
 def test_a_schedule_is_not_traced_when_the_step_is_compiled():
     traced = []
 

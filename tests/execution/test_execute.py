@@ -1,4 +1,4 @@
-"""Execution against plain loops over elements: maps, scales, pads, means, moments, noise."""
+"""``execute`` equals plain loops over elements, for index maps, scales, pads, means, moments and noise."""
 
 import itertools
 from math import prod
@@ -97,7 +97,7 @@ def test_weights_and_moments_equal_a_loop_over_elements(axes, transposed, scatte
     torch.testing.assert_close(
         staged.states["w"]["exp_avg_sq"], expected(v, axes, 2, mean.item()), rtol=1e-12, atol=0
     )
-    assert "step" not in staged.states["w"]  # kept where it is
+    assert "step" not in staged.states["w"]  # step keeps its tensor
 
 
 def even(n, k):
@@ -228,7 +228,7 @@ def test_noise_depends_on_seed_name_and_element_alone(monkeypatch):
     one = execute(plan, Tensors({"w": source}), None).values["w"]
 
     monkeypatch.setattr(sides, "N_RUNS", 0)
-    monkeypatch.setattr(sides, "N_LONG_RUNS", 0)  # gather by index instead of run by run
+    monkeypatch.setattr(sides, "N_LONG_RUNS", 0)  # the torch backend gathers by index
     for scatters, backend in itertools.product((False, True), ("torch", "triton")):
         monkeypatch.setattr(sides, "scatters", lambda device, scatters=scatters: scatters)
         other = execute(plan, Tensors({"w": source}), None, backend=backend)

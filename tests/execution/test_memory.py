@@ -1,4 +1,4 @@
-"""Memory is known before a growth runs, and met; sources that give way on the way come back when it fails."""
+"""A growth's peak memory is the promised number of bytes; a lean growth that fails restores the source tensors that it let go."""
 
 import copy
 import os
@@ -45,7 +45,7 @@ def test_what_is_kept_elsewhere_comes_back_as_it_was(name):
     before, layout = tensor.clone(), (tensor.stride(), tensor.storage_offset())
 
     with memory.offload() as keep:
-        keep(torch.ones(1000))  # the file holds others too
+        keep(torch.ones(1000))  # the file holds other tensors too
         back = keep(tensor)
         again = keep(torch.zeros(3))
         tensor.zero_()
@@ -145,7 +145,7 @@ STAGES = {
     "scheduler": (groups, "_follow"),
     "last check": (optim_target, "check_state"),
 }
-OFTEN = {"a set", "values", "dicts"}  # called once per set
+OFTEN = {"a set", "values", "dicts"}  # a lean growth calls these stages once per set of tensors
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_lean_growth_that_fails_brings_every_source_back(stage, call, error, m
 
     assert equal(snapshot(model, optim, scheduler), before)
     assert [id(p) for p in model.parameters()] == ids
-    grow(model, optim, to=to, scheduler=scheduler)  # and it can still be grown
+    grow(model, optim, to=to, scheduler=scheduler)  # the restored model can still grow
     train(model, optim, 1)
 
 
@@ -336,7 +336,7 @@ def test_the_bytes_reported_are_those_of_the_table(to):
     assert run.n_written == written == sum(target.numel() * 4 for _, target, *_ in tensors.values())
     assert (
         run.n_read == read + cutter.n_read
-    )  # statistics: noise is measured in the weight's own size
+    )  # cutter.n_read: bytes read for statistics, such as the weight's size that scales noise
     if to == "2x":
         assert read == sum(source.numel() * 4 for source, *_ in tensors.values())
 
@@ -378,7 +378,7 @@ def test_resident_memory_peaks_at_what_was_promised(mode, dtype, tmp_path):
 
     fixed = os.environ | {
         "MALLOC_MMAP_THRESHOLD_": "131072"
-    }  # else glibc keeps what is freed, now more, now less
+    }  # by default glibc keeps a varying amount of freed memory
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=fixed
     )
@@ -389,7 +389,7 @@ def test_resident_memory_peaks_at_what_was_promised(mode, dtype, tmp_path):
 
 
 def control_groups(root, version: int, **limits: tuple[str, int, int]) -> Path:
-    """Write control groups below ``root``: folder -> limit, usage, file pages; give the file that names the last one."""
+    """Write control groups below ``root``: (limit, usage, file pages) per folder. Return the file that names the innermost group."""
     names = ("memory.max", "memory.current", "inactive_file") if version == 2 else (
         "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Imports point down only, and nothing but the command line prints: read off the syntax trees, every rule seen to fail."""
+"""A room imports lower rooms only, and only the command line prints; the rules read syntax trees, and broken modules fail the rules."""
 
 import ast
 import sys
@@ -29,10 +29,10 @@ MODULES = {
     "optim": "optimizer",
 }  # single files that belong to a room of another name
 RANKS = {name: rank for rank, names in enumerate(ROWS) for name in names}
-IMPORTERS = {  # what only some may import -> who
+IMPORTERS = {  # room -> the only modules that may import the room
     "kernels": {"growkern.execution.execute", "growkern.optimizer.adamw"},
 }
-DEVICE_FREE = {"planning", "width", "depth", "shrink", "errors"}  # rooms without torch
+DEVICE_FREE = {"planning", "width", "depth", "shrink", "errors"}  # rooms that do not import torch
 DEVICE_FREE_MODULES = {
     "growkern.model.spec",
     "growkern.model.layers",
@@ -41,24 +41,24 @@ DEVICE_FREE_MODULES = {
 TORCHLESS = {
     "growkern.support.text",
     "growkern.support.renamed",
-}  # of support, what they may import
+}  # modules of support that device-free rooms may import
 DEVICE = {"torch", "triton", "transformers"}
-STRANGERS = {  # lower, but not theirs to know
+STRANGERS = {  # room -> lower rooms that the room must not import
     "commit": {"width", "depth", "shrink", "vocab"},
     "execution": {"width", "depth", "shrink", "vocab"},
 }
-LAZY = {"triton", "transformers"}  # imported where they are used, inside a function
+LAZY = {"triton", "transformers"}  # packages that only functions import, where they are used
 PRINTERS = {"cli"}
 
 
 def room_of(module: str) -> str:
-    """``growkern.width.lossless`` -> ``width``; ``growkern`` stays."""
+    """Return the room of a module: ``width`` for ``growkern.width.lossless``, ``growkern`` for ``growkern``."""
     name = module.split(".")[1] if "." in module else module
     return MODULES.get(name, name)
 
 
 def imports_of(tree: ast.AST) -> Iterator[tuple[str, bool]]:
-    """Each imported module, and whether the import runs inside a function, or never runs: for types."""
+    """Yield each imported module, and True where the import is inside a function or under ``if TYPE_CHECKING``."""
     inside = {
         id(node)
         for f in ast.walk(tree)
@@ -78,7 +78,7 @@ def imports_of(tree: ast.AST) -> Iterator[tuple[str, bool]]:
 
 
 def violations(module: str, source: str) -> list[str]:
-    """Every broken rule of one file; ``module`` as it is imported, e.g. ``growkern.width.lossless``."""
+    """List the rules that one file breaks; ``module`` is its import name, e.g. ``growkern.width.lossless``."""
     tree, room = ast.parse(source), room_of(module)
     if room == "kernels":
         return [*_kernel_violations(tree)]
@@ -139,10 +139,10 @@ def _kernel_violations(tree: ast.AST) -> Iterator[str]:
 
 
 def modules() -> list[tuple[str, Path]]:
-    """Module name and path of every file of the library."""
+    """Return module name and path of every file of the library."""
     library = [
         p for p in (ROOT / "growkern").rglob("*.py") if "kernels" not in p.parts
-    ]  # a symlink; some Pythons follow it
+    ]  # some Pythons follow the symlink kernels
     names = [
         (".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), p)
         for p in library

@@ -1,4 +1,4 @@
-"""A file and a function fit in a head."""
+"""A module has at most 400 lines, and a function outside families and ``LONG`` has at most 60 lines and 15 branches."""
 
 import ast
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(p for room in ("growkern", "kernels") for p in (ROOT / room).rglob("*.py"))
-LINES, FUNCTION, BRANCHES = 400, 60, 15  # of a module; of a function without its docstring; in it
+LINES, FUNCTION, BRANCHES = 400, 60, 15  # lines of a module; lines and branches of a function
 BRANCH = ast.If, ast.For, ast.While, ast.IfExp, ast.ExceptHandler, ast.Match
-LONG = {  # what may be longer, and why
+LONG = {  # functions that may be longer, and the reason
     "_tile": "one kernel: what it computes for a tile is one text, and each call would be inlined",
     "attach": "of hf: a class that the trainer restores by calling it, so it is made here, with its methods",
     "app": "of the command line: the demo's options are its signature",
@@ -19,7 +19,7 @@ LONG = {  # what may be longer, and why
 
 
 def functions(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, lines and branches of every function of a file."""
+    """Yield name, lines (without the docstring) and branches of every function of a file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             said = len((ast.get_docstring(node, clean=False) or "").splitlines())
@@ -34,7 +34,7 @@ def test_no_module_has_more_than_400_lines():
 
 
 def test_no_function_has_more_than_60_lines_or_15_branches():
-    families = ROOT / "growkern" / "model" / "families"  # descriptions, as data: a line per tensor
+    families = ROOT / "growkern" / "model" / "families"  # a family has a line per tensor
     found = {
         name: f"{path.relative_to(ROOT)}: {lines} lines, {branches} branches"
         for path in FILES

@@ -1,4 +1,4 @@
-"""The mutants of ``tests/mutants.py`` are still mutants of this code; whether tests kill them is ``make mutants``."""
+"""The text that a mutant of ``tests/mutants.py`` replaces occurs once in the code; ``make mutants`` runs the tests against the mutants."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Wheel and sdist hold the library and the kernels, nothing else, and work away from the checkout."""
+"""The wheel holds the library and the kernels, nothing else, and imports away from the checkout; the sdist builds the same wheel."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("packaging")  # one worker builds, once
+pytestmark = pytest.mark.xdist_group("packaging")  # one xdist worker builds, once
 
 ROOT = Path(__file__).parents[2]
 LEFT_OUT = shutil.ignore_patterns(
@@ -30,7 +30,7 @@ for name in ["growkern", *names]:
 
 
 def run(*command: object, cwd: Path, **env: str) -> str:
-    """Run a command and return what it printed; its output is the message when it fails."""
+    """Run a command and return its stdout; where the command fails, its output is the assertion's message."""
     line = [str(part) for part in command]
     done = subprocess.run(
         line,
@@ -45,7 +45,7 @@ def run(*command: object, cwd: Path, **env: str) -> str:
 
 
 def sources() -> set[str]:
-    """Files of the library as the wheel must hold them."""
+    """Return the paths of the library's files in a wheel."""
     library = {
         p.relative_to(ROOT).as_posix()
         for p in (ROOT / "growkern").rglob("*.py")
@@ -66,7 +66,7 @@ def build(tree: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout."""
+    """Copy the checkout, without build outputs."""
     tree = tmp_path_factory.mktemp("packaging") / "tree"
     shutil.copytree(ROOT, tree, symlinks=True, ignore=LEFT_OUT)
     return tree
@@ -74,7 +74,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sdist, unpacked."""
+    """Build the sdist and unpack it."""
     out = tmp_path_factory.mktemp("sdist")
     run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", out, tree, cwd=out)
     archive = next(out.glob("*.tar.gz"))
@@ -85,7 +85,7 @@ def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["checkout", "sdist"])
 def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from the checkout and from the sdist."""
+    """Build the wheel, once from the checkout and once from the sdist."""
     origin = request.getfixturevalue("tree" if request.param == "checkout" else "sdist")
     return build(origin, tmp_path_factory.mktemp("wheel"))
 

@@ -1,4 +1,4 @@
-"""The public names, their docstrings and the signatures that users write against."""
+"""growkern has the documented public names and signatures, every public name has a docstring, and old names warn."""
 
 import inspect
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ NAMES = [
     "writer",
 ]
 REQUIRED = inspect.Parameter.empty
-SIGNATURES = {  # positional names, then keyword-only names with their defaults
+SIGNATURES = {  # positional parameters, keyword-only parameters, return annotation
     "expand_inplace": (
         {"model": REQUIRED, "optim": None},
         {
@@ -110,7 +110,7 @@ SIGNATURES = {  # positional names, then keyword-only names with their defaults
 
 
 def documented() -> Iterator[tuple[str, object]]:
-    """Every public function and class, and the public methods and properties of the classes."""
+    """Yield name and object of every public function and class, and of the public methods and properties of the classes."""
     for name in growkern.__all__:
         value = getattr(growkern, name)
         inner = (
@@ -173,7 +173,7 @@ def test_every_method_exists(folder):
 def test_public_name_has_a_docstring(name, value):
     doc = inspect.cleandoc(value.__doc__ or "")
 
-    # a dataclass without a docstring is given its signature
+    # the dataclass decorator writes the signature where a class has no docstring
     assert doc and not doc.startswith(f"{name.rpartition('.')[2]}("), f"{name} has no docstring"
     assert doc.splitlines()[0].endswith((".", ":", "?")), (
         f"the first line of {name} is no sentence: {doc.splitlines()[0]!r}"

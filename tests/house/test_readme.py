@@ -1,4 +1,4 @@
-"""The README's examples run as they stand."""
+"""The README's examples run; the loops grow at an earlier step than the README says."""
 
 import re
 from pathlib import Path
@@ -54,7 +54,7 @@ AT = ("step=1000", "step=2"), ("step == 1000", "step == 2"), ("max_steps=4000", 
 
 
 def loop(index: int, **names: object) -> dict:
-    """Run a loop of the README, with growth early on."""
+    """Run a loop of the README that grows at step 2."""
     text = LOOPS[index]
     for long, short in AT:
         text = text.replace(long, short)

@@ -1,4 +1,4 @@
-"""Accelerate: the wrappers are looked through; a plain loop on the same batches ends with the same bits."""
+"""A loop under Accelerate's wrappers that grows by a schedule ends with the same bits as a plain loop that grows by hand."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ WIDER, DEEPER = {"hidden": 48}, {"layers": 3}
 @pytest.fixture
 def accelerator_of():
     def make_one(**options):
-        accelerate.state.AcceleratorState._reset_state(True)  # a singleton
+        accelerate.state.AcceleratorState._reset_state(True)  # AcceleratorState is a singleton
         return accelerate.Accelerator(cpu=True, **options)
 
     yield make_one
@@ -118,7 +118,7 @@ def test_save_state_and_load_state_carry_the_schedule(accelerator_of, tmp_path):
     train(accelerator, model, optim, scheduler, 3, first=4, each=each)
 
     grown = dict(hidden_size=48, num_attention_heads=8, num_key_value_heads=4, intermediate_size=80)
-    grown |= dict(rms_norm_eps=5e-7)  # the epsilon has followed
+    grown |= dict(rms_norm_eps=5e-7)  # the growth has halved the epsilon
     accelerator, resumed, optim, scheduler, again = prepared(**grown)
     accelerator.load_state(str(tmp_path))
     assert again.fired == [2] and again.counts.n_steps == 4

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: growth between the step and its checkpoint; a plain loop on the same batches ends with the same bits."""
+"""Hugging Face's Trainer grows between a step and its checkpoint, and ends with the same bits as a plain loop that grows by hand."""
 
 import json
 import os
@@ -31,7 +31,7 @@ class Words(torch.utils.data.Dataset):
 
 
 def trainer_of(model, out, **changes):
-    """The Trainer's defaults (fused AdamW, clipping, shuffling) with a cosine schedule."""
+    """Make a Trainer with its defaults (fused AdamW, clipping, shuffling) and a cosine scheduler."""
     options = dict(
         output_dir=str(out), max_steps=6, per_device_train_batch_size=2, learning_rate=1e-2, lr_scheduler_type="cosine",
         logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
@@ -42,7 +42,7 @@ def trainer_of(model, out, **changes):
 
 
 def recorded(model):
-    """Every batch that the model is trained on, as its forward gets it."""
+    """Return a list that fills with the keyword arguments of every forward call in training."""
     seen = []
     model.register_forward_pre_hook(
         lambda m, args, kwargs: seen.append(kwargs) if m.training else None, with_kwargs=True
@@ -202,7 +202,8 @@ def test_the_trainers_metrics_and_tokens_fire_events(tmp_path):
 
     trainer.train()
 
-    assert schedule.fired == [4, 5]  # evaluated after steps 1, 2, 3; five batches of 2 x 12 tokens
+    # three evaluations precede step 4; five batches of 24 tokens precede the second growth
+    assert schedule.fired == [4, 5]
     assert schedule.counts.n_tokens == 6 * 24
 
 
@@ -231,7 +232,7 @@ def test_the_best_model_is_one_of_the_final_size(tmp_path):
     )  # fmt: skip
     hf.attach(trainer, GrowthSchedule([At(step=3, to=WIDER)]))
 
-    trainer.train()  # the "best" of all was before the growth
+    trainer.train()  # the "best" of all evaluations comes before the growth
 
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert max(losses) > max(losses[2:])

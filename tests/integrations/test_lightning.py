@@ -1,4 +1,4 @@
-"""Lightning: growth at the end of a batch, before its checkpoint; a plain loop on the same batches ends with the same bits."""
+"""Lightning's Trainer grows after a batch, before its checkpoint, and ends with the same bits as a plain loop that grows by hand."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.ev
 callbacks = pytest.importorskip("growkern.integrations.lightning")
 
 WIDER, DEEPER = {"hidden": 48}, {"layers": 3}
-pytestmark = [  # Lightning's own
+pytestmark = [  # warnings that Lightning raises
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -118,7 +118,7 @@ def test_checkpoints_hold_the_target_and_the_schedule_and_resume(tmp_path):
     assert saved["callbacks"]["GrowthCallback"]["fired"] == [2]
 
     grown = dict(hidden_size=48, num_attention_heads=8, num_key_value_heads=4, intermediate_size=80)
-    grown |= dict(rms_norm_eps=5e-7)  # the epsilon has followed
+    grown |= dict(rms_norm_eps=5e-7)  # the growth has halved the epsilon
     resumed, again, trainer = parts(**grown)
     trainer.fit(resumed, data(4), ckpt_path=str(path))
 
@@ -151,7 +151,7 @@ def test_a_module_of_the_starting_sizes_is_resumed_bitwise(tmp_path):
         assert "load_model_state_dict" not in vars(trainer.strategy)
     fresh, _, trainer = parts()
     trainer.validate(fresh, data(1), ckpt_path=str(tmp_path / "step=6.ckpt"), verbose=False)
-    same_weights(module.model, fresh.model)  # without an optimizer
+    same_weights(module.model, fresh.model)  # validate() has no optimizer
 
 
 def test_growth_is_in_the_event_files_whatever_the_logging_interval(tmp_path):
@@ -175,7 +175,7 @@ def test_growth_is_in_the_event_files_whatever_the_logging_interval(tmp_path):
 METRICS = {
     "the-step's-loss": (dict(metric="loss", min_delta=100), 3),
     "logged-in-training": (dict(metric="train_loss", min_delta=100), 3),
-    "logged-in-validation": (dict(metric="val_loss"), 7),  # after batches 2, 4, 6
+    "logged-in-validation": (dict(metric="val_loss"), 7),  # validation follows batches 2, 4 and 6
 }
 
 

@@ -1,4 +1,4 @@
-"""``AdamW`` against torch's, slices against a loop over elements, kernel against both; on a CPU under Triton's interpreter."""
+"""AdamW's torch path and kernel equal a loop over elements, with and without slices; on a CPU the kernel runs in Triton's interpreter."""
 
 import copy
 import math
@@ -26,7 +26,8 @@ from growkern.optimizer.adamw_torch import SLICES, Hyper, Update, arithmetic, le
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
-KINDS = [(F64, F64), (F32, F32), (BF16, F32), (BF16, BF16), (F16, F32)]  # of parameter, of moments
+# dtypes of parameter and moments
+KINDS = [(F64, F64), (F32, F32), (BF16, F32), (BF16, BF16), (F16, F32)]
 SHAPES = [
     (),
     (1,),
@@ -45,7 +46,7 @@ HYPER = Hyper(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, maxim
 
 @dataclass(frozen=True)
 class Case:
-    """A parameter in the middle of training: ``keys`` are its slices, ``skew`` is how its memory is off 16 bytes, in elements."""
+    """A parameter in the middle of training: ``keys`` names its slices, ``skew`` is its offset from 16-byte alignment, in elements."""
 
     shape: tuple[int, ...]
     kind: tuple[torch.dtype, torch.dtype] = (F32, F32)
@@ -76,7 +77,7 @@ class Case:
         n, dtype = length(key, self.shape), arithmetic(self.kind[0])
         if key == "rewarm":
             return torch.tensor([3.0, 4.0], dtype=dtype, device=DEVICE)
-        if key.startswith("born"):  # up to the step before: the first update counts 1
+        if key.startswith("born"):  # a birth comes before the step: an update counts at least 1
             return torch.randint(0, self.step, (n,), generator=g).to(DEVICE, dtype)
         return (torch.rand(n, generator=g) + 0.5).to(DEVICE, dtype)
 
@@ -103,7 +104,7 @@ def clone(u: Update) -> Update:
 
 
 def oracle(u: Update) -> dict[str, list[float]]:
-    """The formula, element by element, in Python's floats."""
+    """Compute AdamW's formula element by element in Python's floats."""
     h, found = u.hyper, {name: [] for name in ("p", "exp_avg", "exp_avg_sq", "top", "size")}
     n_cols = sizes(u.p.shape)[1]
     values = {k: v.tolist() for k, v in u.slices.items()}
@@ -142,7 +143,7 @@ def oracle(u: Update) -> dict[str, list[float]]:
 
 
 def check(actual: Update, expected: dict[str, list[float]]) -> None:
-    """Within the rounding of a handful of operations, and of the store."""
+    """Assert equality up to the rounding of a few operations and of the store."""
     exact = {F64: 2e-13, F32: 2e-6}[
         arithmetic(actual.p.dtype)
     ]  # float32's 1 - b**t keeps its digits, float64's loses three
@@ -251,7 +252,7 @@ def test_gradients_are_unscaled_and_infinite_ones_skipped(run, found, scale, ams
 
 
 class OnDevice(Tensor):
-    """A step that says it is on a GPU, as fused groups have it."""
+    """A step tensor that claims to be on a GPU, where fused param groups keep the step."""
 
     is_cuda = True
 
@@ -275,7 +276,7 @@ def test_the_table_stays_until_a_tensor_moves_or_changes(monkeypatch):
         table.Table, "_build", lambda self, *a: (built.append(1), original(self, *a))
     )
     u, kept = Case((4, 8), keys=("lr_rows", "born_cols")).build(), table.Table()
-    held: list[Update] = []  # so that no address comes back
+    held: list[Update] = []  # keeps tensors alive, so that no address is used again
     n_built = 1
     changes = [
         (False, {}),
@@ -302,7 +303,7 @@ def test_a_table_whose_making_failed_is_made_again(monkeypatch):
     u, kept = Case((4, 8)).build(), table.Table()
     kernel.adamw([u], kept)
     with monkeypatch.context() as patch:
-        patch.setattr(table, "math", lambda dtype: 1 / 0)  # in the middle of it
+        patch.setattr(table, "math", lambda dtype: 1 / 0)  # the table fails half-way
         with pytest.raises(ZeroDivisionError):
             kernel.adamw([u._replace(p=u.p.clone())], kept)
     expected = oracle(u)

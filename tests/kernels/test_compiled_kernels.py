@@ -1,6 +1,6 @@
-"""Every kernel compiles for the GPUs it is for, without one; on sm_90 without spills, in few registers, with 16-byte accesses.
+"""The kernels compile for every target without a GPU; for sm_90 they do not spill, fit 64 registers and use 16-byte accesses.
 
-The interpreter and the compiler cannot share a process: this file runs itself as a script and reads what that prints.
+Triton's interpreter and compiler cannot share a process: the tests run this file as a script and read its output.
 """
 
 import json
@@ -13,14 +13,14 @@ from tempfile import NamedTemporaryFile
 
 import pytest
 
-N_REGISTERS = 64  # at most, of 65536 in an SM: 1024 threads at a time
-PAIRS = [  # source and target dtypes: a mean is computed in float32
+N_REGISTERS = 64  # an SM has 65536 registers, and so holds 1024 threads of 64
+PAIRS = [  # dtypes of source and target: means are computed in float32
     *((d, d) for d in ("float32", "bfloat16", "float16", "float64", "int64")),
     ("float32", "bfloat16"),
     ("float32", "float16"),
 ]
-BLOCKS = [1024, 2048, 4096, 8192]  # staged rows
-FULL = [  # every specialisation there is: source dtype, target dtype, block of staged rows or 0
+BLOCKS = [1024, 2048, 4096, 8192]  # sizes of staged rows
+FULL = [  # every specialisation: source dtype, target dtype, size of staged rows or 0
     *((src, dst, n) for src, dst in PAIRS for n in [0, *BLOCKS] if src != "int64" or not n)
 ]
 FULL = [case for case in FULL if not (case[2] and case[0] == "float64")]
@@ -32,7 +32,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 COMPILE_ONLY = list(product(["sm_80", "sm_100", "gfx942"], SOME))
-KINDS = [  # of adamw: dtypes of parameter, gradient and moments
+KINDS = [  # dtypes of parameter, gradient and moments of the AdamW kernel
     *((d, d, d) for d in ("float32", "bfloat16", "float16", "float64")),
     ("bfloat16", "bfloat16", "float32"),
     ("float16", "float16", "float32"),
@@ -46,12 +46,12 @@ def case_id(value: object) -> str:
     return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-pytestmark = pytest.mark.xdist_group("compile")  # one worker compiles, once
+pytestmark = pytest.mark.xdist_group("compile")  # one xdist worker compiles, once
 
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, dict[str, int]]:
-    """Target and case -> registers, bytes of stack and local memory, widest load and store in bits; or the error."""
+    """Compile every case; return, per target and case, registers, bytes of stack and local memory, spills and widths of accesses."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     out = subprocess.run(
         [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300
@@ -91,12 +91,12 @@ def test_adamw_fits_registers_and_moves_16_bytes_where_it_can(built, case):
 
 @pytest.mark.parametrize("case", [*FULL, *ADAMW], ids=case_id)
 def test_rows_are_addressed_in_64_bits(built, case):
-    """A row times a stride of a tensor of 2**31 elements and more does not fit in 32."""
+    """In a tensor of 2**31 elements and more, a row index times a stride does not fit in 32 bits."""
     assert built[f"sm_90 {case_id(case)}"]["narrow_products"] == 0
 
 
 def test_every_specialisation_is_compiled():
-    """What launches are specialised on, asked of the launcher itself."""
+    """The sizes of staged rows in ``FULL`` are those that the launcher's own function ``staged`` gives."""
     import torch
 
     from growkern.kernels.permute import staged
@@ -112,7 +112,7 @@ def test_every_specialisation_is_compiled():
 
 
 def main() -> None:
-    """Compile every case and print what came out."""
+    """Compile every case and print the measurements as JSON."""
     jobs = [("sm_90", case) for case in [*FULL, *ADAMW]] + COMPILE_ONLY + ADAMW_ONLY
     print(json.dumps({f"{target} {case_id(case)}": build(target, case) for target, case in jobs}))
 
@@ -144,7 +144,7 @@ def build(target: str, case: tuple[str | int, ...]) -> dict[str, int]:
 
 
 def expand(case: tuple[str | int, ...]) -> tuple[object, dict[str, object], dict[str, str]]:
-    """The kernel of a case, all that its launch is specialised on, and its pointers."""
+    """Return the kernel of a case, the options that its launch is specialised on, and the types of its pointers."""
     import torch
 
     from growkern.kernels.expand import expand_kernel, launch_options, permute_kernel
@@ -168,7 +168,7 @@ def adamw(case: tuple[str | int, ...]) -> tuple[object, dict[str, object], dict[
 
 
 def narrow_products(ttir: str) -> int:
-    """Products of 32 bits that reach a pointer, in any number of steps that are not an index into a vector."""
+    """Count the 32-bit products that reach a pointer's offset; the search ends at loads, splats, ranges and constants."""
     made = {m[1]: (m[2], m[3]) for m in re.finditer(r"(%\S+) = (\S+) ([^\n]*)", ttir)}
 
     def reaches(name: str, seen: frozenset[str]) -> int:
@@ -207,7 +207,7 @@ def measure(cubin: bytes, cuobjdump: str) -> dict[str, int]:
 
 
 def widest(access: str, sass: str) -> int:
-    """Bits of the widest access to global memory; 32 where the mnemonic has no width."""
+    """Return the bits of the widest access to global memory; a mnemonic without a width counts as 32 bits."""
     return max(
         int((re.search(r"\.U?(8|16|64|128)\b", found) or [0, 32])[1])
         for found in re.findall(rf"\b{access}\.E\S*", sass)

@@ -1,6 +1,6 @@
-"""Kernel against reference, reference against loops and published vectors, backend against backend.
+"""The expand kernel equals the reference, the reference equals loops over elements, and both backends grow a model to equal tensors.
 
-Runs under Triton's interpreter, or on a GPU where there is one and TRITON_INTERPRET is not set.
+The tests run in Triton's interpreter, or on a GPU where the machine has one and TRITON_INTERPRET is not set.
 """
 
 import os
@@ -34,7 +34,7 @@ BITS = {
     8: I64,
     4: torch.int32,
     2: torch.int16,
-}  # bytes -> integers of that size, to compare NaN payloads and -0.0 too
+}  # bytes -> integer dtype, in which NaN payloads and -0.0 are compared
 POISON = {
     8: 0x7FF8DEADDEADDEAD,
     4: 0x7FC0DEAD,
@@ -59,7 +59,7 @@ def bits(t: Tensor) -> Tensor:
 
 
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype, g: torch.Generator) -> Tensor:
-    """Every bit pattern: NaN with payloads, infinities, -0.0, subnormals."""
+    """Draw from all bit patterns: NaN with payloads, infinities, -0.0 and subnormals."""
     n = 8 * dtype.itemsize
     return torch.randint(
         -(2 ** (n - 1)), 2 ** (n - 1) - 1, shape, generator=g, dtype=BITS[dtype.itemsize]
@@ -67,7 +67,7 @@ def random_bits(shape: tuple[int, ...], dtype: torch.dtype, g: torch.Generator) 
 
 
 def numbers(shape: tuple[int, ...], dtype: torch.dtype, g: torch.Generator) -> Tensor:
-    """Numbers of many sizes and both signs, with zeros; no subnormals, which the interpreter's bfloat16 cannot do."""
+    """Draw zeros and numbers of many sizes and both signs; none is subnormal, because the interpreter's bfloat16 has no subnormals."""
     values = torch.randn(shape, generator=g, dtype=F64) * 10.0 ** torch.randint(
         -2, 3, shape, generator=g
     )
@@ -75,13 +75,13 @@ def numbers(shape: tuple[int, ...], dtype: torch.dtype, g: torch.Generator) -> T
 
 
 def factors(n: int, dtype: torch.dtype, g: torch.Generator) -> Tensor:
-    """Numbers in (-2, 2), some of them 0: no product leaves the range of float16."""
+    """Draw numbers in (-2, 2), some of them 0, so that no product leaves the range of float16."""
     values = 4 * torch.rand(n, generator=g, dtype=F64) - 2
     return torch.where(torch.rand(n, generator=g) < 0.1, 0.0 * values, values).to(DEVICE, dtype)
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
-    """The same values under other strides; broadcast layouts repeat the first row, column or element."""
+    """Return the values under other strides; broadcast layouts repeat the first row, column or element."""
     r, c = values.shape
     if layout == "offset":
         return torch.nn.functional.pad(values, (3, 2, 1, 1))[1 : r + 1, 3 : c + 3]
@@ -98,12 +98,12 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """All that a piece is made from.
+    """The arguments that a piece is built from.
 
-    ``n_copies``: of the rows and of the columns. ``n_sources``: rows and columns of the source where they are indexed.
-    ``vectors``: a number per row (per column) instead of one for all: scales, noise factors, counters. ``scattered``: every row
-    goes to a place of its own. ``offset``: of the target in memory, in columns; ``skip``: columns of it
-    before the first copy.
+    ``n_copies`` counts the copies of the rows and of the columns. ``n_sources`` counts the rows and columns of the source, where an index
+    gathers them. ``vectors`` gives the rows (the columns) a scale, a noise factor and a counter each, in place of one for all.
+    ``scattered`` sends every row to a place of its own. ``offset`` moves the target in memory, in columns; ``skip`` counts the columns of
+    the target before the first copy.
     """
 
     src: torch.dtype
@@ -123,7 +123,7 @@ class Case:
 
     @property
     def bits(self) -> bool:
-        """True for a pure copy, which copies every bit pattern."""
+        """Whether the piece is a pure copy, which keeps every bit pattern."""
         return (
             self.src == self.dst
             and self.noise is None
@@ -132,7 +132,7 @@ class Case:
         )
 
     def build(self) -> tuple[Tensor, Tensor, Piece]:
-        """Poisoned memory, a copy of it, and the piece that writes into the first."""
+        """Return poisoned memory, a copy of that memory, and the piece that writes into the original."""
         g = torch.Generator().manual_seed(self.values)
         n_rows, dtype = self.shape[0], arithmetic(self.dst)
         from_rows, from_cols = (
@@ -189,7 +189,7 @@ def integers(end: int, n: int, g: torch.Generator) -> Tensor:
 
 
 def cases(rows: list[int], cols: list[int]) -> st.SearchStrategy[Case]:
-    """Pure copies, and pieces with arithmetic."""
+    """Draw pure copies and pieces with arithmetic."""
     index = st.sampled_from([None, None, 1, 5, 40])
     parts = dict(
         shape=st.tuples(st.sampled_from(rows), st.sampled_from(cols)),
@@ -223,16 +223,16 @@ def cases(rows: list[int], cols: list[int]) -> st.SearchStrategy[Case]:
 
 
 def moved(piece: Piece, copy: Tensor) -> Piece:
-    """The same piece, its target in the other memory."""
+    """Return the piece with its target in the memory ``copy``."""
     dst = piece.dst
     return replace(piece, dst=copy.as_strided(dst.shape, dst.stride(), dst.storage_offset()))
 
 
 def check(built: list[tuple[Tensor, Tensor, Piece]]) -> None:
-    """Kernel and reference leave the same memory: bit for bit, on what they write and around it.
+    """Assert that kernel and reference leave equal memory: bit for bit, in the target and around the target.
 
-    Both compute in the same order in the same dtype without a fused multiply-add, so the arithmetic agrees bit for bit too.
-    Only the interpreter truncates bfloat16 where torch rounds: one rounding, less than one ulp, at most eps |value|.
+    Kernel and reference compute in the same order and dtype without a fused multiply-add, so the arithmetic agrees bit for bit too.
+    Only the interpreter truncates bfloat16 where torch rounds: the difference is less than one ulp, at most eps |value|.
     """
     expand([piece for _, _, piece in built])
     reference.expand([moved(piece, copy) for _, copy, piece in built])
@@ -243,7 +243,7 @@ def check(built: list[tuple[Tensor, Tensor, Piece]]) -> None:
             actual, expected = piece.dst.to(F64), moved(piece, copy).dst.to(F64)
             eps = torch.finfo(BF16).eps
             torch.testing.assert_close(actual, expected, rtol=eps, atol=0, equal_nan=True)
-            piece.dst.copy_(moved(piece, copy).dst)  # what lies around is compared below
+            piece.dst.copy_(moved(piece, copy).dst)  # the lines below compare the memory around
         assert torch.equal(bits(memory), bits(copy))
 
 
@@ -282,7 +282,7 @@ def test_nothing_to_write_is_no_launch(pieces):
 
 
 def launches(pieces: list[Piece], monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """The options of every launch of one call."""
+    """Expand the pieces and return the options of every launch."""
     from growkern.kernels import expand as module
 
     found = []
@@ -467,7 +467,7 @@ def test_a_table_that_does_not_fit_its_tensors_is_never_launched(piece, match, m
 
 
 def lowbias32(x: int) -> int:
-    """As printed in C. Wellons' hash-prospector."""
+    """Hash 32 bits as C. Wellons' hash-prospector does."""
     x ^= x >> 16
     x = x * 0x7FEB352D % 2**32
     x ^= x >> 15
@@ -476,7 +476,7 @@ def lowbias32(x: int) -> int:
 
 
 def drawn(seed: int, tensor_id: int, row: int, col: int) -> int:
-    """The formula of the noise, one element."""
+    """Compute the noise of one element by its formula."""
     of_rows = lowbias32(lowbias32(lowbias32(seed % 2**32) ^ seed >> 32) ^ tensor_id)
     of_cols = lowbias32(of_rows ^ 0x9E3779B9)
     a, b = ((i * 0x9E3779B9 + key) % 2**32 for i, key in ((row, of_rows), (col, of_cols)))
@@ -520,7 +520,7 @@ def test_normal_has_the_moments_of_a_sum_of_four_bytes():
     n = x.numel()
 
     assert abs(x.mean()) < 5 / sqrt(n)
-    assert abs(x.var() - 1) < 5 * sqrt(1.7 / n)  # fourth moment 2.7: 3 less 6/5 over four summands
+    assert abs(x.var() - 1) < 5 * sqrt(1.7 / n)  # the fourth moment is 3 - (6 / 5) / 4 = 2.7
     assert abs(x.pow(3).mean()) < 5 * sqrt(10 / n) and abs(x.pow(4).mean() - 2.7) < 5 * sqrt(60 / n)
 
 
@@ -537,9 +537,9 @@ def test_no_two_rows_columns_or_tensors_of_noise_are_correlated():
     }
 
     for name, gram in grams.items():
-        z = gram / sqrt(n)  # correlations of independent rows: variance 1
+        z = gram / sqrt(n)  # correlations of independent rows have variance 1
         assert abs(z.var() - 1) < 5 * sqrt(2.2 / len(z)), name
-        assert z.abs().max() < 6.5, name  # of a million normal numbers, about 5
+        assert z.abs().max() < 6.5, name  # the largest of a million normal numbers is about 5
 
 
 def test_singular_values_of_noise_are_those_of_independent_numbers():
@@ -547,7 +547,7 @@ def test_singular_values_of_noise_are_those_of_independent_numbers():
 
     largest = torch.linalg.matrix_norm(x, 2) / sqrt(1024)
 
-    assert abs(largest - 2) < 0.05  # Bai and Yin: 2, less a few n^(-2/3)
+    assert abs(largest - 2) < 0.05  # Bai and Yin: the limit is 2; at n it is a few n^(-2/3) lower
 
 
 @settings(max_examples=60, deadline=None)
@@ -586,7 +586,7 @@ def test_reference_is_the_formula_element_by_element(case):
                 * at(r.noises, 1.0, i)
                 * at(c.noises, 1.0, j)
             )
-        # one rounding to the target, and eight in the arithmetic of what may cancel
+        # the arithmetic rounds up to eight times, on terms that may cancel, and the store rounds once
         eps = 8 * torch.finfo(arithmetic(dtype)).eps + torch.finfo(dtype).eps
         bound = eps * (abs(float(source)) + abs(noise)) * abs(factor)
         error = abs(float(piece.dst[place]) - (float(source) + noise) * factor)
@@ -620,7 +620,8 @@ GROWTHS = [(F64, "2x", True), (F32, {"layers": 2, "hidden": 24}, False), (BF16, 
 @pytest.mark.parametrize(("dtype", "to", "tied"), GROWTHS, ids=["float64", "float32", "bfloat16"])
 def test_backends_grow_a_model_and_its_optimizer_to_the_same_tensors(dtype, to, tied):
     (model, optim), (other, other_optim) = trained(dtype, tied), trained(dtype, tied)
-    eps = torch.finfo(BF16).eps if dtype == BF16 and INTERPRETED else 0.0  # as in check
+    # the interpreter truncates bfloat16: see check()
+    eps = torch.finfo(BF16).eps if dtype == BF16 and INTERPRETED else 0.0
 
     grow(model, optim, to=to, seed=2**63 + 1, backend="triton")
     grow(other, other_optim, to=to, seed=2**63 + 1, backend="torch")

@@ -1,4 +1,4 @@
-"""Depth methods on live models, against models whose blocks were copied by hand."""
+"""Depth methods copy the blocks of live models, and their optimizer state, in the published order."""
 
 import copy
 
@@ -46,15 +46,15 @@ def test_blocks_and_their_state_are_copied_in_the_published_order(family, method
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
 def test_halved_branches_are_nearly_exact_and_so_are_their_gradients(family):
-    """What branches add is small here, so that blocks nearly commute: off is second order in it, 1e-3 squared."""
+    """The branches are small, so that blocks nearly commute: the error is of second order in the branches, 1e-3 squared."""
     model = make(family, tied=False).double().eval()
     outputs = growkern.describe(model).blocks.branches
     with torch.no_grad():
         for block in blocks_of(model):
             for name, p in block.named_parameters():
                 if name in outputs:
-                    offset = float(family == "gemma2")  # of the gain of a norm
-                    small = 1e-4 if offset else 1e-3  # what norms write is large
+                    offset = float(family == "gemma2")  # Gemma's gain is 1 + weight
+                    small = 1e-4 if offset else 1e-3  # the output of a norm is large
                     p.copy_(small * (p + offset) - offset)
     optim = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.5)
     train(model, optim, 1)
@@ -102,7 +102,7 @@ def test_bert2bert_in_one_call_is_to_widen_and_then_to_stack_with_the_rest_from_
 
 
 def test_compound_grow_is_depth_ffn_and_length_at_once():
-    """CompoundGrow (arXiv:2010.12562): layers l mod Ls, the ffn tiled, more positions; without depth it is exact."""
+    """CompoundGrow (arXiv:2010.12562) copies layer l mod Ls, tiles the ffn and adds positions; without depth, CompoundGrow is exact."""
     model = make("gpt2", tied=True).double().eval()
     source = {name: p.detach().clone() for name, p in model.named_parameters()}
     to = {"layers": 4, "ffn": "2x", "positions": "2x"}

@@ -1,4 +1,4 @@
-"""Every method says what it does, what it preserves, where it is from, and shows a line that runs."""
+"""The docstring of every method has the sections Preserves, Reference and Example, an entry per argument, and an example that runs."""
 
 import doctest
 import re

@@ -1,4 +1,4 @@
-"""head_dim and experts: attention and routing compute what they computed, everything trains, checkpoints reload."""
+"""Growth of head_dim and of experts preserves the function; larger heads train, copied experts diverge, and checkpoints reload."""
 
 import copy
 
@@ -25,7 +25,7 @@ from growkern import width
 from growkern.errors import PlanError
 
 ROPE = ["gemma2", "llama", "mistral", "qwen2", "mixtral"]
-NORMED = ["qwen3", "qwen3_moe"]  # norms of queries and keys
+NORMED = ["qwen3", "qwen3_moe"]  # families with norms of queries and keys
 LEARNED = ["t5", "gpt2", "opt", "bert", "roberta", "vit", "encoder", "encoder_post"]
 ROPE_OF_HIDDEN = ["gpt_neox", "modernbert"]
 HEADS = [*ROPE, *NORMED, *LEARNED, *ROPE_OF_HIDDEN]
@@ -39,7 +39,7 @@ TARGETS = {
 
 
 def model_of(family):
-    """GPT-NeoX turns a share of every head: here a half of eight."""
+    """Make a model; of GPT-NeoX, RoPE rotates half of the eight coordinates of a head."""
     if family != "gpt_neox":
         return make(family, tied=True)
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
@@ -47,7 +47,7 @@ def model_of(family):
 
 
 def eager(family):
-    """Options of ``from_pretrained``: the experts' implementation of the tests."""
+    """Return the options of ``from_pretrained`` that choose the tests' implementation of experts."""
     return {"experts_implementation": EAGER} if family in MOE else {}
 
 
@@ -102,7 +102,7 @@ def test_everything_in_larger_heads_trains_within_two_steps(family, monkeypatch)
 
 @pytest.mark.parametrize("family", [*ROPE, *LEARNED, *ROPE_OF_HIDDEN])
 def test_gradients_of_what_is_kept_follow_the_law(family, monkeypatch, exact_routers):
-    """Where the law says a gradient (a != 0), autograd says the same; a zeroed query's is what breaks the symmetry."""
+    """Autograd gives the law's gradient where its scale is not 0; elsewhere, as in zeroed queries, the gradient breaks the symmetry."""
     exact_norms(monkeypatch)
     model = model_of(family).double()
     loss_of(model, batch()).backward()
@@ -150,7 +150,7 @@ def test_larger_heads_generate_with_a_cache_what_they_generated(family):
 
 
 def test_a_pair_keeps_its_angle():
-    """By hand: coordinate j of a half of 3 turns by theta ** (-j / 3), as coordinate 2 j of a half of 6 does."""
+    """RoPE turns coordinate j of a half of 3, and coordinate 2 j of a half of 6, by the same theta ** (-j / 3)."""
     model = make("llama", tied=True)
     before = model.model.layers[0].self_attn.q_proj.weight.detach().clone().view(4, 2, 3, 24)
 
@@ -220,7 +220,7 @@ def test_copied_experts_share_what_one_was_given(
 
 @pytest.mark.parametrize("family", MOE)
 def test_a_mixture_of_twice_as_many_experts_is_the_run_it_was(family, monkeypatch, exact_routers):
-    """The trajectory: moments, learning rates, eps and decay of copied experts at once."""
+    """The losses stay equal only if moments, learning rates, eps and decay of copied experts are all right."""
     exact_norms(monkeypatch)
     models, optims = [], []
     for _ in range(2):
@@ -266,7 +266,7 @@ def test_experts_are_saved_and_loaded(tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "t5"])
 def test_no_second_moment_is_zero_under_an_old_step(family):
-    """Queries that start at 0 have no ancestor: a second moment of 0 would make their first steps many times too long."""
+    """Queries that start at 0 copy no source element; a second moment of 0 would make their first updates many times too large."""
     model = make(family, tied=True)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train(model, optim, 3)
@@ -286,7 +286,7 @@ def test_no_second_moment_is_zero_under_an_old_step(family):
 
 @pytest.mark.parametrize("family", MOE)
 def test_the_routers_own_loss_is_what_it_was(family, monkeypatch, exact_routers):
-    """``output_router_logits``: its coefficient falls as the number of experts rises, live and after a reload."""
+    """Under ``output_router_logits``, the auxiliary loss's coefficient falls as the number of experts rises, in model and config."""
     exact_norms(monkeypatch)
     runs = []
     for grown in (False, True):

@@ -1,4 +1,4 @@
-"""The other way: what stays is what was there, a growth is taken back bit for bit, and what is left is a model like any other."""
+"""``shrink_inplace`` selects weights by the published indices, undoes a growth bit for bit, and leaves a model that stock classes load."""
 
 import copy
 import itertools
@@ -31,7 +31,7 @@ def shrink(model, optim=None, **options):
 
 
 def started(family, *, tied=True, kind=torch.optim.AdamW, steps=3, **options):
-    """A model in the middle of an accumulation, and its optimizer."""
+    """Train a model and return it with its optimizer, in the middle of an accumulation."""
     model = make(family, tied=tied)
     optim = kind(model.parameters(), **({"lr": 3e-3, "weight_decay": 0.1} | options))
     train(model, optim, steps)
@@ -40,7 +40,7 @@ def started(family, *, tied=True, kind=torch.optim.AdamW, steps=3, **options):
 
 
 def twin(model, optim):
-    """Another run at the same place; a copy has no gradients by itself."""
+    """Copy model and optimizer, and the gradients, which deepcopy leaves out."""
     other, other_optim = copy.deepcopy((model, optim))
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         q.grad = None if p.grad is None else p.grad.clone()
@@ -48,12 +48,12 @@ def twin(model, optim):
 
 
 def snapshot(model, optim):
-    """What a run goes on from: values, gradients, state, groups, what modules cache, config."""
+    """Collect all that a run continues from: values, gradients, optimizer state, param groups, cached sizes and config."""
     config = copy.deepcopy(getattr(model, "config", None))
     if config is not None:
         config = config.to_dict()
         config.pop("growkern_history", None)
-        if config.get("n_inner", 0) is None:  # derived until a growth writes it out
+        if config.get("n_inner", 0) is None:  # GPT-2 derives n_inner until a growth writes a number
             config["n_inner"] = 4 * config["n_embd"]
         if config.get("head_dim", 0) is None:
             config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
@@ -328,7 +328,7 @@ def test_names_of_a_group_and_masters_follow():
 
 
 def published(n_source: int, n_target: int) -> list[int]:
-    """The indices along one axis, as in the authors' code, in float64."""
+    """Compute the indices along one axis as the authors' code does, in float64."""
     if n_source % n_target == 0:
         return [i * (n_source // n_target) for i in range(n_target)]
     linspace = torch.linspace(0, n_source - 1, n_target, dtype=torch.float64)
@@ -336,7 +336,7 @@ def published(n_source: int, n_target: int) -> list[int]:
 
 
 def halfway(n_source: int, n_target: int) -> bool:
-    """Whether an index lies between two whole ones, where a float decides by its own rounding."""
+    """Whether an index lies halfway between two integers, where the rounding of floats decides."""
     ends = range(n_target) if n_target > 1 else ()
     return any(2 * i * (n_source - 1) % (2 * (n_target - 1)) == n_target - 1 for i in ends)
 
@@ -391,7 +391,7 @@ def test_halves_go_to_the_even_index():
     sizes = {**spec.sizes, "ffn": 4}
     narrow = WeightSelection().narrow(_sized(spec, sizes), {**sizes, "ffn": 3})
 
-    assert narrow.maps["ffn.0"].indices == (0, 2, 3)  # 0, 1.5, 3
+    assert narrow.maps["ffn.0"].indices == (0, 2, 3)  # the indices are 0, 1.5 and 3
 
 
 def test_fused_heads_stay_whole_and_state_goes_along():
@@ -417,7 +417,7 @@ def _c_attn(model, optim, name):
     return p.grad if name == "grad" else optim.state[p][name]
 
 
-# What is left is a model like any other
+# The shrunk model is an ordinary model
 
 
 @pytest.mark.parametrize(
@@ -472,7 +472,8 @@ def test_every_way_gives_the_same_bits(method, options):
     other, other_optim = twin(model, optim)
     to = {"hidden": 12, "ffn": 40 if method == BACK else 41, "layers": 1}
     for one, own in ((model, optim), (other, other_optim)):
-        growkern.expand_inplace(one, own, to={"ffn": 80})  # 41 runs of one: by an index
+        # 41 runs of length 1 are gathered by an index
+        growkern.expand_inplace(one, own, to={"ffn": 80})
 
     shrink(model, optim, to=to, method=method, backend="torch")
     shrink(other, other_optim, to=to, method=method, **options)

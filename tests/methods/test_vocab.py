@@ -1,4 +1,4 @@
-"""New tokens against the papers' formulas as plain loops, and ``resize_token_embeddings`` of transformers."""
+"""New rows equal the papers' formulas as plain loops, and the rows of ``resize_token_embeddings`` of transformers."""
 
 import math
 import random
@@ -19,7 +19,7 @@ LARGER = VOCAB + MORE
 
 
 def mixed(seed=0, n=LARGER, missing=MORE):
-    """A tokenizer that has the source's tokens in another order, and new ones between them."""
+    """Return the tokens of a tokenizer that has the source's tokens in another order, and new tokens between them."""
     tokens = [*range(VOCAB), *[-1] * missing]
     random.Random(seed).shuffle(tokens)
     return tokens[:n]
@@ -30,7 +30,7 @@ def helper(seed=0, n=LARGER):
 
 
 def clp(old, tokens, helper, top_k):
-    """The paper's loop: sum over the overlap, weighted by cosine similarity in the helper's embedding."""
+    """Compute the paper's loop: a sum over the shared tokens, weighted by cosine similarity in the helper's embedding."""
     both = [t for t, o in enumerate(tokens) if o >= 0]
     out = []
     for t, o in enumerate(tokens):
@@ -107,7 +107,7 @@ def test_mean_is_that_of_transformers(family, tied):
 
     for (name, p), (_, q) in zip(one.named_parameters(), two.named_parameters(), strict=True):
         assert p.shape == q.shape, name
-        assert (p - q).abs().max() < 1e-3, name  # transformers draws, with a covariance of 1e-9
+        assert (p - q).abs().max() < 1e-3, name  # transformers draws rows with a covariance of 1e-9
     assert (logits(one, batch()) - logits(two, batch())).abs().max() < 1e-2
 
 
@@ -130,7 +130,7 @@ def test_draws_have_the_mean_and_the_covariance_of_the_old_rows(scale, seed):
 
 
 def test_zero_costs_old_tokens_what_log_sum_exp_says():
-    """By hand: logits of old tokens stay, 66 new ones add exp(0) each."""
+    """The logits of old tokens stay, and those of the 66 new tokens are 0, so that each adds exp(0) to the softmax."""
     model = make("llama", tied=True).double()
     before = logits(model, batch()).detach()
 
@@ -202,7 +202,7 @@ def test_similarities_that_cancel_say_nothing():
     tokens = [*range(VOCAB), *[-1] * MORE]
     own = torch.ones(LARGER, 2).double()
     own[: VOCAB // 2, 1], own[VOCAB // 2 : VOCAB, 1] = 1.0, -1.0
-    own[VOCAB:, 0] = 0.0  # orthogonal in sum to those of the source
+    own[VOCAB:, 0] = 0.0  # cosine similarities to the source's tokens sum to 0
 
     grow(model, to={"vocab": LARGER}, width=vocab.CLPTransfer(own, tokens))
 

@@ -1,4 +1,4 @@
-"""Published width methods against their formulas, element by element, and against what they promise."""
+"""Width methods equal their published formulas element by element, and preserve what their plans promise."""
 
 import copy
 
@@ -14,7 +14,7 @@ from growkern.errors import PlanError
 
 HIDDEN, FFN, VOCAB, POSITIONS = "hidden", "ffn", "vocab", "positions"
 Q, KV = "query", "key"
-# by hand, not from the specs: what writes, what reads; "" is neither
+# written by hand, not taken from the specs: a matrix writes ("w") or reads ("r") along axis 1
 LLAMA = {
     "embed_tokens.weight": (VOCAB, HIDDEN, "w"), "lm_head.weight": (VOCAB, HIDDEN, "r"),
     "q_proj.weight": (Q, HIDDEN, "r"), "k_proj.weight": (KV, HIDDEN, "r"), "v_proj.weight": (KV, HIDDEN, "r"),
@@ -44,7 +44,7 @@ def product(outer, inner, n_inner):
 
 
 def maps_of(plan, family):
-    """Source coordinate of every target coordinate, from the method's choice of maps on bare spaces."""
+    """Return the source coordinate of every target coordinate, per kind of axis, from the plan's index maps."""
     axes = {key.split(" ", 1)[1]: axis.index_map.indices for key, axis in plan.axes.items() if key.startswith("writer")}  # fmt: skip
     hidden = next(i for key, i in axes.items() if key in ("residual", "residual:sum"))
     q = next(i for key, i in axes.items() if key.startswith(("kv_heads.0 x group", "heads.0 x")))
@@ -60,13 +60,13 @@ def next_layer(family, name, n_layers):
 
 
 def fpi(family, source, shapes, maps, n_layers, *, advanced=False):
-    """bert2BERT, equations of sections 3.2 and 3.3, for untied weights: rows copied, columns copied and divided by their number."""
+    """Compute bert2BERT (sections 3.2 and 3.3) for untied weights: copy the rows, copy the columns and divide by the number of copies."""
     grown = {}
     for name, shape in shapes.items():
         found = roles(family, name)
         sides = [maps.get(kind, range(n)) for kind, n in zip(found[:2], shape, strict=False)]
         upper = source[next_layer(family, name, n_layers)] if advanced else source[name]
-        # new: behind the first copy, along what the tensor writes
+        # a coordinate is new behind the first copy, along the axis that the tensor writes
         writes = 1 if found[-1] == "w" else 0
         first = {g: i for i, g in reversed([*enumerate(sides[writes])])}
         out = torch.empty(shape, dtype=torch.float64)
@@ -145,7 +145,7 @@ def test_hypercloning_tiles_and_divides(family):
     for name, p in model.named_parameters():
         times = [a // b for a, b in zip(p.shape, source[name].shape, strict=True)]
         expected = source[name].repeat(times) / (2 if name in read else 1)
-        if "c_attn" in name:  # q, k and v are tiled each by itself
+        if "c_attn" in name:  # q, k and v are tiled separately
             parts = [part.repeat(times) for part in source[name].chunk(3, -1)]
             expected = torch.cat(parts, -1) / (2 if name in read else 1)
         assert (p - expected).abs().max() < ROUNDING, name
@@ -370,7 +370,7 @@ def test_fresh_features_are_exact_where_no_norm_reads_them(family, monkeypatch):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_fresh_features_drift_less_than_sparkling_with_the_same_zeros(tied):
-    """On a Llama that has learned something: 60 steps on one text."""
+    """The source is a Llama that has trained 60 steps on one batch."""
     source = make("llama", tied=tied)
     optim = torch.optim.AdamW(source.parameters(), lr=3e-3)
     for _ in range(60):
@@ -446,7 +446,7 @@ def test_what_a_method_says_of_the_function_is_so_where_models_scale_streams(
 @pytest.mark.parametrize("method", ALL, ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "t5"])
 def test_nothing_is_dead(family, method):
-    """Every element has a gradient that is not 0 within two steps; three where a gain waits for what writes its norm a pad."""
+    """Outside embeddings, every element has a gradient that is not 0 within two steps, or three where a gain follows a norm of pads."""
     model = make(family, tied=True).double()
     optim = torch.optim.SGD(model.parameters(), lr=1e-2)
     grow(model, optim, to="2x", width=method)

@@ -1,4 +1,4 @@
-"""Every family: the function is preserved, everything trains, and differential probing agrees with the description."""
+"""In every family, growth preserves the function, every element trains, and differential probing agrees with the family's description."""
 
 import copy
 import dataclasses
@@ -30,7 +30,7 @@ from growkern.errors import PlanError
 from growkern.model.describe import cached_sizes
 
 PRE_NORM = [f for f in FAMILIES if f not in POST_NORM]
-OURS = ["plain", "encoder", "encoder_post"]  # neither configs nor checkpoints
+OURS = ["plain", "encoder", "encoder_post"]  # modules without config and checkpoint
 TARGETS = {
     "2x": "2x",
     "3x": "3x",
@@ -117,10 +117,10 @@ def test_post_norm_hidden_is_refused_with_the_nearest_multiples(family, hidden):
         grow(make(family, tied=True), to={"hidden": hidden})
 
 
-KEY_BIASES = (  # they move all scores of a query alike, which softmax does not see: their gradient is rounding, or 0
+KEY_BIASES = (  # a key bias moves all scores of a query alike, which softmax does not see: its gradient is rounding, or 0
     "k_proj.bias",
     "key.bias",
-    "in_proj_bias",  # from here on of queries and values too: see below
+    "in_proj_bias",  # from here on, fused biases: their queries and values are tested below
     "c_attn.bias",
     "query_key_value.bias",
 )
@@ -133,7 +133,7 @@ TRAINED += [(f, t) for f in POST_NORM for t in ("2x", "2x-and-deeper")]
 @pytest.mark.parametrize(("family", "target"), TRAINED)
 def test_every_element_trains_within_two_steps_and_the_optimizer_fits(family, target):
     model = make(family, tied=True).double()
-    optim = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)  # decay moves gains
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)  # decay would move gains
     train(model, optim, 2)
     source = copy.deepcopy(model)
 
@@ -292,7 +292,7 @@ def test_stacking_is_said_not_to_preserve_the_function_and_copies_blocks():
 
 
 def test_sandwich_norms_become_the_identity_through_their_gains():
-    """Gemma-type blocks: x + norm(attention(norm(x))): zeroed gains are exact and keep gradients of ordinary size."""
+    """In blocks like Gemma's, x + norm(attention(norm(x))), zeroed gains are exact and keep gradients of ordinary size."""
     model = make("plain", tied=True).double()
     for block in model.blocks:
         block.down = torch.nn.Sequential(block.down, torch.nn.LayerNorm(24)).double()
@@ -367,14 +367,14 @@ PROBES |= {
     "qwen3_moe": {k: v for k, v in PROBES["llama"].items() if k != "intermediate_size"}
     | {"moe_intermediate_size": 60, "num_experts": 6, "num_experts_per_tok": 3},
 }
-UNUSED = {"rotary_ndims"}  # after the model was built
+UNUSED = {"rotary_ndims"}  # no module reads the attribute once the model is built
 
 
 @pytest.mark.parametrize(
     ("family", "field"), [(f, field) for f, fields in PROBES.items() for field in fields]
 )
 def test_differential_probing_agrees_with_the_family(family, field):
-    """Two meta models that differ in one config field show which axes that field sizes: the family must say the same."""
+    """Two meta models that differ in one config field show which axes the field sizes, and the family describes the same axes."""
     with torch.device("meta"):
         one = make(family, tied=False, n_inner=50) if family == "gpt2" else make(family, tied=False)
         other = type(one)(
@@ -400,7 +400,7 @@ def test_differential_probing_agrees_with_the_family(family, field):
 
 
 def test_group_growth_stays_inside_its_kv_head(monkeypatch):
-    """Query heads x 2 with kv heads fixed: copies must share the kv head of their source."""
+    """Where query heads double and kv heads stay, a copy must share the kv head of its source."""
     exact_norms(monkeypatch)
     model = make("llama", tied=True).double()
     before = logits(model, batch()).detach()
@@ -416,7 +416,7 @@ def test_group_growth_stays_inside_its_kv_head(monkeypatch):
 
 @pytest.mark.parametrize("family", LLAMA_LIKE)
 def test_kv_heads_alone_split_the_groups_of_their_queries(family, monkeypatch):
-    """Repeated one by one, not tiled: a copy serves the queries beside it."""
+    """Kv heads are repeated one by one, not tiled, so that a copy serves the queries beside its source."""
     exact_norms(monkeypatch)
     model = make(family, tied=True).double()
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -630,7 +630,7 @@ def test_a_bare_encoder_of_torch_grows_ffn_and_layers_and_keeps_its_fast_path(no
     assert report.function_preserving and encoder.num_layers == 5
     assert (
         "aten::_transformer_encoder_layer_fwd" in called
-    ) == bias  # without biases torch has none
+    ) == bias  # torch has no fast path without biases
     keep = ~mask
     assert (fast[keep] - before[keep]).abs().max() < 1e-10
     assert (slow[keep] - before[keep]).abs().max() < 1e-10
@@ -687,7 +687,7 @@ def test_the_fast_path_of_a_grown_encoder_computes_what_the_slow_one_does(family
     ],
 )
 def test_the_grown_run_of_every_layout_is_the_source_run(family, monkeypatch):
-    """Of fused, interleaved, three- and four-dimensional tensors: state, learning rates, epsilon and decay are the law's."""
+    """State, learning rates, epsilon and decay follow the law in fused, interleaved, three- and four-dimensional tensors."""
     exact_norms(monkeypatch)
     model = make(family, tied=True).double()
     optim = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-4, weight_decay=0.1)

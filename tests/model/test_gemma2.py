@@ -1,4 +1,4 @@
-"""Gemma 2: gains of ``1 + weight``, norms behind attention and MLP, an embedding multiplied by ``sqrt(hidden)``."""
+"""Gemma 2 grows with its gains of ``1 + weight``, norms behind attention and MLP, and embedding multiplied by ``sqrt(hidden)``."""
 
 import copy
 
@@ -25,7 +25,7 @@ def scale_of(plan, name, i):
 
 
 def check_offset(plan, source, target, tolerance=SMALL):
-    """Element by element: 1 + w' = s (1 + w)."""
+    """Assert 1 + w' = s (1 + w) element by element."""
     moved = 0
     for name, w in target.items():
         for i in range(len(w)):

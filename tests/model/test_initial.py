@@ -1,4 +1,4 @@
-"""``depth.Fresh``: new blocks against stock models of the target's config that transformers has just built."""
+"""``depth.Fresh`` draws new blocks as transformers does when it builds a stock model of the target's config."""
 
 import copy
 
@@ -13,7 +13,7 @@ from growkern import depth, width
 from growkern.errors import CommitError, PlanError, UnsupportedModelError
 
 SIZES = dict(hidden_size=128, num_attention_heads=4, num_hidden_layers=2, vocab_size=66)
-LARGE = {  # enough elements for a standard deviation that is right to 1 %
+LARGE = {  # sizes with enough elements for a standard deviation that is right to 1 %
     "llama": SIZES | dict(num_key_value_heads=2, intermediate_size=320, head_dim=32),
     "gpt2": dict(n_embd=128, n_head=4, n_layer=2, vocab_size=66),
     "bert": SIZES | dict(intermediate_size=320),
@@ -34,7 +34,7 @@ def new_blocks(model, first):
 
 
 def everything(model, optim):
-    """Bits of a model, its optimizer and torch's generator."""
+    """Collect the bits of a model, its optimizer and torch's generator."""
     tensors = [*model.state_dict().values(), torch.get_rng_state()]
     tensors += [v for s in optim.state.values() for v in s.values() if torch.is_tensor(v)]
     groups = [[id(p) for p in group["params"]] for group in optim.param_groups]
@@ -90,12 +90,12 @@ def test_equal_seeds_draw_equal_bits_and_others_do_not():
     for seed in (0, 0, 1):
         model = make("llama", tied=True)
         grow(model, to={"layers": 4}, depth=depth.Fresh(), seed=seed)
-        torch.randn(3)  # the global generator has no part in it
+        torch.randn(3)  # the draws do not use the global generator
         found.append([p for p in new_blocks(model, 2).values() if p.dim() > 1])
 
     for one, again, other in zip(*found, strict=True):
         assert torch.equal(one, again) and not torch.equal(one, other)
-    assert not torch.equal(found[0][0], found[0][len(found[0]) // 2])  # nor have two blocks
+    assert not torch.equal(found[0][0], found[0][len(found[0]) // 2])  # two new blocks differ
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_buffers_of_a_block_are_copied():
 
 
 def test_models_of_your_own_are_initialised_by_their_init_weights():
-    """As nanoGPT writes it."""
+    """nanoGPT writes ``_init_weights`` in this way."""
 
     class Own(Plain):
         def _init_weights(self, module):
@@ -195,11 +195,11 @@ def test_models_of_your_own_are_initialised_by_their_init_weights():
 
     block = model.blocks[2]
     assert abs(block.up.weight.std() - 0.5) < 0.05
-    assert 0 < block.up.bias.abs().max() <= 24**-0.5  # of nn.Linear itself
+    assert 0 < block.up.bias.abs().max() <= 24**-0.5  # nn.Linear draws its bias itself
 
 
 class Gain(nn.Module):
-    """A norm that nothing initialises but its constructor."""
+    """A norm that only its constructor initialises."""
 
     def __init__(self, width):
         super().__init__()
@@ -235,7 +235,7 @@ def test_a_failure_while_initialising_leaves_everything_as_it_was(memory, block,
     before = everything(model, optim)
     original, calls = type(model)._init_weights, []
     n_modules = len([*model.model.layers[0].modules()])
-    last = 1 if block == "of the check" else 3 * n_modules + 5  # two sources, and a new block
+    last = 1 if block == "of the check" else 3 * n_modules + 5  # the check or the second new block
 
     def failing(self, module):
         calls.append(module)

@@ -1,4 +1,4 @@
-"""T5: two stacks of blocks under one model, a table of positions in the first block of each, three configs, a scaled head."""
+"""T5 grows with two stacks of blocks, a table of positions in the first block of each stack, three configs and a scaled head."""
 
 import copy
 import dataclasses
@@ -72,7 +72,7 @@ def test_generation_with_a_cache_equals_generation_without(to):
     grow(model, to=to)
     options = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False)
     caches = [transformers.DynamicCache(config=model.decoder.config) for _ in range(2)]
-    held = transformers.EncoderDecoderCache(*caches)  # generate() makes its own from num_layers
+    held = transformers.EncoderDecoderCache(*caches)  # generate() would size a cache by num_layers
 
     with_cache = model.generate(batch(n=2), past_key_values=held, **options)
     without = model.generate(batch(n=2), use_cache=False, **options)
@@ -82,11 +82,11 @@ def test_generation_with_a_cache_equals_generation_without(to):
 
 @pytest.mark.parametrize("head", ["tied, scaled", "tied", "head of its own", "untied"])
 def test_a_head_grows_as_it_is_and_loads_again(head, tmp_path, monkeypatch):
-    """``scale_decoder_outputs`` is not whether the head is tied: transformers ties all, and unties what a checkpoint holds."""
+    """``scale_decoder_outputs`` does not say that the head is tied: transformers ties all tables, and unties a head of the checkpoint."""
     exact_norms(monkeypatch)
     model = make("t5", tied=head.startswith("tied"))
     model.config.scale_decoder_outputs = head == "tied, scaled"
-    if head == "head of its own":  # T5 1.1: tables are one, and the head another
+    if head == "head of its own":  # T5 1.1 ties the tables and has a separate head
         model.encoder.embed_tokens.weight = model.decoder.embed_tokens.weight = model.shared.weight
         model.config.tie_word_embeddings = True
     model.double().eval()
@@ -122,7 +122,7 @@ def test_without_a_head_or_a_decoder(kind, ffn, monkeypatch):
 
 
 class OwnMaps:
-    """Another random map for every space of heads."""
+    """A width method that draws another random map for every space of heads."""
 
     def widen(self, spec, sizes):
         wide = width.Lossless(noise=0).widen(spec, sizes)

@@ -1,4 +1,4 @@
-"""``growkern.optim.AdamW`` is torch's AdamW wherever it has no slices, and says no before anything changes."""
+"""``growkern.optim.AdamW`` is torch's AdamW where a parameter has no slices; slices scale updates per row and column, and are saved."""
 
 import copy
 import io
@@ -43,7 +43,7 @@ def parameters(dtype: torch.dtype = F32, shapes=SHAPES, seed: int = 0) -> list[P
 
 
 def train(optims: list[torch.optim.Optimizer], n: int = 3, seed: int = 1, missing: int = 0) -> None:
-    """The same gradients for all; some are missing."""
+    """Step all optimizers on equal gradients; where ``missing`` is not 0, some gradients are None."""
     g = torch.Generator().manual_seed(seed)
     for k in range(n):
         groups = zip(*(o.param_groups for o in optims), strict=True)
@@ -60,7 +60,7 @@ def train(optims: list[torch.optim.Optimizer], n: int = 3, seed: int = 1, missin
 def assert_same(
     a: torch.optim.Optimizer, b: torch.optim.Optimizer, rtol: float = 0, slices: bool = False
 ) -> None:
-    """Parameters and torch's state; equal bits where ``rtol`` is 0."""
+    """Assert that param groups, parameters and state are equal, bit for bit where ``rtol`` is 0."""
     for ga, gb in zip(a.param_groups, b.param_groups, strict=True):
         assert {k: v for k, v in ga.items() if k != "params"} == {
             k: v for k, v in gb.items() if k != "params"
@@ -85,7 +85,7 @@ def groups(ps: list[Parameter]) -> list[dict]:
 
 
 def vectors(p: Tensor, keys=SLICES, value: float | None = None) -> dict[str, Tensor]:
-    """Slices that change everything; or the neutral ones."""
+    """Return slices of random factors, or neutral slices where ``value`` is given."""
     g = torch.Generator().manual_seed(3)
     found = {key: torch.rand(length(key, p.shape), generator=g) + 0.5 for key in keys}
     return {
@@ -100,7 +100,7 @@ def vectors(p: Tensor, keys=SLICES, value: float | None = None) -> dict[str, Ten
 
 @pytest.fixture
 def launched(monkeypatch) -> list[int]:
-    """Everything goes through the kernel, as on a GPU."""
+    """Send every parameter through the kernel, as on a GPU; return the number of parameters of each launch."""
     found: list[int] = []
     from growkern.kernels import adamw as kernel
 
@@ -282,7 +282,8 @@ def test_slices_survive_a_checkpoint_unrounded_and_torch_goes_on_without(dtype, 
             assert given_.data_ptr() != found.data_ptr()
     (seen,) = loaded
     assert all(torch.equal(v, first.state[p]["lr_cols"]) for v, p in zip(seen, a, strict=True))
-    second.load_state_dict(copy.deepcopy(first.state_dict()))  # torch shares the moments of a dict
+    # load_state_dict shares the moments of the dict
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
     train([first, second], 3)
     assert_same(first, second, slices=True)
     train([third], 1)

@@ -1,4 +1,4 @@
-"""What ``growkern.optim.AdamW`` says no to; nothing has changed then."""
+"""``growkern.optim.AdamW`` refuses slices that it cannot apply before anything changes."""
 
 import copy
 
@@ -48,7 +48,7 @@ def test_bad_slices_are_refused_before_anything_changes(name, stepped):
 
 
 class Own(Tensor):
-    """A tensor that may compute in its own way."""
+    """A subclass of Tensor, which may compute in its own way."""
 
 
 def test_slices_are_for_dense_real_parameters_of_this_optimizer():

@@ -1,4 +1,4 @@
-"""Optimizer, schedulers and the training loop after a growth."""
+"""Optimizers, schedulers and training loops continue after a growth."""
 
 import copy
 
@@ -11,7 +11,8 @@ import growkern
 from growkern import depth, width
 from growkern.errors import PlanError
 
-COPIES = width.Lossless(noise=1)  # their learning rates are divided; those of what is kept are not
+# the law divides learning rates of copies, and keeps the rate where nothing is copied
+COPIES = width.Lossless(noise=1)
 
 VARIANTS = {
     "plain": dict(foreach=False),
@@ -88,7 +89,7 @@ def test_growth_before_the_first_step_leaves_state_to_the_optimizer():
 
 
 def test_growing_in_the_middle_of_an_accumulation_is_exact():
-    """Two micro-batches, growth between them: the step equals growth before both."""
+    """A step with the growth between its two micro-batches equals a step with the growth before both."""
 
     def step(between: bool):
         model = make("llama", tied=False).double()
@@ -214,7 +215,7 @@ def test_optimizer_state_dict_round_trip_gives_an_equal_next_step():
             for g in optim.param_groups
         ]
     )
-    again.load_state_dict(copy.deepcopy(optim.state_dict()))  # torch shares the tensors otherwise
+    again.load_state_dict(copy.deepcopy(optim.state_dict()))  # load_state_dict shares tensors
     train(model, optim, 2, first=4)
     train(other, again, 2, first=4)
 
@@ -231,7 +232,7 @@ def test_depth_alone_keeps_one_group_so_a_fresh_optimizer_loads_its_state():
     other = copy.deepcopy(model)
 
     again = torch.optim.AdamW(other.parameters())
-    again.load_state_dict(copy.deepcopy(optim.state_dict()))  # torch shares the tensors otherwise
+    again.load_state_dict(copy.deepcopy(optim.state_dict()))  # load_state_dict shares tensors
     train(model, optim, 2, first=4)
     train(other, again, 2, first=4)
 
@@ -343,7 +344,7 @@ def test_a_plateau_scheduler_keeps_the_factor():
 
 
 class Decay:
-    """A scheduler of the user's own."""
+    """A scheduler class that the user wrote."""
 
     def __init__(self, optim):
         self.optimizer = optim
@@ -364,7 +365,7 @@ FOREIGN = {
 def test_hooks_carry_the_factor_where_a_scheduler_cannot_follow_split_groups(
     make_scheduler, handed
 ):
-    """The source's scheduler sets one rate; every update is what split groups at that rate would have made it."""
+    """The source's scheduler sets one rate; every update equals the update of split param groups at the same rate."""
 
     def run(hooks: bool):
         model = make("llama", tied=False).double()
@@ -409,7 +410,7 @@ def test_the_gradient_norm_factor_is_the_one_that_clipping_sees():
 
 @pytest.mark.parametrize("dynamics", [None, "exact"])
 def test_the_gradient_norm_factor_is_that_of_what_the_source_had(dynamics):
-    """Under the default it stays: what is new copies nothing, and its second moments, which are means, count for nothing."""
+    """New elements copy nothing, so that their second moments, which are means, do not count; scaled gains of norms do."""
     model = make("llama", tied=False).double()
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train(model, optim, 2)
@@ -419,7 +420,7 @@ def test_the_gradient_norm_factor_is_that_of_what_the_source_had(dynamics):
 
     report = grow(model, optim, to="2x", dynamics=dynamics)
 
-    gains = {name: 2 if "norm" in name else 1 for name in squares}  # divided by the root of 2
+    gains = {name: 2 if "norm" in name else 1 for name in squares}  # gains are divided by sqrt(2)
     expected = sum(gains[name] * s for name, s in squares.items()) / sum(squares.values())
     assert report.grad_norm_factor == pytest.approx(expected.sqrt().item(), rel=1e-9)
     assert "what is new adds to it: measure" in str(report)
@@ -605,7 +606,7 @@ def test_hooks_of_the_users_objects_see_new_blocks_too():
 
 
 def test_a_compiled_model_is_compiled_once_per_growth_and_never_runs_out():
-    """More growths than ``recompile_limit`` allows, where running out is an error."""
+    """Six growths are more than ``recompile_limit`` allows, and ``fullgraph=True`` makes the limit an error."""
     torch._dynamo.reset()
     model = make("plain", tied=True)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

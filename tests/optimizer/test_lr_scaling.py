@@ -1,4 +1,4 @@
-"""Exact dynamics, in every optimizer of torch: after a growth the run goes on as the source's would have."""
+"""Under exact dynamics, a grown run continues as the source's run, in the optimizers of torch (but LBFGS) and of three other libraries."""
 
 import copy
 import os
@@ -47,7 +47,7 @@ OPTIMIZERS = {
     "growkern AdamW": (growkern.optim.AdamW, dict(lr=3e-3, eps=1e-4, weight_decay=0.1)),
     "growkern amsgrad": (growkern.optim.AdamW, dict(lr=3e-3, amsgrad=True)),
 }
-THIRD = {  # installed with the tests; growkern knows them by name
+THIRD = {  # growkern knows these optimizers by the name of their class
     "Lion": ("lion_pytorch", "Lion", dict(lr=1e-3, weight_decay=0.1)),
     "schedule-free": ("schedulefree", "AdamWScheduleFree", dict(lr=3e-3, weight_decay=0.1)),
     "schedule-free plain": ("schedulefree", "AdamWScheduleFree", dict(lr=3e-3, foreach=False)),
@@ -61,7 +61,7 @@ THIRD = {  # installed with the tests; growkern knows them by name
 
 
 def newton_schulz(grad, ns_coefficients, ns_steps, eps):
-    """Muon's iteration in the gradient's own dtype."""
+    """Run Muon's Newton-Schulz iteration in the gradient's own dtype."""
     a, b, c = ns_coefficients
     x = grad.mT if grad.size(0) > grad.size(1) else grad
     x = x / x.norm().clamp(min=eps)
@@ -72,7 +72,7 @@ def newton_schulz(grad, ns_coefficients, ns_steps, eps):
 
 
 def held_by(name: str, model: nn.Module) -> list[nn.Parameter]:
-    """What an optimizer of this kind can train."""
+    """Return the parameters that an optimizer of this kind can train."""
     if name == "SparseAdam":
         model.model.embed_tokens.sparse = True
         return [model.model.embed_tokens.weight]
@@ -95,16 +95,16 @@ def warmed(name: str, family: str = "llama", n: int = WARM) -> tuple[nn.Module, 
 
 
 def gap(name: str, monkeypatch, **options) -> float:
-    """The largest difference of losses between the source's run and the grown one."""
+    """Return the largest difference of losses between the source's run and the grown run."""
     exact_norms(monkeypatch)
     monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", newton_schulz)
     model, optim = warmed(name)
     if name == "SparseAdam":
         optim.zero_grad()  # sparse gradients in flight are refused
     if name == "schedule-free plain":
-        optim.eval()  # between training and evaluation, too
+        optim.eval()  # the growth comes between training and evaluation
     source, source_optim = copy.deepcopy((model, optim))
-    for key, value in vars(optim).items():  # what Lion keeps beside its state, a copy loses
+    for key, value in vars(optim).items():  # deepcopy loses what Lion keeps beside its state
         vars(source_optim).setdefault(key, value)
     grow(model, optim, to="2x", width=QUIET, **options)
     if name == "schedule-free plain":
@@ -197,7 +197,7 @@ def test_growth_is_exact_in_the_middle_of_an_accumulation_and_with_closures(monk
 
 
 def test_exact_dynamics_under_a_grad_scaler_and_bfloat16():
-    """Dynamic scaling with a skipped step, on a CPU; equal to what float32 and bfloat16 round off."""
+    """Under a GradScaler that skips one step, on a CPU, the losses agree up to the rounding of float32 and bfloat16."""
 
     def run(grown: bool) -> list[float]:
         model = make("llama", tied=True)
@@ -260,7 +260,8 @@ def test_a_step_that_fails_half_way_leaves_parameters_to_be_restored(monkeypatch
         assert torch.equal(p, q)
     scale_of(optim).remove()
     assert scale_of(optim) is None
-    assert [*map(type, optim._optimizer_step_post_hooks.values())] == [_Step]  # of the registry
+    # the live registry's hook stays
+    assert [*map(type, optim._optimizer_step_post_hooks.values())] == [_Step]
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Adafactor", "Rprop", "ASGD", "Adadelta", "RMSprop"])
@@ -319,7 +320,7 @@ def test_what_update_scale_refuses():
 
 
 def test_ctrl_c_at_any_moment_of_a_step_loses_no_weight():
-    """Real signals; at learning rate 0 no weight may ever change."""
+    """SIGINT arrives at random moments of 60 steps; at learning rate 0 no weight may change."""
     model = make("llama", tied=True)
     optim = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     train(model, optim, 2)

@@ -1,4 +1,4 @@
-"""What becomes of optimizer state: the law against the optimizer itself, the other modes, and averages of the weights."""
+"""Optimizer state grows as the optimizer would have gathered it, or by another mode of state=; averages and master weights grow too."""
 
 import copy
 
@@ -14,7 +14,7 @@ from growkern.optimizer import eight_bit as quantised
 
 QUIET = width.Lossless(noise=0)
 optims = torch.optim
-STILL = {  # at this learning rate the weights stay, so that the grown model can be asked for its own state
+STILL = {  # learning rate 0 keeps the weights, so that the grown model can gather its own state
     "ASGD": (optims.ASGD, dict(lr=0.0)),
     "Adadelta": (optims.Adadelta, dict(lr=0.0)),
     "Adafactor": (optims.Adafactor, dict(lr=0.0)),
@@ -29,7 +29,7 @@ STILL = {  # at this learning rate the weights stay, so that the grown model can
     "SGD": (optims.SGD, dict(lr=0.0, momentum=0.9)),
     "growkern AdamW": (growkern.optim.AdamW, dict(lr=0.0)),
 }
-LOOSE = {"Adadelta": ("acc_delta",)}  # an average of updates that eps takes part in
+LOOSE = {"Adadelta": ("acc_delta",)}  # acc_delta averages updates that depend on eps
 
 
 def held(name, model):
@@ -39,7 +39,7 @@ def held(name, model):
 @pytest.mark.parametrize("to", ["2x", "3x"])
 @pytest.mark.parametrize("name", STILL)
 def test_grown_state_is_what_the_grown_model_would_have_gathered(name, to, monkeypatch):
-    """Grow, then take steps of learning rate 0; or take the steps, then grow: the same state, by autograd alone."""
+    """Growth before and growth after four steps of learning rate 0 give the same state, by autograd alone."""
     exact_norms(monkeypatch)
     kind, options = STILL[name]
 
@@ -117,7 +117,7 @@ def test_modes_of_state(mode):
 
 
 def test_new_slices_have_a_step_of_their_own_in_growkerns_adamw():
-    """Old elements are updated as ever; new ones as by a fresh AdamW, times the re-warm-up."""
+    """AdamW updates old elements as before, and new elements as a fresh AdamW does, times the re-warm-up."""
     model = make("llama", tied=False).double()
     optim = growkern.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     train(model, optim, 5)
@@ -140,7 +140,7 @@ def test_new_slices_have_a_step_of_their_own_in_growkerns_adamw():
 
 
 class Own(optims.Adam):
-    """A class that nobody knows."""
+    """A class for which growkern has no state rules."""
 
 
 def test_rules_say_how_unknown_state_grows():
@@ -169,7 +169,7 @@ def test_rules_say_how_unknown_state_grows():
 @pytest.mark.parametrize("memory", ["stage", "lean"])
 @pytest.mark.parametrize("averaged", [True, False], ids=["AveragedModel", "module"])
 def test_an_average_grows_by_the_same_plan_depth_too(averaged, memory):
-    """Its own source's function is kept, and it goes on averaging the grown weights."""
+    """The average keeps its own function, and averages the grown weights afterwards."""
     model = make("llama", tied=True)
     optim = optims.AdamW(model.parameters(), lr=1e-2)
     ema = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9))
@@ -193,7 +193,8 @@ def test_an_average_grows_by_the_same_plan_depth_too(averaged, memory):
     assert int(ema.n_averaged) == 3 and module.config.num_hidden_layers == 3
     old = [p for n, p in module.named_parameters() if "layers.1." not in n]
     new = [p for n, p in model.named_parameters() if "layers.1." not in n]
-    for a, b, distance in zip(old, new, apart, strict=True):  # the same noise: they are as close
+    # equal noise keeps average and model as close
+    for a, b, distance in zip(old, new, apart, strict=True):
         assert (a - b).norm() <= 2.01 * distance + 1e-6
     expected = [
         0.9 * a + 0.1 * b for a, b in zip(module.parameters(), model.parameters(), strict=True)
@@ -228,7 +229,7 @@ def test_dead_parameters_are_counted_and_named():
     model = make("llama", tied=False)
     optim = optims.AdamW([(n, p) for n, p in model.named_parameters()])
     train(model, optim, 1)
-    model.lm_head = torch.nn.Linear(24, 66, bias=False)  # never trained, and nothing says so
+    model.lm_head = torch.nn.Linear(24, 66, bias=False)  # the optimizer does not hold the new head
 
     with pytest.raises(UnsupportedOptimizerError, match=r"holds 1 parameters .*lm_head\.weight"):
         grow(model, optim, to="2x")
@@ -263,7 +264,7 @@ def test_stacked_blocks_bring_state_of_any_optimizer():
 @pytest.mark.parametrize("memory", ["stage", "lean"])
 @pytest.mark.parametrize("kind", ["AdamW8bit", "Adam8bit"])
 def test_state_in_eight_bits_grows_in_its_codes(kind, memory):
-    """Byte for byte where rows are whole blocks; within a step of the code elsewhere; the run goes on."""
+    """Codes grow byte for byte where rows are whole blocks, and within one step of the code elsewhere; training continues."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     sizes = dict(
         hidden_size=256, num_attention_heads=4, num_key_value_heads=2, intermediate_size=200
@@ -295,7 +296,7 @@ def test_state_in_eight_bits_grows_in_its_codes(kind, memory):
 
 @pytest.mark.parametrize("memory", ["stage", "lean"])
 def test_masters_grow_with_the_weights_they_are_copies_of(memory):
-    """bfloat16 weights, float32 master_weights in the optimizer: equal to growing a float32 model, new blocks too."""
+    """bfloat16 weights with float32 master weights grow as a float32 model does, new blocks too."""
 
     def step(model, master_weights, optim, seed):
         loss_of(model, batch(seed)).backward()

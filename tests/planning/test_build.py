@@ -1,4 +1,4 @@
-"""The dual law against autograd, and the flagship: a grown run with scaled hyperparameters is the source's run."""
+"""Autograd confirms the dual law of gradients and moments, and a grown run with scaled hyperparameters is the source's run."""
 
 import copy
 
@@ -12,7 +12,7 @@ from growkern import width
 from growkern.planning.index_map import PAD
 
 QUIET = width.Lossless(noise=0)
-LAYERED = ("gpt2", "plain", "gpt_neox")  # under LayerNorm
+LAYERED = ("gpt2", "plain", "gpt_neox")  # families with LayerNorm
 
 
 def weight_scale(plan, row):
@@ -43,7 +43,7 @@ def test_every_gradient_and_moment_of_the_grown_model_follows_the_dual_law(
     model = make(family, tied=tied).double()
     optim = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     loss_of(model, batch()).backward()
-    optim.step()  # lr 0: the weights stay, exp_avg = 0.1 g, exp_avg_sq = 0.001 g^2
+    optim.step()  # at lr 0 the weights stay; exp_avg = 0.1 g, exp_avg_sq = 0.001 g^2
     source = {
         name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
     }  # BERT's untied bias is unused
@@ -115,7 +115,7 @@ def test_gradients_beside_pads_follow_the_law(family, to, norms, noise, monkeypa
 
 
 def test_the_law_of_a_llama_is_the_decoder_table():
-    """The table of the design, written by hand: 2x hidden, 2x heads and kv heads, 3x ffn, tied and untied."""
+    """A table written by hand gives the scales at 2x hidden, 2x heads and kv heads and 3x ffn, tied and untied."""
     d, h, kv, f = 2, 2, 2, 3
     block = {
         "self_attn.q_proj.weight": (1 / d, 1 / h),
@@ -142,7 +142,7 @@ def test_the_law_of_a_llama_is_the_decoder_table():
 
 
 class ElementwiseAdamW:
-    """AdamW in plain formulas (Loshchilov and Hutter), with lr, eps and decay per element; torch.optim knows no such thing."""
+    """AdamW in plain formulas (Loshchilov and Hutter), with lr, eps and decay per element, which torch.optim does not have."""
 
     def __init__(self, params, state, lr, eps, decay, betas=(0.9, 0.999)):
         self.params, self.lr, self.eps, self.decay, self.betas = params, lr, eps, decay, betas
@@ -181,7 +181,7 @@ def test_the_grown_run_is_the_source_run_under_scaled_hyperparameters(
 ):
     exact_norms(monkeypatch)
     lr, eps = 3e-3, 1e-6
-    decay = 0.0 if family == "gemma2" else 0.1  # it pulls w to 0, and the gain is 1 + w
+    decay = 0.0 if family == "gemma2" else 0.1  # decay pulls w to 0, and Gemma's gain is 1 + w
     model = make(family, tied=tied).double()
     optim = torch.optim.AdamW(model.parameters(), lr=lr, eps=eps, weight_decay=decay)
     train(model, optim, 10)
@@ -208,7 +208,7 @@ def test_the_grown_run_is_the_source_run_under_scaled_hyperparameters(
 
 
 def test_sgd_momentum_follows_with_its_own_learning_rate_law():
-    """SGD: lr s/a per tensor is what dynamics="mup" splits the groups by, so torch's own SGD continues the source's run."""
+    """dynamics="mup" splits the param groups of SGD by lr s/a per tensor, so that torch's own SGD continues the source's run."""
     model = make("plain", tied=False).double()
     optim = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, nesterov=True)
     train(model, optim, 10)
@@ -223,7 +223,7 @@ def test_sgd_momentum_follows_with_its_own_learning_rate_law():
 
 @pytest.mark.parametrize("wrong", ["moments dropped", "moments unscaled", "learning rate unscaled"])
 def test_each_omission_would_show(wrong):
-    """The trajectory test can fail: leaving out any part of the law moves the losses by far more than its tolerance."""
+    """The trajectory test can fail: each of three omissions moves the losses by far more than the test's tolerance."""
     model = make("plain", tied=False).double()
     optim = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-12, weight_decay=0.0)
     train(model, optim, 10)
@@ -245,7 +245,7 @@ def test_each_omission_would_show(wrong):
             for block in model.blocks
             for block_weight in (block.up.weight, block.down.weight)
         ):
-            state = optim.state[p]  # these have a = 1/2: copied as they were, they would be
+            state = optim.state[p]  # the law halves exp_avg and quarters exp_avg_sq of both
             state["exp_avg"].mul_(2)
             state["exp_avg_sq"].mul_(4)
 

@@ -1,4 +1,4 @@
-"""Plans: data that can be printed, compared, stored and run later."""
+"""A plan is data that can be printed, compared, stored and run later."""
 
 import subprocess
 import sys
@@ -91,7 +91,7 @@ def test_identity_blocks_lie_where_llama_pro_puts_them(n, target):
 
     assert len(blocks) == target and [b.source for b in blocks if not b.new] == list(range(n))
     assert not blocks[0].new and [b.source for b in blocks] == sorted(b.source for b in blocks)
-    if n % (target - n) == 0:  # the paper's rule, where it applies
+    if n % (target - n) == 0:  # LLaMA Pro's rule needs equal groups of blocks
         every = n // (target - n)
         assert [b.source for b in blocks if b.new] == [i for i in range(n) if (i + 1) % every == 0]
 

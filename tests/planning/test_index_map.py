@@ -1,4 +1,4 @@
-"""Index maps and vectors against plain lists."""
+"""Index maps and vectors equal computations on plain lists."""
 
 from math import isclose
 

@@ -1,4 +1,4 @@
-"""Every method against what it says that it preserves: logits, autograd, and the steps of a run that was not grown."""
+"""Every method preserves what its plan says: the logits, the gradients by autograd, or the losses of a run that does not grow."""
 
 import copy
 
@@ -45,7 +45,7 @@ DEPTHS = [
 ]
 FAMILIES = ["llama", "gpt2", "bert"]
 NOT_POST_NORM = [width.CopyAndPad(norm="corrected"), depth.Interpose(halve_branches=True)]
-SAYS = {  # at 2x, of llama, of gpt2, of bert
+SAYS = {  # method -> plan.preserves at 2x of llama, gpt2 and bert
     "Lossless()": ("function",) * 3,
     "Lossless(noise=1)": ("function",) * 3,
     "Lossless(noise=0)": ("trajectory",) * 3,
@@ -67,7 +67,7 @@ SAYS = {  # at 2x, of llama, of gpt2, of bert
 
 
 def planned(family, to, method, dynamics):
-    """The plan; None where the method refuses (what it then says: test_width.py)."""
+    """Return the plan, or None where the method refuses; test_width.py tests the errors."""
     own = {"width": method} if hasattr(method, "widen") else {"depth": method}
     try:
         return growkern.plan(make(family, tied=True), to=to, dynamics=dynamics, **own)
@@ -76,7 +76,7 @@ def planned(family, to, method, dynamics):
 
 
 def cases(targets, methods, dynamics, preserves):
-    """Family, method and target of every plan that says it preserves one of these."""
+    """Return family, method and target of every plan whose ``plan.preserves`` is one of ``preserves``."""
     found = []
     for family in FAMILIES:
         for method in methods:
@@ -136,7 +136,7 @@ def test_a_method_preserves_what_it_says_and_no_less(family, method, to, monkeyp
 def test_exact_methods_carry_the_moments_that_the_grown_model_would_have(
     family, method, to, monkeypatch
 ):
-    """One backward before the growth and one after: ``exp_avg`` is a tenth of either gradient, by autograd."""
+    """After one step at learning rate 0 and a growth, ``exp_avg`` is a tenth of the grown model's gradient, by autograd."""
     exact_norms(monkeypatch)
     model = make(family, tied=True).double()
     optim = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
@@ -174,7 +174,7 @@ def test_a_trajectory_that_is_promised_is_kept(family, method, to, monkeypatch):
 
 @pytest.mark.parametrize("at", range(3), ids=FAMILIES)
 def test_what_methods_say_at_twice_the_width(at):
-    """The table of the README, by hand."""
+    """``plan.preserves`` is the value in the table ``SAYS``, which was written by hand."""
     found = {}
     for method in WIDTHS:
         if not isinstance(method, width.AKIPro):

@@ -1,6 +1,6 @@
-"""Exact dynamics inside every loop that a schedule is attached to: the grown run is the run that never grows.
+"""Under exact dynamics, in every loop that a schedule attaches to, the grown run is the run that never grows.
 
-In float64, without clipping: a gradient norm over all parameters changes with the growth, and a threshold on it with that.
+The runs are in float64 and without clipping: a growth changes the gradient norm over all parameters, and so what a threshold clips.
 """
 
 import pytest
@@ -19,7 +19,7 @@ from growkern.integrations import accelerate as on_accelerate  # noqa: E402
 from growkern.integrations import hf  # noqa: E402
 from growkern.integrations import lightning as on_lightning  # noqa: E402
 
-pytestmark = [  # Lightning's own
+pytestmark = [  # warnings that Lightning raises
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*is deprecated:FutureWarning"),
 ]
@@ -49,7 +49,7 @@ class Words(torch.utils.data.Dataset):
 
 
 def in_the_hf_trainer(schedule, path):
-    """The Trainer's own fused AdamW, schedule and shuffling, with four batches to a step."""
+    """Train by the Trainer's own fused AdamW, scheduler and shuffling, with four batches per step."""
     model, losses = llama(), []
 
     # A model of transformers rounds its own loss to float32.
@@ -102,7 +102,7 @@ def in_lightning(schedule, path):
 
 
 def in_accelerate(schedule, path):
-    accelerate.state.AcceleratorState._reset_state(True)  # a singleton
+    accelerate.state.AcceleratorState._reset_state(True)  # AcceleratorState is a singleton
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=MICROS)
     model, losses = llama(), []
     optim = adamw(model)
@@ -152,7 +152,7 @@ LOOPS = [in_the_hf_trainer, in_lightning, in_accelerate, in_a_compiled_model, in
 
 
 def gap(loop, dynamics, path) -> float:
-    """The largest difference, of all losses and of final logits, between the run that grows and the one that does not."""
+    """Return the largest difference in losses and in final logits between the run that grows and the run that does not."""
     event = At(step=AT, to="2x", width=width.Lossless(noise=0), dynamics=dynamics)
     schedule = GrowthSchedule([event])
     source, expected = loop(None, path)

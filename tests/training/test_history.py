@@ -1,4 +1,4 @@
-"""What checkpoints keep of growths: records that give the same plan again, and the plans that growkern 0.1 wrote."""
+"""A checkpoint keeps a record of every growth, which gives the same plan again; plans that growkern 0.1 wrote are read too."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from growkern.model.describe import describe
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.growth_record import GrowthRecord, read
 
-OLD = Path(__file__).parent / "histories"  # written by growkern 0.1: whole plans, without a version
+OLD = Path(__file__).parent / "histories"  # growkern 0.1 wrote whole plans, without a version
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
@@ -32,7 +32,7 @@ def test_what_growkern_0_1_wrote_still_resumes(family):
     assert {n: list(t.shape) for n, t in model.state_dict().items()} == saved["tensors"]
     groups = [[len(g["params"]), g.get("lr_factor", 1.0)] for g in optim.param_groups]
     assert groups == saved["groups"]
-    assert model.config.growkern_history[0] != saved["history"][0]  # it keeps less of it now
+    assert model.config.growkern_history[0] != saved["history"][0]  # growkern now writes a record
 
 
 METHODS = [
@@ -247,7 +247,8 @@ def test_a_later_growth_that_does_not_fit_takes_the_earlier_ones_back(spoiled, o
         assert_same(now.state_dict(), was.state_dict())
     assert [id(p) for p in start.parameters()] == ids and dict(start.named_parameters()) == names
     assert (optim and optim.state_dict()) == before[2] and start.config.to_dict() == before[3]
-    growkern.resume(start, optim, good, scheduler=scheduler, ema=average)  # and can be tried again
+    # resume can be tried again
+    growkern.resume(start, optim, good, scheduler=scheduler, ema=average)
     assert start.config.num_hidden_layers == average.module.config.num_hidden_layers == 3
     if optim is not None:
         start.load_state_dict(model.state_dict())

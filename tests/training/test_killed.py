@@ -61,7 +61,7 @@ def test_a_killed_run_ends_where_the_unbroken_one_ends(deaths, unbroken, tmp_pat
 
     found = end(framework, tmp_path)
 
-    last = int(deaths[-1].split("-")[-1]) - ("-" in deaths[-1])  # what is complete
+    last = int(deaths[-1].split("-")[-1]) - ("-" in deaths[-1])  # the last complete checkpoint
     assert str(last) in Path(found["resumed"]).name
     assert_same(found, expected)
 

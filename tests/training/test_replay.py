@@ -1,4 +1,4 @@
-"""Checkpoints and resumes across growths."""
+"""Runs resume from checkpoints across growths, and checkpoints from before a growth are refused."""
 
 import copy
 import random
@@ -42,7 +42,7 @@ def same(folder: Path, expected: dict) -> bool:
 @pytest.mark.parametrize("deaths", [["2", "6", "10"], ["growing"], ["4", "growing", "8"]], ids=str)
 @processes.together
 def test_a_killed_run_ends_where_the_unbroken_one_ends(deaths, unbroken, tmp_path):
-    """Before, after, right after and in the middle of growths."""
+    """The process is killed before, right after, after and during growths."""
     for die in deaths:
         run(tmp_path, die)
 
@@ -63,7 +63,7 @@ def test_a_run_that_is_killed_at_a_random_moment_ends_there_too(unbroken, tmp_pa
 
 
 def test_the_history_lives_in_the_config_and_makes_a_model_of_the_start_load_the_end(tmp_path):
-    """save_pretrained and back: the config knows; a model of the starting sizes is replayed, and the optimizer with it."""
+    """``save_pretrained`` writes the history into the config, and ``resume`` replays it on a model and optimizer of the starting sizes."""
     model = make("gpt2", tied=True)
     start = copy.deepcopy(model.config)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -80,10 +80,11 @@ def test_the_history_lives_in_the_config_and_makes_a_model_of_the_start_load_the
     other = torch.optim.AdamW(again.parameters(), lr=1e-3)
     growkern.resume(again, other, loaded.config.growkern_history)
 
-    assert any(p.isnan().all() for p in again.parameters())  # nobody takes it for a model
+    # NaN marks weights that are not loaded yet
+    assert any(p.isnan().all() for p in again.parameters())
     again.load_state_dict(model.state_dict())
-    other.load_state_dict(copy.deepcopy(optim.state_dict()))  # torch shares the tensors otherwise
-    saved = {"dtype": None, "architectures": None}  # what save_pretrained adds
+    other.load_state_dict(copy.deepcopy(optim.state_dict()))  # load_state_dict shares tensors
+    saved = {"dtype": None, "architectures": None}  # fields that save_pretrained adds
     assert again.config.to_dict() | saved == model.config.to_dict() | saved
     model.train(), again.train()
     train(model, optim, 2, first=5)

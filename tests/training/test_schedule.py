@@ -1,4 +1,4 @@
-"""Schedules: events fire in order, each once, at real steps, and a plain loop that grows by hand ends with the same bits."""
+"""The events of a schedule fire in order, each once, at real steps; a plain loop that grows by hand ends with the same bits."""
 
 import copy
 import logging
@@ -138,7 +138,7 @@ def test_an_event_waits_for_those_before_it():
     assert schedule.fired == [4, 4]  # 1,050 tokens are known when step 4 is done
 
 
-# What counts as a step
+# The count of steps
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_nothing_grows_while_a_cuda_graph_is_captured(monkeypatch):
     assert schedule.fired == [1]
 
 
-# What is observed
+# Observations
 
 
 def test_compute_is_six_times_tokens_times_parameters_of_the_model_as_it_is():
@@ -226,7 +226,8 @@ def test_each_plateau_counts_from_the_growth_before():
 
     run(model, optim, 8, each=lambda i, loss: schedule.observe(loss=1.0))
 
-    assert schedule.fired == [4, 7]  # three observations, then the next step
+    # an event is due after three observations and fires at the next step
+    assert schedule.fired == [4, 7]
 
 
 def test_a_metric_that_no_event_looks_at_is_not_read():
@@ -244,7 +245,7 @@ def test_a_metric_that_no_event_looks_at_is_not_read():
         schedule.counts.curve.read()
 
 
-# What is told
+# Callbacks, log and table
 
 
 def test_callbacks_and_the_log_tell_of_a_growth(caplog):
@@ -283,7 +284,7 @@ def test_the_table_shows_what_fired_and_what_is_waited_for():
     ]
 
 
-# What survives
+# Restarts
 
 
 def test_a_schedule_goes_on_after_a_restart_and_does_not_fire_twice():
@@ -337,7 +338,8 @@ def test_events_ahead_may_change_at_a_restart_and_those_that_fired_may_not():
     changed = GrowthSchedule([At(step=1, to=WIDER), WhenPlateau(patience=9)])
     changed.load_state_dict(saved)
 
-    assert changed.fired == [1] and changed.counts.points == []  # another trigger's history
+    # the points belong to another trigger
+    assert changed.fired == [1] and changed.counts.points == []
     with pytest.raises(PlanError, match="the growths that ran were .*hidden=48 at step 1"):
         GrowthSchedule([At(step=1, to=DEEPER)]).load_state_dict(saved)
     with pytest.raises(PlanError, match="cannot read the schedule's state"):

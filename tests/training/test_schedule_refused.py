@@ -1,4 +1,4 @@
-"""What a schedule refuses, and what a growth that fails leaves behind."""
+"""A schedule refuses models, optimizers and options that cannot work; a growth that fails leaves its event waiting."""
 
 import gc
 import weakref
@@ -35,7 +35,7 @@ def test_two_schedules_on_one_optimizer_are_refused_until_one_is_removed():
 def test_a_schedule_goes_with_its_optimizer_and_holds_nothing_alive():
     model = make("llama", tied=True)
     schedule = schedule_at(2, to=WIDER)
-    gc.disable()  # nothing may wait for it: what is let go in a cycle still holds state of the model
+    gc.disable()  # reference counts alone must free the optimizer: in a cycle it would still hold state of the model
 
     def epoch():
         optim = optimizer(model)

@@ -1,4 +1,4 @@
-"""Triggers: when an event is due, and which events cannot follow each other."""
+"""An event is due after the observations that its trigger describes, and a schedule refuses events that cannot follow each other."""
 
 import math
 
@@ -11,7 +11,7 @@ from growkern.training.triggers import At, Event, WhenPlateau, WhenSlope
 
 
 def observed(event, values, flops=1.0):
-    """The index of the observation after which the event is due."""
+    """Return the index of the observation after which the event is due."""
     schedule = GrowthSchedule([event])
     for i, value in enumerate(values):
         schedule.observe(flops=flops, **{event.observes: value})
@@ -53,7 +53,7 @@ def test_a_slope_is_the_fall_of_the_loss_over_log_compute():
             assert event.slope(schedule.counts) == pytest.approx(0.5, rel=1e-5)
 
     assert event.slope(schedule.counts) == pytest.approx(0.1, rel=1e-5)
-    assert due == [False] * 6 + [True] * 3  # 8, 16, 32, 64: (0.5 + 0.1 + ...) falls below 0.3
+    assert due == [False] * 6 + [True] * 3  # the slope over 8, 16, 32 and 64 is below 0.3
 
 
 ORDERS = {
