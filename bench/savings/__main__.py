@@ -6,6 +6,8 @@ phases charged, and for an existing source ("sunk"). A killed campaign resumes w
 """
 
 import argparse
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from rich.console import Console
@@ -118,10 +120,12 @@ def main(arguments: list[str] | None = None) -> int:
         lambda: sources(setup, campaign(), asked.seeds),
         lambda: finals(setup, finalists, campaign(), asked.seeds),
     ]
-    for jobs in () if asked.report else rounds:
-        run_all(
-            jobs(), ledger, asked.work, workers=1 if asked.gpu else asked.workers, device=device, on_done=on_done,
-        )  # fmt: skip
+    workers = 1 if asked.gpu else asked.workers
+    with ProcessPoolExecutor(
+        workers, get_context("spawn")
+    ) as pool:  # starts workers when jobs come
+        for jobs in () if asked.report else rounds:
+            run_all(jobs(), ledger, asked.work, pool=pool, device=device, on_done=on_done)
     found = campaign()
     if not found.complete:
         console.print(

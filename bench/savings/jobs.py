@@ -4,11 +4,10 @@ import csv
 import site
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass, field
 from functools import cache
 from math import isfinite, nan
-from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -308,9 +307,9 @@ def _append(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) 
 
 
 def run_all(
-    jobs: Iterable[Job], ledger: Ledger, work: Path, *, workers: int, device: str, on_done: Callable[[Job, Done, str], object]
+    jobs: Iterable[Job], ledger: Ledger, work: Path, *, pool: Executor, device: str, on_done: Callable[[Job, Done, str], object]
 ) -> None:  # fmt: skip
-    """Run jobs that have no rows yet, ``workers`` at a time, in worker processes.
+    """Run jobs that have no rows yet in the worker processes of a pool.
 
     ``on_done`` gets the job, its results, and the count of finished jobs in this round, as text. A plain run runs again if a snapshot
     that grown runs start from is missing.
@@ -321,11 +320,8 @@ def run_all(
         missing = [at for at in job.saves if not job.snapshot(work, at).exists()]
         if missing or not ledger.finished(job):
             known.append(job)
-    if not known:
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        futures = {pool.submit(run, job, work, device): job for job in known}
-        for n, future in enumerate(as_completed(futures), 1):
-            job, done = futures[future], future.result()
-            ledger.append(done)
-            on_done(job, done, f"{n}/{len(known)}")
+    futures = {pool.submit(run, job, work, device): job for job in known}
+    for n, future in enumerate(as_completed(futures), 1):
+        job, done = futures[future], future.result()
+        ledger.append(done)
+        on_done(job, done, f"{n}/{len(known)}")
