@@ -130,16 +130,22 @@ class Campaign:
         """
         if budget >= len(self.setup.budgets) + len(self.setup.beyond):
             budget = 0
-        tried = {
-            lr: losses[TUNING]
-            for (s, lr, b), losses in self.plain.items()
-            if s == sizes and b == budget and TUNING in losses
-        }
+        tried = self._tried(sizes, budget)
         return min(tried, key=lambda lr: tried[lr])
+
+    def at_edge(self, sizes: tuple[int, int], budget: int) -> bool:
+        """Return True if the best learning rate is the lowest or the highest that was tried, so that a better one may exist."""
+        tried = self._tried(sizes, budget)
+        return self.best_lr(sizes, budget) in (min(tried), max(tried))
 
     def tuned(self, sizes: tuple[int, int], budget: int) -> Losses:
         """Return the losses of the plain run at its best rate; of the tuning seed alone if no other seed has run."""
         return _measured(self.plain[sizes, self.best_lr(sizes, budget), budget])
+
+    def on(self, sizes: tuple[int, int], budget: int, seeds: Iterable[int]) -> Losses:
+        """Return the losses of the plain run at its best rate, of ``seeds``; all that were measured if none of them has run."""
+        losses = self.plain[sizes, self.best_lr(sizes, budget), budget]
+        return {s: losses[s] for s in seeds if s in losses} or _measured(losses)
 
     @cached_property
     def seeds(self) -> list[int]:
@@ -154,14 +160,20 @@ class Campaign:
         for b, flops in enumerate(self.reach):
             if b >= len(self.budgets) and not self._ran(sizes, b, {TUNING, *drawn}):
                 continue
-            found.append((flops, mean(pick(self.plain[sizes, self.best_lr(sizes, b), b], drawn))))
+            found.append((flops, mean(self.on(sizes, b, drawn).values())))
         return sorted(found)
 
     def tried(self, sizes: tuple[int, int], budget: int) -> bool:
         """Return True if the tuning seed has run these sizes to this budget."""
-        return any(
-            (sizes, budget) == (s, b) and TUNING in run for (s, _, b), run in self.plain.items()
-        )
+        return bool(self._tried(sizes, budget))
+
+    def _tried(self, sizes: tuple[int, int], budget: int) -> dict[float, float]:
+        """Return learning rate -> annealed loss of the tuning seed."""
+        return {
+            lr: losses[TUNING]
+            for (s, lr, b), losses in self.plain.items()
+            if s == sizes and b == budget and TUNING in losses
+        }
 
     def _ran(self, sizes: tuple[int, int], budget: int, seeds: set[int]) -> bool:
         tried = self.tried(sizes, budget)
@@ -205,7 +217,9 @@ class Campaign:
 
         def shares(drawn: Sequence[int]) -> tuple[float, float, bool]:
             curve = self.curve(self.setup.target_sizes, drawn)
-            need, beyond = flops_needed(curve, mean(pick(losses, drawn)))
+            need, beyond = flops_needed(
+                curve, mean([losses[s] for s in drawn if s in losses] or [*losses.values()])
+            )
             spent = self.budgets[budget]
             return 1 - spent / need, 1 - (spent - variant.grow_at) / need, beyond
 
@@ -220,9 +234,16 @@ class Campaign:
         )  # fmt: skip
 
     def savings(self, budget: int) -> list[Saving]:
-        """Return the savings of every variant, the lowest loss first; variants that only the tuning seed has run come last."""
+        """Return the savings of every variant: the most seeds first, and of equal seeds the lowest loss first."""
         found = [self.saving(variant, budget) for variant in self.variants(budget)]
-        return sorted(found, key=lambda s: (s.chose, mean(s.losses.values())))
+        return sorted(found, key=lambda s: (-s.n_seeds, mean(s.losses.values())))
+
+    def best(self, budget: int) -> Saving | None:
+        """Return the saving of the variant that was lowest on the tuning seed, among those with the most other seeds."""
+        found = self.savings(budget)
+        compared = [s for s in found if s.n_seeds == found[0].n_seeds]
+        key = lambda s: self.grown[s.variant, budget][TUNING]  # noqa: E731
+        return min(compared, key=key, default=None)
 
     def landing(self, variant: Variant) -> float | None:
         """Return the mean loss of the trunk ``setup.landing`` steps after the growth; None if no run got that far."""
@@ -250,11 +271,6 @@ class Campaign:
 def _measured(losses: Losses) -> Losses:
     """Return the losses without the tuning seed; all losses if no other seed has run."""
     return {s: v for s, v in losses.items() if s != TUNING} or losses
-
-
-def pick(losses: Losses, seeds: Sequence[int]) -> list[float]:
-    """Return the losses of ``seeds``; all losses if none of ``seeds`` has run."""
-    return [losses[s] for s in seeds if s in losses] or [*losses.values()]
 
 
 def _interval(point: float, values: Sequence[float]) -> tuple[float, float, float]:

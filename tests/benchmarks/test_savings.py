@@ -147,7 +147,7 @@ def test_tuning_takes_the_better_rate_of_seed_0_and_leaves_that_seed_out():
 def test_verdict_says_what_the_numbers_say(grown_loss, never, said):
     found = analysis.Campaign(SMOKE, hand_made(grown_loss, never))
 
-    text = report.verdict(found, 1, found.savings(1))
+    text = report.verdict(found, 1)
 
     assert said in text
     assert ("never grows ends lower" in text) == (never == 2.0)
@@ -158,7 +158,31 @@ def test_a_saving_whose_interval_holds_zero_is_not_called_a_saving():
     rows[-1]["loss"] = "2.15"  # the grown run of seed 2 ends above the run from scratch
     found = analysis.Campaign(SMOKE, [*rows, row(SMOKE.target_sizes, 4e-3, 3, 16, 2.0)])
 
-    assert "Growing does not save" in report.verdict(found, 1, found.savings(1))
+    assert "Growing does not save" in report.verdict(found, 1)
+
+
+def test_variants_of_fewer_seeds_do_not_lead_and_every_line_compares_equal_seeds():
+    rows = hand_made(1.9)
+    lucky = {"recipe": "noise 1", "source_hidden": 32, "source_layers": 1, "grow_at": 2 * STEP}
+    rows += [row(SMOKE.target_sizes, 8e-3, seed, 16, 1.0, **lucky) for seed in (0, 1)]
+    rows[rows.index(next(r for r in rows if r["seed"] == "2" and not r["recipe"]))]["loss"] = "9"
+    found = analysis.Campaign(SMOKE, rows)
+
+    assert found.best(1).variant.recipe == "default"
+    assert [s.variant.recipe for s in found.savings(1)] == ["default", "noise 1"]
+    assert dict(found.on(SMOKE.target_sizes, 0, [1])) == {1: 3.0}
+    assert dict(found.on(SMOKE.target_sizes, 0, [1, 2])) == {1: 3.0, 2: 9.0}
+
+
+def test_best_rate_at_the_edge_of_the_grid_is_marked():
+    rows = hand_made(1.9)
+    edge = analysis.Campaign(SMOKE, rows)
+    inner = [row(SMOKE.target_sizes, 2e-3, 0, budget, 4.0) for budget in (8, 16)]
+    tuned = analysis.Campaign(SMOKE, [*rows, *inner])
+
+    assert edge.at_edge(SMOKE.target_sizes, 1) and not tuned.at_edge(SMOKE.target_sizes, 1)
+    assert "at the edge" in report.verdict(edge, 1)
+    assert "at the edge" not in report.verdict(tuned, 1)
 
 
 def test_what_only_the_tuning_seed_ran_is_held_against_that_seed_and_comes_last():
@@ -173,7 +197,7 @@ def test_what_only_the_tuning_seed_ran_is_held_against_that_seed_and_comes_last(
 
     assert saving.chose
     assert saving.charged[0] == pytest.approx(1 - 16 / (16 * 2**0.1))
-    assert "(the seed that chose)" in report.verdict(found, 1, [saving])
+    assert "(the seed that chose)" in report.verdict(found, 1)
 
 
 def test_campaign_runs_end_to_end(smoke):
