@@ -144,18 +144,20 @@ class Campaign:
     @cached_property
     def seeds(self) -> list[int]:
         """Seeds, without the tuning seed, that all runs from scratch have; the tuning seed if there is no other."""
-        found = [set(self.tuned(self.setup.target_sizes, b)) for b in range(len(self.budgets))]
-        return sorted(set.intersection(*found))
+        seeds_by_budget = [
+            set(self.tuned(self.setup.target_sizes, b)) for b in range(len(self.budgets))
+        ]
+        return sorted(set.intersection(*seeds_by_budget))
 
     def curve(self, sizes: tuple[int, int], seeds: Sequence[int] | None = None) -> Curve:
         """Return tuned annealed losses, averaged over seeds, at all budgets and at ``beyond`` and ``early`` budgets that all seeds have."""
         drawn = seeds or self.seeds
-        found: list[tuple[float, float]] = []
+        points: list[tuple[float, float]] = []
         for b, flops in enumerate(self.reach):
             if b >= len(self.budgets) and not self._ran(sizes, b, {TUNING, *drawn}):
                 continue
-            found.append((flops, mean(pick(self.plain[sizes, self.best_lr(sizes, b), b], drawn))))
-        return sorted(found)
+            points.append((flops, mean(pick(self.plain[sizes, self.best_lr(sizes, b), b], drawn))))
+        return sorted(points)
 
     def tried(self, sizes: tuple[int, int], budget: int) -> bool:
         """Return True if the tuning seed has run these sizes to this budget."""
@@ -221,13 +223,13 @@ class Campaign:
 
     def savings(self, budget: int) -> list[Saving]:
         """Return the savings of every variant, the lowest loss first; variants that only the tuning seed has run come last."""
-        found = [self.saving(variant, budget) for variant in self.variants(budget)]
-        return sorted(found, key=lambda s: (s.chose, mean(s.losses.values())))
+        savings = [self.saving(variant, budget) for variant in self.variants(budget)]
+        return sorted(savings, key=lambda s: (s.chose, mean(s.losses.values())))
 
     def landing(self, variant: Variant) -> float | None:
         """Return the mean loss of the trunk ``setup.landing`` steps after the growth; None if no run got that far."""
-        found = _measured(self.landed[variant])
-        return mean(found.values()) if found else None
+        losses = _measured(self.landed[variant])
+        return mean(losses.values()) if losses else None
 
     def _difference(
         self, variant: Variant, budget: int, losses: Losses

@@ -164,8 +164,8 @@ class Cutter:
             axes = (scaled, *axes[1:])
         mixed = axes[row.next_layer_axis] if row.next_layer_source is not None else None
         key = *map(id, axes), id(mixed), rule, device, dtype
-        found = self._layouts.get(key)
-        if found is None:
+        layout = self._layouts.get(key)
+        if layout is None:
             if rule.reduced is not None:
                 at = len(axes) + rule.reduced
                 axes = (*axes[:at], self._mean_of(axes[at], rule), *axes[at + 1 :])
@@ -185,18 +185,18 @@ class Cutter:
                 s.index is None and s.n != n for s, n in zip(whole, source, strict=True)
             ):
                 whole = None
-            found = _Layout(rows, cols, cells, plain, whole, centred, source, target)
-            self._layouts[key] = found
-        return found
+            layout = _Layout(rows, cols, cells, plain, whole, centred, source, target)
+            self._layouts[key] = layout
+        return layout
 
     def _mean_of(self, axis: AxisMap, rule: Rule) -> AxisMap:
         """Return an axis of size 1 in place of an axis that the state is averaged over; its factor is the mean of that axis's factors."""
         scale, runs = scale_of(axis, rule).expanded(), axis.index_map.runs
         copied = [scale[i] for run in runs if run.source != PAD for i in range(*run.span)]
-        one, power = Vector.full(1.0, 1), rule.grad or 1  # at power 0, all factors are 1
+        unit, power = Vector.full(1.0, 1), rule.grad or 1  # at power 0, all factors are 1
         mean = Vector.full((sum(copied) / max(1, len(copied))) ** (1 / power), 1)
-        found = AxisMap(IndexMap.identity(1), one, mean)
-        return self._means.setdefault((id(axis), rule), found)
+        mean_axis = AxisMap(IndexMap.identity(1), unit, mean)
+        return self._means.setdefault((id(axis), rule), mean_axis)
 
     def _side(self, axes: tuple[AxisMap, ...], rule: Rule, mixed: AxisMap | None) -> Side:
         key = (*map(id, axes), id(mixed), rule)
@@ -299,13 +299,13 @@ class _Fill:
         """Return the mean over the rows, the columns or both, (1, C), (R, 1) or (1, 1); each is computed once."""
         if (over_rows, over_cols) not in self._means:
             self.n_statistics += 1
-            found = list(reference.blocks(self.source))
+            blocks = list(reference.blocks(self.source))
             if over_cols:
-                found = [block.mean(1, keepdim=True) for block in found]
+                blocks = [block.mean(1, keepdim=True) for block in blocks]
             if over_rows:
                 n = max(1, self.source.shape[0])
-                found = [torch.stack([block.sum(0, keepdim=True) for block in found]).sum(0) / n]
-            self._means[over_rows, over_cols] = torch.cat(found)
+                blocks = [torch.stack([block.sum(0, keepdim=True) for block in blocks]).sum(0) / n]
+            self._means[over_rows, over_cols] = torch.cat(blocks)
         return self._means[over_rows, over_cols]
 
     @cached_property
