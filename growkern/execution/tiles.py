@@ -63,18 +63,16 @@ class Cutter:
     def __init__(self, plan: GrowthPlan, given: Given | None = None) -> None:
         self.plan, self.given = plan, given
         self.n_read = 0  # bytes read for statistics of sources
-        shared = {id(axis): axis for axis in plan.axes.values()}  # blocks share most axis objects
         equal: dict[AxisMap, AxisMap] = {}
-        ones = {place: equal.setdefault(axis, axis) for place, axis in shared.items()}
-        self._axes = {key: ones[id(axis)] for key, axis in plan.axes.items()}
+        self._axes = {key: equal.setdefault(axis, axis) for key, axis in plan.axes.items()}
         self._sides: dict[tuple[object, ...], Side] = {}
         self._layouts: dict[tuple[object, ...], _Layout] = {}
         self._stretches: dict[tuple[object, ...], list[Stretch]] = {}
         self._stds: dict[
             str, Tensor
         ] = {}  # by source: master weights and averages get the same noise
-        self._means: dict[tuple[int, Rule], AxisMap] = {}
-        self._scaled: dict[tuple[int, float, float], AxisMap] = {}
+        self._means: dict[tuple[AxisMap, Rule], AxisMap] = {}
+        self._scaled: dict[tuple[AxisMap, float, float], AxisMap] = {}
         self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
     def measure(
@@ -160,10 +158,10 @@ class Cutter:
         axes = tuple(map(self._axes.__getitem__, row.axes))  # shared by blocks
         if row.factor != 1 or row.grad_factor != 1:
             own = row.factor, row.grad_factor
-            scaled = self._scaled.setdefault((id(axes[0]), *own), axes[0].times(*own))
+            scaled = self._scaled.setdefault((axes[0], *own), axes[0].times(*own))
             axes = (scaled, *axes[1:])
         mixed = axes[row.next_layer_axis] if row.next_layer_source is not None else None
-        key = *map(id, axes), id(mixed), rule, device, dtype
+        key = axes, mixed, rule, device, dtype
         layout = self._layouts.get(key)
         if layout is None:
             if rule.reduced is not None:
@@ -196,10 +194,10 @@ class Cutter:
         unit, power = Vector.full(1.0, 1), rule.grad or 1  # at power 0, all factors are 1
         mean = Vector.full((sum(copied) / max(1, len(copied))) ** (1 / power), 1)
         mean_axis = AxisMap(IndexMap.identity(1), unit, mean)
-        return self._means.setdefault((id(axis), rule), mean_axis)
+        return self._means.setdefault((axis, rule), mean_axis)
 
     def _side(self, axes: tuple[AxisMap, ...], rule: Rule, mixed: AxisMap | None) -> Side:
-        key = (*map(id, axes), id(mixed), rule)
+        key = axes, mixed, rule
         if key not in self._sides:
             self._sides[key] = Side(axes, rule, mixed)
         return self._sides[key]

@@ -44,15 +44,15 @@ def axis_maps(
     factors: Mapping[str, float | None],
     written: Mapping[str, float],
 ) -> dict[str, AxisMap]:
-    """Return the axis map of every axis, by key. Axes of different blocks share one object if their index maps and stream scales do.
+    """Return the axis map of every axis, by key. Axes of different blocks share one object if their index maps and stream scales are equal.
 
     ``written`` maps a stream to the factor on its writers (``growkern.model.spec.writer_corrections``).
     """
 
     def kin(stream: str) -> tuple[object, ...]:
         space = space_of(stream)
-        shared = wide.maps[space], wide.readers.get(space), wide.stream_scales[stream]
-        return (*map(id, shared), written.get(stream))
+        index_map, readers = wide.maps[space], wide.readers.get(space)
+        return index_map, readers, wide.stream_scales[stream], written.get(stream)
 
     maps_by_kind: dict[object, AxisMap] = {}
     axes: dict[str, AxisMap] = {}
@@ -62,7 +62,7 @@ def axis_maps(
             for segment in axis.segments
             for c in (*segment, -1)
         )
-        reads = axis.norm and (id(wide.stream_scales[axis.norm.reads]), factors[axis.norm.reads])
+        reads = axis.norm and (wide.stream_scales[axis.norm.reads], factors[axis.norm.reads])
         kind = axis.role, parts, reads
         if kind not in maps_by_kind:
             maps_by_kind[kind] = _axis_map(axis, wide, factors, written)
@@ -187,8 +187,8 @@ def gradients_exact(spec: ModelSpec, wide: WidthDecision) -> bool:
     """
     if wide.joint:
         return False
-    stream_scales = {id(c): (c, wide.maps[space_of(s)]) for s, c in wide.stream_scales.items()}
-    for stream_scale, index_map in stream_scales.values():
+    scaled_maps = {(c, wide.maps[space_of(s)]) for s, c in wide.stream_scales.items()}
+    for stream_scale, index_map in scaled_maps:
         values = {
             value
             for vector in (stream_scale.activation, stream_scale.readout)
@@ -212,11 +212,12 @@ def symmetric_copies(wide: WidthDecision) -> Iterator[str]:
     """Yield a note that names the spaces whose equal copies get equal gradients and so never diverge."""
     if wide.noise or wide.next_layer:
         return
-    has_equal: dict[tuple[int, int], bool] = {}  # blocks share index maps and stream scales
+    # most blocks have equal index maps and stream scales
+    has_equal: dict[tuple[IndexMap, StreamScale], bool] = {}
     equal: dict[str, bool] = {}  # by space: copies diverge if one stream reads them unevenly
     for stream, stream_scale in wide.stream_scales.items():
         index_map = wide.maps[space_of(stream)]
-        key = id(index_map), id(stream_scale)
+        key = index_map, stream_scale
         if key not in has_equal:
             has_equal[key] = _some_equal(index_map, stream_scale.readout)
         space = space_of(stream).partition(".")[0]

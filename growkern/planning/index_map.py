@@ -56,6 +56,14 @@ class IndexMap:
         if at != self.n_target:
             raise PlanError(f"the runs of an index map end at {at}, its target at {self.n_target}.")
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # cached: a drawn map has a run per coordinate, and many lookups have maps in their keys
+        return hash((self.n_source, self.n_target, self.runs))
+
     @staticmethod
     def identity(n: int) -> "IndexMap":
         """Every coordinate copies itself."""
