@@ -73,12 +73,12 @@ def plan(
         UnsupportedOptimizerError: The optimizer's state cannot be grown.
     """
     model = unwrapped(model)
-    found = describe(model, spec)
+    described = describe(model, spec)
     if optim is not None:
         describe_optimizer(
             model,
             unwrapped(optim),
-            found,
+            described,
             drop=state == "drop",
             state_rules=state_rules,
             master_weights=master_weights,
@@ -86,9 +86,9 @@ def plan(
     if shrink is not None:
         if width or depth or seed:
             raise PlanError("shrink= says it all; leave width=, depth= and seed= out.")
-        sizes = resolve_sizes(found, to, shrink=True)
-        return build(found, sizes, shrink=shrink, state=state, dynamics=dynamics)
-    return _plan(model, found, to, width, depth, state, dynamics, seed)
+        sizes = resolve_sizes(described, to, shrink=True)
+        return build(described, sizes, shrink=shrink, state=state, dynamics=dynamics)
+    return _plan(model, described, to, width, depth, state, dynamics, seed)
 
 
 @renamed_arguments(masters="master_weights", rules="state_rules")
@@ -167,10 +167,10 @@ def expand_inplace(
     model, optim = unwrapped(model), unwrapped(optim)
     _check_arguments(model, optim, plan, to, width, depth, state, dynamics, seed)
 
-    def make_plan(found: ModelSpec) -> GrowthPlan:
+    def make_plan(described: ModelSpec) -> GrowthPlan:
         if plan is None:
-            return _plan(model, found, to, width, depth, state, dynamics, seed)
-        check(plan, found)
+            return _plan(model, described, to, width, depth, state, dynamics, seed)
+        check(plan, described)
         return plan
 
     optims = () if optim is None else (optim,)
@@ -255,12 +255,12 @@ def shrink_inplace(
             f"state={state!r}: nothing is copied, so {', '.join(map(repr, SHRINKING_STATES))}."
         )
 
-    def make_plan(found: ModelSpec) -> GrowthPlan:
+    def make_plan(described: ModelSpec) -> GrowthPlan:
         if plan is None:
             own = WeightSelection() if method is None else method
-            sizes = resolve_sizes(found, to, shrink=True)
-            return build(found, sizes, shrink=own, state=state, dynamics=dynamics)
-        check(plan, found)
+            sizes = resolve_sizes(described, to, shrink=True)
+            return build(described, sizes, shrink=own, state=state, dynamics=dynamics)
+        check(plan, described)
         return plan
 
     optims = () if optim is None else (optim,)

@@ -98,12 +98,12 @@ class FirstCopies:
 
 
 def _refuse(spec: ModelSpec, sizes: Mapping[str, int], who: str, *problems: str) -> None:
-    found = [
+    unsupported = [
         f"{name}: {who} does not shrink it ({spec.sizes[name]} -> {n}); it shrinks {', '.join(SHRINKS)}."
         for name, n in sizes.items()
         if n != spec.sizes[name] and name not in SHRINKS
     ]
-    raise_all(PlanError, f"cannot shrink {spec.family}:", [*found, *problems])
+    raise_all(PlanError, f"cannot shrink {spec.family}:", [*unsupported, *problems])
 
 
 def _narrowed(

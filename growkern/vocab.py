@@ -125,7 +125,7 @@ class CLPTransfer:
         if self.top_k is not None and type(self.top_k) is not int:
             raise PlanError(f"CLPTransfer: top_k={self.top_k!r} is not a number of tokens.")
         kept = [t for t in map(index, self.tokens) if t >= 0]
-        found = [
+        checks = [
             (len(self.tokens) == n_target, f"tokens holds {len(self.tokens)} entries, the target {n_target} tokens"),
             (len(self.helper) == n_target, f"helper holds {len(self.helper)} rows, the target {n_target} tokens"),
             (bool(self.helper.isfinite().all()), "helper holds numbers that are not finite"),
@@ -135,7 +135,7 @@ class CLPTransfer:
             (max(kept, default=0) < n_source, f"tokens names {max(kept, default=0)}, the source has {n_source} tokens"),
             (self.top_k is None or self.top_k > 0, f"top_k={self.top_k!r} is not a number of tokens"),
         ]  # fmt: skip
-        if problems := [problem for holds, problem in found if not holds]:
+        if problems := [problem for holds, problem in checks if not holds]:
             raise PlanError(f"CLPTransfer: {'; '.join(problems)}.")
         index_map = IndexMap.of((t if t >= 0 else PAD for t in map(index, self.tokens)), n_source)
         return _width(self, spec, sizes, "from_method", index_map)

@@ -25,26 +25,26 @@ def calibrate(figures: Sequence[Figure]) -> dict[str, Recipe]:
     kinds = {f.kind for f in figures}
     least = {grows: _spread([f for f in figures if f.kind == grows]) for grows in kinds}
     worth = {grows: _worth(f for f in figures if f.kind == grows) for grows in kinds}
-    found: dict[str, Recipe] = {}
+    recipes: dict[str, Recipe] = {}
     for name, grows in dict.fromkeys((f.variant.recipe, f.kind) for f in figures):
         own = [f for f in figures if (f.variant.recipe, f.kind) == (name, grows)]
         shares = [f.kept for f in own]
         spread = max(least[grows], stdev(shares) if len(shares) > 1 else 0.0)
         recipe = RECIPES[name]
         label = label_of(own[0])
-        found[label] = Recipe(
+        recipes[label] = Recipe(
             label, grows, round(mean(shares), 3), round(spread, 3), len(shares), recipe.growth,
             mode(f.variant.rate for f in own), recipe.rewarm, tuple(map(saved, own)), worth[grows],
         )  # fmt: skip
-    return found
+    return recipes
 
 
 def _spread(figures: Sequence[Figure]) -> float:
     """Return the spread of ``kept`` within one recipe, as the root of the mean variance over recipes."""
     names = {f.variant.recipe for f in figures}
     own = [[f.kept for f in figures if f.variant.recipe == name] for name in names]
-    found = [variance(values) for values in own if len(values) > 1]
-    return max(ALONE, mean(found) ** 0.5) if found else ALONE
+    variances = [variance(values) for values in own if len(values) > 1]
+    return max(ALONE, mean(variances) ** 0.5) if variances else ALONE
 
 
 def _worth(figures: Iterable[Figure]) -> tuple[float, float]:
@@ -61,13 +61,13 @@ def label_of(figure: Figure) -> str:
 
 def saved(figure: Figure) -> Saved:
     """Convert a figure to ``growkern.recipes.Saved``."""
-    one = figure.saving
+    saving = figure.saving
     charged, sunk = (
         (round(low, 3), round(middle, 3), round(high, 3))
-        for middle, low, high in (one.charged, one.sunk)
+        for middle, low, high in (saving.charged, saving.sunk)
     )
     at, budget = float(f"{figure.variant.grow_at:.3g}"), float(f"{figure.budget:.3g}")
-    return Saved(figure.setup, at, budget, charged, sunk, round(one.headroom, 3), one.n_seeds)
+    return Saved(figure.setup, at, budget, charged, sunk, round(saving.headroom, 3), saving.n_seeds)
 
 
 def module(recipes: Mapping[str, Recipe], figures: Sequence[Figure]) -> str:
@@ -109,9 +109,9 @@ def _source(recipe: Recipe) -> str:
     short = sum(map(len, arguments)) < 100
     growth = (", " if short else ",\n             ").join(arguments)
     figures = "".join(
-        f"                Saved({json.dumps(one.setup)}, {one.grown_at:.3g}, {one.budget:.3g}, {one.charged}, {one.sunk}, {one.headroom}, "
-        f"{one.n_seeds}),\n"
-        for one in recipe.saved
+        f"                Saved({json.dumps(s.setup)}, {s.grown_at:.3g}, {s.budget:.3g}, {s.charged}, {s.sunk}, {s.headroom}, "
+        f"{s.n_seeds}),\n"
+        for s in recipe.saved
     )
     return (
         f"        Recipe(\n            {json.dumps(recipe.name)}, {json.dumps(recipe.kind)}, {recipe.kept}, {recipe.sd}, {recipe.n},"

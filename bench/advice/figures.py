@@ -125,8 +125,8 @@ class Rows:
                 kept = (budget / (1 - saving.charged[0]) - budget + v.grow_at) / annealed
                 ends = [*(campaign.tuned(sizes, b) for sizes in plain), saving.losses]
                 losses = {
-                    option: mean(found.values())
-                    for option, found in zip(
+                    option: mean(by_seed.values())
+                    for option, by_seed in zip(
                         ("from scratch", "never grow", "grow now"), ends, strict=True
                     )
                 }

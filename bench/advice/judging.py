@@ -65,8 +65,8 @@ def judge(rows: Rows, figure: Figure, recipe: Recipe, *, other: bool) -> Judged 
     source, target, at = figure.source, figure.target, figure.variant.grow_at
     text = SETUPS[figure.setup].text
     sizes = OTHER.get(figure.setup, ())
-    found = [rows.trunk(text, size, rows.rate(text, size), [TUNING]) for size in sizes]
-    more = next((trunk for trunk in found if trunk), None) if other else None
+    trunks = [rows.trunk(text, size, rows.rate(text, size), [TUNING]) for size in sizes]
+    more = next((trunk for trunk in trunks if trunk), None) if other else None
     if other and more is None:
         return None
     before = rows.before.setdefault((source, at), source.until(at))
@@ -82,13 +82,13 @@ def judge_seeds(folder: Path = RESULTS, *, other: bool) -> list[Judged]:
     seeds = range(1, 1 + max((f.saving.n_seeds for f in Rows(folder).figures), default=0))
     judged: list[Judged] = []
     for seed in seeds:
-        known = calibrate(Rows(folder, lambda one, seed=seed: one != seed).figures)
-        rows = Rows(folder, lambda one, seed=seed: one in (TUNING, seed))
+        known = calibrate(Rows(folder, lambda row_seed, seed=seed: row_seed != seed).figures)
+        rows = Rows(folder, lambda row_seed, seed=seed: row_seed in (TUNING, seed))
         for figure in rows.figures:
             recipe = known.get(label_of(figure))
             if recipe is not None and not figure.saving.chose:
-                found = judge(rows, figure, recipe, other=other)
-                judged += [found] if found else []
+                verdict = judge(rows, figure, recipe, other=other)
+                judged += [verdict] if verdict else []
     return judged
 
 
@@ -106,10 +106,10 @@ def judge_all(rows: Rows, *, other: bool, across: bool) -> list[Judged]:
             if (f.setup != figure.setup if across else f.variant.recipe != figure.variant.recipe)
         ]
         if known:
-            found = judge(
+            verdict = judge(
                 rows, figure, pooled(calibrate(known), figure.kind, "held out"), other=other
             )
-            judged += [found] if found else []
+            judged += [verdict] if verdict else []
     return judged
 
 

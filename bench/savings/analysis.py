@@ -150,18 +150,20 @@ class Campaign:
     @cached_property
     def seeds(self) -> list[int]:
         """Seeds, without the tuning seed, that all runs from scratch have; the tuning seed if there is no other."""
-        found = [set(self.tuned(self.setup.target_sizes, b)) for b in range(len(self.budgets))]
-        return sorted(set.intersection(*found))
+        seeds_by_budget = [
+            set(self.tuned(self.setup.target_sizes, b)) for b in range(len(self.budgets))
+        ]
+        return sorted(set.intersection(*seeds_by_budget))
 
     def curve(self, sizes: tuple[int, int], seeds: Sequence[int] | None = None) -> Curve:
         """Return tuned annealed losses, averaged over seeds, at all budgets and at ``beyond`` and ``early`` budgets that all seeds have."""
         drawn = seeds or self.seeds
-        found: list[tuple[float, float]] = []
+        points: list[tuple[float, float]] = []
         for b, flops in enumerate(self.reach):
             if b >= len(self.budgets) and not self._ran(sizes, b, {TUNING, *drawn}):
                 continue
-            found.append((flops, mean(self.on(sizes, b, drawn).values())))
-        return sorted(found)
+            points.append((flops, mean(self.on(sizes, b, drawn).values())))
+        return sorted(points)
 
     def tried(self, sizes: tuple[int, int], budget: int) -> bool:
         """Return True if the tuning seed has run these sizes to this budget."""
@@ -235,20 +237,19 @@ class Campaign:
 
     def savings(self, budget: int) -> list[Saving]:
         """Return the savings of every variant: the most seeds first, and of equal seeds the lowest loss first."""
-        found = [self.saving(variant, budget) for variant in self.variants(budget)]
-        return sorted(found, key=lambda s: (-s.n_seeds, mean(s.losses.values())))
+        savings = [self.saving(variant, budget) for variant in self.variants(budget)]
+        return sorted(savings, key=lambda s: (-s.n_seeds, mean(s.losses.values())))
 
     def best(self, budget: int) -> Saving | None:
         """Return the saving of the variant that was lowest on the tuning seed, among those with the most other seeds."""
-        found = self.savings(budget)
-        compared = [s for s in found if s.n_seeds == found[0].n_seeds]
-        key = lambda s: self.grown[s.variant, budget][TUNING]  # noqa: E731
-        return min(compared, key=key, default=None)
+        savings = self.savings(budget)
+        compared = [s for s in savings if s.n_seeds == savings[0].n_seeds]
+        return min(compared, key=lambda s: self.grown[s.variant, budget][TUNING], default=None)
 
     def landing(self, variant: Variant) -> float | None:
         """Return the mean loss of the trunk ``setup.landing`` steps after the growth; None if no run got that far."""
-        found = _measured(self.landed[variant])
-        return mean(found.values()) if found else None
+        losses = _measured(self.landed[variant])
+        return mean(losses.values()) if losses else None
 
     def _difference(
         self, variant: Variant, budget: int, losses: Losses

@@ -185,19 +185,19 @@ def _recipe_of(event: Event, kind: str) -> Recipe:
         return method, growth.get("state", "exact"), growth.get("dynamics", "mup")
 
     asked = settings(vars(event))
-    known = [one for one in RECIPES.values() if one.kind == kind]
-    found = [one for one in known if settings(one.growth) == asked]
-    return found[0] if found else pooled(RECIPES, kind, type(asked[0]).__name__)
+    known = [recipe for recipe in RECIPES.values() if recipe.kind == kind]
+    matching = [recipe for recipe in known if settings(recipe.growth) == asked]
+    return matching[0] if matching else pooled(RECIPES, kind, type(asked[0]).__name__)
 
 
 def pooled(recipes: Mapping[str, Recipe], kind: str | None, name: str) -> Recipe:
     """Return mean and spread of the measured recipes of a kind (of all kinds if the kind has none), for an unmeasured recipe."""
-    known = [one for one in recipes.values() if one.kind == kind] or [*recipes.values()]
+    known = [recipe for recipe in recipes.values() if recipe.kind == kind] or [*recipes.values()]
     n = len(known)
-    kept = sum(one.kept for one in known) / n
-    spread = sum((one.kept - kept) ** 2 for one in known) / n
-    sd = (sum(one.sd**2 for one in known) / n + spread) ** 0.5
-    worth = sum(one.worth[0] for one in known) / n, max(one.worth[1] for one in known)
+    kept = sum(recipe.kept for recipe in known) / n
+    spread = sum((recipe.kept - kept) ** 2 for recipe in known) / n
+    sd = (sum(recipe.sd**2 for recipe in known) / n + spread) ** 0.5
+    worth = sum(recipe.worth[0] for recipe in known) / n, max(recipe.worth[1] for recipe in known)
     return Recipe(name, kind or "width", kept, sd, 0, worth=worth)
 
 
@@ -207,11 +207,11 @@ def _recipe(recipe: str | Recipe | None, kind: str) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     if recipe is None:
-        known = [one for one in RECIPES.values() if one.kind == kind]
-        sound = [one for one in known if all(s.n_seeds >= SEEDS for s in one.saved)] or known
-        return max(sound, key=lambda one: one.kept) if sound else pooled(RECIPES, kind, kind)
+        known = [r for r in RECIPES.values() if r.kind == kind]
+        sound = [r for r in known if all(s.n_seeds >= SEEDS for s in r.saved)] or known
+        return max(sound, key=lambda r: r.kept) if sound else pooled(RECIPES, kind, kind)
     if recipe not in RECIPES or RECIPES[recipe].kind != kind:
-        of_kind = [name for name, one in RECIPES.items() if one.kind == kind]
+        of_kind = [name for name, r in RECIPES.items() if r.kind == kind]
         raise PlanError(
             f"no recipe {recipe!r} of kind {kind!r} was measured. Known: {'; '.join(of_kind) or 'none'}. Pass a Recipe of your own "
             "measurements."
@@ -231,22 +231,22 @@ def _sizes(source: float | None, target: float | None) -> tuple[float, float]:
 def _points(curve: Iterable[Sequence[float]], name: str) -> list[tuple[float, float]]:
     """Convert a curve, given as any sequence or array, to pairs of Python floats."""
     try:
-        found = [(float(tokens), float(loss)) for tokens, loss in curve]
+        points = [(float(tokens), float(loss)) for tokens, loss in curve]
     except (TypeError, ValueError) as error:
         raise PlanError(f"{name}: expected pairs of (tokens, loss in nats): {error}.") from None
-    if not found:
+    if not points:
         raise PlanError(f"{name}: it has no points. Pass (tokens, loss in nats) of the run so far.")
-    return found
+    return points
 
 
 def _numbers(values: object, name: str, n: int) -> tuple[float, ...]:
     try:
-        found = tuple(float(value) for value in values)  # pyright: ignore
+        numbers = tuple(float(value) for value in values)  # pyright: ignore
     except (TypeError, ValueError) as error:
         raise PlanError(f"{name}: {error}.") from None
-    if len(found) != n:
-        raise PlanError(f"{name}: expected {n} numbers, got {len(found)}.")
-    return found
+    if len(numbers) != n:
+        raise PlanError(f"{name}: expected {n} numbers, got {len(numbers)}.")
+    return numbers
 
 
 def _check(n: tuple[float, float], f: tuple[float, float], now: float, budget: float) -> None:

@@ -138,8 +138,8 @@ def fit(curves: Sequence[tuple[float, Curve]], *, seed: int = 0) -> ScalingLaw:
 def interval(values: Tensor, level: float = 0.9) -> tuple[float, float, float]:
     """Return the lower end, median and upper end of the central interval of draws."""
     low, high = (1 - level) / 2, (1 + level) / 2
-    found = torch.quantile(values, torch.tensor([low, 0.5, high], dtype=values.dtype))
-    return float(found[0]), float(found[1]), float(found[2])
+    quantiles = torch.quantile(values, torch.tensor([low, 0.5, high], dtype=values.dtype))
+    return float(quantiles[0]), float(quantiles[1]), float(quantiles[2])
 
 
 def spread(values: Tensor) -> str:

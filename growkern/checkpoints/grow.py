@@ -129,15 +129,15 @@ def grow(
     source = load(folder)
     model = source.model
     with torch.no_grad():
-        found = describe(model)
+        spec = describe(model)
         if plan is None:
             plan = plan_for(source, to=to, width=width, depth=depth, seed=seed)
-        check(plan, found)
+        check(plan, spec)
         check_blocks(plan, model)
         config = _target_config(plan, model)
         names = _parameters(plan, model)
         n_params = sum(p.numel() for p in model.parameters())
-        tensors = tensors_of(model, None, found)
+        tensors = tensors_of(model, None, spec)
         run = Execution(plan, tensors, {}, memory="lean")
         layout = Layout(source, plan, tensors.values)
         model.to("meta")  # the model drops its references; sources are freed one by one
@@ -146,7 +146,7 @@ def grow(
             shards = Shards(part, layout.targets, limit)
             done = 0
             for name, tensor in _grown(run, layout):
-                done += sum(shards.write(*one) for one in layout.on_disk(name, tensor).items())
+                done += sum(shards.write(*entry) for entry in layout.on_disk(name, tensor).items())
                 on_progress(done, shards.n_bytes)
                 del tensor
             shards.close()
@@ -234,8 +234,8 @@ def _grown(run: Execution, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     for row in run.plan.tensors:
         if not run.plan.changes(row):
             same.setdefault(row.source, []).append(row)
-    for one, staged in zip(run.sets, run.parts(), strict=True):
-        source = one.rows[0].source
+    for tensor_set, staged in zip(run.sets, run.parts(), strict=True):
+        source = tensor_set.rows[0].source
         yield from staged.values.items()
         staged.values.clear()
         yield from ((row.name, values[source]) for row in same.pop(source, []))

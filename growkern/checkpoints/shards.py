@@ -67,7 +67,7 @@ def stored(folder: Path) -> dict[str, torch.dtype]:
     by_file: dict[str, list[str]] = {}
     for name, file in places.items():  # pyright: ignore[reportUnknownVariableType]
         by_file.setdefault(str(file), []).append(str(name))  # pyright: ignore[reportUnknownArgumentType]
-    found: dict[str, torch.dtype] = {}
+    dtypes: dict[str, torch.dtype] = {}
     problems: list[str] = []
     for file, names in sorted(by_file.items()):
         if not (folder / file).is_file():
@@ -79,20 +79,20 @@ def stored(folder: Path) -> dict[str, torch.dtype]:
             problems.append(str(error))
             continue
         problems += [f"{name}: is not in {file}." for name in names if name not in held]
-        found |= held
+        dtypes |= held
     raise_all(CheckpointError, f"{folder} is incomplete:", problems)
-    return found
+    return dtypes
 
 
 def parsed(path: Path) -> dict[str, Any]:
     """Read a JSON file; raise CheckpointError if the file does not contain a JSON object."""
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise CheckpointError(f"cannot read {path}: it holds no JSON object.")
-    return found  # pyright: ignore[reportUnknownVariableType]
+    return content  # pyright: ignore[reportUnknownVariableType]
 
 
 def n_bytes_of(text: str) -> int:

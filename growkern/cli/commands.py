@@ -145,9 +145,9 @@ def verify(
         from growkern.cli.inputs import common_inputs
 
         before, after = load(source).model, load(target).model
-        found = growkern.verify(before, after, common_inputs(before, after, 2, tokens, seed))
-        typer.echo(found)
-    if not found.same_function:
+        verification = growkern.verify(before, after, common_inputs(before, after, 2, tokens, seed))
+        typer.echo(verification)
+    if not verification.same_function:
         raise typer.Exit(1)
 
 
@@ -172,7 +172,9 @@ def compare(
 ) -> None:
     """Grow a checkpoint by several methods, in memory, train each for a few steps, and show losses side by side."""
     sizes = _read("--to", lambda: _arguments().sizes_of(to or ["2x"]))
-    chosen = [_read("--methods", lambda one=one: _arguments().methods_of(one)) for one in methods]
+    chosen = [
+        _read("--methods", lambda name=name: _arguments().methods_of(name)) for name in methods
+    ]
     with _failures("compare"):
         import torch
 
@@ -226,14 +228,14 @@ def advise(
         from growkern.training.loss_curve import read_curve
 
         others = [_other(text, tokens_per_step) for text in other or []]
-        found = growkern.advise(
+        advice = growkern.advise(
             read_curve(curve, tokens_per_step), source=params, target=target_params, budget=budget, others=others,
             kind=kind, recipe=recipe,
         )  # fmt: skip
-        typer.echo(found)
+        typer.echo(advice)
         if picture is not None:
             try:
-                found.draw(picture)
+                advice.draw(picture)
             except (OSError, ValueError) as error:
                 raise typer.BadParameter(f"cannot draw: {error}", param_hint="--picture") from None
 

@@ -79,19 +79,19 @@ def training_batches(
                 f"the tokenizer gives {highest}, and the model has {model.config.vocab_size} tokens."
             )
         rows = ids[: n * n_rows * n_tokens].view(n, n_rows, n_tokens)
-        inputs = [{"input_ids": one} for one in rows]
+        inputs = [{"input_ids": row} for row in rows]
     return [*_labelled(model, inputs, mask, torch.Generator().manual_seed(seed))]
 
 
 def _labelled(
     model: Any, inputs: list[dict[str, Tensor]], mask: int | None, generator: torch.Generator
 ) -> Iterator[dict[str, Tensor]]:
-    for one in inputs:
-        ids = one.get("input_ids")
+    for batch in inputs:
+        ids = batch.get("input_ids")
         if ids is None:
-            n = len(one["pixel_values"])
+            n = len(batch["pixel_values"])
             classes = torch.randint(0, model.config.num_labels, (n,), generator=generator)
-            yield one | {"labels": classes}
+            yield batch | {"labels": classes}
         elif type(model).__name__.endswith("ForMaskedLM"):
             hidden = torch.rand(ids.shape, generator=generator) < MASKED
             hidden[:, 0] = True  # a batch without masked tokens has no loss
@@ -104,7 +104,7 @@ def _labelled(
         elif type(model).__name__.endswith("ForConditionalGeneration"):
             yield {"input_ids": ids, "labels": ids}
         elif type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-            yield one | {"labels": ids}
+            yield batch | {"labels": ids}
         else:
             raise GrowthError(
                 f"a {type(model).__name__} has no loss of its own to compare; growkern.compare takes loss=."

@@ -62,8 +62,8 @@ class Guard:
             if whole and not new & shapes.keys() and (apart or new):
                 why = f"it has no {min(new)}" if new else ""
                 if apart:
-                    one = apart[0]
-                    why = f"{one} has the shape {shapes[one]}, in the model {live[one]}"
+                    first_name = apart[0]
+                    why = f"{first_name} has the shape {shapes[first_name]}, in the model {live[first_name]}"
                 self._refuse(grown, why)
         for name in apart:
             for grown in self.growths:
@@ -107,15 +107,15 @@ class OptimGuard:
 
 def guard_of(model: nn.Module) -> Guard | None:
     """Return the ``Guard`` of a model, or None."""
-    found: Any = getattr(model, "_load_state_dict_pre_hooks")  # noqa: B009  (typed as private)
-    hooks: list[Any] = [getattr(hook, "hook", hook) for hook in found.values()]  # torch wraps hooks
+    by_id: Any = getattr(model, "_load_state_dict_pre_hooks")  # noqa: B009  (typed as private)
+    hooks: list[Any] = [getattr(hook, "hook", hook) for hook in by_id.values()]  # torch wraps hooks
     return next((hook for hook in hooks if isinstance(hook, Guard)), None)
 
 
 def optim_guard_of(optim: Optimizer) -> OptimGuard | None:
     """Return the ``OptimGuard`` of an optimizer, or None."""
-    found: Any = optim._optimizer_load_state_dict_pre_hooks  # pyright: ignore[reportPrivateUsage]
-    hooks: list[Any] = [*found.values()]
+    by_id: Any = optim._optimizer_load_state_dict_pre_hooks  # pyright: ignore[reportPrivateUsage]
+    hooks: list[Any] = [*by_id.values()]
     return next((hook for hook in hooks if isinstance(hook, OptimGuard)), None)
 
 
@@ -125,13 +125,13 @@ def growth_history(model: nn.Module) -> list[str]:
     Raises:
         PlanError: ``config.growkern_history`` is not a list of strings.
     """
-    found: Any = getattr(getattr(model, "config", None), "growkern_history", None) or []
-    if not isinstance(found, list | tuple) or not all(isinstance(one, str) for one in found):  # pyright: ignore[reportUnknownVariableType]
+    history: Any = getattr(getattr(model, "config", None), "growkern_history", None) or []
+    if not isinstance(history, list | tuple) or not all(isinstance(g, str) for g in history):  # pyright: ignore[reportUnknownVariableType]
         raise PlanError(
-            f"config.growkern_history is {found!r}, not a list of growths on record: take it out of the config, or restore it "
+            f"config.growkern_history is {history!r}, not a list of growths on record: take it out of the config, or restore it "
             "from the checkpoint."
         )
-    return list(found)  # pyright: ignore[reportUnknownArgumentType]
+    return list(history)  # pyright: ignore[reportUnknownArgumentType]
 
 
 def n_growths(model: nn.Module) -> int:

@@ -185,8 +185,8 @@ def check_blocks(plan: GrowthPlan, model: nn.Module) -> None:
 
 def _configs(model: nn.Module) -> list[object]:
     """All config objects of the model and its submodules."""
-    found = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
-    return list(found.values())
+    configs = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
+    return list(configs.values())
 
 
 def _values(

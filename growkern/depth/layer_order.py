@@ -31,11 +31,11 @@ def blocks(
 
 def spread(n_source: int, n_target: int) -> tuple[BlockRow, ...]:
     """Return the blocks of a target with new blocks spread evenly; each new block follows the source block that it copies."""
-    n_new, found = n_target - n_source, list[BlockRow]()
+    n_new, rows = n_target - n_source, list[BlockRow]()
     for i in range(n_source):
-        found.append(BlockRow(i))
-        found += [BlockRow(i, new=True)] * ((i + 1) * n_new // n_source - i * n_new // n_source)
-    return tuple(found)
+        rows.append(BlockRow(i))
+        rows += [BlockRow(i, new=True)] * ((i + 1) * n_new // n_source - i * n_new // n_source)
+    return tuple(rows)
 
 
 def between(

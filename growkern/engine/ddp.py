@@ -105,21 +105,21 @@ class Ranks:
         sums = torch.stack([_checksum(p) for p in params.values()])
         for rows in self._gathered(sums):
             same = torch.stack(rows).eq(rows[0]).all(0)
-            if apart := [name for name, one in zip(params, same, strict=True) if not one]:
+            if apart := [name for name, equal in zip(params, same, strict=True) if not equal]:
                 raise CommitError(
                     f"processes differ after the growth in {len(apart)} tensors ({', '.join(apart[:3])}); were they equal before?"
                 )
 
     def _gathered(self, numbers: Tensor) -> list[list[Tensor]]:
         """Gather ``numbers`` in each wrapper: a list of int64 (N,), one per process."""
-        found: list[list[Tensor]] = []
+        gathered: list[list[Tensor]] = []
         device = next(self.model.parameters()).device if self.wrappers else None
         for wrapper in self.wrappers:
             own = numbers.to(device, torch.int64)
             n = dist.get_world_size(wrapper.process_group)
-            found.append([torch.empty_like(own) for _ in range(n)])
-            dist.all_gather(found[-1], own, group=wrapper.process_group)
-        return found
+            gathered.append([torch.empty_like(own) for _ in range(n)])
+            dist.all_gather(gathered[-1], own, group=wrapper.process_group)
+        return gathered
 
 
 def _checksum(p: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def upcycle(
             for i, layer in enumerate(mixture.model.layers)
         ]
         if optim is not None:
-            moved = [one for layer in layers for one in layer]
+            moved = [pair for layer in layers for pair in layer]
             states = {
                 new: state for new, old in moved if (state := _state(optim, old, rules, experts))
             }
@@ -207,7 +207,7 @@ def _state(
     states = [optim.state.get(p, {}) for p in old]
     if not states or not all(states):
         return {}
-    found: dict[str, object] = dict(states[0])
+    copied: dict[str, object] = dict(states[0])
     for key, value in states[0].items():
         if not isinstance(value, Tensor) or not value.dim():
             continue
@@ -216,8 +216,8 @@ def _state(
             raise UnsupportedOptimizerError(
                 f"state {key!r} is not one number per element of its parameter; clear it (optim.state.clear()) to go on without."
             )
-        found[key] = _copies([state[key] for state in states], experts) / experts**rule.grad
-    return found
+        copied[key] = _copies([state[key] for state in states], experts) / experts**rule.grad
+    return copied
 
 
 def _hand_over(

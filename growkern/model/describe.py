@@ -65,8 +65,8 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> ModelSpec:
     raise_all(
         UnsupportedModelError, f"cannot grow this {type(model).__name__}:", [*_wrappers(model)]
     )
-    found = spec or _family(model)
-    sizes = [f"{k}={n!r}" for k, n in found.sizes.items() if type(n) is not int or n < 1]
+    described = spec or _family(model)
+    sizes = [f"{k}={n!r}" for k, n in described.sizes.items() if type(n) is not int or n < 1]
     if sizes:
         raise UnsupportedModelError(
             f"spec: sizes are whole numbers from 1; got {', '.join(sizes)}."
@@ -74,24 +74,30 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> ModelSpec:
     live = dict(model.named_parameters(remove_duplicate=False)) | dict(
         model.named_buffers(remove_duplicate=False)
     )
-    problems = [*_uncovered(model, found, live), *_unfit(model, found)]
+    problems = [*_uncovered(model, described, live), *_unfit(model, described)]
     if not problems:
-        problems = [*_misshapen(found, live), *_ties(model, found), *_absent(model, found)]
+        problems = [
+            *_misshapen(described, live),
+            *_ties(model, described),
+            *_absent(model, described),
+        ]
     raise_all(
         UnsupportedModelError,
-        f"cannot describe {type(model).__name__} as {found.family!r}:",
+        f"cannot describe {type(model).__name__} as {described.family!r}:",
         problems,
     )
-    found = replace(found, ties=dict(_directed(found, *tie) for tie in found.ties.items()))
+    described = replace(
+        described, ties=dict(_directed(described, *tie) for tie in described.ties.items())
+    )
     leaves = {
         f"{name}.{attribute}": (f"{name}.weight", axis)
         for name, module in _modules(model)
         for attribute, axis in cached_sizes(type(module)).items()
         if hasattr(module, attribute)
-        and f"{name}.weight" in found.tensors
-        and axis < len(found.tensors[f"{name}.weight"])
+        and f"{name}.weight" in described.tensors
+        and axis < len(described.tensors[f"{name}.weight"])
     }
-    return replace(found, leaves=leaves)
+    return replace(described, leaves=leaves)
 
 
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -127,12 +133,14 @@ def _family(model: nn.Module) -> ModelSpec:
 
 
 def _wrappers(model: nn.Module) -> Iterator[str]:
-    found: dict[str, str] = {}  # keyed by remedy: the outermost wrapper is enough
+    by_remedy: dict[str, str] = {}  # keyed by remedy: the outermost wrapper is enough
     for name, module in _modules(model):
         for kind in type(module).__mro__:
             if kind.__name__ in WRAPPERS:
-                found.setdefault(WRAPPERS[kind.__name__], f"{name or 'it'} is a {kind.__name__}")
-    for way_out, what in found.items():
+                by_remedy.setdefault(
+                    WRAPPERS[kind.__name__], f"{name or 'it'} is a {kind.__name__}"
+                )
+    for way_out, what in by_remedy.items():
         yield f"{what}, which is not supported yet: {way_out}."
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         yield "a CUDA graph is being captured; grow before, and capture anew."
@@ -273,9 +281,9 @@ def _ties(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
     first = {id(p): name for name, p in model.named_parameters()}
     storages: dict[int, str] = {}
     for name, p in live.items():
-        one = first[id(p)]
-        if one != name and one not in (spec.ties.get(name), name) and spec.ties.get(one) != name:
-            yield f"{name}: is the same parameter as {one}, and the spec declares no tie."
+        twin = first[id(p)]
+        if twin != name and twin not in (spec.ties.get(name), name) and spec.ties.get(twin) != name:
+            yield f"{name}: is the same parameter as {twin}, and the spec declares no tie."
         if name in spec.ties and live.get(spec.ties[name]) is not p:
             yield f"{name}: the spec ties it to {spec.ties[name]}, but they are different parameters."
         if p.numel() and not p.is_meta:

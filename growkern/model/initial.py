@@ -27,9 +27,9 @@ def initialiser(model: nn.Module, name: str) -> Initialise | None:
     """Return ``_init_weights`` of the closest module around a block that has one (transformers, nanoGPT), or None."""
     while name:
         name = name.rpartition(".")[0]
-        found: Any = getattr(model.get_submodule(name), "_init_weights", None)
-        if callable(found):
-            return found
+        init_weights: Any = getattr(model.get_submodule(name), "_init_weights", None)
+        if callable(init_weights):
+            return init_weights
     return None
 
 

@@ -109,7 +109,7 @@ class AdamW(torch.optim.AdamW):
                     self.state[p][key] = saved[key].to(p.device, arithmetic(p.dtype), copy=True)
 
         # the last pre-hook sees the final state dict; the first post-hook restores the slices before the user's post-hooks run
-        before = self.register_load_state_dict_pre_hook(lambda _, found: final.append(found))
+        before = self.register_load_state_dict_pre_hook(lambda _, loaded: final.append(loaded))
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
             super().load_state_dict(state_dict)
@@ -131,9 +131,11 @@ class AdamW(torch.optim.AdamW):
         if not torch.compiler.is_compiling() and not any(group[o] for o in WHOLE):
             _in_blocks(lists)
         if group is self.param_groups[-1]:
-            found, self._ours = self._ours, {}
+            split, self._ours = self._ours, {}
             with torch.no_grad():  # torch may have enabled grad for a differentiable group
-                self._launch([one for g in self.param_groups for one in self._updates(g, found)])
+                self._launch(
+                    [update for g in self.param_groups for update in self._updates(g, split)]
+                )
         return bool(has_complex)
 
     def _split(self, group: Group) -> tuple[list[Mine], list[Tensor]]:
@@ -160,12 +162,12 @@ class AdamW(torch.optim.AdamW):
         return ours, rest
 
     def _updates(
-        self, group: Group, found: Mapping[int, tuple[list[Mine], list[Tensor]]]
+        self, group: Group, split: Mapping[int, tuple[list[Mine], list[Tensor]]]
     ) -> Iterator[tuple[Update, bool]]:
         beta1, beta2 = map(float, group["betas"])
         lr, eps, decay = (float(group[key]) for key in ("lr", "eps", "weight_decay"))
         hyper = Hyper(lr, beta1, beta2, eps, decay, bool(group["maximize"]))
-        for p, fits in found[id(group)][0]:
+        for p, fits in split[id(group)][0]:
             state: State = self.state[p]
             if "exp_avg" not in state:
                 begin(group, p, state)
@@ -185,9 +187,9 @@ class AdamW(torch.optim.AdamW):
             steps.setdefault(u.step.device, []).append(u.step)
             launches.setdefault(u.p.device if fits else None, []).append(u)
         for device, same in steps.items():
-            one = torch.ones((), device=device)
-            one = one if found_inf is None else one - found_inf.to(device)
-            torch._foreach_add_(same, one)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
+            increment = torch.ones((), device=device)
+            increment = increment if found_inf is None else increment - found_inf.to(device)
+            torch._foreach_add_(same, increment)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
         for device, same in launches.items():
             if device is None:
                 torch_adamw(same, scale, found_inf)
@@ -212,10 +214,10 @@ def begin(group: Group, p: Tensor, state: State) -> None:
 
 def _in_blocks(lists: Sequence[list[Tensor]]) -> None:
     """Split large CPU tensors into blocks whose temporaries stay in cache; torch's step is elementwise, so the bits are the same."""
-    filled = [found for found in lists if found]  # the last list holds the step counts
+    filled = [entries for entries in lists if entries]  # the last list holds the step counts
     whole = [*zip(*filled, strict=True)]
-    for found in filled:
-        found.clear()
+    for entries in filled:
+        entries.clear()
     for *tensors, step in whole:
         n, p = tensors[0].numel(), tensors[0]
         cut = n > BLOCK and p.device.type == "cpu" and all(type(t) in PLAIN for t in tensors)
@@ -223,8 +225,8 @@ def _in_blocks(lists: Sequence[list[Tensor]]) -> None:
         parts = [t.detach().view(-1).split(BLOCK) if cut else (t,) for t in tensors]
         # clones for all blocks but the first: torch increments the real step count once
         counted = (step, *(step.clone() for _ in parts[0][1:]))
-        for found, own in zip(filled, (*parts, counted), strict=True):
-            found.extend(own)
+        for entries, own in zip(filled, (*parts, counted), strict=True):
+            entries.extend(own)
 
 
 def _checked(key: str, vector: Vector, p: Tensor, step: float) -> Tensor | None:
@@ -233,22 +235,22 @@ def _checked(key: str, vector: Vector, p: Tensor, step: float) -> Tensor | None:
         raise ValueError(f"{key!r} is no slice; there are {', '.join(SLICES)}.")
     if vector is None:
         return None
-    found = torch.as_tensor(vector).detach()
-    if found.is_complex():
-        raise ValueError(f"{key} is {found.dtype}; real numbers are wanted.")
-    found = found.to(p.device, arithmetic(p.dtype), copy=True)
+    values = torch.as_tensor(vector).detach()
+    if values.is_complex():
+        raise ValueError(f"{key} is {values.dtype}; real numbers are wanted.")
+    values = values.to(p.device, arithmetic(p.dtype), copy=True)
     n, shape = length(key, p.shape), tuple(p.shape)
-    if found.shape != (n,):
-        raise ValueError(f"{key} is {tuple(found.shape)}; of {shape} it is ({n},).")
-    if not found.isfinite().all():
+    if values.shape != (n,):
+        raise ValueError(f"{key} is {tuple(values.shape)}; of {shape} it is ({n},).")
+    if not values.isfinite().all():
         raise ValueError(f"{key} of {shape} holds numbers that are not finite.")
-    least = found.min().item() if n else 1.0
+    least = values.min().item() if n else 1.0
     if key.startswith("born"):
-        if least < 0 or (n and found.max().item() > step):
+        if least < 0 or (n and values.max().item() > step):
             raise ValueError(f"{key} of {shape} is not between 0 and its step, {step:g}.")
     elif least <= 0:
         raise ValueError(f"{key} of {shape} holds {least:g}; only numbers above 0 are allowed.")
-    return found.contiguous()
+    return values.contiguous()
 
 
 def _check_sliced(p: Tensor, state: Mapping[str, Tensor], group: Group, compiling: bool) -> None:

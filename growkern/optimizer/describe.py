@@ -59,10 +59,10 @@ def describe_optimizer(
     law = _law_of(kind, optim, state_rules)
     states = {names[id(p)]: (p, s) for p, s in optim.state.items() if id(p) in names and s}
     problems = [] if drop or (law and law.resets) else [*_unknown(kind, law, states)]
-    found = {str(key) for _, state in states.values() for key in state}
-    if found and (strange := sorted((state_rules or {}).keys() - found)):
+    state_keys = {str(key) for _, state in states.values() for key in state}
+    if state_keys and (strange := sorted((state_rules or {}).keys() - state_keys)):
         problems.append(
-            f"state_rules: no parameter has the state {', '.join(strange)}; there are {', '.join(sorted(found))}."
+            f"state_rules: no parameter has the state {', '.join(strange)}; there are {', '.join(sorted(state_keys))}."
         )
     raise_all(UnsupportedOptimizerError, title, problems)
     keys = {name: tuple(map(str, s)) for name, (_, s) in states.items()}
@@ -128,12 +128,12 @@ def _check_masters(
             )
         elif places.count(id(master)) != 1 or id(p) in places:
             problems.append(f"{name}: the optimizer does not hold its master, once, in its place.")
-    found = {id(master) for _, master in pairs}
-    if len(found) < len(pairs):
+    masters = {id(master) for _, master in pairs}
+    if len(masters) < len(pairs):
         problems.append("two parameters share a master.")
     known = {id(p) for p, _ in pairs} | set(places)
     left = [name for i, name in names.items() if i not in known]
-    stray = [i for i in places if i not in found and i not in names]
+    stray = [i for i in places if i not in masters and i not in names]
     if left and stray:
         problems.append(
             f"{left[0]} and {len(left) - 1} more have none, and the optimizer holds {len(stray)} tensors of no parameter."

@@ -99,7 +99,7 @@ class Law:
                 weights is then gathered unscaled.
         """
 
-        def one(rule: Rule | None) -> Rule | None:
+        def grown_rule(rule: Rule | None) -> Rule | None:
             if rule is None or rule.is_weight:
                 return rule
             own = source_units and (rule.weight, rule.grad) != (1, 0)
@@ -109,7 +109,7 @@ class Law:
                 rule = replace(rule, first_copy_only=True, missing="zero")
             return rule
 
-        return {key: one(rule) for key, rule in self.rules.items()}
+        return {key: grown_rule(rule) for key, rule in self.rules.items()}
 
 
 def by_order(key: str, order: int | None) -> Rule | None:

@@ -86,15 +86,17 @@ class UpdateScale:
             PlanError: A state tensor has another number of axes than its parameter; nothing has changed.
         """
         self.restore()
-        found = [(p, one, key) for p, one in self.scales.items() for key in self._own(p)]
-        for p, _, key in found:
+        entries = [(p, scale, key) for p, scale in self.scales.items() for key in self._own(p)]
+        for p, _, key in entries:
             if self.optim.state[p][key].dim() != p.dim():
                 raise PlanError(
                     f"UpdateScale: the state {key!r} cannot be brought into other units."
                 )
         with torch.no_grad():
-            for p, one, key in found:
-                for factors, power in zip((one.update, one.grad), self.orders[key], strict=True):
+            for p, scale, key in entries:
+                for factors, power in zip(
+                    (scale.update, scale.grad), self.orders[key], strict=True
+                ):
                     t = self.optim.state[p][key]
                     _multiplied(t, tuple(_power(f, power, n) for f, n in zip(factors, t.shape, strict=False)))  # fmt: skip
         self.detach()
@@ -133,8 +135,8 @@ class UpdateScale:
         """Return the factors, keyed by the parameter's position in the optimizer's param groups, and ``orders``."""
         places = self._places()
         scales = {
-            places[p]: {f.name: getattr(one, f.name) for f in fields(one)}
-            for p, one in self.scales.items()
+            places[p]: {f.name: getattr(scale, f.name) for f in fields(scale)}
+            for p, scale in self.scales.items()
         }
         return {"scales": scales, "orders": self.orders}
 
@@ -149,8 +151,8 @@ class UpdateScale:
         params = {place: p for p, place in self._places().items()}
         if unknown := [place for place in state["scales"] if place not in params]:
             raise PlanError(f"UpdateScale: the optimizer holds no parameter at {unknown[:5]}.")
-        scales = {params[place]: Scale(**one) for place, one in state["scales"].items()}
-        self.scales = {p: _checked(self.optim, p, one) for p, one in scales.items()}
+        scales = {params[place]: Scale(**entry) for place, entry in state["scales"].items()}
+        self.scales = {p: _checked(self.optim, p, scale) for p, scale in scales.items()}
         self.orders = dict(state["orders"])
 
     def _places(self) -> dict[Tensor, int]:
@@ -228,14 +230,14 @@ def _checked(optim: Optimizer, p: Tensor, scale: float | Scale) -> Scale:
         raise PlanError(
             f"UpdateScale: this {type(optim).__name__} does not hold the parameter of shape {tuple(p.shape)}."
         )
-    found = scale if isinstance(scale, Scale) else Scale((scale, *(1.0,) * (p.dim() - 1)))
+    full = scale if isinstance(scale, Scale) else Scale((scale, *(1.0,) * (p.dim() - 1)))
     n_axes = max(1, p.dim())
-    lengths = [len(factors) for factors in (found.update, found.grad, found.seen) if factors]
-    if not 0 < found.gain < float("inf") or any(n != n_axes for n in lengths):
+    lengths = [len(factors) for factors in (full.update, full.grad, full.seen) if factors]
+    if not 0 < full.gain < float("inf") or any(n != n_axes for n in lengths):
         raise PlanError(
-            f"UpdateScale: a parameter of shape {tuple(p.shape)} takes one factor per axis and a positive gain, not {found}."
+            f"UpdateScale: a parameter of shape {tuple(p.shape)} takes one factor per axis and a positive gain, not {full}."
         )
-    for factors in (found.update, found.grad, found.seen):
+    for factors in (full.update, full.grad, full.seen):
         for axis, factor in enumerate(factors):
             n = p.shape[axis] if p.dim() else 1
             ok = (
@@ -248,20 +250,20 @@ def _checked(optim: Optimizer, p: Tensor, scale: float | Scale) -> Scale:
                     f"UpdateScale: axis {axis} of the parameter of shape {tuple(p.shape)} takes a positive number, or {n} of "
                     f"them, not {factor!r}."
                 )
-    return found
+    return full
 
 
 def _vectors(t: Tensor, factors: tuple[Factor, ...]) -> list[Factor]:
     """Factors in shapes that broadcast over a tensor, without scalar factors 1."""
-    found: list[Factor] = []
+    vectors: list[Factor] = []
     for axis, factor in enumerate(factors):
         if isinstance(factor, Tensor):
             shape = [1] * t.dim()
             shape[axis] = len(factor)
-            found.append(factor.view(shape))
+            vectors.append(factor.view(shape))
         elif factor != 1.0:
-            found.append(factor)
-    return found
+            vectors.append(factor)
+    return vectors
 
 
 def _power(factor: Factor, power: float, n: int) -> Factor:

@@ -64,7 +64,7 @@ def build(
         verb = "deepen" if shrink is None else "shrink"
         raise PlanError(f"cannot {verb} {spec.family}:\n  the spec names no blocks.")
     deep = {stack.path: _decided(spec, stack, sizes, depth, shrink) for stack in spec.stacks}
-    homes = {path: homes_of(one.blocks) for path, one in deep.items()}
+    homes = {path: homes_of(order.blocks) for path, order in deep.items()}
     factors = norm_factors(spec, wide)
     axes = axis_maps(spec.axes, wide, factors, writer_corrections(spec, sizes))
     eps = _Eps.of(spec, factors)
@@ -93,12 +93,12 @@ def build(
         gradients_exact=not wide.noise and gradients_exact(spec, wide),
         reasons=(
             *wide.reasons,
-            *dict.fromkeys(reason for one in deep.values() for reason in one.reasons),
+            *dict.fromkeys(reason for order in deep.values() for reason in order.reasons),
             *(f"the norms of {s!r} see unequal copies" for s, f in factors.items() if f is None),
         ),
         notes=(
             *wide.notes,
-            *dict.fromkeys(note for one in deep.values() for note in one.notes),
+            *dict.fromkeys(note for order in deep.values() for note in order.notes),
             *(symmetric_copies(wide) if state in ("exact", "copy", "drop") else ()),
             *_unsaved(spec, sizes),
             *eps.notes,

@@ -59,9 +59,9 @@ def _of_rows(plan: GrowthPlan, spec: ModelSpec, homes: Homes, names: set[str]) -
     target = replace(spec, sizes=plan.target_sizes)
     for row in plan.tensors:
         known = set(row.axes) <= set(plan.axes)
-        found, wanted = plan.shapes(row)[1] if known else row.axes, target.shape(row.source)
-        if found != wanted:
-            yield f"{row.name}: has shape {found}, the target {wanted}."
+        shape, wanted = plan.shapes(row)[1] if known else row.axes, target.shape(row.source)
+        if shape != wanted:
+            yield f"{row.name}: has shape {shape}, the target {wanted}."
         if row.drawn and not row.new:
             yield f"{row.name}: is initialised anew, but its block is not new."
         if row.offset != offset(spec.tensors[row.source]):

@@ -300,8 +300,8 @@ class GrowthPlan:
         return plan_text(self)
 
 
-def _fields(one: Any) -> dict[str, Any]:
-    return {field.name: getattr(one, field.name) for field in fields(one)}
+def _fields(record: Any) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in fields(record)}
 
 
 def _check_types(plan: GrowthPlan) -> None:
@@ -329,7 +329,7 @@ def _check_types(plan: GrowthPlan) -> None:
     blocks = [block for rows in (plan.blocks, *plan.others.values()) for block in rows]
     if not all(type(b.source) is int and isinstance(b.branch, number) for b in blocks):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError("a block copies no block")
-    if type(plan.seed) is not int or not all(isinstance(one, str) for one in texts):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if type(plan.seed) is not int or not all(isinstance(entry, str) for entry in texts):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError("a name, a method or the seed is of another type")
     eps = plan.config_eps
     if eps is not None and not (isinstance(eps[0], str) and isinstance(eps[1], number)):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -49,17 +49,17 @@ def refuse(
 ) -> None:
     """Raise PlanError for sizes that the method ``who`` does not grow, and for its other problems."""
     deep = {"layers", *(stack.size for stack in spec.stacks)}
-    found = [
+    unsupported = [
         f"{name}: {who} does not grow it ({spec.sizes[name]} -> {n}); it grows {', '.join(grows)}"
         + (f", and {OTHERS[name]} grows {name}, in a call of its own." if name in OTHERS else ".")
         for name, n in sizes.items()
         if n != spec.sizes[name] and name not in {*grows, *deep}
     ]
     if INNER[0] not in grows and splits(spec, sizes) > 1:
-        found.append(
+        unsupported.append(
             f"kv_heads: {who} keeps groups of heads whole, and width.Lossless splits them."
         )
-    raise_all(PlanError, f"cannot widen {spec.family}:", [*found, *problems])
+    raise_all(PlanError, f"cannot widen {spec.family}:", [*unsupported, *problems])
 
 
 def splits(spec: ModelSpec, sizes: Mapping[str, int]) -> int:

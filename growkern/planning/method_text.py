@@ -59,7 +59,7 @@ def _fits(value: object, hint: Any) -> bool:
     """True when a value matches the type hint of a method's field."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in inner)
+        return any(_fits(value, alternative) for alternative in inner)
     if origin is Literal:
         return value in inner
     if origin is tuple:

@@ -74,7 +74,7 @@ class Attachment:
         optim = unwrapped(optim)
         self.schedule, self.on_growth = schedule, list[OnGrowth]()
         self.model: nn.Module = unwrapped(model)
-        self._schedulers: list[ref[Any]] = [ref(unwrapped(one)) for one in _listed(scheduler)]
+        self._schedulers: list[ref[Any]] = [ref(unwrapped(s)) for s in _listed(scheduler)]
         self._options, self.deferred, self.stepped = options, deferred, False
         # number of growths before the one in progress; None when no growth is in progress
         self._running: int | None = None
@@ -160,7 +160,7 @@ class Attachment:
 
     def _expand(self, event: Event, optim: Optimizer) -> GrowthReport:
         schedule, options, planned = self.schedule, self._options, self.planned(event)
-        live = _listed([one() for one in self._schedulers])
+        live = _listed([reference() for reference in self._schedulers])
         self._running = n_growths(self.model)
         try:
             report = expand_inplace(
@@ -238,4 +238,4 @@ def growth_metrics(event: Event, report: GrowthReport) -> dict[str, float]:
 
 def _listed(scheduler: object | None) -> list[Any]:
     several: list[Any] = [*scheduler] if isinstance(scheduler, list | tuple) else [scheduler]
-    return [one for one in several if one is not None]
+    return [s for s in several if s is not None]

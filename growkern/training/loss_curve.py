@@ -116,9 +116,9 @@ def read_curve(path: Path, tokens_per_step: float | None = None) -> list[tuple[f
         None,
     )
     if column is None or (column == "step" and tokens_per_step is None):
-        found = "counts steps" if column else f"has {', '.join(map(str, rows[0]))}"
+        problem = "counts steps" if column else f"has {', '.join(map(str, rows[0]))}"
         raise PlanError(
-            f"cannot tell the tokens of {path}, which {found}: add a column tokens, or pass tokens_per_step (--tokens-per-step)."
+            f"cannot tell the tokens of {path}, which {problem}: add a column tokens, or pass tokens_per_step (--tokens-per-step)."
         )
     if tokens_per_step is not None and not (isfinite(tokens_per_step) and tokens_per_step > 0):
         raise PlanError(f"tokens_per_step={tokens_per_step}: a step has more than 0 tokens.")

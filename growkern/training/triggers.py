@@ -252,14 +252,14 @@ class WhenSlope(Event):
 
     def due(self, counts: Counts) -> bool:
         """Return True if the event has to fire now."""
-        found = self.slope(counts)
-        return len(counts.points) >= self.window and found is not None and found < self.tau
+        slope = self.slope(counts)
+        return len(counts.points) >= self.window and slope is not None and slope < self.tau
 
     def progress(self, counts: Counts) -> str:
         """Describe the progress toward the trigger, as text."""
-        found = self.slope(counts)
+        slope = self.slope(counts)
         seen = f"{len(counts.points):,} of {self.window:,} observed"
-        return seen if found is None else f"slope {found:.3g}, {seen}"
+        return seen if slope is None else f"slope {slope:.3g}, {seen}"
 
     def slope(self, counts: Counts) -> float | None:
         """Return ``-d metric / d ln(compute)`` over the window; None if all observations have the same compute."""
@@ -281,8 +281,8 @@ def target_of(event: Event) -> str:
 def disorder(events: Sequence[Event]) -> list[str]:
     """Return the reasons why events cannot be scheduled: unknown options, or steps, tokens or sizes that decrease."""
     if not events or not all(isinstance(event, Event) for event in events):  # pyright: ignore[reportUnnecessaryIsInstance]
-        found = ", ".join(type(event).__name__ for event in events)
-        return [f"expected At, WhenPlateau or WhenSlope events, got {found or 'none'}."]
+        kinds = ", ".join(type(event).__name__ for event in events)
+        return [f"expected At, WhenPlateau or WhenSlope events, got {kinds or 'none'}."]
     problems: list[str] = [
         f"event {i}: unknown {name}={value!r}; {', '.join(map(repr, known))}."
         for i, event in enumerate(events)
@@ -348,8 +348,8 @@ def read_state(
             [int(step) for step in [*state["fired"]]],
             [*map(str, [*state["history"]])],
         )
-        for one in history:
-            read(one)
+        for record in history:
+            read(record)
         bad = not (counts.n_steps >= 0 and counts.n_tokens >= 0 and counts.n_flops >= 0)
         if bad or len(fired) != len(history) or len(fired) > n_events:
             raise ValueError("counts, fired and history do not fit each other")

@@ -125,18 +125,18 @@ class AKI(FPI):
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
         """Return index maps and stream scales for the target ``sizes``; raise PlanError for a size that does not grow, or one layer."""
-        found = super().widen(spec, sizes)
+        decision = super().widen(spec, sizes)
         who = type(self).__name__
         if spec.sizes.get("layers", 0) < 2 or spec.blocks is None:
             raise PlanError(
                 f"{who}: new rows come from the next layer, and this {spec.family} has {spec.sizes.get('layers', 0)}; FPI() does "
                 "without."
             )
-        if all(index_map.is_identity for index_map in found.maps.values()):
-            return found
+        if all(index_map.is_identity for index_map in decision.maps.values()):
+            return decision
         last = "the last layer has no next one: copies of its heads and FFN units are equal, and remain so."
         reasons = ("new rows come from the next layer",)
-        return replace(found, next_layer=True, reasons=reasons, notes=(last,))
+        return replace(decision, next_layer=True, reasons=reasons, notes=(last,))
 
 
 @dataclass(frozen=True)
