@@ -132,8 +132,8 @@ class CLPTransfer:
             )
         kept = [t for t in map(index, self.tokens) if t >= 0]
         found = [
-            (len(self.tokens) == n_target, f"tokens has {len(self.tokens)} entries, the target {n_target} tokens; pass one entry per token"),
-            (len(self.helper) == n_target, f"helper has {len(self.helper)} rows, the target {n_target} tokens; pass one row per token"),
+            (len(self.tokens) == n_target, f"tokens has {len(self.tokens)} entries, the target {n_target} tokens; pass one per token"),
+            (len(self.helper) == n_target, f"helper has {len(self.helper)} rows, the target {n_target} tokens; pass a row per token"),
             (bool(self.helper.isfinite().all()), "helper has numbers that are not finite"),
             (self.helper.dim() == 2, f"helper has {self.helper.dim()} axes; pass a matrix, tokens x features"),
             (bool(kept), "tokens names no token of the source; use vocab.MeanCov() for new tokens alone"),

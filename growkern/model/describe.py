@@ -136,17 +136,17 @@ def _wrappers(model: nn.Module) -> Iterator[str]:
                 )
     for way_out, what in found.items():
         yield f"{what}, which is not supported yet: {way_out}."
+    for name, module in _modules(model):
+        if parametrize.is_parametrized(module) or any(
+            hasattr(module, f"weight_{suffix}") for suffix in ("orig", "g", "v", "mask")
+        ):
+            yield f"{name}: is parametrized or pruned; remove the parametrization first."
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         yield "a CUDA graph is being captured; grow before, and capture the graph again."
 
 
 def _unfit(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
     devices: dict[str, str] = {}
-    for name, module in _modules(model):
-        if parametrize.is_parametrized(module) or any(
-            hasattr(module, f"weight_{suffix}") for suffix in ("orig", "g", "v", "mask")
-        ):
-            yield f"{name}: is parametrized or pruned; remove the parametrization first."
     for name, p in model.named_parameters():
         if type(p.data) is not Tensor or type(p) is not nn.Parameter:
             kind = type(p if type(p) is not nn.Parameter else p.data).__name__

@@ -151,7 +151,7 @@ def _unknown(
     """Yield an error message for each state entry that cannot be grown."""
     if law is None:
         if states:
-            known = ", ".join(name.rpartition(".")[2] for name in LAWS)
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in LAWS))
             keys = sorted({str(key) for _, state in states.values() for key in state})
             yield (
                 f"the law of {kind} (state {', '.join(keys)}) is not known. Known: {known}. Say how each key grows by "

@@ -51,7 +51,7 @@ class Sparkling:
         ]
         if self.fan_out == self.fan_in == "zero":
             problems.append(
-                "a new coordinate with zeros as writer and reader never trains; pass 'copy' or 'random' for one of the two."
+                "fan_out='zero', fan_in='zero': new coordinates with both never train; pass 'copy' or 'random' for one of the two."
             )
         refuse(spec, sizes, "Sparkling", problems)
         maps: dict[str, IndexMap] = {}
