@@ -24,38 +24,29 @@ from growkern.planning.growth_record import GrowthRecord
 CURVE = [(1e6 * i, 1.5 + 0.9 * i**-0.35) for i in range(1, 60)]
 
 
-def grow(family="llama", tied=True, changes=(), **growth):
-    return growkern.expand_inplace(make(family, tied=tied, **dict(changes)), **growth)
+def grow(family="llama", changes=(), **growth):
+    return growkern.expand_inplace(make(family, tied=True, **dict(changes)), **growth)
+
+
+def plan(**planning):
+    return growkern.plan(make("llama", tied=True), **planning)
 
 
 def shrunk(**shrinking):
     return growkern.shrink_inplace(make("llama", tied=True), **shrinking)
 
 
-def started(steps=1):
+def started():
     model = make("llama", tied=True)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    train(model, optim, steps)
+    train(model, optim, 1)
     return model, optim
-
-
-def trained(**growth):
-    return growkern.expand_inplace(*started(), **growth)
-
-
-def upcycled(family="llama", experts=2, **options):
-    return growkern.upcycle(make(family, tied=True), experts=experts, **options)
 
 
 def another_optimizer():
     model, optim = started()
     growkern.expand_inplace(model)
     assert optim
-
-
-def a_stranger():
-    model = make("llama", tied=True)
-    growkern.expand_inplace(model, torch.optim.AdamW(torch.nn.Linear(2, 2).parameters()))
 
 
 def a_head_put_in_later():
@@ -107,17 +98,6 @@ def an_old_optimizer_checkpoint():
     optim.load_state_dict(before)
 
 
-def another_model():
-    plan = growkern.plan(make("llama", tied=True))
-    growkern.expand_inplace(make("gpt2", tied=True), plan=plan)
-
-
-def a_plan_that_shrinks():
-    model = make("llama", tied=True)
-    plan = growkern.plan(model, to="0.5x", shrink=shrink.WeightSelection())
-    growkern.expand_inplace(model, plan=plan)
-
-
 def in_the_wrong_order():
     model = make("llama", tied=True)
     start = copy.deepcopy(model)
@@ -133,7 +113,7 @@ def a_model_that_has_grown():
 
 
 def a_later_record():
-    record = json.loads(GrowthRecord.of(growkern.plan(make("llama", tied=True))).to_json())
+    record = json.loads(GrowthRecord.of(plan()).to_json())
     growkern.resume(make("llama", tied=True), None, [json.dumps(record | {"version": 9})])
 
 
@@ -294,14 +274,15 @@ ERRORS = {  # what is done; what the error must name, the reason it must say, an
         r"use WeightSelection\(\)"),
     "state of copies": (lambda: shrunk(state="asymmetric"), "'asymmetric'", "not known to a shrinking", "pass 'exact', 'copy', 'drop'"),
     "a plan that shrinks": (
-        a_plan_that_shrinks, "plan", "targets are smaller than their sources", "run the plan by shrink_inplace"),
+        lambda: grow(plan=plan(to="0.5x", shrink=shrink.WeightSelection())), "plan",
+        "targets are smaller than their sources", "run the plan by shrink_inplace"),
     # options and plans
     "a state that there is not": (lambda: grow(state="keep"), "'keep'", "unknown state", "pass 'exact', "),
     "no memory": (too_large, "cpu with memory='lean'", "free: 0.00 GiB", "choose a smaller target"),
     "a plan and a wish": (
-        lambda: grow(plan=growkern.plan(make("llama", tied=True)), to="3x"), "plan", "already says what", "leave to=, width="),
+        lambda: grow(plan=plan(), to="3x"), "plan", "already says what", "leave to=, width="),
     "no plan at all": (lambda: grow(plan={}), "plan", "expected a GrowthPlan, got dict", r"GrowthPlan\.from_json reads"),
-    "a plan for another model": (another_model, "a llama of", "this gpt2 has", "plan again"),
+    "a plan for another model": (lambda: grow("gpt2", plan=plan()), "a llama of", "this gpt2 has", "plan again"),
     "a plan of a later version": (
         lambda: GrowthPlan.from_json('{"version": 9}'), "version 9", "reads versions up to", "install the growkern that wrote it"),
     # models
@@ -324,7 +305,8 @@ ERRORS = {  # what is done; what the error must name, the reason it must say, an
     # optimizers and schedulers
     "an optimizer that was forgotten": (another_optimizer, "AdamW", "would not grow", "Pass that optimizer as optim"),
     "an optimizer of another model": (
-        a_stranger, "AdamW", "no parameter of this LlamaForCausalLM", "pass the optimizer that trains the model"),
+        lambda: grow(optim=torch.optim.AdamW(torch.nn.Linear(2, 2).parameters())), "AdamW",
+        "no parameter of this LlamaForCausalLM", "pass the optimizer that trains the model"),
     "an optimizer that is not known": (an_unknown_class, "Own", "law of .* is not known", "state_rules="),
     "an optimizer of a head that is gone": (
         a_head_put_in_later, "has 1 parameters", "no module has any more", "Build a new optimizer"),
@@ -335,13 +317,12 @@ ERRORS = {  # what is done; what the error must name, the reason it must say, an
     "a closure": (a_closure, r"optimizer.step\(\)", "half a step", "grow between steps"),
     "one rate for all groups": (one_rate_by_hand, "learning rate of groups", "undoes the factors", r"Set lr \* group"),
     "a scheduler that is none": (
-        lambda: trained(scheduler=object()), "object", "not a learning-rate scheduler", "expected a torch.optim.lr_scheduler"),
+        lambda: growkern.expand_inplace(*started(), scheduler=object()), "object", "not a learning-rate scheduler",
+        "expected a torch.optim.lr_scheduler"),
     # schedules
     "two schedules": (
         twice_attached, "this AdamW", "a schedule of 1 events drives", r"into one schedule, or call remove\(\)"),
     "a step and tokens": (lambda: At(step=1, tokens=1), r"At\(step=1, tokens=1\)", "either", "pass either step or tokens"),
-    "events that go back": (
-        lambda: GrowthSchedule([At(step=5), At(step=3)]), "event 1: step 3", "below the 5 of event 0", "name at least 5"),
     "events that have changed": (another_schedule, "layers=3 at", "with .*layers=4", "Keep the events that fired"),
     "tokens that nobody counts": (
         without_tokens, "1,?000", "have reported no tokens", r"Call schedule\.observe\(tokens="),
@@ -351,13 +332,11 @@ ERRORS = {  # what is done; what the error must name, the reason it must say, an
         a_model_that_has_grown, "this model has grown", "the optimizer has not", "from the config of the start"),
     "a record of a later version": (a_later_record, "version 9", "reads version", "install the growkern that wrote"),
     # upcycle, compare, advise
-    "no mixture": (lambda: upcycled("gpt2"), "GPT2LMHeadModel", "no mixture-of-experts class", "growkern upcycles Llama"),
+    "no mixture": (lambda: growkern.upcycle(make("gpt2", tied=True), experts=2), "GPT2LMHeadModel", "no mixture", "growkern upcycles Llama"),
     "more experts than there are": (
-        lambda: upcycled(experts=2, top_k=3), "experts=2, top_k=3", "std=", "pass 1 <= top_k <= experts"),
+        lambda: growkern.upcycle(make("llama", tied=True), experts=2, top_k=3), "experts=2, top_k=3", "std=", "pass 1 <= top_k <= experts"),
     "nothing to compare": (
         lambda: growkern.compare(*started(), methods=[], batch=batch()), "methods", r"got \[\]", "expected width methods"),
-    "a recipe that was not measured": (
-        lambda: advised(recipe="mine"), "'mine'", "was measured", "Pass a Recipe"),
     "a target that is not larger": (
         lambda: advised(target=1e4), "target=10,000", "not larger than source=100,000", "Name the larger model"),
     "a schedule without a model": (
@@ -367,8 +346,6 @@ ERRORS = {  # what is done; what the error must name, the reason it must say, an
     "a checkpoint over another": (
         lambda: on_disk(lambda at: (at.parent / "out").mkdir() or grow_saved(at, at.parent / "out")), "out", "exists",
         "pass --overwrite"),
-    "a target inside the source": (
-        lambda: on_disk(lambda at: grow_saved(at, at / "out")), "source/out", "is inside", "name another folder"),
     "a quantized checkpoint": (
         lambda: on_disk(lambda at: grow_saved(at, at.parent / "out"), quantization_config={}), "source", "is quantized",
         "grow the checkpoint from before"),
@@ -378,8 +355,6 @@ ERRORS = {  # what is done; what the error must name, the reason it must say, an
         lambda: command("plan", "small", "--to", "hidden="), "--to", "cannot read 'hidden='", "write 2x, or hidden=1024"),
     "a method on the command line": (
         lambda: command("plan", "small", "--width", "Stack()"), "--width", "no method 'Stack'", "the methods are .*Lossless"),
-    "a plan and a wish on the command line": (
-        lambda: command("grow", "small", "large", "--plan", __file__, "--to", "2x"), "--plan", "already says", "leave --to, --width"),
     "too many tokens": (
         lambda: on_disk(lambda at: command("verify", at, at, "--tokens", "99")), "99 tokens", "has 64 positions", "--tokens 62"),
     # integrations
@@ -401,3 +376,24 @@ def test_an_error_names_what_is_at_fault_says_why_and_offers_a_way_out(call, nam
     text = str(raised.value)
     assert [one for one in (names, why, way_out) if not re.search(one, text, re.DOTALL)] == [], text
     assert len(text.splitlines()) <= 9 and not re.match(r"[A-Z][a-z]+ ", text), text
+
+
+WAYS_OUT = [  # what is refused, and what the error says to pass instead
+    (dict(to={"ffn": "1.33x"}), dict(to={"ffn": 54})),
+    (dict(to={"heads": 5}), dict(to={"heads": 6})),
+    (dict(to={"head_dim": 9}), dict(to={"head_dim": 12})),
+    (dict(to={"hidden": 36}, width=width.HyperClone()), dict(to={"hidden": 36}, width=width.HyperClone(general=True))),
+    (dict(width=width.Lossless(norms="mean_pad")), dict(width=width.Lossless())),
+    (dict(width=width.Lemon(expansion="average")), dict(width=width.Lemon(expansion="zero"))),
+    (dict(width=width.AKIPro()), dict(to={"hidden": 48, "kv_heads": 2}, width=width.AKIPro())),
+    (dict(width=width.Sparkling("zero", "zero")), dict(width=width.Sparkling("random", "zero"))),
+    (dict(to={"layers": 3}, depth=depth.DepthUpscale()), dict(to={"layers": 3}, depth=depth.Stack())),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("refused", "said_to_pass"), WAYS_OUT)
+def test_the_way_out_works(refused, said_to_pass):
+    with pytest.raises(GrowthError):
+        grow(**refused)
+
+    assert grow(**said_to_pass).n_params_target > 0
