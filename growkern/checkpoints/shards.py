@@ -82,9 +82,8 @@ def stored(folder: Path) -> dict[str, torch.dtype]:
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        problems += [
-            f"{name}: is not in {file}; copy the file again." for name in names if name not in held
-        ]
+        missing = [name for name in names if name not in held]
+        problems += [f"{name}: is not in {file}; copy the file again." for name in missing]
         found |= held
     raise_all(CheckpointError, f"{folder} is incomplete:", problems)
     return found

@@ -62,7 +62,7 @@ class AxisMap:
             n < 1 for vector in (self.weight_scale, self.grad_scale) for _, n in vector.pieces
         ):
             raise PlanError(
-                f"an axis of {self.index_map.n_target} coordinates has {lengths} scales."
+                f"an axis of {self.index_map.n_target} coordinates has {lengths[0]} weight scales and {lengths[1]} gradient scales."
             )
 
     def times(self, factor: float, grad_factor: float) -> "AxisMap":

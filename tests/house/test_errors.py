@@ -332,7 +332,8 @@ ERRORS = {  # what is done; what the error must name, the reason it must say, an
         a_model_that_has_grown, "this model has grown", "the optimizer has not", "from the config of the start"),
     "a record of a later version": (a_later_record, "version 9", "reads version", "install the growkern that wrote"),
     # upcycle, compare, advise
-    "no mixture": (lambda: growkern.upcycle(make("gpt2", tied=True), experts=2), "GPT2LMHeadModel", "no mixture", "growkern upcycles Llama"),
+    "no mixture": (
+        lambda: growkern.upcycle(make("gpt2", tied=True), experts=2), "GPT2LMHeadModel", "no mixture", "growkern upcycles Llama"),
     "more experts than there are": (
         lambda: growkern.upcycle(make("llama", tied=True), experts=2, top_k=3), "experts=2, top_k=3", "std=", "pass 1 <= top_k <= experts"),
     "nothing to compare": (

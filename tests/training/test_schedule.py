@@ -338,7 +338,7 @@ def test_events_ahead_may_change_at_a_restart_and_those_that_fired_may_not():
     changed.load_state_dict(saved)
 
     assert changed.fired == [1] and changed.counts.points == []  # another trigger's history
-    with pytest.raises(PlanError, match="the growths that ran were .*hidden=48 at step 1"):
+    with pytest.raises(PlanError, match="the events that fired were .*hidden=48 at step 1"):
         GrowthSchedule([At(step=1, to=DEEPER)]).load_state_dict(saved)
     with pytest.raises(PlanError, match="cannot read the schedule's state"):
         changed.load_state_dict({"steps": 3})
