@@ -244,7 +244,8 @@ def _numbers(values: object, name: str, n: int) -> tuple[float, ...]:
     try:
         found = tuple(float(value) for value in values)  # pyright: ignore
     except (TypeError, ValueError) as error:
-        raise PlanError(f"{name}: expected {n} numbers: {error}.") from None
+        expected = "a number" if n == 1 else f"{n} numbers"
+        raise PlanError(f"{name}: expected {expected}: {error}.") from None
     if len(found) != n:
         raise PlanError(f"{name}: expected {n} numbers, got {len(found)}.")
     return found

@@ -232,7 +232,7 @@ REFUSED = {
     "flat": ([(1e4 * 1000 ** (i / 59), 2.0) for i in range(60)], SIZES, "does not fall"),
     "perplexity": ([(d, 500 * y) for d, y in CURVE], SIZES, "convert perplexities to their logarithms"),
     "dictionary": (dict(CURVE), SIZES, "curve: expected pairs of"),
-    "text-budget": (CURVE, SIZES | {"budget": "much"}, "budget: could not convert"),
+    "text-budget": (CURVE, SIZES | {"budget": "much"}, "budget: expected a number: could not convert"),
     "one-flops": (CURVE, SIZES | {"flops_per_token": 6.0}, "flops_per_token: "),
     "cheaper-target": (CURVE, SIZES | {"flops_per_token": (2.0, 1.0)}, "the target must cost more than the source"),
     "kind": (CURVE, SIZES | {"kind": "length"}, "kind='length'"),
