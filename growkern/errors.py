@@ -41,7 +41,7 @@ def raise_all(error: type[GrowthError], heading: str, problems: list[str]) -> No
     """
     groups: dict[str, list[str]] = {}
     for problem in problems:
-        groups.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", problem), []).append(problem)
+        groups.setdefault(re.sub(r"\.\d+(?=[.:']|$)", ".*", problem), []).append(problem)
     lines = [
         group[0] if len(group) == 1 else f"{k} ({len(group)} times)" for k, group in groups.items()
     ]

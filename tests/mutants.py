@@ -193,7 +193,7 @@ MUTANTS = {
         "checkpoints/grow.py", "        page_out(tensor)\n", "        pass\n", "cli/test_commands.py -k peak_memory"),
     "checkpoint: the index is believed": Mutant(
         "checkpoints/shards.py",
-        '        problems += [f"{name}: is not in {file}." for name in names if name not in held]\n', "        pass\n",
+        '        problems += [f"{name}: is not in {file}; copy the file again." for name in missing]\n', "        pass\n",
         "checkpoints/test_grow_checkpoint.py -k not_whole"),
     "checkpoint: files are not synced": Mutant(
         "checkpoints/shards.py", "            _sync(path)\n", "            pass\n",

@@ -92,7 +92,8 @@ def advise(
         f = flops_per_token or (6.0 * n[0], 6.0 * n[1])
     if law is not None and law.curves[0].n_params != n[0]:
         raise PlanError(
-            f"law= was fitted to a model of {law.curves[0].n_params:,.0f} parameters, not of {n[0]:,.0f}."
+            f"law= was fitted to a model of {law.curves[0].n_params:,.0f} parameters, not of {n[0]:,.0f}; "
+            "leave law= out to fit one."
         )
     (each_source, each_target), (budget,) = (
         _numbers(f, "flops_per_token", 2),
@@ -131,15 +132,15 @@ def _observed(schedule: GrowthSchedule) -> _Observed:
         for wrong, text in (
             (
                 attachment is None,
-                "it is not attached to a model: call schedule.attach(model, optim) first.",
+                "the schedule is not attached to a model: call schedule.attach(model, optim) first.",
             ),
             (
                 event is None,
-                "all of its growths have happened: add an event, or pass a curve with source= and target=.",
+                "all events of the schedule have fired: add an event, or pass a curve with source= and target=.",
             ),
             (
                 not counts.n_tokens,
-                "it has observed no tokens: call schedule.observe(tokens=..., loss=...) with every step.",
+                "the schedule has observed no tokens: call schedule.observe(tokens=..., loss=...) with every step.",
             ),
         )
         if wrong
@@ -203,7 +204,7 @@ def pooled(recipes: Mapping[str, Recipe], kind: str | None, name: str) -> Recipe
 
 def _recipe(recipe: str | Recipe | None, kind: str) -> Recipe:
     if kind not in METHODS:
-        raise PlanError(f"kind={kind!r}: what grows is 'width' or 'depth'.")
+        raise PlanError(f"kind={kind!r} is unknown: pass 'width' or 'depth'.")
     if isinstance(recipe, Recipe):
         return recipe
     if recipe is None:
@@ -222,8 +223,8 @@ def _recipe(recipe: str | Recipe | None, kind: str) -> Recipe:
 def _sizes(source: float | None, target: float | None) -> tuple[float, float]:
     if source is None or target is None:
         raise PlanError(
-            f"advise(source={source}, target={target}): pass the numbers of parameters of both, without the input embedding; or a "
-            "GrowthSchedule, which knows them."
+            f"advise(source={source}, target={target}): pass the numbers of parameters of source and target, without the input "
+            "embedding; or pass a GrowthSchedule in place of the curve."
         )
     return float(source), float(target)
 
@@ -235,7 +236,7 @@ def _points(curve: Iterable[Sequence[float]], name: str) -> list[tuple[float, fl
     except (TypeError, ValueError) as error:
         raise PlanError(f"{name}: expected pairs of (tokens, loss in nats): {error}.") from None
     if not points:
-        raise PlanError(f"{name}: it has no points. Pass (tokens, loss in nats) of the run so far.")
+        raise PlanError(f"{name} has no points. Pass (tokens, loss in nats) of the run so far.")
     return points
 
 
@@ -243,7 +244,8 @@ def _numbers(values: object, name: str, n: int) -> tuple[float, ...]:
     try:
         numbers = tuple(float(value) for value in values)  # pyright: ignore
     except (TypeError, ValueError) as error:
-        raise PlanError(f"{name}: {error}.") from None
+        expected = "a number" if n == 1 else f"{n} numbers"
+        raise PlanError(f"{name}: expected {expected}: {error}.") from None
     if len(numbers) != n:
         raise PlanError(f"{name}: expected {n} numbers, got {len(numbers)}.")
     return numbers
@@ -258,12 +260,14 @@ def _check(n: tuple[float, float], f: tuple[float, float], now: float, budget: f
         )
     if not all(x > 0 and isfinite(x) for x in f):
         problems.append(
-            f"flops_per_token={f}: pass FLOPs of a token, forward and backward, of source and target, above 0."
+            f"flops_per_token={f}: pass the FLOPs per token (forward and backward) of source and target, above 0."
         )
     if f[1] <= f[0]:
-        problems.append(f"flops_per_token={f}: the target's are not above the source's.")
+        problems.append(
+            f"flops_per_token={f}: the target must cost more than the source; pass (source, target)."
+        )
     if not (isfinite(now) and now > 0):
-        problems.append(f"spent={now}: pass the FLOPs until now, above 0.")
+        problems.append(f"spent={now}: pass the FLOPs of the run until now, above 0.")
     if not (isfinite(budget) and budget > now):
         problems.append(
             f"budget={budget:.4g} FLOPs is spent: the curve ends at {now:.4g} FLOPs. The budget counts the whole run; pass a larger one."

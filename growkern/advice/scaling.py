@@ -124,7 +124,7 @@ def fit(curves: Sequence[tuple[float, Curve]], *, seed: int = 0) -> ScalingLaw:
     """
     problems = [text for n, points in curves for text in _problems(n, points)]
     if not curves:
-        problems.append("there is no curve. Pass at least that of the model that trains.")
+        problems.append("no curve was given. Pass at least the curve of the model that trains.")
     raise_all(PlanError, "cannot fit a law to these loss curves:", problems)
     read = tuple(_read(n, points) for n, points in curves)
     reference = read[0].n_params, read[0].points[-1][0]
@@ -199,7 +199,7 @@ def _problems(n_params: float, curve: Curve) -> list[str]:
     """Return the reasons why a curve cannot be fitted."""
     name = f"the curve of {n_params:,.0f} parameters"
     if not n_params > 0 or not isfinite(n_params):
-        return [f"n_params={n_params}: the number of parameters has to be above 0."]
+        return [f"n_params={n_params}: pass a number of parameters above 0."]
     wrong = [
         (i, p)
         for i, p in enumerate(curve)
@@ -209,7 +209,7 @@ def _problems(n_params: float, curve: Curve) -> list[str]:
         i, (tokens, loss) = wrong[0]
         return [
             f"{name} has {len(wrong)} points that are no numbers, have no tokens, or no loss in nats; the first is point {i}: "
-            f"tokens={tokens}, loss={loss}. Leave such points out; of perplexities take the logarithm."
+            f"tokens={tokens}, loss={loss}. Leave such points out; convert perplexities to their logarithms."
         ]
     if any(later[0] <= earlier[0] for earlier, later in pairwise(curve)):
         return [

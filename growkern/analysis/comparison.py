@@ -16,7 +16,7 @@ from growkern.errors import GrowthError, PlanError
 from growkern.optimizer.update_scale import UpdateScale, scale_of
 from growkern.planning.decisions import DepthMethod, WidthMethod
 from growkern.planning.sizes import Target
-from growkern.support.text import table
+from growkern.support.text import short, table
 from growkern.support.wrappers import unwrapped
 
 Batch = Tensor | Mapping[str, object]
@@ -127,11 +127,11 @@ def compare(
     strange = [method for method in methods if _pair(method) is None]
     if not methods or strange:
         raise PlanError(
-            f"methods: expected width methods, depth methods or pairs of both, got {strange or methods!r}."
+            f"methods: expected width methods, depth methods or pairs of both, got {short(strange or methods)}."
         )
     if not batches or steps < 0:
         raise PlanError(
-            f"compare takes at least one batch and steps >= 0, not {len(batches)} and {steps}."
+            f"compare takes at least one batch and steps >= 0; got {len(batches)} batches and steps={steps}."
         )
     measured = batches[0] if held_out is None else held_out
     measure = _Measure(

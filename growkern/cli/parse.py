@@ -23,9 +23,9 @@ def sizes_of(texts: Sequence[str]) -> Target:
     for part in [part.strip() for text in texts for part in text.split(",")]:
         name, equals, value = (word.strip() for word in part.partition("="))
         if not (name and equals and value):
-            raise PlanError(f"cannot read {part!r}: 2x, or hidden=1024,layers=24.")
+            raise PlanError(f"cannot read {part!r}; write 2x, or hidden=1024,layers=24.")
         if name in sizes:
-            raise PlanError(f"{name} is named twice.")
+            raise PlanError(f"{name} is named twice; name every size once.")
         sizes[name] = int(value) if value.isdecimal() else value
     return sizes
 

@@ -163,8 +163,8 @@ class LrGuard:
             factors, values = {factor for factor, _ in pairs}, {rate for _, rate in pairs}
             if len(factors) > 1 and len(values) == 1 and values != {0.0}:
                 raise PlanError(
-                    f"the learning rate of groups that a growth has split was set to {values.pop():g} for all of them, which "
-                    f"undoes the factors {sorted(factors)}. Set lr * group[{LR_FACTOR!r}], hand the scheduler over as "
+                    f"the learning rate of groups that a growth has split was set to {values.pop():g} for all groups, which "
+                    f"undoes the factors {sorted(factors)}. Set lr * group[{LR_FACTOR!r}], pass the scheduler as "
                     "scheduler=, or grow with dynamics=None."
                 )
 

@@ -76,9 +76,11 @@ class Execution:
         self.plan, self.sources, self.backend = plan, sources, backend
         self.rules, self.cutter = rules, cutter or Cutter(plan, given)
         if memory is not None and memory not in MEMORIES:
-            raise PlanError(f"unknown memory={memory!r}: 'stage', 'lean' or None, for what fits.")
+            raise PlanError(
+                f"unknown memory={memory!r}; pass 'stage', 'lean', or None for the first mode that fits."
+            )
         shapes = [
-            f"{row.source}: has shape {tuple(sources.values[row.source].shape)}, the plan is for {plan.shapes(row)[0]}"
+            f"{row.source}: has shape {tuple(sources.values[row.source].shape)}, the plan is for {plan.shapes(row)[0]}; plan again"
             for row in plan.tensors
             if tuple(sources.values[row.source].shape) != plan.shapes(row)[0]
         ]
@@ -292,9 +294,9 @@ def unavailable(backend: str, device: torch.device) -> list[str]:
     if backend == "torch":
         return []
     if backend != "triton":
-        return [f"there is no backend {backend!r}: 'triton', 'torch' or None"]
+        return [f"backend={backend!r} is unknown; pass 'triton', 'torch' or None"]
     if find_spec("triton") is None:
-        return ["triton is not installed"]
+        return ["triton is not installed; use backend='torch'"]
     from triton import knobs  # pyright: ignore  (untyped, and imported only where it is used)
 
     interpreted = bool(knobs.runtime.interpret)  # pyright: ignore

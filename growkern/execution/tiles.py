@@ -286,7 +286,7 @@ class _Fill:
         """New rows, or new columns as rows, from the width method."""
         if self._given is None:
             raise PlanError(
-                "what this plan's new coordinates hold is its method's to give: pass its width= with plan=."
+                "the plan's width method computes the new coordinates: pass the method as width= beside plan=."
             )
         self.n_statistics += 1
         rows = self.rows.pad == "from_method" and self.rows.index_map.has_pads

@@ -66,7 +66,7 @@ def initialise(block: nn.Module, around: Initialise | None, seed: int) -> None:
         )
 
 
-WAY_OUT = "Give it one, or choose another depth method, such as IdentityBlocks() or Stack()."
+WAY_OUT = "Add reset_parameters() or _init_weights(), or choose another depth method, such as IdentityBlocks() or Stack()."
 
 
 def _reset(module: nn.Module) -> None:

@@ -78,7 +78,9 @@ class AdamW(torch.optim.AdamW):
         """
         group = next((g for g in self.param_groups if any(p is q for q in g["params"])), None)
         if group is None:
-            raise ValueError(f"a parameter of shape {tuple(p.shape)} is not in this optimizer.")
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is not in this optimizer; add it to a param group."
+            )
         if p.is_complex() or p.layout != torch.strided or type(p) not in PLAIN:
             raise ValueError(
                 f"slices are for dense real parameters, not {p.layout} {p.dtype} of class {type(p).__name__}."
@@ -232,24 +234,28 @@ def _in_blocks(lists: Sequence[list[Tensor]]) -> None:
 def _checked(key: str, vector: Vector, p: Tensor, step: float) -> Tensor | None:
     """Return the vector of a slice key as a new tensor, or raise ValueError."""
     if key not in KEYS:
-        raise ValueError(f"{key!r} is no slice; there are {', '.join(SLICES)}.")
+        raise ValueError(f"{key!r} is no slice; the slices are {', '.join(SLICES)}.")
     if vector is None:
         return None
     values = torch.as_tensor(vector).detach()
     if values.is_complex():
-        raise ValueError(f"{key} is {values.dtype}; real numbers are wanted.")
+        raise ValueError(f"{key} is {values.dtype}; pass real numbers.")
     values = values.to(p.device, arithmetic(p.dtype), copy=True)
     n, shape = length(key, p.shape), tuple(p.shape)
     if values.shape != (n,):
-        raise ValueError(f"{key} is {tuple(values.shape)}; of {shape} it is ({n},).")
+        raise ValueError(
+            f"{key} has shape {tuple(values.shape)}; a parameter of shape {shape} needs ({n},)."
+        )
     if not values.isfinite().all():
-        raise ValueError(f"{key} of {shape} holds numbers that are not finite.")
+        raise ValueError(f"{key} of {shape} has numbers that are not finite; pass finite ones.")
     least = values.min().item() if n else 1.0
     if key.startswith("born"):
         if least < 0 or (n and values.max().item() > step):
-            raise ValueError(f"{key} of {shape} is not between 0 and its step, {step:g}.")
+            raise ValueError(
+                f"{key} of {shape} must be between 0 and the step of the parameter, {step:g}."
+            )
     elif least <= 0:
-        raise ValueError(f"{key} of {shape} holds {least:g}; only numbers above 0 are allowed.")
+        raise ValueError(f"{key} of {shape} has {least:g}; pass numbers above 0.")
     return values.contiguous()
 
 
@@ -261,16 +267,24 @@ def _check_sliced(p: Tensor, state: Mapping[str, Tensor], group: Group, compilin
 
     g = p.grad
     if p.layout != torch.strided or (g is not None and g.layout != torch.strided):
-        raise RuntimeError(f"AdamW does not support sparse gradients: {name()} has one.")
+        raise RuntimeError(
+            f"AdamW does not support sparse gradients: {name()} has one; use SparseAdam for it."
+        )
     if p.is_complex():
-        raise RuntimeError(f"{name()} is {p.dtype}; slices are for real parameters.")
+        raise RuntimeError(
+            f"{name()} is {p.dtype}; slices are for real parameters: set_slices(p, key=None) removes a slice."
+        )
     if type(p) not in PLAIN:  # e.g. DTensor: a shard has other rows and columns than the parameter
-        raise RuntimeError(f"{name()} is of class {type(p).__name__}; slices are for plain ones.")
+        raise RuntimeError(
+            f"{name()} is of class {type(p).__name__}; slices are for plain parameters: set_slices(p, key=None) removes a slice."
+        )
     for option in ("capturable", "differentiable"):
         if group[option]:
-            raise RuntimeError(f"{name()} is in a {option} group; set_slices(p, key=None) removes.")
+            raise RuntimeError(
+                f"{name()} is in a {option} group; set_slices(p, key=None) removes a slice."
+            )
     if compiling:
-        raise RuntimeError(f"step() cannot be compiled: {name()} is updated; call it eagerly.")
+        raise RuntimeError(f"step() cannot be compiled: {name()} is updated; call step() eagerly.")
     for key in MOMENTS:
         if key in state and state[key].shape != p.shape:
             shape = tuple(state[key].shape)
@@ -283,8 +297,8 @@ def _check_sliced(p: Tensor, state: Mapping[str, Tensor], group: Group, compilin
         v, n = state[key], n_rows if key.endswith("rows") else n_cols if key != "rewarm" else 2
         if v.shape != (n,) or v.dtype != dtype or v.device != device or not v.is_contiguous():
             raise RuntimeError(
-                f"{key} of {name()} is {tuple(v.shape)}, {v.dtype}, on {v.device}; wanted is a contiguous ({n},), {dtype}, on "
-                f"{device}."
+                f"{key} of {name()} is {tuple(v.shape)}, {v.dtype}, on {v.device}; set_slices makes the contiguous ({n},), "
+                f"{dtype}, on {device} that step() needs."
             )
 
 

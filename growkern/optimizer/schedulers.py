@@ -21,15 +21,16 @@ def schedulers(scheduler: object | None) -> list[object]:
 def check_scheduler(optim: Optimizer | None, scheduler: object | None) -> None:
     """Raise PlanError for a scheduler that drives another optimizer, or for an object that is no scheduler."""
     if optim is None and scheduler is not None:
-        raise PlanError("scheduler: pass the optimizer that it drives too, as optim.")
+        raise PlanError("scheduler: the optimizer of the scheduler is missing; pass it as optim.")
     for s in schedulers(scheduler):
         if hasattr(s, "optimizer") and driven_by(s) is not optim:
             raise PlanError(
-                f"scheduler: this {type(s).__name__} drives another optimizer; pass the one that drives optim."
+                f"scheduler: this {type(s).__name__} drives another optimizer; pass the scheduler that drives optim."
             )
         if not callable(getattr(s, "step", None)):
             raise PlanError(
-                f"scheduler: {type(s).__name__} is not a learning-rate scheduler; expected a torch.optim.lr_scheduler, or a list of them."
+                f"scheduler: {type(s).__name__} is not a learning-rate scheduler; "
+                "expected a torch.optim.lr_scheduler, or a list of schedulers."
             )
 
 

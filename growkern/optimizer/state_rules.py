@@ -118,7 +118,8 @@ def by_order(key: str, order: int | None) -> Rule | None:
         return None
     if type(order) is not int or not 0 <= order <= 2:
         raise UnsupportedOptimizerError(
-            f"state_rules: {key!r} has the order {order!r}; 0 (gathered), 1 or 2 in the gradient, or None for what is kept."
+            f"state_rules: {key!r} has the order {order!r}; pass the order in the gradient, 0 (copied unscaled), 1 or 2, "
+            "or None for state that is kept."
         )
     return (GATHERED, GRADIENT, SQUARE)[order]
 

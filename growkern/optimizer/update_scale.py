@@ -71,9 +71,11 @@ class UpdateScale:
         orders: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         if not isinstance(scales, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise PlanError("UpdateScale: expected a mapping from parameters to factors.")
+            raise PlanError("UpdateScale: expected a mapping from parameters to UpdateFactors.")
         if scale_of(optim) is not None:
-            raise PlanError("this optimizer has an UpdateScale already; remove() that one first.")
+            raise PlanError(
+                "this optimizer already has an UpdateScale; call remove() of that UpdateScale first."
+            )
         self.optim, self.orders = optim, dict(orders or {})
         self.scales = {p: _checked(optim, p, scale) for p, scale in scales.items()}
         self._before: dict[Tensor, dict[str, Tensor]] = {}  # by state key; "" is the parameter
@@ -90,7 +92,7 @@ class UpdateScale:
         for p, _, key in entries:
             if self.optim.state[p][key].dim() != p.dim():
                 raise PlanError(
-                    f"UpdateScale: the state {key!r} cannot be brought into other units."
+                    f"UpdateScale: the state {key!r} has not the axes of its parameter, so it cannot be converted; clear the state first."
                 )
         with torch.no_grad():
             for p, scale, key in entries:
@@ -147,11 +149,15 @@ class UpdateScale:
             PlanError: ``state`` is no state dict of ``UpdateScale``, or the factors do not fit the parameters.
         """
         if not {"scales", "orders"} <= state.keys():
-            raise PlanError("UpdateScale: this is not what its state_dict gave.")
+            raise PlanError(
+                "UpdateScale: cannot read this state; pass what UpdateScale.state_dict() returned."
+            )
         params = {place: p for p, place in self._places().items()}
         if unknown := [place for place in state["scales"] if place not in params]:
-            raise PlanError(f"UpdateScale: the optimizer holds no parameter at {unknown[:5]}.")
-        scales = {params[place]: Scale(**entry) for place, entry in state["scales"].items()}
+            raise PlanError(
+                f"UpdateScale: the optimizer has no parameter at {unknown[:5]}; build the optimizer with the same groups."
+            )
+        scales = {params[place]: Scale(**scale) for place, scale in state["scales"].items()}
         self.scales = {p: _checked(self.optim, p, scale) for p, scale in scales.items()}
         self.orders = dict(state["orders"])
 
@@ -228,7 +234,7 @@ def scale_of(optim: Optimizer) -> UpdateScale | None:
 def _checked(optim: Optimizer, p: Tensor, scale: float | Scale) -> Scale:
     if not any(p is q for group in optim.param_groups for q in group["params"]):
         raise PlanError(
-            f"UpdateScale: this {type(optim).__name__} does not hold the parameter of shape {tuple(p.shape)}."
+            f"UpdateScale: this {type(optim).__name__} has no such parameter of shape {tuple(p.shape)}; add it to a param group."
         )
     full = scale if isinstance(scale, Scale) else Scale((scale, *(1.0,) * (p.dim() - 1)))
     n_axes = max(1, p.dim())

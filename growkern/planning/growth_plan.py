@@ -56,13 +56,13 @@ class AxisMap:
         ]
         if not all(map(isfinite, [*values, self.noise, self.drawn])) or self.pad not in PADS:
             raise PlanError(
-                f"an axis has scales or noise that are no numbers, or the pad {self.pad!r}."
+                f"an axis has scales or noise that are not numbers, or the unknown pad {self.pad!r}."
             )
         if lengths != (self.index_map.n_target,) * 2 or any(
             n < 1 for vector in (self.weight_scale, self.grad_scale) for _, n in vector.pieces
         ):
             raise PlanError(
-                f"an axis of {self.index_map.n_target} coordinates has scales of {lengths}."
+                f"an axis of {self.index_map.n_target} coordinates has {lengths[0]} weight scales and {lengths[1]} gradient scales."
             )
 
     def times(self, factor: float, grad_factor: float) -> "AxisMap":
@@ -294,7 +294,9 @@ class GrowthPlan:
             OverflowError,
             RecursionError,
         ) as error:
-            raise PlanError(f"cannot read the plan: {error!r}; only what to_json wrote.") from None
+            raise PlanError(
+                f"cannot read the plan: {error!r}; pass text that GrowthPlan.to_json wrote."
+            ) from None
 
     def __str__(self) -> str:
         return plan_text(self)

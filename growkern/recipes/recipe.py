@@ -78,7 +78,7 @@ class Recipe:
         ]  # fmt: skip
         if wrong:
             raise PlanError(
-                f"recipe {self.name!r}: {', '.join(wrong)}: pass finite numbers, deviations not below 0."
+                f"recipe {self.name!r}: {', '.join(wrong)}: pass finite numbers, and deviations of 0 or more."
             )
 
     @property

@@ -45,13 +45,13 @@ class Sparkling:
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
         """Return index maps and stream scales for the target ``sizes``; raise PlanError for zeros on both sides."""
         problems = [
-            f"{name}={side!r} is none of {', '.join(SIDES)}."
+            f"{name}={side!r} is unknown; pass {', '.join(map(repr, SIDES))}."
             for name, side in (("fan_out", self.fan_out), ("fan_in", self.fan_in))
             if side not in SIDES
         ]
         if self.fan_out == self.fan_in == "zero":
             problems.append(
-                "zeros on both sides of a new coordinate never train; copy one, or draw it."
+                "fan_out='zero', fan_in='zero': new coordinates with both never train; pass 'copy' or 'random' for one of the two."
             )
         refuse(spec, sizes, "Sparkling", problems)
         maps: dict[str, IndexMap] = {}

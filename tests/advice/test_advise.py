@@ -231,11 +231,11 @@ REFUSED = {
     "recipe": (CURVE, SIZES | {"recipe": "Magic"}, "no recipe 'Magic' of kind 'width' was measured. Known: .*default, one rate; "),
     "recipe-of-another-kind": (CURVE, SIZES | {"recipe": "default", "kind": "depth"}, "'default' of kind 'depth' was measured"),
     "flat": ([(1e4 * 1000 ** (i / 59), 2.0) for i in range(60)], SIZES, "does not fall"),
-    "perplexity": ([(d, 500 * y) for d, y in CURVE], SIZES, "of perplexities take the logarithm"),
+    "perplexity": ([(d, 500 * y) for d, y in CURVE], SIZES, "convert perplexities to their logarithms"),
     "dictionary": (dict(CURVE), SIZES, "curve: expected pairs of"),
-    "text-budget": (CURVE, SIZES | {"budget": "much"}, "budget: could not convert"),
+    "text-budget": (CURVE, SIZES | {"budget": "much"}, "budget: expected a number: could not convert"),
     "one-flops": (CURVE, SIZES | {"flops_per_token": 6.0}, "flops_per_token: "),
-    "cheaper-target": (CURVE, SIZES | {"flops_per_token": (2.0, 1.0)}, "the target's are not above the source's"),
+    "cheaper-target": (CURVE, SIZES | {"flops_per_token": (2.0, 1.0)}, "the target must cost more than the source"),
     "kind": (CURVE, SIZES | {"kind": "length"}, "kind='length'"),
     "other": (CURVE, SIZES | {"others": [(-1, CURVE)]}, "n_params=-1"),
 }  # fmt: skip
@@ -451,7 +451,7 @@ def test_files_may_have_a_byte_order_mark_blank_losses_and_a_first_row_without_t
 
     assert read_curve(table) == [(100.0, 3.0), (200.0, 2.5)]
     assert read_curve(state) == [(100.0, 3.0)]
-    with pytest.raises(PlanError, match="a step has more than 0 tokens"):
+    with pytest.raises(PlanError, match="pass a number above 0"):
         read_curve(table, 0.0)
 
 

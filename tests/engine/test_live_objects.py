@@ -51,7 +51,7 @@ def test_an_optimizer_is_found_behind_gc_freeze(way, request):
     model, optim = way((model, optim))
     request.getfixturevalue("frozen")
 
-    with pytest.raises(UnsupportedOptimizerError, match="another live optimizer holds state"):
+    with pytest.raises(UnsupportedOptimizerError, match="another live optimizer has state"):
         grow(model, to="2x")
 
     grow(model, optim, to="2x")
@@ -66,7 +66,7 @@ def test_a_module_outside_is_found_behind_gc_freeze(way, request):
     model, head = way((model, head))
     request.getfixturevalue("frozen")
 
-    with pytest.raises(UnsupportedModelError, match=r"modules outside it hold .*Linear"):
+    with pytest.raises(UnsupportedModelError, match=r"modules outside the model have .*Linear"):
         grow(model, to="2x")
 
     del head

@@ -235,7 +235,7 @@ def test_a_full_disk_takes_the_growth_back(monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(memory, "_to_file", full)
-    with pytest.raises(GrowthError, match="taken back: .*No space left"):
+    with pytest.raises(GrowthError, match="rolled back: .*No space left"):
         grow(model, optim, to="2x", scheduler=scheduler, memory="lean")
 
     assert equal(snapshot(model, optim, scheduler), before)
@@ -274,7 +274,7 @@ def test_an_undo_that_fails_once_is_tried_again(monkeypatch):
     monkeypatch.setattr(memory, "read_bytes", fails)
     monkeypatch.setattr(optim_target, "check_state", lambda *_: (failing.append(1), 1 / 0))
 
-    with pytest.raises(CommitError, match="taken back: division by zero"):
+    with pytest.raises(CommitError, match="rolled back: division by zero"):
         grow(model, optim, to="2x", scheduler=scheduler, memory="lean")
 
     assert len(calls) > 2 and equal(snapshot(model, optim, scheduler), before)
@@ -285,7 +285,7 @@ def test_what_cannot_be_brought_back_is_said(monkeypatch):
     monkeypatch.setattr(optim_target, "check_state", lambda *_: 1 / 0)
     monkeypatch.setattr(memory, "read_bytes", lambda *_: 1 / 0)
 
-    with pytest.raises(CommitError, match="could not be taken back .*load them from a checkpoint"):
+    with pytest.raises(CommitError, match="could not be rolled back .*load them from a checkpoint"):
         grow(model, optim, to="2x", scheduler=scheduler, memory="lean")
 
 

@@ -151,7 +151,7 @@ def test_a_model_of_the_starting_sizes_is_resumed_bitwise(at, tmp_path):
 
     assert schedule.fired == [2, 4]
     same_weights(model, resumed)
-    with pytest.raises(PlanError, match="holds no schedule"):
+    with pytest.raises(PlanError, match="has no schedule"):
         hf.resume(trainer, str(tmp_path))
 
 
@@ -218,7 +218,7 @@ def test_a_second_schedule_is_refused_until_the_first_is_taken_off(tmp_path):
     trainer = trainer_of(make("llama", tied=True), tmp_path)
     first = hf.attach(trainer, GrowthSchedule([At(step=1)]))
 
-    with pytest.raises(PlanError, match="another one is attached"):
+    with pytest.raises(PlanError, match="another schedule is attached"):
         hf.attach(trainer, GrowthSchedule([At(step=2)]))
     trainer.remove_callback(first)
     hf.attach(trainer, GrowthSchedule([At(step=2)]))

@@ -217,7 +217,7 @@ def test_what_to_grow_is_never_guessed(tmp_path):
 
         automatic_optimization = False
 
-    with pytest.raises(PlanError, match="Two holds parameters in model, other"):
+    with pytest.raises(PlanError, match="Two has parameters in model, other"):
         trainer_of(tmp_path, callbacks.GrowthCallback(GrowthSchedule([At(step=1)]))).fit(Two(), data())  # fmt: skip
     with pytest.raises(PlanError, match="this module configures 2"):
         trainer_of(tmp_path, callbacks.GrowthCallback(GrowthSchedule([At(step=1)]))).fit(Optimizers(), data())  # fmt: skip

@@ -581,13 +581,13 @@ HALF = {"to": "0.5x"}
 REFUSED = {
     "larger": (
         {"to": {"hidden": 48}},
-        "the target 48 is larger than the source 24; expand_inplace",
+        "the target 48 is larger than the source 24; grow",
     ),
-    "factor above 1": ({"to": "2x"}, "larger than the source 24; expand_inplace grows"),
+    "factor above 1": ({"to": "2x"}, "larger than the source 24; grow the model by expand_inplace"),
     "equal": ({"to": {"hidden": 24}}, "name a smaller size"),
-    "nothing": ({"to": {"ffn": 0}}, "ffn: the target 0 is no size; at least 1"),
-    "negative": ({"to": {"layers": -1}}, "layers: the target -1 is no size"),
-    "no layers": ({"to": {"layers": 0}}, "layers: the target 0 is no size"),
+    "nothing": ({"to": {"ffn": 0}}, "ffn: the target 0 is not a size; name at least 1"),
+    "negative": ({"to": {"layers": -1}}, "layers: the target -1 is not a size"),
+    "no layers": ({"to": {"layers": 0}}, "layers: the target 0 is not a size"),
     "not whole": ({"to": {"ffn": "0.3x", "hidden": "0.1x"}}, "not whole"),
     "heads": ({"to": {"heads": 3}}, "heads: 3 is not a multiple of kv_heads=2; nearest: 2, 4"),
     "groups": ({"to": {"kv_heads": 1, "heads": 4}}, "would grow the groups of 2; name heads=2"),
@@ -604,23 +604,23 @@ REFUSED = {
     "unknown": ({"to": {"hiden": 12}}, "did you mean 'hidden'"),
     "a method that grows": ({"method": width.AKI()}, "AKI.*expand_inplace takes it as width="),
     "a depth method": ({"method": depth.Stack()}, "Stack.*expand_inplace takes it as depth="),
-    "no method": ({"method": "first"}, "expected a way to shrink such as WeightSelection"),
-    "a class": ({"method": FirstCopies}, "expected a way to shrink such as WeightSelection"),
+    "no method": ({"method": "first"}, "expected a shrink method such as WeightSelection"),
+    "a class": ({"method": FirstCopies}, "expected a shrink method such as WeightSelection"),
     "too few layers": (
         {"to": {"layers": 1}, "method": WeightSelection((0, 1))},
-        'layers=\\(0, 1\\) are 2, the target 1; pass to={"layers": 2}',
+        'layers=\\(0, 1\\) names 2 layers, and the target has 1; pass to={"layers": 2}',
     ),
     "layers of nowhere": (
         {"to": {"layers": 1}, "method": WeightSelection((2,))},
-        "of a model of 2",
+        "must name layers of 0 to 1",
     ),
     "layers in no order": (
         {"to": {"hidden": 12}, "method": WeightSelection((1, 0))},
-        "in their order, each once",
+        "in ascending order, each once",
     ),
     "a layer twice": ({"to": {"hidden": 12}, "method": FirstCopies((0, 0))}, "each once"),
-    "state": ({"state": "asymmetric"}, "nothing is copied, so 'exact', 'copy', 'drop'"),
-    "no state": ({"state": "keep"}, "nothing is copied"),
+    "state": ({"state": "asymmetric"}, "not known to a shrinking; pass 'exact', 'copy', 'drop'"),
+    "no state": ({"state": "keep"}, "not known to a shrinking"),
     "dynamics": ({"dynamics": "half"}, "unknown dynamics='half'"),
     "plan": ({"plan": "x"}, "expected a GrowthPlan, got str"),
 }
@@ -640,7 +640,7 @@ def test_is_refused_before_anything_changes(options, match):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"to": {"hidden": 12}}, "growth only adds, shrink_inplace takes away"),
+        ({"to": {"hidden": 12}}, "shrink the model by shrink_inplace"),
         ({"width": WeightSelection()}, "width: expected a width method.*shrink_inplace takes it"),
         ({"depth": FirstCopies()}, "depth: expected a depth method.*shrink_inplace takes it"),
     ],
@@ -655,15 +655,15 @@ def test_plans_are_run_by_those_they_are_for():
     up = growkern.plan(model)
     down = growkern.plan(model, to="0.5x", shrink=WeightSelection())
 
-    with pytest.raises(PlanError, match="shrink_inplace runs it"):
+    with pytest.raises(PlanError, match="run the plan by shrink_inplace"):
         growkern.expand_inplace(model, plan=down)
-    with pytest.raises(PlanError, match="expand_inplace runs it"):
+    with pytest.raises(PlanError, match="run the plan by expand_inplace"):
         shrink(model, plan=up)
     with pytest.raises(PlanError, match="already says what to shrink"):
         shrink(model, plan=down, method=BACK)
     with pytest.raises(PlanError, match="leave width=, depth= and seed= out"):
         growkern.plan(model, to="0.5x", shrink=BACK, width=QUIET)
-    with pytest.raises(PlanError, match="plan anew"):
+    with pytest.raises(PlanError, match="plan again"):
         shrink(make("llama", tied=True, num_hidden_layers=3), plan=down)
 
 

@@ -170,11 +170,11 @@ REFUSED = [
     (width.Lossless(), {"vocab": LARGER}, r"growkern\.vocab grows vocab"),
     (vocab.Zero(), {"vocab": LARGER, "hidden": 48}, "hidden: Zero does not grow it"),
     (vocab.MeanCov(scale=-1.0), {"vocab": LARGER}, "scale=-1.0"),
-    (vocab.CLPTransfer(helper(), mixed()[:-1]), {"vocab": LARGER}, "tokens holds 74 entries, the target 75"),
-    (vocab.CLPTransfer(helper()[:-1], mixed()), {"vocab": LARGER}, "helper holds 74 rows"),
-    (vocab.CLPTransfer(helper(), [-1] * LARGER), {"vocab": LARGER}, "none of the source's"),
+    (vocab.CLPTransfer(helper(), mixed()[:-1]), {"vocab": LARGER}, "tokens has 74 entries, the target 75"),
+    (vocab.CLPTransfer(helper()[:-1], mixed()), {"vocab": LARGER}, "helper has 74 rows"),
+    (vocab.CLPTransfer(helper(), [-1] * LARGER), {"vocab": LARGER}, "no token of the source"),
     (vocab.CLPTransfer(helper(), [0] * LARGER), {"vocab": LARGER}, "twice"),
-    (vocab.CLPTransfer(helper(), [VOCAB, *[-1] * (LARGER - 1)]), {"vocab": LARGER}, "names 66, the source has 66"),
+    (vocab.CLPTransfer(helper(), [VOCAB, *[-1] * (LARGER - 1)]), {"vocab": LARGER}, "names 66, the tokens of the source end at 65"),
     (vocab.CLPTransfer(helper(), mixed(), top_k=0), {"vocab": LARGER}, "top_k=0"),
 ]  # fmt: skip
 
@@ -190,7 +190,7 @@ def test_a_plan_alone_does_not_know_the_new_rows():
     plan = growkern.plan(model, to={"vocab": LARGER}, width=vocab.MeanCov())
     before = {name: p.clone() for name, p in model.named_parameters()}
 
-    with pytest.raises(PlanError, match="pass its width= with plan="):
+    with pytest.raises(PlanError, match="pass the method as width= beside plan="):
         grow(model, plan=growkern.GrowthPlan.from_json(plan.to_json()))
 
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -390,11 +390,11 @@ def test_fresh_features_drift_less_than_sparkling_with_the_same_zeros(tied):
 REFUSED = [
     ("llama", "1.5x", width.HyperClone(), "no whole multiple.*HyperClone.general=True. or Lossless"),
     ("bert", "1.5x", width.CopyAndPad(norm="corrected"), "only whole multiples keep the function"),
-    ("llama", "2x", width.CopyAndPad(std=0), "zeros on both sides"),
+    ("llama", "2x", width.CopyAndPad(std=0), "zeros as writer and reader never trains"),
     ("llama", "2x", width.CopyAndPad(norm="as published"), "'as_published' or 'corrected'"),
-    ("llama", "2x", width.Sparkling("zero", "zero"), "zeros on both sides"),
-    ("llama", "2x", width.Sparkling("tile"), "fan_out='tile' is none of copy, random, zero"),
-    ("llama", "2x", width.AKIPro(), "kv heads stay"),
+    ("llama", "2x", width.Sparkling("zero", "zero"), "new coordinates with both never train"),
+    ("llama", "2x", width.Sparkling("tile"), "fan_out='tile' is unknown; pass 'copy', 'random', 'zero'"),
+    ("llama", "2x", width.AKIPro(), "keeps the kv heads"),
     ("llama", "2x", width.FPI(maps="some"), "'random' or 'cyclic'"),
     ("llama", "2x", width.Net2Wider(noise=-1), "noise=-1"),
     ("llama", "2x", width.Lemon(alpha=1.0), "alpha=1.0"),
@@ -411,7 +411,7 @@ def test_what_a_method_cannot_do_it_says(family, to, method, match):
 
 
 def test_aki_needs_a_next_layer():
-    with pytest.raises(PlanError, match=r"has 1; FPI\(\) does without"):
+    with pytest.raises(PlanError, match=r"has 1; use FPI\(\), which needs no next layer"):
         growkern.plan(make("llama", tied=True, num_hidden_layers=1), to="2x", width=width.AKI())
 
 
@@ -567,5 +567,5 @@ def test_the_default_copies_with_twin_noise_where_pads_are_not_exact():
 
 
 def test_isometric_norms_ask_for_copies():
-    with pytest.raises(PlanError, match=r"norms='isometric' divides copies.*pass their noise="):
+    with pytest.raises(PlanError, match=r"norms='isometric' makes copies.*pass the noise="):
         growkern.plan(make("llama", tied=True), to="1.5x", width=width.Lossless(norms="isometric"))

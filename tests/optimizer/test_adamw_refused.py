@@ -12,17 +12,17 @@ from growkern.optim import AdamW
 
 BAD = {
     "unknown key": (dict(lr=[1.0]), "'lr' is no slice"),
-    "length": (dict(lr_rows=[1.0] * 3), r"lr_rows is \(3,\); of \(4, 6\) it is \(4,\)"),
-    "columns": (dict(eps_cols=[1.0] * 4), r"eps_cols is \(4,\); of \(4, 6\) it is \(6,\)"),
-    "two axes": (dict(lr_rows=torch.ones(4, 1)), r"lr_rows is \(4, 1\)"),
+    "length": (dict(lr_rows=[1.0] * 3), r"lr_rows has shape \(3,\); a parameter of shape \(4, 6\) needs \(4,\)"),
+    "columns": (dict(eps_cols=[1.0] * 4), r"eps_cols has shape \(4,\); a parameter of shape \(4, 6\) needs \(6,\)"),
+    "two axes": (dict(lr_rows=torch.ones(4, 1)), r"lr_rows has shape \(4, 1\)"),
     "nan": (dict(lr_cols=[1.0, float("nan")] * 3), "lr_cols .* not finite"),
     "infinite": (dict(eps_rows=[float("inf")] * 4), "eps_rows .* not finite"),
     "zero": (dict(lr_rows=[0.0] * 4), "lr_rows .* above 0"),
     "negative": (dict(decay_rows=[1.0, -1.0] * 2), "decay_rows .* above 0"),
     "complex": (dict(lr_rows=torch.ones(4, dtype=torch.complex64)), "real numbers"),
-    "not yet born": (dict(born_rows=[0.0, 3.0] * 2), "born_rows .* between 0 and its step, 2"),
+    "not yet born": (dict(born_rows=[0.0, 3.0] * 2), "born_rows .* between 0 and the step of the parameter, 2"),
     "born before": (dict(born_cols=[-1.0] * 6), "born_cols .* between 0"),
-    "rewarm": (dict(rewarm=[1.0]), r"rewarm is \(1,\); of \(4, 6\) it is \(2,\)"),
+    "rewarm": (dict(rewarm=[1.0]), r"rewarm has shape \(1,\); a parameter of shape \(4, 6\) needs \(2,\)"),
     "tau": (dict(rewarm=[1.0, 0.0]), "rewarm .* above 0"),
 }  # fmt: skip
 
@@ -39,7 +39,7 @@ def test_bad_slices_are_refused_before_anything_changes(name, stepped):
     before = copy.deepcopy(optim.state_dict())
 
     if not stepped and name == "not yet born":
-        message = "its step, 0"
+        message = "the step of the parameter, 0"
     with pytest.raises(ValueError, match=message):
         optim.set_slices(p, **{"lr_cols": [3.0] * 6, **bad})
 
@@ -75,7 +75,7 @@ BROKEN = {
     "sparse": (sparse, "sparse gradients: a parameter of shape"),
     "capturable": (lambda p, o: o.param_groups[1].update(capturable=True), "capturable group"),
     "differentiable": (lambda p, o: o.param_groups[1].update(differentiable=True), "differentiable group"),
-    "length": (lambda p, o: o.state[p].update(lr_rows=torch.ones(3)), r"lr_rows .* wanted is a contiguous \(4,\)"),
+    "length": (lambda p, o: o.state[p].update(lr_rows=torch.ones(3)), r"lr_rows .* set_slices makes the contiguous \(4,\)"),
     "dtype": (lambda p, o: o.state[p].update(lr_rows=torch.ones(4).double()), "lr_rows .* torch.float64"),
     "strides": (lambda p, o: o.state[p].update(lr_rows=torch.ones(8)[::2]), "lr_rows .* contiguous"),
     "moment": (lambda p, o: o.state[p].update(exp_avg=torch.ones(3, 6)), r"exp_avg .* \(3, 6\); grow it"),

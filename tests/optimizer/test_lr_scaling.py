@@ -305,7 +305,7 @@ def test_what_update_scale_refuses():
     optim = torch.optim.SGD(layer.parameters(), lr=0.1)
 
     for scales, match in (
-        ({other.weight: 0.5}, "does not hold the parameter of shape"),
+        ({other.weight: 0.5}, "has no such parameter of shape"),
         ({layer.weight: 0.0}, "takes a positive number"),
         ({layer.weight: Scale((2.0,))}, "one factor per axis"),
         ({layer.weight: "a"}, "takes a positive number"),
@@ -315,7 +315,7 @@ def test_what_update_scale_refuses():
             growkern.UpdateScale(optim, scales)
     assert not optim._optimizer_step_pre_hooks
     growkern.UpdateScale(optim, {layer.weight: 0.5})
-    with pytest.raises(PlanError, match="has an UpdateScale already"):
+    with pytest.raises(PlanError, match="already has an UpdateScale"):
         growkern.UpdateScale(optim, {layer.weight: 0.5})
 
 

@@ -231,7 +231,7 @@ def test_dead_parameters_are_counted_and_named():
     train(model, optim, 1)
     model.lm_head = torch.nn.Linear(24, 66, bias=False)  # the optimizer does not hold the new head
 
-    with pytest.raises(UnsupportedOptimizerError, match=r"holds 1 parameters .*lm_head\.weight"):
+    with pytest.raises(UnsupportedOptimizerError, match=r"has 1 parameters .*lm_head\.weight"):
         grow(model, optim, to="2x")
 
     assert model.config.hidden_size == 24
@@ -350,11 +350,11 @@ def test_masters_that_nobody_spoke_of_are_refused():
     optim = optims.AdamW(master_weights.values(), lr=1e-3)
 
     with pytest.raises(
-        UnsupportedOptimizerError, match="holds no parameter of this.*master_weights="
+        UnsupportedOptimizerError, match="has no parameter of this.*master_weights="
     ):
         grow(model, optim, to="2x")
     with pytest.raises(
-        UnsupportedOptimizerError, match="(?s)master_weights:.*has shape .*its master"
+        UnsupportedOptimizerError, match="(?s)master_weights:.*has shape .*its copy"
     ):
         grow(
             model,
@@ -401,8 +401,8 @@ def test_masters_that_are_incomplete_or_wrong_change_nothing():
     alien = torch.nn.Parameter(master_weights[first].detach().clone())
 
     for wrong, match in (
-        ({p: m for p, m in master_weights.items() if p is not first}, "more have none"),
-        (master_weights | {first: alien}, "does not hold its master"),
+        ({p: m for p, m in master_weights.items() if p is not first}, "more have no copy"),
+        (master_weights | {first: alien}, "must have the copy"),
         ({"model.norm.weight": master_weights[first]}, "is no parameter of the model"),
         (list(master_weights.items()), "expected a dict"),
     ):
@@ -414,7 +414,10 @@ def test_masters_that_are_incomplete_or_wrong_change_nothing():
 def test_an_average_that_is_the_model_is_refused():
     model = make("llama", tied=True)
 
-    for wrong, match in ((model, "shares parameters"), ("foo", "expected modules, got str")):
+    for wrong, match in (
+        (model, "shares parameters"),
+        ("foo", "expected an AveragedModel or another module, got str"),
+    ):
         with pytest.raises(GrowthError, match=match):
             grow(model, to={"layers": 3}, ema=wrong)
     assert model.config.num_hidden_layers == 2
@@ -439,7 +442,7 @@ def test_a_replaced_head_is_found_while_others_hold_the_old_one():
     optim = optims.AdamW(held)
     model.lm_head = torch.nn.Linear(24, 66, bias=False)
 
-    with pytest.raises(UnsupportedOptimizerError, match="holds 1 parameters"):
+    with pytest.raises(UnsupportedOptimizerError, match="has 1 parameters"):
         grow(model, optim, to="2x")
 
 

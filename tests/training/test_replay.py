@@ -116,7 +116,9 @@ def test_a_history_that_does_not_fit_changes_nothing():
     model, other = make("llama", tied=True), make("gpt2", tied=True)
     history = [growkern.plan(model, to={"layers": 3}), growkern.plan(model, to="2x")]
 
-    with pytest.raises(PlanError, match="growth 2 of 2 does not fit: it is for .*growth 1 ends at"):
+    with pytest.raises(
+        PlanError, match="growth 2 of 2 does not fit: growth 2 starts at .*growth 1 ends at"
+    ):
         growkern.resume(model, history=history)
     assert model.config.num_hidden_layers == 2 and not any(
         p.isnan().any() for p in model.parameters()
@@ -128,7 +130,7 @@ def test_a_history_that_does_not_fit_changes_nothing():
 
     assert other.config.n_embd == 24 and len(other.transformer.h) == 2
     grow(other, to={"layers": 3})
-    with pytest.raises(PlanError, match="has been through 1 growths"):
+    with pytest.raises(PlanError, match="records 1 growths"):
         growkern.resume(other, history=history)
 
 
@@ -140,7 +142,7 @@ def test_a_history_that_does_not_fit_changes_nothing():
             "2x",
             r"before growth 1 .*hidden 24 -> 48.*has the shape \(66, 24\), in the model \(66, 48\)",
         ),
-        ({"layers": 3}, r"before growth 1 .*layers 2 -> 3.*it has no model.layers.2"),
+        ({"layers": 3}, r"before growth 1 .*layers 2 -> 3.*the checkpoint has no model.layers.2"),
     ],
     ids=["wider", "deeper"],
 )
