@@ -230,6 +230,8 @@ def verdict(lines: list[Line]) -> str:
 def _saves(share: float, beyond: bool) -> str:
     """Describe a share of saved FLOPs; ``beyond``: the curve from scratch was extrapolated."""
     about = "about " if beyond else ""
+    if abs(share) < 0.005:
+        return f"saves {about}nothing"
     if share > 0:
         return f"saves {about}{share:.0%} of the compute"
     return f"does not save: {about}{-share:.0%} more compute"

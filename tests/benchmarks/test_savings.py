@@ -20,7 +20,15 @@ try:
     from bench.harness import RESULTS
     from bench.savings import __main__ as savings
     from bench.savings import analysis, campaign, jobs, layer_norm, report, symmetry
-    from growkern.cli.demo_run import Run, Training, build, flops_per_step, loss_at, read_corpus
+    from growkern.cli.demo_run import (
+        Run,
+        Training,
+        build,
+        flops_needed,
+        flops_per_step,
+        loss_at,
+        read_corpus,
+    )
 finally:
     sys.path.remove(str(ROOT))
 
@@ -73,6 +81,26 @@ def hand_made(grown_loss: float, never: float = 3.0) -> list[dict[str, str]]:
         grown = {"recipe": "default", "source_hidden": 32, "source_layers": 1, "grow_at": 2 * STEP}
         found.append(row(target, 8e-3, seed, 16, grown_loss, **grown))
     return found
+
+
+@pytest.mark.parametrize(
+    ("curve", "loss", "flops", "beyond"),
+    [
+        ([(8, 3.0), (16, 2.0)], 2.5, 8 * 2**0.5, False),
+        ([(8, 3.0), (16, 2.0)], 1.5, 16 * 2**0.5, True),
+        (
+            [(8, 1.61), (16, 1.6099)],
+            1.2,
+            160,
+            True,
+        ),  # nearly flat: by a factor of 10, not of e^4000
+        ([(8, 2.0), (16, 3.0)], 1.9, 8, True),  # a rising curve: 8 FLOPs at least
+        ([(8, 3.0), (16, 3.5), (32, 2.0)], 2.5, 16, False),
+    ],
+    ids=["between", "beyond", "flat", "rising", "bump"],
+)
+def test_flops_that_a_curve_needs_for_a_loss(curve, loss, flops, beyond):
+    assert flops_needed(curve, loss) == (pytest.approx(flops), beyond)
 
 
 def test_savings_are_those_of_hand_made_numbers_under_both_accountings():
@@ -224,6 +252,14 @@ def test_growth_of_the_campaign_keeps_the_loss_and_charges_the_source(smoke):
         assert log(256) > float(r["loss_landed"]) != float(r["loss_after"])
         assert float(r["grow_at"]) == pytest.approx(2 * STEP, rel=1e-3)
         assert float(r["flops"]) <= 0.75 * float(r["budget"]) + STEP  # of trunk and source
+
+
+def test_damaged_snapshot_is_named(tmp_path):
+    grown = jobs.Job(SMOKE, SMOKE.target_sizes, 8e-3, 0, "default", 1.0, 2 * STEP)
+    grown.snapshot(tmp_path, grown.grow_at).write_bytes(b"")
+
+    with pytest.raises(SystemExit, match=r"\.pt: the snapshot cannot be read .* Delete the file"):
+        jobs.run(grown, tmp_path, "cpu")
 
 
 def test_killed_campaign_goes_on_and_finds_the_same(smoke, tmp_path):
