@@ -169,7 +169,8 @@ SETUPS: dict[str, Setup] = {
         WIDTH, grow_at=(102, 384, 768), early=(*WIDTH.early, 768), recipes=("default, one rate", "Sparkling fresh"),
     ),
     "width, c++": replace(
-        WIDTH, text="c++", lrs=(*RATES, 16e-3), recipes=("default, one rate", "noise 1, one rate", "Sparkling fresh", "Sparkling fresh, state"),
+        WIDTH, text="c++", lrs=(*RATES, 16e-3),
+        recipes=("default, one rate", "noise 1, one rate", "Sparkling fresh", "Sparkling fresh, state"),
     ),
     "width, muon": replace(
         WIDTH, optimizer="muon", lrs=(*RATES, 16e-3), source_lrs=(2e-3, *SOURCE_RATES),
