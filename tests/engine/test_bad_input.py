@@ -584,7 +584,6 @@ def test_identity_blocks_need_to_know_what_makes_one():
 
     with pytest.raises(PlanError, match="which tensors make a block the identity"):
         growkern.expand_inplace(model, spec=spec, to={"layers": 3})
-    assert batch().shape == (2, 16)
 
 
 def test_a_plan_and_a_wish_are_one_too_many():
