@@ -5,7 +5,8 @@ import signal
 
 import pytest
 import torch
-from models import batch, grow, logits, make, train
+import triton
+from models import DEVICE, batch, grow, logits, make, train
 from states import fail_at, same, state_of
 
 import growkern
@@ -150,14 +151,16 @@ def test_hooks_weakrefs_and_names_survive():
     p = model.transformer.h[0].mlp.c_fc.weight
     fired, alive = [], weakref.ref(p)
     p.register_post_accumulate_grad_hook(lambda q: fired.append(q.shape))
+    named = dict(model.named_parameters())
 
     grow(model, optim, to="2x", scheduler=scheduler)
     model.zero_grad()
     logits(model, batch()).square().mean().backward()
 
-    assert (
-        fired == [p.shape] and alive() is p and model.lm_head.weight is model.transformer.wte.weight
-    )
+    assert fired == [p.shape] and alive() is p
+    assert model.lm_head.weight is model.transformer.wte.weight
+    after = dict(model.named_parameters())
+    assert [*after] == [*named] and all(after[name] is named[name] for name in named)
 
 
 def test_new_blocks_share_the_config_and_the_same_block_list_object():
@@ -171,12 +174,23 @@ def test_new_blocks_share_the_config_and_the_same_block_list_object():
     assert model.config.num_hidden_layers == 3
 
 
-def test_a_backend_that_cannot_run_says_why():
+@pytest.mark.parametrize(
+    ("backend", "patched", "match"),
+    [
+        ("cuda", None, "there is no backend 'cuda'"),
+        ("triton", (triton.knobs.runtime, "interpret", DEVICE != "cpu"), "does not run on"),
+        ("triton", (execute, "find_spec", lambda name: None), "triton is not installed"),
+    ],
+    ids=["unknown", "other device", "not installed"],
+)
+def test_a_backend_that_cannot_run_says_why(backend, patched, match, monkeypatch):
     model, optim, scheduler = fixture()
     before = state_of(model, optim, scheduler)
+    if patched is not None:
+        monkeypatch.setattr(*patched)
 
-    with pytest.raises(GrowthError, match="there is no backend 'cuda'"):
-        grow(model, optim, to="2x", scheduler=scheduler, backend="cuda")
+    with pytest.raises(GrowthError, match=match):
+        grow(model, optim, to="2x", scheduler=scheduler, backend=backend)
 
     assert same(state_of(model, optim, scheduler), before)
 

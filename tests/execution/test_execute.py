@@ -231,7 +231,7 @@ def test_noise_depends_on_seed_name_and_element_alone(monkeypatch):
     renamed = replace(plan, tensors=(replace(row, name="v"),))
     for name, changed in (("w", replace(plan, seed=8)), ("v", renamed)):
         other = execute(changed, Tensors({"w": source}), None).values[name]
-        assert (other != one).all()
+        assert (other != one).double().mean() > 0.99  # few values are equal by chance
 
     monkeypatch.setattr(sides, "N_RUNS", 0)
     monkeypatch.setattr(sides, "N_LONG_RUNS", 0)  # the torch backend gathers by index

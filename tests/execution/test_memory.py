@@ -176,13 +176,16 @@ def test_sources_are_let_go_one_by_one():
     spec = growkern.describe(model)
     plan, law = growkern.plan(model, optim), describe_optimizer(model, optim, spec).rules
     run = execute.Execution(plan, tensors_of(model, optim, spec), law, memory="lean")
-    alive = weakref.ref(run.sources.values["model.embed_tokens.weight"])
-    assert alive() is not None
+    changed = {row.source for row in plan.tensors if plan.changes(row)}
+    sources = {name: weakref.ref(run.sources.values[name]) for name in changed}
 
+    n_alive = []
     for _ in run.parts():
-        assert "model.embed_tokens.weight" in run.sources.values or alive() is None
+        alive = {name for name, source in sources.items() if source() is not None}
+        assert alive == changed & set(run.sources.values)
+        n_alive.append(len(alive))
 
-    assert not set(run.sources.values) & {row.source for row in plan.tensors if plan.changes(row)}
+    assert n_alive == [*reversed(range(len(changed)))]
 
 
 def test_what_does_not_fit_staged_is_grown_lean(monkeypatch):

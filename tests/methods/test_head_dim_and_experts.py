@@ -277,11 +277,12 @@ def test_no_second_moment_is_zero_under_an_old_step(family):
 
     params = dict(model.named_parameters())
     assert seen and all(optim.state[params[name]]["exp_avg_sq"].all() for name in seen)
-    queries = [p for name, p in params.items() if name.endswith("q_proj.weight")]
-    assert len(queries) == (2 if family in ("llama", "qwen3") else 0)
-    for p in queries:
-        new = (p == 0).all(1)
-        assert new.sum() == len(p) // 2 and not optim.state[p]["exp_avg"][new].any()
+    for name, p in params.items():
+        if name.endswith("q_proj.weight"):
+            new = (p == 0).all(1)
+            # a norm of queries reads copies, so that only Llama has queries that start at 0
+            assert new.sum() == (len(p) // 2 if family == "llama" else 0)
+            assert not optim.state[p]["exp_avg"][new].any()
 
 
 @pytest.mark.parametrize("family", MOE)

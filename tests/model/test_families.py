@@ -171,7 +171,7 @@ def test_pads_train_within_two_steps(norms):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
-def test_copies_differ_after_fifty_steps_by_default_and_never_without_noise(family):
+def test_copies_differ_after_fifty_steps_with_noise_and_never_without(family):
     def grown(noise: float) -> torch.nn.Module:
         model = make(family, tied=True)
         optim = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -332,7 +332,7 @@ def test_masters_grow_with_the_weights_they_are_copies_of(memory):
         report.lr_applied
         and {id(p): id(m) for p, m in master_weights.items()}.items() >= ids.items()
     )
-    assert [id(p) for p in master_weights] == [id(p) for p in model.parameters()]
+    assert {id(p) for p in master_weights} == {id(p) for p in model.parameters()}
     for (name, p), q in zip(model.named_parameters(), whole.parameters(), strict=True):
         master = master_weights[p]
         torch.testing.assert_close(master, q, rtol=1e-6, atol=1e-7, msg=name)
