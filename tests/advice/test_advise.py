@@ -3,13 +3,13 @@
 import copy
 import json
 import random
-import sys
 from math import nan
 from pathlib import Path
 from statistics import mean
 
 import pytest
 import torch
+from benches import importable
 from models import batch, loss_of, make
 from saved import invoke, said
 
@@ -22,13 +22,9 @@ from growkern.training.loss_curve import LossCurve, read_curve
 from growkern.training.schedule import GrowthSchedule
 from growkern.training.triggers import At
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # bench/ is not installed
-try:
+with importable():
     judging = pytest.importorskip("bench.advice.judging", exc_type=ImportError)
     from bench.advice import calibration, figures
-finally:
-    sys.path.remove(str(ROOT))
 
 PERFECT = Recipe("perfect", "width", 1.0, 0.0, 1)
 SOURCE, TARGET = 1e5, 4e5

@@ -230,7 +230,9 @@ ELEMENTWISE = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "options"), ELEMENTWISE, ids=lambda v: getattr(v, "__name__", ""))
+@pytest.mark.parametrize(
+    ("kind", "options"), ELEMENTWISE, ids=[kind.__name__ for kind, _ in ELEMENTWISE]
+)
 def test_update_scale_multiplies_the_updates_of_any_optimizer(kind, options):
     def moved(factor) -> torch.Tensor:
         torch.manual_seed(0)
