@@ -445,7 +445,10 @@ def test_what_a_method_says_of_the_function_is_so_where_models_scale_streams(
 @pytest.mark.parametrize("method", ALL, ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "t5"])
 def test_nothing_is_dead(family, method):
-    """Outside embeddings, every element has a gradient that is not 0 within two steps, or three where a gain follows a norm of pads."""
+    """Every element has a gradient that is not 0 within two steps, or three where a gain follows a norm of pads.
+
+    The exception is one bucket of T5's encoder, in the source too: the bucket of the positive distances that are 0.
+    """
     model = make(family, tied=True).double()
     optim = torch.optim.SGD(model.parameters(), lr=1e-2)
     grow(model, optim, to="2x", width=method)
@@ -460,7 +463,8 @@ def test_nothing_is_dead(family, method):
         optim.step()
 
     dead = {name: int((~found).sum()) for name, found in seen.items() if not found.all()}
-    assert not {k: v for k, v in dead.items() if "embed" not in k and "relative" not in k}, dead
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    assert dead == ({bias: model.config.num_heads} if family == "t5" else {})
 
 
 LOCKED = [
