@@ -23,8 +23,9 @@ def start(worker: str, *arguments: object, log: Path) -> BaseProcess:
     """Start ``main(*arguments)`` of a worker module; the process appends its output to the file ``log``."""
     SERVER.set_forkserver_preload(WORKERS)
     process = SERVER.Process(target=_run, args=(worker, arguments, log))
-    with pytest.MonkeyPatch.context() as patch:  # the server finds the workers by it
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    # the server finds the workers, and the growkern that is tested here
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         process.start()
     return process
 
