@@ -3,13 +3,13 @@
 import copy
 import json
 import random
-import sys
 from math import nan
 from pathlib import Path
 from statistics import mean
 
 import pytest
 import torch
+from benches import importable
 from models import batch, loss_of, make
 from saved import invoke, said
 
@@ -22,13 +22,9 @@ from growkern.training.loss_curve import LossCurve, read_curve
 from growkern.training.schedule import GrowthSchedule
 from growkern.training.triggers import At
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # bench/ is not installed
-try:
+with importable():
     judging = pytest.importorskip("bench.advice.judging", exc_type=ImportError)
     from bench.advice import calibration, figures
-finally:
-    sys.path.remove(str(ROOT))
 
 PERFECT = Recipe("perfect", "width", 1.0, 0.0, 1)
 SOURCE, TARGET = 1e5, 4e5
@@ -114,9 +110,11 @@ def test_a_curve_may_be_an_array_and_others_too():
         torch.tensor(CURVE, dtype=torch.float64).numpy(),
     )
 
-    plain, *found = (growkern.advise(curve, **SIZES) for curve in (CURVE, *arrays))
+    plain, *found = (
+        growkern.advise(curve, **SIZES, others=[(2e5, curve)]) for curve in (CURVE, *arrays)
+    )
 
-    assert all(one == plain for one in found)
+    assert all(one == plain for one in found) and len(plain.law.curves) == 2
 
 
 def test_a_law_of_another_model_is_refused():
@@ -141,14 +139,21 @@ def test_a_recipe_of_impossible_numbers_is_refused(wrong):
         Recipe(**{"name": "x", "kind": "width", "kept": 1.0, "sd": 0.1, "n": 3, **wrong})
 
 
-def test_equal_seeds_give_equal_advice_and_points_of_the_warm_up_are_left_out():
+def test_equal_seeds_give_equal_advice():
+    one, again, other = (growkern.advise(CURVE, **SIZES, seed=seed) for seed in (1, 1, 2))
+
+    assert one == again != other
+    assert torch.equal(one.law.draws, again.law.draws)
+    assert not torch.equal(one.law.draws, other.law.draws)
+
+
+def test_points_of_the_warm_up_are_left_out():
     loss = law_of(0)
     points = [(100.0 * i, 9.0 + i) for i in range(1, 9)] + curve_of(loss, SOURCE)
 
     law = fit([(SOURCE, points)])
 
     assert law.curves[0].n_left_out == len(points) - len([p for p in points if p[0] >= 1e5])
-    assert torch.equal(law.draws, fit([(SOURCE, points)]).draws)
     assert "L = E + A / N^a + B / D^b" in str(law)
 
 
@@ -182,20 +187,21 @@ def test_a_recipe_that_loses_all_that_the_source_learned_saves_less_than_nothing
     assert found.now.charged[2] < 0 and found.now.chance < 0.1
 
 
-def test_a_target_that_cannot_gain_is_advised_against_and_a_large_budget_needs_growth():
+def test_a_target_that_cannot_gain_is_advised_against_and_a_source_at_its_floor_too():
     def flat(n: float, d: float) -> float:  # a larger model learns no more
         return 1.0 + 0.8 * (d / 1e6) ** -0.37
 
     def steep(n: float, d: float) -> float:  # the source's loss is at its floor
         return 0.3 + 1.2 * (n / SOURCE) ** -0.6 + 0.1 * (d / 1e6) ** -0.5
 
-    never, grow = (
+    never, scratch = (
         advise_on(loss, others=[(TARGET, curve_of(loss, TARGET, seed=2))], budget=2.4e13)
         for loss in (flat, steep)
     )
 
     assert never.decision == "never grow" and "Never grow" in str(never)
-    assert grow.options[1].chance < 0.01 and grow.decision != "never grow"
+    assert scratch.options[1].name == "never grow" and scratch.options[1].chance < 0.01
+    assert scratch.decision == "from scratch" and scratch.decision_sunk == "grow now"
 
 
 def test_the_text_says_options_intervals_and_what_is_not_known(tmp_path):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from models import batch, grow, logits, loss_of, make, train
+from states import same
 
 import growkern
 from growkern import depth, width
@@ -34,8 +35,7 @@ def test_the_table_holds_what_growing_by_hand_shows_and_nothing_changes(trained)
         model, optim, to=TO, methods=METHODS, batch=batches, steps=4, on_outcome=seen.append
     )
 
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    assert str(state) == str(optim.state_dict())
+    assert same((model.state_dict(), optim.state_dict()), (before, state))
     source, lossless, fpi, aki, clone, refused, both = found.outcomes
     assert seen == list(found.outcomes) and source.method == "(none)"
     assert refused.refused and "keeps the kv heads" in refused.refused and "AKIPro()" in str(found)

@@ -1,22 +1,20 @@
 """The savings campaign runs end to end at tiny sizes, continues after a kill, and computes the savings of hand-made rows."""
 
 import csv
-import sys
 from dataclasses import replace
 from math import exp, isfinite, log
 from pathlib import Path
 
 import pytest
 import torch
+from benches import ROOT, importable, rows_of
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # bench/ is not installed
-try:
+with importable():
     from bench.harness import RESULTS
     from bench.savings import __main__ as savings
     from bench.savings import analysis, campaign, jobs, layer_norm, report, symmetry
@@ -29,24 +27,15 @@ try:
         loss_at,
         read_corpus,
     )
-finally:
-    sys.path.remove(str(ROOT))
 
 SMOKE = campaign.SETUPS["smoke"]
 STEP = jobs.unit(SMOKE)
 pytestmark = pytest.mark.xdist_group("savings")  # one xdist worker trains, once
 
 
-def rows_of(folder: Path, curves: bool = False) -> list[dict[str, str]]:
-    (path,) = [p for p in folder.glob("*.csv") if p.stem.endswith("-curves") == curves]
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def run_campaign(*arguments: str) -> int:
     """Run a campaign with the repository root on ``sys.path``, from which its processes import bench/."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(ROOT), *sys.path])
+    with importable():
         return savings.main([*arguments])
 
 

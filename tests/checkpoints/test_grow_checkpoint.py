@@ -12,6 +12,7 @@ from models import batch, logits, make
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from saved import INDEX, contents, invoke, load, said, save
+from states import fail_at
 
 import growkern
 from growkern.checkpoints import grow as checkpoint
@@ -346,20 +347,12 @@ def test_a_growth_that_fails_on_its_way_leaves_what_was_there(
         checkpoint.grow(source, tmp_path / "out", to={"layers": 3})
     before = contents(tmp_path)
     owner = shards if stage == "_sync" else shards.Shards
-    original, calls = getattr(owner, stage), []
-
-    def fails(*arguments):
-        calls.append(original(*arguments))
-        if len(calls) > 4 or stage == "close":
-            raise error
-        return calls[-1]
-
-    monkeypatch.setattr(owner, stage, fails)
+    failures = fail_at(monkeypatch, owner, stage, error, 1 if stage == "close" else 5)
     expected = CheckpointError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected):
         checkpoint.grow(source, tmp_path / "out", overwrite=overwrite, max_shard_size="50KB")
 
-    assert contents(tmp_path) == before
+    assert failures and contents(tmp_path) == before
     assert {p.name for p in tmp_path.iterdir()} == {"source"} | ({"out"} if overwrite else set())
 
 

@@ -190,7 +190,7 @@ def test_compare_refuses_a_model_without_a_loss(tmp_path):
     [
         (["plan", "x", "--width", "Stack"], "--width: there is no method 'Stack'"),
         (["plan", "x", "--depth", "Stack(n=)"], "--depth: cannot read"),
-        (["plan", "x", "--to", "hidden"], None),
+        (["plan", "x", "--to", "hidden", "--to", "2x"], "--to: cannot read 'hidden'"),
         (["plan", "x", "--to", "hidden=2x", "--to", "4x"], "--to: cannot read '4x'"),
         (["plan", "x", "--seed", "-1"], "--seed"),
         (["grow", "x"], "Missing argument"),
@@ -205,8 +205,13 @@ def test_compare_refuses_a_model_without_a_loss(tmp_path):
 def test_wrong_options_are_refused_before_anything_is_read(arguments, match):
     result = invoke(*arguments)
 
-    assert result.exit_code == (1 if match is None else 2)  # "hidden" parses as one size, like "2x"
-    assert match is None or match in said(result), result.output
+    assert result.exit_code == 2 and match in said(result), result.output
+
+
+def test_a_name_without_a_size_is_refused(source):
+    result = invoke("plan", source, "--to", "hidden")
+
+    assert result.exit_code == 1 and "cannot read to='hidden'" in said(result), result.output
 
 
 WIDTH = 512

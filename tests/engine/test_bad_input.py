@@ -601,7 +601,6 @@ def test_identity_blocks_need_to_know_what_makes_one():
 
     with pytest.raises(PlanError, match="does not list the tensors to zero"):
         growkern.expand_inplace(model, spec=spec, to={"layers": 3})
-    assert batch().shape == (2, 16)
 
 
 def test_a_plan_and_a_wish_are_one_too_many():

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import VOCAB, make
+from models import Words, make
+from scheduled import DEEPER, WIDER, same_weights
 
 import growkern
 from growkern.errors import PlanError
@@ -18,17 +19,6 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
-WIDER, DEEPER = {"hidden": 48}, {"layers": 3}
-
-
-class Words(torch.utils.data.Dataset):
-    def __len__(self):
-        return 64
-
-    def __getitem__(self, i):
-        ids = torch.randint(0, VOCAB, (12,), generator=torch.Generator().manual_seed(i))
-        return {"input_ids": ids, "labels": ids}
-
 
 def trainer_of(model, out, **changes):
     """Make a Trainer with its defaults (fused AdamW, clipping, shuffling) and a cosine scheduler."""
@@ -37,7 +27,7 @@ def trainer_of(model, out, **changes):
         logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     args = transformers.TrainingArguments(**(options | changes))
-    words = Words()
+    words = Words(64)
     return transformers.Trainer(model=model, args=args, train_dataset=words, eval_dataset=words)
 
 
@@ -48,12 +38,6 @@ def recorded(model):
         lambda m, args, kwargs: seen.append(kwargs) if m.training else None, with_kwargs=True
     )
     return seen
-
-
-def same_weights(one, other):
-    assert dict(one.named_parameters()).keys() == dict(other.named_parameters()).keys()
-    for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q), name
 
 
 @pytest.mark.parametrize("n_accumulated", [1, 2])

@@ -274,13 +274,6 @@ def test_every_program_finds_its_piece_when_some_have_no_tiles(n):
     check([case.build() for case in cases])
 
 
-@pytest.mark.parametrize(
-    "pieces", [[], [Piece(torch.zeros(0, 4), torch.zeros(0, 4))]], ids=["none", "empty"]
-)
-def test_nothing_to_write_is_no_launch(pieces):
-    expand(pieces)
-
-
 def launches(pieces: list[Piece], monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """Expand the pieces and return the options of every launch."""
     from growkern.kernels import expand as module
@@ -302,6 +295,13 @@ def launches(pieces: list[Piece], monkeypatch: pytest.MonkeyPatch) -> list[dict]
         monkeypatch.setattr(module, name, Kernel(getattr(module, name)))
     expand(pieces)
     return found
+
+
+@pytest.mark.parametrize(
+    "pieces", [[], [Piece(torch.zeros(0, 4), torch.zeros(0, 4))]], ids=["none", "empty"]
+)
+def test_nothing_to_write_is_no_launch(pieces, monkeypatch):
+    assert launches(pieces, monkeypatch) == []
 
 
 def test_one_launch_per_pair_of_dtypes(monkeypatch):

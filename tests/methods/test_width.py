@@ -39,10 +39,6 @@ def roles(family, name):
     return next(found for end, found in ROLES[family].items() if name.endswith(end))
 
 
-def product(outer, inner, n_inner):
-    return [i * n_inner + j for i in outer for j in inner]
-
-
 def maps_of(plan, family):
     """Return the source coordinate of every target coordinate, per kind of axis, from the plan's index maps."""
     axes = {key.split(" ", 1)[1]: axis.index_map.indices for key, axis in plan.axes.items() if key.startswith("writer")}  # fmt: skip
@@ -110,7 +106,7 @@ def check_bert2bert(family, to, method):
     expected = fpi(family, source, shapes, maps_of(plan, family), 2, advanced=advanced)
     for name, p in model.named_parameters():
         assert (p - expected[name]).abs().max() < ROUNDING, name
-    assert plan.function_preserving is not advanced or not plan.function_preserving
+    assert not (advanced and plan.function_preserving)  # test_methods.py checks the other plans
 
 
 @settings(max_examples=20, deadline=None)
@@ -315,13 +311,16 @@ def test_sparkling_scales_by_the_papers_factors(fan_out, fan_in, to):
             assert bool(embedding[:, j].any()) == (fan_out == "random")
 
 
-def test_sparkling_at_twice_the_width_is_fpi():
-    factors = width.Sparkling().factor(24, 48), width.Sparkling().factor(24, 72)
+@pytest.mark.parametrize("to", ["2x", "3x"])
+def test_sparkling_at_a_whole_factor_is_fpi(to):
+    sparkling, fpi = (make("llama", tied=True).double() for _ in range(2))
 
-    assert factors == (0.5, 1 / 3)
-    assert growkern.plan(
-        make("llama", tied=True), to="2x", width=width.Sparkling()
-    ).function_preserving
+    report = grow(sparkling, to=to, width=width.Sparkling())
+    grow(fpi, to=to, width=width.FPI(maps="cyclic"))
+
+    assert report.function_preserving or to == "3x"
+    for (name, p), q in zip(sparkling.named_parameters(), fpi.parameters(), strict=True):
+        assert (p - q).abs().max() < ROUNDING, name
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -446,7 +445,10 @@ def test_what_a_method_says_of_the_function_is_so_where_models_scale_streams(
 @pytest.mark.parametrize("method", ALL, ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "t5"])
 def test_nothing_is_dead(family, method):
-    """Outside embeddings, every element has a gradient that is not 0 within two steps, or three where a gain follows a norm of pads."""
+    """Every element has a gradient that is not 0 within two steps, or three where a gain follows a norm of pads.
+
+    The exception is one bucket of T5's encoder, in the source too: the bucket of the positive distances that are 0.
+    """
     model = make(family, tied=True).double()
     optim = torch.optim.SGD(model.parameters(), lr=1e-2)
     grow(model, optim, to="2x", width=method)
@@ -461,7 +463,8 @@ def test_nothing_is_dead(family, method):
         optim.step()
 
     dead = {name: int((~found).sum()) for name, found in seen.items() if not found.all()}
-    assert not {k: v for k, v in dead.items() if "embed" not in k and "relative" not in k}, dead
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    assert dead == ({bias: model.config.num_heads} if family == "t5" else {})
 
 
 LOCKED = [

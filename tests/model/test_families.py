@@ -173,7 +173,7 @@ def test_pads_train_within_two_steps(norms):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
-def test_copies_differ_after_fifty_steps_by_default_and_never_without_noise(family):
+def test_copies_differ_after_fifty_steps_with_noise_and_never_without(family):
     def grown(noise: float) -> torch.nn.Module:
         model = make(family, tied=True)
         optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -434,7 +434,8 @@ def test_kv_heads_alone_split_the_groups_of_their_queries(family, monkeypatch):
     grown = model.model.layers[0].self_attn
     assert torch.equal(grown.k_proj.weight.view(4, 6, 24), key.repeat_interleave(2, 0))
     assert torch.equal(grown.q_proj.weight, query)
-    assert found.logits_error < 1e-10 if "mix" not in family and "moe" not in family else 1e-6
+    routed = family in ("mixtral", "qwen3_moe")  # routers compute in float32
+    assert found.logits_error < (1e-6 if routed else 1e-10)
     dead = {name for name in found.dead if not name.endswith(KEY_BIASES)}
     assert not (dead or found.state or found.unheld), str(found)
 

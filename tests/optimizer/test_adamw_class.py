@@ -113,6 +113,7 @@ def launched(monkeypatch) -> list[int]:
     return found
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the kernel steps, which rounds otherwise")
 @settings(max_examples=60, deadline=None)
 @given(
     dtype=st.sampled_from([F64, F32, BF16]),
@@ -133,8 +134,7 @@ def test_without_slices_it_is_torchs_bit_for_bit(dtype, option, missing, split, 
     with patch.object(module, "BLOCK", block):
         train([ours, theirs], n, missing=missing)
 
-    if DEVICE == "cpu":
-        assert_same(ours, theirs)
+    assert_same(ours, theirs)
 
 
 def test_large_tensors_train_in_blocks_bit_for_bit():

@@ -221,11 +221,23 @@ def test_exact_dynamics_under_a_grad_scaler_and_bfloat16():
     assert run(True) == pytest.approx(run(False), abs=2e-2)
 
 
-def test_update_scale_multiplies_what_any_optimizer_does():
+ELEMENTWISE = [
+    (optims.SGD, dict(momentum=0.9)),
+    (optims.ASGD, dict(lambd=0)),
+    *((getattr(optims, name), {}) for name in ("Adadelta", "Adagrad", "Adam", "Adamax", "NAdam")),
+    *((getattr(optims, name), {}) for name in ("RAdam", "RMSprop", "Rprop")),
+    (optims.AdamW, dict(weight_decay=0)),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), ELEMENTWISE, ids=[kind.__name__ for kind, _ in ELEMENTWISE]
+)
+def test_update_scale_multiplies_the_updates_of_any_optimizer(kind, options):
     def moved(factor) -> torch.Tensor:
         torch.manual_seed(0)
         layer = nn.Linear(3, 4).double()
-        optim = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+        optim = kind(layer.parameters(), lr=0.1, **options)
         scale = growkern.UpdateScale(optim, {layer.weight: factor}) if factor else None
         before = layer.weight.detach().clone()
         for _ in range(3):

@@ -322,14 +322,17 @@ def test_masters_grow_with_the_weights_they_are_copies_of(memory):
             q.grad = None
             other.state[q] = {k: v.clone() for k, v in optim.state[master].items()}
             assert p.dtype == torch.bfloat16
-    ids = [id(master) for master in master_weights.values()]
+    ids = {id(p): id(master) for p, master in master_weights.items()}
     how = dict(to={"hidden": 48, "layers": 3}, memory=memory, width=width.Lossless(noise=0))
 
     report = grow(model, optim, master_weights=master_weights, **how)
     grow(whole, other, **how)
 
-    assert set(ids) <= {id(master) for master in master_weights.values()}
-    assert list(map(id, model.parameters())) and report.lr_applied
+    assert (
+        report.lr_applied
+        and {id(p): id(m) for p, m in master_weights.items()}.items() >= ids.items()
+    )
+    assert {id(p) for p in master_weights} == {id(p) for p in model.parameters()}
     for (name, p), q in zip(model.named_parameters(), whole.parameters(), strict=True):
         master = master_weights[p]
         torch.testing.assert_close(master, q, rtol=1e-6, atol=1e-7, msg=name)
