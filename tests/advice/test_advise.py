@@ -319,6 +319,7 @@ HERE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HERE)
 def test_a_recipe_is_found_by_the_event_that_grows_by_it(name):
     recipe = RECIPES[name]
@@ -469,6 +470,7 @@ def rows():
     return figures.Rows()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("other", "most"), [(False, 0.4), (True, 0.3)], ids=["own-curve", "two-curves"]
 )
@@ -489,6 +491,7 @@ def test_the_calibration_is_that_of_the_committed_rows(rows):
     assert calibration.CALIBRATION.read_text() == text, "run: python -m bench.advice --write"
 
 
+@pytest.mark.slow
 def test_no_seed_is_judged_by_a_calibration_that_holds_it(monkeypatch):
     asked, judged = [], []
 
@@ -508,6 +511,7 @@ def test_no_seed_is_judged_by_a_calibration_that_holds_it(monkeypatch):
     assert len(judged) >= 10 and all(not known & own for known, own in judged)
 
 
+@pytest.mark.slow
 def test_no_figure_is_judged_by_a_calibration_that_holds_it(rows, monkeypatch):
     seen = []
     monkeypatch.setattr(judging, "pooled", lambda recipes, *_: seen.append(set(recipes)) or PERFECT)

@@ -26,6 +26,7 @@ def trained():
     return model, optim
 
 
+@pytest.mark.slow
 def test_the_table_holds_what_growing_by_hand_shows_and_nothing_changes(trained):
     model, optim = trained
     before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optim.state_dict())

@@ -40,6 +40,7 @@ def fake(case: str, backend: str, phase: str, gb_s: float, **values: object) -> 
     return empty | names | {"gb_s": gb_s, "tensor_bytes": 1 << 30} | values
 
 
+@pytest.mark.slow
 def test_quick_run_measures_keeps_and_draws_and_a_red_case_is_not_timed(tmp_path, monkeypatch):
     results = tmp_path / "results"
 

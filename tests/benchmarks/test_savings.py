@@ -217,6 +217,7 @@ def test_what_only_the_tuning_seed_ran_is_held_against_that_seed_and_comes_last(
     assert "(the seed that chose)" in report.verdict(found, 1)
 
 
+@pytest.mark.slow
 def test_campaign_runs_end_to_end(smoke):
     rows, curves = rows_of(smoke), rows_of(smoke, curves=True)
 
@@ -232,6 +233,7 @@ def test_campaign_runs_end_to_end(smoke):
     assert picture.stat().st_size > 20_000
 
 
+@pytest.mark.slow
 def test_growth_of_the_campaign_keeps_the_loss_and_charges_the_source(smoke):
     grown = [r for r in rows_of(smoke) if r["recipe"] == "default"]
 
@@ -251,6 +253,7 @@ def test_damaged_snapshot_is_named(tmp_path):
         jobs.run(grown, tmp_path, "cpu")
 
 
+@pytest.mark.slow
 def test_killed_campaign_goes_on_and_finds_the_same(smoke, tmp_path):
     (path,) = [p for p in smoke.glob("*.csv") if not p.stem.endswith("-curves")]
     lines = path.read_text().splitlines(keepends=True)
@@ -333,6 +336,7 @@ def test_unknown_recipe_is_refused_with_the_known_ones(capsys):
     assert "unknown recipes: nothing; known: default; " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "recipes"),
     [
@@ -368,6 +372,7 @@ def test_flops_are_those_that_torch_counts(sizes):
     assert flops_per_step(model, training) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+@pytest.mark.slow
 def test_run_that_grows_in_two_steps_serves_only_budgets_behind_the_last(tmp_path):
     sizes, small = {"hidden": 32, "layers": 2}, {"n_eval": 2, "n_trunk": 2, "warmup": 2}
     setup = campaign.Setup(
@@ -399,6 +404,7 @@ def test_a_job_is_finished_when_all_of_its_budgets_have_rows_and_no_row_is_writt
     assert len(ledger.rows()) == 2
 
 
+@pytest.mark.slow
 def test_annealed_branch_of_a_grown_run_leaves_the_trunk_where_it_was():
     training, text = Training(n_eval=2, n_trunk=2, warmup=2), read_corpus(300_000)
     alone, branched = (Run({"hidden": 32, "layers": 1}, 1e-3, 0, text, training) for _ in range(2))
@@ -411,6 +417,7 @@ def test_annealed_branch_of_a_grown_run_leaves_the_trunk_where_it_was():
     assert alone.train_until(12 * alone.cost) == branched.train_until(12 * branched.cost)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_annealed_branch_leaves_the_trunk_where_it_was(optimizer):
     sizes, training = {"hidden": 32, "layers": 1}, Training(n_eval=2, n_trunk=2, warmup=2)
@@ -430,6 +437,7 @@ def test_annealed_branch_leaves_the_trunk_where_it_was(optimizer):
     )
 
 
+@pytest.mark.slow
 def test_branch_anneals_to_zero_over_the_last_quarter():
     sizes, training = {"hidden": 32, "layers": 1}, Training(n_eval=2, n_trunk=2, warmup=2)
     run = Run(sizes, 1e-3, 0, read_corpus(300_000), training)
@@ -463,6 +471,7 @@ def test_effective_rank_and_cosine_of_halves_are_those_of_matrices_that_are_know
     assert symmetry.cosine_of_halves(torch.cat([x, -x]).tile(1, 2)) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_copies_without_noise_stay_equal_under_muon_and_part_with_it(monkeypatch):
     setup = replace(campaign.SETUPS["width"], grow_at=(2,), training={"n_trunk": 2, "warmup": 2})
     monkeypatch.setattr(symmetry, "SETUP", setup)
@@ -475,6 +484,7 @@ def test_copies_without_noise_stay_equal_under_muon_and_part_with_it(monkeypatch
     assert all(1 < row["residual"] <= 64 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_default_is_exact_under_layer_norm_and_trains(monkeypatch):
     setup = replace(
         campaign.SETUPS["width"], grow_at=(2,), budgets=(8, 12),

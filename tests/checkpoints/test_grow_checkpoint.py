@@ -333,6 +333,7 @@ def test_a_disk_that_is_too_full_is_refused_with_the_figures(source, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize(
     "error",

@@ -132,6 +132,7 @@ def test_compare_shows_a_row_per_method(source, tmp_path):
     assert contents(source) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "bert", "vit"])
 def test_compare_has_a_loss_for_every_kind_of_head(family, tmp_path):
     save(tmp_path / "source", family)
@@ -253,6 +254,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("family", "to", "share"),
@@ -285,6 +287,7 @@ def command(*arguments: object) -> subprocess.Popen:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_leaves_nothing_behind(big, tmp_path):
     before = contents(big / "llama")
@@ -306,6 +309,7 @@ def test_ctrl_c_leaves_nothing_behind(big, tmp_path):
     assert contents(big / "llama") == before
 
 
+@pytest.mark.slow
 def test_a_bar_shows_the_bytes_and_the_summary_what_was_done(big, tmp_path):
     process = command("grow", big / "llama", tmp_path / "out", "--max-shard-size", "100MB")
 

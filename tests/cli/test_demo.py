@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 from growkern.cli import demo, demo_run
 from growkern.cli import main as cli
 
-pytestmark = pytest.mark.xdist_group("demo")  # one xdist worker trains, once
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.slow]  # one xdist worker trains, once
 
 
 def invoke(*arguments: object) -> Result:

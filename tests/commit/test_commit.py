@@ -59,6 +59,7 @@ OFTEN = {"values": 3, "dicts": 3, "lists": 3, "attributes": 3, "gradient norm": 
 CALLS = [(stage, call) for stage in STAGES for call in sorted({1, OFTEN.get(stage, 1)})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize(("stage", "call"), CALLS)
 def test_a_failure_at_any_stage_leaves_everything_bitwise_unchanged(

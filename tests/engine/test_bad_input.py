@@ -512,6 +512,7 @@ for wrapped in (fully_shard(make(), mesh=init_device_mesh("cpu", (1,))),
 """
 
 
+@pytest.mark.slow
 def test_live_wrappers_are_refused():
     found = refused(WRAPPED)
 
@@ -560,6 +561,7 @@ def refused(script):
     return found
 
 
+@pytest.mark.slow
 def test_models_with_adapters_are_refused_and_merged_ones_grow():
     *found, last = refused(ADAPTERS)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from ddp_worker import CASES
 
-pytestmark = processes.together
+pytestmark = [processes.together, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module", params=[2, 4])

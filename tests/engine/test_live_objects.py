@@ -104,6 +104,7 @@ def test_without_a_scheduler_groups_are_split():
     assert len(optim.param_groups) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freeze", (False, True))
 def test_what_was_made_before_the_import_is_found(freeze):
     code = f"""
@@ -304,6 +305,7 @@ def test_torchs_classes_work_as_before():
     assert scheduler.optimizer is optim
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_step_and_a_module_made_while_compiling():
     model = make("llama", tied=True)

@@ -57,6 +57,7 @@ def expected(source, axes, order, fill):
     return out
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 3).flatmap(lambda n: st.tuples(*[axes("zero")] * n)),
@@ -222,6 +223,7 @@ def test_centring_takes_the_mean_of_the_weight_and_not_of_its_state():
     assert torch.equal(staged.grads["w"][:6], source)
 
 
+@pytest.mark.slow
 def test_noise_depends_on_seed_name_and_element_alone(monkeypatch):
     source = torch.randn(40, 40)
     plan = plan_of([writer(40, 80), even(40, 80)])

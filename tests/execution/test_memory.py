@@ -149,6 +149,7 @@ STAGES = {
 OFTEN = {"a set", "values", "dicts"}  # a lean growth calls these stages once per set of tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [RuntimeError("boom"), MemoryError(), KeyboardInterrupt()], ids=repr
 )
@@ -362,6 +363,7 @@ print(memory("VmHWM") - start, report.peak_bytes, report.n_bytes_written)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["stage", "lean"])

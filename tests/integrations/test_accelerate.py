@@ -48,6 +48,7 @@ def train(accelerator, model, optim, scheduler, steps, *, first=0, each=lambda l
         each(loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_accumulated", [1, 2])
 @pytest.mark.parametrize("late", [False, True], ids=["prepared", "built-on-the-wrapper"])
 def test_the_loop_ends_with_the_weights_of_one_that_grows_by_hand(

@@ -40,6 +40,7 @@ def recorded(model):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_accumulated", [1, 2])
 def test_the_trainer_ends_with_the_weights_of_a_loop_that_grows_by_hand(n_accumulated, tmp_path):
     model, by_hand = make("llama", tied=True), make("llama", tied=True)
@@ -88,6 +89,7 @@ def test_a_checkpoint_of_the_step_of_a_growth_holds_the_target_and_the_schedule(
     same_weights(loaded, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restores", [False, True], ids=["default", "restore-callbacks"])
 @pytest.mark.parametrize("at", [2, 3], ids=["before-a-growth", "after-one"])
 def test_a_resumed_run_goes_on_where_the_checkpoint_was(at, restores, tmp_path):
@@ -116,6 +118,7 @@ def test_a_resumed_run_goes_on_where_the_checkpoint_was(at, restores, tmp_path):
     same_weights(model, resumed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 3, 5])
 def test_a_model_of_the_starting_sizes_is_resumed_bitwise(at, tmp_path):
     def parts():
@@ -139,6 +142,7 @@ def test_a_model_of_the_starting_sizes_is_resumed_bitwise(at, tmp_path):
         hf.resume(trainer, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_run_without_a_schedule_counts_the_trainers_steps(tmp_path):
     model = make("llama", tied=True)
     trainer_of(model, tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()

@@ -74,6 +74,7 @@ def snapshot(model, optim):
 # A growth taken back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamics", ["mup", "exact", None])
 @pytest.mark.parametrize("factor", [2, 4])
 @pytest.mark.parametrize(
@@ -341,6 +342,7 @@ def halfway(n_source: int, n_target: int) -> bool:
     return any(2 * i * (n_source - 1) % (2 * (n_target - 1)) == n_target - 1 for i in ends)
 
 
+@pytest.mark.slow
 @given(ffn=st.integers(1, 40), groups=st.integers(1, 2), hidden=st.integers(1, 24))
 def test_weight_selection_is_the_published_formula(ffn, groups, hidden):
     to = {"ffn": ffn, "hidden": hidden, "heads": 2 * groups, "kv_heads": groups}
@@ -463,6 +465,7 @@ def test_averages_shrink_too():
     ema.update_parameters(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"memory": "lean"}, {"backend": "triton"}], ids=str)
 @pytest.mark.parametrize(
     "method", [WeightSelection(), BACK], ids=["WeightSelection", "FirstCopies"]

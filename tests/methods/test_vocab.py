@@ -151,6 +151,7 @@ def test_a_grown_vocabulary_is_saved_and_loaded(tmp_path):
     assert torch.equal(logits(loaded, batch()), logits(model, batch()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("memory", ["stage", "lean"])
 def test_new_tokens_are_the_same_whatever_writes_them(backend, memory):

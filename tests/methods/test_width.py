@@ -86,6 +86,7 @@ METHODS = [width.FPI(), width.FPI(maps="cyclic"), width.FPI(seed=7), width.Net2W
 METHODS += [width.AKIPro(maps="cyclic")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize(("family", "to"), [(f, to) for f in TARGETS for to in TARGETS[f]], ids=str)
 def test_bert2bert_is_the_papers_loop(family, to, method):
@@ -147,6 +148,7 @@ def test_hypercloning_tiles_and_divides(family):
         assert (p - expected).abs().max() < ROUNDING, name
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(st.sampled_from(METHODS[:-1]), st.integers(24, 60), st.integers(40, 100), st.integers(2, 4))
 def test_bert2bert_is_the_papers_loop_at_any_size(method, hidden, ffn, kv_heads):
@@ -442,6 +444,7 @@ def test_what_a_method_says_of_the_function_is_so_where_models_scale_streams(
     assert report.function_preserving == (off < 1e-10), off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ALL, ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "t5"])
 def test_nothing_is_dead(family, method):

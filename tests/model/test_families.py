@@ -57,6 +57,7 @@ COPIED = [(f, t, True, 1.0) for f, t in CASES if t in ("2x", "1.5x", "awkward-an
 TIED = [(f, t, (FAMILIES.index(f) + i) % 2 == 0) for i, t in enumerate(TARGETS) for f in FAMILIES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "target", "tied", "noise"),
     [(f, t, tied, None) for f, t, tied in TIED if (f, t) in CASES] + COPIED,
@@ -95,6 +96,7 @@ RULES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "norms", "noise"),
     [(*rule, noise) for rule in RULES for noise in (None, 1.0) if rule[1] != "isometric" or noise],
@@ -132,6 +134,7 @@ TRAINED = [(f, t) for f in PRE_NORM for t in ("2x", "1.5x", "awkward-and-deeper"
 TRAINED += [(f, t) for f in POST_NORM for t in ("2x", "2x-and-deeper")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "target"), TRAINED)
 def test_every_element_trains_within_two_steps_and_the_optimizer_fits(family, target):
     model = make(family, tied=True).double()

@@ -163,6 +163,7 @@ def run_of(optimizer, decay, monkeypatch, **options):
     return max(abs(x - y) for x, y in zip(grown, expected, strict=True)), report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 @pytest.mark.parametrize(
     "optimizer",

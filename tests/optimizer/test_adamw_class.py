@@ -147,6 +147,7 @@ def test_large_tensors_train_in_blocks_bit_for_bit():
     assert_same(*optims)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o != "tensor lr"])
 @pytest.mark.parametrize("dtype", [F64, F32])
 def test_the_kernel_trains_as_torch_does(launched, option, dtype):
@@ -289,6 +290,7 @@ def test_slices_survive_a_checkpoint_unrounded_and_torch_goes_on_without(dtype, 
     train([third], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
 )

@@ -25,6 +25,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
 def test_the_loop_goes_on_in_every_adam_with_the_old_loss_alive(kind, options):
@@ -299,6 +300,7 @@ SCHEDULERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("make_scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
 def test_schedulers_go_on_and_keep_the_factor(make_scheduler):
@@ -600,6 +602,7 @@ def test_hooks_of_the_users_objects_see_new_blocks_too():
     assert recorder.n == 4
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_compiled_once_per_growth_and_never_runs_out():
     """Six growths are more than ``recompile_limit`` allows, and ``fullgraph=True`` makes the limit an error."""
     torch._dynamo.reset()

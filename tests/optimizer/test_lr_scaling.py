@@ -115,16 +115,19 @@ def gap(name: str, monkeypatch, **options) -> float:
     return max(abs(a - b) for a, b in zip(grown, expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*OPTIMIZERS, *THIRD])
 def test_the_grown_run_is_the_source_run(name, monkeypatch):
     assert gap(name, monkeypatch, dynamics="exact") < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD", "Muon", "growkern AdamW"])
 def test_without_dynamics_it_is_not(name, monkeypatch):
     assert gap(name, monkeypatch, dynamics=None) > 1e-4
 
 
+@pytest.mark.slow
 def test_muon_as_torch_has_it_is_as_close_as_its_bfloat16(monkeypatch):
     exact_norms(monkeypatch)
     model, optim = warmed("Muon")
@@ -137,6 +140,7 @@ def test_muon_as_torch_has_it_is_as_close_as_its_bfloat16(monkeypatch):
         assert (model(ids).logits - source(ids).logits).abs().max() < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["AdamW", "SGD momentum", "growkern AdamW", "Rprop"])
 @pytest.mark.parametrize("to", [{"ffn": 60}, {"ffn": 50, "hidden": 48}], ids=str)
 def test_uneven_copies_keep_the_trajectory_element_by_element(name, to, monkeypatch):
@@ -150,6 +154,7 @@ def test_uneven_copies_keep_the_trajectory_element_by_element(name, to, monkeypa
     assert grown == pytest.approx(train(source, source_optim, ON, first=10), abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["AdamW", "Muon", "ASGD", "growkern AdamW"])
 def test_two_growths_keep_the_trajectory(name, monkeypatch):
     exact_norms(monkeypatch)
@@ -406,6 +411,7 @@ def test_a_growth_inside_a_step_is_refused():
     assert model.config.hidden_size == 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["Adam", "RMSprop", "NAdam", "Adagrad", "RAdam", "AdamW", "SGD momentum"]
 )

@@ -36,6 +36,7 @@ def held(name, model):
     return [p for p in model.parameters() if p.dim() == 2 or name != "Muon"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["2x", "3x"])
 @pytest.mark.parametrize("name", STILL)
 def test_grown_state_is_what_the_grown_model_would_have_gathered(name, to, monkeypatch):
@@ -261,6 +262,7 @@ def test_stacked_blocks_bring_state_of_any_optimizer():
     train(model, optim, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["stage", "lean"])
 @pytest.mark.parametrize("kind", ["AdamW8bit", "Adam8bit"])
 def test_state_in_eight_bits_grows_in_its_codes(kind, memory):

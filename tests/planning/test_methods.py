@@ -97,6 +97,7 @@ CASES += cases([{"ffn": "2x"}], WIDTHS[:-4], "exact", ALL)
 CASES += cases([{"layers": 4}], DEPTHS, "exact", ALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "method", "to"), CASES, ids=str)
 def test_a_method_preserves_what_it_says_and_no_less(family, method, to, monkeypatch):
     exact_norms(monkeypatch)
@@ -130,6 +131,7 @@ def test_a_method_preserves_what_it_says_and_no_less(family, method, to, monkeyp
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "method", "to"), cases(["2x"], WIDTHS, None, ["gradient"]), ids=str
 )
@@ -155,6 +157,7 @@ def test_exact_methods_carry_the_moments_that_the_grown_model_would_have(
             assert (optim.state[p]["exp_avg_sq"] - second).abs().max() < 1e-9 * size, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "method", "to"), cases(["2x"], WIDTHS, "exact", ["trajectory"]), ids=str
 )
@@ -183,6 +186,7 @@ def test_what_methods_say_at_twice_the_width(at):
     assert found == {method: one[at] for method, one in SAYS.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", STOCK)
 def test_every_family_drifts_by_no_method_that_preserves_it(family, monkeypatch):
     exact_norms(monkeypatch)

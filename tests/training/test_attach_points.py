@@ -165,6 +165,7 @@ def gap(loop, dynamics, path) -> float:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
 def test_the_grown_run_is_the_run_that_never_grows(loop, tmp_path, monkeypatch):
     exact_norms(monkeypatch)
@@ -172,6 +173,7 @@ def test_the_grown_run_is_the_run_that_never_grows(loop, tmp_path, monkeypatch):
     assert gap(loop, "exact", tmp_path) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
 def test_without_dynamics_it_is_another_run(loop, tmp_path, monkeypatch):
     exact_norms(monkeypatch)

@@ -225,6 +225,7 @@ def _another_family(records):
     return [records[0].to_json(), replace(records[1], family="mistral").to_json()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoiled", (_wrong_digest, _unknown_method, _another_family))
 @pytest.mark.parametrize("optimizer", (torch.optim.AdamW, torch.optim.SGD, None))
 def test_a_later_growth_that_does_not_fit_takes_the_earlier_ones_back(spoiled, optimizer):

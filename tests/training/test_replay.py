@@ -39,6 +39,7 @@ def same(folder: Path, expected: dict) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deaths", [["2", "6", "10"], ["growing"], ["4", "growing", "8"]], ids=str)
 @processes.together
 def test_a_killed_run_ends_where_the_unbroken_one_ends(deaths, unbroken, tmp_path):
@@ -50,6 +51,7 @@ def test_a_killed_run_ends_where_the_unbroken_one_ends(deaths, unbroken, tmp_pat
     assert same(tmp_path, unbroken)
 
 
+@pytest.mark.slow
 @processes.together
 def test_a_run_that_is_killed_at_a_random_moment_ends_there_too(unbroken, tmp_path):
     lines, log = random.SystemRandom().randrange(1, 11), tmp_path / "log"

@@ -22,6 +22,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "options"), OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_a_schedule_ends_with_the_weights_of_a_loop_that_grows_by_hand(kind, options):
     def parts():
