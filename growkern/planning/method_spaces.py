@@ -79,7 +79,7 @@ def spaces(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[Space]:
 
 def normed(spec: ModelSpec) -> set[str]:
     """Return the streams that norms read, and the streams that the model multiplies by a power of a size."""
-    return {*(norm.reads for _, _, norm in spec.norms()), *spec.powers}
+    return {*(norm.reads for _, _, norm in spec.norms()), *spec.activation_scales}
 
 
 def even(index_map: IndexMap) -> StreamScale:
