@@ -88,7 +88,9 @@ def build(
         ties=dict(spec.ties),
         counters=spec.counters,
         attributes=attributes(spec, homes, sizes),
-        rebuilt=spec.rebuilt_from_config if sizes.get("head_dim") != spec.sizes.get("head_dim") else (),
+        rebuilt=spec.rebuilt_from_config
+        if sizes.get("head_dim") != spec.sizes.get("head_dim")
+        else (),
         eps=eps.of_targets(spec, homes),
         config={name: size_value(size, sizes) for name, size in spec.config.items()},
         config_lists=spec.config_lists,
@@ -200,7 +202,10 @@ def _strange(name: str, verb: str, expected: str, method: object) -> list[str]:
 
 def _unsaved(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:
     """Yield a note if transformers would refuse to save the target's config."""
-    if spec.save_requires_multiple is not None and sizes[spec.save_requires_multiple[0]] % sizes[spec.save_requires_multiple[1]]:
+    if (
+        spec.save_requires_multiple is not None
+        and sizes[spec.save_requires_multiple[0]] % sizes[spec.save_requires_multiple[1]]
+    ):
         whole, unit = spec.save_requires_multiple
         yield (
             f"save_pretrained refuses a {spec.family} whose {whole} ({sizes[whole]}) is no multiple of {unit} ({sizes[unit]}); "
@@ -337,7 +342,11 @@ def _with_next(
     """Set the next layer's tensor as source of the later copies along the first written axis that grows, if there is a next layer."""
     next_layer = f"{stack.path}.{index + 1}.{inner}"
     for at, (axis, key) in enumerate(zip(axes, row.axes, strict=True)):
-        if axis.role != "reader" and not mixed[key].index_map.is_identity and next_layer in spec.tensors:
+        if (
+            axis.role != "reader"
+            and not mixed[key].index_map.is_identity
+            and next_layer in spec.tensors
+        ):
             return replace(row, next_layer_source=next_layer, next_layer_axis=at)
     return row
 

@@ -227,8 +227,14 @@ def test_what_t5_cannot_is_refused(changes, to, match):
     ("changes", "match"),
     [
         ({"config": {"nowhere.d_model": "hidden"}}, "names 'nowhere', but the model has no such"),
-        ({"extra_stacks": (growkern.Blocks("decoder", size="decoder_layers"),)}, "it is no ModuleList"),
-        ({"extra_stacks": (growkern.Blocks("decoder.block", size="depth"),)}, "the spec says depth=None"),
+        (
+            {"extra_stacks": (growkern.Blocks("decoder", size="decoder_layers"),)},
+            "it is no ModuleList",
+        ),
+        (
+            {"extra_stacks": (growkern.Blocks("decoder.block", size="depth"),)},
+            "the spec says depth=None",
+        ),
     ],
     ids=str,
 )
