@@ -106,7 +106,7 @@ def solve_ties(
     """
     factors = writer_corrections(spec, sizes)
     for stream, origin in tied_streams(spec):
-        if stream_scales[origin].centred:
+        if stream_scales[origin].centered:
             raise PlanError(
                 f"cannot centre {spec.family}: the tensor that writes {origin!r} is tied to the one that reads {stream!r}, so "
                 "the mean would reach the logits; use norms='mean_pad'."
