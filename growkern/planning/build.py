@@ -71,6 +71,7 @@ def build(
     factors = norm_factors(spec, wide)
     axes = axis_maps(spec.axes, wide, factors, writer_corrections(spec, sizes))
     eps = _Eps.of(spec, factors)
+    same_head_dim = sizes.get("head_dim") == spec.sizes.get("head_dim")
     return GrowthPlan(
         family=spec.family,
         source_sizes=dict(spec.sizes),
@@ -88,9 +89,7 @@ def build(
         ties=dict(spec.ties),
         counters=spec.counters,
         attributes=attributes(spec, homes, sizes),
-        rebuilt=spec.rebuilt_from_config
-        if sizes.get("head_dim") != spec.sizes.get("head_dim")
-        else (),
+        rebuilt=() if same_head_dim else spec.rebuilt_from_config,
         eps=eps.of_targets(spec, homes),
         config={name: size_value(size, sizes) for name, size in spec.config.items()},
         config_lists=spec.config_lists,
