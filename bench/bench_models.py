@@ -31,7 +31,7 @@ import growkern
 from bench import harness
 from growkern.engine.sources import tensors_of
 from growkern.execution.execute import Execution
-from growkern.execution.tiles import Cutter
+from growkern.execution.tiles import Tiler
 from growkern.optimizer.describe import describe_optimizer
 from growkern.planning import build as law
 from growkern.planning.growth_plan import GrowthPlan
@@ -257,8 +257,8 @@ def host(model: nn.Module, optim: AdamW, to: str | Mapping[str, int | str]) -> C
     jobs = [job for tensor_set in execution.sets for job in execution.jobs(tensor_set, staged)]
 
     def work() -> object:
-        cutter = Cutter(law.build(spec, sizes, width=method, depth=depth))
-        return tabled([piece for job in jobs for piece in cutter.pieces(*job)])
+        tiler = Tiler(law.build(spec, sizes, width=method, depth=depth))
+        return tabled([piece for job in jobs for piece in tiler.pieces(*job)])
 
     return work
 

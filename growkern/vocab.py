@@ -81,8 +81,8 @@ class MeanCov:
     def rows(self, source: Tensor, n: int) -> Tensor:
         """Draw ``n`` new rows for a tensor with the rows ``source``."""
         rows = source.to("cpu", torch.float64)
-        mean, centred = rows.mean(0), rows - rows.mean(0)
-        cov = centred.T @ centred * (self.scale / rows.shape[0])
+        mean, centered = rows.mean(0), rows - rows.mean(0)
+        cov = centered.T @ centered * (self.scale / rows.shape[0])
         values, vectors = cast(tuple[Tensor, Tensor], torch.linalg.eigh(cov))  # pyright: ignore[reportUnknownMemberType]
         root = vectors * values.clamp(min=0).sqrt()
         return (mean + _normal(n, rows.shape[1], self.seed) @ root.T).to(source)

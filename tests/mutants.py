@@ -136,7 +136,8 @@ MUTANTS = {
         "execution/execute.py", "state[key] = value.clone() if isinstance(value, Tensor) else value", "state[key] = value",
         "optimizer/test_describe_optimizer.py -k stacked_blocks"),
     "execute: lean keeps its sources": Mutant(
-        "execution/execute.py", "            self.sources.forget(tensor_set.rows[0].source)\n", "", "execution/test_memory.py -k let_go"),
+        "execution/execute.py", "            self.sources.forget(tensor_set.tensors[0].source)\n", "",
+        "execution/test_memory.py -k let_go"),
     "execute: lean frees nothing": Mutant(
         "execution/execute.py", 'if memory == "lean" else ():', "if False else ():", "execution/test_memory.py -k does_not"),
     # commit

@@ -238,7 +238,7 @@ def _grown(run: Execution, layout: Layout) -> Iterator[tuple[str, Tensor]]:
         if not run.plan.changes(row):
             same.setdefault(row.source, []).append(row)
     for tensor_set, staged in zip(run.sets, run.parts(), strict=True):
-        source = tensor_set.rows[0].source
+        source = tensor_set.tensors[0].source
         yield from staged.values.items()
         staged.values.clear()
         yield from ((row.name, values[source]) for row in same.pop(source, []))

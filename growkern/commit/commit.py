@@ -27,7 +27,7 @@ def commit(
     record: str,
     followers: Sequence[tuple[nn.Module, Iterable[Tensors]]] = (),
     undo: Undo,
-    last: Callable[[], bool] = lambda: False,
+    before_finalize: Callable[[], bool] = lambda: False,
 ) -> None:
     """Turn the model and the optimizer into the target, or leave them bitwise unchanged.
 
@@ -39,8 +39,8 @@ def commit(
         record: The record of the growth for the config.
         followers: Models that grow by the same plan (averages of the model), each with its staged tensors.
         undo: Rollback log of every write; a failure rolls back the whole log.
-        last: Called last, on the grown model. An exception in it rolls the growth back; so does a pending SIGINT, unless it returns
-            True.
+        before_finalize: Called last, on the grown model. An exception in it rolls the growth back; so does a pending SIGINT, unless it
+            returns True.
 
     Raises:
         CommitError: The growth failed; every write has been rolled back.
@@ -53,7 +53,7 @@ def commit(
                 _model(plan, own, follower, None, undo, held, record)
             if held:
                 raise KeyboardInterrupt
-            final = last()
+            final = before_finalize()
             if held and not final:
                 raise KeyboardInterrupt
         except BaseException as error:

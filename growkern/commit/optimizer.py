@@ -32,7 +32,7 @@ class OptimTarget:
         scales: Parameter name -> its ``Scale`` for ``UpdateScale``, which works without a change to the param groups.
         slices: Parameter name -> state entries with its factors, for ``growkern.optim.AdamW``.
         master_weights: Parameter of the model -> the copy in higher precision that the optimizer holds in its place.
-        joins: True when param groups that a growth split are merged where their factors agree, and empty groups dropped.
+        merge_groups: True when param groups that a growth split are merged where their factors agree, and empty groups dropped.
     """
 
     optim: Optimizer
@@ -44,7 +44,7 @@ class OptimTarget:
         default_factory=dict[str, Mapping[str, Tensor]]
     )
     master_weights: Masters = field(default_factory=dict[nn.Parameter, nn.Parameter])
-    joins: bool = False
+    merge_groups: bool = False
 
     def held(self, params: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Tensors that the optimizer holds for the parameters of a model: the masters, or the parameters themselves."""
@@ -97,7 +97,7 @@ def grow_optimizer(
     law = of.described.law
     decays, rates = (law.decays, law.rates) if law else ((), ())
     split_groups(of.optim, after, of.split, of.scheduler, decays, rates, undo)
-    if of.joins:
+    if of.merge_groups:
         join_groups(of.optim, _places(after), of.scheduler, undo)
     _scales(of, before, after, undo)
     check_state(of.optim, of.described)
@@ -119,13 +119,13 @@ def _optimizer(
     groups = {id(p): group for group in optim.param_groups for p in group["params"]}
     if resets and hasattr(optim, "_numel_cache"):
         undo.attribute(optim, "_numel_cache", None)  # LBFGS caches the number of elements
-    joins: dict[int, list[nn.Parameter]] = {}
+    added: dict[int, list[nn.Parameter]] = {}
     for row in plan.tensors:
         if row.source not in source:
             continue
         p, origin = target[row.name], source[row.source]
         if row.new:
-            joins.setdefault(id(origin), []).append(p)
+            added.setdefault(id(origin), []).append(p)
         if plan.state == "drop" or row.state == "fresh" or resets:
             states.pop(p, None)
             together = law.together if law and groups.get(id(origin), {}).get("fused") else ()
@@ -146,7 +146,7 @@ def _optimizer(
     for group in optim.param_groups:
         params: list[nn.Parameter] = group["params"]
         names = _own_names(group, source)
-        grown = [q for p in params for q in (p, *joins.get(id(p), [])) if id(q) not in dropped]
+        grown = [q for p in params for q in (p, *added.get(id(p), [])) if id(q) not in dropped]
         places = [before[id(p)] for p in params if id(p) in before]
         in_order = places == sorted(places) and len(places) == len(params)
         if len(grown) > len(params) and in_order:  # keep model order

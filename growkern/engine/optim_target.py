@@ -25,7 +25,7 @@ def optim_target(
     model, (optim,), scheduler = request.model, request.optims, request.scheduler
     master_weights = request.master_weights
     law, split, before = described.law, dict[str, float](), scale_of(optim)
-    joins = plan.shrinks and not unmanaged and follows(scheduler)
+    merge_groups = plan.shrinks and not unmanaged and follows(scheduler)
     own: Masters = {} if master_weights is None else master_weights
     source = {n: own.get(p, p) for n, p in model.named_parameters(remove_duplicate=False)}
     added_factors: dict[str, Multiplier] = {}
@@ -45,7 +45,14 @@ def optim_target(
         states = {name: optim.state.get(p, {}) for name, p in source.items()}
         vectors = slices(plan, source, states, added_factors)
         return OptimTarget(
-            optim, described, scheduler=scheduler, slices=vectors, master_weights=own, joins=joins
+            optim,
+            described,
+            scheduler=scheduler,
+            slices=vectors,
+            master_weights=own,
+            merge_groups=merge_groups,
         )
     hooked = scales(plan, source, added_factors, before)
-    return OptimTarget(optim, described, split, scheduler, hooked, master_weights=own, joins=joins)
+    return OptimTarget(
+        optim, described, split, scheduler, hooked, master_weights=own, merge_groups=merge_groups
+    )

@@ -203,7 +203,7 @@ def _commit(request: Request, sources: _Described, staged: _Staged, ranks: Ranks
     """Compute the target tensors and put them into the live model and optimizer; roll all writes back on failure."""
     plan, lean = staged.plan, staged.executions[0].memory == "lean"
 
-    def before_end() -> bool:
+    def before_finalize() -> bool:
         live = tensors_of(request.model, request.optim, sources.spec, request.master_weights)
         staged.norms.append(_grad_norm(plan, live, "name", request))
         return ranks.finish()
@@ -220,7 +220,7 @@ def _commit(request: Request, sources: _Described, staged: _Staged, ranks: Ranks
         followers = [*zip(sources.averages, parts[1:], strict=True)]
         commit(
             plan, parts.pop(0), request.model, staged.target, record=recorded(plan, sources.spec), followers=followers,
-            undo=request.undo or Undo(keep), last=before_end,
+            undo=request.undo or Undo(keep), before_finalize=before_finalize,
         )  # fmt: skip
 
 

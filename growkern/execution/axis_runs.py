@@ -1,4 +1,4 @@
-"""Rows or columns of a target as stretches: ranges of source coordinates with all their copies, and ranges of pads."""
+"""Rows or columns of a target as axis runs: ranges of source coordinates with all their copies, and ranges of pads."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -24,47 +24,51 @@ LONG = 64  # coordinates per long run: 128 bytes of the smallest dtype
 
 
 @dataclass(frozen=True, eq=False)
-class Stretch:
+class AxisRun:
     """``n`` source coordinates, from ``source`` on (``PAD``: none) or listed in ``index``, and their copies in the target.
 
-    ``upper``: True when the source is the next layer's tensor.
+    ``from_next_layer``: True when the source is the next layer's tensor.
     """
 
     source: int
     n: int
     copies: tuple[Copy, ...]
     index: Tensor | None = None
-    upper: bool = False
+    from_next_layer: bool = False
 
     @cached_property
-    def unscaled(self) -> "Stretch":
-        """This stretch with scale 1."""
+    def unscaled(self) -> "AxisRun":
+        """This run with scale 1."""
         return replace(self, copies=tuple(replace(c, scale=1.0, scales=None) for c in self.copies))
 
-    def drawn(self, strength: float) -> "Stretch":
-        """Return this stretch with noise of factor ``strength`` and scale 1."""
+    def drawn(self, strength: float) -> "AxisRun":
+        """Return this run with noise of factor ``strength`` and scale 1."""
         copies = (
             replace(c, noise=strength, noises=None, scale=1.0, scales=None) for c in self.copies
         )
         return replace(self, copies=tuple(copies))
 
 
-class _Cut(NamedTuple):
+class _ScaledRun(NamedTuple):
+    """A run of the index map with one scale, one noise factor, consecutive noise ids and one source tensor."""
+
     target: int
     n: int
     source: int
     scale: float
     noise: float
     first_id: int
-    upper: bool
+    from_next_layer: bool
 
 
-class Side:
+class AxisLayout:
     """Rows or columns of a target matrix: some axes of the target tensor, flattened row-major and grown by a rule."""
 
-    def __init__(self, axes: Sequence[AxisMap], rule: Rule, upper: AxisMap | None = None) -> None:
+    def __init__(
+        self, axes: Sequence[AxisMap], rule: Rule, next_layer_axis: AxisMap | None = None
+    ) -> None:
         self.index_map = self.ids = ONE
-        self.scale = self.factors = self.upper = Vector.full(1.0, 1)
+        self.scale = self.factors = self.own_layer = Vector.full(1.0, 1)
         self.pad: Pad = "zero"
         self.noisy, self.drawn = False, 1.0
         for axis in axes:
@@ -73,21 +77,22 @@ class Side:
                 index_map = index_map.where(axis.grad_scale)
             factors, ids = _noise(axis, rule)
             self.ids = self.ids.product(ids)
-            if upper is not None:
-                self.upper = self.upper.outer(_later_copies(index_map, mixed=axis is upper))
+            if next_layer_axis is not None:
+                own_layer = _own_layer(index_map, mixed=axis is next_layer_axis)
+                self.own_layer = self.own_layer.outer(own_layer)
             self.index_map = self.index_map.product(index_map)
             self.scale = self.scale.outer(scale_of(axis, rule))
             self.factors = self.factors.outer(factors)
             if not axis.index_map.is_identity:
                 self.pad, self.drawn = axis.pad, axis.drawn
                 self.noisy = self.noisy or axis.pad == "random_reader"
-        if upper is None:  # 0 for coordinates that copy the next layer
-            self.upper = Vector.full(1.0, self.index_map.n_target)
-        self.quiet = not any(value for value, _ in self.factors.pieces)
+        if next_layer_axis is None:  # 0 for coordinates that copy the next layer
+            self.own_layer = Vector.full(1.0, self.index_map.n_target)
+        self.quiet = not any(value for value, _ in self.factors.repeats)
 
     @property
-    def free(self) -> bool:
-        """True when the side has pads of the kind ``"random_writer"``."""
+    def has_random_writer(self) -> bool:
+        """True when the layout has pads of the kind ``"random_writer"``."""
         return self.pad == "random_writer" and self.index_map.has_pads
 
     @cached_property
@@ -109,71 +114,87 @@ class Side:
         pads = (run for run in self.index_map.runs if run.source == PAD and run.target < target)
         return sum(min(run.length, target - run.target) for run in pads)
 
-    def stretches(
-        self, device: torch.device, dtype: torch.dtype, *, rows: bool, counted: bool
-    ) -> list[Stretch]:
-        """Cut the side into contiguous stretches with one scale and one noise factor; if there are too many, list indices instead.
+    def axis_runs(
+        self, device: torch.device, dtype: torch.dtype, *, rows: bool, with_ids: bool
+    ) -> list[AxisRun]:
+        """Cut the layout into contiguous runs with one scale and one noise factor; if there are too many, list indices instead.
 
         Args:
             device: Device of the tensors.
             dtype: Dtype of the arithmetic.
             rows: True for rows.
-            counted: True when noise counters are needed even if all noise factors of this side are 0.
+            with_ids: True when noise ids are needed even if all noise factors of this layout are 0.
         """
         n, n_target = len(self.index_map.runs), self.index_map.n_target
         long = n <= N_LONG_RUNS and n_target >= LONG * n
         if n <= N_RUNS or long:
-            cuts = self._cuts()
-            if len(cuts) <= 4 * N_RUNS or long:
-                pads = [Stretch(PAD, cut.n, (_copy(cut),)) for cut in cuts if cut.source == PAD]
-                copied = [cut for cut in cuts if cut.source != PAD]
-                own, upper = ([c for c in copied if c.upper is which] for which in (False, True))
-                return [*_segments(own), *(replace(s, upper=True) for s in _segments(upper)), *pads]
-        make = _Copies(self, device, dtype, counted)
+            scaled_runs = self._scaled_runs()
+            if len(scaled_runs) <= 4 * N_RUNS or long:
+                pads = [
+                    AxisRun(PAD, run.n, (_copy(run),)) for run in scaled_runs if run.source == PAD
+                ]
+                copied = [run for run in scaled_runs if run.source != PAD]
+                own, next_layer = (
+                    [run for run in copied if run.from_next_layer is which]
+                    for which in (False, True)
+                )
+                following = (replace(run, from_next_layer=True) for run in _by_source(next_layer))
+                return [*_by_source(own), *following, *pads]
+        make = _Copies(self, device, dtype, with_ids)
         return list(self._scattered(make) if rows and scatters(device) else self._gathered(make))
 
-    def _cuts(self) -> list["_Cut"]:
+    def _scaled_runs(self) -> list["_ScaledRun"]:
         """Cut the index map into runs with one scale, one noise factor and one source tensor."""
-        n_target, cuts = self.index_map.n_target, list[_Cut]()
+        n_target, scaled_runs = self.index_map.n_target, list[_ScaledRun]()
         changes = {run.target: run for run in self.index_map.runs}
         ids = {run.target: run for run in self.ids.runs}
         scales, factors = self.scale.changes, self.factors.changes
-        uppers = self.upper.changes
-        starts = sorted({*changes, *ids, *scales, *factors, *uppers} - {n_target})
-        run, own, scale, factor, lower = Run(0, 0, PAD), Run(0, 0, 0), 1.0, 1.0, 1.0
+        own_layers = self.own_layer.changes
+        starts = sorted({*changes, *ids, *scales, *factors, *own_layers} - {n_target})
+        run, own, scale, factor, own_layer = Run(0, 0, PAD), Run(0, 0, 0), 1.0, 1.0, 1.0
         for start, end in pairwise([*starts, n_target]):
             run, own = changes.get(start, run), ids.get(start, own)
             scale, factor = scales.get(start, scale), factors.get(start, factor)
-            lower = uppers.get(start, lower)
+            own_layer = own_layers.get(start, own_layer)
             source = PAD if run.source == PAD else run.source + start - run.target
             first_id = own.source + start - own.target
-            cuts.append(_Cut(start, end - start, source, scale, factor, first_id, not lower))
-        return cuts
+            scaled_runs.append(
+                _ScaledRun(start, end - start, source, scale, factor, first_id, not own_layer)
+            )
+        return scaled_runs
 
-    def _scattered(self, make: "_Copies") -> Iterator[Stretch]:
+    def _scattered(self, make: "_Copies") -> Iterator[AxisRun]:
         """Group source coordinates with equally many copies; each copy lists its target coordinates."""
         if pads := [i for i, j in enumerate(self.index_map.indices) if j == PAD]:
-            yield Stretch(PAD, len(pads), (make.listed(pads, place=True),))
-        lower = self.upper.expanded()
+            yield AxisRun(PAD, len(pads), (make.listed(pads, place=True),))
+        own_layer = self.own_layer.expanded()
         for which in (False, True):
-            read = [PAD if lower[i] == which else j for i, j in enumerate(self.index_map.indices)]
-            index_map = self.index_map if all(lower) else IndexMap.of(read, self.index_map.n_source)
+            read = [
+                PAD if own_layer[i] == which else j for i, j in enumerate(self.index_map.indices)
+            ]
+            index_map = (
+                self.index_map if all(own_layer) else IndexMap.of(read, self.index_map.n_source)
+            )
             for sources, targets in index_map.by_count.values():
                 copies = [make.listed(own, place=True) for own in targets]
-                yield Stretch(0, len(sources), tuple(copies), make.int32(sources), upper=which)
-            if all(lower):
+                yield AxisRun(
+                    0, len(sources), tuple(copies), make.int32(sources), from_next_layer=which
+                )
+            if all(own_layer):
                 return
 
-    def _gathered(self, make: "_Copies") -> Iterator[Stretch]:
+    def _gathered(self, make: "_Copies") -> Iterator[AxisRun]:
         """Group neighboring target coordinates that are all pads, or that all copy one source tensor."""
         indices = self.index_map.indices
-        kinds = zip((j == PAD for j in indices), self.upper.expanded(), strict=True)
-        for (pad, lower), same in groupby(enumerate(kinds), lambda numbered: numbered[1]):
+        kinds = zip((j == PAD for j in indices), self.own_layer.expanded(), strict=True)
+        for (pad, own_layer), same in groupby(enumerate(kinds), lambda numbered: numbered[1]):
             first, *_, last = [i for i, _ in same] * 2
             start, end = first, last + 1
             copy = replace(make.listed(range(start, end)), target=start)
             index = None if pad else make.int32(indices[start:end])
-            yield Stretch(PAD if pad else 0, end - start, (copy,), index, upper=not lower)
+            yield AxisRun(
+                PAD if pad else 0, end - start, (copy,), index, from_next_layer=not own_layer
+            )
 
 
 def scatters(device: torch.device) -> bool:
@@ -182,16 +203,18 @@ def scatters(device: torch.device) -> bool:
 
 
 class _Copies:
-    """Makes copies that list their coordinates of a side."""
+    """Makes copies that list their coordinates of an axis layout."""
 
-    def __init__(self, side: Side, device: torch.device, dtype: torch.dtype, counted: bool) -> None:
+    def __init__(
+        self, layout: AxisLayout, device: torch.device, dtype: torch.dtype, with_ids: bool
+    ) -> None:
         self.device = device
-        self.scale, self.scales = self._one_or_each(side.scale, dtype)
+        self.scale, self.scales = self._one_or_each(layout.scale, dtype)
         self.noise, self.noises, self.ids = 0.0, None, None
-        if not side.quiet:
-            self.noise, self.noises = self._one_or_each(side.factors, dtype)
-        if counted or not side.quiet:
-            self.ids = self.int32(side.ids.indices)
+        if not layout.quiet:
+            self.noise, self.noises = self._one_or_each(layout.factors, dtype)
+        if with_ids or not layout.quiet:
+            self.ids = self.int32(layout.ids.indices)
 
     def _one_or_each(self, vector: Vector, dtype: torch.dtype) -> tuple[float, Tensor | None]:
         uniform = vector.uniform
@@ -203,7 +226,7 @@ class _Copies:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
     def listed(self, targets: Sequence[int], *, place: bool = False) -> Copy:
-        """Return a copy of the side at any target coordinates, which ``place`` stores as ``Copy.targets``."""
+        """Return a copy of the layout at any target coordinates, which ``place`` stores as ``Copy.targets``."""
         at = self.int32(targets)
         return Copy(
             targets=at if place else None,
@@ -215,26 +238,26 @@ class _Copies:
         )
 
 
-def _copy(cut: _Cut, skip: int = 0) -> Copy:
-    target, first_id = cut.target + skip, cut.first_id + skip
-    return Copy(target, scale=cut.scale, noise=cut.noise, first_id=first_id)
+def _copy(run: _ScaledRun, skip: int = 0) -> Copy:
+    target, first_id = run.target + skip, run.first_id + skip
+    return Copy(target, scale=run.scale, noise=run.noise, first_id=first_id)
 
 
-def _segments(cuts: list[_Cut]) -> Iterator[Stretch]:
-    """Divide the source at the bounds of all cuts, so that every cut consists of whole segments; yield each with its copies."""
-    bounds = sorted({bound for cut in cuts for bound in (cut.source, cut.source + cut.n)})
+def _by_source(runs: list[_ScaledRun]) -> Iterator[AxisRun]:
+    """Divide the source at the bounds of all runs, so that every run consists of whole source ranges; yield each with its copies."""
+    bounds = sorted({bound for run in runs for bound in (run.source, run.source + run.n)})
     following = dict(pairwise(bounds))
     copies: dict[int, list[Copy]] = defaultdict(list)
-    for cut in cuts:
-        start = cut.source
-        while start < cut.source + cut.n:
-            copies[start].append(_copy(cut, start - cut.source))
+    for run in runs:
+        start = run.source
+        while start < run.source + run.n:
+            copies[start].append(_copy(run, start - run.source))
             start = following[start]
-    for start, segment_copies in sorted(copies.items()):
-        yield Stretch(start, following[start] - start, tuple(segment_copies))
+    for start, range_copies in sorted(copies.items()):
+        yield AxisRun(start, following[start] - start, tuple(range_copies))
 
 
-def _later_copies(index_map: IndexMap, *, mixed: bool) -> Vector:
+def _own_layer(index_map: IndexMap, *, mixed: bool) -> Vector:
     """Return 0 for all but the first copy of every source coordinate if ``mixed`` (the next layer is copied there), else 1."""
     if not mixed:
         return Vector.full(1.0, index_map.n_target)
@@ -255,7 +278,7 @@ def scale_of(axis: AxisMap, rule: Rule) -> Vector:
 
 
 def _noise(axis: AxisMap, rule: Rule) -> tuple[Vector, IndexMap]:
-    """Return noise factor (0 for state) and noise counter of each target coordinate of an axis; twins share a counter."""
+    """Return noise factor (0 for state) and noise counter of each target coordinate of an axis; a pair of copies shares a counter."""
     index_map, value = axis.index_map, 1.0 if rule.is_weight else 0.0
     if not rule.is_weight or axis.pad != "random_reader" or index_map.is_identity:
         return Vector.full(value, index_map.n_target), IndexMap.identity(index_map.n_target)
@@ -265,5 +288,5 @@ def _noise(axis: AxisMap, rule: Rule) -> tuple[Vector, IndexMap]:
     if not index_map.has_pads:
         return signs.map(lambda sign: axis.noise * sign), partners
     copied = index_map.per_copy(lambda _: axis.noise, pad=0.0)
-    free = index_map.per_copy(lambda _: 0.0, pad=axis.drawn)
-    return signs.zip(copied, lambda x, y: x * y).zip(free, lambda x, y: x + y), partners
+    drawn = index_map.per_copy(lambda _: 0.0, pad=axis.drawn)
+    return signs.zip(copied, lambda x, y: x * y).zip(drawn, lambda x, y: x + y), partners

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from growkern.errors import GrowthError, InsufficientMemoryError, PlanError, raise_all
 from growkern.execution import torch_backend as reference
-from growkern.execution.tiles import Cutter, Given
+from growkern.execution.tiles import Given, Tiler
 from growkern.execution.torch_backend import Piece
 from growkern.optimizer.eight_bit import N_BYTES, decoded, encoded, is_coded, scale_key
 from growkern.optimizer.state_rules import GRADIENT, MASTER, MASTER_GRAD, VALUE, Rule
@@ -35,12 +35,12 @@ class TensorSet:
     """All targets of one source parameter or buffer: values, gradients and state, in all blocks.
 
     Attributes:
-        rows: Rows of the plan with this source.
+        tensors: Rows of the plan with this source.
         n_bytes: Bytes of the targets, per device.
         n_freed: Bytes of the sources that the targets replace, per device.
     """
 
-    rows: tuple[TensorRow, ...]
+    tensors: tuple[TensorRow, ...]
     n_bytes: Mapping[torch.device, int]
     n_freed: Mapping[torch.device, int]
 
@@ -49,7 +49,7 @@ class Execution:
     """A growth that is ready to run: its peak memory is known and fits.
 
     Attributes:
-        cutter: ``Cutter`` of the plan; executions that share a cutter add the same noise to values of the same name.
+        tiler: ``Tiler`` of the plan; executions that share a tiler add the same noise to values of the same name.
         memory: ``"stage"``: every target beside every source, then one swap. ``"lean"``: set by set, with sources freed in between.
         peak_bytes: Peak memory beyond the memory in use before, on the device with the highest peak.
         n_read: Bytes read so far, for targets and for statistics.
@@ -64,7 +64,7 @@ class Execution:
         *,
         backend: str | None = None,
         memory: Memory | None = None,
-        cutter: Cutter | None = None,
+        tiler: Tiler | None = None,
         given: Given | None = None,
     ) -> None:
         """Check that the plan fits the tensors and that the targets fit in memory; see ``execute``.
@@ -74,7 +74,7 @@ class Execution:
             InsufficientMemoryError: The targets do not fit. The message gives required and free memory.
         """
         self.plan, self.sources, self.backend = plan, sources, backend
-        self.rules, self.cutter = rules, cutter or Cutter(plan, given)
+        self.rules, self.tiler = rules, tiler or Tiler(plan, given)
         if memory is not None and memory not in MEMORIES:
             raise PlanError(
                 f"unknown memory={memory!r}; pass 'stage', 'lean', or None for the first mode that fits."
@@ -93,7 +93,7 @@ class Execution:
     def of(self, sources: Tensors) -> "Execution":
         """Return the same growth, with the same noise, of other tensors with these names (an average of the model)."""
         return Execution(
-            self.plan, sources, {}, backend=self.backend, memory=self.memory, cutter=self.cutter
+            self.plan, sources, {}, backend=self.backend, memory=self.memory, tiler=self.tiler
         )
 
     def parts(self) -> Iterator[Tensors]:
@@ -109,7 +109,7 @@ class Execution:
             staged = Tensors()
             self._run(self.jobs(tensor_set, staged))
             self._coded(tensor_set, staged)
-            self.sources.forget(tensor_set.rows[0].source)
+            self.sources.forget(tensor_set.tensors[0].source)
             yield staged
             trim()
 
@@ -118,12 +118,12 @@ class Execution:
             for _, _, target, *_ in jobs:
                 target.fill_(float("nan") if target.is_floating_point() else 0)
             return
-        cutter = self.cutter
-        cutter.measure(jobs)
-        pieces = [piece for job in jobs for piece in cutter.pieces(*job)]
-        self.n_read += sum(piece.n_read for piece in pieces) + cutter.n_read
+        tiler = self.tiler
+        tiler.measure(jobs)
+        pieces = [piece for job in jobs for piece in tiler.pieces(*job)]
+        self.n_read += sum(piece.n_read for piece in pieces) + tiler.n_read
         self.n_written += sum(piece.n_written for piece in pieces)
-        cutter.n_read = 0
+        tiler.n_read = 0
         _run(pieces, self.backend)
         for row, _, target, rule, _ in jobs:
             if row.offset and row.constant is None and rule.is_weight:
@@ -138,7 +138,7 @@ class Execution:
 
     def _coded(self, tensor_set: TensorSet, staged: Tensors) -> None:
         """Quantize the grown state again where the source state is stored in 8 bits."""
-        for row in tensor_set.rows:
+        for row in tensor_set.tensors:
             before, state = self.sources.states.get(row.source, {}), staged.states.get(row.name, {})
             for key in [key for key in state if is_coded(before.get(key))]:
                 values, scales, code = (
@@ -150,24 +150,24 @@ class Execution:
     def jobs(self, tensor_set: TensorSet, staged: Tensors) -> list[Job]:
         """Allocate the targets of a set and return their jobs; counters, and scalar state of new blocks, are written here."""
         jobs: list[Job] = []
-        for row in tensor_set.rows:
+        for row in tensor_set.tensors:
             source, shape = self.sources.values[row.source], self.plan.shapes(row)[1]
             target = staged.values[row.name] = source.new_empty(shape)
             if row.source in self.plan.counters:
                 target.copy_(torch.arange(target.shape[-1], device=target.device).expand_as(target))
                 self.n_written += target.numel() * target.element_size()
                 continue
-            upper = row.next_layer_source or row.source
-            jobs.append((row, source, target, VALUE, self.sources.values[upper]))
+            next_layer = row.next_layer_source or row.source
+            jobs.append((row, source, target, VALUE, self.sources.values[next_layer]))
             if _grows_grad(row, self.sources):
                 grad = self.sources.grads[row.source]
                 staged.grads[row.name] = grad.new_empty(shape)
-                above = self.sources.grads.get(upper, grad)
+                above = self.sources.grads.get(next_layer, grad)
                 jobs.append((row, grad, staged.grads[row.name], GRADIENT, above))
             if not (source_state := _state(self.plan, row, self.sources)):
                 continue
             state = staged.states[row.name] = dict[str, object]()
-            above = {**source_state, **self.sources.states.get(upper, {})}
+            above = {**source_state, **self.sources.states.get(next_layer, {})}
             for key, value in source_state.items():
                 rule = self.rules[key]
                 if rule is None or not isinstance(value, Tensor):
@@ -219,10 +219,10 @@ def tensor_sets(
         if plan.changes(row):
             by_source.setdefault(row.source, []).append(row)
     sets: list[TensorSet] = []
-    for rows in by_source.values():
+    for tensors in by_source.values():
         made: dict[torch.device, int] = {}
         freed: dict[torch.device, int] = {}
-        for row in rows:
+        for row in tensors:
             shape = plan.shapes(row)[1]
             grown: list[tuple[object, Rule]] = [(sources.values[row.source], VALUE)]
             if _grows_grad(row, sources):
@@ -237,7 +237,7 @@ def tensor_sets(
                     if not row.new:
                         n_source = t.numel() * t.element_size()
                         freed[t.device] = freed.get(t.device, 0) + n_source
-        sets.append(TensorSet(tuple(rows), made, freed))
+        sets.append(TensorSet(tuple(tensors), made, freed))
     return sorted(sets, key=lambda tensor_set: -sum(tensor_set.n_freed.values()))
 
 

@@ -1,6 +1,6 @@
-"""Cut target tensors into pieces: a tensor is viewed as a matrix, and a stretch of rows and a stretch of columns form a rectangle.
+"""Cut target tensors into pieces: a tensor is viewed as a matrix, and a run of rows and a run of columns form a tile.
 
-A rectangle is copied from the source to all its places in the target, or holds pads: zeros, a mean, noise, or the method's rows.
+A tile is copied from the source to all its places in the target, or holds pads: zeros, a mean, noise, or the method's rows.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from growkern.errors import PlanError
 from growkern.execution import torch_backend as reference
-from growkern.execution.axis_runs import Side, Stretch, scale_of
+from growkern.execution.axis_runs import AxisLayout, AxisRun, scale_of
 from growkern.execution.torch_backend import Noise, Piece
 from growkern.optimizer.state_rules import Rule
 from growkern.planning.growth_plan import AxisMap, GrowthPlan, Pad, TensorRow
@@ -25,37 +25,41 @@ from growkern.support.dtypes import arithmetic
 Given = Callable[[Tensor, int], Tensor]
 
 
-class _Cell(NamedTuple):
-    """A stretch of rows by a stretch of columns, the pad kinds of stretches that copy nothing, and whether noise is added."""
+class _Tile(NamedTuple):
+    """A run of rows by a run of columns, the pad kinds of runs that copy nothing, and whether noise is added."""
 
-    rows: Stretch
-    cols: Stretch
+    rows: AxisRun
+    cols: AxisRun
     pads: tuple[Pad, ...]
-    free: bool
+    adds_noise: bool
 
 
-class _Layout(NamedTuple):
-    rows: Side
-    cols: Side
-    cells: list[_Cell]
-    plain: list[tuple[Stretch, Stretch]]  # all cells, if every cell is only copied and scaled
-    whole: tuple[Stretch, Stretch] | None  # the only cell, if it reads its whole source
-    centred: list[int]  # axes along which the mean is subtracted first
+class _Tiling(NamedTuple):
+    """How tensors with the same axes are cut: the layouts of their rows and columns, and all tiles."""
+
+    rows: AxisLayout
+    cols: AxisLayout
+    tiles: list[_Tile]
+    plain: list[tuple[AxisRun, AxisRun]]  # all tiles, if every tile is only copied and scaled
+    whole: tuple[AxisRun, AxisRun] | None  # the only tile, if it reads its whole source
+    centered: list[int]  # axes along which the mean is subtracted first
     source: tuple[int, int]  # matrix shape
     target: tuple[int, int]
 
 
-def _cell(rows: Side, cols: Side, r: Stretch, c: Stretch, rule: Rule) -> _Cell:
-    """Make a cell. A cell of a weight gets noise if it has twin noise or a random pad, and no pad of another kind."""
-    pads: tuple[Pad, ...] = tuple(side.pad for side, s in ((rows, r), (cols, c)) if s.source == PAD)
-    heard = all(any(copy.noise for copy in side.copies) for side in (r, c))
+def _tile(rows: AxisLayout, cols: AxisLayout, r: AxisRun, c: AxisRun, rule: Rule) -> _Tile:
+    """Make a tile. A tile of a weight gets noise if it has twin noise or a random pad, and no pad of another kind."""
+    pads: tuple[Pad, ...] = tuple(
+        layout.pad for layout, run in ((rows, r), (cols, c)) if run.source == PAD
+    )
+    heard = all(any(copy.noise for copy in run.copies) for run in (r, c))
     heard = heard and (rows.noisy or cols.noisy)
     drawn = all(pad in ("random_reader", "random_writer") for pad in pads)
-    return _Cell(r, c, pads, rule.is_weight and drawn and (heard or "random_writer" in pads))
+    return _Tile(r, c, pads, rule.is_weight and drawn and (heard or "random_writer" in pads))
 
 
-class Cutter:
-    """Cuts target tensors into pieces; computes sides and stretches once for all tensors with the same axes.
+class Tiler:
+    """Cuts target tensors into pieces; computes axis layouts and axis runs once for all tensors with the same axes.
 
     ``given``: the width method's ``rows``, from source rows and the number of new rows to the new rows.
     """
@@ -65,9 +69,9 @@ class Cutter:
         self.n_read = 0  # bytes read for statistics of sources
         equal: dict[AxisMap, AxisMap] = {}
         self._axes = {key: equal.setdefault(axis, axis) for key, axis in plan.axes.items()}
-        self._sides: dict[tuple[object, ...], Side] = {}
-        self._layouts: dict[tuple[object, ...], _Layout] = {}
-        self._stretches: dict[tuple[object, ...], list[Stretch]] = {}
+        self._axis_layouts: dict[tuple[object, ...], AxisLayout] = {}
+        self._tilings: dict[tuple[object, ...], _Tiling] = {}
+        self._axis_runs: dict[tuple[object, ...], list[AxisRun]] = {}
         self._stds: dict[
             str, Tensor
         ] = {}  # by source: master weights and averages get the same noise
@@ -87,8 +91,8 @@ class Cutter:
             if known or not rule.is_weight or row.constant is not None or not source.numel():
                 continue
             kind = source.device, arithmetic(target.dtype), source.dtype
-            layout = self._layout(row, rule, *kind[:2])
-            if not layout.centred and any(cell.free for cell in layout.cells):
+            tiling = self._tiling(row, rule, *kind[:2])
+            if not tiling.centered and any(tile.adds_noise for tile in tiling.tiles):
                 noisy[kind].setdefault(row.source, source)
         for (device, dtype, _), by_name in noisy.items():
             sources = list(by_name.values())
@@ -99,62 +103,64 @@ class Cutter:
             self.n_read += sum(source.numel() * source.element_size() for source in sources)
 
     def pieces(
-        self, row: TensorRow, src: Tensor, dst: Tensor, rule: Rule, upper: Tensor | None = None
+        self, row: TensorRow, src: Tensor, dst: Tensor, rule: Rule, next_layer: Tensor | None = None
     ) -> Iterator[Piece]:
-        """Cut one target tensor (weight, gradient or state) by its rule; ``upper`` is the next layer's source tensor."""
+        """Cut one target tensor (weight, gradient or state) by its rule; ``next_layer`` is the next layer's source tensor."""
         if row.constant is not None:
             into = dst.view(1, dst.numel())
             yield Piece(self._constant(row.constant, dst).expand_as(into), into)
             return
         dtype = arithmetic(dst.dtype)
-        layout = self._layout(row, rule, src.device, dtype)
-        for axis in layout.centred:
+        tiling = self._tiling(row, rule, src.device, dtype)
+        for axis in tiling.centered:
             self.n_read += 2 * src.numel() * src.element_size()
             src = src - src.mean(axis, keepdim=True)
-            upper = (
-                upper - upper.mean(axis, keepdim=True)
-                if upper is not None and row.next_layer_source
+            next_layer = (
+                next_layer - next_layer.mean(axis, keepdim=True)
+                if next_layer is not None and row.next_layer_source
                 else None
             )
         above = (
-            _matrix(upper, layout.source) if upper is not None and row.next_layer_source else None
+            _matrix(next_layer, tiling.source)
+            if next_layer is not None and row.next_layer_source
+            else None
         )
-        source, target = _matrix(src, layout.source), _matrix(dst, layout.target)
-        if layout.whole is not None:
-            r, c = layout.whole
+        source, target = _matrix(src, tiling.source), _matrix(dst, tiling.target)
+        if tiling.whole is not None:
+            r, c = tiling.whole
             yield Piece(source, target, r.copies, c.copies, r.index, c.index)
             return
-        if layout.plain:
-            for r, c in layout.plain:
+        if tiling.plain:
+            for r, c in tiling.plain:
                 value = _part(_read(source, above, r, c), r, c)
                 yield Piece(value, target, r.copies, c.copies, r.index, c.index)
             return
-        rows, cols = layout.rows, layout.cols
+        rows, cols = tiling.rows, tiling.cols
         fill, noise = _Fill(source, rows, cols, rule, dtype, self.given), None
-        for cell in layout.cells:
-            r, c = cell.rows, cell.cols
-            if cell.free and noise is None:
+        for tile in tiling.tiles:
+            r, c = tile.rows, tile.cols
+            if tile.adds_noise and noise is None:
                 std = self._stds.get(row.source)
                 std = self._stds.setdefault(row.source, fill.std) if std is None else std
                 keys = reference.axis_keys(self.plan.seed, _tensor_id(row.name))
                 noise = Noise(std.to(dtype), keys)
-            drawn = noise if cell.free else None
-            if not cell.pads:
+            drawn = noise if tile.adds_noise else None
+            if not tile.pads:
                 value = _part(_read(source, above, r, c), r, c)
                 yield Piece(value, target, r.copies, c.copies, r.index, c.index, drawn)
                 continue
-            value, scaled = fill.of(cell)
-            if cell.free and "random_writer" in cell.pads:
-                r, c = r.drawn((rows if rows.free else cols).drawn), c.drawn(1.0)
+            value, scaled = fill.of(tile)
+            if tile.adds_noise and "random_writer" in tile.pads:
+                r, c = r.drawn((rows if rows.has_random_writer else cols).drawn), c.drawn(1.0)
             elif not scaled:
                 r, c = r.unscaled, c.unscaled
             yield Piece(value, target, r.copies, c.copies, None, None, drawn)
         self.n_read += fill.n_statistics * source.numel() * source.element_size()
 
-    def _layout(
+    def _tiling(
         self, row: TensorRow, rule: Rule, device: torch.device, dtype: torch.dtype
-    ) -> "_Layout":
-        """Return the layout of tensors with the row's axes, computed once."""
+    ) -> "_Tiling":
+        """Return the tiling of tensors with the row's axes, computed once."""
         axes = tuple(map(self._axes.__getitem__, row.axes))  # shared by blocks
         if row.factor != 1 or row.grad_factor != 1:
             own = row.factor, row.grad_factor
@@ -162,30 +168,30 @@ class Cutter:
             axes = (scaled, *axes[1:])
         mixed = axes[row.next_layer_axis] if row.next_layer_source is not None else None
         key = axes, mixed, rule, device, dtype
-        layout = self._layouts.get(key)
-        if layout is None:
+        tiling = self._tilings.get(key)
+        if tiling is None:
             if rule.reduced is not None:
                 at = len(axes) + rule.reduced
                 axes = (*axes[:at], self._mean_of(axes[at], rule), *axes[at + 1 :])
             at = _split(axes)
-            rows, cols = (self._side(part, rule, mixed) for part in (axes[:at], axes[at:]))
-            free = rule.is_weight and (rows.free or cols.free)
-            by_row = self._cut(rows, device, dtype, True, free)
-            by_col = self._cut(cols, device, dtype, False, free)
-            cells = [_cell(rows, cols, r, c, rule) for r in by_row for c in by_col if r.n and c.n]
+            rows, cols = (self._axis_layout(part, rule, mixed) for part in (axes[:at], axes[at:]))
+            with_ids = rule.is_weight and (rows.has_random_writer or cols.has_random_writer)
+            by_row = self._runs_of(rows, device, dtype, True, with_ids)
+            by_col = self._runs_of(cols, device, dtype, False, with_ids)
+            tiles = [_tile(rows, cols, r, c, rule) for r in by_row for c in by_col if r.n and c.n]
             source = rows.index_map.n_source, cols.index_map.n_source
             target = rows.index_map.n_target, cols.index_map.n_target
-            copied = not any(cell.free or cell.pads for cell in cells)
-            plain = [(cell.rows, cell.cols) for cell in cells] if copied else []
-            centred = [i for i, axis in enumerate(axes) if rule.is_weight and axis.centred]
+            copied = not any(tile.adds_noise or tile.pads for tile in tiles)
+            plain = [(tile.rows, tile.cols) for tile in tiles] if copied else []
+            centered = [i for i, axis in enumerate(axes) if rule.is_weight and axis.centered]
             whole = plain[0] if len(plain) == 1 and mixed is None else None
             if whole and any(
-                s.index is None and s.n != n for s, n in zip(whole, source, strict=True)
+                run.index is None and run.n != n for run, n in zip(whole, source, strict=True)
             ):
                 whole = None
-            layout = _Layout(rows, cols, cells, plain, whole, centred, source, target)
-            self._layouts[key] = layout
-        return layout
+            tiling = _Tiling(rows, cols, tiles, plain, whole, centered, source, target)
+            self._tilings[key] = tiling
+        return tiling
 
     def _mean_of(self, axis: AxisMap, rule: Rule) -> AxisMap:
         """Return an axis of size 1 in place of an axis that the state is averaged over; its factor is the mean of that axis's factors."""
@@ -196,19 +202,26 @@ class Cutter:
         mean_axis = AxisMap(IndexMap.identity(1), unit, mean)
         return self._means.setdefault((axis, rule), mean_axis)
 
-    def _side(self, axes: tuple[AxisMap, ...], rule: Rule, mixed: AxisMap | None) -> Side:
+    def _axis_layout(
+        self, axes: tuple[AxisMap, ...], rule: Rule, mixed: AxisMap | None
+    ) -> AxisLayout:
         key = axes, mixed, rule
-        if key not in self._sides:
-            self._sides[key] = Side(axes, rule, mixed)
-        return self._sides[key]
+        if key not in self._axis_layouts:
+            self._axis_layouts[key] = AxisLayout(axes, rule, mixed)
+        return self._axis_layouts[key]
 
-    def _cut(
-        self, side: Side, device: torch.device, dtype: torch.dtype, rows: bool, counted: bool
-    ) -> list[Stretch]:
-        key = side, rows, counted, device, dtype
-        if key not in self._stretches:
-            self._stretches[key] = side.stretches(device, dtype, rows=rows, counted=counted)
-        return self._stretches[key]
+    def _runs_of(
+        self,
+        layout: AxisLayout,
+        device: torch.device,
+        dtype: torch.dtype,
+        rows: bool,
+        with_ids: bool,
+    ) -> list[AxisRun]:
+        key = layout, rows, with_ids, device, dtype
+        if key not in self._axis_runs:
+            self._axis_runs[key] = layout.axis_runs(device, dtype, rows=rows, with_ids=with_ids)
+        return self._axis_runs[key]
 
     def _constant(self, value: float, like: Tensor) -> Tensor:
         key = value, like.dtype, like.device
@@ -241,13 +254,13 @@ def _tensor_id(name: str) -> int:
 
 
 class _Fill:
-    """Sources of cells with pads: broadcast zeros or means, or the method's rows."""
+    """Sources of tiles with pads: broadcast zeros or means, or the method's rows."""
 
     def __init__(
         self,
         source: Tensor,
-        rows: Side,
-        cols: Side,
+        rows: AxisLayout,
+        cols: AxisLayout,
         rule: Rule,
         dtype: torch.dtype,
         given: Given | None,
@@ -259,14 +272,14 @@ class _Fill:
 
     @cached_property
     def std(self) -> Tensor:
-        """Noise scale of the source, for a weight that ``Cutter.measure`` did not measure."""
+        """Noise scale of the source, for a weight that ``Tiler.measure`` did not measure."""
         self.n_statistics += 1
         norm = reference.norms_of([self.source], 2)[0]
         return _std(norm / max(1, self.source.numel()) ** 0.5)
 
-    def of(self, cell: _Cell) -> tuple[Tensor, bool]:
-        """Return the source tensor of a cell, and whether the scales of its copies apply."""
-        r, c, pads, _ = cell
+    def of(self, tile: _Tile) -> tuple[Tensor, bool]:
+        """Return the source tensor of a tile, and whether the scales of its copies apply."""
+        r, c, pads, _ = tile
         if not self.rule.is_weight and self.rule.missing == "mean":
             return self.mean_of_law.expand(r.n, c.n), False
         if self.rule.is_weight and pads == ("from_method",):
@@ -290,41 +303,41 @@ class _Fill:
             )
         self.n_statistics += 1
         rows = self.rows.pad == "from_method" and self.rows.index_map.has_pads
-        source, side = (self.source, self.rows) if rows else (self.source.T, self.cols)
-        return self._given(source, side.index_map.n_target - side.n_copied).contiguous()
+        source, layout = (self.source, self.rows) if rows else (self.source.T, self.cols)
+        return self._given(source, layout.index_map.n_target - layout.n_copied).contiguous()
 
     def mean(self, over_rows: bool, over_cols: bool) -> Tensor:
         """Return the mean over the rows, the columns or both, (1, C), (R, 1) or (1, 1); each is computed once."""
         if (over_rows, over_cols) not in self._means:
             self.n_statistics += 1
-            blocks = list(reference.blocks(self.source))
+            chunks = list(reference.chunks(self.source))
             if over_cols:
-                blocks = [block.mean(1, keepdim=True) for block in blocks]
+                chunks = [chunk.mean(1, keepdim=True) for chunk in chunks]
             if over_rows:
                 n = max(1, self.source.shape[0])
-                blocks = [torch.stack([block.sum(0, keepdim=True) for block in blocks]).sum(0) / n]
-            self._means[over_rows, over_cols] = torch.cat(blocks)
+                chunks = [torch.stack([chunk.sum(0, keepdim=True) for chunk in chunks]).sum(0) / n]
+            self._means[over_rows, over_cols] = torch.cat(chunks)
         return self._means[over_rows, over_cols]
 
     @cached_property
     def mean_of_law(self) -> Tensor:
         """Mean of all copied elements, scaled by the law: the start value of an element that copies no source element."""
         rows, cols = (
-            torch.tensor(side.copies, dtype=self.dtype, device=self.source.device)
-            for side in (self.rows, self.cols)
+            torch.tensor(layout.copies, dtype=self.dtype, device=self.source.device)
+            for layout in (self.rows, self.cols)
         )
         self.n_statistics += 1
         n = self.rows.n_copied * self.cols.n_copied
-        by_row = torch.cat([block @ cols for block in reference.blocks(self.source)])
+        by_row = torch.cat([chunk @ cols for chunk in reference.chunks(self.source)])
         return (rows @ by_row / max(1, n)).view(1, 1)
 
 
-def _read(source: Tensor, above: Tensor | None, r: Stretch, c: Stretch) -> Tensor:
-    """Return the tensor that a cell copies: the source, or the next layer's source."""
-    return above if above is not None and (r.upper or c.upper) else source
+def _read(source: Tensor, above: Tensor | None, r: AxisRun, c: AxisRun) -> Tensor:
+    """Return the tensor that a tile copies: the source, or the next layer's source."""
+    return above if above is not None and (r.from_next_layer or c.from_next_layer) else source
 
 
-def _part(tensor: Tensor, r: Stretch, c: Stretch) -> Tensor:
+def _part(tensor: Tensor, r: AxisRun, c: AxisRun) -> Tensor:
     if r.index is None and r.n != tensor.shape[0]:
         tensor = tensor[r.source : r.source + r.n]
     return (
@@ -334,9 +347,9 @@ def _part(tensor: Tensor, r: Stretch, c: Stretch) -> Tensor:
     )
 
 
-def _taken(tensor: Tensor, axis: int, s: Stretch) -> Tensor:
+def _taken(tensor: Tensor, axis: int, run: AxisRun) -> Tensor:
     return (
-        tensor.narrow(axis, s.source, s.n)
-        if s.index is None
-        else tensor.index_select(axis, s.index)
+        tensor.narrow(axis, run.source, run.n)
+        if run.index is None
+        else tensor.index_select(axis, run.index)
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from growkern.support.dtypes import arithmetic
 
-BLOCK = 1 << 18  # elements per step: temporaries fit in cache, and every thread has work
+CHUNK = 1 << 18  # elements per step: temporaries fit in cache, and every thread has work
 BYTES_MEAN, BYTES_STD = (
     510,
     147.80054127099805,
@@ -120,13 +120,13 @@ class Piece:
         return not any([copy.is_scaled for copy in (*self.row_copies, *self.col_copies)])
 
 
-def blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield a tensor in its arithmetic's dtype: a low-precision tensor in blocks, to avoid a copy of the whole tensor."""
+def chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor in its arithmetic's dtype: a low-precision tensor in chunks, to avoid a copy of the whole tensor."""
     dtype = arithmetic(tensor.dtype)
     if tensor.dtype == dtype or tensor.dim() == 0:
         yield tensor.to(dtype)
         return
-    step = max(1, BLOCK * tensor.shape[0] // max(1, tensor.numel()))
+    step = max(1, CHUNK * tensor.shape[0] // max(1, tensor.numel()))
     for start in range(0, tensor.shape[0], step):
         yield tensor[start : start + step].to(dtype)
 
@@ -137,7 +137,7 @@ def norms_of(tensors: Sequence[Tensor], order: int) -> Tensor:
         if order == 1 and tensors[0].device.type == "cpu":  # 2.7 x as fast as _foreach_norm
             return torch.stack([tensor.sum() for tensor in tensors])
         return torch.stack(torch._foreach_norm(list(tensors), order))  # pyright: ignore
-    parts = [torch.stack([torch.norm(b, order) for b in blocks(t)]) for t in tensors]  # pyright: ignore
+    parts = [torch.stack([torch.norm(chunk, order) for chunk in chunks(t)]) for t in tensors]  # pyright: ignore
     return torch.stack([part.pow(order).sum().pow(1 / order) for part in parts])  # pyright: ignore
 
 
@@ -159,7 +159,7 @@ def expand(pieces: Sequence[Piece]) -> None:
     scratch = Scratch()
     for piece in pieces:
         n_rows, n_cols = piece.shape
-        step = max(1, BLOCK // max(1, n_cols))
+        step = max(1, CHUNK // max(1, n_cols))
         draws = [*_draws(piece)] if n_rows and n_cols else []
         for start in range(0, n_rows if n_cols else 0, step):
             _expand(piece, draws, slice(start, min(n_rows, start + step)), scratch)
@@ -205,8 +205,8 @@ def _draws(piece: Piece) -> Iterator[_Draw]:
         (r, c, _), (of_rows, of_cols) = members[0], piece.noise.keys
         n_rows, n_cols = piece.shape
         rows, cols = (
-            _counters(r, n_rows, of_rows, piece.src),
-            _counters(c, n_cols, of_cols, piece.src),
+            _noise_ids(r, n_rows, of_rows, piece.src),
+            _noise_ids(c, n_cols, of_cols, piece.src),
         )
         yield _Draw(rows, cols, members)
 
@@ -314,7 +314,7 @@ def normal(keys: tuple[int, int], row_ids: Tensor, col_ids: Tensor) -> Tensor:
     return _hash(_mixed(row_ids, of_rows), _mixed(col_ids, of_cols), Scratch())
 
 
-def _counters(copy: Copy, n: int, key: int, like: Tensor) -> Tensor:
+def _noise_ids(copy: Copy, n: int, key: int, like: Tensor) -> Tensor:
     first, ids = copy.first_id, copy.ids
     if ids is None:
         ids = torch.arange(first, first + n, dtype=torch.int32, device=like.device)

@@ -48,7 +48,7 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> ModelSpec:
         spec: Description of a model of your own. ``describe`` checks it against the model.
 
     Returns:
-        The spec, with ``leaves`` filled in and every tie ordered reader -> writer.
+        The spec, with ``cached_sizes`` filled in and every tie ordered reader -> writer.
 
     Raises:
         UnsupportedModelError: The family is unknown, the model is wrapped, parameters cannot be grown, or the spec does not fit the
@@ -89,7 +89,7 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> ModelSpec:
     described = replace(
         described, ties=dict(_directed(described, *tie) for tie in described.ties.items())
     )
-    leaves = {
+    sizes = {
         f"{name}.{attribute}": (f"{name}.weight", axis)
         for name, module in _modules(model)
         for attribute, axis in cached_sizes(type(module)).items()
@@ -97,7 +97,7 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> ModelSpec:
         and f"{name}.weight" in described.tensors
         and axis < len(described.tensors[f"{name}.weight"])
     }
-    return replace(described, leaves=leaves)
+    return replace(described, cached_sizes=sizes)
 
 
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -13,6 +13,8 @@ from functools import cache, cached_property
 from math import prod
 from typing import Literal
 
+from growkern.support.renamed import renamed_fields
+
 Role = Literal["writer", "reader", "gain"]
 Component = str | int | tuple[str, ...]
 Segment = tuple[Component, ...]
@@ -124,6 +126,13 @@ Size = (
 )  # a size name, or a product of them; "block" is the index of the block
 
 
+@renamed_fields(
+    others="extra_stacks",
+    leaves="cached_sizes",
+    powers="activation_scales",
+    rebuilt="rebuilt_from_config",
+    saved="save_requires_multiple",
+)
 @dataclass(frozen=True)
 class ModelSpec:
     """Description of a model: names, sizes and roles, never values.
@@ -134,20 +143,21 @@ class ModelSpec:
         tensors: Name of every parameter and persistent buffer -> its axes.
         ties: Name of a tied tensor -> name of the tensor that is the same parameter. Both names are in ``tensors``.
         blocks: Blocks that depth growth repeats; None when the model has no blocks.
-        others: Further stacks of blocks, each with a size of its own (the decoder's blocks beside the encoder's).
+        extra_stacks: Further stacks of blocks, each with a size of its own (the decoder's blocks beside the encoder's).
         attributes: ``"module.path.attribute"`` -> size that the attribute caches. ``describe`` adds the attributes of leaf modules.
         config: Field of ``model.config`` and of every other config in the model -> size. ``"module.path.field"`` is the field of the
             config of one module.
-        leaves: ``"module.path.attribute"`` -> tensor and axis whose size the attribute caches; filled in by ``describe``.
+        cached_sizes: ``"module.path.attribute"`` -> tensor and axis whose size the attribute caches; filled in by ``describe``.
         counters: Buffers that hold 0, 1, ... n - 1 along their last axis.
         config_lists: Fields of ``model.config`` that hold one entry per block.
         config_eps: Field of ``model.config`` that holds the epsilon of the norms.
         hidden_is_heads: True when the config has no field for head_dim: hidden = heads x head_dim.
-        powers: Stream -> power of a size by which the model multiplies the stream between its writers and its readers. A stream
+        activation_scales: Stream -> power of a size by which the model multiplies the stream between its writers and its readers. A stream
             without readers (Gemma 2's embedding) is added to a stream of its space that norms read.
         rotary: Fraction of head_dim, from its start, that RoPE rotates by pairing the coordinates of its two halves; 0 without RoPE.
-        rebuilt: Modules without parameters whose buffers follow from the config (rotary embeddings); rebuilt when head_dim grows.
-        saved: Two sizes: transformers saves the model only if the first size is a multiple of the second.
+        rebuilt_from_config: Modules without parameters whose buffers follow from the config (rotary embeddings); rebuilt when head_dim
+            grows.
+        save_requires_multiple: Two sizes: transformers saves the model only if the first size is a multiple of the second.
         post_norm: True when norms write the residual stream itself: after every sum, or once after the embedding.
         fixed: Size -> why the size cannot grow in this model.
     """
@@ -157,18 +167,18 @@ class ModelSpec:
     tensors: Mapping[str, TensorSpec]
     ties: Mapping[str, str] = field(default_factory=dict[str, str])
     blocks: Blocks | None = None
-    others: tuple[Blocks, ...] = ()
+    extra_stacks: tuple[Blocks, ...] = ()
     attributes: Mapping[str, Size] = field(default_factory=dict[str, Size])
     config: Mapping[str, Size] = field(default_factory=dict[str, Size])
-    leaves: Mapping[str, tuple[str, int]] = field(default_factory=dict[str, tuple[str, int]])
+    cached_sizes: Mapping[str, tuple[str, int]] = field(default_factory=dict[str, tuple[str, int]])
     counters: tuple[str, ...] = ()
     config_lists: tuple[str, ...] = ()
     config_eps: str | None = None
     hidden_is_heads: bool = False
-    powers: Mapping[str, Power] = field(default_factory=dict[str, Power])
+    activation_scales: Mapping[str, Power] = field(default_factory=dict[str, Power])
     rotary: float = 0.0
-    rebuilt: tuple[str, ...] = ()
-    saved: tuple[str, str] | None = None
+    rebuilt_from_config: tuple[str, ...] = ()
+    save_requires_multiple: tuple[str, str] | None = None
     post_norm: bool = False
     fixed: Mapping[str, str] = field(default_factory=dict[str, str])
 
@@ -212,7 +222,7 @@ class ModelSpec:
     @cached_property
     def stacks(self) -> tuple[Blocks, ...]:
         """Return all stacks of blocks."""
-        return (*((self.blocks,) if self.blocks else ()), *self.others)
+        return (*((self.blocks,) if self.blocks else ()), *self.extra_stacks)
 
     def block_of(self, name: str) -> tuple[Blocks, int, str] | None:
         """Return the stack that contains a tensor or module, the block's index and the name inside the block; None if no stack does."""
@@ -265,11 +275,11 @@ def size_value(size: Size, sizes: Mapping[str, int]) -> float:
 
 
 def writer_corrections(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[str, float]:
-    """Return stream -> factor on the writers of the stream that cancels the change of its size power (``ModelSpec.powers``)."""
+    """Return stream -> factor on the writers of the stream that cancels the change of its size power (``ModelSpec.activation_scales``)."""
     return {
         stream: (space_size(power.size, sizes) / space_size(power.size, spec.sizes))
         ** -power.exponent
-        for stream, power in spec.powers.items()
+        for stream, power in spec.activation_scales.items()
     }
 
 

@@ -19,7 +19,7 @@ def norm_factors(spec: ModelSpec, wide: WidthDecision) -> dict[str, float | None
         if index_map.is_identity or wide.norms_kept:
             factors[reads] = 1.0
             continue
-        weights = _squares(index_map, w).pieces
+        weights = _squares(index_map, w).repeats
         even = all(isclose(value, weights[0][0], rel_tol=1e-12) for value, _ in weights)
         factor = sum(value * n for value, n in weights) / index_map.n_target
         factor = 1.0 if isclose(factor, 1, rel_tol=1e-12) else factor
@@ -42,17 +42,17 @@ def axis_maps(
     keys: Mapping[AxisUse, str],
     wide: WidthDecision,
     factors: Mapping[str, float | None],
-    written: Mapping[str, float],
+    writer_corrections: Mapping[str, float],
 ) -> dict[str, AxisMap]:
     """Return the axis map of every axis, by key. Axes of different blocks share one object if their index maps and stream scales are equal.
 
-    ``written`` maps a stream to the factor on its writers (``growkern.model.spec.writer_corrections``).
+    ``writer_corrections`` maps a stream to the factor on its writers (``growkern.model.spec.writer_corrections``).
     """
 
     def kin(stream: str) -> tuple[object, ...]:
         space = space_of(stream)
         index_map, readers = wide.maps[space], wide.readers.get(space)
-        return index_map, readers, wide.stream_scales[stream], written.get(stream)
+        return index_map, readers, wide.stream_scales[stream], writer_corrections.get(stream)
 
     maps_by_kind: dict[object, AxisMap] = {}
     axes: dict[str, AxisMap] = {}
@@ -65,7 +65,7 @@ def axis_maps(
         reads = axis.norm and (wide.stream_scales[axis.norm.reads], factors[axis.norm.reads])
         kind = axis.role, parts, reads
         if kind not in maps_by_kind:
-            maps_by_kind[kind] = _axis_map(axis, wide, factors, written)
+            maps_by_kind[kind] = _axis_map(axis, wide, factors, writer_corrections)
         axes[key] = maps_by_kind[kind]
     return axes
 
@@ -74,10 +74,12 @@ def _axis_map(
     axis: AxisUse,
     wide: WidthDecision,
     factors: Mapping[str, float | None],
-    written: Mapping[str, float],
+    writer_corrections: Mapping[str, float],
 ) -> AxisMap:
     """Build the axis map of one axis from its role and the scales of its streams."""
-    parts = [list(_parts(segment, axis.role, wide, written)) for segment in axis.segments]
+    parts = [
+        list(_parts(segment, axis.role, wide, writer_corrections)) for segment in axis.segments
+    ]
     maps, w, u = list[IndexMap](), list[Vector](), list[Vector]()
     for segment in parts:
         index_map, u_part, w_part = IndexMap.identity(1), Vector.full(1.0, 1), Vector.full(1.0, 1)
@@ -98,10 +100,10 @@ def _axis_map(
     ]
     if axis.role == "writer":
         pads: set[Pad] = {stream_scale.pad for stream_scale in stream_scales}
-        centred = any(stream_scale.centred for segment in parts for _, stream_scale in segment)
+        centered = any(stream_scale.centered for segment in parts for _, stream_scale in segment)
         pad = _only(pads)
-        return AxisMap(index_map, w_axis, u_axis, pad, drawn=wide.drawn, centred=centred)
-    copies = any(count > 1 for count, _ in index_map.counts.pieces)
+        return AxisMap(index_map, w_axis, u_axis, pad, drawn=wide.drawn, centered=centered)
+    copies = any(count > 1 for count, _ in index_map.counts.repeats)
     pad = _only(
         {
             c.reads or ("zero" if c.pad == "random_writer" else "random_reader")
@@ -139,7 +141,7 @@ def _gain(
 
 
 def _parts(
-    segment: Segment, role: str, wide: WidthDecision, written: Mapping[str, float]
+    segment: Segment, role: str, wide: WidthDecision, writer_corrections: Mapping[str, float]
 ) -> Iterator[tuple[IndexMap, StreamScale]]:
     """Yield index map and stream scale of every component of a segment; two components with a joint map count as one."""
     at = 0
@@ -149,16 +151,18 @@ def _parts(
             ones = Vector.full(1.0, both.n_target)
             yield both, StreamScale(ones, ones)
         else:
-            yield _part(segment[at], role, wide, written)
+            yield _part(segment[at], role, wide, writer_corrections)
         at += 1 if both is None else 2
 
 
 def _part(
-    component: Component, role: str, wide: WidthDecision, written: Mapping[str, float]
+    component: Component, role: str, wide: WidthDecision, writer_corrections: Mapping[str, float]
 ) -> tuple[IndexMap, StreamScale]:
     """Return index map and stream scale of a component: a stream, a fixed number of coordinates, or a tuple of components, concatenated."""
     if isinstance(component, tuple):
-        own, stream_scales = zip(*(_part(c, role, wide, written) for c in component), strict=True)
+        own, stream_scales = zip(
+            *(_part(c, role, wide, writer_corrections) for c in component), strict=True
+        )
         return concat_maps(own), replace(
             stream_scales[0],
             activation=concat_vectors([c.activation for c in stream_scales]),
@@ -170,7 +174,7 @@ def _part(
     space = space_of(component)
     readers: Mapping[str, IndexMap] = wide.readers if role == "reader" else {}
     stream_scale = wide.stream_scales[component]
-    if role != "reader" and (factor := written.get(component, 1.0)) != 1:
+    if role != "reader" and (factor := writer_corrections.get(component, 1.0)) != 1:
         w, u = (
             stream_scale.activation.map(lambda x: x * factor),
             stream_scale.readout.map(lambda x: x / factor),
@@ -192,7 +196,7 @@ def gradients_exact(spec: ModelSpec, wide: WidthDecision) -> bool:
         values = {
             value
             for vector in (stream_scale.activation, stream_scale.readout)
-            for value, _ in vector.pieces
+            for value, _ in vector.repeats
         }
         if index_map.has_pads or 0 in values:
             return False
@@ -232,7 +236,7 @@ def symmetric_copies(wide: WidthDecision) -> Iterator[str]:
 
 def _some_equal(index_map: IndexMap, u: Vector) -> bool:
     """True when two copies of a coordinate have the same readout scale."""
-    if u.uniform is not None or not any(count > 1 for count, _ in index_map.counts.pieces):
-        return any(count > 1 for count, _ in index_map.counts.pieces)
+    if u.uniform is not None or not any(count > 1 for count, _ in index_map.counts.repeats):
+        return any(count > 1 for count, _ in index_map.counts.repeats)
     pairs = [(j, x) for j, x in zip(index_map.indices, u.expanded(), strict=True) if j != PAD]
     return len(set(pairs)) < len(pairs)

@@ -71,6 +71,7 @@ def build(
     factors = norm_factors(spec, wide)
     axes = axis_maps(spec.axes, wide, factors, writer_corrections(spec, sizes))
     eps = _Eps.of(spec, factors)
+    same_head_dim = sizes.get("head_dim") == spec.sizes.get("head_dim")
     return GrowthPlan(
         family=spec.family,
         source_sizes=dict(spec.sizes),
@@ -84,11 +85,11 @@ def build(
         tensors=tuple(_rows(spec, deep, homes, axes if wide.next_layer else {})),
         blocks_path=spec.blocks.path if spec.blocks else "",
         blocks=deep[spec.blocks.path].blocks if spec.blocks else (),
-        others={stack.path: deep[stack.path].blocks for stack in spec.others},
+        others={stack.path: deep[stack.path].blocks for stack in spec.extra_stacks},
         ties=dict(spec.ties),
         counters=spec.counters,
         attributes=attributes(spec, homes, sizes),
-        rebuilt=spec.rebuilt if sizes.get("head_dim") != spec.sizes.get("head_dim") else (),
+        rebuilt=() if same_head_dim else spec.rebuilt_from_config,
         eps=eps.of_targets(spec, homes),
         config={name: size_value(size, sizes) for name, size in spec.config.items()},
         config_lists=spec.config_lists,
@@ -200,8 +201,11 @@ def _strange(name: str, verb: str, expected: str, method: object) -> list[str]:
 
 def _unsaved(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:
     """Yield a note if transformers would refuse to save the target's config."""
-    if spec.saved is not None and sizes[spec.saved[0]] % sizes[spec.saved[1]]:
-        whole, unit = spec.saved
+    if (
+        spec.save_requires_multiple is not None
+        and sizes[spec.save_requires_multiple[0]] % sizes[spec.save_requires_multiple[1]]
+    ):
+        whole, unit = spec.save_requires_multiple
         yield (
             f"save_pretrained refuses a {spec.family} whose {whole} ({sizes[whole]}) is no multiple of {unit} ({sizes[unit]}); "
             "torch.save does not."
@@ -217,7 +221,7 @@ def _decided(
 ) -> LayerOrder:
     """Return the layer order of a stack; in a model of several stacks, a stack of unchanged depth keeps the source's order."""
     n_source, n_target = spec.sizes[stack.size], sizes[stack.size]
-    if spec.others and n_target == n_source:  # the depth method is for another stack
+    if spec.extra_stacks and n_target == n_source:  # the depth method is for another stack
         return LayerOrder(tuple(map(BlockRow, range(n_source))))
     if shrink is not None:
         return shrink.keep(n_source, n_target)
@@ -269,7 +273,7 @@ def attributes(spec: ModelSpec, homes: Homes, sizes: Mapping[str, int]) -> dict[
     }
     return own | {
         name: spec.tensors[tensor][axis].size(sizes)
-        for source, (tensor, axis) in spec.leaves.items()
+        for source, (tensor, axis) in spec.cached_sizes.items()
         for name, _ in targets(spec, homes, source)
     }
 
@@ -335,10 +339,14 @@ def _with_next(
     inner: str,
 ) -> TensorRow:
     """Set the next layer's tensor as source of the later copies along the first written axis that grows, if there is a next layer."""
-    upper = f"{stack.path}.{index + 1}.{inner}"
+    next_layer = f"{stack.path}.{index + 1}.{inner}"
     for at, (axis, key) in enumerate(zip(axes, row.axes, strict=True)):
-        if axis.role != "reader" and not mixed[key].index_map.is_identity and upper in spec.tensors:
-            return replace(row, next_layer_source=upper, next_layer_axis=at)
+        if (
+            axis.role != "reader"
+            and not mixed[key].index_map.is_identity
+            and next_layer in spec.tensors
+        ):
+            return replace(row, next_layer_source=next_layer, next_layer_axis=at)
     return row
 
 

@@ -20,14 +20,14 @@ class StreamScale:
             writers are drawn; ``"from_method"``: the method's ``rows`` gives its writers.
         reads: Readers of such a coordinate: ``"zero"`` or ``"random_reader"`` (drawn). None: ``"zero"`` for the pad ``"random_writer"``,
             else ``"random_reader"``.
-        centred: True when writers are first centered: their mean over the stream's coordinates is subtracted.
+        centered: True when writers are first centered: their mean over the stream's coordinates is subtracted.
     """
 
     activation: Vector
     readout: Vector
     pad: Literal["zero", "mean", "random_writer", "from_method"] = "zero"
     reads: Literal["zero", "random_reader"] | None = None
-    centred: bool = False
+    centered: bool = False
 
 
 @dataclass(frozen=True)

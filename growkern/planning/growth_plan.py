@@ -15,6 +15,7 @@ from growkern.planning.vector import Vector
 from growkern.support.renamed import renamed_attribute
 
 VERSION = 1  # of the JSON format
+JSON_NAMES = {"centered": "centred", "repeats": "pieces"}  # fields of another name in the JSON
 PADS = "zero", "mean", "random_reader", "random_writer", "from_method"
 # weight of an element that copies no source element: 0; the mean along the axis; random, for a reader or a writer of the new coordinate;
 # or the value that the method gives
@@ -38,7 +39,7 @@ class AxisMap:
         pad: Weight at coordinates that copy no source coordinate.
         noise: Strength of the twin noise along the axis, in standard deviations of the weight.
         drawn: Strength of the noise at coordinates that copy no source coordinate, in standard deviations of the weight.
-        centred: True when the weight is first centered: its mean along the axis is subtracted.
+        centered: True when the weight is first centered: its mean along the axis is subtracted.
     """
 
     index_map: IndexMap
@@ -46,20 +47,20 @@ class AxisMap:
     grad_scale: Vector
     pad: Pad = "zero"
     noise: float = 0.0
-    centred: bool = False
+    centered: bool = False
     drawn: float = 1.0
 
     def __post_init__(self) -> None:
         lengths = len(self.weight_scale), len(self.grad_scale)
         values = [
-            v for vector in (self.weight_scale, self.grad_scale) for v, n in vector.pieces if n > 0
+            v for vector in (self.weight_scale, self.grad_scale) for v, n in vector.repeats if n > 0
         ]
         if not all(map(isfinite, [*values, self.noise, self.drawn])) or self.pad not in PADS:
             raise PlanError(
                 f"an axis has scales or noise that are not numbers, or the unknown pad {self.pad!r}."
             )
         if lengths != (self.index_map.n_target,) * 2 or any(
-            n < 1 for vector in (self.weight_scale, self.grad_scale) for _, n in vector.pieces
+            n < 1 for vector in (self.weight_scale, self.grad_scale) for _, n in vector.repeats
         ):
             raise PlanError(
                 f"an axis of {self.index_map.n_target} coordinates has {lengths[0]} weight scales and {lengths[1]} gradient scales."
@@ -303,7 +304,8 @@ class GrowthPlan:
 
 
 def _fields(record: Any) -> dict[str, Any]:
-    return {field.name: getattr(record, field.name) for field in fields(record)}
+    names = [field.name for field in fields(record)]
+    return {JSON_NAMES.get(name, name): getattr(record, name) for name in names}
 
 
 def _check_types(plan: GrowthPlan) -> None:
@@ -328,7 +330,7 @@ def _check_types(plan: GrowthPlan) -> None:
         numbers = row.factor, row.grad_factor, row.offset, row.constant or 0, row.next_layer_axis
         if not all(isinstance(n, number) for n in numbers):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"a factor of the row {row.name!r} is no number")
-    blocks = [block for rows in (plan.blocks, *plan.others.values()) for block in rows]
+    blocks = [block for stack in (plan.blocks, *plan.others.values()) for block in stack]
     if not all(type(b.source) is int and isinstance(b.branch, number) for b in blocks):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError("a block copies no block")
     if type(plan.seed) is not int or not all(isinstance(entry, str) for entry in texts):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -355,14 +357,14 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _rows_from_json(rows: list[dict[str, Any]]) -> tuple[TensorRow, ...]:
-    for row in rows:
-        row["axes"] = tuple(row["axes"])
-    return tuple(TensorRow(**row) for row in rows)
+def _tensors_from_json(tensors: list[dict[str, Any]]) -> tuple[TensorRow, ...]:
+    for tensor in tensors:
+        tensor["axes"] = tuple(tensor["axes"])
+    return tuple(TensorRow(**tensor) for tensor in tensors)
 
 
-def _blocks_from_json(rows: list[dict[str, Any]]) -> tuple[BlockRow, ...]:
-    return tuple(BlockRow(**row) for row in rows)
+def _blocks_from_json(blocks: list[dict[str, Any]]) -> tuple[BlockRow, ...]:
+    return tuple(BlockRow(**block) for block in blocks)
 
 
 def _axis_from_json(data: dict[str, Any]) -> AxisMap:
@@ -372,15 +374,17 @@ def _axis_from_json(data: dict[str, Any]) -> AxisMap:
     )
     for key in ("weight_scale", "grad_scale"):
         data[key] = Vector(tuple((value, n) for value, n in data[key]["pieces"]))
+    if "centred" in data:
+        data["centered"] = data.pop("centred")
     return AxisMap(**data)
 
 
 FIELDS: dict[str, Callable[[Any], Any]] = {  # decoders of types that JSON lacks
     **dict.fromkeys(("config_lists", "counters", "rebuilt", "reasons", "notes"), tuple),
     "axes": lambda axes: {key: _axis_from_json(axis) for key, axis in axes.items()},
-    "tensors": _rows_from_json,
+    "tensors": _tensors_from_json,
     "blocks": _blocks_from_json,
-    "others": lambda others: {path: _blocks_from_json(rows) for path, rows in others.items()},
+    "others": lambda others: {path: _blocks_from_json(stack) for path, stack in others.items()},
     "config_eps": lambda eps: tuple(eps) if eps else None,
 }
 

@@ -122,8 +122,8 @@ class IndexMap:
         )
 
     @cached_property
-    def segments(self) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
-        """Segments of the source that are copied as a whole, in order: source start, length, target start of every copy."""
+    def source_ranges(self) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+        """Ranges of the source that are copied as a whole, in order: source start, length, target start of every copy."""
         copying = [run for run in self.runs if run.source != PAD]
         ends = (run.source + run.length for run in copying)
         bounds = sorted({0, self.n_source, *(run.source for run in copying), *ends})
@@ -155,7 +155,7 @@ class IndexMap:
     @property
     def counts(self) -> Vector:
         """Number of copies of each source coordinate."""
-        return merged((len(targets), n) for _, n, targets in self.segments)
+        return merged((len(targets), n) for _, n, targets in self.source_ranges)
 
     @cached_property
     def is_identity(self) -> bool:
@@ -188,7 +188,9 @@ class IndexMap:
         if self.is_identity:
             return Vector.full(function(0, 1), self.n_target)
         values = [
-            (t, n, function(k, len(ts))) for _, n, ts in self.segments for k, t in enumerate(ts)
+            (t, n, function(k, len(ts)))
+            for _, n, ts in self.source_ranges
+            for k, t in enumerate(ts)
         ]
         pads = [(run.target, run.length, pad) for run in self.runs if run.source == PAD]
         return merged((value, n) for _, n, value in sorted([*values, *pads]))
@@ -196,14 +198,14 @@ class IndexMap:
     def first_copies(self) -> "IndexMap":
         """Return this map with pads in place of all but the first copy of every source coordinate."""
         triples = [(run.target, run.length, PAD) for run in self.runs if run.source == PAD]
-        for source, n, (first, *others) in ((j, n, ts) for j, n, ts in self.segments if ts):
+        for source, n, (first, *others) in ((j, n, ts) for j, n, ts in self.source_ranges if ts):
             triples += [(first, n, source), *((other, n, PAD) for other in others)]
         runs = _joined(Run(*run) for run in sorted(triples))
         return IndexMap(self.n_source, self.n_target, runs)
 
     def where(self, kept: Vector) -> "IndexMap":
         """Return this map with pads in place of coordinates whose entry in ``kept`` is 0."""
-        if all(value for value, _ in kept.pieces):
+        if all(value for value, _ in kept.repeats):
             return self
         pairs = zip(self.indices, kept.expanded(), strict=True)
         return IndexMap.of((j if value else PAD for j, value in pairs), self.n_source)
@@ -262,7 +264,7 @@ def pair_copies(m: IndexMap) -> tuple[Vector, IndexMap]:
     Noise with these signs, drawn once per pair, sums to zero over the copies of every coordinate. A copy without partner has sign 0.
     """
     signed_runs = [(run.target, run.length, 0.0, run.target) for run in m.runs if run.source == PAD]
-    for _, n, targets in m.segments:
+    for _, n, targets in m.source_ranges:
         for first, second in zip(targets[::2], targets[1::2], strict=False):
             signed_runs += [(first, n, 1.0, first), (second, n, -1.0, first)]
         if len(targets) % 2:

@@ -79,7 +79,7 @@ def spaces(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[Space]:
 
 def normed(spec: ModelSpec) -> set[str]:
     """Return the streams that norms read, and the streams that the model multiplies by a power of a size."""
-    return {*(norm.reads for _, _, norm in spec.norms()), *spec.powers}
+    return {*(norm.reads for _, _, norm in spec.norms()), *spec.activation_scales}
 
 
 def even(index_map: IndexMap) -> StreamScale:
@@ -106,7 +106,7 @@ def solve_ties(
     """
     factors = writer_corrections(spec, sizes)
     for stream, origin in tied_streams(spec):
-        if stream_scales[origin].centred:
+        if stream_scales[origin].centered:
             raise PlanError(
                 f"cannot centre {spec.family}: the tensor that writes {origin!r} is tied to the one that reads {stream!r}, so "
                 "the mean would reach the logits; use norms='mean_pad'."

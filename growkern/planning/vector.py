@@ -1,4 +1,4 @@
-"""Run-length encoded vectors: factors per coordinate that are equal over long stretches."""
+"""Run-length encoded vectors: factors per coordinate, many adjacent ones equal."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from itertools import accumulate, groupby
 
 @dataclass(frozen=True)
 class Vector:
-    """One number per target coordinate, as ``(value, length)`` pairs in order."""
+    """One number per target coordinate, as repeats ``(value, length)`` in order."""
 
-    pieces: tuple[tuple[float, int], ...]
+    repeats: tuple[tuple[float, int], ...]
 
     def __hash__(self) -> int:
         return self._hash
 
     @cached_property
     def _hash(self) -> int:
-        # cached: a vector can have a piece per coordinate, and many lookups have vectors in their keys
-        return hash(self.pieces)
+        # cached: a vector can have a repeat per coordinate, and many lookups have vectors in their keys
+        return hash(self.repeats)
 
     @staticmethod
     def of(values: Iterable[float]) -> "Vector":
@@ -31,57 +31,57 @@ class Vector:
         return Vector(((value, n),) if n else ())
 
     def __len__(self) -> int:
-        return sum(length for _, length in self.pieces)
+        return sum(length for _, length in self.repeats)
 
     def expanded(self) -> list[float]:
         """Return all values as a list."""
-        return [value for value, length in self.pieces for _ in range(length)]
+        return [value for value, length in self.repeats for _ in range(length)]
 
     @cached_property
     def changes(self) -> dict[int, float]:
-        """First coordinate of each piece -> value of the piece."""
-        starts = accumulate((length for _, length in self.pieces), initial=0)
-        return {start: value for start, (value, _) in zip(starts, self.pieces, strict=False)}
+        """First coordinate of each repeat -> value of the repeat."""
+        starts = accumulate((length for _, length in self.repeats), initial=0)
+        return {start: value for start, (value, _) in zip(starts, self.repeats, strict=False)}
 
     @property
     def uniform(self) -> float | None:
         """The value that all coordinates have, or None when values differ."""
-        values = {value for value, _ in self.pieces}
+        values = {value for value, _ in self.repeats}
         return values.pop() if len(values) == 1 else None
 
     def map(self, function: Callable[[float], float]) -> "Vector":
         """Apply a function to every value."""
-        return merged((function(value), length) for value, length in self.pieces)
+        return merged((function(value), length) for value, length in self.repeats)
 
     def zip(self, other: "Vector", function: Callable[[float, float], float]) -> "Vector":
         """Combine two vectors of equal length, value by value."""
-        left, right = list(reversed(self.pieces)), list(reversed(other.pieces))
-        pieces: list[tuple[float, int]] = []
+        left, right = list(reversed(self.repeats)), list(reversed(other.repeats))
+        repeats: list[tuple[float, int]] = []
         while left and right:
             (x, n), (y, m) = left.pop(), right.pop()
             length = min(n, m)
-            pieces.append((function(x, y), length))
+            repeats.append((function(x, y), length))
             if n > length:
                 left.append((x, n - length))
             if m > length:
                 right.append((y, m - length))
         if left or right:
             raise ValueError(f"vectors of {len(self)} and {len(other)} cannot be combined")
-        return merged(pieces)
+        return merged(repeats)
 
     def outer(self, inner: "Vector") -> "Vector":
         """Return all products, row-major: ``out[i * len(inner) + j] = self[i] * inner[j]``."""
         if len(self) == 1 and self.uniform == 1:
             return inner
         if inner.uniform is not None:
-            return merged((v * inner.uniform, n * len(inner)) for v, n in self.pieces)
+            return merged((v * inner.uniform, n * len(inner)) for v, n in self.repeats)
         return Vector.of(v * w for v in self.expanded() for w in inner.expanded())
 
 
-def merged(pieces: Iterable[tuple[float, int]]) -> Vector:
+def merged(repeats: Iterable[tuple[float, int]]) -> Vector:
     """Make a vector from ``(value, length)`` pairs in order; adjacent pairs of equal value are merged."""
     merged: list[tuple[float, int]] = []
-    for value, length in pieces:
+    for value, length in repeats:
         if merged and merged[-1][0] == value:
             merged[-1] = (value, merged[-1][1] + length)
         else:
@@ -91,4 +91,4 @@ def merged(pieces: Iterable[tuple[float, int]]) -> Vector:
 
 def concat_vectors(vectors: Sequence[Vector]) -> Vector:
     """Concatenate vectors."""
-    return merged(piece for vector in vectors for piece in vector.pieces)
+    return merged(repeat for vector in vectors for repeat in vector.repeats)

@@ -1,4 +1,4 @@
-"""Renamed arguments and attributes: the old names work for one release, with a DeprecationWarning."""
+"""Renamed arguments, attributes and fields of dataclasses: the old names work for one release, with a DeprecationWarning."""
 
 import warnings
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 def renamed_arguments(**new_names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -17,15 +18,15 @@ def renamed_arguments(**new_names: str) -> Callable[[Callable[P, R]], Callable[P
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        called = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+
         @wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             given: dict[str, Any] = kwargs
             for old in new_names.keys() & given.keys():
                 new = new_names[old]
                 if new in given:
-                    raise TypeError(
-                        f"{function.__name__}() got both {new}= and {old}=, its old name"
-                    )
+                    raise TypeError(f"{called}() got both {new}= and {old}=, its old name")
                 _warn(f"{old}= is called {new}= now", 3)
                 given[new] = given.pop(old)
             return function(*args, **kwargs)
@@ -43,6 +44,18 @@ def renamed_attribute(new: str) -> property:
         return getattr(self, new)
 
     return property(read, doc=f"The old name of ``{new}``.")
+
+
+def renamed_fields(**new_names: str) -> Callable[[type[T]], type[T]]:
+    """Let a dataclass be constructed and read by the old names of its fields. ``new_names`` maps old name -> new name."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        cls.__init__ = renamed_arguments(**new_names)(cls.__init__)
+        for old, new in new_names.items():
+            setattr(cls, old, renamed_attribute(new))
+        return cls
+
+    return decorate
 
 
 def _warn(text: str, level: int) -> None:

@@ -196,7 +196,7 @@ def rule_of(spec: ModelSpec, space: Space, norms: Norms | None) -> Norms:
 
 
 def _stream_scale(index_map: IndexMap, how: str | None, normed: bool) -> StreamScale:
-    n_copies = max((count for count, _ in index_map.counts.pieces), default=1)
+    n_copies = max((count for count, _ in index_map.counts.repeats), default=1)
     if how == "isometric" and normed:
         root = index_map.per_copy(lambda c: 1 / sqrt(c), pad=1.0)
         return StreamScale(root, root)
@@ -208,5 +208,5 @@ def _stream_scale(index_map: IndexMap, how: str | None, normed: bool) -> StreamS
         w,
         u,
         "mean" if how in ("mean_pad", "positions") and normed else "zero",
-        centred=how == "centre_pad" and normed,
+        centered=how == "centre_pad" and normed,
     )

@@ -214,7 +214,7 @@ def test_constants_fill_tensors_of_any_shape(shape):
 def test_centring_takes_the_mean_of_the_weight_and_not_of_its_state():
     source = torch.randn(6, 4, dtype=torch.float64)
     axis = AxisMap(
-        IndexMap.padded(6, 8), Vector.full(1.0, 8), Vector.full(1.0, 8), "zero", centred=True
+        IndexMap.padded(6, 8), Vector.full(1.0, 8), Vector.full(1.0, 8), "zero", centered=True
     )
 
     staged = execute(plan_of([axis, writer(4, 4)]), Tensors({"w": source}, {"w": source}), None)

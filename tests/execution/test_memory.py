@@ -19,7 +19,7 @@ from growkern.commit import param_groups as groups
 from growkern.engine.sources import tensors_of
 from growkern.errors import CommitError, GrowthError, InsufficientMemoryError, PlanError
 from growkern.execution import execute
-from growkern.execution.tiles import Cutter
+from growkern.execution.tiles import Tiler
 from growkern.kernels import table
 from growkern.kernels.table import Table
 from growkern.optimizer.describe import describe_optimizer
@@ -291,7 +291,7 @@ def test_the_bytes_reported_are_those_of_the_table(to):
     plan, law = growkern.plan(model, optim, to=to), describe_optimizer(model, optim, spec).rules
     sources = tensors_of(model, optim, spec)
     run = execute.Execution(plan, sources, law, memory="stage")
-    cutter, staged = Cutter(plan), next(run.parts())
+    tiler, staged = Tiler(plan), next(run.parts())
     tensors = {
         (row.name, order): job
         for row in plan.tensors
@@ -313,7 +313,7 @@ def test_the_bytes_reported_are_those_of_the_table(to):
     pieces = [
         piece
         for (name, kind), (source, target, *order) in tensors.items()
-        for piece in cutter.pieces(
+        for piece in tiler.pieces(
             rows[name], source, target, (VALUE, GRADIENT, SQUARE)[order[0] if order else kind]
         )
     ]
@@ -330,8 +330,8 @@ def test_the_bytes_reported_are_those_of_the_table(to):
 
     assert run.n_written == written == sum(target.numel() * 4 for _, target, *_ in tensors.values())
     assert (
-        run.n_read == read + cutter.n_read
-    )  # cutter.n_read: bytes read for statistics, such as the weight's size that scales noise
+        run.n_read == read + tiler.n_read
+    )  # tiler.n_read: bytes read for statistics, such as the weight's size that scales noise
     if to == "2x":
         assert read == sum(source.numel() * 4 for source, *_ in tensors.values())
 

@@ -242,3 +242,26 @@ def test_old_names_of_arguments_work_and_warn(call):
         run = _calls(make("llama", tied=True), None)[call]
         with pytest.warns(DeprecationWarning, match="rules= is called state_rules= now"):
             run(rules=None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "value"),
+    [
+        ("others", "extra_stacks", (growkern.Blocks("decoder", size="decoder_layers"),)),
+        ("leaves", "cached_sizes", {"head.out_features": ("head.weight", 0)}),
+        ("powers", "activation_scales", {"residual": growkern.Power("hidden", -0.5)}),
+        ("rebuilt", "rebuilt_from_config", ("rotary",)),
+        ("saved", "save_requires_multiple", ("hidden", "heads")),
+    ],
+)
+def test_old_names_of_a_model_spec_work_and_warn(old, new, value):
+    make_spec = partial(growkern.ModelSpec, "custom", {"hidden": 8}, {})
+    spec = make_spec(**{new: value})
+
+    with pytest.warns(DeprecationWarning, match=f"growkern: {old}= is called {new}= now"):
+        assert make_spec(**{old: value}) == spec != make_spec()
+    with pytest.warns(DeprecationWarning, match=f"attribute of ModelSpec is called {new} now"):
+        assert getattr(spec, old) is getattr(spec, new)
+    both = {old: value, new: value}
+    with pytest.raises(TypeError, match=rf"ModelSpec\(\) got both {new}= and {old}=, its old name"):
+        make_spec(**both)

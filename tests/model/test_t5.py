@@ -227,14 +227,20 @@ def test_what_t5_cannot_is_refused(changes, to, match):
     ("changes", "match"),
     [
         ({"config": {"nowhere.d_model": "hidden"}}, "names 'nowhere', but the model has no such"),
-        ({"others": (growkern.Blocks("decoder", size="decoder_layers"),)}, "it is no ModuleList"),
-        ({"others": (growkern.Blocks("decoder.block", size="depth"),)}, "the spec says depth=None"),
+        (
+            {"extra_stacks": (growkern.Blocks("decoder", size="decoder_layers"),)},
+            "it is no ModuleList",
+        ),
+        (
+            {"extra_stacks": (growkern.Blocks("decoder.block", size="depth"),)},
+            "the spec says depth=None",
+        ),
     ],
     ids=str,
 )
 def test_a_spec_with_stacks_or_configs_that_are_not_there_is_refused(changes, match):
     model = make("t5", tied=True)
-    spec = dataclasses.replace(growkern.describe(model), leaves={}, **changes)
+    spec = dataclasses.replace(growkern.describe(model), cached_sizes={}, **changes)
 
     with pytest.raises(UnsupportedModelError, match=match):
         growkern.describe(model, spec)

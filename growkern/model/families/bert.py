@@ -150,7 +150,7 @@ def describe(
         },
         config_eps="layer_norm_eps",
         hidden_is_heads=True,
-        powers={QUERY: ROOT},
+        activation_scales={QUERY: ROOT},
         post_norm=True,
     )
 

@@ -138,7 +138,7 @@ def describe_layer(layer: Layer, base: str = "") -> ModelSpec:
             f"{attention}.head_dim": "head_dim",
         },
         hidden_is_heads=True,
-        powers={QUERY: ROOT},
+        activation_scales={QUERY: ROOT},
         post_norm=not layer.norm_first,
         fixed=dict.fromkeys(("hidden", "heads"), OUTSIDE),
     )

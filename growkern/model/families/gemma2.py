@@ -96,10 +96,10 @@ def describe(config: Config, base: str = "model.", head: bool = True) -> ModelSp
         },
         config_lists=("layer_types",),
         config_eps="rms_norm_eps",
-        powers={"residual:embedded": SCALE},
+        activation_scales={"residual:embedded": SCALE},
         rotary=1.0,
-        saved=("hidden", "heads"),
-        rebuilt=(f"{base}rotary_emb",),
+        save_requires_multiple=("hidden", "heads"),
+        rebuilt_from_config=(f"{base}rotary_emb",),
         fixed=rope_fixed(config),
     )
 

@@ -101,7 +101,7 @@ def describe(config: Config, base: str = "transformer.", head: bool = True) -> M
         },
         config_eps="layer_norm_epsilon",
         hidden_is_heads=True,
-        powers={QUERY: ROOT} if scaled else {},
+        activation_scales={QUERY: ROOT} if scaled else {},
         fixed=dict.fromkeys(
             ("layers", "head_dim"),
             "scale_attn_by_inverse_layer_idx makes a block depend on its depth",

@@ -97,8 +97,8 @@ def describe(config: Config, base: str = "gpt_neox.", head: bool = True) -> Mode
         },
         config_eps="layer_norm_eps",
         hidden_is_heads=True,
-        powers={QUERY: ROOT},
+        activation_scales={QUERY: ROOT},
         rotary=rotary,
-        rebuilt=(f"{base}rotary_emb",),
+        rebuilt_from_config=(f"{base}rotary_emb",),
         fixed=rope_fixed(config),
     )

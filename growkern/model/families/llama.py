@@ -135,9 +135,9 @@ def describe(config: Config, base: str = "model.", head: bool = True) -> ModelSp
         },
         config_lists=("layer_types",),
         config_eps="rms_norm_eps",
-        powers={QUERY: ROOT},
+        activation_scales={QUERY: ROOT},
         rotary=1.0,
-        saved=("hidden", "heads") if config.model_type == "llama" else None,
-        rebuilt=(f"{base}rotary_emb",),
+        save_requires_multiple=("hidden", "heads") if config.model_type == "llama" else None,
+        rebuilt_from_config=(f"{base}rotary_emb",),
         fixed=rope_fixed(config),
     )

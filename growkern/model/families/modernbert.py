@@ -108,9 +108,9 @@ def describe(config: Config, base: str = "model.", mlm: bool = True) -> ModelSpe
         config_lists=("layer_types",),
         config_eps="norm_eps",
         hidden_is_heads=True,
-        powers={QUERY: ROOT},
+        activation_scales={QUERY: ROOT},
         rotary=1.0,
-        rebuilt=(f"{base}rotary_emb",),
+        rebuilt_from_config=(f"{base}rotary_emb",),
         fixed=rope_fixed(config),
         post_norm=True,
     )

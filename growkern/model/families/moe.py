@@ -156,9 +156,9 @@ def describe(
         },
         config_lists=("layer_types",),
         config_eps="rms_norm_eps",
-        powers={QUERY: ROOT},
+        activation_scales={QUERY: ROOT},
         rotary=1.0,
-        rebuilt=(f"{base}rotary_emb",),
+        rebuilt_from_config=(f"{base}rotary_emb",),
         fixed=rope_fixed(config)
         | ({"layers": "which blocks are dense follows from their index"} if dense else {}),
     )

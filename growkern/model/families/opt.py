@@ -151,5 +151,5 @@ def describe(config: Config, base: str = "model.decoder.", head: bool = True) ->
         },
         fixed={"embedding": "the checkpoint's projections are for this width"} if projected else {},
         hidden_is_heads=True,
-        powers={QUERY: ROOT},
+        activation_scales={QUERY: ROOT},
     )

@@ -69,7 +69,7 @@ def describe(config: Config, decoder: bool = True, head: bool = True) -> ModelSp
         | (linear("lm_head", reads="residual:decoder", writes="vocab", bias=False) if head else {}),
         ties={f"{name}.weight": "shared.weight" for name in tied},
         blocks=stacks[0],
-        others=tuple(stacks[1:]),
+        extra_stacks=tuple(stacks[1:]),
         attributes={
             **({"model_dim": "hidden"} if head else {}),
             **{
@@ -91,7 +91,7 @@ def describe(config: Config, decoder: bool = True, head: bool = True) -> ModelSp
             "vocab_size": "vocab",
         },
         config_eps="layer_norm_epsilon",
-        powers={"residual:decoder": Power("hidden", -0.5)} if scaled else {},
+        activation_scales={"residual:decoder": Power("hidden", -0.5)} if scaled else {},
     )
 
 

@@ -132,7 +132,7 @@ def describe(config: Config, base: str = "vit.", head: bool = True) -> ModelSpec
         },
         config_eps="layer_norm_eps",
         hidden_is_heads=True,
-        powers={QUERY: ROOT},
+        activation_scales={QUERY: ROOT},
     )
 
 
