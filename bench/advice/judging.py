@@ -14,7 +14,7 @@ from bench.harness import RESULTS
 from bench.savings.analysis import TUNING
 from bench.savings.campaign import SETUPS
 from growkern.advice.advice import Advice, percent
-from growkern.advice.adviser import pooled
+from growkern.advice.choice import pooled
 from growkern.recipes.recipe import Recipe
 
 OTHER = {

@@ -211,9 +211,11 @@ def advise(
             "It narrows every interval.",
         ),
     ] = None,
-    kind: Annotated[str, typer.Option(help="What grows: width or depth.")] = "width",
+    kind: Annotated[
+        str | None, typer.Option(help="What grows: width, depth or both. Default: what the recipe grows, else width.")
+    ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Name of a measured recipe. Default: the most efficient one of the kind.")
+        str | None, typer.Option(help="Name of a measured recipe. Default: the best one of the kind.")
     ] = None,
     tokens_per_step: Annotated[
         float | None, typer.Option(help="Tokens of a step, for curves that count steps.")

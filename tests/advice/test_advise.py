@@ -4,7 +4,7 @@ import copy
 import json
 import random
 import sys
-from math import nan
+from math import inf, nan
 from pathlib import Path
 from statistics import mean
 
@@ -14,6 +14,7 @@ from models import batch, loss_of, make
 from saved import invoke, said
 
 import growkern
+from growkern.advice import choice
 from growkern.advice.scaling import fit, interval
 from growkern.errors import PlanError
 from growkern.recipes import RECIPES
@@ -32,7 +33,7 @@ finally:
 
 PERFECT = Recipe("perfect", "width", 1.0, 0.0, 1)
 SOURCE, TARGET = 1e5, 4e5
-TO = {"width": "2x", "depth": {"layers": "4x"}}
+TO = {"width": "2x", "depth": {"layers": "4x"}, "both": {"hidden": 48, "layers": 4}}
 
 
 def law_of(seed: int):
@@ -56,6 +57,7 @@ def curve_of(
 
 
 CURVE = curve_of(law_of(0), SOURCE)
+SIZES = {"source": SOURCE, "target": TARGET, "budget": 2.4e12}
 
 
 def advise_on(loss, *, budget: float = 2.4e12, recipe: Recipe = PERFECT, others=()):
@@ -119,16 +121,84 @@ def test_a_curve_may_be_an_array_and_others_too():
     assert all(one == plain for one in found)
 
 
-def test_a_law_of_another_model_is_refused():
-    law = growkern.advise(CURVE, **SIZES).law
+OTHER = curve_of(law_of(0), 3e4, seed=1)
 
-    assert growkern.advise(CURVE, **SIZES, law=law) == growkern.advise(CURVE, **SIZES)
-    with pytest.raises(PlanError, match="fitted to a model of 100,000 parameters, not of 200,000"):
-        growkern.advise(CURVE, **SIZES | {"source": 2e5}, law=law)
+
+def test_a_law_of_the_same_run_is_used_without_a_new_fit(monkeypatch):
+    fresh = growkern.advise(CURVE, **SIZES)
+    two = growkern.advise(CURVE, **SIZES, others=[(3e4, OTHER)])
+    earlier = growkern.advise(CURVE[:-6], **SIZES).law
+    monkeypatch.setattr("growkern.advice.adviser.fit", lambda *_, **__: pytest.fail("a new fit"))
+
+    assert growkern.advise(CURVE, **SIZES, law=fresh.law) == fresh
+    assert growkern.advise(CURVE, **SIZES, law=two.law) == two
+    assert growkern.advise(CURVE, **SIZES, law=two.law, others=[(3e4, OTHER)]) == two
+    assert growkern.advise(CURVE, **SIZES, law=earlier).law is earlier
+
+
+@pytest.mark.parametrize("points", [6, 30, 600])
+def test_a_law_of_an_earlier_moment_of_a_noisy_run_is_used(points):
+    def run(seed: int):
+        return curve_of(law_of(seed), SOURCE, points=points, noise=0.05, seed=seed)
+
+    for seed in range(5):
+        law = fit([(SOURCE, run(seed)[: int(points * 0.9)])])
+        assert growkern.advise(run(seed), **SIZES, law=law).law is law
+
+
+STALE = {
+    "size": (CURVE, {"source": 2e5}, "fitted to a model of 100,000 parameters, not of 200,000"),
+    "tokens": ([(100 * d, y) for d, y in CURVE], {"budget": 2.4e14}, "to 1,000,000 tokens, and the curve has 6,309,573 to"),
+    "later": (CURVE[:-6], {}, "fitted to 100,000 to 1,000,000 tokens, and the curve has 63,096 to 630,957"),
+    "losses": ([(d, 1.05 * y) for d, y in CURVE], {}, "deviate by 5.0% from the curve's at equal tokens"),
+    "another-run": (curve_of(law_of(4), SOURCE), {}, "deviate by"),
+    "others": (CURVE, {"others": [(3e4, OTHER)]}, "fitted to 1 curves, not to 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "curve", [[(0.0, 3.0), *CURVE], CURVE[::-1], CURVE[-3:]], ids=["no-tokens", "unsorted", "short"]
+)
+def test_a_curve_is_checked_even_if_a_law_is_given(curve):
+    with pytest.raises(PlanError, match="cannot fit a law to these loss curves"):
+        growkern.advise(curve, **SIZES, law=fit([(SOURCE, CURVE)]))
+
+
+@pytest.mark.parametrize(("curve", "options", "match"), STALE.values(), ids=STALE)
+def test_a_law_of_another_curve_is_refused(curve, options, match):
+    with pytest.raises(PlanError, match=f"leave law= out, and a law is fitted to them:\n.*{match}"):
+        growkern.advise(curve, **SIZES | options, law=fit([(SOURCE, CURVE)]))
+
+
+def test_a_schedule_may_reuse_a_law_of_an_earlier_step():
+    schedule, *_alive = observed()
+    budget = 8 * schedule.counts.n_flops
+    law = growkern.advise(schedule, budget=budget).law
+    for i in range(61, 121):
+        schedule.observe(tokens=100, loss=1.0 + 2.0 * i**-0.37)
+        if i in (61, 62, 63, 66, 90, 120):
+            assert growkern.advise(schedule, budget=budget, law=law).law is law
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_advice_does_not_depend_on_torchs_defaults(dtype):
+    plain = growkern.advise(CURVE, **SIZES, others=[(3e4, OTHER)])
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device("meta")
+        found = growkern.advise(CURVE, **SIZES, others=[(3e4, OTHER)])
+        text = str(found)
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+
+    assert found == plain and text == str(plain)
+    assert torch.equal(found.law.draws, plain.law.draws) and found.law.draws.device.type == "cpu"
 
 
 def test_no_recipe_saves_more_than_a_free_and_perfect_growth_at_any_budget():
-    for budget in (2.4e12, 2.4e13, 2.4e15):
+    for budget in (2.4e12, 2.4e13, 4e14):
         found = advise_on(
             law_of(0), budget=budget, recipe=Recipe("most", "width", 1.0, 0.0, 3, worth=(1.2, 0.1))
         )
@@ -198,6 +268,33 @@ def test_a_target_that_cannot_gain_is_advised_against_and_a_large_budget_needs_g
     assert grow.options[1].chance < 0.01 and grow.decision != "never grow"
 
 
+@pytest.mark.parametrize("budget", [1e14, 3e14, 6e14])
+def test_options_within_a_percent_of_the_compute_are_ties_and_no_decision(budget):
+    loss = law_of(0)
+
+    found = advise_on(loss, budget=budget, others=[(TARGET, curve_of(loss, TARGET, seed=2))])
+
+    assert found.decision == "cannot tell"
+    assert found.tied > 0.8 and found.now.charged[2] < 0.03
+    assert sum(one.chance for one in found.options) + found.tied == pytest.approx(1)
+    text = str(found)
+    assert (
+        f"In {found.tied:.0%} of the draws, the best options end within 1% of the compute" in text
+    )
+    assert (
+        f"it is {budget / 6e11:.1f} x the compute of the curve, and the law is an extrapolation"
+        in text
+    )
+    assert f"for a budget of {budget / 6e11:.3g} x the compute until now" in text
+
+
+def test_a_target_far_beyond_the_curves_is_said_to_be_so():
+    text = str(growkern.advise(CURVE, **SIZES | {"target": 5e6}))
+
+    assert "it has 50.0 x the parameters of the largest model with a curve" in text
+    assert "within the budget it reads 8e+04 tokens, fewer than any point of the fit" in text
+
+
 def test_the_text_says_options_intervals_and_what_is_not_known(tmp_path):
     pytest.importorskip("matplotlib")
 
@@ -215,7 +312,6 @@ def test_the_text_says_options_intervals_and_what_is_not_known(tmp_path):
     assert sum(option.chance for option in found.options if option.name != "grow now") <= 1.001
 
 
-SIZES = {"source": SOURCE, "target": TARGET, "budget": 2.4e12}
 REFUSED = {
     "short": (CURVE[-3:], SIZES, "3 points after its warm-up .* Train longer"),
     "empty": ([], SIZES, "has no points"),
@@ -225,20 +321,56 @@ REFUSED = {
     "unsorted": (CURVE[::-1], SIZES, "do not rise. Sort"),
     "smaller-target": (CURVE, SIZES | {"target": 5e4}, "target=50,000 .* not larger than source=100,000"),
     "spent": (CURVE, SIZES | {"budget": 5e11}, "is spent: the curve ends at 6e\\+11 FLOPs"),
-    "spent-nothing": (CURVE, SIZES | {"spent": 0.0}, "spent=0.0: pass the FLOPs"),
-    "flops": (CURVE, SIZES | {"flops_per_token": (0.0, 1.0)}, "flops_per_token=\\(0.0, 1.0\\): pass"),
     "no-sizes": (CURVE, {"budget": 1e12}, "advise\\(source=None, target=None\\): pass the numbers"),
     "recipe": (CURVE, SIZES | {"recipe": "Magic"}, "no recipe 'Magic' of kind 'width' was measured. Known: .*default, one rate; "),
     "recipe-of-another-kind": (CURVE, SIZES | {"recipe": "default", "kind": "depth"}, "'default' of kind 'depth' was measured"),
+    "own-recipe-of-another-kind": (CURVE, SIZES | {"recipe": PERFECT, "kind": "depth"}, "'perfect' grows 'width', and kind='depth': leave"),
     "flat": ([(1e4 * 1000 ** (i / 59), 2.0) for i in range(60)], SIZES, "does not fall"),
     "perplexity": ([(d, 500 * y) for d, y in CURVE], SIZES, "of perplexities take the logarithm"),
     "dictionary": (dict(CURVE), SIZES, "curve: expected pairs of"),
-    "text-budget": (CURVE, SIZES | {"budget": "much"}, "budget: could not convert"),
-    "one-flops": (CURVE, SIZES | {"flops_per_token": 6.0}, "flops_per_token: "),
-    "cheaper-target": (CURVE, SIZES | {"flops_per_token": (2.0, 1.0)}, "the target's are not above the source's"),
-    "kind": (CURVE, SIZES | {"kind": "length"}, "kind='length'"),
-    "other": (CURVE, SIZES | {"others": [(-1, CURVE)]}, "n_params=-1"),
+    "text-curve": (["12", "34"], SIZES, "curve: expected pairs of .* '1' is not a number"),
+    "cheaper-target": (CURVE, SIZES | {"flops_per_token": (2.0, 1.0)}, "the target's are not above the source's. Pass FLOPs"),
+    "far-budget": (CURVE, SIZES | {"budget": 1e18}, "1e\\+18 FLOPs is 1.67e\\+06 x the compute of the curve; .* Train the source"),
+    "far-target": (CURVE, SIZES | {"target": 1e30}, "target=1e\\+30 parameters is 1e\\+25 x the largest .* Pass a smaller target"),
+    "target-of-no-tokens": (CURVE, SIZES | {"flops_per_token": (6e5, 6e9)}, "reads 400 tokens in the whole .* Pass a smaller target"),
+    "early-spent": (CURVE, SIZES | {"spent": 1.0}, "spent=1 FLOPs: the curve ends at 6e\\+11 FLOPs. .* leave spent= out"),
 }  # fmt: skip
+OTHERS = "pass a list of pairs of a number of parameters and a curve"
+NOT_POSITIVE = ("x", "2", True, None, [1], nan, inf, -1, 0, 1j, 10**400, torch.ones(2))
+WRONG = [  # arguments of a wrong type or range, each with the way out
+    *((name, value, ": a finite number above 0") for name in ("source", "target", "budget", "spent") for value in NOT_POSITIVE
+      if not (value is None and name != "budget")),
+    *(("flops_per_token", value, "pass FLOPs of a token") for value in ("12", 5, {1: 2, 3: 4}, {1, 2}, (1,), (1, 2, 3))),
+    *(("flops_per_token", value, "pass FLOPs of a token") for value in ((0.0, 1.0), (1, True), ("1", 2))),
+    *(("seed", value, "a whole number from 0 to 2\\*\\*64 - 1") for value in ("x", 1.5, None, True, -1, 2**64)),
+    *(("recipe", value, "pass the name of a measured recipe") for value in (["Stack"], 5, {}, True)),
+    *(("kind", value, "what grows is 'width', 'depth' or 'both'") for value in (["width"], 5, "", "length", True)),
+    *(("others", value, OTHERS) for value in (3e4, (3e4, CURVE), None, {3e4: CURVE}, "x")),
+    *(("others", [(value, CURVE)], "pass the number of parameters of the curve") for value in ("x", -1, nan, None)),
+    ("others", [(3e4, [])], "it has no points"), ("others", [(3e4, "x")], "expected pairs"),
+    *(("law", value, "pass Advice.law of an earlier call") for value in (5, "x", True)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"), WRONG, ids=[f"{n}-{str(v)[:12]}" for n, v, _ in WRONG]
+)
+def test_a_wrong_argument_is_named_with_its_value_and_the_way_out(name, value, match):
+    with pytest.raises(PlanError, match=match) as caught:
+        growkern.advise(CURVE, **SIZES | {name: value})
+
+    said = str(caught.value)
+    assert said.startswith(name) and len(said) < 300, said
+    assert name == "others" or repr(value)[:20] in said or name == "flops_per_token"
+
+
+@pytest.mark.parametrize("seed", [2**64 - 1, 2**64 - 2])
+def test_the_largest_seeds_work(seed):
+    assert growkern.advise(CURVE, **SIZES, seed=seed).n_params == (SOURCE, TARGET)
+
+
+def test_a_recipe_by_name_says_what_grows():
+    assert growkern.advise(CURVE, **SIZES, recipe="Stack").recipe is RECIPES["Stack"]
 
 
 @pytest.mark.parametrize(("curve", "options", "match"), REFUSED.values(), ids=REFUSED)
@@ -295,15 +427,64 @@ def test_a_schedule_plans_its_target_itself():
         growkern.advise(schedule, budget=1e12, target=1e6)
 
 
-def test_a_kind_that_was_not_measured_is_said_to_be_so():
+def test_methods_that_were_not_measured_are_said_to_be_so():
     schedule, _model, _optim = observed(
-        At(step=9, to={"hidden": 48, "layers": 3}, width=growkern.width.HyperClone(noise_db=33))
+        At(step=9, to=TO["both"], width=growkern.width.HyperClone(noise_db=33))
     )
 
     found = growkern.advise(schedule, budget=4 * schedule.counts.n_flops)
 
-    assert found.recipe.n == 0 and "HyperClone does: it was not measured" in str(found)
-    assert "width and depth, grown at once" in str(found)
+    assert found.recipe.n == 0 and found.recipe.kind == "both"
+    assert "HyperClone and IdentityBlocks does: it was not measured" in str(found)
+
+
+def test_the_kind_of_an_event_cannot_be_overruled():
+    schedule, _model, _optim = observed()
+    budget = 4 * schedule.counts.n_flops
+
+    assert growkern.advise(schedule, budget=budget, kind="width").recipe.kind == "width"
+    with pytest.raises(
+        PlanError, match="kind='depth': the schedule's next event grows 'width'; leave"
+    ):
+        growkern.advise(schedule, budget=budget, kind="depth")
+
+
+def saved_in(setup: str, share: float, n_seeds: int = 3, budget: float = 4e11) -> Saved:
+    return Saved(setup, 1e11, budget, (0.0, share, 1.0), (0.0, share, 1.0), 0.5, n_seeds)
+
+
+CHOSEN = {
+    "most saved where both ran": (
+        {"a": [saved_in("x", 0.3)], "b": [saved_in("x", 0.2), saved_in("y", 0.9)]}, "a",
+    ),
+    "easy setup of one does not count": (
+        {"a": [saved_in("x", 0.3), saved_in("y", -0.1)], "b": [saved_in("x", 0.2)]}, "a",
+    ),
+    "more measurements do not disqualify": (
+        {"a": [saved_in("x", 0.3), saved_in("y", 0.1, n_seeds=1)], "b": [saved_in("x", 0.2)]}, "a",
+    ),
+    "few seeds do not count": ({"a": [saved_in("x", 0.3)], "b": [saved_in("x", 0.9, n_seeds=2)]}, "a"),
+    "few seeds count where there is no more": ({"a": [saved_in("x", 0.3, 1)], "b": [saved_in("x", 0.9, 1)]}, "b"),
+    "ties go to more setups": (
+        {"b": [saved_in("x", 0.304)], "a": [saved_in("x", 0.3), saved_in("y", 0.1)]}, "a",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("measured", "chosen"), CHOSEN.values(), ids=CHOSEN)
+def test_recipes_are_compared_where_both_were_measured(measured, chosen):
+    recipes = {
+        name: Recipe(name, "width", 1.0, 0.1, 3, saved=tuple(saved))
+        for name, saved in measured.items()
+    }
+
+    assert choice.best(recipes, "width").name == chosen
+
+
+def test_the_default_recipes_are_those_that_save_most():
+    assert choice.best(RECIPES, "depth").name == "Stack"
+    assert choice.best(RECIPES, "width").name.startswith("Sparkling fresh")
+    assert choice.best(RECIPES, "both").name == "Sparkling fresh and Stack"
 
 
 HERE = [
@@ -322,6 +503,7 @@ def test_a_recipe_is_found_by_the_event_that_grows_by_it(name):
 
     same = {"width": None, "depth": None, "state": "exact", "dynamics": "mup"}
     assert same | dict(found.growth) == same | dict(recipe.growth)
+    assert found.kind == recipe.kind
 
 
 def test_a_recipe_says_how_it_grows_and_what_it_saved():

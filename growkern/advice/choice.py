@@ -1,0 +1,100 @@
+"""Which recipe an advice assumes: the one that is asked for, the one of an event, or the best of the measured ones."""
+
+from collections.abc import Mapping
+from statistics import mean
+
+from growkern.advice.arguments import shown
+from growkern.depth import IdentityBlocks
+from growkern.errors import PlanError
+from growkern.recipes import RECIPES
+from growkern.recipes.recipe import Recipe
+from growkern.training.triggers import Event
+from growkern.width import Lossless
+
+KINDS = {"width": ("width",), "depth": ("depth",), "both": ("width", "depth")}  # kind -> what grows
+SEEDS = 3  # minimum number of seeds of a saving that is compared
+BEATS = 0.01  # least difference, in saved compute as a share, of two recipes of which one is better
+METHODS = {"width": Lossless(), "depth": IdentityBlocks()}  # default methods of expand_inplace
+
+
+def choose(recipe: object, kind: object) -> Recipe:
+    """Return the recipe of the arguments ``recipe`` and ``kind`` of ``advise``; either may be None.
+
+    Raises:
+        PlanError: Nothing is measured under the name, or a recipe of another kind.
+    """
+    if kind is not None and not (isinstance(kind, str) and kind in KINDS):
+        raise PlanError(f"kind={shown(kind)}: what grows is 'width', 'depth' or 'both'.")
+    if recipe is None:
+        return best(RECIPES, kind or "width")
+    named = RECIPES.get(recipe) if isinstance(recipe, str) else recipe
+    if isinstance(named, Recipe) and kind in (None, named.kind):
+        return named
+    if isinstance(recipe, Recipe):
+        raise PlanError(
+            f"recipe={recipe.name!r} grows {recipe.kind!r}, and kind={kind!r}: leave kind= out."
+        )
+    if not isinstance(recipe, str):
+        raise PlanError(
+            f"recipe={shown(recipe)}: pass the name of a measured recipe, or a Recipe of your own measurements."
+        )
+    known = [name for name, one in RECIPES.items() if one.kind == (kind or "width")]
+    raise PlanError(
+        f"no recipe {recipe!r} of kind {kind or 'width'!r} was measured. Known: {'; '.join(known) or 'none'}. Pass a Recipe of your own "
+        "measurements."
+    )
+
+
+def best(recipes: Mapping[str, Recipe], kind: str) -> Recipe:
+    """Return the recipe of a kind that the fewest other recipes beat; of equal ones, the recipe that was measured in more setups.
+
+    A recipe beats another one if it saves at least ``BEATS`` more on average over the setups, growth points and budgets where both
+    were measured with ``SEEDS`` seeds (with fewer seeds if the kind has no such saving).
+    """
+    known = [one for one in recipes.values() if one.kind == kind]
+    sound = [_cells(one, SEEDS) for one in known]
+    cells = sound if any(sound) else [_cells(one, 0) for one in known]
+    if not any(cells):
+        return pooled(recipes, kind, kind)
+
+    def losses(own: Mapping[tuple[object, ...], float]) -> int:
+        paired = [[other[c] - own[c] for c in own if c in other] for other in cells]
+        return sum(mean(found) >= BEATS for found in paired if found)
+
+    ranked = [
+        (losses(own), -len({setup for setup, *_ in own}), -one.kept, one)
+        for one, own in zip(known, cells, strict=True)
+        if own
+    ]
+    return min(ranked, key=lambda row: row[:3])[-1]
+
+
+def _cells(recipe: Recipe, n_seeds: int) -> dict[tuple[object, ...], float]:
+    """Return (setup, growth point, budget) -> saved share, of the savings with at least ``n_seeds`` seeds."""
+    found = [one for one in recipe.saved if one.n_seeds >= n_seeds]
+    return {(one.setup, one.grown_at, one.budget): one.charged[1] for one in found}
+
+
+def recipe_of(event: Event, kind: str) -> Recipe:
+    """Return the measured recipe with an event's methods, state and dynamics; else the pooled recipe of the kind."""
+
+    def settings(growth: Mapping[str, object]) -> tuple[object, ...]:
+        methods = (growth.get(axis) or METHODS[axis] for axis in KINDS[kind])
+        return *methods, growth.get("state", "exact"), growth.get("dynamics", "mup")
+
+    asked = settings(vars(event))
+    known = [one for one in RECIPES.values() if one.kind == kind]
+    found = [one for one in known if settings(one.growth) == asked]
+    names = [type(method).__name__ for method in asked[: len(KINDS[kind])]]
+    return found[0] if found else pooled(RECIPES, kind, " and ".join(names))
+
+
+def pooled(recipes: Mapping[str, Recipe], kind: str, name: str) -> Recipe:
+    """Return mean and spread of the measured recipes of a kind (of all kinds if the kind has none), for an unmeasured recipe."""
+    known = [one for one in recipes.values() if one.kind == kind] or [*recipes.values()]
+    n = len(known)
+    kept = sum(one.kept for one in known) / n
+    spread = sum((one.kept - kept) ** 2 for one in known) / n
+    sd = (sum(one.sd**2 for one in known) / n + spread) ** 0.5
+    worth = sum(one.worth[0] for one in known) / n, max(one.worth[1] for one in known)
+    return Recipe(name, kind, kept, sd, 0, worth=worth)
