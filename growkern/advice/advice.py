@@ -92,8 +92,8 @@ class Advice:
         lines = [
             f"{n_source:,.0f} -> {n_target:,.0f} parameters, {self.spent:.3g} of {self.budget:.3g} FLOPs spent.",
             self._verdict(),
-            f"A free and perfect growth now would save {percent(self.headroom)}. Recipe: {self.recipe.name} ({self.recipe.how}). It keeps "
-            f"{self.recipe.kept:.0%} +- {1.645 * self.recipe.sd:.0%} of what the source's training is worth.",
+            f"A free and perfect growth now would save {percent(self.headroom)}. Recipe: {self.recipe.name} ({self.recipe.how}). It "
+            f"{self.recipe.effect}.",
             "",
             table(header, rows),
             "",

@@ -2,8 +2,9 @@
 
 The scaling law (``growkern.advice.scaling``) predicts the losses of source and target. The *worth* of the source's training at a growth is
 the number of FLOPs after which the target from scratch reaches the source's loss. A free and perfect growth after g of B FLOPs ends at the
-loss of the target from scratch after ``B - g + worth(g)`` FLOPs; a recipe ends at the loss after ``B - g + kept * worth(g)`` FLOPs. The
-share ``kept`` of each recipe was measured (``growkern.recipes``).
+loss of the target from scratch after ``B - g + worth(g)`` FLOPs; a recipe ends at the loss after ``pace * (B - g) + kept * worth(g)``
+FLOPs. ``kept`` and ``pace`` of each recipe were measured (``growkern.recipes``), the pace over at most ``BUDGETS[1]`` times the compute at
+the growth; the FLOPs beyond are worth as much as from scratch.
 """
 
 from collections.abc import Sequence
@@ -125,25 +126,25 @@ def _advice(
     law: ScalingLaw, n: tuple[float, float], f: tuple[float, float], recipe: Recipe, now: float, budget: float, seed: int,
     notes: Sequence[str],
 ) -> Advice:  # fmt: skip
-    normal = standard_normal(2, len(law.draws), seed=seed + 2)
+    normal = standard_normal(3, len(law.draws), seed=seed + 2)
     kept = recipe.kept + recipe.sd * normal[0]
     factor = (recipe.worth[0] + recipe.worth[1] * normal[1]).clamp_min(0)
+    pace = (recipe.pace[0] + recipe.pace[1] * normal[2]).clamp_min(0)
+    measured = (BUDGETS[1] - 1) * now  # FLOPs after a growth
 
     def scratch_flops(loss: Tensor) -> Tensor:
         """Return the FLOPs after which the target from scratch reaches a loss."""
         return (law.tokens(n[1], loss - law.noise) * f[1]).clamp_max(1e3 * budget)
 
-    def need(at: float, kept: Tensor | float) -> Tensor:
+    def need(at: float, kept: Tensor | float = kept, pace: Tensor | float = pace) -> Tensor:
         """Return the FLOPs after which the target from scratch reaches the final loss of a run that grew at ``at`` FLOPs."""
         worth = factor * scratch_flops(law.loss(n[0], at / f[0]))
-        return (budget - at + kept * worth).clamp_min(0.01 * budget)
+        gained = (pace - 1) * min(budget - at, measured)
+        return (budget - at + gained + kept * worth).clamp_min(0.01 * budget)
 
     def ends(flops: Tensor | float) -> Tensor:
         """Return the loss of the target from scratch after ``flops``."""
         return law.loss(n[1], flops / f[1]) + law.noise
-
-    def saved(at: float, kept: Tensor | float) -> Tensor:
-        return 1 - budget / need(at, kept)
 
     def shares(flops: Tensor) -> tuple[Interval, Interval]:
         """Return the savings, charged and sunk, if the target from scratch needs ``flops``."""
@@ -151,11 +152,11 @@ def _advice(
 
     latest = max(now, LATEST * budget)
     times = [now * (latest / now) ** (i / (N_TIMES - 1)) for i in range(N_TIMES)]
-    best = max(times, key=lambda at: float(saved(at, kept).median()))
-    gain = float(saved(best, kept).median() - saved(now, kept).median())
+    saves = [float((1 - budget / need(at)).median()) for at in times]
+    best, gain = times[saves.index(max(saves))], max(saves) - saves[0]
     points = {"grow now": now} | ({"grow later": best} if gain > LEAST else {})
     never = law.loss(n[0], budget / f[0])
-    needs = {name: need(at, kept) for name, at in points.items()}
+    needs = {name: need(at) for name, at in points.items()}
     last = [*points][-1]
     whole = torch.full_like(never, budget)
     charged = {"from scratch": whole, "never grow": scratch_flops(never), last: needs[last]}
@@ -169,7 +170,7 @@ def _advice(
         chance = _chances(charged | {last: needs[name]})[last]
         options.append(Option(name, at, interval(ends(needs[name])), *shares(needs[name]), chance))
     return Advice(
-        _decide(chances), _decide(_chances(sunk)), tuple(options), interval(saved(now, 1.0)), recipe, n, f, now, budget, law,
+        _decide(chances), _decide(_chances(sunk)), tuple(options), interval(1 - budget / need(now, 1.0, 1.0)), recipe, n, f, now, budget, law,
         (*_unknown(law, n, f, recipe, now, budget), *notes), max(0.0, 1 - sum(chances.values())),
     )  # fmt: skip
 
@@ -224,7 +225,7 @@ def _unknown(
             f"{FAR:g} x."
         )
     said.append(
-        f"how well growth does at your sizes: {recipe.name} was measured in {recipe.n} figures on models of {MEASURED}."
+        f"how well growth does at your sizes: {recipe.name} was measured in {recipe.n} runs of models of {MEASURED}."
         if recipe.n
         else f"how well {recipe.name} does: it was not measured. Its figures are those of all recipes of its kind that were, or of all "
         "kinds where none was."
@@ -232,8 +233,7 @@ def _unknown(
     low, high = BUDGETS
     if not low <= budget / now <= high:
         said.append(
-            f"how much of the source's worth growth keeps for a budget of {budget / now:.3g} x the compute until now: {low:.3g} to "
-            f"{high:.3g} x were measured."
+            f"how growth does for a budget of {budget / now:.3g} x the compute until now: {low:.3g} to {high:.3g} x were measured."
         )
     said.append(
         "losses after annealing, and whether the learning rates are the best: losses are those of the curve's own schedule, and an "

@@ -1,6 +1,6 @@
 """Which recipe an advice assumes: the one that is asked for, the one of an event, or the best of the measured ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import mean
 
 from growkern.advice.arguments import shown
@@ -92,9 +92,12 @@ def recipe_of(event: Event, kind: str) -> Recipe:
 def pooled(recipes: Mapping[str, Recipe], kind: str, name: str) -> Recipe:
     """Return mean and spread of the measured recipes of a kind (of all kinds if the kind has none), for an unmeasured recipe."""
     known = [one for one in recipes.values() if one.kind == kind] or [*recipes.values()]
-    n = len(known)
-    kept = sum(one.kept for one in known) / n
-    spread = sum((one.kept - kept) ** 2 for one in known) / n
-    sd = (sum(one.sd**2 for one in known) / n + spread) ** 0.5
-    worth = sum(one.worth[0] for one in known) / n, max(one.worth[1] for one in known)
-    return Recipe(name, kind, kept, sd, 0, worth=worth)
+    kept, sd = _mixture([(one.kept, one.sd) for one in known])
+    worth = mean(one.worth[0] for one in known), max(one.worth[1] for one in known)
+    return Recipe(name, kind, kept, sd, 0, worth=worth, pace=_mixture([one.pace for one in known]))
+
+
+def _mixture(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return mean and standard deviation of a mixture of distributions, from theirs."""
+    middle = mean(one for one, _ in parts)
+    return middle, mean(sd**2 + (one - middle) ** 2 for one, sd in parts) ** 0.5

@@ -41,10 +41,10 @@ class Recipe:
     Attributes:
         name: Name in the rows of ``bench/results/savings-*.csv``.
         kind: ``"width"``, ``"depth"`` or ``"both"``.
-        kept: Share of the worth of the source's training that the grown run keeps at its end; 1 for a free and perfect growth. The
-            worth is the number of FLOPs after which the target from scratch reaches the source's loss. Mean over figures.
-        sd: Standard deviation of ``kept``.
-        n: Number of measured figures.
+        kept: Share of the worth of the source's training that the growth keeps; 1 for a free and perfect growth. The worth is the number
+            of FLOPs after which the target from scratch reaches the source's loss. Mean over runs.
+        sd: Standard deviation of ``kept`` of a single run, over seeds and setups.
+        n: Number of measured runs: setups, growth points and seeds.
         growth: Arguments of ``expand_inplace`` and of events, besides ``to``.
         lr_factor: Factor on all learning rates after the growth, besides the factors of ``dynamics``. ``growth`` does not contain the
             factor: multiply the ``lr`` of the param groups, and the scheduler's ``base_lrs``.
@@ -54,6 +54,9 @@ class Recipe:
         worth: Mean and standard deviation of the ratio of the measured to the predicted worth of the source's training. The measurement
             uses annealed losses, the prediction a law fitted to losses at a constant learning rate; a small model at a large learning
             rate gains more from annealing.
+        pace: Mean and standard deviation, over runs, of the FLOPs that a FLOP after the growth is worth to the target from scratch: 1 for
+            a free and perfect growth, less than 1 if copies stay alike, more than 1 if the target trains slowly from scratch. A run that
+            grows after g of B FLOPs ends at the loss of the target from scratch after ``pace * (B - g) + kept * worth`` FLOPs.
 
     Example:
         >>> recipe = growkern.recipes.RECIPES["Sparkling fresh"]
@@ -70,12 +73,17 @@ class Recipe:
     rewarm: int = 0
     saved: tuple[Saved, ...] = ()
     worth: tuple[float, float] = (1.0, 0.0)
+    pace: tuple[float, float] = (1.0, 0.0)
 
     def __post_init__(self) -> None:
+        numbers = {"kept": self.kept, "sd": self.sd}
+        for name in ("worth", "pace"):
+            numbers |= dict(zip((name, f"its sd ({name})"), getattr(self, name), strict=True))
         wrong = [
-            f"{name}={value}" for name, value in (("kept", self.kept), ("sd", self.sd), *zip(("worth", "its sd"), self.worth, strict=True))
+            f"{name}={value}"
+            for name, value in numbers.items()
             if not isfinite(value) or (value < 0 and name != "kept")
-        ]  # fmt: skip
+        ]
         if wrong:
             raise PlanError(
                 f"recipe {self.name!r}: {', '.join(wrong)}: pass finite numbers, deviations not below 0."
@@ -90,6 +98,15 @@ class Recipe:
         said += [f"learning rate x {self.lr_factor:g}"] if self.lr_factor != 1 else []
         said += [f"{self.rewarm} steps of warm-up"] if self.rewarm else []
         return ", ".join(said) or "the defaults of expand_inplace"
+
+    @property
+    def effect(self) -> str:
+        """``kept`` and ``pace`` with their intervals of 90 %, as text."""
+        pace, sd = self.pace
+        return (
+            f"keeps {self.kept:.0%} +- {1.645 * self.sd:.0%} of what the source's training is worth, and then trains at {pace:.2f} +- "
+            f"{1.645 * sd:.2f} x the pace of the target from scratch"
+        )
 
     def __str__(self) -> str:
         header = [
@@ -110,7 +127,7 @@ class Recipe:
         ]  # fmt: skip
         lines = [
             f"{self.name} ({self.kind}): {self.how}",
-            f"It keeps {self.kept:.0%} +- {1.645 * self.sd:.0%} of what the source's training is worth, in {self.n} figures.",
+            f"It {self.effect}, in {self.n} runs.",
         ]
         return "\n".join([*lines, "", table(header, rows)] if rows else lines)
 
