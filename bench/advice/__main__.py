@@ -2,7 +2,7 @@
 
 For every recipe, growth point and budget of the campaign the adviser gets the data that a user has before the decision: the source's trunk
 curve up to the growth point and, in a second pass, the curve of a model of another size (seed 0; never the target's). What growth keeps,
-and the pace after it, are calibrated on the other seeds, on the other recipes, or on the other setups; never on the figure that is judged. The
+and the pace after it, are calibrated on the other seeds, recipes or setups; never on the figure that is judged. The
 truth is the campaign's own figure, ``Campaign.saving``. ``--write`` derives ``growkern/recipes/measured.py`` from the rows.
 """
 

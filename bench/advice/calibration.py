@@ -14,11 +14,12 @@ from pathlib import Path
 from statistics import linear_regression, mean, mode, stdev, variance
 
 from bench.advice.figures import Figure
-from bench.savings.analysis import TUNING
+from bench.savings.analysis import T90, TUNING
 from bench.savings.campaign import RECIPES
 from growkern.recipes.recipe import Recipe, Saved
 
 ALONE = 0.1  # least spread, and the spread of a single run
+Z90 = 1.645  # of the normal distribution, where T90 is Student's
 MODELS = "60 to 870 thousand parameters (bytes of Python and C++ source)"
 CALIBRATION = Path(__file__).resolve().parents[2] / "growkern" / "recipes" / "measured.py"
 
@@ -27,6 +28,8 @@ CALIBRATION = Path(__file__).resolve().parents[2] / "growkern" / "recipes" / "me
 class Run:
     """Line through the figures of one run, and the ratio of the measured to the predicted worth of its source's training."""
 
+    setup: str
+    seed: int
     label: str
     kind: str
     kept: float
@@ -42,18 +45,20 @@ def runs_of(singles: Iterable[Figure]) -> list[Run]:
         (seed,) = f.saving.losses
         found.setdefault(key, {}).setdefault(seed, {})[f.budget] = f
     return [
-        _run([*own.values()])
+        _run(seed, [*own.values()])
         for seeds in found.values()
         for seed, own in seeds.items()
         if len(own) > 1 and (seed != TUNING or len(seeds) == 1)
     ]
 
 
-def _run(own: Sequence[Figure]) -> Run:
+def _run(seed: int, own: Sequence[Figure]) -> Run:
     """Fit the line by least squares."""
     after = [(f.budget - f.variant.grow_at) / f.annealed for f in own]
     pace, kept = linear_regression(after, [f.need / f.annealed for f in own])
-    return Run(label_of(own[0]), own[0].kind, kept, pace, mean(f.worth for f in own))
+    return Run(
+        own[0].setup, seed, label_of(own[0]), own[0].kind, kept, pace, mean(f.worth for f in own)
+    )
 
 
 def calibrate(figures: Sequence[Figure], singles: Iterable[Figure]) -> dict[str, Recipe]:
@@ -64,6 +69,8 @@ def calibrate(figures: Sequence[Figure], singles: Iterable[Figure]) -> dict[str,
         singles: Figures of single seeds, of the same runs.
     """
     runs, found = runs_of(singles), dict[str, Recipe]()
+    seeds, setups = len({(r.setup, r.seed) for r in runs}), len({r.setup for r in runs})
+    student = T90[min(len(T90), max(1, seeds - setups)) - 1] / Z90
     for label in dict.fromkeys(map(label_of, figures)):
         own = [f for f in figures if label_of(f) == label]
         mine = [run for run in runs if run.label == label]
@@ -73,25 +80,26 @@ def calibrate(figures: Sequence[Figure], singles: Iterable[Figure]) -> dict[str,
         peers = [run for run in runs if run.kind == kind]
         kept, pace = ([getattr(run, name) for run in mine] for name in ("kept", "pace"))
         found[label] = Recipe(
-            label, kind, round(mean(kept), 3), _spread(peers, mine, "kept"), len(mine), recipe.growth,
+            label, kind, round(mean(kept), 3), _spread(peers, mine, "kept", student), len(mine), recipe.growth,
             mode(f.variant.rate for f in own), recipe.rewarm, tuple(map(saved, own)), _worth(peers),
-            (round(mean(pace), 3), _spread(peers, mine, "pace")),
+            (round(mean(pace), 3), _spread(peers, mine, "pace", student)),
         )  # fmt: skip
     return found
 
 
-def _spread(peers: Sequence[Run], own: Sequence[Run], name: str) -> float:
-    """Return the standard deviation of a further run of a recipe.
+def _spread(peers: Sequence[Run], own: Sequence[Run], name: str, student: float) -> float:
+    """Return the standard deviation of a further run of a recipe, of a normal distribution whose 90 % interval is Student's.
 
     Few runs underestimate a spread, so that the variance is at least the mean variance within the recipes of the kind; the mean over n
-    runs is itself uncertain by 1 / n of the variance.
+    runs is itself uncertain by 1 / n of the variance. ``student`` is the ratio of Student's to the normal interval, with the degrees of
+    freedom of all seeds of all setups: recipes share the seeds of their setup.
     """
     labels = {run.label for run in peers}
     groups = [[getattr(run, name) for run in peers if run.label == label] for label in labels]
     within = [variance(values) for values in groups if len(values) > 1]
     values = [getattr(run, name) for run in own]
     most = max(ALONE**2, mean(within or [0.0]), variance(values) if len(values) > 1 else 0.0)
-    return round((most * (1 + 1 / len(values))) ** 0.5, 3)
+    return round((most * (1 + 1 / len(values))) ** 0.5 * student, 3)
 
 
 def _worth(runs: Iterable[Run]) -> tuple[float, float]:
@@ -131,16 +139,19 @@ From {len(figures)} figures (recipes, growth points, budgets) of bench/results/s
 {setups}.
 """
 
-{"from math import nan" + chr(10) * 2 if "nan" in rows else ""}from growkern import {used}
+from collections.abc import Mapping
+{"from math import nan" + chr(10) if "nan" in rows else ""}from types import MappingProxyType
+
+from growkern import {used}
 from growkern.recipes.recipe import Recipe, Saved
 
 MEASURED = "{MODELS}"
 BUDGETS = {low:g}, {high:g}  # multiples of the compute at growth
-RECIPES: dict[str, Recipe] = {{
+RECIPES: Mapping[str, Recipe] = MappingProxyType({{
     recipe.name: recipe
     for recipe in (
 {rows}    )
-}}  # fmt: skip
+}})  # fmt: skip
 '''
 
 

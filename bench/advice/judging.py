@@ -157,7 +157,8 @@ def summary(judged: Sequence[Judged]) -> str:
         f"{k} {sum(j.holds for j in js)} of {len(js)}" for k, js in by_kind(judged).items()
     )
     return (
-        f"{sum(j.holds for j in judged)} of {n} intervals hold the measured saving ({kinds}); they are +- {mean(j.width for j in judged):.0%} wide "
-        f"on average. Decisions: {sum(bool(j.right) for j in told)} right, {sum(not j.right for j in told)} wrong, {n - len(told)} 'cannot "
-        f"tell'; the likeliest option was right in {sum(j.likeliest for j in judged)}."
+        f"{sum(j.holds for j in judged)} of {n} intervals hold the measured saving ({kinds}); they are +- "
+        f"{mean(j.width for j in judged):.0%} wide on average. Decisions: {sum(bool(j.right) for j in told)} right, "
+        f"{sum(not j.right for j in told)} wrong, {n - len(told)} 'cannot tell'; the likeliest option was right in "
+        f"{sum(j.likeliest for j in judged)}."
     )

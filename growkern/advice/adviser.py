@@ -169,8 +169,9 @@ def _advice(
     for name, at in points.items():
         chance = _chances(charged | {last: needs[name]})[last]
         options.append(Option(name, at, interval(ends(needs[name])), *shares(needs[name]), chance))
+    perfect = interval(1 - budget / need(now, 1.0, 1.0))
     return Advice(
-        _decide(chances), _decide(_chances(sunk)), tuple(options), interval(1 - budget / need(now, 1.0, 1.0)), recipe, n, f, now, budget, law,
+        _decide(chances), _decide(_chances(sunk)), tuple(options), perfect, recipe, n, f, now, budget, law,
         (*_unknown(law, n, f, recipe, now, budget), *notes), max(0.0, 1 - sum(chances.values())),
     )  # fmt: skip
 
@@ -225,7 +226,7 @@ def _unknown(
             f"{FAR:g} x."
         )
     said.append(
-        f"how well growth does at your sizes: {recipe.name} was measured in {recipe.n} runs of models of {MEASURED}."
+        f"how well growth does at your sizes: {recipe.name} was measured in {recipe.runs} of models of {MEASURED}."
         if recipe.n
         else f"how well {recipe.name} does: it was not measured. Its figures are those of all recipes of its kind that were, or of all "
         "kinds where none was."

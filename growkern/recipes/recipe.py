@@ -1,6 +1,6 @@
 """A recipe of growth with its measured savings."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import isfinite, isnan
 from typing import Any
@@ -9,6 +9,27 @@ from growkern.errors import PlanError
 from growkern.support.text import table
 
 Interval = tuple[float, float, float]  # lower end, median, upper end: 90 % of the draws
+
+
+class Growth(Mapping[str, Any]):
+    """Arguments of ``expand_inplace`` that cannot be changed: one mapping serves every growth of the process. ``dict(growth)`` copies."""
+
+    __slots__ = ("_arguments",)
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        self._arguments = dict(arguments)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._arguments[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arguments)
+
+    def __len__(self) -> int:
+        return len(self._arguments)
+
+    def __repr__(self) -> str:
+        return repr(self._arguments)
 
 
 @dataclass(frozen=True)
@@ -38,6 +59,10 @@ class Saved:
 class Recipe:
     """A recipe of growth with its measured savings; ``print`` it.
 
+    A recipe does not say how large the target is: ``to=`` has to name what the recipe's ``kind`` grows. The default of
+    ``expand_inplace``, ``to="2x"``, grows width alone, so that a recipe for depth without ``to={"layers": ...}`` would double the width.
+    ``lr_factor`` and ``rewarm`` belong to the training loop: ``expand_inplace`` does not apply them.
+
     Attributes:
         name: Name in the rows of ``bench/results/savings-*.csv``.
         kind: ``"width"``, ``"depth"`` or ``"both"``.
@@ -45,7 +70,7 @@ class Recipe:
             of FLOPs after which the target from scratch reaches the source's loss. Mean over runs.
         sd: Standard deviation of ``kept`` of a single run, over seeds and setups.
         n: Number of measured runs: setups, growth points and seeds.
-        growth: Arguments of ``expand_inplace`` and of events, besides ``to``.
+        growth: Arguments of ``expand_inplace`` and of events, besides ``to``; a mapping that cannot be changed.
         lr_factor: Factor on all learning rates after the growth, besides the factors of ``dynamics``. ``growth`` does not contain the
             factor: multiply the ``lr`` of the param groups, and the scheduler's ``base_lrs``.
         rewarm: Steps over which the learning rate rises again from zero if the state is dropped. The training loop has to apply the
@@ -60,7 +85,13 @@ class Recipe:
 
     Example:
         >>> recipe = growkern.recipes.RECIPES["Sparkling fresh"]
-        >>> growkern.At(step=1000, to="2x", **recipe.growth)
+        >>> growkern.expand_inplace(model, optim, to="2x", **recipe.growth)                # kind "width"
+        >>> for group in optim.param_groups:
+        ...     group["lr"] *= recipe.lr_factor                                            # and the scheduler's base_lrs
+        >>> stack = growkern.recipes.RECIPES["Stack"]
+        >>> growkern.At(step=1000, to={"layers": "2x"}, **stack.growth)                    # kind "depth"
+        >>> both = growkern.recipes.RECIPES["Sparkling fresh and Stack"]
+        >>> growkern.At(step=1000, to={"hidden": "2x", "layers": "2x"}, **both.growth)     # kind "both"
     """
 
     name: str
@@ -68,7 +99,7 @@ class Recipe:
     kept: float
     sd: float
     n: int
-    growth: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    growth: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
     lr_factor: float = 1.0
     rewarm: int = 0
     saved: tuple[Saved, ...] = ()
@@ -76,6 +107,7 @@ class Recipe:
     pace: tuple[float, float] = (1.0, 0.0)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "growth", Growth(self.growth))
         numbers = {"kept": self.kept, "sd": self.sd}
         for name in ("worth", "pace"):
             numbers |= dict(zip((name, f"its sd ({name})"), getattr(self, name), strict=True))
@@ -98,6 +130,11 @@ class Recipe:
         said += [f"learning rate x {self.lr_factor:g}"] if self.lr_factor != 1 else []
         said += [f"{self.rewarm} steps of warm-up"] if self.rewarm else []
         return ", ".join(said) or "the defaults of expand_inplace"
+
+    @property
+    def runs(self) -> str:
+        """Number of measured runs, as text."""
+        return f"{self.n} run" if self.n == 1 else f"{self.n} runs"
 
     @property
     def effect(self) -> str:
@@ -127,7 +164,7 @@ class Recipe:
         ]  # fmt: skip
         lines = [
             f"{self.name} ({self.kind}): {self.how}",
-            f"It {self.effect}, in {self.n} runs.",
+            f"It {self.effect}, in {self.runs}.",
         ]
         return "\n".join([*lines, "", table(header, rows)] if rows else lines)
 
