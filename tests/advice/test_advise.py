@@ -647,6 +647,15 @@ def test_the_command_prints_what_the_call_returns(tmp_path):
     )
     assert result.exit_code == 0 and result.output.strip() == str(expected)
     assert (tmp_path / "a.png").exists()
+    both = invoke("advise", files[0], *options, "--kind", "both")
+    assert both.output.strip() == str(growkern.advise(CURVE, **SIZES, kind="both"))
+    assert "Recipe: Sparkling fresh and Stack" in both.output
+    named = invoke("advise", files[0], *options, "--recipe", "Stack")  # the recipe says the kind
+    assert named.output.strip() == str(
+        growkern.advise(CURVE, **SIZES, kind="depth", recipe="Stack")
+    )
+    wrong_kind = invoke("advise", files[0], *options, "--kind", "length")
+    assert wrong_kind.exit_code == 1 and "'width', 'depth' or 'both'" in said(wrong_kind)
     spent = invoke("advise", files[0], *options[:-1], 1e9)
     assert (
         spent.exit_code == 1
@@ -727,18 +736,8 @@ def test_intervals_hold_what_held_out_seeds_of_the_campaign_measured_in_eight_of
     for kind, own in kinds.items():
         held = [j.holds for j in own]
         assert sum(held) >= 0.8 * len(held), (kind, judging.summary(judged))
+        assert f"{kind} {sum(held)} of {len(held)}" in judging.summary(judged)
     assert mean(j.width for j in judged) < most, judging.summary(judged)
-
-
-def test_the_coverage_is_stated_by_kind(rows, seeds):
-    judged = judging.judge_seeds({1: seeds[1], 2: seeds[2]}, rows.figures, other=False)
-
-    kinds = judging.by_kind(judged)
-    said = judging.summary(judged)
-
-    assert sum(map(len, kinds.values())) == len(judged)
-    for kind, own in kinds.items():
-        assert f"{kind} {sum(j.holds for j in own)} of {len(own)}" in said
 
 
 def test_the_needs_of_a_run_lie_on_a_line_in_the_budget(singles):
