@@ -9,10 +9,14 @@ GPU_OUT ?= gpu-check
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: test lint fmt mutants demo savings bench bench-gpu gpu-check clean
+.PHONY: test check lint fmt mutants demo savings bench bench-gpu gpu-check clean
 
 test: lint
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+# lint, types and the tests that are not slow: in two minutes
+check: lint
+	$(BIN)/pytest $(PYTEST_ARGS) -m "not slow"
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check

@@ -60,8 +60,11 @@ def kernels(scope: str, progress: Progress, folder: Path) -> Found:
     if status and not red:
         red.append(f"pytest ended with status {status}:\n{tail}")
     text = path.read_text() if path.exists() else ""
-    found = json.loads(text)["benchmarks"] if text else []
-    return [harness.row(**one["extra_info"], seconds=one["stats"]["data"]) for one in found], red
+    benchmarks = json.loads(text)["benchmarks"] if text else []
+    return [
+        harness.row(**benchmark["extra_info"], seconds=benchmark["stats"]["data"])
+        for benchmark in benchmarks
+    ], red
 
 
 def models(scope: str, progress: Progress, folder: Path) -> Found:
@@ -77,9 +80,9 @@ def models(scope: str, progress: Progress, folder: Path) -> Found:
             lambda line, at=name: progress.update(task, description=f"{at}: {escape(line)[:60]}"),
             TRITON_CACHE_DIR=str(folder / f"triton-{index}"),
         )
-        found = json.loads(path.read_text()) if path.exists() else {"rows": [], "red": tail}
-        rows += found["rows"]
-        red += [f"{name}: {found['red'] or tail}"] if status else []
+        result = json.loads(path.read_text()) if path.exists() else {"rows": [], "red": tail}
+        rows += result["rows"]
+        red += [f"{name}: {result['red'] or tail}"] if status else []
         progress.update(task, advance=1)
     progress.update(task, description="models")
     return rows, red
@@ -116,8 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         for name, bench in BENCHES.items():
             if options.only in (None, name):
-                found, wrong = bench(scope, progress, Path(folder))
-                rows += found
+                new_rows, wrong = bench(scope, progress, Path(folder))
+                rows += new_rows
                 red += wrong
     rows = harness.with_roof(rows)
     if rows:
@@ -127,8 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"rows     {path}")
     if any(row["op"] == "expand" for row in rows):
         console.print(f"picture  {picture(rows, options.out)}")
-    for one in red:
-        console.print(f"[red]red, not timed:[/red] {escape(one)}")
+    for failure in red:
+        console.print(f"[red]red, not timed:[/red] {escape(failure)}")
     console.print(f"{len(rows)} rows, {len(red)} red, {perf_counter() - start:.0f} s")
     return 1 if red else 0
 

@@ -37,8 +37,8 @@ class Bar:
 
     def worst(self, rows: Sequence[Row], backend: str, noise: str) -> float | None:
         """Return the worst figure; None without a measurement."""
-        found = list(self.measure(rows, backend, noise))
-        return (max if self.at_most else min)(found) if found else None
+        figures = list(self.measure(rows, backend, noise))
+        return (max if self.at_most else min)(figures) if figures else None
 
     def held(self, figure: float) -> bool:
         """Return True if a figure keeps the promise."""
@@ -88,8 +88,8 @@ def _peak(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
 
 def _large(rows: Sequence[Row], cases: Sequence[str], backend: str, noise: str) -> list[Row]:
     names = {f"{case} {noise}" for case in cases}
-    found = find(rows, op="expand", backend=backend, phase="warm")
-    return [r for r in found if r["case"] in names and number(r["tensor_bytes"]) >= LARGE]
+    warm_rows = find(rows, op="expand", backend=backend, phase="warm")
+    return [r for r in warm_rows if r["case"] in names and number(r["tensor_bytes"]) >= LARGE]
 
 
 def _roof(cases: Sequence[str]) -> Callable[[Sequence[Row], str, str], Iterator[float]]:

@@ -111,10 +111,10 @@ def ready(name: str, dtype: str, sliced: bool) -> Ready | str:
         params.append(Parameter(p))
         params[-1].grad = grad
         state.append(dict(zip(MOMENTS, moments, strict=True)))
-    found = Ready(params, state, sliced)
-    found.optimizer(AdamW).step()
-    hooks = wrong_hooks(found) if sliced else ()
-    return "; ".join([*wrong(found, DTYPES[dtype]), *hooks]) or found
+    prepared = Ready(params, state, sliced)
+    prepared.optimizer(AdamW).step()
+    hooks = wrong_hooks(prepared) if sliced else ()
+    return "; ".join([*wrong(prepared, DTYPES[dtype]), *hooks]) or prepared
 
 
 def wrong(case: Ready, dtype: torch.dtype) -> Iterator[str]:
@@ -156,7 +156,7 @@ def wrong_hooks(case: Ready) -> Iterator[str]:
     before = [
         [t.detach().double() for t in (p, p.grad, *state.values()) if t is not None]
         for p, state in zip(case.params, case.state, strict=True)
-        if any(p is one for one in few)
+        if any(p is q for q in few)
     ]
     hooked(case).step()
     for index, (actual, (p, grad, *moments)) in enumerate(zip(few, before, strict=True)):
@@ -201,19 +201,19 @@ def chosen(scope: str) -> Sequence[tuple[str, bool, str, str]]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrize by all lines of the scope ``--bench-scope``; the lines of a case are consecutive."""
-    found = chosen(str(metafunc.config.getoption("--bench-scope")))
-    ids = [f"{name}{' slices' * sliced}, {dtype}, {backend}" for name, sliced, dtype, backend in found]  # fmt: skip
-    metafunc.parametrize(("case", "sliced", "dtype", "backend"), found, ids=ids)
+    all_lines = chosen(str(metafunc.config.getoption("--bench-scope")))
+    ids = [f"{name}{' slices' * sliced}, {dtype}, {backend}" for name, sliced, dtype, backend in all_lines]  # fmt: skip
+    metafunc.parametrize(("case", "sliced", "dtype", "backend"), all_lines, ids=ids)
 
 
 @pytest.mark.benchmark(timer=harness.device_timer())
 def test_adamw(benchmark, request, case: str, sliced: bool, dtype: str, backend: str):
     """Time one line of one case, unless the case is red."""
-    found = ready(case, dtype, sliced)
-    assert isinstance(found, Ready), f"not timed: {found}"
-    call = LINES[backend](found)
+    prepared = ready(case, dtype, sliced)
+    assert isinstance(prepared, Ready), f"not timed: {prepared}"
+    call = LINES[backend](prepared)
     call()
-    seconds, peak = harness.measured(call, room=harness.n_bytes(found.params))
+    seconds, peak = harness.measured(call, room=harness.n_bytes(prepared.params))
     allowed = SECONDS[str(request.config.getoption("--bench-scope"))]
     rounds = min(max(ROUNDS[0], int(allowed / seconds)), ROUNDS[1])
 
@@ -225,7 +225,7 @@ def test_adamw(benchmark, request, case: str, sliced: bool, dtype: str, backend:
         "dtype": dtype,
         "backend": backend,
         "phase": "warm",
-        "tensor_bytes": harness.n_bytes(found.params),
-        "moved": found.moved,
+        "tensor_bytes": harness.n_bytes(prepared.params),
+        "moved": prepared.moved,
         "peak": peak,
     }

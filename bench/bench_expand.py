@@ -174,8 +174,8 @@ def ready(case: str, n_bytes: int, dtype: str) -> Ready | str:
     scales = [
         (None, shares[1]) if order == 0 else (shares[0] ** order, None) for _, _, order in jobs
     ]
-    found = Ready(plan, tensors, jobs, rows, cols, scales)
-    return "; ".join(wrong(found, growth.noise)) or found
+    prepared = Ready(plan, tensors, jobs, rows, cols, scales)
+    return "; ".join(wrong(prepared, growth.noise)) or prepared
 
 
 def wrong(case: Ready, noise: float) -> Iterator[str]:
@@ -263,22 +263,22 @@ LINES: dict[tuple[str, str], Callable[[Ready], Callable[[], object]]] = {
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrize by all lines of the scope ``--bench-scope``; the lines of a case are consecutive."""
     scope = str(metafunc.config.getoption("--bench-scope"))
-    found = [(*one, *line) for one in chosen(scope) for line in lines(one[1])]
+    all_lines = [(*case, *line) for case in chosen(scope) for line in lines(case[1])]
     ids = [
         f"{case}, {harness.size_text(n)}, {dtype}, {backend}, {phase}"
-        for case, n, dtype, backend, phase in found
+        for case, n, dtype, backend, phase in all_lines
     ]
-    metafunc.parametrize(("case", "size", "dtype", "backend", "phase"), found, ids=ids)
+    metafunc.parametrize(("case", "size", "dtype", "backend", "phase"), all_lines, ids=ids)
 
 
 @pytest.mark.benchmark(timer=harness.device_timer())
 def test_expand(benchmark, request, case: str, size: int, dtype: str, backend: str, phase: str):
     """Time one line of one case, unless the case is red."""
-    found = ready(case, size, dtype)
-    assert isinstance(found, Ready), f"not timed: {found}"
-    call = LINES[backend, phase](found)
+    prepared = ready(case, size, dtype)
+    assert isinstance(prepared, Ready), f"not timed: {prepared}"
+    call = LINES[backend, phase](prepared)
     call()
-    seconds, peak = harness.measured(call, room=2 * harness.n_bytes(found.targets))
+    seconds, peak = harness.measured(call, room=2 * harness.n_bytes(prepared.targets))
     allowed = SECONDS[str(request.config.getoption("--bench-scope"))]
     rounds = min(max(ROUNDS[0], int(allowed / seconds)), ROUNDS[1])
 
@@ -290,7 +290,7 @@ def test_expand(benchmark, request, case: str, size: int, dtype: str, backend: s
         "dtype": dtype,
         "backend": backend,
         "phase": phase,
-        "tensor_bytes": harness.n_bytes(found.targets[:1]),
-        "moved": harness.n_bytes([*found.sources, *found.targets]),
+        "tensor_bytes": harness.n_bytes(prepared.targets[:1]),
+        "moved": harness.n_bytes([*prepared.sources, *prepared.targets]),
         "peak": peak,
     }

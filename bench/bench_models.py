@@ -254,7 +254,7 @@ def host(model: nn.Module, optim: AdamW, to: str | Mapping[str, int | str]) -> C
     plan = law.build(spec, sizes, width=method, depth=depth)
     execution = Execution(plan, tensors, state.rules, memory="stage")
     staged = Tensors()
-    jobs = [job for one in execution.sets for job in execution.jobs(one, staged)]
+    jobs = [job for tensor_set in execution.sets for job in execution.jobs(tensor_set, staged)]
 
     def work() -> object:
         cutter = Cutter(law.build(spec, sizes, width=method, depth=depth))
@@ -364,13 +364,13 @@ def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -
             name,
             case.dtype,
             *line,
-            [seconds for seconds, _ in found],
+            [seconds for seconds, _ in timings],
             moved={REPEAT: sum(moved(work[0])), HOST: 0}.get(line[0], read + written),
-            peak=max(peak for _, peak in found),
+            peak=max(peak for _, peak in timings),
             tensor_bytes=written,
             promised=promised.get(line),
         )
-        for line, found in samples.items()
+        for line, timings in samples.items()
         if line[1] != CHECK
     ]
 
@@ -379,13 +379,13 @@ def main(name: str, path: str) -> int:
     """Run one case and write ``{"rows": [...], "red": "..."}``."""
     console = Console()
     quick = CASES[name].scope in ("quick", "test")
-    found: dict[str, object] = {"rows": [], "red": ""}
+    result: dict[str, object] = {"rows": [], "red": ""}
     try:
-        found["rows"] = run(name, 1 if quick else REPEATS, console.print)
+        result["rows"] = run(name, 1 if quick else REPEATS, console.print)
     except AssertionError as error:
-        found["red"] = str(error)
-    Path(path).write_text(json.dumps(found))
-    return 1 if found["red"] else 0
+        result["red"] = str(error)
+    Path(path).write_text(json.dumps(result))
+    return 1 if result["red"] else 0
 
 
 if __name__ == "__main__":

@@ -292,11 +292,11 @@ def with_roof(rows: Sequence[Row]) -> list[Row]:
         return (*(row[name] for name in key), phase)
 
     roofs = {at(r, r["phase"]): number(r["gb_s"]) for r in rows if r["backend"] == ROOF}
-    found: list[Row] = []
+    filled: list[Row] = []
     for r in rows:
         limit = roofs.get(at(r, "cold" if r["phase"] == "first" else r["phase"]))
-        found.append(r | {"roof_percent": 100 * number(r["gb_s"]) / limit if limit else ""})
-    return found
+        filled.append(r | {"roof_percent": 100 * number(r["gb_s"]) / limit if limit else ""})
+    return filled
 
 
 def slug(name: str) -> str:
@@ -319,7 +319,7 @@ def append(rows: Sequence[Row], folder: Path) -> Path:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if fresh:
             writer.writeheader()
-        writer.writerows({k: cell(v) for k, v in one.items()} for one in rows)
+        writer.writerows({k: cell(v) for k, v in r.items()} for r in rows)
     return path
 
 

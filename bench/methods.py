@@ -64,10 +64,10 @@ def main() -> None:
     batches = [windows(text, TRAINING.batch, draw) for _ in range(MORE)]
     measured = windows(held_out, EVAL, torch.Generator().manual_seed(1))
     for to, methods in (("2x", WIDTHS), ({"layers": "2x"}, DEPTHS)):
-        found = growkern.compare(
+        comparison = growkern.compare(
             model, optim, to=to, methods=methods, batch=batches, held_out=measured, steps=MORE
         )
-        console.print(f"\nto={to!r}\n\n{found}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"\nto={to!r}\n\n{comparison}", highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

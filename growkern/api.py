@@ -73,22 +73,24 @@ def plan(
         UnsupportedOptimizerError: The optimizer's state cannot be grown.
     """
     model = unwrapped(model)
-    found = describe(model, spec)
+    described = describe(model, spec)
     if optim is not None:
         describe_optimizer(
             model,
             unwrapped(optim),
-            found,
+            described,
             drop=state == "drop",
             state_rules=state_rules,
             master_weights=master_weights,
         )
     if shrink is not None:
         if width or depth or seed:
-            raise PlanError("shrink= says it all; leave width=, depth= and seed= out.")
-        sizes = resolve_sizes(found, to, shrink=True)
-        return build(found, sizes, shrink=shrink, state=state, dynamics=dynamics)
-    return _plan(model, found, to, width, depth, state, dynamics, seed)
+            raise PlanError(
+                "shrink= decides width and depth, and draws nothing; leave width=, depth= and seed= out."
+            )
+        sizes = resolve_sizes(described, to, shrink=True)
+        return build(described, sizes, shrink=shrink, state=state, dynamics=dynamics)
+    return _plan(model, described, to, width, depth, state, dynamics, seed)
 
 
 @renamed_arguments(masters="master_weights", rules="state_rules")
@@ -167,10 +169,10 @@ def expand_inplace(
     model, optim = unwrapped(model), unwrapped(optim)
     _check_arguments(model, optim, plan, to, width, depth, state, dynamics, seed)
 
-    def make_plan(found: ModelSpec) -> GrowthPlan:
+    def make_plan(described: ModelSpec) -> GrowthPlan:
         if plan is None:
-            return _plan(model, found, to, width, depth, state, dynamics, seed)
-        check(plan, found)
+            return _plan(model, described, to, width, depth, state, dynamics, seed)
+        check(plan, described)
         return plan
 
     optims = () if optim is None else (optim,)
@@ -249,18 +251,20 @@ def shrink_inplace(
                 "plan= already says what to shrink; leave to=, method=, state= and dynamics= out."
             )
         if not plan.shrinks:
-            raise PlanError("plan: no target is smaller than its source; expand_inplace runs it.")
+            raise PlanError(
+                "plan: no target is smaller than its source; run the plan by expand_inplace."
+            )
     elif state not in SHRINKING_STATES:
         raise PlanError(
-            f"state={state!r}: nothing is copied, so {', '.join(map(repr, SHRINKING_STATES))}."
+            f"state={state!r} is not known to a shrinking; pass {', '.join(map(repr, SHRINKING_STATES))}."
         )
 
-    def make_plan(found: ModelSpec) -> GrowthPlan:
+    def make_plan(described: ModelSpec) -> GrowthPlan:
         if plan is None:
             own = WeightSelection() if method is None else method
-            sizes = resolve_sizes(found, to, shrink=True)
-            return build(found, sizes, shrink=own, state=state, dynamics=dynamics)
-        check(plan, found)
+            sizes = resolve_sizes(described, to, shrink=True)
+            return build(described, sizes, shrink=own, state=state, dynamics=dynamics)
+        check(plan, described)
         return plan
 
     optims = () if optim is None else (optim,)
@@ -288,7 +292,9 @@ def _check_arguments(
             "plan= already says what to grow; leave to=, width=, depth=, state=, dynamics= and seed= out."
         )
     if plan.shrinks:
-        raise PlanError("plan: its targets are smaller than their sources; shrink_inplace runs it.")
+        raise PlanError(
+            "plan: targets are smaller than their sources; run the plan by shrink_inplace."
+        )
 
 
 def _check_caller(model: object, plan: object) -> None:
@@ -299,7 +305,7 @@ def _check_caller(model: object, plan: object) -> None:
         )
     if plan is not None and not isinstance(plan, GrowthPlan):
         raise PlanError(
-            f"plan: expected a GrowthPlan, got {type(plan).__name__}; GrowthPlan.from_json reads one."
+            f"plan: expected a GrowthPlan, got {type(plan).__name__}; GrowthPlan.from_json reads a saved plan."
         )
 
 

@@ -41,8 +41,10 @@ def raise_all(error: type[GrowthError], heading: str, problems: list[str]) -> No
     """
     groups: dict[str, list[str]] = {}
     for problem in problems:
-        groups.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", problem), []).append(problem)
-    lines = [one[0] if len(one) == 1 else f"{k} ({len(one)} times)" for k, one in groups.items()]
+        groups.setdefault(re.sub(r"\.\d+(?=[.:']|$)", ".*", problem), []).append(problem)
+    lines = [
+        group[0] if len(group) == 1 else f"{k} ({len(group)} times)" for k, group in groups.items()
+    ]
     if len(lines) > SHOWN:
         lines = [*lines[: SHOWN - 1], f"and {len(lines) - SHOWN + 1} more."]
     if lines:

@@ -84,7 +84,7 @@ class FirstCopies:
         """
         uneven = {
             space.size: f"{space.size}: {space.n_target} does not divide {space.n_source}, so there are no even copies; "
-            "WeightSelection() shrinks to any size."
+            "use WeightSelection(), which shrinks to any size."
             for space in spaces(spec, sizes)
             if space.n_source % space.n_target and space.name != "positions"
         }
@@ -98,12 +98,12 @@ class FirstCopies:
 
 
 def _refuse(spec: ModelSpec, sizes: Mapping[str, int], who: str, *problems: str) -> None:
-    found = [
+    unsupported = [
         f"{name}: {who} does not shrink it ({spec.sizes[name]} -> {n}); it shrinks {', '.join(SHRINKS)}."
         for name, n in sizes.items()
         if n != spec.sizes[name] and name not in SHRINKS
     ]
-    raise_all(PlanError, f"cannot shrink {spec.family}:", [*found, *problems])
+    raise_all(PlanError, f"cannot shrink {spec.family}:", [*unsupported, *problems])
 
 
 def _narrowed(
@@ -153,11 +153,11 @@ def _kept(layers: tuple[int, ...] | None, n_source: int, n_target: int, who: str
     known = all(type(i) is int and 0 <= i < n_source for i in order)
     if not known or [*order] != sorted({*order}):
         raise PlanError(
-            f"{who}: layers={layers!r} are not layers of a model of {n_source}, in their order, each once; 0 is the first."
+            f"{who}: layers={layers!r} must name layers of 0 to {n_source - 1} in ascending order, each once."
         )
     if len(order) != n_target:
         raise PlanError(
-            f'{who}: layers={layers!r} are {len(order)}, the target {n_target}; pass to={{"layers": {len(order)}}}.'
+            f'{who}: layers={layers!r} names {len(order)} layers, and the target has {n_target}; pass to={{"layers": {len(order)}}}.'
         )
     reasons = ("blocks are dropped",) if n_target < n_source else ()
     return LayerOrder(tuple(map(BlockRow, order)), reasons=reasons)

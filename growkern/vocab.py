@@ -73,7 +73,9 @@ class MeanCov:
         """Give index maps and stream scales; raise PlanError when a size other than ``vocab`` grows, or for an invalid ``scale``."""
         number = isinstance(self.scale, int | float)  # pyright: ignore[reportUnnecessaryIsInstance]
         if not (number and isfinite(self.scale) and self.scale >= 0):
-            raise PlanError(f"MeanCov: scale={self.scale!r} is not a finite number >= 0.")
+            raise PlanError(
+                f"MeanCov: scale={self.scale!r} is not valid; pass a finite number >= 0."
+            )
         return _width(self, spec, sizes, "from_method")
 
     def rows(self, source: Tensor, n: int) -> Tensor:
@@ -121,21 +123,25 @@ class CLPTransfer:
         """Give index maps and stream scales; raise PlanError when ``helper``, ``tokens`` and ``sizes`` do not fit each other."""
         n_source, n_target = spec.sizes.get("vocab", 0), sizes.get("vocab", 0)
         if strange := [t for t in self.tokens if not hasattr(t, "__index__")]:
-            raise PlanError(f"CLPTransfer: tokens holds {strange[0]!r}, which is no token.")
+            raise PlanError(
+                f"CLPTransfer: tokens has {strange[0]!r}, which is no token; pass ints, -1 for a new token."
+            )
         if self.top_k is not None and type(self.top_k) is not int:
-            raise PlanError(f"CLPTransfer: top_k={self.top_k!r} is not a number of tokens.")
+            raise PlanError(
+                f"CLPTransfer: top_k={self.top_k!r} is not a number of tokens; pass an int, or None for all."
+            )
         kept = [t for t in map(index, self.tokens) if t >= 0]
-        found = [
-            (len(self.tokens) == n_target, f"tokens holds {len(self.tokens)} entries, the target {n_target} tokens"),
-            (len(self.helper) == n_target, f"helper holds {len(self.helper)} rows, the target {n_target} tokens"),
-            (bool(self.helper.isfinite().all()), "helper holds numbers that are not finite"),
-            (self.helper.dim() == 2, f"helper has {self.helper.dim()} axes, not tokens x features"),
-            (bool(kept), "tokens names none of the source's"),
-            (len(set(kept)) == len(kept), "tokens names a token of the source twice"),
-            (max(kept, default=0) < n_source, f"tokens names {max(kept, default=0)}, the source has {n_source} tokens"),
-            (self.top_k is None or self.top_k > 0, f"top_k={self.top_k!r} is not a number of tokens"),
+        checks = [
+            (len(self.tokens) == n_target, f"tokens has {len(self.tokens)} entries, the target {n_target} tokens; pass one per token"),
+            (len(self.helper) == n_target, f"helper has {len(self.helper)} rows, the target {n_target} tokens; pass a row per token"),
+            (bool(self.helper.isfinite().all()), "helper has numbers that are not finite"),
+            (self.helper.dim() == 2, f"helper has {self.helper.dim()} axes; pass a matrix, tokens x features"),
+            (bool(kept), "tokens names no token of the source; use vocab.MeanCov() for new tokens alone"),
+            (len(set(kept)) == len(kept), "tokens names a token of the source twice; pass -1 for its second use"),
+            (max(kept, default=0) < n_source, f"tokens names {max(kept, default=0)}, the tokens of the source end at {n_source - 1}"),
+            (self.top_k is None or self.top_k > 0, f"top_k={self.top_k!r} is not a number of tokens; pass an int, or None for all"),
         ]  # fmt: skip
-        if problems := [problem for holds, problem in found if not holds]:
+        if problems := [problem for holds, problem in checks if not holds]:
             raise PlanError(f"CLPTransfer: {'; '.join(problems)}.")
         index_map = IndexMap.of((t if t >= 0 else PAD for t in map(index, self.tokens)), n_source)
         return _width(self, spec, sizes, "from_method", index_map)

@@ -158,11 +158,11 @@ def tabled(pieces: Sequence[Any]) -> tuple[Table, list[tuple[dict[str, Any], int
 
 def kinds(pieces: Sequence[Any]) -> dict[tuple[torch.dtype, torch.dtype, int], list[Any]]:
     """Group pieces by launch: source dtype, target dtype, and the block that a staged row fits in (0: rows are not staged)."""
-    found: dict[tuple[torch.dtype, torch.dtype, int], list[Any]] = {}
+    groups: dict[tuple[torch.dtype, torch.dtype, int], list[Any]] = {}
     for piece in pieces:
         n_staged = 0 if piece.cols is None else staged(piece.src.shape[1], piece.src.itemsize)
-        found.setdefault((piece.src.dtype, piece.dst.dtype, n_staged), []).append(piece)
-    return found
+        groups.setdefault((piece.src.dtype, piece.dst.dtype, n_staged), []).append(piece)
+    return groups
 
 
 def launch_options(src: torch.dtype, dst: torch.dtype, n_staged: int) -> dict[str, Any]:

@@ -81,8 +81,8 @@ class Table:
             id(piece.row_copies), id(piece.col_copies), id(piece.rows), id(piece.cols), piece.noise is None,
             src.shape, src.stride(), src_at, src.dtype, dst.shape, dst.stride(), dst_at, dst.dtype,
         )  # fmt: skip
-        found = self.geometries.get(key)
-        if found is None:
+        records = self.geometries.get(key)
+        if records is None:
             check(piece)
             self.kept.append(piece)
             flags = 0 if piece.pure_copy else ARITHMETIC.value
@@ -90,7 +90,7 @@ class Table:
             n_rows, n_cols = piece.shape
             index = _pointer(piece.rows), _pointer(piece.cols)
             copies = self._copies(piece.row_copies), self._copies(piece.col_copies)
-            found = self.geometries[key] = [
+            records = self.geometries[key] = [
                 (
                     n_rows,
                     n,
@@ -104,7 +104,7 @@ class Table:
                 )
                 for first, n, wide in stretches(piece, n_cols)
             ]
-        return found
+        return records
 
     def _copies(self, copies: tuple[Any, ...]) -> int:
         """Return number and offset of the copies, packed; copies that pieces share are written once."""
@@ -192,10 +192,10 @@ def stretches(piece: Any, n_cols: int) -> Iterator[tuple[int, int, int]]:
     wide = src.stride(1) == 1 and src.stride(0) % n_wide == 0
     wide = wide and (src.data_ptr() + head * src.itemsize) % 16 == 0
     flags = DST_WIDE.value | (SRC_WIDE.value if wide else 0)
-    for first, n, found in (
+    for first, n, own_flags in (
         (0, head, 0),
         (head, body, flags),
         (head + body, n_cols - head - body, 0),
     ):
         if n:
-            yield first, n, found
+            yield first, n, own_flags

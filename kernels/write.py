@@ -36,9 +36,9 @@ def find(table_ptr, n_pieces, pid):
     high = n_pieces - 1
     while low < high:
         middle = (low + high + 1) // 2
-        found = tl.load(table_ptr + middle.to(tl.int64) * N_FIELDS) <= pid
-        low = tl.where(found, middle, low)
-        high = tl.where(found, high, middle - 1)
+        reached = tl.load(table_ptr + middle.to(tl.int64) * N_FIELDS) <= pid
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle - 1)
     return table_ptr + low.to(tl.int64) * N_FIELDS
 
 

@@ -10,6 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+QUICK = (
+    "llama",
+    "gpt2",
+)  # families that `make check` tests: one with RMSNorm, RoPE and gates, one with none of them
 HAS_CUDA = torch.cuda.is_available()
 
 if not HAS_CUDA:
@@ -30,10 +34,15 @@ hypothesis.settings.load_profile("growkern")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked ``gpu`` where there is none."""
+    """Skip the tests marked ``gpu`` where there is none, and mark the cases of most families as slow."""
     for item in items:
         if not HAS_CUDA and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if (
+            getattr(item, "callspec", None)
+            and item.callspec.params.get("family", QUICK[0]) not in QUICK
+        ):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

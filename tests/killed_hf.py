@@ -5,28 +5,18 @@ The run grows twice and saves a checkpoint after each step. ``die`` says when th
 """
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import torch
 import transformers
-from models import VOCAB, make
+from models import Words, make
+from processes import kill
 
 import growkern
 from growkern.commit import commit
 from growkern.integrations import hf
 
 STEPS = 8
-
-
-class Words(torch.utils.data.Dataset):
-    def __len__(self):
-        return 2 * STEPS
-
-    def __getitem__(self, i):
-        ids = torch.randint(0, VOCAB, (12,), generator=torch.Generator().manual_seed(i))
-        return {"input_ids": ids, "labels": ids}
 
 
 class Tell(transformers.TrainerCallback):
@@ -39,10 +29,6 @@ class Tell(transformers.TrainerCallback):
         print(state.global_step, flush=True)
         if self.die == str(state.global_step):
             kill()
-
-
-def kill(*_: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def complete(folder: Path) -> bool:
@@ -65,7 +51,7 @@ def main(folder: Path, die: str = "") -> None:
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=1e-2, save_strategy="steps",
         save_steps=1, lr_scheduler_type="cosine", report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
-    trainer = transformers.Trainer(model=model, args=args, train_dataset=Words())
+    trainer = transformers.Trainer(model=model, args=args, train_dataset=Words(2 * STEPS))
     schedule = growkern.GrowthSchedule(
         [
             growkern.At(step=3, to={"hidden": 48}, dynamics="mup"),

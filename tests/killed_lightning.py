@@ -1,13 +1,12 @@
 """Run Lightning's Trainer in a process that may be killed: ``main(folder, die)``, with the ``die`` of ``killed_hf.py``."""
 
-import os
-import signal
 from pathlib import Path
 
 import fsspec
 import lightning.pytorch as lightning
 import torch
 from models import batch, loss_of, make
+from processes import kill
 
 import growkern
 from growkern.commit import commit
@@ -60,10 +59,6 @@ class Save(lightning.callbacks.ModelCheckpoint):
         print(trainer.global_step, flush=True)
         if self.die == str(trainer.global_step):
             kill()
-
-
-def kill(*_: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def complete(path: Path) -> bool:

@@ -138,6 +138,20 @@ def batch(seed: int = 0, n: int = 2) -> Tensor:
     return ids.to(DEVICE)
 
 
+class Words(torch.utils.data.Dataset):
+    """``n`` rows of 12 random tokens, for trainers of transformers."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        ids = torch.randint(0, VOCAB, (12,), generator=torch.Generator().manual_seed(i))
+        return {"input_ids": ids, "labels": ids}
+
+
 class Attention(nn.Module):
     def __init__(self, width: int, n_head: int) -> None:
         super().__init__()

@@ -57,7 +57,7 @@ MUTANTS = {
         "planning/axis_scales.py", "    if wide.joint:\n        return False\n", "",
         "methods/test_head_dim_and_experts.py planning/test_build.py -k 'law or preserves or gradient'"),
     "plan: the last space says whether copies are equal": Mutant(
-        "planning/axis_scales.py", "equal.get(space, True) and found[key]", "found[key]",
+        "planning/axis_scales.py", "equal.get(space, True) and has_equal[key]", "has_equal[key]",
         "methods/test_head_dim_and_experts.py methods/test_width.py planning/test_build.py"),
     "plan: an odd number of copies is paired": Mutant(
         "planning/index_map.py", "if len(targets) % 2:", "if False:", "planning/test_index_map.py"),
@@ -86,7 +86,7 @@ MUTANTS = {
         "optimizer/state_rules.py", 'together=("momentum_buffer",)', "together=()",
         "optimizer/test_describe_optimizer.py -k goes_on_in_sgd"),
     "state: every tie of a block of 8 bits is the largest": Mutant(
-        "optimizer/eight_bit.py", "(one >= largest)", "(one > 0)", "optimizer/test_state_rules.py -k eight"),
+        "optimizer/eight_bit.py", "(first_scale >= largest)", "(first_scale > 0)", "optimizer/test_state_rules.py -k eight"),
     # optimizer: learning rates and UpdateScale
     "rates: coupled decay has no units of its own": Mutant(
         "optimizer/lr_scaling.py", "units=ones if coupled else None", "units=None",
@@ -108,7 +108,7 @@ MUTANTS = {
         "optimizer/update_scale.py", "return _multiplied(square.clone(), factors) if factors else square", "return square",
         "optimizer/test_describe_optimizer.py -k norm_factor_of_second"),
     "rates: schedulers with a floor are said to follow": Mutant(
-        "optimizer/schedulers.py", 'and not getattr(one, "eta_min", 0)', "",
+        "optimizer/schedulers.py", 'and not getattr(s, "eta_min", 0)', "",
         "optimizer/test_describe_optimizer.py -k 'schedulers_go_on or hooks_carry'"),
     "groups: min_lr stays": Mutant(
         "commit/param_groups.py", '    "min_lr",\n', "", "optimizer/test_describe_optimizer.py -k 'schedulers_go_on or plateau'"),
@@ -136,7 +136,7 @@ MUTANTS = {
         "execution/execute.py", "state[key] = value.clone() if isinstance(value, Tensor) else value", "state[key] = value",
         "optimizer/test_describe_optimizer.py -k stacked_blocks"),
     "execute: lean keeps its sources": Mutant(
-        "execution/execute.py", "            self.sources.forget(one.rows[0].source)\n", "", "execution/test_memory.py -k let_go"),
+        "execution/execute.py", "            self.sources.forget(tensor_set.rows[0].source)\n", "", "execution/test_memory.py -k let_go"),
     "execute: lean frees nothing": Mutant(
         "execution/execute.py", 'if memory == "lean" else ():', "if False else ():", "execution/test_memory.py -k does_not"),
     # commit
@@ -193,7 +193,7 @@ MUTANTS = {
         "checkpoints/grow.py", "        page_out(tensor)\n", "        pass\n", "cli/test_commands.py -k peak_memory"),
     "checkpoint: the index is believed": Mutant(
         "checkpoints/shards.py",
-        '        problems += [f"{name}: is not in {file}." for name in names if name not in held]\n', "        pass\n",
+        '        problems += [f"{name}: is not in {file}; copy the file again." for name in missing]\n', "        pass\n",
         "checkpoints/test_grow_checkpoint.py -k not_whole"),
     "checkpoint: files are not synced": Mutant(
         "checkpoints/shards.py", "            _sync(path)\n", "            pass\n",

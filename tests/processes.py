@@ -6,6 +6,7 @@ The imports of torch, transformers and Lightning take 9 of the 10 seconds that s
 import importlib
 import multiprocessing
 import os
+import signal
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -22,8 +23,9 @@ def start(worker: str, *arguments: object, log: Path) -> BaseProcess:
     """Start ``main(*arguments)`` of a worker module; the process appends its output to the file ``log``."""
     SERVER.set_forkserver_preload(WORKERS)
     process = SERVER.Process(target=_run, args=(worker, arguments, log))
-    with pytest.MonkeyPatch.context() as patch:  # the server finds the workers by it
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    # the server finds the workers, and the growkern that is tested here
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         process.start()
     return process
 
@@ -39,6 +41,11 @@ def wait_for_lines(process: BaseProcess, log: Path, n: int) -> None:
     """Wait until a process has written ``n`` lines that are numbers: steps that it has saved."""
     while not log.exists() or sum(line.isdigit() for line in log.read_text().split("\n")) < n:
         assert process.is_alive(), log.read_text()[-4000:]
+
+
+def kill(*_: object) -> None:
+    """Kill the process that calls."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _run(worker: str, arguments: Sequence[object], log: Path) -> None:

@@ -1,4 +1,4 @@
-"""Helpers that collect everything that a growth may change in a model and an optimizer, and compare two collections."""
+"""Helpers that collect everything that a growth may change in a model and an optimizer, compare two collections, and inject failures."""
 
 import copy
 
@@ -36,6 +36,22 @@ def same(one, other) -> bool:
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
     return one == other
+
+
+def fail_at(monkeypatch, owner, name, error, call=1) -> list[str]:
+    """Let a function raise after its work from the call numbered ``call`` on; return a list that has one item per failure."""
+    original, calls, failures = getattr(owner, name), [], []
+
+    def fails(*args, **kwargs):
+        calls.append(name)
+        result = original(*args, **kwargs)  # the work must be undone
+        if len(calls) >= call:
+            failures.append(name)
+            raise error
+        return result
+
+    monkeypatch.setattr(owner, name, fails)
+    return failures
 
 
 def _plain(values):

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     asked = parser.parse_args(arguments)
     console, rows, seeds = Console(width=180), Rows(asked.rows), single_seeds(asked.rows)
-    figures, singles = rows.figures, [f for one in seeds.values() for f in one.figures]
+    figures, singles = rows.figures, [f for its in seeds.values() for f in its.figures]
     for other in (False, True):
         judged = judge_seeds(seeds, figures, other=other)
         console.print(f"{CURVES[other]}; the seed left out: {summary(judged)}\n", highlight=False)

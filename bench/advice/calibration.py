@@ -39,14 +39,14 @@ class Run:
 
 def runs_of(singles: Iterable[Figure]) -> list[Run]:
     """Return the runs of figures of single seeds; a run of the tuning seed only where no other seed has run, and with two budgets."""
-    found: dict[tuple[str, str, str, float], dict[int, dict[float, Figure]]] = {}
+    grouped: dict[tuple[str, str, str, float], dict[int, dict[float, Figure]]] = {}
     for f in singles:
         key = f.setup, f.kind, f.variant.recipe, f.variant.grow_at
         (seed,) = f.saving.losses
-        found.setdefault(key, {}).setdefault(seed, {})[f.budget] = f
+        grouped.setdefault(key, {}).setdefault(seed, {})[f.budget] = f
     return [
         _run(seed, [*own.values()])
-        for seeds in found.values()
+        for seeds in grouped.values()
         for seed, own in seeds.items()
         if len(own) > 1 and (seed != TUNING or len(seeds) == 1)
     ]
@@ -68,7 +68,7 @@ def calibrate(figures: Sequence[Figure], singles: Iterable[Figure]) -> dict[str,
         figures: Figures over all seeds, the savings that a recipe states.
         singles: Figures of single seeds, of the same runs.
     """
-    runs, found = runs_of(singles), dict[str, Recipe]()
+    runs, recipes = runs_of(singles), dict[str, Recipe]()
     seeds, setups = len({(r.setup, r.seed) for r in runs}), len({r.setup for r in runs})
     student = T90[min(len(T90), max(1, seeds - setups)) - 1] / Z90
     for label in dict.fromkeys(map(label_of, figures)):
@@ -79,12 +79,12 @@ def calibrate(figures: Sequence[Figure], singles: Iterable[Figure]) -> dict[str,
         recipe, kind = RECIPES[own[0].variant.recipe], own[0].kind
         peers = [run for run in runs if run.kind == kind]
         kept, pace = ([getattr(run, name) for run in mine] for name in ("kept", "pace"))
-        found[label] = Recipe(
+        recipes[label] = Recipe(
             label, kind, round(mean(kept), 3), _spread(peers, mine, "kept", student), len(mine), recipe.growth,
             mode(f.variant.rate for f in own), recipe.rewarm, tuple(map(saved, own)), _worth(peers),
             (round(mean(pace), 3), _spread(peers, mine, "pace", student)),
         )  # fmt: skip
-    return found
+    return recipes
 
 
 def _spread(peers: Sequence[Run], own: Sequence[Run], name: str, student: float) -> float:
@@ -116,13 +116,13 @@ def label_of(figure: Figure) -> str:
 
 def saved(figure: Figure) -> Saved:
     """Convert a figure to ``growkern.recipes.Saved``."""
-    one = figure.saving
+    saving = figure.saving
     charged, sunk = (
         (round(low, 3), round(middle, 3), round(high, 3))
-        for middle, low, high in (one.charged, one.sunk)
+        for middle, low, high in (saving.charged, saving.sunk)
     )
     at, budget = float(f"{figure.variant.grow_at:.3g}"), float(f"{figure.budget:.3g}")
-    return Saved(figure.setup, at, budget, charged, sunk, round(one.headroom, 3), one.n_seeds)
+    return Saved(figure.setup, at, budget, charged, sunk, round(saving.headroom, 3), saving.n_seeds)
 
 
 def module(recipes: Mapping[str, Recipe], figures: Sequence[Figure]) -> str:
@@ -167,9 +167,9 @@ def _source(recipe: Recipe) -> str:
     short = sum(map(len, arguments)) < 100
     growth = (", " if short else ",\n             ").join(arguments)
     figures = "".join(
-        f"                Saved({json.dumps(one.setup)}, {one.grown_at:.3g}, {one.budget:.3g}, {one.charged}, {one.sunk}, {one.headroom}, "
-        f"{one.n_seeds}),\n"
-        for one in recipe.saved
+        f"                Saved({json.dumps(s.setup)}, {s.grown_at:.3g}, {s.budget:.3g}, {s.charged}, {s.sunk}, {s.headroom}, "
+        f"{s.n_seeds}),\n"
+        for s in recipe.saved
     )
     return (
         f"        Recipe(\n            {json.dumps(recipe.name)}, {json.dumps(recipe.kind)}, {recipe.kept}, {recipe.sd}, {recipe.n},"

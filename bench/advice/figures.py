@@ -130,8 +130,8 @@ class Rows:
                 annealed = campaign.worth(v.grow_at, seeds)
                 ends = [*(campaign.tuned(sizes, b) for sizes in plain), saving.losses]
                 losses = {
-                    option: mean(found.values())
-                    for option, found in zip(
+                    option: mean(by_seed.values())
+                    for option, by_seed in zip(
                         ("from scratch", "never grow", "grow now"), ends, strict=True
                     )
                 }
@@ -167,7 +167,7 @@ class Rows:
 def single_seeds(folder: Path = RESULTS) -> dict[int, Rows]:
     """Return the rows of every seed alone, together with the rows of the tuning seed, whose figures are those of single runs."""
     seeds = Rows(folder).seeds
-    return {one: Rows(folder, lambda seed, one=one: seed in (TUNING, one)) for one in seeds}
+    return {seed: Rows(folder, lambda s, seed=seed: s in (TUNING, seed)) for seed in seeds}
 
 
 def kind(setup: Setup) -> str:

@@ -63,8 +63,8 @@ def judge(rows: Rows, figure: Figure, recipe: Recipe, *, other: bool) -> Judged 
     source, target, at = figure.source, figure.target, figure.variant.grow_at
     text = SETUPS[figure.setup].text
     sizes = OTHER.get(figure.setup, ())
-    found = [rows.trunk(text, size, rows.rate(text, size), [TUNING]) for size in sizes]
-    more = next((trunk for trunk in found if trunk), None) if other else None
+    trunks = [rows.trunk(text, size, rows.rate(text, size), [TUNING]) for size in sizes]
+    more = next((trunk for trunk in trunks if trunk), None) if other else None
     if other and more is None:
         return None
     before = rows.before.setdefault((source, at), source.until(at))
@@ -87,13 +87,13 @@ def judge_seeds(
     """
     judged: list[Judged] = []
     for seed, rows in seeds.items():
-        rest = [f for one, its in seeds.items() if one != seed for f in its.figures]
+        rest = [f for s, its in seeds.items() if s != seed for f in its.figures]
         known = calibrate(figures, rest)
         for figure in rows.figures:
             recipe = known.get(label_of(figure))
             if recipe is not None and not figure.saving.chose:
-                found = judge(rows, figure, recipe, other=other)
-                judged += [found] if found else []
+                verdict = judge(rows, figure, recipe, other=other)
+                judged += [verdict] if verdict else []
     return judged
 
 
@@ -110,8 +110,8 @@ def judge_all(rows: Rows, singles: Sequence[Figure], *, other: bool, across: boo
 
         known = calibrate([f for f in rows.figures if apart(f)], [f for f in singles if apart(f)])
         if known:
-            found = judge(rows, figure, pooled(known, figure.kind, "held out"), other=other)
-            judged += [found] if found else []
+            verdict = judge(rows, figure, pooled(known, figure.kind, "held out"), other=other)
+            judged += [verdict] if verdict else []
     return judged
 
 

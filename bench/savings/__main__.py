@@ -51,7 +51,11 @@ def sources(setup: Setup, campaign: Campaign, seeds: int) -> list[Job]:
         if campaign.tried(sizes, b)
     }
     chosen.add((setup.source_sizes, campaign.best_lr(setup.source_sizes, 0)))
-    return [_plain(setup, *one, seed) for seed in range(1, seeds + 1) for one in sorted(chosen)]
+    return [
+        _plain(setup, *sizes_and_lr, seed)
+        for seed in range(1, seeds + 1)
+        for sizes_and_lr in sorted(chosen)
+    ]
 
 
 def finals(setup: Setup, names: list[str], campaign: Campaign, seeds: int) -> list[Job]:
@@ -121,22 +125,21 @@ def main(arguments: list[str] | None = None) -> int:
         lambda: finals(setup, finalists, campaign(), asked.seeds),
     ]
     workers = 1 if asked.gpu else asked.workers
-    with ProcessPoolExecutor(
-        workers, get_context("spawn")
-    ) as pool:  # starts workers when jobs come
+    # the pool starts its processes when jobs come
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         for jobs in () if asked.report else rounds:
             run_all(jobs(), ledger, asked.work, pool=pool, device=device, on_done=on_done)
-    found = campaign()
-    if not found.complete:
+    measured = campaign()
+    if not measured.complete:
         console.print(
             f"{ledger.rows_path} has no whole setup {name!r} yet: run it without --report.",
             highlight=False,
         )
         return 1
-    for part in tables(found):
+    for part in tables(measured):
         console.print(part, highlight=False)
     path = asked.out / f"{ledger.rows_path.stem}-{slug(name)}.png"
-    picture(found, path)
+    picture(measured, path)
     console.print(f"\n{ledger.rows_path}\n{path}", highlight=False, markup=False)
     return 0
 

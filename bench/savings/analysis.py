@@ -130,38 +130,52 @@ class Campaign:
         """
         if budget >= len(self.setup.budgets) + len(self.setup.beyond):
             budget = 0
-        tried = {
-            lr: losses[TUNING]
-            for (s, lr, b), losses in self.plain.items()
-            if s == sizes and b == budget and TUNING in losses
-        }
+        tried = self._tried(sizes, budget)
         return min(tried, key=lambda lr: tried[lr])
+
+    def at_edge(self, sizes: tuple[int, int], budget: int) -> bool:
+        """Return True if the best learning rate is the lowest or the highest that was tried, so that a better one may exist."""
+        tried = self._tried(sizes, budget)
+        return self.best_lr(sizes, budget) in (min(tried), max(tried))
 
     def tuned(self, sizes: tuple[int, int], budget: int) -> Losses:
         """Return the losses of the plain run at its best rate; of the tuning seed alone if no other seed has run."""
         return _measured(self.plain[sizes, self.best_lr(sizes, budget), budget])
 
+    def on(self, sizes: tuple[int, int], budget: int, seeds: Iterable[int]) -> Losses:
+        """Return the losses of the plain run at its best rate, of ``seeds``; all that were measured if none of them has run."""
+        losses = self.plain[sizes, self.best_lr(sizes, budget), budget]
+        return {s: losses[s] for s in seeds if s in losses} or _measured(losses)
+
     @cached_property
     def seeds(self) -> list[int]:
         """Seeds, without the tuning seed, that all runs from scratch have; the tuning seed if there is no other."""
-        found = [set(self.tuned(self.setup.target_sizes, b)) for b in range(len(self.budgets))]
-        return sorted(set.intersection(*found))
+        seeds_by_budget = [
+            set(self.tuned(self.setup.target_sizes, b)) for b in range(len(self.budgets))
+        ]
+        return sorted(set.intersection(*seeds_by_budget))
 
     def curve(self, sizes: tuple[int, int], seeds: Sequence[int] | None = None) -> Curve:
         """Return tuned annealed losses, averaged over seeds, at all budgets and at ``beyond`` and ``early`` budgets that all seeds have."""
         drawn = seeds or self.seeds
-        found: list[tuple[float, float]] = []
+        points: list[tuple[float, float]] = []
         for b, flops in enumerate(self.reach):
             if b >= len(self.budgets) and not self._ran(sizes, b, {TUNING, *drawn}):
                 continue
-            found.append((flops, mean(pick(self.plain[sizes, self.best_lr(sizes, b), b], drawn))))
-        return sorted(found)
+            points.append((flops, mean(self.on(sizes, b, drawn).values())))
+        return sorted(points)
 
     def tried(self, sizes: tuple[int, int], budget: int) -> bool:
         """Return True if the tuning seed has run these sizes to this budget."""
-        return any(
-            (sizes, budget) == (s, b) and TUNING in run for (s, _, b), run in self.plain.items()
-        )
+        return bool(self._tried(sizes, budget))
+
+    def _tried(self, sizes: tuple[int, int], budget: int) -> dict[float, float]:
+        """Return learning rate -> annealed loss of the tuning seed."""
+        return {
+            lr: losses[TUNING]
+            for (s, lr, b), losses in self.plain.items()
+            if s == sizes and b == budget and TUNING in losses
+        }
 
     def _ran(self, sizes: tuple[int, int], budget: int, seeds: set[int]) -> bool:
         tried = self.tried(sizes, budget)
@@ -205,7 +219,9 @@ class Campaign:
 
         def shares(drawn: Sequence[int]) -> tuple[float, float, bool]:
             curve = self.curve(self.setup.target_sizes, drawn)
-            need, beyond = flops_needed(curve, mean(pick(losses, drawn)))
+            need, beyond = flops_needed(
+                curve, mean([losses[s] for s in drawn if s in losses] or [*losses.values()])
+            )
             spent = self.budgets[budget]
             return 1 - spent / need, 1 - (spent - variant.grow_at) / need, beyond
 
@@ -220,14 +236,20 @@ class Campaign:
         )  # fmt: skip
 
     def savings(self, budget: int) -> list[Saving]:
-        """Return the savings of every variant, the lowest loss first; variants that only the tuning seed has run come last."""
-        found = [self.saving(variant, budget) for variant in self.variants(budget)]
-        return sorted(found, key=lambda s: (s.chose, mean(s.losses.values())))
+        """Return the savings of every variant: the most seeds first, and of equal seeds the lowest loss first."""
+        savings = [self.saving(variant, budget) for variant in self.variants(budget)]
+        return sorted(savings, key=lambda s: (-s.n_seeds, mean(s.losses.values())))
+
+    def best(self, budget: int) -> Saving | None:
+        """Return the saving of the variant that was lowest on the tuning seed, among those with the most other seeds."""
+        savings = self.savings(budget)
+        compared = [s for s in savings if s.n_seeds == savings[0].n_seeds]
+        return min(compared, key=lambda s: self.grown[s.variant, budget][TUNING], default=None)
 
     def landing(self, variant: Variant) -> float | None:
         """Return the mean loss of the trunk ``setup.landing`` steps after the growth; None if no run got that far."""
-        found = _measured(self.landed[variant])
-        return mean(found.values()) if found else None
+        losses = _measured(self.landed[variant])
+        return mean(losses.values()) if losses else None
 
     def _difference(
         self, variant: Variant, budget: int, losses: Losses
@@ -250,11 +272,6 @@ class Campaign:
 def _measured(losses: Losses) -> Losses:
     """Return the losses without the tuning seed; all losses if no other seed has run."""
     return {s: v for s, v in losses.items() if s != TUNING} or losses
-
-
-def pick(losses: Losses, seeds: Sequence[int]) -> list[float]:
-    """Return the losses of ``seeds``; all losses if none of ``seeds`` has run."""
-    return [losses[s] for s in seeds if s in losses] or [*losses.values()]
 
 
 def _interval(point: float, values: Sequence[float]) -> tuple[float, float, float]:

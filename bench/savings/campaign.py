@@ -169,14 +169,16 @@ SETUPS: dict[str, Setup] = {
         WIDTH, grow_at=(102, 384, 768), early=(*WIDTH.early, 768), recipes=("default, one rate", "Sparkling fresh"),
     ),
     "width, c++": replace(
-        WIDTH, text="c++", recipes=("default, one rate", "noise 1, one rate", "Sparkling fresh", "Sparkling fresh, state"),
+        WIDTH, text="c++", lrs=(*RATES, 16e-3),
+        recipes=("default, one rate", "noise 1, one rate", "Sparkling fresh", "Sparkling fresh, state"),
     ),
     "width, muon": replace(
-        WIDTH, optimizer="muon", recipes=("default, dropped", "Sparkling fresh", "FreshFeatures, dropped")
+        WIDTH, optimizer="muon", lrs=(*RATES, 16e-3), source_lrs=(2e-3, *SOURCE_RATES),
+        recipes=("default, dropped", "Sparkling fresh", "FreshFeatures, dropped"),
     ),
     "wider": replace(
         WIDTH, source={"hidden": 64, "layers": 4}, target={"hidden": 128, "layers": 4}, lrs=(1e-3, 2e-3, 4e-3),
-        source_lrs=RATES, recipes=("default, one rate", "Sparkling fresh"),
+        source_lrs=(1e-3, *RATES), recipes=("default, one rate", "Sparkling fresh"),
     ),
     "depth": DEPTH,
     "depth, points": replace(DEPTH, grow_at=(100, 375), recipes=("Stack, dropped", "IdentityBlocks")),
@@ -184,10 +186,10 @@ SETUPS: dict[str, Setup] = {
         DEPTH, budgets=(2000, 4500), beyond=(), early=(800,), grow_at=(800,), recipes=("Stack, dropped", "IdentityBlocks"),
     ),
     "depth, twice": replace(
-        DEPTH, source={"hidden": 32, "layers": 4}, source_lrs=(8e-3,), recipes=("Stack", "Middle", "Interpose", "TopCopies"),
+        DEPTH, source={"hidden": 32, "layers": 4}, source_lrs=SOURCE_RATES, recipes=("Stack", "Middle", "Interpose", "TopCopies"),
     ),
     "both": replace(
-        WIDTH, source={"hidden": 32, "layers": 2}, recipes=("default, one rate", *NAMES[BOTH:]),
+        WIDTH, source={"hidden": 32, "layers": 2}, source_lrs=(2e-3, *SOURCE_RATES), recipes=("default, one rate", *NAMES[BOTH:]),
     ),
     "gpu": Setup(
         {"hidden": 512, "layers": 3}, {"hidden": 512, "layers": 12}, (6_000, 12_000, 24_000), (1_500, 4_000),

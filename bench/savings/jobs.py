@@ -1,6 +1,7 @@
 """Jobs of a campaign. Each job trains one run in a worker process and returns rows. Finished jobs are not run again."""
 
 import csv
+import os
 import site
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +31,7 @@ from growkern.cli.demo_run import (
 KEY = (
     "text", "optimizer", "hidden", "layers", "source_hidden", "source_layers", "recipe", "lr", "rate", "seed", "grow_at",
 )  # fmt: skip
+# flops and n_bytes: of the trunk, where the branch that anneals to the budget starts; loss: at the end of the branch, the budget
 COLUMNS = (
     *KEY, "budget", "flops", "n_bytes", "n_params", "loss", "trunk_loss", "loss_before", "loss_after", "loss_landed", "seconds", "commit",
     "date", "device", "torch",
@@ -151,7 +153,7 @@ class _Trial:
         self.events: list[tuple[float, Callable[[], object]]] = []
         if job.recipe:
             at = job.snapshot(work, job.grow_at)
-            self.trunk.restore(torch.load(at, weights_only=False))
+            self.trunk.restore(_read(at))
             self._plan_growths()
         else:
             first, last = (
@@ -197,7 +199,8 @@ class _Trial:
 
     def _save(self, at: float) -> None:
         path = self.job.snapshot(self.work, at)
-        torch.save(self.trunk.snapshot(), part := path.with_suffix(".part"))
+        part = path.with_suffix(f".{os.getpid()}.part")  # another campaign may save the same run
+        torch.save(self.trunk.snapshot(), part)
         part.rename(path)
 
     def _plan_growths(self) -> None:
@@ -223,6 +226,15 @@ class _Trial:
 
     def _land(self) -> None:
         self.grown["loss_landed"] = self.trunk.evaluate()
+
+
+def _read(path: Path) -> Any:
+    try:
+        return torch.load(path, weights_only=False)
+    except Exception as error:
+        raise SystemExit(
+            f"{path}: the snapshot cannot be read ({error}). Delete the file; its run runs again."
+        ) from None
 
 
 @torch.no_grad()

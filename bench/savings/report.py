@@ -1,6 +1,6 @@
 """Report of a campaign: a table and a verdict per budget, and a picture."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
@@ -8,43 +8,46 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from bench.savings.analysis import TUNING, Campaign, Losses, Saving, pick
+from bench.savings.analysis import TUNING, Campaign, Losses, Saving
 from bench.savings.campaign import SETUPS
 from bench.savings.jobs import Job
 from growkern.cli.demo_run import flops_needed
 
 
 def tables(campaign: Campaign) -> Iterator[Table | str]:
-    """Yield a table, lowest loss first, and a verdict for every budget."""
+    """Yield a table and a verdict for every budget. Runs that never grow are those of the seeds of the best grown run."""
     for b, flops in enumerate(campaign.budgets):
-        savings = campaign.savings(b)
+        best = campaign.best(b)
         table = Table(
             title=f"{flops:.3g} FLOPs ({campaign.setup.budgets[b]:,} steps of the target)",
-            title_justify="left",
-        )
+            title_justify="left", caption=EDGE, caption_justify="left",
+        )  # fmt: skip
         for name in ("run", "rate"):
             table.add_column(name, no_wrap=True)
         for name in ("n", "loss", "+-", "saves, charged", "saves, sunk", "headroom", "to default"):
             table.add_column(name, justify="right", no_wrap=True)
-        rows = [_grown(s, campaign.per) for s in savings]
-        rows += [_plain(campaign, b, *kind) for kind in KINDS]
+        seeds = [*best.losses] if best else campaign.seeds
+        rows = [_grown(s, campaign.per) for s in campaign.savings(b)]
+        rows += [_plain(campaign, b, seeds, *kind) for kind in KINDS]
         for _, cells in sorted(rows):
             table.add_row(*cells)
         yield table
-        yield verdict(campaign, b, savings)
+        yield verdict(campaign, b)
 
 
 KINDS = (("from scratch", "target_sizes"), ("never grows", "source_sizes"))
+EDGE = "^: the lowest or the highest learning rate that was tried, so that a better one may exist"
 
 
-def verdict(campaign: Campaign, budget: int, savings: list[Saving]) -> str:
+def verdict(campaign: Campaign, budget: int) -> str:
     """Return, as text, whether growing saved compute at this budget."""
-    target = campaign.setup.target_sizes
-    scratch = mean(campaign.tuned(target, budget).values())
-    never = mean(campaign.tuned(campaign.setup.source_sizes, budget).values())
-    if not savings:
+    best = campaign.best(budget)
+    if best is None:
         return "No run has grown yet."
-    best = savings[0]
+    scratch, never = (
+        mean(campaign.on(getattr(campaign.setup, sizes), budget, best.losses).values())
+        for _, sizes in KINDS
+    )
     saved, low, high = best.charged
     single = " (the seed that chose)" if best.chose else " (one seed)"
     spread = single if isnan(low) else f" (90 % interval {low:+.0%} to {high:+.0%})"
@@ -64,6 +67,10 @@ def verdict(campaign: Campaign, budget: int, savings: list[Saving]) -> str:
             f"The source that never grows ends lower ({never:.3f}, grown {loss:.3f}, from scratch {scratch:.3f}): the target is "
             "too large for this budget."
         )
+    if campaign.at_edge(campaign.setup.target_sizes, budget):
+        said.append(
+            "The rate of the runs from scratch is at the edge of those that were tried: the saving may be less."
+        )
     return " ".join(said)
 
 
@@ -75,7 +82,7 @@ def describe(job: Job) -> str:
 
 
 def picture(campaign: Campaign, path: Path) -> None:
-    """Draw annealed losses over FLOPs: from scratch, the source that never grows, and the five best recipes."""
+    """Draw annealed losses over FLOPs: from scratch, the source that never grows, and the five best recipes, on equal seeds."""
     figure = Figure(figsize=(9, 5.4), dpi=150, layout="tight")
     axes = figure.add_subplot()
     for (name, sizes), color in zip(KINDS, ("#9a6700", "#57606a"), strict=True):
@@ -85,7 +92,8 @@ def picture(campaign: Campaign, path: Path) -> None:
         )
     points: dict[str, list[tuple[float, float]]] = {}
     for b, flops in enumerate(campaign.budgets):
-        for s in campaign.savings(b):
+        shown = campaign.savings(b)
+        for s in (s for s in shown if s.n_seeds == shown[0].n_seeds):
             name = f"{s.variant.recipe}, grown at {s.variant.grow_at / campaign.per:.0f}"
             points.setdefault(name, []).append((flops / 1e12, mean(s.losses.values())))
     chosen = sorted(points, key=lambda name: (-len(points[name]), points[name][-1][1]))[:5]
@@ -140,11 +148,7 @@ def markdown(campaign: Campaign) -> str:
     for name, sizes in KINDS:
         cells = [name, ""]
         for b in (first, last):
-            cells += [
-                f"{mean(campaign.tuned(getattr(campaign.setup, sizes), b).values()):.3f}",
-                "",
-                "",
-            ]
+            cells += [_mean(campaign, b, sizes, campaign.seeds), "", ""]
         lines.append(cells)
     lines.append(
         [
@@ -154,6 +158,13 @@ def markdown(campaign: Campaign) -> str:
         ]
     )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _mean(campaign: Campaign, budget: int, sizes: str, seeds: Iterable[int]) -> str:
+    """Return the mean loss of runs that never grow, on the seeds of a grown run; ``^`` if their rate is at the edge."""
+    size: tuple[int, int] = getattr(campaign.setup, sizes)
+    edge = "^" if campaign.at_edge(size, budget) else ""
+    return f"{mean(campaign.on(size, budget, seeds).values()):.3f}{edge}"
 
 
 def _early(campaign: Campaign, s: Saving) -> bool:
@@ -190,15 +201,10 @@ def overview(campaigns: dict[str, Campaign]) -> str:
     for name, campaign in campaigns.items():
         setup = campaign.setup
         for b, flops in enumerate(campaign.budgets):
-            measured = campaign.savings(b)
-            measured = [s for s in measured if not s.chose] or measured
-            if not measured:
+            best = campaign.best(b)
+            if best is None:
                 continue
-            best = min(measured, key=lambda s: campaign.grown[s.variant, b][TUNING])
-            plain = [  # on the seeds of the grown run
-                f"{mean(pick(campaign.plain[sizes, campaign.best_lr(sizes, b), b], [*best.losses])):.3f}"
-                for sizes in (setup.target_sizes, setup.source_sizes)
-            ]
+            plain = [_mean(campaign, b, sizes, best.losses) for _, sizes in KINDS]
             loss, charged, sunk = _cells(best)
             at = f"`{best.variant.recipe}` at {best.variant.grow_at / campaign.per:.0f}" + (
                 " (seed 0)" if best.chose else ""
@@ -218,23 +224,27 @@ def overview(campaigns: dict[str, Campaign]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _grown(s: Saving, per: float) -> tuple[float, list[str]]:
+def _grown(s: Saving, per: float) -> tuple[tuple[int, float], list[str]]:
     mark = "~" if s.beyond else ""
     difference = "" if s.difference is None else f"{s.difference[0]:+.4f} +- {s.difference[1]:.4f}"
     name = f"{s.variant.recipe} @{s.variant.grow_at / per:.0f}"
     rate = f"{s.variant.lr:g} x {s.variant.rate:g}"
     name += " (seed 0)" if s.chose else ""
     cells = [_share(s.charged, mark), _share(s.sunk, mark), f"{s.headroom:+.0%}", difference]
-    return mean(s.losses.values()), [name, rate, *_losses(s.losses), *cells]
+    return (-s.n_seeds, mean(s.losses.values())), [name, rate, *_losses(s.losses), *cells]
 
 
-def _plain(campaign: Campaign, budget: int, name: str, sizes: str) -> tuple[float, list[str]]:
+def _plain(
+    campaign: Campaign, budget: int, seeds: Sequence[int], name: str, sizes: str
+) -> tuple[tuple[int, float], list[str]]:
     size: tuple[int, int] = getattr(campaign.setup, sizes)
-    losses = campaign.tuned(size, budget)
-    need, beyond = flops_needed(campaign.curve(campaign.setup.target_sizes), mean(losses.values()))
+    losses = campaign.on(size, budget, seeds)
+    curve = campaign.curve(campaign.setup.target_sizes, seeds)
+    need, beyond = flops_needed(curve, mean(losses.values()))
     saved = f"{'~' if beyond else ''}{1 - campaign.budgets[budget] / need:+.0%}"
-    lr = f"{campaign.best_lr(size, budget):g}"
-    return mean(losses.values()), [name, lr, *_losses(losses), saved, "", "", ""]
+    lr = f"{campaign.best_lr(size, budget):g}" + ("^" if campaign.at_edge(size, budget) else "")
+    order = -len(set(losses) - {TUNING}), mean(losses.values())
+    return order, [name, lr, *_losses(losses), saved, "", "", ""]
 
 
 def _losses(losses: Losses) -> list[str]:

@@ -59,8 +59,10 @@ def effective_rank(x: Tensor) -> float:
 
 def cosine_of_halves(x: Tensor) -> float:
     """Return the mean cosine similarity of the two halves of ``x [m, n]``, over both dimensions."""
-    found = [torch.cosine_similarity(a, b, dim=d) for d in (0, 1) for a, b in (x.chunk(2, 1 - d),)]
-    return mean(float(each.mean()) for each in found)
+    similarities = [
+        torch.cosine_similarity(a, b, dim=d) for d in (0, 1) for a, b in (x.chunk(2, 1 - d),)
+    ]
+    return mean(float(each.mean()) for each in similarities)
 
 
 def matrices(run: Run) -> list[Tensor]:

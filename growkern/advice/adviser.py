@@ -114,8 +114,8 @@ def _inputs(curve: Curve | GrowthSchedule, source: object, target: object) -> Ob
         return observed(curve)
     if source is None or target is None:
         raise PlanError(
-            f"advise(source={source}, target={target}): pass the numbers of parameters of both, without the input embedding; or a "
-            "GrowthSchedule, which knows them."
+            f"advise(source={source}, target={target}): pass the numbers of parameters of source and target, without the input "
+            "embedding; or pass a GrowthSchedule in place of the curve."
         )
     wanted = "the number of parameters, without the input embedding"
     n = arguments.number(source, "source", wanted), arguments.number(target, "target", wanted)

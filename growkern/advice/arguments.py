@@ -30,28 +30,28 @@ def number(value: object, name: str, wanted: str) -> float:
         PlanError: The value is text, a bool or no number, is not finite, or is not above 0.
     """
     try:
-        found = _float(value)
+        result = _float(value)
     except (
         TypeError,
         ValueError,
         OverflowError,
         RuntimeError,
     ):  # RuntimeError: a tensor of several numbers
-        found = -1.0
-    if not (isfinite(found) and found > 0):
+        result = -1.0
+    if not (isfinite(result) and result > 0):
         raise PlanError(f"{name}={shown(value)}: pass {wanted}: a finite number above 0.")
-    return found  # fmt: skip
+    return result  # fmt: skip
 
 
 def pair(values: object, name: str, wanted: str) -> tuple[float, float]:
     """Return a list, tuple or array of two numbers above 0; raise PlanError for anything else."""
     tolist = getattr(values, "tolist", None)
-    found = tolist() if callable(tolist) else values
-    if not isinstance(found, list | tuple) or len(cast(Sequence[object], found)) != 2:
+    items = tolist() if callable(tolist) else values
+    if not isinstance(items, list | tuple) or len(cast(Sequence[object], items)) != 2:
         raise PlanError(f"{name}={shown(values)}: pass {wanted}, a pair of numbers.")
     first, second = (
         number(value, f"{name}[{i}]", wanted)
-        for i, value in enumerate(cast(Sequence[object], found))
+        for i, value in enumerate(cast(Sequence[object], items))
     )
     return first, second
 
@@ -60,12 +60,12 @@ def points(curve: object, name: str) -> list[tuple[float, float]]:
     """Convert a curve, given as any sequence or array, to pairs of Python floats; ``fit`` checks the floats."""
     try:
         pairs = cast(Iterable[tuple[object, object]], curve)
-        found = [(_float(tokens), _float(loss)) for tokens, loss in pairs]
+        converted = [(_float(tokens), _float(loss)) for tokens, loss in pairs]
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise PlanError(f"{name}: expected pairs of (tokens, loss in nats): {error}.") from None
-    if not found:
-        raise PlanError(f"{name}: it has no points. Pass (tokens, loss in nats) of the run so far.")
-    return found
+    if not converted:
+        raise PlanError(f"{name} has no points. Pass (tokens, loss in nats) of the run so far.")
+    return converted
 
 
 def curves(others: object) -> list[tuple[float, Curve]]:
@@ -103,7 +103,7 @@ def check(
         )
     if f[1] <= f[0]:
         problems.append(
-            f"flops_per_token={f}: the target's are not above the source's. Pass FLOPs of a token of the source, then of the target."
+            f"flops_per_token={f}: the target must cost more than the source. Pass the FLOPs per token of the source, then of the target."
         )
     if not budget > now:
         problems.append(

@@ -24,7 +24,7 @@ def choose(recipe: object, kind: object) -> Recipe:
         PlanError: Nothing is measured under the name, or a recipe of another kind.
     """
     if kind is not None and not (isinstance(kind, str) and kind in KINDS):
-        raise PlanError(f"kind={shown(kind)}: what grows is 'width', 'depth' or 'both'.")
+        raise PlanError(f"kind={shown(kind)}: pass 'width', 'depth' or 'both'.")
     if recipe is None:
         return best(RECIPES, kind or "width")
     named = RECIPES.get(recipe) if isinstance(recipe, str) else recipe
@@ -38,7 +38,7 @@ def choose(recipe: object, kind: object) -> Recipe:
         raise PlanError(
             f"recipe={shown(recipe)}: pass the name of a measured recipe, or a Recipe of your own measurements."
         )
-    known = [name for name, one in RECIPES.items() if one.kind == (kind or "width")]
+    known = [name for name, r in RECIPES.items() if r.kind == (kind or "width")]
     raise PlanError(
         f"no recipe {recipe!r} of kind {kind or 'width'!r} was measured. Known: {'; '.join(known) or 'none'}. Pass a Recipe of your own "
         "measurements."
@@ -51,19 +51,19 @@ def best(recipes: Mapping[str, Recipe], kind: str) -> Recipe:
     A recipe beats another one if it saves at least ``BEATS`` more on average over the setups, growth points and budgets where both
     were measured with ``SEEDS`` seeds (with fewer seeds if the kind has no such saving).
     """
-    known = [one for one in recipes.values() if one.kind == kind]
-    sound = [_cells(one, SEEDS) for one in known]
-    cells = sound if any(sound) else [_cells(one, 0) for one in known]
+    known = [recipe for recipe in recipes.values() if recipe.kind == kind]
+    sound = [_cells(recipe, SEEDS) for recipe in known]
+    cells = sound if any(sound) else [_cells(recipe, 0) for recipe in known]
     if not any(cells):
         return pooled(recipes, kind, kind)
 
     def losses(own: Mapping[tuple[object, ...], float]) -> int:
         paired = [[other[c] - own[c] for c in own if c in other] for other in cells]
-        return sum(mean(found) >= BEATS for found in paired if found)
+        return sum(mean(gains) >= BEATS for gains in paired if gains)
 
     ranked = [
-        (losses(own), -len({setup for setup, *_ in own}), -one.kept, one)
-        for one, own in zip(known, cells, strict=True)
+        (losses(own), -len({setup for setup, *_ in own}), -recipe.kept, recipe)
+        for recipe, own in zip(known, cells, strict=True)
         if own
     ]
     return min(ranked, key=lambda row: row[:3])[-1]
@@ -71,8 +71,8 @@ def best(recipes: Mapping[str, Recipe], kind: str) -> Recipe:
 
 def _cells(recipe: Recipe, n_seeds: int) -> dict[tuple[object, ...], float]:
     """Return (setup, growth point, budget) -> saved share, of the savings with at least ``n_seeds`` seeds."""
-    found = [one for one in recipe.saved if one.n_seeds >= n_seeds]
-    return {(one.setup, one.grown_at, one.budget): one.charged[1] for one in found}
+    sound = [saved for saved in recipe.saved if saved.n_seeds >= n_seeds]
+    return {(saved.setup, saved.grown_at, saved.budget): saved.charged[1] for saved in sound}
 
 
 def recipe_of(event: Event, kind: str) -> Recipe:
@@ -83,21 +83,23 @@ def recipe_of(event: Event, kind: str) -> Recipe:
         return *methods, growth.get("state", "exact"), growth.get("dynamics", "mup")
 
     asked = settings(vars(event))
-    known = [one for one in RECIPES.values() if one.kind == kind]
-    found = [one for one in known if settings(one.growth) == asked]
+    known = [recipe for recipe in RECIPES.values() if recipe.kind == kind]
+    matching = [recipe for recipe in known if settings(recipe.growth) == asked]
     names = [type(method).__name__ for method in asked[: len(KINDS[kind])]]
-    return found[0] if found else pooled(RECIPES, kind, " and ".join(names))
+    return matching[0] if matching else pooled(RECIPES, kind, " and ".join(names))
 
 
 def pooled(recipes: Mapping[str, Recipe], kind: str, name: str) -> Recipe:
     """Return mean and spread of the measured recipes of a kind (of all kinds if the kind has none), for an unmeasured recipe."""
     known = [one for one in recipes.values() if one.kind == kind] or [*recipes.values()]
-    kept, sd = _mixture([(one.kept, one.sd) for one in known])
-    worth = mean(one.worth[0] for one in known), max(one.worth[1] for one in known)
-    return Recipe(name, kind, kept, sd, 0, worth=worth, pace=_mixture([one.pace for one in known]))
+    kept, sd = _mixture([(recipe.kept, recipe.sd) for recipe in known])
+    worth = mean(recipe.worth[0] for recipe in known), max(recipe.worth[1] for recipe in known)
+    return Recipe(
+        name, kind, kept, sd, 0, worth=worth, pace=_mixture([recipe.pace for recipe in known])
+    )
 
 
 def _mixture(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Return mean and standard deviation of a mixture of distributions, from theirs."""
-    middle = mean(one for one, _ in parts)
-    return middle, mean(sd**2 + (one - middle) ** 2 for one, sd in parts) ** 0.5
+    middle = mean(center for center, _ in parts)
+    return middle, mean(sd**2 + (center - middle) ** 2 for center, sd in parts) ** 0.5

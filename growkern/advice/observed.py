@@ -35,15 +35,15 @@ def observed(schedule: GrowthSchedule) -> Observed:
         for wrong, text in (
             (
                 attachment is None,
-                "it is not attached to a model: call schedule.attach(model, optim) first.",
+                "the schedule is not attached to a model: call schedule.attach(model, optim) first.",
             ),
             (
                 event is None,
-                "all of its growths have happened: add an event, or pass a curve with source= and target=.",
+                "all events of the schedule have fired: add an event, or pass a curve with source= and target=.",
             ),
             (
                 not counts.n_tokens,
-                "it has observed no tokens: call schedule.observe(tokens=..., loss=...) with every step.",
+                "the schedule has observed no tokens: call schedule.observe(tokens=..., loss=...) with every step.",
             ),
         )
         if wrong

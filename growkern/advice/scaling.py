@@ -135,7 +135,7 @@ def check_curves(curves: Sequence[tuple[float, Curve]]) -> None:
     """Raise PlanError if no law can be fitted to curves."""
     problems = [text for n, points in curves for text in _problems(n, points)]
     if not curves:
-        problems.append("there is no curve. Pass at least that of the model that trains.")
+        problems.append("no curve was given. Pass at least the curve of the model that trains.")
     raise_all(PlanError, "cannot fit a law to these loss curves:", problems)
 
 
@@ -169,8 +169,8 @@ def _at(points: Curve, tokens: float) -> float:
 def interval(values: Tensor, level: float = 0.9) -> tuple[float, float, float]:
     """Return the lower end, median and upper end of the central interval of draws."""
     low, high = (1 - level) / 2, (1 + level) / 2
-    found = torch.quantile(values, _tensor([low, 0.5, high]))
-    return float(found[0]), float(found[1]), float(found[2])
+    quantiles = torch.quantile(values, _tensor([low, 0.5, high]))
+    return float(quantiles[0]), float(quantiles[1]), float(quantiles[2])
 
 
 def spread(values: Tensor) -> str:
@@ -230,7 +230,7 @@ def _problems(n_params: float, curve: Curve) -> list[str]:
     """Return the reasons why a curve cannot be fitted."""
     name = f"the curve of {n_params:,.0f} parameters"
     if not n_params > 0 or not isfinite(n_params):
-        return [f"n_params={n_params}: the number of parameters has to be above 0."]
+        return [f"n_params={n_params}: pass a number of parameters above 0."]
     wrong = [
         (i, p)
         for i, p in enumerate(curve)
@@ -240,7 +240,7 @@ def _problems(n_params: float, curve: Curve) -> list[str]:
         i, (tokens, loss) = wrong[0]
         return [
             f"{name} has {len(wrong)} points that are no numbers, have no tokens, or no loss in nats; the first is point {i}: "
-            f"tokens={tokens}, loss={loss}. Leave such points out; of perplexities take the logarithm."
+            f"tokens={tokens}, loss={loss}. Leave such points out; convert perplexities to their logarithms."
         ]
     if any(later[0] <= earlier[0] for earlier, later in pairwise(curve)):
         return [

@@ -16,7 +16,7 @@ from growkern.errors import GrowthError, PlanError
 from growkern.optimizer.update_scale import UpdateScale, scale_of
 from growkern.planning.decisions import DepthMethod, WidthMethod
 from growkern.planning.sizes import Target
-from growkern.support.text import table
+from growkern.support.text import short, table
 from growkern.support.wrappers import unwrapped
 
 Batch = Tensor | Mapping[str, object]
@@ -76,14 +76,16 @@ class Comparison:
         ]  # fmt: skip
         rows = [
             [
-                one.method, one.preserves, f"{one.logits_error:.1e}", f"{one.loss:.4f}", f"{one.loss_after:.4f}",
-                f"x {one.grad_norm:.3g}", f"{one.n_dead:,}", f"{one.n_equal:,}", f"{one.n_params:,}", f"{one.seconds:.2g}",
-                f"{one.n_bytes / 1e6:.3g}",
+                outcome.method, outcome.preserves, f"{outcome.logits_error:.1e}", f"{outcome.loss:.4f}", f"{outcome.loss_after:.4f}",
+                f"x {outcome.grad_norm:.3g}", f"{outcome.n_dead:,}", f"{outcome.n_equal:,}", f"{outcome.n_params:,}",
+                f"{outcome.seconds:.2g}", f"{outcome.n_bytes / 1e6:.3g}",
             ]
-            for one in self.outcomes
-            if one.refused is None
+            for outcome in self.outcomes
+            if outcome.refused is None
         ]  # fmt: skip
-        refused = [f"{one.method}: {one.refused}" for one in self.outcomes if one.refused]
+        refused = [
+            f"{outcome.method}: {outcome.refused}" for outcome in self.outcomes if outcome.refused
+        ]
         return "\n\n".join([table(head, rows), *refused])
 
 
@@ -122,22 +124,22 @@ def compare(
     """
     model, optim = unwrapped(model), unwrapped(optim)
     batches = [batch] if isinstance(batch, Tensor | Mapping) else [*batch]
-    strange = [one for one in methods if _pair(one) is None]
+    strange = [method for method in methods if _pair(method) is None]
     if not methods or strange:
         raise PlanError(
-            f"methods: expected width methods, depth methods or pairs of both, got {strange or methods!r}."
+            f"methods: expected width methods, depth methods or pairs of both, got {short(strange or methods)}."
         )
     if not batches or steps < 0:
         raise PlanError(
-            f"compare takes at least one batch and steps >= 0, not {len(batches)} and {steps}."
+            f"compare takes at least one batch and steps >= 0; got {len(batches)} batches and steps={steps}."
         )
     measured = batches[0] if held_out is None else held_out
     measure = _Measure(
         model, optim, batches, measured, steps, loss or loss_of, dict(options, to=to)
     )
     outcomes: list[Outcome] = []
-    for one in (None, *methods):
-        outcomes.append(measure(one))
+    for method in (None, *methods):
+        outcomes.append(measure(method))
         if on_outcome is not None:
             on_outcome(outcomes[-1])
     return Comparison(tuple(outcomes), steps)
@@ -205,11 +207,11 @@ class _Measure:
         """Return loss and gradient norm on the held-out batch, in evaluation mode."""
         model.eval()
         model.zero_grad()
-        found = self.loss(model, self.measured)
-        found.backward()  # pyright: ignore[reportUnknownMemberType]
+        loss = self.loss(model, self.measured)
+        loss.backward()  # pyright: ignore[reportUnknownMemberType]
         grads = [p.grad.float().square().sum() for p in model.parameters() if p.grad is not None]
         model.zero_grad()
-        return float(found.detach()), float(torch.stack(grads).sum().sqrt())
+        return float(loss.detach()), float(torch.stack(grads).sum().sqrt())
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -219,8 +221,8 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
         PlanError: The output has no loss, and output and batch do not have the logits and token ids of a cross entropy.
     """
     out: Any = model(**batch) if isinstance(batch, Mapping) else model(batch)
-    if (found := getattr(out, "loss", None)) is not None:
-        return cast(Tensor, found)
+    if (loss := getattr(out, "loss", None)) is not None:
+        return cast(Tensor, loss)
     logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
     if not isinstance(logits, Tensor) or not isinstance(ids, Tensor) or ids.is_floating_point():

@@ -129,15 +129,15 @@ def grow(
     source = load(folder)
     model = source.model
     with torch.no_grad():
-        found = describe(model)
+        spec = describe(model)
         if plan is None:
             plan = plan_for(source, to=to, width=width, depth=depth, seed=seed)
-        check(plan, found)
+        check(plan, spec)
         check_blocks(plan, model)
         config = _target_config(plan, model)
         names = _parameters(plan, model)
         n_params = sum(p.numel() for p in model.parameters())
-        tensors = tensors_of(model, None, found)
+        tensors = tensors_of(model, None, spec)
         run = Execution(plan, tensors, {}, memory="lean")
         layout = Layout(source, plan, tensors.values)
         model.to("meta")  # the model drops its references; sources are freed one by one
@@ -146,7 +146,7 @@ def grow(
             shards = Shards(part, layout.targets, limit)
             done = 0
             for name, tensor in _grown(run, layout):
-                done += sum(shards.write(*one) for one in layout.on_disk(name, tensor).items())
+                done += sum(shards.write(*entry) for entry in layout.on_disk(name, tensor).items())
                 on_progress(done, shards.n_bytes)
                 del tensor
             shards.close()
@@ -170,19 +170,21 @@ def _refuse_out(folder: Path, out: Path, overwrite: bool) -> None:
     source, target = folder.resolve(), out.resolve()
     if source == target or source in target.parents or target in source.parents:
         raise CheckpointError(
-            f"cannot write {out}: it is, is in, or holds the source {folder}; name another folder."
+            f"cannot write {out}: the folder is, is inside, or contains the source {folder}; name another folder."
         )
     if not out.parent.is_dir():
-        raise CheckpointError(f"cannot write {out}: there is no folder {out.parent}.")
+        raise CheckpointError(
+            f"cannot write {out}: the folder {out.parent} does not exist; make it first."
+        )
     if not (out.exists() or out.is_symlink()):
         return
     if not overwrite:
         raise CheckpointError(f"{out} exists; name another folder, or pass --overwrite.")
     if out.is_symlink() or not out.is_dir():
-        raise CheckpointError(f"cannot overwrite {out}: it is no folder.")
+        raise CheckpointError(f"cannot overwrite {out}: {out} is no folder; name another path.")
     if any(out.iterdir()) and not (out / CONFIG).is_file():
         raise CheckpointError(
-            f"cannot overwrite {out}: it holds no {CONFIG}, so it is no checkpoint; remove it yourself."
+            f"cannot overwrite {out}: the folder has no {CONFIG}, so it is no checkpoint; remove the folder yourself."
         )
 
 
@@ -190,7 +192,8 @@ def _refuse_full(out: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(out.parent).free
     if free < n_bytes + SPARE:
         raise CheckpointError(
-            f"cannot write {out}: the target takes {n_bytes / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free there."
+            f"cannot write {out}: the target takes {n_bytes / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free; "
+            "free space, or name a folder on another disk."
         )
 
 
@@ -208,7 +211,7 @@ def _target_config(plan: GrowthPlan, model: Any) -> Any:
     config = model.config
     if plan.drawn:
         raise PlanError(
-            f"{plan.depth} leaves new blocks to a live model to initialise: load the checkpoint by from_pretrained, grow the model by "
+            f"{plan.depth} initialises new blocks with the code of a live model: load the checkpoint by from_pretrained, grow the model by "
             "expand_inplace, and save it; or choose another depth method."
         )
     grown = grown_config(plan, model, config, recorded(plan, describe(model)))
@@ -217,7 +220,7 @@ def _target_config(plan: GrowthPlan, model: Any) -> Any:
     except Exception as error:
         sizes = ", ".join(f"{k}={n}" for k, n in plan.target_sizes.items())
         raise PlanError(
-            f"transformers does not take a {plan.family} of {sizes}: {' '.join(str(error).split())}"
+            f"transformers accepts no {plan.family} of {sizes}; name other sizes: {' '.join(str(error).split())}"
         ) from error
     return grown
 
@@ -234,8 +237,8 @@ def _grown(run: Execution, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     for row in run.plan.tensors:
         if not run.plan.changes(row):
             same.setdefault(row.source, []).append(row)
-    for one, staged in zip(run.sets, run.parts(), strict=True):
-        source = one.rows[0].source
+    for tensor_set, staged in zip(run.sets, run.parts(), strict=True):
+        source = tensor_set.rows[0].source
         yield from staged.values.items()
         staged.values.clear()
         yield from ((row.name, values[source]) for row in same.pop(source, []))

@@ -64,12 +64,13 @@ def load(folder: Path) -> Checkpoint:
             )
         except Exception as error:  # the type depends on what is wrong with the config
             raise CheckpointError(
-                f"{folder}: transformers cannot load it as {kind.__name__}: {error}"
+                f"transformers cannot load {folder} as a {kind.__name__}: {error}"
             ) from error
     problems = [*sorted(info["missing_keys"]), *map(str, info["error_msgs"])]
     if problems:
         raise CheckpointError(
-            f"{folder} is incomplete: {len(problems)} tensors of {kind.__name__} are not stored: {', '.join(problems[:5])}."
+            f"{folder} is incomplete: {len(problems)} tensors of {kind.__name__} are not stored ({', '.join(problems[:5])}). "
+            "Save the checkpoint again by save_pretrained."
         )
     return Checkpoint(folder, model, dtypes, tuple(sorted(info["unexpected_keys"])))
 
@@ -110,8 +111,8 @@ class Layout:
         shapes = {name: tensor.shape for name, tensor in self._reverted(whole).items()}
         if shapes != {name: tensor.shape for name, tensor in self.targets.items()}:
             raise UnsupportedModelError(
-                f"a checkpoint of {type(self.model).__name__} keeps several of the model's tensors in one, which is not grown on "
-                "disk: load it, grow it with expand_inplace, and save it."
+                f"a checkpoint of {type(self.model).__name__} stores several of the model's tensors as one, which growkern does "
+                "not grow on disk: load the model, grow it by expand_inplace, and save it."
             )
         self.n_bytes = sum(t.numel() * t.element_size() for t in self.targets.values())
 
@@ -131,23 +132,27 @@ def _kind(folder: Path) -> Any:
     import transformers
 
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder; give that of a saved checkpoint.")
+        raise CheckpointError(f"{folder} is no folder; pass the folder of a saved checkpoint.")
     if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder} holds no {CONFIG}; give what save_pretrained wrote.")
+        raise CheckpointError(
+            f"{folder} has no {CONFIG}; pass a folder that save_pretrained wrote."
+        )
     config = parsed(folder / CONFIG)
     if "quantization_config" in config:
         raise UnsupportedModelError(
-            f"{folder} is quantised; grow the checkpoint it was made from, and quantise the target."
+            f"{folder} is quantized; grow the checkpoint from before the quantization, and quantize the target."
         )
     named = config.get("architectures")
     if not isinstance(named, list) or len(named) != 1:  # pyright: ignore[reportUnknownArgumentType]
         raise UnsupportedModelError(
-            f'{folder / CONFIG} does not say which class it is of; add "architectures": ["LlamaForCausalLM"], or what it is.'
+            f'{folder / CONFIG} does not name the model\'s class; add it, such as "architectures": ["LlamaForCausalLM"].'
         )
     name = str(named[0])  # pyright: ignore[reportUnknownArgumentType]
     kind = getattr(transformers, name, None)
     if not isinstance(kind, type) or not hasattr(kind, "from_pretrained"):
-        raise UnsupportedModelError(f"{folder / CONFIG}: transformers has no class {name!r}.")
+        raise UnsupportedModelError(
+            f"{folder / CONFIG}: this transformers has no class {name!r}; install a release that has it."
+        )
     refuse_unknown(kind)
     return kind
 

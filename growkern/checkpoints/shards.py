@@ -54,52 +54,57 @@ def stored(folder: Path) -> dict[str, torch.dtype]:
     if not (folder / INDEX).is_file():
         pickled = sorted(path.name for path in folder.glob(PICKLES))
         raise CheckpointError(
-            f"{folder} holds no {SINGLE} and no {INDEX}"
+            f"{folder} has no {SINGLE} and no {INDEX}"
             + (
-                f", but {pickled[0]}: load it with from_pretrained and write it with save_pretrained, which makes safetensors."
+                f", but {pickled[0]}: load the checkpoint by from_pretrained and save it by save_pretrained, which writes safetensors."
                 if pickled
-                else "."
+                else "; pass a folder that save_pretrained wrote."
             )
         )
     places: Any = parsed(folder / INDEX).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
-        raise CheckpointError(f"{folder / INDEX} has no weight_map.")
+        raise CheckpointError(
+            f"{folder / INDEX} has no weight_map; save the checkpoint again by save_pretrained."
+        )
     by_file: dict[str, list[str]] = {}
     for name, file in places.items():  # pyright: ignore[reportUnknownVariableType]
         by_file.setdefault(str(file), []).append(str(name))  # pyright: ignore[reportUnknownArgumentType]
-    found: dict[str, torch.dtype] = {}
+    dtypes: dict[str, torch.dtype] = {}
     problems: list[str] = []
     for file, names in sorted(by_file.items()):
         if not (folder / file).is_file():
-            problems.append(f"{file}: is missing, with {len(names)} tensors ({names[0]}, ...).")
+            problems.append(
+                f"{file}: is missing, with {len(names)} tensors ({names[0]}, ...); copy the file again."
+            )
             continue
         try:
             held = _header(folder / file)
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        problems += [f"{name}: is not in {file}." for name in names if name not in held]
-        found |= held
+        missing = [name for name in names if name not in held]
+        problems += [f"{name}: is not in {file}; copy the file again." for name in missing]
+        dtypes |= held
     raise_all(CheckpointError, f"{folder} is incomplete:", problems)
-    return found
+    return dtypes
 
 
 def parsed(path: Path) -> dict[str, Any]:
     """Read a JSON file; raise CheckpointError if the file does not contain a JSON object."""
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"cannot read {path}: it holds no JSON object.")
-    return found  # pyright: ignore[reportUnknownVariableType]
+    if not isinstance(content, dict):
+        raise CheckpointError(f"cannot read {path}: the file contains no JSON object.")
+    return content  # pyright: ignore[reportUnknownVariableType]
 
 
 def n_bytes_of(text: str) -> int:
     """Parse a size such as ``"5GB"``; raise PlanError for any other text."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B|)\s*", text.upper())
     if match is None or (n_bytes := int(float(match[1]) * UNITS[match[2]])) < 1:
-        raise PlanError(f"cannot read the size {text!r}: such as 5GB or 500MB.")
+        raise PlanError(f"cannot read the size {text!r}; write a size such as 5GB or 500MB.")
     return n_bytes
 
 
@@ -111,10 +116,12 @@ def _header(path: Path) -> dict[str, torch.dtype]:
         with read(path, "pt") as file:
             codes: dict[str, str] = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path.name}: is damaged or cut short ({error}).") from None
+        raise CheckpointError(
+            f"{path.name}: is damaged or cut short ({error}); copy the file again."
+        ) from None
     if odd := sorted({code for code in codes.values() if code not in DTYPES}):
         raise CheckpointError(
-            f"{path.name}: holds {', '.join(odd)}, which are not grown; {', '.join(DTYPES)} are."
+            f"{path.name}: has tensors of {', '.join(odd)}; growkern grows {', '.join(DTYPES)}: convert the tensors first."
         )
     return {name: DTYPES[code] for name, code in codes.items()}
 

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LR = 1e-4
-FOLDER = typer.Argument(help="Folder that save_pretrained wrote.")
+FOLDER = typer.Argument(help="Folder of the checkpoint, written by save_pretrained.")
 To = Annotated[
     list[str] | None,
     typer.Option(
-        help="2x (every width), or hidden=1024,layers=24; may be given again. Default 2x."
+        help="Target sizes: 2x (every width), or hidden=1024,layers=24; the option may be repeated. Default: 2x."
     ),
 ]
 Width = Annotated[
@@ -26,10 +26,11 @@ Depth = Annotated[str | None, typer.Option(help="Depth method: IdentityBlocks, '
 Seed = Annotated[
     int | None,
     typer.Option(
-        min=0, help="Of all noise. Default: the number of growths the checkpoint has had."
+        min=0,
+        help="Seed of the symmetry-breaking noise. Default: the number of growths of the checkpoint so far.",
     ),
 ]
-Tokens = Annotated[int, typer.Option(min=2, help="Tokens of a row.")]
+Tokens = Annotated[int, typer.Option(min=2, help="Number of tokens per row.")]
 
 
 def add(cli: typer.Typer) -> None:
@@ -46,7 +47,7 @@ def plan(
     seed: Seed = None,
     json: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, help="File to write the plan to, for grow --plan."),
+        typer.Option(dir_okay=False, help="File to which the plan is written, for grow --plan."),
     ] = None,
 ) -> None:
     """Show what a growth of a checkpoint would do, tensor by tensor; nothing is grown."""
@@ -62,7 +63,9 @@ def plan(
             try:
                 json.write_text(made.to_json() + "\n", encoding="utf-8")
             except OSError as error:
-                raise CheckpointError(f"cannot write {json}: {error}") from None
+                raise CheckpointError(
+                    f"cannot write {json}: {error}; pass --json another file."
+                ) from None
 
 
 def grow(
@@ -77,13 +80,15 @@ def grow(
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="What plan --json wrote, in place of the options above.",
+            help="Plan file that growkern plan --json wrote, in place of --to, --width, --depth and --seed.",
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a checkpoint that is at OUT.")
+        bool, typer.Option("--overwrite", help="Replace the checkpoint in the folder OUT.")
     ] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(help="Maximum size of a file of weights, such as 500MB.")
+    ] = "5GB",
 ) -> None:
     """Grow a checkpoint into another one, which from_pretrained loads. Needs little memory."""
     from rich.console import Console
@@ -98,7 +103,7 @@ def grow(
 
     if plan is not None and (to or width or depth or seed is not None):
         raise typer.BadParameter(
-            "says already what to grow; leave --to, --width, --depth and --seed out.",
+            "the plan already says what to grow; leave --to, --width, --depth and --seed out.",
             param_hint="--plan",
         )
     options: dict[str, Any] = {"plan": _saved(plan)} if plan is not None else {}
@@ -133,11 +138,11 @@ def verify(
     source: Annotated[Path, FOLDER],
     target: Annotated[Path, typer.Argument(help="Folder of the grown checkpoint.")],
     tokens: Tokens = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random inputs.")] = 0,
 ) -> None:
     """Compare a grown checkpoint with its source on random inputs; exit code 1 where their outputs differ.
 
-    The table says too what got no gradient: units that no token reaches (behind a ReLU, in an expert) do not, nor do biases of keys.
+    The table also lists elements without gradient. Units that no token reaches (behind a ReLU, in an expert) and biases of keys have none.
     """
     with _failures("verify"):
         import growkern
@@ -145,9 +150,9 @@ def verify(
         from growkern.cli.inputs import common_inputs
 
         before, after = load(source).model, load(target).model
-        found = growkern.verify(before, after, common_inputs(before, after, 2, tokens, seed))
-        typer.echo(found)
-    if not found.same_function:
+        verification = growkern.verify(before, after, common_inputs(before, after, 2, tokens, seed))
+        typer.echo(verification)
+    if not verification.same_function:
         raise typer.Exit(1)
 
 
@@ -156,23 +161,29 @@ def compare(
     methods: Annotated[
         list[str],
         typer.Option(
-            help="Lossless, 'FPI()', 'Stack()', 'AKI() + Stack()', ...; may be given again."
+            help="Method to compare: Lossless, 'FPI()', 'Stack()', 'AKI() + Stack()', ...; the option may be repeated."
         ),
     ],
     to: To = None,
     text: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Text to train on. Default: random tokens."),
+        typer.Option(
+            exists=True, dir_okay=False, help="Text file to train on. Default: random tokens."
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=0, help="AdamW steps after each growth.")] = 10,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Number of AdamW steps after each growth.")
+    ] = 10,
     tokens: Tokens = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of rows per batch.")] = 4,
     lr: Annotated[float, typer.Option(min=0, help="Learning rate of the source.")] = LR,
     seed: Seed = None,
 ) -> None:
     """Grow a checkpoint by several methods, in memory, train each for a few steps, and show losses side by side."""
     sizes = _read("--to", lambda: _arguments().sizes_of(to or ["2x"]))
-    chosen = [_read("--methods", lambda one=one: _arguments().methods_of(one)) for one in methods]
+    chosen = [
+        _read("--methods", lambda name=name: _arguments().methods_of(name)) for name in methods
+    ]
     with _failures("compare"):
         import torch
 
@@ -200,27 +211,27 @@ def advise(
             help="Loss curve of the source: a CSV file with the columns tokens (or step) and loss, or a trainer_state.json.",
         ),
     ],
-    params: Annotated[float, typer.Option(help="Parameters of the source, without the input embedding.")],
-    target_params: Annotated[float, typer.Option(help="Parameters of the target, without the input embedding.")],
-    budget: Annotated[float, typer.Option(help="FLOPs of the whole run, those until now included.")],
+    params: Annotated[float, typer.Option(help="Number of parameters of the source, without the input embedding.")],
+    target_params: Annotated[float, typer.Option(help="Number of parameters of the target, without the input embedding.")],
+    budget: Annotated[float, typer.Option(help="FLOPs of the whole run, including the FLOPs until now.")],
     other: Annotated[
         list[str] | None,
         typer.Option(
             metavar="FILE:PARAMS",
-            help="Loss curve of a model of another size on the same data, and its parameters; may be given again. "
-            "It narrows every interval.",
+            help="Loss curve of a model of another size on the same data, and its number of parameters; "
+            "the curve narrows every interval. The option may be repeated.",
         ),
     ] = None,
     kind: Annotated[
-        str | None, typer.Option(help="What grows: width, depth or both. Default: what the recipe grows, else width.")
+        str | None, typer.Option(help="Kind of the growth: width, depth or both. Default: the kind of the recipe, else width.")
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="Name of a measured recipe. Default: the best one of the kind.")
     ] = None,
     tokens_per_step: Annotated[
-        float | None, typer.Option(help="Tokens of a step, for curves that count steps.")
+        float | None, typer.Option(help="Number of tokens per step, for curves that count steps.")
     ] = None,
-    picture: Annotated[Path | None, typer.Option(dir_okay=False, help="File to draw the advice to.")] = None,
+    picture: Annotated[Path | None, typer.Option(dir_okay=False, help="File to which the picture of the advice is drawn.")] = None,
 ) -> None:  # fmt: skip
     """Say from a loss curve whether to grow now, later or never, or to start the target from scratch, and what growth would save."""
     with _failures("advise"):
@@ -228,16 +239,18 @@ def advise(
         from growkern.training.loss_curve import read_curve
 
         others = [_other(text, tokens_per_step) for text in other or []]
-        found = growkern.advise(
+        advice = growkern.advise(
             read_curve(curve, tokens_per_step), source=params, target=target_params, budget=budget, others=others,
             kind=kind, recipe=recipe,
         )  # fmt: skip
-        typer.echo(found)
+        typer.echo(advice)
         if picture is not None:
             try:
-                found.draw(picture)
+                advice.draw(picture)
             except (OSError, ValueError) as error:
-                raise typer.BadParameter(f"cannot draw: {error}", param_hint="--picture") from None
+                raise typer.BadParameter(
+                    f"cannot draw {picture}: {error}", param_hint="--picture"
+                ) from None
 
 
 def _other(text: str, tokens_per_step: float | None) -> tuple[float, list[tuple[float, float]]]:
@@ -249,7 +262,7 @@ def _other(text: str, tokens_per_step: float | None) -> tuple[float, list[tuple[
         return float(n_params), read_curve(Path(path), tokens_per_step)
     except ValueError as error:
         raise typer.BadParameter(
-            f"{text!r} is not FILE:PARAMS: {error}", param_hint="--other"
+            f"{text!r} is not FILE:PARAMS, such as small.csv:4e7: {error}", param_hint="--other"
         ) from None
 
 
@@ -287,7 +300,7 @@ def _saved(path: Path) -> "GrowthPlan":
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"cannot read it: {error}", param_hint="--plan") from None
+        raise typer.BadParameter(f"cannot read {path}: {error}", param_hint="--plan") from None
     return _read("--plan", lambda: GrowthPlan.from_json(text))
 
 

@@ -214,22 +214,24 @@ def verdict(lines: list[Line]) -> str:
     spent, source = grown.flops, grown.growths[0].flops
     (_, later), (_, equal) = curve[-2:]
     beaten = never.loss < min(grown.loss, equal)
-    found = [
+    sentences = [
         f"Growing {_saves(1 - spent / need, beyond)}, both phases charged{'; never growing beats both' if beaten else ''}",
         f"Where the source is there already, growing {_saves(1 - (spent - source) / need, beyond)}",
         f"Grown: {grown.loss:.3f} nats per byte. From scratch, best of {len(scratch)} learning rates: {equal:.3f} at equal FLOPs, "
         f"{later:.3f} at the FLOPs after the source",
     ]
     if beaten:
-        found.append(
+        sentences.append(
             f"The source that never grows ends lower, at {never.loss:.3f}: the target is too large for this budget"
         )
-    return "\n".join([*found, SEVERAL])
+    return "\n".join([*sentences, SEVERAL])
 
 
 def _saves(share: float, beyond: bool) -> str:
     """Describe a share of saved FLOPs; ``beyond``: the curve from scratch was extrapolated."""
     about = "about " if beyond else ""
+    if abs(share) < 0.005:
+        return f"saves {about}nothing"
     if share > 0:
         return f"saves {about}{share:.0%} of the compute"
     return f"does not save: {about}{-share:.0%} more compute"

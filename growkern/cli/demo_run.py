@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 HEAD_DIM = 32
 EVAL_BATCH = 32  # windows per forward of an evaluation; bounds memory, changes no result
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings"}
+FAR = 10.0  # factor on the FLOPs of a curve's ends, beyond which nothing is extrapolated
 HELD_OUT = 12  # every twelfth file is for validation
 
 Corpus = tuple[Tensor, Tensor]  # bytes to train on, and bytes held out
@@ -314,18 +315,22 @@ def flops_needed(curve: Sequence[tuple[float, float]], loss: float) -> tuple[flo
     """Return the FLOPs at which a curve reaches a loss, log-linear between its points and beyond them.
 
     Args:
-        curve: FLOPs and losses; FLOPs rise and losses fall.
+        curve: FLOPs and losses; FLOPs rise. A point that is no lower than an earlier one is left out: it took more FLOPs for nothing.
         loss: The loss to look for.
 
     Returns:
-        The FLOPs, and True if the loss lies outside of the curve, so that the FLOPs are extrapolated.
+        The FLOPs, and True if the loss lies outside of the curve, so that the FLOPs are extrapolated: by ``FAR`` at most, and not at
+        all from a single point.
     """
-    pairs = [*pairwise(curve)]
+    falling = [p for i, p in enumerate(curve) if all(p[1] < earlier[1] for earlier in curve[:i])]
+    if len(falling) == 1:
+        return falling[0][0], loss != falling[0][1]
+    pairs = [*pairwise(falling)]
     inside = next((p for p in pairs if p[1][1] <= loss <= p[0][1]), None)
-    (c0, l0), (c1, l1) = inside or (pairs[0] if loss > curve[0][1] else pairs[-1])
-    if l0 == l1:
-        return c0, inside is None
-    return exp(log(c0) + (l0 - loss) / (l0 - l1) * (log(c1) - log(c0))), inside is None
+    (c0, l0), (c1, l1) = inside or (pairs[0] if loss > falling[0][1] else pairs[-1])
+    need = log(c0) + (l0 - loss) / (l0 - l1) * (log(c1) - log(c0))
+    least, most = log(falling[0][0] / FAR), log(falling[-1][0] * FAR)
+    return exp(min(max(need, least), most)), inside is None
 
 
 def read_corpus(n_bytes: int, device: str = "cpu") -> Corpus:

@@ -42,7 +42,7 @@ def common_inputs(
     sizes = [getattr(model.config, "vocab_size", None) for model in (source, target)]
     if kinds[0] != kinds[1] or sizes[0] != sizes[1]:
         raise GrowthError(
-            f"a {kinds[0]} of {sizes[0]} tokens did not grow into a {kinds[1]} of {sizes[1]}."
+            f"a {kinds[0]} of {sizes[0]} tokens did not grow into a {kinds[1]} of {sizes[1]}; pass a source and its own target."
         )
     return random_inputs(source, n_rows, n_tokens, seed)
 
@@ -76,22 +76,23 @@ def training_batches(
             )
         if (highest := int(ids.max())) >= model.config.vocab_size:
             raise GrowthError(
-                f"the tokenizer gives {highest}, and the model has {model.config.vocab_size} tokens."
+                f"the tokenizer of {folder} makes token {highest} of {text}, and the model has {model.config.vocab_size} tokens; leave "
+                "--text out for random tokens."
             )
         rows = ids[: n * n_rows * n_tokens].view(n, n_rows, n_tokens)
-        inputs = [{"input_ids": one} for one in rows]
+        inputs = [{"input_ids": row} for row in rows]
     return [*_labelled(model, inputs, mask, torch.Generator().manual_seed(seed))]
 
 
 def _labelled(
     model: Any, inputs: list[dict[str, Tensor]], mask: int | None, generator: torch.Generator
 ) -> Iterator[dict[str, Tensor]]:
-    for one in inputs:
-        ids = one.get("input_ids")
+    for batch in inputs:
+        ids = batch.get("input_ids")
         if ids is None:
-            n = len(one["pixel_values"])
+            n = len(batch["pixel_values"])
             classes = torch.randint(0, model.config.num_labels, (n,), generator=generator)
-            yield one | {"labels": classes}
+            yield batch | {"labels": classes}
         elif type(model).__name__.endswith("ForMaskedLM"):
             hidden = torch.rand(ids.shape, generator=generator) < MASKED
             hidden[:, 0] = True  # a batch without masked tokens has no loss
@@ -104,10 +105,10 @@ def _labelled(
         elif type(model).__name__.endswith("ForConditionalGeneration"):
             yield {"input_ids": ids, "labels": ids}
         elif type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-            yield one | {"labels": ids}
+            yield batch | {"labels": ids}
         else:
             raise GrowthError(
-                f"a {type(model).__name__} has no loss of its own to compare; growkern.compare takes loss=."
+                f"a {type(model).__name__} has no loss to compare; call growkern.compare, which takes loss=."
             )
 
 
@@ -122,7 +123,7 @@ def _tokens(folder: Path, text: Path) -> tuple[Tensor, int | None]:
         ids: list[int] = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GrowthError(
-            f"cannot read {text} by a tokenizer of {folder}: {error}. Leave --text out for random tokens."
+            f"cannot read {text} with the tokenizer of {folder}: {error}. Leave --text out for random tokens."
         ) from error
     return torch.tensor(ids), tokenizer.mask_token_id
 
@@ -131,5 +132,5 @@ def _refuse_long(config: Any, n_tokens: int) -> None:
     room = getattr(config, "max_position_embeddings", None)
     if room is not None and n_tokens > room - OFFSET:
         raise GrowthError(
-            f"{n_tokens} tokens do not fit: the model has {room} positions; --tokens {room - OFFSET} does."
+            f"{n_tokens} tokens do not fit: the model has {room} positions; pass --tokens {room - OFFSET}."
         )

@@ -32,9 +32,9 @@ def app() -> "Typer":
 
     @cli.command()
     def demo(  # pyright: ignore[reportUnusedFunction]
-        out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the picture.")] = Path(
-            "growkern-demo"
-        ),
+        out: Annotated[
+            Path, typer.Option(file_okay=False, help="Folder to which the picture is written.")
+        ] = Path("growkern-demo"),
         seed: Annotated[
             int, typer.Option(min=0, help="Seed of the weights, the batches and the growth noise.")
         ] = 0,
@@ -44,11 +44,13 @@ def app() -> "Typer":
                 help="Also train the target from scratch and the source without growth, at equal FLOPs."
             ),
         ] = True,
-        device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+        device: Annotated[
+            str, typer.Option(help="Device to train on: auto, cpu, cuda, cuda:1, ...")
+        ] = "auto",
         quick: Annotated[
             bool,
             typer.Option(
-                help="Run a few seconds at tiny sizes, to see that the demo works; the losses measure nothing."
+                help="Run for a few seconds at tiny sizes, to check that the demo works; the losses measure nothing."
             ),
         ] = False,
     ) -> None:
@@ -64,7 +66,8 @@ def app() -> "Typer":
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise typer.BadParameter(
-                f"torch cannot use {device!r}: {str(error).splitlines()[0]}", param_hint="--device"
+                f"torch cannot use {device!r}: {str(error).splitlines()[0]}; pass cpu.",
+                param_hint="--device",
             ) from None
         if quick:
             typer.echo(

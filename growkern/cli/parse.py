@@ -19,15 +19,15 @@ def sizes_of(texts: Sequence[str]) -> Target:
     """
     if len(texts) == 1 and "=" not in texts[0]:
         return texts[0]
-    found: dict[str, int | str] = {}
+    sizes: dict[str, int | str] = {}
     for part in [part.strip() for text in texts for part in text.split(",")]:
         name, equals, value = (word.strip() for word in part.partition("="))
         if not (name and equals and value):
-            raise PlanError(f"cannot read {part!r}: 2x, or hidden=1024,layers=24.")
-        if name in found:
-            raise PlanError(f"{name} is named twice.")
-        found[name] = int(value) if value.isdecimal() else value
-    return found
+            raise PlanError(f"cannot read {part!r}; write 2x, or hidden=1024,layers=24.")
+        if name in sizes:
+            raise PlanError(f"{name} is named twice; name every size once.")
+        sizes[name] = int(value) if value.isdecimal() else value
+    return sizes
 
 
 def width_of(text: str) -> WidthMethod:

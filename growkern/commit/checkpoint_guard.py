@@ -12,6 +12,7 @@ from growkern.optimizer.state_rules import Rule
 from growkern.planning.growth_plan import GrowthPlan
 
 Shapes = Mapping[str, tuple[int, ...]]
+WAY_OUT = "Load a checkpoint from after the growth, or load this one before growing."
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ class Guard:
             new = (grown.target.keys() - grown.source.keys()) & live.keys()
             whole = all(shapes.get(name) == shape for name, shape in grown.source.items())
             if whole and not new & shapes.keys() and (apart or new):
-                why = f"it has no {min(new)}" if new else ""
+                why = f"the checkpoint has no {min(new)}" if new else ""
                 if apart:
-                    one = apart[0]
-                    why = f"{one} has the shape {shapes[one]}, in the model {live[one]}"
+                    first_name = apart[0]
+                    why = f"{first_name} has the shape {shapes[first_name]}, in the model {live[first_name]}"
                 self._refuse(grown, why)
         for name in apart:
             for grown in self.growths:
@@ -73,8 +74,8 @@ class Guard:
 
     def _refuse(self, grown: Grown, why: str) -> None:
         raise CheckpointError(
-            f"this checkpoint is from before {grown.what}: {why}. Load it into a model as it was, then grow; or load one "
-            "from after it."
+            f"this checkpoint is from before {grown.what}: {why}. Load the checkpoint into a model of the "
+            "source's sizes, then grow the model; or load a checkpoint from after the growth."
         )
 
 
@@ -90,7 +91,7 @@ class OptimGuard:
         params: list[Tensor] = [p for group in optim.param_groups for p in group["params"]]
         if len(saved) != len(params):
             raise CheckpointError(
-                f"this optimizer checkpoint holds {len(saved)} parameters, the optimizer {len(params)} since {self.what}."
+                f"this optimizer checkpoint has {len(saved)} parameters, and the optimizer has {len(params)} since {self.what}. {WAY_OUT}"
             )
         for i, p in zip(saved, params, strict=True):
             entries: dict[str, object] = state_dict["state"].get(i, {})
@@ -101,21 +102,21 @@ class OptimGuard:
                 if tuple(value.shape) != (shape := rule.shape(tuple(p.shape))):
                     raise CheckpointError(
                         f"this optimizer checkpoint is from before {self.what}: {key!r} of parameter {i} has the shape "
-                        f"{tuple(value.shape)}, which would have to be {shape}."
+                        f"{tuple(value.shape)}, and the optimizer needs {shape}. {WAY_OUT}"
                     )
 
 
 def guard_of(model: nn.Module) -> Guard | None:
     """Return the ``Guard`` of a model, or None."""
-    found: Any = getattr(model, "_load_state_dict_pre_hooks")  # noqa: B009  (typed as private)
-    hooks: list[Any] = [getattr(hook, "hook", hook) for hook in found.values()]  # torch wraps hooks
+    by_id: Any = getattr(model, "_load_state_dict_pre_hooks")  # noqa: B009  (typed as private)
+    hooks: list[Any] = [getattr(hook, "hook", hook) for hook in by_id.values()]  # torch wraps hooks
     return next((hook for hook in hooks if isinstance(hook, Guard)), None)
 
 
 def optim_guard_of(optim: Optimizer) -> OptimGuard | None:
     """Return the ``OptimGuard`` of an optimizer, or None."""
-    found: Any = optim._optimizer_load_state_dict_pre_hooks  # pyright: ignore[reportPrivateUsage]
-    hooks: list[Any] = [*found.values()]
+    by_id: Any = optim._optimizer_load_state_dict_pre_hooks  # pyright: ignore[reportPrivateUsage]
+    hooks: list[Any] = [*by_id.values()]
     return next((hook for hook in hooks if isinstance(hook, OptimGuard)), None)
 
 
@@ -125,13 +126,13 @@ def growth_history(model: nn.Module) -> list[str]:
     Raises:
         PlanError: ``config.growkern_history`` is not a list of strings.
     """
-    found: Any = getattr(getattr(model, "config", None), "growkern_history", None) or []
-    if not isinstance(found, list | tuple) or not all(isinstance(one, str) for one in found):  # pyright: ignore[reportUnknownVariableType]
+    history: Any = getattr(getattr(model, "config", None), "growkern_history", None) or []
+    if not isinstance(history, list | tuple) or not all(isinstance(g, str) for g in history):  # pyright: ignore[reportUnknownVariableType]
         raise PlanError(
-            f"config.growkern_history is {found!r}, not a list of growths on record: take it out of the config, or restore it "
+            f"config.growkern_history is a {type(history).__name__}, not a list of recorded growths: delete the field, or restore it "  # pyright: ignore[reportUnknownArgumentType]
             "from the checkpoint."
         )
-    return list(found)  # pyright: ignore[reportUnknownArgumentType]
+    return list(history)  # pyright: ignore[reportUnknownArgumentType]
 
 
 def n_growths(model: nn.Module) -> int:

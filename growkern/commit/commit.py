@@ -61,7 +61,7 @@ def commit(
             if isinstance(error, CommitError):
                 raise
             if isinstance(error, Exception):
-                raise CommitError(f"the growth failed and was taken back: {error}") from error
+                raise CommitError(f"the growth failed and was rolled back: {error}") from error
             raise
 
 
@@ -126,8 +126,8 @@ def _copied(
         return copy.deepcopy(block, memo)  # pyright: ignore[reportArgumentType]
     except Exception as error:
         raise CommitError(
-            f"cannot copy block {name} ({error}); take what cannot be copied off its modules, "
-            "grow, and put it back. Nothing was changed."
+            f"cannot copy block {name} ({error}); remove the attribute that cannot be copied from the modules of the block, grow, "
+            "and set the attribute again. Nothing was changed."
         ) from error
 
 
@@ -177,7 +177,7 @@ def check_blocks(plan: GrowthPlan, model: nn.Module) -> None:
     if patched:
         raise UnsupportedModelError(
             f"cannot copy blocks whose forward is patched by a function ({', '.join(patched[:3])}): the copy would run the "
-            "original's weights. Take the patch off, grow, and patch again."
+            "original's weights. Remove the patch, grow, and patch again."
         )
     for block in copied if plan.drawn else ():  # source blocks: target blocks differ only in size
         _initialised(model, block, plan.seed)
@@ -185,8 +185,8 @@ def check_blocks(plan: GrowthPlan, model: nn.Module) -> None:
 
 def _configs(model: nn.Module) -> list[object]:
     """All config objects of the model and its submodules."""
-    found = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
-    return list(found.values())
+    configs = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
+    return list(configs.values())
 
 
 def _values(

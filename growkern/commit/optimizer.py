@@ -200,5 +200,5 @@ def check_state(optim: Optimizer, described: OptimSpec) -> None:
                 shape = rule.shape(tuple(p.shape)) if rule else tuple(p.shape)
                 if isinstance(value, Tensor) and value.dim() and tuple(value.shape) != shape:
                     raise CommitError(
-                        f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}"
+                        f"state {key!r} has shape {tuple(value.shape)}, and its parameter has shape {tuple(p.shape)}"
                     )

@@ -76,7 +76,7 @@ def split_groups(
             for factor, part in parts.items()
         }
         at = group.get(ORIGIN, index)
-        groups = {factor: one | {ORIGIN: at} for factor, one in groups.items()}
+        groups = {factor: part | {ORIGIN: at} for factor, part in groups.items()}
         kept = groups.pop(stays)
         for key in ("params", "param_names"):
             if key in group:
@@ -84,8 +84,8 @@ def split_groups(
                 kept[key] = group[key]
         undo.set_dict(group, kept)
         undo.set_list(optim.param_groups, [*optim.param_groups, *groups.values()])
-        for one in schedulers(scheduler):
-            _follow(one, index, stays, list(groups), undo)
+        for s in schedulers(scheduler):
+            _follow(s, index, stays, list(groups), undo)
 
 
 def join_groups(
@@ -105,9 +105,9 @@ def join_groups(
         if not group["params"] and len(gone) < len(groups) - 1:
             gone.add(index)
             continue
-        found = [i for i in into if _are_one(groups[i], group)]
-        into.setdefault(found[0] if found else index, []).append(group)
-        gone |= {index} if found else set()
+        matches = [i for i in into if _are_one(groups[i], group)]
+        into.setdefault(matches[0] if matches else index, []).append(group)
+        gone |= {index} if matches else set()
     origins = [g.get(ORIGIN) for i, g in enumerate(groups) if i not in gone]
     firsts = {origin: i for i, origin in reversed([*enumerate(origins)]) if origin is not None}
     for index, parts in into.items():
@@ -123,8 +123,8 @@ def join_groups(
                 joined[key] = group[key]
         undo.set_dict(group, joined)
     undo.set_list(optim.param_groups, [g for i, g in enumerate(groups) if i not in gone])
-    for one in schedulers(scheduler) if gone else ():
-        for values in _lists(one, (*SCHEDULER_LISTS, *SCHEDULER_ENTRIES)):
+    for s in schedulers(scheduler) if gone else ():
+        for values in _lists(s, (*SCHEDULER_LISTS, *SCHEDULER_ENTRIES)):
             undo.set_list(values, [value for i, value in enumerate(values) if i not in gone])
 
 
@@ -142,9 +142,9 @@ def _joined(parts: Sequence[dict[str, Any]], places: Mapping[int, int]) -> dict[
     """Merge groups: in model order if every group is in model order, else one after the other."""
     joined, joint = dict(parts[0]), [key for key in ("params", "param_names") if key in parts[0]]
     lists = {key: [entry for part in parts for entry in part[key]] for key in joint}
-    found = [[places.get(id(p), -1) for p in part["params"]] for part in parts]
-    at = [place for own in found for place in own]
-    if len(parts) > 1 and all(own == sorted(own) for own in found) and -1 not in at:
+    positions = [[places.get(id(p), -1) for p in part["params"]] for part in parts]
+    at = [place for own in positions for place in own]
+    if len(parts) > 1 and all(own == sorted(own) for own in positions) and -1 not in at:
         order = sorted(range(len(at)), key=at.__getitem__)
         lists = {key: [entries[i] for i in order] for key, entries in lists.items()}
     return joined | lists
@@ -159,12 +159,12 @@ class LrGuard:
         for group in optim.param_groups:
             if LR_FACTOR in group:
                 rates.setdefault(group[ORIGIN], []).append((group[LR_FACTOR], float(group["lr"])))
-        for found in rates.values():
-            factors, values = {factor for factor, _ in found}, {rate for _, rate in found}
+        for pairs in rates.values():
+            factors, values = {factor for factor, _ in pairs}, {rate for _, rate in pairs}
             if len(factors) > 1 and len(values) == 1 and values != {0.0}:
                 raise PlanError(
-                    f"the learning rate of groups that a growth has split was set to {values.pop():g} for all of them, which "
-                    f"undoes the factors {sorted(factors)}. Set lr * group[{LR_FACTOR!r}], hand the scheduler over as "
+                    f"the learning rate of groups that a growth has split was set to {values.pop():g} for all groups, which "
+                    f"undoes the factors {sorted(factors)}. Set lr * group[{LR_FACTOR!r}], pass the scheduler as "
                     "scheduler=, or grow with dynamics=None."
                 )
 
@@ -192,5 +192,5 @@ def _follow(scheduler: object, index: int, stays: float, factors: list[float], u
 
 
 def _lists(scheduler: object, names: tuple[str, ...]) -> list[list[Any]]:
-    found: list[Any] = [getattr(scheduler, name, None) for name in names]
-    return [values for values in found if isinstance(values, list)]
+    attributes: list[Any] = [getattr(scheduler, name, None) for name in names]
+    return [values for values in attributes if isinstance(values, list)]

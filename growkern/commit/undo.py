@@ -92,6 +92,6 @@ class Undo:
             self.rollbacks = failed[::-1]
             if failed and last:
                 raise CommitError(
-                    f"the growth failed, and {len(failed)} of its changes could not be taken back ({errors[0]}): model and "
+                    f"the growth failed, and {len(failed)} of its changes could not be rolled back ({errors[0]}): model and "
                     "optimizer are lost; load them from a checkpoint."
                 )

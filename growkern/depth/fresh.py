@@ -45,7 +45,7 @@ class Fresh:
     def deepen(self, n_source: int, n_target: int) -> LayerOrder:
         """Return the blocks of the target; raise PlanError for an unknown ``at``."""
         if self.at not in ("top", "even"):
-            raise PlanError(f"Fresh: at={self.at!r}; 'top' or 'even'.")
+            raise PlanError(f"Fresh: at={self.at!r} is unknown; pass 'top' or 'even'.")
         if n_target == n_source:
             return LayerOrder(spread(n_source, n_target))
         # on top, alternating layer types continue to alternate

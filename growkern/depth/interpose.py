@@ -82,8 +82,8 @@ class DepthUpscale:
         m, odd = divmod(2 * n_source - n_target, 2)
         if odd or not 0 <= m <= n_source // 2:
             raise PlanError(
-                f"DepthUpscale: {n_source} layers grow to an even number up to {2 * n_source}, not to {n_target}; Interpose() and "
-                "Stack() reach it."
+                f"DepthUpscale: {n_source} layers grow to an even number up to {2 * n_source}, not to {n_target}; use Interpose() or "
+                f"Stack(), which reach {n_target}."
             )
         order = [*range(n_source - m), *range(m, n_source)]
         return LayerOrder(blocks(order, n_source, "DepthUpscale"), reasons=REASON)
@@ -114,7 +114,7 @@ class Layers:
         """Return the blocks of the target; raise PlanError for an ``order`` of another length or one that ``blocks`` refuses."""
         if len(self.order) != n_target:
             raise PlanError(
-                f'Layers: the order has {len(self.order)} layers, the target {n_target}; pass to={{"layers": {len(self.order)}}}.'
+                f'Layers: the order has {len(self.order)} layers, and the target {n_target}; pass to={{"layers": {len(self.order)}}}.'
             )
         return LayerOrder(
             blocks(self.order, n_source, "Layers"), reasons=REASON if n_target > n_source else ()

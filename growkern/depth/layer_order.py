@@ -18,11 +18,13 @@ def blocks(
     if sorted(first) != list(range(n_source)):
         odd = sorted(set(range(n_source)) ^ set(first))
         raise PlanError(
-            f"{who}: layers {', '.join(map(str, odd[:5]))} are left out, or not in a model of {n_source} layers; every layer of "
-            "the source stays."
+            f"{who}: layers {', '.join(map(str, odd[:5]))} are left out, or not in a model of {n_source} layers; name "
+            f"every layer from 0 to {n_source - 1}."
         )
     if sorted(first, key=lambda source: first[source]) != list(range(n_source)):
-        raise PlanError(f"{who}: the first copies of the source's layers are not in their order.")
+        raise PlanError(
+            f"{who}: the first copies of the source's layers are not in ascending order; sort them."
+        )
     scale = branch or [1.0] * len(order)
     return tuple(
         BlockRow(source, first[source] != at, scale[at]) for at, source in enumerate(order)
@@ -31,11 +33,11 @@ def blocks(
 
 def spread(n_source: int, n_target: int) -> tuple[BlockRow, ...]:
     """Return the blocks of a target with new blocks spread evenly; each new block follows the source block that it copies."""
-    n_new, found = n_target - n_source, list[BlockRow]()
+    n_new, rows = n_target - n_source, list[BlockRow]()
     for i in range(n_source):
-        found.append(BlockRow(i))
-        found += [BlockRow(i, new=True)] * ((i + 1) * n_new // n_source - i * n_new // n_source)
-    return tuple(found)
+        rows.append(BlockRow(i))
+        rows += [BlockRow(i, new=True)] * ((i + 1) * n_new // n_source - i * n_new // n_source)
+    return tuple(rows)
 
 
 def between(
@@ -49,7 +51,8 @@ def between(
     ignored = ignore_first + ignore_last
     if min(ignore_first, ignore_last) < 0 or ignored >= n_source:
         raise PlanError(
-            f"{who}: ignore_first={ignore_first} and ignore_last={ignore_last} leave nothing of {n_source} layers to repeat."
+            f"{who}: ignore_first={ignore_first} and ignore_last={ignore_last} leave none of the {n_source} layers to repeat; "
+            "lower them to leave at least one."
         )
     return n_source - ignored, n_target - ignored
 

@@ -46,7 +46,9 @@ class Stack:
     def deepen(self, n_source: int, n_target: int) -> LayerOrder:
         """Return the blocks of the target; raise PlanError if the ignored layers leave none to repeat."""
         if self.remainder not in ("bottom", "top"):
-            raise PlanError(f"Stack: remainder={self.remainder!r}; 'bottom' or 'top'.")
+            raise PlanError(
+                f"Stack: remainder={self.remainder!r} is unknown; pass 'bottom' or 'top'."
+            )
         n, m = between(n_source, n_target, self.ignore_first, self.ignore_last, "Stack")
         rest = m % n
         order = [*range(n)] * (m // n) + [
@@ -84,7 +86,9 @@ class TopCopies:
         n_new = n_target - n_source
         n = min(n_new, n_source) if self.n is None else self.n
         if n_new and not 1 <= n <= n_source:
-            raise PlanError(f"TopCopies: n={n} layers of a model of {n_source}.")
+            raise PlanError(
+                f"TopCopies: n={n} is not a number of layers of this model; pass 1 to {n_source}."
+            )
         top = [*range(n_source - n, n_source)]
         order = [*range(n_source), *(top[i % n] for i in range(n_new))]
         return LayerOrder(blocks(order, n_source, "TopCopies"), reasons=REASON if n_new else ())

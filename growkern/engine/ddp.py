@@ -71,11 +71,11 @@ class Ranks:
             said = {int(n) for n in numbers}
             if 0 in said:
                 raise CommitError(
-                    "another process has refused the growth, or failed; see its error."
+                    "another process refused the growth, or failed; see the error of that process."
                 )
             if len(said) > 1:
                 raise PlanError(
-                    f"the processes of this DistributedDataParallel do not agree on {what}: pass the same arguments on all."
+                    f"the processes of this DistributedDataParallel do not agree on {what}: pass the same arguments in all processes."
                 )
         self.began = True
 
@@ -90,7 +90,9 @@ class Ranks:
         self.voted = True
         for numbers in self._gathered(torch.tensor([int(ok)])):
             if ok and not all(int(n) for n in numbers):
-                raise CommitError("the growth failed in another process and was taken back.")
+                raise CommitError(
+                    "the growth failed in another process and was rolled back; see the error of that process."
+                )
 
     def rebuild(self) -> None:
         """Give every wrapper a new reducer for the current parameters."""
@@ -105,21 +107,22 @@ class Ranks:
         sums = torch.stack([_checksum(p) for p in params.values()])
         for rows in self._gathered(sums):
             same = torch.stack(rows).eq(rows[0]).all(0)
-            if apart := [name for name, one in zip(params, same, strict=True) if not one]:
+            if apart := [name for name, equal in zip(params, same, strict=True) if not equal]:
                 raise CommitError(
-                    f"processes differ after the growth in {len(apart)} tensors ({', '.join(apart[:3])}); were they equal before?"
+                    f"processes differ after the growth in {len(apart)} tensors ({', '.join(apart[:3])}); check that the "
+                    "processes had equal weights before, and load a checkpoint in all of them."
                 )
 
     def _gathered(self, numbers: Tensor) -> list[list[Tensor]]:
         """Gather ``numbers`` in each wrapper: a list of int64 (N,), one per process."""
-        found: list[list[Tensor]] = []
+        gathered: list[list[Tensor]] = []
         device = next(self.model.parameters()).device if self.wrappers else None
         for wrapper in self.wrappers:
             own = numbers.to(device, torch.int64)
             n = dist.get_world_size(wrapper.process_group)
-            found.append([torch.empty_like(own) for _ in range(n)])
-            dist.all_gather(found[-1], own, group=wrapper.process_group)
-        return found
+            gathered.append([torch.empty_like(own) for _ in range(n)])
+            dist.all_gather(gathered[-1], own, group=wrapper.process_group)
+        return gathered
 
 
 def _checksum(p: Tensor) -> Tensor:
@@ -154,5 +157,5 @@ def _rebuild(ddp: Any) -> None:
             ddp.register_comm_hook(state, hook)
     except AttributeError as error:
         raise CommitError(
-            f"this torch's DistributedDataParallel cannot be rebuilt ({error}); grow without it, and wrap anew."
+            f"this torch's DistributedDataParallel cannot be rebuilt ({error}); grow the model without the wrapper, and wrap it again."
         ) from error

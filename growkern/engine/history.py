@@ -39,7 +39,8 @@ def replanned(record: GrowthRecord, spec: ModelSpec) -> GrowthPlan:
     """
     if record.family != spec.family or dict(record.source_sizes) != dict(spec.sizes):
         raise PlanError(
-            f"the record is of a {record.family} of {dict(record.source_sizes)}; this {spec.family} has {dict(spec.sizes)}."
+            f"the record is of a {record.family} of {dict(record.source_sizes)}, and this {spec.family} has {dict(spec.sizes)}: build "
+            "the model with the sizes of the record."
         )
     names = {"width": (record.width, WIDTHS | VOCABS), "depth": (record.depth, DEPTHS)}
     if record.shrinks:
@@ -53,7 +54,7 @@ def replanned(record: GrowthRecord, spec: ModelSpec) -> GrowthPlan:
     if digest(plan) != record.digest:
         raise PlanError(
             f"this growkern plans another growth by {record.width} and {record.depth} than the one on record (digest "
-            f"{digest(plan)}, recorded {record.digest}): the model is another one, or growkern has changed; install the version "
-            "that wrote the checkpoint, load it there, and save it."
+            f"{digest(plan)}, recorded {record.digest}): the model is another one, or growkern has changed; install the growkern "
+            "that wrote the checkpoint."
         )
     return plan

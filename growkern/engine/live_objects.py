@@ -68,8 +68,8 @@ def refuse_forgotten(
         return [f"{type(m).__name__} ({params[id(p)]})" for m, p in shared]
 
     def engines(live: Live) -> list[str]:
-        found = [m for m in live.modules if ENGINE in (kind.__name__ for kind in type(m).__mro__)]
-        return [ENGINE for m in found if any(id(p) in params for p in m.parameters())]
+        alive = [m for m in live.modules if ENGINE in (kind.__name__ for kind in type(m).__mro__)]
+        return [ENGINE for m in alive if any(id(p) in params for p in m.parameters())]
 
     def averaged(live: Live) -> list[str]:
         shapes = [(name, p.shape) for name, p in model.named_parameters()]
@@ -86,22 +86,22 @@ def refuse_forgotten(
         live, title = live.collected(), f"cannot grow this {type(model).__name__}:"
         if engines(live):
             raise UnsupportedModelError(
-                f"{title} a {ENGINE} around it is alive, which is not supported yet: grow before deepspeed.initialize."
+                f"{title} a {ENGINE} around the model is alive, which is not supported yet: grow before deepspeed.initialize."
             )
         if others := optimizers(live):
             raise UnsupportedOptimizerError(
-                f"{title} another live optimizer holds state of its parameters ({', '.join(others)}), "
-                "which would not be grown. Pass it as optim, or clear its .state and let it go."
+                f"{title} another live optimizer has state of its parameters ({', '.join(others)}), "
+                "which would not grow. Pass that optimizer as optim, or clear its .state and delete it."
             )
         if others := modules(live):
             raise UnsupportedModelError(
-                f"{title} modules outside it hold its parameters ({', '.join(others[:3])}) and would not be grown. "
+                f"{title} modules outside the model have its parameters ({', '.join(others[:3])}) and would not grow. "
                 "Pass the whole model."
             )
         if others := averaged(live):
             raise UnsupportedModelError(
-                f"{title} an AveragedModel of a {others[0]} of its shapes is alive and would not be grown: pass it as ema=, "
-                "or ema=() if it averages another model."
+                f"{title} an AveragedModel of a {others[0]} of the same shapes is alive and would not grow: pass the average as ema=, "
+                "or pass ema=() if it averages another model."
             )
     return live
 
@@ -115,9 +115,9 @@ def _refuse_dead(
     """Raise UnsupportedOptimizerError when the optimizer holds parameters that no module holds."""
     if dead := _dead(model, optim, live, master_weights):
         raise UnsupportedOptimizerError(
-            f"cannot grow this {type(model).__name__}: its optimizer holds {len(dead)} parameters that no module has any more "
-            f"({', '.join(dead[:3])}): it has not trained what replaced them. Build the optimizer anew, or take them out of "
-            "its groups."
+            f"cannot grow this {type(model).__name__}: its optimizer has {len(dead)} parameters that no module has any more "
+            f"({', '.join(dead[:3])}), so it does not train their replacements. Build a new optimizer, or take these parameters "
+            "out of the param groups."
         )
 
 
@@ -157,32 +157,37 @@ def _dead(
 def averages_of(model: nn.Module, ema: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
     """Return the modules inside the averages of the model; raise PlanError for an object that is no average of the model."""
     several = [ema] if isinstance(ema, nn.Module) else [*(ema or ())]
-    if strangers := [one for one in several if not isinstance(one, nn.Module)]:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise PlanError(f"ema: expected modules, got {type(strangers[0]).__name__}.")
-    found = [unwrapped(one.module if isinstance(one, AveragedModel) else one) for one in several]
+    if strangers := [average for average in several if not isinstance(average, nn.Module)]:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PlanError(
+            f"ema: expected an AveragedModel or another module, got {type(strangers[0]).__name__}."
+        )
+    averages = [
+        unwrapped(average.module if isinstance(average, AveragedModel) else average)
+        for average in several
+    ]
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    params = [id(p) for one in (model, *found) for p in one.parameters()]
+    params = [id(p) for module in (model, *averages) for p in module.parameters()]
     if len(set(params)) < len(params):
         raise PlanError(
-            "ema: an average shares parameters with the model, or with another average."
+            "ema: an average shares parameters with the model, or with another average; pass every average once."
         )
-    for one in found:
-        own = {name: p.shape for name, p in one.named_parameters()}
+    for average in averages:
+        own = {name: p.shape for name, p in average.named_parameters()}
         if apart := [name for name in own | shapes if own.get(name) != shapes.get(name)]:
             raise PlanError(
-                f"ema: this {type(one).__name__} is no average of the model: they differ in {', '.join(apart[:3])}."
+                f"ema: this {type(average).__name__} is no average of the model: the shapes differ in {', '.join(apart[:3])}. Leave it out."
             )
-    return found
+    return averages
 
 
 def forgotten_schedulers(optim: Optimizer, handed: Sequence[object], live: Live) -> list[str]:
     """Return the class names of live schedulers that drive the optimizer and are not in ``handed``."""
 
-    def found(live: Live) -> list[str]:
+    def forgotten(live: Live) -> list[str]:
         drivers = [s for s in live.schedulers if driven_by(s) is optim]
-        return [type(s).__name__ for s in drivers if not any(s is one for one in handed)]
+        return [type(s).__name__ for s in drivers if not any(s is passed for passed in handed)]
 
-    return found(live) and found(live.collected())
+    return forgotten(live) and forgotten(live.collected())
 
 
 def _kind(thing: object) -> str:

@@ -28,9 +28,9 @@ def optim_target(
     joins = plan.shrinks and not unmanaged and follows(scheduler)
     own: Masters = {} if master_weights is None else master_weights
     source = {n: own.get(p, p) for n, p in model.named_parameters(remove_duplicate=False)}
-    found: dict[str, Multiplier] = {}
+    added_factors: dict[str, Multiplier] = {}
     if law is not None and plan.dynamics is not None:
-        found = multipliers(plan, law, described, plan.dynamics)
+        added_factors = multipliers(plan, law, described, plan.dynamics)
     if law is not None and plan.dynamics == "mup" and not law.slices:
         if not unmanaged and follows(scheduler):
             factors = lr_factors(plan, law, described)
@@ -38,12 +38,14 @@ def optim_target(
             if plan.shrinks and before is not None:  # undo a growth's UpdateScale by itself
                 origin = {row.name: source.get(row.source) for row in plan.tensors}
                 split = {n: f for n, f in split.items() if origin[n] not in before.scales}
-        found = {name: one for name, one in found.items() if name not in split}
+        added_factors = {
+            name: factor for name, factor in added_factors.items() if name not in split
+        }
     if law is not None and law.slices:
         states = {name: optim.state.get(p, {}) for name, p in source.items()}
-        vectors = slices(plan, source, states, found)
+        vectors = slices(plan, source, states, added_factors)
         return OptimTarget(
             optim, described, scheduler=scheduler, slices=vectors, master_weights=own, joins=joins
         )
-    hooked = scales(plan, source, found, before)
+    hooked = scales(plan, source, added_factors, before)
     return OptimTarget(optim, described, split, scheduler, hooked, master_weights=own, joins=joins)

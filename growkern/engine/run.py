@@ -182,7 +182,9 @@ def _stage(
         plan, tensors, _state_rules(plan, law), backend=request.backend, memory=request.memory,
         given=request.new_rows,
     )  # fmt: skip
-    shadows = [execution.of(tensors_of(one, None, sources.spec)) for one in sources.averages]
+    shadows = [
+        execution.of(tensors_of(average, None, sources.spec)) for average in sources.averages
+    ]
     return _Staged(
         plan, target, [execution, *shadows], [_grad_norm(plan, tensors, "source", request)]
     )
@@ -207,7 +209,9 @@ def _commit(request: Request, sources: _Described, staged: _Staged, ranks: Ranks
         return ranks.finish()
 
     try:
-        parts = [one.parts() if lean else [*one.parts()] for one in staged.executions]
+        parts = [
+            execution.parts() if lean else [*execution.parts()] for execution in staged.executions
+        ]
     except GrowthError:
         raise
     except Exception as error:
@@ -233,11 +237,11 @@ def _report(request: Request, sources: _Described, staged: _Staged, seconds: flo
         n_new_blocks=sum(block.new for blocks in plan.stacks.values() for block in blocks),
         preserves="gradient" if plan.preserves == "trajectory" and not carried else plan.preserves,
         reasons=plan.reasons,
-        n_bytes_read=sum(one.n_read for one in executions),
-        n_bytes_written=sum(one.n_written for one in executions),
+        n_bytes_read=sum(execution.n_read for execution in executions),
+        n_bytes_written=sum(execution.n_written for execution in executions),
         seconds=seconds,
         memory=executions[0].memory,
-        peak_bytes=sum(one.peak_bytes for one in executions),
+        peak_bytes=sum(execution.peak_bytes for execution in executions),
         lr_factors=dict(Counter(lr_factors(plan, law, sources.optim).values())),
         lr_applied=carried,
         grad_norm_factor=after / before if before > 0 and after > 0 else None,

@@ -87,7 +87,7 @@ def upcycle(
     twin = TWINS.get(type(model).__name__)
     if twin is None or type(model).__module__.partition(".")[0] != "transformers":
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no mixture of experts of the same attention; {', '.join(TWINS)} have."
+            f"{type(model).__name__} has no mixture-of-experts class of the same attention; growkern upcycles {', '.join(TWINS)}."
         )
     if (
         type(experts) is not int
@@ -95,12 +95,12 @@ def upcycle(
         or not 1 <= top_k <= experts
         or not 0 < std < float("inf")
     ):
-        raise PlanError(f"experts={experts!r}, top_k={top_k!r}, std={std!r}: 1 <= top_k <= experts and std > 0.")  # fmt: skip
+        raise PlanError(f"experts={experts!r}, top_k={top_k!r}, std={std!r}: pass 1 <= top_k <= experts, and std > 0.")  # fmt: skip
     refuse_mid_step(optim)
     spec = describe(model)
     config: Any = model.config
     strange = [
-        f"{name}={getattr(config, name)!r}: {twin.name} has it not; it must be {value!r}."
+        f"{name}={getattr(config, name)!r}: {twin.name} does not have this option; set it to {value!r}."
         for name, value in twin.without.items()
         if getattr(config, name, value) != value
     ]
@@ -111,7 +111,9 @@ def upcycle(
         described = describe_optimizer(model, optim, spec)
         rules = dict(described.law.grown("exact")) if described.law else {}
         if scale_of(optim) is not None:
-            raise PlanError("an UpdateScale scales the dense model's tensors; remove() it first.")
+            raise PlanError(
+                "the optimizer has an UpdateScale, whose factors are the dense model's; call its remove() first."
+            )
     with torch.no_grad(), torch.inference_mode(False):
         mixture = _mixture(model, config, twin, experts, top_k)
         layers = [
@@ -119,7 +121,7 @@ def upcycle(
             for i, layer in enumerate(mixture.model.layers)
         ]
         if optim is not None:
-            moved = [one for layer in layers for one in layer]
+            moved = [pair for layer in layers for pair in layer]
             states = {
                 new: state for new, old in moved if (state := _state(optim, old, rules, experts))
             }
@@ -167,10 +169,10 @@ def _apart(model: nn.Module, optim: Optimizer | None) -> Iterator[str]:
     for name, own in parts.items():
         held = {groups.get(id(p)) for p in own}
         if len({p.requires_grad for p in own}) > 1:
-            yield f"{name}: is frozen in part, and becomes one tensor; freeze all of it, or none."
+            yield f"{name}: has frozen and trained tensors, which become one tensor; freeze all of them, or none."
         elif optim is not None and (len(held) > 1 or None in held):
             yield (
-                f"{name}: its tensors are in several groups of the optimizer, or in none, and become one; put all of them in one."
+                f"{name}: has tensors in several param groups, or in none, which become one tensor; put all of them in one group."
             )
 
 
@@ -207,17 +209,17 @@ def _state(
     states = [optim.state.get(p, {}) for p in old]
     if not states or not all(states):
         return {}
-    found: dict[str, object] = dict(states[0])
+    copied: dict[str, object] = dict(states[0])
     for key, value in states[0].items():
         if not isinstance(value, Tensor) or not value.dim():
             continue
         rule = rules.get(key)
         if rule is None or rule.reduced is not None or value.shape != old[0].shape:
             raise UnsupportedOptimizerError(
-                f"state {key!r} is not one number per element of its parameter; clear it (optim.state.clear()) to go on without."
+                f"state {key!r} is not one number per element of its parameter; clear the state (optim.state.clear()) to go on without it."
             )
-        found[key] = _copies([state[key] for state in states], experts) / experts**rule.grad
-    return found
+        copied[key] = _copies([state[key] for state in states], experts) / experts**rule.grad
+    return copied
 
 
 def _hand_over(

@@ -168,7 +168,7 @@ class Side:
         """Group neighboring target coordinates that are all pads, or that all copy one source tensor."""
         indices = self.index_map.indices
         kinds = zip((j == PAD for j in indices), self.upper.expanded(), strict=True)
-        for (pad, lower), same in groupby(enumerate(kinds), lambda found: found[1]):
+        for (pad, lower), same in groupby(enumerate(kinds), lambda numbered: numbered[1]):
             first, *_, last = [i for i, _ in same] * 2
             start, end = first, last + 1
             copy = replace(make.listed(range(start, end)), target=start)
@@ -194,9 +194,9 @@ class _Copies:
             self.ids = self.int32(side.ids.indices)
 
     def _one_or_each(self, vector: Vector, dtype: torch.dtype) -> tuple[float, Tensor | None]:
-        one = vector.uniform
-        if one is not None:
-            return one, None
+        uniform = vector.uniform
+        if uniform is not None:
+            return uniform, None
         return 1.0, torch.tensor(vector.expanded(), dtype=dtype, device=self.device)
 
     def int32(self, values: Sequence[int]) -> Tensor:
@@ -230,8 +230,8 @@ def _segments(cuts: list[_Cut]) -> Iterator[Stretch]:
         while start < cut.source + cut.n:
             copies[start].append(_copy(cut, start - cut.source))
             start = following[start]
-    for start, found in sorted(copies.items()):
-        yield Stretch(start, following[start] - start, tuple(found))
+    for start, segment_copies in sorted(copies.items()):
+        yield Stretch(start, following[start] - start, tuple(segment_copies))
 
 
 def _later_copies(index_map: IndexMap, *, mixed: bool) -> Vector:

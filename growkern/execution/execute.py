@@ -76,9 +76,11 @@ class Execution:
         self.plan, self.sources, self.backend = plan, sources, backend
         self.rules, self.cutter = rules, cutter or Cutter(plan, given)
         if memory is not None and memory not in MEMORIES:
-            raise PlanError(f"unknown memory={memory!r}: 'stage', 'lean' or None, for what fits.")
+            raise PlanError(
+                f"unknown memory={memory!r}; pass 'stage', 'lean', or None for the first mode that fits."
+            )
         shapes = [
-            f"{row.source}: has shape {tuple(sources.values[row.source].shape)}, the plan is for {plan.shapes(row)[0]}"
+            f"{row.source}: has shape {tuple(sources.values[row.source].shape)}, the plan is for {plan.shapes(row)[0]}; plan again"
             for row in plan.tensors
             if tuple(sources.values[row.source].shape) != plan.shapes(row)[0]
         ]
@@ -98,16 +100,16 @@ class Execution:
         """Yield the targets at once, or set by set; references to a set's sources are dropped first, so that their memory can be freed."""
         if self.memory == "stage":
             staged = Tensors()
-            self._run([job for one in self.sets for job in self.jobs(one, staged)])
-            for one in self.sets:
-                self._coded(one, staged)
+            self._run([job for tensor_set in self.sets for job in self.jobs(tensor_set, staged)])
+            for tensor_set in self.sets:
+                self._coded(tensor_set, staged)
             yield staged
             return
-        for one in self.sets:
+        for tensor_set in self.sets:
             staged = Tensors()
-            self._run(self.jobs(one, staged))
-            self._coded(one, staged)
-            self.sources.forget(one.rows[0].source)
+            self._run(self.jobs(tensor_set, staged))
+            self._coded(tensor_set, staged)
+            self.sources.forget(tensor_set.rows[0].source)
             yield staged
             trim()
 
@@ -134,9 +136,9 @@ class Execution:
         if any(shift):
             target += torch.tensor(shift, dtype=arithmetic(target.dtype), device=target.device)
 
-    def _coded(self, one: TensorSet, staged: Tensors) -> None:
+    def _coded(self, tensor_set: TensorSet, staged: Tensors) -> None:
         """Quantize the grown state again where the source state is stored in 8 bits."""
-        for row in one.rows:
+        for row in tensor_set.rows:
             before, state = self.sources.states.get(row.source, {}), staged.states.get(row.name, {})
             for key in [key for key in state if is_coded(before.get(key))]:
                 values, scales, code = (
@@ -145,10 +147,10 @@ class Execution:
                 )  # fmt: skip
                 state[key], state[scale_key(key)] = encoded(values, scales, code)
 
-    def jobs(self, one: TensorSet, staged: Tensors) -> list[Job]:
+    def jobs(self, tensor_set: TensorSet, staged: Tensors) -> list[Job]:
         """Allocate the targets of a set and return their jobs; counters, and scalar state of new blocks, are written here."""
         jobs: list[Job] = []
-        for row in one.rows:
+        for row in tensor_set.rows:
             source, shape = self.sources.values[row.source], self.plan.shapes(row)[1]
             target = staged.values[row.name] = source.new_empty(shape)
             if row.source in self.plan.counters:
@@ -162,11 +164,11 @@ class Execution:
                 staged.grads[row.name] = grad.new_empty(shape)
                 above = self.sources.grads.get(upper, grad)
                 jobs.append((row, grad, staged.grads[row.name], GRADIENT, above))
-            if not (found := _state(self.plan, row, self.sources)):
+            if not (source_state := _state(self.plan, row, self.sources)):
                 continue
             state = staged.states[row.name] = dict[str, object]()
-            above = {**found, **self.sources.states.get(upper, {})}
-            for key, value in found.items():
+            above = {**source_state, **self.sources.states.get(upper, {})}
+            for key, value in source_state.items():
                 rule = self.rules[key]
                 if rule is None or not isinstance(value, Tensor):
                     if row.new and key not in state:
@@ -174,7 +176,7 @@ class Execution:
                     continue
                 pairs = {key: (value, above[key])}
                 if rule.quantized and is_coded(value):
-                    both = (decoded(held, key) for held in (found, above))
+                    both = (decoded(held, key) for held in (source_state, above))
                     pairs = dict(zip((key, scale_key(key)), zip(*both, strict=True), strict=True))
                 for k, (v, other) in pairs.items():
                     state[k] = grown = v.new_empty(rule.shape(shape))
@@ -236,7 +238,7 @@ def tensor_sets(
                         n_source = t.numel() * t.element_size()
                         freed[t.device] = freed.get(t.device, 0) + n_source
         sets.append(TensorSet(tuple(rows), made, freed))
-    return sorted(sets, key=lambda one: -sum(one.n_freed.values()))
+    return sorted(sets, key=lambda tensor_set: -sum(tensor_set.n_freed.values()))
 
 
 def _grows_grad(row: TensorRow, sources: Tensors) -> bool:
@@ -245,29 +247,32 @@ def _grows_grad(row: TensorRow, sources: Tensors) -> bool:
 
 def _state(plan: GrowthPlan, row: TensorRow, sources: Tensors) -> Mapping[str, object]:
     """Return the state that grows with a row; master weights grow even when all other state is dropped or fresh."""
-    found = {} if row.drawn else sources.states.get(row.source, {})
+    state = {} if row.drawn else sources.states.get(row.source, {})
     if row.state == "law" and plan.state != "drop":
-        return found
+        return state
     keys = {MASTER} if row.new or row.constant is not None else {MASTER, MASTER_GRAD}
-    return {key: value for key, value in found.items() if key in keys}
+    return {key: value for key, value in state.items() if key in keys}
 
 
 def peaks(sets: list[TensorSet], memory: str) -> dict[torch.device, int]:
     """Return the peak bytes of a growth beyond its sources, per device."""
     now: dict[torch.device, int] = {}
     peak: dict[torch.device, int] = {}
-    for one in sets:
-        for device, n_bytes in one.n_bytes.items():
+    for tensor_set in sets:
+        for device, n_bytes in tensor_set.n_bytes.items():
             now[device] = now.get(device, 0) + n_bytes
             peak[device] = max(peak.get(device, 0), now[device])
-        for device, n_bytes in one.n_freed.items() if memory == "lean" else ():
+        for device, n_bytes in tensor_set.n_freed.items() if memory == "lean" else ():
             now[device] -= n_bytes
     return peak
 
 
 def _choose(sets: list[TensorSet], memory: Memory | None) -> tuple[Memory, int]:
     """Return the fastest memory mode that fits, and its peak bytes."""
-    free = {device: free_bytes(device) for device in {d for one in sets for d in one.n_bytes}}
+    free = {
+        device: free_bytes(device)
+        for device in {d for tensor_set in sets for d in tensor_set.n_bytes}
+    }
     for mode in MEMORIES if memory is None else (memory,):
         needed = peaks(sets, mode)
         if all((have := free[device]) is None or n <= have for device, n in needed.items()):
@@ -289,9 +294,9 @@ def unavailable(backend: str, device: torch.device) -> list[str]:
     if backend == "torch":
         return []
     if backend != "triton":
-        return [f"there is no backend {backend!r}: 'triton', 'torch' or None"]
+        return [f"backend={backend!r} is unknown; pass 'triton', 'torch' or None"]
     if find_spec("triton") is None:
-        return ["triton is not installed"]
+        return ["triton is not installed; use backend='torch'"]
     from triton import knobs  # pyright: ignore  (untyped, and imported only where it is used)
 
     interpreted = bool(knobs.runtime.interpret)  # pyright: ignore

@@ -63,18 +63,16 @@ class Cutter:
     def __init__(self, plan: GrowthPlan, given: Given | None = None) -> None:
         self.plan, self.given = plan, given
         self.n_read = 0  # bytes read for statistics of sources
-        shared = {id(axis): axis for axis in plan.axes.values()}  # blocks share most axis objects
         equal: dict[AxisMap, AxisMap] = {}
-        ones = {place: equal.setdefault(axis, axis) for place, axis in shared.items()}
-        self._axes = {key: ones[id(axis)] for key, axis in plan.axes.items()}
+        self._axes = {key: equal.setdefault(axis, axis) for key, axis in plan.axes.items()}
         self._sides: dict[tuple[object, ...], Side] = {}
         self._layouts: dict[tuple[object, ...], _Layout] = {}
         self._stretches: dict[tuple[object, ...], list[Stretch]] = {}
         self._stds: dict[
             str, Tensor
         ] = {}  # by source: master weights and averages get the same noise
-        self._means: dict[tuple[int, Rule], AxisMap] = {}
-        self._scaled: dict[tuple[int, float, float], AxisMap] = {}
+        self._means: dict[tuple[AxisMap, Rule], AxisMap] = {}
+        self._scaled: dict[tuple[AxisMap, float, float], AxisMap] = {}
         self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
     def measure(
@@ -160,12 +158,12 @@ class Cutter:
         axes = tuple(map(self._axes.__getitem__, row.axes))  # shared by blocks
         if row.factor != 1 or row.grad_factor != 1:
             own = row.factor, row.grad_factor
-            scaled = self._scaled.setdefault((id(axes[0]), *own), axes[0].times(*own))
+            scaled = self._scaled.setdefault((axes[0], *own), axes[0].times(*own))
             axes = (scaled, *axes[1:])
         mixed = axes[row.next_layer_axis] if row.next_layer_source is not None else None
-        key = *map(id, axes), id(mixed), rule, device, dtype
-        found = self._layouts.get(key)
-        if found is None:
+        key = axes, mixed, rule, device, dtype
+        layout = self._layouts.get(key)
+        if layout is None:
             if rule.reduced is not None:
                 at = len(axes) + rule.reduced
                 axes = (*axes[:at], self._mean_of(axes[at], rule), *axes[at + 1 :])
@@ -185,21 +183,21 @@ class Cutter:
                 s.index is None and s.n != n for s, n in zip(whole, source, strict=True)
             ):
                 whole = None
-            found = _Layout(rows, cols, cells, plain, whole, centred, source, target)
-            self._layouts[key] = found
-        return found
+            layout = _Layout(rows, cols, cells, plain, whole, centred, source, target)
+            self._layouts[key] = layout
+        return layout
 
     def _mean_of(self, axis: AxisMap, rule: Rule) -> AxisMap:
         """Return an axis of size 1 in place of an axis that the state is averaged over; its factor is the mean of that axis's factors."""
         scale, runs = scale_of(axis, rule).expanded(), axis.index_map.runs
         copied = [scale[i] for run in runs if run.source != PAD for i in range(*run.span)]
-        one, power = Vector.full(1.0, 1), rule.grad or 1  # at power 0, all factors are 1
+        unit, power = Vector.full(1.0, 1), rule.grad or 1  # at power 0, all factors are 1
         mean = Vector.full((sum(copied) / max(1, len(copied))) ** (1 / power), 1)
-        found = AxisMap(IndexMap.identity(1), one, mean)
-        return self._means.setdefault((id(axis), rule), found)
+        mean_axis = AxisMap(IndexMap.identity(1), unit, mean)
+        return self._means.setdefault((axis, rule), mean_axis)
 
     def _side(self, axes: tuple[AxisMap, ...], rule: Rule, mixed: AxisMap | None) -> Side:
-        key = (*map(id, axes), id(mixed), rule)
+        key = axes, mixed, rule
         if key not in self._sides:
             self._sides[key] = Side(axes, rule, mixed)
         return self._sides[key]
@@ -288,7 +286,7 @@ class _Fill:
         """New rows, or new columns as rows, from the width method."""
         if self._given is None:
             raise PlanError(
-                "what this plan's new coordinates hold is its method's to give: pass its width= with plan=."
+                "the plan's width method computes the new coordinates: pass the method as width= beside plan=."
             )
         self.n_statistics += 1
         rows = self.rows.pad == "from_method" and self.rows.index_map.has_pads
@@ -299,13 +297,13 @@ class _Fill:
         """Return the mean over the rows, the columns or both, (1, C), (R, 1) or (1, 1); each is computed once."""
         if (over_rows, over_cols) not in self._means:
             self.n_statistics += 1
-            found = list(reference.blocks(self.source))
+            blocks = list(reference.blocks(self.source))
             if over_cols:
-                found = [block.mean(1, keepdim=True) for block in found]
+                blocks = [block.mean(1, keepdim=True) for block in blocks]
             if over_rows:
                 n = max(1, self.source.shape[0])
-                found = [torch.stack([block.sum(0, keepdim=True) for block in found]).sum(0) / n]
-            self._means[over_rows, over_cols] = torch.cat(found)
+                blocks = [torch.stack([block.sum(0, keepdim=True) for block in blocks]).sum(0) / n]
+            self._means[over_rows, over_cols] = torch.cat(blocks)
         return self._means[over_rows, over_cols]
 
     @cached_property

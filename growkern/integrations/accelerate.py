@@ -46,13 +46,11 @@ def attach(
     """
     bare = unwrapped(optim)
     prepared: list[Any] = accelerator._schedulers  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
-    found = [
-        one for one in prepared if unwrapped(getattr(unwrapped(one), "optimizer", None)) is bare
-    ]
+    drivers = [s for s in prepared if unwrapped(getattr(unwrapped(s), "optimizer", None)) is bare]
     attachment = schedule.attach(
         accelerator.unwrap_model(model),  # pyright: ignore[reportUnknownArgumentType]
         bare,
-        scheduler or found,
+        scheduler or drivers,
         **options,
     )
 
@@ -61,6 +59,6 @@ def attach(
 
     attachment.on_growth.append(logs)
     custom: list[Any] = accelerator._custom_objects  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
-    if not any(one is schedule for one in custom):
+    if not any(registered is schedule for registered in custom):
         accelerator.register_for_checkpointing(schedule)
     return attachment

@@ -61,8 +61,8 @@ def attach(trainer: Trainer, schedule: GrowthSchedule, **options: Unpack[Options
         for callback in trainer.callback_handler.callbacks
     ):
         raise PlanError(
-            "cannot attach this schedule to the trainer: another one is attached. Put all events into one schedule, or take that "
-            "one off by trainer.remove_callback."
+            "cannot attach this schedule to the trainer: another schedule is attached. Put all events into one schedule, or "
+            "remove the other schedule by trainer.remove_callback."
         )
     if (
         any(event.counts_tokens for event in schedule.ahead)
@@ -145,7 +145,7 @@ def resume(
         saved = state["stateful_callbacks"]["GrowthCallback"]["attributes"]["schedule"]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise PlanError(
-            f"cannot resume from {checkpoint!r}: its trainer_state.json holds no schedule ({error!r}). It is written by a trainer "
-            "that growkern.hf.attach was called on."
+            f"cannot resume from {checkpoint!r}: its trainer_state.json has no schedule ({error!r}). Pass a checkpoint of a "
+            "trainer to which growkern.hf.attach attached a schedule."
         ) from None
     replay(trainer.model, trainer.create_optimizer(), saved["history"], spec=spec)

@@ -178,8 +178,8 @@ class GrowthCallback(Callback):
 def _single(optims: list[Optimizer]) -> Optimizer:
     if len(optims) != 1:
         raise PlanError(
-            f"GrowthCallback drives one optimizer; this module configures {len(optims)}. Use schedule.attach(model, "
-            "optim, scheduler) on the one that trains the model, in on_train_start."
+            f"GrowthCallback drives one optimizer; this module configures {len(optims)}. Call schedule.attach(model, "
+            "optim, scheduler) with the optimizer that trains the model, in on_train_start."
         )
     return optims[0]
 
@@ -192,7 +192,7 @@ def _only_child(pl_module: LightningModule) -> nn.Module:
     children = {name: m for name, m in pl_module.named_children() if any(True for _ in m.parameters())}  # fmt: skip
     if len(children) != 1 or any(True for _ in pl_module.parameters(recurse=False)):
         raise PlanError(
-            f"GrowthCallback cannot tell which model to grow: {type(pl_module).__name__} holds parameters in "
+            f"GrowthCallback cannot tell which model to grow: {type(pl_module).__name__} has parameters in "
             f"{', '.join(children) or 'no child'}. Pass model=lambda module: module.<name>."
         )
     return next(iter(children.values()))

@@ -65,8 +65,8 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> ModelSpec:
     raise_all(
         UnsupportedModelError, f"cannot grow this {type(model).__name__}:", [*_wrappers(model)]
     )
-    found = spec or _family(model)
-    sizes = [f"{k}={n!r}" for k, n in found.sizes.items() if type(n) is not int or n < 1]
+    described = spec or _family(model)
+    sizes = [f"{k}={n!r}" for k, n in described.sizes.items() if type(n) is not int or n < 1]
     if sizes:
         raise UnsupportedModelError(
             f"spec: sizes are whole numbers from 1; got {', '.join(sizes)}."
@@ -74,24 +74,30 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> ModelSpec:
     live = dict(model.named_parameters(remove_duplicate=False)) | dict(
         model.named_buffers(remove_duplicate=False)
     )
-    problems = [*_uncovered(model, found, live), *_unfit(model, found)]
+    problems = [*_uncovered(model, described, live), *_unfit(model, described)]
     if not problems:
-        problems = [*_misshapen(found, live), *_ties(model, found), *_absent(model, found)]
+        problems = [
+            *_misshapen(described, live),
+            *_ties(model, described),
+            *_absent(model, described),
+        ]
     raise_all(
         UnsupportedModelError,
-        f"cannot describe {type(model).__name__} as {found.family!r}:",
+        f"cannot describe {type(model).__name__} as {described.family!r}:",
         problems,
     )
-    found = replace(found, ties=dict(_directed(found, *tie) for tie in found.ties.items()))
+    described = replace(
+        described, ties=dict(_directed(described, *tie) for tie in described.ties.items())
+    )
     leaves = {
         f"{name}.{attribute}": (f"{name}.weight", axis)
         for name, module in _modules(model)
         for attribute, axis in cached_sizes(type(module)).items()
         if hasattr(module, attribute)
-        and f"{name}.weight" in found.tensors
-        and axis < len(found.tensors[f"{name}.weight"])
+        and f"{name}.weight" in described.tensors
+        and axis < len(described.tensors[f"{name}.weight"])
     }
-    return replace(found, leaves=leaves)
+    return replace(described, leaves=leaves)
 
 
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -127,27 +133,30 @@ def _family(model: nn.Module) -> ModelSpec:
 
 
 def _wrappers(model: nn.Module) -> Iterator[str]:
-    found: dict[str, str] = {}  # keyed by remedy: the outermost wrapper is enough
+    by_remedy: dict[str, str] = {}  # keyed by remedy: the outermost wrapper is enough
     for name, module in _modules(model):
         for kind in type(module).__mro__:
             if kind.__name__ in WRAPPERS:
-                found.setdefault(WRAPPERS[kind.__name__], f"{name or 'it'} is a {kind.__name__}")
-    for way_out, what in found.items():
+                by_remedy.setdefault(
+                    WRAPPERS[kind.__name__], f"{name or 'the model'} is a {kind.__name__}"
+                )
+    for way_out, what in by_remedy.items():
         yield f"{what}, which is not supported yet: {way_out}."
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        yield "a CUDA graph is being captured; grow before, and capture anew."
-
-
-def _unfit(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
-    devices: dict[str, str] = {}
     for name, module in _modules(model):
         if parametrize.is_parametrized(module) or any(
             hasattr(module, f"weight_{suffix}") for suffix in ("orig", "g", "v", "mask")
         ):
             yield f"{name}: is parametrized or pruned; remove the parametrization first."
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        yield "a CUDA graph is being captured; grow before, and capture the graph again."
+
+
+def _unfit(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
+    devices: dict[str, str] = {}
     for name, p in model.named_parameters():
         if type(p.data) is not Tensor or type(p) is not nn.Parameter:
-            yield f"{name}: is a {type(p if type(p) is not nn.Parameter else p.data).__name__}; only plain parameters are grown."
+            kind = type(p if type(p) is not nn.Parameter else p.data).__name__
+            yield f"{name}: is a {kind}; growkern grows plain parameters only: convert it to an nn.Parameter."
         elif p.grad is not None and p.grad.layout is not torch.strided:
             yield f"{name}: has a sparse gradient; step and zero_grad(set_to_none=True) before growing."
         elif p.layout is torch.strided and _overlaps(p):
@@ -162,13 +171,15 @@ def _unfit(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
                 if p.is_quantized
                 else str(p.layout if p.layout is not torch.strided else p.dtype)
             )
-            yield f"{name}: is {kind}; dense {', '.join(str(d).removeprefix('torch.') for d in DTYPES)} are grown."
+            dtypes = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+            yield f"{name}: is {kind}; growkern grows dense {dtypes}: convert the tensor first."
         devices.setdefault(str(p.device), name)
     for name, b in model.named_buffers():
         if name in spec.tensors:
             devices.setdefault(str(b.device), name)
     if len(devices) > 1:
-        yield f"its tensors are on several devices ({', '.join(f'{name} on {d}' for d, name in devices.items())}); move it to one."
+        places = ", ".join(f"{name} on {d}" for d, name in devices.items())
+        yield f"the tensors are on several devices ({places}); move the model to one device."
 
 
 def _overlaps(tensor: Tensor) -> bool:
@@ -192,11 +203,11 @@ def _uncovered(model: nn.Module, spec: ModelSpec, live: dict[str, Tensor]) -> It
             if module._buffers[name] is not None and name not in module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
         }
     yield from (
-        f"{name}: the spec does not cover it; every parameter and persistent buffer must be."
+        f"{name}: the spec does not cover this tensor; name every parameter and persistent buffer in ModelSpec.tensors."
         for name in sorted(must - set(spec.tensors))
     )
     yield from (
-        f"{name}: the spec names it, but the model has no such tensor."
+        f"{name}: the spec names this tensor, but the model does not have it; correct the name or leave it out."
         for name in sorted(set(spec.tensors) - set(live))
     )
 
@@ -206,10 +217,11 @@ def _misshapen(spec: ModelSpec, live: dict[str, Tensor]) -> Iterator[str]:
         try:
             shape = spec.shape(name)
         except (KeyError, ZeroDivisionError) as error:
-            yield f"{name}: an axis names a space whose size {error} is not in sizes ({', '.join(spec.sizes)})."
+            yield f"{name}: an axis names a space whose size {error} is not in sizes ({', '.join(spec.sizes)}); add it."
             continue
         if shape != tuple(live[name].shape):
-            yield f"{name}: has shape {tuple(live[name].shape)}, the spec says {shape} ({', '.join(map(str, spec.tensors[name]))})."
+            axes = ", ".join(map(str, spec.tensors[name]))
+            yield f"{name}: has shape {tuple(live[name].shape)}, the spec says {shape} ({axes}); correct its sizes or axes."
 
 
 def _absent(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
@@ -221,21 +233,21 @@ def _absent(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
     ):
         owner, _, name = where.rpartition(".")
         if where in spec.attributes and not hasattr(modules.get(owner), name):
-            yield f"{where}: the spec names it, but the model has no such attribute."
+            yield f"{where}: the spec names this attribute, but the model does not have it; leave it out."
         module = owner.removeprefix("config").removeprefix(".")
         if where not in spec.attributes and module not in modules:
-            yield f"{where}: the spec names {module!r}, but the model has no such module."
+            yield f"{where}: the spec names {module!r}, but the model has no such module; correct the name."
         try:
             size_value("layers" if size == "block" else size, spec.sizes)
         except KeyError as error:
-            yield f"{where}: the size {error} is not in sizes ({', '.join(spec.sizes)})."
+            yield f"{where}: the size {error} is not in sizes ({', '.join(spec.sizes)}); add it."
     axes = [axis for tensor in spec.tensors.values() for axis in tensor]
     written = {stream for axis in axes if axis.role != "reader" for stream in axis.streams}
     for name, tensor in spec.tensors.items():
         read = [stream for axis in tensor if axis.role == "reader" for stream in axis.streams]
         read += [axis.norm.reads for axis in tensor if axis.norm]
         yield from (
-            f"{name}: reads the stream {c!r}, which no tensor of the spec writes."
+            f"{name}: reads the stream {c!r}, which no tensor of the spec writes; name a writer."
             for c in read
             if c not in written and c != SHARE
         )
@@ -246,16 +258,16 @@ def _absent(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
 def _misplaced(stack: Blocks, spec: ModelSpec, container: nn.Module | None) -> Iterator[str]:
     """Yield the differences between the model's container of blocks and the spec's stack of blocks."""
     if not isinstance(container, nn.ModuleList):
-        yield f"{stack.path}: the spec says blocks lie there, but it is no ModuleList of the model."
+        yield f"{stack.path}: the spec says that the blocks are here, but the model has no ModuleList here; correct Blocks(path)."
     elif len(container) != spec.sizes.get(stack.size):
         said, n = spec.sizes.get(stack.size), len(container)
-        yield f"{stack.path}: holds {n} blocks, the spec says {stack.size}={said}; set it to {n}."
+        yield f"{stack.path}: has {n} blocks, the spec says {stack.size}={said}; set it to {n}."
     elif len({id(block) for block in container}) < len(container):
         yield f"{stack.path}: layers share one module, so it cannot gain layers; leave blocks out of the spec to grow in width."
     else:
         for name in (*stack.identity, *stack.carries):
             if f"{stack.path}.0.{name}" not in spec.tensors:
-                yield f"{stack.path}.0.{name}: the spec's blocks name it, but there is no such tensor."
+                yield f"{stack.path}.0.{name}: Blocks names this tensor, but the spec does not have it; correct the name."
 
 
 def _directed(spec: ModelSpec, tied: str, first: str) -> tuple[str, str]:
@@ -273,11 +285,11 @@ def _ties(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
     first = {id(p): name for name, p in model.named_parameters()}
     storages: dict[int, str] = {}
     for name, p in live.items():
-        one = first[id(p)]
-        if one != name and one not in (spec.ties.get(name), name) and spec.ties.get(one) != name:
-            yield f"{name}: is the same parameter as {one}, and the spec declares no tie."
+        twin = first[id(p)]
+        if twin != name and twin not in (spec.ties.get(name), name) and spec.ties.get(twin) != name:
+            yield f"{name}: is the same parameter as {twin}, and the spec declares no tie; add ties={{{name!r}: {twin!r}}}."
         if name in spec.ties and live.get(spec.ties[name]) is not p:
-            yield f"{name}: the spec ties it to {spec.ties[name]}, but they are different parameters."
+            yield f"{name}: the spec ties it to {spec.ties[name]}, but they are different parameters; leave the tie out."
         if p.numel() and not p.is_meta:
             other = storages.setdefault(p.untyped_storage().data_ptr(), name)
             if live[other] is not p:

@@ -27,9 +27,9 @@ def initialiser(model: nn.Module, name: str) -> Initialise | None:
     """Return ``_init_weights`` of the closest module around a block that has one (transformers, nanoGPT), or None."""
     while name:
         name = name.rpartition(".")[0]
-        found: Any = getattr(model.get_submodule(name), "_init_weights", None)
-        if callable(found):
-            return found
+        init_weights: Any = getattr(model.get_submodule(name), "_init_weights", None)
+        if callable(init_weights):
+            return init_weights
     return None
 
 
@@ -66,7 +66,7 @@ def initialise(block: nn.Module, around: Initialise | None, seed: int) -> None:
         )
 
 
-WAY_OUT = "Give it one, or choose another depth method, such as IdentityBlocks() or Stack()."
+WAY_OUT = "Add reset_parameters() or _init_weights(), or choose another depth method, such as IdentityBlocks() or Stack()."
 
 
 def _reset(module: nn.Module) -> None:

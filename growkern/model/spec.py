@@ -246,7 +246,7 @@ def space_size(component: Component, sizes: Mapping[str, int]) -> int:
     if isinstance(component, int):
         return component
     if isinstance(component, tuple):
-        return sum(space_size(one, sizes) for one in component)
+        return sum(space_size(part, sizes) for part in component)
     name = _size_name(component)
     return sizes["heads"] // sizes["kv_heads"] if name == "group" else sizes[name]
 

@@ -78,7 +78,9 @@ class AdamW(torch.optim.AdamW):
         """
         group = next((g for g in self.param_groups if any(p is q for q in g["params"])), None)
         if group is None:
-            raise ValueError(f"a parameter of shape {tuple(p.shape)} is not in this optimizer.")
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is not in this optimizer; add it to a param group."
+            )
         if p.is_complex() or p.layout != torch.strided or type(p) not in PLAIN:
             raise ValueError(
                 f"slices are for dense real parameters, not {p.layout} {p.dtype} of class {type(p).__name__}."
@@ -109,7 +111,7 @@ class AdamW(torch.optim.AdamW):
                     self.state[p][key] = saved[key].to(p.device, arithmetic(p.dtype), copy=True)
 
         # the last pre-hook sees the final state dict; the first post-hook restores the slices before the user's post-hooks run
-        before = self.register_load_state_dict_pre_hook(lambda _, found: final.append(found))
+        before = self.register_load_state_dict_pre_hook(lambda _, loaded: final.append(loaded))
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
             super().load_state_dict(state_dict)
@@ -131,9 +133,11 @@ class AdamW(torch.optim.AdamW):
         if not torch.compiler.is_compiling() and not any(group[o] for o in WHOLE):
             _in_blocks(lists)
         if group is self.param_groups[-1]:
-            found, self._ours = self._ours, {}
+            split, self._ours = self._ours, {}
             with torch.no_grad():  # torch may have enabled grad for a differentiable group
-                self._launch([one for g in self.param_groups for one in self._updates(g, found)])
+                self._launch(
+                    [update for g in self.param_groups for update in self._updates(g, split)]
+                )
         return bool(has_complex)
 
     def _split(self, group: Group) -> tuple[list[Mine], list[Tensor]]:
@@ -160,12 +164,12 @@ class AdamW(torch.optim.AdamW):
         return ours, rest
 
     def _updates(
-        self, group: Group, found: Mapping[int, tuple[list[Mine], list[Tensor]]]
+        self, group: Group, split: Mapping[int, tuple[list[Mine], list[Tensor]]]
     ) -> Iterator[tuple[Update, bool]]:
         beta1, beta2 = map(float, group["betas"])
         lr, eps, decay = (float(group[key]) for key in ("lr", "eps", "weight_decay"))
         hyper = Hyper(lr, beta1, beta2, eps, decay, bool(group["maximize"]))
-        for p, fits in found[id(group)][0]:
+        for p, fits in split[id(group)][0]:
             state: State = self.state[p]
             if "exp_avg" not in state:
                 begin(group, p, state)
@@ -185,9 +189,9 @@ class AdamW(torch.optim.AdamW):
             steps.setdefault(u.step.device, []).append(u.step)
             launches.setdefault(u.p.device if fits else None, []).append(u)
         for device, same in steps.items():
-            one = torch.ones((), device=device)
-            one = one if found_inf is None else one - found_inf.to(device)
-            torch._foreach_add_(same, one)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
+            increment = torch.ones((), device=device)
+            increment = increment if found_inf is None else increment - found_inf.to(device)
+            torch._foreach_add_(same, increment)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
         for device, same in launches.items():
             if device is None:
                 torch_adamw(same, scale, found_inf)
@@ -212,10 +216,10 @@ def begin(group: Group, p: Tensor, state: State) -> None:
 
 def _in_blocks(lists: Sequence[list[Tensor]]) -> None:
     """Split large CPU tensors into blocks whose temporaries stay in cache; torch's step is elementwise, so the bits are the same."""
-    filled = [found for found in lists if found]  # the last list holds the step counts
+    filled = [entries for entries in lists if entries]  # the last list holds the step counts
     whole = [*zip(*filled, strict=True)]
-    for found in filled:
-        found.clear()
+    for entries in filled:
+        entries.clear()
     for *tensors, step in whole:
         n, p = tensors[0].numel(), tensors[0]
         cut = n > BLOCK and p.device.type == "cpu" and all(type(t) in PLAIN for t in tensors)
@@ -223,32 +227,36 @@ def _in_blocks(lists: Sequence[list[Tensor]]) -> None:
         parts = [t.detach().view(-1).split(BLOCK) if cut else (t,) for t in tensors]
         # clones for all blocks but the first: torch increments the real step count once
         counted = (step, *(step.clone() for _ in parts[0][1:]))
-        for found, own in zip(filled, (*parts, counted), strict=True):
-            found.extend(own)
+        for entries, own in zip(filled, (*parts, counted), strict=True):
+            entries.extend(own)
 
 
 def _checked(key: str, vector: Vector, p: Tensor, step: float) -> Tensor | None:
     """Return the vector of a slice key as a new tensor, or raise ValueError."""
     if key not in KEYS:
-        raise ValueError(f"{key!r} is no slice; there are {', '.join(SLICES)}.")
+        raise ValueError(f"{key!r} is no slice; the slices are {', '.join(SLICES)}.")
     if vector is None:
         return None
-    found = torch.as_tensor(vector).detach()
-    if found.is_complex():
-        raise ValueError(f"{key} is {found.dtype}; real numbers are wanted.")
-    found = found.to(p.device, arithmetic(p.dtype), copy=True)
+    values = torch.as_tensor(vector).detach()
+    if values.is_complex():
+        raise ValueError(f"{key} is {values.dtype}; pass real numbers.")
+    values = values.to(p.device, arithmetic(p.dtype), copy=True)
     n, shape = length(key, p.shape), tuple(p.shape)
-    if found.shape != (n,):
-        raise ValueError(f"{key} is {tuple(found.shape)}; of {shape} it is ({n},).")
-    if not found.isfinite().all():
-        raise ValueError(f"{key} of {shape} holds numbers that are not finite.")
-    least = found.min().item() if n else 1.0
+    if values.shape != (n,):
+        raise ValueError(
+            f"{key} has shape {tuple(values.shape)}; a parameter of shape {shape} needs ({n},)."
+        )
+    if not values.isfinite().all():
+        raise ValueError(f"{key} of {shape} has numbers that are not finite; pass finite ones.")
+    least = values.min().item() if n else 1.0
     if key.startswith("born"):
-        if least < 0 or (n and found.max().item() > step):
-            raise ValueError(f"{key} of {shape} is not between 0 and its step, {step:g}.")
+        if least < 0 or (n and values.max().item() > step):
+            raise ValueError(
+                f"{key} of {shape} must be between 0 and the step of the parameter, {step:g}."
+            )
     elif least <= 0:
-        raise ValueError(f"{key} of {shape} holds {least:g}; only numbers above 0 are allowed.")
-    return found.contiguous()
+        raise ValueError(f"{key} of {shape} has {least:g}; pass numbers above 0.")
+    return values.contiguous()
 
 
 def _check_sliced(p: Tensor, state: Mapping[str, Tensor], group: Group, compiling: bool) -> None:
@@ -259,16 +267,24 @@ def _check_sliced(p: Tensor, state: Mapping[str, Tensor], group: Group, compilin
 
     g = p.grad
     if p.layout != torch.strided or (g is not None and g.layout != torch.strided):
-        raise RuntimeError(f"AdamW does not support sparse gradients: {name()} has one.")
+        raise RuntimeError(
+            f"AdamW does not support sparse gradients: {name()} has one; use SparseAdam for it."
+        )
     if p.is_complex():
-        raise RuntimeError(f"{name()} is {p.dtype}; slices are for real parameters.")
+        raise RuntimeError(
+            f"{name()} is {p.dtype}; slices are for real parameters: set_slices(p, key=None) removes a slice."
+        )
     if type(p) not in PLAIN:  # e.g. DTensor: a shard has other rows and columns than the parameter
-        raise RuntimeError(f"{name()} is of class {type(p).__name__}; slices are for plain ones.")
+        raise RuntimeError(
+            f"{name()} is of class {type(p).__name__}; slices are for plain parameters: set_slices(p, key=None) removes a slice."
+        )
     for option in ("capturable", "differentiable"):
         if group[option]:
-            raise RuntimeError(f"{name()} is in a {option} group; set_slices(p, key=None) removes.")
+            raise RuntimeError(
+                f"{name()} is in a {option} group; set_slices(p, key=None) removes a slice."
+            )
     if compiling:
-        raise RuntimeError(f"step() cannot be compiled: {name()} is updated; call it eagerly.")
+        raise RuntimeError(f"step() cannot be compiled: {name()} is updated; call step() eagerly.")
     for key in MOMENTS:
         if key in state and state[key].shape != p.shape:
             shape = tuple(state[key].shape)
@@ -281,8 +297,8 @@ def _check_sliced(p: Tensor, state: Mapping[str, Tensor], group: Group, compilin
         v, n = state[key], n_rows if key.endswith("rows") else n_cols if key != "rewarm" else 2
         if v.shape != (n,) or v.dtype != dtype or v.device != device or not v.is_contiguous():
             raise RuntimeError(
-                f"{key} of {name()} is {tuple(v.shape)}, {v.dtype}, on {v.device}; wanted is a contiguous ({n},), {dtype}, on "
-                f"{device}."
+                f"{key} of {name()} is {tuple(v.shape)}, {v.dtype}, on {v.device}; set_slices makes the contiguous ({n},), "
+                f"{dtype}, on {device} that step() needs."
             )
 
 

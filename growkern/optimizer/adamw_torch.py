@@ -126,15 +126,15 @@ def _matrix(
         top = torch.maximum(held("top", t), v, out=room("top"))
         t.copy_(top)
 
-    one = p.new_ones((1, 1), dtype=dtype)
+    unit = p.new_ones((1, 1), dtype=dtype)
     born = [side["born"] for side in (rows, cols) if "born" in side]
-    ages = [(step - b).clamp_(min=1) for b in born] or [one * step]
+    ages = [(step - b).clamp_(min=1) for b in born] or [unit * step]
     risen1, risen2 = ([-torch.expm1(t * log(beta)) for t in ages] for beta in (h.beta1, h.beta2))
     update = torch.sqrt(top, out=room("update"))
     update.div_(least([r.sqrt_() for r in risen2]))
-    update.addcmul_(rows.get("eps", one) * h.eps, cols.get("eps", one))
+    update.addcmul_(rows.get("eps", unit) * h.eps, cols.get("eps", unit))
     torch.div(m, update, out=update)
-    update.mul_(rows.get("lr", one) * h.lr).div_(least(risen1))
+    update.mul_(rows.get("lr", unit) * h.lr).div_(least(risen1))
     if "lr" in cols:
         update.mul_(cols["lr"])
     if born and "rewarm" in slices:
@@ -143,11 +143,11 @@ def _matrix(
 
     new = held("p", p)
     if h.weight_decay:
-        decay = rows.get("decay", one) * (h.lr * h.weight_decay)
+        decay = rows.get("decay", unit) * (h.lr * h.weight_decay)
         if "decay" in rows and "decay" in cols:
             keep = torch.mul(decay, cols["decay"], out=room("least")).neg_().add_(1)
         else:
-            keep = 1 - decay * cols.get("decay", one)
+            keep = 1 - decay * cols.get("decay", unit)
         new.mul_(keep)
     new.sub_(update)
     _written(((p, new), (exp_avg, m), (exp_avg_sq, v)))

@@ -10,6 +10,8 @@ from growkern.errors import UnsupportedOptimizerError, raise_all
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.state_rules import LAWS, Law, OptimSpec, by_order
 
+RELOAD = "load a checkpoint that fits, or grow with state='drop'."
+
 
 def describe_optimizer(
     model: nn.Module,
@@ -53,16 +55,16 @@ def describe_optimizer(
     title = f"cannot grow the state of this {type(optim).__name__}:"
     if not any(held):
         raise UnsupportedOptimizerError(
-            f"{title} it holds no parameter of this {type(model).__name__}; pass the optimizer that trains it, and where it "
-            "holds copies in higher precision, master_weights=."
+            f"{title} the optimizer has no parameter of this {type(model).__name__}; pass the optimizer that trains the "
+            "model, and pass master_weights= if the optimizer has copies of higher precision."
         )
     law = _law_of(kind, optim, state_rules)
     states = {names[id(p)]: (p, s) for p, s in optim.state.items() if id(p) in names and s}
     problems = [] if drop or (law and law.resets) else [*_unknown(kind, law, states)]
-    found = {str(key) for _, state in states.values() for key in state}
-    if found and (strange := sorted((state_rules or {}).keys() - found)):
+    state_keys = {str(key) for _, state in states.values() for key in state}
+    if state_keys and (strange := sorted((state_rules or {}).keys() - state_keys)):
         problems.append(
-            f"state_rules: no parameter has the state {', '.join(strange)}; there are {', '.join(sorted(found))}."
+            f"state_rules: no parameter has the state {', '.join(strange)}; the parameters have {', '.join(sorted(state_keys))}."
         )
     raise_all(UnsupportedOptimizerError, title, problems)
     keys = {name: tuple(map(str, s)) for name, (_, s) in states.items()}
@@ -90,7 +92,7 @@ def _check_class(optim: object) -> None:
     if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optim).__mro__):
         raise UnsupportedOptimizerError(
             "a ZeroRedundancyOptimizer is not supported yet: its shards would have to move between processes. Train with the "
-            "optimizer itself across the growth."
+            "optimizer that it wraps."
         )
 
 
@@ -115,28 +117,30 @@ def _check_masters(
     names = {id(p): name for name, p in model.named_parameters()}
     places = [id(p) for group in optim.param_groups for p in group["params"]]
     pairs = [*master_weights.items()] if isinstance(master_weights, MutableMapping) else []
-    problems = [] if isinstance(master_weights, MutableMapping) else ["expected a dict from parameters to masters."]  # fmt: skip
+    problems = [] if isinstance(master_weights, MutableMapping) else ["expected a dict from parameters to float32 copies."]  # fmt: skip
     for p, master in pairs:
         name = names.get(id(p))
         if name is None or not isinstance(master, nn.Parameter):  # pyright: ignore[reportUnnecessaryIsInstance]
             problems.append(
-                f"a key is no parameter of the model, or the master of {name} no Parameter."
+                f"{name or 'a key'}: is no parameter of the model, or its copy is no nn.Parameter; map parameters to nn.Parameters."
             )
         elif master.shape != p.shape:
             problems.append(
-                f"{name}: has shape {tuple(p.shape)}, its master {tuple(master.shape)}."
+                f"{name}: has shape {tuple(p.shape)}, and its copy {tuple(master.shape)}; pass the copy that optim updates."
             )
         elif places.count(id(master)) != 1 or id(p) in places:
-            problems.append(f"{name}: the optimizer does not hold its master, once, in its place.")
-    found = {id(master) for _, master in pairs}
-    if len(found) < len(pairs):
-        problems.append("two parameters share a master.")
+            problems.append(
+                f"{name}: the optimizer must have the copy, once, and not the parameter; build optim from the copies."
+            )
+    masters = {id(master) for _, master in pairs}
+    if len(masters) < len(pairs):
+        problems.append("two parameters share a copy; give each parameter a copy of its own.")
     known = {id(p) for p, _ in pairs} | set(places)
     left = [name for i, name in names.items() if i not in known]
-    stray = [i for i in places if i not in found and i not in names]
+    stray = [i for i in places if i not in masters and i not in names]
     if left and stray:
         problems.append(
-            f"{left[0]} and {len(left) - 1} more have none, and the optimizer holds {len(stray)} tensors of no parameter."
+            f"{left[0]} and {len(left) - 1} more have no copy, and the optimizer has {len(stray)} tensors that are no copies; add them."
         )
     raise_all(UnsupportedOptimizerError, "master_weights:", problems)
 
@@ -147,10 +151,10 @@ def _unknown(
     """Yield an error message for each state entry that cannot be grown."""
     if law is None:
         if states:
-            known = ", ".join(name.rpartition(".")[2] for name in LAWS)
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in LAWS))
             keys = sorted({str(key) for _, state in states.values() for key in state})
             yield (
-                f"the law of {kind} (state {', '.join(keys)}) is not known. Known: {known}. Say how each key grows, "
+                f"the law of {kind} (state {', '.join(keys)}) is not known. Known: {known}. Say how each key grows by "
                 "state_rules={\"key\": order in the gradient}, or grow with state='drop'."
             )
         return
@@ -159,19 +163,19 @@ def _unknown(
             rule = law.rules.get(key)
             if key not in law.rules:
                 yield (
-                    f"{name}: unknown state {key!r}; known: {', '.join(law.rules)}. Say how it grows, "
+                    f"{name}: unknown state {key!r}; known: {', '.join(law.rules)}. Say how the key grows by "
                     f"state_rules={{\"{key}\": order in the gradient}}, or grow with state='drop'."
                 )
             elif rule is not None and not isinstance(value, Tensor):
-                yield f"{name}: state {key!r} is {value!r}, not a tensor."
+                yield f"{name}: state {key!r} is a {type(value).__name__}, not a tensor; {RELOAD}"
             elif key == "step" and isinstance(value, Tensor) and value.dim():
-                yield f"{name}: state 'step' has shape {tuple(value.shape)}, not one number."
+                yield f"{name}: state 'step' has shape {tuple(value.shape)}, not one number; {RELOAD}"
             elif isinstance(value, Tensor) and type(value) is not Tensor:
-                yield f"{name}: state {key!r} is a {type(value).__name__}; only plain tensors are grown."
+                yield f"{name}: state {key!r} is a {type(value).__name__}; growkern grows plain tensors only; grow with state='drop'."
             elif isinstance(value, Tensor) and rule is not None:
                 shape = rule.shape(tuple(p.shape))
                 if tuple(value.shape) != shape:
                     of = f"the parameter {tuple(p.shape)}" + (
                         f", so {shape} is its shape" if rule.reduced else ""
                     )
-                    yield f"{name}: state {key!r} has shape {tuple(value.shape)}, {of}."
+                    yield f"{name}: state {key!r} has shape {tuple(value.shape)}, {of}; {RELOAD}"

@@ -43,9 +43,9 @@ def encoded(values: Tensor, scales: Tensor, code: Tensor) -> tuple[Tensor, Tenso
     n_blocks = -(-values.numel() // BLOCK)
     padded = (torch.nn.functional.pad(t.flatten(), (0, n_blocks * BLOCK - t.numel())) for t in (values, scales))  # fmt: skip
     blocks, given = (t.view(n_blocks, BLOCK) for t in padded)
-    largest, one = blocks.abs().amax(1), given[:, 0]
-    alike = given.eq(one[:, None]).all(1) & (one >= largest)
-    scale = torch.where(alike, one, largest)
+    largest, first_scale = blocks.abs().amax(1), given[:, 0]
+    alike = given.eq(first_scale[:, None]).all(1) & (first_scale >= largest)
+    scale = torch.where(alike, first_scale, largest)
     unit = blocks / torch.where(scale > 0, scale, 1.0)[:, None]
     codes = torch.bucketize(unit, (code[1:] + code[:-1]) / 2).to(torch.uint8)
     return codes.flatten()[: values.numel()].view(values.shape), scale

@@ -49,12 +49,12 @@ def lr_factors(
     plan: GrowthPlan, law: Law | None, described: OptimSpec | None
 ) -> dict[str, float | None]:
     """The law's learning-rate factor of every target parameter that the optimizer holds; None if unknown or not uniform."""
-    found: dict[str, float | None] = {}
+    factors: dict[str, float | None] = {}
     for row in held_rows(plan, described) if law else ():
         factor = law.lr_factor(*plan.scales(row)) if law else None
         gain = _gain(plan, law, described, row, matrix_norm=False)
-        found[row.name] = None if factor is None else factor * gain
-    return found
+        factors[row.name] = None if factor is None else factor * gain
+    return factors
 
 
 def held_rows(plan: GrowthPlan, described: OptimSpec | None) -> list[TensorRow]:
@@ -67,14 +67,14 @@ def multipliers(
     plan: GrowthPlan, law: Law, described: OptimSpec, dynamics: str
 ) -> dict[str, Multiplier]:
     """The ``Multiplier`` of every target parameter that the optimizer holds, without trivial ones."""
-    found: dict[str, Multiplier] = {}
+    nontrivial: dict[str, Multiplier] = {}
     for row in held_rows(plan, described):
         axes = plan.axis_maps(row)
         if dynamics == "exact":
             update = tuple(_no_zero(axis.weight_scale) for axis in axes)
             grad = tuple(_no_zero(axis.grad_scale) for axis in axes)
             gain = _gain(plan, law, described, row, matrix_norm=True)
-            one = Multiplier(update, grad, gain, offset=row.offset)
+            multiplier = Multiplier(update, grad, gain, offset=row.offset)
         else:
             powers = law.lr or (0, 0)
             update = tuple(
@@ -88,10 +88,10 @@ def multipliers(
             ones = tuple(Vector.full(1.0, len(vector)) for vector in update)
             # coupled weight decay is part of the gradient and keeps its strength: the optimizer sees the weight unscaled
             coupled = row.source in described.coupled
-            one = Multiplier(update, gain=gain, units=ones if coupled else None)
-        if not one.trivial:
-            found[row.name] = one
-    return found
+            multiplier = Multiplier(update, gain=gain, units=ones if coupled else None)
+        if not multiplier.trivial:
+            nontrivial[row.name] = multiplier
+    return nontrivial
 
 
 def _gain(
@@ -123,7 +123,7 @@ def _power(vector: Vector, power: float) -> Vector:
 def scales(
     plan: GrowthPlan,
     source: Mapping[str, Tensor],
-    found: Mapping[str, Multiplier],
+    added_factors: Mapping[str, Multiplier],
     before: UpdateScale | None,
 ) -> dict[str, Scale]:
     """Scales of the target parameters for ``UpdateScale``: scales of the source, grown, times the factors that this growth adds.
@@ -131,14 +131,14 @@ def scales(
     Args:
         plan: The growth.
         source: Source parameters by name.
-        found: Factors that this growth adds, by target name.
+        added_factors: Factors that this growth adds, by target name.
         before: ``UpdateScale`` of the optimizer before the growth.
     """
     grown: dict[str, Scale] = {}
     for row in plan.tensors:
         p = source.get(row.source)
         old = before.scales.get(p) if before and p is not None else None
-        new = found.get(row.name)
+        new = added_factors.get(row.name)
         if p is None or (old is None and new is None):
             continue
         old, new = old or Scale(()), new or Multiplier(())
@@ -166,7 +166,7 @@ def slices(
     plan: GrowthPlan,
     source: Mapping[str, Tensor],
     states: Mapping[str, Mapping[str, object]],
-    found: Mapping[str, Multiplier],
+    added_factors: Mapping[str, Multiplier],
 ) -> dict[str, dict[str, Tensor]]:
     """Slices of the target parameters for ``growkern.optim.AdamW``: target name -> state entries with factors per row and column.
 
@@ -176,11 +176,11 @@ def slices(
         plan: The growth.
         source: Source parameters by name.
         states: Optimizer state by source name.
-        found: Factors that this growth adds, by target name.
+        added_factors: Factors that this growth adds, by target name.
     """
     grown: dict[str, dict[str, Tensor]] = {}
     for row in plan.tensors:
-        p, new = source.get(row.source), found.get(row.name, Multiplier(()))
+        p, new = source.get(row.source), added_factors.get(row.name, Multiplier(()))
         if p is None:
             continue
         state, axes = states.get(row.source, {}), plan.axis_maps(row)
@@ -191,8 +191,8 @@ def slices(
             olds = tuple(state.get(f"{kind}_{side}", 1.0) for side in ("rows", "cols"))
             factors = _along(tuple(f if isinstance(f, Tensor) else 1.0 for f in olds), maps, vectors, p)  # fmt: skip
             for side, m, factor in zip(("rows", "cols"), maps, factors, strict=True):
-                one = plan.shrinks and _is_one(Scale((factor,)))
-                if not one and (isinstance(factor, Tensor) or factor != 1):
+                trivial = plan.shrinks and _is_one(Scale((factor,)))
+                if not trivial and (isinstance(factor, Tensor) or factor != 1):
                     full = torch.full(
                         (m.n_target,), 1.0, dtype=arithmetic(p.dtype), device=p.device
                     )
@@ -232,23 +232,23 @@ def _born(
     return entries
 
 
-def _matrix(parts: Sequence[T], product: Callable[[T, T], T], one: T) -> tuple[T, T]:
+def _matrix(parts: Sequence[T], product: Callable[[T, T], T], unit: T) -> tuple[T, T]:
     """Fold the axes into rows and columns: the product of all axes but the last, and the last axis."""
-    return (reduce(product, parts[:-1], one), parts[-1]) if parts else (one, one)
+    return (reduce(product, parts[:-1], unit), parts[-1]) if parts else (unit, unit)
 
 
 def _along(
     olds: Sequence[Factor], maps: Sequence[IndexMap], news: Sequence[Vector], like: Tensor
 ) -> tuple[Factor, ...]:
     """Gather the old factors along each axis, pads taking their mean, and multiply them by the new factors."""
-    found: list[Factor] = []
+    factors: list[Factor] = []
     for i, index_map in enumerate(maps):
         old = olds[i] if i < len(olds) else 1.0
         if isinstance(old, Tensor):
             index = torch.tensor(index_map.indices, device=like.device)
             old = torch.where(index == PAD, old.mean(), old[index.clamp(min=0)])
         new = news[i] if news else Vector.full(1.0, index_map.n_target)
-        one = new.uniform
+        uniform = new.uniform
         vector = torch.tensor(new.expanded(), dtype=arithmetic(like.dtype), device=like.device)
-        found.append(old * (vector if one is None else one))
-    return tuple(found)
+        factors.append(old * (vector if uniform is None else uniform))
+    return tuple(factors)

@@ -13,7 +13,7 @@ def schedulers(scheduler: object | None) -> list[object]:
         return []
     if isinstance(scheduler, list | tuple):
         several: list[object] = list(scheduler)  # pyright: ignore[reportUnknownArgumentType]
-        return [s for one in several for s in schedulers(one)]
+        return [s for entry in several for s in schedulers(entry)]
     inner: list[object] = list(getattr(scheduler, "_schedulers", []))
     return [scheduler, *schedulers(inner)]
 
@@ -21,15 +21,16 @@ def schedulers(scheduler: object | None) -> list[object]:
 def check_scheduler(optim: Optimizer | None, scheduler: object | None) -> None:
     """Raise PlanError for a scheduler that drives another optimizer, or for an object that is no scheduler."""
     if optim is None and scheduler is not None:
-        raise PlanError("scheduler: pass the optimizer that it drives too, as optim.")
-    for one in schedulers(scheduler):
-        if hasattr(one, "optimizer") and driven_by(one) is not optim:
+        raise PlanError("scheduler: the optimizer of the scheduler is missing; pass it as optim.")
+    for s in schedulers(scheduler):
+        if hasattr(s, "optimizer") and driven_by(s) is not optim:
             raise PlanError(
-                f"scheduler: this {type(one).__name__} drives another optimizer; pass the one that drives optim."
+                f"scheduler: this {type(s).__name__} drives another optimizer; pass the scheduler that drives optim."
             )
-        if not callable(getattr(one, "step", None)):
+        if not callable(getattr(s, "step", None)):
             raise PlanError(
-                f"scheduler: {type(one).__name__} is not a learning-rate scheduler; expected a torch.optim.lr_scheduler, or a list of them."
+                f"scheduler: {type(s).__name__} is not a learning-rate scheduler; "
+                "expected a torch.optim.lr_scheduler, or a list of schedulers."
             )
 
 
@@ -41,6 +42,5 @@ def driven_by(scheduler: object) -> object:
 def follows(scheduler: object | None) -> bool:
     """True when split param groups keep their learning-rate factors: all schedulers are torch's, and none has a nonzero ``eta_min``."""
     return all(
-        isinstance(one, LRScheduler) and not getattr(one, "eta_min", 0)
-        for one in schedulers(scheduler)
+        isinstance(s, LRScheduler) and not getattr(s, "eta_min", 0) for s in schedulers(scheduler)
     )

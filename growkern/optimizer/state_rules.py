@@ -99,7 +99,7 @@ class Law:
                 weights is then gathered unscaled.
         """
 
-        def one(rule: Rule | None) -> Rule | None:
+        def grown_rule(rule: Rule | None) -> Rule | None:
             if rule is None or rule.is_weight:
                 return rule
             own = source_units and (rule.weight, rule.grad) != (1, 0)
@@ -109,7 +109,7 @@ class Law:
                 rule = replace(rule, first_copy_only=True, missing="zero")
             return rule
 
-        return {key: one(rule) for key, rule in self.rules.items()}
+        return {key: grown_rule(rule) for key, rule in self.rules.items()}
 
 
 def by_order(key: str, order: int | None) -> Rule | None:
@@ -118,7 +118,8 @@ def by_order(key: str, order: int | None) -> Rule | None:
         return None
     if type(order) is not int or not 0 <= order <= 2:
         raise UnsupportedOptimizerError(
-            f"state_rules: {key!r} has the order {order!r}; 0 (gathered), 1 or 2 in the gradient, or None for what is kept."
+            f"state_rules: {key!r} has the order {order!r}; pass the order in the gradient, 0 (copied unscaled), 1 or 2, "
+            "or None for state that is kept."
         )
     return (GATHERED, GRADIENT, SQUARE)[order]
 

@@ -71,9 +71,11 @@ class UpdateScale:
         orders: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         if not isinstance(scales, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise PlanError("UpdateScale: expected a mapping from parameters to factors.")
+            raise PlanError("UpdateScale: expected a mapping from parameters to UpdateFactors.")
         if scale_of(optim) is not None:
-            raise PlanError("this optimizer has an UpdateScale already; remove() that one first.")
+            raise PlanError(
+                "this optimizer already has an UpdateScale; call remove() of that UpdateScale first."
+            )
         self.optim, self.orders = optim, dict(orders or {})
         self.scales = {p: _checked(optim, p, scale) for p, scale in scales.items()}
         self._before: dict[Tensor, dict[str, Tensor]] = {}  # by state key; "" is the parameter
@@ -86,15 +88,17 @@ class UpdateScale:
             PlanError: A state tensor has another number of axes than its parameter; nothing has changed.
         """
         self.restore()
-        found = [(p, one, key) for p, one in self.scales.items() for key in self._own(p)]
-        for p, _, key in found:
+        entries = [(p, scale, key) for p, scale in self.scales.items() for key in self._own(p)]
+        for p, _, key in entries:
             if self.optim.state[p][key].dim() != p.dim():
                 raise PlanError(
-                    f"UpdateScale: the state {key!r} cannot be brought into other units."
+                    f"UpdateScale: the state {key!r} has not the axes of its parameter, so it cannot be converted; clear the state first."
                 )
         with torch.no_grad():
-            for p, one, key in found:
-                for factors, power in zip((one.update, one.grad), self.orders[key], strict=True):
+            for p, scale, key in entries:
+                for factors, power in zip(
+                    (scale.update, scale.grad), self.orders[key], strict=True
+                ):
                     t = self.optim.state[p][key]
                     _multiplied(t, tuple(_power(f, power, n) for f, n in zip(factors, t.shape, strict=False)))  # fmt: skip
         self.detach()
@@ -133,8 +137,8 @@ class UpdateScale:
         """Return the factors, keyed by the parameter's position in the optimizer's param groups, and ``orders``."""
         places = self._places()
         scales = {
-            places[p]: {f.name: getattr(one, f.name) for f in fields(one)}
-            for p, one in self.scales.items()
+            places[p]: {f.name: getattr(scale, f.name) for f in fields(scale)}
+            for p, scale in self.scales.items()
         }
         return {"scales": scales, "orders": self.orders}
 
@@ -145,12 +149,16 @@ class UpdateScale:
             PlanError: ``state`` is no state dict of ``UpdateScale``, or the factors do not fit the parameters.
         """
         if not {"scales", "orders"} <= state.keys():
-            raise PlanError("UpdateScale: this is not what its state_dict gave.")
+            raise PlanError(
+                "UpdateScale: cannot read this state; pass what UpdateScale.state_dict() returned."
+            )
         params = {place: p for p, place in self._places().items()}
         if unknown := [place for place in state["scales"] if place not in params]:
-            raise PlanError(f"UpdateScale: the optimizer holds no parameter at {unknown[:5]}.")
-        scales = {params[place]: Scale(**one) for place, one in state["scales"].items()}
-        self.scales = {p: _checked(self.optim, p, one) for p, one in scales.items()}
+            raise PlanError(
+                f"UpdateScale: the optimizer has no parameter at {unknown[:5]}; build the optimizer with the same groups."
+            )
+        scales = {params[place]: Scale(**scale) for place, scale in state["scales"].items()}
+        self.scales = {p: _checked(self.optim, p, scale) for p, scale in scales.items()}
         self.orders = dict(state["orders"])
 
     def _places(self) -> dict[Tensor, int]:
@@ -226,16 +234,16 @@ def scale_of(optim: Optimizer) -> UpdateScale | None:
 def _checked(optim: Optimizer, p: Tensor, scale: float | Scale) -> Scale:
     if not any(p is q for group in optim.param_groups for q in group["params"]):
         raise PlanError(
-            f"UpdateScale: this {type(optim).__name__} does not hold the parameter of shape {tuple(p.shape)}."
+            f"UpdateScale: this {type(optim).__name__} has no such parameter of shape {tuple(p.shape)}; add it to a param group."
         )
-    found = scale if isinstance(scale, Scale) else Scale((scale, *(1.0,) * (p.dim() - 1)))
+    full = scale if isinstance(scale, Scale) else Scale((scale, *(1.0,) * (p.dim() - 1)))
     n_axes = max(1, p.dim())
-    lengths = [len(factors) for factors in (found.update, found.grad, found.seen) if factors]
-    if not 0 < found.gain < float("inf") or any(n != n_axes for n in lengths):
+    lengths = [len(factors) for factors in (full.update, full.grad, full.seen) if factors]
+    if not 0 < full.gain < float("inf") or any(n != n_axes for n in lengths):
         raise PlanError(
-            f"UpdateScale: a parameter of shape {tuple(p.shape)} takes one factor per axis and a positive gain, not {found}."
+            f"UpdateScale: a parameter of shape {tuple(p.shape)} takes one factor per axis and a positive gain, not {full}."
         )
-    for factors in (found.update, found.grad, found.seen):
+    for factors in (full.update, full.grad, full.seen):
         for axis, factor in enumerate(factors):
             n = p.shape[axis] if p.dim() else 1
             ok = (
@@ -248,20 +256,20 @@ def _checked(optim: Optimizer, p: Tensor, scale: float | Scale) -> Scale:
                     f"UpdateScale: axis {axis} of the parameter of shape {tuple(p.shape)} takes a positive number, or {n} of "
                     f"them, not {factor!r}."
                 )
-    return found
+    return full
 
 
 def _vectors(t: Tensor, factors: tuple[Factor, ...]) -> list[Factor]:
     """Factors in shapes that broadcast over a tensor, without scalar factors 1."""
-    found: list[Factor] = []
+    vectors: list[Factor] = []
     for axis, factor in enumerate(factors):
         if isinstance(factor, Tensor):
             shape = [1] * t.dim()
             shape[axis] = len(factor)
-            found.append(factor.view(shape))
+            vectors.append(factor.view(shape))
         elif factor != 1.0:
-            found.append(factor)
-    return found
+            vectors.append(factor)
+    return vectors
 
 
 def _power(factor: Factor, power: float, n: int) -> Factor:

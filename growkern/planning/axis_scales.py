@@ -29,8 +29,8 @@ def norm_factors(spec: ModelSpec, wide: WidthDecision) -> dict[str, float | None
 
 def _squares(index_map: IndexMap, w: Vector) -> Vector:
     """Return, per source coordinate, the sum of the squared scales ``w`` of its copies."""
-    if (one := w.uniform) is not None:
-        return index_map.counts.map(lambda count: count * one * one)
+    if (uniform := w.uniform) is not None:
+        return index_map.counts.map(lambda count: count * uniform * uniform)
     sums = [0.0] * index_map.n_source
     for j, value in zip(index_map.indices, w.expanded(), strict=True):
         if j != PAD:
@@ -44,17 +44,17 @@ def axis_maps(
     factors: Mapping[str, float | None],
     written: Mapping[str, float],
 ) -> dict[str, AxisMap]:
-    """Return the axis map of every axis, by key. Axes of different blocks share one object if their index maps and stream scales do.
+    """Return the axis map of every axis, by key. Axes of different blocks share one object if their index maps and stream scales are equal.
 
     ``written`` maps a stream to the factor on its writers (``growkern.model.spec.writer_corrections``).
     """
 
     def kin(stream: str) -> tuple[object, ...]:
         space = space_of(stream)
-        shared = wide.maps[space], wide.readers.get(space), wide.stream_scales[stream]
-        return (*map(id, shared), written.get(stream))
+        index_map, readers = wide.maps[space], wide.readers.get(space)
+        return index_map, readers, wide.stream_scales[stream], written.get(stream)
 
-    found: dict[object, AxisMap] = {}
+    maps_by_kind: dict[object, AxisMap] = {}
     axes: dict[str, AxisMap] = {}
     for axis, key in keys.items():
         parts = tuple(
@@ -62,11 +62,11 @@ def axis_maps(
             for segment in axis.segments
             for c in (*segment, -1)
         )
-        reads = axis.norm and (id(wide.stream_scales[axis.norm.reads]), factors[axis.norm.reads])
+        reads = axis.norm and (wide.stream_scales[axis.norm.reads], factors[axis.norm.reads])
         kind = axis.role, parts, reads
-        if kind not in found:
-            found[kind] = _axis_map(axis, wide, factors, written)
-        axes[key] = found[kind]
+        if kind not in maps_by_kind:
+            maps_by_kind[kind] = _axis_map(axis, wide, factors, written)
+        axes[key] = maps_by_kind[kind]
     return axes
 
 
@@ -80,13 +80,16 @@ def _axis_map(
     parts = [list(_parts(segment, axis.role, wide, written)) for segment in axis.segments]
     maps, w, u = list[IndexMap](), list[Vector](), list[Vector]()
     for segment in parts:
-        index_map, one, w_one = IndexMap.identity(1), Vector.full(1.0, 1), Vector.full(1.0, 1)
+        index_map, u_part, w_part = IndexMap.identity(1), Vector.full(1.0, 1), Vector.full(1.0, 1)
         for inner, stream_scale in segment:
             index_map = index_map.product(inner)
-            w_one, one = w_one.outer(stream_scale.activation), one.outer(stream_scale.readout)
+            w_part, u_part = (
+                w_part.outer(stream_scale.activation),
+                u_part.outer(stream_scale.readout),
+            )
         maps.append(index_map)
-        w.append(w_one)
-        u.append(one)
+        w.append(w_part)
+        u.append(u_part)
     index_map, w_axis, u_axis = concat_maps(maps), concat_vectors(w), concat_vectors(u)
     if axis.role == "gain":
         return _gain(axis, wide, factors, (index_map, w_axis, u_axis))
@@ -184,8 +187,8 @@ def gradients_exact(spec: ModelSpec, wide: WidthDecision) -> bool:
     """
     if wide.joint:
         return False
-    stream_scales = {id(c): (c, wide.maps[space_of(s)]) for s, c in wide.stream_scales.items()}
-    for stream_scale, index_map in stream_scales.values():
+    scaled_maps = {(c, wide.maps[space_of(s)]) for s, c in wide.stream_scales.items()}
+    for stream_scale, index_map in scaled_maps:
         values = {
             value
             for vector in (stream_scale.activation, stream_scale.readout)
@@ -209,15 +212,16 @@ def symmetric_copies(wide: WidthDecision) -> Iterator[str]:
     """Yield a note that names the spaces whose equal copies get equal gradients and so never diverge."""
     if wide.noise or wide.next_layer:
         return
-    found: dict[tuple[int, int], bool] = {}  # blocks share index maps and stream scales
+    # most blocks have equal index maps and stream scales
+    has_equal: dict[tuple[IndexMap, StreamScale], bool] = {}
     equal: dict[str, bool] = {}  # by space: copies diverge if one stream reads them unevenly
     for stream, stream_scale in wide.stream_scales.items():
         index_map = wide.maps[space_of(stream)]
-        key = id(index_map), id(stream_scale)
-        if key not in found:
-            found[key] = _some_equal(index_map, stream_scale.readout)
+        key = index_map, stream_scale
+        if key not in has_equal:
+            has_equal[key] = _some_equal(index_map, stream_scale.readout)
         space = space_of(stream).partition(".")[0]
-        equal[space] = equal.get(space, True) and found[key]
+        equal[space] = equal.get(space, True) and has_equal[key]
     split = {space.partition(".")[0] for pair in wide.joint for space in pair}  # queries differ
     if spaces := [space for space, same in equal.items() if same and space not in split]:
         yield (

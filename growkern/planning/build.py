@@ -24,6 +24,7 @@ from growkern.planning.decisions import (
 )
 from growkern.planning.growth_plan import AxisMap, GrowthPlan, TensorRow
 from growkern.planning.options import DYNAMICS, STATES
+from growkern.support.text import short
 
 # path of the stack -> source block -> target blocks that copy the source block
 Homes = Mapping[str, Mapping[int, list[int]]]
@@ -62,9 +63,11 @@ def build(
     wide = _wide(spec, sizes, width, shrink)
     if spec.blocks is None and sizes.get("layers") != spec.sizes.get("layers"):
         verb = "deepen" if shrink is None else "shrink"
-        raise PlanError(f"cannot {verb} {spec.family}:\n  the spec names no blocks.")
+        raise PlanError(
+            f"cannot {verb} {spec.family}: the spec names no blocks; set ModelSpec(blocks=Blocks(...))."
+        )
     deep = {stack.path: _decided(spec, stack, sizes, depth, shrink) for stack in spec.stacks}
-    homes = {path: homes_of(one.blocks) for path, one in deep.items()}
+    homes = {path: homes_of(order.blocks) for path, order in deep.items()}
     factors = norm_factors(spec, wide)
     axes = axis_maps(spec.axes, wide, factors, writer_corrections(spec, sizes))
     eps = _Eps.of(spec, factors)
@@ -93,12 +96,12 @@ def build(
         gradients_exact=not wide.noise and gradients_exact(spec, wide),
         reasons=(
             *wide.reasons,
-            *dict.fromkeys(reason for one in deep.values() for reason in one.reasons),
+            *dict.fromkeys(reason for order in deep.values() for reason in order.reasons),
             *(f"the norms of {s!r} see unequal copies" for s, f in factors.items() if f is None),
         ),
         notes=(
             *wide.notes,
-            *dict.fromkeys(note for one in deep.values() for note in one.notes),
+            *dict.fromkeys(note for order in deep.values() for note in order.notes),
             *(symmetric_copies(wide) if state in ("exact", "copy", "drop") else ()),
             *_unsaved(spec, sizes),
             *eps.notes,
@@ -125,13 +128,13 @@ def _check_request(
     """Raise PlanError for unknown options, an invalid seed, and methods of the wrong kind."""
     problems: list[str] = []
     if state not in STATES:
-        problems.append(f"unknown state={state!r}: {', '.join(map(repr, STATES))}.")
+        problems.append(f"unknown state={state!r}; pass {', '.join(map(repr, STATES))}.")
     if dynamics not in DYNAMICS:
-        problems.append(f"unknown dynamics={dynamics!r}: 'mup', 'exact' or None.")
+        problems.append(f"unknown dynamics={dynamics!r}; pass 'mup', 'exact' or None.")
     if type(seed) is not int or not 0 <= seed < 1 << 64:
-        problems.append(f"seed={seed!r}: an int from 0 to 2**64 - 1.")
+        problems.append(f"seed={seed!r}: pass an int from 0 to 2**64 - 1.")
     if shrink is not None:
-        expected = "a way to shrink such as WeightSelection()"
+        expected = "a shrink method such as WeightSelection()"
         problems += _strange("method", "narrow", expected, shrink)
     else:
         problems += _strange("width", "widen", "a width method such as Lossless()", width)
@@ -184,7 +187,7 @@ class _Eps:
 TAKES = {
     "widen": "expand_inplace takes it as width=",
     "deepen": "expand_inplace takes it as depth=",
-    "narrow": "shrink_inplace takes it",
+    "narrow": "shrink_inplace takes it as method=",
 }
 
 
@@ -192,7 +195,7 @@ def _strange(name: str, verb: str, expected: str, method: object) -> list[str]:
     if hasattr(method, verb) and not isinstance(method, type):
         return []
     takes = [f"; {who}" for own, who in TAKES.items() if hasattr(method, own) and own != verb]
-    return [f"{name}: expected {expected}, got {method!r}{''.join(takes)}."]
+    return [f"{name}: expected {expected}, got {short(method)}{''.join(takes)}."]
 
 
 def _unsaved(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:
@@ -233,19 +236,24 @@ def _deepened(
     n_layers, n_target = spec.sizes[stack.size], sizes[stack.size]
     deep = depth.deepen(n_layers, n_target)
     if any(block.branch != 1 for block in deep.blocks) and (stack.carries or not stack.branches):
-        why = "its norms come after them" if stack.carries else "its spec does not name them"
-        raise PlanError(f"cannot scale the branches of {spec.family}: {why}.")
+        why = (
+            "its norms come after the branches" if stack.carries else "its spec does not name them"
+        )
+        raise PlanError(
+            f"cannot scale the branches of {spec.family}: {why}; choose a depth method without branch factors, such as Stack()."
+        )
     if not any(block.new for block in deep.blocks):
         return deep
     if deep.identity and not stack.identity:
         raise PlanError(
-            f"cannot add identity blocks to {spec.family}: its spec says not which tensors make a block the identity."
+            f"cannot add identity blocks to {spec.family}: its ModelSpec does not list the tensors to zero. "
+            "Set Blocks(identity={...}), or choose depth=Stack()."
         )
     first = stack.first_copied
     if first >= n_layers:
         raise PlanError(
-            f"cannot deepen {spec.family} from {n_layers}: its first {first} blocks are unlike all others, and there is no other "
-            "to copy."
+            f"cannot deepen {spec.family} from {n_layers}: its first {first} blocks are unlike all others, and no other block can "
+            f"be copied; start from a model of {first + 1} blocks or more."
         )
     blocks = (replace(b, source=max(b.source, first)) if b.new else b for b in deep.blocks)
     own = stack.reasons if deep.identity else ()

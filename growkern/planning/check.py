@@ -23,14 +23,14 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
         }
     if dict(plan.source_sizes) != dict(spec.sizes) or {row.source for row in plan.tensors} != names:
         raise PlanError(
-            f"the plan is for a {plan.family} of {dict(plan.source_sizes)}, this {spec.family} has {dict(spec.sizes)}; plan anew."
+            f"the plan is for a {plan.family} of {dict(plan.source_sizes)}, this {spec.family} has {dict(spec.sizes)}; plan again."
         )
     homes = {path: homes_of(blocks) for path, blocks in plan.stacks.items()}
     if {*plan.stacks} != {stack.path for stack in spec.stacks} or not all(
         _whole(plan, plan.stacks[s.path], spec.sizes[s.size], plan.target_sizes.get(s.size))
         for s in spec.stacks
     ):
-        problems = ["its blocks are not those of the model and new ones."]
+        problems = ["its blocks are not the model's blocks and new blocks."]
     else:
         problems = [*_of_rows(plan, spec, homes, names)]
         if dict(plan.attributes) != attributes(spec, homes, plan.target_sizes):
@@ -40,38 +40,42 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
         eps = {name for source in eps for name, _ in targets(spec, homes, source)}
         numbers = all(isfinite(f) and f > 0 for f in plan.eps.values())
         if not set(plan.eps) <= eps or not numbers:
-            problems = ["its factors on eps are not of the target's norms, or no positive numbers."]
+            problems = ["its epsilon factors are not positive numbers for the target's norms."]
     if not set(plan.rebuilt) <= set(spec.rebuilt):
-        problems.append("it makes modules anew that hold more than the config says.")
+        problems.append("it rebuilds modules that do not follow from the config alone.")
     if dict(plan.ties) != dict(spec.ties) or tuple(plan.counters) != tuple(spec.counters):
         problems.append("its ties or counters are not the model's.")
     states = {row.state for row in plan.tensors}
     if plan.state not in STATES or plan.dynamics not in DYNAMICS or not states <= {"law", "fresh"}:
         problems.append(f"its state {plan.state!r} or dynamics {plan.dynamics!r} is not known.")
-    raise_all(PlanError, f"this plan for a {plan.family} cannot be run:", problems)
+    raise_all(
+        PlanError,
+        f"this plan for a {plan.family} does not fit the model; make it again by growkern.plan:",
+        problems,
+    )
 
 
 def _of_rows(plan: GrowthPlan, spec: ModelSpec, homes: Homes, names: set[str]) -> Iterator[str]:
     """Yield a problem for every row that does not match the target."""
     expected = [(n, source) for source in names for n, _ in targets(spec, homes, source)]
     if sorted((row.name, row.source) for row in plan.tensors) != sorted(expected):
-        yield "its rows are not the tensors of the target."
+        yield "its rows are not the target's tensors."
     target = replace(spec, sizes=plan.target_sizes)
     for row in plan.tensors:
         known = set(row.axes) <= set(plan.axes)
-        found, wanted = plan.shapes(row)[1] if known else row.axes, target.shape(row.source)
-        if found != wanted:
-            yield f"{row.name}: has shape {found}, the target {wanted}."
+        shape, wanted = plan.shapes(row)[1] if known else row.axes, target.shape(row.source)
+        if shape != wanted:
+            yield f"{row.name}: has shape {shape}, the target needs {wanted}."
         if row.drawn and not row.new:
             yield f"{row.name}: is initialised anew, but its block is not new."
         if row.offset != offset(spec.tensors[row.source]):
-            yield f"{row.name}: the model adds another offset to it."
+            yield f"{row.name}: has another offset than the model."
         if row.next_layer_source is not None and (
             row.next_layer_source not in names
             or spec.shape(row.next_layer_source) != spec.shape(row.source)
             or row.next_layer_axis not in range(len(row.axes))
         ):
-            yield f"{row.name}: takes a part of {row.next_layer_source}, which has another shape."
+            yield f"{row.name}: takes rows of {row.next_layer_source}, which has another shape."
 
 
 def _whole(

@@ -56,13 +56,13 @@ class AxisMap:
         ]
         if not all(map(isfinite, [*values, self.noise, self.drawn])) or self.pad not in PADS:
             raise PlanError(
-                f"an axis has scales or noise that are no numbers, or the pad {self.pad!r}."
+                f"an axis has scales or noise that are not numbers, or the unknown pad {self.pad!r}."
             )
         if lengths != (self.index_map.n_target,) * 2 or any(
             n < 1 for vector in (self.weight_scale, self.grad_scale) for _, n in vector.pieces
         ):
             raise PlanError(
-                f"an axis of {self.index_map.n_target} coordinates has scales of {lengths}."
+                f"an axis of {self.index_map.n_target} coordinates has {lengths[0]} weight scales and {lengths[1]} gradient scales."
             )
 
     def times(self, factor: float, grad_factor: float) -> "AxisMap":
@@ -294,14 +294,16 @@ class GrowthPlan:
             OverflowError,
             RecursionError,
         ) as error:
-            raise PlanError(f"cannot read the plan: {error!r}; only what to_json wrote.") from None
+            raise PlanError(
+                f"cannot read the plan: {error!r}; pass text that GrowthPlan.to_json wrote."
+            ) from None
 
     def __str__(self) -> str:
         return plan_text(self)
 
 
-def _fields(one: Any) -> dict[str, Any]:
-    return {field.name: getattr(one, field.name) for field in fields(one)}
+def _fields(record: Any) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in fields(record)}
 
 
 def _check_types(plan: GrowthPlan) -> None:
@@ -329,7 +331,7 @@ def _check_types(plan: GrowthPlan) -> None:
     blocks = [block for rows in (plan.blocks, *plan.others.values()) for block in rows]
     if not all(type(b.source) is int and isinstance(b.branch, number) for b in blocks):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError("a block copies no block")
-    if type(plan.seed) is not int or not all(isinstance(one, str) for one in texts):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if type(plan.seed) is not int or not all(isinstance(entry, str) for entry in texts):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError("a name, a method or the seed is of another type")
     eps = plan.config_eps
     if eps is not None and not (isinstance(eps[0], str) and isinstance(eps[1], number)):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -115,5 +115,5 @@ def read(text: str) -> GrowthPlan | GrowthRecord:
         raise
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise PlanError(
-            f"cannot read a growth of the history: {error}; only what growkern wrote."
+            f"cannot read a growth of the history: {error}; pass config.growkern_history, or the history of schedule.state_dict()."
         ) from None

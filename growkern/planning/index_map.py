@@ -56,6 +56,14 @@ class IndexMap:
         if at != self.n_target:
             raise PlanError(f"the runs of an index map end at {at}, its target at {self.n_target}.")
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # cached: a drawn map has a run per coordinate, and many lookups have maps in their keys
+        return hash((self.n_source, self.n_target, self.runs))
+
     @staticmethod
     def identity(n: int) -> "IndexMap":
         """Every coordinate copies itself."""
@@ -135,14 +143,14 @@ class IndexMap:
         for i, j in enumerate(self.indices):
             if j != PAD:
                 targets[j].append(i)
-        found: dict[int, tuple[list[int], list[list[int]]]] = {}
+        groups: dict[int, tuple[list[int], list[list[int]]]] = {}
         for j, own in enumerate(targets):
             if own:
-                sources, copies = found.setdefault(len(own), ([], [[] for _ in own]))
+                sources, copies = groups.setdefault(len(own), ([], [[] for _ in own]))
                 sources.append(j)
                 for copy, i in zip(copies, own, strict=True):
                     copy.append(i)
-        return dict(sorted(found.items()))
+        return dict(sorted(groups.items()))
 
     @property
     def counts(self) -> Vector:
@@ -187,10 +195,10 @@ class IndexMap:
 
     def first_copies(self) -> "IndexMap":
         """Return this map with pads in place of all but the first copy of every source coordinate."""
-        found = [(run.target, run.length, PAD) for run in self.runs if run.source == PAD]
+        triples = [(run.target, run.length, PAD) for run in self.runs if run.source == PAD]
         for source, n, (first, *others) in ((j, n, ts) for j, n, ts in self.segments if ts):
-            found += [(first, n, source), *((other, n, PAD) for other in others)]
-        runs = _joined(Run(*run) for run in sorted(found))
+            triples += [(first, n, source), *((other, n, PAD) for other in others)]
+        runs = _joined(Run(*run) for run in sorted(triples))
         return IndexMap(self.n_source, self.n_target, runs)
 
     def where(self, kept: Vector) -> "IndexMap":
@@ -253,15 +261,15 @@ def pair_copies(m: IndexMap) -> tuple[Vector, IndexMap]:
 
     Noise with these signs, drawn once per pair, sums to zero over the copies of every coordinate. A copy without partner has sign 0.
     """
-    found = [(run.target, run.length, 0.0, run.target) for run in m.runs if run.source == PAD]
+    signed_runs = [(run.target, run.length, 0.0, run.target) for run in m.runs if run.source == PAD]
     for _, n, targets in m.segments:
         for first, second in zip(targets[::2], targets[1::2], strict=False):
-            found += [(first, n, 1.0, first), (second, n, -1.0, first)]
+            signed_runs += [(first, n, 1.0, first), (second, n, -1.0, first)]
         if len(targets) % 2:
-            found.append((targets[-1], n, 0.0, targets[-1]))
-    found.sort()
-    runs = (Run(target, n, first) for target, n, _, first in found)
+            signed_runs.append((targets[-1], n, 0.0, targets[-1]))
+    signed_runs.sort()
+    runs = (Run(target, n, first) for target, n, _, first in signed_runs)
     return (
-        merged((sign, n) for _, n, sign, _ in found),
+        merged((sign, n) for _, n, sign, _ in signed_runs),
         IndexMap(m.n_target, m.n_target, _joined(runs)),
     )

@@ -49,17 +49,17 @@ def refuse(
 ) -> None:
     """Raise PlanError for sizes that the method ``who`` does not grow, and for its other problems."""
     deep = {"layers", *(stack.size for stack in spec.stacks)}
-    found = [
+    unsupported = [
         f"{name}: {who} does not grow it ({spec.sizes[name]} -> {n}); it grows {', '.join(grows)}"
         + (f", and {OTHERS[name]} grows {name}, in a call of its own." if name in OTHERS else ".")
         for name, n in sizes.items()
         if n != spec.sizes[name] and name not in {*grows, *deep}
     ]
     if INNER[0] not in grows and splits(spec, sizes) > 1:
-        found.append(
-            f"kv_heads: {who} keeps groups of heads whole, and width.Lossless splits them."
+        unsupported.append(
+            f"kv_heads: {who} keeps groups of heads whole; name heads too, or use width.Lossless, which splits the groups."
         )
-    raise_all(PlanError, f"cannot widen {spec.family}:", [*found, *problems])
+    raise_all(PlanError, f"cannot widen {spec.family}:", [*unsupported, *problems])
 
 
 def splits(spec: ModelSpec, sizes: Mapping[str, int]) -> int:
@@ -108,8 +108,8 @@ def solve_ties(
     for stream, origin in tied_streams(spec):
         if stream_scales[origin].centred:
             raise PlanError(
-                f"cannot centre {spec.family}: the tensor that writes {origin!r} is tied to the one that reads {stream!r}, and its "
-                "mean reaches the logits; use mean_pad."
+                f"cannot centre {spec.family}: the tensor that writes {origin!r} is tied to the one that reads {stream!r}, so "
+                "the mean would reach the logits; use norms='mean_pad'."
             )
         ones = Vector.full(factors.get(origin, 1.0), len(stream_scales[origin].activation))
         u = stream_scales[origin].activation.zip(ones, lambda w, factor: w * factor)
@@ -132,6 +132,7 @@ def tied_streams(spec: ModelSpec) -> Iterator[tuple[str, str]]:
             stream, origin = str(use.segments[0][0]), str(other.segments[0][0])
             if stream == origin:
                 raise PlanError(
-                    f"cannot widen {spec.family}: {tied!r} reads the stream it writes; a norm must lie between."
+                    f"cannot widen {spec.family}: {tied!r} reads the stream that it writes; name another stream "
+                    "for the readers after the last norm."
                 )
             yield stream, origin

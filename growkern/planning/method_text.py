@@ -31,7 +31,7 @@ def method_of(tree: ast.expr, text: str, known: Mapping[str, type]) -> object:
     if not isinstance(call.func, ast.Name):
         raise unreadable(text)
     if call.func.id not in known:
-        raise PlanError(f"there is no method {call.func.id!r}: {', '.join(known)}.")
+        raise PlanError(f"there is no method {call.func.id!r}; the methods are {', '.join(known)}.")
     try:
         values: list[Any] = [ast.literal_eval(value) for value in call.args]
         named: dict[str, Any] = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
@@ -44,14 +44,14 @@ def method_of(tree: ast.expr, text: str, known: Mapping[str, type]) -> object:
     for name, hint in get_type_hints(known[call.func.id]).items():
         if not _fits(value := getattr(made, name), hint):
             said = hint.__name__ if type(hint) is type else str(hint).replace("typing.", "")
-            raise PlanError(f"cannot make {text!r}: {name}={value!r} is no {said}.")
+            raise PlanError(f"cannot make {text!r}: {name}={value!r} is not of type {said}.")
     return made
 
 
 def unreadable(text: str) -> PlanError:
     """Return the error for a text that names no method."""
     return PlanError(
-        f"cannot read {text!r}: the name of a method, with arguments that are plain values, such as HyperClone(noise_db=10)."
+        f"cannot read {text!r}; write the name of a method, with arguments that are plain values, such as HyperClone(noise_db=10)."
     )
 
 
@@ -59,7 +59,7 @@ def _fits(value: object, hint: Any) -> bool:
     """True when a value matches the type hint of a method's field."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in inner)
+        return any(_fits(value, alternative) for alternative in inner)
     if origin is Literal:
         return value in inner
     if origin is tuple:

@@ -8,6 +8,7 @@ from operator import index
 
 from growkern.errors import PlanError, raise_all
 from growkern.model.spec import ModelSpec
+from growkern.support.text import short
 
 WIDTHS = ("hidden", "heads", "kv_heads", "ffn")  # sizes that "2x" grows; others grow if named
 MAX_SIZE = 1 << 18  # larger than any model: a typo must not fill the host's memory
@@ -35,7 +36,7 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
     """
     if not isinstance(to, str | Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PlanError(
-            f"cannot read to={to!r}: a factor such as '2x' or '1.5x', or a mapping of {', '.join(spec.sizes)}."
+            f"cannot read to={short(to)}; pass a factor such as '2x' or '1.5x', or a mapping of {', '.join(spec.sizes)}."
         )
     source, problems = spec.sizes, list[str]()
     named = _named(spec, to, problems, shrink)
@@ -48,10 +49,14 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
         if wrong := _wrong_side(name, n, source[name], shrink):
             problems.append(wrong)
         elif n > max(limit, source[name]):
-            problems.append(f"{name}: the target {n:,} is beyond {limit:,}.")
+            problems.append(
+                f"{name}: the target {n:,} is above the limit of growkern; name at most {limit:,}."
+            )
         elif n != source[name] and name in spec.fixed:
             verb = "shrink" if shrink else "grow"
-            problems.append(f"{name}: cannot {verb} in this {spec.family}: {spec.fixed[name]}.")
+            problems.append(
+                f"{name}: cannot {verb} in this {spec.family}: {spec.fixed[name]}; leave {name} out of to=."
+            )
     if not problems and "kv_heads" in target:
         problems += _groups(source, target, shrink)
     if not problems and target == dict(source):
@@ -89,11 +94,11 @@ def _groups(source: Mapping[str, int], target: Mapping[str, int], shrink: bool) 
 
 def _wrong_side(name: str, n: int, source: int, shrink: bool) -> str | None:
     if shrink and n > source:
-        return f"{name}: the target {n} is larger than the source {source}; expand_inplace grows."
+        return f"{name}: the target {n} is larger than the source {source}; grow the model by expand_inplace."
     if shrink and n < 1:
-        return f"{name}: the target {n} is no size; at least 1."
+        return f"{name}: the target {n} is not a size; name at least 1."
     if not shrink and n < source:
-        return f"{name}: the target {n} is smaller than the source {source}; growth only adds, shrink_inplace takes away."
+        return f"{name}: the target {n} is smaller than the source {source}; shrink the model by shrink_inplace."
     return None
 
 
@@ -101,7 +106,7 @@ def _named(spec: ModelSpec, to: Target, problems: list[str], shrink: bool) -> di
     if isinstance(to, str):
         if _factor(to) is None:
             raise PlanError(
-                f"cannot read to={to!r}: a factor such as '2x' or '1.5x', or a mapping of {', '.join(spec.sizes)}."
+                f"cannot read to={short(to)}; pass a factor such as '2x' or '1.5x', or a mapping of {', '.join(spec.sizes)}."
             )
         if "hidden" in spec.sizes:
             return {"hidden": _scaled("hidden", spec, to, problems)}
@@ -115,11 +120,15 @@ def _named(spec: ModelSpec, to: Target, problems: list[str], shrink: bool) -> di
                 f"unknown size {name!r}: {hint}sizes of {spec.family}: {', '.join(spec.sizes)}."
             )
         elif isinstance(value, str) and _factor(value) is None:
-            problems.append(f"{name}: cannot read {value!r}; an int, or a factor such as '1.5x'.")
+            problems.append(
+                f"{name}: cannot read {value!r}; pass an int, or a factor such as '1.5x'."
+            )
         elif isinstance(value, str):
             named[name] = _scaled(name, spec, value, problems)
         elif isinstance(value, bool) or not hasattr(value, "__index__"):
-            problems.append(f"{name}: {value!r} is not an int or a factor such as '1.5x'.")
+            problems.append(
+                f"{name}: cannot read {short(value)}; pass an int, or a factor such as '1.5x'."
+            )
         elif wrong := _wrong_side(name, index(value), spec.sizes[name], shrink):
             problems.append(wrong)
         else:
@@ -188,7 +197,7 @@ def _hidden_is_heads(
     elif named.get("heads", target["hidden"] // head_dim) != target["hidden"] // head_dim:
         problems.append(
             f"heads: {spec.family} needs hidden = heads x head_dim, but {target['hidden']} is not {named['heads']} x {head_dim}; "
-            f"hidden={named['heads'] * head_dim} or heads={target['hidden'] // head_dim} would do."
+            f"hidden={named['heads'] * head_dim} or heads={target['hidden'] // head_dim} fits."
         )
     else:
         target["heads"] = target["hidden"] // head_dim

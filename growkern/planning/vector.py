@@ -12,6 +12,14 @@ class Vector:
 
     pieces: tuple[tuple[float, int], ...]
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # cached: a vector can have a piece per coordinate, and many lookups have vectors in their keys
+        return hash(self.pieces)
+
     @staticmethod
     def of(values: Iterable[float]) -> "Vector":
         """Compress a sequence of numbers."""

@@ -118,7 +118,7 @@ class Recipe:
         ]
         if wrong:
             raise PlanError(
-                f"recipe {self.name!r}: {', '.join(wrong)}: pass finite numbers, deviations not below 0."
+                f"recipe {self.name!r}: {', '.join(wrong)}: pass finite numbers, and deviations of 0 or more."
             )
 
     @property
@@ -157,10 +157,10 @@ class Recipe:
         ]
         rows = [
             [
-                one.setup, f"{one.grown_at:.3g}", f"{one.budget:.3g}", share(one.charged), share(one.sunk), f"{one.headroom:.0%}",
-                one.n_seeds or "the one that tuned",
+                s.setup, f"{s.grown_at:.3g}", f"{s.budget:.3g}", share(s.charged), share(s.sunk), f"{s.headroom:.0%}",
+                s.n_seeds or "the one that tuned",
             ]
-            for one in self.saved
+            for s in self.saved
         ]  # fmt: skip
         lines = [
             f"{self.name} ({self.kind}): {self.how}",

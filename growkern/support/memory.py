@@ -153,8 +153,8 @@ def write_bytes(tensor: Tensor, file: FileIO) -> int:
 
 def read_bytes(n_bytes: int, file: FileIO) -> Tensor:
     """Read uint8 (n_bytes,) from an unbuffered file; raise OSError if the file ends early."""
-    found = torch.empty(n_bytes, dtype=torch.uint8)
-    parts: tuple[Tensor, ...] = torch.split(found, CHUNK)
+    buffer = torch.empty(n_bytes, dtype=torch.uint8)
+    parts: tuple[Tensor, ...] = torch.split(buffer, CHUNK)
     for part in parts:
         view, room = _chunk(len(part))
         while view:
@@ -162,7 +162,7 @@ def read_bytes(n_bytes: int, file: FileIO) -> Tensor:
                 raise OSError("the temporary file of a source is shorter than what was written")
             view = view[n:]
         part.copy_(room)
-    return found
+    return buffer
 
 
 def _chunk(n_bytes: int) -> tuple[memoryview, Tensor]:

@@ -25,3 +25,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def fold(name: str) -> str:
     """Replace block indices by a star, so that the tensors of all blocks share a line."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def short(value: object, limit: int = 100) -> str:
+    """Return the representation of a value on one line, cut to ``limit`` characters, for error messages."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -74,7 +74,7 @@ class Attachment:
         optim = unwrapped(optim)
         self.schedule, self.on_growth = schedule, list[OnGrowth]()
         self.model: nn.Module = unwrapped(model)
-        self._schedulers: list[ref[Any]] = [ref(unwrapped(one)) for one in _listed(scheduler)]
+        self._schedulers: list[ref[Any]] = [ref(unwrapped(s)) for s in _listed(scheduler)]
         self._options, self.deferred, self.stepped = options, deferred, False
         # number of growths before the one in progress; None when no growth is in progress
         self._running: int | None = None
@@ -83,23 +83,27 @@ class Attachment:
         if unknown := sorted(options.keys() - Options.__annotations__.keys()):
             raise PlanError(
                 f"{title} unknown options {', '.join(unknown)}. Known: {', '.join(Options.__annotations__)}; "
-                "what grows, and how, is said by the events."
+                "set to=, width=, depth=, state= and dynamics= on the events."
             )
         if not isinstance(optim, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise PlanError(f"{title} optim is no torch Optimizer, but {type(optim).__name__}.")
+            raise PlanError(
+                f"{title} optim: expected a torch.optim.Optimizer, got {type(optim).__name__}."
+            )
         if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optim).__mro__):
             raise PlanError(
-                f"{title} ZeroRedundancyOptimizer shares parameters out by tables of its own, which would not grow. Use a plain "
+                f"{title} ZeroRedundancyOptimizer assigns parameters to processes by tables that would not grow. Use a plain "
                 "optimizer under DistributedDataParallel."
             )
         if schedule.attachment is not None:
-            raise PlanError(f"{title} it is attached to an optimizer already; remove() that first.")
+            raise PlanError(
+                f"{title} the schedule is already attached to an optimizer; call schedule.attachment.remove() first."
+            )
         for hook in optim._optimizer_step_post_hooks.values():  # pyright: ignore[reportPrivateUsage]
             other = getattr(hook, "__self__", None)
             if isinstance(other, Attachment):
                 raise PlanError(
                     f"{title} a schedule of {len(other.schedule.events)} events drives this {type(optim).__name__} "
-                    "already. Put all events into one schedule, or remove() that one first."
+                    "already. Put all events into one schedule, or call remove() of the other attachment first."
                 )
         spec = describe(self.model, self._spec())  # raises now if the model cannot be grown
         raise_all(PlanError, title, unknown_sizes(schedule.ahead, spec))
@@ -160,7 +164,7 @@ class Attachment:
 
     def _expand(self, event: Event, optim: Optimizer) -> GrowthReport:
         schedule, options, planned = self.schedule, self._options, self.planned(event)
-        live = _listed([one() for one in self._schedulers])
+        live = _listed([reference() for reference in self._schedulers])
         self._running = n_growths(self.model)
         try:
             report = expand_inplace(
@@ -238,4 +242,4 @@ def growth_metrics(event: Event, report: GrowthReport) -> dict[str, float]:
 
 def _listed(scheduler: object | None) -> list[Any]:
     several: list[Any] = [*scheduler] if isinstance(scheduler, list | tuple) else [scheduler]
-    return [one for one in several if one is not None]
+    return [s for s in several if s is not None]

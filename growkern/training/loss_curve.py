@@ -100,11 +100,13 @@ def read_curve(path: Path, tokens_per_step: float | None = None) -> list[tuple[f
         else:
             rows = list[Mapping[str, Any]](csv.DictReader(text.splitlines()))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PlanError(f"cannot read a loss curve from {path}: {error!r}.") from None
+        raise PlanError(
+            f"cannot read a loss curve from {path}: {error!r}. Expected a CSV file, or a trainer_state.json."
+        ) from None
     if not rows or "loss" not in rows[0]:
         names = ", ".join(map(str, rows[0])) if rows else "no rows"
         raise PlanError(
-            f"cannot read a loss curve from {path}: it has {names}. Expected the columns tokens (or step) and loss, or the "
+            f"cannot read a loss curve from {path}: the file has {names}. Expected the columns tokens (or step) and loss, or the "
             "log_history of a trainer_state.json."
         )
     column = next(
@@ -116,12 +118,12 @@ def read_curve(path: Path, tokens_per_step: float | None = None) -> list[tuple[f
         None,
     )
     if column is None or (column == "step" and tokens_per_step is None):
-        found = "counts steps" if column else f"has {', '.join(map(str, rows[0]))}"
+        problem = "counts steps" if column else f"has {', '.join(map(str, rows[0]))}"
         raise PlanError(
-            f"cannot tell the tokens of {path}, which {found}: add a column tokens, or pass tokens_per_step (--tokens-per-step)."
+            f"cannot tell the tokens of {path}, which {problem}: add a column tokens, or pass tokens_per_step (--tokens-per-step)."
         )
     if tokens_per_step is not None and not (isfinite(tokens_per_step) and tokens_per_step > 0):
-        raise PlanError(f"tokens_per_step={tokens_per_step}: a step has more than 0 tokens.")
+        raise PlanError(f"tokens_per_step={tokens_per_step}: pass a number above 0.")
     each = (tokens_per_step or 1.0) if column == "step" else 1.0
     logged = [
         row

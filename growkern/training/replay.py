@@ -20,6 +20,7 @@ from growkern.planning.check import check
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.growth_record import GrowthRecord, digest_of, read
 from growkern.support.renamed import renamed_arguments
+from growkern.support.text import short
 from growkern.support.wrappers import unwrapped
 
 Growth = GrowthPlan | GrowthRecord
@@ -65,36 +66,38 @@ def resume(
     if given is not None and not (
         isinstance(given, list | tuple) and all(isinstance(h, str | GrowthPlan) for h in given)  # pyright: ignore
     ):
-        raise PlanError(f"history: expected a list of growths on record, got {given!r}.")
+        raise PlanError(
+            f"history: expected a list of recorded growths, such as schedule.state_dict()['history'], got {short(given)}."
+        )
     growths = [
-        one if isinstance(one, GrowthPlan) else read(one)
-        for one in (done if history is None else history)
+        entry if isinstance(entry, GrowthPlan) else read(entry)
+        for entry in (done if history is None else history)
     ]
-    if done and [digest_of(one) for one in growths[: len(done)]] != [
+    if done and [digest_of(growth) for growth in growths[: len(done)]] != [
         *map(digest_of, map(read, done))
     ]:
         raise PlanError(
-            f"this model's config says that it has been through {len(done)} growths, and they are not the first of the "
-            f"{len(growths)} of the history: build the model from the config it started with."
+            f"config.growkern_history records {len(done)} growths of this model, which are not the first of the "
+            f"{len(growths)} of the history: build the model from the config of the start."
         )
     if optim is not None and done:
         raise PlanError(
-            "this model has been through growths; build it from the config it started with, so that they can be replayed on "
-            "the optimizer too."
+            "this model has grown, and the optimizer has not: build the model from the config of the start, so that its growths "
+            "can be replayed on both."
         )
-    for number, (one, after) in enumerate(pairwise(growths[len(done) :]), len(done) + 1):
-        if dict(one.target_sizes) != dict(after.source_sizes) or not _names_fit(one, after):
+    for number, (before, after) in enumerate(pairwise(growths[len(done) :]), len(done) + 1):
+        if dict(before.target_sizes) != dict(after.source_sizes) or not _names_fit(before, after):
             raise PlanError(
-                f"growth {number + 1} of {len(growths)} does not fit: it is for {dict(after.source_sizes)}, growth {number} ends "
-                f"at {dict(one.target_sizes)}."
+                f"growth {number + 1} of {len(growths)} does not fit: growth {number + 1} starts at {dict(after.source_sizes)}, growth "
+                f"{number} ends at {dict(before.target_sizes)}. Pass all growths, in their order."
             )
     optims = () if optim is None else (cast(Optimizer, unwrapped(optim)),)
     with all_or_nothing(model) as undo:
-        for number, one in enumerate(growths[len(done) :], len(done) + 1):
+        for number, growth in enumerate(growths[len(done) :], len(done) + 1):
             try:
                 run(
                     Request(
-                        model, optims, partial(_plan, one), one.state == "drop", spec=spec(model) if spec else None,
+                        model, optims, partial(_plan, growth), growth.state == "drop", spec=spec(model) if spec else None,
                         backend=NOTHING, scheduler=scheduler, ema=ema, master_weights=master_weights, undo=undo,
                     )
                 )  # fmt: skip
@@ -111,9 +114,9 @@ def _plan(growth: Growth, spec: ModelSpec) -> GrowthPlan:
     return plan
 
 
-def _names_fit(one: Growth, after: Growth) -> bool:
+def _names_fit(before: Growth, after: Growth) -> bool:
     """Return False if both growths are plans and the second plan reads other tensors than the first plan produces."""
-    if not (isinstance(one, GrowthPlan) and isinstance(after, GrowthPlan)):
+    if not (isinstance(before, GrowthPlan) and isinstance(after, GrowthPlan)):
         return True
-    left, grown = {row.name for row in one.tensors}, {row.source for row in after.tensors}
+    left, grown = {row.name for row in before.tensors}, {row.source for row in after.tensors}
     return not grown - left and (after.shrinks or not left - grown)

@@ -100,7 +100,9 @@ class GrowthSchedule:
         """
         n = float(tokens)
         if not all(isfinite(x) and x >= 0 for x in (n, flops or 0)):
-            raise PlanError(f"observe(tokens={tokens}, flops={flops}): of this step, 0 or more.")
+            raise PlanError(
+                f"observe(tokens={tokens}, flops={flops}): pass the numbers of this step, 0 or more."
+            )
         self.counts.n_tokens += n
         if flops is None:
             flops = 6.0 * n * self.attachment.n_params if self.attachment else 0.0
@@ -180,8 +182,8 @@ class GrowthSchedule:
         own = self.state_dict()["events"]
         if events[: len(fired)] != own[: len(fired)]:
             raise PlanError(
-                f"cannot go on with this schedule: the growths that ran were {events[: len(fired)]}, and it begins with "
-                f"{own[: len(fired)]}. Leave those as they were; later ones may change."
+                f"cannot go on with this schedule: the events that fired were {events[: len(fired)]}, and the schedule begins "
+                f"with {own[: len(fired)]}. Keep the events that fired; later events may change."
             )
         if events[len(fired) : len(fired) + 1] != own[len(fired) : len(fired) + 1]:
             counts.points = []  # the points belong to another event

@@ -108,10 +108,12 @@ class At(Event):
         given = [n for n in (self.step, self.tokens) if n is not None]
         if len(given) != 1 or not given[0] > 0 or not isfinite(given[0]):
             raise PlanError(
-                f"At(step={self.step}, tokens={self.tokens}): name one of them, a number above 0."
+                f"At(step={self.step}, tokens={self.tokens}): pass either step or tokens, as a number above 0."
             )
         if self.step is not None and int(self.step) != self.step:
-            raise PlanError(f"At(step={self.step}): steps are whole; nearest: {round(self.step)}.")
+            raise PlanError(
+                f"At(step={self.step}): pass a whole number; nearest: {round(self.step)}."
+            )
 
     @property
     def counts_tokens(self) -> bool:
@@ -166,7 +168,7 @@ class WhenPlateau(Event):
         if self.patience < 1 or not self.min_delta >= 0 or self.mode not in ("min", "max"):
             raise PlanError(
                 f"WhenPlateau(patience={self.patience}, min_delta={self.min_delta}, mode={self.mode!r}): "
-                "patience starts at 1, min_delta at 0; mode is 'min' or 'max'."
+                "pass patience >= 1, min_delta >= 0, and mode 'min' or 'max'."
             )
 
     @property
@@ -224,7 +226,7 @@ class WhenSlope(Event):
     def __post_init__(self) -> None:
         if not isfinite(self.tau) or self.window < 2:
             raise PlanError(
-                f"WhenSlope(tau={self.tau}, window={self.window}): a finite tau, and a window of at least 2."
+                f"WhenSlope(tau={self.tau}, window={self.window}): pass a finite tau, and a window of at least 2."
             )
 
     @property
@@ -252,14 +254,14 @@ class WhenSlope(Event):
 
     def due(self, counts: Counts) -> bool:
         """Return True if the event has to fire now."""
-        found = self.slope(counts)
-        return len(counts.points) >= self.window and found is not None and found < self.tau
+        slope = self.slope(counts)
+        return len(counts.points) >= self.window and slope is not None and slope < self.tau
 
     def progress(self, counts: Counts) -> str:
         """Describe the progress toward the trigger, as text."""
-        found = self.slope(counts)
+        slope = self.slope(counts)
         seen = f"{len(counts.points):,} of {self.window:,} observed"
-        return seen if found is None else f"slope {found:.3g}, {seen}"
+        return seen if slope is None else f"slope {slope:.3g}, {seen}"
 
     def slope(self, counts: Counts) -> float | None:
         """Return ``-d metric / d ln(compute)`` over the window; None if all observations have the same compute."""
@@ -281,10 +283,10 @@ def target_of(event: Event) -> str:
 def disorder(events: Sequence[Event]) -> list[str]:
     """Return the reasons why events cannot be scheduled: unknown options, or steps, tokens or sizes that decrease."""
     if not events or not all(isinstance(event, Event) for event in events):  # pyright: ignore[reportUnnecessaryIsInstance]
-        found = ", ".join(type(event).__name__ for event in events)
-        return [f"expected At, WhenPlateau or WhenSlope events, got {found or 'none'}."]
+        kinds = ", ".join(type(event).__name__ for event in events)
+        return [f"expected At, WhenPlateau or WhenSlope events, got {kinds or 'none'}."]
     problems: list[str] = [
-        f"event {i}: unknown {name}={value!r}; {', '.join(map(repr, known))}."
+        f"event {i}: unknown {name}={value!r}; pass {', '.join(map(repr, known))}."
         for i, event in enumerate(events)
         for name, value, known in (
             ("state", event.state, STATES),
@@ -323,7 +325,7 @@ def unknown_sizes(events: Sequence[Event], spec: ModelSpec) -> list[str]:
             resolve_sizes(spec, event.to)
         elif unknown := sorted(event.to.keys() - spec.sizes.keys()):
             problems.append(
-                f"this {spec.family} has no size {', '.join(unknown)}; there are {', '.join(spec.sizes)}."
+                f"this {spec.family} has no size {', '.join(unknown)}; its sizes are {', '.join(spec.sizes)}."
             )
     return problems
 
@@ -348,16 +350,16 @@ def read_state(
             [int(step) for step in [*state["fired"]]],
             [*map(str, [*state["history"]])],
         )
-        for one in history:
-            read(one)
+        for record in history:
+            read(record)
         bad = not (counts.n_steps >= 0 and counts.n_tokens >= 0 and counts.n_flops >= 0)
         if bad or len(fired) != len(history) or len(fired) > n_events:
-            raise ValueError("counts, fired and history do not fit each other")
+            raise ValueError("counts, fired and history do not fit together")
         if isinstance(state["fired"], str) or isinstance(state["history"], str):
-            raise ValueError("what fired, or the history, is a text")
+            raise ValueError("fired or history is a string")
         events = [*map(str, state["events"])]
     except (KeyError, TypeError, ValueError, OverflowError, GrowthError) as error:
         raise PlanError(
-            f"cannot read the schedule's state: {error!r}; only what state_dict gave."
+            f"cannot read the schedule's state: {error!r}; pass what schedule.state_dict() returned."
         ) from None
     return counts, fired, history, events

@@ -46,7 +46,11 @@ class FPI:
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
         """Return index maps and stream scales for the target ``sizes``; raise PlanError for a size that does not grow."""
         who = type(self).__name__
-        known = [] if self.maps in MAPS else [f"maps={self.maps!r}; 'random' or 'cyclic'."]
+        known = (
+            []
+            if self.maps in MAPS
+            else [f"maps={self.maps!r} is unknown; pass 'random' or 'cyclic'."]
+        )
         refuse(spec, sizes, who, known)
         maps: dict[str, IndexMap] = {}
         stream_scales: dict[str, StreamScale] = {}
@@ -97,7 +101,9 @@ class Net2Wider(FPI):
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
         """Return index maps and stream scales for the target ``sizes``; raise PlanError for a size that does not grow."""
         if not 0 <= self.noise < float("inf"):
-            raise PlanError(f"Net2Wider: noise={self.noise!r} is not a finite number >= 0.")
+            raise PlanError(
+                f"Net2Wider: noise={self.noise!r} is not valid; pass a finite number >= 0."
+            )
         return replace(super().widen(spec, sizes), noise=self.noise)
 
 
@@ -125,18 +131,18 @@ class AKI(FPI):
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
         """Return index maps and stream scales for the target ``sizes``; raise PlanError for a size that does not grow, or one layer."""
-        found = super().widen(spec, sizes)
+        decision = super().widen(spec, sizes)
         who = type(self).__name__
         if spec.sizes.get("layers", 0) < 2 or spec.blocks is None:
             raise PlanError(
-                f"{who}: new rows come from the next layer, and this {spec.family} has {spec.sizes.get('layers', 0)}; FPI() does "
-                "without."
+                f"{who}: new rows come from the next layer, and this {spec.family} has {spec.sizes.get('layers', 0)}; use FPI(), which "
+                "needs no next layer."
             )
-        if all(index_map.is_identity for index_map in found.maps.values()):
-            return found
+        if all(index_map.is_identity for index_map in decision.maps.values()):
+            return decision
         last = "the last layer has no next one: copies of its heads and FFN units are equal, and remain so."
         reasons = ("new rows come from the next layer",)
-        return replace(found, next_layer=True, reasons=reasons, notes=(last,))
+        return replace(decision, next_layer=True, reasons=reasons, notes=(last,))
 
 
 @dataclass(frozen=True)
@@ -165,6 +171,6 @@ class AKIPro(AKI):
         before, after = spec.sizes.get("kv_heads"), sizes.get("kv_heads")
         if before != after:
             raise PlanError(
-                f'AKIPro: kv heads stay ({before} -> {after}): pass to={{..., "kv_heads": {before}}}, or AKI().'
+                f'AKIPro keeps the kv heads ({before} -> {after}): pass to={{..., "kv_heads": {before}}}, or AKI().'
             )
         return super().widen(spec, sizes)

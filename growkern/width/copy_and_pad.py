@@ -47,10 +47,10 @@ class CopyAndPad:
         problems: list[str] = []
         if not 0 < self.std < float("inf"):
             problems.append(
-                f"std={self.std!r}: with zeros on both sides of a new coordinate neither ever trains; pass a number above 0."
+                f"std={self.std!r}: a new coordinate with zeros as writer and reader never trains; pass a number above 0."
             )
         if self.norm not in ("as_published", "corrected"):
-            problems.append(f"norm={self.norm!r}; 'as_published' or 'corrected'.")
+            problems.append(f"norm={self.norm!r} is unknown; pass 'as_published' or 'corrected'.")
         refuse(spec, sizes, "CopyAndPad", problems)
         maps: dict[str, IndexMap] = {}
         stream_scales: dict[str, StreamScale] = {}

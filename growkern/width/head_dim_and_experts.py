@@ -21,7 +21,10 @@ def problems(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:
     """Yield the reasons why head_dim, experts or top_k cannot grow to ``sizes``."""
     source, target = (s.get("head_dim", 1) for s in (spec.sizes, sizes))
     if target != source and not {QUERY, KEY} <= set(spec.streams):
-        yield f"head_dim: the spec of this {spec.family} does not tell queries from keys (growkern.model.spec.QUERY, KEY, VALUE)."
+        yield (
+            f"head_dim: the spec of this {spec.family} does not tell queries from keys; "
+            "name the streams growkern.model.spec.QUERY, KEY and VALUE in the spec."
+        )
     turned = _turned(spec, source), _turned(spec, target)
     if (
         target != source
@@ -30,13 +33,13 @@ def problems(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:
     ):
         low = max(1, target // source) * source
         yield (
-            f"head_dim: under RoPE its pairs keep their angles at whole multiples of {source} only, not at {target}; "
+            f"head_dim: the pairs of RoPE keep their angles at whole multiples of {source} only, not at {target}; "
             f"nearest: {low}, {low + source}."
         )
     experts, top_k = ((spec.sizes.get(k, 1), sizes.get(k, 1)) for k in ("experts", "top_k"))
     if experts[1] % experts[0]:
         yield (
-            f"experts: all of {experts[0]} are copied equally often, so not to {experts[1]}; nearest whole multiples: "
+            f"experts: all {experts[0]} experts are copied equally often, which {experts[1]} does not allow; nearest whole multiples: "
             + ", ".join(str(experts[1] // experts[0] * experts[0] + n) for n in (0, experts[0]))
             + "."
         )

@@ -48,6 +48,6 @@ class HyperClone:
             space = broken[0]
             raise PlanError(
                 f"HyperClone: {space.size} {space.n_source} -> {space.n_target} is no whole multiple, and the "
-                "paper clones whole ones; HyperClone(general=True) or Lossless() grow to any width."
+                "paper clones whole multiples; use HyperClone(general=True) or Lossless(), which grow to any width."
             )
         return Lossless(noise=noise).widen(spec, sizes)

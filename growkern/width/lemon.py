@@ -54,10 +54,12 @@ class Lemon:
                 not grow, or ``alpha`` is not in (0, 1).
         """
         if not 0 < self.alpha < 1:
-            raise PlanError(f"Lemon: alpha={self.alpha!r} is not between 0 and 1.")
+            raise PlanError(
+                f"Lemon: alpha={self.alpha!r} is not valid; pass a number between 0 and 1."
+            )
         if self.expansion not in (None, *EXPANSIONS):
             raise PlanError(
-                f"Lemon: expansion={self.expansion!r} is none of {', '.join(EXPANSIONS)}."
+                f"Lemon: expansion={self.expansion!r} is unknown; pass {', '.join(map(repr, EXPANSIONS))}."
             )
         refuse(spec, sizes, "Lemon")
         kinds = {kind for space in spaces(spec, sizes) for kind in space.norms}
@@ -67,7 +69,7 @@ class Lemon:
                 space = broken[0]
                 raise PlanError(
                     f"Lemon: a circular expansion from {space.n_source} to {space.n_target} sees unequal copies in its norms; "
-                    "'average' (LayerNorm) or 'zero' (RMSNorm) are exact there."
+                    "expansion='average' (LayerNorm) or expansion='zero' (RMSNorm) is exact."
                 )
         elif self.expansion in RULES:
             norms, kind = RULES[self.expansion]
@@ -75,7 +77,7 @@ class Lemon:
                 other = "zero" if self.expansion == "average" else "average"
                 raise PlanError(
                     f"Lemon: the {self.expansion} expansion is for {kind} norms; these are {', '.join(sorted(kinds))} norms: "
-                    f"expansion={other!r}."
+                    f"pass expansion={other!r}."
                 )
         wide = Lossless(noise=0.0, norms=norms).widen(spec, sizes)
         maps, stream_scales = dict(wide.maps), dict(wide.stream_scales)

@@ -98,13 +98,13 @@ class Lossless:
         pads = self.noise is None
         noise = TWIN_NOISE if self.noise is None else self.noise
         if not isinstance(noise, int | float) or not 0 <= noise < float("inf"):  # pyright: ignore[reportUnnecessaryIsInstance]
-            problems.append(f"noise={noise!r} is neither None nor a finite number >= 0.")
+            problems.append(f"noise={noise!r} is not valid; pass None, or a finite number >= 0.")
         if self.norms is not None and self.norms not in list(NORM_KINDS):
-            problems.append(f"norms={self.norms!r} is none of {', '.join(NORM_KINDS)}.")
-        elif pads and self.norms == "isometric":
             problems.append(
-                "norms='isometric' divides copies among each other; pass their noise= too."
+                f"norms={self.norms!r} is unknown; pass {', '.join(map(repr, NORM_KINDS))}."
             )
+        elif pads and self.norms == "isometric":
+            problems.append("norms='isometric' makes copies; pass the noise= of the copies too.")
         problems += [*head_dim_and_experts.problems(spec, sizes)]
         refuse(spec, sizes, "Lossless", problems, (*GROWS, *INNER, "top_k"))
         maps: dict[str, IndexMap] = {}
@@ -190,7 +190,7 @@ def rule_of(spec: ModelSpec, space: Space, norms: Norms | None) -> Norms:
     how: Norms = norms or ("isometric" if kind == "rms" else "mean_pad")
     if NORM_KINDS[how] != kind:
         raise PlanError(
-            f"{ask} norms={how!r} is for {NORM_KINDS[how]} norms; these are {kind} norms."
+            f"{ask} norms={how!r} is for {NORM_KINDS[how]} norms; these are {kind} norms: leave norms= out."
         )
     return how
 

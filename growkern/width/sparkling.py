@@ -19,7 +19,7 @@ SIDES = ("copy", "random", "zero")
 class Sparkling:
     """Keep the size of signals, not the function: new rows and columns are copied, random or zero, and readers scaled to match.
 
-    Copies on both sides at twice the width keep the function too.
+    Copies on both sides at whole multiples of the width keep the function too.
     With ``c`` new coordinates per old one, readers are scaled by ``1 / sqrt(1 + 3c)`` (``1 / (1 + c)`` above c = 1) if both sides are
     copies, else by ``sqrt(d / d')``; writers are not scaled. Norms do not change. The method is meant for ``state="asymmetric"`` and
     ``growkern.optim.AdamW``, which warms up the learning rate of new rows and columns.
@@ -29,7 +29,7 @@ class Sparkling:
         fan_in: Initialization of the readers of new coordinates.
 
     Preserves:
-        The trajectory with copies on both sides at 2x, else nothing.
+        The trajectory with copies on both sides at whole multiples, else nothing.
 
     Example:
         >>> growkern.plan(model, to="2x", width=width.Sparkling("random", "zero")).preserves
@@ -45,13 +45,13 @@ class Sparkling:
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
         """Return index maps and stream scales for the target ``sizes``; raise PlanError for zeros on both sides."""
         problems = [
-            f"{name}={side!r} is none of {', '.join(SIDES)}."
+            f"{name}={side!r} is unknown; pass {', '.join(map(repr, SIDES))}."
             for name, side in (("fan_out", self.fan_out), ("fan_in", self.fan_in))
             if side not in SIDES
         ]
         if self.fan_out == self.fan_in == "zero":
             problems.append(
-                "zeros on both sides of a new coordinate never train; copy one, or draw it."
+                "fan_out='zero', fan_in='zero': new coordinates with both never train; pass 'copy' or 'random' for one of the two."
             )
         refuse(spec, sizes, "Sparkling", problems)
         maps: dict[str, IndexMap] = {}
@@ -76,7 +76,7 @@ class Sparkling:
                 reads="random_reader" if self.fan_in == "random" else "zero",
             )
             stream_scales |= dict.fromkeys(space.streams, stream_scale)
-            exact = self.fan_out == self.fan_in == "copy" and space.n_target == 2 * space.n_source
+            exact = self.fan_out == self.fan_in == "copy" and space.n_target % space.n_source == 0
             inexact = inexact or not (exact or space.same)
         solve_ties(spec, sizes, maps, stream_scales)
         reasons = ("signals keep their size, not their values",) if inexact else ()

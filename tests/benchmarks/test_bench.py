@@ -1,25 +1,19 @@
 """The bench runs end to end at tiny sizes, appends its rows to a CSV, and does not time a case whose tests fail."""
 
-import csv
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from benches import importable, rows_of
 
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # bench/ is not installed
-try:
+with importable():
     from bench import __main__ as bench
     from bench import bars, bench_models, harness
-finally:
-    sys.path.remove(str(ROOT))
 
 BREAKER = '''"""Loaded by pytest: makes random maps wrong."""
 from growkern.execution import execute
@@ -40,18 +34,13 @@ def poisoned() -> Iterator[None]:
     yield
 
 
-def rows_of(folder: Path) -> list[dict[str, str]]:
-    (path,) = folder.glob("*.csv")
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def fake(case: str, backend: str, phase: str, gb_s: float, **values: object) -> harness.Row:
     empty: harness.Row = dict.fromkeys(harness.COLUMNS, "")
     names = {"op": "model", "case": case, "backend": backend, "phase": phase, "dtype": "fp32"}
     return empty | names | {"gb_s": gb_s, "tensor_bytes": 1 << 30} | values
 
 
+@pytest.mark.slow
 def test_quick_run_measures_keeps_and_draws_and_a_red_case_is_not_timed(tmp_path, monkeypatch):
     results = tmp_path / "results"
 

@@ -1,44 +1,41 @@
 """The savings campaign runs end to end at tiny sizes, continues after a kill, and computes the savings of hand-made rows."""
 
 import csv
-import sys
 from dataclasses import replace
 from math import exp, isfinite, log
 from pathlib import Path
 
 import pytest
 import torch
+from benches import ROOT, importable, rows_of
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # bench/ is not installed
-try:
+with importable():
     from bench.harness import RESULTS
     from bench.savings import __main__ as savings
     from bench.savings import analysis, campaign, jobs, layer_norm, report, symmetry
-    from growkern.cli.demo_run import Run, Training, build, flops_per_step, loss_at, read_corpus
-finally:
-    sys.path.remove(str(ROOT))
+    from growkern.cli.demo_run import (
+        Run,
+        Training,
+        build,
+        flops_needed,
+        flops_per_step,
+        loss_at,
+        read_corpus,
+    )
 
 SMOKE = campaign.SETUPS["smoke"]
 STEP = jobs.unit(SMOKE)
 pytestmark = pytest.mark.xdist_group("savings")  # one xdist worker trains, once
 
 
-def rows_of(folder: Path, curves: bool = False) -> list[dict[str, str]]:
-    (path,) = [p for p in folder.glob("*.csv") if p.stem.endswith("-curves") == curves]
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def run_campaign(*arguments: str) -> int:
     """Run a campaign with the repository root on ``sys.path``, from which its processes import bench/."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(ROOT), *sys.path])
+    with importable():
         return savings.main([*arguments])
 
 
@@ -73,6 +70,26 @@ def hand_made(grown_loss: float, never: float = 3.0) -> list[dict[str, str]]:
         grown = {"recipe": "default", "source_hidden": 32, "source_layers": 1, "grow_at": 2 * STEP}
         found.append(row(target, 8e-3, seed, 16, grown_loss, **grown))
     return found
+
+
+@pytest.mark.parametrize(
+    ("curve", "loss", "flops", "beyond"),
+    [
+        ([(8, 3.0), (16, 2.0)], 2.5, 8 * 2**0.5, False),
+        ([(8, 3.0), (16, 2.0)], 1.5, 16 * 2**0.5, True),
+        (
+            [(8, 1.61), (16, 1.6099)],
+            1.2,
+            160,
+            True,
+        ),  # nearly flat: by a factor of 10, not of e^4000
+        ([(8, 2.0), (16, 3.0)], 1.9, 8, True),  # a rising curve: 8 FLOPs at least
+        ([(8, 3.0), (16, 3.5), (32, 2.0)], 2.5, 16, False),
+    ],
+    ids=["between", "beyond", "flat", "rising", "bump"],
+)
+def test_flops_that_a_curve_needs_for_a_loss(curve, loss, flops, beyond):
+    assert flops_needed(curve, loss) == (pytest.approx(flops), beyond)
 
 
 def test_savings_are_those_of_hand_made_numbers_under_both_accountings():
@@ -147,7 +164,7 @@ def test_tuning_takes_the_better_rate_of_seed_0_and_leaves_that_seed_out():
 def test_verdict_says_what_the_numbers_say(grown_loss, never, said):
     found = analysis.Campaign(SMOKE, hand_made(grown_loss, never))
 
-    text = report.verdict(found, 1, found.savings(1))
+    text = report.verdict(found, 1)
 
     assert said in text
     assert ("never grows ends lower" in text) == (never == 2.0)
@@ -158,7 +175,31 @@ def test_a_saving_whose_interval_holds_zero_is_not_called_a_saving():
     rows[-1]["loss"] = "2.15"  # the grown run of seed 2 ends above the run from scratch
     found = analysis.Campaign(SMOKE, [*rows, row(SMOKE.target_sizes, 4e-3, 3, 16, 2.0)])
 
-    assert "Growing does not save" in report.verdict(found, 1, found.savings(1))
+    assert "Growing does not save" in report.verdict(found, 1)
+
+
+def test_variants_of_fewer_seeds_do_not_lead_and_every_line_compares_equal_seeds():
+    rows = hand_made(1.9)
+    lucky = {"recipe": "noise 1", "source_hidden": 32, "source_layers": 1, "grow_at": 2 * STEP}
+    rows += [row(SMOKE.target_sizes, 8e-3, seed, 16, 1.0, **lucky) for seed in (0, 1)]
+    rows[rows.index(next(r for r in rows if r["seed"] == "2" and not r["recipe"]))]["loss"] = "9"
+    found = analysis.Campaign(SMOKE, rows)
+
+    assert found.best(1).variant.recipe == "default"
+    assert [s.variant.recipe for s in found.savings(1)] == ["default", "noise 1"]
+    assert dict(found.on(SMOKE.target_sizes, 0, [1])) == {1: 3.0}
+    assert dict(found.on(SMOKE.target_sizes, 0, [1, 2])) == {1: 3.0, 2: 9.0}
+
+
+def test_best_rate_at_the_edge_of_the_grid_is_marked():
+    rows = hand_made(1.9)
+    edge = analysis.Campaign(SMOKE, rows)
+    inner = [row(SMOKE.target_sizes, 2e-3, 0, budget, 4.0) for budget in (8, 16)]
+    tuned = analysis.Campaign(SMOKE, [*rows, *inner])
+
+    assert edge.at_edge(SMOKE.target_sizes, 1) and not tuned.at_edge(SMOKE.target_sizes, 1)
+    assert "at the edge" in report.verdict(edge, 1)
+    assert "at the edge" not in report.verdict(tuned, 1)
 
 
 def test_what_only_the_tuning_seed_ran_is_held_against_that_seed_and_comes_last():
@@ -173,9 +214,10 @@ def test_what_only_the_tuning_seed_ran_is_held_against_that_seed_and_comes_last(
 
     assert saving.chose
     assert saving.charged[0] == pytest.approx(1 - 16 / (16 * 2**0.1))
-    assert "(the seed that chose)" in report.verdict(found, 1, [saving])
+    assert "(the seed that chose)" in report.verdict(found, 1)
 
 
+@pytest.mark.slow
 def test_campaign_runs_end_to_end(smoke):
     rows, curves = rows_of(smoke), rows_of(smoke, curves=True)
 
@@ -191,6 +233,7 @@ def test_campaign_runs_end_to_end(smoke):
     assert picture.stat().st_size > 20_000
 
 
+@pytest.mark.slow
 def test_growth_of_the_campaign_keeps_the_loss_and_charges_the_source(smoke):
     grown = [r for r in rows_of(smoke) if r["recipe"] == "default"]
 
@@ -202,6 +245,15 @@ def test_growth_of_the_campaign_keeps_the_loss_and_charges_the_source(smoke):
         assert float(r["flops"]) <= 0.75 * float(r["budget"]) + STEP  # of trunk and source
 
 
+def test_damaged_snapshot_is_named(tmp_path):
+    grown = jobs.Job(SMOKE, SMOKE.target_sizes, 8e-3, 0, "default", 1.0, 2 * STEP)
+    grown.snapshot(tmp_path, grown.grow_at).write_bytes(b"")
+
+    with pytest.raises(SystemExit, match=r"\.pt: the snapshot cannot be read .* Delete the file"):
+        jobs.run(grown, tmp_path, "cpu")
+
+
+@pytest.mark.slow
 def test_killed_campaign_goes_on_and_finds_the_same(smoke, tmp_path):
     (path,) = [p for p in smoke.glob("*.csv") if not p.stem.endswith("-curves")]
     lines = path.read_text().splitlines(keepends=True)
@@ -284,6 +336,7 @@ def test_unknown_recipe_is_refused_with_the_known_ones(capsys):
     assert "unknown recipes: nothing; known: default; " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "recipes"),
     [
@@ -319,6 +372,7 @@ def test_flops_are_those_that_torch_counts(sizes):
     assert flops_per_step(model, training) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+@pytest.mark.slow
 def test_run_that_grows_in_two_steps_serves_only_budgets_behind_the_last(tmp_path):
     sizes, small = {"hidden": 32, "layers": 2}, {"n_eval": 2, "n_trunk": 2, "warmup": 2}
     setup = campaign.Setup(
@@ -350,6 +404,7 @@ def test_a_job_is_finished_when_all_of_its_budgets_have_rows_and_no_row_is_writt
     assert len(ledger.rows()) == 2
 
 
+@pytest.mark.slow
 def test_annealed_branch_of_a_grown_run_leaves_the_trunk_where_it_was():
     training, text = Training(n_eval=2, n_trunk=2, warmup=2), read_corpus(300_000)
     alone, branched = (Run({"hidden": 32, "layers": 1}, 1e-3, 0, text, training) for _ in range(2))
@@ -362,6 +417,7 @@ def test_annealed_branch_of_a_grown_run_leaves_the_trunk_where_it_was():
     assert alone.train_until(12 * alone.cost) == branched.train_until(12 * branched.cost)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_annealed_branch_leaves_the_trunk_where_it_was(optimizer):
     sizes, training = {"hidden": 32, "layers": 1}, Training(n_eval=2, n_trunk=2, warmup=2)
@@ -381,6 +437,7 @@ def test_annealed_branch_leaves_the_trunk_where_it_was(optimizer):
     )
 
 
+@pytest.mark.slow
 def test_branch_anneals_to_zero_over_the_last_quarter():
     sizes, training = {"hidden": 32, "layers": 1}, Training(n_eval=2, n_trunk=2, warmup=2)
     run = Run(sizes, 1e-3, 0, read_corpus(300_000), training)
@@ -414,6 +471,7 @@ def test_effective_rank_and_cosine_of_halves_are_those_of_matrices_that_are_know
     assert symmetry.cosine_of_halves(torch.cat([x, -x]).tile(1, 2)) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_copies_without_noise_stay_equal_under_muon_and_part_with_it(monkeypatch):
     setup = replace(campaign.SETUPS["width"], grow_at=(2,), training={"n_trunk": 2, "warmup": 2})
     monkeypatch.setattr(symmetry, "SETUP", setup)
@@ -426,6 +484,7 @@ def test_copies_without_noise_stay_equal_under_muon_and_part_with_it(monkeypatch
     assert all(1 < row["residual"] <= 64 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_default_is_exact_under_layer_norm_and_trains(monkeypatch):
     setup = replace(
         campaign.SETUPS["width"], grow_at=(2,), budgets=(8, 12),

@@ -25,19 +25,23 @@ SIZES = [
     ("llama", {"foo": 48}, "unknown size 'foo': sizes of llama: hidden, heads"),
     ("llama", "twice", "cannot read to='twice'"),
     ("llama", {"hidden": "much"}, "cannot read 'much'"),
-    ("llama", {"hidden": 48.0}, "48.0 is not an int"),
+    ("llama", {"hidden": 48.0}, "cannot read 48.0; pass an int"),
     ("llama", None, "cannot read to=None"),
     ("llama", 2, "cannot read to=2"),
     ("llama", ["hidden"], "cannot read to="),
     ("llama", {"hidden": 0}, "hidden: the target 0 is smaller than the source 24"),
-    ("llama", {"layers": 100_000}, "layers: the target 100,000 is beyond 4,096"),
-    ("llama", {"hidden": True}, "True is not an int"),
+    ("llama", {"layers": 100_000}, "layers: the target 100,000 is above .*; name at most 4,096"),
+    ("llama", {"hidden": True}, "cannot read True; pass an int"),
     ("llama", {"hidden": 24}, "every target equals its source"),
     ("llama", {"heads": 5}, "heads: 5 is not a multiple of kv_heads=2; nearest: 4, 6"),
     ("llama", {"head_dim": 9}, "whole multiples of 6 only"),
     ("llama", {"vocab": 100}, "vocab: Lossless does not grow it.*growkern.vocab grows vocab"),
     ("llama", {"hidden": 48, "vocab": 10}, "vocab: the target 10 is smaller"),
-    ("llama", {"hidden": 10**10}, "hidden: the target 10,000,000,000 is beyond 262,144"),
+    (
+        "llama",
+        {"hidden": 10**10},
+        "hidden: the target 10,000,000,000 is above .*; name at most 262,144",
+    ),
     ("llama", {}, "every target equals its source"),
     (
         "gpt2",
@@ -74,15 +78,18 @@ METHODS = [
         dict(width=width.Lossless(norms="mean_pad"), to="1.5x"),
         "mean_pad' is for layer norms; these are rms norms",
     ),
-    (dict(width=width.Lossless(norms="fancy"), to="1.5x"), "norms='fancy' is none of isometric"),
+    (
+        dict(width=width.Lossless(norms="fancy"), to="1.5x"),
+        "norms='fancy' is unknown; pass 'isometric'",
+    ),
     (dict(width=width.Lossless(noise=-1), to="2x"), "noise=-1"),
     (dict(width=width.Lossless(noise=float("nan")), to="2x"), "noise=nan"),
     (dict(width=width.Lossless), "expected a width method"),
     (dict(width=0), "expected a width method"),
     (dict(depth=[]), "expected a depth method"),
     (dict(width=width.Lossless(noise="a")), "noise='a'"),
-    (dict(width=width.Lossless(norms=["isometric"]), to="1.5x"), "is none of"),
-    (dict(scheduler="cosine"), "pass the optimizer that it drives"),
+    (dict(width=width.Lossless(norms=["isometric"]), to="1.5x"), "is unknown; pass"),
+    (dict(scheduler="cosine"), "the optimizer of the scheduler is missing"),
     (dict(dynamics=[0]), "unknown dynamics"),
     (dict(state="keep"), "unknown state='keep'"),
     (dict(dynamics="muP"), "unknown dynamics='muP'"),
@@ -97,7 +104,7 @@ def test_options_that_cannot_be(options, match):
 
 
 def test_centring_a_tied_model_is_refused():
-    with pytest.raises(PlanError, match="tied.*use mean_pad"):
+    with pytest.raises(PlanError, match="tied.*use norms='mean_pad'"):
         grow(make("gpt2", tied=True), to="1.5x", width=width.Lossless(norms="centre_pad"))
 
 
@@ -125,12 +132,15 @@ def without(spec, name):
 
 
 SPECS = [
-    (lambda s: without(s, "blocks.0.up.bias"), r"blocks\.0\.up\.bias: the spec does not cover it"),
+    (
+        lambda s: without(s, "blocks.0.up.bias"),
+        r"blocks\.0\.up\.bias: the spec does not cover this tensor",
+    ),
     (
         lambda s: changed(
             s, tensors=s.tensors | growkern.linear("extra", reads="residual", writes="vocab")
         ),
-        "extra.bias: .* no such tensor",
+        "extra.bias: the spec names this tensor, but the model does not",
     ),
     (
         lambda s: changed(s, sizes=dict(s.sizes) | {"ffn": 7}),
@@ -158,7 +168,7 @@ SPECS = [
     ),
     (
         lambda s: changed(s, attributes={"blocks.0.attention.n_heads": "heads"}),
-        "blocks.0.attention.n_heads.*no such attribute",
+        "blocks.0.attention.n_heads: the spec names this attribute, but",
     ),
     (
         lambda s: changed(s, attributes={"blocks.0.attention.n_head": "width"}),
@@ -166,7 +176,7 @@ SPECS = [
     ),
     (
         lambda s: changed(s, blocks=growkern.Blocks("layers")),
-        "layers: the spec says blocks lie there, but it is no ModuleList",
+        "layers: the spec says that the blocks are here, but the model has no ModuleList",
     ),
     (
         lambda s: changed(s, blocks=growkern.Blocks("blocks", identity={"down.wait": 0.0})),
@@ -231,7 +241,7 @@ def test_optimizers_whose_state_cannot_be_grown(kind, damage, match):
 
 def test_an_optimizer_of_another_model_is_refused():
     with pytest.raises(
-        UnsupportedOptimizerError, match="holds no parameter of this LlamaForCausalLM"
+        UnsupportedOptimizerError, match="has no parameter of this LlamaForCausalLM"
     ):
         grow(
             make("llama", tied=True),
@@ -247,7 +257,7 @@ def test_an_optimizer_that_was_not_handed_over_is_found():
 
     with pytest.raises(
         UnsupportedOptimizerError,
-        match="another live optimizer holds state .*AdamW.*Pass it as optim",
+        match="another live optimizer has state .*AdamW.*Pass that optimizer as optim",
     ):
         grow(model, to="2x")
 
@@ -372,7 +382,7 @@ def test_a_plan_whose_scales_do_not_fit_is_not_read():
     data = json.loads(growkern.plan(make("llama", tied=True)).to_json())
     next(iter(data["axes"].values()))["weight_scale"]["pieces"] = [[1.0, 3]]
 
-    with pytest.raises(PlanError, match="has scales of"):
+    with pytest.raises(PlanError, match="has 3 weight scales and"):
         growkern.GrowthPlan.from_json(json.dumps(data))
 
 
@@ -385,7 +395,7 @@ def test_a_plan_for_tensors_of_other_shapes_changes_nothing():
     before = {name: p.clone() for name, p in model.named_parameters()}
 
     with pytest.raises(
-        PlanError, match=r"up_proj.weight: has shape \(48, 80\), the target \(80, 48\)"
+        PlanError, match=r"up_proj.weight: has shape \(48, 80\), the target needs \(80, 48\)"
     ):
         growkern.expand_inplace(model, plan=growkern.GrowthPlan.from_json(json.dumps(data)))
 
@@ -405,15 +415,15 @@ def edit(path, value):
 
 
 EDITS = {
-    "a name": (edit("tensors/3/name", "model.norm.weight"), "rows are not the tensors"),
+    "a name": (edit("tensors/3/name", "model.norm.weight"), "rows are not the target's"),
     "an axis key": (edit("tensors/3/axes", ["no", "such"]), "has shape .*no.*such"),
-    "a block": (edit("blocks/0/source", 7), "blocks are not those"),
-    "the path": (edit("blocks_path", "model.nowhere"), "blocks are not those"),
+    "a block": (edit("blocks/0/source", 7), "blocks are not the model's"),
+    "the path": (edit("blocks_path", "model.nowhere"), "blocks are not the model's"),
     "an attribute": (edit("attributes/model.forward", 3), "attributes are not the sizes"),
     "a size": (edit("target_sizes/vocab", 70), "has shape|attributes"),
     "a tie": (edit("ties", {}), "ties or counters"),
     "the state": (edit("state", "maybe"), "state 'maybe' or dynamics"),
-    "eps": (edit("eps", {"model.norm.variance_epsilon": -1.0}), "factors on eps"),
+    "eps": (edit("eps", {"model.norm.variance_epsilon": -1.0}), "epsilon factors"),
 }
 
 
@@ -438,7 +448,7 @@ def test_a_plan_with_numbers_that_are_none_is_not_read(key, value):
     n = axis["index_map"]["n_target"]
     axis[key] = value if key == "noise" else {"pieces": [[value, n]]}
 
-    with pytest.raises(PlanError, match="scales or noise that are no numbers"):
+    with pytest.raises(PlanError, match="scales or noise that are not numbers"):
         growkern.GrowthPlan.from_json(json.dumps(data))
 
 
@@ -502,6 +512,7 @@ for wrapped in (fully_shard(make(), mesh=init_device_mesh("cpu", (1,))),
 """
 
 
+@pytest.mark.slow
 def test_live_wrappers_are_refused():
     found = refused(WRAPPED)
 
@@ -550,10 +561,16 @@ def refused(script):
     return found
 
 
+@pytest.mark.slow
 def test_models_with_adapters_are_refused_and_merged_ones_grow():
     *found, last = refused(ADAPTERS)
 
-    kinds = ["it is a PeftModel", "it is a BaseTuner", "is a BaseTunerLayer", "is a BaseTunerLayer"]
+    kinds = [
+        "the model is a PeftModel",
+        "the model is a BaseTuner",
+        "is a BaseTunerLayer",
+        "is a BaseTunerLayer",
+    ]
     assert len(found) == 4 and last == "GREW 48"
     assert all(kind in line for kind, line in zip(kinds, found, strict=True)), found
 
@@ -562,7 +579,9 @@ def test_models_with_adapters_are_refused_and_merged_ones_grow():
 def test_a_deepspeed_engine_is_refused_around_the_model_too():
     found = refused(ENGINE)
 
-    assert "it is a DeepSpeedEngine" in found[0] and "a DeepSpeedEngine around it" in found[1]
+    assert (
+        "it is a DeepSpeedEngine" in found[0] and "a DeepSpeedEngine around the model" in found[1]
+    )
 
 
 def test_growth_during_the_capture_of_a_cuda_graph_is_refused(monkeypatch):
@@ -582,9 +601,8 @@ def test_identity_blocks_need_to_know_what_makes_one():
     model = Plain()
     spec = changed(model.spec(), blocks=growkern.Blocks("blocks"))
 
-    with pytest.raises(PlanError, match="which tensors make a block the identity"):
+    with pytest.raises(PlanError, match="does not list the tensors to zero"):
         growkern.expand_inplace(model, spec=spec, to={"layers": 3})
-    assert batch().shape == (2, 16)
 
 
 def test_a_plan_and_a_wish_are_one_too_many():
@@ -605,7 +623,7 @@ def test_a_block_with_a_patched_forward_is_not_copied():
     original = layer.forward
     layer.forward = lambda *args, **kwargs: original(*args, **kwargs)
 
-    with pytest.raises(UnsupportedModelError, match="model.layers.0.mlp.*Take the patch off"):
+    with pytest.raises(UnsupportedModelError, match="model.layers.0.mlp.*Remove the patch"):
         grow(model, to={"layers": 4})
 
     grow(model, to="2x")  # width copies no module

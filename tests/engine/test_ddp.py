@@ -3,19 +3,9 @@
 import processes
 import pytest
 import torch
+from ddp_worker import CASES
 
-pytestmark = processes.together
-CASES = [
-    "plain",
-    "static_graph",
-    "find_unused_parameters",
-    "gradient_as_bucket_view",
-    "comm_hook",
-    "accumulate",
-    "exact",
-    "lean",
-    "without dynamics",
-]
+pytestmark = [processes.together, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -58,16 +48,16 @@ def test_the_grown_processes_are_the_source_in_one_process_that_never_grows(worl
         assert apart > 1e-4  # unscaled learning rates move the target away from the source
 
 
-def test_without_a_new_reducer_they_would_not(world):
+def test_without_a_new_reducer_processes_would_not_stay_equal(world):
     n, found = world
 
     apart = max(
         float((found[0]["not rebuilt"][name] - p).abs().max())
-        for rank in range(n)
+        for rank in range(1, n)
         for name, p in found[rank]["not rebuilt"].items()
     )
 
-    assert apart > 1e-6 or "reduction" in found[0]["not rebuilt error"]
+    assert apart > 1e-6
 
 
 def test_a_growth_that_fails_in_one_process_fails_in_all_and_changes_none(world):
@@ -90,5 +80,5 @@ def test_what_one_process_refuses_no_process_waits_for(world):
     n, found = world
 
     for rank in range(n):
-        match = "pass it as ema=" if rank == 0 else "another process has refused"
+        match = "pass it as ema=" if rank == 0 else "another process refused"
         assert match in found[rank]["refused"]

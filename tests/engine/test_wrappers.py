@@ -27,6 +27,7 @@ def test_wrappers_are_looked_through_by_name():
     assert unwrapped(AcceleratedOptimizer(LightningAdamW(optim))) is optim
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_looked_through():
     optim = optimizer(model := make("llama", tied=True))
     compiled = torch.compile(model, backend="eager")

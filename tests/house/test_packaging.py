@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("packaging")  # one xdist worker builds, once
+pytestmark = [
+    pytest.mark.xdist_group("packaging"),
+    pytest.mark.slow,
+]  # one xdist worker builds, once
 
 ROOT = Path(__file__).parents[2]
 LEFT_OUT = shutil.ignore_patterns(

@@ -13,7 +13,20 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_first_example_runs(tmp_path, monkeypatch, capsys):
+def test_the_two_calls_at_the_top_run_and_preserve_the_function():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    before = model(batch()).logits
+    calls = EXAMPLES[0].replace("1024", "96").replace("24}", "4}")
+
+    exec(calls, {"model": model, "optim": optim})
+
+    assert calls.count("expand_inplace(") == 2
+    assert (model.config.hidden_size, model.config.num_hidden_layers) == (96, 4)
+    assert torch.allclose(model(batch()).logits, before, atol=1e-4)
+
+
+def test_the_example_that_runs_does(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import batch, loss_of, make
+from scheduled import DEEPER, WIDER, same_weights
 
 import growkern
 from growkern.errors import PlanError
@@ -14,8 +15,6 @@ from growkern.training.triggers import At, WhenPlateau
 
 accelerate = pytest.importorskip("accelerate")
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-
-WIDER, DEEPER = {"hidden": 48}, {"layers": 3}
 
 
 @pytest.fixture
@@ -49,12 +48,7 @@ def train(accelerator, model, optim, scheduler, steps, *, first=0, each=lambda l
         each(loss)
 
 
-def same_weights(one, other):
-    assert dict(one.named_parameters()).keys() == dict(other.named_parameters()).keys()
-    for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q), name
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("n_accumulated", [1, 2])
 @pytest.mark.parametrize("late", [False, True], ids=["prepared", "built-on-the-wrapper"])
 def test_the_loop_ends_with_the_weights_of_one_that_grows_by_hand(

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import VOCAB, make
+from models import Words, make
+from scheduled import DEEPER, WIDER, same_weights
 
 import growkern
 from growkern.errors import PlanError
@@ -18,17 +19,6 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
-WIDER, DEEPER = {"hidden": 48}, {"layers": 3}
-
-
-class Words(torch.utils.data.Dataset):
-    def __len__(self):
-        return 64
-
-    def __getitem__(self, i):
-        ids = torch.randint(0, VOCAB, (12,), generator=torch.Generator().manual_seed(i))
-        return {"input_ids": ids, "labels": ids}
-
 
 def trainer_of(model, out, **changes):
     """Make a Trainer with its defaults (fused AdamW, clipping, shuffling) and a cosine scheduler."""
@@ -37,7 +27,7 @@ def trainer_of(model, out, **changes):
         logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     args = transformers.TrainingArguments(**(options | changes))
-    words = Words()
+    words = Words(64)
     return transformers.Trainer(model=model, args=args, train_dataset=words, eval_dataset=words)
 
 
@@ -50,12 +40,7 @@ def recorded(model):
     return seen
 
 
-def same_weights(one, other):
-    assert dict(one.named_parameters()).keys() == dict(other.named_parameters()).keys()
-    for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q), name
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("n_accumulated", [1, 2])
 def test_the_trainer_ends_with_the_weights_of_a_loop_that_grows_by_hand(n_accumulated, tmp_path):
     model, by_hand = make("llama", tied=True), make("llama", tied=True)
@@ -104,6 +89,7 @@ def test_a_checkpoint_of_the_step_of_a_growth_holds_the_target_and_the_schedule(
     same_weights(loaded, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restores", [False, True], ids=["default", "restore-callbacks"])
 @pytest.mark.parametrize("at", [2, 3], ids=["before-a-growth", "after-one"])
 def test_a_resumed_run_goes_on_where_the_checkpoint_was(at, restores, tmp_path):
@@ -132,6 +118,7 @@ def test_a_resumed_run_goes_on_where_the_checkpoint_was(at, restores, tmp_path):
     same_weights(model, resumed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 3, 5])
 def test_a_model_of_the_starting_sizes_is_resumed_bitwise(at, tmp_path):
     def parts():
@@ -151,10 +138,11 @@ def test_a_model_of_the_starting_sizes_is_resumed_bitwise(at, tmp_path):
 
     assert schedule.fired == [2, 4]
     same_weights(model, resumed)
-    with pytest.raises(PlanError, match="holds no schedule"):
+    with pytest.raises(PlanError, match="has no schedule"):
         hf.resume(trainer, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_run_without_a_schedule_counts_the_trainers_steps(tmp_path):
     model = make("llama", tied=True)
     trainer_of(model, tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
@@ -218,7 +206,7 @@ def test_a_second_schedule_is_refused_until_the_first_is_taken_off(tmp_path):
     trainer = trainer_of(make("llama", tied=True), tmp_path)
     first = hf.attach(trainer, GrowthSchedule([At(step=1)]))
 
-    with pytest.raises(PlanError, match="another one is attached"):
+    with pytest.raises(PlanError, match="another schedule is attached"):
         hf.attach(trainer, GrowthSchedule([At(step=2)]))
     trainer.remove_callback(first)
     hf.attach(trainer, GrowthSchedule([At(step=2)]))

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import batch, loss_of, make
+from scheduled import DEEPER, WIDER, same_weights
 
 import growkern
 from growkern.errors import PlanError
@@ -15,7 +16,6 @@ lightning = pytest.importorskip("lightning.pytorch")
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 callbacks = pytest.importorskip("growkern.integrations.lightning")
 
-WIDER, DEEPER = {"hidden": 48}, {"layers": 3}
 pytestmark = [  # warnings that Lightning raises
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
@@ -60,12 +60,6 @@ def trainer_of(path, *several, **changes):
         limit_val_batches=0,
     )  # fmt: skip
     return lightning.Trainer(callbacks=list(several), **(options | changes))
-
-
-def same_weights(one, other):
-    assert dict(one.named_parameters()).keys() == dict(other.named_parameters()).keys()
-    for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q), name
 
 
 @pytest.mark.parametrize("n_accumulated", [1, 2])
@@ -217,7 +211,7 @@ def test_what_to_grow_is_never_guessed(tmp_path):
 
         automatic_optimization = False
 
-    with pytest.raises(PlanError, match="Two holds parameters in model, other"):
+    with pytest.raises(PlanError, match="Two has parameters in model, other"):
         trainer_of(tmp_path, callbacks.GrowthCallback(GrowthSchedule([At(step=1)]))).fit(Two(), data())  # fmt: skip
     with pytest.raises(PlanError, match="this module configures 2"):
         trainer_of(tmp_path, callbacks.GrowthCallback(GrowthSchedule([At(step=1)]))).fit(Optimizers(), data())  # fmt: skip

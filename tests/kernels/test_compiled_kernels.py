@@ -46,7 +46,10 @@ def case_id(value: object) -> str:
     return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-pytestmark = pytest.mark.xdist_group("compile")  # one xdist worker compiles, once
+pytestmark = [
+    pytest.mark.xdist_group("compile"),
+    pytest.mark.slow,
+]  # one xdist worker compiles, once
 
 
 @pytest.fixture(scope="module")

@@ -39,10 +39,6 @@ def roles(family, name):
     return next(found for end, found in ROLES[family].items() if name.endswith(end))
 
 
-def product(outer, inner, n_inner):
-    return [i * n_inner + j for i in outer for j in inner]
-
-
 def maps_of(plan, family):
     """Return the source coordinate of every target coordinate, per kind of axis, from the plan's index maps."""
     axes = {key.split(" ", 1)[1]: axis.index_map.indices for key, axis in plan.axes.items() if key.startswith("writer")}  # fmt: skip
@@ -90,6 +86,7 @@ METHODS = [width.FPI(), width.FPI(maps="cyclic"), width.FPI(seed=7), width.Net2W
 METHODS += [width.AKIPro(maps="cyclic")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize(("family", "to"), [(f, to) for f in TARGETS for to in TARGETS[f]], ids=str)
 def test_bert2bert_is_the_papers_loop(family, to, method):
@@ -110,7 +107,7 @@ def check_bert2bert(family, to, method):
     expected = fpi(family, source, shapes, maps_of(plan, family), 2, advanced=advanced)
     for name, p in model.named_parameters():
         assert (p - expected[name]).abs().max() < ROUNDING, name
-    assert plan.function_preserving is not advanced or not plan.function_preserving
+    assert not (advanced and plan.function_preserving)  # test_methods.py checks the other plans
 
 
 @settings(max_examples=20, deadline=None)
@@ -151,6 +148,7 @@ def test_hypercloning_tiles_and_divides(family):
         assert (p - expected).abs().max() < ROUNDING, name
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(st.sampled_from(METHODS[:-1]), st.integers(24, 60), st.integers(40, 100), st.integers(2, 4))
 def test_bert2bert_is_the_papers_loop_at_any_size(method, hidden, ffn, kv_heads):
@@ -315,13 +313,16 @@ def test_sparkling_scales_by_the_papers_factors(fan_out, fan_in, to):
             assert bool(embedding[:, j].any()) == (fan_out == "random")
 
 
-def test_sparkling_at_twice_the_width_is_fpi():
-    factors = width.Sparkling().factor(24, 48), width.Sparkling().factor(24, 72)
+@pytest.mark.parametrize("to", ["2x", "3x"])
+def test_sparkling_at_a_whole_factor_is_fpi(to):
+    sparkling, fpi = (make("llama", tied=True).double() for _ in range(2))
 
-    assert factors == (0.5, 1 / 3)
-    assert growkern.plan(
-        make("llama", tied=True), to="2x", width=width.Sparkling()
-    ).function_preserving
+    report = grow(sparkling, to=to, width=width.Sparkling())
+    grow(fpi, to=to, width=width.FPI(maps="cyclic"))
+
+    assert report.preserves == "gradient"
+    for (name, p), q in zip(sparkling.named_parameters(), fpi.parameters(), strict=True):
+        assert (p - q).abs().max() < ROUNDING, name
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -390,11 +391,11 @@ def test_fresh_features_drift_less_than_sparkling_with_the_same_zeros(tied):
 REFUSED = [
     ("llama", "1.5x", width.HyperClone(), "no whole multiple.*HyperClone.general=True. or Lossless"),
     ("bert", "1.5x", width.CopyAndPad(norm="corrected"), "only whole multiples keep the function"),
-    ("llama", "2x", width.CopyAndPad(std=0), "zeros on both sides"),
+    ("llama", "2x", width.CopyAndPad(std=0), "zeros as writer and reader never trains"),
     ("llama", "2x", width.CopyAndPad(norm="as published"), "'as_published' or 'corrected'"),
-    ("llama", "2x", width.Sparkling("zero", "zero"), "zeros on both sides"),
-    ("llama", "2x", width.Sparkling("tile"), "fan_out='tile' is none of copy, random, zero"),
-    ("llama", "2x", width.AKIPro(), "kv heads stay"),
+    ("llama", "2x", width.Sparkling("zero", "zero"), "new coordinates with both never train"),
+    ("llama", "2x", width.Sparkling("tile"), "fan_out='tile' is unknown; pass 'copy', 'random', 'zero'"),
+    ("llama", "2x", width.AKIPro(), "keeps the kv heads"),
     ("llama", "2x", width.FPI(maps="some"), "'random' or 'cyclic'"),
     ("llama", "2x", width.Net2Wider(noise=-1), "noise=-1"),
     ("llama", "2x", width.Lemon(alpha=1.0), "alpha=1.0"),
@@ -411,7 +412,7 @@ def test_what_a_method_cannot_do_it_says(family, to, method, match):
 
 
 def test_aki_needs_a_next_layer():
-    with pytest.raises(PlanError, match=r"has 1; FPI\(\) does without"):
+    with pytest.raises(PlanError, match=r"has 1; use FPI\(\), which needs no next layer"):
         growkern.plan(make("llama", tied=True, num_hidden_layers=1), to="2x", width=width.AKI())
 
 
@@ -443,10 +444,14 @@ def test_what_a_method_says_of_the_function_is_so_where_models_scale_streams(
     assert report.function_preserving == (off < 1e-10), off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ALL, ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "t5"])
 def test_nothing_is_dead(family, method):
-    """Outside embeddings, every element has a gradient that is not 0 within two steps, or three where a gain follows a norm of pads."""
+    """Every element has a gradient that is not 0 within two steps, or three where a gain follows a norm of pads.
+
+    The exception is one bucket of T5's encoder, in the source too: the bucket of the positive distances that are 0.
+    """
     model = make(family, tied=True).double()
     optim = torch.optim.SGD(model.parameters(), lr=1e-2)
     grow(model, optim, to="2x", width=method)
@@ -461,7 +466,8 @@ def test_nothing_is_dead(family, method):
         optim.step()
 
     dead = {name: int((~found).sum()) for name, found in seen.items() if not found.all()}
-    assert not {k: v for k, v in dead.items() if "embed" not in k and "relative" not in k}, dead
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    assert dead == ({bias: model.config.num_heads} if family == "t5" else {})
 
 
 LOCKED = [
@@ -567,5 +573,5 @@ def test_the_default_copies_with_twin_noise_where_pads_are_not_exact():
 
 
 def test_isometric_norms_ask_for_copies():
-    with pytest.raises(PlanError, match=r"norms='isometric' divides copies.*pass their noise="):
+    with pytest.raises(PlanError, match=r"norms='isometric' makes copies.*pass the noise="):
         growkern.plan(make("llama", tied=True), to="1.5x", width=width.Lossless(norms="isometric"))

@@ -52,12 +52,15 @@ CASES = [
 ]
 
 
+# every family meets tied and untied weights, and so does every target; noise 1: copies in place of padding
 COPIED = [(f, t, True, 1.0) for f, t in CASES if t in ("2x", "1.5x", "awkward-and-deeper")]
+TIED = [(f, t, (FAMILIES.index(f) + i) % 2 == 0) for i, t in enumerate(TARGETS) for f in FAMILIES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "target", "tied", "noise"),
-    [(f, t, tied, None) for f, t in CASES for tied in (True, False)] + COPIED,
+    [(f, t, tied, None) for f, t, tied in TIED if (f, t) in CASES] + COPIED,
 )
 def test_growth_preserves_the_function_in_float64(family, target, tied, noise, monkeypatch):
     exact_norms(monkeypatch)
@@ -93,6 +96,7 @@ RULES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "norms", "noise"),
     [(*rule, noise) for rule in RULES for noise in (None, 1.0) if rule[1] != "isometric" or noise],
@@ -130,6 +134,7 @@ TRAINED = [(f, t) for f in PRE_NORM for t in ("2x", "1.5x", "awkward-and-deeper"
 TRAINED += [(f, t) for f in POST_NORM for t in ("2x", "2x-and-deeper")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "target"), TRAINED)
 def test_every_element_trains_within_two_steps_and_the_optimizer_fits(family, target):
     model = make(family, tied=True).double()
@@ -171,7 +176,7 @@ def test_pads_train_within_two_steps(norms):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
-def test_copies_differ_after_fifty_steps_by_default_and_never_without_noise(family):
+def test_copies_differ_after_fifty_steps_with_noise_and_never_without(family):
     def grown(noise: float) -> torch.nn.Module:
         model = make(family, tied=True)
         optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -432,7 +437,8 @@ def test_kv_heads_alone_split_the_groups_of_their_queries(family, monkeypatch):
     grown = model.model.layers[0].self_attn
     assert torch.equal(grown.k_proj.weight.view(4, 6, 24), key.repeat_interleave(2, 0))
     assert torch.equal(grown.q_proj.weight, query)
-    assert found.logits_error < 1e-10 if "mix" not in family and "moe" not in family else 1e-6
+    routed = family in ("mixtral", "qwen3_moe")  # routers compute in float32
+    assert found.logits_error < (1e-6 if routed else 1e-10)
     dead = {name for name in found.dead if not name.endswith(KEY_BIASES)}
     assert not (dead or found.state or found.unheld), str(found)
 
@@ -441,7 +447,7 @@ def test_groups_split_otherwise_are_refused():
     with pytest.raises(PlanError, match="shrink the groups"):
         grow(make("llama", tied=True), to={"kv_heads": 6, "heads": 6})
     with pytest.raises(
-        PlanError, match=r"FPI keeps groups of heads whole, and width\.Lossless splits"
+        PlanError, match=r"FPI keeps groups of heads whole; .*width\.Lossless, which splits"
     ):
         grow(make("llama", tied=True), to={"kv_heads": 4, "heads": 4}, width=width.FPI())
 
@@ -650,7 +656,7 @@ def test_a_bare_layer_of_torch_grows_its_ffn():
 def test_what_a_bare_encoder_reads_cannot_grow(to):
     layer = torch.nn.TransformerEncoderLayer(24, 4, 40, norm_first=True)
 
-    with pytest.raises(PlanError, match="comes from outside"):
+    with pytest.raises(PlanError, match="what another module writes"):
         growkern.expand_inplace(layer, to=to)
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from laws import gathered, grad_scale
 from models import batch, exact_norms, grow, logits, loss_of, make, train
 
 import growkern
@@ -57,7 +58,7 @@ def test_rows_whose_gain_stays_keep_their_bits():
         assert torch.equal(w, source[name].repeat(2)), name
 
 
-def test_averages_masters_and_averaged_state_follow_the_sum_and_moments_do_not():
+def test_averages_and_averaged_state_follow_the_sum():
     model = make("gemma2", tied=True).double()
     optim = torch.optim.ASGD(model.parameters(), lr=1e-2, t0=0)
     train(model, optim, 2)
@@ -70,6 +71,25 @@ def test_averages_masters_and_averaged_state_follow_the_sum_and_moments_do_not()
 
     check_offset(plan, average, gains(ema.module))
     check_offset(plan, state, gains(model, lambda p: optim.state[p]["ax"]))
+
+
+def test_moments_of_gains_follow_the_law_without_the_offset():
+    model = make("gemma2", tied=True).double()
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    train(model, optim, 2)
+    plan = growkern.plan(model, optim, to="2x", width=width.Lossless(noise=1), dynamics=None)
+    expected = {
+        row.name: gathered(plan, row, optim.state[p]["exp_avg"]) * grad_scale(plan, row)
+        for row in plan.tensors
+        if row.name.endswith(NORMS) and (p := model.get_parameter(row.name)) is not None
+    }
+
+    grow(model, optim, plan=plan)
+
+    assert len(expected) == 2 * 4 + 1
+    for name, moment in expected.items():
+        found = optim.state[model.get_parameter(name)]["exp_avg"]
+        assert (found - moment).abs().max() < SMALL, name
 
 
 def test_masters_in_full_precision_follow_the_sum():
@@ -143,6 +163,7 @@ def run_of(optimizer, decay, monkeypatch, **options):
     return max(abs(x - y) for x, y in zip(grown, expected, strict=True)), report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 @pytest.mark.parametrize(
     "optimizer",

@@ -213,8 +213,8 @@ def test_new_blocks_of_both_stacks_train_and_are_in_the_optimizer():
     ("changes", "to", "match"),
     [
         ({"num_decoder_layers": 1}, {"decoder_layers": 2}, "unlike all others"),
-        ({}, {"decoder_layers": 1}, "growth only adds"),
-        ({}, {"decoder_layers": 5000}, "beyond 4,096"),
+        ({}, {"decoder_layers": 1}, "by shrink_inplace"),
+        ({}, {"decoder_layers": 5000}, "name at most 4,096"),
     ],
     ids=str,
 )

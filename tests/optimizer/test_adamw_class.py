@@ -113,6 +113,7 @@ def launched(monkeypatch) -> list[int]:
     return found
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the kernel steps, which rounds otherwise")
 @settings(max_examples=60, deadline=None)
 @given(
     dtype=st.sampled_from([F64, F32, BF16]),
@@ -133,8 +134,7 @@ def test_without_slices_it_is_torchs_bit_for_bit(dtype, option, missing, split, 
     with patch.object(module, "BLOCK", block):
         train([ours, theirs], n, missing=missing)
 
-    if DEVICE == "cpu":
-        assert_same(ours, theirs)
+    assert_same(ours, theirs)
 
 
 def test_large_tensors_train_in_blocks_bit_for_bit():
@@ -147,6 +147,7 @@ def test_large_tensors_train_in_blocks_bit_for_bit():
     assert_same(*optims)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o != "tensor lr"])
 @pytest.mark.parametrize("dtype", [F64, F32])
 def test_the_kernel_trains_as_torch_does(launched, option, dtype):
@@ -289,6 +290,7 @@ def test_slices_survive_a_checkpoint_unrounded_and_torch_goes_on_without(dtype, 
     train([third], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
 )

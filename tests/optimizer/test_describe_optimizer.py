@@ -25,6 +25,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
 def test_the_loop_goes_on_in_every_adam_with_the_old_loss_alive(kind, options):
@@ -56,10 +57,15 @@ def test_the_loop_goes_on_in_sgd(to, options):
     model = make("gpt2", tied=True)
     optim = torch.optim.SGD(model.parameters(), lr=1e-2, **options)
     train(model, optim, 2)
+    expected = loss_of(model, batch()).item()
 
     grow(model, optim, to=to)
+    before = [p.detach().clone() for p in model.parameters()]
+    losses = train(model, optim, 3)
 
-    assert train(model, optim, 3)[-1] > 0
+    assert losses[0] == pytest.approx(expected, abs=1e-5)
+    for (name, p), q in zip(model.named_parameters(), before, strict=True):
+        assert p.isfinite().all() and not torch.equal(p, q), name
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Muon])
@@ -169,14 +175,6 @@ def test_new_blocks_join_the_group_of_their_block_in_model_order():
 
     grow(model, optim, to={"layers": 4})
 
-    assert [
-        p is q
-        for p, q in zip(
-            optim.param_groups[0]["params"],
-            [p for p in model.parameters() if p.dim() > 1],
-            strict=True,
-        )
-    ]
     for group, of in zip(
         optim.param_groups, (lambda p: p.dim() > 1, lambda p: p.dim() == 1), strict=True
     ):
@@ -192,7 +190,7 @@ def test_frozen_and_unregistered_parameters_grow_and_are_named():
 
     report = grow(model, optim, to={"hidden": 48, "layers": 3})
 
-    assert "embed_tokens" in str(report)
+    assert "model.embed_tokens.weight, lm_head.weight" in str(report)
     assert not model.model.embed_tokens.weight.requires_grad and model.lm_head.weight.shape == (
         66,
         48,
@@ -244,7 +242,6 @@ def test_depth_alone_keeps_one_group_so_a_fresh_optimizer_loads_its_state():
 def test_learning_rates_follow_the_law_for_good():
     model = make("llama", tied=False)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    shared = torch.tensor(1e-3)
 
     report = grow(model, optim, to="2x", width=COPIES)
 
@@ -253,7 +250,6 @@ def test_learning_rates_follow_the_law_for_good():
     assert rates[id(model.lm_head.weight)] == pytest.approx(5e-4)
     assert rates[id(model.model.embed_tokens.weight)] == rates[id(model.model.norm.weight)] == 1e-3
     assert report.lr_applied and report.lr_factors == {1.0: 6, 0.5: 15}
-    assert shared == torch.tensor(1e-3)
     grow(model, optim, to="2x", width=COPIES)
     assert {round(g["lr"], 9) for g in optim.param_groups} == {1e-3, 2.5e-4}
 
@@ -304,6 +300,7 @@ SCHEDULERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("make_scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
 def test_schedulers_go_on_and_keep_the_factor(make_scheduler):
@@ -463,7 +460,10 @@ def test_growth_inside_a_context_without_gradients_leaves_a_trainable_model(cont
     with context():
         grow(model, optim, to={"hidden": 48, "layers": 3})
 
+    before = [p.detach().clone() for p in model.parameters()]
     train(model, optim, 2)
+    for (name, p), q in zip(model.named_parameters(), before, strict=True):
+        assert p.requires_grad and not p.is_inference() and not torch.equal(p, q), name
 
 
 def test_growth_inside_autocast_forgets_cached_casts():
@@ -515,15 +515,12 @@ def test_names_in_param_groups_follow():
     grow(model, optim, to={"hidden": 48, "layers": 3})
 
     for group in optim.param_groups:
-        assert [
-            model.get_parameter(name) is p
-            for name, p in zip(group["param_names"], group["params"], strict=True)
-        ]
         assert all(
             model.get_parameter(n) is p
             for n, p in zip(group["param_names"], group["params"], strict=True)
         )
-    optim.state_dict()
+    held = [id(p) for group in optim.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(map(id, model.parameters()))
 
 
 def test_a_list_of_schedulers_is_followed_and_half_a_list_is_not():
@@ -605,6 +602,7 @@ def test_hooks_of_the_users_objects_see_new_blocks_too():
     assert recorder.n == 4
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_compiled_once_per_growth_and_never_runs_out():
     """Six growths are more than ``recompile_limit`` allows, and ``fullgraph=True`` makes the limit an error."""
     torch._dynamo.reset()

@@ -174,6 +174,7 @@ TRAJECTORIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(("family", "to"), TRAJECTORIES, ids=str)
 def test_the_grown_run_is_the_source_run_under_scaled_hyperparameters(
@@ -221,6 +222,7 @@ def test_sgd_momentum_follows_with_its_own_learning_rate_law():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["moments dropped", "moments unscaled", "learning rate unscaled"])
 def test_each_omission_would_show(wrong):
     """The trajectory test can fail: each of three omissions moves the losses by far more than the test's tolerance."""

@@ -123,25 +123,22 @@ def test_depth_methods_order_layers_as_published(method, n, target, expected):
     found = method.deepen(n, target)
 
     assert " ".join("+" * b.new + str(b.source) for b in found.blocks) == expected
-    assert (
-        found.reasons and not method.deepen(n, n).reasons
-        if method != depth.Layers((0, 1, 0, 1, 2))
-        else True
-    )
+    unchanged = depth.Layers(range(n)) if isinstance(method, depth.Layers) else method
+    assert found.reasons and not unchanged.deepen(n, n).reasons
 
 
 @pytest.mark.parametrize(
     ("method", "n", "target", "match"),
     [
         (depth.Stack(remainder="middle"), 2, 4, "'bottom' or 'top'"),
-        (depth.Stack(ignore_first=1, ignore_last=1), 2, 4, "leave nothing of 2 layers"),
-        (depth.Interpose(ignore_first=-1), 2, 4, "leave nothing"),
-        (depth.DepthUpscale(), 4, 7, "an even number up to 8, not to 7; Interpose"),
+        (depth.Stack(ignore_first=1, ignore_last=1), 2, 4, "leave none of the 2 layers"),
+        (depth.Interpose(ignore_first=-1), 2, 4, "leave none"),
+        (depth.DepthUpscale(), 4, 7, "an even number up to 8, not to 7; use Interpose"),
         (depth.DepthUpscale(), 4, 10, "an even number up to 8, not to 10"),
-        (depth.TopCopies(n=5), 4, 6, "n=5 layers of a model of 4"),
-        (depth.Layers((0, 1)), 2, 3, "the order has 2 layers, the target 3"),
+        (depth.TopCopies(n=5), 4, 6, "n=5 is not a number of layers of this model; pass 1 to 4"),
+        (depth.Layers((0, 1)), 2, 3, "the order has 2 layers, and the target 3"),
         (depth.Layers((0, 0, 1)), 3, 3, "layers 2 are left out"),
-        (depth.Layers((1, 0, 2)), 3, 3, "not in their order"),
+        (depth.Layers((1, 0, 2)), 3, 3, "not in ascending order"),
         (depth.Layers((0, 1, 3)), 2, 3, "layers 3 are left out, or not in"),
     ],
     ids=str,

@@ -6,7 +6,7 @@ The runs are in float64 and without clipping: a growth changes the gradient norm
 import pytest
 import torch
 import torch._dynamo.testing
-from models import VOCAB, batch, exact_norms, logits, loss_of, make
+from models import Words, batch, exact_norms, logits, loss_of, make
 
 from growkern import width
 from growkern.training.schedule import GrowthSchedule
@@ -39,15 +39,6 @@ def decaying(optim) -> torch.optim.lr_scheduler.LambdaLR:
     return torch.optim.lr_scheduler.LambdaLR(optim, lambda i: 1.0 - i / (2 * STEPS))
 
 
-class Words(torch.utils.data.Dataset):
-    def __len__(self):
-        return 4 * STEPS * MICROS
-
-    def __getitem__(self, i):
-        ids = torch.randint(0, VOCAB, (12,), generator=torch.Generator().manual_seed(i))
-        return {"input_ids": ids, "labels": ids}
-
-
 def in_the_hf_trainer(schedule, path):
     """Train by the Trainer's own fused AdamW, scheduler and shuffling, with four batches per step."""
     model, losses = llama(), []
@@ -65,7 +56,10 @@ def in_the_hf_trainer(schedule, path):
         disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = transformers.Trainer(
-        model=model, args=args, train_dataset=Words(), compute_loss_func=loss_in_float64
+        model=model,
+        args=args,
+        train_dataset=Words(4 * STEPS * MICROS),
+        compute_loss_func=loss_in_float64,
     )
     if schedule:
         hf.attach(trainer, schedule)
@@ -171,6 +165,7 @@ def gap(loop, dynamics, path) -> float:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
 def test_the_grown_run_is_the_run_that_never_grows(loop, tmp_path, monkeypatch):
     exact_norms(monkeypatch)
@@ -178,6 +173,7 @@ def test_the_grown_run_is_the_run_that_never_grows(loop, tmp_path, monkeypatch):
     assert gap(loop, "exact", tmp_path) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
 def test_without_dynamics_it_is_another_run(loop, tmp_path, monkeypatch):
     exact_norms(monkeypatch)

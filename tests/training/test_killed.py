@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("lightning.pytorch")
-pytestmark = processes.together
+pytestmark = [processes.together, pytest.mark.slow]
 
 WORKERS = {"hf": "killed_hf", "lightning": "killed_lightning"}
 WIDER, DEEPER, STEPS = 3, 6, 8  # the steps of the growths, and the last one

@@ -22,7 +22,7 @@ def test_two_schedules_on_one_optimizer_are_refused_until_one_is_removed():
 
     with pytest.raises(PlanError, match="a schedule of 1 events drives this AdamW already"):
         second.attach(model, optim)
-    with pytest.raises(PlanError, match="attached to an optimizer already"):
+    with pytest.raises(PlanError, match="already attached to an optimizer"):
         first.attach(model, optimizer(model))
     handle.remove()
     handle.remove()
@@ -60,10 +60,10 @@ def test_what_cannot_grow_is_refused_when_it_is_attached():
         match="unknown options to. Known: spec, backend, ema, master_weights, state_rules, memory",
     ):
         schedule_at(1).attach(make("llama", tied=True), None, to="3x")
-    with pytest.raises(PlanError, match="ZeroRedundancyOptimizer shares parameters out"):
+    with pytest.raises(PlanError, match="ZeroRedundancyOptimizer assigns parameters"):
         zero = type("ZeroRedundancyOptimizer", (torch.optim.SGD,), {})
         schedule_at(1).attach(model := make("llama", tied=True), zero(model.parameters(), lr=1e-3))
-    with pytest.raises(PlanError, match="optim is no torch Optimizer, but str"):
+    with pytest.raises(PlanError, match="optim: expected a torch.optim.Optimizer, got str"):
         schedule_at(1).attach(make("llama", tied=True), "adamw")
 
 
@@ -92,7 +92,7 @@ def test_a_growth_that_fails_leaves_the_step_with_its_error_and_the_event_waitin
     run(model, optim, 1)
     with monkeypatch.context() as patch:
         patch.setattr("growkern.commit.commit._attributes", lambda *a: 1 / 0)
-        with pytest.raises(CommitError, match="taken back"):
+        with pytest.raises(CommitError, match="rolled back"):
             run(model, optim, 1)
 
     assert model.config.hidden_size == 24 and schedule.fired == [] and schedule.history == []

@@ -72,13 +72,13 @@ ORDERS = {
     "no-event": ([{"step": 3}], "got dict"),
 }  # fmt: skip
 ARGUMENTS = {
-    "neither": (At, {}, "name one of them"),
-    "both": (At, dict(step=1, tokens=1), "name one of them"),
+    "neither": (At, {}, "pass either step or tokens"),
+    "both": (At, dict(step=1, tokens=1), "pass either step or tokens"),
     "zero": (At, dict(step=0), "a number above 0"),
     "nan": (At, dict(tokens=math.nan), "a number above 0"),
-    "half": (At, dict(step=2.5), "steps are whole"),
-    "patience": (WhenPlateau, dict(patience=0), "patience starts at 1"),
-    "min_delta": (WhenPlateau, dict(min_delta=-1), "min_delta at 0"),
+    "half": (At, dict(step=2.5), "pass a whole number"),
+    "patience": (WhenPlateau, dict(patience=0), "patience >= 1"),
+    "min_delta": (WhenPlateau, dict(min_delta=-1), "min_delta >= 0"),
     "mode": (WhenPlateau, dict(mode="best"), "'min' or 'max'"),
     "tau": (WhenSlope, dict(tau=math.nan), "a finite tau"),
     "window": (WhenSlope, dict(tau=1, window=1), "a window of at least 2"),

@@ -25,7 +25,9 @@ from growkern.model.spec import (
     post_norm_eps_reason,
 )
 
-OUTSIDE = "what it reads comes from outside; describe the whole model, with this as a part"
+OUTSIDE = (
+    "the encoder reads what another module writes (a ModelSpec of the whole model covers both)"
+)
 CONSTANTS = {"weight": 1.0, "bias": 0.0}  # parameters of a norm that only normalizes
 
 
@@ -65,13 +67,13 @@ def describe(encoder: Encoder, base: str = "") -> ModelSpec:
     """Describe an encoder at the prefix ``base`` (``"encoder."``); the last norm, if there is one, writes ``residual:final``."""
     raise_all(UnsupportedModelError, "cannot describe this encoder:", _problems(encoder))
     first, at, n = encoder.layers[0], f"{base}layers", len(encoder.layers)
-    one = describe_layer(first, f"{at}.0.")
+    layer_spec = describe_layer(first, f"{at}.0.")
     names = ["weight", "bias"][: 1 + (first.linear1.bias is not None)]
     outputs = [f"{part}.{name}" for part in ("self_attn.out_proj", "linear2") for name in names]
     norms = [] if first.norm_first else names  # a torch layer has all biases or none
     return replace(
-        one,
-        sizes={**one.sizes, "layers": n},
+        layer_spec,
+        sizes={**layer_spec.sizes, "layers": n},
         tensors={
             name: axes
             for i in range(n)
@@ -104,8 +106,15 @@ def _problems(encoder: Encoder) -> list[str]:
     parts += [("LayerNorm", encoder.norm)] if encoder.norm is not None else []
     strange = {(kind, type(m).__name__) for kind, m in parts if type(m).__name__ != kind}
     alike = strange or len({(m.norm_first, m.self_attn.num_heads) for m in encoder.layers}) == 1
-    return [f"it has a {found} in place of a {kind}." for kind, found in sorted(strange)] + (
-        [] if alike else ["its layers differ in norm_first or in heads."]
+    return [
+        f"the encoder has a {actual} in place of a {kind}; pass spec=ModelSpec(...) to describe it yourself."
+        for kind, actual in sorted(strange)
+    ] + (
+        []
+        if alike
+        else [
+            "the layers differ in norm_first or in heads; pass spec=ModelSpec(...) to describe them yourself."
+        ]
     )
 
 

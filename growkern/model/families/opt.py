@@ -44,7 +44,8 @@ def describe(config: Config, base: str = "model.decoder.", head: bool = True) ->
         UnsupportedModelError,
         "cannot describe this OPT:",
         [
-            f"{name}={getattr(config, name)} is not described; it must be {value}."
+            f"{name}={getattr(config, name)} is not described; growkern describes {name}={value} only. "
+            "Pass spec=ModelSpec(...) to describe it yourself."
             for name, value in wanted.items()
             if getattr(config, name) != value
         ],
@@ -148,9 +149,7 @@ def describe(config: Config, base: str = "model.decoder.", head: bool = True) ->
             "vocab_size": "vocab",
             "word_embed_proj_dim": token.replace("residual", "hidden"),
         },
-        fixed={"embedding": "its width beside hidden is what the checkpoint's projections are for"}
-        if projected
-        else {},
+        fixed={"embedding": "the checkpoint's projections are for this width"} if projected else {},
         hidden_is_heads=True,
         powers={QUERY: ROOT},
     )

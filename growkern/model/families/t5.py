@@ -121,7 +121,7 @@ def _blocks(stack: str) -> Blocks:
 def _block(config: Config, stack: str, i: int) -> dict[str, TensorSpec]:
     at, kinds = f"{stack}.block.{i}.layer", _attentions(stack)
     table = f"{at}.0.SelfAttention.relative_attention_bias"
-    found = {
+    tensors = {
         name: axes
         for k, kind in enumerate(kinds)
         for name, axes in (
@@ -131,12 +131,12 @@ def _block(config: Config, stack: str, i: int) -> dict[str, TensorSpec]:
     }
     if i == 0:
         buckets = (config.relative_attention_num_buckets,)
-        found |= embedding(table, rows=buckets, writes=f"heads.{stack}")
+        tensors |= embedding(table, rows=buckets, writes=f"heads.{stack}")
     ffn, mlp = f"ffn.{stack}.{i}", f"{at}.{len(kinds)}.DenseReluDense"
-    found |= _norm(f"{at}.{len(kinds)}.layer_norm", "residual:normed")
+    tensors |= _norm(f"{at}.{len(kinds)}.layer_norm", "residual:normed")
     for name in ("wi_0", "wi_1") if config.is_gated_act else ("wi",):
-        found |= linear(f"{mlp}.{name}", reads="residual:normed", writes=ffn, bias=False)
-    return found | linear(f"{mlp}.wo", reads=ffn, writes="residual", bias=False)
+        tensors |= linear(f"{mlp}.{name}", reads="residual:normed", writes=ffn, bias=False)
+    return tensors | linear(f"{mlp}.wo", reads=ffn, writes="residual", bias=False)
 
 
 def _attention(at: str, stack: str, i: int) -> dict[str, TensorSpec]:

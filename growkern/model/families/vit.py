@@ -79,7 +79,7 @@ def describe(config: Config, base: str = "vit.", head: bool = True) -> ModelSpec
     outputs = [
         f"{part}.{name}" for part in ("attention.o_proj", "mlp.fc2") for name in ("weight", "bias")
     ]
-    one, patches = writer((1,)), f"{base}embeddings.patch_embeddings.projection"
+    unit_axis, patches = writer((1,)), f"{base}embeddings.patch_embeddings.projection"
     return ModelSpec(
         family="vit",
         sizes={
@@ -90,9 +90,9 @@ def describe(config: Config, base: str = "vit.", head: bool = True) -> ModelSpec
             "layers": config.num_hidden_layers,
         },
         tensors={
-            f"{base}embeddings.cls_token": (one, one, writer("residual")),
+            f"{base}embeddings.cls_token": (unit_axis, unit_axis, writer("residual")),
             f"{base}embeddings.position_embeddings": (
-                one,
+                unit_axis,
                 writer((n_positions,)),
                 writer("residual"),
             ),
