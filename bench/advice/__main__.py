@@ -1,8 +1,8 @@
 """How often is ``growkern.advise`` right? ``python -m bench.advice`` judges it on the rows of the savings campaign.
 
 For every recipe, growth point and budget of the campaign the adviser gets the data that a user has before the decision: the source's trunk
-curve up to the growth point and, in a second pass, the curve of a model of another size (seed 0; never the target's). The share of worth
-that growth keeps is calibrated on the other seeds, on the other recipes, or on the other setups; never on the figure that is judged. The
+curve up to the growth point and, in a second pass, the curve of a model of another size (seed 0; never the target's). What growth keeps,
+and the pace after it, are calibrated on the other seeds, recipes or setups; never on the figure that is judged. The
 truth is the campaign's own figure, ``Campaign.saving``. ``--write`` derives ``growkern/recipes/measured.py`` from the rows.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench.advice.calibration import CALIBRATION, calibrate, module
-from bench.advice.figures import Rows
+from bench.advice.figures import Rows, single_seeds
 from bench.advice.judging import judge_all, judge_seeds, summary, table
 from bench.harness import RESULTS
 
@@ -33,23 +33,25 @@ def main(arguments: list[str] | None = None) -> int:
         "--write", action="store_true", help="write growkern/recipes/measured.py from the rows"
     )
     asked = parser.parse_args(arguments)
-    console, rows = Console(width=180), Rows(asked.rows)
+    console, rows, seeds = Console(width=180), Rows(asked.rows), single_seeds(asked.rows)
+    figures, singles = rows.figures, [f for its in seeds.values() for f in its.figures]
     for other in (False, True):
-        judged = judge_seeds(asked.rows, other=other)
+        judged = judge_seeds(seeds, figures, other=other)
         console.print(f"{CURVES[other]}; the seed left out: {summary(judged)}\n", highlight=False)
     for title, (other, across) in PASSES.items():
-        judged = judge_all(rows, other=other, across=across)
+        judged = judge_all(rows, singles, other=other, across=across)
         if judged:
             console.print(table(judged, title))
         console.print(f"{title}: {summary(judged)}\n", highlight=False)
-    figures = rows.figures
-    for recipe in calibrate(figures).values():
+    recipes = calibrate(figures, singles)
+    for recipe in recipes.values():
         console.print(
-            f"{recipe.kind:6} {recipe.name:24} keeps {recipe.kept:.0%} +- {recipe.sd:.0%} ({recipe.n})",
+            f"{recipe.kind:6} {recipe.name:24} keeps {recipe.kept:.0%} +- {recipe.sd:.0%}, at a pace of {recipe.pace[0]:.2f} +- "
+            f"{recipe.pace[1]:.2f} ({recipe.n} runs)",
             highlight=False,
         )
     if asked.write:
-        CALIBRATION.write_text(module(calibrate(figures), figures), encoding="utf-8")
+        CALIBRATION.write_text(module(recipes, figures), encoding="utf-8")
     return 0
 
 

@@ -1,55 +1,110 @@
-"""Calibration of recipes from the campaign's figures, and the text of ``growkern/recipes/measured.py``."""
+"""Calibration of recipes from the campaign's figures, and the text of ``growkern/recipes/measured.py``.
+
+A run of a recipe has a figure per budget B. The FLOPs that the target from scratch needs for the losses of one run lie on a line,
+``need(B) = pace * (B - g) + kept * worth``: g FLOPs at the growth, whose worth is known from the source's annealed loss. Runs of
+different seeds, setups and growth points have different lines; mean and spread over these runs are the recipe's ``kept`` and ``pace``.
+Their spread is that of single runs, because advice is about a single run.
+"""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil, floor
 from pathlib import Path
-from statistics import mean, mode, stdev, variance
+from statistics import linear_regression, mean, mode, stdev, variance
 
 from bench.advice.figures import Figure
+from bench.savings.analysis import T90, TUNING
 from bench.savings.campaign import RECIPES
 from growkern.recipes.recipe import Recipe, Saved
 
-ALONE = 0.1  # least spread, and the spread of a single figure
+ALONE = 0.1  # least spread, and the spread of a single run
+Z90 = 1.645  # of the normal distribution, where T90 is Student's
 MODELS = "60 to 870 thousand parameters (bytes of Python and C++ source)"
 CALIBRATION = Path(__file__).resolve().parents[2] / "growkern" / "recipes" / "measured.py"
 
 
-def calibrate(figures: Sequence[Figure]) -> dict[str, Recipe]:
-    """Return the recipes with mean and spread of ``kept``.
+@dataclass(frozen=True)
+class Run:
+    """Line through the figures of one run, and the ratio of the measured to the predicted worth of its source's training."""
 
-    The spread is at least the spread within the recipes of the kind, because few figures underestimate the spread of a recipe.
+    setup: str
+    seed: int
+    label: str
+    kind: str
+    kept: float
+    pace: float
+    worth: float
+
+
+def runs_of(singles: Iterable[Figure]) -> list[Run]:
+    """Return the runs of figures of single seeds; a run of the tuning seed only where no other seed has run, and with two budgets."""
+    grouped: dict[tuple[str, str, str, float], dict[int, dict[float, Figure]]] = {}
+    for f in singles:
+        key = f.setup, f.kind, f.variant.recipe, f.variant.grow_at
+        (seed,) = f.saving.losses
+        grouped.setdefault(key, {}).setdefault(seed, {})[f.budget] = f
+    return [
+        _run(seed, [*own.values()])
+        for seeds in grouped.values()
+        for seed, own in seeds.items()
+        if len(own) > 1 and (seed != TUNING or len(seeds) == 1)
+    ]
+
+
+def _run(seed: int, own: Sequence[Figure]) -> Run:
+    """Fit the line by least squares."""
+    after = [(f.budget - f.variant.grow_at) / f.annealed for f in own]
+    pace, kept = linear_regression(after, [f.need / f.annealed for f in own])
+    return Run(
+        own[0].setup, seed, label_of(own[0]), own[0].kind, kept, pace, mean(f.worth for f in own)
+    )
+
+
+def calibrate(figures: Sequence[Figure], singles: Iterable[Figure]) -> dict[str, Recipe]:
+    """Return the recipes with mean and spread of ``kept`` and ``pace``.
+
+    Args:
+        figures: Figures over all seeds, the savings that a recipe states.
+        singles: Figures of single seeds, of the same runs.
     """
-    if not figures:
-        return {}
-    kinds = {f.kind for f in figures}
-    least = {grows: _spread([f for f in figures if f.kind == grows]) for grows in kinds}
-    worth = {grows: _worth(f for f in figures if f.kind == grows) for grows in kinds}
-    recipes: dict[str, Recipe] = {}
-    for name, grows in dict.fromkeys((f.variant.recipe, f.kind) for f in figures):
-        own = [f for f in figures if (f.variant.recipe, f.kind) == (name, grows)]
-        shares = [f.kept for f in own]
-        spread = max(least[grows], stdev(shares) if len(shares) > 1 else 0.0)
-        recipe = RECIPES[name]
-        label = label_of(own[0])
+    runs, recipes = runs_of(singles), dict[str, Recipe]()
+    seeds, setups = len({(r.setup, r.seed) for r in runs}), len({r.setup for r in runs})
+    student = T90[min(len(T90), max(1, seeds - setups)) - 1] / Z90
+    for label in dict.fromkeys(map(label_of, figures)):
+        own = [f for f in figures if label_of(f) == label]
+        mine = [run for run in runs if run.label == label]
+        if not mine:
+            continue
+        recipe, kind = RECIPES[own[0].variant.recipe], own[0].kind
+        peers = [run for run in runs if run.kind == kind]
+        kept, pace = ([getattr(run, name) for run in mine] for name in ("kept", "pace"))
         recipes[label] = Recipe(
-            label, grows, round(mean(shares), 3), round(spread, 3), len(shares), recipe.growth,
-            mode(f.variant.rate for f in own), recipe.rewarm, tuple(map(saved, own)), worth[grows],
+            label, kind, round(mean(kept), 3), _spread(peers, mine, "kept", student), len(mine), recipe.growth,
+            mode(f.variant.rate for f in own), recipe.rewarm, tuple(map(saved, own)), _worth(peers),
+            (round(mean(pace), 3), _spread(peers, mine, "pace", student)),
         )  # fmt: skip
     return recipes
 
 
-def _spread(figures: Sequence[Figure]) -> float:
-    """Return the spread of ``kept`` within one recipe, as the root of the mean variance over recipes."""
-    names = {f.variant.recipe for f in figures}
-    own = [[f.kept for f in figures if f.variant.recipe == name] for name in names]
-    variances = [variance(values) for values in own if len(values) > 1]
-    return max(ALONE, mean(variances) ** 0.5) if variances else ALONE
+def _spread(peers: Sequence[Run], own: Sequence[Run], name: str, student: float) -> float:
+    """Return the standard deviation of a further run of a recipe, of a normal distribution whose 90 % interval is Student's.
+
+    Few runs underestimate a spread, so that the variance is at least the mean variance within the recipes of the kind; the mean over n
+    runs is itself uncertain by 1 / n of the variance. ``student`` is the ratio of Student's to the normal interval, with the degrees of
+    freedom of all seeds of all setups: recipes share the seeds of their setup.
+    """
+    labels = {run.label for run in peers}
+    groups = [[getattr(run, name) for run in peers if run.label == label] for label in labels]
+    within = [variance(values) for values in groups if len(values) > 1]
+    values = [getattr(run, name) for run in own]
+    most = max(ALONE**2, mean(within or [0.0]), variance(values) if len(values) > 1 else 0.0)
+    return round((most * (1 + 1 / len(values))) ** 0.5 * student, 3)
 
 
-def _worth(figures: Iterable[Figure]) -> tuple[float, float]:
-    """Return mean and spread of ``Figure.worth`` over setups and growth points."""
-    ratios = {(f.setup, f.variant.grow_at): f.worth for f in figures}.values()
+def _worth(runs: Iterable[Run]) -> tuple[float, float]:
+    """Return mean and spread of the ratio of the measured to the predicted worth, over the sources that grew."""
+    ratios = sorted({run.worth for run in runs})
     return round(mean(ratios), 3), round(max(ALONE, stdev(ratios) if len(ratios) > 1 else 0.0), 3)
 
 
@@ -84,16 +139,19 @@ From {len(figures)} figures (recipes, growth points, budgets) of bench/results/s
 {setups}.
 """
 
-{"from math import nan" + chr(10) * 2 if "nan" in rows else ""}from growkern import {used}
+from collections.abc import Mapping
+{"from math import nan" + chr(10) if "nan" in rows else ""}from types import MappingProxyType
+
+from growkern import {used}
 from growkern.recipes.recipe import Recipe, Saved
 
 MEASURED = "{MODELS}"
 BUDGETS = {low:g}, {high:g}  # multiples of the compute at growth
-RECIPES: dict[str, Recipe] = {{
+RECIPES: Mapping[str, Recipe] = MappingProxyType({{
     recipe.name: recipe
     for recipe in (
 {rows}    )
-}}  # fmt: skip
+}})  # fmt: skip
 '''
 
 
@@ -116,7 +174,7 @@ def _source(recipe: Recipe) -> str:
     return (
         f"        Recipe(\n            {json.dumps(recipe.name)}, {json.dumps(recipe.kind)}, {recipe.kept}, {recipe.sd}, {recipe.n},"
         f"\n            {{{growth}}}, {recipe.lr_factor:g}, {recipe.rewarm},\n            (\n{figures}            ),\n"
-        f"            {recipe.worth},\n        ),\n"
+        f"            {recipe.worth}, {recipe.pace},\n        ),\n"
     )
 
 

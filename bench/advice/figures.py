@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 from bench.harness import RESULTS
-from bench.savings.analysis import Campaign, Saving, Variant
+from bench.savings.analysis import TUNING, Campaign, Saving, Variant
 from bench.savings.campaign import SETUPS, Setup
 from bench.savings.jobs import read_rows
 from growkern.advice.scaling import Curve, ScalingLaw, fit
@@ -42,8 +42,8 @@ class Figure:
     variant: Variant
     budget: float  # FLOPs
     saving: Saving
-    kept: float  # share of the source's worth that the run keeps, by annealed losses
-    worth: float  # ratio of the source's worth to the prediction by a law of the trunks' losses
+    annealed: float  # worth of the source's training in FLOPs: what the target from scratch needs for the source's annealed loss
+    worth: float  # ratio of ``annealed`` to the prediction by a law of the trunks' losses
     losses: Mapping[str, float]  # final losses of from scratch, never grow and grow now
     source: Trunk  # trunk of a seed that grew; the adviser sees the curve up to the growth
     target: Trunk  # trunk of the target; the adviser sees its size, the calibration its curve
@@ -57,6 +57,11 @@ class Figure:
     def sunk(self) -> float:
         """Share of the FLOPs that is saved with an existing source."""
         return self.saving.sunk[0]
+
+    @property
+    def need(self) -> float:
+        """FLOPs that the target from scratch needs for the final loss."""
+        return self.budget / (1 - self.charged)
 
 
 class Rows:
@@ -72,6 +77,7 @@ class Rows:
         paths = sorted(folder.glob("savings-*.csv"))
         rows = [row for p in paths if not p.stem.endswith("-curves") for row in read_rows(p)]
         rows = [row for row in rows if keep(int(row["seed"]))]
+        self.seeds = sorted({int(row["seed"]) for row in rows} - {TUNING})
         for path in (p for p in paths if p.stem.endswith("-curves")):
             self._read_curves(read_rows(path))
         self.campaigns = {name: Campaign(SETUPS[name], rows) for name in JUDGED}
@@ -122,7 +128,6 @@ class Rows:
                 )
                 seeds = sorted(set(saving.losses) & set(campaign.seeds)) or None
                 annealed = campaign.worth(v.grow_at, seeds)
-                kept = (budget / (1 - saving.charged[0]) - budget + v.grow_at) / annealed
                 ends = [*(campaign.tuned(sizes, b) for sizes in plain), saving.losses]
                 losses = {
                     option: mean(by_seed.values())
@@ -136,7 +141,7 @@ class Rows:
                     v,
                     budget,
                     saving,
-                    kept,
+                    annealed,
                     annealed / worth,
                     losses,
                     source,
@@ -157,6 +162,12 @@ class Rows:
                 b = max((b for s, _, b in campaign.plain if s == sizes), default=None)
                 return None if b is None else campaign.best_lr(sizes, b)
         return None
+
+
+def single_seeds(folder: Path = RESULTS) -> dict[int, Rows]:
+    """Return the rows of every seed alone, together with the rows of the tuning seed, whose figures are those of single runs."""
+    seeds = Rows(folder).seeds
+    return {seed: Rows(folder, lambda s, seed=seed: s in (TUNING, seed)) for seed in seeds}
 
 
 def kind(setup: Setup) -> str:

@@ -1,8 +1,7 @@
 """Comparison of the advice before a growth with the measured figure, for every figure of the campaign."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 
 from rich.table import Table
@@ -10,11 +9,10 @@ from rich.table import Table
 import growkern
 from bench.advice.calibration import calibrate, label_of
 from bench.advice.figures import Figure, Rows
-from bench.harness import RESULTS
 from bench.savings.analysis import TUNING
 from bench.savings.campaign import SETUPS
 from growkern.advice.advice import Advice, percent
-from growkern.advice.adviser import pooled
+from growkern.advice.choice import pooled
 from growkern.recipes.recipe import Recipe
 
 OTHER = {
@@ -77,13 +75,20 @@ def judge(rows: Rows, figure: Figure, recipe: Recipe, *, other: bool) -> Judged 
     return Judged(figure, advice)
 
 
-def judge_seeds(folder: Path = RESULTS, *, other: bool) -> list[Judged]:
-    """Judge every figure of a single seed, with its recipe calibrated on the other seeds."""
-    seeds = range(1, 1 + max((f.saving.n_seeds for f in Rows(folder).figures), default=0))
+def judge_seeds(
+    seeds: Mapping[int, Rows], figures: Sequence[Figure], *, other: bool
+) -> list[Judged]:
+    """Judge every figure of a single seed, with its recipe calibrated on the other seeds.
+
+    Args:
+        seeds: Result of ``single_seeds``.
+        figures: Figures over all seeds, which name the recipes.
+        other: Whether the adviser gets the curve of another size.
+    """
     judged: list[Judged] = []
-    for seed in seeds:
-        known = calibrate(Rows(folder, lambda row_seed, seed=seed: row_seed != seed).figures)
-        rows = Rows(folder, lambda row_seed, seed=seed: row_seed in (TUNING, seed))
+    for seed, rows in seeds.items():
+        rest = [f for s, its in seeds.items() if s != seed for f in its.figures]
+        known = calibrate(figures, rest)
         for figure in rows.figures:
             recipe = known.get(label_of(figure))
             if recipe is not None and not figure.saving.chose:
@@ -92,25 +97,28 @@ def judge_seeds(folder: Path = RESULTS, *, other: bool) -> list[Judged]:
     return judged
 
 
-def judge_all(rows: Rows, *, other: bool, across: bool) -> list[Judged]:
+def judge_all(rows: Rows, singles: Sequence[Figure], *, other: bool, across: bool) -> list[Judged]:
     """Judge every figure of the campaign, calibrated without its recipe; with ``across``, calibrated without its setup.
 
     A figure without calibration, or without the second curve, is left out; ``summary`` states how many figures were judged.
     """
-    figures = rows.figures
     judged: list[Judged] = []
-    for figure in figures:
-        known = [
-            f
-            for f in figures
-            if (f.setup != figure.setup if across else f.variant.recipe != figure.variant.recipe)
-        ]
+    for figure in rows.figures:
+
+        def apart(f: Figure, own: Figure = figure) -> bool:
+            return f.setup != own.setup if across else f.variant.recipe != own.variant.recipe
+
+        known = calibrate([f for f in rows.figures if apart(f)], [f for f in singles if apart(f)])
         if known:
-            verdict = judge(
-                rows, figure, pooled(calibrate(known), figure.kind, "held out"), other=other
-            )
+            verdict = judge(rows, figure, pooled(known, figure.kind, "held out"), other=other)
             judged += [verdict] if verdict else []
     return judged
+
+
+def by_kind(judged: Sequence[Judged]) -> dict[str, list[Judged]]:
+    """Group by what grows: width, depth or both."""
+    kinds = dict.fromkeys(j.figure.kind for j in judged)
+    return {kind: [j for j in judged if j.figure.kind == kind] for kind in kinds}
 
 
 def table(judged: Sequence[Judged], title: str) -> Table:
@@ -145,8 +153,12 @@ def summary(judged: Sequence[Judged]) -> str:
     if not judged:
         return "No figure can be judged: rows of grown runs, or of the second curve, are missing."
     n, told = len(judged), [j for j in judged if j.right is not None]
+    kinds = "; ".join(
+        f"{k} {sum(j.holds for j in js)} of {len(js)}" for k, js in by_kind(judged).items()
+    )
     return (
-        f"{sum(j.holds for j in judged)} of {n} intervals hold the measured saving; they are +- {mean(j.width for j in judged):.0%} wide "
-        f"on average. Decisions: {sum(bool(j.right) for j in told)} right, {sum(not j.right for j in told)} wrong, {n - len(told)} 'cannot "
-        f"tell'; the likeliest option was right in {sum(j.likeliest for j in judged)}."
+        f"{sum(j.holds for j in judged)} of {n} intervals hold the measured saving ({kinds}); they are +- "
+        f"{mean(j.width for j in judged):.0%} wide on average. Decisions: {sum(bool(j.right) for j in told)} right, "
+        f"{sum(not j.right for j in told)} wrong, {n - len(told)} 'cannot tell'; the likeliest option was right in "
+        f"{sum(j.likeliest for j in judged)}."
     )

@@ -8,6 +8,7 @@ from growkern.recipes.recipe import Interval, Recipe
 from growkern.support.text import table
 
 SURE = 0.8  # an option is advised if it ends lowest in this share of the draws
+LEAST = 0.01  # least difference in compute, as a share, by which an option ends lowest, and by which a later growth saves more
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,9 @@ class Option:
         loss: Loss at the end of the budget, in nats, under the learning-rate schedule of the curve.
         charged: Share of the target's compute from scratch that the option saves, with the FLOPs of both phases charged.
         sunk: Share of the target's compute from scratch that the option saves, not counting the source's FLOPs until now.
-        chance: Share of the draws in which the option ends lowest. A growth option is compared with the options without growth, which
-            are compared with the growth option that saves more.
+        chance: Share of the draws in which the option ends lowest by at least 1 % of the compute: from scratch, the target needs 1 %
+            more FLOPs for the option's loss than for the loss of any other option. A growth option is compared with the options without
+            growth, which are compared with the growth option that saves more.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Advice:
         budget: FLOPs of the whole run.
         law: The fitted scaling law.
         unknown: Unknowns that limit the advice, one sentence each.
+        tied: Share of the draws in which no option ends lowest by 1 % of the compute.
     """
 
     decision: str
@@ -62,6 +65,7 @@ class Advice:
     budget: float
     law: ScalingLaw = field(repr=False, compare=False)
     unknown: tuple[str, ...]
+    tied: float = 0.0
 
     @property
     def now(self) -> Option:
@@ -88,12 +92,13 @@ class Advice:
         lines = [
             f"{n_source:,.0f} -> {n_target:,.0f} parameters, {self.spent:.3g} of {self.budget:.3g} FLOPs spent.",
             self._verdict(),
-            f"A free and perfect growth now would save {percent(self.headroom)}. Recipe: {self.recipe.name} ({self.recipe.how}). It keeps "
-            f"{self.recipe.kept:.0%} +- {1.645 * self.recipe.sd:.0%} of what the source's training is worth.",
+            f"A free and perfect growth now would save {percent(self.headroom)}. Recipe: {self.recipe.name} ({self.recipe.how}). It "
+            f"{self.recipe.effect}.",
             "",
             table(header, rows),
             "",
             "Intervals hold 90 % of the draws. Charged: the run pays for both phases. Sunk: the source's FLOPs until now are not counted.",
+            f"Lowest: by at least {LEAST:.0%} of the compute; {self.tied:.0%} of the draws are ties.",
             str(self.law),
             "Not known:",
             *(f"- {sentence}" for sentence in self.unknown),
@@ -108,7 +113,9 @@ class Advice:
     def _verdict(self) -> str:
         best = self.likeliest
         said = REASONS[self.decision]
-        if self.decision == "cannot tell":
+        if self.decision == "cannot tell" and self.tied > best.chance:
+            said += f" In {self.tied:.0%} of the draws, the best options end within {LEAST:.0%} of the compute of each other."
+        elif self.decision == "cannot tell":
             said += f" The likeliest is: {best.name} ({best.chance:.0%})."
         if self.decision != self.decision_sunk:
             said += (

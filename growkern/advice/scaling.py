@@ -83,7 +83,7 @@ class ScalingLaw:
         """Predict the loss of a model of ``n_params`` parameters after ``tokens`` tokens, in nats: one value per draw."""
         e, at_n, at_d, a, b = self.draws.T
         n, d = self.reference
-        tokens = torch.as_tensor(tokens, dtype=torch.float64)
+        tokens = torch.as_tensor(tokens, dtype=torch.float64, device="cpu")
         return e + at_n * (n_params / n) ** -a + at_d * (tokens / d) ** -b
 
     def tokens(self, n_params: float, loss: Tensor) -> Tensor:
@@ -122,23 +122,54 @@ def fit(curves: Sequence[tuple[float, Curve]], *, seed: int = 0) -> ScalingLaw:
         Hoffmann et al., "Training Compute-Optimal Large Language Models", arXiv:2203.15556;
         Besiroglu et al., "Chinchilla Scaling: A replication attempt", arXiv:2404.10102.
     """
-    problems = [text for n, points in curves for text in _problems(n, points)]
-    if not curves:
-        problems.append("no curve was given. Pass at least the curve of the model that trains.")
-    raise_all(PlanError, "cannot fit a law to these loss curves:", problems)
+    check_curves(curves)
     read = tuple(_read(n, points) for n, points in curves)
     reference = read[0].n_params, read[0].points[-1][0]
     scale = read[0].points[-1][1]
     draws = _posterior(read, reference, scale, seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    noise = scale * RUN_SD * torch.randn(len(draws), generator=generator, dtype=torch.float64)
+    noise = scale * RUN_SD * standard_normal(len(draws), seed=seed + 1)
     return ScalingLaw(draws, reference, read, noise)
+
+
+def check_curves(curves: Sequence[tuple[float, Curve]]) -> None:
+    """Raise PlanError if no law can be fitted to curves."""
+    problems = [text for n, points in curves for text in _problems(n, points)]
+    if not curves:
+        problems.append("no curve was given. Pass at least the curve of the model that trains.")
+    raise_all(PlanError, "cannot fit a law to these loss curves:", problems)
+
+
+def standard_normal(*shape: int, seed: int) -> Tensor:
+    """Draw standard normal numbers, float64 on the CPU whatever torch's defaults are."""
+    return _normal(shape, _generator(seed))
+
+
+def deviation(fitted: FittedCurve, curve: Curve) -> float | None:
+    """Return how far a fitted curve lies from a curve: mean of the absolute deviations at equal tokens, as shares of the loss.
+
+    Returns:
+        None if the curve has no losses at some tokens of the fitted curve.
+    """
+    last, bin_width = fitted.points[-1][0], KEPT_RANGE ** (1 / N_BINS)
+    slack = bin_width**2  # a later end shifts the bins
+    read = _binned([point for point in curve if point[0] <= slack * last], last)
+    if not read or read[0][0] > slack * fitted.points[0][0] or slack * read[-1][0] < last:
+        return None
+    return sum(abs(_at(read, d) / loss - 1) for d, loss in fitted.points) / len(fitted.points)
+
+
+def _at(points: Curve, tokens: float) -> float:
+    """Return the loss of a curve at ``tokens``, log-linear between its points and constant beyond them."""
+    for (d0, y0), (d1, y1) in pairwise(points):
+        if tokens <= d1:
+            return y0 + (y1 - y0) * max(0.0, log(tokens / d0)) / log(d1 / d0)
+    return points[-1][1]
 
 
 def interval(values: Tensor, level: float = 0.9) -> tuple[float, float, float]:
     """Return the lower end, median and upper end of the central interval of draws."""
     low, high = (1 - level) / 2, (1 + level) / 2
-    quantiles = torch.quantile(values, torch.tensor([low, 0.5, high], dtype=values.dtype))
+    quantiles = torch.quantile(values, _tensor([low, 0.5, high]))
     return float(quantiles[0]), float(quantiles[1]), float(quantiles[2])
 
 
@@ -160,7 +191,7 @@ def _posterior(
         _tensor(GRID), _tensor(GRID), scale * _tensor(NOISE), indexing="ij"
     )
     a, b, sigma = a.reshape(-1), b.reshape(-1), sigma.reshape(-1)
-    ones = torch.ones(len(a), len(rows), dtype=torch.float64)
+    ones = torch.ones(len(a), len(rows), dtype=torch.float64, device="cpu")
     columns = [ones, n ** -a[:, None], d ** -b[:, None]]
     columns += [ones * _tensor([float(i == k) for i, *_ in rows]) for k in range(1, len(curves))]
     x = torch.stack(columns, -1)  # (grid, points, coefficients); every other run has an offset
@@ -177,11 +208,11 @@ def _posterior(
     )  # fmt: skip
     for exponent, known in zip((a, b), EXPONENTS, strict=True):
         evidence = evidence - ((exponent - known) / EXPONENT_SD) ** 2 / 2
-    generator = torch.Generator().manual_seed(seed)
+    generator = _generator(seed)
     cells = torch.multinomial(
         (evidence - evidence.max()).exp(), 5 * N_DRAWS, True, generator=generator
     )
-    normal = torch.randn(len(cells), x.shape[-1], 1, generator=generator, dtype=torch.float64)
+    normal = _normal((len(cells), x.shape[-1], 1), generator)
     moved = cast(Tensor, torch.linalg.solve_triangular(factor[cells].mT, normal, upper=True))[
         ..., 0
     ]
@@ -237,17 +268,29 @@ def _read(n_params: float, curve: Curve) -> FittedCurve:
     """Drop the warm-up, and average neighboring points in bins of equal width in log tokens."""
     last = curve[-1][0]
     late = [point for point in curve if point[0] * KEPT_RANGE >= last]
+    return FittedCurve(n_params, tuple(_binned(late, last)), len(curve), len(curve) - len(late))
+
+
+def _binned(curve: Curve, last: float) -> list[tuple[float, float]]:
+    """Average neighboring points in bins of equal width in log tokens, counted back from ``last``."""
     bins: dict[int, list[tuple[float, float]]] = {}
-    for tokens, loss in late:
+    for tokens, loss in curve:
         bins.setdefault(int(N_BINS * log(last / tokens) / log(KEPT_RANGE)), []).append(
             (tokens, loss)
         )
-    points = sorted(
+    return sorted(
         (sum(d for d, _ in some) / len(some), sum(y for _, y in some) / len(some))
         for some in bins.values()
     )
-    return FittedCurve(n_params, tuple(points), len(curve), len(curve) - len(late))
 
 
 def _tensor(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed % (1 << 64))
+
+
+def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")

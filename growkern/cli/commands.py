@@ -222,9 +222,11 @@ def advise(
             "the curve narrows every interval. The option may be repeated.",
         ),
     ] = None,
-    kind: Annotated[str, typer.Option(help="Kind of the growth: width or depth.")] = "width",
+    kind: Annotated[
+        str | None, typer.Option(help="Kind of the growth: width, depth or both. Default: the kind of the recipe, else width.")
+    ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Name of a measured recipe. Default: the most efficient one of the kind.")
+        str | None, typer.Option(help="Name of a measured recipe. Default: the best one of the kind.")
     ] = None,
     tokens_per_step: Annotated[
         float | None, typer.Option(help="Number of tokens per step, for curves that count steps.")

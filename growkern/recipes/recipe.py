@@ -1,6 +1,6 @@
 """A recipe of growth with its measured savings."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import isfinite, isnan
 from typing import Any
@@ -9,6 +9,27 @@ from growkern.errors import PlanError
 from growkern.support.text import table
 
 Interval = tuple[float, float, float]  # lower end, median, upper end: 90 % of the draws
+
+
+class Growth(Mapping[str, Any]):
+    """Arguments of ``expand_inplace`` that cannot be changed: one mapping serves every growth of the process. ``dict(growth)`` copies."""
+
+    __slots__ = ("_arguments",)
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        self._arguments = dict(arguments)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._arguments[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arguments)
+
+    def __len__(self) -> int:
+        return len(self._arguments)
+
+    def __repr__(self) -> str:
+        return repr(self._arguments)
 
 
 @dataclass(frozen=True)
@@ -38,14 +59,18 @@ class Saved:
 class Recipe:
     """A recipe of growth with its measured savings; ``print`` it.
 
+    A recipe does not say how large the target is: ``to=`` has to name what the recipe's ``kind`` grows. The default of
+    ``expand_inplace``, ``to="2x"``, grows width alone, so that a recipe for depth without ``to={"layers": ...}`` would double the width.
+    ``lr_factor`` and ``rewarm`` belong to the training loop: ``expand_inplace`` does not apply them.
+
     Attributes:
         name: Name in the rows of ``bench/results/savings-*.csv``.
         kind: ``"width"``, ``"depth"`` or ``"both"``.
-        kept: Share of the worth of the source's training that the grown run keeps at its end; 1 for a free and perfect growth. The
-            worth is the number of FLOPs after which the target from scratch reaches the source's loss. Mean over figures.
-        sd: Standard deviation of ``kept``.
-        n: Number of measured figures.
-        growth: Arguments of ``expand_inplace`` and of events, besides ``to``.
+        kept: Share of the worth of the source's training that the growth keeps; 1 for a free and perfect growth. The worth is the number
+            of FLOPs after which the target from scratch reaches the source's loss. Mean over runs.
+        sd: Standard deviation of ``kept`` of a single run, over seeds and setups.
+        n: Number of measured runs: setups, growth points and seeds.
+        growth: Arguments of ``expand_inplace`` and of events, besides ``to``; a mapping that cannot be changed.
         lr_factor: Factor on all learning rates after the growth, besides the factors of ``dynamics``. ``growth`` does not contain the
             factor: multiply the ``lr`` of the param groups, and the scheduler's ``base_lrs``.
         rewarm: Steps over which the learning rate rises again from zero if the state is dropped. The training loop has to apply the
@@ -54,10 +79,19 @@ class Recipe:
         worth: Mean and standard deviation of the ratio of the measured to the predicted worth of the source's training. The measurement
             uses annealed losses, the prediction a law fitted to losses at a constant learning rate; a small model at a large learning
             rate gains more from annealing.
+        pace: Mean and standard deviation, over runs, of the FLOPs that a FLOP after the growth is worth to the target from scratch: 1 for
+            a free and perfect growth, less than 1 if copies stay alike, more than 1 if the target trains slowly from scratch. A run that
+            grows after g of B FLOPs ends at the loss of the target from scratch after ``pace * (B - g) + kept * worth`` FLOPs.
 
     Example:
         >>> recipe = growkern.recipes.RECIPES["Sparkling fresh"]
-        >>> growkern.At(step=1000, to="2x", **recipe.growth)
+        >>> growkern.expand_inplace(model, optim, to="2x", **recipe.growth)                # kind "width"
+        >>> for group in optim.param_groups:
+        ...     group["lr"] *= recipe.lr_factor                                            # and the scheduler's base_lrs
+        >>> stack = growkern.recipes.RECIPES["Stack"]
+        >>> growkern.At(step=1000, to={"layers": "2x"}, **stack.growth)                    # kind "depth"
+        >>> both = growkern.recipes.RECIPES["Sparkling fresh and Stack"]
+        >>> growkern.At(step=1000, to={"hidden": "2x", "layers": "2x"}, **both.growth)     # kind "both"
     """
 
     name: str
@@ -65,17 +99,23 @@ class Recipe:
     kept: float
     sd: float
     n: int
-    growth: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    growth: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
     lr_factor: float = 1.0
     rewarm: int = 0
     saved: tuple[Saved, ...] = ()
     worth: tuple[float, float] = (1.0, 0.0)
+    pace: tuple[float, float] = (1.0, 0.0)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "growth", Growth(self.growth))
+        numbers = {"kept": self.kept, "sd": self.sd}
+        for name in ("worth", "pace"):
+            numbers |= dict(zip((name, f"its sd ({name})"), getattr(self, name), strict=True))
         wrong = [
-            f"{name}={value}" for name, value in (("kept", self.kept), ("sd", self.sd), *zip(("worth", "its sd"), self.worth, strict=True))
+            f"{name}={value}"
+            for name, value in numbers.items()
             if not isfinite(value) or (value < 0 and name != "kept")
-        ]  # fmt: skip
+        ]
         if wrong:
             raise PlanError(
                 f"recipe {self.name!r}: {', '.join(wrong)}: pass finite numbers, and deviations of 0 or more."
@@ -90,6 +130,20 @@ class Recipe:
         said += [f"learning rate x {self.lr_factor:g}"] if self.lr_factor != 1 else []
         said += [f"{self.rewarm} steps of warm-up"] if self.rewarm else []
         return ", ".join(said) or "the defaults of expand_inplace"
+
+    @property
+    def runs(self) -> str:
+        """Number of measured runs, as text."""
+        return f"{self.n} run" if self.n == 1 else f"{self.n} runs"
+
+    @property
+    def effect(self) -> str:
+        """``kept`` and ``pace`` with their intervals of 90 %, as text."""
+        pace, sd = self.pace
+        return (
+            f"keeps {self.kept:.0%} +- {1.645 * self.sd:.0%} of what the source's training is worth, and then trains at {pace:.2f} +- "
+            f"{1.645 * sd:.2f} x the pace of the target from scratch"
+        )
 
     def __str__(self) -> str:
         header = [
@@ -110,7 +164,7 @@ class Recipe:
         ]  # fmt: skip
         lines = [
             f"{self.name} ({self.kind}): {self.how}",
-            f"It keeps {self.kept:.0%} +- {1.645 * self.sd:.0%} of what the source's training is worth, in {self.n} figures.",
+            f"It {self.effect}, in {self.runs}.",
         ]
         return "\n".join([*lines, "", table(header, rows)] if rows else lines)
 
