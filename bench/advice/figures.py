@@ -65,17 +65,27 @@ class Figure:
 
 
 class Rows:
-    """The committed rows of all devices, by setup."""
+    """The committed rows of a device, by setup."""
 
     def __init__(
         self, folder: Path = RESULTS, keep: Callable[[int], bool] = lambda seed: True
     ) -> None:
-        """Read the rows of a folder; ``keep`` selects the seeds."""
+        """Read the rows of a folder; ``keep`` selects the seeds.
+
+        Raises:
+            SystemExit: The folder has rows of several devices. Each device has its own version of the texts, and so its own losses.
+        """
         self.laws: dict[tuple[Trunk, Trunk | None], ScalingLaw] = {}
         self.before: dict[tuple[Trunk, float], Trunk] = {}
         self.trunks: dict[TrunkKey, Trunk] = {}
         paths = sorted(folder.glob("savings-*.csv"))
-        rows = [row for p in paths if not p.stem.endswith("-curves") for row in read_rows(p)]
+        files = [p for p in paths if not p.stem.endswith("-curves")]
+        if len(files) > 1:
+            names = ", ".join(p.name for p in files)
+            raise SystemExit(
+                f"{folder} has rows of several devices: {names}. Move all but one out of it."
+            )
+        rows = [row for p in files for row in read_rows(p)]
         rows = [row for row in rows if keep(int(row["seed"]))]
         self.seeds = sorted({int(row["seed"]) for row in rows} - {TUNING})
         for path in (p for p in paths if p.stem.endswith("-curves")):

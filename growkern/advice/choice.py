@@ -91,7 +91,7 @@ def recipe_of(event: Event, kind: str) -> Recipe:
 
 def pooled(recipes: Mapping[str, Recipe], kind: str, name: str) -> Recipe:
     """Return mean and spread of the measured recipes of a kind (of all kinds if the kind has none), for an unmeasured recipe."""
-    known = [one for one in recipes.values() if one.kind == kind] or [*recipes.values()]
+    known = [recipe for recipe in recipes.values() if recipe.kind == kind] or [*recipes.values()]
     kept, sd = _mixture([(recipe.kept, recipe.sd) for recipe in known])
     worth = mean(recipe.worth[0] for recipe in known), max(recipe.worth[1] for recipe in known)
     return Recipe(

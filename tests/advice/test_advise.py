@@ -847,3 +847,11 @@ def test_no_figure_is_judged_by_a_calibration_that_holds_it(rows, singles, monke
         known and figure.variant.recipe not in known
         for figure, known in zip(rows.figures, seen, strict=True)
     )
+
+
+def test_rows_of_several_devices_are_refused(tmp_path):
+    for device in ("a", "b"):
+        (tmp_path / f"savings-{device}.csv").write_text("text,loss\n")
+
+    with pytest.raises(SystemExit, match=r"rows of several devices: savings-a.csv, savings-b.csv"):
+        figures.Rows(tmp_path)

@@ -218,7 +218,7 @@ def test_what_does_not_fit_at_all_is_refused_with_the_figures(monkeypatch):
 
 
 def test_an_unknown_memory_is_refused():
-    with pytest.raises(PlanError, match="unknown memory='small': 'stage', 'lean' or None"):
+    with pytest.raises(PlanError, match="unknown memory='small'; pass 'stage', 'lean', or None"):
         grow(make("llama", tied=True), memory="small")
 
 

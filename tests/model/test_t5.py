@@ -229,7 +229,7 @@ def test_what_t5_cannot_is_refused(changes, to, match):
         ({"config": {"nowhere.d_model": "hidden"}}, "names 'nowhere', but the model has no such"),
         (
             {"extra_stacks": (growkern.Blocks("decoder", size="decoder_layers"),)},
-            "it is no ModuleList",
+            "the model has no ModuleList here",
         ),
         (
             {"extra_stacks": (growkern.Blocks("decoder.block", size="depth"),)},
@@ -252,7 +252,7 @@ def test_a_plan_whose_second_stack_is_another_is_refused():
     first, second = '{"branch": 1.0, "new": false, "source": 0}', '{"branch": 1.0, "new": false, "source": 1}'  # fmt: skip
     plan = growkern.GrowthPlan.from_json(text.replace(first, second))
 
-    with pytest.raises(PlanError, match="its blocks are not those of the model"):
+    with pytest.raises(PlanError, match="its blocks are not the model's blocks"):
         grow(model, plan=plan)
 
 
