@@ -1,6 +1,6 @@
 """Recipes of growth, and what they saved, as measured. Written by ``python -m bench.advice --write``; not by hand.
 
-From 144 figures (recipes, growth points, budgets) of bench/results/savings-*.csv, setups:
+From 158 figures (recipes, growth points, budgets) of bench/results/savings-*.csv, setups:
 width, width, c++, wider, depth, depth, twice, both.
 """
 
@@ -12,7 +12,7 @@ from growkern import depth, width
 from growkern.recipes.recipe import Recipe, Saved
 
 MEASURED = "60 to 870 thousand parameters (bytes of Python and C++ source)"
-BUDGETS = 1.3, 13.4  # multiples of the compute at growth
+BUDGETS = 1.3, 20.1  # multiples of the compute at growth
 RECIPES: Mapping[str, Recipe] = MappingProxyType({
     recipe.name: recipe
     for recipe in (
@@ -269,16 +269,23 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType({
             (1.176, 0.118), (1.008, 0.136),
         ),
         Recipe(
-            "Stack, dropped", "depth", 0.585, 0.157, 3,
+            "Stack, dropped", "depth", 0.567, 0.156, 5,
             {"dynamics": None,
              "state": "drop",
              "depth": depth.Stack(remainder='bottom', ignore_first=0, ignore_last=0)}, 1, 60,
             (
                 Saved("depth", 1.07e+11, 2.68e+11, (0.158, 0.247, 0.337), (0.495, 0.548, 0.602), 0.313, 3),
+                Saved("depth", 5.36e+10, 2.68e+11, (nan, 0.233, nan), (nan, 0.386, nan), 0.218, 1),
+                Saved("depth", 2.01e+11, 2.68e+11, (nan, 0.381, nan), (nan, 0.845, nan), 0.51, 0),
                 Saved("depth", 1.07e+11, 5.36e+11, (0.041, 0.235, 0.428), (0.233, 0.388, 0.543), 0.185, 3),
+                Saved("depth", 5.36e+10, 5.36e+11, (nan, 0.275, nan), (nan, 0.347, nan), 0.122, 1),
+                Saved("depth", 2.01e+11, 5.36e+11, (nan, 0.308, nan), (nan, 0.568, nan), 0.258, 1),
                 Saved("depth", 1.07e+11, 1.07e+12, (0.089, 0.257, 0.425), (0.18, 0.331, 0.482), 0.102, 3),
+                Saved("depth", 5.36e+10, 1.07e+12, (nan, 0.282, nan), (nan, 0.318, nan), 0.065, 1),
+                Saved("depth", 2.01e+11, 1.07e+12, (nan, 0.322, nan), (nan, 0.449, nan), 0.148, 1),
+                Saved("depth", 4.29e+11, 1.07e+12, (nan, 0.241, nan), (nan, 0.545, nan), 0.201, 1),
             ),
-            (0.96, 0.1), (1.351, 0.289),
+            (0.947, 0.1), (1.396, 0.263),
         ),
         Recipe(
             "Stack", "depth", 0.829, 0.256, 6,
@@ -291,7 +298,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType({
                 Saved("depth, twice", 1.07e+11, 5.36e+11, (0.085, 0.289, 0.493), (0.268, 0.431, 0.594), 0.136, 3),
                 Saved("depth, twice", 1.07e+11, 1.07e+12, (0.031, 0.251, 0.472), (0.128, 0.326, 0.524), 0.073, 3),
             ),
-            (0.96, 0.1), (1.293, 0.27),
+            (0.947, 0.1), (1.293, 0.259),
         ),
         Recipe(
             "Interpose", "depth", 0.918, 0.165, 6,
@@ -304,10 +311,10 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType({
                 Saved("depth, twice", 1.07e+11, 5.36e+11, (0.016, 0.262, 0.507), (0.213, 0.409, 0.606), 0.136, 3),
                 Saved("depth, twice", 1.07e+11, 1.07e+12, (-0.076, 0.219, 0.513), (0.032, 0.297, 0.562), 0.073, 3),
             ),
-            (0.96, 0.1), (1.172, 0.3),
+            (0.947, 0.1), (1.172, 0.3),
         ),
         Recipe(
-            "Interpose, dropped", "depth", 0.795, 0.157, 3,
+            "Interpose, dropped", "depth", 0.795, 0.165, 3,
             {"dynamics": None,
              "state": "drop",
              "depth": depth.Interpose(halve_branches=True, ignore_first=0, ignore_last=0)}, 1, 60,
@@ -316,70 +323,77 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType({
                 Saved("depth", 1.07e+11, 5.36e+11, (-0.08, 0.198, 0.476), (0.136, 0.359, 0.581), 0.185, 3),
                 Saved("depth", 1.07e+11, 1.07e+12, (-0.133, 0.141, 0.415), (-0.02, 0.227, 0.474), 0.102, 3),
             ),
-            (0.96, 0.1), (1.115, 0.311),
+            (0.947, 0.1), (1.115, 0.311),
         ),
         Recipe(
-            "IdentityBlocks", "depth", 0.83, 0.157, 3,
+            "IdentityBlocks", "depth", 0.868, 0.156, 5,
             {"dynamics": None, "depth": depth.IdentityBlocks()}, 1, 0,
             (
                 Saved("depth", 1.07e+11, 2.68e+11, (0.176, 0.257, 0.338), (0.505, 0.554, 0.603), 0.313, 3),
+                Saved("depth", 5.36e+10, 2.68e+11, (nan, 0.242, nan), (nan, 0.394, nan), 0.218, 1),
+                Saved("depth", 2.01e+11, 2.68e+11, (nan, 0.461, nan), (nan, 0.865, nan), 0.51, 0),
                 Saved("depth", 1.07e+11, 5.36e+11, (-0.103, 0.137, 0.378), (0.117, 0.31, 0.502), 0.185, 3),
+                Saved("depth", 5.36e+10, 5.36e+11, (nan, 0.219, nan), (nan, 0.297, nan), 0.122, 1),
+                Saved("depth", 2.01e+11, 5.36e+11, (nan, 0.22, nan), (nan, 0.512, nan), 0.258, 1),
                 Saved("depth", 1.07e+11, 1.07e+12, (-0.198, 0.096, 0.389), (-0.078, 0.186, 0.45), 0.102, 3),
+                Saved("depth", 5.36e+10, 1.07e+12, (nan, 0.162, nan), (nan, 0.204, nan), 0.065, 1),
+                Saved("depth", 2.01e+11, 1.07e+12, (nan, 0.114, nan), (nan, 0.28, nan), 0.148, 1),
+                Saved("depth", 4.29e+11, 1.07e+12, (nan, 0.153, nan), (nan, 0.492, nan), 0.201, 1),
             ),
-            (0.96, 0.1), (1.04, 0.29),
+            (0.947, 0.1), (1.048, 0.263),
         ),
         Recipe(
-            "Fresh", "depth", 0.633, 0.157, 3,
+            "Fresh", "depth", 0.633, 0.165, 3,
             {"dynamics": None, "depth": depth.Fresh(at='top')}, 1, 0,
             (
                 Saved("depth", 1.07e+11, 2.68e+11, (0.146, 0.23, 0.315), (0.488, 0.538, 0.589), 0.313, 3),
                 Saved("depth", 1.07e+11, 5.36e+11, (-0.0, 0.206, 0.413), (0.2, 0.365, 0.53), 0.185, 3),
                 Saved("depth", 1.07e+11, 1.07e+12, (0.017, 0.212, 0.407), (0.115, 0.291, 0.466), 0.102, 3),
             ),
-            (0.96, 0.1), (1.258, 0.289),
+            (0.947, 0.1), (1.258, 0.277),
         ),
         Recipe(
-            "Middle", "depth", 1.048, 0.157, 3,
+            "Middle", "depth", 1.048, 0.165, 3,
             {"dynamics": None, "depth": depth.Layers(order=(0, 1, 0, 1, 0, 1, 2, 3))}, 1, 0,
             (
                 Saved("depth, twice", 1.07e+11, 2.68e+11, (0.076, 0.247, 0.418), (0.445, 0.548, 0.651), 0.239, 3),
                 Saved("depth, twice", 1.07e+11, 5.36e+11, (-0.151, 0.167, 0.485), (0.079, 0.334, 0.588), 0.136, 3),
                 Saved("depth, twice", 1.07e+11, 1.07e+12, (-0.295, 0.094, 0.482), (-0.165, 0.184, 0.534), 0.073, 3),
             ),
-            (0.96, 0.1), (1.043, 0.373),
+            (0.947, 0.1), (1.043, 0.373),
         ),
         Recipe(
-            "TopCopies", "depth", 1.017, 0.157, 3,
+            "TopCopies", "depth", 1.017, 0.165, 3,
             {"dynamics": None, "depth": depth.TopCopies(n=None)}, 1, 0,
             (
                 Saved("depth, twice", 1.07e+11, 2.68e+11, (0.16, 0.31, 0.461), (0.496, 0.586, 0.676), 0.239, 3),
                 Saved("depth, twice", 1.07e+11, 5.36e+11, (0.085, 0.289, 0.493), (0.268, 0.431, 0.594), 0.136, 3),
                 Saved("depth, twice", 1.07e+11, 1.07e+12, (0.031, 0.251, 0.472), (0.128, 0.326, 0.524), 0.073, 3),
             ),
-            (0.96, 0.1), (1.287, 0.307),
+            (0.947, 0.1), (1.287, 0.307),
         ),
         Recipe(
-            "default, one rate, both", "both", 0.917, 0.158, 1,
+            "default, one rate, both", "both", 0.848, 0.129, 3,
             {"dynamics": None}, 1, 0,
             (
-                Saved("both", 1.78e+11, 4.45e+11, (nan, 0.365, nan), (nan, 0.619, nan), 0.428, 1),
-                Saved("both", 1.78e+11, 7.43e+11, (nan, 0.212, nan), (nan, 0.401, nan), 0.31, 1),
-                Saved("both", 1.78e+11, 1.19e+12, (nan, 0.108, nan), (nan, 0.242, nan), 0.219, 1),
+                Saved("both", 1.78e+11, 4.45e+11, (0.265, 0.325, 0.385), (0.559, 0.595, 0.631), 0.419, 3),
+                Saved("both", 1.78e+11, 7.43e+11, (0.114, 0.174, 0.234), (0.327, 0.372, 0.418), 0.301, 3),
+                Saved("both", 1.78e+11, 1.19e+12, (0.046, 0.083, 0.119), (0.189, 0.22, 0.251), 0.212, 3),
             ),
-            (0.98, 0.1), (0.852, 0.158),
+            (1.027, 0.1), (0.86, 0.129),
         ),
         Recipe(
-            "Sparkling fresh and Stack", "both", 0.788, 0.158, 1,
+            "Sparkling fresh and Stack", "both", 0.732, 0.129, 3,
             {"dynamics": None,
              "state": "drop",
              "width": width.Sparkling(fan_out='random', fan_in='zero'),
              "depth": depth.Stack(remainder='bottom', ignore_first=0, ignore_last=0)}, 0.5, 60,
             (
-                Saved("both", 1.78e+11, 4.45e+11, (nan, 0.385, nan), (nan, 0.631, nan), 0.428, 1),
-                Saved("both", 1.78e+11, 7.43e+11, (nan, 0.304, nan), (nan, 0.471, nan), 0.31, 1),
-                Saved("both", 1.78e+11, 1.19e+12, (nan, 0.26, nan), (nan, 0.371, nan), 0.219, 1),
+                Saved("both", 1.78e+11, 4.45e+11, (0.265, 0.337, 0.409), (0.559, 0.602, 0.645), 0.419, 3),
+                Saved("both", 1.78e+11, 7.43e+11, (0.174, 0.256, 0.338), (0.372, 0.434, 0.497), 0.301, 3),
+                Saved("both", 1.78e+11, 1.19e+12, (0.146, 0.214, 0.282), (0.274, 0.332, 0.389), 0.212, 3),
             ),
-            (0.98, 0.1), (1.187, 0.158),
+            (1.027, 0.1), (1.135, 0.129),
         ),
     )
 })  # fmt: skip
