@@ -80,5 +80,5 @@ def test_what_one_process_refuses_no_process_waits_for(world):
     n, found = world
 
     for rank in range(n):
-        match = "pass it as ema=" if rank == 0 else "another process refused"
+        match = "pass the average as ema=" if rank == 0 else "another process refused"
         assert match in found[rank]["refused"]

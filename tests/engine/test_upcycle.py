@@ -122,7 +122,7 @@ def test_experts_see_in_expectation_their_share_of_the_gradient():
             {},
             {"experts": 4},
             UnsupportedModelError,
-            "GPT2LMHeadModel has no mixture of experts",
+            "GPT2LMHeadModel has no mixture-of-experts class",
         ),
         ("llama", {"mlp_bias": True}, {"experts": 4}, UnsupportedModelError, "mlp_bias=True"),
         ("llama", {}, {"experts": 2, "top_k": 3}, PlanError, "top_k=3"),

@@ -673,7 +673,7 @@ def test_a_plan_whose_layers_are_no_layers_in_order_is_refused():
     swapped = swapped.replace("X", '{"branch": 1.0, "new": false, "source": 2}')
     assert swapped != text
 
-    with pytest.raises(PlanError, match="blocks are not those of the model"):
+    with pytest.raises(PlanError, match="blocks are not the model's blocks"):
         shrink(model, plan=GrowthPlan.from_json(swapped))
 
 
@@ -681,7 +681,7 @@ def test_a_model_without_blocks_keeps_its_depth():
     model = Plain()
     spec = _blockless(model.spec())
 
-    with pytest.raises(PlanError, match="cannot shrink plain:\n.*names no blocks"):
+    with pytest.raises(PlanError, match="cannot shrink plain: the spec names no blocks"):
         growkern.shrink_inplace(model, to={"layers": 1}, spec=spec)
     with pytest.raises(UnsupportedModelError, match="expected a torch.nn.Module"):
         growkern.shrink_inplace("model")

@@ -216,7 +216,7 @@ def test_a_helper_that_is_not_finite_and_tokens_that_are_none_are_refused():
     own[3, 2] = float("nan")
     for method, match in (
         (vocab.CLPTransfer(own, mixed()), "not finite"),
-        (vocab.CLPTransfer(helper(), [0.5, *mixed()[1:]]), "holds 0.5"),
+        (vocab.CLPTransfer(helper(), [0.5, *mixed()[1:]]), "tokens has 0.5"),
         (vocab.CLPTransfer(helper(), mixed(), top_k=2.5), "top_k=2.5"),
         (vocab.MeanCov(scale="a"), "scale='a'"),
     ):

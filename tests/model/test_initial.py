@@ -119,7 +119,7 @@ def test_alternating_layers_go_on_alternating():
 
 
 def test_an_unknown_place_is_refused():
-    with pytest.raises(PlanError, match="Fresh: at='bottom'; 'top' or 'even'"):
+    with pytest.raises(PlanError, match="Fresh: at='bottom' is unknown; pass 'top' or 'even'"):
         growkern.plan(make("llama", tied=True), to={"layers": 4}, depth=depth.Fresh("bottom"))
 
 

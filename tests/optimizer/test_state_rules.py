@@ -160,7 +160,7 @@ def test_rules_say_how_unknown_state_grows():
     with pytest.raises(UnsupportedOptimizerError, match="unknown state 'exp_avg_sq'"):
         grown(Own, state_rules={"step": None, "exp_avg": 1})
     with pytest.raises(
-        UnsupportedOptimizerError, match="has the state exp_avrg; there are exp_avg, "
+        UnsupportedOptimizerError, match="has the state exp_avrg; the parameters have exp_avg, "
     ):
         grown(Own, state_rules={"step": None, "exp_avg": 1, "exp_avg_sq": 2, "exp_avrg": 1})
     with pytest.raises(UnsupportedOptimizerError, match="'exp_avg' has the order 3"):
@@ -209,7 +209,7 @@ def test_an_average_that_was_not_handed_over_is_refused():
     model = make("llama", tied=True)
     ema = swa_utils.AveragedModel(model)
 
-    with pytest.raises(UnsupportedModelError, match="pass it as ema="):
+    with pytest.raises(UnsupportedModelError, match="pass the average as ema="):
         grow(model, to={"layers": 4})
 
     assert model.config.num_hidden_layers == 2
