@@ -14,7 +14,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 test: lint
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-# lint, types and the tests that are not slow: in two minutes
+# lint, types and the tests that are not slow
 check: lint
 	$(BIN)/pytest $(PYTEST_ARGS) -m "not slow"
 

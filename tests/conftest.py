@@ -10,10 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-QUICK = (
-    "llama",
-    "gpt2",
-)  # families that `make check` tests: one with RMSNorm, RoPE and gates, one with none of them
+# families that `make check` tests: one with RMSNorm, RoPE and gates, one with none of them
+QUICK = "llama", "gpt2"
 HAS_CUDA = torch.cuda.is_available()
 
 if not HAS_CUDA:

@@ -140,12 +140,11 @@ class Campaign:
 
     def tuned(self, sizes: tuple[int, int], budget: int) -> Losses:
         """Return the losses of the plain run at its best rate; of the tuning seed alone if no other seed has run."""
-        return _measured(self.plain[sizes, self.best_lr(sizes, budget), budget])
+        return self.on(sizes, budget, ())
 
     def on(self, sizes: tuple[int, int], budget: int, seeds: Iterable[int]) -> Losses:
         """Return the losses of the plain run at its best rate, of ``seeds``; all that were measured if none of them has run."""
-        losses = self.plain[sizes, self.best_lr(sizes, budget), budget]
-        return {s: losses[s] for s in seeds if s in losses} or _measured(losses)
+        return _on(self.plain[sizes, self.best_lr(sizes, budget), budget], seeds)
 
     @cached_property
     def seeds(self) -> list[int]:
@@ -219,9 +218,7 @@ class Campaign:
 
         def shares(drawn: Sequence[int]) -> tuple[float, float, bool]:
             curve = self.curve(self.setup.target_sizes, drawn)
-            need, beyond = flops_needed(
-                curve, mean([losses[s] for s in drawn if s in losses] or [*losses.values()])
-            )
+            need, beyond = flops_needed(curve, mean(_on(losses, drawn).values()))
             spent = self.budgets[budget]
             return 1 - spent / need, 1 - (spent - variant.grow_at) / need, beyond
 
@@ -272,6 +269,11 @@ class Campaign:
 def _measured(losses: Losses) -> Losses:
     """Return the losses without the tuning seed; all losses if no other seed has run."""
     return {s: v for s, v in losses.items() if s != TUNING} or losses
+
+
+def _on(losses: Losses, seeds: Iterable[int]) -> Losses:
+    """Return the losses of ``seeds``; all measured losses if none of ``seeds`` has run."""
+    return {s: losses[s] for s in seeds if s in losses} or _measured(losses)
 
 
 def _interval(point: float, values: Sequence[float]) -> tuple[float, float, float]:

@@ -20,6 +20,7 @@ from growkern.advice.scaling import Curve, ScalingLaw, fit, interval, standard_n
 from growkern.errors import PlanError
 from growkern.recipes import BUDGETS, MEASURED
 from growkern.recipes.recipe import Interval, Recipe
+from growkern.support.text import short
 from growkern.training.schedule import GrowthSchedule
 
 FAR = 4.0  # multiple of a curve's parameters and compute beyond which the law is an extrapolation
@@ -82,7 +83,7 @@ def advise(
     n, points = run.n_params, run.curve
     if run.kind is not None and kind not in (None, run.kind):
         raise PlanError(
-            f"kind={arguments.shown(kind)}: the schedule's next event grows {run.kind!r}; leave kind= out."
+            f"kind={short(kind)}: the schedule's next event grows {run.kind!r}; leave kind= out."
         )
     chosen = choose(run.recipe if recipe is None else recipe, kind)
     wanted = "FLOPs of a token, forward and backward, of source and target"

@@ -13,6 +13,7 @@ from growkern.advice.scaling import (
     deviation,
 )
 from growkern.errors import PlanError, raise_all
+from growkern.support.text import short
 
 LIMIT = 1e3  # multiple of a curve's parameters, tokens and compute beyond which the law is not asked: three decades of extrapolation
 SAME = 0.01  # largest mean deviation, as a share of the loss, of a law's curve from the curve that is given with the law
@@ -39,7 +40,7 @@ def number(value: object, name: str, wanted: str) -> float:
     ):  # RuntimeError: a tensor of several numbers
         result = -1.0
     if not (isfinite(result) and result > 0):
-        raise PlanError(f"{name}={shown(value)}: pass {wanted}: a finite number above 0.")
+        raise PlanError(f"{name}={short(value)}: pass {wanted}: a finite number above 0.")
     return result  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def pair(values: object, name: str, wanted: str) -> tuple[float, float]:
     tolist = getattr(values, "tolist", None)
     items = tolist() if callable(tolist) else values
     if not isinstance(items, list | tuple) or len(cast(Sequence[object], items)) != 2:
-        raise PlanError(f"{name}={shown(values)}: pass {wanted}, a pair of numbers.")
+        raise PlanError(f"{name}={short(values)}: pass {wanted}, a pair of numbers.")
     first, second = (
         number(value, f"{name}[{i}]", wanted)
         for i, value in enumerate(cast(Sequence[object], items))
@@ -74,7 +75,7 @@ def curves(others: object) -> list[tuple[float, Curve]]:
         read = [(size, curve) for size, curve in cast(Iterable[tuple[object, object]], others)]
     except (TypeError, ValueError):
         raise PlanError(
-            f"others={shown(others)}: pass a list of pairs of a number of parameters and a curve, [(28_000, curve)]."
+            f"others={short(others)}: pass a list of pairs of a number of parameters and a curve, [(28_000, curve)]."
         ) from None
     wanted = "the number of parameters of the curve, without the input embedding"
     return [
@@ -86,7 +87,7 @@ def curves(others: object) -> list[tuple[float, Curve]]:
 def check_seed(seed: object) -> None:
     """Raise PlanError if a seed is not a whole number from 0 to 2**64 - 1."""
     if type(seed) is not int or not 0 <= seed < 1 << 64:
-        raise PlanError(f"seed={shown(seed)}: pass a whole number from 0 to 2**64 - 1.")
+        raise PlanError(f"seed={short(seed)}: pass a whole number from 0 to 2**64 - 1.")
 
 
 def check(
@@ -139,7 +140,7 @@ def few_tokens(law: ScalingLaw, f: tuple[float, float], budget: float) -> bool:
 def check_law(law: object, own: tuple[float, Curve], others: Sequence[tuple[float, Curve]]) -> None:
     """Raise PlanError unless a law was fitted to the given curves, or to earlier moments of the same runs."""
     if not isinstance(law, ScalingLaw):
-        raise PlanError(f"law={shown(law)}: pass Advice.law of an earlier call, or leave law= out.")
+        raise PlanError(f"law={short(law)}: pass Advice.law of an earlier call, or leave law= out.")
     check_curves([own, *others])
     given = [("curve", *own), *((f"others[{i}]", *other) for i, other in enumerate(others))]
     problems: list[str] = []
@@ -173,14 +174,8 @@ def _disagreement(fitted: FittedCurve, name: str, n: float, curve: Curve) -> lis
     return []
 
 
-def shown(value: object) -> str:
-    """Format a value for an error message, in at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _float(value: object) -> float:
     """Convert a number, but no text and no bool, to a Python float."""
     if isinstance(value, str | bytes | bytearray | bool):
-        raise TypeError(f"{shown(value)} is not a number")
+        raise TypeError(f"{short(value)} is not a number")
     return float(value)  # pyright: ignore

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
-from growkern.advice.arguments import shown
 from growkern.depth import IdentityBlocks
 from growkern.errors import PlanError
 from growkern.recipes import RECIPES
 from growkern.recipes.recipe import Recipe
+from growkern.support.text import short
 from growkern.training.triggers import Event
 from growkern.width import Lossless
 
@@ -24,7 +24,7 @@ def choose(recipe: object, kind: object) -> Recipe:
         PlanError: Nothing is measured under the name, or a recipe of another kind.
     """
     if kind is not None and not (isinstance(kind, str) and kind in KINDS):
-        raise PlanError(f"kind={shown(kind)}: pass 'width', 'depth' or 'both'.")
+        raise PlanError(f"kind={short(kind)}: pass 'width', 'depth' or 'both'.")
     if recipe is None:
         return best(RECIPES, kind or "width")
     named = RECIPES.get(recipe) if isinstance(recipe, str) else recipe
@@ -36,7 +36,7 @@ def choose(recipe: object, kind: object) -> Recipe:
         )
     if not isinstance(recipe, str):
         raise PlanError(
-            f"recipe={shown(recipe)}: pass the name of a measured recipe, or a Recipe of your own measurements."
+            f"recipe={short(recipe)}: pass the name of a measured recipe, or a Recipe of your own measurements."
         )
     known = [name for name, r in RECIPES.items() if r.kind == (kind or "width")]
     raise PlanError(
