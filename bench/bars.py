@@ -116,7 +116,8 @@ def _over_copy(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]
 
 
 def _first(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
-    for row in find(rows, op="model", backend=f"{backend} {noise}", phase="first"):
+    default = f"{backend} default"
+    for row in find(rows, op="model", backend=default, phase="first") if noise == NOISES[1] else ():
         yield number(row["p50_ms"]) / 1e3
 
 

@@ -9,18 +9,22 @@ two baselines, written after the published methods; and the host time:
   published method drops the optimizer, so the times are compared per byte;
 - *host*: CPU time of a growth on a GPU: the plan, the pieces, the table of the kernels. No byte is moved.
 
-Every case runs in its own process (``python -m bench.bench_models CASE FILE``), which isolates first calls and resident memory. The
-logits of the grown model are first compared with the logits of the source; a red case is not timed.
+Every case runs in its own process (``python -m bench.bench_models CASE FILE``). Its *first* rows come from processes that build the model,
+make one call and end: nothing is touched before the call, as in a user's process. *Cold* rows come from one process that touches memory
+before each call (``harness.touch``). The logits of every grown model are compared with the logits of the source; a red case has no rows.
 """
 
-import copy
 import gc
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console
@@ -29,6 +33,7 @@ from torch.optim import AdamW
 
 import growkern
 from bench import harness
+from growkern.commit.commit import grown_config
 from growkern.engine.sources import tensors_of
 from growkern.execution.execute import Execution
 from growkern.execution.tiles import Tiler
@@ -47,12 +52,17 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 4e-2}  # of logits, relative to the largest l
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Job = tuple[Tensor, tuple[int, ...]]  # a source and the shape of its target
+Call = Callable[[], object]
 Line = tuple[str, str]  # backend and phase
-CHECK = "check"  # a phase without rows
+Sample = tuple[float, int]  # seconds and peak bytes
 DOUBLE, REPEAT = "state_dict double", "repeat and divide"
 HOST, N_HOST = "host", 20  # a backend, and its number of samples
 ROOM = {DOUBLE: 0.65, REPEAT: 0.25}  # share of a case's memory that is touched before a call
 OTHER_ROOM = 0.5
+DEFAULT = f"{OURS} default"
+METHODS = {DEFAULT: Lossless()} | {
+    f"{OURS} noise={noise:g}": Lossless(noise) for noise in (1.0, 0.0)
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +175,7 @@ def moved(work: Sequence[Job]) -> tuple[int, int]:
     return harness.n_bytes(sources), written
 
 
-def roof(work: Sequence[Job]) -> Callable[[], object]:
+def roof(work: Sequence[Job]) -> Call:
     """Return a call that allocates every target and fills it by copies; on a GPU, a call that copies the same number of bytes."""
     if GPU:
         return harness.gpu_roof(sum(moved(work)))
@@ -243,7 +253,7 @@ def fresh(model: nn.Module, config: object, dtype: torch.dtype) -> nn.Module:
 
 
 @torch.no_grad()
-def host(model: nn.Module, optim: AdamW, to: str | Mapping[str, int | str]) -> Callable[[], object]:
+def host(model: nn.Module, optim: AdamW, to: str | Mapping[str, int | str]) -> Call:
     """Return a call that plans a growth, cuts its tensors into pieces and builds the table of its launches."""
     from growkern.kernels.expand import tabled
 
@@ -294,8 +304,59 @@ def repeat_and_divide(
     return target.eval()
 
 
+def baselines(
+    case: Case, model: nn.Module, optim: AdamW
+) -> tuple[dict[str, Call], tuple[list[Job], list[Job]]]:
+    """Return the roof and the other methods as calls that leave the source as it is, and the jobs of weights and of moments."""
+    plan = growkern.plan(model, optim, to=case.to, width=Lossless(noise=0.0))
+    work = jobs(model, optim, plan)
+    calls: dict[str, Call] = {harness.ROOF: roof([*work[0], *work[1]])}
+    if case.doubles:
+        config = grown_config(plan, model, model.config, "")
+        shapes = {row.name: plan.shapes(row)[1] for row in plan.tensors}
+        calls[DOUBLE] = partial(state_dict_double, model, optim, config)
+        calls[REPEAT] = partial(repeat_and_divide, model, config, shapes)
+    return calls, work
+
+
+def grow(
+    case: Case, backend: str, model: nn.Module, optim: AdamW, room: int = 0
+) -> tuple[Sample, int]:
+    """Time a growth; return its sample and the peak bytes that its report states.
+
+    Raises:
+        AssertionError: The logits of the grown model differ from the logits of the source.
+    """
+    reports: list[growkern.GrowthReport] = []
+    before = logits(model)
+    call = partial(growkern.expand_inplace, to=case.to, width=METHODS[backend], dynamics=None)
+    sample = harness.measured(lambda: reports.append(call(model, optim)), room)
+    off = float((logits(model) - before).abs().max() / before.abs().max())
+    assert off <= TOLERANCE[case.dtype], f"{backend}: logits are off by {off:.2g}"
+    return sample, reports[0].peak_bytes
+
+
+def first(name: str, backend: str) -> tuple[Sample, int | None]:
+    """Time the first call of this process: no memory is touched before, and kernels are compiled.
+
+    Args:
+        name: Name of a case in ``CASES``.
+        backend: Key of ``METHODS``, or of the calls of ``baselines``.
+
+    Returns:
+        Sample, and the peak bytes that growkern's report states; None for a baseline.
+    """
+    case = CASES[name]
+    with TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        model, optim = build(case)
+        if backend in METHODS:
+            return grow(case, backend, model, optim)
+        return harness.measured(baselines(case, model, optim)[0][backend]), None
+
+
 def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -> list[harness.Row]:
-    """Check a case, then time its lines in turn, ``repeats`` times.
+    """Time the lines of a case in turn, ``repeats`` times.
 
     Args:
         name: Name of a case in ``CASES``.
@@ -306,53 +367,39 @@ def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -
         Rows of the case.
 
     Raises:
-        AssertionError: The logits of the grown model differ from the logits of the source.
+        AssertionError: The logits of a grown model differ from the logits of the source.
     """
     case = CASES[name]
-    samples: dict[Line, list[tuple[float, int]]] = {}
-    promised: dict[Line, int] = {}
-    methods = {f"{OURS} default": Lossless()} | {
-        f"{OURS} noise={noise:g}": Lossless(noise) for noise in (1.0, 0.0)
-    }
+    samples: dict[Line, list[Sample]] = {}
+    promised: dict[Line, int | None] = {}
 
-    def timed(line: Line, call: Callable[[], object]) -> None:
-        say(" ".join(line))
-        gc.collect()
-        room = int(ROOM.get(line[0], OTHER_ROOM) * case.memory)
-        samples.setdefault(line, []).append(harness.measured(call, room))
+    def keep(line: Line, sample: Sample, peak: int | None = None) -> None:
+        samples.setdefault(line, []).append(sample)
+        promised[line] = peak
 
-    def grow(line: Line, model: nn.Module, optim: AdamW) -> None:
-        reports: list[growkern.GrowthReport] = []
-        call = partial(growkern.expand_inplace, to=case.to, width=methods[line[0]], dynamics=None)
-        timed(line, lambda: reports.append(call(model, optim)))
-        promised[line] = reports[0].peak_bytes
-
-    def checked(line: Line) -> object:
-        model, optim = build(case)
-        before = logits(model)
-        grow(line, model, optim)
-        off = float((logits(model) - before).abs().max() / before.abs().max())
-        assert off <= TOLERANCE[case.dtype], f"{line[0]}: logits are off by {off:.2g}"
-        return copy.deepcopy(model.config)
-
-    config: object = None
-    for backend in methods:  # only the first growth of a process gives a row
-        config = checked((backend, CHECK if samples else "first"))
+    others = (harness.ROOF, *((DOUBLE, REPEAT) if case.doubles else ()))
+    fresh = (DEFAULT, *(others if repeats > 1 else ()))
+    spawn = get_context("spawn")
+    for backend in fresh * repeats:
+        say(f"{backend} first")
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            keep((backend, "first"), *pool.submit(first, name, backend).result())
     work: tuple[list[Job], list[Job]] = [], []
     for _ in range(repeats):
-        for backend in methods:
+        model, optim = build(case)
+        calls, work = baselines(case, model, optim)
+        for backend, call in calls.items():
+            say(f"{backend} cold")
+            gc.collect()
+            room = int(ROOM.get(backend, OTHER_ROOM) * case.memory)
+            keep((backend, "cold"), harness.measured(call, room))
+        del calls
+        for backend in METHODS:
+            say(f"{backend} cold")
             model, optim = build(case)
-            if backend == next(iter(methods)):
-                plan = growkern.plan(model, optim, to=case.to, width=Lossless(noise=0.0))
-                work = jobs(model, optim, plan)
-                timed((harness.ROOF, "cold"), roof([*work[0], *work[1]]))
-                if case.doubles:
-                    shapes = {row.name: plan.shapes(row)[1] for row in plan.tensors}
-                    double = partial(state_dict_double, model, optim, config)
-                    timed((DOUBLE, "cold"), double)
-                    timed((REPEAT, "cold"), partial(repeat_and_divide, model, config, shapes))
-            grow((backend, "cold"), model, optim)
-            del model, optim
+            gc.collect()
+            room = int(OTHER_ROOM * case.memory)
+            keep((backend, "cold"), *grow(case, backend, model, optim, room))
     say(HOST)  # last, without freeing memory before: no byte is moved, no peak is measured
     once = host(*build(case), case.to)
     once()
@@ -371,7 +418,6 @@ def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -
             promised=promised.get(line),
         )
         for line, timings in samples.items()
-        if line[1] != CHECK
     ]
 
 

@@ -285,7 +285,7 @@ def number(cell: object) -> float:
 
 
 def with_roof(rows: Sequence[Row]) -> list[Row]:
-    """Fill in the GB/s of every row in percent of the roof of the same case and phase; a first call is compared with the cold roof."""
+    """Fill in the GB/s of every row in percent of the roof of the same case and phase; of the cold roof where no first roof exists."""
     key = ("op", "case", "tensor_bytes", "dtype")
 
     def at(row: Row, phase: object) -> tuple[object, ...]:
@@ -294,7 +294,8 @@ def with_roof(rows: Sequence[Row]) -> list[Row]:
     roofs = {at(r, r["phase"]): number(r["gb_s"]) for r in rows if r["backend"] == ROOF}
     filled: list[Row] = []
     for r in rows:
-        limit = roofs.get(at(r, "cold" if r["phase"] == "first" else r["phase"]))
+        cold = roofs.get(at(r, "cold")) if r["phase"] == "first" else None
+        limit = roofs.get(at(r, r["phase"]), cold)
         filled.append(r | {"roof_percent": 100 * number(r["gb_s"]) / limit if limit else ""})
     return filled
 

@@ -232,7 +232,7 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo, record: str) -> 
     for module in model.modules():
         if (config := vars(module).get("config")) is not None and copies[id(config)] is not config:
             undo.attribute(module, "config", copies[id(config)])
-    for path in plan.rebuilt:
+    for path in plan.rebuilt_modules:
         old: Any = model.get_submodule(path)
         for name, b in type(old)(old.config).named_buffers(recurse=False):
             undo.attribute(old, name, b.to(getattr(old, name)))

@@ -41,7 +41,7 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
         numbers = all(isfinite(f) and f > 0 for f in plan.eps.values())
         if not set(plan.eps) <= eps or not numbers:
             problems = ["its epsilon factors are not positive numbers for the target's norms."]
-    if not set(plan.rebuilt) <= set(spec.rebuilt_from_config):
+    if not set(plan.rebuilt_modules) <= set(spec.rebuilt_from_config):
         problems.append("it rebuilds modules that do not follow from the config alone.")
     if dict(plan.ties) != dict(spec.ties) or tuple(plan.counters) != tuple(spec.counters):
         problems.append("its ties or counters are not the model's.")

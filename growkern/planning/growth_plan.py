@@ -12,10 +12,16 @@ from growkern.planning.decisions import BlockRow
 from growkern.planning.index_map import IndexMap, Run
 from growkern.planning.plan_text import plan_text
 from growkern.planning.vector import Vector
-from growkern.support.renamed import renamed_attribute
+from growkern.support.renamed import renamed_attribute, renamed_fields
 
 VERSION = 1  # of the JSON format
-JSON_NAMES = {"centered": "centred", "repeats": "pieces"}  # fields of another name in the JSON
+JSON_NAMES = {  # fields of another name in the JSON
+    "centered": "centred",
+    "extra_stacks": "others",
+    "rebuilt_modules": "rebuilt",
+    "repeats": "pieces",
+}
+FIELD_NAMES = {name: field for field, name in JSON_NAMES.items()}
 PADS = "zero", "mean", "random_reader", "random_writer", "from_method"
 # weight of an element that copies no source element: 0; the mean along the axis; random, for a reader or a writer of the new coordinate;
 # or the value that the method gives
@@ -122,6 +128,7 @@ class TensorRow:
     upper_axis = renamed_attribute("next_layer_axis")
 
 
+@renamed_fields(others="extra_stacks", rebuilt="rebuilt_modules")
 @dataclass(frozen=True)
 class GrowthPlan:
     """Everything a growth will do. Plans are frozen, comparable, hashable and convert to and from JSON; equal inputs give equal plans.
@@ -139,11 +146,11 @@ class GrowthPlan:
         tensors: One row per target tensor, in source order, block by block.
         blocks_path: Name of the module that holds the blocks.
         blocks: Target blocks in order; empty when the model has none.
-        others: Further stacks: name of the module that holds the blocks -> its target blocks in order.
+        extra_stacks: Further stacks: name of the module that holds the blocks -> its target blocks in order.
         ties: Name of a tied parameter -> first name of the same parameter, in the source.
         counters: Buffers that are 0, 1, ... n - 1 along their last axis.
         attributes: ``"module.attribute"`` of the target -> value.
-        rebuilt: Modules whose buffers are recomputed from the target's config.
+        rebuilt_modules: Modules whose buffers are recomputed from the target's config.
         eps: ``"module.attribute"`` of the target -> factor on a norm's epsilon.
         config: Config field -> value.
         config_lists: Config fields with one entry per block.
@@ -165,13 +172,13 @@ class GrowthPlan:
     tensors: tuple[TensorRow, ...]
     blocks_path: str = ""
     blocks: tuple[BlockRow, ...] = ()
-    others: Mapping[str, tuple[BlockRow, ...]] = field(
+    extra_stacks: Mapping[str, tuple[BlockRow, ...]] = field(
         default_factory=dict[str, tuple[BlockRow, ...]]
     )
     ties: Mapping[str, str] = field(default_factory=dict[str, str])
     counters: tuple[str, ...] = ()
     attributes: Mapping[str, float] = field(default_factory=dict[str, float])
-    rebuilt: tuple[str, ...] = ()
+    rebuilt_modules: tuple[str, ...] = ()
     eps: Mapping[str, float] = field(default_factory=dict[str, float])
     config: Mapping[str, float] = field(default_factory=dict[str, float])
     config_lists: tuple[str, ...] = ()
@@ -192,7 +199,7 @@ class GrowthPlan:
     @property
     def stacks(self) -> dict[str, tuple[BlockRow, ...]]:
         """Name of every module that holds blocks -> its target blocks."""
-        return {**({self.blocks_path: self.blocks} if self.blocks else {}), **self.others}
+        return {**({self.blocks_path: self.blocks} if self.blocks else {}), **self.extra_stacks}
 
     @property
     def shrinks(self) -> bool:
@@ -282,6 +289,7 @@ class GrowthPlan:
                     "that wrote it, or a later one."
                 )
             data = _renamed(data) if version == 0 else data
+            data = {FIELD_NAMES.get(key, key): value for key, value in data.items()}
             plan = GrowthPlan(**{k: FIELDS.get(k, _same)(value) for k, value in data.items()})
             _check_types(plan)
             return plan
@@ -324,13 +332,13 @@ def _check_types(plan: GrowthPlan) -> None:
         ):
             raise TypeError(f"{name} is no mapping from names to {kinds[-1].__name__}")
     texts = [plan.family, plan.width, plan.depth, plan.state, plan.dynamics or "", plan.blocks_path]
-    texts += [*plan.config_lists, *plan.counters, *plan.rebuilt, *plan.reasons, *plan.notes]
+    texts += [*plan.config_lists, *plan.counters, *plan.rebuilt_modules, *plan.reasons, *plan.notes]
     for row in plan.tensors:
         texts += [row.name, row.source, row.state, *row.axes, row.next_layer_source or ""]
         numbers = row.factor, row.grad_factor, row.offset, row.constant or 0, row.next_layer_axis
         if not all(isinstance(n, number) for n in numbers):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"a factor of the row {row.name!r} is no number")
-    blocks = [block for stack in (plan.blocks, *plan.others.values()) for block in stack]
+    blocks = [block for stack in (plan.blocks, *plan.extra_stacks.values()) for block in stack]
     if not all(type(b.source) is int and isinstance(b.branch, number) for b in blocks):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError("a block copies no block")
     if type(plan.seed) is not int or not all(isinstance(entry, str) for entry in texts):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -374,17 +382,15 @@ def _axis_from_json(data: dict[str, Any]) -> AxisMap:
     )
     for key in ("weight_scale", "grad_scale"):
         data[key] = Vector(tuple((value, n) for value, n in data[key]["pieces"]))
-    if "centred" in data:
-        data["centered"] = data.pop("centred")
-    return AxisMap(**data)
+    return AxisMap(**{FIELD_NAMES.get(key, key): value for key, value in data.items()})
 
 
 FIELDS: dict[str, Callable[[Any], Any]] = {  # decoders of types that JSON lacks
-    **dict.fromkeys(("config_lists", "counters", "rebuilt", "reasons", "notes"), tuple),
+    **dict.fromkeys(("config_lists", "counters", "rebuilt_modules", "reasons", "notes"), tuple),
     "axes": lambda axes: {key: _axis_from_json(axis) for key, axis in axes.items()},
     "tensors": _tensors_from_json,
     "blocks": _blocks_from_json,
-    "others": lambda others: {path: _blocks_from_json(stack) for path, stack in others.items()},
+    "extra_stacks": lambda stacks: {path: _blocks_from_json(s) for path, s in stacks.items()},
     "config_eps": lambda eps: tuple(eps) if eps else None,
 }
 

@@ -22,7 +22,7 @@ def plan_text(plan: "GrowthPlan") -> str:
         ),
     ]
     parts += [
-        f"{path if plan.others else 'blocks'}  "
+        f"{path if plan.extra_stacks else 'blocks'}  "
         + " ".join(f"{'+' * b.new}{b.source}{f' x {b.branch:g}' * (b.branch != 1)}" for b in blocks)
         + f"   (+ new, {'initialised anew; modules of' if plan.drawn else 'copy of'})"
         for path, blocks in plan.stacks.items()

@@ -119,6 +119,15 @@ def test_baselines_double_what_they_claim_to(case):
                 torch.testing.assert_close(large.sum(), small.sum() * 2 / 2**power)
 
 
+@pytest.mark.parametrize("backend", [harness.ROOF, bench_models.DOUBLE, bench_models.REPEAT])
+def test_the_first_call_of_a_baseline_is_timed(backend, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # first() writes this variable
+
+    (seconds, _), promised = bench_models.first("tiny Llama 2x wide", backend)
+
+    assert seconds > 0 and promised is None
+
+
 def test_percent_of_the_roof_is_that_of_the_same_case_and_phase():
     rows = [
         fake("a", "copy_", "cold", 4.0),
@@ -126,13 +135,16 @@ def test_percent_of_the_roof_is_that_of_the_same_case_and_phase():
         fake("a", "torch", "cold", 3.0),
         fake("a", "torch", "warm", 5.0),
         fake("a", "torch", "first", 1.0),
+        fake("c", "copy_", "cold", 4.0),
+        fake("c", "copy_", "first", 2.0),
+        fake("c", "torch", "first", 1.0),
         fake("a", "torch", "cold", 3.0, dtype="bf16"),
         fake("b", "torch", "cold", 3.0),
     ]
 
     percents = [row["roof_percent"] for row in harness.with_roof(rows)]
 
-    assert percents == [100, 100, 75, 50, 25, "", ""]
+    assert percents == [100, 100, 75, 50, 25, 100, 100, 50, "", ""]
 
 
 def test_row_says_quantiles_and_speed():

@@ -1,6 +1,7 @@
 """growkern has the documented public names and signatures, every public name has a docstring, and old names warn."""
 
 import inspect
+import json
 from collections.abc import Iterator
 from functools import partial
 from types import ModuleType
@@ -207,6 +208,8 @@ def test_verify_takes_source_target_and_batch():
         ("kept", "preserves_text"),
         ("path", "blocks_path"),
         ("rows", "tensors"),
+        ("others", "extra_stacks"),
+        ("rebuilt", "rebuilt_modules"),
     ],
 )
 def test_old_names_of_a_plan_work_and_warn(old, new):
@@ -216,6 +219,16 @@ def test_old_names_of_a_plan_work_and_warn(old, new):
     with pytest.warns(DeprecationWarning, match="next_layer_axis"):
         assert plan.tensors[0].upper_axis == 0
     assert GrowthPlan.from_json(plan.to_json()) == plan
+
+
+def test_the_json_of_a_plan_keeps_its_names_so_that_digests_on_record_hold():
+    data = json.loads(growkern.plan(make("t5", tied=True), to={"hidden": "2x"}).to_json())
+
+    assert {"others", "rebuilt"} <= data.keys()
+    assert all(
+        {"pieces"} == axis["weight_scale"].keys() and "centred" in axis
+        for axis in data["axes"].values()
+    )
 
 
 def _calls(model, optim):
