@@ -127,8 +127,8 @@ def saved(figure: Figure) -> Saved:
 
 def module(recipes: Mapping[str, Recipe], figures: Sequence[Figure]) -> str:
     """Return the text of ``growkern/recipes/measured.py``."""
-    ratios = [f.budget / f.variant.grow_at for f in figures]
-    low, high = floor(10 * min(ratios)) / 10, ceil(10 * max(ratios)) / 10
+    budgets = _range(f.budget / f.variant.grow_at for f in figures)
+    factors = _range(f.target.n_params / f.source.n_params for f in figures)
     setups = ", ".join(dict.fromkeys(f.setup for f in figures))
     plain = [r for r in recipes.values() if _is_growth(r.name)]
     rows = "".join(map(_source, plain))
@@ -146,13 +146,20 @@ from growkern import {used}
 from growkern.recipes.recipe import Recipe, Saved
 
 MEASURED = "{MODELS}"
-BUDGETS = {low:g}, {high:g}  # multiples of the compute at growth
+BUDGETS = {budgets}  # multiples of the compute at growth
+FACTORS = {factors}  # multiples of the parameters of the source
 RECIPES: Mapping[str, Recipe] = MappingProxyType({{
     recipe.name: recipe
     for recipe in (
 {rows}    )
 }})  # fmt: skip
 '''
+
+
+def _range(ratios: Iterable[float]) -> str:
+    """Return the least and the largest ratio, rounded outwards to a tenth, as text."""
+    ordered = sorted(ratios)
+    return f"{floor(10 * ordered[0]) / 10:g}, {ceil(10 * ordered[-1]) / 10:g}"
 
 
 def _is_growth(name: str) -> bool:

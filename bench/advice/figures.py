@@ -9,7 +9,7 @@ from statistics import mean
 from bench.harness import RESULTS
 from bench.savings.analysis import TUNING, Campaign, Saving, Variant
 from bench.savings.campaign import SETUPS, Setup
-from bench.savings.jobs import read_rows
+from bench.savings.jobs import protocol, read_rows
 from growkern.advice.scaling import Curve, ScalingLaw, fit
 
 JUDGED = "width", "width, c++", "wider", "depth", "depth, twice", "both"
@@ -88,6 +88,7 @@ class Rows:
         rows = [row for p in files for row in read_rows(p)]
         rows = [row for row in rows if keep(int(row["seed"]))]
         self.seeds = sorted({int(row["seed"]) for row in rows} - {TUNING})
+        self.protocols = {protocol(SETUPS[name]) for name in JUDGED}
         for path in (p for p in paths if p.stem.endswith("-curves")):
             self._read_curves(read_rows(path))
         self.campaigns = {name: Campaign(SETUPS[name], rows) for name in JUDGED}
@@ -95,7 +96,7 @@ class Rows:
     def _read_curves(self, rows: Sequence[Mapping[str, str]]) -> None:
         points: dict[TrunkKey, list[Mapping[str, str]]] = {}
         for row in rows:
-            if row["optimizer"] == "adamw":
+            if row["optimizer"] == "adamw" and row["protocol"] in self.protocols:
                 sizes = int(row["hidden"]), int(row["layers"])
                 key = row["text"], sizes, float(row["lr"]), int(row["seed"])
                 points.setdefault(key, []).append(row)
@@ -138,7 +139,10 @@ class Rows:
                 )
                 seeds = sorted(set(saving.losses) & set(campaign.seeds)) or None
                 annealed = campaign.worth(v.grow_at, seeds)
-                ends = [*(campaign.tuned(sizes, b) for sizes in plain), saving.losses]
+                ends = [
+                    *(campaign.on(sizes, b, saving.losses) for sizes in plain),
+                    saving.losses,
+                ]
                 losses = {
                     option: mean(by_seed.values())
                     for option, by_seed in zip(

@@ -83,15 +83,26 @@ def _plain(setup: Setup, sizes: tuple[int, int], lr: float, seed: int) -> Job:
 def main(arguments: list[str] | None = None) -> int:
     """Run a campaign and print its results; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--setup", choices=SETUPS, default="width")
+    parser.add_argument(
+        "--setup", choices=SETUPS, default="width", metavar="NAME", help="; ".join(SETUPS)
+    )
     parser.add_argument("--gpu", action="store_true", help="the setup for a GPU, on the GPU")
     parser.add_argument("--seeds", type=int, default=3, help="besides seed 0, which chooses")
     parser.add_argument("--recipes", nargs="+", help="names; all of the setup's by default")
-    parser.add_argument("--finalists", nargs="+", help="names that the other seeds measure; all")
+    parser.add_argument(
+        "--finalists", nargs="+", help="names of recipes that the other seeds measure; default: all"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of rows and picture")
-    parser.add_argument("--work", type=Path, default=Path("savings-work"), help="snapshots")
-    parser.add_argument("--report", action="store_true", help="run nothing; read the rows")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("savings-work"),
+        help="folder of the snapshots from which runs grow",
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing; tables and picture of the rows"
+    )
     parser.add_argument(
         "--markdown", action="store_true", help="run nothing; print README's tables"
     )
@@ -100,7 +111,10 @@ def main(arguments: list[str] | None = None) -> int:
     name, device = ("gpu", "cuda") if asked.gpu else (asked.setup, "cpu")
     if asked.workers < 1 or asked.seeds < 0 or asked.out.is_file():
         parser.error("--workers is 1 or more, --seeds 0 or more, and --out a folder")
-    setup, ledger = SETUPS[name], Ledger(asked.out)
+    try:
+        setup, ledger = SETUPS[name], Ledger(asked.out)
+    except OSError as error:
+        parser.error(f"--out: {error}")
     if asked.markdown:
         console.print(
             *readme(ledger.rows()), sep="\n\n", highlight=False, markup=False, soft_wrap=True

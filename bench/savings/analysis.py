@@ -1,7 +1,7 @@
 """Analysis of a campaign's rows: tuned curves, savings under both accountings, headroom, paired differences, intervals."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -9,7 +9,7 @@ from math import log
 from statistics import mean, stdev
 
 from bench.savings.campaign import Setup
-from bench.savings.jobs import unit
+from bench.savings.jobs import protocol, unit
 from growkern.cli.demo_run import flops_needed
 
 Losses = Mapping[int, float]  # seed -> annealed loss
@@ -43,7 +43,8 @@ class Variant:
 class Saving:
     """Savings of a variant at a budget, as shares of the FLOPs that the target from scratch needs for the same loss.
 
-    Intervals are Student's, of 90 %: the grown run of a seed is compared with the runs from scratch of the same seed.
+    A point is the saving of the mean loss over the seeds; its interval is Student's, of 90 %, with the spread of the savings of single
+    seeds, where the grown run of a seed is compared with the runs from scratch of the same seed.
 
     Attributes:
         charged: Saving with the source's FLOPs charged to the run.
@@ -90,9 +91,10 @@ class Campaign:
         self.plain: dict[tuple[tuple[int, int], float, int], dict[int, float]] = defaultdict(dict)
         self.grown: dict[tuple[Variant, int], dict[int, float]] = defaultdict(dict)
         self.landed: dict[Variant, dict[int, float]] = defaultdict(dict)
+        same = setup.text, setup.optimizer, protocol(setup)
         for row in rows:
             sizes = int(row["hidden"]), int(row["layers"])
-            if (row["text"], row["optimizer"]) != (setup.text, setup.optimizer):
+            if (row["text"], row["optimizer"], row["protocol"]) != same:
                 continue
             budget = min(
                 range(len(self.reach)), key=lambda i: abs(self.reach[i] - float(row["budget"]))
@@ -133,18 +135,39 @@ class Campaign:
         tried = self._tried(sizes, budget)
         return min(tried, key=lambda lr: tried[lr])
 
-    def at_edge(self, sizes: tuple[int, int], budget: int) -> bool:
-        """Return True if the best learning rate is the lowest or the highest that was tried, so that a better one may exist."""
+    def rate(self, sizes: tuple[int, int], budget: int, seeds: Collection[int]) -> float:
+        """Return the learning rate of the runs of these sizes that grown runs of ``seeds`` are compared with.
+
+        Of the rates that all of ``seeds`` have run (the best ones of the tuning seed at any budget), it is the best one on these very
+        seeds, which favors the runs that never grow. A source at a growth point keeps the rate of the run that grows.
+        """
+        plain = {
+            lr: [losses[seed] for seed in seeds]
+            for (s, lr, b), losses in self.plain.items()
+            if (s, b) == (sizes, budget) and losses.keys() >= {*seeds}
+        }
+        early = budget >= len(self.setup.budgets) + len(self.setup.beyond)
+        if early or not seeds or not plain:
+            return self.best_lr(sizes, budget)
+        return min(plain, key=lambda lr: mean(plain[lr]))
+
+    def at_edge(self, sizes: tuple[int, int], budget: int, seeds: Collection[int]) -> bool:
+        """Return True if the learning rate is the lowest or the highest that was tried, so that a better one may exist."""
         tried = self._tried(sizes, budget)
-        return self.best_lr(sizes, budget) in (min(tried), max(tried))
+        return self.rate(sizes, budget, seeds) in (min(tried), max(tried))
 
     def tuned(self, sizes: tuple[int, int], budget: int) -> Losses:
         """Return the losses of the plain run at its best rate; of the tuning seed alone if no other seed has run."""
         return self.on(sizes, budget, ())
 
-    def on(self, sizes: tuple[int, int], budget: int, seeds: Iterable[int]) -> Losses:
-        """Return the losses of the plain run at its best rate, of ``seeds``; all that were measured if none of them has run."""
-        return _on(self.plain[sizes, self.best_lr(sizes, budget), budget], seeds)
+    def on(
+        self, sizes: tuple[int, int], budget: int, seeds: Collection[int], of: Collection[int] = ()
+    ) -> Losses:
+        """Return the losses of the plain run at its rate on ``seeds``, of ``of`` (default: of ``seeds``).
+
+        Where none of them has run, return all losses that were measured.
+        """
+        return _on(self.plain[sizes, self.rate(sizes, budget, seeds), budget], of or seeds)
 
     @cached_property
     def seeds(self) -> list[int]:
@@ -154,14 +177,19 @@ class Campaign:
         ]
         return sorted(set.intersection(*seeds_by_budget))
 
-    def curve(self, sizes: tuple[int, int], seeds: Sequence[int] | None = None) -> Curve:
-        """Return tuned annealed losses, averaged over seeds, at all budgets and at ``beyond`` and ``early`` budgets that all seeds have."""
+    def curve(
+        self, sizes: tuple[int, int], seeds: Collection[int] | None = None, of: Collection[int] = ()
+    ) -> Curve:
+        """Return annealed losses at the rates of ``seeds``, averaged over ``of`` (default: over ``seeds``).
+
+        The points are at all budgets, and at ``beyond`` and ``early`` budgets that all seeds have.
+        """
         drawn = seeds or self.seeds
         points: list[tuple[float, float]] = []
         for b, flops in enumerate(self.reach):
             if b >= len(self.budgets) and not self._ran(sizes, b, {TUNING, *drawn}):
                 continue
-            points.append((flops, mean(self.on(sizes, b, drawn).values())))
+            points.append((flops, mean(self.on(sizes, b, drawn, of).values())))
         return sorted(points)
 
     def tried(self, sizes: tuple[int, int], budget: int) -> bool:
@@ -180,7 +208,7 @@ class Campaign:
         tried = self.tried(sizes, budget)
         return tried and seeds <= {*self.plain[sizes, self.best_lr(sizes, budget), budget]}
 
-    def headroom(self, budget: int, grow_at: float, seeds: Sequence[int] | None = None) -> float:
+    def headroom(self, budget: int, grow_at: float, seeds: Collection[int] | None = None) -> float:
         """Return the share of FLOPs that a free and perfect growth would save.
 
         After such a growth the target trains on from the point of its own curve that has the source's loss. If the source's
@@ -190,7 +218,7 @@ class Campaign:
         whole = self.budgets[budget] - grow_at + self.worth(grow_at, seeds)
         return 1 - self.budgets[budget] / whole
 
-    def worth(self, grow_at: float, seeds: Sequence[int] | None = None) -> float:
+    def worth(self, grow_at: float, seeds: Collection[int] | None = None) -> float:
         """Return the FLOPs that the target from scratch needs for the annealed loss of the source at a growth point."""
         source, target = (
             self.curve(sizes, seeds) for sizes in (self.setup.source_sizes, self.setup.target_sizes)
@@ -215,9 +243,10 @@ class Campaign:
             *(self.plain[scratch, self.best_lr(scratch, b), b] for b in range(len(self.budgets)))
         )
         seeds = sorted(common) or self.seeds
+        losses = {seed: losses[seed] for seed in seeds} if common else losses
 
         def shares(drawn: Sequence[int]) -> tuple[float, float, bool]:
-            curve = self.curve(self.setup.target_sizes, drawn)
+            curve = self.curve(self.setup.target_sizes, seeds, drawn)
             need, beyond = flops_needed(curve, mean(_on(losses, drawn).values()))
             spent = self.budgets[budget]
             return 1 - spent / need, 1 - (spent - variant.grow_at) / need, beyond
@@ -262,8 +291,7 @@ class Campaign:
         paired = [losses[seed] - other[seed] for seed in losses if seed in other]
         if not paired:
             return None
-        error = stdev(paired) / len(paired) ** 0.5 if len(paired) > 1 else float("nan")
-        return mean(paired), error
+        return mean(paired), stdev(paired) / len(paired) ** 0.5 if len(paired) > 1 else float("nan")
 
 
 def _measured(losses: Losses) -> Losses:

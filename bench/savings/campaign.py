@@ -183,7 +183,8 @@ SETUPS: dict[str, Setup] = {
     "depth": DEPTH,
     "depth, points": replace(DEPTH, grow_at=(100, 375), recipes=("Stack, dropped", "IdentityBlocks")),
     "depth, long": replace(
-        DEPTH, budgets=(2000, 4500), beyond=(), early=(800,), grow_at=(800,), recipes=("Stack, dropped", "IdentityBlocks"),
+        DEPTH, budgets=(2000, 4500), beyond=(), early=(800,), grow_at=(800,), lrs=(1e-3, *RATES),
+        recipes=("Stack, dropped", "IdentityBlocks"),
     ),
     "depth, twice": replace(
         DEPTH, source={"hidden": 32, "layers": 4}, source_lrs=SOURCE_RATES, recipes=("Stack", "Middle", "Interpose", "TopCopies"),

@@ -6,8 +6,9 @@ import site
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
+from hashlib import blake2b
 from math import isfinite, nan
 from pathlib import Path
 from time import perf_counter
@@ -29,7 +30,7 @@ from growkern.cli.demo_run import (
 )
 
 KEY = (
-    "text", "optimizer", "hidden", "layers", "source_hidden", "source_layers", "recipe", "lr", "rate", "seed", "grow_at",
+    "text", "optimizer", "protocol", "hidden", "layers", "source_hidden", "source_layers", "recipe", "lr", "rate", "seed", "grow_at",
 )  # fmt: skip
 # flops and n_bytes: of the trunk, where the branch that anneals to the budget starts; loss: at the end of the branch, the budget
 COLUMNS = (
@@ -37,7 +38,15 @@ COLUMNS = (
     "date", "device", "torch",
 )  # fmt: skip
 ROW = (*KEY, "budget")  # columns that identify a row
-PLAIN = ("text", "optimizer", "hidden", "layers", "lr", "seed")  # columns that identify a curve
+PLAIN = (
+    "text",
+    "optimizer",
+    "protocol",
+    "hidden",
+    "layers",
+    "lr",
+    "seed",
+)  # columns that identify a curve
 CURVE = (
     *PLAIN, "flops", "n_bytes", "n_params", "train_loss", "loss",
 )  # fmt: skip
@@ -78,8 +87,8 @@ class Job:
         source = tuple(self.setup.source.values()) if self.recipe else ("", "")
         at = f"{self.grow_at:.4g}" if self.recipe else ""
         values = (
-            self.setup.text, self.setup.optimizer, *self.sizes, *source, self.recipe, f"{self.lr:g}", f"{self.rate:g}",
-            self.seed, at,
+            self.setup.text, self.setup.optimizer, protocol(self.setup), *self.sizes, *source, self.recipe,
+            f"{self.lr:g}", f"{self.rate:g}", self.seed, at,
         )  # fmt: skip
         return tuple(map(str, values))
 
@@ -98,8 +107,8 @@ class Job:
     def snapshot(self, work: Path, at: float) -> Path:
         """Return the path of the snapshot that a plain run saves and grown runs start from."""
         sizes = "x".join(map(str, self.setup.source.values()))
-        name = f"{self.setup.text}-{self.setup.optimizer}-{sizes}-lr{self.lr:g}-seed{self.seed}-at{at:.4g}.pt"
-        return work / name
+        run = f"{self.setup.text}-{self.setup.optimizer}-{protocol(self.setup)}-{sizes}"
+        return work / f"{run}-lr{self.lr:g}-seed{self.seed}-at{at:.4g}.pt"
 
 
 @dataclass
@@ -113,6 +122,12 @@ class Done:
 def unit(setup: Setup) -> float:
     """Return the FLOPs of one step of the target."""
     return flops_per_step(build(setup.target, 0), Training(**setup.training))
+
+
+def protocol(setup: Setup) -> str:
+    """Return a digest of the training settings and of the amount of text, so that rows of other experiments are other rows."""
+    settings = asdict(Training(**setup.training)) | {"n_bytes": setup.n_bytes}
+    return blake2b(repr(sorted(settings.items())).encode(), digest_size=4).hexdigest()
 
 
 @cache
@@ -277,12 +292,14 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """Read the rows of a CSV file; none if there is no file. A last line that a kill has truncated is ignored.
 
     Raises:
-        SystemExit: A row is incomplete, a loss is not finite, or two rows of a run have different losses.
+        SystemExit: A row is incomplete, a loss is not finite, two rows of a run have different losses, or the file is of an older version.
     """
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
     rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+    if rows and "protocol" not in rows[0]:
+        raise SystemExit(f"{path}: the rows have no column 'protocol'; move the file away.")
     seen: dict[tuple[str, ...], str] = {}
     for line, row in enumerate(rows, 2):
         if None in row or None in row.values() or not isfinite(_number(row.get("loss"))):

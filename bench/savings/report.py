@@ -1,7 +1,7 @@
 """Report of a campaign: a table and a verdict per budget, and a picture."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from math import isnan
+from collections.abc import Collection, Iterator, Sequence
+from math import inf, isnan, nan
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -67,7 +67,7 @@ def verdict(campaign: Campaign, budget: int) -> str:
             f"The source that never grows ends lower ({never:.3f}, grown {loss:.3f}, from scratch {scratch:.3f}): the target is "
             "too large for this budget."
         )
-    if campaign.at_edge(campaign.setup.target_sizes, budget):
+    if campaign.at_edge(campaign.setup.target_sizes, budget, best.losses):
         said.append(
             "The rate of the runs from scratch is at the edge of those that were tried: the saving may be less."
         )
@@ -82,7 +82,10 @@ def describe(job: Job) -> str:
 
 
 def picture(campaign: Campaign, path: Path) -> None:
-    """Draw annealed losses over FLOPs: from scratch, the source that never grows, and the five best recipes, on equal seeds."""
+    """Draw annealed losses over FLOPs: from scratch, the source that never grows, and five recipes, on equal seeds.
+
+    The recipes are the lowest one of every budget, then those that were measured at most budgets.
+    """
     figure = Figure(figsize=(9, 5.4), dpi=150, layout="tight")
     axes = figure.add_subplot()
     for (name, sizes), color in zip(KINDS, ("#9a6700", "#57606a"), strict=True):
@@ -96,8 +99,16 @@ def picture(campaign: Campaign, path: Path) -> None:
         for s in (s for s in shown if s.n_seeds == shown[0].n_seeds):
             name = f"{s.variant.recipe}, grown at {s.variant.grow_at / campaign.per:.0f}"
             points.setdefault(name, []).append((flops / 1e12, mean(s.losses.values())))
-    chosen = sorted(points, key=lambda name: (-len(points[name]), points[name][-1][1]))[:5]
-    for name in chosen:
+    lowest = (
+        {
+            min(points, key=lambda name: dict(points[name]).get(c / 1e12, inf)): 0
+            for c in campaign.budgets
+        }
+        if points
+        else {}
+    )
+    more = sorted(points, key=lambda name: (-len(points[name]), points[name][-1][1]))
+    for name in [*(lowest | dict.fromkeys(more))][:5]:
         axes.plot(*zip(*points[name], strict=True), "s--", markersize=4, linewidth=1, label=name)
     axes.set(
         xscale="log", xlabel="training compute, both phases (10¹² FLOPs)",
@@ -160,10 +171,10 @@ def markdown(campaign: Campaign) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _mean(campaign: Campaign, budget: int, sizes: str, seeds: Iterable[int]) -> str:
+def _mean(campaign: Campaign, budget: int, sizes: str, seeds: Collection[int]) -> str:
     """Return the mean loss of runs that never grow, on the seeds of a grown run; ``^`` if their rate is at the edge."""
     size: tuple[int, int] = getattr(campaign.setup, sizes)
-    edge = "^" if campaign.at_edge(size, budget) else ""
+    edge = "^" if campaign.at_edge(size, budget, seeds) else ""
     return f"{mean(campaign.on(size, budget, seeds).values()):.3f}{edge}"
 
 
@@ -226,7 +237,9 @@ def overview(campaigns: dict[str, Campaign]) -> str:
 
 def _grown(s: Saving, per: float) -> tuple[tuple[int, float], list[str]]:
     mark = "~" if s.beyond else ""
-    difference = "" if s.difference is None else f"{s.difference[0]:+.4f} +- {s.difference[1]:.4f}"
+    middle, error = s.difference or (nan, nan)
+    difference = "" if isnan(middle) else f"{middle:+.4f}"
+    difference += "" if isnan(error) else f" +- {error:.4f}"
     name = f"{s.variant.recipe} @{s.variant.grow_at / per:.0f}"
     rate = f"{s.variant.lr:g} x {s.variant.rate:g}"
     name += " (seed 0)" if s.chose else ""
@@ -242,7 +255,8 @@ def _plain(
     curve = campaign.curve(campaign.setup.target_sizes, seeds)
     need, beyond = flops_needed(curve, mean(losses.values()))
     saved = f"{'~' if beyond else ''}{1 - campaign.budgets[budget] / need:+.0%}"
-    lr = f"{campaign.best_lr(size, budget):g}" + ("^" if campaign.at_edge(size, budget) else "")
+    edge = "^" if campaign.at_edge(size, budget, seeds) else ""
+    lr = f"{campaign.rate(size, budget, seeds):g}{edge}"
     order = -len(set(losses) - {TUNING}), mean(losses.values())
     return order, [name, lr, *_losses(losses), saved, "", "", ""]
 

@@ -92,8 +92,8 @@ class Advice:
         lines = [
             f"{n_source:,.0f} -> {n_target:,.0f} parameters, {self.spent:.3g} of {self.budget:.3g} FLOPs spent.",
             self._verdict(),
-            f"A free and perfect growth now would save {percent(self.headroom)}. Recipe: {self.recipe.name} ({self.recipe.how}). It "
-            f"{self.recipe.effect}.",
+            f"A free and perfect growth now, which then trains at the pace of the target from scratch, would save "
+            f"{percent(self.headroom)}. Recipe: {self.recipe.name} ({self.recipe.how}). It {self.recipe.effect}.",
             "",
             table(header, rows),
             "",

@@ -18,11 +18,12 @@ from growkern.advice.choice import choose
 from growkern.advice.observed import Observed, observed
 from growkern.advice.scaling import Curve, ScalingLaw, fit, interval, standard_normal
 from growkern.errors import PlanError
-from growkern.recipes import BUDGETS, MEASURED
+from growkern.recipes import BUDGETS, FACTORS, MEASURED
 from growkern.recipes.recipe import Interval, Recipe
 from growkern.support.text import short
 from growkern.training.schedule import GrowthSchedule
 
+OTHER_SIZE = 1.25  # ratio of parameters from which a curve says what a larger model gains
 FAR = 4.0  # multiple of a curve's parameters and compute beyond which the law is an extrapolation
 LATEST = 0.5  # share of the budget; no later growth was measured
 NOTHING: Interval = (0.0, 0.0, 0.0)
@@ -78,7 +79,7 @@ def advise(
         Hoffmann et al., arXiv:2203.15556 (the law); Shen et al., "Staged Training for Transformer Language Models",
         arXiv:2203.06211 (the loss a grown model starts at, read off the target's own curve).
     """
-    arguments.check_seed(seed)
+    seed = arguments.checked_seed(seed)
     run = _inputs(curve, source, target)
     n, points = run.n_params, run.curve
     if run.kind is not None and kind not in (None, run.kind):
@@ -92,7 +93,7 @@ def advise(
     now = run.spent if spent is None else arguments.number(spent, "spent", "the FLOPs until now")
     now = points[-1][0] * f[0] if now is None else now
     budget = arguments.number(budget, "budget", "the FLOPs of the whole run")
-    read = arguments.curves(others)
+    read = arguments.curves(others, points)
     if law is None:
         law = fit([(n[0], points), *read], seed=seed)
     else:
@@ -204,11 +205,11 @@ def _unknown(
 ) -> list[str]:
     """Return the unknowns that limit the advice, one sentence each."""
     said: list[str] = []
-    sizes = {curve.n_params for curve in law.curves}
-    if len(sizes) == 1:
+    sizes = [curve.n_params for curve in law.curves]
+    if max(sizes) < OTHER_SIZE * min(sizes):
         said.append(
-            f"what a larger model gains: all curves have {n[0]:,.0f} parameters, so the gain is the prior's guess. Pass the curve of a "
-            "model of another size (others=, --other)."
+            f"what a larger model gains: all curves are of models of about {n[0]:,.0f} parameters, so the gain is the prior's guess. Pass "
+            "the curve of a model of another size (others=, --other)."
         )
     largest = max(sizes)
     if n[1] > FAR * largest:
@@ -232,6 +233,11 @@ def _unknown(
         else f"how well {recipe.name} does: it was not measured. Its figures are those of all recipes of its kind that were, or of all "
         "kinds where none was."
     )
+    low, high = FACTORS
+    if not low <= n[1] / n[0] <= high:
+        said.append(
+            f"how growth to {n[1] / n[0]:.3g} x the parameters does: growth to {low:g} to {high:g} x was measured."
+        )
     low, high = BUDGETS
     if not low <= budget / now <= high:
         said.append(

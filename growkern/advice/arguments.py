@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 from math import isfinite
-from typing import cast
+from operator import index
+from typing import SupportsIndex, cast
 
 from growkern.advice.scaling import (
     KEPT_RANGE,
@@ -15,6 +16,7 @@ from growkern.advice.scaling import (
 from growkern.errors import PlanError, raise_all
 from growkern.support.text import short
 
+LEAST_SPENT = 0.5  # share of the curve's FLOPs that spent= states at least
 LIMIT = 1e3  # multiple of a curve's parameters, tokens and compute beyond which the law is not asked: three decades of extrapolation
 SAME = 0.01  # largest mean deviation, as a share of the loss, of a law's curve from the curve that is given with the law
 
@@ -69,8 +71,8 @@ def points(curve: object, name: str) -> list[tuple[float, float]]:
     return converted
 
 
-def curves(others: object) -> list[tuple[float, Curve]]:
-    """Convert the argument ``others`` to pairs of a number of parameters and a curve."""
+def curves(others: object, own: Curve) -> list[tuple[float, Curve]]:
+    """Convert the argument ``others`` to pairs of a number of parameters and a curve, none of which is the curve ``own``."""
     try:
         read = [(size, curve) for size, curve in cast(Iterable[tuple[object, object]], others)]
     except (TypeError, ValueError):
@@ -78,16 +80,27 @@ def curves(others: object) -> list[tuple[float, Curve]]:
             f"others={short(others)}: pass a list of pairs of a number of parameters and a curve, [(28_000, curve)]."
         ) from None
     wanted = "the number of parameters of the curve, without the input embedding"
-    return [
+    converted: list[tuple[float, Curve]] = [
         (number(size, f"others[{i}][0]", wanted), points(curve, f"others[{i}][1]"))
         for i, (size, curve) in enumerate(read)
     ]
+    same = [f"others[{i}]" for i, (_, curve) in enumerate(converted) if curve == [*own]]
+    if same:
+        raise PlanError(
+            f"{', '.join(same)}: the points are those of the source's curve. Pass the curve of a model of another size (others=, --other)."
+        )
+    return converted
 
 
-def check_seed(seed: object) -> None:
-    """Raise PlanError if a seed is not a whole number from 0 to 2**64 - 1."""
-    if type(seed) is not int or not 0 <= seed < 1 << 64:
+def checked_seed(seed: object) -> int:
+    """Return a seed as an int; raise PlanError if it is not a whole number from 0 to 2**64 - 1."""
+    if (
+        isinstance(seed, bool)
+        or not isinstance(seed, SupportsIndex)
+        or not 0 <= index(seed) < 1 << 64
+    ):
         raise PlanError(f"seed={short(seed)}: pass a whole number from 0 to 2**64 - 1.")
+    return index(seed)
 
 
 def check(
@@ -102,13 +115,13 @@ def check(
         problems.append(
             f"target={n[1]:,.0f} parameters is not larger than source={n[0]:,.0f}. Name the larger model that the source grows into."
         )
-    if f[1] <= f[0]:
+    elif f[1] <= f[0]:
         problems.append(
             f"flops_per_token={f}: the target must cost more than the source. Pass the FLOPs per token of the source, then of the target."
         )
     if not budget > now:
         problems.append(
-            f"budget={budget:.4g} FLOPs is spent: the curve ends at {now:.4g} FLOPs. The budget counts the whole run; pass a larger one."
+            f"budget={budget:.4g} FLOPs is spent: {now:.4g} FLOPs are spent until now. The budget counts the whole run; pass a larger one."
         )
     if n[1] > LIMIT * largest:
         problems.append(
@@ -125,9 +138,10 @@ def check(
             f"budget={budget:.4g} FLOPs is {budget / seen:.3g} x the compute of the curve; the law says nothing beyond {LIMIT:,.0f} x. "
             "Train the source longer, or pass a smaller budget."
         )
-    if now < seen / LIMIT:
+    if now < LEAST_SPENT * seen:
         problems.append(
-            f"spent={now:.4g} FLOPs: the curve ends at {seen:.4g} FLOPs. Pass the FLOPs until now, or leave spent= out."
+            f"spent={now:.4g} FLOPs: the curve ends at {seen:.4g} FLOPs, its tokens times the source's flops_per_token. Pass the FLOPs "
+            "until now, or leave spent= out."
         )
     raise_all(PlanError, "cannot advise on this growth:", problems)
 

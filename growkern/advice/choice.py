@@ -6,12 +6,11 @@ from statistics import mean
 from growkern.depth import IdentityBlocks
 from growkern.errors import PlanError
 from growkern.recipes import RECIPES
-from growkern.recipes.recipe import Recipe
+from growkern.recipes.recipe import KINDS, Recipe
 from growkern.support.text import short
 from growkern.training.triggers import Event
 from growkern.width import Lossless
 
-KINDS = {"width": ("width",), "depth": ("depth",), "both": ("width", "depth")}  # kind -> what grows
 SEEDS = 3  # minimum number of seeds of a saving that is compared
 BEATS = 0.01  # least difference, in saved compute as a share, of two recipes of which one is better
 METHODS = {"width": Lossless(), "depth": IdentityBlocks()}  # default methods of expand_inplace
@@ -38,10 +37,10 @@ def choose(recipe: object, kind: object) -> Recipe:
         raise PlanError(
             f"recipe={short(recipe)}: pass the name of a measured recipe, or a Recipe of your own measurements."
         )
-    known = [name for name, r in RECIPES.items() if r.kind == (kind or "width")]
+    known = [f"{name} ({r.kind})" for name, r in RECIPES.items() if kind in (None, r.kind)]
     raise PlanError(
-        f"no recipe {recipe!r} of kind {kind or 'width'!r} was measured. Known: {'; '.join(known) or 'none'}. Pass a Recipe of your own "
-        "measurements."
+        f"no recipe {recipe!r}{f' of kind {kind!r}' if kind else ''} was measured. Known: {'; '.join(known) or 'none'}. Pass a Recipe of "
+        "your own measurements."
     )
 
 

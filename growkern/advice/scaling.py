@@ -244,7 +244,8 @@ def _problems(n_params: float, curve: Curve) -> list[str]:
         ]
     if any(later[0] <= earlier[0] for earlier, later in pairwise(curve)):
         return [
-            f"the tokens of {name} do not rise. Sort its points, and count tokens from the start of the run."
+            f"the tokens of {name} do not rise. Sort its points, drop the repeated steps of a resumed run, and count tokens from the start "
+            "of the run."
         ]
     points = list(_read(n_params, curve).points) if curve else []
     if len(points) < MIN_POINTS:

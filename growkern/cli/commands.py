@@ -208,12 +208,21 @@ def advise(
         Path,
         typer.Argument(
             exists=True, dir_okay=False,
-            help="Loss curve of the source: a CSV file with the columns tokens (or step) and loss, or a trainer_state.json.",
+            help="Loss curve of the source: a CSV file with the columns tokens (or step) and loss (nats), or a trainer_state.json.",
         ),
     ],
     params: Annotated[float, typer.Option(help="Number of parameters of the source, without the input embedding.")],
     target_params: Annotated[float, typer.Option(help="Number of parameters of the target, without the input embedding.")],
     budget: Annotated[float, typer.Option(help="FLOPs of the whole run, including the FLOPs until now.")],
+    flops_per_token: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="SOURCE TARGET", help="FLOPs of a token, forward and backward, of source and target. Default: 6 x parameters."
+        ),
+    ] = None,
+    spent: Annotated[
+        float | None, typer.Option(help="FLOPs until now. Default: the curve's tokens times the source's FLOPs of a token.")
+    ] = None,
     other: Annotated[
         list[str] | None,
         typer.Option(
@@ -241,7 +250,7 @@ def advise(
         others = [_other(text, tokens_per_step) for text in other or []]
         advice = growkern.advise(
             read_curve(curve, tokens_per_step), source=params, target=target_params, budget=budget, others=others,
-            kind=kind, recipe=recipe,
+            kind=kind, recipe=recipe, flops_per_token=flops_per_token, spent=spent,
         )  # fmt: skip
         typer.echo(advice)
         if picture is not None:

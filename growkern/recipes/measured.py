@@ -13,6 +13,7 @@ from growkern.recipes.recipe import Recipe, Saved
 
 MEASURED = "60 to 870 thousand parameters (bytes of Python and C++ source)"
 BUDGETS = 1.3, 20.1  # multiples of the compute at growth
+FACTORS = 3.4, 4  # multiples of the parameters of the source
 RECIPES: Mapping[str, Recipe] = MappingProxyType({
     recipe.name: recipe
     for recipe in (

@@ -1,14 +1,16 @@
 """A recipe of growth with its measured savings."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, isnan
-from typing import Any
+from typing import Any, cast
 
-from growkern.errors import PlanError
+from growkern.errors import PlanError, raise_all
 from growkern.support.text import table
 
 Interval = tuple[float, float, float]  # lower end, median, upper end: 90 % of the draws
+KINDS = {"width": ("width",), "depth": ("depth",), "both": ("width", "depth")}  # kind -> what grows
+NOT_NEGATIVE = "a finite number of 0 or more"
 
 
 class Growth(Mapping[str, Any]):
@@ -107,19 +109,23 @@ class Recipe:
     pace: tuple[float, float] = (1.0, 0.0)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "growth", Growth(self.growth))
-        numbers = {"kept": self.kept, "sd": self.sd}
-        for name in ("worth", "pace"):
-            numbers |= dict(zip((name, f"its sd ({name})"), getattr(self, name), strict=True))
-        wrong = [
-            f"{name}={value}"
-            for name, value in numbers.items()
-            if not isfinite(value) or (value < 0 and name != "kept")
+        spread = f"mean and standard deviation, each {NOT_NEGATIVE}"
+        checks = (
+            ("kind", f"one of {', '.join(KINDS)}", self.kind in [*KINDS]),
+            ("kept", "a finite number", _is_finite(self.kept)),
+            ("sd", NOT_NEGATIVE, _is_not_negative(self.sd)),
+            ("n", "a whole number of 0 or more", type(self.n) is int and self.n >= 0),
+            ("growth", "a mapping of arguments of expand_inplace", _is_mapping(self.growth)),
+            ("worth", spread, _is_spread(self.worth)),
+            ("pace", spread, _is_spread(self.pace)),
+        )
+        problems = [
+            f"{name}={getattr(self, name)!r}: pass {wanted}."
+            for name, wanted, is_right in checks
+            if not is_right
         ]
-        if wrong:
-            raise PlanError(
-                f"recipe {self.name!r}: {', '.join(wrong)}: pass finite numbers, and deviations of 0 or more."
-            )
+        raise_all(PlanError, f"recipe {self.name!r}:", problems)
+        object.__setattr__(self, "growth", Growth(self.growth))
 
     @property
     def how(self) -> str:
@@ -167,6 +173,24 @@ class Recipe:
             f"It {self.effect}, in {self.runs}.",
         ]
         return "\n".join([*lines, "", table(header, rows)] if rows else lines)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _is_mapping(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_not_negative(value: object) -> bool:
+    return _is_finite(value) and cast(float, value) >= 0
+
+
+def _is_spread(values: object) -> bool:
+    """Return True for a pair of finite numbers of 0 or more."""
+    pair = cast(Sequence[object], values) if isinstance(values, tuple | list) else ()
+    return len(pair) == 2 and all(map(_is_not_negative, pair))
 
 
 def share(interval: Interval) -> str:

@@ -104,10 +104,10 @@ def read_curve(path: Path, tokens_per_step: float | None = None) -> list[tuple[f
             f"cannot read a loss curve from {path}: {error!r}. Expected a CSV file, or a trainer_state.json."
         ) from None
     if not rows or "loss" not in rows[0]:
-        names = ", ".join(map(str, rows[0])) if rows else "no rows"
+        names = ", ".join(map(str, rows[0]))[:100] if rows else "no rows"
         raise PlanError(
             f"cannot read a loss curve from {path}: the file has {names}. Expected the columns tokens (or step) and loss, or the "
-            "log_history of a trainer_state.json."
+            "log_history of a trainer_state.json; columns are separated by commas."
         )
     column = next(
         (

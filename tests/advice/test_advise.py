@@ -114,7 +114,7 @@ def test_a_curve_may_be_an_array_and_others_too():
     )
 
     plain, *found = (
-        growkern.advise(curve, **SIZES, others=[(2e5, curve)]) for curve in (CURVE, *arrays)
+        growkern.advise(curve, **SIZES, others=[(2e5, curve[1:])]) for curve in (CURVE, *arrays)
     )
 
     assert all(one == plain for one in found) and len(plain.law.curves) == 2
@@ -206,18 +206,33 @@ def test_no_recipe_saves_more_than_a_free_and_perfect_growth_at_any_budget():
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("name", "value", "wanted"),
     [
-        {"pace": (nan, 0.0)},
-        {"pace": (1.0, -0.1)},
-        {"kept": nan},
-        {"sd": -0.1},
-        {"worth": (1.0, nan)},
+        *(("pace", v, "mean and standard deviation") for v in ((nan, 0.0), (1.0, -0.1), (1.0,), "12", 1.0)),
+        *(("kept", v, "a finite number") for v in (nan, "0.9", None, True)),
+        ("sd", -0.1, "a finite number of 0 or more"),
+        ("worth", (1.0, nan), "mean and standard deviation"),
+        *(("n", v, "a whole number of 0 or more") for v in (-1, 1.5, "3")),
+        *(("kind", v, "one of width, depth, both") for v in ("widht", None, ["width"])),
+        *(("growth", v, "a mapping of arguments") for v in ("x", None)),
     ],
-)
-def test_a_recipe_of_impossible_numbers_is_refused(wrong):
-    with pytest.raises(PlanError, match="pass finite numbers"):
-        Recipe(**{"name": "x", "kind": "width", "kept": 1.0, "sd": 0.1, "n": 3, **wrong})
+)  # fmt: skip
+def test_a_wrong_recipe_is_refused_by_field(name, value, wanted):
+    right = {"name": "x", "kind": "width", "kept": 1.0, "sd": 0.1, "n": 3}
+
+    with pytest.raises(PlanError, match=f"recipe 'x':\n  {name}=.*: pass {wanted}"):
+        Recipe(**{**right, name: value})
+
+
+def test_growth_by_an_unmeasured_factor_and_curves_of_one_size_are_said_to_be_unknown():
+    near, far = (
+        growkern.advise(CURVE, **SIZES | {"target": target}, others=[(1.01 * SOURCE, OTHER)])
+        for target in (4 * SOURCE, 1.1 * SOURCE)
+    )
+
+    assert not any("x the parameters does" in sentence for sentence in near.unknown)
+    assert any(s.startswith("how growth to 1.1 x the parameters does") for s in far.unknown)
+    assert any(s.startswith("what a larger model gains") for s in near.unknown)
 
 
 def test_equal_seeds_give_equal_advice():
@@ -324,7 +339,10 @@ def test_the_text_says_options_intervals_and_what_is_not_known(tmp_path):
     assert all(
         name in text for name in ("from scratch", "never grow", "grow now", "charged", "sunk")
     )
-    assert "all curves have 100,000 parameters" in text and "16.7 x the compute" in text
+    assert (
+        "all curves are of models of about 100,000 parameters" in text
+        and "16.7 x the compute" in text
+    )
     assert (tmp_path / "advice.png").stat().st_size > 10_000
     assert sum(option.chance for option in found.options if option.name != "grow now") <= 1.001
 
@@ -337,9 +355,9 @@ REFUSED = {
     "no-tokens": ([(0.0, 3.0), *CURVE], SIZES, "point 0: tokens=0.0"),
     "unsorted": (CURVE[::-1], SIZES, "do not rise. Sort"),
     "smaller-target": (CURVE, SIZES | {"target": 5e4}, "target=50,000 .* not larger than source=100,000"),
-    "spent": (CURVE, SIZES | {"budget": 5e11}, "is spent: the curve ends at 6e\\+11 FLOPs"),
+    "spent": (CURVE, SIZES | {"budget": 5e11}, "is spent: 6e\\+11 FLOPs are spent until now"),
     "no-sizes": (CURVE, {"budget": 1e12}, "advise\\(source=None, target=None\\): pass the numbers"),
-    "recipe": (CURVE, SIZES | {"recipe": "Magic"}, "no recipe 'Magic' of kind 'width' was measured. Known: .*default, one rate; "),
+    "recipe": (CURVE, SIZES | {"recipe": "Magic"}, "no recipe 'Magic' was measured. Known: .*default, one rate .width.; .*Stack .depth.; "),
     "recipe-of-another-kind": (CURVE, SIZES | {"recipe": "default", "kind": "depth"}, "'default' of kind 'depth' was measured"),
     "own-recipe-of-another-kind": (CURVE, SIZES | {"recipe": PERFECT, "kind": "depth"}, "'perfect' grows 'width', and kind='depth': leave"),
     "flat": ([(1e4 * 1000 ** (i / 59), 2.0) for i in range(60)], SIZES, "does not fall"),
@@ -350,6 +368,8 @@ REFUSED = {
     "far-budget": (CURVE, SIZES | {"budget": 1e18}, "1e\\+18 FLOPs is 1.67e\\+06 x the compute of the curve; .* Train the source"),
     "far-target": (CURVE, SIZES | {"target": 1e30}, "target=1e\\+30 parameters is 1e\\+25 x the largest .* Pass a smaller target"),
     "target-of-no-tokens": (CURVE, SIZES | {"flops_per_token": (6e5, 6e9)}, "reads 400 tokens in the whole .* Pass a smaller target"),
+    "half-spent": (CURVE, SIZES | {"spent": 2.9e11}, "spent=2.9e\\+11 FLOPs: the curve ends at 6e\\+11 FLOPs, its tokens times"),
+    "own-curve-twice": (CURVE, SIZES | {"others": [(2e5, CURVE)]}, "others.0.: the points are those of the source's curve. Pass"),
     "early-spent": (CURVE, SIZES | {"spent": 1.0}, "spent=1 FLOPs: the curve ends at 6e\\+11 FLOPs. .* leave spent= out"),
 }  # fmt: skip
 OTHERS = "pass a list of pairs of a number of parameters and a curve"
@@ -766,7 +786,7 @@ def test_the_needs_of_a_run_lie_on_a_line_in_the_budget(singles):
     )
     for f in own:
         line = run.pace * (f.budget - f.variant.grow_at) + run.kept * f.annealed
-        assert line == pytest.approx(f.need, rel=0.02)
+        assert line == pytest.approx(f.need, rel=0.03)
     assert run.pace > 1.3  # the target trains slowly from scratch
 
 

@@ -52,7 +52,8 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def row(sizes: tuple[int, int], lr: float, seed: int, budget: float, loss: float, **grown: object):
     empty = dict.fromkeys(jobs.COLUMNS, "")
     values = {
-        "text": "python", "optimizer": "adamw", "hidden": sizes[0], "layers": sizes[1], "lr": lr, "rate": 1, "seed": seed,
+        "text": "python", "optimizer": "adamw", "protocol": jobs.protocol(SMOKE), "hidden": sizes[0], "layers": sizes[1],
+        "lr": lr, "rate": 1, "seed": seed,
         "budget": budget * STEP, "loss": loss,
     }  # fmt: skip
     return {k: str(v) for k, v in (empty | values | grown).items()}
@@ -178,17 +179,65 @@ def test_a_saving_whose_interval_holds_zero_is_not_called_a_saving():
     assert "Growing does not save" in report.verdict(found, 1)
 
 
+def test_runs_from_scratch_take_the_rate_that_is_best_on_the_compared_seeds():
+    rows = hand_made(1.9)
+    for r in rows:
+        if r["lr"] == "0.008" and r["hidden"] == "64" and not r["recipe"] and r["seed"] != "0":
+            r["loss"] = str(float(r["loss"]) - 0.75)  # seed 0 chooses 0.004
+    found = analysis.Campaign(SMOKE, rows)
+
+    assert found.best_lr(SMOKE.target_sizes, 1) == 4e-3
+    assert found.rate(SMOKE.target_sizes, 1, [1, 2]) == 8e-3
+    assert dict(found.on(SMOKE.target_sizes, 1, [1, 2])) == {1: 1.75, 2: 1.75}
+    assert found.savings(1)[0].charged[0] == pytest.approx(1 - 16 / (8 * 2**0.85))  # 2.75 to 1.75
+
+
+def test_a_saving_has_the_seeds_that_both_runs_have():
+    rows = [r for r in hand_made(1.9) if r["recipe"] or r["seed"] != "2"]
+    rows[-1]["loss"] = "0.5"  # grown, on seed 2, which has no run from scratch
+
+    (saving,) = analysis.Campaign(SMOKE, rows).savings(1)
+
+    assert dict(saving.losses) == {1: 1.9}
+
+
+def test_rows_of_another_experiment_are_other_rows(tmp_path):
+    ledger = jobs.Ledger(tmp_path)
+    rows = [row(SMOKE.target_sizes, 4e-3, 0, budget, 3.125) for budget in (8, 16)]
+    ledger.append(jobs.Done([one | {"budget": float(one["budget"])} for one in rows]))
+    same = replace(SMOKE, grow_at=(1,), lrs=(4e-3,))
+    others = [
+        replace(SMOKE, n_bytes=2_000_000),
+        replace(SMOKE, training={**SMOKE.training, "warmup": 1}),
+        replace(SMOKE, training={**SMOKE.training, "n_eval": 64}),
+    ]
+
+    def finished(setup):
+        return ledger.finished(jobs.Job(setup, setup.target_sizes, 4e-3, 0))
+
+    assert finished(SMOKE) and finished(same) and not any(map(finished, others))
+    assert not analysis.Campaign(others[0], ledger.rows()).plain
+
+
+def test_rows_of_an_older_version_are_refused(tmp_path):
+    ledger = jobs.Ledger(tmp_path)
+    ledger.rows_path.write_text("text,optimizer,loss\npython,adamw,3.0\n")
+
+    with pytest.raises(SystemExit, match=r"savings-.*\.csv: the rows have no column 'protocol'"):
+        ledger.rows()
+
+
 def test_variants_of_fewer_seeds_do_not_lead_and_every_line_compares_equal_seeds():
     rows = hand_made(1.9)
     lucky = {"recipe": "noise 1", "source_hidden": 32, "source_layers": 1, "grow_at": 2 * STEP}
     rows += [row(SMOKE.target_sizes, 8e-3, seed, 16, 1.0, **lucky) for seed in (0, 1)]
-    rows[rows.index(next(r for r in rows if r["seed"] == "2" and not r["recipe"]))]["loss"] = "9"
+    rows[rows.index(next(r for r in rows if r["seed"] == "2" and not r["recipe"]))]["loss"] = "3.25"
     found = analysis.Campaign(SMOKE, rows)
 
     assert found.best(1).variant.recipe == "default"
     assert [s.variant.recipe for s in found.savings(1)] == ["default", "noise 1"]
     assert dict(found.on(SMOKE.target_sizes, 0, [1])) == {1: 3.0}
-    assert dict(found.on(SMOKE.target_sizes, 0, [1, 2])) == {1: 3.0, 2: 9.0}
+    assert dict(found.on(SMOKE.target_sizes, 0, [1, 2])) == {1: 3.0, 2: 3.25}
 
 
 def test_best_rate_at_the_edge_of_the_grid_is_marked():
@@ -197,7 +246,8 @@ def test_best_rate_at_the_edge_of_the_grid_is_marked():
     inner = [row(SMOKE.target_sizes, 2e-3, 0, budget, 4.0) for budget in (8, 16)]
     tuned = analysis.Campaign(SMOKE, [*rows, *inner])
 
-    assert edge.at_edge(SMOKE.target_sizes, 1) and not tuned.at_edge(SMOKE.target_sizes, 1)
+    assert edge.at_edge(SMOKE.target_sizes, 1, [1, 2])
+    assert not tuned.at_edge(SMOKE.target_sizes, 1, [1, 2])
     assert "at the edge" in report.verdict(edge, 1)
     assert "at the edge" not in report.verdict(tuned, 1)
 
