@@ -142,9 +142,9 @@ MUTANTS = {
     "execute: lean frees nothing": Mutant(
         "execution/execute.py", 'if memory == "lean" else ():', "if False else ():", "execution/test_memory.py -k does_not"),
     # commit
-    "undo: an attribute that was not there becomes None": Mutant(
-        "commit/undo.py", "delattr(owner, name) if before is missing", "setattr(owner, name, None) if before is missing",
-        "commit/test_commit.py"),
+    "undo: attributes stay": Mutant(
+        "commit/undo.py", "self.rollbacks.append(lambda: setattr(owner, name, before))", "del before",
+        "commit/test_commit.py -k failure_at_any_stage"),
     "undo: gradients that were left are dropped": Mutant(
         "commit/undo.py", "p.grad = left if before_grad is None", "p.grad = None if before_grad is None",
         "commit/test_commit.py -k failure_at_any_stage"),
