@@ -22,12 +22,9 @@ class Undo:
     rollbacks: list[Callable[[], object]] = field(default_factory=list[Callable[[], object]])
 
     def attribute(self, owner: object, name: str, value: object) -> None:
-        """Set an attribute."""
-        missing = object()
-        before = getattr(owner, name, missing)
-        self.rollbacks.append(
-            lambda: delattr(owner, name) if before is missing else setattr(owner, name, before)
-        )
+        """Replace the value of an attribute."""
+        before = getattr(owner, name)
+        self.rollbacks.append(lambda: setattr(owner, name, before))
         setattr(owner, name, value)
 
     def storage(self, p: Tensor, value: Tensor, grad: Tensor | None) -> None:

@@ -32,8 +32,8 @@ def decoded(state: Mapping[str, Any], key: str) -> tuple[Tensor, Tensor]:
 def encoded(values: Tensor, scales: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     """Encode grown values: return codes, and the scale of every block.
 
-    A block whose elements all have one scale that no value exceeds keeps that scale, and so its codes, bit for bit. The scale of
-    any other block is its largest absolute value.
+    A block whose elements all have one scale keeps that scale, and so its codes, bit for bit. The scale of any other block is its
+    largest absolute value.
 
     Args:
         values: Grown values of ``decoded``.
@@ -44,7 +44,7 @@ def encoded(values: Tensor, scales: Tensor, code: Tensor) -> tuple[Tensor, Tenso
     padded = (torch.nn.functional.pad(t.flatten(), (0, n_blocks * BLOCK - t.numel())) for t in (values, scales))  # fmt: skip
     blocks, given = (t.view(n_blocks, BLOCK) for t in padded)
     largest, first_scale = blocks.abs().amax(1), given[:, 0]
-    alike = given.eq(first_scale[:, None]).all(1) & (first_scale >= largest)
+    alike = given.eq(first_scale[:, None]).all(1)
     scale = torch.where(alike, first_scale, largest)
     unit = blocks / torch.where(scale > 0, scale, 1.0)[:, None]
     codes = torch.bucketize(unit, (code[1:] + code[:-1]) / 2).to(torch.uint8)

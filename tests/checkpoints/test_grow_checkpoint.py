@@ -112,24 +112,27 @@ def test_the_dtype_of_the_checkpoint_is_kept(dtype, tmp_path):
     assert torch.equal(logits(one, batch()), logits(other, batch()))
 
 
-def test_each_tensor_of_a_mixed_checkpoint_keeps_its_own_dtype(tmp_path):
+@pytest.mark.parametrize("wide", [True, False], ids=["norms and routers", "all others"])
+def test_each_tensor_of_a_mixed_checkpoint_keeps_its_own_dtype_and_precision(wide, tmp_path):
+    """Tensors stored in float32 are those of a model that grew in float32; all others are its tensors, rounded."""
+
+    def dtype_of(name):
+        return torch.float32 if ("norm" in name or "gate" in name) == wide else torch.bfloat16
+
     model = save(tmp_path / "source", "mixtral", shard="1GB")
     file = tmp_path / "source" / "model.safetensors"
-    tensors = load_file(file)
-    save_file(
-        {n: t if "norm" in n or "gate" in n else t.bfloat16() for n, t in tensors.items()},
-        file,
-        {"format": "pt"},
-    )
+    save_file({n: t.to(dtype_of(n)) for n, t in load_file(file).items()}, file, {"format": "pt"})
+    live = load(model, tmp_path / "source", dtype=torch.float32)
 
     checkpoint.grow(tmp_path / "source", tmp_path / "out", to={"hidden": "2x", "layers": 3})
 
-    grown = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(
-        t.dtype == (torch.float32 if "norm" in n or "gate" in n else torch.bfloat16)
-        for n, t in grown.items()
-    )
-    assert any(t.dtype == torch.float32 for t in grown.values())
+    growkern.expand_inplace(live, to={"hidden": "2x", "layers": 3})
+    live.save_pretrained(tmp_path / "live")
+    grown, expected = (load_file(tmp_path / f / "model.safetensors") for f in ("out", "live"))
+    assert grown.keys() == expected.keys()
+    for name, t in grown.items():
+        assert t.dtype == dtype_of(name) and torch.equal(t, expected[name].to(t.dtype)), name
+    assert {t.dtype for t in grown.values()} == {torch.float32, torch.bfloat16}
     load(model, tmp_path / "out")
 
 

@@ -15,6 +15,7 @@ from growkern.commit import commit
 from growkern.commit import optimizer as optim_target
 from growkern.commit import param_groups as groups
 from growkern.engine import run as engine
+from growkern.engine.ddp import Ranks
 from growkern.engine.sources import tensors_of
 from growkern.errors import CommitError, GrowthError, InsufficientMemoryError
 from growkern.execution import execute
@@ -78,11 +79,15 @@ def test_a_failure_at_any_stage_leaves_everything_bitwise_unchanged(
     train(model, optim, 1)
 
 
-def test_control_c_during_the_writing_takes_the_growth_back(monkeypatch):
+WRITING = {"attributes": (commit, "_attributes"), "the last step": (Ranks, "finish")}
+
+
+@pytest.mark.parametrize("stage", WRITING)
+def test_control_c_during_the_writing_takes_the_growth_back(stage, monkeypatch):
     model, optim, scheduler = fixture("llama")
-    start, original = state_of(model, optim, scheduler), commit._attributes
+    start, original = state_of(model, optim, scheduler), getattr(*WRITING[stage])
     monkeypatch.setattr(
-        commit, "_attributes", lambda *a: (os.kill(os.getpid(), signal.SIGINT), original(*a))
+        *WRITING[stage], lambda *a: (os.kill(os.getpid(), signal.SIGINT), original(*a))[1]
     )
 
     # a background job ignores SIGINT

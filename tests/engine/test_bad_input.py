@@ -424,6 +424,14 @@ EDITS = {
     "a tie": (edit("ties", {}), "ties or counters"),
     "the state": (edit("state", "maybe"), "state 'maybe' or dynamics"),
     "eps": (edit("eps", {"model.norm.variance_epsilon": -1.0}), "epsilon factors"),
+    "another layer's shape": (
+        edit("tensors/3/next_layer_source", "model.norm.weight"),
+        "takes rows of model.norm",
+    ),
+    "another layer's name": (
+        edit("tensors/3/next_layer_source", "no.such"),
+        "takes rows of no.such",
+    ),
 }
 
 

@@ -27,10 +27,14 @@ def blocks_of(model):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
 def test_blocks_and_their_state_are_copied_in_the_published_order(family, method):
     model = make(family, tied=True)
+    next(blocks_of(model)[0].parameters()).requires_grad_(False)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train(model, optim, 2)
     source = [
-        [(p.detach().clone(), copy.deepcopy(optim.state[p])) for p in block.parameters()]
+        [
+            (p.detach().clone(), p.requires_grad, copy.deepcopy(optim.state.get(p, {})))
+            for p in block.parameters()
+        ]
         for block in blocks_of(model)
     ]
 
@@ -38,10 +42,23 @@ def test_blocks_and_their_state_are_copied_in_the_published_order(family, method
 
     assert not report.function_preserving and "twice" in str(report)
     for block, origin in zip(blocks_of(model), METHODS[method], strict=True):
-        for p, (value, state) in zip(block.parameters(), source[origin], strict=True):
-            assert torch.equal(p, value)
+        for p, (value, trains, state) in zip(block.parameters(), source[origin], strict=True):
+            assert torch.equal(p, value) and p.requires_grad == trains
             assert all(torch.equal(optim.state[p][key], state[key]) for key in state)
     train(model, optim, 1)
+
+
+def test_identity_blocks_zero_the_outputs_that_are_buffers():
+    model = make("plain", tied=True).double()
+    for block in model.blocks:
+        bias = block.down._parameters.pop("bias")
+        block.down.register_buffer("bias", bias.detach())
+    before = logits(model, batch()).detach()
+
+    grow(model, to={"layers": 4})
+
+    assert (logits(model, batch()) - before).abs().max() < 1e-12
+    assert [bool(block.down.bias.any()) for block in model.blocks] == [True, False, True, False]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])

@@ -443,6 +443,25 @@ def test_kv_heads_alone_split_the_groups_of_their_queries(family, monkeypatch):
     assert not (dead or found.state or found.unheld), str(found)
 
 
+def test_copies_of_a_kv_head_share_its_gradient_by_their_queries(monkeypatch):
+    """The gradients of the copies add up to the source's; no scale of the source's gradient gives them, as ``preserves`` says."""
+    exact_norms(monkeypatch)
+    model = make("llama", tied=True).double()
+    loss_of(model, batch()).backward()
+    key = model.model.layers[0].self_attn.k_proj.weight
+    source = key.grad.view(2, 1, 6, 24).clone()
+
+    report = grow(model, to={"kv_heads": 4, "heads": 4}, width=width.Lossless(noise=0))
+    model.zero_grad()
+    loss_of(model, batch()).backward()
+
+    copies = key.grad.view(2, 2, 6, 24)
+    torch.testing.assert_close(copies.sum(1, keepdim=True), source, rtol=1e-9, atol=1e-12)
+    share = (copies * source).sum((2, 3)) / source.square().sum((2, 3))
+    assert (copies - share[:, :, None, None] * source).abs().amax((2, 3)).min() > 1e-6
+    assert report.preserves == "function"
+
+
 def test_groups_split_otherwise_are_refused():
     with pytest.raises(PlanError, match="shrink the groups"):
         grow(make("llama", tied=True), to={"kv_heads": 6, "heads": 6})

@@ -168,16 +168,16 @@ def test_averages_masters_and_memory_modes_get_the_same_draws(memory):
         assert torch.equal(whole.get_parameter(name).bfloat16(), p), name
 
 
-def test_buffers_of_a_block_are_copied():
+def test_buffers_of_a_block_are_copied_and_grow():
     model = make("plain", tied=True)
     for i, block in enumerate(model.blocks):
         block.register_buffer("count", torch.full((24,), float(i)))
     spec = spec_of(model)
     spec.tensors.update({f"blocks.{i}.count": spec.tensors["blocks.0.down.bias"] for i in range(2)})
 
-    growkern.expand_inplace(model, to={"layers": 4}, depth=depth.Fresh(), spec=spec)
+    growkern.expand_inplace(model, to={"layers": 4, "hidden": 48}, depth=depth.Fresh(), spec=spec)
 
-    assert [float(block.count[0]) for block in model.blocks] == [0, 1, 0, 1]
+    assert [block.count.tolist() for block in model.blocks] == [[i] * 48 for i in (0, 1, 0, 1)]
 
 
 def test_models_of_your_own_are_initialised_by_their_init_weights():

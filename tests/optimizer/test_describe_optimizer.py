@@ -126,17 +126,28 @@ def test_dropped_state_is_gone_and_said():
     train(model, optim, 2)
 
 
-def test_elements_without_an_ancestor_start_from_the_mean_second_moment():
+SIZES = {  # optimizer -> its state that bounds a step, and its state that moves a step
+    "AdamW": ("exp_avg_sq", "exp_avg"),
+    "Adamax": ("exp_inf", "exp_avg"),
+    "Adadelta": ("acc_delta", None),
+    "Rprop": ("step_size", "prev"),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_elements_without_an_ancestor_take_steps_of_mean_size(name):
     model = make("gpt2", tied=False)
-    optim = torch.optim.AdamW(model.parameters())
+    optim = getattr(torch.optim, name)(model.parameters())
     train(model, optim, 3)
 
     grow(model, optim, to={"hidden": 30})
 
     state = optim.state[model.transformer.wte.weight]
-    old, new = state["exp_avg_sq"][:, :24], state["exp_avg_sq"][:, 24:]
-    assert torch.allclose(new, old.mean().expand_as(new), rtol=1e-5)
-    assert (state["exp_avg"][:, 24:] == 0).all() and (state["exp_avg"][:, :24] != 0).any()
+    size, moves = SIZES[name]
+    old, new = state[size][:, :24], state[size][:, 24:]
+    assert torch.allclose(new, old.mean().expand_as(new), rtol=1e-5) and (new > 0).all()
+    if moves:
+        assert (state[moves][:, 24:] == 0).all() and (state[moves][:, :24] != 0).any()
     assert state["step"] == 3
 
 

@@ -155,14 +155,15 @@ def test_uneven_copies_keep_the_trajectory_element_by_element(name, to, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["AdamW", "Muon", "ASGD", "growkern AdamW"])
+@pytest.mark.parametrize("name", ["AdamW", "Muon", "Muon rms", "ASGD", "growkern AdamW"])
 def test_two_growths_keep_the_trajectory(name, monkeypatch):
     exact_norms(monkeypatch)
     monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", newton_schulz)
     model, optim = warmed(name, n=5)
     source, source_optim = copy.deepcopy((model, optim))
 
-    first = "2x" if name == "Muon" else {"hidden": 48, "ffn": 50}  # Muon wants whole multiples
+    # Muon wants whole multiples; this one changes the shapes that its learning rate depends on
+    first = {"ffn": 80} if name.startswith("Muon") else {"hidden": 48, "ffn": 50}
     grow(model, optim, to=first, width=QUIET, dynamics="exact")
     grown = train(model, optim, 5, first=5)
     grow(model, optim, to="2x", width=QUIET, dynamics="exact", seed=1)
@@ -258,6 +259,45 @@ def test_update_scale_multiplies_the_updates_of_any_optimizer(kind, options):
     assert torch.allclose(
         moved(Scale((rows, cols))), rows[:, None] * cols * moved(None), rtol=1e-12
     )
+
+
+def test_the_rows_of_a_sparse_gradient_take_their_own_factors():
+    """The update of SGD by a plain loop over the ids of a batch, one of which occurs twice."""
+    layer = nn.Embedding(5, 3, sparse=True).double()
+    optim = optims.SGD(layer.parameters(), lr=0.1)
+    rows, cols = (
+        torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).double(),
+        torch.tensor([0.5, 1.0, 2.0]).double(),
+    )
+    growkern.UpdateScale(optim, {layer.weight: Scale((1.0, cols), grad=(rows, 1.0))})
+    ids, factors = torch.tensor([4, 1, 4]), torch.tensor([1.0, -2.0, 3.0]).double()
+    expected = layer.weight.detach().clone()
+    for i, factor in zip(ids, factors, strict=True):
+        expected[i] -= 0.1 * cols * factor / rows[i]
+    (layer(ids) * factors[:, None]).sum().backward()
+    grad = layer.weight.grad.to_dense()
+
+    optim.step()
+
+    torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(layer.weight.grad.to_dense(), grad, rtol=1e-12, atol=0)
+
+
+def test_elements_of_a_second_growth_take_the_mean_factor_of_the_first():
+    """The readers of 40 units that become 60 have the learning rate of SGD times 1 or 1/2; the readers of new units have the mean."""
+    model = make("llama", tied=True).double()
+    optim = optims.SGD(model.parameters(), lr=0.1)
+    train(model, optim, 1)
+    grow(model, optim, to={"ffn": 60}, width=QUIET)
+    grow(model, optim, to={"ffn": 70})
+    down = model.model.layers[0].mlp.down_proj.weight
+    before = down.detach().clone()
+
+    train(model, optim, 1, first=1)
+
+    factors = [0.5] * 20 + [1.0] * 20 + [0.5] * 20 + [2 / 3] * 10
+    factors = torch.tensor(factors, dtype=torch.float64)
+    torch.testing.assert_close(down - before, -0.1 * factors * down.grad, rtol=1e-9, atol=1e-15)
 
 
 def test_a_step_that_fails_half_way_leaves_parameters_to_be_restored(monkeypatch):
@@ -381,17 +421,24 @@ def test_two_models_of_one_optimizer_keep_their_scales(monkeypatch):
         assert train(model, optim, 4, first=2) == pytest.approx(expected, abs=1e-9)
 
 
-def test_hooks_of_the_user_go_on_beside_a_growth_in_a_hook():
+def test_hooks_of_the_user_go_on_beside_a_growth_in_a_hook_and_see_the_models_units():
     model = make("llama", tied=True)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
     schedule = growkern.GrowthSchedule([growkern.At(step=2, to="2x", dynamics="exact")])
     schedule.attach(model, optim)
     calls = []
-    optim.register_step_post_hook(lambda *_: calls.append(next(model.parameters()).norm().item()))
 
-    train(model, optim, 4)
+    def norms() -> list[float]:
+        return [p.norm().item() for p in model.parameters()]
 
-    assert len(calls) == 4 and schedule.fired == [2]
+    optim.register_step_post_hook(lambda *_: calls.append(norms()))
+
+    after = []
+    for step in range(4):
+        train(model, optim, 1, first=step)
+        after.append(norms())
+
+    assert calls == after and schedule.fired == [2]
 
 
 def test_a_growth_inside_a_step_is_refused():

@@ -208,10 +208,18 @@ def test_the_grown_run_is_the_source_run_under_scaled_hyperparameters(
     assert abs(expected[0] - expected[-1]) > 1e-3  # the run moved
 
 
-def test_sgd_momentum_follows_with_its_own_learning_rate_law():
-    """dynamics="mup" splits the param groups of SGD by lr s/a per tensor, so that torch's own SGD continues the source's run."""
+PLAIN = {
+    "SGD": dict(lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "ASGD": dict(lr=5e-2, lambd=0.1, t0=10, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_sgd_follows_with_its_own_learning_rate_law(name):
+    """dynamics="mup" splits the param groups by lr s/a per tensor and keeps the decay per step, so that torch's own SGD and ASGD
+    continue the source's run."""
     model = make("plain", tied=False).double()
-    optim = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, nesterov=True)
+    optim = getattr(torch.optim, name)(model.parameters(), **PLAIN[name])
     train(model, optim, 10)
     source, source_optim = copy.deepcopy((model, optim))
 
