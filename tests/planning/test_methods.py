@@ -66,13 +66,19 @@ SAYS = {  # method -> plan.preserves at 2x of llama, gpt2 and bert
 }
 
 
+PLANS = {}
+
+
 def planned(family, to, method, dynamics):
-    """Return the plan, or None where the method refuses; test_width.py tests the errors."""
-    own = {"width": method} if hasattr(method, "widen") else {"depth": method}
-    try:
-        return growkern.plan(make(family, tied=True), to=to, dynamics=dynamics, **own)
-    except PlanError:
-        return None
+    """Return the plan, made once, or None where the method refuses; test_width.py tests the errors."""
+    key = family, str(to), method, dynamics
+    if key not in PLANS:
+        own = {"width": method} if hasattr(method, "widen") else {"depth": method}
+        try:
+            PLANS[key] = growkern.plan(make(family, tied=True), to=to, dynamics=dynamics, **own)
+        except PlanError:
+            PLANS[key] = None
+    return PLANS[key]
 
 
 def cases(targets, methods, dynamics, preserves):
