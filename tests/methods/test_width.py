@@ -152,7 +152,7 @@ def test_hypercloning_tiles_and_divides(family):
 
 
 @pytest.mark.slow
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.sampled_from(METHODS[:-1]), st.integers(24, 60), st.integers(40, 100), st.integers(2, 4))
 def test_bert2bert_is_the_papers_loop_at_any_size(method, hidden, ffn, kv_heads):
     to = {"hidden": hidden, "ffn": ffn, "kv_heads": kv_heads, "heads": 2 * kv_heads}
