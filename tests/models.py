@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 import transformers
+from templates import Template
 from torch import Tensor, nn
 
 import growkern
@@ -77,7 +78,21 @@ SIZES = {
 
 
 def make(family: str, *, tied: bool, seed: int = 0, **changes: object) -> nn.Module:
-    """Make a tiny model and move all weights (biases and gains too) away from their initial values."""
+    """Make a tiny model and move all weights (biases and gains too) away from their initial values.
+
+    A second model of equal arguments is a copy of the first as it was made, and leaves the same random state.
+    """
+    defaults = torch.get_default_dtype(), torch.get_default_device()
+    key = (family, tied, seed, repr(sorted(changes.items())), *defaults)
+    if key not in TEMPLATES:
+        TEMPLATES[key] = Template(_moved(family, tied, seed, changes))
+    return TEMPLATES[key].copy()
+
+
+TEMPLATES: dict[tuple[object, ...], Template] = {}
+
+
+def _moved(family: str, tied: bool, seed: int, changes: dict) -> nn.Module:
     torch.manual_seed(seed)
     model = _make(family, tied, changes)
     with torch.no_grad():

@@ -40,8 +40,11 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "mixtral", *OTHERS])
+TIED = [(family, tied) for family in ("gpt2", "llama") for tied in (True, False)]
+TIED += [(family, i % 2 == 0) for i, family in enumerate(["bert", "mixtral", *OTHERS])]
+
+
+@pytest.mark.parametrize(("family", "tied"), TIED, ids=str)
 def test_a_sharded_checkpoint_grows_into_one_of_equal_logits(family, tied, tmp_path):
     model = save(tmp_path / "source", family, tied=tied)
     before = contents(tmp_path / "source")

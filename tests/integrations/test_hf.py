@@ -90,8 +90,11 @@ def test_a_checkpoint_of_the_step_of_a_growth_holds_the_target_and_the_schedule(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("restores", [False, True], ids=["default", "restore-callbacks"])
-@pytest.mark.parametrize("at", [2, 3], ids=["before-a-growth", "after-one"])
+@pytest.mark.parametrize(
+    ("at", "restores"),
+    [(2, False), (3, False), (3, True)],
+    ids=["before-a-growth", "after-one", "after-one-restore-callbacks"],
+)
 def test_a_resumed_run_goes_on_where_the_checkpoint_was(at, restores, tmp_path):
     def parts(model):
         trainer = trainer_of(

@@ -24,11 +24,13 @@ FULL = [  # every specialisation: source dtype, target dtype, size of staged row
     *((src, dst, n) for src, dst in PAIRS for n in [0, *BLOCKS] if src != "int64" or not n)
 ]
 FULL = [case for case in FULL if not (case[2] and case[0] == "float64")]
+DISASSEMBLED = [("float32", "float32", 0), ("bfloat16", "bfloat16", 8192)]
 SOME = [("bfloat16", "bfloat16", 0), ("float64", "float64", 0), ("float32", "float32", 4096)]
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
+    "sass": ("cuda", 90, 32),  # disassembled
     "gfx942": ("hip", "gfx942", 64),
 }
 COMPILE_ONLY = list(product(["sm_80", "sm_100", "gfx942"], SOME))
@@ -39,6 +41,7 @@ KINDS = [  # dtypes of parameter, gradient and moments of the AdamW kernel
 ]
 ADAMW = [("adamw", *kind, options) for kind in KINDS for options in ("plain", "slices")]
 ADAMW += [("adamw", *KINDS[0], "slices+scaler"), ("adamw", *KINDS[4], "scaler")]
+DISASSEMBLED += [ADAMW[-2]]
 ADAMW_ONLY = list(product(["sm_80", "sm_100", "gfx942"], ADAMW[-2:]))
 
 
@@ -54,7 +57,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, dict[str, int]]:
-    """Compile every case; return, per target and case, registers, bytes of stack and local memory, spills and widths of accesses."""
+    """Compile every case; return, per target and case, registers, bytes of stack and local memory, and widths of accesses."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     out = subprocess.run(
         [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300
@@ -72,7 +75,7 @@ def test_expand_compiles(built, target, case):
 def test_expand_fits_registers_and_moves_16_bytes_where_it_can(built, case):
     found = built[f"sm_90 {case_id(case)}"]
 
-    assert (found["stack"], found["local"], found["spills"]) == (0, 0, 0)
+    assert (found["stack"], found["local"]) == (0, 0)  # where spills would go
     assert found["registers"] <= N_REGISTERS
     if not case[2]:
         assert (found["load"], found["store"]) == (128, 128)
@@ -87,9 +90,17 @@ def test_adamw_compiles(built, target, case):
 def test_adamw_fits_registers_and_moves_16_bytes_where_it_can(built, case):
     found = built[f"sm_90 {case_id(case)}"]
 
-    assert (found["stack"], found["local"], found["spills"]) == (0, 0, 0)
+    assert (found["stack"], found["local"]) == (0, 0)  # where spills would go
     assert found["registers"] <= N_REGISTERS
     assert (found["load"], found["store"]) == (128, 128)
+
+
+@pytest.mark.parametrize("case", DISASSEMBLED, ids=case_id)
+def test_the_machine_code_spills_nothing_and_has_the_widths_of_the_ptx(built, case):
+    """To disassemble every kernel takes ten times as long as to read its PTX."""
+    found, sass = built[f"sm_90 {case_id(case)}"], built[f"sass {case_id(case)}"]
+
+    assert sass == {"spills": 0, "load": found["load"], "store": found["store"]}
 
 
 @pytest.mark.parametrize("case", [*FULL, *ADAMW], ids=case_id)
@@ -117,6 +128,7 @@ def test_every_specialisation_is_compiled():
 def main() -> None:
     """Compile every case and print the measurements as JSON."""
     jobs = [("sm_90", case) for case in [*FULL, *ADAMW]] + COMPILE_ONLY + ADAMW_ONLY
+    jobs += [("sass", case) for case in DISASSEMBLED]
     print(json.dumps({f"{target} {case_id(case)}": build(target, case) for target, case in jobs}))
 
 
@@ -140,9 +152,13 @@ def build(target: str, case: tuple[str | int, ...]) -> dict[str, int]:
         if not name.isupper() and (name != "maxnreg" or TARGETS[target][0] == "cuda")
     }
     asm = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=rest).asm
+    cuobjdump = triton.knobs.nvidia.cuobjdump.path
+    if target == "sass":
+        return accesses(dumped(cuobjdump, "-sass", asm["cubin"]))
     if target != "sm_90":
         return {"compiled": 1}
-    found = measure(asm["cubin"], triton.knobs.nvidia.cuobjdump.path)
+    found = resources(dumped(cuobjdump, "-res-usage", asm["cubin"]))
+    found |= {"load": widest_ptx("ld", asm["ptx"]), "store": widest_ptx("st", asm["ptx"])}
     return found | {"narrow_products": narrow_products(asm["ttir"])}
 
 
@@ -188,25 +204,36 @@ def narrow_products(ttir: str) -> int:
     return sum(reaches(name, frozenset()) for name in offsets)
 
 
-def measure(cubin: bytes, cuobjdump: str) -> dict[str, int]:
+def dumped(cuobjdump: str, what: str, cubin: bytes) -> str:
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [cuobjdump, "-res-usage", "-sass", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
+        done = subprocess.run(
+            [cuobjdump, what, file.name], capture_output=True, text=True, check=True
         )
-    usage, sass = text.stdout + text.stderr, text.stdout
+    return done.stdout + done.stderr
+
+
+def resources(usage: str) -> dict[str, int]:
     return {
         "registers": int(re.search(r"\bREG:(\d+)", usage)[1]),
         "stack": int(re.search(r"\bSTACK:(\d+)", usage)[1]),
         "local": int(re.search(r"\bLOCAL:(\d+)", usage)[1]),
+    }
+
+
+def accesses(sass: str) -> dict[str, int]:
+    return {
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "load": widest("LDG", sass),
         "store": widest("STG", sass),
     }
+
+
+def widest_ptx(access: str, ptx: str) -> int:
+    """Return the bits of the widest access to global memory: ``ld.global.v4.b32`` has 128."""
+    found = re.findall(rf"\b{access}\.global\S*?(?:\.v(\d))?\.b(\d+)\b", ptx)
+    return max(int(n or 1) * int(bits) for n, bits in found)
 
 
 def widest(access: str, sass: str) -> int:

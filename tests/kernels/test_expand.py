@@ -41,7 +41,7 @@ POISON = {
     2: 0x7FFF,
 }  # NaN as float64, float32, and as both float16 and bfloat16
 ROWS = [1, 3, 4, 5, 8, 15, 16, 17, 33]  # tiles have 8 or 16 rows, 4 where addresses are not aligned
-COLS = [1, 13, 64, BLOCK_C - 1, BLOCK_C, BLOCK_C + 1, 2 * BLOCK_C, 2 * BLOCK_C + 8]
+COLS = [1, 13, 64, BLOCK_C - 1, BLOCK_C, BLOCK_C + 1, 2 * BLOCK_C + 8]
 SOURCES = [
     "plain",
     "offset",
@@ -248,14 +248,14 @@ def check(built: list[tuple[Tensor, Tensor, Piece]]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=cases(ROWS, COLS))
 def test_kernel_writes_what_the_reference_writes(case):
     check([case.build()])
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(many=st.lists(cases([0, 1, 9], [0, 1, 40]), max_size=12))
 def test_many_pieces_of_many_kinds_in_one_call(many):
     check([case.build() for case in many])

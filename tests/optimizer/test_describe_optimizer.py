@@ -615,16 +615,16 @@ def test_hooks_of_the_users_objects_see_new_blocks_too():
 
 @pytest.mark.slow
 def test_a_compiled_model_is_compiled_once_per_growth_and_never_runs_out():
-    """Six growths are more than ``recompile_limit`` allows, and ``fullgraph=True`` makes the limit an error."""
+    """Four growths are more than ``recompile_limit`` allows, and ``fullgraph=True`` makes the limit an error."""
     torch._dynamo.reset()
-    model = make("plain", tied=True)
+    model = make("plain", tied=True, n_layer=1)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
     limit = torch._dynamo.config.recompile_limit
     try:
-        torch._dynamo.config.recompile_limit = 4
+        torch._dynamo.config.recompile_limit = 2
         ffn = 96
-        for growth in range(6):
+        for growth in range(4):
             counters = torch._dynamo.utils.counters["stats"]
             train(compiled, optim, 2, first=growth)
             n_graphs = counters["unique_graphs"]

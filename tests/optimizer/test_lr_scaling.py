@@ -20,7 +20,7 @@ from growkern.optimizer.update_scale import Scale, scale_of
 from growkern.support.live_registry import _Step
 
 QUIET = width.Lossless(noise=0)
-WARM, ON = 50, 20
+WARM, ON = 20, 10
 optims = torch.optim
 OPTIMIZERS = {
     "ASGD": (optims.ASGD, dict(lr=0.1, lambd=1e-2, t0=10, weight_decay=0.01)),

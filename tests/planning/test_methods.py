@@ -75,26 +75,52 @@ def planned(family, to, method, dynamics):
         return None
 
 
-def cases(targets, methods, dynamics, preserves):
-    """Return family, method and target of every plan whose ``plan.preserves`` is one of ``preserves``."""
-    found = []
-    for family in FAMILIES:
-        for method in methods:
-            pro = isinstance(method, width.AKIPro)
-            if pro and family != "llama":
-                continue
-            for to in targets:
-                own = {"hidden": to, "heads": "2x", "kv_heads": 2} if pro else to
-                plan = planned(family, own, method, dynamics)
-                if plan is not None and plan.preserves in preserves:
-                    found.append((family, method, own))
-    return found
+REFUSED = [  # at 1.5x, of llama and gpt2; of bert, whose hidden grows by whole multiples; of bert at any width or depth
+    (width.HyperClone(), width.HyperClone(noise_db=10)),
+    (width.Lossless, width.HyperClone, width.Lemon),
+    (width.CopyAndPad(norm="corrected"), depth.Interpose(halve_branches=True)),
+]
 
 
-ALL = "nothing", "function", "gradient", "trajectory"
-CASES = cases(["2x", "1.5x"], WIDTHS, "exact", ALL)
-CASES += cases([{"ffn": "2x"}], WIDTHS[:-4], "exact", ALL)
-CASES += cases([{"layers": 4}], DEPTHS, "exact", ALL)
+def is_refused(family, method, to):
+    """Whether the method refuses, by the table ``REFUSED``, which was written by hand."""
+    copies_alone, whole_multiples, not_post_norm = REFUSED
+    if family != "bert":
+        return to == "1.5x" and method in copies_alone
+    return (to == "1.5x" and isinstance(method, whole_multiples)) or method in not_post_norm
+
+
+# Plans are not made here: every worker of xdist would make them all.
+ALL = [(family, method, to) for to in ("2x", "1.5x") for family in FAMILIES for method in WIDTHS]
+ALL += [(family, method, {"ffn": "2x"}) for family in FAMILIES for method in WIDTHS[:-4]]
+ALL += [
+    (family, method, {"layers": 3 if isinstance(method, depth.Layers) else 4})
+    for family in FAMILIES
+    for method in DEPTHS
+]
+ALL = [  # AKIPro keeps the kv heads
+    (family, method, to)
+    if not isinstance(method, width.AKIPro)
+    else (family, method, {"hidden": to, "heads": "2x", "kv_heads": 2})
+    for family, method, to in ALL
+    if not isinstance(method, width.AKIPro) or (family == "llama" and isinstance(to, str))
+]
+CASES = [case for case in ALL if not is_refused(*case)]
+TRAJECTORIES = [
+    (family, method, "2x")
+    for method, says in SAYS.items()
+    for family, one in zip(FAMILIES, says, strict=True)
+    if one == "trajectory"
+]
+
+
+@pytest.mark.slow
+def test_what_is_refused():
+    refused = [case for case in ALL if is_refused(*case)]
+
+    assert refused and not any(
+        planned(family, to, method, "exact") for family, method, to in refused
+    )
 
 
 @pytest.mark.slow
@@ -103,7 +129,7 @@ def test_a_method_preserves_what_it_says_and_no_less(family, method, to, monkeyp
     exact_norms(monkeypatch)
     model = make(family, tied=True, layer_norm_eps=1e-12).double()
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    train(model, optim, 3)
+    train(model, optim, 1)
     source, before = copy.deepcopy(model), logits(model, batch()).detach()
     plan = planned(family, to, method, "exact")
 
@@ -132,9 +158,7 @@ def test_a_method_preserves_what_it_says_and_no_less(family, method, to, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "method", "to"), cases(["2x"], WIDTHS, None, ["gradient"]), ids=str
-)
+@pytest.mark.parametrize(("family", "method", "to"), TRAJECTORIES, ids=str)
 def test_exact_methods_carry_the_moments_that_the_grown_model_would_have(
     family, method, to, monkeypatch
 ):
@@ -145,10 +169,11 @@ def test_exact_methods_carry_the_moments_that_the_grown_model_would_have(
     loss_of(model, batch()).backward()
     optim.step()
 
-    grow(model, optim, plan=planned(family, to, method, None), dynamics=None)
+    report = grow(model, optim, plan=planned(family, to, method, None), dynamics=None)
     model.zero_grad()
     loss_of(model, batch()).backward()
 
+    assert report.preserves == "gradient"
     for name, p in model.named_parameters():
         if p.grad is not None:
             size = p.grad.abs().max().clamp(min=1)
@@ -158,9 +183,7 @@ def test_exact_methods_carry_the_moments_that_the_grown_model_would_have(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "method", "to"), cases(["2x"], WIDTHS, "exact", ["trajectory"]), ids=str
-)
+@pytest.mark.parametrize(("family", "method", "to"), TRAJECTORIES, ids=str)
 def test_a_trajectory_that_is_promised_is_kept(family, method, to, monkeypatch):
     exact_norms(monkeypatch)
     runs = []
@@ -169,7 +192,9 @@ def test_a_trajectory_that_is_promised_is_kept(family, method, to, monkeypatch):
         optim = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
         train(model, optim, 5)
         if grown:
-            grow(model, optim, plan=planned(family, to, method, "exact"), dynamics="exact")
+            plan = planned(family, to, method, "exact")
+            assert plan.preserves == "trajectory"
+            grow(model, optim, plan=plan, dynamics="exact")
         runs.append(train(model, optim, 10, first=5))
 
     assert max(abs(a - b) for a, b in zip(*runs, strict=True)) < 1e-9

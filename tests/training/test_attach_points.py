@@ -24,7 +24,7 @@ pytestmark = [  # warnings that Lightning raises
     pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*is deprecated:FutureWarning"),
 ]
 
-STEPS, AT, MICROS, RATE = 10, 4, 4, 1e-2
+STEPS, AT, MICROS, RATE = 8, 3, 2, 1e-2
 
 
 def llama() -> torch.nn.Module:
@@ -145,11 +145,10 @@ def in_a_compiled_model(schedule, path):
 LOOPS = [in_the_hf_trainer, in_lightning, in_accelerate, in_a_compiled_model, in_a_plain_loop]
 
 
-def gap(loop, dynamics, path) -> float:
+def gap(dynamics, source, expected, loop, path) -> float:
     """Return the largest difference in losses and in final logits between the run that grows and the run that does not."""
     event = At(step=AT, to="2x", width=width.Lossless(noise=0), dynamics=dynamics)
     schedule = GrowthSchedule([event])
-    source, expected = loop(None, path)
     grown, losses = loop(schedule, path)
 
     assert schedule.fired == [AT]
@@ -167,15 +166,15 @@ def gap(loop, dynamics, path) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
-def test_the_grown_run_is_the_run_that_never_grows(loop, tmp_path, monkeypatch):
+def test_the_grown_run_is_the_run_that_never_grows_and_without_dynamics_another(
+    loop, tmp_path, monkeypatch
+):
     exact_norms(monkeypatch)
 
-    assert gap(loop, "exact", tmp_path) < 1e-9
+    never_grows = loop(None, tmp_path)
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
-def test_without_dynamics_it_is_another_run(loop, tmp_path, monkeypatch):
-    exact_norms(monkeypatch)
-
-    assert gap(loop, None, tmp_path) > 1e-4
+    assert gap("exact", *never_grows, loop, tmp_path) < 1e-9
+    if (
+        loop is not in_a_compiled_model
+    ):  # to compile twice more shows no other run than the plain loop
+        assert gap(None, *never_grows, loop, tmp_path) > 1e-4
