@@ -15,7 +15,7 @@ from itertools import product
 from math import sqrt
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import grow, make
 from torch import Tensor
@@ -250,6 +250,9 @@ def check(built: list[tuple[Tensor, Tensor, Piece]]) -> None:
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(case=cases(ROWS, COLS))
+@example(case=Case(F32, F32, (33, BLOCK_C)))  # tiles below each other, of whole blocks of columns
+@example(case=Case(BF16, BF16, (33, 2 * BLOCK_C), offset=1, skip=3, n_copies=(2, 2)))
+@example(case=Case(F32, F32, (17, 2 * BLOCK_C), noise=(1, 2, 1e-3), vectors=(True, True)))
 def test_kernel_writes_what_the_reference_writes(case):
     check([case.build()])
 
