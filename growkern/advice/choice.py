@@ -12,7 +12,7 @@ from growkern.training.triggers import Event
 from growkern.width import Lossless
 
 SEEDS = 3  # minimum number of seeds of a saving that is compared
-BEATS = 0.01  # least difference, in saved compute as a share, of two recipes of which one is better
+BEATS = 0.02  # least difference, in saved compute as a share, of two recipes of which one is better: about its standard error
 METHODS = {"width": Lossless(), "depth": IdentityBlocks()}  # default methods of expand_inplace
 
 
