@@ -379,7 +379,7 @@ def peaks() -> dict[tuple[str, str], list[int]]:
         "MALLOC_MMAP_THRESHOLD_": "131072"
     }  # by default glibc keeps a varying amount of freed memory
     out = subprocess.run(
-        [sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=300, env=fixed
+        [sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=900, env=fixed
     )
     lines = [line.split() for line in out.stdout.splitlines()]
     assert len(lines) == 4, out.stderr
