@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from bench.baselines import DOUBLE, REPEAT
 from bench.bench_adamw import OURS
-from bench.bench_models import DOUBLE, GPT2_WIDE, HOST, REPEAT, XL_WIDE
+from bench.bench_models import GPT2_WIDE, HOST, XL_WIDE
 from bench.harness import ROOF, Row, number
 
 LARGE = 60 << 20  # least bytes of a large weight; a nominal 64 MiB is rounded down

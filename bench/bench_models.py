@@ -1,13 +1,8 @@
 """How long does it take to grow a whole model with its optimizer, and how long do other methods take?
 
 The lines are ``expand_inplace`` by default, and with copies, with and without twin noise; the roof, a cold ``copy_`` of the same bytes;
-two baselines, written after the published methods; and the host time:
-
-- *state_dict double* (staged-training): the growth operator doubles every weight and both moments into new zero tensors; the
-  target model and its AdamW are built, and load the doubled state dicts;
-- *repeat and divide* (HyperCloning): the target model is built, and every weight is repeated, divided and copied into the target. The
-  published method drops the optimizer, so the times are compared per byte;
-- *host*: CPU time of a growth on a GPU: the plan, the pieces, the table of the kernels. No byte is moved.
+two baselines, written after the published methods (``bench.baselines``); and *host*, the CPU time of a growth on a GPU: the plan, the
+pieces, the table of the kernels, without moving a byte. *Repeat and divide* drops the optimizer, so its times are compared per byte.
 
 Every case runs in its own process (``python -m bench.bench_models CASE FILE``). Its *first* rows come from processes that build the model,
 make one call and end: nothing is touched before the call, as in a user's process. *Cold* rows come from one process that touches memory
@@ -33,6 +28,7 @@ from torch.optim import AdamW
 
 import growkern
 from bench import harness
+from bench.baselines import DOUBLE, MOMENTS, REPEAT, repeat_and_divide, state_dict_double
 from growkern.commit.commit import grown_config
 from growkern.engine.sources import tensors_of
 from growkern.execution.execute import Execution
@@ -50,12 +46,10 @@ OURS = "triton" if GPU else "torch"
 REPEATS = 3
 TOLERANCE = {"fp32": 1e-4, "bf16": 4e-2}  # of logits, relative to the largest logit
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MOMENTS = ("exp_avg", "exp_avg_sq")
 Job = tuple[Tensor, tuple[int, ...]]  # a source and the shape of its target
 Call = Callable[[], object]
 Line = tuple[str, str]  # backend and phase
 Sample = tuple[float, int]  # seconds and peak bytes
-DOUBLE, REPEAT = "state_dict double", "repeat and divide"
 HOST, N_HOST = "host", 20  # a backend, and its number of samples
 ROOM = {DOUBLE: 0.65, REPEAT: 0.25}  # share of a case's memory that is touched before a call
 OTHER_ROOM = 0.5
@@ -188,70 +182,6 @@ def roof(work: Sequence[Job]) -> Call:
     return copy
 
 
-def doubling(
-    name: str, source: Tensor, shape: tuple[int, ...], tied: bool
-) -> tuple[list[int], int]:
-    """Return the doubled axes, and the divisor of the weight: 2 if the input axis is doubled."""
-    axes = [axis for axis, n in enumerate(source.shape) if n != shape[axis]]
-    if source.dim() == 1:  # a tied head reads the output of the final norm
-        return axes, 2 if tied and name.startswith(("transformer.ln_f", "model.norm")) else 1
-    if "wte" in name or "wpe" in name or "embed_tokens" in name:
-        return axes, 1
-    reads = 0 if any(part in name for part in ("c_attn", "c_proj", "c_fc")) else 1
-    return axes, 2 if reads in axes else 1
-
-
-def segments(name: str, source: Tensor) -> tuple[Tensor, ...]:
-    """Split a fused q, k, v tensor into three tensors."""
-    return source.chunk(3, -1) if "c_attn" in name else (source,)
-
-
-def doubled(name: str, source: Tensor, order: int = 0) -> Tensor:
-    """Double a tensor as staged-training's growth operator does: a matrix becomes two blocks on the diagonal.
-
-    ``order``: 0 for a weight, k for a moment of order k, which is divided by 2**k. (Li et al., arXiv:2203.06211,
-    ``tools/growth_operator.py`` of allenai/staged-training.)
-    """
-    if "c_attn.weight" in name:
-        parts = segments(name, source)
-        y, width = source.new_zeros([2 * n for n in source.shape]), 2 * parts[0].shape[1]
-        for i, part in enumerate(parts):
-            y[:, i * width : (i + 1) * width] = doubled("", part, order).detach().clone()
-        return y
-    if "c_attn.bias" in name:
-        parts = [doubled("", part, order) for part in segments(name, source)]
-        return torch.cat(parts)
-    table = any(part in name for part in ("wte", "wpe", "embed_tokens", "lm_head"))
-    y = source.new_zeros(
-        [n if table and axis == 0 else 2 * n for axis, n in enumerate(source.shape)]
-    )
-    first, last = [
-        tuple(slice(n) for n in source.shape),
-        tuple(slice(-n, None) for n in source.shape),
-    ]
-    y[first] = source.detach().clone()
-    y[last] = source.detach().clone()
-    final = name.startswith(("transformer.ln_f", "model.norm"))
-    if order and not final:
-        y /= 2.0**order
-    elif final and not order:
-        y /= 2.0
-    return y
-
-
-def repeated(name: str, source: Tensor, axes: list[int], divisor: float) -> Tensor:
-    """Double a tensor as HyperCloning does."""
-    times = [2 if axis in axes else 1 for axis in range(source.dim())]
-    parts = [part.repeat(times) / divisor for part in segments(name, source)]
-    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-
-
-def fresh(model: nn.Module, config: object, dtype: torch.dtype) -> nn.Module:
-    """Build a new model of the target's size."""
-    with torch.device(DEVICE):
-        return type(model)(config).to(dtype)
-
-
 @torch.no_grad()
 def host(model: nn.Module, optim: AdamW, to: str | Mapping[str, int | str]) -> Call:
     """Return a call that plans a growth, cuts its tensors into pieces and builds the table of its launches."""
@@ -271,37 +201,6 @@ def host(model: nn.Module, optim: AdamW, to: str | Mapping[str, int | str]) -> C
         return tabled([piece for job in jobs for piece in tiler.pieces(*job)])
 
     return work
-
-
-def state_dict_double(model: nn.Module, optim: AdamW, config: object) -> tuple[nn.Module, AdamW]:
-    """Double the state dicts of model and optimizer, build the target model and its optimizer, and load both."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    order = [names[id(p)] for group in optim.param_groups for p in group["params"]]
-    weights = {name: doubled(name, t) for name, t in model.state_dict().items()}
-    loaded = optim.state_dict()
-    for index, name in enumerate(order):
-        state = dict(loaded["state"][index])
-        for power, key in enumerate(MOMENTS, 1):
-            state[key] = doubled(name, state[key], power)
-        loaded["state"][index] = state
-    target = fresh(model, config, next(model.parameters()).dtype)
-    target.load_state_dict(weights)
-    grown = AdamW(target.parameters(), lr=1e-3)
-    grown.load_state_dict(loaded)
-    return target.eval(), grown
-
-
-@torch.no_grad()
-def repeat_and_divide(
-    model: nn.Module, config: object, shapes: Mapping[str, tuple[int, ...]]
-) -> nn.Module:
-    """Build the target, and copy every weight, repeated and divided, into the target."""
-    tied = model.config.tie_word_embeddings
-    target = fresh(model, config, next(model.parameters()).dtype)
-    into = dict(target.named_parameters())
-    for name, p in model.named_parameters():
-        into[name].copy_(repeated(name, p, *doubling(name, p, shapes[name], tied)))
-    return target.eval()
 
 
 def baselines(

@@ -68,7 +68,8 @@ def advise(
 
     Raises:
         PlanError: A curve cannot be fitted, the target is not larger than the source, the budget is spent, target or budget are more
-            than 1,000 times beyond the curve, the recipe is unknown, the law belongs to other curves, or an argument is no number.
+            than 1,000 times beyond the curve, ``spent`` is less than half of the curve's FLOPs, ``others`` contains the source's own curve,
+            the recipe is unknown, the law belongs to other curves, or an argument is no number.
 
     Example:
         >>> advice = growkern.advise(curve, source=58_656, target=217_664, budget=1.2e12, others=[(30_000, smaller)])

@@ -12,7 +12,7 @@ from growkern.training.triggers import Event
 from growkern.width import Lossless
 
 SEEDS = 3  # minimum number of seeds of a saving that is compared
-BEATS = 0.02  # least difference, in saved compute as a share, of two recipes of which one is better: about its standard error
+BEATS = 0.02  # least saved share of the compute by which a recipe beats another one: about the standard error of a saving in width
 METHODS = {"width": Lossless(), "depth": IdentityBlocks()}  # default methods of expand_inplace
 
 

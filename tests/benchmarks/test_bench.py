@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 with importable():
     from bench import __main__ as bench
-    from bench import bars, bench_models, harness
+    from bench import bars, baselines, bench_models, harness
 
 BREAKER = '''"""Loaded by pytest: makes random maps wrong."""
 from growkern.execution import execute
@@ -107,20 +107,20 @@ def test_baselines_double_what_they_claim_to(case):
     )
     shapes = {row.name: plan.shapes(row)[1] for row in plan.tensors}
 
-    doubled, doubled_optim = bench_models.state_dict_double(model, optim, grown.config)
-    repeated = bench_models.repeat_and_divide(model, grown.config, shapes)
+    doubled, doubled_optim = baselines.state_dict_double(model, optim, grown.config)
+    repeated = baselines.repeat_and_divide(model, grown.config, shapes)
 
     for target in (doubled, repeated):
         torch.testing.assert_close(bench_models.logits(target), before, rtol=1e-4, atol=1e-5)
     for p, q in zip(model.parameters(), doubled.parameters(), strict=True):
-        for power, key in enumerate(bench_models.MOMENTS, 1):
+        for power, key in enumerate(baselines.MOMENTS, 1):
             small, large = optim.state[p][key], doubled_optim.state[q][key]
             assert large.shape == q.shape
             if p.dim() == 2:  # two blocks on the diagonal, divided
                 torch.testing.assert_close(large.sum(), small.sum() * 2 / 2**power)
 
 
-@pytest.mark.parametrize("backend", [harness.ROOF, bench_models.DOUBLE, bench_models.REPEAT])
+@pytest.mark.parametrize("backend", [harness.ROOF, baselines.DOUBLE, baselines.REPEAT])
 def test_the_first_call_of_a_baseline_is_timed(backend, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", "")  # first() writes this variable
 
@@ -162,8 +162,8 @@ def test_bars_take_the_worst_case_and_both_sides_of_a_limit():
     figures = {"p50_ms": 100.0, "n_bytes": 900, "promised_bytes": 1000, "peak_bytes": 1015}
     rows = [
         fake(at, "torch noise=1", "cold", 3.0, roof_percent=75, **figures),
-        fake(at, bench_models.DOUBLE, "cold", 0.3, p50_ms=700.0, n_bytes=900),
-        fake(at, bench_models.REPEAT, "cold", 0.3, p50_ms=300.0, n_bytes=300),
+        fake(at, baselines.DOUBLE, "cold", 0.3, p50_ms=700.0, n_bytes=900),
+        fake(at, baselines.REPEAT, "cold", 0.3, p50_ms=300.0, n_bytes=300),
     ]
 
     found = [bar.worst(rows, "torch", "noise=1") for bar in bars.BARS]
