@@ -52,7 +52,7 @@ def observed(schedule: GrowthSchedule) -> Observed:
         PlanError, f"cannot advise on this schedule of {len(schedule.events)} events:", problems
     )
     assert attachment is not None and event is not None
-    plan = attachment.planned(event)
+    plan = attachment.make_plan(event)
     names = {name for name, _ in attachment.model.named_parameters()}
     target = sum(prod(plan.shapes(row)[1]) for row in plan.tensors if row.source in names)
     source = attachment.n_params

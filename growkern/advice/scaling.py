@@ -201,10 +201,10 @@ def _posterior(
     posterior = weighted @ x + torch.diag(precision)
     towards = weighted @ y + precision * mean
     factor = cast(Tensor, torch.linalg.cholesky(posterior))
-    centre = torch.cholesky_solve(towards[..., None], factor)[..., 0]
+    center = torch.cholesky_solve(towards[..., None], factor)[..., 0]
     evidence = (
         -w.sum() / 2 * (2 * pi * sigma**2).log() - (w * y**2).sum() / sigma**2 / 2
-        - factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) + (centre * towards).sum(-1) / 2
+        - factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) + (center * towards).sum(-1) / 2
     )  # fmt: skip
     for exponent, known in zip((a, b), EXPONENTS, strict=True):
         evidence = evidence - ((exponent - known) / EXPONENT_SD) ** 2 / 2
@@ -216,7 +216,7 @@ def _posterior(
     moved = cast(Tensor, torch.linalg.solve_triangular(factor[cells].mT, normal, upper=True))[
         ..., 0
     ]
-    drawn = torch.cat([(centre[cells] + moved)[:, :3], a[cells, None], b[cells, None]], -1)
+    drawn = torch.cat([(center[cells] + moved)[:, :3], a[cells, None], b[cells, None]], -1)
     kept = drawn[(drawn[:, :3] > 0).all(-1)][:N_DRAWS]
     if len(kept) < MIN_DRAWS:
         raise PlanError(

@@ -148,7 +148,7 @@ class Attachment:
                 call(event, report)
         return grown
 
-    def planned(self, event: Event) -> GrowthPlan:
+    def make_plan(self, event: Event) -> GrowthPlan:
         """Plan the growth of an event at the model's current sizes, without growing the model."""
         options = self._options
         # a model built at a grown size may have no growth history
@@ -163,12 +163,12 @@ class Attachment:
         self._take(self, optim)  # torch.compile does not trace _take
 
     def _expand(self, event: Event, optim: Optimizer) -> GrowthReport:
-        schedule, options, planned = self.schedule, self._options, self.planned(event)
+        schedule, options, made = self.schedule, self._options, self.make_plan(event)
         live = _listed([reference() for reference in self._schedulers])
         self._running = n_growths(self.model)
         try:
             report = expand_inplace(
-                self.model, optim, plan=planned, width=event.width, dynamics=planned.dynamics, spec=self._spec(),
+                self.model, optim, plan=made, width=event.width, dynamics=made.dynamics, spec=self._spec(),
                 state_rules=options.get("state_rules"), backend=options.get("backend"), scheduler=live or None, ema=options.get("ema"),
                 master_weights=options.get("master_weights"), memory=options.get("memory"),
             )  # fmt: skip
