@@ -165,8 +165,8 @@ def bars(rows: Sequence[Row], *, gpu: bool) -> Table:
             if figure is None:
                 cells.append("not measured")
                 continue
-            colour = "green" if bar.held(figure) else "red"
-            cells.append(f"[{colour}]{figure:.3g} {bar.unit}[/{colour}]")
+            color = "green" if bar.held(figure) else "red"
+            cells.append(f"[{color}]{figure:.3g} {bar.unit}[/{color}]")
         sign = "<=" if bar.at_most else ">="
         drawn.add_row(bar.text, f"{sign} {bar.limit:g} {bar.unit}", *cells)
     return drawn

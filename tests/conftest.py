@@ -57,7 +57,7 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
-    """Fill uninitialised floating memory with NaN, so that an element nobody wrote is seen."""
+    """Fill uninitialized floating memory with NaN, so that an element nobody wrote is seen."""
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             patch.setattr(owner, name, _poisoned(getattr(owner, name)))

@@ -55,5 +55,5 @@ def _copy(tensor: Tensor) -> Tensor:
     copied = tensor.detach().clone()
     if isinstance(tensor, nn.Parameter):
         copied = nn.Parameter(copied, tensor.requires_grad)
-    vars(copied).update(vars(tensor))  # transformers marks what it has initialised
+    vars(copied).update(vars(tensor))  # transformers marks what it has initialized
     return copied

@@ -211,7 +211,7 @@ def _target_config(plan: GrowthPlan, model: Any) -> Any:
     config = model.config
     if plan.drawn:
         raise PlanError(
-            f"{plan.depth} initialises new blocks with the code of a live model: load the checkpoint by from_pretrained, grow the model by "
+            f"{plan.depth} initializes new blocks with the code of a live model: load the checkpoint by from_pretrained, grow the model by "
             "expand_inplace, and save it; or choose another depth method."
         )
     grown = grown_config(plan, model, config, recorded(plan, describe(model)))

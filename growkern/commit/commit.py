@@ -136,19 +136,19 @@ def _draw(plan: GrowthPlan, model: nn.Module) -> None:
     drawn = plan.drawn
     new = [f"{at}.{i}" for at, bs in plan.stacks.items() for i, b in enumerate(bs) if b.new]
     for block in new if drawn else ():
-        values = _initialised(model, block, plan.seed)
+        values = _initialized(model, block, plan.seed)
         for name, p in model.get_submodule(block).named_parameters():
             if f"{block}.{name}" in drawn:
                 p.detach().copy_(values[name])
 
 
-def _initialised(model: nn.Module, name: str, seed: int) -> dict[str, nn.Parameter]:
+def _initialized(model: nn.Module, name: str, seed: int) -> dict[str, nn.Parameter]:
     """Return newly initialized parameters of a block, made on the CPU in a copy of its modules."""
     block = model.get_submodule(name)
     blank = {n: initial.blank(p) for n, p in block.named_parameters()}
     buffers = {n: b.to("cpu", copy=True) for n, b in block.named_buffers()}
     twin = _copied(block, name, blank | buffers, model)
-    initial.initialise(twin, initial.initialiser(model, name), initial.seed_of(seed, name))
+    initial.initialize(twin, initial.initializer(model, name), initial.seed_of(seed, name))
     return dict(twin.named_parameters())
 
 
@@ -180,7 +180,7 @@ def check_blocks(plan: GrowthPlan, model: nn.Module) -> None:
             "original's weights. Remove the patch, grow, and patch again."
         )
     for block in copied if plan.drawn else ():  # source blocks: target blocks differ only in size
-        _initialised(model, block, plan.seed)
+        _initialized(model, block, plan.seed)
 
 
 def _configs(model: nn.Module) -> list[object]:

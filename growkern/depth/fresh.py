@@ -11,9 +11,9 @@ from growkern.depth.layer_order import blocks, spread
 from growkern.errors import PlanError
 from growkern.planning.decisions import LayerOrder
 
-REASON = ("new blocks are initialised anew",)
+REASON = ("new blocks are initialized anew",)
 NOTE = (
-    "new blocks are initialised as those of a model that is built: the loss lands above the source's; warm the learning rate up again.",
+    "new blocks are initialized as those of a model that is built: the loss lands above the source's; warm the learning rate up again.",
 )
 
 

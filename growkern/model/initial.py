@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from growkern.errors import UnsupportedModelError
 
-Initialise = Callable[[nn.Module], object]
+Initialize = Callable[[nn.Module], object]
 
 
 def blank(p: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def seed_of(seed: int, name: str) -> int:
     return int.from_bytes(blake2b(f"{seed} {name}".encode(), digest_size=7).digest(), "little")
 
 
-def initialiser(model: nn.Module, name: str) -> Initialise | None:
+def initializer(model: nn.Module, name: str) -> Initialize | None:
     """Return ``_init_weights`` of the closest module around a block that has one (transformers, nanoGPT), or None."""
     while name:
         name = name.rpartition(".")[0]
@@ -33,7 +33,7 @@ def initialiser(model: nn.Module, name: str) -> Initialise | None:
     return None
 
 
-def initialise(block: nn.Module, around: Initialise | None, seed: int) -> None:
+def initialize(block: nn.Module, around: Initialize | None, seed: int) -> None:
     """Initialize a block whose parameters are ``blank``: first as its constructors do, then as the model does.
 
     Args:
@@ -52,7 +52,7 @@ def initialise(block: nn.Module, around: Initialise | None, seed: int) -> None:
                 block.apply(around)  # pyright: ignore[reportArgumentType]
         except Exception as error:
             raise UnsupportedModelError(
-                f"cannot initialise a new {type(block).__name__}: its model's own code fails ({error!r}). {WAY_OUT}"
+                f"cannot initialize a new {type(block).__name__}: its model's own code fails ({error!r}). {WAY_OUT}"
             ) from error
     left = [
         f"{name} ({type(block.get_submodule(name.rpartition('.')[0])).__name__})"
@@ -61,7 +61,7 @@ def initialise(block: nn.Module, around: Initialise | None, seed: int) -> None:
     ]
     if left:
         raise UnsupportedModelError(
-            f"cannot initialise a new {type(block).__name__}: nothing initialises {', '.join(left[:3])}: the module has no "
+            f"cannot initialize a new {type(block).__name__}: nothing initializes {', '.join(left[:3])}: the module has no "
             f"reset_parameters(), and no _init_weights() around the block covers it. {WAY_OUT}"
         )
 

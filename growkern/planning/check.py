@@ -67,7 +67,7 @@ def _of_rows(plan: GrowthPlan, spec: ModelSpec, homes: Homes, names: set[str]) -
         if shape != wanted:
             yield f"{row.name}: has shape {shape}, the target needs {wanted}."
         if row.drawn and not row.new:
-            yield f"{row.name}: is initialised anew, but its block is not new."
+            yield f"{row.name}: is initialized anew, but its block is not new."
         if row.offset != offset(spec.tensors[row.source]):
             yield f"{row.name}: has another offset than the model."
         if row.next_layer_source is not None and (

@@ -108,7 +108,7 @@ def solve_ties(
     for stream, origin in tied_streams(spec):
         if stream_scales[origin].centered:
             raise PlanError(
-                f"cannot centre {spec.family}: the tensor that writes {origin!r} is tied to the one that reads {stream!r}, so "
+                f"cannot center {spec.family}: the tensor that writes {origin!r} is tied to the one that reads {stream!r}, so "
                 "the mean would reach the logits; use norms='mean_pad'."
             )
         ones = Vector.full(factors.get(origin, 1.0), len(stream_scales[origin].activation))

@@ -24,7 +24,7 @@ def plan_text(plan: "GrowthPlan") -> str:
     parts += [
         f"{path if plan.extra_stacks else 'blocks'}  "
         + " ".join(f"{'+' * b.new}{b.source}{f' x {b.branch:g}' * (b.branch != 1)}" for b in blocks)
-        + f"   (+ new, {'initialised anew; modules of' if plan.drawn else 'copy of'})"
+        + f"   (+ new, {'initialized anew; modules of' if plan.drawn else 'copy of'})"
         for path, blocks in plan.stacks.items()
         if any(block.new for block in blocks)
     ]
@@ -61,7 +61,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def _weight(row: "TensorRow", scale: float | None) -> str:
     if row.drawn:
-        return "initialised"
+        return "initialized"
     return _scale(scale) if row.constant is None else f"all {row.constant:g}"
 
 

@@ -68,7 +68,7 @@ def test_fresh_blocks_are_distributed_as_those_of_a_stock_model_of_the_target(fa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_initialises_its_own_blocks_and_keeps_the_old_ones(family):
+def test_every_family_initializes_its_own_blocks_and_keeps_the_old_ones(family):
     model = make(family, tied=True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     layers = growkern.describe(model, spec_of(model)).sizes["layers"]
@@ -77,7 +77,7 @@ def test_every_family_initialises_its_own_blocks_and_keeps_the_old_ones(family):
     report = grow(model, to={"layers": layers + 2}, depth=depth.Fresh())
 
     assert torch.equal(torch.get_rng_state(), generator)
-    assert report.preserves == "nothing" and "initialised anew" in str(report)
+    assert report.preserves == "nothing" and "initialized anew" in str(report)
     assert "warm the learning rate up" in str(report)
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], p) for name, p in before.items())
@@ -106,7 +106,7 @@ def test_new_blocks_go_on_top_or_between(at, order):
 
     plan = growkern.plan(model, to={"layers": 5}, depth=depth.Fresh(at))
 
-    assert f"blocks  {order}   (+ new, initialised anew; modules of)" in str(plan)
+    assert f"blocks  {order}   (+ new, initialized anew; modules of)" in str(plan)
     assert growkern.GrowthPlan.from_json(plan.to_json()) == plan
 
 
@@ -180,7 +180,7 @@ def test_buffers_of_a_block_are_copied_and_grow():
     assert [block.count.tolist() for block in model.blocks] == [[i] * 48 for i in (0, 1, 0, 1)]
 
 
-def test_models_of_your_own_are_initialised_by_their_init_weights():
+def test_models_of_your_own_are_initialized_by_their_init_weights():
     """nanoGPT writes ``_init_weights`` in this way."""
 
     class Own(Plain):
@@ -199,7 +199,7 @@ def test_models_of_your_own_are_initialised_by_their_init_weights():
 
 
 class Gain(nn.Module):
-    """A norm that only its constructor initialises."""
+    """A norm that only its constructor initializes."""
 
     def __init__(self, width):
         super().__init__()
@@ -210,7 +210,7 @@ class Gain(nn.Module):
         return nn.functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 
-def test_blocks_that_nothing_initialises_are_refused_by_name_before_anything_changes():
+def test_blocks_that_nothing_initializes_are_refused_by_name_before_anything_changes():
     model = make("plain", tied=True)
     for block in model.blocks:
         block.ln_2 = Gain(24)
@@ -219,7 +219,7 @@ def test_blocks_that_nothing_initialises_are_refused_by_name_before_anything_cha
     before = everything(model, optim)
 
     with pytest.raises(
-        UnsupportedModelError, match=r"nothing initialises ln_2.weight \(Gain\).*Stack\(\)"
+        UnsupportedModelError, match=r"nothing initializes ln_2.weight \(Gain\).*Stack\(\)"
     ):
         grow(model, optim, to={"layers": 3}, depth=depth.Fresh())
 
@@ -228,7 +228,7 @@ def test_blocks_that_nothing_initialises_are_refused_by_name_before_anything_cha
 
 @pytest.mark.parametrize("block", ["of the check", "second"])
 @pytest.mark.parametrize("memory", ["stage", "lean"])
-def test_a_failure_while_initialising_leaves_everything_as_it_was(memory, block, monkeypatch):
+def test_a_failure_while_initializing_leaves_everything_as_it_was(memory, block, monkeypatch):
     model = make("llama", tied=True)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train(model, optim, 2)
@@ -275,7 +275,7 @@ def test_a_plan_that_draws_a_block_of_the_source_is_refused():
     text = growkern.plan(model, to={"layers": 4}, depth=depth.Fresh()).to_json()
     plan = growkern.GrowthPlan.from_json(text.replace('"drawn": false', '"drawn": true'))
 
-    with pytest.raises(PlanError, match="is initialised anew, but its block is not new"):
+    with pytest.raises(PlanError, match="is initialized anew, but its block is not new"):
         growkern.expand_inplace(model, plan=plan)
 
 
