@@ -26,7 +26,7 @@ def refuse_mid_step(*optims: object) -> None:
         )
 
 
-def refuse_forgotten(
+def refuse_stale_references(
     model: nn.Module,
     optim: Optimizer | None,
     live: Live,
@@ -180,14 +180,14 @@ def averages_of(model: nn.Module, ema: nn.Module | Sequence[nn.Module] | None) -
     return averages
 
 
-def forgotten_schedulers(optim: Optimizer, handed: Sequence[object], live: Live) -> list[str]:
+def unmanaged_schedulers(optim: Optimizer, handed: Sequence[object], live: Live) -> list[str]:
     """Return the class names of live schedulers that drive the optimizer and are not in ``handed``."""
 
-    def forgotten(live: Live) -> list[str]:
+    def found_in(live: Live) -> list[str]:
         drivers = [s for s in live.schedulers if driven_by(s) is optim]
         return [type(s).__name__ for s in drivers if not any(s is passed for passed in handed)]
 
-    return forgotten(live) and forgotten(live.collected())
+    return found_in(live) and found_in(live.collected())
 
 
 def _kind(thing: object) -> str:

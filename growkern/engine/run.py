@@ -20,9 +20,9 @@ from growkern.engine.ddp import Ranks
 from growkern.engine.history import recorded
 from growkern.engine.live_objects import (
     averages_of,
-    forgotten_schedulers,
-    refuse_forgotten,
     refuse_mid_step,
+    refuse_stale_references,
+    unmanaged_schedulers,
 )
 from growkern.engine.next_steps import notes
 from growkern.engine.optim_target import optim_target
@@ -157,9 +157,9 @@ def _agree_on_plan(
     """Refuse stale references, and agree on a plan with the other processes; return it and the schedulers that were not passed."""
     model, optim = request.model, request.optim
     averages = sources.averages if request.ema is not None else None
-    left = refuse_forgotten(model, optim, live, averages, request.master_weights)
+    left = refuse_stale_references(model, optim, live, averages, request.master_weights)
     plan = request.make_plan(sources.spec)
-    unmanaged = forgotten_schedulers(optim, schedulers(request.scheduler), left) if optim else []
+    unmanaged = unmanaged_schedulers(optim, schedulers(request.scheduler), left) if optim else []
     check_blocks(plan, model)
     ranks.agree(plan.to_json() if ranks.wrappers else "", "the plan")
     return plan, unmanaged
