@@ -33,7 +33,7 @@ from growkern.commit.commit import grown_config
 from growkern.engine.sources import tensors_of
 from growkern.execution.execute import Execution
 from growkern.execution.tiles import Tiler
-from growkern.optimizer.describe import describe_optimizer
+from growkern.optimizer.describe import describe_optimizers
 from growkern.planning import build as law
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.sizes import resolve_sizes
@@ -188,11 +188,11 @@ def host(model: nn.Module, optim: AdamW, to: str | Mapping[str, int | str]) -> C
     from growkern.kernels.expand import tabled
 
     spec = growkern.describe(model)
-    state = describe_optimizer(model, optim, spec)
-    tensors, sizes = tensors_of(model, optim, spec), resolve_sizes(spec, to)
+    (state,) = describe_optimizers(model, (optim,), spec)
+    tensors, sizes = tensors_of(model, (optim,), spec), resolve_sizes(spec, to)
     method, depth = Lossless(noise=0.0), growkern.depth.IdentityBlocks()
     plan = law.build(spec, sizes, width=method, depth=depth)
-    execution = Execution(plan, tensors, state.rules, memory="stage")
+    execution = Execution(plan, tensors, lambda _: state.rules, memory="stage")
     staged = Tensors()
     jobs = [job for tensor_set in execution.sets for job in execution.jobs(tensor_set, staged)]
 

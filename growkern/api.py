@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 from torch import nn
-from torch.optim import Optimizer
 
 from growkern.commit.checkpoint_guard import n_growths
 from growkern.commit.optimizer import Masters
@@ -18,7 +17,7 @@ from growkern.errors import (
 from growkern.execution.execute import Memory
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
-from growkern.optimizer.describe import describe_optimizer
+from growkern.optimizer.describe import Optimizers, describe_optimizers, optimizers
 from growkern.planning.build import build
 from growkern.planning.check import check
 from growkern.planning.decisions import DepthMethod, ShrinkMethod, WidthMethod
@@ -35,7 +34,7 @@ SHRINKING_STATES = "exact", "copy", "drop"
 @renamed_arguments(masters="master_weights", rules="state_rules")
 def plan(
     model: nn.Module,
-    optim: Optimizer | None = None,
+    optim: Optimizers = None,
     *,
     to: Target = "2x",
     width: WidthMethod | None = None,
@@ -52,7 +51,7 @@ def plan(
 
     Args:
         model: Source model.
-        optim: Optimizer of the model; its state is checked too.
+        optim: Optimizer of the model, or a list of optimizers; their state is checked too.
         to: ``"2x"``, ``"1.5x"`` (all widths), or a mapping from size name to an int or a factor.
         width: Width method; default ``width.Lossless()``.
         depth: Depth method; default ``depth.IdentityBlocks()``.
@@ -74,15 +73,9 @@ def plan(
     """
     model = unwrapped(model)
     described = describe(model, spec)
-    if optim is not None:
-        describe_optimizer(
-            model,
-            unwrapped(optim),
-            described,
-            drop=state == "drop",
-            state_rules=state_rules,
-            master_weights=master_weights,
-        )
+    describe_optimizers(
+        model, optimizers(optim), described, drop=state == "drop", state_rules=state_rules, master_weights=master_weights,
+    )  # fmt: skip
     if shrink is not None:
         if width or depth or seed:
             raise PlanError(
@@ -96,7 +89,7 @@ def plan(
 @renamed_arguments(masters="master_weights", rules="state_rules")
 def expand_inplace(
     model: nn.Module,
-    optim: Optimizer | None = None,
+    optim: Optimizers = None,
     *,
     to: Target = "2x",
     width: WidthMethod | None = None,
@@ -121,7 +114,7 @@ def expand_inplace(
 
     Args:
         model: Source model; changed in place.
-        optim: Optimizer of the model; changed in place.
+        optim: Optimizer of the model, or a list of optimizers, each of other parameters; changed in place.
         to: ``"2x"``, ``"1.5x"`` (all widths), or a mapping from size name to an int or a factor: ``hidden, heads, kv_heads,
             ffn, layers, ...``. Unnamed widths follow ``hidden`` in proportion where the result is an integer.
         width: Width method; default ``width.Lossless()``: exact, and new coordinates copy nothing where pads are exact.
@@ -145,7 +138,7 @@ def expand_inplace(
         master_weights: Mapping from parameter to the float32 copy that ``optim`` updates in place of the low-precision parameter;
             the copies for new blocks are added to it.
         state_rules: Rules for an optimizer without a known law: state key -> order in the gradient: 0 (copied unscaled), 1 (first
-            moment) or 2 (second moment); None for state that is kept.
+            moment) or 2 (second moment); None for state that is kept. Of several optimizers, they apply to keys without a known rule.
         memory: ``"stage"`` computes every target beside the source, then swaps. ``"lean"`` grows one parameter (with gradient and state) at
             a time and keeps replaced sources on the host (for a model on the CPU: in a temporary file) for the rollback. None: the
             first of these that fits.
@@ -162,12 +155,13 @@ def expand_inplace(
 
     Example:
         >>> growkern.expand_inplace(model, optim, to={"hidden": 1024, "layers": 24})
+        >>> growkern.expand_inplace(model, [muon, adamw], scheduler=[muon_schedule, adamw_schedule])
 
     Reference:
         The dual law of weights and gradients: README.md, "How it works".
     """
-    model, optim = unwrapped(model), unwrapped(optim)
-    _check_arguments(model, optim, plan, to, width, depth, state, dynamics, seed)
+    model = unwrapped(model)
+    _check_arguments(model, plan, to, width, depth, state, dynamics, seed)
 
     def make_plan(described: ModelSpec) -> GrowthPlan:
         if plan is None:
@@ -175,12 +169,11 @@ def expand_inplace(
         check(plan, described)
         return plan
 
-    optims = () if optim is None else (optim,)
     drop_state = (plan.state if plan else state) == "drop"
     new_rows = getattr(width, "rows", None)
     return run(
         Request(
-            model, optims, make_plan, drop_state, spec=spec, backend=backend, scheduler=scheduler, ema=ema,
+            model, optimizers(optim), make_plan, drop_state, spec=spec, backend=backend, scheduler=scheduler, ema=ema,
             master_weights=master_weights, state_rules=state_rules, memory=memory, new_rows=new_rows,
         )
     )  # fmt: skip
@@ -189,7 +182,7 @@ def expand_inplace(
 @renamed_arguments(masters="master_weights", rules="state_rules")
 def shrink_inplace(
     model: nn.Module,
-    optim: Optimizer | None = None,
+    optim: Optimizers = None,
     *,
     to: Target = "0.5x",
     method: ShrinkMethod | None = None,
@@ -213,7 +206,7 @@ def shrink_inplace(
 
     Args:
         model: Source model; changed in place.
-        optim: Optimizer of the model; changed in place.
+        optim: Optimizer of the model, or a list of optimizers, each of other parameters; changed in place.
         to: ``"0.5x"`` (all widths), or a mapping from size name to an int or a factor: ``hidden, heads, kv_heads, ffn, positions,
             layers``. Unnamed widths follow ``hidden`` in proportion where the result is an integer.
         method: Shrink method; default ``shrink.WeightSelection()``. ``shrink.FirstCopies()`` undoes an even growth. No method
@@ -242,7 +235,7 @@ def shrink_inplace(
     Example:
         >>> growkern.shrink_inplace(model, optim, to={"hidden": 512, "layers": 6})
     """
-    model, optim = unwrapped(model), unwrapped(optim)
+    model = unwrapped(model)
     _check_caller(model, plan)
     if plan is not None:
         again = dynamics not in ("mup", plan.dynamics) or state not in ("exact", plan.state)
@@ -267,18 +260,17 @@ def shrink_inplace(
         check(plan, described)
         return plan
 
-    optims = () if optim is None else (optim,)
     drop_state = (plan.state if plan else state) == "drop"
     return run(
         Request(
-            model, optims, make_plan, drop_state, spec=spec, backend=backend, scheduler=scheduler, ema=ema,
+            model, optimizers(optim), make_plan, drop_state, spec=spec, backend=backend, scheduler=scheduler, ema=ema,
             master_weights=master_weights, state_rules=state_rules, memory=memory,
         )
     )  # fmt: skip
 
 
 def _check_arguments(
-    model: object, optim: object, plan: object, to: object, width: object, depth: object, state: str,
+    model: object, plan: object, to: object, width: object, depth: object, state: str,
     dynamics: object, seed: int | None,
 ) -> None:  # fmt: skip
     """Raise for arguments of the wrong type, arguments given in addition to ``plan``, and a plan that shrinks."""

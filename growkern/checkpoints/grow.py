@@ -137,8 +137,8 @@ def grow(
         config = _target_config(plan, model)
         names = _parameters(plan, model)
         n_params = sum(p.numel() for p in model.parameters())
-        tensors = tensors_of(model, None, spec)
-        run = Execution(plan, tensors, {}, memory="lean")
+        tensors = tensors_of(model, (), spec)
+        run = Execution(plan, tensors, lambda _: {}, memory="lean")
         layout = Layout(source, plan, tensors.values)
         model.to("meta")  # the model drops its references; sources are freed one by one
         _refuse_full(out, layout.n_bytes)

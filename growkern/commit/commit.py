@@ -1,7 +1,7 @@
 """Write staged tensors to the live model and optimizer. Every write can be undone until the last write has succeeded."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -22,20 +22,20 @@ def commit(
     plan: GrowthPlan,
     parts: Iterable[Tensors],
     model: nn.Module,
-    target: OptimTarget | None = None,
+    targets: Sequence[OptimTarget] = (),
     *,
     record: str,
     followers: Sequence[tuple[nn.Module, Iterable[Tensors]]] = (),
     undo: Undo,
     before_finalize: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Turn the model and the optimizer into the target, or leave them bitwise unchanged.
+    """Turn the model and its optimizers into the target, or leave them bitwise unchanged.
 
     Args:
         plan: The growth plan.
         parts: Staged tensors from ``Execution.parts``, in any number of parts; consumed.
         model: The source model, changed in place. Parameter objects keep their identity.
-        target: The target of the model's optimizer.
+        targets: The targets of the model's optimizers.
         record: The record of the growth for the config.
         followers: Models that grow by the same plan (averages of the model), each with its staged tensors.
         undo: Rollback log of every write; a failure rolls back the whole log.
@@ -48,9 +48,9 @@ def commit(
     torch.clear_autocast_cache()  # the cache holds casts of the source's weights
     with uninterrupted() as held:
         try:
-            _model(plan, parts, model, target, undo, held, record)
+            _model(plan, parts, model, targets, undo, held, record)
             for follower, own in followers:
-                _model(plan, own, follower, None, undo, held, record)
+                _model(plan, own, follower, (), undo, held, record)
             if held:
                 raise KeyboardInterrupt
             final = before_finalize()
@@ -69,16 +69,17 @@ def _model(
     plan: GrowthPlan,
     parts: Iterable[Tensors],
     model: nn.Module,
-    target: OptimTarget | None,
+    targets: Sequence[OptimTarget],
     undo: Undo,
     held: list[int],
     record: str,
 ) -> None:
-    """Write one model and its optimizer."""
+    """Write one model and its optimizers."""
     source = dict(model.named_parameters(remove_duplicate=False))
     rows, fresh = {row.name: row for row in plan.tensors}, Tensors()
+    owners = {name: target for target in targets for name in target.described.names}
     for staged in parts:
-        _values([rows[name] for name in staged.values], staged, model, source, target, undo)
+        _values([rows[name] for name in staged.values], staged, model, source, owners, undo)
         fresh.values |= {k: v for k, v in staged.values.items() if rows[k].new}
         fresh.states |= {k: v for k, v in staged.states.items() if rows[k].new}
         del staged
@@ -90,9 +91,9 @@ def _model(
         undo.set_dict(container._modules, {str(i): block for i, block in enumerate(blocks)})  # pyright: ignore[reportPrivateUsage]
     _attributes(plan, model, undo, record)
     _draw(plan, model)
-    _guard(plan, model, target, undo, record)
-    if target is not None:
-        params = dict(model.named_parameters(remove_duplicate=False))
+    _guard(plan, model, targets, undo, record)
+    params = dict(model.named_parameters(remove_duplicate=False))
+    for target in targets:
         grow_optimizer(plan, fresh, target, source, params, undo)
 
 
@@ -194,7 +195,7 @@ def _values(
     staged: Tensors,
     model: nn.Module,
     source: dict[str, nn.Parameter],
-    target: OptimTarget | None,
+    owners: Mapping[str, OptimTarget],
     undo: Undo,
 ) -> None:
     """Write storage, gradients and optimizer state of existing parameters, and write buffers."""
@@ -208,8 +209,8 @@ def _values(
             undo.set_dict(buffers, buffers | {name: value})
             continue
         undo.storage(p, value, staged.grads.get(row.name))
-        if target is not None and row.name in staged.states:
-            grow_state(target, p, staged.states[row.name], undo)
+        if row.name in staged.states:
+            grow_state(owners[row.source], p, staged.states[row.name], undo)
 
 
 def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo, record: str) -> None:
@@ -270,7 +271,7 @@ def _grown_config(plan: GrowthPlan, model: nn.Module, config: Any) -> Any:
 
 
 def _guard(
-    plan: GrowthPlan, model: nn.Module, target: OptimTarget | None, undo: Undo, record: str
+    plan: GrowthPlan, model: nn.Module, targets: Sequence[OptimTarget], undo: Undo, record: str
 ) -> None:
     """Register or update the hooks that refuse checkpoints from before the growth."""
     guard = guard_of(model)
@@ -279,9 +280,9 @@ def _guard(
         undo.rollbacks.append(model.register_load_state_dict_pre_hook(guard).remove)
     grown = Grown.by(plan, len(guard.growths) + 1, record)
     undo.attribute(guard, "growths", [*guard.growths, grown])
-    if target is not None:
+    for target in targets:
         hook = OptimGuard(target.described.rules, grown.what)
         if (before := optim_guard_of(target.optim)) is not None:
             undo.attribute(before, "what", grown.what)
-            return
+            continue
         undo.rollbacks.append(target.optim.register_load_state_dict_pre_hook(hook).remove)

@@ -1,6 +1,6 @@
 """Commit a growth to the optimizer: its parameters, their state, its param groups, and the scales of its updates."""
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from growkern.errors import CommitError
 from growkern.optimizer.adamw import begin
 from growkern.optimizer.state_rules import MASTER, MASTER_GRAD, SLICES, OptimSpec
 from growkern.optimizer.update_scale import Scale, UpdateScale, scale_of
-from growkern.planning.growth_plan import GrowthPlan
+from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.support.named_tensors import Tensors
 
 Masters = MutableMapping[nn.Parameter, nn.Parameter]
@@ -79,10 +79,11 @@ def grow_optimizer(
         target: Parameters of the target model by name.
         undo: Rollback log of the writes.
     """
+    rows = [row for row in plan.tensors if row.source in of.described.names]
     before, stay = of.held(source), {id(p) for p in target.values()}
     dropped = {id(p) for p in source.values()} - stay
     master_weights = {p: master for p, master in of.master_weights.items() if id(p) not in dropped}
-    for row in plan.tensors:
+    for row in rows:
         value = fresh.states.get(row.name, {}).pop(MASTER, None)
         fresh.states.get(row.name, {}).pop(MASTER_GRAD, None)
         if row.new and source.get(row.source) in of.master_weights:
@@ -93,7 +94,7 @@ def grow_optimizer(
     if master_weights.keys() != of.master_weights.keys():
         undo.set_dict(of.master_weights, master_weights)
     after = of.held(target)
-    _optimizer(plan, fresh, of, before, after, undo)
+    _optimizer(plan, rows, fresh, of, before, after, undo)
     law = of.described.law
     decays, rates = (law.decays, law.rates) if law else ((), ())
     split_groups(of.optim, after, of.split, of.scheduler, decays, rates, undo)
@@ -105,6 +106,7 @@ def grow_optimizer(
 
 def _optimizer(
     plan: GrowthPlan,
+    rows: Sequence[TensorRow],
     fresh: Tensors,
     of: OptimTarget,
     source: dict[str, nn.Parameter],
@@ -120,9 +122,7 @@ def _optimizer(
     if resets and hasattr(optim, "_numel_cache"):
         undo.attribute(optim, "_numel_cache", None)  # LBFGS caches the number of elements
     added: dict[int, list[nn.Parameter]] = {}
-    for row in plan.tensors:
-        if row.source not in source:
-            continue
+    for row in rows:
         p, origin = target[row.name], source[row.source]
         if row.new:
             added.setdefault(id(origin), []).append(p)

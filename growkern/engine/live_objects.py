@@ -28,7 +28,7 @@ def refuse_mid_step(*optims: object) -> None:
 
 def refuse_stale_references(
     model: nn.Module,
-    optim: Optimizer | None,
+    optims: Sequence[Optimizer],
     live: Live,
     averages: Sequence[nn.Module] | None,
     master_weights: Mapping[nn.Parameter, nn.Parameter] | None = None,
@@ -37,10 +37,10 @@ def refuse_stale_references(
 
     Args:
         model: Source model, without wrappers.
-        optim: Optimizer of the model.
+        optims: Optimizers of the model.
         live: Live objects of the process.
         averages: Averages of the model that the user passed; None if ``ema`` was not passed.
-        master_weights: Parameter -> the copy that the optimizer holds in its place.
+        master_weights: Parameter -> the copy that an optimizer holds in its place.
 
     Returns:
         ``live``, or a new list made after garbage collection if ``live`` contained a stale object.
@@ -55,8 +55,9 @@ def refuse_stale_references(
     inside = {id(m) for m in model.modules()}
 
     def optimizers(live: Live) -> list[str]:
-        others = [o for o in live.optimizers if o is not optim and hasattr(o, "state")]
-        others = [o for o in others if optim is None or o.state is not optim.state]
+        own = {id(thing) for optim in optims for thing in (optim, optim.state)}
+        others = [o for o in live.optimizers if id(o) not in own and hasattr(o, "state")]
+        others = [o for o in others if id(o.state) not in own]
         return [_kind(o) for o in others if any(id(p) in params for p in o.state)]
 
     def modules(live: Live) -> list[str]:
@@ -81,7 +82,12 @@ def refuse_stale_references(
         alike = [m for m in parts if [(n, p.shape) for n, p in m.named_parameters()] == shapes]
         return [type(m).__name__ for m in alike if id(m) not in inside]
 
-    _refuse_dead(model, optim, live, master_weights or {})
+    if dead := _dead(model, optims, live, master_weights or {}):
+        raise UnsupportedOptimizerError(
+            f"cannot grow this {type(model).__name__}: its optimizer has {len(dead)} parameters that no module has any more "
+            f"({', '.join(dead[:3])}), so it does not train their replacements. Build a new optimizer, or take these parameters "
+            "out of the param groups."
+        )
     if engines(live) or optimizers(live) or modules(live) or averaged(live):
         live, title = live.collected(), f"cannot grow this {type(model).__name__}:"
         if engines(live):
@@ -106,35 +112,22 @@ def refuse_stale_references(
     return live
 
 
-def _refuse_dead(
-    model: nn.Module,
-    optim: Optimizer | None,
-    live: Live,
-    master_weights: Mapping[nn.Parameter, nn.Parameter],
-) -> None:
-    """Raise UnsupportedOptimizerError when the optimizer holds parameters that no module holds."""
-    if dead := _dead(model, optim, live, master_weights):
-        raise UnsupportedOptimizerError(
-            f"cannot grow this {type(model).__name__}: its optimizer has {len(dead)} parameters that no module has any more "
-            f"({', '.join(dead[:3])}), so it does not train their replacements. Build a new optimizer, or take these parameters "
-            "out of the param groups."
-        )
-
-
 def _dead(
     model: nn.Module,
-    optim: Optimizer | None,
+    optims: Sequence[Optimizer],
     live: Live,
     master_weights: Mapping[nn.Parameter, nn.Parameter],
 ) -> list[str]:
     """Return the names of optimizer parameters that no module holds.
 
-    Such a parameter has no reference outside the optimizer, or has the shape of a trainable parameter that is in no param group.
+    Such a parameter has no reference outside its optimizer, or has the shape of a trainable parameter that is in no param group.
     """
-    groups: list[Any] = optim.param_groups if optim is not None else []
+    groups: list[tuple[Optimizer, Any]] = [
+        (optim, group) for optim in optims for group in optim.param_groups
+    ]
     held = {id(p) for m in live.modules if "_parameters" in vars(m) for p in m._parameters.values()}  # pyright: ignore
     held |= {id(master) for master in master_weights.values()}
-    places = {id(p) for group in groups for p in group["params"]}
+    places = {id(p) for _, group in groups for p in group["params"]}
     missing = {
         p.shape
         for p in model.parameters()
@@ -144,11 +137,11 @@ def _dead(
     probe = [object()]
     p: Any = probe[0]
     own = getrefcount(p)  # the count for a list and a local name, in this version of Python
-    for group in groups:
+    for optim, group in groups:
         names = group.get("param_names", [None] * len(group["params"]))
         for i in range(len(group["params"])):
             p = group["params"][i]
-            keeps = own + (p in optim.state if optim is not None else 0)
+            keeps = own + (p in optim.state)
             if id(p) not in held and (getrefcount(p) <= keeps or p.shape in missing):
                 dead.append(names[i] or f"of shape {tuple(p.shape)}")
     return dead

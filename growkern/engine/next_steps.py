@@ -1,6 +1,6 @@
 """Notes for the user in the report of a growth."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from growkern.commit.optimizer import OptimTarget
 from growkern.model.spec import ModelSpec
@@ -8,15 +8,26 @@ from growkern.optimizer.lr_scaling import lr_factors
 from growkern.planning.growth_plan import GrowthPlan
 
 
-def notes(plan: GrowthPlan, spec: ModelSpec, target: OptimTarget | None) -> list[str]:
-    """Return the notes on the optimizer for the report."""
-    if target is None:
-        return []
-    return [*_on_groups(plan, spec, target), *_on_dynamics(plan, target), *_on_state(plan, target)]
+def notes(plan: GrowthPlan, spec: ModelSpec, targets: Sequence[OptimTarget]) -> list[str]:
+    """Return the notes on the optimizers for the report."""
+    held = {name for target in targets for group in target.described.groups for name in group}
+    missing = [
+        row.source
+        for row in plan.tensors
+        if targets and not row.new and row.source in spec.tensors and row.source not in held
+    ]
+    said = [note for target in targets for note in _on_groups(plan, target)]
+    if missing:
+        said.append(
+            f"{len(missing)} tensors are in no param group (frozen, buffers or forgotten): {', '.join(missing[:3])}..."
+        )
+    for target in targets:
+        said += [*_on_dynamics(plan, target), *_on_state(plan, target)]
+    return [*dict.fromkeys(said)]
 
 
-def _on_groups(plan: GrowthPlan, spec: ModelSpec, target: OptimTarget) -> Iterator[str]:
-    """Yield notes on split or merged param groups, and on tensors in no group."""
+def _on_groups(plan: GrowthPlan, target: OptimTarget) -> Iterator[str]:
+    """Yield notes on split or merged param groups."""
     if target.split and plan.shrinks:
         yield (
             "learning rates and weight decay followed the law; groups that a growth had split are one again where they agree and "
@@ -25,14 +36,6 @@ def _on_groups(plan: GrowthPlan, spec: ModelSpec, target: OptimTarget) -> Iterat
     elif target.split:
         yield "weight decay was divided by the learning-rate factor where that is not 1, so that decay per step stays."
         yield "param groups were split by learning rate; to load this optimizer's state_dict into a new one, build it with the same groups."
-    held = {name for group in target.described.groups for name in group}
-    missing = [
-        row.source
-        for row in plan.tensors
-        if not row.new and row.source in spec.tensors and row.source not in held
-    ]
-    if missing:
-        yield f"{len(missing)} tensors are in no param group (frozen, buffers or forgotten): {', '.join(missing[:3])}..."
 
 
 def _on_dynamics(plan: GrowthPlan, target: OptimTarget) -> Iterator[str]:

@@ -2,27 +2,34 @@
 
 from collections.abc import Sequence
 
+from torch.optim import Optimizer
+
 from growkern.commit.optimizer import Masters, OptimTarget
 from growkern.engine.request import Request
 from growkern.optimizer.lr_scaling import Multiplier, lr_factors, multipliers, scales, slices
-from growkern.optimizer.schedulers import follows
+from growkern.optimizer.schedulers import follows, schedulers_of
 from growkern.optimizer.state_rules import OptimSpec
 from growkern.optimizer.update_scale import scale_of
 from growkern.planning.growth_plan import GrowthPlan
 
 
 def optim_target(
-    plan: GrowthPlan, request: Request, described: OptimSpec, unmanaged: Sequence[str]
+    plan: GrowthPlan,
+    request: Request,
+    optim: Optimizer,
+    described: OptimSpec,
+    unmanaged: Sequence[str],
 ) -> OptimTarget:
-    """Return the target of a request's optimizer.
+    """Return the target of one of a request's optimizers.
 
     Args:
         plan: The plan.
         request: Request with the model, the optimizer, its schedulers and its master weights.
+        optim: The optimizer.
         described: Description of the optimizer.
         unmanaged: Live schedulers that drive the optimizer and were not passed; if there are any, groups are not split.
     """
-    model, (optim,), scheduler = request.model, request.optims, request.scheduler
+    model, scheduler = request.model, schedulers_of(optim, request.scheduler)
     master_weights = request.master_weights
     law, split, before = described.law, dict[str, float](), scale_of(optim)
     merge_groups = plan.shrinks and not unmanaged and follows(scheduler)

@@ -20,14 +20,14 @@ class Request:
 
     Attributes:
         model: Source model without wrappers; changed in place.
-        optims: No optimizer or one; changed in place.
+        optims: Optimizers of the model, each of other parameters; changed in place.
         make_plan: Function from the spec of ``model`` to the plan; raises PlanError.
         drop_state: True when the optimizer's state is cleared, so that it needs no rule.
         spec: Description of a custom model.
         backend: ``"triton"``, ``"torch"``, ``"nan"``, or None.
-        scheduler: The learning-rate scheduler that drives the optimizer, or a list of schedulers.
+        scheduler: The learning-rate scheduler that drives an optimizer, or a list of schedulers.
         ema: Averages of the model, grown by the same plan; None if the user passed none.
-        master_weights: Parameter -> the copy in higher precision that the optimizer holds in its place.
+        master_weights: Parameter -> the copy in higher precision that an optimizer holds in its place.
         state_rules: State key -> order in the gradient, for an optimizer without a known law.
         memory: ``"stage"``, ``"lean"``, or None for the first that fits.
         new_rows: The width method's function that writes rows without a source row; None for a method without one.
@@ -47,8 +47,3 @@ class Request:
     memory: Memory | None = None
     new_rows: Given | None = None
     undo: Undo | None = None
-
-    @property
-    def optim(self) -> Optimizer | None:
-        """The optimizer, or None."""
-        return self.optims[0] if self.optims else None

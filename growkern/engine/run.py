@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import product
@@ -34,7 +34,7 @@ from growkern.execution.execute import Execution
 from growkern.execution.torch_backend import norm_of
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
-from growkern.optimizer.describe import describe_optimizer
+from growkern.optimizer.describe import describe_optimizers
 from growkern.optimizer.lr_scaling import lr_factors
 from growkern.optimizer.schedulers import check_scheduler, schedulers
 from growkern.optimizer.state_rules import (
@@ -54,6 +54,7 @@ from growkern.support.memory import keep_on_device, offload
 from growkern.support.named_tensors import Tensors
 
 logger = logging.getLogger("growkern")
+Rules = Mapping[str, Rule | None]  # state key -> rule
 
 
 def run(request: Request) -> GrowthReport:
@@ -94,24 +95,19 @@ def all_or_nothing(model: nn.Module) -> Generator[Undo]:
 
 @dataclass(frozen=True)
 class _Described:
-    """Descriptions of the model and the optimizer before anything changes.
+    """Descriptions of the model and its optimizers before anything changes.
 
     Attributes:
         spec: Description of the model.
-        optim: Description of the optimizer, or None.
+        optims: Descriptions of the optimizers.
         averages: Averages of the model, which grow by the same plan.
         n_params: Number of parameters of the model.
     """
 
     spec: ModelSpec
-    optim: OptimSpec | None
+    optims: tuple[OptimSpec, ...]
     averages: list[nn.Module]
     n_params: int
-
-    @property
-    def law(self) -> Law | None:
-        """The law of the optimizer's state; None if unknown."""
-        return self.optim.law if self.optim else None
 
 
 @dataclass(frozen=True)
@@ -120,79 +116,79 @@ class _Staged:
 
     Attributes:
         plan: The plan.
-        target: Target of the optimizer, or None.
+        targets: Targets of the optimizers.
         executions: Executions of the model and of every average.
         norms: Gradient norm before the growth; ``_commit`` appends the norm after it.
     """
 
     plan: GrowthPlan
-    target: OptimTarget | None
+    targets: list[OptimTarget]
     executions: list[Execution]
     norms: list[float]
 
 
 def _describe(request: Request) -> _Described:
-    """Describe the model and the optimizer, and check schedulers and averages."""
-    model, optim = request.model, request.optim
-    check_scheduler(optim, request.scheduler)
+    """Describe the model and its optimizers, and check schedulers and averages."""
+    model, optims = request.model, request.optims
+    check_scheduler(optims, request.scheduler)
     averages = averages_of(model, request.ema)
-    if optim is not None and (scale := scale_of(optim)) is not None:
-        scale.restore()  # a schedule's post-hook may run before UpdateScale's
-    spec, described = describe(model, request.spec), None
-    if optim is not None:
-        described = describe_optimizer(
-            model,
-            optim,
-            spec,
-            drop=request.drop_state,
-            state_rules=request.state_rules,
-            master_weights=request.master_weights,
-        )
+    for optim in optims:
+        if (scale := scale_of(optim)) is not None:
+            scale.restore()  # a schedule's post-hook may run before UpdateScale's
+    spec = describe(model, request.spec)
+    described = describe_optimizers(
+        model, optims, spec, drop=request.drop_state, state_rules=request.state_rules, master_weights=request.master_weights,
+    )  # fmt: skip
     return _Described(spec, described, averages, sum(p.numel() for p in model.parameters()))
 
 
 def _agree_on_plan(
     request: Request, sources: _Described, ranks: Ranks, live: Live
-) -> tuple[GrowthPlan, Sequence[str]]:
-    """Refuse stale references, and agree on a plan with the other processes; return it and the schedulers that were not passed."""
-    model, optim = request.model, request.optim
+) -> tuple[GrowthPlan, list[list[str]]]:
+    """Refuse stale references, and agree on a plan with the other processes; return it and, per optimizer, the schedulers left out."""
+    model, optims = request.model, request.optims
     averages = sources.averages if request.ema is not None else None
-    left = refuse_stale_references(model, optim, live, averages, request.master_weights)
+    left = refuse_stale_references(model, optims, live, averages, request.master_weights)
     plan = request.make_plan(sources.spec)
-    unmanaged = unmanaged_schedulers(optim, schedulers(request.scheduler), left) if optim else []
+    passed = schedulers(request.scheduler)
+    unmanaged = [unmanaged_schedulers(optim, passed, left) for optim in optims]
     check_blocks(plan, model)
     ranks.agree(plan.to_json() if ranks.wrappers else "", "the plan")
     return plan, unmanaged
 
 
 def _stage(
-    request: Request, sources: _Described, plan: GrowthPlan, unmanaged: Sequence[str]
+    request: Request, sources: _Described, plan: GrowthPlan, unmanaged: list[list[str]]
 ) -> _Staged:
     """Prepare the executions: check shapes and memory, but compute and change nothing."""
-    model, optim, law = request.model, request.optim, sources.law
-    target = None
-    if optim is not None and sources.optim is not None:
-        target = optim_target(plan, request, sources.optim, unmanaged)
-    tensors = tensors_of(model, optim, sources.spec, request.master_weights)
-    if law is not None and law.resets:
-        own = {MASTER, MASTER_GRAD}  # master weights grow even when the state is reset
-        states = tensors.states.items()
-        tensors.states = {n: {k: s[k] for k in own & s.keys()} for n, s in states}
+    model, optims = request.model, request.optims
+    targets = [
+        optim_target(plan, request, optim, described, left)
+        for optim, described, left in zip(optims, sources.optims, unmanaged, strict=True)
+    ]
+    tensors, rules = (
+        tensors_of(model, optims, sources.spec, request.master_weights),
+        dict[str, Rules](),
+    )
+    for described in sources.optims:
+        law, own = described.law, _state_rules(plan, described.law)
+        rules |= dict.fromkeys(described.names, own)
+        for name in described.names if law is not None and law.resets else ():
+            state = tensors.states.get(name, {})  # master weights grow even when the state is reset
+            tensors.states[name] = {k: state[k] for k in (MASTER, MASTER_GRAD) if k in state}
     execution = Execution(
-        plan, tensors, _state_rules(plan, law), backend=request.backend, memory=request.memory,
+        plan, tensors, rules.__getitem__, backend=request.backend, memory=request.memory,
         given=request.new_rows,
     )  # fmt: skip
-    shadows = [
-        execution.of(tensors_of(average, None, sources.spec)) for average in sources.averages
-    ]
+    shadows = [execution.of(tensors_of(average, (), sources.spec)) for average in sources.averages]
     return _Staged(
-        plan, target, [execution, *shadows], [_grad_norm(plan, tensors, "source", request)]
+        plan, targets, [execution, *shadows], [_grad_norm(plan, tensors, "source", request)]
     )
 
 
-def _state_rules(plan: GrowthPlan, law: Law | None) -> Mapping[str, Rule | None]:
-    """Return state key -> rule, master weights included."""
-    rules: Mapping[str, Rule | None] = {}
+def _state_rules(plan: GrowthPlan, law: Law | None) -> Rules:
+    """Return state key -> rule of an optimizer, master weights included."""
+    rules: Rules = {}
     if law is not None:
         units = plan.dynamics == "exact" and not law.slices
         rules = law.grown(plan.state, source_units=units)
@@ -200,11 +196,11 @@ def _state_rules(plan: GrowthPlan, law: Law | None) -> Mapping[str, Rule | None]
 
 
 def _commit(request: Request, sources: _Described, staged: _Staged, ranks: Ranks) -> None:
-    """Compute the target tensors and put them into the live model and optimizer; roll all writes back on failure."""
+    """Compute the target tensors and put them into the live model and its optimizers; roll all writes back on failure."""
     plan, lean = staged.plan, staged.executions[0].memory == "lean"
 
     def before_finalize() -> bool:
-        live = tensors_of(request.model, request.optim, sources.spec, request.master_weights)
+        live = tensors_of(request.model, request.optims, sources.spec, request.master_weights)
         staged.norms.append(_grad_norm(plan, live, "name", request))
         return ranks.finish()
 
@@ -219,15 +215,17 @@ def _commit(request: Request, sources: _Described, staged: _Staged, ranks: Ranks
     with offload() if lean and not request.undo else nullcontext(keep_on_device) as keep:
         followers = [*zip(sources.averages, parts[1:], strict=True)]
         commit(
-            plan, parts.pop(0), request.model, staged.target, record=recorded(plan, sources.spec), followers=followers,
+            plan, parts.pop(0), request.model, staged.targets, record=recorded(plan, sources.spec), followers=followers,
             undo=request.undo or Undo(keep), before_finalize=before_finalize,
         )  # fmt: skip
 
 
 def _report(request: Request, sources: _Described, staged: _Staged, seconds: float) -> GrowthReport:
-    plan, law, executions = staged.plan, sources.law, staged.executions
+    plan, executions = staged.plan, staged.executions
     before, after = staged.norms
-    carried = plan.dynamics is not None and law is not None and law.lr is not None
+    laws = [described.law for described in sources.optims]
+    carried = bool(laws) and plan.dynamics is not None and all(law and law.lr for law in laws)
+    factors = [lr_factors(plan, described.law, described) for described in sources.optims]
     return GrowthReport(
         family=plan.family,
         source_sizes=dict(plan.source_sizes),
@@ -242,11 +240,11 @@ def _report(request: Request, sources: _Described, staged: _Staged, seconds: flo
         seconds=seconds,
         memory=executions[0].memory,
         peak_bytes=sum(execution.peak_bytes for execution in executions),
-        lr_factors=dict(Counter(lr_factors(plan, law, sources.optim).values())),
+        lr_factors=dict(Counter(f for of in factors for f in of.values())),
         lr_applied=carried,
         grad_norm_factor=after / before if before > 0 and after > 0 else None,
         noisy=plan.noisy,
-        notes=(*plan.notes, *notes(plan, sources.spec, staged.target)),
+        notes=(*plan.notes, *notes(plan, sources.spec, staged.targets)),
     )
 
 
@@ -256,17 +254,17 @@ def _grad_norm(plan: GrowthPlan, tensors: Tensors, side: str, request: Request) 
     names = [*rows]
     if tensors.grads:
         return norm_of([tensors.grads[n] for n in names if n in tensors.grads], 2)
-    optim = request.optim
-    scale, squares = scale_of(optim) if optim is not None else None, list[Tensor]()
+    updates = [scale for optim in request.optims if (scale := scale_of(optim)) is not None]
+    squares = list[Tensor]()
     for name in names:
         square = tensors.states.get(name, {}).get("exp_avg_sq")
         if isinstance(square, Tensor):
             p = request.model.get_parameter(name)
-            if scale is not None:
+            for scale in updates:
                 square = scale.second_moment((request.master_weights or {}).get(p, p), square)
             parts = [square]
             if side == "name":
                 spans = (axis.index_map.copied for axis in plan.axis_maps(rows[name]))
                 parts = [square[at] for at in product(*spans)]
-            squares += [part.sum()[None] for part in parts] if scale is not None else parts
+            squares += [part.sum()[None] for part in parts] if updates else parts
     return norm_of(squares, 1) ** 0.5

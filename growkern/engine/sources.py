@@ -1,6 +1,6 @@
-"""Collect the live tensors of a model and of its optimizer by name."""
+"""Collect the live tensors of a model and of its optimizers by name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 from torch.optim import Optimizer
@@ -12,7 +12,7 @@ from growkern.support.named_tensors import Tensors
 
 def tensors_of(
     model: nn.Module,
-    optim: Optimizer | None,
+    optims: Sequence[Optimizer],
     spec: ModelSpec,
     master_weights: Mapping[nn.Parameter, nn.Parameter] | None = None,
 ) -> Tensors:
@@ -25,7 +25,7 @@ def tensors_of(
         if p.grad is not None:
             tensors.grads[name] = p.grad.detach()
         held = (master_weights or {}).get(p, p)
-        state = dict(optim.state.get(held, {})) if optim is not None else {}
+        state = {key: value for optim in optims for key, value in optim.state.get(held, {}).items()}
         if held is not p:
             state[MASTER] = held.detach()
             if held.grad is not None:

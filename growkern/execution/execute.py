@@ -3,7 +3,7 @@
 Targets are cut into pieces; a backend writes the pieces of each device, all at once or one set of tensors after the other.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
@@ -26,6 +26,7 @@ from growkern.support.named_tensors import Tensors
 Memory = Literal["stage", "lean"]
 MEMORIES = ("stage", "lean")
 NOTHING = "nan"  # backend that fills targets with NaN; a checkpoint overwrites them
+RulesOf = Callable[[str], Mapping[str, Rule | None]]  # source name -> state key -> rule
 # row, source, target, rule, and the next layer's source for a row that copies a part of it
 Job = tuple[TensorRow, Tensor, Tensor, Rule, Tensor | None]
 
@@ -60,7 +61,7 @@ class Execution:
         self,
         plan: GrowthPlan,
         sources: Tensors,
-        rules: Mapping[str, Rule | None],
+        rules: RulesOf,
         *,
         backend: str | None = None,
         memory: Memory | None = None,
@@ -93,7 +94,12 @@ class Execution:
     def of(self, sources: Tensors) -> "Execution":
         """Return the same growth, with the same noise, of other tensors with these names (an average of the model)."""
         return Execution(
-            self.plan, sources, {}, backend=self.backend, memory=self.memory, tiler=self.tiler
+            self.plan,
+            sources,
+            lambda _: {},
+            backend=self.backend,
+            memory=self.memory,
+            tiler=self.tiler,
         )
 
     def parts(self) -> Iterator[Tensors]:
@@ -168,8 +174,9 @@ class Execution:
                 continue
             state = staged.states[row.name] = dict[str, object]()
             above = {**source_state, **self.sources.states.get(next_layer, {})}
+            rules = self.rules(row.source)
             for key, value in source_state.items():
-                rule = self.rules[key]
+                rule = rules[key]
                 if rule is None or not isinstance(value, Tensor):
                     if row.new and key not in state:
                         state[key] = value.clone() if isinstance(value, Tensor) else value
@@ -196,7 +203,7 @@ def execute(
     Args:
         plan: The plan.
         sources: Live tensors by source name; they are only read.
-        rules: State key -> rule (``Law.grown``); None for state that is kept.
+        rules: State key -> rule (``Law.grown``), of every tensor; None for state that is kept.
         backend: ``"triton"``, ``"torch"``, or None for triton on a GPU and torch elsewhere.
 
     Returns:
@@ -207,12 +214,10 @@ def execute(
         InsufficientMemoryError: The targets do not fit beside the sources. The message gives required and free memory.
         GrowthError: The backend cannot run.
     """
-    return next(Execution(plan, sources, rules, backend=backend, memory="stage").parts())
+    return next(Execution(plan, sources, lambda _: rules, backend=backend, memory="stage").parts())
 
 
-def tensor_sets(
-    plan: GrowthPlan, sources: Tensors, rules: Mapping[str, Rule | None]
-) -> list[TensorSet]:
+def tensor_sets(plan: GrowthPlan, sources: Tensors, rules: RulesOf) -> list[TensorSet]:
     """Group changed rows by source, the largest sources first: in this order the peak of ``"lean"`` is lowest."""
     by_source: dict[str, list[TensorRow]] = {}
     for row in plan.tensors:
@@ -228,7 +233,8 @@ def tensor_sets(
             if _grows_grad(row, sources):
                 grown.append((sources.grads[row.source], GRADIENT))
             state = _state(plan, row, sources).items()
-            grown += [(v, rule) for key, v in state if (rule := rules.get(key)) is not None]
+            own: Mapping[str, Rule | None] = rules(row.source) if state else {}
+            grown += [(v, rule) for key, v in state if (rule := own.get(key)) is not None]
             for t, rule in grown:
                 if isinstance(t, Tensor):
                     coded = rule.quantized and is_coded(t)

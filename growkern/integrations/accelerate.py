@@ -1,5 +1,6 @@
 """Growth in a training loop of Hugging Face Accelerate."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -7,6 +8,8 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from growkern.engine.report import GrowthReport
+from growkern.optimizer.describe import optimizers
+from growkern.optimizer.schedulers import driven_by
 from growkern.support.wrappers import unwrapped
 from growkern.training.attachment import Attachment, Options, growth_metrics
 from growkern.training.schedule import GrowthSchedule
@@ -17,7 +20,8 @@ if TYPE_CHECKING:
 
 
 def attach(
-    accelerator: "Accelerator", model: nn.Module, optim: Optimizer, schedule: GrowthSchedule, scheduler: object | None = None,
+    accelerator: "Accelerator", model: nn.Module, optim: Optimizer | Sequence[Optimizer], schedule: GrowthSchedule,
+    scheduler: object | None = None,
     **options: Unpack[Options],
 ) -> Attachment:  # fmt: skip
     """Grow inside ``optim.step()``. Call ``attach`` once, after ``accelerator.prepare``.
@@ -28,7 +32,7 @@ def attach(
     Args:
         accelerator: The accelerator that prepared the model.
         model: The model, prepared or not.
-        optim: The optimizer, prepared or not.
+        optim: The optimizer, or a list of optimizers, prepared or not.
         schedule: The growth schedule; the training loop reports tokens and metrics by ``schedule.observe``.
         scheduler: The learning-rate scheduler, or a list of schedulers; None for the prepared schedulers that drive ``optim``.
         options: See ``GrowthSchedule.attach``.
@@ -44,12 +48,12 @@ def attach(
         >>> model, optim, data = accelerator.prepare(model, optim, data)
         >>> growkern.accelerate.attach(accelerator, model, optim, GrowthSchedule([At(step=1000)]))
     """
-    bare = unwrapped(optim)
+    optims = optimizers(optim)
     prepared: list[Any] = accelerator._schedulers  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
-    drivers = [s for s in prepared if unwrapped(getattr(unwrapped(s), "optimizer", None)) is bare]
+    drivers = [s for s in prepared if driven_by(unwrapped(s)) in optims]
     attachment = schedule.attach(
         accelerator.unwrap_model(model),  # pyright: ignore[reportUnknownArgumentType]
-        bare,
+        optims,
         scheduler or drivers,
         **options,
     )

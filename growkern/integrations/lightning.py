@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from growkern.errors import PlanError
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
+from growkern.optimizer.schedulers import driven_by
 from growkern.planning.growth_record import read
 from growkern.training.attachment import Attachment, Options, growth_metrics
 from growkern.training.replay import resume
@@ -33,7 +34,8 @@ class GrowthCallback(Callback):
         options: See ``GrowthSchedule.attach``.
 
     Raises:
-        PlanError: At the start of fitting: the module configures several optimizers, or has no single child with parameters.
+        PlanError: At the start of fitting: no optimizer of the module has a parameter of the model, or the module has no single child
+            with parameters.
     """
 
     def __init__(
@@ -83,10 +85,11 @@ class GrowthCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the schedule to the restored optimizer."""
-        optim = _single(trainer.optimizers)
+        model = self.model(pl_module)
+        optims = _optimizers_of(model, trainer)
         self._detach()
         self.attachment = self.schedule.attach(
-            self.model(pl_module), optim, _schedulers(trainer), deferred=True, **self.options
+            model, optims, _schedulers_of(optims, trainer), deferred=True, **self.options
         )
 
     def on_train_batch_end(
@@ -168,24 +171,32 @@ class GrowthCallback(Callback):
         first = read(history[0])
         if describe(model, spec(model) if spec else None).sizes != first.source_sizes:
             return  # the module was built at the checkpoint's sizes
-        optim = _single(trainer.optimizers) if with_optimizer else None
-        several = _schedulers(trainer) if with_optimizer else None
+        optims = _optimizers_of(model, trainer) if with_optimizer else []
+        several = _schedulers_of(optims, trainer) or None
         resume(
-            model, optim, history, scheduler=several, ema=self.options.get("ema"), spec=spec
+            model, optims, history, scheduler=several, ema=self.options.get("ema"), spec=spec
         )  # fmt: skip
 
 
-def _single(optims: list[Optimizer]) -> Optimizer:
-    if len(optims) != 1:
+def _optimizers_of(model: nn.Module, trainer: Trainer) -> list[Optimizer]:
+    """Return the module's optimizers that have a parameter of the model; a module may train other models too."""
+    own = set(model.parameters())
+    optims = [
+        optim
+        for optim in trainer.optimizers
+        if any(p in own for group in optim.param_groups for p in group["params"])
+    ]
+    if not optims:
         raise PlanError(
-            f"GrowthCallback drives one optimizer; this module configures {len(optims)}. Call schedule.attach(model, "
-            "optim, scheduler) with the optimizer that trains the model, in on_train_start."
+            f"GrowthCallback: none of the {len(trainer.optimizers)} optimizers of this module has a parameter of the "
+            f"{type(model).__name__} that grows; return its optimizer from configure_optimizers."
         )
-    return optims[0]
+    return optims
 
 
-def _schedulers(trainer: Trainer) -> list[object]:
-    return [config.scheduler for config in trainer.lr_scheduler_configs]
+def _schedulers_of(optims: list[Optimizer], trainer: Trainer) -> list[object]:
+    schedulers: list[object] = [config.scheduler for config in trainer.lr_scheduler_configs]
+    return [s for s in schedulers if driven_by(s) in optims]
 
 
 def _only_child(pl_module: LightningModule) -> nn.Module:

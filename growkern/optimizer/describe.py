@@ -1,6 +1,7 @@
-"""Describe a live optimizer: its class, the names of its parameters and state keys, its law. Values are never read."""
+"""Describe live optimizers: class, names of parameters and state keys, law. Values are never read."""
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -9,8 +10,70 @@ from torch.optim import Optimizer
 from growkern.errors import UnsupportedOptimizerError, raise_all
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.state_rules import LAWS, Law, OptimSpec, by_order
+from growkern.support.wrappers import unwrapped
 
+Optimizers = Optimizer | Sequence[Optimizer] | None
 RELOAD = "load a checkpoint that fits, or grow with state='drop'."
+
+
+def optimizers(optim: object) -> tuple[Optimizer, ...]:
+    """Return an optimizer, or a list of optimizers, as a tuple without the wrappers of frameworks; None: an empty tuple.
+
+    Raises:
+        UnsupportedOptimizerError: An entry is no optimizer, shards its state over processes, or occurs twice.
+    """
+    several: list[object] = [*optim] if isinstance(optim, list | tuple) else [optim]  # pyright: ignore[reportUnknownArgumentType]
+    bare = [unwrapped(entry) for entry in several if entry is not None or len(several) > 1]
+    for entry in bare:
+        _check_class(entry)
+    if len({id(entry) for entry in bare}) < len(bare):
+        raise UnsupportedOptimizerError(
+            "optim: an optimizer occurs twice; pass every optimizer once."
+        )
+    return tuple(bare)
+
+
+def describe_optimizers(
+    model: nn.Module,
+    optims: Sequence[Optimizer],
+    spec: ModelSpec,
+    *,
+    drop: bool = False,
+    state_rules: Mapping[str, int | None] | None = None,
+    master_weights: Mapping[nn.Parameter, nn.Parameter] | None = None,
+) -> tuple[OptimSpec, ...]:
+    """Describe the optimizers of a model, each of other parameters; see ``describe_optimizer``.
+
+    Args:
+        model: The model that the optimizers train.
+        optims: The optimizers.
+        spec: Spec of the model.
+        drop: True when the state is going to be dropped, so that no law is needed.
+        state_rules: See ``describe_optimizer``. Of several optimizers, the rules apply to state keys without a known rule.
+        master_weights: Parameter of the model -> its master weights, which an optimizer holds in its place.
+
+    Raises:
+        UnsupportedOptimizerError: Two optimizers hold one parameter, or see ``describe_optimizer``.
+    """
+    if optims and master_weights is not None:
+        _check_masters(model, optims, master_weights)
+    described = tuple(
+        describe_optimizer(
+            model, optim, spec, drop=drop, state_rules=_own_rules(optim, optims, state_rules), master_weights=master_weights,
+        )
+        for optim in optims
+    )  # fmt: skip
+    keys = {key for one in described for state in one.states.values() for key in state}
+    if keys and (strange := sorted((state_rules or {}).keys() - keys)):
+        raise UnsupportedOptimizerError(
+            f"state_rules: no parameter has the state {', '.join(strange)}; the parameters have {', '.join(sorted(keys))}."
+        )
+    held = Counter(name for one in described for group in one.groups for name in group)
+    if twice := [name for name, n in held.items() if n > 1]:
+        raise UnsupportedOptimizerError(
+            f"{twice[0]} and {len(twice) - 1} more parameters are in two optimizers; take each out of all but one."
+        )
+    return described
 
 
 def describe_optimizer(
@@ -42,8 +105,6 @@ def describe_optimizer(
     """
     _check_class(optim)
     live = model.named_parameters(remove_duplicate=False)
-    if master_weights is not None:
-        _check_masters(model, optim, master_weights)
     names = {
         id((master_weights or {}).get(p, p)): name for name, p in live if name not in spec.ties
     }
@@ -51,7 +112,7 @@ def describe_optimizer(
         tuple(names[id(p)] for p in group["params"] if id(p) in names)
         for group in optim.param_groups
     ]
-    kind = f"{type(optim).__module__}.{type(optim).__qualname__}"
+    kind = _kind(optim)
     title = f"cannot grow the state of this {type(optim).__name__}:"
     if not any(held):
         raise UnsupportedOptimizerError(
@@ -61,11 +122,6 @@ def describe_optimizer(
     law = _law_of(kind, optim, state_rules)
     states = {names[id(p)]: (p, s) for p, s in optim.state.items() if id(p) in names and s}
     problems = [] if drop or (law and law.resets) else [*_unknown(kind, law, states)]
-    state_keys = {str(key) for _, state in states.values() for key in state}
-    if state_keys and (strange := sorted((state_rules or {}).keys() - state_keys)):
-        problems.append(
-            f"state_rules: no parameter has the state {', '.join(strange)}; the parameters have {', '.join(sorted(state_keys))}."
-        )
     raise_all(UnsupportedOptimizerError, title, problems)
     keys = {name: tuple(map(str, s)) for name, (_, s) in states.items()}
     adjusts = {
@@ -110,12 +166,30 @@ def _law_of(
     return replace(law, rules={**law.rules, **{k: by_order(k, n) for k, n in state_rules.items()}})
 
 
+def _own_rules(
+    optim: Optimizer, optims: Sequence[Optimizer], state_rules: Mapping[str, int | None] | None
+) -> Mapping[str, int | None] | None:
+    """Return the user's rules for an optimizer: all of them, or of several optimizers those for keys without a known rule."""
+    if state_rules is None or len(optims) == 1:
+        return state_rules
+    law = _law_of(_kind(optim), optim, None)
+    keys = {key for state in optim.state.values() for key in state}
+    own = {k: n for k, n in state_rules.items() if k in keys and not (law and k in law.rules)}
+    return own or None
+
+
+def _kind(optim: Optimizer) -> str:
+    return f"{type(optim).__module__}.{type(optim).__qualname__}"
+
+
 def _check_masters(
-    model: nn.Module, optim: Optimizer, master_weights: Mapping[nn.Parameter, nn.Parameter]
+    model: nn.Module,
+    optims: Sequence[Optimizer],
+    master_weights: Mapping[nn.Parameter, nn.Parameter],
 ) -> None:
-    """Raise UnsupportedOptimizerError unless ``master_weights`` maps parameters to distinct masters that the optimizer holds instead."""
+    """Raise UnsupportedOptimizerError unless ``master_weights`` maps parameters to distinct masters that an optimizer holds instead."""
     names = {id(p): name for name, p in model.named_parameters()}
-    places = [id(p) for group in optim.param_groups for p in group["params"]]
+    places = [id(p) for optim in optims for group in optim.param_groups for p in group["params"]]
     pairs = [*master_weights.items()] if isinstance(master_weights, MutableMapping) else []
     problems = [] if isinstance(master_weights, MutableMapping) else ["expected a dict from parameters to float32 copies."]  # fmt: skip
     for p, master in pairs:

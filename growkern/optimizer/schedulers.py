@@ -1,5 +1,7 @@
 """Find the optimizer that a scheduler drives. Schedulers are only read."""
 
+from collections.abc import Sequence
+
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -18,12 +20,12 @@ def schedulers(scheduler: object | None) -> list[object]:
     return [scheduler, *schedulers(inner)]
 
 
-def check_scheduler(optim: Optimizer | None, scheduler: object | None) -> None:
+def check_scheduler(optims: Sequence[Optimizer], scheduler: object | None) -> None:
     """Raise PlanError for a scheduler that drives another optimizer, or for an object that is no scheduler."""
-    if optim is None and scheduler is not None:
+    if not optims and scheduler is not None:
         raise PlanError("scheduler: the optimizer of the scheduler is missing; pass it as optim.")
     for s in schedulers(scheduler):
-        if hasattr(s, "optimizer") and driven_by(s) is not optim:
+        if hasattr(s, "optimizer") and all(driven_by(s) is not optim for optim in optims):
             raise PlanError(
                 f"scheduler: this {type(s).__name__} drives another optimizer; pass the scheduler that drives optim."
             )
@@ -32,6 +34,15 @@ def check_scheduler(optim: Optimizer | None, scheduler: object | None) -> None:
                 f"scheduler: {type(s).__name__} is not a learning-rate scheduler; "
                 "expected a torch.optim.lr_scheduler, or a list of schedulers."
             )
+
+
+def schedulers_of(optim: Optimizer, scheduler: object | None) -> list[object]:
+    """Return the schedulers that drive an optimizer, of a scheduler or a list of them; schedulers that name no optimizer are among them."""
+    if isinstance(scheduler, list | tuple):
+        several: list[object] = list(scheduler)  # pyright: ignore[reportUnknownArgumentType]
+        return [s for entry in several for s in schedulers_of(optim, entry)]
+    drives = not hasattr(scheduler, "optimizer") or driven_by(scheduler) is optim
+    return [] if scheduler is None or not drives else [scheduler]
 
 
 def driven_by(scheduler: object) -> object:

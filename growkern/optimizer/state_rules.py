@@ -241,6 +241,11 @@ class OptimSpec:
     coupled: frozenset[str] = frozenset()
 
     @property
+    def names(self) -> frozenset[str]:
+        """Names of the parameters that are in a param group or have state."""
+        return frozenset(name for group in self.groups for name in group) | self.states.keys()
+
+    @property
     def rules(self) -> Mapping[str, Rule | None]:
         """Growth rules of the state; empty if the law is unknown."""
         return self.law.rules if self.law else dict[str, Rule | None]()

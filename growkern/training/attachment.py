@@ -14,10 +14,11 @@ from growkern.api import expand_inplace, plan
 from growkern.commit.checkpoint_guard import guard_of, n_growths
 from growkern.commit.optimizer import Masters
 from growkern.engine.report import GrowthReport
-from growkern.errors import PlanError, raise_all
+from growkern.errors import GrowthError, PlanError, raise_all
 from growkern.execution.execute import Memory
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
+from growkern.optimizer.describe import optimizers
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.support.interrupts import uninterrupted
 from growkern.support.wrappers import unwrapped
@@ -55,23 +56,23 @@ class Options(TypedDict, total=False):
 
 
 class Attachment:
-    """A schedule attached to one model and one optimizer; ``GrowthSchedule.attach`` makes it.
+    """A schedule attached to one model and its optimizers; ``GrowthSchedule.attach`` makes it.
 
-    The optimizer's step hook keeps the attachment alive. The attachment holds only weak references to the optimizer and its schedulers.
+    The optimizers' step hooks keep the attachment alive. The attachment holds only weak references to optimizers and schedulers.
 
     Attributes:
         schedule: The growth schedule.
         model: The model that grows, without wrappers.
         deferred: True when an integration calls ``grow``, False when the step hook does.
-        stepped: True when the optimizer has stepped since the last call of ``grow``.
+        stepped: True when the last optimizer has stepped since the last call of ``grow``.
         on_growth: Callbacks that run after each growth, after the callbacks of the schedule.
     """
 
     def __init__(
-        self, schedule: "GrowthSchedule", model: nn.Module, optim: Optimizer, scheduler: object | None,
+        self, schedule: "GrowthSchedule", model: nn.Module, optim: Optimizer | Sequence[Optimizer],
+        scheduler: object | None,
         options: Options, deferred: bool,
     ) -> None:  # fmt: skip
-        optim = unwrapped(optim)
         self.schedule, self.on_growth = schedule, list[OnGrowth]()
         self.model: nn.Module = unwrapped(model)
         self._schedulers: list[ref[Any]] = [ref(unwrapped(s)) for s in _listed(scheduler)]
@@ -85,43 +86,48 @@ class Attachment:
                 f"{title} unknown options {', '.join(unknown)}. Known: {', '.join(Options.__annotations__)}; "
                 "set to=, width=, depth=, state= and dynamics= on the events."
             )
-        if not isinstance(optim, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
+        try:
+            optims = optimizers(optim)
+        except GrowthError as error:
+            raise PlanError(f"{title} {error}") from error
+        if not optims:
             raise PlanError(
-                f"{title} optim: expected a torch.optim.Optimizer, got {type(optim).__name__}."
-            )
-        if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optim).__mro__):
-            raise PlanError(
-                f"{title} ZeroRedundancyOptimizer assigns parameters to processes by tables that would not grow. Use a plain "
-                "optimizer under DistributedDataParallel."
+                f"{title} optim: pass the optimizer of the model, or a list of optimizers."
             )
         if schedule.attachment is not None:
             raise PlanError(
                 f"{title} the schedule is already attached to an optimizer; call schedule.attachment.remove() first."
             )
-        for hook in optim._optimizer_step_post_hooks.values():  # pyright: ignore[reportPrivateUsage]
-            other = getattr(hook, "__self__", None)
-            if isinstance(other, Attachment):
+        for one in optims:
+            if (other := _attachment_of(one)) is not None:
                 raise PlanError(
-                    f"{title} a schedule of {len(other.schedule.events)} events drives this {type(optim).__name__} "
+                    f"{title} a schedule of {len(other.schedule.events)} events drives this {type(one).__name__} "
                     "already. Put all events into one schedule, or call remove() of the other attachment first."
                 )
         spec = describe(self.model, self._spec())  # raises now if the model cannot be grown
         raise_all(PlanError, title, unknown_sizes(schedule.ahead, spec))
         self.n_params = sum(p.numel() for p in self.model.parameters())
-        self._optim, self._hook = ref(optim), optim.register_step_post_hook(self._after_step)
+        self._optims = [ref(one) for one in optims]
+        self._hooks = [one.register_step_post_hook(self._after_step) for one in optims]
         schedule.attachment = self
         counts = schedule.counts
         if counts.n_tokens and not counts.n_flops:  # tokens were observed before the attachment
             counts.n_flops = 6.0 * counts.n_tokens * self.n_params
 
+    @property
+    def optims(self) -> list[Optimizer]:
+        """The optimizers that are alive."""
+        return [optim for reference in self._optims if (optim := reference()) is not None]
+
     def remove(self) -> None:
-        """Detach the schedule from the optimizer. A second call does nothing."""
-        self._hook.remove()
+        """Detach the schedule from its optimizers. A second call does nothing."""
+        for hook in self._hooks:
+            hook.remove()
         if self.schedule.attachment is self:
             self.schedule.attachment = None
 
     def grow(self) -> list[tuple[Event, GrowthReport]]:
-        """Fire every due event, in order, if the optimizer has stepped since the last call.
+        """Fire every due event, in order, if the last optimizer has stepped since the last call.
 
         Returns:
             The events that fired, with their reports.
@@ -130,8 +136,8 @@ class Attachment:
             GrowthError: A growth failed and changed nothing; its event has not fired.
             PlanError: A remaining event needs tokens or FLOPs, and two steps have reported none.
         """
-        schedule, optim, grown = self.schedule, self._optim(), list[tuple[Event, GrowthReport]]()
-        if optim is None or not self.stepped:
+        schedule, grown = self.schedule, list[tuple[Event, GrowthReport]]()
+        if len(self.optims) < len(self._optims) or not self.stepped:
             return grown
         self.stepped = False
         self.settle()
@@ -142,7 +148,7 @@ class Attachment:
                 "Call schedule.observe(tokens=...) with every step."
             )
         while (event := schedule.next_event) is not None and event.due(schedule.counts):
-            report = self._expand(event, optim)
+            report = self._expand(event)
             grown.append((event, report))
             for call in (*schedule.on_growth, *self.on_growth):
                 call(event, report)
@@ -154,21 +160,22 @@ class Attachment:
         # a model built at a grown size may have no growth history
         before = max(len(self.schedule.fired), n_growths(self.model))
         return plan(
-            self.model, self._optim(), to=event.to, width=event.width, depth=event.depth, state=event.state,
+            self.model, self.optims, to=event.to, width=event.width, depth=event.depth, state=event.state,
             dynamics=event.dynamics, spec=self._spec(), seed=before if event.seed is None else event.seed,
             state_rules=options.get("state_rules"), master_weights=options.get("master_weights"),
         )  # fmt: skip
 
     def _after_step(self, optim: Optimizer, args: object, kwargs: object) -> None:
-        self._take(self, optim)  # torch.compile does not trace _take
+        if optim is self._optims[-1]():
+            self._take(self, optim)  # torch.compile does not trace _take
 
-    def _expand(self, event: Event, optim: Optimizer) -> GrowthReport:
+    def _expand(self, event: Event) -> GrowthReport:
         schedule, options, made = self.schedule, self._options, self.make_plan(event)
         live = _listed([reference() for reference in self._schedulers])
         self._running = n_growths(self.model)
         try:
             report = expand_inplace(
-                self.model, optim, plan=made, width=event.width, dynamics=made.dynamics, spec=self._spec(),
+                self.model, self.optims, plan=made, width=event.width, dynamics=made.dynamics, spec=self._spec(),
                 state_rules=options.get("state_rules"), backend=options.get("backend"), scheduler=live or None, ema=options.get("ema"),
                 master_weights=options.get("master_weights"), memory=options.get("memory"),
             )  # fmt: skip
@@ -207,6 +214,13 @@ class Attachment:
     def _spec(self) -> ModelSpec | None:
         spec = self._options.get("spec")
         return spec if spec is None or isinstance(spec, ModelSpec) else spec(self.model)
+
+
+def _attachment_of(optim: Optimizer) -> Attachment | None:
+    """Return the attachment whose step hook is on the optimizer, or None."""
+    hooks: list[object] = [*optim._optimizer_step_post_hooks.values()]  # pyright: ignore[reportPrivateUsage]
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    return next((owner for owner in owners if isinstance(owner, Attachment)), None)
 
 
 def _take(self: Attachment, optim: Optimizer) -> None:

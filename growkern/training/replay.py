@@ -3,10 +3,8 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import cast
 
 from torch import nn
-from torch.optim import Optimizer
 
 from growkern.commit.checkpoint_guard import growth_history
 from growkern.commit.optimizer import Masters
@@ -16,6 +14,7 @@ from growkern.engine.run import all_or_nothing, run
 from growkern.errors import GrowthError, PlanError
 from growkern.execution.execute import NOTHING
 from growkern.model.spec import ModelSpec
+from growkern.optimizer.describe import Optimizers, optimizers
 from growkern.planning.check import check
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.growth_record import GrowthRecord, digest_of, read
@@ -29,7 +28,7 @@ Growth = GrowthPlan | GrowthRecord
 @renamed_arguments(masters="master_weights")
 def resume(
     model: nn.Module,
-    optim: Optimizer | None = None,
+    optim: Optimizers = None,
     history: Sequence[str | GrowthPlan] | None = None,
     *,
     scheduler: object | None = None,
@@ -44,7 +43,7 @@ def resume(
     Args:
         model: Model of the starting sizes; changed in place. If the model's config already records the first growths
             (``from_pretrained``), these growths are skipped, and ``optim`` must be None.
-        optim: Optimizer of the model, newly built.
+        optim: Optimizer of the model, or a list of optimizers, newly built.
         history: Recorded growths: ``config.growkern_history`` of a checkpoint, ``history`` of a schedule's state dict, or plans. None:
             ``growkern_history`` of the model's own config.
         scheduler: The learning-rate scheduler that drives ``optim``; updated with the param groups.
@@ -60,7 +59,7 @@ def resume(
         >>> growkern.resume(model, optim, torch.load("schedule.pt")["history"])
         >>> model.load_state_dict(torch.load("model.pt")); optim.load_state_dict(torch.load("optim.pt"))
     """
-    model = unwrapped(model)
+    model, optims = unwrapped(model), optimizers(optim)
     done = growth_history(model)
     given: object = history
     if given is not None and not (
@@ -80,7 +79,7 @@ def resume(
             f"config.growkern_history records {len(done)} growths of this model, which are not the first of the "
             f"{len(growths)} of the history: build the model from the config of the start."
         )
-    if optim is not None and done:
+    if optims and done:
         raise PlanError(
             "this model has grown, and the optimizer has not: build the model from the config of the start, so that its growths "
             "can be replayed on both."
@@ -91,7 +90,6 @@ def resume(
                 f"growth {number + 1} of {len(growths)} does not fit: growth {number + 1} starts at {dict(after.source_sizes)}, growth "
                 f"{number} ends at {dict(before.target_sizes)}. Pass all growths, in their order."
             )
-    optims = () if optim is None else (cast(Optimizer, unwrapped(optim)),)
     with all_or_nothing(model) as undo:
         for number, growth in enumerate(growths[len(done) :], len(done) + 1):
             try:

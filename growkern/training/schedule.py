@@ -132,7 +132,7 @@ class GrowthSchedule:
 
     @renamed_arguments(masters="master_weights", rules="state_rules")
     def attach(
-        self, model: nn.Module, optim: Optimizer, scheduler: object | None = None, *, deferred: bool = False,
+        self, model: nn.Module, optim: Optimizer | Sequence[Optimizer], scheduler: object | None = None, *, deferred: bool = False,
         **options: Unpack[Options],
     ) -> "Attachment":  # fmt: skip
         """Grow inside ``optim.step()`` from now on. Call ``attach`` once, before the training loop.
@@ -144,7 +144,8 @@ class GrowthSchedule:
 
         Args:
             model: The model; wrappers of ``torch.compile`` and ``DistributedDataParallel`` are removed.
-            optim: Optimizer of the model; wrappers of Accelerate and Lightning are removed.
+            optim: Optimizer of the model, or a list of optimizers; wrappers of Accelerate and Lightning are removed. Of several, list
+                last the one that steps last: its step ends a training step.
             scheduler: The learning-rate scheduler that drives ``optim``, or a list of schedulers; updated by every growth.
             deferred: True to only count steps in ``optim.step()``; due events then fire when ``grow()`` of the attachment is called.
             options: ``spec``, ``backend``, ``ema``, ``master_weights``, ``state_rules``, ``memory``: see ``Options``.
