@@ -120,10 +120,10 @@ def test_the_bytes_promised_are_the_bytes_staged():
     model, optim, _ = fixture()
     spec = growkern.describe(model)
     plan = growkern.plan(model, optim, to={"hidden": 48, "layers": 4})
-    sources = tensors_of(model, optim, spec)
+    sources = tensors_of(model, (optim,), spec)
     law = describe_optimizer(model, optim, spec).rules
 
-    run = execute.Execution(plan, sources, law, memory="stage")
+    run = execute.Execution(plan, sources, lambda _: law, memory="stage")
     (staged,) = run.parts()
 
     scalars = sum(

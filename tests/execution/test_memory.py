@@ -176,7 +176,7 @@ def test_sources_are_let_go_one_by_one():
     model, optim, _ = fixture("llama")
     spec = growkern.describe(model)
     plan, law = growkern.plan(model, optim), describe_optimizer(model, optim, spec).rules
-    run = execute.Execution(plan, tensors_of(model, optim, spec), law, memory="lean")
+    run = execute.Execution(plan, tensors_of(model, (optim,), spec), lambda _: law, memory="lean")
     changed = {row.source for row in plan.tensors if plan.changes(row)}
     sources = {name: weakref.ref(run.sources.values[name]) for name in changed}
 
@@ -289,8 +289,8 @@ def test_the_bytes_reported_are_those_of_the_table(to):
     model, optim, _ = fixture("gpt2")
     spec = growkern.describe(model)
     plan, law = growkern.plan(model, optim, to=to), describe_optimizer(model, optim, spec).rules
-    sources = tensors_of(model, optim, spec)
-    run = execute.Execution(plan, sources, law, memory="stage")
+    sources = tensors_of(model, (optim,), spec)
+    run = execute.Execution(plan, sources, lambda _: law, memory="stage")
     tiler, staged = Tiler(plan), next(run.parts())
     tensors = {
         (row.name, order): job
