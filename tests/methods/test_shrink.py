@@ -152,15 +152,15 @@ def test_a_run_that_was_wide_for_a_while_is_the_run_that_never_was(kind, options
     exact_norms(monkeypatch)
     model = make("llama", tied=True).double()
     optim = kind(model.parameters(), **options)
-    train(model, optim, 20)
+    train(model, optim, 10)
     source, source_optim = twin(model, optim)
 
     growkern.expand_inplace(model, optim, to="2x", width=QUIET, dynamics="exact")
-    losses = train(model, optim, 10, first=20)
+    losses = train(model, optim, 5, first=10)
     shrink(model, optim, method=BACK, dynamics="exact")
-    losses += train(model, optim, 10, first=30)
+    losses += train(model, optim, 5, first=15)
 
-    expected = train(source, source_optim, 20, first=20)
+    expected = train(source, source_optim, 10, first=10)
     assert abs(expected[0] - expected[-1]) > 1e-4, "nothing was learned"
     assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-9
 

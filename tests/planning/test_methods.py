@@ -189,14 +189,14 @@ def test_exact_methods_carry_the_moments_that_the_grown_model_would_have(
 def test_a_trajectory_that_is_promised_is_kept(family, method, to, monkeypatch):
     exact_norms(monkeypatch)
     model, optim = trainable(family)
-    train(model, optim, 5)
+    train(model, optim, 3)
     plan = planned(family, to, method, "exact")
     assert plan.preserves == "trajectory"
 
     grow(model, optim, plan=plan, dynamics="exact")
-    losses = train(model, optim, 10, first=5)
+    losses = train(model, optim, 5, first=3)
 
-    assert max(abs(a - b) for a, b in zip(losses, losses_of(family)[5:], strict=True)) < 1e-9
+    assert max(abs(a - b) for a, b in zip(losses, losses_of(family)[3:], strict=True)) < 1e-9
 
 
 def trainable(family):
@@ -206,8 +206,8 @@ def trainable(family):
 
 @cache
 def losses_of(family):
-    """Return the losses of 15 steps that no growth interrupts."""
-    return train(*trainable(family), 15)
+    """Return the losses of eight steps that no growth interrupts."""
+    return train(*trainable(family), 8)
 
 
 @pytest.mark.parametrize("at", range(3), ids=FAMILIES)
