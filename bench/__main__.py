@@ -49,12 +49,13 @@ def kernels(scope: str, progress: Progress, folder: Path) -> Found:
         [
             "pytest",
             *(f"bench/bench_{op}.py" for op in OPS),
-            *("-v", "-o", "addopts=", "-p", "no:cacheprovider"),
-            *("-p", "no:randomly", f"--bench-scope={scope}", f"--benchmark-json={path}"),
+            *("-v", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "pytest_benchmark.plugin"),
+            *(f"--bench-scope={scope}", f"--benchmark-json={path}"),
             *("--benchmark-columns=median", "--tb=line", "-W", "ignore:Benchmark fixture"),
         ],
         on_line,
         TRITON_CACHE_DIR=str(folder / "triton"),
+        PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
     )
     progress.update(task, description="kernels")
     if status and not red:

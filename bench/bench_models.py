@@ -67,7 +67,7 @@ class Case:
         family: ``"GPT2"`` or ``"Llama"``.
         config: Fields of the model's config that differ from the defaults.
         to: Target sizes.
-        scope: Scope that runs the case: ``"quick"``, ``"cpu"`` (on a GPU too), ``"gpu"``, or ``"test"`` (tests only).
+        scope: Scope that runs the case: ``"quick"``, ``"cpu"`` (on a GPU too), ``"gpu"``, or ``"test"`` (tests only, in one process).
         memory: Total bytes that the case needs.
         dtype: Dtype of the weights; moments are float32.
         doubles: True if every grown axis is doubled and the depth stays, as both baselines require.
@@ -277,7 +277,7 @@ def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -
         promised[line] = peak
 
     others = (harness.ROOF, *((DOUBLE, REPEAT) if case.doubles else ()))
-    fresh = (DEFAULT, *(others if repeats > 1 else ()))
+    fresh = {"test": (), "quick": (DEFAULT,)}.get(case.scope, (DEFAULT, *others))
     spawn = get_context("spawn")
     for backend in fresh * repeats:
         say(f"{backend} first")

@@ -48,26 +48,35 @@ STOCK = [f for f in FAMILIES if f != "plain"]
 
 def target_of(model, method):
     """Return twice the width for a width method (AKIPro keeps the kv heads) and twice the depth for a depth method."""
-    sizes = growkern.describe(model, spec_of(model)).sizes
+    spec = growkern.describe(model, spec_of(model))
     if hasattr(method, "deepen"):
-        return {name: 2 * n for name, n in sizes.items() if name in ("layers", "decoder_layers")}
-    if isinstance(method, width.AKIPro) and "kv_heads" in sizes:
-        return {"hidden": "2x", "heads": "2x", "kv_heads": sizes["kv_heads"]}
-    grows = growkern.describe(model, spec_of(model)).fixed
-    return {"ffn": "2x"} if "hidden" in grows else "2x"
+        return {k: 2 * n for k, n in spec.sizes.items() if k in ("layers", "decoder_layers")}
+    if isinstance(method, width.AKIPro) and "kv_heads" in spec.sizes:
+        return {"hidden": "2x", "heads": "2x", "kv_heads": spec.sizes["kv_heads"]}
+    return {"ffn": "2x"} if "hidden" in spec.fixed else "2x"
 
 
-def drift(family, method):
-    """Return the relative drift and ``report.preserves``; None where the method refuses."""
+def source_of(family):
+    """Return a new model of the family, always with the same weights."""
     model = make(family, tied=True, **({"num_hidden_layers": 4} if family == "modernbert" else {}))
-    model = model.double().eval()
+    return model.double().eval()
+
+
+@torch.no_grad()
+def drifts(family, methods):
+    """Return, per method, the relative drift and ``report.preserves``; None where the method refuses."""
+    before = logits(source_of(family), batch())
+    return [drift(source_of(family), method, before) for method in methods]
+
+
+def drift(model, method, before):
+    """Grow a model by a method and return its relative drift from the logits before, and ``report.preserves``; None if refused."""
     own = {"width": method} if hasattr(method, "widen") else {"depth": method}
-    before = logits(model, batch()).detach()
     try:
         report = grow(model, to=target_of(model, method), **own)
     except PlanError:
         return None
-    change = logits(model, batch()).detach() - before
+    change = logits(model, batch()) - before
     if change.abs().max() < EXACT:
         return 0.0, report.preserves
     return float(change.square().mean().sqrt() / before.square().mean().sqrt()), report.preserves
@@ -82,8 +91,7 @@ def main() -> None:
     print("| family | " + " | ".join(f"`{one}`" for one in methods) + " |")
     print("|---|" + "---|" * len(methods))
     for family in STOCK:
-        cells = [drift(family, one) for one in methods]
-        texts = ["-" if one is None else f"{one[0]:.2g}" for one in cells]
+        texts = ["-" if one is None else f"{one[0]:.2g}" for one in drifts(family, methods)]
         print(f"| {family} | " + " | ".join(texts) + " |", flush=True)
     patch.undo()
 

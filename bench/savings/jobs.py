@@ -101,7 +101,8 @@ class Job:
         scratch, source = self.setup.target_sizes, self.setup.source_sizes
         more = {scratch: self.setup.beyond, source: self.setup.early}
         steps = sorted(self.setup.budgets + (() if self.recipe else more.get(self.sizes, ())))
-        ends = [n * unit(self.setup) for n in steps]
+        per = unit(self.setup)
+        ends = [n * per for n in steps]
         return [end for end in ends if last <= trunk * end]
 
     def snapshot(self, work: Path, at: float) -> Path:

@@ -186,8 +186,8 @@ def _chances(needs: dict[str, Tensor]) -> dict[str, float]:
         needs: Name of an option -> FLOPs after which the target from scratch reaches the option's final loss, one value per draw.
     """
     flops = torch.stack([*needs.values()])
-    first, second = flops.topk(2, dim=0).values
-    lowest = flops.argmax(0).where(second <= (1 - LEAST) * first, -1)  # -1: a tie
+    first, second = (top := flops.topk(2, dim=0)).values
+    lowest = top.indices[0].where(second <= (1 - LEAST) * first, -1)  # -1: a tie
     return {name: float((lowest == i).double().mean()) for i, name in enumerate(needs)}
 
 

@@ -1,5 +1,6 @@
 """The report of a growth, as data and as a table."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from growkern.planning.growth_plan import KEPT, Preserves
@@ -73,10 +74,12 @@ class GrowthReport:
         )
         rate = (self.n_bytes_read + self.n_bytes_written) / max(self.seconds, 1e-9) / 1e9
         preserved = KEPT.get(self.preserves, "nothing: ").removeprefix("preserves ")
-        factors = ", ".join(
-            f"{'per element' if f is None else f'x {f:.4g}'} ({n})"
-            for f, n in self.lr_factors.items()
-        )
+        counts: Counter[str] = Counter()
+        for factor, n in self.lr_factors.items():
+            changed = "one factor per element" if factor is None else f"x {factor:.4g}"
+            counts["unchanged" if changed == "x 1" else changed] += n
+        factors = ", ".join(f"{text} for {n}" for text, n in counts.items())
+        factors = factors and f"{factors} tensors"
         facts: list[tuple[object, ...]] = [
             ("preserves", preserved + "; ".join(self.reasons)),
             (
@@ -86,7 +89,7 @@ class GrowthReport:
             ("peak memory", f"{_size(self.peak_bytes)} beyond the source ({self.memory})"),
             (
                 "learning rate",
-                f"{factors or 'as it was'}{'' if self.lr_applied or not factors else ' recommended, not applied'}",
+                f"{factors or 'unchanged'}{'' if self.lr_applied or not factors else ' (recommended, not applied)'}",
             ),
         ]
         if self.grad_norm_factor is not None:

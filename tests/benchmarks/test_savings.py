@@ -1,7 +1,11 @@
 """The savings campaign runs end to end at tiny sizes, continues after a kill, and computes the savings of hand-made rows."""
 
 import csv
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import cache
 from math import exp, isfinite, log
 from pathlib import Path
 
@@ -19,6 +23,7 @@ with importable():
     from bench.savings import __main__ as savings
     from bench.savings import analysis, campaign, jobs, layer_norm, report, symmetry
     from growkern.cli.demo_run import (
+        Corpus,
         Run,
         Training,
         build,
@@ -40,7 +45,22 @@ def run_campaign(*arguments: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text() -> Corpus:
+    """The corpus of all runs that are no jobs: to find its files takes a second."""
+    return read_corpus(300_000)
+
+
+@pytest.fixture(scope="module")
+def one_pool() -> Iterator[None]:
+    """Let every campaign use the processes that the first one starts: to import takes a process seconds."""
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        started = cache(lambda *options: stack.enter_context(ProcessPoolExecutor(*options)))
+        patch.setattr(savings, "ProcessPoolExecutor", lambda *options: nullcontext(started(*options)))  # fmt: skip
+        yield
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory, one_pool: None) -> Path:
     folder = tmp_path_factory.mktemp("savings")
     arguments = ["--setup", "smoke", "--seeds", "1", "--workers", "1"]
 
@@ -396,17 +416,17 @@ def test_unknown_recipe_is_refused_with_the_known_ones(capsys):
         ("both", campaign.SETUPS["both"].recipes),
     ],
 )
-def test_every_recipe_grows_its_source_into_the_target(name, recipes):
+def test_every_recipe_grows_its_source_into_the_target(name, recipes, text):
     setup = campaign.SETUPS[name]
     training = Training(**{**setup.training, "n_eval": 2, "n_trunk": 2})
-    text = read_corpus(300_000)
+    cost = flops_per_step(build(setup.target, 0), training)
     for recipe in map(campaign.RECIPES.__getitem__, recipes):
         run = Run(setup.source, 1e-3, 0, text, training)
         run.step()
         for sizes in [*(sizes for sizes, _ in recipe.via), setup.target]:
             run.grow(to=dict(sizes), seed=0, rewarm=recipe.rewarm, **recipe.growth)
 
-        assert run.cost == flops_per_step(build(setup.target, 0), training)
+        assert run.cost == cost
         assert isfinite(run.step())
 
 
@@ -455,8 +475,8 @@ def test_a_job_is_finished_when_all_of_its_budgets_have_rows_and_no_row_is_writt
 
 
 @pytest.mark.slow
-def test_annealed_branch_of_a_grown_run_leaves_the_trunk_where_it_was():
-    training, text = Training(n_eval=2, n_trunk=2, warmup=2), read_corpus(300_000)
+def test_annealed_branch_of_a_grown_run_leaves_the_trunk_where_it_was(text):
+    training = Training(n_eval=2, n_trunk=2, warmup=2)
     alone, branched = (Run({"hidden": 32, "layers": 1}, 1e-3, 0, text, training) for _ in range(2))
     for run in (alone, branched):
         run.train_until(3 * run.cost)
@@ -469,9 +489,8 @@ def test_annealed_branch_of_a_grown_run_leaves_the_trunk_where_it_was():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_annealed_branch_leaves_the_trunk_where_it_was(optimizer):
+def test_annealed_branch_leaves_the_trunk_where_it_was(optimizer, text):
     sizes, training = {"hidden": 32, "layers": 1}, Training(n_eval=2, n_trunk=2, warmup=2)
-    text = read_corpus(300_000)
     alone, branched = (Run(sizes, 1e-3, 0, text, training, optimizer=optimizer) for _ in range(2))
     for run in (alone, branched):
         run.train_until(3 * run.cost)
@@ -488,9 +507,9 @@ def test_annealed_branch_leaves_the_trunk_where_it_was(optimizer):
 
 
 @pytest.mark.slow
-def test_branch_anneals_to_zero_over_the_last_quarter():
+def test_branch_anneals_to_zero_over_the_last_quarter(text):
     sizes, training = {"hidden": 32, "layers": 1}, Training(n_eval=2, n_trunk=2, warmup=2)
-    run = Run(sizes, 1e-3, 0, read_corpus(300_000), training)
+    run = Run(sizes, 1e-3, 0, text, training)
     run.train_until(12 * run.cost)
     (group,) = run.optims[0].param_groups
 
@@ -522,12 +541,12 @@ def test_effective_rank_and_cosine_of_halves_are_those_of_matrices_that_are_know
 
 
 @pytest.mark.slow
-def test_copies_without_noise_stay_equal_under_muon_and_part_with_it(monkeypatch):
+def test_copies_without_noise_stay_equal_under_muon_and_part_with_it(monkeypatch, text):
     setup = replace(campaign.SETUPS["width"], grow_at=(2,), training={"n_trunk": 2, "warmup": 2})
     monkeypatch.setattr(symmetry, "SETUP", setup)
     monkeypatch.setattr(symmetry, "WINDOWS", 2)
 
-    rows = [*symmetry.measure("muon", ("noise 0", "noise 1, dropped"), 0, read_corpus(300_000))]
+    rows = [*symmetry.measure("muon", ("noise 0", "noise 1, dropped"), 0, text)]
 
     equal, parted = (row["cosine"] for row in rows)
     assert equal == pytest.approx(1) and parted < 0.9
@@ -535,14 +554,14 @@ def test_copies_without_noise_stay_equal_under_muon_and_part_with_it(monkeypatch
 
 
 @pytest.mark.slow
-def test_the_default_is_exact_under_layer_norm_and_trains(monkeypatch):
+def test_the_default_is_exact_under_layer_norm_and_trains(monkeypatch, text):
     setup = replace(
         campaign.SETUPS["width"], grow_at=(2,), budgets=(8, 12),
         training={"n_trunk": 2, "n_eval": 2, "warmup": 2},
     )  # fmt: skip
     monkeypatch.setattr(layer_norm, "SETUP", setup)
 
-    rows = [*layer_norm.measure(1, read_corpus(300_000))]
+    rows = [*layer_norm.measure(1, text)]
 
     assert [row["recipe"] for row in rows] == [name for name in layer_norm.RATES for _ in range(2)]
     for first, last in zip(rows[::2], rows[1::2], strict=True):

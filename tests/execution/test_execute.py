@@ -225,8 +225,8 @@ def test_centring_takes_the_mean_of_the_weight_and_not_of_its_state():
 
 @pytest.mark.slow
 def test_noise_depends_on_seed_name_and_element_alone(monkeypatch):
-    source = torch.randn(40, 40)
-    plan = plan_of([writer(40, 80), even(40, 80)])
+    source = torch.randn(20, 24)
+    plan = plan_of([writer(20, 40), even(24, 48)])
     one = execute(plan, Tensors({"w": source}), None).values["w"]
 
     (row,) = plan.tensors

@@ -146,15 +146,15 @@ STAGES = {
     "scheduler": (groups, "_follow"),
     "last check": (optim_target, "check_state"),
 }
-OFTEN = {"a set", "values", "dicts"}  # a lean growth calls these stages once per set of tensors
+OFTEN = "a set", "values", "dicts"  # a lean growth calls these stages once per set of tensors
+ERRORS = RuntimeError("boom"), MemoryError(), KeyboardInterrupt()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "error", [RuntimeError("boom"), MemoryError(), KeyboardInterrupt()], ids=repr
-)
-@pytest.mark.parametrize(
-    ("stage", "call"), [(s, n) for s in STAGES for n in (1, 4) if n == 1 or s in OFTEN]
+    ("stage", "call", "error"),  # a later call fails by one error per stage
+    [*((s, 1, e) for s in STAGES for e in ERRORS), *zip(OFTEN, (4, 4, 4), ERRORS, strict=True)],
+    ids=lambda value: value if isinstance(value, str) else repr(value),
 )
 def test_a_lean_growth_that_fails_brings_every_source_back(stage, call, error, monkeypatch):
     model, optim, scheduler = fixture("llama")

@@ -153,13 +153,13 @@ def run_of(optimizer, decay, monkeypatch, **options):
     model = make("gemma2", tied=True).double()
     own = {"t0": 4} if optimizer is torch.optim.ASGD else {"eps": 1e-4}
     optim = optimizer(model.parameters(), lr=3e-3, weight_decay=decay, **own)
-    train(model, optim, 8)
+    train(model, optim, 5)
     source, source_optim = copy.deepcopy((model, optim))
 
     quiet = width.Lossless(noise=0)
     report = grow(model, optim, to="1.5x", width=quiet, dynamics="exact", **options)
 
-    grown, expected = train(model, optim, 10, first=8), train(source, source_optim, 10, first=8)
+    grown, expected = train(model, optim, 5, first=5), train(source, source_optim, 5, first=5)
     return max(abs(x - y) for x, y in zip(grown, expected, strict=True)), report
 
 

@@ -188,7 +188,7 @@ def test_the_grown_run_is_the_source_run_under_scaled_hyperparameters(
     decay = 0.0 if family == "gemma2" else 0.1  # decay pulls w to 0, and Gemma's gain is 1 + w
     model = make(family, tied=tied).double()
     optim = torch.optim.AdamW(model.parameters(), lr=lr, eps=eps, weight_decay=decay)
-    train(model, optim, 10)
+    train(model, optim, 5)
     source, source_optim = copy.deepcopy((model, optim))
     plan = growkern.plan(model, optim, to=to, width=QUIET, dynamics=None, spec=spec_of(model))
 
@@ -203,9 +203,9 @@ def test_the_grown_run_is_the_source_run_under_scaled_hyperparameters(
         decay={n: decay / weight_scale(plan, r) for n, r in rows.items()},
     )
 
-    expected = train(source, source_optim, 20, first=10)
-    for i, loss_source in enumerate(expected):
-        loss = loss_of(model, batch(seed=10 + i))
+    expected = train(source, source_optim, 10, first=5)
+    for i, loss_source in enumerate(expected, 5):
+        loss = loss_of(model, batch(seed=i))
         assert abs(loss.item() - loss_source) < 1e-9, i
         target.step(loss)
     assert abs(expected[0] - expected[-1]) > 1e-3  # the run moved
@@ -239,7 +239,7 @@ def test_each_omission_would_show(wrong):
     """The trajectory test can fail: each of three omissions moves the losses by far more than the test's tolerance."""
     model = make("plain", tied=False).double()
     optim = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-12, weight_decay=0.0)
-    train(model, optim, 10)
+    train(model, optim, 5)
     source, source_optim = copy.deepcopy((model, optim))
     exact = copy.deepcopy((model, optim))
 
@@ -262,7 +262,7 @@ def test_each_omission_would_show(wrong):
             state["exp_avg"].mul_(2)
             state["exp_avg_sq"].mul_(4)
 
-    expected = train(source, source_optim, 20, first=10)
-    right, off = train(*exact, 20, first=10), train(model, optim, 20, first=10)
+    expected = train(source, source_optim, 10, first=5)
+    right, off = train(*exact, 10, first=5), train(model, optim, 10, first=5)
     assert max(abs(x - y) for x, y in zip(right, expected, strict=True)) < 1e-7
     assert max(abs(x - y) for x, y in zip(off, expected, strict=True)) > 1e-3
