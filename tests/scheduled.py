@@ -33,3 +33,18 @@ def same_weights(one, other):
 
 def schedule_at(*steps, **options):
     return GrowthSchedule([At(step=step, **options) for step in steps])
+
+
+def halves(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """Return the matrices of the blocks, and all other parameters."""
+    halves = [], []
+    for name, p in model.named_parameters():
+        halves[not (p.dim() == 2 and (".0." in name or ".1." in name))].append(p)
+    return halves
+
+
+def pair(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Return Muon of the matrices and AdamW of the rest."""
+    matrices, rest = halves(model)
+    muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1)
+    return [muon, torch.optim.AdamW(rest, lr=1e-2, weight_decay=0.1)]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import batch, loss_of, make
-from scheduled import DEEPER, WIDER, same_weights
+from scheduled import DEEPER, WIDER, pair, same_weights
 
 import growkern
 from growkern.errors import PlanError
@@ -201,20 +201,60 @@ def test_what_to_grow_is_never_guessed(tmp_path):
             super().__init__()
             self.other = torch.nn.Linear(2, 2)
 
-    class Optimizers(Module):
+    class Other(Two):
         def configure_optimizers(self):
-            halves = [*self.model.parameters()][:2], [*self.model.parameters()][2:]
-            return [torch.optim.SGD(half, lr=0.1) for half in halves]
-
-        def training_step(self, ids, index):
-            raise AssertionError("never reached")
-
-        automatic_optimization = False
+            return torch.optim.SGD(self.other.parameters(), lr=0.1)
 
     with pytest.raises(PlanError, match="Two has parameters in model, other"):
         trainer_of(tmp_path, callbacks.GrowthCallback(GrowthSchedule([At(step=1)]))).fit(Two(), data())  # fmt: skip
-    with pytest.raises(PlanError, match="this module configures 2"):
-        trainer_of(tmp_path, callbacks.GrowthCallback(GrowthSchedule([At(step=1)]))).fit(Optimizers(), data())  # fmt: skip
+    with pytest.raises(PlanError, match="none of the 1 optimizers of this module has a parameter"):
+        callback = callbacks.GrowthCallback(GrowthSchedule([At(step=1)]), lambda m: m.model)
+        trainer_of(tmp_path, callback).fit(Other(), data())
     schedule = GrowthSchedule([At(step=1, to=WIDER)])
     trainer_of(tmp_path, callbacks.GrowthCallback(schedule, lambda m: m.model)).fit(Two(), data())
     assert schedule.fired == [1]
+
+
+class Pair(Module):
+    """Muon and AdamW train the model, each with its scheduler, and SGD trains another one."""
+
+    automatic_optimization = False
+
+    def __init__(self):
+        super().__init__()
+        self.other = torch.nn.Linear(2, 2)
+
+    def configure_optimizers(self):
+        optims = [*pair(self.model), torch.optim.SGD(self.other.parameters(), lr=0.1)]
+        return optims, [cosine(optim) for optim in optims]
+
+    def training_step(self, ids, index):
+        optims = self.optimizers()[:2]
+        loss = loss_of(self.model, ids)
+        for optim in optims:
+            optim.zero_grad()
+        self.manual_backward(loss)
+        for optim in optims:
+            optim.step()
+
+
+def test_two_optimizers_grow_and_a_third_trains_another_model(tmp_path):
+    events = [At(step=2, to=WIDER), At(step=4, to=DEEPER)]
+    module, schedule = Pair(), GrowthSchedule(events)
+    growth = callbacks.GrowthCallback(schedule, lambda m: m.model)
+    trainer_of(tmp_path, growth).fit(module, data())
+
+    model = make("llama", tied=True)
+    optims = pair(model)
+    schedulers = [cosine(optim) for optim in optims]
+    for i in range(6):
+        loss_of(model, batch(seed=i)).backward()
+        for optim in optims:
+            optim.step()
+            optim.zero_grad()
+        for event in events:
+            if event.step == i + 1:
+                growkern.expand_inplace(model, optims, to=event.to, scheduler=schedulers)
+
+    assert schedule.fired == [2, 4] and schedule.counts.n_steps == 6
+    same_weights(module.model, model)

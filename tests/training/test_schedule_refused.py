@@ -60,7 +60,9 @@ def test_what_cannot_grow_is_refused_when_it_is_attached():
         match="unknown options to. Known: spec, backend, ema, master_weights, state_rules, memory",
     ):
         schedule_at(1).attach(make("llama", tied=True), None, to="3x")
-    with pytest.raises(PlanError, match="ZeroRedundancyOptimizer assigns parameters"):
+    with pytest.raises(
+        PlanError, match="cannot attach .* a ZeroRedundancyOptimizer is not supported"
+    ):
         zero = type("ZeroRedundancyOptimizer", (torch.optim.SGD,), {})
         schedule_at(1).attach(model := make("llama", tied=True), zero(model.parameters(), lr=1e-3))
     with pytest.raises(PlanError, match="optim: expected a torch.optim.Optimizer, got str"):
