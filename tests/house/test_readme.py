@@ -53,6 +53,24 @@ def test_the_spec_of_the_example_has_under_40_lines():
     assert "ModelSpec(" in EXAMPLES[-1] and len(EXAMPLES[-1].splitlines()) < 40
 
 
+def test_muon_with_adamw_grows():
+    (example,) = [text for text in EXAMPLES if "torch.optim.Muon" in text]
+    names = {
+        "model": make("llama", tied=False),
+        "torch": torch,
+        "growkern": growkern,
+        "ids": batch(),
+    }
+
+    exec(example, names)
+
+    assert names["model"].config.hidden_size == 48
+    for optim in (names["muon"], names["adamw"]):
+        params = [p for group in optim.param_groups for p in group["params"]]
+        assert all(optim.state[p] for p in params)
+    assert names["model"].model.layers[0].mlp.up_proj.weight.shape == (80, 48)
+
+
 def test_the_other_way_runs():
     model = make("llama", tied=True, num_hidden_layers=4)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)

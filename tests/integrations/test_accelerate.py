@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import batch, loss_of, make
-from scheduled import DEEPER, WIDER, same_weights
+from scheduled import DEEPER, WIDER, pair, same_weights
 
 import growkern
 from growkern.errors import PlanError
@@ -149,3 +149,32 @@ def test_a_second_schedule_is_refused_through_the_wrapper(accelerator_of):
 
     with pytest.raises(PlanError, match="drives this AdamW already"):
         attach(accelerator, model, optim, GrowthSchedule([At(step=2)]))
+
+
+def test_two_optimizers_grow_under_accelerate(accelerator_of):
+    accelerator, model = accelerator_of(), make("llama", tied=True)
+    optims = pair(model)
+    wrapped, *both = accelerator.prepare(model, *optims, *map(cosine, optims))
+    prepared, schedulers = both[:2], both[2:]
+    schedule = GrowthSchedule([At(step=2, to=WIDER)])
+    attach(accelerator, wrapped, prepared, schedule)
+    for i in range(4):
+        accelerator.backward(loss_of(wrapped, batch(seed=i)))
+        for one in (*prepared, *schedulers):
+            one.step()
+        for optim in prepared:
+            optim.zero_grad()
+
+    by_hand = make("llama", tied=True)
+    optims = pair(by_hand)
+    schedulers = [cosine(optim) for optim in optims]
+    for i in range(4):
+        loss_of(by_hand, batch(seed=i)).backward()
+        for optim in optims:
+            optim.step()
+        if i == 1:
+            growkern.expand_inplace(by_hand, optims, to=WIDER, scheduler=schedulers)
+        for one in (*optims, *schedulers):
+            one.zero_grad() if one in optims else one.step()
+    assert schedule.fired == [2]
+    same_weights(model, by_hand)
