@@ -10,7 +10,9 @@ from models import Plain, batch, make
 import growkern
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAIR = next(text for text in BLOCKS if "torch.optim.Muon" in text)
+EXAMPLES = [text for text in BLOCKS if text != PAIR]
 
 
 def test_the_two_calls_at_the_top_run_and_preserve_the_function():
@@ -54,7 +56,6 @@ def test_the_spec_of_the_example_has_under_40_lines():
 
 
 def test_muon_with_adamw_grows():
-    (example,) = [text for text in EXAMPLES if "torch.optim.Muon" in text]
     names = {
         "model": make("llama", tied=False),
         "torch": torch,
@@ -62,7 +63,7 @@ def test_muon_with_adamw_grows():
         "ids": batch(),
     }
 
-    exec(example, names)
+    exec(PAIR, names)
 
     assert names["model"].config.hidden_size == 48
     for optim in (names["muon"], names["adamw"]):
