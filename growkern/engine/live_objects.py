@@ -97,7 +97,7 @@ def refuse_stale_references(
         if others := optimizers(live):
             raise UnsupportedOptimizerError(
                 f"{title} another live optimizer has state of its parameters ({', '.join(others)}), "
-                "which would not grow. Pass that optimizer as optim, or clear its .state and delete it."
+                "which would not grow. Pass that optimizer as optim, in a list with the others, or clear its .state and delete it."
             )
         if others := modules(live):
             raise UnsupportedModelError(
