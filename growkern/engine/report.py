@@ -17,7 +17,7 @@ class GrowthReport:
         target_sizes: Named sizes after.
         n_params_source: Number of parameters before.
         n_params_target: Number of parameters after.
-        n_new_blocks: Number of added blocks.
+        new_blocks: Names of the added blocks (``"model.layers.1"``).
         preserves: ``"nothing"``, ``"function"``, ``"gradient"`` or ``"trajectory"``; see ``GrowthPlan.preserves``.
         reasons: Why the function is not preserved; empty when it is.
         n_bytes_read: Bytes read from source tensors: once each, and once more where noise or a mean is measured.
@@ -38,7 +38,7 @@ class GrowthReport:
     target_sizes: dict[str, int]
     n_params_source: int
     n_params_target: int
-    n_new_blocks: int
+    new_blocks: tuple[str, ...]
     preserves: Preserves
     reasons: tuple[str, ...]
     n_bytes_read: int
@@ -56,6 +56,11 @@ class GrowthReport:
     def function_preserving(self) -> bool:
         """True when the target computes the same function as the source, up to rounding."""
         return self.preserves != "nothing"
+
+    @property
+    def n_new_blocks(self) -> int:
+        """Number of added blocks."""
+        return len(self.new_blocks)
 
     def __str__(self) -> str:
         rows: list[tuple[object, ...]] = [
@@ -92,6 +97,8 @@ class GrowthReport:
                 f"{factors or 'unchanged'}{'' if self.lr_applied or not factors else ' (recommended, not applied)'}",
             ),
         ]
+        if self.new_blocks:
+            facts.insert(1, ("new blocks", ", ".join(self.new_blocks)))
         if self.grad_norm_factor is not None:
             advice = (
                 "what is new adds to it: measure"

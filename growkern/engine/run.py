@@ -232,7 +232,12 @@ def _report(request: Request, sources: _Described, staged: _Staged, seconds: flo
         target_sizes=dict(plan.target_sizes),
         n_params_source=sources.n_params,
         n_params_target=sum(p.numel() for p in request.model.parameters()),
-        n_new_blocks=sum(block.new for blocks in plan.stacks.values() for block in blocks),
+        new_blocks=tuple(
+            f"{path}.{i}"
+            for path, blocks in plan.stacks.items()
+            for i, block in enumerate(blocks)
+            if block.new
+        ),
         preserves="gradient" if plan.preserves == "trajectory" and not carried else plan.preserves,
         reasons=plan.reasons,
         n_bytes_read=sum(execution.n_read for execution in executions),

@@ -8,6 +8,8 @@ WRAPPERS = {  # class name in the MRO -> attribute that holds the wrapped object
     "DistributedDataParallel": "module",
     "LightningOptimizer": "optimizer",
     "OptimizedModule": "_orig_mod",
+    "_FabricModule": "module",
+    "_FabricOptimizer": "optimizer",
 }
 
 

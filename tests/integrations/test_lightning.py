@@ -258,3 +258,23 @@ def test_two_optimizers_grow_and_a_third_trains_another_model(tmp_path):
 
     assert schedule.fired == [2, 4] and schedule.counts.n_steps == 6
     same_weights(module.model, model)
+
+
+def test_a_loop_of_fabric_grows_as_one_by_hand():
+    fabric = pytest.importorskip("lightning").Fabric(accelerator="cpu", devices=1)
+    models = []
+    for wraps in (True, False):
+        bare = make("llama", tied=True)
+        optim = torch.optim.AdamW(bare.parameters(), lr=1e-2)
+        model, optim = fabric.setup(bare, optim) if wraps else (bare, optim)
+        for i in range(4):
+            loss = loss_of(model, batch(seed=i))
+            fabric.backward(loss) if wraps else loss.backward()
+            optim.step()
+            optim.zero_grad()
+            if i == 1:
+                report = growkern.expand_inplace(model, optim, to=WIDER | DEEPER)
+        models.append(bare)
+
+    assert report.new_blocks == ("model.layers.1",) and "new blocks" in str(report)
+    same_weights(*models)
