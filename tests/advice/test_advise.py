@@ -652,6 +652,7 @@ def write(path: Path, curve, column: str = "tokens", each: float = 1.0) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_the_call_returns(tmp_path):
     pytest.importorskip("matplotlib")
     loss = law_of(0)
@@ -790,6 +791,7 @@ def test_the_needs_of_a_run_lie_on_a_line_in_the_budget(singles):
     assert run.pace > 1.3  # the target trains slowly from scratch
 
 
+@pytest.mark.slow
 def test_the_spread_of_a_recipe_is_that_of_single_runs(singles):
     def run(seed: int, pace: float, label: str = "a"):
         return calibration.Run("x", seed, label, "width", 0.9, pace, 1.0)

@@ -79,6 +79,7 @@ def test_quick_run_measures_keeps_and_draws_and_a_red_case_is_not_timed(tmp_path
     assert sum(line.startswith("op,case,") for line in path.read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_compute_the_same_is_not_timed(monkeypatch, tmp_path):
     grow = bench_models.growkern.expand_inplace
 

@@ -386,6 +386,7 @@ def test_rows_that_are_no_measurement_are_refused_by_file_and_line(tmp_path, bro
         ledger.rows()
 
 
+@pytest.mark.slow
 def test_readme_holds_the_tables_of_the_committed_rows():
     (path,) = [p for p in RESULTS.glob("savings-*.csv") if not p.stem.endswith("-curves")]
     text = (ROOT / "README.md").read_text(encoding="utf-8")

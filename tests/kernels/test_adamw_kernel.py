@@ -159,6 +159,7 @@ def check(actual: Update, expected: dict[str, list[float]]) -> None:
         assert worst.numel() == 0 or worst.max() <= 1, f"{name}: {worst.max():.3g} times the limit"
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(case=cases([s for s in SHAPES if s != (17, 128)]))
 def test_the_torch_path_computes_the_formula(case):
@@ -170,6 +171,7 @@ def test_the_torch_path_computes_the_formula(case):
     check(u, expected)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(case=cases([s for s in SHAPES if s != (17, 128)]))
 def test_the_kernel_computes_the_formula(case):
@@ -182,6 +184,7 @@ def test_the_kernel_computes_the_formula(case):
     assert torch.equal(u.grad, case.build().grad)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(many=st.lists(cases(SHAPES), max_size=8))
 def test_the_kernel_updates_many_tensors_of_many_kinds(many):

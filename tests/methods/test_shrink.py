@@ -242,6 +242,7 @@ def test_schedulers_that_are_handed_over_follow_both_ways():
     assert [g["lr"] for g in optim.param_groups] == [lr / 2 for lr in base]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("handed", [False, True])
 def test_hooks_give_back_what_a_growth_gave_them(handed):
     model, optim = started("llama")
@@ -501,6 +502,7 @@ def test_a_plan_can_be_printed_kept_and_run():
     assert "not function preserving" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [None, (1, 2)])
 def test_resume_replays_what_shrank(layers):
     model = make("llama", tied=True, num_hidden_layers=3)
