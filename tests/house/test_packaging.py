@@ -169,6 +169,10 @@ def test_sdist_holds_all_that_the_checkout_holds(tree, sdist):
     needed = {p.relative_to(tree) for p in tree.rglob("*") if p.is_file()}
 
     assert needed - carried == set()
+    kernels = {
+        p.name for p in (ROOT / "kernels").glob("*.py")
+    }  # an editable install finds them in the package
+    assert {p.name for p in (sdist / "growkern" / "kernels").iterdir()} == kernels
 
 
 def test_kernels_are_no_package_and_do_not_hide_the_one_of_hugging_face():
