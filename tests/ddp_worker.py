@@ -30,8 +30,6 @@ GROWTHS = {
     "without dynamics": DOUBLED | dict(dynamics=None),
     "lean": dict(memory="lean"),
 }
-# the options of DistributedDataParallel in 2 processes, the growths in 4 too
-CASES_OF = {2: [*CASES], 4: ["plain", *GROWTHS]}
 STEPS, AT, PER_RANK = 6, 2, 2
 
 
@@ -122,7 +120,7 @@ def main(folder: Path, rank: int, world: int) -> None:
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     found: dict[object, object] = {}
-    for case in CASES_OF[world]:
+    for case in CASES:
         found[case] = run(case, rank, world)
         if rank == 0:
             found["alone", case] = run(case, None, world)

@@ -65,7 +65,6 @@ def test_the_table_holds_what_growing_by_hand_shows_and_nothing_changes(trained)
     )
 
 
-@pytest.mark.slow
 def test_losses_are_those_of_what_is_held_out(trained):
     model, optim = trained
     other = batch(seed=9)

@@ -38,7 +38,6 @@ def test_a_compiled_model_is_looked_through():
     assert model.config.hidden_size == 48
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch warns while it compiles the optimizer
 def test_a_schedule_is_not_traced_when_the_step_is_compiled():
     traced = []

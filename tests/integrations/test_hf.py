@@ -90,9 +90,17 @@ def test_a_checkpoint_of_the_step_of_a_growth_holds_the_target_and_the_schedule(
 
 
 @pytest.mark.slow
-def test_a_resumed_run_goes_on_where_the_checkpoint_was(tmp_path):
-    def parts(model, **changes):
-        trainer = trainer_of(model, tmp_path, **changes)
+@pytest.mark.parametrize(
+    ("at", "restores"),
+    [(2, False), (3, False), (3, True)],
+    ids=["before-a-growth", "after-one", "after-one-restore-callbacks"],
+)
+def test_a_resumed_run_goes_on_where_the_checkpoint_was(at, restores, tmp_path):
+    def parts(model):
+        trainer = trainer_of(
+            model, tmp_path, save_strategy="steps", save_steps=1,
+            restore_callback_states_from_checkpoint=restores,
+        )  # fmt: skip
         schedule = GrowthSchedule(
             [At(step=3, to=WIDER, dynamics=None), At(step=5, to=DEEPER, dynamics=None)]
         )
@@ -100,40 +108,39 @@ def test_a_resumed_run_goes_on_where_the_checkpoint_was(tmp_path):
         return trainer, schedule
 
     model = make("llama", tied=True)
-    trainer, schedule = parts(model, save_strategy="steps", save_steps=1)
+    trainer, schedule = parts(model)
     trainer.train()
 
-    for at, restores in ((2, False), (3, False), (3, True)):  # before and after a growth
-        checkpoint = str(tmp_path / f"checkpoint-{at}")
-        resumed = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
-        trainer, again = parts(resumed, restore_callback_states_from_checkpoint=restores)
-        trainer.train(resume_from_checkpoint=checkpoint)
+    checkpoint = str(tmp_path / f"checkpoint-{at}")
+    resumed = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    trainer, again = parts(resumed)
+    trainer.train(resume_from_checkpoint=checkpoint)
 
-        assert again.fired == schedule.fired == [3, 5]
-        assert again.state_dict() == schedule.state_dict()
-        same_weights(model, resumed)
+    assert again.fired == schedule.fired == [3, 5]
+    assert again.state_dict() == schedule.state_dict()
+    same_weights(model, resumed)
 
 
 @pytest.mark.slow
-def test_a_model_of_the_starting_sizes_is_resumed_bitwise(tmp_path):
-    def parts(**changes):
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_a_model_of_the_starting_sizes_is_resumed_bitwise(at, tmp_path):
+    def parts():
         model = make("llama", tied=True)
-        trainer = trainer_of(model, tmp_path, **changes)
+        trainer = trainer_of(model, tmp_path, save_strategy="steps", save_steps=1)
         schedule = GrowthSchedule([At(step=2, to=WIDER), At(step=4, to=DEEPER)])
         hf.attach(trainer, schedule)
         return model, trainer, schedule
 
-    model, trainer, _ = parts(save_strategy="steps", save_steps=1)
+    model, trainer, _ = parts()
     trainer.train()
 
-    for at in (1, 3, 5):  # before, between and after the growths
-        checkpoint = str(tmp_path / f"checkpoint-{at}")
-        resumed, trainer, schedule = parts()
-        hf.resume(trainer, checkpoint)
-        trainer.train(resume_from_checkpoint=checkpoint)
+    checkpoint = str(tmp_path / f"checkpoint-{at}")
+    resumed, trainer, schedule = parts()
+    hf.resume(trainer, checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
 
-        assert schedule.fired == [2, 4]
-        same_weights(model, resumed)
+    assert schedule.fired == [2, 4]
+    same_weights(model, resumed)
     with pytest.raises(PlanError, match="has no schedule"):
         hf.resume(trainer, str(tmp_path))
 
@@ -172,7 +179,6 @@ def test_growth_is_in_the_event_files_and_no_loss_is_lost(tmp_path):
     assert [step for step, _ in scalars["train/loss"]] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.slow
 def test_the_trainers_metrics_and_tokens_fire_events(tmp_path):
     model = make("llama", tied=True)
     trainer = trainer_of(
@@ -209,7 +215,6 @@ def test_a_second_schedule_is_refused_until_the_first_is_taken_off(tmp_path):
     hf.attach(trainer, GrowthSchedule([At(step=2)]))
 
 
-@pytest.mark.slow
 def test_the_best_model_is_one_of_the_final_size(tmp_path):
     model = make("llama", tied=True)
     trainer = trainer_of(
@@ -226,7 +231,6 @@ def test_the_best_model_is_one_of_the_final_size(tmp_path):
     assert model.config.hidden_size == model.get_input_embeddings().embedding_dim == 48
 
 
-@pytest.mark.slow
 def test_a_second_train_and_a_run_that_failed_leave_no_hook_behind(tmp_path, monkeypatch):
     model = make("llama", tied=True)
     trainer = trainer_of(model, tmp_path, max_steps=2)

@@ -121,7 +121,6 @@ def test_checkpoints_hold_the_target_and_the_schedule_and_resume(tmp_path):
     same_weights(module.model, resumed.model)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 def test_a_module_of_the_starting_sizes_is_resumed_bitwise(tmp_path):
     def parts():

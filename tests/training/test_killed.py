@@ -46,8 +46,9 @@ def assert_same(found: dict, expected: dict) -> None:
 
 
 DEATHS = {
+    "before-a-growth": [f"{WIDER - 1}"],
     "right-after-both": [f"{WIDER}", f"{DEEPER}"],
-    "inside-both": [f"growing-{WIDER}", f"growing-{DEEPER}"],  # resumes from before each growth
+    "inside-both": [f"growing-{WIDER}", f"growing-{DEEPER}"],
     "inside-a-checkpoint": [f"saving-{DEEPER}"],
 }
 
