@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 SERVER = multiprocessing.get_context("forkserver")
-WORKERS = ["killed_hf", "killed_lightning", "resume_worker", "ddp_worker", "peak_worker"]
+WORKERS = ["killed_hf", "killed_lightning"]
+WORKERS += ["resume_worker", "ddp_worker", "peak_worker", "refused_worker"]
 
 together = pytest.mark.xdist_group("processes")  # one server is enough
 
