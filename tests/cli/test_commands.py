@@ -145,6 +145,7 @@ def test_compare_has_a_loss_for_every_kind_of_head(family, tmp_path):
     assert len(losses) == 2 and losses[0] == losses[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_compare_trains_on_a_text_by_the_tokenizer_of_the_checkpoint(family, tmp_path):
     save(tmp_path / "source", family)

@@ -186,6 +186,7 @@ def test_growth_is_in_the_event_files_and_no_loss_is_lost(tmp_path):
     assert [step for step, _ in scalars["train/loss"]] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_the_trainers_metrics_and_tokens_fire_events(tmp_path):
     model = make("llama", tied=True)
     trainer = trainer_of(
@@ -222,6 +223,7 @@ def test_a_second_schedule_is_refused_until_the_first_is_taken_off(tmp_path):
     hf.attach(trainer, GrowthSchedule([At(step=2)]))
 
 
+@pytest.mark.slow
 def test_the_best_model_is_one_of_the_final_size(tmp_path):
     model = make("llama", tied=True)
     trainer = trainer_of(
@@ -238,6 +240,7 @@ def test_the_best_model_is_one_of_the_final_size(tmp_path):
     assert model.config.hidden_size == model.get_input_embeddings().embedding_dim == 48
 
 
+@pytest.mark.slow
 def test_a_second_train_and_a_run_that_failed_leave_no_hook_behind(tmp_path, monkeypatch):
     model = make("llama", tied=True)
     trainer = trainer_of(model, tmp_path, max_steps=2)

@@ -450,6 +450,7 @@ def test_the_gradient_norm_factor_of_second_moments_is_the_same_under_hooks_that
     assert factors("exact") == pytest.approx(factors(None), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_grows_through_its_wrapper():
     model = make("plain", tied=True)
     compiled = torch.compile(model, backend="eager")

@@ -172,6 +172,7 @@ def test_two_growths_keep_the_trajectory(name, monkeypatch):
     assert grown == pytest.approx(train(source, source_optim, 10, first=5), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_growth_is_exact_in_the_middle_of_an_accumulation_and_with_closures(monkeypatch):
     exact_norms(monkeypatch)
 
@@ -376,6 +377,7 @@ def test_what_update_scale_refuses():
         growkern.UpdateScale(optim, {layer.weight: 0.5})
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_any_moment_of_a_step_loses_no_weight():
     """SIGINT arrives at random moments of 60 steps; at learning rate 0 no weight may change."""
     model = make("llama", tied=True)
