@@ -24,6 +24,7 @@ CASES = {
     "lean": {},
     "without dynamics": {},
 }
+WORLDS = {2: [*CASES], 4: [*CASES][::2]}  # processes -> their cases
 DOUBLED = dict(to="2x", width=growkern.width.Lossless(noise=0))
 GROWTHS = {
     "exact": DOUBLED | dict(dynamics="exact"),
@@ -120,7 +121,7 @@ def main(folder: Path, rank: int, world: int) -> None:
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     found: dict[object, object] = {}
-    for case in CASES:
+    for case in WORLDS[world]:
         found[case] = run(case, rank, world)
         if rank == 0:
             found["alone", case] = run(case, None, world)

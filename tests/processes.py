@@ -1,4 +1,4 @@
-"""Training runs in processes that tests may kill, forked from a server that has imported their modules once.
+"""Runs in processes that tests may kill, forked from a server that has imported their modules once.
 
 The imports of torch, transformers and Lightning take 9 of the 10 seconds that such a run takes in a fresh interpreter.
 """
@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 SERVER = multiprocessing.get_context("forkserver")
-WORKERS = ["killed_hf", "killed_lightning", "resume_worker", "ddp_worker"]
+WORKERS = ["killed_hf", "killed_lightning"]
+WORKERS += ["resume_worker", "ddp_worker", "peak_worker", "refused_worker"]
 
 together = pytest.mark.xdist_group("processes")  # one server is enough
 

@@ -340,13 +340,17 @@ def test_a_disk_that_is_too_full_is_refused_with_the_figures(source, tmp_path, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize(
-    "error",
-    [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()],
-    ids=lambda e: type(e).__name__,
+    ("stage", "error", "overwrite"),
+    [  # every pair of two of the three
+        (stage, error, (i + j) % 2 == 1)
+        for i, stage in enumerate(["write", "close", "_sync"])
+        for j, error in enumerate(
+            [OSError(28, "No space left"), KeyboardInterrupt(), MemoryError()]
+        )
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, BaseException) else str(v),
 )
-@pytest.mark.parametrize("stage", ["write", "close", "_sync"])
 def test_a_growth_that_fails_on_its_way_leaves_what_was_there(
     stage, error, overwrite, source, tmp_path, monkeypatch
 ):

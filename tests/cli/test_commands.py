@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import tokenizers
 import torch
@@ -144,6 +145,7 @@ def test_compare_has_a_loss_for_every_kind_of_head(family, tmp_path):
     assert len(losses) == 2 and losses[0] == losses[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_compare_trains_on_a_text_by_the_tokenizer_of_the_checkpoint(family, tmp_path):
     save(tmp_path / "source", family)
@@ -217,26 +219,6 @@ def test_a_name_without_a_size_is_refused(source):
 
 WIDTH = 512
 BIG = dict(hidden_size=WIDTH, num_attention_heads=8, num_key_value_heads=4, intermediate_size=3 * WIDTH, num_hidden_layers=6)  # fmt: skip
-PEAK = """
-import sys
-from pathlib import Path
-import torch
-from growkern.checkpoints import grow as checkpoint
-from growkern.support import memory
-
-torch.set_num_threads(1)
-small, big, out = map(Path, sys.argv[1:4])
-
-def resident(key):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-
-checkpoint.grow(small, out / "first")  # what is imported and allocated once
-memory.trim()
-start = resident("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
-grown = checkpoint.grow(big, out / "big", to=eval(sys.argv[4]))
-print(resident("VmHWM") - start, *grown.n_bytes)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +236,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@processes.together
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
@@ -268,31 +251,27 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_peak_memory_stays_far_under_the_size_of_the_target(family, to, share, big, tmp_path):
     save(tmp_path / "small")
 
-    out = subprocess.run(
-        [sys.executable, "-c", PEAK, tmp_path / "small", big / family, tmp_path, repr(to)],
-        capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    log = tmp_path / "log"
+    started = processes.start(
+        "peak_worker", tmp_path / "small", big / family, tmp_path, to, log=log
+    )
+    processes.end([started], log)
 
-    assert out.returncode == 0, out.stderr
-    peak, n_source, n_target = map(int, out.stdout.split()[-3:])
+    peak, n_source, n_target = map(int, log.read_text().split()[-3:])
     assert n_source > 60e6, "too small to measure"
     assert peak < share * n_target, (peak / n_target, peak, n_source, n_target)
 
 
-def command(*arguments: object) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "growkern", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
+@processes.together
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_leaves_nothing_behind(big, tmp_path):
     before = contents(big / "llama")
     for _ in range(5):  # on a busy machine the command may have ended before the signal is sent
-        process = command("grow", big / "llama", tmp_path / "out")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "growkern", "grow", big / "llama", tmp_path / "out"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
         while not list(tmp_path.glob(".out.*.part/*")) and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
@@ -309,17 +288,15 @@ def test_ctrl_c_leaves_nothing_behind(big, tmp_path):
     assert contents(big / "llama") == before
 
 
-@pytest.mark.slow
-def test_a_bar_shows_the_bytes_and_the_summary_what_was_done(big, tmp_path):
-    process = command("grow", big / "llama", tmp_path / "out", "--max-shard-size", "100MB")
+def test_a_bar_shows_the_bytes_and_the_summary_what_was_done(source, tmp_path):
+    result = invoke("grow", source, tmp_path / "out", "--max-shard-size", "50KB")
 
-    out, error = process.communicate(timeout=300)
-
-    assert process.returncode == 0, error
+    assert result.exit_code == 0, result.output
+    out, error = result.stdout, result.stderr
     n_bytes = sum(
         t.numel() * t.element_size()
         for path in (tmp_path / "out").glob("*.safetensors")
         for t in load_file(path).values()
     )
-    assert f"{n_bytes / 1e6:.1f}/{n_bytes / 1e6:.1f} MB" in error and "growing" in error
+    assert f"{n_bytes / 1e3:.1f}/{n_bytes / 1e3:.1f} kB" in error and "growing" in error
     assert f"{n_bytes:,}" in out and "preserves the function" in out and "growing" not in out

@@ -1,12 +1,11 @@
 """A growth that cannot be done is refused before any tensor changes; the error gives the numbers at fault and a way out."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from models import Plain, batch, grow, make, train
@@ -503,75 +502,27 @@ def test_tensors_on_several_devices_are_refused():
         growkern.expand_inplace(model, spec=spec)
 
 
-WRAPPED = """
-import torch, growkern, transformers
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-sizes = dict(hidden_size=16, num_attention_heads=2, num_key_value_heads=2, intermediate_size=16, num_hidden_layers=1, vocab_size=11)
-def make():
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, bos_token_id=0, eos_token_id=1))
-for wrapped in (fully_shard(make(), mesh=init_device_mesh("cpu", (1,))),
-                torch.nn.DataParallel(make())):
-    try:
-        growkern.expand_inplace(wrapped)
-    except growkern.errors.UnsupportedModelError as error:
-        print("REFUSED", str(error).replace(chr(10), " "))
-"""
+def refused(what: str, log: Path) -> list[str]:
+    """Return what the process of ``refused_worker.py`` prints."""
+    processes.end([processes.start("refused_worker", what, log=log)], log)
+    lines = log.read_text().splitlines()
+    return [line for line in lines if line.startswith(("REFUSED", "GREW"))]
 
 
+@processes.together
 @pytest.mark.slow
-def test_live_wrappers_are_refused():
-    found = refused(WRAPPED)
+def test_live_wrappers_are_refused(tmp_path):
+    found = refused("wrapped", tmp_path / "log")
 
     assert len(found) == 2
     for line, match in zip(found, ["FSDPModule", "is a DataParallel"], strict=True):
         assert match in line and "not supported yet" in line
 
 
-ADAPTERS = """
-import growkern, peft
-from models import make
-lora = peft.LoraConfig(target_modules=["q_proj"])
-wrapped, inside = peft.get_peft_model(make("llama", tied=False), lora), make("llama", tied=False)
-inside.add_adapter(lora)
-for model in (wrapped, wrapped.base_model, wrapped.base_model.model, inside):
-    try:
-        growkern.expand_inplace(model)
-    except growkern.errors.UnsupportedModelError as error:
-        print("REFUSED", str(error).replace(chr(10), " "))
-merged = wrapped.merge_and_unload()
-growkern.expand_inplace(merged)
-print("GREW", merged.config.hidden_size)
-"""
-ENGINE = """
-import os, growkern, deepspeed
-from models import make
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-model = make("llama", tied=False)
-adam = dict(type="Adam", params=dict(lr=1e-3, torch_adam=True))
-engine, optim, *_ = deepspeed.initialize(
-    model=model, model_parameters=model.parameters(), config=dict(train_batch_size=1, optimizer=adam)
-)
-for one in (engine, model):
-    try:
-        growkern.expand_inplace(one, optim)
-    except growkern.errors.UnsupportedModelError as error:
-        print("REFUSED", str(error).replace(chr(10), " "))
-"""
-
-
-def refused(script):
-    run = [sys.executable, "-c", script]
-    done = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    found = [line for line in done.stdout.splitlines() if line.startswith(("REFUSED", "GREW"))]
-    assert found, done.stdout + done.stderr[-2000:]
-    return found
-
-
+@processes.together
 @pytest.mark.slow
-def test_models_with_adapters_are_refused_and_merged_ones_grow():
-    *found, last = refused(ADAPTERS)
+def test_models_with_adapters_are_refused_and_merged_ones_grow(tmp_path):
+    *found, last = refused("adapters", tmp_path / "log")
 
     kinds = [
         "the model is a PeftModel",
@@ -583,9 +534,10 @@ def test_models_with_adapters_are_refused_and_merged_ones_grow():
     assert all(kind in line for kind, line in zip(kinds, found, strict=True)), found
 
 
+@processes.together
 @pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed")
-def test_a_deepspeed_engine_is_refused_around_the_model_too():
-    found = refused(ENGINE)
+def test_a_deepspeed_engine_is_refused_around_the_model_too(tmp_path):
+    found = refused("engine", tmp_path / "log")
 
     assert (
         "it is a DeepSpeedEngine" in found[0] and "a DeepSpeedEngine around the model" in found[1]

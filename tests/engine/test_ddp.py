@@ -1,14 +1,16 @@
 """Under DistributedDataParallel, gloo processes on loopback grow and train as one process on the joined batch does."""
 
+import itertools
+
 import processes
 import pytest
 import torch
-from ddp_worker import CASES
+from ddp_worker import WORLDS
 
 pytestmark = [processes.together, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=WORLDS)
 def world(request, tmp_path_factory) -> tuple[int, dict]:
     """Run ddp_worker.py in 2 and in 4 processes; return their number and the saved results of each rank."""
     folder, n = tmp_path_factory.mktemp("ddp"), request.param
@@ -18,21 +20,20 @@ def world(request, tmp_path_factory) -> tuple[int, dict]:
     return n, {rank: torch.load(folder / f"{rank}.pt") for rank in range(n)}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_processes_stay_equal_and_equal_to_one_process_on_the_joined_batch(world, case):
+def test_processes_stay_equal_and_equal_to_one_process_on_the_joined_batch(world):
     n, found = world
-    expected = found[0]["alone", case]
 
-    for rank in range(n):
+    for case, rank in itertools.product(WORLDS[n], range(n)):
+        expected = found[0]["alone", case]
         for name, p in found[rank][case].items():
             torch.testing.assert_close(
                 p,
                 expected[name],
                 rtol=0,
                 atol=1e-6,
-                msg=f"{rank} {name} {(p - expected[name]).abs().max()}",
+                msg=f"{case} {rank} {name} {(p - expected[name]).abs().max()}",
             )
-            assert torch.equal(p, found[0][case][name]), (rank, name)
+            assert torch.equal(p, found[0][case][name]), (case, rank, name)
 
 
 def test_the_grown_processes_are_the_source_in_one_process_that_never_grows(world):

@@ -99,6 +99,7 @@ def test_a_mixture_is_saved_loaded_and_grown(family, tmp_path):
     assert (logits(loaded, batch()) - before).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_experts_see_in_expectation_their_share_of_the_gradient():
     """Over many routers, an expert's mean gradient is 1 / experts of the dense MLP's gradient, which is the factor of the state rule."""
     model = make("llama", tied=True)

@@ -29,7 +29,7 @@ def test_wrappers_are_looked_through_by_name():
 
 @pytest.mark.slow
 def test_a_compiled_model_is_looked_through():
-    optim = optimizer(model := make("llama", tied=True))
+    optim = optimizer(model := make("llama", tied=True, num_hidden_layers=1))
     compiled = torch.compile(model, backend="eager")
     schedule_at(1, to=WIDER).attach(compiled, optim)
 
@@ -38,6 +38,7 @@ def test_a_compiled_model_is_looked_through():
     assert model.config.hidden_size == 48
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch warns while it compiles the optimizer
 def test_a_schedule_is_not_traced_when_the_step_is_compiled():
     traced = []
@@ -47,7 +48,7 @@ def test_a_schedule_is_not_traced_when_the_step_is_compiled():
             traced.append(torch.compiler.is_compiling())
             return super().due(counts)
 
-    optim = optimizer(model := make("llama", tied=True))
+    optim = optimizer(model := make("llama", tied=True, num_hidden_layers=1))
     schedule = GrowthSchedule([Watching(step=9)])
     schedule.attach(model, optim)
     step = torch.compile(optim.step, backend="eager")

@@ -89,31 +89,40 @@ def test_a_checkpoint_of_the_step_of_a_growth_holds_the_target_and_the_schedule(
     same_weights(loaded, model)
 
 
+def saving(model, out, events, **changes):
+    """Make a Trainer that saves a checkpoint after each step, and attach a schedule to it."""
+    trainer = trainer_of(model, out, save_strategy="steps", save_steps=1, **changes)
+    schedule = GrowthSchedule(events)
+    hf.attach(trainer, schedule)
+    return trainer, schedule
+
+
+def unscaled():
+    return [At(step=3, to=WIDER, dynamics=None), At(step=5, to=DEEPER, dynamics=None)]
+
+
+@pytest.fixture(scope="module")
+def without_dynamics(tmp_path_factory):
+    """Train to the end; return the model, the schedule and the folder of the checkpoints."""
+    model, folder = make("llama", tied=True), tmp_path_factory.mktemp("unbroken")
+    trainer, schedule = saving(model, folder, unscaled())
+    trainer.train()
+    return model, schedule, folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("at", "restores"),
     [(2, False), (3, False), (3, True)],
     ids=["before-a-growth", "after-one", "after-one-restore-callbacks"],
 )
-def test_a_resumed_run_goes_on_where_the_checkpoint_was(at, restores, tmp_path):
-    def parts(model):
-        trainer = trainer_of(
-            model, tmp_path, save_strategy="steps", save_steps=1,
-            restore_callback_states_from_checkpoint=restores,
-        )  # fmt: skip
-        schedule = GrowthSchedule(
-            [At(step=3, to=WIDER, dynamics=None), At(step=5, to=DEEPER, dynamics=None)]
-        )
-        hf.attach(trainer, schedule)
-        return trainer, schedule
-
-    model = make("llama", tied=True)
-    trainer, schedule = parts(model)
-    trainer.train()
-
-    checkpoint = str(tmp_path / f"checkpoint-{at}")
+def test_a_resumed_run_goes_on_where_the_checkpoint_was(at, restores, without_dynamics, tmp_path):
+    model, schedule, folder = without_dynamics
+    checkpoint = str(folder / f"checkpoint-{at}")
     resumed = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
-    trainer, again = parts(resumed)
+    restored = dict(restore_callback_states_from_checkpoint=restores)
+    trainer, again = saving(resumed, tmp_path, unscaled(), **restored)
+
     trainer.train(resume_from_checkpoint=checkpoint)
 
     assert again.fired == schedule.fired == [3, 5]
@@ -122,27 +131,25 @@ def test_a_resumed_run_goes_on_where_the_checkpoint_was(at, restores, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [1, 3, 5])
-def test_a_model_of_the_starting_sizes_is_resumed_bitwise(at, tmp_path):
-    def parts():
+def test_a_model_of_the_starting_sizes_is_resumed_bitwise(tmp_path):
+    def parts(out):
         model = make("llama", tied=True)
-        trainer = trainer_of(model, tmp_path, save_strategy="steps", save_steps=1)
-        schedule = GrowthSchedule([At(step=2, to=WIDER), At(step=4, to=DEEPER)])
-        hf.attach(trainer, schedule)
-        return model, trainer, schedule
+        events = [At(step=2, to=WIDER), At(step=4, to=DEEPER)]
+        return model, *saving(model, out, events)
 
-    model, trainer, _ = parts()
+    model, trainer, _ = parts(tmp_path)
     trainer.train()
 
-    checkpoint = str(tmp_path / f"checkpoint-{at}")
-    resumed, trainer, schedule = parts()
-    hf.resume(trainer, checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    for at in (1, 3, 5):
+        checkpoint = str(tmp_path / f"checkpoint-{at}")
+        resumed, trainer, schedule = parts(tmp_path / f"resumed-{at}")
+        hf.resume(trainer, checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
 
-    assert schedule.fired == [2, 4]
-    same_weights(model, resumed)
-    with pytest.raises(PlanError, match="has no schedule"):
-        hf.resume(trainer, str(tmp_path))
+        assert schedule.fired == [2, 4]
+        same_weights(model, resumed)
+        with pytest.raises(PlanError, match="has no schedule"):
+            hf.resume(trainer, str(tmp_path))
 
 
 @pytest.mark.slow
@@ -179,6 +186,7 @@ def test_growth_is_in_the_event_files_and_no_loss_is_lost(tmp_path):
     assert [step for step, _ in scalars["train/loss"]] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_the_trainers_metrics_and_tokens_fire_events(tmp_path):
     model = make("llama", tied=True)
     trainer = trainer_of(
@@ -215,6 +223,7 @@ def test_a_second_schedule_is_refused_until_the_first_is_taken_off(tmp_path):
     hf.attach(trainer, GrowthSchedule([At(step=2)]))
 
 
+@pytest.mark.slow
 def test_the_best_model_is_one_of_the_final_size(tmp_path):
     model = make("llama", tied=True)
     trainer = trainer_of(
@@ -231,6 +240,7 @@ def test_the_best_model_is_one_of_the_final_size(tmp_path):
     assert model.config.hidden_size == model.get_input_embeddings().embedding_dim == 48
 
 
+@pytest.mark.slow
 def test_a_second_train_and_a_run_that_failed_leave_no_hook_behind(tmp_path, monkeypatch):
     model = make("llama", tied=True)
     trainer = trainer_of(model, tmp_path, max_steps=2)

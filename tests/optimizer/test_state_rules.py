@@ -37,21 +37,23 @@ def held(name, model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["2x", "3x"])
 @pytest.mark.parametrize("name", STILL)
-def test_grown_state_is_what_the_grown_model_would_have_gathered(name, to, monkeypatch):
-    """Growth before and growth after four steps of learning rate 0 give the same state, by autograd alone."""
+def test_grown_state_is_what_the_grown_model_would_have_gathered(name, monkeypatch):
+    """Growth before and growth after three steps of learning rate 0 give the same state, by autograd alone.
+
+    Three copies tell the powers of a scale apart; of two copies, the sum is the product.
+    """
     exact_norms(monkeypatch)
     kind, options = STILL[name]
 
     def state(grown_first: bool):
         model = make("llama", tied=False).double()
         if grown_first:
-            grow(model, to=to, width=QUIET)
+            grow(model, to="3x", width=QUIET)
         optim = kind(held(name, model), **options)
-        train(model, optim, 4)
+        train(model, optim, 3)
         if not grown_first:
-            grow(model, optim, to=to, width=QUIET, dynamics=None)
+            grow(model, optim, to="3x", width=QUIET, dynamics=None)
         return {n: dict(optim.state[p]) for n, p in model.named_parameters() if p in optim.state}
 
     expected, actual = state(True), state(False)
@@ -263,8 +265,7 @@ def test_stacked_blocks_bring_state_of_any_optimizer():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("memory", ["stage", "lean"])
-@pytest.mark.parametrize("kind", ["AdamW8bit", "Adam8bit"])
+@pytest.mark.parametrize(("kind", "memory"), [("AdamW8bit", "stage"), ("Adam8bit", "lean")])
 def test_state_in_eight_bits_grows_in_its_codes(kind, memory):
     """Codes grow byte for byte where rows are whole blocks, and within one step of the code elsewhere; training continues."""
     bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -3,6 +3,8 @@
 The runs are in float64 and without clipping: a growth changes the gradient norm over all parameters, and so what a threshold clips.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -27,8 +29,8 @@ pytestmark = [  # warnings that Lightning raises
 STEPS, AT, MICROS, RATE = 8, 3, 2, 1e-2
 
 
-def llama() -> torch.nn.Module:
-    return make("llama", tied=True).double()
+def llama(**changes) -> torch.nn.Module:
+    return make("llama", tied=True, **changes).double()
 
 
 def adamw(model) -> torch.optim.Optimizer:
@@ -115,8 +117,8 @@ def in_accelerate(schedule, path):
     return model, losses
 
 
-def in_a_plain_loop(schedule, path, forward=lambda model: model, micros=MICROS):
-    model, losses = llama(), []
+def in_a_plain_loop(schedule, path, forward=lambda model: model, micros=MICROS, **changes):
+    model, losses = llama(**changes), []
     called, optim = forward(model), adamw(model)
     scheduler = decaying(optim)
     if schedule:
@@ -135,9 +137,8 @@ def in_a_plain_loop(schedule, path, forward=lambda model: model, micros=MICROS):
 def in_a_compiled_model(schedule, path):
     torch.compiler.reset()
     counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    found = in_a_plain_loop(
-        schedule, path, lambda model: torch.compile(model, backend=counted), micros=1
-    )
+    compiled = partial(torch.compile, backend=counted)
+    found = in_a_plain_loop(schedule, path, compiled, micros=1, num_hidden_layers=1)
     assert counted.frame_count == (2 if schedule else 1)  # the target is compiled too
     return found
 

@@ -46,10 +46,12 @@ def assert_same(found: dict, expected: dict) -> None:
 
 
 DEATHS = {
-    "before-a-growth": [f"{WIDER - 1}"],
-    "right-after-both": [f"{WIDER}", f"{DEEPER}"],
-    "inside-both": [f"growing-{WIDER}", f"growing-{DEEPER}"],
-    "inside-a-checkpoint": [f"saving-{DEEPER}"],
+    "before-and-after-growths": [f"{WIDER - 1}", f"{WIDER}", f"{DEEPER}"],
+    "inside-growths-and-a-checkpoint": [
+        f"growing-{WIDER}",
+        f"growing-{DEEPER}",
+        f"saving-{DEEPER}",
+    ],
 }
 
 
