@@ -62,9 +62,8 @@ def refuse_stale_references(
 
     def modules(live: Live) -> list[str]:
         others = [m for m in live.modules if id(m) not in inside and "_parameters" in vars(m)]
-        others = [
-            m for m in others if not isinstance(m, GraphModule)
-        ]  # torch.compile makes new graphs
+        # torch.compile makes new graphs
+        others = [m for m in others if not isinstance(m, GraphModule)]
         shared = [(m, p) for m in others for p in m.parameters(recurse=False) if id(p) in params]
         return [f"{type(m).__name__} ({params[id(p)]})" for m, p in shared]
 
@@ -82,12 +81,7 @@ def refuse_stale_references(
         alike = [m for m in parts if [(n, p.shape) for n, p in m.named_parameters()] == shapes]
         return [type(m).__name__ for m in alike if id(m) not in inside]
 
-    if dead := _dead(model, optims, live, master_weights or {}):
-        raise UnsupportedOptimizerError(
-            f"cannot grow this {type(model).__name__}: its optimizer has {len(dead)} parameters that no module has any more "
-            f"({', '.join(dead[:3])}), so it does not train their replacements. Build a new optimizer, or take these parameters "
-            "out of the param groups."
-        )
+    _refuse_dead(model, optims, live, master_weights or {})
     if engines(live) or optimizers(live) or modules(live) or averaged(live):
         live, title = live.collected(), f"cannot grow this {type(model).__name__}:"
         if engines(live):
@@ -110,6 +104,21 @@ def refuse_stale_references(
                 "or pass ema=() if it averages another model."
             )
     return live
+
+
+def _refuse_dead(
+    model: nn.Module,
+    optims: Sequence[Optimizer],
+    live: Live,
+    master_weights: Mapping[nn.Parameter, nn.Parameter],
+) -> None:
+    """Raise UnsupportedOptimizerError when an optimizer holds parameters that no module holds."""
+    if dead := _dead(model, optims, live, master_weights):
+        raise UnsupportedOptimizerError(
+            f"cannot grow this {type(model).__name__}: its optimizer has {len(dead)} parameters that no module has any more "
+            f"({', '.join(dead[:3])}), so it does not train their replacements. Build a new optimizer, or take these parameters "
+            "out of the param groups."
+        )
 
 
 def _dead(

@@ -52,7 +52,7 @@ SAYS = {  # method -> plan.preserves at 2x of llama, gpt2 and bert
     width.Lossless(noise=0): ("trajectory",) * 3,
     width.FPI(): ("nothing",) * 3,
     width.FPI(maps="cyclic"): ("trajectory",) * 3,
-    width.Net2Wider(maps="cyclic", noise=0.1): ("nothing",) * 3,
+    width.Net2Wider(maps="cyclic", noise=0.1): ("function",) * 3,
     width.AKI(): ("nothing",) * 3,
     width.HyperClone(): ("trajectory",) * 3,
     width.HyperClone(noise_db=10): ("function",) * 3,
