@@ -23,6 +23,7 @@ CASES = {
     "exact": {},
     "lean": {},
     "without dynamics": {},
+    "two optimizers": {},
 }
 WORLDS = {2: [*CASES], 4: [*CASES][::2]}  # processes -> their cases
 DOUBLED = dict(to="2x", width=growkern.width.Lossless(noise=0))
@@ -44,13 +45,23 @@ def make() -> Plain:
     return Plain(tied=True).double()
 
 
+def optimizers_of(model: Plain, case: str) -> list[torch.optim.Optimizer]:
+    params = [*model.parameters()]
+    if case != "two optimizers":
+        return [torch.optim.AdamW(params, lr=1e-3)]
+    return [
+        torch.optim.SGD(params[::2], lr=1e-2, momentum=0.9),
+        torch.optim.AdamW(params[1::2], lr=1e-3),
+    ]
+
+
 def run(case: str, rank: int | None, world: int, *, grows: bool = True) -> dict[str, torch.Tensor]:
     """Train, with a growth where ``grows``; where ``rank`` is None, one process trains on the joined batch."""
     model = make()
     wrapped = model if rank is None else DistributedDataParallel(model, **CASES[case])
     if case == "comm_hook" and rank is not None:
         wrapped.register_comm_hook(None, allreduce_hook)
-    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optims = optimizers_of(model, case)
     growth = dict(to={"hidden": 48, "layers": 3}, spec=model.spec()) | GROWTHS.get(case, {})
     for step in range(STEPS):
         micros = 2 if case == "accumulate" else 1
@@ -62,9 +73,10 @@ def run(case: str, rank: int | None, world: int, *, grows: bool = True) -> dict[
                 (loss_of(wrapped, ids) / micros).backward()
             # In the case "accumulate", the growth comes between two micro-batches.
             if grows and step == AT and micro == 0:
-                growkern.expand_inplace(wrapped if case == "plain" else model, optim, **growth)
-        optim.step()
-        optim.zero_grad()
+                growkern.expand_inplace(wrapped if case == "plain" else model, optims, **growth)
+        for optim in optims:
+            optim.step()
+            optim.zero_grad()
     with torch.no_grad():
         seen = {"logits": model(joined(99, world))}
     return seen | {name: p.detach() for name, p in model.named_parameters()}
