@@ -9,14 +9,18 @@ GPU_OUT ?= gpu-check
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: test check lint fmt mutants demo savings bench bench-gpu gpu-check clean
+.PHONY: test check pytest lint fmt mutants demo savings bench bench-gpu gpu-check clean
 
-test: lint
-	$(BIN)/pytest $(PYTEST_ARGS)
+# lint, types and all tests; the type checker runs beside them
+test: .venv/test.stamp
+	$(MAKE) --no-print-directory -j 2 lint pytest
 
 # lint, types and the tests that are not slow
-check: lint
-	$(BIN)/pytest $(PYTEST_ARGS) -m "not slow"
+check: .venv/test.stamp
+	$(MAKE) --no-print-directory -j 2 lint pytest PYTEST_ARGS='$(PYTEST_ARGS) -m "not slow"'
+
+pytest: .venv/test.stamp
+	$(BIN)/pytest $(PYTEST_ARGS)
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check
