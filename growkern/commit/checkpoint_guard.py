@@ -5,14 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from growkern.errors import CheckpointError, PlanError
-from growkern.optimizer.state_rules import Rule
 from growkern.planning.growth_plan import GrowthPlan
 
 Shapes = Mapping[str, tuple[int, ...]]
-WAY_OUT = "Load a checkpoint from after the growth, or load this one before growing."
 
 
 @dataclass(frozen=True)
@@ -47,9 +44,9 @@ class Guard:
         self.growths: list[Grown] = []
 
     def __call__(
-        self, module: nn.Module, state_dict: Mapping[str, object], prefix: str, *_: object
+        self, module: nn.Module, state_dict: Mapping[str, object], prefix: str, *rest: Any
     ) -> None:
-        """Raise CheckpointError for a ``state_dict`` from before one of the model's growths."""
+        """Raise CheckpointError for a ``state_dict`` from before one of the model's growths; explain other shapes that do not fit."""
         shapes = {
             name.removeprefix(prefix): tuple(t.shape)
             for name, t in state_dict.items()
@@ -71,39 +68,18 @@ class Guard:
                 if grown.source.get(name) == shapes[name]:
                     why = f"{name} has the shape {shapes[name]}, in the model {live[name]}"
                     self._refuse(grown, why)
+        if apart:
+            errors: list[str] = rest[-1]  # torch raises them with its own
+            errors.append(
+                "growkern grows this model: if the checkpoint is from after a growth, build model and optimizer as at the start of "
+                "the run, and call growkern.resume(model, optim, history) before loading."
+            )
 
     def _refuse(self, grown: Grown, why: str) -> None:
         raise CheckpointError(
             f"this checkpoint is from before {grown.what}: {why}. Load the checkpoint into a model of the "
             "source's sizes, then grow the model; or load a checkpoint from after the growth."
         )
-
-
-class OptimGuard:
-    """Hook that checks state dicts loaded into a grown optimizer: torch checks no shapes, and ``fused=True`` writes out of bounds."""
-
-    def __init__(self, rules: Mapping[str, Rule | None], what: str) -> None:
-        self.rules, self.what = rules, what
-
-    def __call__(self, optim: Optimizer, state_dict: Mapping[str, Any]) -> None:
-        """Raise CheckpointError for state whose shapes do not fit the optimizer's parameters."""
-        saved: list[int] = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params: list[Tensor] = [p for group in optim.param_groups for p in group["params"]]
-        if len(saved) != len(params):
-            raise CheckpointError(
-                f"this optimizer checkpoint has {len(saved)} parameters, and the optimizer has {len(params)} since {self.what}. {WAY_OUT}"
-            )
-        for i, p in zip(saved, params, strict=True):
-            entries: dict[str, object] = state_dict["state"].get(i, {})
-            for key, value in entries.items():
-                rule = self.rules.get(key)
-                if not isinstance(value, Tensor) or rule is None:
-                    continue
-                if tuple(value.shape) != (shape := rule.shape(tuple(p.shape))):
-                    raise CheckpointError(
-                        f"this optimizer checkpoint is from before {self.what}: {key!r} of parameter {i} has the shape "
-                        f"{tuple(value.shape)}, and the optimizer needs {shape}. {WAY_OUT}"
-                    )
 
 
 def guard_of(model: nn.Module) -> Guard | None:
@@ -113,20 +89,25 @@ def guard_of(model: nn.Module) -> Guard | None:
     return next((hook for hook in hooks if isinstance(hook, Guard)), None)
 
 
-def optim_guard_of(optim: Optimizer) -> OptimGuard | None:
-    """Return the ``OptimGuard`` of an optimizer, or None."""
-    by_id: Any = optim._optimizer_load_state_dict_pre_hooks  # pyright: ignore[reportPrivateUsage]
-    hooks: list[Any] = [*by_id.values()]
-    return next((hook for hook in hooks if isinstance(hook, OptimGuard)), None)
+def guard_model(model: nn.Module) -> Guard:
+    """Return the ``Guard`` of a model; register one if there is none."""
+    guard = guard_of(model)
+    if guard is None:
+        guard = Guard()
+        model.register_load_state_dict_pre_hook(guard)
+    return guard
 
 
 def growth_history(model: nn.Module) -> list[str]:
-    """Return the growths that a model's config records, as JSON.
+    """Return the growths that a model's config records, as JSON; for a model without such a config, those of this process.
 
     Raises:
         PlanError: ``config.growkern_history`` is not a list of strings.
     """
-    history: Any = getattr(getattr(model, "config", None), "growkern_history", None) or []
+    config = getattr(model, "config", None)
+    if not hasattr(config, "to_dict") and (guard := guard_of(model)) is not None:
+        return [grown.record for grown in guard.growths]
+    history: Any = getattr(config, "growkern_history", None) or []
     if not isinstance(history, list | tuple) or not all(isinstance(g, str) for g in history):  # pyright: ignore[reportUnknownVariableType]
         raise PlanError(
             f"config.growkern_history is a {type(history).__name__}, not a list of recorded growths: delete the field, or restore it "  # pyright: ignore[reportUnknownArgumentType]

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from growkern.commit.checkpoint_guard import Grown, Guard, OptimGuard, guard_of, optim_guard_of
+from growkern.commit.checkpoint_guard import Grown, Guard, guard_of
 from growkern.commit.optimizer import OptimTarget, grow_optimizer, grow_state
+from growkern.commit.optimizer_guard import OptimGuard, optim_guard_of
+from growkern.commit.optimizer_guard import guard as guard_optimizer
 from growkern.commit.undo import Undo
 from growkern.errors import CommitError, UnsupportedModelError
 from growkern.model import initial
@@ -281,8 +283,10 @@ def _guard(
     grown = Grown.by(plan, len(guard.growths) + 1, record)
     undo.attribute(guard, "growths", [*guard.growths, grown])
     for target in targets:
-        hook = OptimGuard(target.described.rules, grown.what)
-        if (before := optim_guard_of(target.optim)) is not None:
-            undo.attribute(before, "what", grown.what)
-            continue
-        undo.rollbacks.append(target.optim.register_load_state_dict_pre_hook(hook).remove)
+        own, rules = optim_guard_of(target.optim), target.described.rules
+        if own is None:
+            own = OptimGuard(rules, grown.what)
+            undo.rollbacks += [handle.remove for handle in guard_optimizer(target.optim, own)]
+        undo.attribute(own, "rules", rules)
+        undo.attribute(own, "what", grown.what)
+        undo.attribute(own, "history", [*own.history, record])

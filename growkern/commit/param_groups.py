@@ -21,7 +21,7 @@ LR_KEYS = (
 LR_FACTOR, ORIGIN = (
     "lr_factor",
     "lr_origin",
-)  # keys of a split param group: its factor, and the index of the group it was split from
+)  # keys of a param group: its factor, and, if it was split, the index of the group it was split from
 SCHEDULER_LISTS = ("base_lrs", "min_lrs", "max_lrs")  # one learning rate per group
 SCHEDULER_ENTRIES = (
     "lr_lambdas",
@@ -56,8 +56,6 @@ def split_groups(
         followed = {key: state[key] * factor for key in rates if key in state}
         if followed:
             undo.set_dict(state, state | followed)
-    if factors and not any(isinstance(hook, LrGuard) for hook in _pre_hooks(optim)):
-        undo.rollbacks.append(optim.register_step_pre_hook(LrGuard()).remove)
     names = {id(p): name for name, p in target.items() if name in factors}
     for index, group in enumerate(list(optim.param_groups)):
         parts: dict[float, list[int]] = {}
@@ -86,6 +84,9 @@ def split_groups(
         undo.set_list(optim.param_groups, [*optim.param_groups, *groups.values()])
         for s in schedulers(scheduler):
             _follow(s, index, stays, list(groups), undo)
+    for group in optim.param_groups:
+        if LR_FACTOR not in group:
+            undo.set_dict(group, {**group, LR_FACTOR: 1.0})
 
 
 def join_groups(
@@ -116,7 +117,7 @@ def join_groups(
         if ORIGIN in group and origins.count(group[ORIGIN]) > 1:
             joined |= {ORIGIN: firsts[group[ORIGIN]]}
         elif isclose(group.get(LR_FACTOR, 1.0), 1, rel_tol=1e-9):
-            joined = {key: value for key, value in joined.items() if key not in (LR_FACTOR, ORIGIN)}
+            joined = {key: value for key, value in joined.items() if key != ORIGIN}
         for key in ("params", "param_names"):
             if key in group:
                 undo.set_list(group[key], joined[key])
@@ -150,28 +151,24 @@ def _joined(parts: Sequence[dict[str, Any]], places: Mapping[int, int]) -> dict[
     return joined | lists
 
 
-class LrGuard:
-    """Step pre-hook against one learning rate set by hand for all split groups, which would undo the split and rescale the decay."""
+def check_rates(optim: Optimizer) -> None:
+    """Refuse one learning rate set by hand for all split groups, which would undo the split and rescale the decay.
 
-    def __call__(self, optim: Optimizer, args: object, kwargs: object) -> None:
-        """Raise PlanError when split groups with different factors have one learning rate."""
-        rates: dict[object, list[tuple[float, float]]] = {}
-        for group in optim.param_groups:
-            if LR_FACTOR in group:
-                rates.setdefault(group[ORIGIN], []).append((group[LR_FACTOR], float(group["lr"])))
-        for pairs in rates.values():
-            factors, values = {factor for factor, _ in pairs}, {rate for _, rate in pairs}
-            if len(factors) > 1 and len(values) == 1 and values != {0.0}:
-                raise PlanError(
-                    f"the learning rate of groups that a growth has split was set to {values.pop():g} for all groups, which "
-                    f"undoes the factors {sorted(factors)}. Set lr * group[{LR_FACTOR!r}], pass the scheduler as "
-                    "scheduler=, or grow with dynamics=None."
-                )
-
-
-def _pre_hooks(optim: Optimizer) -> list[object]:
-    hooks: Any = optim._optimizer_step_pre_hooks  # pyright: ignore[reportPrivateUsage]
-    return list(hooks.values())
+    Raises:
+        PlanError: Split groups with different factors have one learning rate.
+    """
+    rates: dict[object, list[tuple[float, float]]] = {}
+    for group in optim.param_groups:
+        if ORIGIN in group:
+            rates.setdefault(group[ORIGIN], []).append((group[LR_FACTOR], float(group["lr"])))
+    for pairs in rates.values():
+        factors, values = {factor for factor, _ in pairs}, {rate for _, rate in pairs}
+        if len(factors) > 1 and len(values) == 1 and values != {0.0}:
+            raise PlanError(
+                f"the learning rate of groups that a growth has split was set to {values.pop():g} for all groups, which "
+                f"undoes the factors {sorted(factors)}. Set lr * group[{LR_FACTOR!r}], or grow without scheduler= or with "
+                "dynamics=None."
+            )
 
 
 def _scaled(group: Mapping[str, Any], factor: float, decays: Sequence[str]) -> dict[str, Any]:

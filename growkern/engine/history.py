@@ -1,5 +1,7 @@
 """Growth records: convert a plan to the JSON that a checkpoint stores, and a record back to the same plan."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from growkern import depth, shrink, vocab, width
@@ -16,18 +18,19 @@ SHRINKS: dict[str, type] = {name: getattr(shrink, name) for name in shrink.__all
 VOCABS: dict[str, type] = {method.__name__: method for method in (vocab.Zero, vocab.MeanCov)}
 
 
-def recorded(plan: GrowthPlan, spec: ModelSpec) -> str:
-    """Return the JSON that a checkpoint stores of a growth: a record if it reproduces the plan, else the plan itself.
+def recorded(plan: GrowthPlan, spec: ModelSpec, split: Sequence[bool] | None = None) -> str:
+    """Return the JSON that a checkpoint stores of a growth: its record, with the plan itself where the record does not reproduce it.
 
     Args:
         plan: The plan.
         spec: Description of the source model that the plan was made for.
+        split: For each optimizer, True when the growth splits its param groups.
     """
-    record = GrowthRecord.of(plan)
+    record = GrowthRecord.of(plan, split)
     try:
         replanned(record, spec)
     except GrowthError:  # a custom method, a method that holds tensors, or an edited plan
-        return plan.to_json()
+        record = replace(record, plan=plan.to_json())
     return record.to_json()
 
 
@@ -37,6 +40,11 @@ def replanned(record: GrowthRecord, spec: ModelSpec) -> GrowthPlan:
     Raises:
         PlanError: The method is unknown, the record is for another model, or the new plan differs from the recorded plan.
     """
+    if record.plan is not None:
+        plan = GrowthPlan.from_json(record.plan)
+        if digest(plan) != record.digest:
+            raise PlanError(f"the plan on record has the digest {digest(plan)}, not {record.digest}.")
+        return plan
     if record.family != spec.family or dict(record.source_sizes) != dict(spec.sizes):
         raise PlanError(
             f"the record is of a {record.family} of {dict(record.source_sizes)}, and this {spec.family} has {dict(spec.sizes)}: build "

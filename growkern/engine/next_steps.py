@@ -35,7 +35,7 @@ def _on_groups(plan: GrowthPlan, target: OptimTarget) -> Iterator[str]:
         )
     elif target.split:
         yield "weight decay was divided by the learning-rate factor where that is not 1, so that decay per step stays."
-        yield "param groups were split by learning rate; to load this optimizer's state_dict into a new one, build it with the same groups."
+        yield "param groups were split by learning rate; before loading this optimizer's state_dict into a new one, call growkern.resume."
 
 
 def _on_dynamics(plan: GrowthPlan, target: OptimTarget) -> Iterator[str]:
@@ -45,7 +45,7 @@ def _on_dynamics(plan: GrowthPlan, target: OptimTarget) -> Iterator[str]:
     if target.scales:
         yield (
             f"UpdateScale carries the factors of {len(target.scales)} tensors, beside the groups, in hooks of this optimizer's "
-            "step; growkern.resume puts it back."
+            "step; its state_dict() contains them."
         )
         if plan.dynamics == "exact":
             kind = described.kind.rpartition(".")[2]

@@ -30,6 +30,7 @@ class GrowthReport:
         grad_norm_factor: The law's factor on the global gradient norm, pads and new blocks left out; None without gradients and second
             moments.
         noisy: True when twin noise was added or coordinates copy nothing: the gradient norm then exceeds the law's.
+        history: Records of all growths of the model so far, as JSON, this growth last; ``growkern.resume`` reads them.
         notes: Notes for the user on the next steps.
     """
 
@@ -50,6 +51,7 @@ class GrowthReport:
     lr_applied: bool
     grad_norm_factor: float | None
     noisy: bool
+    history: tuple[str, ...]
     notes: tuple[str, ...]
 
     @property

@@ -31,6 +31,7 @@ class Request:
         state_rules: State key -> order in the gradient, for an optimizer without a known law.
         memory: ``"stage"``, ``"lean"``, or None for the first that fits.
         new_rows: The width method's function that writes rows without a source row; None for a method without one.
+        split: For each optimizer, True when a recorded growth split its param groups; None to split them where ``scheduler`` follows.
         undo: Writes of earlier growths that a failure of this growth rolls back too (``all_or_nothing``).
     """
 
@@ -46,4 +47,5 @@ class Request:
     state_rules: Mapping[str, int | None] | None = None
     memory: Memory | None = None
     new_rows: Given | None = None
+    split: Sequence[bool] | None = None
     undo: Undo | None = None

@@ -11,9 +11,10 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from growkern.commit.checkpoint_guard import n_growths
+from growkern.commit.checkpoint_guard import growth_history, n_growths
 from growkern.commit.commit import check_blocks, commit
 from growkern.commit.optimizer import OptimTarget
+from growkern.commit.optimizer_guard import settle
 from growkern.commit.undo import Undo
 from growkern.engine.compile_cache import reset_near_limit
 from growkern.engine.ddp import Ranks
@@ -133,6 +134,7 @@ def _describe(request: Request) -> _Described:
     check_scheduler(optims, request.scheduler)
     averages = averages_of(model, request.ema)
     for optim in optims:
+        settle(optim)
         if (scale := scale_of(optim)) is not None:
             scale.restore()  # a schedule's post-hook may run before UpdateScale's
     spec = describe(model, request.spec)
@@ -162,9 +164,10 @@ def _stage(
 ) -> _Staged:
     """Prepare the executions: check shapes and memory, but compute and change nothing."""
     model, optims = request.model, request.optims
+    split = [None] * len(optims) if request.split is None else request.split
     targets = [
-        optim_target(plan, request, optim, described, left)
-        for optim, described, left in zip(optims, sources.optims, unmanaged, strict=True)
+        optim_target(plan, request, *one)
+        for one in zip(optims, sources.optims, unmanaged, split, strict=True)
     ]
     tensors, rules = (
         tensors_of(model, optims, sources.spec, request.master_weights),
@@ -198,6 +201,7 @@ def _state_rules(plan: GrowthPlan, law: Law | None) -> Rules:
 def _commit(request: Request, sources: _Described, staged: _Staged, ranks: Ranks) -> None:
     """Compute the target tensors and put them into the live model and its optimizers; roll all writes back on failure."""
     plan, lean = staged.plan, staged.executions[0].memory == "lean"
+    record = recorded(plan, sources.spec, [bool(target.split) for target in staged.targets])
 
     def before_finalize() -> bool:
         live = tensors_of(request.model, request.optims, sources.spec, request.master_weights)
@@ -215,7 +219,7 @@ def _commit(request: Request, sources: _Described, staged: _Staged, ranks: Ranks
     with offload() if lean and not request.undo else nullcontext(keep_on_device) as keep:
         followers = [*zip(sources.averages, parts[1:], strict=True)]
         commit(
-            plan, parts.pop(0), request.model, staged.targets, record=recorded(plan, sources.spec), followers=followers,
+            plan, parts.pop(0), request.model, staged.targets, record=record, followers=followers,
             undo=request.undo or Undo(keep), before_finalize=before_finalize,
         )  # fmt: skip
 
@@ -249,6 +253,7 @@ def _report(request: Request, sources: _Described, staged: _Staged, seconds: flo
         lr_applied=carried,
         grad_norm_factor=after / before if before > 0 and after > 0 else None,
         noisy=plan.noisy,
+        history=tuple(growth_history(request.model)),
         notes=(*plan.notes, *notes(plan, sources.spec, staged.targets)),
     )
 

@@ -1,8 +1,10 @@
 """Growth in a training loop of Hugging Face Accelerate."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
@@ -11,7 +13,8 @@ from growkern.engine.report import GrowthReport
 from growkern.optimizer.describe import optimizers
 from growkern.optimizer.schedulers import driven_by
 from growkern.support.wrappers import unwrapped
-from growkern.training.attachment import Attachment, Options, growth_metrics
+from growkern.training.attachment import Attachment, Options, growth_metrics, spec_function
+from growkern.training.replay import catch_up
 from growkern.training.schedule import GrowthSchedule
 from growkern.training.triggers import Event
 
@@ -27,7 +30,8 @@ def attach(
     """Grow inside ``optim.step()``. Call ``attach`` once, after ``accelerator.prepare``.
 
     Growth is in place, so Accelerate's references to model, optimizer and schedulers stay valid. Each growth is logged to the
-    trackers, and ``save_state`` and ``load_state`` save and load the schedule.
+    trackers, and ``save_state`` and ``load_state`` save and load the schedule. ``load_state`` of a checkpoint from after a growth first
+    replays the growths on a model of the starting sizes.
 
     Args:
         accelerator: The accelerator that prepared the model.
@@ -65,4 +69,16 @@ def attach(
     custom: list[Any] = accelerator._custom_objects  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
     if not any(registered is schedule for registered in custom):
         accelerator.register_for_checkpointing(schedule)
+
+    def replay(models: Sequence[nn.Module], folder: str) -> None:
+        at = next((i for i, registered in enumerate(custom) if registered is schedule), None)
+        file = Path(folder) / f"custom_checkpoint_{at}.pkl"
+        if schedule.attachment is attachment and file.exists():
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            catch_up(
+                attachment.model, optims, saved["history"], scheduler=attachment.schedulers or None, ema=options.get("ema"),
+                master_weights=options.get("master_weights"), spec=spec_function(options.get("spec")),
+            )  # fmt: skip
+
+    accelerator.register_load_state_pre_hook(replay)
     return attachment

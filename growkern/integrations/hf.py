@@ -11,7 +11,8 @@ from typing_extensions import Unpack
 
 from growkern.errors import PlanError
 from growkern.model.spec import ModelSpec
-from growkern.training.attachment import Attachment, Options, growth_metrics
+from growkern.training.attachment import Attachment, Options, growth_metrics, spec_function
+from growkern.training.replay import catch_up
 from growkern.training.replay import resume as replay
 from growkern.training.schedule import GrowthSchedule
 
@@ -21,7 +22,9 @@ class Trainer(Protocol):
 
     args: Any
     callback_handler: Any
+    lr_scheduler: Any
     model: Any
+    _load_from_checkpoint: Callable[..., None]
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback."""
@@ -39,7 +42,8 @@ def attach(trainer: Trainer, schedule: GrowthSchedule, **options: Unpack[Options
 
     Growth happens at the end of a step, before the step is logged, evaluated and saved: the checkpoint of the step contains the
     grown model. The schedule observes every metric that the trainer logs (``loss``, ``eval_loss``, ...), ``trainer.log`` logs each
-    growth, and the schedule is saved and restored with the trainer's state. Steps that mixed precision skips do not count, unlike in
+    growth, and the schedule is saved and restored with the trainer's state: ``trainer.train(resume_from_checkpoint=...)`` first replays
+    the checkpoint's growths on a model of the starting sizes. Steps that mixed precision skips do not count, unlike in
     ``global_step``. Under ``load_best_model_at_end`` the search for the best model restarts after each growth, because checkpoints
     from before the growth no longer fit the model.
 
@@ -122,15 +126,26 @@ def attach(trainer: Trainer, schedule: GrowthSchedule, **options: Unpack[Options
 
     callback = GrowthCallback()
     trainer.add_callback(callback)
+    load = trainer._load_from_checkpoint  # pyright: ignore[reportPrivateUsage]
+
+    def replay_and_load(checkpoint: str, model: nn.Module | None = None) -> None:
+        if callback in trainer.callback_handler.callbacks and (saved := _saved(checkpoint)):
+            catch_up(
+                trainer.model, trainer.create_optimizer(), saved["history"], scheduler=trainer.lr_scheduler,
+                spec=spec_function(options.get("spec")),
+            )  # fmt: skip
+        load(checkpoint, model)
+
+    trainer._load_from_checkpoint = replay_and_load
     return callback
 
 
 def resume(
     trainer: Trainer, checkpoint: str, *, spec: Callable[[nn.Module], ModelSpec] | None = None
 ) -> None:
-    """Replay a checkpoint's growths on the trainer's model and optimizer.
+    """Replay a checkpoint's growths on the trainer's model and optimizer, for a trainer without a schedule.
 
-    Call ``resume`` before ``trainer.train(resume_from_checkpoint=checkpoint)``.
+    Call ``resume`` before ``trainer.train(resume_from_checkpoint=checkpoint)``; a trainer with an attached schedule does so by itself.
 
     Args:
         trainer: Trainer of a model of the starting sizes.
@@ -140,12 +155,21 @@ def resume(
     Raises:
         PlanError: The checkpoint contains no schedule, or the recorded growths do not fit the model.
     """
+    saved = _saved(checkpoint)
+    if saved is None:
+        raise PlanError(
+            f"cannot resume from {checkpoint!r}: its trainer_state.json has no schedule. Pass a checkpoint of a trainer to which "
+            "growkern.hf.attach attached a schedule."
+        )
+    replay(
+        trainer.model, trainer.create_optimizer(), saved["history"], scheduler=trainer.lr_scheduler, spec=spec
+    )  # fmt: skip
+
+
+def _saved(checkpoint: str) -> Any:
+    """Return the state of the schedule in a checkpoint; None if there is none."""
     try:
         state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
-        saved = state["stateful_callbacks"]["GrowthCallback"]["attributes"]["schedule"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise PlanError(
-            f"cannot resume from {checkpoint!r}: its trainer_state.json has no schedule ({error!r}). Pass a checkpoint of a "
-            "trainer to which growkern.hf.attach attached a schedule."
-        ) from None
-    replay(trainer.model, trainer.create_optimizer(), saved["history"], spec=spec)
+        return state["stateful_callbacks"]["GrowthCallback"]["attributes"]["schedule"]
+    except (OSError, KeyError, TypeError, ValueError):
+        return None

@@ -10,12 +10,9 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from growkern.errors import PlanError
-from growkern.model.describe import describe
-from growkern.model.spec import ModelSpec
 from growkern.optimizer.schedulers import driven_by
-from growkern.planning.growth_record import read
-from growkern.training.attachment import Attachment, Options, growth_metrics
-from growkern.training.replay import resume
+from growkern.training.attachment import Attachment, Options, growth_metrics, spec_function
+from growkern.training.replay import catch_up
 from growkern.training.schedule import GrowthSchedule
 
 
@@ -161,21 +158,10 @@ class GrowthCallback(Callback):
     def _replay(
         self, trainer: Trainer, pl_module: LightningModule, history: list[str], *, with_optimizer: bool
     ) -> None:  # fmt: skip
-        model, given = self.model(pl_module), self.options.get("spec")
-
-        def fixed(model: nn.Module) -> ModelSpec:
-            assert isinstance(given, ModelSpec)
-            return given
-
-        spec = fixed if isinstance(given, ModelSpec) else given
-        first = read(history[0])
-        if describe(model, spec(model) if spec else None).sizes != first.source_sizes:
-            return  # the module was built at the checkpoint's sizes
+        model, spec = self.model(pl_module), spec_function(self.options.get("spec"))
         optims = _optimizers_of(model, trainer) if with_optimizer else []
         several = _schedulers_of(optims, trainer) or None
-        resume(
-            model, optims, history, scheduler=several, ema=self.options.get("ema"), spec=spec
-        )  # fmt: skip
+        catch_up(model, optims, history, scheduler=several, ema=self.options.get("ema"), spec=spec)
 
 
 def _optimizers_of(model: nn.Module, trainer: Trainer) -> list[Optimizer]:

@@ -16,6 +16,7 @@ from growkern.errors import PlanError
 from growkern.support.interrupts import uninterrupted
 
 Factor = float | Tensor  # along one axis: one number, or one per coordinate, (n,)
+KEY = "update_scale"  # of a param group: True in a live optimizer that has an UpdateScale, its factors in a state dict
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,8 @@ class UpdateScale:
     """Scale the updates of an optimizer, element by element and in every step, without a change to its param groups or schedulers.
 
     A copy of the scaled parameters exists between the two hooks of a step. A step that raises an exception leaves the parameters
-    in the optimizer's units, until ``restore`` or the next step converts them back.
+    in the optimizer's units, until ``restore`` or the next step converts them back. ``optim.state_dict()`` contains the factors, and
+    an optimizer that has loaded it gets its ``UpdateScale`` before its next step.
 
     Args:
         optim: Any optimizer.
@@ -79,7 +81,9 @@ class UpdateScale:
         self.optim, self.orders = optim, dict(orders or {})
         self.scales = {p: _checked(optim, p, scale) for p, scale in scales.items()}
         self._before: dict[Tensor, dict[str, Tensor]] = {}  # by state key; "" is the parameter
-        self._hooks = [optim.register_step_pre_hook(self._enter)]
+        self._hooks = [optim.register_state_dict_post_hook(self._pack), optim.register_step_pre_hook(self._enter)]  # fmt: skip
+        for group in optim.param_groups:
+            group[KEY] = True
 
     def remove(self) -> None:
         """Remove the hooks, and convert the optimizer's state to the model's units.
@@ -107,6 +111,8 @@ class UpdateScale:
         """Remove the hooks without a change to the optimizer's state."""
         for hook in self._hooks:
             hook.remove()
+        for group in self.optim.param_groups:
+            group.pop(KEY, None)
 
     def restore(self) -> None:
         """Convert parameters from the optimizer's units back to the model's, keeping the update. Needed after a step that raised."""
@@ -136,11 +142,10 @@ class UpdateScale:
     def state_dict(self) -> dict[str, Any]:
         """Return the factors, keyed by the parameter's position in the optimizer's param groups, and ``orders``."""
         places = self._places()
-        scales = {
-            places[p]: {f.name: getattr(scale, f.name) for f in fields(scale)}
-            for p, scale in self.scales.items()
+        return {
+            "scales": {places[p]: _plain(scale) for p, scale in self.scales.items()},
+            "orders": self.orders,
         }
-        return {"scales": scales, "orders": self.orders}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the factors of another run of the same optimizer.
@@ -157,9 +162,16 @@ class UpdateScale:
             raise PlanError(
                 f"UpdateScale: the optimizer has no parameter at {unknown[:5]}; build the optimizer with the same groups."
             )
-        scales = {params[place]: Scale(**scale) for place, scale in state["scales"].items()}
+        scales = {(p := params[place]): _read(scale, p) for place, scale in state["scales"].items()}
         self.scales = {p: _checked(self.optim, p, scale) for p, scale in scales.items()}
         self.orders = dict(state["orders"])
+
+    def _pack(self, optim: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Replace the mark in each param group of a state dict by the factors of the group's parameters, keyed by position."""
+        for group, packed in zip(optim.param_groups, state_dict["param_groups"], strict=True):
+            at = {i: self.scales[p] for i, p in enumerate(group["params"]) if p in self.scales}
+            scales = {i: _plain(scale) for i, scale in at.items()}
+            packed[KEY] = {"scales": scales, "orders": dict(self.orders)}
 
     def _places(self) -> dict[Tensor, int]:
         params = [p for group in self.optim.param_groups for p in group["params"]]
@@ -196,11 +208,11 @@ class UpdateScale:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self.restore()
         # the constructor cannot register the post-hook: it may run inside a step hook, while torch iterates over the hooks
-        if len(self._hooks) == 1:
+        if len(self._hooks) == 2:
             self._hooks.append(optim.register_step_post_hook(self._leave))
             hooks: Any = optim._optimizer_step_post_hooks  # pyright: ignore[reportPrivateUsage]
             # first, so that all other post-hooks see parameters in the model's units
-            hooks.move_to_end(self._hooks[1].id, last=False)
+            hooks.move_to_end(self._hooks[-1].id, last=False)
         closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._into()
@@ -229,6 +241,59 @@ def scale_of(optim: Optimizer) -> UpdateScale | None:
     hooks: list[Any] = list(getattr(optim, "_optimizer_step_pre_hooks", {}).values())
     owners = [getattr(hook, "__self__", None) for hook in hooks]
     return next((owner for owner in owners if isinstance(owner, UpdateScale)), None)
+
+
+def adopt(optim: Optimizer) -> None:
+    """Give an optimizer the ``UpdateScale`` of the state dict that it has loaded, if the state dict contains one.
+
+    Raises:
+        PlanError: The factors do not fit the parameters; or the optimizer is a copy, which lost the hooks of its ``UpdateScale``.
+    """
+    entries = [(group, group[KEY]) for group in optim.param_groups if KEY in group]
+    loaded = [(group, entry) for group, entry in entries if entry is not True]
+    scale = scale_of(optim)
+    if not loaded:
+        if entries and scale is None:
+            raise PlanError(
+                f"this {type(optim).__name__} is a copy of an optimizer with an UpdateScale, and copies lose hooks: load the "
+                "original's state_dict() into the copy."
+            )
+        return
+    try:
+        scales = {
+            (p := group["params"][int(i)]): _read(values, p)
+            for group, entry in loaded
+            for i, values in entry["scales"].items()
+        }
+        orders = {key: (a, b) for _, entry in loaded for key, (a, b) in entry["orders"].items()}
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise PlanError(
+            f"the state dict's factors of the learning rates do not fit this {type(optim).__name__} ({error!r}): build the "
+            "optimizer with the param groups of the run that saved them."
+        ) from None
+    scales = {p: _checked(optim, p, scale) for p, scale in scales.items()}
+    if scale is None:
+        UpdateScale(optim, scales, orders=orders)
+        return
+    scale.scales, scale.orders = scales, orders
+    for group, _ in loaded:
+        group[KEY] = True
+
+
+def _read(values: Mapping[str, Any], p: Tensor) -> Scale:
+    """Return the scale that ``_plain`` wrote, with its tensors on the device of the parameter."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(moved(v) for v in value)  # pyright: ignore[reportUnknownVariableType]
+        return value.to(p.device) if isinstance(value, Tensor) else value
+
+    return Scale(**{name: moved(value) for name, value in values.items()})
+
+
+def _plain(scale: Scale) -> dict[str, Any]:
+    """Return a scale as types that ``torch.load(weights_only=True)`` reads."""
+    return {f.name: getattr(scale, f.name) for f in fields(scale)}
 
 
 def _checked(optim: Optimizer, p: Tensor, scale: float | Scale) -> Scale:

@@ -1,7 +1,7 @@
 """Records of growths in checkpoints: the few hundred bytes from which a plan can be made again, and a digest to check the plan."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from typing import Any
@@ -27,6 +27,8 @@ class GrowthRecord:
         state: Mode of the optimizer state.
         dynamics: Mode of the learning rates.
         digest: Digest of the plan, without notes and reasons (see ``digest``).
+        split: For each optimizer, True when the growth split its param groups by learning rate; None if not recorded.
+        plan: The plan as JSON, of a method that text cannot represent; None for a plan that the other fields reproduce.
     """
 
     family: str
@@ -38,15 +40,17 @@ class GrowthRecord:
     state: str
     dynamics: str | None
     digest: str
+    split: Sequence[bool] | None = None
+    plan: str | None = None
 
     @staticmethod
-    def of(plan: GrowthPlan) -> "GrowthRecord":
-        """Make the record of a plan."""
+    def of(plan: GrowthPlan, split: Sequence[bool] | None = None) -> "GrowthRecord":
+        """Make the record of a plan, and of the optimizers whose param groups it splits."""
         same = ("family", "source_sizes", "width", "depth", "seed", "state", "dynamics")
         sizes = plan.target_sizes.items()
         to = {name: n for name, n in sizes if plan.source_sizes[name] != n}
         return GrowthRecord(
-            **{name: getattr(plan, name) for name in same}, to=to, digest=digest(plan)
+            **{name: getattr(plan, name) for name in same}, to=to, digest=digest(plan), split=split
         )
 
     @property
@@ -61,7 +65,8 @@ class GrowthRecord:
 
     def to_json(self) -> str:
         """Return the record as JSON."""
-        return json.dumps({"version": VERSION} | asdict(self), sort_keys=True)
+        known = {key: value for key, value in asdict(self).items() if value is not None}
+        return json.dumps({"version": VERSION, "dynamics": None} | known, sort_keys=True)
 
 
 def digest(plan: GrowthPlan) -> str:
@@ -77,8 +82,11 @@ def digest_of(growth: GrowthPlan | GrowthRecord) -> str:
 def _check(record: GrowthRecord) -> None:
     """Raise ValueError for fields of the wrong type, and for sizes that no model has."""
     texts = record.family, record.width, record.depth, record.state, record.digest
-    if not all(isinstance(text, str) for text in (*texts, record.dynamics or "")):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not all(isinstance(text, str) for text in (*texts, record.dynamics or "", record.plan or "")):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError("a family, a method, a state or a digest is no text")
+    split: Any = record.split
+    if split is not None and not (isinstance(split, list) and all(type(s) is bool for s in split)):  # pyright: ignore
+        raise ValueError("its split is no list of booleans")
     source, to = record.source_sizes, record.to
     if not isinstance(source, dict) or not isinstance(to, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError("its sizes are no mapping from names to numbers")

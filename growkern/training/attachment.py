@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 from typing_extensions import TypedDict  # a torch dependency; typing's is complete from 3.11 on
 
 from growkern.api import expand_inplace, plan
-from growkern.commit.checkpoint_guard import guard_of, n_growths
+from growkern.commit.checkpoint_guard import guard_model, n_growths
 from growkern.commit.optimizer import Masters
+from growkern.commit.optimizer_guard import OptimGuard, check_loaded, guard, optim_guard_of
 from growkern.engine.report import GrowthReport
 from growkern.errors import GrowthError, PlanError, raise_all
 from growkern.execution.execute import Memory
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("growkern")
 OnGrowth = Callable[[Event, GrowthReport], object]
+SpecOf = ModelSpec | Callable[[nn.Module], ModelSpec] | None
 
 
 class Options(TypedDict, total=False):
@@ -47,7 +49,7 @@ class Options(TypedDict, total=False):
         memory: See ``expand_inplace``.
     """
 
-    spec: ModelSpec | Callable[[nn.Module], ModelSpec] | None
+    spec: SpecOf
     backend: str | None
     ema: nn.Module | Sequence[nn.Module] | None
     master_weights: Masters | None
@@ -106,7 +108,11 @@ class Attachment:
                 )
         spec = describe(self.model, self._spec())  # raises now if the model cannot be grown
         raise_all(PlanError, title, unknown_sizes(schedule.ahead, spec))
-        self.n_params = sum(p.numel() for p in self.model.parameters())
+        for one in optims:
+            check_loaded(one)
+            if optim_guard_of(one) is None:
+                guard(one, OptimGuard({}, ""))
+        guard_model(self.model)
         self._optims = [ref(one) for one in optims]
         self._hooks = [one.register_step_post_hook(self._after_step) for one in optims]
         schedule.attachment = self
@@ -115,9 +121,19 @@ class Attachment:
             counts.n_flops = 6.0 * counts.n_tokens * self.n_params
 
     @property
+    def n_params(self) -> int:
+        """Number of parameters of the model."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
     def optims(self) -> list[Optimizer]:
         """The optimizers that are alive."""
         return [optim for reference in self._optims if (optim := reference()) is not None]
+
+    @property
+    def schedulers(self) -> list[Any]:
+        """The learning-rate schedulers that are alive."""
+        return [live for reference in self._schedulers if (live := reference()) is not None]
 
     def remove(self) -> None:
         """Detach the schedule from its optimizers. A second call does nothing."""
@@ -171,7 +187,7 @@ class Attachment:
 
     def _expand(self, event: Event) -> GrowthReport:
         schedule, options, made = self.schedule, self._options, self.make_plan(event)
-        live = _listed([reference() for reference in self._schedulers])
+        live = self.schedulers
         self._running = n_growths(self.model)
         try:
             report = expand_inplace(
@@ -202,18 +218,21 @@ class Attachment:
             return
         before = running
         with uninterrupted():
-            guard = guard_of(self.model)
-            if guard is not None and n_growths(self.model) > before:
+            if n_growths(self.model) > before:
                 schedule.fired.append(schedule.counts.n_steps)
-                schedule.history.append(guard.growths[-1].record)
+                schedule.history.append(guard_model(self.model).growths[-1].record)
                 schedule.counts.points = []
                 schedule.counts.curve = LossCurve(last=schedule.counts.n_tokens)
-                self.n_params = sum(p.numel() for p in self.model.parameters())
             self._running = None
 
     def _spec(self) -> ModelSpec | None:
-        spec = self._options.get("spec")
-        return spec if spec is None or isinstance(spec, ModelSpec) else spec(self.model)
+        of = spec_function(self._options.get("spec"))
+        return of(self.model) if of else None
+
+
+def spec_function(spec: SpecOf) -> Callable[[nn.Module], ModelSpec] | None:
+    """Return the option ``spec`` as a function from the model to its description."""
+    return (lambda _: spec) if isinstance(spec, ModelSpec) else spec
 
 
 def _attachment_of(optim: Optimizer) -> Attachment | None:

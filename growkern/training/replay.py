@@ -1,18 +1,22 @@
 """Replay of recorded growths on a model of the starting sizes, so that the model can load a checkpoint of the grown sizes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from growkern.commit.checkpoint_guard import growth_history
 from growkern.commit.optimizer import Masters
+from growkern.commit.optimizer_guard import history_of, optim_guard_of
 from growkern.engine.history import replanned
 from growkern.engine.request import Request
 from growkern.engine.run import all_or_nothing, run
 from growkern.errors import GrowthError, PlanError
 from growkern.execution.execute import NOTHING
+from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.describe import Optimizers, optimizers
 from growkern.planning.check import check
@@ -29,7 +33,7 @@ Growth = GrowthPlan | GrowthRecord
 def resume(
     model: nn.Module,
     optim: Optimizers = None,
-    history: Sequence[str | GrowthPlan] | None = None,
+    history: Sequence[str | GrowthPlan] | Mapping[str, Any] | None = None,
     *,
     scheduler: object | None = None,
     ema: nn.Module | Sequence[nn.Module] | None = None,
@@ -41,11 +45,11 @@ def resume(
     Replaced weights are NaN until a checkpoint is loaded.
 
     Args:
-        model: Model of the starting sizes; changed in place. If the model's config already records the first growths
-            (``from_pretrained``), these growths are skipped, and ``optim`` must be None.
+        model: Model of the starting sizes; changed in place. Growths that the model's config already records (``from_pretrained``)
+            are skipped.
         optim: Optimizer of the model, or a list of optimizers, newly built.
-        history: Recorded growths: ``config.growkern_history`` of a checkpoint, ``history`` of a schedule's state dict, or plans. None:
-            ``growkern_history`` of the model's own config.
+        history: Recorded growths: ``history`` of a report or of a schedule's state dict, the state dict of the optimizer,
+            ``config.growkern_history`` of a checkpoint, or plans. None: the growths of the model's own config.
         scheduler: The learning-rate scheduler that drives ``optim``; updated with the param groups.
         ema: Weight averages of the model, replayed by the same plans.
         master_weights: Mapping from parameter to the float32 copy that ``optim`` updates in place of the parameter.
@@ -56,53 +60,101 @@ def resume(
             and optimizer are bitwise unchanged.
 
     Example:
-        >>> growkern.resume(model, optim, torch.load("schedule.pt")["history"])
-        >>> model.load_state_dict(torch.load("model.pt")); optim.load_state_dict(torch.load("optim.pt"))
+        >>> saved = torch.load("optim.pt")
+        >>> growkern.resume(model, optim, saved)
+        >>> model.load_state_dict(torch.load("model.pt")); optim.load_state_dict(saved)
     """
     model, optims = unwrapped(model), optimizers(optim)
-    done = growth_history(model)
-    given: object = history
-    if given is not None and not (
-        isinstance(given, list | tuple) and all(isinstance(h, str | GrowthPlan) for h in given)  # pyright: ignore
-    ):
-        raise PlanError(
-            f"history: expected a list of recorded growths, such as schedule.state_dict()['history'], got {short(given)}."
-        )
-    growths = [
-        entry if isinstance(entry, GrowthPlan) else read(entry)
-        for entry in (done if history is None else history)
-    ]
-    if done and [digest_of(growth) for growth in growths[: len(done)]] != [
-        *map(digest_of, map(read, done))
-    ]:
-        raise PlanError(
-            f"config.growkern_history records {len(done)} growths of this model, which are not the first of the "
-            f"{len(growths)} of the history: build the model from the config of the start."
-        )
-    if optims and done:
-        raise PlanError(
-            "this model has grown, and the optimizer has not: build the model from the config of the start, so that its growths "
-            "can be replayed on both."
-        )
-    for number, (before, after) in enumerate(pairwise(growths[len(done) :]), len(done) + 1):
+    growths = _ahead(growth_history(model), history, optims)
+    for number, (before, after) in enumerate(pairwise(growths), 1):
         if dict(before.target_sizes) != dict(after.source_sizes) or not _names_fit(before, after):
             raise PlanError(
                 f"growth {number + 1} of {len(growths)} does not fit: growth {number + 1} starts at {dict(after.source_sizes)}, growth "
                 f"{number} ends at {dict(before.target_sizes)}. Pass all growths, in their order."
             )
     with all_or_nothing(model) as undo:
-        for number, growth in enumerate(growths[len(done) :], len(done) + 1):
+        for number, growth in enumerate(growths, 1):
             try:
                 run(
                     Request(
                         model, optims, partial(_plan, growth), growth.state == "drop", spec=spec(model) if spec else None,
-                        backend=NOTHING, scheduler=scheduler, ema=ema, master_weights=master_weights, undo=undo,
+                        backend=NOTHING, scheduler=scheduler, ema=ema, master_weights=master_weights, split=_split(growth, optims),
+                        undo=undo,
                     )
                 )  # fmt: skip
             except GrowthError as error:
                 raise PlanError(
                     f"growth {number} of {len(growths)} does not fit: {error} Nothing was changed."
                 ) from error
+
+
+def catch_up(
+    model: nn.Module, optim: Optimizers, history: Sequence[str], *, spec: Callable[[nn.Module], ModelSpec] | None, **live: Any
+) -> None:  # fmt: skip
+    """Replay the growths of a checkpoint that is about to be loaded, unless the model was built at the checkpoint's sizes.
+
+    Args:
+        model: See ``resume``.
+        optim: See ``resume``.
+        history: Recorded growths of the checkpoint.
+        spec: See ``resume``.
+        live: ``scheduler``, ``ema`` and ``master_weights``: see ``resume``.
+    """
+    model, growths = unwrapped(model), [*map(read, history)]
+    if not growths:
+        return
+    sizes, start = describe(model, spec(model) if spec else None).sizes, growths[0].source_sizes
+    if dict(sizes) == dict(growths[-1].target_sizes) != dict(start):
+        return
+    resume(model, optim, history, spec=spec, **live)
+
+
+def _ahead(done: Sequence[str], history: object, optims: Sequence[Optimizer]) -> list[Growth]:
+    """Return the growths of a history that are ahead of a model with the growths ``done``.
+
+    A history may begin before the model's last growths, or after them: that of an optimizer begins with the optimizer.
+    """
+    given = history_of(history) if isinstance(history, Mapping) else history  # pyright: ignore[reportUnknownArgumentType]
+    given = [*done] if history is None else given
+    if not isinstance(given, list | tuple) or not all(isinstance(h, str | GrowthPlan) for h in given):  # pyright: ignore
+        raise PlanError(
+            "history: expected a list of recorded growths, such as schedule.state_dict()['history'], or the state dict of an "
+            f"optimizer, got {short(history)}."
+        )
+    entries: list[str | GrowthPlan] = [*given]  # pyright: ignore[reportUnknownArgumentType]
+    growths = [entry if isinstance(entry, GrowthPlan) else read(entry) for entry in entries]
+    own, all_of_them = [digest_of(read(text)) for text in done], [*map(digest_of, growths)]
+    shared = (n for n in range(min(len(own), len(growths)), 0, -1) if own[-n:] == all_of_them[:n])
+    n_shared = next(shared, 0)
+    seen = [[*map(digest_of, map(read, _seen(optim)))] for optim in optims]
+    for growth in growths[:n_shared]:
+        split = growth.split if isinstance(growth, GrowthRecord) else None
+        unseen = not all(digest_of(growth) in digests for digests in seen)
+        if unseen and (history is None or split is None or any(split)):
+            raise PlanError(
+                "this model has grown, and the optimizer has not: build the model from the config of the start, so that its growths "
+                "can be replayed on both; or, if the optimizer began after them, pass the optimizer's state dict as history."
+            )
+    return growths[n_shared:]
+
+
+def _seen(optim: Optimizer) -> Sequence[str]:
+    """Return the records of the growths that an optimizer has been through."""
+    guard = optim_guard_of(optim)
+    return guard.history if guard is not None else ()
+
+
+def _split(growth: Growth, optims: Sequence[Optimizer]) -> Sequence[bool] | None:
+    """Return which optimizers' param groups a growth split; growkern 0.1 split them all where no scheduler was in the way."""
+    split = growth.split if isinstance(growth, GrowthRecord) else None
+    if split is None:
+        return [True] * len(optims)
+    if optims and len(split) != len(optims):
+        raise PlanError(
+            f"{len(split)} optimizers grew with the model, and {len(optims)} were passed: pass as many, in the same order. Replay a "
+            "growth without an optimizer by optim=None, and build the optimizer afterwards."
+        )
+    return split if optims else None
 
 
 def _plan(growth: Growth, spec: ModelSpec) -> GrowthPlan:

@@ -123,6 +123,28 @@ def test_save_state_and_load_state_carry_the_schedule(accelerator_of, tmp_path):
     same_weights(model, resumed)
 
 
+def test_load_state_replays_growths_on_a_model_of_the_starting_sizes(accelerator_of, tmp_path):
+    def prepared():
+        accelerator, (model, optim) = accelerator_of(), parts()
+        scheduler = cosine(optim)
+        model, optim, scheduler = accelerator.prepare(model, optim, scheduler)
+        schedule = GrowthSchedule([At(step=2, to=WIDER), At(step=3, to=DEEPER)])
+        attach(accelerator, model, optim, schedule)
+        return accelerator, model, optim, scheduler, schedule
+
+    accelerator, model, optim, scheduler, schedule = prepared()
+    train(accelerator, model, optim, scheduler, 4)
+    accelerator.save_state(str(tmp_path))
+    train(accelerator, model, optim, scheduler, 3, first=4)
+
+    accelerator, resumed, optim, scheduler, again = prepared()
+    accelerator.load_state(str(tmp_path))
+    train(accelerator, resumed, optim, scheduler, 3, first=4)
+    assert again.fired == [2, 3] and again.history == schedule.history
+    assert again.attachment.n_params == sum(p.numel() for p in model.parameters())
+    same_weights(model, resumed)
+
+
 def test_growth_is_in_the_event_files(accelerator_of, tmp_path):
     accelerator = accelerator_of(log_with="tensorboard", project_dir=str(tmp_path))
     accelerator.init_trackers("growth")

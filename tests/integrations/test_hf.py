@@ -143,13 +143,33 @@ def test_a_model_of_the_starting_sizes_is_resumed_bitwise(tmp_path):
     for at in (1, 3, 5):
         checkpoint = str(tmp_path / f"checkpoint-{at}")
         resumed, trainer, schedule = parts(tmp_path / f"resumed-{at}")
-        hf.resume(trainer, checkpoint)
+        if at == 3:  # by hand, or by itself
+            hf.resume(trainer, checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)
 
         assert schedule.fired == [2, 4]
         same_weights(model, resumed)
         with pytest.raises(PlanError, match="has no schedule"):
             hf.resume(trainer, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_run_that_begins_from_a_grown_checkpoint_replays_what_its_optimizer_has_seen(tmp_path):
+    first = make("llama", tied=True)
+    growkern.expand_inplace(first, to={"ffn": 48})
+    first.save_pretrained(tmp_path / "start")
+
+    def parts(out):
+        model = type(first).from_pretrained(tmp_path / "start")
+        return model, *saving(model, out, [At(step=3, to=WIDER)])
+
+    model, trainer, _ = parts(tmp_path)
+    trainer.train()
+    for at in (2, 4):  # before and after the growth of this run
+        again, trainer, schedule = parts(tmp_path / f"again-{at}")
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+        assert schedule.fired == [3] and len(again.config.growkern_history) == 2
+        same_weights(model, again)
 
 
 @pytest.mark.slow

@@ -1,0 +1,180 @@
+"""What an optimizer's state dict knows of growths: guard what a grown optimizer loads, and settle what an optimizer has loaded."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from growkern.commit.checkpoint_guard import growth_history
+from growkern.commit.param_groups import LR_FACTOR, check_rates
+from growkern.errors import CheckpointError, PlanError
+from growkern.optimizer.state_rules import Rule
+from growkern.optimizer.update_scale import KEY as SCALES
+from growkern.optimizer.update_scale import adopt, scale_of
+from growkern.planning.growth_record import read
+from growkern.support.live_registry import Live
+
+KEY = "growth"  # of a param group in a state dict: its number of parameters, and the growths that the optimizer has seen
+WAY_OUT = (
+    "Load a checkpoint from before a growth before growing; to load one from after a growth, build model and optimizer as at the "
+    "start of the run, and first call growkern.resume(model, optim, history) with the scheduler, if the growth had one."
+)
+
+
+class OptimGuard:
+    """Hooks of a grown optimizer: one checks state dicts that are loaded (torch checks no shapes, and ``fused=True`` writes out of
+    bounds), one adds the growths to state dicts that are saved.
+
+    Attributes:
+        rules: State key -> rule for its shape.
+        what: Description of the last growth.
+        history: Records of the growths that the optimizer has seen, as JSON.
+    """
+
+    def __init__(
+        self, rules: Mapping[str, Rule | None], what: str, history: Sequence[str] = ()
+    ) -> None:
+        self.rules, self.what, self.history = rules, what, [*history]
+
+    def check(self, optim: Optimizer, state_dict: Mapping[str, Any]) -> None:
+        """Raise CheckpointError for state whose shapes do not fit the optimizer's parameters."""
+        saved: list[int] = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params: list[Tensor] = [p for group in optim.param_groups for p in group["params"]]
+        n_saved, n = len(state_dict["param_groups"]), len(optim.param_groups)
+        if (len(saved), n_saved) != (len(params), n):
+            since = f" since {self.what}" if self.history else ""
+            raise CheckpointError(
+                f"this optimizer checkpoint has {len(saved)} parameters in {n_saved} param groups, and the optimizer has "
+                f"{len(params)} in {n}{since}. {WAY_OUT}"
+            )
+        for i, p in zip(saved, params, strict=True):
+            entries: dict[str, object] = state_dict["state"].get(i, {})
+            for key, value in entries.items():
+                rule = self.rules.get(key)
+                if not isinstance(value, Tensor) or rule is None:
+                    continue
+                if tuple(value.shape) != (shape := rule.shape(tuple(p.shape))):
+                    raise CheckpointError(
+                        f"this optimizer checkpoint is from before {self.what}: {key!r} of parameter {i} has the shape "
+                        f"{tuple(value.shape)}, and the optimizer needs {shape}. {WAY_OUT}"
+                    )
+
+    def pack(self, optim: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Add the growths to the first param group of a state dict, and the number of parameters to every group."""
+        for i, group in enumerate(state_dict["param_groups"]):
+            group[KEY] = {"n_params": len(group["params"]), "history": [] if i else [*self.history]}
+
+
+def optim_guard_of(optim: Optimizer) -> OptimGuard | None:
+    """Return the ``OptimGuard`` of an optimizer, or None."""
+    hooks: list[Any] = [*optim._optimizer_load_state_dict_pre_hooks.values()]  # pyright: ignore[reportPrivateUsage]
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    return next((owner for owner in owners if isinstance(owner, OptimGuard)), None)
+
+
+def guard(optim: Optimizer, of: OptimGuard) -> list[Any]:
+    """Register the hooks of a guard on an optimizer; return their handles."""
+    return [
+        optim.register_load_state_dict_pre_hook(of.check),
+        optim.register_state_dict_post_hook(of.pack),
+    ]
+
+
+def history_of(state_dict: Mapping[str, Any]) -> list[str] | None:
+    """Return the growths that the optimizer of a state dict has seen, as JSON; None for a mapping that is no state dict.
+
+    Example:
+        >>> growkern.resume(model, optim, torch.load("optim.pt"))
+    """
+    groups = state_dict.get("param_groups")
+    if not isinstance(groups, list | tuple):
+        return None
+    entries: list[Any] = [group.get(KEY) or {} for group in groups if isinstance(group, Mapping)]  # pyright: ignore
+    return [record for entry in entries for record in entry.get("history", ())]
+
+
+def settle(optim: Optimizer) -> None:
+    """Put into effect what a loaded state dict says of growths: factors of the updates, and the growths that the optimizer has seen.
+
+    Raises:
+        PlanError: The state dict's param groups were split by a growth, and have been loaded into one group; or see ``adopt``.
+    """
+    adopt(optim)
+    loaded: list[tuple[Any, Any]] = [(g, g[KEY]) for g in optim.param_groups if KEY in g]
+    scale = scale_of(optim)
+    if loaded and scale is not None and not any(SCALES in group for group, _ in loaded):
+        scale.scales = {}  # the optimizer that was saved had none
+    for group, entry in loaded:
+        if entry["n_params"] != len(group["params"]):
+            raise PlanError(
+                f"a param group of this {type(optim).__name__} has {len(group['params'])} parameters, and had {entry['n_params']} "
+                "when it was saved: a growth had split the groups by learning rate. Build model and optimizer as at the start of "
+                "the run, call growkern.resume with the scheduler, then load."
+            )
+    history = [record for _, entry in loaded for record in entry["history"]]
+    if loaded and (own := optim_guard_of(optim)) is not None:
+        own.history = history
+    elif loaded:
+        guard(optim, OptimGuard({}, f"growth {len(history)}", history))
+    for group, _ in loaded:
+        del group[KEY]
+
+
+# optimizer -> its list of param groups, which every load replaces: at its last step, and since it began without state
+_stepped: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
+_began: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
+
+
+def check_loaded(optim: Optimizer) -> None:
+    """Settle what an optimizer has loaded since its last step, and refuse state of a grown model without learning-rate factors.
+
+    An optimizer that begins on a grown model gets factors 1.
+
+    Raises:
+        PlanError: See ``settle``; or the optimizer has state, no growth is on its record, and its model has grown.
+    """
+    groups = optim.param_groups
+    if _stepped.get(optim) is groups:
+        return
+    settle(optim)
+    if not all(LR_FACTOR in group for group in groups) and (grown := _grown_model(optim)):
+        own = optim_guard_of(optim)
+        seen = own is not None and own.history
+        if optim.state and not seen and _began.get(optim) is not groups:
+            raise PlanError(
+                f"this {grown} has grown, and the state that its {type(optim).__name__} has loaded contains no learning-rate "
+                "factors of a growth: call growkern.resume(model, optim, history) before load_state_dict. If this optimizer began "
+                f"with the grown model, set group[{LR_FACTOR!r}] = 1.0 in each of its param groups."
+            )
+        _began[optim] = groups
+        if not any(group.get("lr", 1.0) for group in groups):  # torch.distributed.checkpoint steps at a learning rate of 0 to make state
+            return
+        for group in groups:
+            group.setdefault(LR_FACTOR, 1.0)
+    _stepped[optim] = groups
+
+
+def _grown_model(optim: Optimizer) -> str | None:
+    """Return the class name of a live model that holds one of the optimizer's parameters and whose learning rates grew; or None."""
+    own = {id(p) for group in optim.param_groups for p in group["params"]}
+    for module in Live.now().modules:
+        config = vars(module).get("config")
+        if getattr(config, "growkern_history", None) and any(id(p) in own for p in module.parameters()):
+            with suppress(PlanError):
+                if any(read(text).dynamics for text in growth_history(module)):
+                    return type(module).__name__
+    return None
+
+
+def _before_step(optim: Optimizer, *_: object) -> None:
+    if not torch.compiler.is_dynamo_compiling():
+        check_rates(optim)
+        check_loaded(optim)
+
+
+register_optimizer_step_pre_hook(_before_step)
