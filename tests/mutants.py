@@ -103,7 +103,7 @@ MUTANTS = {
         "optimizer/update_scale.py", "f[rows] if i == 0 and isinstance(f, Tensor) else f for", "f for",
         "optimizer/test_lr_scaling.py -k sparse"),
     "rates: other hooks see the optimizer's units": Mutant(
-        "optimizer/update_scale.py", "self._hooks[1].id, last=False", "self._hooks[1].id, last=True",
+        "optimizer/update_scale.py", "self._hooks[-1].id, last=False", "self._hooks[-1].id, last=True",
         "optimizer/test_lr_scaling.py -k models_units"),
     "rates: norms are taken in the optimizer's units": Mutant(
         "optimizer/update_scale.py", "return _multiplied(square.clone(), factors) if factors else square", "return square",
@@ -171,7 +171,7 @@ MUTANTS = {
         "commit/checkpoint_guard.py", "if whole and not new & shapes.keys() and (apart or new):", "if whole and apart:",
         "training/test_history.py training/test_replay.py engine/test_bad_input.py -k 'before or refused or load'"),
     "guard: optimizer state is let through": Mutant(
-        "commit/checkpoint_guard.py", "if not isinstance(value, Tensor) or rule is None:", "if True:",
+        "commit/optimizer_guard.py", "if not isinstance(value, Tensor) or rule is None:", "if True:",
         "training/test_history.py training/test_replay.py -k 'optim or before'"),
     # engine and model
     "engine: a replaced head is not missed": Mutant(

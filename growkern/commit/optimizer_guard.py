@@ -145,30 +145,39 @@ def check_loaded(optim: Optimizer) -> None:
     if not all(LR_FACTOR in group for group in groups) and (grown := _grown_model(optim)):
         own = optim_guard_of(optim)
         seen = own is not None and own.history
-        if optim.state and not seen and _began.get(optim) is not groups:
+        if _has_stepped(optim) and not seen and _began.get(optim) is not groups:
             raise PlanError(
                 f"this {grown} has grown, and the state that its {type(optim).__name__} has loaded contains no learning-rate "
                 "factors of a growth: call growkern.resume(model, optim, history) before load_state_dict. If this optimizer began "
                 f"with the grown model, set group[{LR_FACTOR!r}] = 1.0 in each of its param groups."
             )
         _began[optim] = groups
-        if not any(group.get("lr", 1.0) for group in groups):  # torch.distributed.checkpoint steps at a learning rate of 0 to make state
+        if not any(
+            group.get("lr", 1.0) for group in groups
+        ):  # torch.distributed.checkpoint steps at a learning rate of 0 to make state
             return
         for group in groups:
             group.setdefault(LR_FACTOR, 1.0)
     _stepped[optim] = groups
 
 
+def _has_stepped(optim: Optimizer) -> bool:
+    """True for an optimizer with state, unless its constructor made it (Adagrad)."""
+    return any(state and float(state.get("step", 1)) > 0 for state in optim.state.values())
+
+
 def _grown_model(optim: Optimizer) -> str | None:
-    """Return the class name of a live model that holds one of the optimizer's parameters and whose learning rates grew; or None."""
+    """Return the class name of the live model that holds the optimizer's parameters, if it grew by learning-rate factors; or None."""
     own = {id(p) for group in optim.param_groups for p in group["params"]}
+    found: list[tuple[int, str]] = []
     for module in Live.now().modules:
-        config = vars(module).get("config")
-        if getattr(config, "growkern_history", None) and any(id(p) in own for p in module.parameters()):
-            with suppress(PlanError):
-                if any(read(text).dynamics for text in growth_history(module)):
-                    return type(module).__name__
-    return None
+        if not getattr(vars(module).get("config"), "growkern_history", None):
+            continue
+        params = [id(p) for p in module.parameters()]
+        with suppress(PlanError):
+            if not own.isdisjoint(params) and any(read(g).dynamics for g in growth_history(module)):
+                found.append((len(params), type(module).__name__))
+    return max(found)[1] if found else None
 
 
 def _before_step(optim: Optimizer, *_: object) -> None:

@@ -43,7 +43,9 @@ def replanned(record: GrowthRecord, spec: ModelSpec) -> GrowthPlan:
     if record.plan is not None:
         plan = GrowthPlan.from_json(record.plan)
         if digest(plan) != record.digest:
-            raise PlanError(f"the plan on record has the digest {digest(plan)}, not {record.digest}.")
+            raise PlanError(
+                f"the plan on record has the digest {digest(plan)}, not {record.digest}."
+            )
         return plan
     if record.family != spec.family or dict(record.source_sizes) != dict(spec.sizes):
         raise PlanError(

@@ -116,7 +116,9 @@ def _ahead(done: Sequence[str], history: object, optims: Sequence[Optimizer]) ->
     """
     given = history_of(history) if isinstance(history, Mapping) else history  # pyright: ignore[reportUnknownArgumentType]
     given = [*done] if history is None else given
-    if not isinstance(given, list | tuple) or not all(isinstance(h, str | GrowthPlan) for h in given):  # pyright: ignore
+    if not isinstance(given, list | tuple) or not all(
+        isinstance(h, str | GrowthPlan) for h in given
+    ):  # pyright: ignore
         raise PlanError(
             "history: expected a list of recorded growths, such as schedule.state_dict()['history'], or the state dict of an "
             f"optimizer, got {short(history)}."

@@ -250,18 +250,25 @@ def test_depth_alone_keeps_one_group_so_a_fresh_optimizer_loads_its_state():
     )
 
 
+def constant(optim):
+    """Return a scheduler that changes nothing: growths that get it split param groups."""
+    return schedules.ConstantLR(optim, factor=1.0)
+
+
 def test_learning_rates_follow_the_law_for_good():
     model = make("llama", tied=False)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-    report = grow(model, optim, to="2x", width=COPIES)
+    scheduler = constant(optim)
+
+    report = grow(model, optim, to="2x", width=COPIES, scheduler=scheduler)
 
     rates = {id(p): g["lr"] for g in optim.param_groups for p in g["params"]}
     assert rates[id(model.model.layers[0].mlp.up_proj.weight)] == pytest.approx(5e-4)
     assert rates[id(model.lm_head.weight)] == pytest.approx(5e-4)
     assert rates[id(model.model.embed_tokens.weight)] == rates[id(model.model.norm.weight)] == 1e-3
     assert report.lr_applied and report.lr_factors == {1.0: 6, 0.5: 15}
-    grow(model, optim, to="2x", width=COPIES)
+    grow(model, optim, to="2x", width=COPIES, scheduler=scheduler)
     assert {round(g["lr"], 9) for g in optim.param_groups} == {1e-3, 2.5e-4}
 
 
@@ -280,7 +287,7 @@ def test_a_shared_tensor_learning_rate_is_not_multiplied_in_place():
     model = make("llama", tied=False)
     optim = torch.optim.AdamW(model.parameters(), lr=lr, foreach=False)
 
-    grow(model, optim, to="2x", width=COPIES)
+    grow(model, optim, to="2x", width=COPIES, scheduler=constant(optim))
 
     assert lr == torch.tensor(1e-3) and sorted(
         float(g["lr"]) for g in optim.param_groups
@@ -379,8 +386,9 @@ def test_hooks_carry_the_factor_where_a_scheduler_cannot_follow_split_groups(
         model = make("llama", tied=False).double()
         optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
         train(model, optim, 2)
-        scheduler = make_scheduler(optim) if hooks else None
-        report = grow(model, optim, to="2x", scheduler=scheduler if handed else None)
+        scheduler = make_scheduler(optim) if hooks else constant(optim)
+        passed = scheduler if handed or not hooks else None
+        report = grow(model, optim, to="2x", scheduler=passed)
         factors = [g["lr"] / optim.param_groups[0]["lr"] for g in optim.param_groups]
         assert len(factors) == (1 if hooks else 2) and ("UpdateScale" in str(report)) == hooks
         for t in range(6):
@@ -502,7 +510,8 @@ def test_growing_again_and_again():
         assert (logits(model, batch()) - before).abs().max() < 1e-5
 
 
-def test_weight_decay_per_step_stays_so_the_grown_run_is_the_source_run():
+@pytest.mark.parametrize("split", [False, True], ids=["hooks", "groups"])
+def test_weight_decay_per_step_stays_so_the_grown_run_is_the_source_run(split):
     for kind, options in [
         (torch.optim.AdamW, dict(eps=1e-12)),
         (torch.optim.SGD, dict(momentum=0.9)),
@@ -512,9 +521,10 @@ def test_weight_decay_per_step_stays_so_the_grown_run_is_the_source_run():
         train(model, optim, 5)
         source, source_optim = copy.deepcopy((model, optim))
 
-        report = grow(model, optim, to="2x", width=width.Lossless(noise=0))
+        scheduler = constant(optim) if split else None
+        report = grow(model, optim, to="2x", width=width.Lossless(noise=0), scheduler=scheduler)
 
-        assert "weight decay" in str(report)
+        assert ("weight decay was divided" in str(report)) == split
         expected = train(source, source_optim, 20, first=5)
         assert train(model, optim, 20, first=5) == pytest.approx(expected, abs=1e-7), kind
 
@@ -576,6 +586,7 @@ def test_a_tie_may_be_declared_either_way(declared):
         spec=dataclasses.replace(model.spec(), ties=declared),
         to="2x",
         width=COPIES,
+        scheduler=constant(optim),
     )
 
     assert (logits(model, batch()) - before).abs().max() < 1e-12
@@ -648,7 +659,7 @@ def test_one_learning_rate_set_by_hand_for_all_groups_is_refused_before_the_step
     model = make("llama", tied=True)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     train(model, optim, 2)
-    grow(model, optim, to="2x")
+    grow(model, optim, to="2x", scheduler=constant(optim))
     train(model, optim, 1)
     before = [p.detach().clone() for p in model.parameters()]
 

@@ -132,7 +132,7 @@ def test_a_history_that_does_not_fit_changes_nothing():
 
     assert other.config.n_embd == 24 and len(other.transformer.h) == 2
     grow(other, to={"layers": 3})
-    with pytest.raises(PlanError, match="records 1 growths"):
+    with pytest.raises(PlanError, match="growth 2 of 2 does not fit"):
         growkern.resume(other, history=history)
 
 

@@ -302,6 +302,7 @@ def test_a_schedule_goes_on_after_a_restart_and_does_not_fire_twice():
     run(model, optim, 4, each=each(schedule))
     saved = copy.deepcopy(schedule.state_dict())
     twin, twin_optim = copy.deepcopy((model, optim))
+    twin_optim.load_state_dict(copy.deepcopy(optim.state_dict()))  # with its factors
     run(model, optim, 4, first=4, each=each(schedule))
 
     resumed = GrowthSchedule(events())
