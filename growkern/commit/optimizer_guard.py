@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -125,9 +124,8 @@ def settle(optim: Optimizer) -> None:
         del group[KEY]
 
 
-# optimizer -> its list of param groups, which every load replaces: at its last step, and since it began without state
-_stepped: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
-_began: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
+# attributes of an optimizer: its list of param groups, which every load replaces, at its last step, and since it began without state
+STEPPED, BEGAN = "_growkern_stepped", "_growkern_began"
 
 
 def check_loaded(optim: Optimizer) -> None:
@@ -139,26 +137,26 @@ def check_loaded(optim: Optimizer) -> None:
         PlanError: See ``settle``; or the optimizer has state, no growth is on its record, and its model has grown.
     """
     groups = optim.param_groups
-    if _stepped.get(optim) is groups:
+    if vars(optim).get(STEPPED) is groups:
         return
     settle(optim)
     if not all(LR_FACTOR in group for group in groups) and (grown := _grown_model(optim)):
         own = optim_guard_of(optim)
         seen = own is not None and own.history
-        if _has_stepped(optim) and not seen and _began.get(optim) is not groups:
+        if _has_stepped(optim) and not seen and vars(optim).get(BEGAN) is not groups:
             raise PlanError(
                 f"this {grown} has grown, and the state that its {type(optim).__name__} has loaded contains no learning-rate "
                 "factors of a growth: call growkern.resume(model, optim, history) before load_state_dict. If this optimizer began "
                 f"with the grown model, set group[{LR_FACTOR!r}] = 1.0 in each of its param groups."
             )
-        _began[optim] = groups
+        vars(optim)[BEGAN] = groups
         if not any(
             group.get("lr", 1.0) for group in groups
         ):  # torch.distributed.checkpoint steps at a learning rate of 0 to make state
             return
         for group in groups:
             group.setdefault(LR_FACTOR, 1.0)
-    _stepped[optim] = groups
+    vars(optim)[STEPPED] = groups
 
 
 def _has_stepped(optim: Optimizer) -> bool:

@@ -136,7 +136,7 @@ def attach(trainer: Trainer, schedule: GrowthSchedule, **options: Unpack[Options
             )  # fmt: skip
         load(checkpoint, model)
 
-    trainer._load_from_checkpoint = replay_and_load
+    trainer._load_from_checkpoint = replay_and_load  # pyright: ignore[reportPrivateUsage]
     return callback
 
 

@@ -82,9 +82,8 @@ def digest_of(growth: GrowthPlan | GrowthRecord) -> str:
 def _check(record: GrowthRecord) -> None:
     """Raise ValueError for fields of the wrong type, and for sizes that no model has."""
     texts = record.family, record.width, record.depth, record.state, record.digest
-    if not all(
-        isinstance(text, str) for text in (*texts, record.dynamics or "", record.plan or "")
-    ):  # pyright: ignore[reportUnnecessaryIsInstance]
+    others = record.dynamics or "", record.plan or ""
+    if not all(isinstance(text, str) for text in (*texts, *others)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError("a family, a method, a state or a digest is no text")
     split: Any = record.split
     if split is not None and not (isinstance(split, list) and all(type(s) is bool for s in split)):  # pyright: ignore

@@ -114,17 +114,14 @@ def _ahead(done: Sequence[str], history: object, optims: Sequence[Optimizer]) ->
 
     A history may begin before the model's last growths, or after them: that of an optimizer begins with the optimizer.
     """
-    given = history_of(history) if isinstance(history, Mapping) else history  # pyright: ignore[reportUnknownArgumentType]
-    given = [*done] if history is None else given
-    if not isinstance(given, list | tuple) or not all(
-        isinstance(h, str | GrowthPlan) for h in given
-    ):  # pyright: ignore
+    entries: Any = history_of(history) if isinstance(history, Mapping) else history  # pyright: ignore[reportUnknownArgumentType]
+    entries = done if history is None else entries
+    if not isinstance(entries, list | tuple) or not all(isinstance(h, str | GrowthPlan) for h in entries):  # pyright: ignore  # fmt: skip
         raise PlanError(
             "history: expected a list of recorded growths, such as schedule.state_dict()['history'], or the state dict of an "
-            f"optimizer, got {short(history)}."
+            f"optimizer, got {short(history)}."  # pyright: ignore[reportUnknownArgumentType]
         )
-    entries: list[str | GrowthPlan] = [*given]  # pyright: ignore[reportUnknownArgumentType]
-    growths = [entry if isinstance(entry, GrowthPlan) else read(entry) for entry in entries]
+    growths: list[Growth] = [h if isinstance(h, GrowthPlan) else read(h) for h in entries]  # pyright: ignore
     own, all_of_them = [digest_of(read(text)) for text in done], [*map(digest_of, growths)]
     shared = (n for n in range(min(len(own), len(growths)), 0, -1) if own[-n:] == all_of_them[:n])
     n_shared = next(shared, 0)

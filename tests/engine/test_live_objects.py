@@ -90,18 +90,19 @@ def test_a_scheduler_is_found_behind_gc_freeze(way, name, request):
     request.getfixturevalue("frozen")
 
     assert any(scheduler is s for s in Live.now().schedulers)
-    grow(model, optim, to="2x")
+    grow(model, optim, to="2x", scheduler=kinds.ConstantLR(optim, 1.0))
 
-    assert (
-        len(optim.param_groups) == 1
-    )  # a scheduler that was not handed over would not follow a split
+    # a scheduler that was not handed over would not follow a split
+    assert len(optim.param_groups) == 1
 
 
-def test_without_a_scheduler_groups_are_split():
+@pytest.mark.parametrize("handed", [False, True])
+def test_groups_are_split_only_where_the_scheduler_was_handed_over(handed):
     model = make("llama", tied=True)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    grow(model, optim, to="2x")
-    assert len(optim.param_groups) > 1
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optim, 1.0) if handed else None
+    grow(model, optim, to="2x", scheduler=scheduler)
+    assert (len(optim.param_groups) > 1) == handed
 
 
 @pytest.mark.slow

@@ -314,7 +314,7 @@ ERRORS = {  # what is done; what the error must name, the reason it must say, an
     "a state without a law": (
         lambda: a_strange_state("own", torch.ones(24)), "model.norm.weight", "unknown state 'own'", 'state_rules={"own"'),
     "an old optimizer checkpoint": (
-        an_old_optimizer_checkpoint, r"growth 1 \(hidden 24 -> 48", "'exp_avg' of parameter 0", "Load a checkpoint from before a growth before"),
+        an_old_optimizer_checkpoint, r"growth 1 \(hidden 24 -> 48", "'exp_avg' of parameter 0", "Load a checkpoint from before"),
     "a closure": (a_closure, r"optimizer.step\(\)", "half a step", "grow between steps"),
     "one rate for all groups": (one_rate_by_hand, "learning rate of groups", "undoes the factors", r"Set lr \* group"),
     "a scheduler that is none": (
