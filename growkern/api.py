@@ -1,12 +1,15 @@
 """Public functions: each checks its arguments and builds a request, which the engine runs."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from growkern.commit.checkpoint_guard import n_growths
 from growkern.commit.optimizer import Masters
 from growkern.depth import IdentityBlocks
+from growkern.engine.cached_sizes import refuse_missing_eps, unlisted_sizes
+from growkern.engine.forward_check import Check
 from growkern.engine.report import GrowthReport
 from growkern.engine.request import Request
 from growkern.engine.run import run
@@ -19,7 +22,7 @@ from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.describe import Optimizers, describe_optimizers, optimizers
 from growkern.planning.build import build
-from growkern.planning.check import check
+from growkern.planning.check import check as check_plan
 from growkern.planning.decisions import DepthMethod, ShrinkMethod, WidthMethod
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.sizes import Target, resolve_sizes
@@ -83,7 +86,7 @@ def plan(
             )
         sizes = resolve_sizes(described, to, shrink=True)
         return build(described, sizes, shrink=shrink, state=state, dynamics=dynamics)
-    return _plan(model, described, to, width, depth, state, dynamics, seed)
+    return _plan(model, described, to, width, depth, state, dynamics, seed, spec is not None)
 
 
 @renamed_arguments(masters="master_weights", rules="state_rules")
@@ -105,6 +108,7 @@ def expand_inplace(
     master_weights: Masters | None = None,
     state_rules: Mapping[str, int | None] | None = None,
     memory: Memory | None = None,
+    check: Check | None = None,
 ) -> GrowthReport:
     """Grow a model and its optimizer in place, in the middle of training.
 
@@ -142,6 +146,9 @@ def expand_inplace(
         memory: ``"stage"`` computes every target beside the source, then swaps. ``"lean"`` grows one parameter (with gradient and state) at
             a time and keeps replaced sources on the host (for a model on the CPU: in a temporary file) for the rollback. None: the
             first of these that fits.
+        check: A batch (a tensor, a sequence of positional arguments, or a mapping of keyword arguments), or a function from the model to
+            its outputs. The forward runs on it before the growth and on the grown model, in evaluation mode; if the grown model's forward
+            fails, or an output moves by more than rounding explains although the plan preserves the function, the growth is taken back.
 
     Returns:
         The report; ``print`` it.
@@ -165,8 +172,10 @@ def expand_inplace(
 
     def make_plan(described: ModelSpec) -> GrowthPlan:
         if plan is None:
-            return _plan(model, described, to, width, depth, state, dynamics, seed)
-        check(plan, described)
+            return _plan(
+                model, described, to, width, depth, state, dynamics, seed, spec is not None
+            )
+        check_plan(plan, described)
         return plan
 
     drop_state = (plan.state if plan else state) == "drop"
@@ -174,7 +183,7 @@ def expand_inplace(
     return run(
         Request(
             model, optimizers(optim), make_plan, drop_state, spec=spec, backend=backend, scheduler=scheduler, ema=ema,
-            master_weights=master_weights, state_rules=state_rules, memory=memory, new_rows=new_rows,
+            master_weights=master_weights, state_rules=state_rules, memory=memory, new_rows=new_rows, check=check,
         )
     )  # fmt: skip
 
@@ -257,7 +266,7 @@ def shrink_inplace(
             own = WeightSelection() if method is None else method
             sizes = resolve_sizes(described, to, shrink=True)
             return build(described, sizes, shrink=own, state=state, dynamics=dynamics)
-        check(plan, described)
+        check_plan(plan, described)
         return plan
 
     drop_state = (plan.state if plan else state) == "drop"
@@ -310,8 +319,9 @@ def _plan(
     state: str,
     dynamics: str | None,
     seed: int | None,
+    custom: bool,
 ) -> GrowthPlan:
-    return build(
+    plan = build(
         spec,
         resolve_sizes(spec, to),
         width=Lossless() if width is None else width,
@@ -320,3 +330,5 @@ def _plan(
         dynamics=dynamics,
         seed=n_growths(model) if seed is None else seed,
     )
+    refuse_missing_eps(plan, model)
+    return replace(plan, notes=(*plan.notes, *unlisted_sizes(plan, model))) if custom else plan

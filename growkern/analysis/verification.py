@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from growkern.engine.forward_check import TOLERANCE
 from growkern.support.text import fold, table
 
-# relative to the largest logit; float64 is loose too, because norms in Hugging Face transformers round to float32 for any dtype
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 STEP = 1e-2  # root mean square of each trial step over all elements: far from zero, far from divergence
 
 

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from growkern.commit.optimizer import Masters
 from growkern.commit.undo import Undo
+from growkern.engine.forward_check import Check
 from growkern.execution.execute import Memory
 from growkern.execution.tiles import Given
 from growkern.model.spec import ModelSpec
@@ -31,6 +32,7 @@ class Request:
         state_rules: State key -> order in the gradient, for an optimizer without a known law.
         memory: ``"stage"``, ``"lean"``, or None for the first that fits.
         new_rows: The width method's function that writes rows without a source row; None for a method without one.
+        check: A batch, or a function from the model to its outputs, on which the grown model is compared with the source.
         split: For each optimizer, True when a recorded growth split its param groups; None to split them where ``scheduler`` follows.
         undo: Writes of earlier growths that a failure of this growth rolls back too (``all_or_nothing``).
     """
@@ -47,5 +49,6 @@ class Request:
     state_rules: Mapping[str, int | None] | None = None
     memory: Memory | None = None
     new_rows: Given | None = None
+    check: Check | None = None
     split: Sequence[bool] | None = None
     undo: Undo | None = None

@@ -18,6 +18,7 @@ from growkern.commit.optimizer_guard import settle
 from growkern.commit.undo import Undo
 from growkern.engine.compile_cache import reset_near_limit
 from growkern.engine.ddp import Ranks
+from growkern.engine.forward_check import ForwardCheck
 from growkern.engine.history import recorded
 from growkern.engine.live_objects import (
     averages_of,
@@ -69,10 +70,11 @@ def run(request: Request) -> GrowthReport:
     ranks = Ranks(request.model, live.modules)
     with ranks.together(), torch.inference_mode(False), torch.no_grad():
         sources = _describe(request)
+        check = None if request.check is None else ForwardCheck(request.model, request.check)
         plan, unmanaged = _agree_on_plan(request, sources, ranks, live)
         del live
         staged = _stage(request, sources, plan, unmanaged)
-        _commit(request, sources, staged, ranks)
+        _commit(request, sources, staged, ranks, check)
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
     reset_near_limit(n_growths(request.model))
@@ -198,7 +200,9 @@ def _state_rules(plan: GrowthPlan, law: Law | None) -> Rules:
     return {**rules, MASTER: VALUE, MASTER_GRAD: GRADIENT}
 
 
-def _commit(request: Request, sources: _Described, staged: _Staged, ranks: Ranks) -> None:
+def _commit(
+    request: Request, sources: _Described, staged: _Staged, ranks: Ranks, check: ForwardCheck | None
+) -> None:
     """Compute the target tensors and put them into the live model and its optimizers; roll all writes back on failure."""
     plan, lean = staged.plan, staged.executions[0].memory == "lean"
     record = recorded(plan, sources.spec, [bool(target.split) for target in staged.targets])
@@ -206,6 +210,8 @@ def _commit(request: Request, sources: _Described, staged: _Staged, ranks: Ranks
     def before_finalize() -> bool:
         live = tensors_of(request.model, request.optims, sources.spec, request.master_weights)
         staged.norms.append(_grad_norm(plan, live, "name", request))
+        if check is not None:
+            check.compare(preserved=plan.function_preserving)
         return ranks.finish()
 
     try:

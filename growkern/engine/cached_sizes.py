@@ -1,0 +1,48 @@
+"""Sizes and epsilons that modules keep as attributes: those that a plan needs and a module lacks, and those that no spec names."""
+
+from itertools import product
+
+from torch import nn
+
+from growkern.errors import PlanError, raise_all
+from growkern.planning.growth_plan import GrowthPlan
+
+
+def refuse_missing_eps(plan: GrowthPlan, model: nn.Module) -> None:
+    """Raise PlanError where a norm's epsilon has to change and the norm has no such attribute."""
+    modules: dict[str, nn.Module] = dict(model.named_modules())  # pyright: ignore
+    paths = [path.rpartition(".") for path in plan.eps]
+    missing = [
+        f"{at}: the {type(modules[at]).__name__} has no attribute {name!r}, and its epsilon has to change by "
+        f"{plan.eps[f'{at}.{name}']:.3g}: give it one that forward uses, name another by norm(eps=...), or grow by whole multiples."
+        for at, _, name in paths
+        if at in modules and not hasattr(modules[at], name)
+    ]
+    raise_all(PlanError, "cannot plan this growth:", missing)
+
+
+def unlisted_sizes(plan: GrowthPlan, model: nn.Module) -> list[str]:
+    """Return a note on the plain int attributes of modules that hold a size of the source and that the plan does not change."""
+    sizes = {
+        n: name for name, n in plan.source_sizes.items() if plan.target_sizes[name] not in (n, 0)
+    }
+    sizes |= {
+        plan.source_sizes[a] * plan.source_sizes[b]: f"{a} x {b}"
+        for a, b in product(("heads", "kv_heads"), ("head_dim",))
+        if plan.source_sizes.keys() >= {a, b} and {a, b} & {*sizes.values()}
+    }
+    modules: dict[str, nn.Module] = dict(model.named_modules())  # pyright: ignore
+    found = [
+        f"{path}.{name}".lstrip(".") + f" = {value} ({sizes[value]})"
+        for path, module in modules.items()
+        for name, value in vars(module).items()
+        if type(value) is int and value > 1 and value in sizes and not name.startswith("_")
+        if f"{path}.{name}".lstrip(".") not in plan.attributes
+    ]
+    if not found:
+        return []
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return [
+        f"attributes that equal an old size and are in no spec stay: {', '.join(found[:5])}{more}; name those that forward uses in "
+        "attributes=."
+    ]

@@ -1,0 +1,142 @@
+"""Check a growth by the model's forward: once before the growth, and once on the grown model while everything can still be undone."""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from growkern.errors import CommitError, PlanError
+
+Check = Tensor | Mapping[str, object] | Sequence[object] | Callable[[nn.Module], object]
+# relative to the largest output; float64 is loose too, because norms in Hugging Face transformers round to float32 for any dtype
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class ForwardCheck:
+    """Outputs of a model before its growth, to compare with those of the grown model, in evaluation mode and on equal random numbers.
+
+    Args:
+        model: The source model, without wrappers.
+        check: A batch (a tensor or a sequence of positional arguments, or a mapping of keyword arguments), or a function from the model
+            to its outputs.
+
+    Raises:
+        PlanError: ``check`` is neither, the forward failed, or its outputs contain no floating-point tensor.
+    """
+
+    def __init__(self, model: nn.Module, check: Check) -> None:
+        if not isinstance(check, Tensor | Mapping | Sequence) and not callable(check):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PlanError(f"check: expected a batch or a function of the model, got {type(check).__name__}.")  # fmt: skip
+        self.model, self.check = model, check
+        try:
+            self.before = self._outputs([])
+        except Exception as error:
+            raise PlanError(
+                f"check: the forward failed before the growth: {type(error).__name__}: {error}"
+            ) from error
+        if not self.before:
+            raise PlanError(
+                "check: the outputs of the forward contain no floating-point tensor; pass a function of the model that returns one."
+            )
+
+    def compare(self, *, preserved: bool) -> None:
+        """Run the forward of the grown model.
+
+        Args:
+            preserved: True when the plan preserves the function: every output then has to be the source's, up to rounding in its dtype.
+
+        Raises:
+            CommitError: The forward failed, an output is not finite where the source's was, or an output moved.
+        """
+        running: list[nn.Module] = []
+        try:
+            after = self._outputs(running)
+        except Exception as error:
+            names: dict[nn.Module, str] = dict(
+                zip(self.model.modules(), _names(self.model), strict=True)
+            )
+            at = names.get(running[-1], "") if running else ""
+            raise CommitError(
+                f"check: the forward of the grown model failed in {at or type(self.model).__name__}: {type(error).__name__}: {error}. "
+                "The growth was taken back; if a module keeps a size that the spec does not name, name it in attributes=."
+            ) from error
+        for name, old in self.before.items():
+            self._compare(name, old, after.get(name), preserved)
+
+    def _compare(self, name: str, old: Tensor, new: Tensor | None, preserved: bool) -> None:
+        if new is None or new.shape != old.shape:
+            return  # a hidden state, which grew
+        if bool((old.isfinite() & ~new.isfinite()).any()):
+            raise CommitError(
+                f"check: {name} of the grown model is not finite. The growth was taken back."
+            )
+        dtypes = {p.dtype for p in self.model.parameters()} | {old.dtype}
+        tolerance = max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
+        both = old.isfinite() & new.isfinite()
+        kind = torch.promote_types(old.dtype, torch.float32)
+        moved = float((new.to(kind) - old.to(kind))[both].abs().max()) if bool(both.any()) else 0.0
+        scale = float(old[both].abs().max()) if bool(both.any()) else 0.0
+        if preserved and moved > tolerance * max(1.0, scale):
+            raise CommitError(
+                f"check: {name} moved by {moved:.3g} (its largest value is {scale:.3g}), and the plan promises the source's function. "
+                "The growth was taken back: the spec lacks something that forward computes, such as a norm without parameters or "
+                "a cached size."
+            )
+
+    def _outputs(self, running: list[nn.Module]) -> dict[str, Tensor]:
+        """Run the forward; ``running`` fills with the modules in progress, outermost first."""
+        devices = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
+
+        def enter(module: nn.Module, args: object) -> None:
+            running.append(module)
+
+        def leave(module: nn.Module, args: object, output: object) -> None:
+            running.pop()
+
+        with _evaluating(self.model), torch.random.fork_rng([*devices]), torch.no_grad():
+            torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
+            hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
+            try:
+                outputs = self._run()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return {name: t.detach().clone() for name, t in _tensors(outputs, "")}
+
+    def _run(self) -> object:
+        check, model = self.check, self.model  # pyright: ignore[reportUnknownVariableType]
+        if isinstance(check, Tensor):
+            return model(check)
+        if isinstance(check, Mapping):
+            return model(**check)
+        return model(*check) if isinstance(check, Sequence) else check(model)
+
+
+def _names(model: nn.Module) -> list[str]:
+    """Return the names of all modules of a model."""
+    return [name for name, _ in model.named_modules()]  # pyright: ignore
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Generator[None]:
+    """Put a model into evaluation mode, and each of its modules back into its own mode."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _tensors(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the floating-point tensors of a nested output with their places."""
+    if isinstance(output, Tensor) and output.is_floating_point():
+        yield name or "the output", output
+    elif isinstance(output, Mapping | list | tuple):
+        parts: Any = output.items() if isinstance(output, Mapping) else enumerate(output)  # pyright: ignore
+        for key, value in parts:
+            yield from _tensors(value, f"{name}.{key}".lstrip("."))
