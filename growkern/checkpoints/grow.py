@@ -214,7 +214,7 @@ def _target_config(plan: GrowthPlan, model: Any) -> Any:
             f"{plan.depth} initializes new blocks with the code of a live model: load the checkpoint by from_pretrained, grow the model by "
             "expand_inplace, and save it; or choose another depth method."
         )
-    grown = grown_config(plan, model, config, recorded(plan, describe(model)))
+    grown = grown_config(plan, model, config, recorded(plan, describe(model), []))
     try:
         type(config).from_dict(grown.to_dict())
     except Exception as error:

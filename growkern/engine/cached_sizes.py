@@ -1,7 +1,5 @@
 """Sizes and epsilons that modules keep as attributes: those that a plan needs and a module lacks, and those that no spec names."""
 
-from itertools import product
-
 from torch import nn
 
 from growkern.errors import PlanError, raise_all
@@ -23,14 +21,14 @@ def refuse_missing_eps(plan: GrowthPlan, model: nn.Module) -> None:
 
 def unlisted_sizes(plan: GrowthPlan, model: nn.Module) -> list[str]:
     """Return a note on the plain int attributes of modules that hold a size of the source and that the plan does not change."""
+    grown = [name for name, n in plan.source_sizes.items() if plan.target_sizes[name] != n]
+    heads = [name for name in ("heads", "kv_heads") if {name, "head_dim"} & {*grown}]
     sizes = {
-        n: name for name, n in plan.source_sizes.items() if plan.target_sizes[name] not in (n, 0)
+        plan.source_sizes[name] * plan.source_sizes.get("head_dim", 0): f"{name} x head_dim"
+        for name in heads
+        if name in plan.source_sizes
     }
-    sizes |= {
-        plan.source_sizes[a] * plan.source_sizes[b]: f"{a} x {b}"
-        for a, b in product(("heads", "kv_heads"), ("head_dim",))
-        if plan.source_sizes.keys() >= {a, b} and {a, b} & {*sizes.values()}
-    }
+    sizes |= {plan.source_sizes[name]: name for name in grown}
     modules: dict[str, nn.Module] = dict(model.named_modules())  # pyright: ignore
     found = [
         f"{path}.{name}".lstrip(".") + f" = {value} ({sizes[value]})"

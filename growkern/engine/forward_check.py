@@ -83,7 +83,7 @@ class ForwardCheck:
             raise CommitError(
                 f"check: {name} moved by {moved:.3g} (its largest value is {scale:.3g}), and the plan promises the source's function. "
                 "The growth was taken back: the spec lacks something that forward computes, such as a norm without parameters or "
-                "a cached size."
+                "a cached size. If this output is a figure of hidden values, pass check= as a function that returns the others."
             )
 
     def _outputs(self, running: list[nn.Module]) -> dict[str, Tensor]:

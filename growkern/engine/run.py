@@ -273,7 +273,7 @@ def _grad_norm(plan: GrowthPlan, tensors: Tensors, side: str, request: Request) 
     updates = [scale for optim in request.optims if (scale := scale_of(optim)) is not None]
     squares = list[Tensor]()
     for name in names:
-        square = tensors.states.get(name, {}).get("exp_avg_sq")
+        own = square = tensors.states.get(name, {}).get("exp_avg_sq")
         if isinstance(square, Tensor):
             p = request.model.get_parameter(name)
             for scale in updates:
@@ -282,5 +282,6 @@ def _grad_norm(plan: GrowthPlan, tensors: Tensors, side: str, request: Request) 
             if side == "name":
                 spans = (axis.index_map.copied for axis in plan.axis_maps(rows[name]))
                 parts = [square[at] for at in product(*spans)]
-            squares += [part.sum()[None] for part in parts] if updates else parts
+            # a converted moment is a copy, and is not kept
+            squares += parts if square is own else [part.sum()[None] for part in parts]
     return norm_of(squares, 1) ** 0.5

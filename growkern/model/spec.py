@@ -160,6 +160,8 @@ class ModelSpec:
         save_requires_multiple: Two sizes: transformers saves the model only if the first size is a multiple of the second.
         post_norm: True when norms write the residual stream itself: after every sum, or once after the embedding.
         fixed: Size -> why the size cannot grow in this model.
+        non_affine_norms: Stream that a norm without parameters reads -> kind of the norm; None if the spec does not say. A residual
+            stream that no norm in the spec reads then grows by whole multiples only, whose copies keep the mean square.
     """
 
     family: str
@@ -181,6 +183,7 @@ class ModelSpec:
     save_requires_multiple: tuple[str, str] | None = None
     post_norm: bool = False
     fixed: Mapping[str, str] = field(default_factory=dict[str, str])
+    non_affine_norms: Mapping[str, Literal["rms", "layer"]] | None = None
 
     def shape(self, name: str, sizes: Mapping[str, int] | None = None) -> tuple[int, ...]:
         """Return the shape of a tensor at the given sizes (default: the source's)."""
@@ -218,6 +221,20 @@ class ModelSpec:
             for name, axes in self.tensors.items()
             if axes and axes[0].norm
         ]
+
+    @cached_property
+    def normed(self) -> dict[str, str]:
+        """Stream that a norm reads -> kind of the norm."""
+        return {norm.reads: norm.kind for _, _, norm in self.norms()} | {
+            **(self.non_affine_norms or {})
+        }
+
+    @cached_property
+    def unsaid(self) -> bool:
+        """True when no norm in the spec reads the residual stream, and the spec does not say whether a norm without parameters does."""
+        return self.non_affine_norms is None and not any(
+            space_of(stream) == "residual" for stream in self.normed
+        )
 
     @cached_property
     def stacks(self) -> tuple[Blocks, ...]:

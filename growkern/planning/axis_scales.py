@@ -13,18 +13,19 @@ from growkern.planning.vector import Vector, concat_vectors
 
 def norm_factors(spec: ModelSpec, wide: WidthDecision) -> dict[str, float | None]:
     """Return the factor on the mean square of every normalized stream (1 under ``norms_kept``); None if the factor is not uniform."""
-    factors: dict[str, float | None] = {}
-    for reads in dict.fromkeys(norm.reads for _, _, norm in spec.norms()):
-        index_map, w = wide.maps[space_of(reads)], wide.stream_scales[reads].activation
-        if index_map.is_identity or wide.norms_kept:
-            factors[reads] = 1.0
-            continue
-        weights = _squares(index_map, w).repeats
-        even = all(isclose(value, weights[0][0], rel_tol=1e-12) for value, _ in weights)
-        factor = sum(value * n for value, n in weights) / index_map.n_target
-        factor = 1.0 if isclose(factor, 1, rel_tol=1e-12) else factor
-        factors[reads] = factor if even else None
-    return factors
+    return {reads: norm_factor(wide, reads) for reads in spec.normed}
+
+
+def norm_factor(wide: WidthDecision, stream: str) -> float | None:
+    """Return the factor on the mean square of a stream; None if the factor is not uniform."""
+    index_map, w = wide.maps[space_of(stream)], wide.stream_scales[stream].activation
+    if index_map.is_identity or wide.norms_kept:
+        return 1.0
+    weights = _squares(index_map, w).repeats
+    even = all(isclose(value, weights[0][0], rel_tol=1e-12) for value, _ in weights)
+    factor = sum(value * n for value, n in weights) / index_map.n_target
+    factor = 1.0 if isclose(factor, 1, rel_tol=1e-12) else factor
+    return factor if even else None
 
 
 def _squares(index_map: IndexMap, w: Vector) -> Vector:

@@ -8,12 +8,18 @@ the norm multiplies with: the weight, or ``offset + weight`` in some models.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from growkern.errors import PlanError, raise_all
 from growkern.model.spec import AxisUse, Blocks, ModelSpec, size_value, writer_corrections
-from growkern.planning.axis_scales import axis_maps, gradients_exact, norm_factors, symmetric_copies
+from growkern.planning.axis_scales import (
+    axis_maps,
+    gradients_exact,
+    norm_factor,
+    norm_factors,
+    symmetric_copies,
+)
 from growkern.planning.decisions import (
     BlockRow,
     DepthMethod,
@@ -68,6 +74,8 @@ def build(
         )
     deep = {stack.path: _decided(spec, stack, sizes, depth, shrink) for stack in spec.stacks}
     homes = {path: homes_of(order.blocks) for path, order in deep.items()}
+    if shrink is None:
+        _refuse_unsaid(spec, sizes, wide)
     factors = norm_factors(spec, wide)
     axes = axis_maps(spec.axes, wide, factors, writer_corrections(spec, sizes))
     eps = _Eps.of(spec, factors)
@@ -95,11 +103,7 @@ def build(
         config_lists=spec.config_lists,
         config_eps=eps.config,
         gradients_exact=not wide.noise and gradients_exact(spec, wide),
-        reasons=(
-            *wide.reasons,
-            *dict.fromkeys(reason for order in deep.values() for reason in order.reasons),
-            *(f"the norms of {s!r} see unequal copies" for s, f in factors.items() if f is None),
-        ),
+        reasons=(*dict.fromkeys(_reasons(spec, wide, deep.values(), factors)),),
         notes=(
             *wide.notes,
             *dict.fromkeys(note for order in deep.values() for note in order.notes),
@@ -108,6 +112,34 @@ def build(
             *eps.notes,
         ),
     )
+
+
+def _reasons(
+    spec: ModelSpec, wide: WidthDecision, deep: Iterable[LayerOrder], factors: Mapping[str, float | None]
+) -> Iterator[str]:  # fmt: skip
+    """Yield the reasons for which the function is not preserved: of the width method, of the depth method, and of norms."""
+    yield from wide.reasons
+    for order in deep:
+        yield from order.reasons
+    for stream, factor in factors.items():
+        if factor is None:
+            yield f"the norms of {stream!r} see unequal copies"
+        elif factor != 1 and stream in (spec.non_affine_norms or ()):
+            yield f"the norm without parameters on {stream!r} sees another mean square"
+
+
+def _refuse_unsaid(spec: ModelSpec, sizes: Mapping[str, int], wide: WidthDecision) -> None:
+    """Raise PlanError where a norm that the spec may not name would change the function that the method promises to keep."""
+    if not spec.unsaid or wide.reasons:
+        return
+    for stream in spec.spaces.get("residual", ()):
+        if norm_factor(wide, stream) != 1:
+            raise PlanError(
+                f"cannot widen {spec.family} from hidden {spec.sizes['hidden']} to {sizes['hidden']} exactly: no norm in the spec reads "
+                f"{stream!r}, whose mean square would change. Name norms without parameters (F.rms_norm) by "
+                f"ModelSpec(non_affine_norms={{{stream!r}: 'rms'}}), pass non_affine_norms={{}} if forward has none, or grow hidden by "
+                "whole multiples."
+            )
 
 
 def _wide(

@@ -71,7 +71,7 @@ def splits(spec: ModelSpec, sizes: Mapping[str, int]) -> int:
 
 def spaces(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[Space]:
     """Yield every space of the model."""
-    norms = {norm.reads: norm.kind for _, _, norm in spec.norms()}
+    norms = spec.normed
     for name, streams in spec.spaces.items():
         kinds = {norms[stream] for stream in streams if stream in norms}
         yield Space(name, streams, space_size(name, spec.sizes), space_size(name, sizes), kinds)
@@ -79,7 +79,7 @@ def spaces(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[Space]:
 
 def normed(spec: ModelSpec) -> set[str]:
     """Return the streams that norms read, and the streams that the model multiplies by a power of a size."""
-    return {*(norm.reads for _, _, norm in spec.norms()), *spec.activation_scales}
+    return {*spec.normed, *spec.activation_scales}
 
 
 def even(index_map: IndexMap) -> StreamScale:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import ref
 
 import torch
@@ -14,6 +14,7 @@ from growkern.api import expand_inplace, plan
 from growkern.commit.checkpoint_guard import guard_model, n_growths
 from growkern.commit.optimizer import Masters
 from growkern.commit.optimizer_guard import OptimGuard, check_loaded, guard, optim_guard_of
+from growkern.engine.forward_check import Check
 from growkern.engine.report import GrowthReport
 from growkern.errors import GrowthError, PlanError, raise_all
 from growkern.execution.execute import Memory
@@ -47,6 +48,8 @@ class Options(TypedDict, total=False):
         master_weights: See ``expand_inplace``.
         state_rules: See ``expand_inplace``.
         memory: See ``expand_inplace``.
+        check: True to check each growth by the forward on the last batch of the model; or see ``expand_inplace``. Default: True where the
+            model is described by ``spec``, else False.
     """
 
     spec: SpecOf
@@ -55,6 +58,7 @@ class Options(TypedDict, total=False):
     master_weights: Masters | None
     state_rules: Mapping[str, int | None] | None
     memory: Memory | None
+    check: Check | bool | None
 
 
 class Attachment:
@@ -113,8 +117,11 @@ class Attachment:
             if optim_guard_of(one) is None:
                 guard(one, OptimGuard({}, ""))
         guard_model(self.model)
+        self._call: Callable[[nn.Module], object] | None = None  # the model's last forward
         self._optims = [ref(one) for one in optims]
-        self._hooks = [one.register_step_post_hook(self._after_step) for one in optims]
+        self._hooks: list[Any] = [one.register_step_post_hook(self._after_step) for one in optims]
+        if self._check() is True:
+            self._hooks.append(self.model.register_forward_pre_hook(self._record, with_kwargs=True))
         schedule.attachment = self
         counts = schedule.counts
         if counts.n_tokens and not counts.n_flops:  # tokens were observed before the attachment
@@ -187,13 +194,14 @@ class Attachment:
 
     def _expand(self, event: Event) -> GrowthReport:
         schedule, options, made = self.schedule, self._options, self.make_plan(event)
+        check = self._check()
         live = self.schedulers
         self._running = n_growths(self.model)
         try:
             report = expand_inplace(
                 self.model, self.optims, plan=made, width=event.width, dynamics=made.dynamics, spec=self._spec(),
                 state_rules=options.get("state_rules"), backend=options.get("backend"), scheduler=live or None, ema=options.get("ema"),
-                master_weights=options.get("master_weights"), memory=options.get("memory"),
+                master_weights=options.get("master_weights"), memory=options.get("memory"), check=self._call if check is True else check,
             )  # fmt: skip
         finally:
             self.settle()
@@ -225,9 +233,42 @@ class Attachment:
                 schedule.counts.curve = LossCurve(last=schedule.counts.n_tokens)
             self._running = None
 
+    def _check(self) -> Check | Literal[True] | None:
+        own = self._options.get("spec") is not None
+        check = self._options.get("check")
+        return (
+            None
+            if check is False or (check is None and not own)
+            else True
+            if check is None
+            else check
+        )
+
+    def _record(
+        self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
+        """Keep the call of the model's last forward, with its autocast."""
+        if torch.compiler.is_compiling():
+            return
+        device = next(model.parameters()).device.type
+        args = tuple(map(_detached, args))
+        kwargs = {name: _detached(value) for name, value in kwargs.items()}
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+        def call(model: nn.Module) -> object:
+            with torch.autocast(device, dtype=cast, enabled=cast is not None):
+                return model(*args, **kwargs)
+
+        self._call = call
+
     def _spec(self) -> ModelSpec | None:
         of = spec_function(self._options.get("spec"))
         return of(self.model) if of else None
+
+
+def _detached(value: object) -> object:
+    """Return a tensor without its autograd graph, which would keep the memory of a step."""
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def spec_function(spec: SpecOf) -> Callable[[nn.Module], ModelSpec] | None:

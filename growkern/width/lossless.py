@@ -139,7 +139,8 @@ class Lossless:
         """Return how a space grows: a rule for norms, ``"random_writer"``, ``"positions"``, or None for an even split."""
         if space.name == "positions":
             return "positions"
-        if self.noise is None and not space.norms and (spec.post_norm or not _sandwiched(spec)):
+        free = not space.norms and not (spec.unsaid and space.name == "residual")
+        if self.noise is None and free and (spec.post_norm or not _sandwiched(spec)):
             return "random_writer"
         pads = self.noise is None and space.norms and not space.same
         if pads and (self.norms or _pads_last(spec, space)):
@@ -165,7 +166,8 @@ def _pads_last(spec: ModelSpec, space: Space) -> bool:
     held = not spec.config or (
         spec.config_eps and len({space_of(norm.reads) for _, _, norm in spec.norms()}) == 1
     )
-    return bool(held) and len(space.norms) == 1 and not (spec.post_norm or _sandwiched(spec))
+    corrected = space.norms and not {*space.streams} & {*(spec.non_affine_norms or ())}
+    return bool(held and corrected) and len(space.norms) == 1 and not (spec.post_norm or _sandwiched(spec))  # fmt: skip
 
 
 def _sandwiched(spec: ModelSpec) -> bool:
@@ -183,6 +185,10 @@ def rule_of(spec: ModelSpec, space: Space, norms: Norms | None) -> Norms:
     if spec.post_norm:
         raise PlanError(
             f"{ask} where norms write the residual stream (post-norm), only whole multiples keep the function; {nearest}."
+        )
+    if {*space.streams} & {*(spec.non_affine_norms or ())}:
+        raise PlanError(
+            f"{ask} a norm without parameters has no gain to correct, so only whole multiples keep the function; {nearest}."
         )
     if len(space.norms) > 1:
         raise PlanError(f"{ask} its norms are of several kinds; {nearest}.")

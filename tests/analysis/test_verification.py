@@ -63,12 +63,8 @@ def test_wrong_state_and_forgotten_parameters_are_found():
     source, model, optim = case()
     p = model.transformer.h[0].mlp.c_fc.weight
     optim.state[p]["exp_avg"] = torch.zeros(24, 96)
-    optim.param_groups[0]["params"] = [
-        q for q in optim.param_groups[0]["params"] if q is not model.transformer.ln_f.bias
-    ]
-    optim.param_groups[1]["params"] = [
-        q for q in optim.param_groups[1]["params"] if q is not model.transformer.ln_f.bias
-    ]
+    for group in optim.param_groups:
+        group["params"] = [q for q in group["params"] if q is not model.transformer.ln_f.bias]
 
     found = growkern.verify(source, model, batch(), optim)
 

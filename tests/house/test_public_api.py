@@ -70,6 +70,7 @@ SIGNATURES = {  # positional parameters, keyword-only parameters, return annotat
             "master_weights": None,
             "state_rules": None,
             "memory": None,
+            "check": None,
         },
         "GrowthReport",
     ),

@@ -1,0 +1,241 @@
+"""``check=`` takes a growth back when the grown model's forward fails or computes something else, and notes name what a spec forgot."""
+
+import copy
+
+import pytest
+import torch
+from models import batch, loss_of, make, spec_of, train
+from states import same, state_of
+from torch import nn
+from torch.nn import functional as F
+
+import growkern
+from growkern import At, GrowthSchedule, ModelSpec, embedding, linear, norm, width
+from growkern.errors import CommitError, GrowthError, PlanError
+
+
+class Tiny(nn.Module):
+    """An attention without softmax that splits its projection by a cached width, as nanoGPT's does, and a norm without parameters."""
+
+    def __init__(self, split=None, normed=False):
+        super().__init__()
+        self.width, self.normed = split, normed
+        self.emb = nn.Embedding(50, 16)
+        self.qkv = nn.Linear(16, 48)
+        self.out = nn.Linear(16, 50)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, ids, labels=None):
+        x = self.emb(ids)
+        x = F.rms_norm(x, x.shape[-1:]) if self.normed else x
+        q, k, v = self.qkv(x).split(self.width or self.qkv.out_features // 3, dim=2)
+        return {"logits": self.out(self.drop(q * k * v)), "parts": [q, (x.shape,)]}
+
+
+SPEC = ModelSpec(
+    "tiny",
+    sizes={"hidden": 16, "heads": 4, "head_dim": 4, "vocab": 50},
+    tensors=embedding("emb", rows="vocab", writes="residual")
+    | linear("qkv", reads="residual", writes=[("heads", "head_dim")] * 3)
+    | linear("out", reads=("heads", "head_dim"), writes="vocab"),
+)
+IDS = torch.arange(12).view(3, 4)
+WIDER = {"hidden": 32, "heads": 8}
+BATCHES = {
+    "tensor": IDS,
+    "mapping": {"ids": IDS, "labels": IDS},
+    "sequence": [IDS, None],
+    "function": lambda model: model(IDS)["logits"],
+}
+
+
+def started(model):
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model(IDS)["logits"].square().sum().backward()
+    optim.step()
+    model.config = Sizes()
+    return model, optim
+
+
+class Sizes:
+    def to_dict(self):
+        return dict(vars(self))
+
+
+@pytest.mark.parametrize("check", BATCHES.values(), ids=BATCHES)
+def test_a_growth_that_keeps_the_function_passes_and_leaves_no_trace(check):
+    model, optim = started(Tiny())
+    model.emb.eval()
+    random = torch.get_rng_state()
+
+    growkern.expand_inplace(model, optim, to=WIDER, spec=SPEC, check=check)
+
+    assert model.training and not model.emb.training
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.emb.embedding_dim == 32
+
+
+@pytest.mark.parametrize("check", BATCHES.values(), ids=BATCHES)
+def test_a_forward_that_fails_takes_the_growth_back_and_names_the_module(check):
+    model, optim = started(Tiny(split=16))
+    before = copy.deepcopy(state_of(model, optim)), state_of(model, optim)
+
+    with pytest.raises(
+        CommitError, match=r"(?s)failed in Tiny: ValueError.*taken back.*attributes="
+    ):
+        growkern.expand_inplace(model, optim, to=WIDER, spec=SPEC, check=check)
+
+    assert same(state_of(model, optim), before[1])
+    report = growkern.expand_inplace(model, optim, to=WIDER, spec=SPEC)
+    assert any("width = 16 (hidden)" in note for note in report.notes)
+
+
+def test_the_deepest_module_that_fails_is_named():
+    model, optim = started(Tiny())
+    model.out.register_forward_pre_hook(lambda m, args: args[0].view(3, 4, 16))
+    with pytest.raises(CommitError, match="failed in out: RuntimeError"):
+        growkern.expand_inplace(model, optim, to=WIDER, spec=SPEC, check=IDS)
+
+
+@pytest.mark.parametrize("method", [width.Lossless(), width.FPI(maps="cyclic")], ids=str)
+def test_an_output_that_moves_takes_the_growth_back(method):
+    """The spec says wrongly that no norm reads the residual stream."""
+    from dataclasses import replace
+
+    model, optim = started(Tiny(normed=True))
+    before = state_of(model, optim)
+    wrong = replace(SPEC, non_affine_norms={})
+
+    with pytest.raises(CommitError, match=r"logits moved by .* plan promises.*taken back"):
+        growkern.expand_inplace(model, optim, to={"hidden": 24}, spec=wrong, width=method, check=IDS)  # fmt: skip
+
+    assert same(state_of(model, optim), before)
+
+
+def test_an_output_may_move_where_the_plan_says_so():
+    model = make("llama", tied=True).eval()
+    report = growkern.expand_inplace(model, width=width.FPI(), check={"input_ids": batch()})
+    assert report.preserves == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("check", "why"),
+    [
+        (5, "expected a batch or a function of the model, got int"),
+        (torch.zeros(2, 2), "the forward failed before the growth"),
+        (lambda model: IDS, "no floating-point tensor"),
+    ],
+    ids=["number", "floats", "function"],
+)
+def test_a_check_that_cannot_run_is_refused_before_anything_changes(check, why):
+    model, optim = started(Tiny())
+    before = state_of(model, optim)
+    with pytest.raises(PlanError, match=why):
+        growkern.expand_inplace(model, optim, to=WIDER, spec=SPEC, check=check)
+    assert same(state_of(model, optim), before)
+
+
+@pytest.mark.parametrize("check", [None, True, False, IDS], ids=["spec", "true", "false", "batch"])
+def test_a_schedule_checks_on_the_last_batch(check):
+    """By default a schedule checks models that a spec describes; without the check, the step after the growth fails."""
+    model, optim = Tiny(split=16), None
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    schedule = GrowthSchedule([At(step=2, to=WIDER)])
+    schedule.attach(model, optim, spec=SPEC, check=check)
+
+    def step():
+        model(IDS)["logits"].square().sum().backward()
+        optim.step()
+        optim.zero_grad()
+
+    step()
+    if check is False:
+        step()
+        with pytest.raises(ValueError, match="too many values"):
+            step()
+        return
+    with pytest.raises(CommitError, match="failed in Tiny"):
+        step()
+    assert schedule.fired == [] and model.emb.embedding_dim == 16
+    model.width = None
+    step()
+    assert schedule.fired == [3] and model.emb.embedding_dim == 32
+    schedule.attachment.remove()
+    assert not model._forward_pre_hooks
+
+
+def test_a_schedule_of_a_stock_model_checks_only_if_asked():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = GrowthSchedule([At(step=1, to="2x")])
+    schedule.attach(model, optim)
+    assert not model._forward_pre_hooks
+    schedule.attachment.remove()
+    schedule.attach(model, optim, check=True)
+    loss = loss_of(model, batch())
+    loss.backward()
+    optim.step()
+    assert schedule.fired == [1]
+
+
+# What a spec forgot
+
+
+def test_an_epsilon_that_has_to_change_and_is_no_attribute_is_refused_by_the_plan():
+    class LN(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(16)), nn.Parameter(torch.zeros(16))
+
+        def forward(self, x):
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+    model = nn.Sequential()
+    model.emb, model.ln, model.head = nn.Embedding(50, 16), LN(), nn.Linear(16, 50)
+    spec = ModelSpec(
+        "tiny",
+        sizes={"hidden": 16, "vocab": 50},
+        tensors=embedding("emb", rows="vocab", writes="residual")
+        | norm("ln", reads="residual", writes="residual:final", kind="layer")
+        | linear("head", reads="residual:final", writes="vocab"),
+    )
+    with pytest.raises(PlanError, match=r"ln: the LN has no attribute 'eps'.*norm\(eps=...\)"):
+        growkern.plan(model, to={"hidden": 24}, spec=spec)
+    model.ln.eps = 1e-5
+    assert growkern.plan(model, to={"hidden": 24}, spec=spec).preserves != "nothing"
+
+
+@pytest.mark.parametrize("to", [24, 32, 48])
+@pytest.mark.parametrize("stated", [None, {}, {"residual": "rms"}], ids=["unsaid", "none", "rms"])
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+def test_a_norm_without_parameters_is_kept_or_refused(to, stated, normed):
+    """What a plan promises is true of the forward: a spec that says nothing promises what holds with and without the norm."""
+    from dataclasses import replace
+
+    if (stated == {} and normed) or (stated and not normed):
+        return  # the spec would be wrong
+    torch.manual_seed(1)
+    model = Tiny(normed=normed).double().eval()
+    before = model(IDS)["logits"]
+    try:
+        growkern.expand_inplace(model, to={"hidden": to}, spec=replace(SPEC, non_affine_norms=stated))  # fmt: skip
+    except GrowthError as error:
+        assert to == 24 and stated != {} and "whole multiples" in str(error)
+        return
+    assert to > 24 or stated == {}
+    torch.testing.assert_close(model(IDS)["logits"], before, rtol=1e-9, atol=1e-9)
+
+
+def test_families_have_no_note_on_sizes_that_nothing_lists():
+    for family in ("llama", "gpt2", "bert"):
+        assert not any(
+            "in no spec" in note for note in growkern.plan(make(family, tied=True)).notes
+        )
+
+
+def test_a_model_of_the_users_own_trains_on_after_a_check():
+    model = make("plain", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 1)
+    growkern.expand_inplace(model, optim, spec=spec_of(model), check=batch())
+    train(model, optim, 1)
