@@ -108,13 +108,13 @@ def _new_blocks(plan: GrowthPlan, path: str, staged: Tensors, model: nn.Module) 
         if block.new:
             at = f"{path}.{index}."
             values = {n.removeprefix(at): v for n, v in staged.values.items() if n.startswith(at)}
-            blocks.append(_copied(source, f"{path}.{block.source}", values, model))
+            blocks.append(copied(source, f"{path}.{block.source}", values, model))
         else:
             blocks.append(source)
     return blocks
 
 
-def _copied(
+def copied(
     block: nn.Module, name: str, values: dict[str, torch.Tensor], model: nn.Module
 ) -> nn.Module:
     """Copy the modules of a block, with ``values`` as tensors. Objects shared with the rest of the model stay shared."""
@@ -150,7 +150,7 @@ def _initialized(model: nn.Module, name: str, seed: int) -> dict[str, nn.Paramet
     block = model.get_submodule(name)
     blank = {n: initial.blank(p) for n, p in block.named_parameters()}
     buffers = {n: b.to("cpu", copy=True) for n, b in block.named_buffers()}
-    twin = _copied(block, name, blank | buffers, model)
+    twin = copied(block, name, blank | buffers, model)
     initial.initialize(twin, initial.initializer(model, name), initial.seed_of(seed, name))
     return dict(twin.named_parameters())
 
@@ -221,8 +221,9 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo, record: str) -> 
         module = model.get_submodule(owner)
         before: Any = getattr(module, name)
         after: Any = (*before[:-1], value) if isinstance(before, tuple) else value
-        after = torch.full_like(before, value) if isinstance(before, torch.Tensor) else after
-        if after != before:
+        if isinstance(before, torch.Tensor):
+            undo.attribute(module, name, torch.full_like(before, value))
+        elif after != before:
             undo.attribute(module, name, after)
     for path, factor in plan.eps.items():
         owner, _, name = path.rpartition(".")

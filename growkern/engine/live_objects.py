@@ -1,5 +1,6 @@
 """Live objects that a growth would make stale: other optimizers, modules outside the model, averages, schedulers."""
 
+import re
 from collections.abc import Mapping, Sequence
 from sys import getrefcount
 from typing import Any
@@ -15,6 +16,9 @@ from growkern.support.live_registry import Live, mid_step
 from growkern.support.wrappers import unwrapped
 
 ENGINE = "DeepSpeedEngine"  # recognized by class name, so that no framework is imported
+AVERAGE = re.compile(
+    r"(^|[a-z0-9_])E(ma|MA)(?![a-z])|MovingAverage"
+)  # ModelEmaV2, EMAModel, EMA, ...
 
 
 def refuse_mid_step(*optims: object) -> None:
@@ -72,14 +76,7 @@ def refuse_stale_references(
         return [ENGINE for m in alive if any(id(p) in params for p in m.parameters())]
 
     def averaged(live: Live) -> list[str]:
-        shapes = [(name, p.shape) for name, p in model.named_parameters()]
-        if averages is not None:
-            return []
-        parts = [
-            p for m in live.modules if isinstance(m, AveragedModel) for p in m.module.modules()
-        ]
-        alike = [m for m in parts if [(n, p.shape) for n, p in m.named_parameters()] == shapes]
-        return [type(m).__name__ for m in alike if id(m) not in inside]
+        return _averages_like(model, live) if averages is None else []
 
     _refuse_dead(model, optims, live, master_weights or {})
     if engines(live) or optimizers(live) or modules(live) or averaged(live):
@@ -100,10 +97,48 @@ def refuse_stale_references(
             )
         if others := averaged(live):
             raise UnsupportedModelError(
-                f"{title} an AveragedModel of a {others[0]} of the same shapes is alive and would not grow: pass the average as ema=, "
-                "or pass ema=() if it averages another model."
+                f"{title} an {others[0]} of a {type(model).__name__} of the same shapes is alive and would not grow: pass the average as "
+                "ema=, or pass ema=() if it averages another model."
             )
     return live
+
+
+def _averages_like(model: nn.Module, live: Live) -> list[str]:
+    """Return the class names of live averages of a model of the same shapes."""
+    shapes = [(name, p.shape) for name, p in model.named_parameters()]
+    inside = {id(m) for m in model.modules()}
+    return [
+        type(holder).__name__
+        for holder in live.modules
+        if is_average(type(holder))
+        for m in holder.modules()
+        if id(m) not in inside and [(n, p.shape) for n, p in m.named_parameters()] == shapes
+    ]
+
+
+def refuse_neighbors(model: nn.Module, optims: Sequence[Optimizer], live: Live) -> None:
+    """Raise UnsupportedModelError where the optimizers also train other parts of a module around the model, which read its hidden size."""
+    own = {id(p) for p in model.parameters()}
+    held = {id(p) for optim in optims for group in optim.param_groups for p in group["params"]}
+    if not held - own:
+        return
+    parents: dict[int, list[nn.Module]] = {}
+    for module in live.modules:
+        for child in vars(module).get("_modules", {}).values():
+            parents.setdefault(id(child), []).append(module)
+    around, queue = dict[int, nn.Module](), [model]
+    while queue:
+        for parent in parents.get(id(queue.pop()), ()):
+            if id(parent) not in around:
+                around[id(parent)] = parent
+                queue.append(parent)
+    for outer in around.values():
+        if names := [n for n, p in outer.named_parameters() if id(p) in held - own]:
+            raise UnsupportedModelError(
+                f"cannot grow this {type(model).__name__} alone: it is part of a {type(outer).__name__}, whose other parameters are in "
+                f"the same optimizer and would stay narrow ({', '.join(names[:3])}). Pass the {type(outer).__name__} (with spec=, if "
+                "its family is not known); or keep parameters that do not read this model in an optimizer of their own."
+            )
 
 
 def _refuse_dead(
@@ -156,6 +191,18 @@ def _dead(
     return dead
 
 
+def _averaged_in(average: nn.Module) -> nn.Module:
+    """Return the module that an average holds: ``module`` of torch's and timm's, ``ema_model`` of lucidrains'."""
+    held: list[Any] = [getattr(average, name, None) for name in ("module", "ema_model")]
+    inner = [m for m in held if isinstance(m, nn.Module)] if is_average(type(average)) else []
+    return inner[0] if inner else average
+
+
+def is_average(kind: type) -> bool:
+    """True for classes of weight averages, of torch and of other libraries, which are recognized by name."""
+    return issubclass(kind, AveragedModel) or bool(AVERAGE.search(kind.__name__))
+
+
 def averages_of(model: nn.Module, ema: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
     """Return the modules inside the averages of the model; raise PlanError for an object that is no average of the model."""
     several = [ema] if isinstance(ema, nn.Module) else [*(ema or ())]
@@ -163,10 +210,7 @@ def averages_of(model: nn.Module, ema: nn.Module | Sequence[nn.Module] | None) -
         raise PlanError(
             f"ema: expected an AveragedModel or another module, got {type(strangers[0]).__name__}."
         )
-    averages = [
-        unwrapped(average.module if isinstance(average, AveragedModel) else average)
-        for average in several
-    ]
+    averages = [unwrapped(_averaged_in(average)) for average in several]
     shapes = {name: p.shape for name, p in model.named_parameters()}
     params = [id(p) for module in (model, *averages) for p in module.parameters()]
     if len(set(params)) < len(params):

@@ -23,6 +23,7 @@ from growkern.engine.history import recorded
 from growkern.engine.live_objects import (
     averages_of,
     refuse_mid_step,
+    refuse_neighbors,
     refuse_stale_references,
     unmanaged_schedulers,
 )
@@ -32,7 +33,7 @@ from growkern.engine.report import GrowthReport
 from growkern.engine.request import Request
 from growkern.engine.sources import tensors_of
 from growkern.errors import CommitError, GrowthError
-from growkern.execution.execute import Execution
+from growkern.execution.execute import NOTHING, Execution
 from growkern.execution.torch_backend import norm_of
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
@@ -139,7 +140,7 @@ def _describe(request: Request) -> _Described:
         settle(optim)
         if (scale := scale_of(optim)) is not None:
             scale.restore()  # a schedule's post-hook may run before UpdateScale's
-    spec = describe(model, request.spec)
+    spec = describe(model, request.spec, values=request.backend != NOTHING)
     described = describe_optimizers(
         model, optims, spec, drop=request.drop_state, state_rules=request.state_rules, master_weights=request.master_weights,
     )  # fmt: skip
@@ -154,6 +155,8 @@ def _agree_on_plan(
     averages = sources.averages if request.ema is not None else None
     left = refuse_stale_references(model, optims, live, averages, request.master_weights)
     plan = request.make_plan(sources.spec)
+    if plan.target_sizes.get("hidden") != plan.source_sizes.get("hidden"):
+        refuse_neighbors(model, optims, left)
     passed = schedulers(request.scheduler)
     unmanaged = [unmanaged_schedulers(optim, passed, left) for optim in optims]
     check_blocks(plan, model)

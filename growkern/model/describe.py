@@ -40,12 +40,13 @@ CONFIGS: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-def describe(model: nn.Module, spec: ModelSpec | None = None) -> ModelSpec:
+def describe(model: nn.Module, spec: ModelSpec | None = None, *, values: bool = True) -> ModelSpec:
     """Describe a model: which axes of which tensors use which spaces.
 
     Args:
         model: A model of a known family, or any module together with a ``spec``.
         spec: Description of a model of your own. ``describe`` checks it against the model.
+        values: False to describe a model on the meta device too.
 
     Returns:
         The spec, with ``cached_sizes`` filled in and every tie ordered reader -> writer.
@@ -74,7 +75,7 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> ModelSpec:
     live = dict(model.named_parameters(remove_duplicate=False)) | dict(
         model.named_buffers(remove_duplicate=False)
     )
-    problems = [*_uncovered(model, described, live), *_unfit(model, described)]
+    problems = [*_uncovered(model, described, live), *_unfit(model, described, values)]
     if not problems:
         problems = [
             *_misshapen(described, live),
@@ -151,7 +152,7 @@ def _wrappers(model: nn.Module) -> Iterator[str]:
         yield "a CUDA graph is being captured; grow before, and capture the graph again."
 
 
-def _unfit(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
+def _unfit(model: nn.Module, spec: ModelSpec, values: bool) -> Iterator[str]:
     devices: dict[str, str] = {}
     for name, p in model.named_parameters():
         if type(p.data) is not Tensor or type(p) is not nn.Parameter:
@@ -161,7 +162,7 @@ def _unfit(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
             yield f"{name}: has a sparse gradient; step and zero_grad(set_to_none=True) before growing."
         elif p.layout is torch.strided and _overlaps(p):
             yield f"{name}: its elements overlap in memory (strides {p.stride()}); give it storage of its own."
-        elif p.is_meta:
+        elif p.is_meta and values:
             yield f"{name}: is on the meta device; load the weights first."
         elif (
             p.is_quantized or p.is_sparse or p.layout is not torch.strided or p.dtype not in DTYPES

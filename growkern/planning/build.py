@@ -108,7 +108,7 @@ def build(
             *wide.notes,
             *dict.fromkeys(note for order in deep.values() for note in order.notes),
             *(symmetric_copies(wide) if state in ("exact", "copy", "drop") else ()),
-            *_unsaved(spec, sizes),
+            *unsaved(spec, sizes),
             *eps.notes,
         ),
     )
@@ -231,7 +231,7 @@ def _strange(name: str, verb: str, expected: str, method: object) -> list[str]:
     return [f"{name}: expected {expected}, got {short(method)}{''.join(takes)}."]
 
 
-def _unsaved(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:
+def unsaved(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:
     """Yield a note if transformers would refuse to save the target's config."""
     if (
         spec.save_requires_multiple is not None

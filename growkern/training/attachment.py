@@ -25,6 +25,7 @@ from growkern.planning.growth_plan import GrowthPlan
 from growkern.support.interrupts import uninterrupted
 from growkern.support.wrappers import unwrapped
 from growkern.training.loss_curve import LossCurve
+from growkern.training.rehearsal import problems
 from growkern.training.triggers import (
     Event,
     unknown_sizes,
@@ -69,6 +70,7 @@ class Attachment:
     Attributes:
         schedule: The growth schedule.
         model: The model that grows, without wrappers.
+        options: Arguments that all growths share.
         deferred: True when an integration calls ``grow``, False when the step hook does.
         stepped: True when the last optimizer has stepped since the last call of ``grow``.
         on_growth: Callbacks that run after each growth, after the callbacks of the schedule.
@@ -82,7 +84,7 @@ class Attachment:
         self.schedule, self.on_growth = schedule, list[OnGrowth]()
         self.model: nn.Module = unwrapped(model)
         self._schedulers: list[ref[Any]] = [ref(unwrapped(s)) for s in _listed(scheduler)]
-        self._options, self.deferred, self.stepped = options, deferred, False
+        self.options, self.deferred, self.stepped = options, deferred, False
         # number of growths before the one in progress; None when no growth is in progress
         self._running: int | None = None
         self._take: Any = torch.compiler.disable(_take)
@@ -110,16 +112,19 @@ class Attachment:
                     f"{title} a schedule of {len(other.schedule.events)} events drives this {type(one).__name__} "
                     "already. Put all events into one schedule, or call remove() of the other attachment first."
                 )
-        spec = describe(self.model, self._spec())  # raises now if the model cannot be grown
+        spec = describe(
+            self.model, self.spec_of(self.model)
+        )  # raises now if the model cannot be grown
         raise_all(PlanError, title, unknown_sizes(schedule.ahead, spec))
+        self._optims, self._hooks = [ref(one) for one in optims], list[Any]()
+        raise_all(PlanError, title, problems(self))
         for one in optims:
             check_loaded(one)
             if optim_guard_of(one) is None:
                 guard(one, OptimGuard({}, ""))
         guard_model(self.model)
         self._call: Callable[[nn.Module], object] | None = None  # the model's last forward
-        self._optims = [ref(one) for one in optims]
-        self._hooks: list[Any] = [one.register_step_post_hook(self._after_step) for one in optims]
+        self._hooks += [one.register_step_post_hook(self._after_step) for one in optims]
         if self._check() is True:
             self._hooks.append(self.model.register_forward_pre_hook(self._record, with_kwargs=True))
         schedule.attachment = self
@@ -179,12 +184,12 @@ class Attachment:
 
     def make_plan(self, event: Event) -> GrowthPlan:
         """Plan the growth of an event at the model's current sizes, without growing the model."""
-        options = self._options
+        options = self.options
         # a model built at a grown size may have no growth history
         before = max(len(self.schedule.fired), n_growths(self.model))
         return plan(
             self.model, self.optims, to=event.to, width=event.width, depth=event.depth, state=event.state,
-            dynamics=event.dynamics, spec=self._spec(), seed=before if event.seed is None else event.seed,
+            dynamics=event.dynamics, spec=self.spec_of(self.model), seed=before if event.seed is None else event.seed,
             state_rules=options.get("state_rules"), master_weights=options.get("master_weights"),
         )  # fmt: skip
 
@@ -193,13 +198,13 @@ class Attachment:
             self._take(self, optim)  # torch.compile does not trace _take
 
     def _expand(self, event: Event) -> GrowthReport:
-        schedule, options, made = self.schedule, self._options, self.make_plan(event)
+        schedule, options, made = self.schedule, self.options, self.make_plan(event)
         check = self._check()
         live = self.schedulers
         self._running = n_growths(self.model)
         try:
             report = expand_inplace(
-                self.model, self.optims, plan=made, width=event.width, dynamics=made.dynamics, spec=self._spec(),
+                self.model, self.optims, plan=made, width=event.width, dynamics=made.dynamics, spec=self.spec_of(self.model),
                 state_rules=options.get("state_rules"), backend=options.get("backend"), scheduler=live or None, ema=options.get("ema"),
                 master_weights=options.get("master_weights"), memory=options.get("memory"), check=self._call if check is True else check,
             )  # fmt: skip
@@ -234,8 +239,8 @@ class Attachment:
             self._running = None
 
     def _check(self) -> Check | Literal[True] | None:
-        own = self._options.get("spec") is not None
-        check = self._options.get("check")
+        own = self.options.get("spec") is not None
+        check = self.options.get("check")
         return (
             None
             if check is False or (check is None and not own)
@@ -261,9 +266,10 @@ class Attachment:
 
         self._call = call
 
-    def _spec(self) -> ModelSpec | None:
-        of = spec_function(self._options.get("spec"))
-        return of(self.model) if of else None
+    def spec_of(self, model: nn.Module) -> ModelSpec | None:
+        """Return the description of a custom model at its present sizes; None for a model of a known family."""
+        of = spec_function(self.options.get("spec"))
+        return of(model) if of else None
 
 
 def _detached(value: object) -> object:

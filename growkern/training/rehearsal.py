@@ -1,0 +1,117 @@
+"""Plan all events of a schedule when it is attached: a growth that cannot happen is refused now, not hours later at its step."""
+
+import gc
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from growkern.api import expand_inplace
+from growkern.commit.commit import copied
+from growkern.engine.live_objects import averages_of, is_average, refuse_stale_references
+from growkern.errors import CommitError, GrowthError
+from growkern.execution.execute import NOTHING
+from growkern.model.describe import describe
+from growkern.model.spec import ModelSpec
+from growkern.optimizer.describe import describe_optimizers
+from growkern.planning.build import unsaved
+from growkern.support.live_registry import Live
+from growkern.training.triggers import Event, target_of
+
+if TYPE_CHECKING:
+    from growkern.training.attachment import Attachment
+
+
+def problems(attachment: "Attachment") -> list[str]:
+    """Return why the growths of an attached schedule would fail: events in order, optimizers, and averages that would not grow."""
+    model, found = attachment.model, [*_of_optimizers(attachment), *_averages(attachment)]
+    place = model
+    for event in attachment.schedule.ahead:
+        what = f"{target_of(event)} at {event.trigger}"
+        try:
+            spec = attachment.spec_of(place)
+            described = describe(place, spec, values=place is model)
+            if _reached(event, described):
+                continue
+            place = _twin(model) if place is model else place
+            with torch.no_grad():
+                report = expand_inplace(
+                    place, to=event.to, width=event.width, depth=event.depth, state=event.state, dynamics=event.dynamics,
+                    spec=spec, seed=0, ema=(), backend=NOTHING,
+                )  # fmt: skip
+        except (
+            CommitError
+        ):  # a part of the model cannot be copied: events are planned at their steps
+            return found
+        except GrowthError as error:
+            return [*found, f"{what}: {error}"]
+        found += [f"{what}: {why}" for why in unsaved(described, report.target_sizes)]
+    return found
+
+
+def _reached(event: Event, spec: ModelSpec) -> bool:
+    """True when a model has the sizes of an event, as a model that is about to load a checkpoint may."""
+    return not isinstance(event.to, str) and all(
+        isinstance(n, int) and n <= spec.sizes.get(name, 0) for name, n in event.to.items()
+    )
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """Return a copy of a model without values."""
+    tensors: Any = [*model.named_parameters(), *model.named_buffers()]
+    values: dict[str, Tensor] = {name: torch.empty_like(t, device="meta") for name, t in tensors}
+    return copied(model, "", values, model)
+
+
+def _of_optimizers(attachment: "Attachment") -> Iterator[str]:
+    """Yield why the optimizers, or other live objects, would make the first growth fail."""
+    options: Mapping[str, Any] = attachment.options
+    masters, rules = options.get("master_weights"), options.get("state_rules")
+    model, optims = attachment.model, attachment.optims
+    drop = all(event.state == "drop" for event in attachment.schedule.ahead)
+    try:
+        spec = describe(model, attachment.spec_of(model))
+        for described in describe_optimizers(
+            model, optims, spec, drop=drop, state_rules=rules, master_weights=masters
+        ):
+            if described.law is None and not drop:
+                yield (
+                    f"the law of {described.kind} is not known, so its state cannot grow: say how each key grows by "
+                    "state_rules={\"key\": order in the gradient} ({} for an optimizer without state), or grow with state='drop'."
+                )
+        averages = (
+            averages_of(model, options.get("ema")) if options.get("ema") is not None else None
+        )
+        refuse_stale_references(model, optims, Live.now(), averages, masters)
+    except GrowthError as error:
+        yield str(error)
+
+
+def _averages(attachment: "Attachment") -> Iterator[str]:
+    """Yield averages of the model's weights that are no modules, which no growth would find."""
+    if attachment.options.get("ema") is not None:
+        return
+    shapes = [p.shape for p in attachment.model.parameters()]
+    if _lists_of(shapes):
+        gc.collect()  # what is left is alive
+    for name in _lists_of(shapes):
+        yield (
+            f"{name} is an average of the model's weights, which would not grow: use torch.optim.swa_utils.AveragedModel and pass it as "
+            "ema=, or pass ema=() and build the average anew after each growth."
+        )
+
+
+def _lists_of(shapes: list[torch.Size]) -> list[str]:
+    """Return the names of attributes of averages, other than modules, that list tensors of these shapes."""
+    found, kinds, things = list[str](), dict[Any, bool](), list[Any](gc.get_objects())
+    for thing in things:
+        kind = type(thing)  # pyright: ignore[reportUnknownVariableType]
+        if kind not in kinds:
+            kinds[kind] = is_average(kind) and not issubclass(kind, nn.Module)  # pyright: ignore[reportUnknownArgumentType]
+        held: dict[str, Any] = getattr(thing, "__dict__", {}) if kinds[kind] else {}
+        for name, value in held.items():
+            several: list[Any] = [*value] if isinstance(value, list | tuple) else []
+            if several and [getattr(t, "shape", None) for t in several] == shapes:
+                found.append(f"{kind.__name__}.{name}")
+    return found

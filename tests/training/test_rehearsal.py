@@ -1,0 +1,184 @@
+"""A schedule is planned when it is attached: a growth that would fail at its step, and what it would leave behind, is said at once."""
+
+import copy
+
+import pytest
+import torch
+from models import FAMILIES, batch, loss_of, make, spec_of
+from states import same, state_of
+from torch import nn
+
+import growkern
+from growkern import At, GrowthSchedule, WhenPlateau, width
+from growkern.errors import PlanError
+
+WIDER, DEEPER = {"hidden": 48}, {"layers": 4}
+
+
+def started(**options):
+    model = make("llama", tied=True, **options)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def refused(events, match, model=None, optim=None, **options):
+    """Attach a schedule that is refused, and see that nothing has changed."""
+    if model is None:
+        model, optim = started()
+    before = state_of(model, optim)
+    schedule = GrowthSchedule(events)
+    with pytest.raises(PlanError, match=match) as error:
+        schedule.attach(model, optim, **options)
+    assert schedule.attachment is None and same(state_of(model, optim), before)
+    assert not optim._optimizer_step_post_hooks and not optim._optimizer_step_pre_hooks
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("events", "match"),
+    [
+        ([At(step=5, to={"hidden": 49})], "hidden=49 at step 5"),
+        ([At(step=5, to={"hidden": 50})], "save_pretrained refuses .* hidden"),
+        ([At(step=5, to=WIDER), At(step=9, to={"heads": 9})], "heads=9 at step 9"),
+        ([At(step=5, to=DEEPER), At(step=9, to={"hidden": 36}, width=width.HyperClone())], "at step 9"),
+        ([WhenPlateau(patience=2, to=WIDER), At(step=9, to={"hidden": 97})], "hidden=97 at step 9"),
+    ],
+    ids=["heads", "saving", "second", "method", "plateau"],
+)  # fmt: skip
+def test_an_event_that_cannot_happen_is_refused_when_it_is_attached(events, match):
+    """The second event starts at the sizes of the first."""
+    refused(events, match)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_rehearsed_through_two_events(family):
+    model = make(family, tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    sizes = growkern.describe(model, spec_of(model)).sizes
+    events = [At(step=1, to={"layers": 2 * sizes["layers"]}), At(step=2, to="2x")]
+    if family == "modernbert":
+        events = events[1:]  # its layers alternate, and grow by whole periods
+    before = copy.deepcopy(model.state_dict())
+    schedule = GrowthSchedule(events)
+    spec = {"spec": spec_of} if spec_of(model) is not None else {}
+    schedule.attach(model, optim, **spec)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    schedule.attachment.remove()
+    odd = At(step=3, to={"hidden": 2 * sizes["hidden"] + 1}, width=width.HyperClone())
+    with pytest.raises(PlanError, match="at step 3"):
+        GrowthSchedule([*events, odd]).attach(model, optim, **spec)
+
+
+def test_all_reasons_are_said_at_once():
+    class Mine(torch.optim.AdamW):
+        pass
+
+    class EMAModel:  # as that of diffusers
+        def __init__(self, params):
+            self.shadow_params = [p.clone().detach() for p in params]
+
+    model, _ = started()
+    average = EMAModel(model.parameters())
+    said = refused([At(step=5, to={"hidden": 49})], "hidden=49", model, Mine(model.parameters()))
+    assert "Mine is not known" in said and "EMAModel.shadow_params" in said and "hidden=49" in said
+    assert average.shadow_params
+
+
+def test_optimizers_that_keep_no_state_say_so():
+    class Sign(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {"lr": 1e-3})
+
+        @torch.no_grad()
+        def step(self):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(group["lr"] * p.grad.sign())
+
+    model, _ = started()
+    optim = Sign(model.parameters())
+    refused([At(step=1)], r"Sign is not known.*state_rules=", model, optim)
+    GrowthSchedule([At(step=1)]).attach(model, optim, state_rules={})
+    loss_of(model, batch()).backward()
+    optim.step()
+    assert model.config.hidden_size == 48
+
+
+class ModelEmaV2(nn.Module):
+    """As that of timm: a copy of the model under ``module``."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = copy.deepcopy(model).eval()
+
+
+class EMA(nn.Module):
+    """As that of lucidrains: a copy of the model under ``ema_model``."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.online_model = [model]
+        self.ema_model = copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("kind", [ModelEmaV2, EMA, torch.optim.swa_utils.AveragedModel])
+def test_averages_of_every_library_are_found_and_grow_if_they_are_passed(kind):
+    model, optim = started()
+    average = kind(model)
+    refused([At(step=1)], f"{kind.__name__} of a LlamaForCausalLM .* ema=", model, optim)
+    with pytest.raises(growkern.errors.UnsupportedModelError, match="pass the average as ema="):
+        growkern.expand_inplace(model, optim)
+
+    schedule = GrowthSchedule([At(step=1)])
+    schedule.attach(model, optim, ema=average)
+    loss_of(model, batch()).backward()
+    optim.step()
+    assert schedule.fired == [1]
+    assert {p.shape for p in average.parameters()} == {p.shape for p in model.parameters()}
+
+
+def test_another_optimizer_with_state_is_refused_when_a_schedule_is_attached():
+    model, other = started()
+    loss_of(model, batch()).backward()
+    other.step()
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    refused([At(step=5)], "another live optimizer has state", model, optim)
+
+
+def test_a_model_that_has_reached_the_sizes_of_an_event_may_be_attached():
+    """The schedule's state is loaded after it is attached."""
+    model, optim = started()
+    growkern.expand_inplace(model, optim, to=WIDER)
+    schedule = GrowthSchedule([At(step=1, to=WIDER), At(step=2, to=DEEPER)])
+    schedule.attach(model, optim)
+    assert schedule.attachment is not None
+
+
+def test_a_model_that_cannot_be_copied_is_planned_at_its_steps():
+    class Uncopied:
+        def __deepcopy__(self, memo):
+            raise TypeError("no copy")
+
+    model, optim = started()
+    model.tracker = Uncopied()
+    GrowthSchedule([At(step=5, to=WIDER)]).attach(model, optim)
+
+
+def test_other_parts_in_the_same_optimizer_that_read_the_model_are_refused():
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = make("bert", tied=True), nn.Linear(24, 3)
+
+    whole = Classifier()
+    optim = torch.optim.AdamW(whole.parameters(), lr=1e-3)
+    before = state_of(whole.body, optim)
+    with pytest.raises(growkern.errors.UnsupportedModelError, match=r"part of a Classifier.*head\.weight"):  # fmt: skip
+        growkern.expand_inplace(whole.body, optim)
+    assert same(state_of(whole.body, optim), before)
+
+    growkern.expand_inplace(whole.body, optim, to={"ffn": 80, "layers": 3})  # hidden stays
+    assert whole.body.config.num_hidden_layers == 3
+    own = torch.optim.AdamW(whole.body.parameters(), lr=1e-3)
+    optim.state.clear()
+    growkern.expand_inplace(whole.body, own)
+    assert whole.body.config.hidden_size == 48
