@@ -164,14 +164,24 @@ def test_growths_are_on_record_and_draw_other_noise(source, tmp_path):
     assert config.intermediate_size == 80
 
 
+def cached(source: Path, cache: Path) -> Path:
+    """Move a checkpoint into a cache as the hub's client lays it out; return the folder that the client returns."""
+    (cache / "blobs").mkdir(parents=True)
+    (folder := cache / "snapshots" / "1a2b").mkdir(parents=True)
+    for i, path in enumerate(sorted(source.iterdir())):
+        if path.is_file():
+            path.rename(cache / "blobs" / str(i))
+            (folder / path.name).symlink_to(f"../../blobs/{i}")
+        else:
+            path.rename(folder / path.name)
+    return folder
+
+
 def test_what_goes_with_a_model_is_copied_and_the_rest_is_named(source, tmp_path):
     for name in ("tokenizer.json", "optimizer.pt", "trainer_state.json"):
         (source / name).write_text("{}")
     (source / "onnx").mkdir()
-    hub = tmp_path / "hub"  # the hub's cache keeps files as symlinks
-    hub.mkdir()
-    for path in source.iterdir():
-        (hub / path.name).symlink_to(path)
+    hub = cached(source, tmp_path / "hub")
 
     result = invoke("grow", hub, tmp_path / "out")
 
