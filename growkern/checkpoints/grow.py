@@ -14,6 +14,7 @@ from growkern.api import plan as plan_growth
 from growkern.checkpoints.load import Checkpoint, Layout, load
 from growkern.checkpoints.output import aside, modes, others, refuse_out, restrict, sweep
 from growkern.checkpoints.shards import Shards, n_bytes_of
+from growkern.commit.checkpoint_guard import growth_history
 from growkern.commit.commit import check_blocks, grown_config
 from growkern.engine.history import recorded
 from growkern.engine.sources import tensors_of
@@ -184,6 +185,7 @@ def _target_config(plan: GrowthPlan, model: Any) -> Any:
             f"{plan.depth} initializes new blocks with the code of a live model: load the checkpoint by from_pretrained, grow the model by "
             "expand_inplace, and save it; or choose another depth method."
         )
+    growth_history(model)  # refuses a history that no growth can be added to
     grown = grown_config(plan, model, config, recorded(plan, describe(model)))
     try:
         type(config).from_dict(grown.to_dict())

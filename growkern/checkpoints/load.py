@@ -80,13 +80,12 @@ def load(folder: Path, *, mapped: bool = False) -> Checkpoint:
     widest = floating[0] if floating else torch.float32
     for dtype in floating:
         widest = torch.promote_types(widest, dtype)
-    with _quiet(), _failures(folder, kind):
+    with _quiet(), _failures(folder, kind):  # the classes of the errors depend on the config
         config = kind.config_class.from_dict(kind.config_class._decode_special_floats(fields))
         with torch.device("meta"):
             blank = kind(config)
-    _refuse_size(blank, stored, folder)
-    unread = {n for n in _unconverted(blank, stored) if stored.dtypes[n] == widest}
-    with _quiet(), _failures(folder, kind):
+        _refuse_size(blank, stored, folder)
+        unread = {n for n in _unconverted(blank, stored) if stored.dtypes[n] == widest}
         model, info = kind.from_pretrained(
             None,
             config=config,
@@ -265,7 +264,7 @@ def _failures(folder: Path, kind: Any) -> Generator[None]:
         yield
     except CheckpointError:
         raise
-    except Exception as error:  # the type depends on what is wrong with the config
+    except Exception as error:
         raise CheckpointError(
             f"transformers cannot load {folder} as a {kind.__name__}: {one_line(error, DETAIL)}"
         ) from error
