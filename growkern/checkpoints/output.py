@@ -31,14 +31,16 @@ FILES = {  # files of a checkpoint that save_pretrained writes
 }  # fmt: skip
 
 
-def refuse_out(folder: Path, out: Path, overwrite: bool, copied: Collection[str] = ()) -> None:
+def refuse_out(
+    folder: Path, out: Path, overwrite: bool, copied: Collection[str] | None = None
+) -> None:
     """Raise CheckpointError if a growth of ``folder`` cannot write ``out``, or would delete files there that are of no checkpoint.
 
     Args:
         folder: Folder of the source.
         out: Folder of the target.
         overwrite: True to replace a checkpoint at ``out``.
-        copied: Names of the source's files that the growth copies.
+        copied: Names of the source's files that the growth copies; None if they are not known yet.
     """
     source, target = folder.resolve(), out.resolve()
     if source == target or source in target.parents or target in source.parents:
@@ -60,12 +62,13 @@ def refuse_out(folder: Path, out: Path, overwrite: bool, copied: Collection[str]
         raise CheckpointError(
             f"cannot overwrite {out}: the folder has no {CONFIG}, so it is no checkpoint; remove the folder yourself."
         )
-    known = FILES.union(copied)
-    if more := [
+    known = FILES.union(copied or ())
+    more = [
         path.name
         for path in held
         if path.is_dir() or not (path.name in known or SHARD.fullmatch(path.name))
-    ]:
+    ]
+    if more and copied is not None:
         raise CheckpointError(
             f"cannot overwrite {out}: the folder holds more than a checkpoint ({', '.join(more[:5])}{', ...' * (len(more) > 5)}); move "
             "it elsewhere, or name another folder."
@@ -142,8 +145,9 @@ def aside(out: Path, overwrite: bool, mode: int) -> Generator[Path]:
     Raises:
         CheckpointError: ``out`` cannot be written.
     """
+    place = out.resolve()  # out may be "."
     try:
-        folder, lock = _make(out.resolve(), mode)
+        folder, lock = _make(place, mode)
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error}. Nothing was changed.") from error
     replaced = folder.with_suffix(".replaced")
@@ -155,8 +159,8 @@ def aside(out: Path, overwrite: bool, mode: int) -> Generator[Path]:
             _sync(path)
         folder.chmod(final)
         with uninterrupted():
-            _move(folder, out, replaced, overwrite)
-        _sync(out.resolve().parent)
+            _move(folder, place, replaced, overwrite)
+        _sync(place.parent)
     except BaseException as error:
         with uninterrupted():
             shutil.rmtree(folder, ignore_errors=True)
@@ -166,7 +170,7 @@ def aside(out: Path, overwrite: bool, mode: int) -> Generator[Path]:
     finally:
         if lock is not None:
             os.close(lock)
-        if out.exists():
+        if place.exists():
             shutil.rmtree(replaced, ignore_errors=True)
 
 

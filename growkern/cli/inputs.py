@@ -137,9 +137,9 @@ def _refuse_large(n: int) -> None:
     """Raise GrowthError if ``n`` numbers of 4 bytes do not fit in memory."""
     free = free_bytes(torch.device("cpu"))
     if free is not None and 4 * n > free:
-        shown = min(n, 10**300)  # a larger number is no float
+        needed = 4 * min(n, 10**300) / 1e9  # a larger number is no float
         raise GrowthError(
-            f"the inputs and outputs take {4 * shown / 1e9:.3g} GB at least, and {free / 1e9:.3g} GB are free; lower --tokens, --batch-size or "
+            f"the inputs and outputs take {needed:.3g} GB at least, and {free / 1e9:.3g} GB are free; lower --tokens, --batch-size or "
             "--steps."
         )
 

@@ -72,6 +72,7 @@ def _fits(value: object, hint: Any) -> bool:
             _fits(v, inner[0]) for v in cast(Sequence[object], value)
         )
     if hint in (int, float):
-        kinds = int if hint is int else (int, float)
-        return isinstance(value, kinds) and not isinstance(value, bool)
+        if isinstance(value, bool) or not isinstance(value, int if hint is int else (int, float)):
+            return False
+        return isinstance(value, float) or value.bit_length() < 1000  # a longer one is no float
     return isinstance(value, hint)
