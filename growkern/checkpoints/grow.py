@@ -226,19 +226,21 @@ def _grown(run: Execution, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     last = {name: i for i, names in enumerate(used) for name in names}
     parts = run.parts()
     for i, tensor_set in enumerate(run.sets):
-        source = tensor_set.tensors[0].source
         read = {name: layout.read(name, values[name]) for name in used[i]}
         sources.update(read)
         staged = next(parts)
-        yield from staged.values.items()
-        staged.values.clear()
-        yield from ((row.name, read[source]) for row in same.pop(source, []))
+        rows = same.pop(source := tensor_set.tensors[0].source, [])
+        kept = [(row.name, read[source]) for row in rows]
         read.clear()
         for name in used[i]:
             sources[name] = values[name]
             if last[name] == i and name not in same:
                 sources.pop(name)
                 values.pop(name)
+        yield from staged.values.items()
+        staged.values.clear()
+        yield from kept
+        kept.clear()
     for source, rows in same.items():
         sources.pop(source, None)
         tensor = layout.read(source, values.pop(source))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -183,8 +182,6 @@ def compare(
     seed: Seed = None,
 ) -> None:
     """Grow a checkpoint by several methods, in memory, train each for a few steps, and show losses side by side."""
-    if not isfinite(lr):
-        raise typer.BadParameter(f"{lr} is no learning rate; pass a number.", param_hint="--lr")
     sizes = _read("--to", lambda: _arguments().sizes_of(to or ["2x"]))
     chosen = [
         _read("--methods", lambda name=name: _arguments().methods_of(name)) for name in methods

@@ -15,9 +15,10 @@ from saved import INDEX, contents, invoke, load, said, save
 from states import fail_at
 
 import growkern
+from growkern import depth, width
 from growkern.checkpoints import grow as checkpoint
 from growkern.checkpoints import load as saved
-from growkern.checkpoints import shards
+from growkern.checkpoints import output, shards
 from growkern.errors import CheckpointError
 from growkern.planning.growth_record import digest_of, read
 
@@ -151,6 +152,17 @@ def test_names_without_the_prefix_of_the_class_are_read(tmp_path):
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == names.keys()
     grown = load(model, tmp_path / "out")
     torch.testing.assert_close(logits(grown, batch()), logits(model, batch()), rtol=0, atol=1e-5)
+
+
+def test_rows_of_the_next_layer_are_those_of_a_growth_in_memory(tmp_path):
+    model = save(tmp_path / "source")
+    to, methods = {"hidden": "2x", "layers": 4}, {"width": width.AKI(), "depth": depth.Stack()}
+
+    checkpoint.grow(tmp_path / "source", tmp_path / "out", to=to, **methods)
+
+    growkern.expand_inplace(model, to=to, **methods)
+    live, stored = model.state_dict(), load(model, tmp_path / "out").state_dict()
+    assert all(torch.equal(live[name], stored[name]) for name in live)
 
 
 def test_growths_are_on_record_and_draw_other_noise(source, tmp_path):
@@ -367,7 +379,7 @@ def test_a_growth_that_fails_on_its_way_leaves_what_was_there(
     if overwrite:
         checkpoint.grow(source, tmp_path / "out", to={"layers": 3})
     before = contents(tmp_path)
-    owner = shards if stage == "_sync" else shards.Shards
+    owner = output if stage == "_sync" else shards.Shards
     failures = fail_at(monkeypatch, owner, stage, error, 1 if stage == "close" else 5)
     expected = CheckpointError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected):
