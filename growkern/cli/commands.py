@@ -59,7 +59,7 @@ def plan(
         from growkern.checkpoints.load import load
         from growkern.errors import CheckpointError
 
-        made = plan_for(load(checkpoint), **options)
+        made = plan_for(load(checkpoint, mapped=True), **options)
         typer.echo(made)
         if json is not None:
             try:

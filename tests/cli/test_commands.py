@@ -19,6 +19,7 @@ import transformers
 from models import make
 from safetensors.torch import load_file, save_file
 from saved import contents, invoke, said, save
+from typer.testing import CliRunner
 
 from growkern.cli import main as cli
 
@@ -270,8 +271,10 @@ def test_the_code_of_a_tokenizer_is_not_executed(source, tmp_path):
     (source / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
     (tmp_path / "text").write_text("w1 w2 " * 100)
 
-    invoke("compare", source, "--methods", "Lossless", *SMALL, "--text", tmp_path / "text")
+    words = ["compare", source, "--methods", "Lossless", *SMALL, "--text", tmp_path / "text"]
+    result = CliRunner().invoke(cli.app(), [*map(str, words)], input="y\n")  # to a question
 
+    assert result.exit_code == 1 and "Leave --text out" in said(result), result.output
     assert not (tmp_path / "executed").exists()
 
 
