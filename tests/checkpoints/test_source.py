@@ -141,11 +141,12 @@ CONFIGS = {
     "digits": ('{"a": ' + "9" * 5000 + "}", "cannot read .*config.json"),
     "nan": (dict(rms_norm_eps=float("nan")), "rms_norm_eps: contains NaN"),
     "nan inside": (dict(rope_parameters={"a": [float("nan")]}), "rope_parameters: contains NaN"),
-    "depth": (dict(num_hidden_layers=10**9), r"num_hidden_layers: is 1000000000, and \d+ tensors"),
+    # large enough to break the bounds, and not the machine of a test that fails
+    "depth": (dict(num_hidden_layers=20_000), r"num_hidden_layers: is 20000, and \d+ tensors"),
     "depth as a float": (dict(num_hidden_layers=1e9), "num_hidden_layers: is 1000000000.0"),
-    "labels": (dict(num_labels=10**9), "num_labels: is 1000000000"),
+    "labels": (dict(num_labels=3 * 10**6), "num_labels: is 3000000"),
     "hidden": (dict(hidden_size=10**6), r"a LlamaForCausalLM of [\d,]+ elements, and [\d,]+ are"),
-    "vocab": (dict(vocab_size=10**9), r"a LlamaForCausalLM of [\d,]+ elements, and [\d,]+ are"),
+    "vocab": (dict(vocab_size=3 * 10**7), r"a LlamaForCausalLM of [\d,]+ elements, and [\d,]+ are"),
     "no size": (dict(vocab_size=10**40), "transformers cannot load"),
     "type": (dict(model_type=[]), "transformers cannot load"),
     "method": (dict(to_dict=1), "to_dict: is no field of a LlamaConfig"),
@@ -185,6 +186,7 @@ def test_an_infinite_field_that_transformers_wrote_is_kept(source, tmp_path):
 
     checkpoint.grow(source, tmp_path / "out")
 
+    assert saved.load(source).model.config.own_limit == float("inf")
     assert transformers.AutoConfig.from_pretrained(tmp_path / "out").own_limit == float("inf")
 
 
