@@ -246,9 +246,14 @@ def test_what_a_killed_growth_left_is_removed_and_said(source, tmp_path):
     assert f"{left.name}, which a growth that was killed had left, was removed" in said(result).replace("part ,", "part,")  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [".out.deadbeef.part", ".out.0000000001234567.part", f".out.{output.HOST}01234567.replaced"], ids=["old", "other machine", "replaced"]
-)  # fmt: skip
+USEFUL = {
+    "old": ".out.deadbeef.part",
+    "other machine": ".out.0000000001234567.part",
+    "replaced": f".out.{output.HOST}01234567.replaced",
+}
+
+
+@pytest.mark.parametrize("name", USEFUL.values(), ids=USEFUL)
 def test_what_may_be_of_use_is_named_and_kept(name, source, tmp_path):
     left = left_behind(tmp_path, name)
 
