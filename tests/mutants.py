@@ -191,17 +191,18 @@ MUTANTS = {
     # checkpoints
     "checkpoint: a full disk is found out late": Mutant(
         "checkpoints/grow.py", "if free < n_bytes + SPARE:", "if False:", "checkpoints/test_grow_checkpoint.py -k full"),
-    "checkpoint: read pages stay": Mutant(
-        "checkpoints/grow.py", "        page_out(tensor)\n", "        pass\n", "cli/test_commands.py -k peak_memory"),
+    "checkpoint: a source is read from a memory map": Mutant(
+        "checkpoints/load.py", "return value if disk is None else self.stored.read(disk)", "return value",
+        "checkpoints/test_source.py -k cut_short_while"),
     "checkpoint: the index is believed": Mutant(
-        "checkpoints/shards.py",
-        '        problems += [f"{name}: is not in {file}; copy the file again." for name in missing]\n', "        pass\n",
+        "checkpoints/source.py",
+        'return [f"{one_line(name)}: is not in {shown}; copy the file again." for name in missing]', "return []",
         "checkpoints/test_grow_checkpoint.py -k not_whole"),
     "checkpoint: files are not synced": Mutant(
-        "checkpoints/shards.py", "            _sync(path)\n", "            pass\n",
+        "checkpoints/output.py", "            _sync(path)\n", "            pass\n",
         "checkpoints/test_grow_checkpoint.py -k 'fails or renamed or overwrite'"),
     "checkpoint: what was to be replaced is not given back": Mutant(
-        "checkpoints/shards.py", "                    replaced.rename(out)\n", "                    pass\n",
+        "checkpoints/output.py", "            replaced.rename(out)\n", "            pass\n",
         "checkpoints/test_grow_checkpoint.py -k renamed"),
     "checkpoint: missing tensors are drawn": Mutant(
         "checkpoints/load.py", "    if problems:\n        raise CheckpointError(\n            f\"{folder} is incomplete:",

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from growkern.api import plan as plan_growth
-from growkern.checkpoints.load import CONFIG, Checkpoint, Layout, load
-from growkern.checkpoints.shards import Shards, aside, n_bytes_of
+from growkern.checkpoints.load import Checkpoint, Layout, load
+from growkern.checkpoints.output import aside, modes, others, refuse_out, restrict, sweep
+from growkern.checkpoints.shards import Shards, n_bytes_of
+from growkern.commit.checkpoint_guard import growth_history
 from growkern.commit.commit import check_blocks, grown_config
 from growkern.engine.history import recorded
 from growkern.engine.sources import tensors_of
@@ -23,12 +25,8 @@ from growkern.planning.check import check
 from growkern.planning.decisions import DepthMethod, WidthMethod
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.planning.sizes import Target
-from growkern.support.memory import page_out
 from growkern.support.text import table
 
-WEIGHTS = (  # weights and training state, which are not copied to the target folder
-    ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".index.json", "trainer_state.json",
-)  # fmt: skip
 SPARE = 1 << 20  # bytes of disk space for config, index and headers
 Progress = Callable[[int, int], object]  # bytes written so far, total bytes
 
@@ -125,8 +123,10 @@ def grow(
     """
     start = perf_counter()
     limit = n_bytes_of(max_shard_size)
-    _refuse_out(folder, out, overwrite)
-    source = load(folder)
+    refuse_out(folder, out, overwrite)
+    source = load(folder, mapped=True)
+    copied, left = others(folder, source.files)
+    refuse_out(folder, out, overwrite, copied)
     model = source.model
     with torch.no_grad():
         spec = describe(model)
@@ -141,51 +141,22 @@ def grow(
         run = Execution(plan, tensors, lambda _: {}, memory="lean")
         layout = Layout(source, plan, tensors.values)
         model.to("meta")  # the model drops its references; sources are freed one by one
+        swept = sweep(out)
         _refuse_full(out, layout.n_bytes)
-        with aside(out, overwrite) as part:
-            shards = Shards(part, layout.targets, limit)
-            done = 0
-            for name, tensor in _grown(run, layout):
-                done += sum(shards.write(*entry) for entry in layout.on_disk(name, tensor).items())
-                on_progress(done, shards.n_bytes)
-                del tensor
-            shards.close()
+        with aside(out, overwrite, folder.stat().st_mode) as part:
             config.save_pretrained(part)
-            left = _copy_others(folder, part)
-    notes = (*plan.notes, *_left_out(source, left))
+            shards = Shards(part, layout.targets, limit)
+            _write(shards, run, layout, on_progress)
+            for name in copied:
+                shutil.copyfile(folder / name, part / name)
+            source.snapshot.refuse_changes((*source.files, *copied))
+            restrict(part, modes(folder, source.stored.files, copied))
+            refuse_out(folder, out, overwrite, copied)
     sizes = sum(t.numel() * t.element_size() for t in layout.sources.values()), layout.n_bytes
     target = sum(_n(plan.shapes(row)[1]) for row in plan.tensors if row.source in names)
-    return GrownCheckpoint(
-        out,
-        plan,
-        (n_params, target),
-        sizes,
-        len(shards.files),
-        perf_counter() - start,
-        notes,
-    )
-
-
-def _refuse_out(folder: Path, out: Path, overwrite: bool) -> None:
-    source, target = folder.resolve(), out.resolve()
-    if source == target or source in target.parents or target in source.parents:
-        raise CheckpointError(
-            f"cannot write {out}: the folder is, is inside, or contains the source {folder}; name another folder."
-        )
-    if not out.parent.is_dir():
-        raise CheckpointError(
-            f"cannot write {out}: the folder {out.parent} does not exist; make it first."
-        )
-    if not (out.exists() or out.is_symlink()):
-        return
-    if not overwrite:
-        raise CheckpointError(f"{out} exists; name another folder, or pass --overwrite.")
-    if out.is_symlink() or not out.is_dir():
-        raise CheckpointError(f"cannot overwrite {out}: {out} is no folder; name another path.")
-    if any(out.iterdir()) and not (out / CONFIG).is_file():
-        raise CheckpointError(
-            f"cannot overwrite {out}: the folder has no {CONFIG}, so it is no checkpoint; remove the folder yourself."
-        )
+    notes = (*plan.notes, *_left_out(source, left), *swept)
+    seconds, n_files = perf_counter() - start, len(shards.files)
+    return GrownCheckpoint(out, plan, (n_params, target), sizes, n_files, seconds, notes)
 
 
 def _refuse_full(out: Path, n_bytes: int) -> None:
@@ -214,6 +185,7 @@ def _target_config(plan: GrowthPlan, model: Any) -> Any:
             f"{plan.depth} initializes new blocks with the code of a live model: load the checkpoint by from_pretrained, grow the model by "
             "expand_inplace, and save it; or choose another depth method."
         )
+    growth_history(model)  # refuses a history that no growth can be added to
     grown = grown_config(plan, model, config, recorded(plan, describe(model), []))
     try:
         type(config).from_dict(grown.to_dict())
@@ -230,43 +202,50 @@ def _parameters(plan: GrowthPlan, model: Any) -> set[str]:
     return {row.source for row in plan.tensors if row.source in held}
 
 
+def _write(shards: Shards, run: Execution, layout: Layout, on_progress: Progress) -> None:
+    """Compute all target tensors and write them to the shards."""
+    done = 0
+    for name, tensor in _grown(run, layout):
+        done += sum(shards.write(*entry) for entry in layout.on_disk(name, tensor).items())
+        on_progress(done, shards.n_bytes)
+        del tensor
+    shards.close()
+
+
 def _grown(run: Execution, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    """Yield every target tensor with its name, and free each source after its last use."""
-    values = dict(run.sources.values)
+    """Yield every target tensor with its name; read each source before it is used, and free it after its last use."""
+    sources, values = run.sources.values, dict(run.sources.values)
     same: dict[str, list[TensorRow]] = {}
     for row in run.plan.tensors:
         if not run.plan.changes(row):
             same.setdefault(row.source, []).append(row)
-    for tensor_set, staged in zip(run.sets, run.parts(), strict=True):
-        source = tensor_set.tensors[0].source
+    used = [
+        {name for row in s.tensors for name in (row.source, row.next_layer_source or row.source)}
+        for s in run.sets
+    ]
+    last = {name: i for i, names in enumerate(used) for name in names}
+    parts = run.parts()
+    for i, tensor_set in enumerate(run.sets):
+        read = {name: layout.read(name, values[name]) for name in used[i]}
+        sources.update(read)
+        staged = next(parts)
+        rows = same.pop(source := tensor_set.tensors[0].source, [])
+        kept = [(row.name, read[source]) for row in rows]
+        read.clear()
+        for name in used[i]:
+            sources[name] = values[name]
+            if last[name] == i and name not in same:
+                sources.pop(name)
+                values.pop(name)
         yield from staged.values.items()
         staged.values.clear()
-        yield from ((row.name, values[source]) for row in same.pop(source, []))
-        _let_go(values, source, layout)
+        yield from kept
+        kept.clear()
     for source, rows in same.items():
-        yield from ((row.name, values[source]) for row in rows)
-        run.sources.forget(source)
-        _let_go(values, source, layout)
-
-
-def _let_go(values: dict[str, Tensor], name: str, layout: Layout) -> None:
-    tensor = values.pop(name)
-    if name in layout.mapped:
-        page_out(tensor)
-
-
-def _copy_others(folder: Path, part: Path) -> list[str]:
-    """Copy files that belong to the model (tokenizer, generation config, ...); return the names of files that are not copied."""
-    left: list[str] = []
-    for path in sorted(folder.iterdir()):
-        if not path.is_file():
-            left.append(f"{path.name}/")
-        elif path.name.endswith(WEIGHTS):
-            if not path.name.endswith((".safetensors", ".index.json")):
-                left.append(path.name)
-        elif path.name != CONFIG:
-            shutil.copyfile(path, part / path.name)
-    return left
+        sources.pop(source, None)
+        tensor = layout.read(source, values.pop(source))
+        yield from ((row.name, tensor) for row in rows)
+        del tensor
 
 
 def _n(shape: tuple[int, ...]) -> int:

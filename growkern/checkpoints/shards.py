@@ -1,28 +1,24 @@
-"""Safetensors shards of a checkpoint: a header reader, a writer that takes tensors in any order, an output folder written atomically."""
+"""Safetensors shards of a target, whose tensors are written in any order."""
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor
 
-from growkern.errors import CheckpointError, PlanError, raise_all
-from growkern.support.interrupts import uninterrupted
+from growkern.errors import PlanError
 from growkern.support.memory import write_bytes
+from growkern.support.text import short
 
-SINGLE, INDEX, PATTERN = (
+CONFIG, SINGLE, INDEX, PATTERN = (
+    "config.json",
     "model.safetensors",
     "model.safetensors.index.json",
     "model{suffix}.safetensors",
 )
-PICKLES = "pytorch_model*.bin"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -40,90 +36,12 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 ALIGNMENT = 8  # bytes; safetensors pads the header to a multiple
 
 
-def stored(folder: Path) -> dict[str, torch.dtype]:
-    """Read the names and dtypes of a checkpoint's tensors from the headers of its shards.
-
-    Returns:
-        Dtype of each tensor, by name on disk.
-
-    Raises:
-        CheckpointError: Shards are missing, truncated, or without a tensor that the index lists; every reason at once.
-    """
-    if (folder / SINGLE).is_file():
-        return _header(folder / SINGLE)
-    if not (folder / INDEX).is_file():
-        pickled = sorted(path.name for path in folder.glob(PICKLES))
-        raise CheckpointError(
-            f"{folder} has no {SINGLE} and no {INDEX}"
-            + (
-                f", but {pickled[0]}: load the checkpoint by from_pretrained and save it by save_pretrained, which writes safetensors."
-                if pickled
-                else "; pass a folder that save_pretrained wrote."
-            )
-        )
-    places: Any = parsed(folder / INDEX).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
-        raise CheckpointError(
-            f"{folder / INDEX} has no weight_map; save the checkpoint again by save_pretrained."
-        )
-    by_file: dict[str, list[str]] = {}
-    for name, file in places.items():  # pyright: ignore[reportUnknownVariableType]
-        by_file.setdefault(str(file), []).append(str(name))  # pyright: ignore[reportUnknownArgumentType]
-    dtypes: dict[str, torch.dtype] = {}
-    problems: list[str] = []
-    for file, names in sorted(by_file.items()):
-        if not (folder / file).is_file():
-            problems.append(
-                f"{file}: is missing, with {len(names)} tensors ({names[0]}, ...); copy the file again."
-            )
-            continue
-        try:
-            held = _header(folder / file)
-        except CheckpointError as error:
-            problems.append(str(error))
-            continue
-        missing = [name for name in names if name not in held]
-        problems += [f"{name}: is not in {file}; copy the file again." for name in missing]
-        dtypes |= held
-    raise_all(CheckpointError, f"{folder} is incomplete:", problems)
-    return dtypes
-
-
-def parsed(path: Path) -> dict[str, Any]:
-    """Read a JSON file; raise CheckpointError if the file does not contain a JSON object."""
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"cannot read {path}: the file contains no JSON object.")
-    return content  # pyright: ignore[reportUnknownVariableType]
-
-
 def n_bytes_of(text: str) -> int:
     """Parse a size such as ``"5GB"``; raise PlanError for any other text."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B|)\s*", text.upper())
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]+)?)\s*([KMGT]B|)\s*", text.upper())
     if match is None or (n_bytes := int(float(match[1]) * UNITS[match[2]])) < 1:
-        raise PlanError(f"cannot read the size {text!r}; write a size such as 5GB or 500MB.")
+        raise PlanError(f"cannot read the size {short(text)}; write a size such as 5GB or 500MB.")
     return n_bytes
-
-
-def _header(path: Path) -> dict[str, torch.dtype]:
-    import safetensors
-
-    read: Any = safetensors.safe_open
-    try:
-        with read(path, "pt") as file:
-            codes: dict[str, str] = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path.name}: is damaged or cut short ({error}); copy the file again."
-        ) from None
-    if odd := sorted({code for code in codes.values() if code not in DTYPES}):
-        raise CheckpointError(
-            f"{path.name}: has tensors of {', '.join(odd)}; growkern grows {', '.join(DTYPES)}: convert the tensors first."
-        )
-    return {name: DTYPES[code] for name, code in codes.items()}
 
 
 class Shards:
@@ -188,47 +106,3 @@ class Shards:
         if len(self.files) > 1:
             text = json.dumps(self._index, indent=2, sort_keys=True) + "\n"
             (self.folder / INDEX).write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def aside(out: Path, overwrite: bool) -> Generator[Path]:
-    """Yield a temporary folder beside ``out``, which is renamed to ``out`` on success and removed on failure.
-
-    Raises:
-        CheckpointError: ``out`` cannot be written.
-    """
-    tag = uuid4().hex[:8]
-    folder, replaced = (out.with_name(f".{out.name}.{tag}.{what}") for what in ("part", "replaced"))
-    try:
-        folder.mkdir()
-        yield folder
-        for path in (*folder.iterdir(), folder):
-            _sync(path)
-        with uninterrupted():
-            if overwrite and out.exists():
-                out.rename(replaced)
-            try:
-                folder.rename(out)
-            except OSError:
-                if replaced.exists():
-                    replaced.rename(out)
-                raise
-        _sync(out.parent)
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise CheckpointError(f"cannot write {out}: {error}. Nothing was changed.") from error
-        raise
-    finally:
-        if out.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LR = 1e-4
+MAX_SEED = 2**62  # torch's generators take 64 bits, and batches add to the seed
 FOLDER = typer.Argument(help="Folder of the checkpoint, written by save_pretrained.")
 To = Annotated[
     list[str] | None,
@@ -27,6 +28,7 @@ Seed = Annotated[
     int | None,
     typer.Option(
         min=0,
+        max=MAX_SEED,
         help="Seed of the symmetry-breaking noise. Default: the number of growths of the checkpoint so far.",
     ),
 ]
@@ -57,7 +59,7 @@ def plan(
         from growkern.checkpoints.load import load
         from growkern.errors import CheckpointError
 
-        made = plan_for(load(checkpoint), **options)
+        made = plan_for(load(checkpoint, mapped=True), **options)
         typer.echo(made)
         if json is not None:
             try:
@@ -138,7 +140,7 @@ def verify(
     source: Annotated[Path, FOLDER],
     target: Annotated[Path, typer.Argument(help="Folder of the grown checkpoint.")],
     tokens: Tokens = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the random inputs.")] = 0,
 ) -> None:
     """Compare a grown checkpoint with its source on random inputs; exit code 1 where their outputs differ.
 
@@ -315,11 +317,13 @@ def _saved(path: Path) -> "GrowthPlan":
 
 @contextmanager
 def _failures(command: str) -> Generator[None]:
-    """Turn GrowthError into an error message and exit code 1."""
+    """Turn GrowthError, and errors of the file system, into an error message and exit code 1."""
     from growkern.errors import GrowthError
 
     try:
         yield
-    except GrowthError as error:
+    except BrokenPipeError:  # typer ends the command quietly
+        raise
+    except (GrowthError, OSError) as error:
         typer.echo(f"growkern {command} failed: {error}", err=True)
         raise typer.Exit(1) from None

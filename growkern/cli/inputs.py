@@ -1,5 +1,6 @@
 """Batches for a transformers model, from random inputs or from a text."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from growkern.errors import GrowthError
+from growkern.support.memory import free_bytes
 
 MASKED = 0.15  # share of masked tokens, as in BERT's training
 SKIPPED = -100  # labels that cross entropy ignores
@@ -18,16 +20,18 @@ def random_inputs(model: Any, n_rows: int, n_tokens: int, seed: int) -> dict[str
     """Draw random inputs of a model: token ids (n_rows, n_tokens), or images if the model takes pixel values.
 
     Raises:
-        GrowthError: ``n_tokens`` exceeds the number of positions of the model.
+        GrowthError: ``n_tokens`` exceeds the number of positions of the model, or the inputs do not fit in memory.
     """
     generator = torch.Generator().manual_seed(seed)
     config = model.config
     if model.main_input_name == "pixel_values":
         size = config.image_size
         side: list[int] = [*size] if isinstance(size, list | tuple) else [size, size]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        _refuse_large(n_rows * config.num_channels * math.prod(side))
         pixels = torch.randn(n_rows, config.num_channels, *side, generator=generator)
         return {"pixel_values": pixels.to(model.dtype)}
     _refuse_long(config, n_tokens)
+    _refuse_large(n_rows * n_tokens * config.vocab_size)  # the logits
     ids = torch.randint(0, config.vocab_size, (n_rows, n_tokens), generator=generator)
     if getattr(config, "is_encoder_decoder", False):
         return {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
@@ -64,6 +68,7 @@ def training_batches(
     Raises:
         GrowthError: The text is too short, no tokenizer of the model can read the text, or the model class has no loss.
     """
+    _refuse_large(2 * n * n_rows * n_tokens)  # token ids take 8 bytes
     inputs = [random_inputs(model, n_rows, n_tokens, seed + i) for i in range(n)]
     mask: int | None = None
     if text is not None and "input_ids" in inputs[0]:
@@ -118,7 +123,7 @@ def _tokens(folder: Path, text: Path) -> tuple[Tensor, int | None]:
 
     try:
         load: Any = getattr(AutoTokenizer, "from_pretrained")  # noqa: B009  (untyped)
-        tokenizer: Any = load(str(folder.resolve()), local_files_only=True)
+        tokenizer: Any = load(str(folder.resolve()), local_files_only=True, trust_remote_code=False)
         words = text.read_text(encoding="utf-8", errors="replace")
         ids: list[int] = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -126,6 +131,17 @@ def _tokens(folder: Path, text: Path) -> tuple[Tensor, int | None]:
             f"cannot read {text} with the tokenizer of {folder}: {error}. Leave --text out for random tokens."
         ) from error
     return torch.tensor(ids), tokenizer.mask_token_id
+
+
+def _refuse_large(n: int) -> None:
+    """Raise GrowthError if ``n`` numbers of 4 bytes do not fit in memory."""
+    free = free_bytes(torch.device("cpu"))
+    if free is not None and 4 * n > free:
+        needed = 4 * min(n, 10**300) / 1e9  # a larger number is no float
+        raise GrowthError(
+            f"the inputs and outputs take {needed:.3g} GB at least, and {free / 1e9:.3g} GB are free; lower --tokens, --batch-size or "
+            "--steps."
+        )
 
 
 def _refuse_long(config: Any, n_tokens: int) -> None:

@@ -1,10 +1,12 @@
 """The command line. typer and the demo's extras are imported on use, so that a missing package gives a message, not a traceback."""
 
+import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 if TYPE_CHECKING:
     from typer import Typer
@@ -12,10 +14,26 @@ if TYPE_CHECKING:
 EXTRAS = {"typer", "rich", "transformers", "safetensors", "matplotlib"}
 
 
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 def main() -> None:
     """Run the command line."""
+    for number in ENDING:
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, _end)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     with _extras():
         app()()
+
+
+def _end(number: int, _: object) -> NoReturn:
+    """End the process as Ctrl-C does, so that a command removes its temporary files; the exit code is a shell's for the signal."""
+    for other in ENDING:
+        signal.signal(other, signal.SIG_IGN)
+    raise SystemExit(128 + number)
 
 
 def app() -> "Typer":
@@ -36,7 +54,12 @@ def app() -> "Typer":
             Path, typer.Option(file_okay=False, help="Folder to which the picture is written.")
         ] = Path("growkern-demo"),
         seed: Annotated[
-            int, typer.Option(min=0, help="Seed of the weights, the batches and the growth noise.")
+            int,
+            typer.Option(
+                min=0,
+                max=commands.MAX_SEED,
+                help="Seed of the weights, the batches and the growth noise.",
+            ),
         ] = 0,
         compare: Annotated[
             bool,
@@ -63,7 +86,7 @@ def app() -> "Typer":
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            torch.empty(0, device=device)
+            torch.zeros(1, device=device).item()  # the meta device has no values
         except (RuntimeError, AssertionError) as error:
             raise typer.BadParameter(
                 f"torch cannot use {device!r}: {str(error).splitlines()[0]}; pass cpu.",

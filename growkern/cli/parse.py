@@ -9,6 +9,9 @@ from growkern.errors import PlanError
 from growkern.planning.decisions import DepthMethod, WidthMethod
 from growkern.planning.method_text import method_of, parsed
 from growkern.planning.sizes import Target
+from growkern.support.text import one_line, short
+
+DIGITS = 18  # of a size
 
 
 def sizes_of(texts: Sequence[str]) -> Target:
@@ -23,10 +26,11 @@ def sizes_of(texts: Sequence[str]) -> Target:
     for part in [part.strip() for text in texts for part in text.split(",")]:
         name, equals, value = (word.strip() for word in part.partition("="))
         if not (name and equals and value):
-            raise PlanError(f"cannot read {part!r}; write 2x, or hidden=1024,layers=24.")
+            raise PlanError(f"cannot read {short(part)}; write 2x, or hidden=1024,layers=24.")
         if name in sizes:
-            raise PlanError(f"{name} is named twice; name every size once.")
-        sizes[name] = int(value) if value.isdecimal() else value
+            raise PlanError(f"{one_line(name)} is named twice; name every size once.")
+        # of a longer number, resolve_sizes says that it cannot be read
+        sizes[name] = int(value) if value.isdecimal() and len(value) <= DIGITS else value
     return sizes
 
 

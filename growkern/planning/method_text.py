@@ -6,6 +6,7 @@ from types import UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from growkern.errors import PlanError
+from growkern.support.text import one_line, short
 
 
 def parsed(text: str) -> ast.expr:
@@ -31,7 +32,9 @@ def method_of(tree: ast.expr, text: str, known: Mapping[str, type]) -> object:
     if not isinstance(call.func, ast.Name):
         raise unreadable(text)
     if call.func.id not in known:
-        raise PlanError(f"there is no method {call.func.id!r}; the methods are {', '.join(known)}.")
+        raise PlanError(
+            f"there is no method {short(call.func.id)}; the methods are {', '.join(known)}."
+        )
     try:
         values: list[Any] = [ast.literal_eval(value) for value in call.args]
         named: dict[str, Any] = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
@@ -40,18 +43,20 @@ def method_of(tree: ast.expr, text: str, known: Mapping[str, type]) -> object:
     try:
         made = known[call.func.id](*values, **named)
     except TypeError as error:
-        raise PlanError(f"cannot make {text!r}: {error}.") from None
+        raise PlanError(f"cannot make {short(text)}: {one_line(error, 300)}.") from None
     for name, hint in get_type_hints(known[call.func.id]).items():
         if not _fits(value := getattr(made, name), hint):
             said = hint.__name__ if type(hint) is type else str(hint).replace("typing.", "")
-            raise PlanError(f"cannot make {text!r}: {name}={value!r} is not of type {said}.")
+            raise PlanError(
+                f"cannot make {short(text)}: {name}={short(value)} is not of type {said}."
+            )
     return made
 
 
 def unreadable(text: str) -> PlanError:
     """Return the error for a text that names no method."""
     return PlanError(
-        f"cannot read {text!r}; write the name of a method, with arguments that are plain values, such as HyperClone(noise_db=10)."
+        f"cannot read {short(text)}; write the name of a method, with arguments that are plain values, such as HyperClone(noise_db=10)."
     )
 
 
@@ -67,6 +72,7 @@ def _fits(value: object, hint: Any) -> bool:
             _fits(v, inner[0]) for v in cast(Sequence[object], value)
         )
     if hint in (int, float):
-        kinds = int if hint is int else (int, float)
-        return isinstance(value, kinds) and not isinstance(value, bool)
+        if isinstance(value, bool) or not isinstance(value, int if hint is int else (int, float)):
+            return False
+        return isinstance(value, float) or value.bit_length() < 1000  # a longer one is no float
     return isinstance(value, hint)

@@ -65,7 +65,9 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
             f"{'smaller' if shrink else 'larger'} size."
         )
     raise_all(
-        PlanError, f"cannot {'shrink' if shrink else 'grow'} {spec.family} to {to!r}:", problems
+        PlanError,
+        f"cannot {'shrink' if shrink else 'grow'} {spec.family} to {short(to, 300)}:",
+        problems,
     )
     return target
 
@@ -117,11 +119,11 @@ def _named(spec: ModelSpec, to: Target, problems: list[str], shrink: bool) -> di
             close = get_close_matches(str(name), spec.sizes, 1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             problems.append(
-                f"unknown size {name!r}: {hint}sizes of {spec.family}: {', '.join(spec.sizes)}."
+                f"unknown size {short(name)}: {hint}sizes of {spec.family}: {', '.join(spec.sizes)}."
             )
         elif isinstance(value, str) and _factor(value) is None:
             problems.append(
-                f"{name}: cannot read {value!r}; pass an int, or a factor such as '1.5x'."
+                f"{name}: cannot read {short(value)}; pass an int, or a factor such as '1.5x'."
             )
         elif isinstance(value, str):
             named[name] = _scaled(name, spec, value, problems)
@@ -129,6 +131,8 @@ def _named(spec: ModelSpec, to: Target, problems: list[str], shrink: bool) -> di
             problems.append(
                 f"{name}: cannot read {short(value)}; pass an int, or a factor such as '1.5x'."
             )
+        elif index(value).bit_length() > 64:  # too long to be printed
+            problems.append(f"{name}: the target is above 2**64; name at most {MAX_SIZE:,}.")
         elif wrong := _wrong_side(name, index(value), spec.sizes[name], shrink):
             problems.append(wrong)
         else:
@@ -137,7 +141,7 @@ def _named(spec: ModelSpec, to: Target, problems: list[str], shrink: bool) -> di
 
 
 def _factor(text: str) -> Fraction | None:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*x\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*x\s*", text)
     return Fraction(match[1]) if match and Fraction(match[1]) > 0 else None
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from io import FileIO
-from mmap import PAGESIZE
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ Backup = Callable[
 ]  # takes a tensor that is about to be replaced; returns a function that restores it
 
 
-MADV_PAGEOUT = 21  # from <linux/mman.h>, since Linux 5.4; older kernels refuse it without harm
 CGROUPS = Path("/sys/fs/cgroup")
 CHUNK = 1 << 24  # bytes per read or write of a file
 
@@ -177,18 +175,3 @@ def trim() -> None:
     """Return freed host memory to the operating system."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def page_out(tensor: Tensor) -> None:
-    """Hint to the kernel to reclaim the pages of a tensor that is mapped from a file; a later read loads the pages from the file again."""
-    _advise(tensor, PAGESIZE, MADV_PAGEOUT)
-
-
-def _advise(tensor: Tensor, page: int, advice: int) -> None:
-    """Call ``madvise`` for the whole pages in the storage of a host tensor. The advice is a hint, so a refusal is not an error."""
-    storage = tensor.untyped_storage()
-    start = -(-storage.data_ptr() // page) * page
-    end = (storage.data_ptr() + storage.nbytes()) // page * page
-    if sys.platform == "linux" and end > start:
-        place, n_bytes = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
-        ctypes.CDLL(None).madvise(place, n_bytes, advice)

@@ -29,5 +29,10 @@ def fold(name: str) -> str:
 
 def short(value: object, limit: int = 100) -> str:
     """Return the representation of a value on one line, cut to ``limit`` characters, for error messages."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return one_line(repr(value), limit)
+
+
+def one_line(text: object, limit: int = 100) -> str:
+    """Return a text (a file name, the message of another error) on one line, cut to ``limit`` characters."""
+    words = " ".join(str(text).split())
+    return words if len(words) <= limit else f"{words[: limit - 3]}..."

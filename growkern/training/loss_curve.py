@@ -96,10 +96,10 @@ def read_curve(path: Path, tokens_per_step: float | None = None) -> list[tuple[f
         text = path.read_text(encoding="utf-8-sig")  # utf-8-sig strips a byte-order mark
         if path.suffix == ".json":
             log: Sequence[Mapping[str, Any]] = json.loads(text)["log_history"]
-            rows = [row for row in log if "loss" in row]
+            rows = [row for row in log if isinstance(row, dict) and "loss" in row]  # pyright: ignore[reportUnnecessaryIsInstance]
         else:
             rows = list[Mapping[str, Any]](csv.DictReader(text.splitlines()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
         raise PlanError(
             f"cannot read a loss curve from {path}: {error!r}. Expected a CSV file, or a trainer_state.json."
         ) from None

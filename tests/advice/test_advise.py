@@ -714,6 +714,13 @@ def test_curves_are_read_from_tables_and_from_the_trainers_state(tmp_path):
         steps.write_text(text)
         with pytest.raises(PlanError, match=match):
             read_curve(steps)
+    for text in ("[" * 100_000, "[]", '{"log_history": {"loss": 1}}', '{"log_history": ["loss"]}'):
+        state.write_text(text)
+        with pytest.raises(PlanError, match="cannot read a loss curve from"):
+            read_curve(state)
+    steps.write_text("tokens,loss\n1," + "9" * 200_000)
+    with pytest.raises(PlanError, match="field larger than field limit"):
+        read_curve(steps)
     with pytest.raises(PlanError, match="cannot read a loss curve from"):
         read_curve(tmp_path / "none.csv")
 

@@ -15,9 +15,10 @@ from saved import INDEX, contents, invoke, load, said, save
 from states import fail_at
 
 import growkern
+from growkern import depth, width
 from growkern.checkpoints import grow as checkpoint
 from growkern.checkpoints import load as saved
-from growkern.checkpoints import shards
+from growkern.checkpoints import output, shards
 from growkern.errors import CheckpointError
 from growkern.planning.growth_record import digest_of, read
 
@@ -153,6 +154,17 @@ def test_names_without_the_prefix_of_the_class_are_read(tmp_path):
     torch.testing.assert_close(logits(grown, batch()), logits(model, batch()), rtol=0, atol=1e-5)
 
 
+def test_rows_of_the_next_layer_are_those_of_a_growth_in_memory(tmp_path):
+    model = save(tmp_path / "source")
+    to, methods = {"hidden": "2x", "layers": 4}, {"width": width.AKI(), "depth": depth.Stack()}
+
+    checkpoint.grow(tmp_path / "source", tmp_path / "out", to=to, **methods)
+
+    growkern.expand_inplace(model, to=to, **methods)
+    live, stored = model.state_dict(), load(model, tmp_path / "out").state_dict()
+    assert all(torch.equal(live[name], stored[name]) for name in live)
+
+
 def test_growths_are_on_record_and_draw_other_noise(source, tmp_path):
     first = checkpoint.grow(source, tmp_path / "one", to={"ffn": 60})
     second = checkpoint.grow(tmp_path / "one", tmp_path / "two", to={"ffn": 80})
@@ -164,14 +176,24 @@ def test_growths_are_on_record_and_draw_other_noise(source, tmp_path):
     assert config.intermediate_size == 80
 
 
+def cached(source: Path, cache: Path) -> Path:
+    """Move a checkpoint into a cache as the hub's client lays it out; return the folder that the client returns."""
+    (cache / "blobs").mkdir(parents=True)
+    (folder := cache / "snapshots" / "1a2b").mkdir(parents=True)
+    for i, path in enumerate(sorted(source.iterdir())):
+        if path.is_file():
+            path.rename(cache / "blobs" / str(i))
+            (folder / path.name).symlink_to(f"../../blobs/{i}")
+        else:
+            path.rename(folder / path.name)
+    return folder
+
+
 def test_what_goes_with_a_model_is_copied_and_the_rest_is_named(source, tmp_path):
     for name in ("tokenizer.json", "optimizer.pt", "trainer_state.json"):
         (source / name).write_text("{}")
     (source / "onnx").mkdir()
-    hub = tmp_path / "hub"  # the hub's cache keeps files as symlinks
-    hub.mkdir()
-    for path in source.iterdir():
-        (hub / path.name).symlink_to(path)
+    hub = cached(source, tmp_path / "hub")
 
     result = invoke("grow", hub, tmp_path / "out")
 
@@ -357,7 +379,7 @@ def test_a_growth_that_fails_on_its_way_leaves_what_was_there(
     if overwrite:
         checkpoint.grow(source, tmp_path / "out", to={"layers": 3})
     before = contents(tmp_path)
-    owner = shards if stage == "_sync" else shards.Shards
+    owner = output if stage == "_sync" else shards.Shards
     failures = fail_at(monkeypatch, owner, stage, error, 1 if stage == "close" else 5)
     expected = CheckpointError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected):

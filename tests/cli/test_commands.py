@@ -1,5 +1,7 @@
 """The commands plan, verify and compare read checkpoints; grow keeps to its memory, obeys Ctrl-C and draws a progress bar."""
 
+import io
+import json
 import os
 import re
 import shutil
@@ -17,6 +19,9 @@ import transformers
 from models import make
 from safetensors.torch import load_file, save_file
 from saved import contents, invoke, said, save
+from typer.testing import CliRunner
+
+from growkern.cli import main as cli
 
 
 @pytest.fixture
@@ -202,6 +207,9 @@ def test_compare_refuses_a_model_without_a_loss(tmp_path):
         (["compare", "x"], "Missing option '--methods'"),
         (["compare", "x", "--methods", "Lossy"], "--methods: there is no method 'Lossy'"),
         (["verify", "x", "y", "--tokens", "0"], "--tokens"),
+        (["verify", "x", "y", "--seed", "9" * 30], "--seed"),
+        (["plan", "x", "--seed", "9" * 5000], "--seed"),
+        (["compare", "x", "--methods", "Lossless", "--lr", "nan"], "--lr"),
     ],
     ids=lambda v: " ".join(v[:1] + v[2:3]) if isinstance(v, list) else "",
 )
@@ -215,6 +223,59 @@ def test_a_name_without_a_size_is_refused(source):
     result = invoke("plan", source, "--to", "hidden")
 
     assert result.exit_code == 1 and "cannot read to='hidden'" in said(result), result.output
+
+
+LARGE = "9" * 5000
+TOO_LARGE = {
+    "size": (["--to", f"hidden={LARGE}"], "hidden: cannot read '999"),
+    "factor": (["--to", f"{LARGE}x"], "cannot read to='999"),
+    "factor of a size": (["--to", f"hidden=1.{LARGE}x"], "hidden: cannot read '1.999"),
+    "above the limit": (["--to", "hidden=" + "9" * 18], "above the limit"),
+    "name": (["--to", "h" * 5000 + "=2x"], "unknown size 'hhh"),
+    "shards": (["--max-shard-size", LARGE + "GB"], "cannot read the size '999"),
+    "path": (["--overwrite", "--max-shard-size", "1" * 400], "cannot read the size '111"),
+}
+
+
+@pytest.mark.parametrize(("options", "match"), TOO_LARGE.values(), ids=TOO_LARGE)
+def test_numbers_and_names_that_are_too_long_are_refused_in_short(options, match, source, tmp_path):
+    result = invoke("grow", source, tmp_path / "out", *options)
+
+    assert result.exit_code == 1 and match in said(result), result.output
+    assert len(result.output) < 1000 and [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--steps"])
+@pytest.mark.parametrize("family", ["llama", "vit"])
+def test_batches_that_do_not_fit_in_memory_are_refused(family, option, tmp_path):
+    save(tmp_path / "source", family)
+
+    result = invoke(
+        "compare", tmp_path / "source", "--methods", "Lossless", "--tokens", 8, option, 10**14
+    )
+
+    assert result.exit_code == 1 and "GB are free; lower --tokens" in said(result), result.output
+
+
+def test_a_path_that_the_system_refuses_is_an_error(tmp_path):
+    result = invoke("plan", tmp_path / ("a" * 5000))
+
+    assert result.exit_code == 1 and "File name too long" in said(result), result.output
+
+
+def test_the_code_of_a_tokenizer_is_not_executed(source, tmp_path):
+    tokenizer(source)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    (source / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    (tmp_path / "text").write_text("w1 w2 " * 100)
+
+    words = ["compare", source, "--methods", "Lossless", *SMALL, "--text", tmp_path / "text"]
+    result = CliRunner().invoke(cli.app(), [*map(str, words)], input="y\n")  # to a question
+
+    assert result.exit_code == 1 and "Leave --text out" in said(result), result.output
+    assert not (tmp_path / "executed").exists()
 
 
 WIDTH = 512
@@ -286,6 +347,83 @@ def test_ctrl_c_leaves_nothing_behind(big, tmp_path):
     assert process.returncode != 0 and "Traceback" not in error, (out, error)
     assert list(tmp_path.iterdir()) == []
     assert contents(big / "llama") == before
+
+
+def grow_and_send(number: int, source: Path, folder: Path, log: Path, ready: str = "/*"):
+    """Start a growth and send it a signal while it writes; return its exit code."""
+    for _ in range(5):  # on a busy machine the growth may have ended before the signal is sent
+        process = processes.start("cli_worker", "grow", source, folder / "out", log=log)
+        while not list(folder.glob(f".out.*.part{ready}")) and process.is_alive():
+            time.sleep(0.001)
+        os.kill(process.pid, number)
+        process.join()
+        if not (folder / "out").exists():
+            break
+        shutil.rmtree(folder / "out")
+    return process.exitcode
+
+
+@processes.together
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_leaves_nothing_behind(name, big, tmp_path):
+    (folder := tmp_path / "folder").mkdir()
+    number = getattr(signal, name)
+
+    status = grow_and_send(number, big / "llama", folder, log := tmp_path / "log")
+
+    assert status == 128 + number and "Traceback" not in log.read_text(), log.read_text()
+    assert list(folder.iterdir()) == []
+
+
+@processes.together
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+def test_what_a_killed_growth_left_is_removed_by_the_next_one(source, big, tmp_path):
+    (folder := tmp_path / "folder").mkdir()
+    status = grow_and_send(signal.SIGKILL, big / "llama", folder, tmp_path / "log")
+    (left,) = folder.iterdir()
+
+    result = invoke("grow", source, folder / "out")
+
+    assert status == -signal.SIGKILL and result.exit_code == 0
+    assert [path.name for path in folder.iterdir()] == ["out"]
+    assert left.name in said(result).replace(" ", "") and "was removed" in said(result)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch, capsys):
+    """``nohup`` ignores SIGHUP."""
+    before = {number: signal.getsignal(number) for number in cli.ENDING}
+    try:
+        signal.signal(cli.ENDING[-1], signal.SIG_IGN)
+        signal.signal(cli.ENDING[0], signal.SIG_DFL)
+        monkeypatch.setattr(sys, "argv", ["growkern", "--help"])
+        with pytest.raises(SystemExit):
+            cli.main()
+
+        assert signal.getsignal(cli.ENDING[-1]) is signal.SIG_IGN
+        assert signal.getsignal(cli.ENDING[0]) is cli._end
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_names_that_are_no_text_are_printed(source, tmp_path, monkeypatch):
+    before = {number: signal.getsignal(number) for number in cli.ENDING}
+    out = os.fsdecode(os.fsencode(tmp_path / "out") + b"\xff")
+    stream = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "argv", ["growkern", "grow", str(source), out])
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    assert not ended.value.code and os.path.isdir(out)
+    assert b"out\\udcff: 1 file of weights" in stream.buffer.getvalue()
 
 
 def test_a_bar_shows_the_bytes_and_the_summary_what_was_done(source, tmp_path):

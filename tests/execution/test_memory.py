@@ -75,16 +75,6 @@ def test_bytes_of_a_tensor_are_its_elements_in_order(name, tmp_path, monkeypatch
         assert torch.equal(read, tensor)
 
 
-def test_memory_that_is_paged_out_keeps_its_values(tmp_path):
-    torch.arange(100_000, dtype=torch.float32).numpy().tofile(tmp_path / "values")
-    mapped = torch.from_file(str(tmp_path / "values"), size=100_000)
-
-    for tensor in (mapped, torch.arange(100_000.0), torch.zeros(0)):
-        before = tensor.clone()
-        memory.page_out(tensor)
-        assert torch.equal(tensor, before)
-
-
 def fixture(family="llama"):
     model = make(family, tied=True)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
