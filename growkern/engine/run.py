@@ -6,6 +6,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import product
+from math import inf
 from time import perf_counter
 
 import torch
@@ -247,9 +248,13 @@ def _report(request: Request, sources: _Described, staged: _Staged, seconds: flo
         peak_bytes=sum(execution.peak_bytes for execution in executions),
         lr_factors=dict(Counter(f for of in factors for f in of.values())),
         lr_applied=carried,
-        grad_norm_factor=after / before if before > 0 and after > 0 else None,
+        grad_norm_factor=after / before if 0 < before < inf and 0 < after < inf else None,
         noisy=plan.noisy,
-        notes=(*plan.notes, *notes(plan, sources.spec, staged.targets)),
+        notes=(
+            *plan.notes,
+            *notes(plan, sources.spec, staged.targets),
+            *(note for execution in executions for note in execution.notes),
+        ),
     )
 
 
