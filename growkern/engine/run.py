@@ -16,6 +16,7 @@ from growkern.commit.checkpoint_guard import n_growths
 from growkern.commit.commit import check_blocks, commit
 from growkern.commit.optimizer import OptimTarget
 from growkern.commit.undo import Undo
+from growkern.engine.claims import claimed
 from growkern.engine.compile_cache import reset_near_limit
 from growkern.engine.ddp import Ranks
 from growkern.engine.history import recorded
@@ -65,6 +66,12 @@ def run(request: Request) -> GrowthReport:
         GrowthError: See ``growkern.expand_inplace``.
     """
     refuse_mid_step(*request.optims)
+    masters = (request.master_weights or {}).values()
+    with claimed(request.model, request.optims, request.ema, masters):
+        return _run(request)
+
+
+def _run(request: Request) -> GrowthReport:
     start, live = perf_counter(), Live.now()
     ranks = Ranks(request.model, live.modules)
     with ranks.together(), torch.inference_mode(False), torch.no_grad():
@@ -85,13 +92,17 @@ def run(request: Request) -> GrowthReport:
 def all_or_nothing(model: nn.Module) -> Generator[Undo]:
     """Yield an ``Undo`` for the requests of several growths of a model; when the block raises, all growths are rolled back."""
     undo = Undo()
-    try:
-        yield undo
-    except BaseException:
-        with uninterrupted():
+    with (
+        uninterrupted() as held
+    ):  # around all growths: no signal can arrive between an error and its rollback
+        try:
+            yield undo
+            if held:
+                raise KeyboardInterrupt
+        except BaseException:
             undo.rollback()
             Ranks(model, Live.now().modules).rebuild()
-        raise
+            raise
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from growkern.commit.undo import Undo
+from growkern.engine.claims import claimed
 from growkern.engine.live_objects import refuse_mid_step
 from growkern.errors import (
     PlanError,
@@ -97,6 +98,14 @@ def upcycle(
     ):
         raise PlanError(f"experts={experts!r}, top_k={top_k!r}, std={std!r}: pass 1 <= top_k <= experts, and std > 0.")  # fmt: skip
     refuse_mid_step(optim)
+    with claimed(model, [] if optim is None else [optim]):
+        return _upcycled(model, optim, twin, experts, top_k, std, seed)
+
+
+def _upcycled(
+    model: nn.Module, optim: Optimizer | None, twin: Twin, experts: int, top_k: int, std: float, seed: int
+) -> nn.Module:  # fmt: skip
+    """Return the mixture of a dense model; see ``upcycle``."""
     spec = describe(model)
     config: Any = model.config
     strange = [
