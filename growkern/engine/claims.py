@@ -1,6 +1,6 @@
 """One growth at a time: a growth claims its model, its optimizers and all their tensors until it ends."""
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
@@ -28,17 +28,18 @@ def claimed(
     model: nn.Module,
     optims: Sequence[Optimizer] = (),
     ema: object = None,
-    masters: Iterable[nn.Parameter] = (),
+    master_weights: object = None,
 ) -> Generator[None, None, None]:
     """Claim a model, its optimizers, averages and master weights until the block ends. Growths of other models run side by side.
 
     Raises:
         GrowthError: A growth that is running, in another thread or around this call, has claimed one of the objects.
     """
-    several: list[Any] = [*ema] if isinstance(ema, list | tuple) else [ema]
+    several: list[Any] = [*ema] if isinstance(ema, list | tuple) else [ema]  # checked later
     averages = [average for average in several if isinstance(average, nn.Module)]
+    masters: Any = master_weights if isinstance(master_weights, Mapping) else {}
     things: dict[int, tuple[object, str]] = {
-        id(p): (p, "one of its master weights") for p in masters
+        id(p): (p, "one of its master weights") for p in masters.values()
     }
     things |= {id(optim): (optim, "its optimizer") for optim in optims}
     for module, whose in (*((m, " of one of its averages") for m in averages), (model, "")):

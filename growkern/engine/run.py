@@ -66,8 +66,7 @@ def run(request: Request) -> GrowthReport:
         GrowthError: See ``growkern.expand_inplace``.
     """
     refuse_mid_step(*request.optims)
-    masters = (request.master_weights or {}).values()
-    with claimed(request.model, request.optims, request.ema, masters):
+    with claimed(request.model, request.optims, request.ema, request.master_weights):
         return _run(request)
 
 
