@@ -37,7 +37,7 @@ def claimed(
     """
     several: list[Any] = [*ema] if isinstance(ema, list | tuple) else [ema]  # checked later
     averages = [average for average in several if isinstance(average, nn.Module)]
-    masters: Any = master_weights if isinstance(master_weights, Mapping) else {}
+    masters: Any = master_weights if isinstance(master_weights, Mapping) else {}  # pyright: ignore[reportUnknownVariableType]
     things: dict[int, tuple[object, str]] = {
         id(p): (p, "one of its master weights") for p in masters.values()
     }

@@ -83,9 +83,9 @@ REFUSED = {
     "a gradient beyond float16": (
         "llama", torch.float16, (fill_grad, NORM, 60000.0), dict(to={"hidden": 36}),
         rf"the gradient of {NORM}: \d+ target elements would exceed the largest float16, 65504. Clear it"),
-    "rows of a method beyond float32": (
-        "llama", torch.float32, (put, HEAD, 1.0), dict(to={"vocab": 80}, width=vocab.MeanCov(scale=1e80)),
-        r"model.embed_tokens.weight: \d+ target elements would exceed the largest float32"),
+    "rows of a method beyond float16": (
+        "llama", torch.float16, (put, HEAD, 65504.0), dict(to={"vocab": 80}, width=vocab.MeanCov(scale=1e6)),
+        rf"{HEAD}: \d+ target elements would exceed the largest float16"),
 }  # fmt: skip
 
 
