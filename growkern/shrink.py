@@ -1,6 +1,6 @@
 """Shrink methods: each selects source coordinates and source blocks to keep, and gives the stream scales of the target."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -149,6 +149,10 @@ def _spaced(n_source: int, n_target: int) -> IndexMap:
 
 
 def _kept(layers: tuple[int, ...] | None, n_source: int, n_target: int, who: str) -> LayerOrder:
+    if layers is not None and not isinstance(layers, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PlanError(
+            f"{who}: layers={layers!r} is not valid; pass the layers to keep, such as (0, 2)."
+        )
     order = (*range(n_target),) if layers is None else (*layers,)
     known = all(type(i) is int and 0 <= i < n_source for i in order)
     if not known or [*order] != sorted({*order}):

@@ -6,20 +6,21 @@ moments of new tokens start at 0, second moments at the mean second moment of th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 from operator import index
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from growkern.errors import PlanError
+from growkern.errors import PlanError, raise_all
 from growkern.model.spec import ModelSpec
+from growkern.planning.argument_checks import wrong_number, wrong_seed
 from growkern.planning.decisions import StreamScale, WidthDecision
 from growkern.planning.index_map import PAD, IndexMap
 from growkern.planning.method_spaces import refuse, spaces
 from growkern.planning.vector import Vector
 
+LARGEST_SCALE = 1e6  # of the covariance of the old rows
 CANCELS = 0.1  # smallest usable ratio of a sum of similarities to the sum of their absolute values
 REASON = ("new tokens take probability from the old ones",)
 
@@ -71,11 +72,8 @@ class MeanCov:
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
         """Give index maps and stream scales; raise PlanError when a size other than ``vocab`` grows, or for an invalid ``scale``."""
-        number = isinstance(self.scale, int | float)  # pyright: ignore[reportUnnecessaryIsInstance]
-        if not (number and isfinite(self.scale) and self.scale >= 0):
-            raise PlanError(
-                f"MeanCov: scale={self.scale!r} is not valid; pass a finite number >= 0."
-            )
+        wrong = *wrong_number("scale", self.scale, 0, LARGEST_SCALE), *wrong_seed(self.seed)
+        raise_all(PlanError, f"cannot add tokens to {spec.family} by MeanCov:", [*wrong])
         return _width(self, spec, sizes, "from_method")
 
     def rows(self, source: Tensor, n: int) -> Tensor:
@@ -122,7 +120,19 @@ class CLPTransfer:
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
         """Give index maps and stream scales; raise PlanError when ``helper``, ``tokens`` and ``sizes`` do not fit each other."""
         n_source, n_target = spec.sizes.get("vocab", 0), sizes.get("vocab", 0)
-        if strange := [t for t in self.tokens if not hasattr(t, "__index__")]:
+        if not isinstance(self.helper, Tensor) or not hasattr(self.tokens, "__len__"):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PlanError(
+                f"CLPTransfer: helper is a {type(self.helper).__name__}, and tokens is a {type(self.tokens).__name__}; pass a tensor of "
+                "embeddings, and a list with a source token, or -1, per target token."
+            )
+        raise_all(
+            PlanError,
+            f"cannot add tokens to {spec.family} by CLPTransfer:",
+            [*wrong_seed(self.seed)],
+        )
+        if strange := [
+            t for t in self.tokens if not hasattr(t, "__index__") or isinstance(t, bool)
+        ]:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise PlanError(
                 f"CLPTransfer: tokens has {strange[0]!r}, which is no token; pass ints, -1 for a new token."
             )

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from growkern.errors import CommitError
+from growkern.support.interrupts import uninterrupted
 from growkern.support.memory import Backup, keep_on_device
+
+ATTEMPTS = 2
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -71,24 +74,31 @@ class Undo:
         target[:] = content
 
     def rollback(self) -> None:
-        """Undo all writes. A write whose undo fails is tried again once, after the other undos have freed their memory.
+        """Undo all writes, latest first; if the undo of a write fails, undo it and all earlier writes again.
+
+        A second attempt succeeds where the undo of earlier writes has freed memory. Every step may run twice: it sets what was there
+        before. An exception that is no ``Exception`` (SystemExit of a signal handler) is raised when all writes are undone.
 
         Raises:
             CommitError: A write could not be undone.
         """
-        for last in (False, True):
-            failed: list[Callable[[], object]] = []
-            errors: list[Exception] = []
-            while self.rollbacks:
-                step = self.rollbacks.pop()
-                try:
-                    step()
-                except Exception as error:
-                    failed.append(step)
-                    errors.append(error)
-            self.rollbacks = failed[::-1]
-            if failed and last:
+        errors, interruptions = list[BaseException](), list[BaseException]()
+        with uninterrupted():
+            for _ in range(ATTEMPTS):
+                errors.clear()
+                left = 0  # number of writes to undo again
+                for n, step in reversed([*enumerate(self.rollbacks, 1)]):
+                    try:
+                        step()
+                    except BaseException as error:
+                        errors.append(error)
+                        left = max(left, n)
+                interruptions += [e for e in errors if not isinstance(e, Exception)]
+                self.rollbacks = self.rollbacks[:left]
+            if errors:
                 raise CommitError(
-                    f"the growth failed, and {len(failed)} of its changes could not be rolled back ({errors[0]}): model and "
+                    f"the growth failed, and {len(errors)} of its changes could not be rolled back ({errors[0]}): model and "
                     "optimizer are lost; load them from a checkpoint."
                 )
+        if interruptions:
+            raise interruptions[0]

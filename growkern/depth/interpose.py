@@ -6,10 +6,13 @@ source layer ``l // k``. DepthUpscale: SOLAR (Kim et al., NAACL 2024, arXiv:2312
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from growkern.depth.layer_order import around, between, blocks
-from growkern.errors import PlanError
+from growkern.errors import PlanError, raise_all
+from growkern.planning.argument_checks import wrong_flag, wrong_layer
 from growkern.planning.decisions import LayerOrder
+from growkern.support.text import short
 
 REASON = ("copied blocks compute their function twice",)
 
@@ -41,6 +44,11 @@ class Interpose:
 
     def deepen(self, n_source: int, n_target: int) -> LayerOrder:
         """Return the blocks of the target; raise PlanError if the ignored layers leave none to repeat."""
+        raise_all(
+            PlanError,
+            "cannot deepen by Interpose:",
+            [*wrong_flag("halve_branches", self.halve_branches)],
+        )
         n, m = between(n_source, n_target, self.ignore_first, self.ignore_last, "Interpose")
         order = around(
             [layer * n // m for layer in range(m)], n_source, self.ignore_first, self.ignore_last
@@ -112,6 +120,11 @@ class Layers:
 
     def deepen(self, n_source: int, n_target: int) -> LayerOrder:
         """Return the blocks of the target; raise PlanError for an ``order`` of another length or one that ``blocks`` refuses."""
+        order: Any = self.order
+        if not hasattr(order, "__len__") or any(map(wrong_layer, order)):
+            raise PlanError(
+                f"Layers: order={short(order)} is not valid; pass the index of a source layer for each target layer, such as (0, 1, 1)."
+            )
         if len(self.order) != n_target:
             raise PlanError(
                 f'Layers: the order has {len(self.order)} layers, and the target {n_target}; pass to={{"layers": {len(self.order)}}}.'

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 from growkern.errors import PlanError
+from growkern.planning.argument_checks import wrong_layer
 from growkern.planning.decisions import BlockRow
+from growkern.support.text import short
 
 
 def blocks(
@@ -48,11 +50,15 @@ def between(
     Raises:
         PlanError: The ignored layers leave none to repeat.
     """
+    if any(map(wrong_layer, (ignore_first, ignore_last))):
+        raise PlanError(
+            f"{who}: ignore_first={short(ignore_first)} and ignore_last={short(ignore_last)} are not numbers of layers; pass ints."
+        )
     ignored = ignore_first + ignore_last
     if min(ignore_first, ignore_last) < 0 or ignored >= n_source:
         raise PlanError(
-            f"{who}: ignore_first={ignore_first} and ignore_last={ignore_last} leave none of the {n_source} layers to repeat; "
-            "lower them to leave at least one."
+            f"{who}: ignore_first={short(ignore_first)} and ignore_last={short(ignore_last)} leave none of the {n_source} layers to "
+            "repeat; lower them to leave at least one."
         )
     return n_source - ignored, n_target - ignored
 

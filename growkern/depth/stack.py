@@ -11,7 +11,9 @@ from typing import Literal
 
 from growkern.depth.layer_order import around, between, blocks
 from growkern.errors import PlanError
+from growkern.planning.argument_checks import wrong_layer
 from growkern.planning.decisions import LayerOrder
+from growkern.support.text import short
 
 REASON = ("stacked blocks compute their function twice",)
 
@@ -85,9 +87,9 @@ class TopCopies:
         """Return the blocks of the target; raise PlanError unless ``n`` is from 1 to the source depth."""
         n_new = n_target - n_source
         n = min(n_new, n_source) if self.n is None else self.n
-        if n_new and not 1 <= n <= n_source:
+        if wrong_layer(n) or (n_new and not 1 <= n <= n_source):
             raise PlanError(
-                f"TopCopies: n={n} is not a number of layers of this model; pass 1 to {n_source}."
+                f"TopCopies: n={short(n)} is not a number of layers of this model; pass 1 to {n_source}."
             )
         top = [*range(n_source - n, n_source)]
         order = [*range(n_source), *(top[i % n] for i in range(n_new))]

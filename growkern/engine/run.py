@@ -6,6 +6,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import product
+from math import inf
 from time import perf_counter
 
 import torch
@@ -16,6 +17,7 @@ from growkern.commit.commit import check_blocks, commit
 from growkern.commit.optimizer import OptimTarget
 from growkern.commit.optimizer_guard import settle
 from growkern.commit.undo import Undo
+from growkern.engine.claims import claimed
 from growkern.engine.compile_cache import reset_near_limit
 from growkern.engine.ddp import Ranks
 from growkern.engine.forward_check import ForwardCheck
@@ -67,6 +69,11 @@ def run(request: Request) -> GrowthReport:
         GrowthError: See ``growkern.expand_inplace``.
     """
     refuse_mid_step(*request.optims)
+    with claimed(request.model, request.optims, request.ema, request.master_weights):
+        return _run(request)
+
+
+def _run(request: Request) -> GrowthReport:
     start, live = perf_counter(), Live.now()
     ranks = Ranks(request.model, live.modules)
     with ranks.together(), torch.inference_mode(False), torch.no_grad():
@@ -88,13 +95,17 @@ def run(request: Request) -> GrowthReport:
 def all_or_nothing(model: nn.Module) -> Generator[Undo]:
     """Yield an ``Undo`` for the requests of several growths of a model; when the block raises, all growths are rolled back."""
     undo = Undo()
-    try:
-        yield undo
-    except BaseException:
-        with uninterrupted():
+    with (
+        uninterrupted() as held
+    ):  # around all growths: no signal can arrive between an error and its rollback
+        try:
+            yield undo
+            if held:
+                raise KeyboardInterrupt
+        except BaseException:
             undo.rollback()
             Ranks(model, Live.now().modules).rebuild()
-        raise
+            raise
 
 
 @dataclass(frozen=True)
@@ -260,10 +271,14 @@ def _report(request: Request, sources: _Described, staged: _Staged, seconds: flo
         peak_bytes=sum(execution.peak_bytes for execution in executions),
         lr_factors=dict(Counter(f for of in factors for f in of.values())),
         lr_applied=carried,
-        grad_norm_factor=after / before if before > 0 and after > 0 else None,
+        grad_norm_factor=after / before if 0 < before < inf and 0 < after < inf else None,
         noisy=plan.noisy,
         history=tuple(growth_history(request.model)),
-        notes=(*plan.notes, *notes(plan, sources.spec, staged.targets)),
+        notes=(
+            *plan.notes,
+            *notes(plan, sources.spec, staged.targets),
+            *(note for execution in executions for note in execution.notes),
+        ),
     )
 
 

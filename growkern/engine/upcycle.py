@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from growkern.commit.undo import Undo
+from growkern.engine.claims import claimed
 from growkern.engine.live_objects import refuse_mid_step
 from growkern.errors import (
     PlanError,
@@ -20,8 +21,12 @@ from growkern.model.describe import describe
 from growkern.optimizer.describe import describe_optimizer
 from growkern.optimizer.state_rules import Rule
 from growkern.optimizer.update_scale import scale_of
+from growkern.planning.argument_checks import STRONGEST, wrong_int, wrong_number
 from growkern.support.interrupts import uninterrupted
+from growkern.support.text import short
 from growkern.support.wrappers import unwrapped
+
+MOST_EXPERTS, MOST_SEED = 1 << 12, 1 << 62
 
 
 @dataclass(frozen=True)
@@ -89,14 +94,25 @@ def upcycle(
         raise UnsupportedModelError(
             f"{type(model).__name__} has no mixture-of-experts class of the same attention; growkern upcycles {', '.join(TWINS)}."
         )
-    if (
-        type(experts) is not int
-        or type(top_k) is not int
-        or not 1 <= top_k <= experts
-        or not 0 < std < float("inf")
-    ):
-        raise PlanError(f"experts={experts!r}, top_k={top_k!r}, std={std!r}: pass 1 <= top_k <= experts, and std > 0.")  # fmt: skip
+    wrong = [
+        *wrong_int("experts", experts, 1, MOST_EXPERTS),
+        *wrong_int("seed", seed, 0, MOST_SEED),
+    ]
+    wrong += wrong_number("std", std, 0, STRONGEST, above=True)
+    if wrong or [*wrong_int("top_k", top_k, 1, experts)]:
+        said = (
+            f"experts={short(experts)}, top_k={short(top_k)}, std={short(std)}, seed={short(seed)}"
+        )
+        raise PlanError(f"{said}: pass 1 <= top_k <= experts, std > 0, and an int as seed.")
     refuse_mid_step(optim)
+    with claimed(model, [] if optim is None else [optim]):
+        return _upcycled(model, optim, twin, experts, top_k, std, seed)
+
+
+def _upcycled(
+    model: nn.Module, optim: Optimizer | None, twin: Twin, experts: int, top_k: int, std: float, seed: int
+) -> nn.Module:  # fmt: skip
+    """Return the mixture of a dense model; see ``upcycle``."""
     spec = describe(model)
     config: Any = model.config
     strange = [

@@ -197,6 +197,24 @@ class AxisLayout:
             )
 
 
+class Reach(NamedTuple):
+    """How far a growth can change the size of an element: largest scale, smallest scale above 0, and strongest noise."""
+
+    largest: float
+    smallest: float
+    noise: float
+
+    @staticmethod
+    def of(rows: AxisLayout, cols: AxisLayout, *, noisy: bool) -> "Reach":
+        """Measure the layouts of a tensor; noise is in standard deviations of the weight, and 0 unless ``noisy``."""
+        scales = [[abs(x) for x, _ in side.scale.repeats if x] or [1.0] for side in (rows, cols)]
+        (low, high), (left, right) = ((min(side), max(side)) for side in scales)
+        factors = [[abs(x) for x, _ in side.factors.repeats] or [0.0] for side in (rows, cols)]
+        drawn = (side.drawn for side in (rows, cols) if side.has_random_writer)
+        noise = max(max(factors[0]) * max(factors[1]), *drawn, 0.0) if noisy else 0.0
+        return Reach(high * right, low * left, noise)
+
+
 def scatters(device: torch.device) -> bool:
     """True when rows of a random map are scattered (a GPU loads each source row once), False when they are gathered in target order."""
     return device.type == "cuda"

@@ -14,21 +14,20 @@ from torch import Tensor
 
 from growkern.errors import GrowthError, InsufficientMemoryError, PlanError, raise_all
 from growkern.execution import torch_backend as reference
+from growkern.execution.finite import Job, check
 from growkern.execution.tiles import Given, Tiler
 from growkern.execution.torch_backend import Piece
 from growkern.optimizer.eight_bit import N_BYTES, decoded, encoded, is_coded, scale_key
 from growkern.optimizer.state_rules import GRADIENT, MASTER, MASTER_GRAD, VALUE, Rule
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.support.dtypes import arithmetic
-from growkern.support.memory import free_bytes, trim
+from growkern.support.memory import free_bytes, stored_like, trim
 from growkern.support.named_tensors import Tensors
 
 Memory = Literal["stage", "lean"]
 MEMORIES = ("stage", "lean")
 NOTHING = "nan"  # backend that fills targets with NaN; a checkpoint overwrites them
 RulesOf = Callable[[str], Mapping[str, Rule | None]]  # source name -> state key -> rule
-# row, source, target, rule, and the next layer's source for a row that copies a part of it
-Job = tuple[TensorRow, Tensor, Tensor, Rule, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,8 @@ class Execution:
         peak_bytes: Peak memory beyond the memory in use before, on the device with the highest peak.
         n_read: Bytes read so far, for targets and for statistics.
         n_written: Bytes written so far.
+        notes: Notes on optimizer state for the user, so far.
+        of_average: True for tensors of an average of the model.
     """
 
     def __init__(
@@ -90,36 +91,38 @@ class Execution:
         self.memory: Memory
         self.memory, self.peak_bytes = _choose(self.sets, memory)
         self.n_read = self.n_written = 0
+        self.notes: list[str] = []
+        self.of_average = False
 
     def of(self, sources: Tensors) -> "Execution":
         """Return the same growth, with the same noise, of other tensors with these names (an average of the model)."""
-        return Execution(
-            self.plan,
-            sources,
-            lambda _: {},
-            backend=self.backend,
-            memory=self.memory,
-            tiler=self.tiler,
-        )
+        average = Execution(
+            self.plan, sources, lambda _: {}, backend=self.backend, memory=self.memory, tiler=self.tiler
+        )  # fmt: skip
+        average.of_average = True
+        return average
 
     def parts(self) -> Iterator[Tensors]:
         """Yield the targets at once, or set by set; references to a set's sources are dropped first, so that their memory can be freed."""
         if self.memory == "stage":
             staged = Tensors()
-            self._run([job for tensor_set in self.sets for job in self.jobs(tensor_set, staged)])
+            jobs = [job for tensor_set in self.sets for job in self.jobs(tensor_set, staged)]
+            self._run(jobs, staged)
             for tensor_set in self.sets:
                 self._coded(tensor_set, staged)
+                self._stored(tensor_set, staged)
             yield staged
             return
         for tensor_set in self.sets:
             staged = Tensors()
-            self._run(self.jobs(tensor_set, staged))
+            self._run(self.jobs(tensor_set, staged), staged)
             self._coded(tensor_set, staged)
+            self._stored(tensor_set, staged)
             self.sources.forget(tensor_set.tensors[0].source)
             yield staged
             trim()
 
-    def _run(self, jobs: list[Job]) -> None:
+    def _run(self, jobs: list[Job], staged: Tensors) -> None:
         if self.backend == NOTHING:
             for _, _, target, *_ in jobs:
                 target.fill_(float("nan") if target.is_floating_point() else 0)
@@ -134,6 +137,28 @@ class Execution:
         for row, _, target, rule, _ in jobs:
             if row.offset and row.constant is None and rule.is_weight:
                 self._shift(row, target)
+        self.notes += check(tiler, jobs, lambda row, target: self._name(row, target, staged))
+
+    def _name(self, row: TensorRow, target: Tensor, staged: Tensors) -> str:
+        """Return the name of the source of a staged tensor for the user."""
+        whose = f"{row.source} of an average" if self.of_average else row.source
+        if staged.grads.get(row.name) is target:
+            return f"the gradient of {whose}"
+        keys = [key for key, t in staged.states.get(row.name, {}).items() if t is target]
+        return f"state {keys[0]!r} of {whose}" if keys else whose
+
+    def _stored(self, tensor_set: TensorSet, staged: Tensors) -> None:
+        """Give the targets of a set the memory format and the kind of memory of their sources."""
+        for row in tensor_set.tensors:
+            name, new, sources = row.source, row.name, self.sources
+            staged.values[new] = stored_like(sources.values[name], staged.values[new])
+            if new in staged.grads:
+                staged.grads[new] = stored_like(sources.grads[name], staged.grads[new])
+            before, state = sources.states.get(name, {}), staged.states.get(new, {})
+            for key, t in state.items():
+                old = before.get(key)
+                if isinstance(t, Tensor) and isinstance(old, Tensor):
+                    state[key] = stored_like(old, t)
 
     def _shift(self, row: TensorRow, target: Tensor) -> None:
         """Change ``s w`` to ``s (w + offset) - offset`` in place."""

@@ -7,14 +7,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from hashlib import blake2b
+from math import inf
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from growkern.errors import PlanError
+from growkern.errors import CommitError, PlanError
 from growkern.execution import torch_backend as reference
-from growkern.execution.axis_runs import AxisLayout, AxisRun, scale_of
+from growkern.execution.axis_runs import AxisLayout, AxisRun, Reach, scale_of
 from growkern.execution.torch_backend import Noise, Piece
 from growkern.optimizer.state_rules import Rule
 from growkern.planning.growth_plan import AxisMap, GrowthPlan, Pad, TensorRow
@@ -23,6 +24,7 @@ from growkern.planning.vector import Vector
 from growkern.support.dtypes import arithmetic
 
 Given = Callable[[Tensor, int], Tensor]
+BROKEN = "Load a checkpoint with finite weights, or set these elements."
 
 
 class _Tile(NamedTuple):
@@ -43,6 +45,7 @@ class _Tiling(NamedTuple):
     plain: list[tuple[AxisRun, AxisRun]]  # all tiles, if every tile is only copied and scaled
     whole: tuple[AxisRun, AxisRun] | None  # the only tile, if it reads its whole source
     centered: list[int]  # axes along which the mean is subtracted first
+    reach: Reach
     source: tuple[int, int]  # matrix shape
     target: tuple[int, int]
 
@@ -67,6 +70,8 @@ class Tiler:
     def __init__(self, plan: GrowthPlan, given: Given | None = None) -> None:
         self.plan, self.given = plan, given
         self.n_read = 0  # bytes read for statistics of sources
+        self.finite_only = False  # True when means are of the elements that are finite
+        self.statistics: list[tuple[Tensor, Tensor]] = []  # target, and a mean or rows that it has
         equal: dict[AxisMap, AxisMap] = {}
         self._axes = {key: equal.setdefault(axis, axis) for key, axis in plan.axes.items()}
         self._axis_layouts: dict[tuple[object, ...], AxisLayout] = {}
@@ -136,7 +141,7 @@ class Tiler:
                 yield Piece(value, target, r.copies, c.copies, r.index, c.index)
             return
         rows, cols = tiling.rows, tiling.cols
-        fill, noise = _Fill(source, rows, cols, rule, dtype, self.given), None
+        fill, noise = _Fill(row.source, source, rows, cols, rule, dtype, self), None
         for tile in tiling.tiles:
             r, c = tile.rows, tile.cols
             if tile.adds_noise and noise is None:
@@ -156,6 +161,16 @@ class Tiler:
                 r, c = r.unscaled, c.unscaled
             yield Piece(value, target, r.copies, c.copies, None, None, drawn)
         self.n_read += fill.n_statistics * source.numel() * source.element_size()
+        self.statistics += [(dst, statistic) for statistic in fill.statistics]
+
+    def reach(self, row: TensorRow, source: Tensor, target: Tensor, rule: Rule) -> Reach:
+        """Return how far a job can change the size of an element; infinitely far if its weight is centered first."""
+        tiling = self._tiling(row, rule, source.device, arithmetic(target.dtype))
+        return tiling.reach._replace(largest=inf) if tiling.centered else tiling.reach
+
+    def std(self, row: TensorRow) -> Tensor:
+        """Return the noise scale of a weight that was cut into pieces with noise."""
+        return self._stds[row.source]
 
     def _tiling(
         self, row: TensorRow, rule: Rule, device: torch.device, dtype: torch.dtype
@@ -189,7 +204,8 @@ class Tiler:
                 run.index is None and run.n != n for run, n in zip(whole, source, strict=True)
             ):
                 whole = None
-            tiling = _Tiling(rows, cols, tiles, plain, whole, centered, source, target)
+            reach = Reach.of(rows, cols, noisy=any(tile.adds_noise for tile in tiles))
+            tiling = _Tiling(rows, cols, tiles, plain, whole, centered, reach, source, target)
             self._tilings[key] = tiling
         return tiling
 
@@ -258,15 +274,17 @@ class _Fill:
 
     def __init__(
         self,
+        name: str,
         source: Tensor,
         rows: AxisLayout,
         cols: AxisLayout,
         rule: Rule,
         dtype: torch.dtype,
-        given: Given | None,
+        tiler: Tiler,
     ) -> None:
         self.source, self.rows, self.cols, self.rule, self.dtype = source, rows, cols, rule, dtype
-        self._given = given
+        self.name, self._given, self.finite_only = name, tiler.given, tiler.finite_only
+        self.statistics: list[Tensor] = []
         self._means: dict[tuple[bool, bool], Tensor] = {}
         self.n_statistics = 0  # number of times that statistics read the whole source
 
@@ -304,7 +322,15 @@ class _Fill:
         self.n_statistics += 1
         rows = self.rows.pad == "from_method" and self.rows.index_map.has_pads
         source, layout = (self.source, self.rows) if rows else (self.source.T, self.cols)
-        return self._given(source, layout.index_map.n_target - layout.n_copied).contiguous()
+        if n := int(source.isfinite().logical_not().sum()):  # the method would fail, or spread them
+            raise CommitError(
+                f"cannot compute new rows of {self.name}: {n} of {source.numel()} elements "
+                f"{'is' if n == 1 else 'are'} not finite. {BROKEN} "
+                "Nothing was changed."
+            )
+        made = self._given(source, layout.index_map.n_target - layout.n_copied).contiguous()
+        self.statistics.append(made)
+        return made
 
     def mean(self, over_rows: bool, over_cols: bool) -> Tensor:
         """Return the mean over the rows, the columns or both, (1, C), (R, 1) or (1, 1); each is computed once."""
@@ -317,6 +343,7 @@ class _Fill:
                 n = max(1, self.source.shape[0])
                 chunks = [torch.stack([chunk.sum(0, keepdim=True) for chunk in chunks]).sum(0) / n]
             self._means[over_rows, over_cols] = torch.cat(chunks)
+            self.statistics.append(self._means[over_rows, over_cols])
         return self._means[over_rows, over_cols]
 
     @cached_property
@@ -328,8 +355,15 @@ class _Fill:
         )
         self.n_statistics += 1
         n = self.rows.n_copied * self.cols.n_copied
-        by_row = torch.cat([chunk @ cols for chunk in reference.chunks(self.source)])
-        return (rows @ by_row / max(1, n)).view(1, 1)
+        source = self.source
+        if self.finite_only:
+            finite = source.isfinite()
+            source = source.where(finite, 0)
+            n *= finite.double().mean().item()
+        by_row = torch.cat([chunk @ cols for chunk in reference.chunks(source)])
+        mean = (rows @ by_row / (n or 1)).view(1, 1)
+        self.statistics.append(mean)
+        return mean
 
 
 def _read(source: Tensor, above: Tensor | None, r: AxisRun, c: AxisRun) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from hashlib import blake2b
 from math import nan
+from threading import RLock
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from growkern.errors import UnsupportedModelError
 
 Initialize = Callable[[nn.Module], object]
+# held while the global generator has a block's seed: growths may run in several threads
+_GENERATOR = RLock()
 
 
 def blank(p: Tensor) -> Tensor:
@@ -44,7 +47,7 @@ def initialize(block: nn.Module, around: Initialize | None, seed: int) -> None:
     Raises:
         UnsupportedModelError: The model's code fails, or does not initialize a parameter.
     """
-    with torch.random.fork_rng(devices=[]):
+    with _GENERATOR, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
             block.apply(_reset)

@@ -1,36 +1,54 @@
-"""Delay SIGINT (Ctrl-C) during a write, so that the write completes or is rolled back."""
+"""Delay signals during a write, so that the write completes or is rolled back."""
 
 import signal
 import threading
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+Handler = Callable[[int, Any], object]
 
 
 @contextmanager
 def uninterrupted() -> Generator[list[int], None, None]:
-    """Delay SIGINT until the block ends.
+    """Delay every signal that has a handler in Python until the block ends, because a handler may raise (SIGINT, SIGTERM, SIGALRM).
 
-    Yields the list of pending signals, so that the caller can still roll back and raise KeyboardInterrupt. If the user has installed a
-    handler, the list stays empty, and the handler is called when the block has ended. An ignored SIGINT stays ignored. Outside the main
-    thread, SIGINT is not delayed.
+    Yields the list of pending SIGINTs, so that the caller can still roll back and raise KeyboardInterrupt. If the user has installed a
+    handler for SIGINT, the list stays empty. The user's handlers are called when the block has ended, even if it has raised; an exception
+    of a handler is raised then. Ignored signals stay ignored. Outside the main thread, where no handler runs, nothing is delayed.
     """
-    before = signal.getsignal(signal.SIGINT)
     interrupts: list[int] = []
-    if threading.current_thread() is not threading.main_thread() or before in (
-        None,
-        signal.SIG_IGN,
-    ):
+    if threading.current_thread() is not threading.main_thread():
         yield interrupts
         return
-    held: list[int] = interrupts if before is signal.default_int_handler else []
-    signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    found = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    handlers: dict[int, Handler] = {n: handler for n, handler in found.items() if callable(handler)}
+    default = handlers.get(signal.SIGINT) is signal.default_int_handler
+    pending: list[int] = []
+    ended = False
+
+    def hold(number: int, frame: object) -> None:
+        if ended:  # a handler raised while this function was being replaced
+            handlers[number](number, frame)
+        else:
+            (interrupts if default and number == signal.SIGINT else pending).append(number)
+
     done = False
     try:
+        for number in handlers:
+            signal.signal(number, hold)
         yield interrupts
         done = True
     finally:
-        signal.signal(signal.SIGINT, before)
-        if held and not done and held is not interrupts:
-            signal.raise_signal(held[0])
-    if held:  # SIGINT arrived after the caller's last check: the writes stay
-        signal.raise_signal(held[0])
+        ended = True
+        # a SIGINT after the caller's last check: the writes stay
+        _restore(handlers, [*pending, *(interrupts if done else [])])
+
+
+def _restore(handlers: Mapping[int, Handler], pending: Sequence[int]) -> None:
+    """Install the handlers again and call those of pending signals, once each; do all of it even if a handler raises."""
+    with ExitStack() as calls:
+        for number in reversed([*dict.fromkeys(pending)]):
+            calls.callback(handlers[number], number, None)
+        for number, handler in handlers.items():
+            calls.callback(signal.signal, number, handler)

@@ -171,6 +171,22 @@ def _chunk(n_bytes: int) -> tuple[memoryview, Tensor]:
     ) if n_bytes else torch.empty(0)
 
 
+def stored_like(source: Tensor, target: Tensor) -> Tensor:
+    """Return a contiguous target in the memory format of its source (``channels_last``, transposed), and in shared or pinned memory if
+    the source is."""
+    by_stride = sorted(range(source.dim()), key=lambda axis: -source.stride(axis))
+    if target.dim() == source.dim() and by_stride != [*range(source.dim())]:
+        target = torch.empty_permuted(
+            target.shape, by_stride, dtype=target.dtype, device=target.device
+        ).copy_(target)
+    if source.device.type != "cpu" or not source.numel():
+        return target
+    if source.is_shared() and source.untyped_storage().filename is None:
+        return target.share_memory_()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    pinned = torch.cuda.is_available() and torch.cuda.is_initialized() and source.is_pinned()
+    return target.pin_memory() if pinned else target
+
+
 def trim() -> None:
     """Return freed host memory to the operating system."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc

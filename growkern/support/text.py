@@ -29,7 +29,10 @@ def fold(name: str) -> str:
 
 def short(value: object, limit: int = 100) -> str:
     """Return the representation of a value on one line, cut to ``limit`` characters, for error messages."""
-    return one_line(repr(value), limit)
+    try:
+        return one_line(repr(value), limit)
+    except ValueError:  # Python prints no int of more than 4300 digits
+        return f"<{type(value).__name__}>"
 
 
 def one_line(text: object, limit: int = 100) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from growkern.errors import PlanError
+from growkern.errors import PlanError, raise_all
 from growkern.model.spec import ModelSpec
+from growkern.planning.argument_checks import STRONGEST, wrong_number, wrong_seed
 from growkern.planning.decisions import StreamScale, WidthDecision
 from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import even, positions, refuse, solve_ties, spaces
@@ -51,7 +52,7 @@ class FPI:
             if self.maps in MAPS
             else [f"maps={self.maps!r} is unknown; pass 'random' or 'cyclic'."]
         )
-        refuse(spec, sizes, who, known)
+        refuse(spec, sizes, who, [*known, *wrong_seed(self.seed)])
         maps: dict[str, IndexMap] = {}
         stream_scales: dict[str, StreamScale] = {}
         made: dict[tuple[str, int, int], tuple[IndexMap, StreamScale]] = {}
@@ -100,10 +101,8 @@ class Net2Wider(FPI):
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
         """Return index maps and stream scales for the target ``sizes``; raise PlanError for a size that does not grow."""
-        if not 0 <= self.noise < float("inf"):
-            raise PlanError(
-                f"Net2Wider: noise={self.noise!r} is not valid; pass a finite number >= 0."
-            )
+        wrong = wrong_number("noise", self.noise, 0, STRONGEST)
+        raise_all(PlanError, f"cannot widen {spec.family} by Net2Wider:", [*wrong])
         return replace(super().widen(spec, sizes), noise=self.noise)
 
 

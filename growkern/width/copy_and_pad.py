@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from growkern.model.spec import ModelSpec
+from growkern.planning.argument_checks import STRONGEST, wrong_number
 from growkern.planning.decisions import StreamScale, WidthDecision
 from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import Space, normed, positions, refuse, solve_ties, spaces
@@ -44,11 +45,10 @@ class CopyAndPad:
         Raises:
             PlanError: ``std`` is not positive, the model is post-norm and ``norm="corrected"``, or a size does not grow.
         """
-        problems: list[str] = []
-        if not 0 < self.std < float("inf"):
-            problems.append(
-                f"std={self.std!r}: a new coordinate with zeros as writer and reader never trains; pass a number above 0."
-            )
+        problems = [
+            f"{wrong} A new coordinate with zeros as writer and reader never trains."
+            for wrong in wrong_number("std", self.std, 0, STRONGEST, above=True)
+        ]
         if self.norm not in ("as_published", "corrected"):
             problems.append(f"norm={self.norm!r} is unknown; pass 'as_published' or 'corrected'.")
         refuse(spec, sizes, "CopyAndPad", problems)

@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from growkern.errors import PlanError
+from growkern.errors import PlanError, raise_all
 from growkern.model.spec import ModelSpec
+from growkern.planning.argument_checks import wrong_flag, wrong_number
 from growkern.planning.decisions import WidthDecision
 from growkern.planning.method_spaces import refuse, spaces
 from growkern.width.lossless import Lossless
+
+DECIBELS = -60, 600  # noise of 1e3 to 1e-30 standard deviations of the weight
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class HyperClone:
         Raises:
             PlanError: A width is no whole multiple and ``general`` is False, or a size does not grow.
         """
+        wrong = [*wrong_flag("general", self.general)]
+        if self.noise_db is not None:
+            wrong += wrong_number("noise_db", self.noise_db, *DECIBELS)
+        raise_all(PlanError, f"cannot widen {spec.family} by HyperClone:", wrong)
         noise = 0.0 if self.noise_db is None else 10 ** (-self.noise_db / 20)
         if not self.general:
             refuse(spec, sizes, "HyperClone")

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
-from growkern.errors import PlanError
+from growkern.errors import PlanError, raise_all
 from growkern.model.spec import ModelSpec, space_of
+from growkern.planning.argument_checks import wrong_number
 from growkern.planning.decisions import StreamScale, WidthDecision
 from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import normed, refuse, spaces
@@ -17,6 +19,7 @@ RULES: dict[str, tuple[Norms, str]] = {
     "zero": ("zero_pad", "rms"),
 }
 EXPANSIONS = (*RULES, "circular", "random")
+LEAST_SHARE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,8 @@ class Lemon:
             PlanError: ``expansion`` is unknown or does not fit the model's norms, a post-norm model cannot have the width, a size does
                 not grow, or ``alpha`` is not in (0, 1).
         """
-        if not 0 < self.alpha < 1:
-            raise PlanError(
-                f"Lemon: alpha={self.alpha!r} is not valid; pass a number between 0 and 1."
-            )
+        wrong = wrong_number("alpha", self.alpha, LEAST_SHARE, 1 - LEAST_SHARE)
+        raise_all(PlanError, f"cannot widen {spec.family} by Lemon:", [*wrong])
         if self.expansion not in (None, *EXPANSIONS):
             raise PlanError(
                 f"Lemon: expansion={self.expansion!r} is unknown; pass {', '.join(map(repr, EXPANSIONS))}."
@@ -88,18 +89,13 @@ class Lemon:
                 stream_scales |= dict.fromkeys(
                     space.streams, StreamScale(ones, ones, "random_writer")
                 )
-        ratio = (1 - self.alpha) / self.alpha
-
-        def share(k: int, count: int) -> float:
-            return ratio**k / sum(ratio**i for i in range(count))
-
         tied = {spec.tensors[tied][-1].segments[0][0] for tied in spec.ties}
         for stream, stream_scale in stream_scales.items():
             index_map = maps[space_of(stream)]
             if stream in tied or stream in normed(spec) or index_map.is_identity:
                 continue
             even = stream_scale.activation.zip(stream_scale.readout, lambda x, y: x * y)
-            split = index_map.by_copy(share, pad=0.0)
+            split = index_map.by_copy(partial(_share, self.alpha), pad=0.0)
             u = Vector.of(
                 y if j < 0 else s / x
                 for j, s, x, y in zip(
@@ -112,3 +108,14 @@ class Lemon:
             )
             stream_scales[stream] = replace(stream_scale, readout=u)
         return replace(wide, maps=maps, stream_scales=stream_scales)
+
+
+def _share(alpha: float, k: int, count: int) -> float:
+    """Return the share of the ``k``-th of ``count`` copies."""
+    ratio = (1 - alpha) / alpha
+    try:
+        return ratio**k / sum(ratio**i for i in range(count))
+    except OverflowError:
+        raise PlanError(
+            f"Lemon: alpha={alpha!r} gives {count} copies shares beyond the range of floats; pass a number closer to 0.5."
+        ) from None

@@ -14,6 +14,7 @@ from typing import Literal
 
 from growkern.errors import PlanError
 from growkern.model.spec import ModelSpec, space_of
+from growkern.planning.argument_checks import STRONGEST, wrong_number
 from growkern.planning.decisions import StreamScale, WidthDecision
 from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import (
@@ -97,8 +98,7 @@ class Lossless:
         problems: list[str] = []
         pads = self.noise is None
         noise = TWIN_NOISE if self.noise is None else self.noise
-        if not isinstance(noise, int | float) or not 0 <= noise < float("inf"):  # pyright: ignore[reportUnnecessaryIsInstance]
-            problems.append(f"noise={noise!r} is not valid; pass None, or a finite number >= 0.")
+        problems += wrong_number("noise", noise, 0, STRONGEST)
         if self.norms is not None and self.norms not in list(NORM_KINDS):
             problems.append(
                 f"norms={self.norms!r} is unknown; pass {', '.join(map(repr, NORM_KINDS))}."

@@ -1,0 +1,188 @@
+"""Check that a growth loses no element: where a source is finite its target is finite, and a second moment above 0 stays above 0.
+
+Most targets need no pass over their elements. A scale of at most 1 makes no finite number infinite, noise does so only if it is large,
+and the only other numbers in a target are the statistics of its source (means, rows of a method). So ``suspects`` tests statistics,
+noise and the few targets with larger scales, all on the device, and only what fails the test is compared element by element.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from growkern.errors import CommitError, raise_all
+from growkern.execution import torch_backend as reference
+from growkern.execution.tiles import BROKEN, Tiler
+from growkern.optimizer.state_rules import Rule
+from growkern.planning.growth_plan import TensorRow
+from growkern.support.dtypes import arithmetic
+
+# row, source, target, rule, and the next layer's source for a row that copies a part of it
+Job = tuple[TensorRow, Tensor, Tensor, Rule, Tensor | None]
+NameOf = Callable[[TensorRow, Tensor], str]  # row and target -> name for the user
+CLEAR = "Clear it before the growth."
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size of a float
+MOST = 1 << 24  # elements of temporaries on a GPU
+
+
+def check(tiler: Tiler, jobs: Sequence[Job], name_of: NameOf) -> list[str]:
+    """Check the targets of jobs that have run; compute means again over finite elements where only the others made them not finite.
+
+    Args:
+        tiler: The tiler that cut the targets.
+        jobs: The jobs.
+        name_of: Function from a row and its target to the name of the tensor.
+
+    Returns:
+        Notes on optimizer state that is not finite or has become 0.
+
+    Raises:
+        CommitError: Elements would become NaN or infinite; the message names every tensor.
+    """
+    lost, zeroed = suspects(tiler, jobs)
+    problems, notes = list[str](), list[str]()
+    for job in lost:
+        row, source, target, rule, _ = job
+        n_lost, name = _n_lost(tiler, job), name_of(row, target)
+        n_broken = int(source.isfinite().logical_not().sum())
+        if n_broken == source.numel() and rule.is_weight:
+            continue  # a model whose checkpoint is not loaded yet (growkern.resume)
+        if n_lost and n_broken and not rule.is_weight and rule.missing == "mean":
+            _write(tiler, job, finite_only=True)
+            n_lost = _n_lost(tiler, job)
+            if not n_lost:
+                notes.append(
+                    f"{name}: {_some(n_broken, source.numel())} not finite, and so are their copies; elements that copy none start "
+                    "from the mean of the finite elements."
+                )
+        if n_lost:
+            problems.append(_problem(name, n_lost, n_broken, source, rule))
+    raise_all(CommitError, "cannot grow these tensors, so nothing was changed:", problems)
+    counts = {name_of(job[0], job[2]): n for job in zeroed if (n := _n_zeroed(tiler, job))}
+    if counts:
+        names = ", ".join([*counts][:3]) + ("..." if len(counts) > 3 else "")
+        notes.append(
+            f"{sum(counts.values())} second moments became 0, because their dtype holds no smaller number ({names}): the optimizer "
+            "divides their next updates by its epsilon alone."
+        )
+    return notes
+
+
+def suspects(tiler: Tiler, jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
+    """Return the jobs whose targets may not be finite, and the jobs whose second moments may be 0; synchronize once per device."""
+    statistics: dict[int, list[Tensor]] = defaultdict(list)
+    for target, statistic in tiler.statistics:
+        statistics[id(target)].append(statistic)
+    tiler.statistics.clear()
+    sums: dict[tuple[torch.device, torch.dtype], list[tuple[Job, Tensor]]] = defaultdict(list)
+    flags: dict[torch.device, list[tuple[list[Job], Tensor]]] = defaultdict(list)
+    zeros: dict[torch.device, list[tuple[list[Job], Tensor]]] = defaultdict(list)
+    for job in jobs:
+        row, source, target, rule, _ = job
+        if row.constant is not None or not target.is_floating_point() or not source.numel():
+            continue
+        reach, dtype = tiler.reach(row, source, target, rule), arithmetic(target.dtype)
+        kind = source.device, dtype
+        if reach.largest > 1 or row.offset:
+            sums[kind].append((job, target))
+        elif reach.noise and rule.is_weight:
+            limits = torch.finfo(target.dtype)
+            room = (
+                limits.max * limits.eps / 4
+            )  # half a unit in the last place of the largest number
+            strongest = tiler.std(row) * (reach.noise * 2 * reference.BYTES_MEAN)
+            flags[source.device].append(([job], (strongest < room).logical_not()[None]))
+        for statistic in statistics.get(id(target), ()):
+            sums[kind].append((job, statistic))
+        if reach.smallest < 1 and 2 in (rule.weight, rule.grad) and not rule.quantized:
+            zeros[source.device].append(([job], _may_zero(source, reach.smallest)[None]))
+    for (device, _), pairs in sums.items():
+        norms = reference.norms_of([tensor for _, tensor in pairs], 2)
+        flags[device].append(([job for job, _ in pairs], norms.isfinite().logical_not()))
+    return [*_flagged(flags)], [*_flagged(zeros)]
+
+
+def _flagged(flags: dict[torch.device, list[tuple[list[Job], Tensor]]]) -> Iterator[Job]:
+    """Yield every job with a flag that is True, once."""
+    for entries in flags.values():
+        jobs = [job for jobs, _ in entries for job in jobs]
+        raised = cast(list[bool], torch.cat([flag for _, flag in entries]).tolist())  # pyright: ignore[reportUnknownMemberType]
+        by_target = {id(job[2]): job for job, flag in zip(jobs, raised, strict=True) if flag}
+        yield from by_target.values()
+
+
+def _problem(name: str, n_lost: int, n_broken: int, source: Tensor, rule: Rule) -> str:
+    """Return the error line of a tensor."""
+    if n_broken:
+        return (
+            f"{name}: {_some(n_broken, source.numel())} not finite, and a noise strength or a mean that is measured over all elements "
+            f"would spread that to {n_lost} target elements. {BROKEN if rule.is_weight else CLEAR}"
+        )
+    dtype, limit = str(source.dtype).removeprefix("torch."), torch.finfo(source.dtype).max
+    way_out = "Convert the model to a dtype of a wider range" if rule.is_weight else CLEAR[:-1]
+    return (
+        f"{name}: {n_lost} target elements would exceed the largest {dtype}, {limit:g}. {way_out}, or make its largest elements "
+        "smaller."
+    )
+
+
+def _some(n: int, total: int) -> str:
+    return f"{n} of {total} elements {'is' if n == 1 else 'are'}"
+
+
+def _n_lost(tiler: Tiler, job: Job) -> int:
+    """Count the target elements that are not finite, although the source elements that they copy are."""
+    _, source, target, _, above = job
+    marked, marked_above = (_marked(t) for t in (source, above))
+    copied = _gathered(tiler, job, marked, marked_above)
+    return int((target.isfinite().logical_not() & copied.isfinite()).sum())
+
+
+def _marked(source: Tensor | None) -> Tensor | None:
+    """Return 0 for every finite element and NaN for all others."""
+    return source if source is None else source - source
+
+
+def _n_zeroed(tiler: Tiler, job: Job) -> int:
+    """Count the target elements that are 0, although the source elements that they copy are above 0."""
+    _, source, target, _, above = job
+    return int(((_gathered(tiler, job, source, above) > 0) & (target == 0)).sum())
+
+
+def _gathered(tiler: Tiler, job: Job, source: Tensor | None, above: Tensor | None) -> Tensor:
+    """Return copies of other numbers in the place of a job's source, unscaled and without noise; pads are 0."""
+    row, _, target, rule, _ = job
+    assert source is not None, "a job has a source"
+    plain = replace(rule, weight=0, grad=0, is_weight=False, missing="zero")
+    copied = torch.zeros_like(target)
+    _write(tiler, (row, source, copied, plain, above))
+    return copied
+
+
+def _write(tiler: Tiler, job: Job, *, finite_only: bool = False) -> None:
+    """Run one job by the torch backend."""
+    tiler.finite_only = finite_only
+    try:
+        reference.expand([*tiler.pieces(*job)])
+    finally:
+        tiler.finite_only = False
+        tiler.n_read = 0
+        tiler.statistics.clear()
+
+
+def _may_zero(source: Tensor, scale: float) -> Tensor:
+    """Return True when a factor ``scale`` may round an element above 0 to 0: a bool on the device, ().
+
+    Elements of 0 are common (rows of tokens that never occurred). The bits of positive floats are in the order of the floats, and minus 1
+    as unsigned integers they put 0 last, so one minimum finds the smallest element above 0.
+    """
+    limits, kind = torch.finfo(source.dtype), INTEGERS[source.itemsize]
+    most = torch.tensor(limits.smallest_normal * limits.eps / scale, dtype=source.dtype).view(kind)
+    largest, on_cpu = torch.iinfo(kind).max, source.device.type == "cpu"
+    bound, first = int(most + largest), int(most)
+    parts: tuple[Tensor, ...] = torch.split(source.flatten().view(kind), reference.CHUNK if on_cpu else MOST)  # fmt: skip
+    lowest = [(part + largest).amin() for part in parts if not on_cpu or part.amin() <= first]
+    return torch.stack(lowest).amin() <= bound if lowest else torch.tensor(False)
