@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from growkern.commit.checkpoint_guard import n_growths
+from growkern.commit.checkpoint_guard import growth_history, n_growths
 from growkern.commit.optimizer import Masters
 from growkern.depth import IdentityBlocks
 from growkern.engine.report import GrowthReport
@@ -299,6 +299,7 @@ def _check_caller(model: object, plan: object) -> None:
         raise PlanError(
             f"plan: expected a GrowthPlan, got {type(plan).__name__}; GrowthPlan.from_json reads a saved plan."
         )
+    growth_history(model)  # the growth adds to it
 
 
 def _plan(

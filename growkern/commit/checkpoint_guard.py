@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from growkern.errors import CheckpointError, PlanError
 from growkern.optimizer.state_rules import Rule
 from growkern.planning.growth_plan import GrowthPlan
+from growkern.planning.growth_record import read
 
 Shapes = Mapping[str, tuple[int, ...]]
 WAY_OUT = "Load a checkpoint from after the growth, or load this one before growing."
@@ -124,14 +125,27 @@ def growth_history(model: nn.Module) -> list[str]:
     """Return the growths that a model's config records, as JSON.
 
     Raises:
-        PlanError: ``config.growkern_history`` is not a list of strings.
+        PlanError: ``config.growkern_history`` is not a list of recorded growths.
     """
-    history: Any = getattr(getattr(model, "config", None), "growkern_history", None) or []
-    if not isinstance(history, list | tuple) or not all(isinstance(g, str) for g in history):  # pyright: ignore[reportUnknownVariableType]
+    return history_of(getattr(model, "config", None))
+
+
+def history_of(config: object) -> list[str]:
+    """Return the growths that a config records, as JSON; raise PlanError for anything but a list of recorded growths."""
+    history: Any = getattr(config, "growkern_history", None)
+    if history is None:
+        return []
+    try:
+        if type(history) not in (list, tuple):
+            raise TypeError
+        for entry in history:  # pyright: ignore[reportUnknownVariableType]
+            read(entry)  # pyright: ignore[reportUnknownArgumentType]
+    except (PlanError, TypeError) as error:
+        why = f" ({error})" if isinstance(error, PlanError) else ""
         raise PlanError(
-            f"config.growkern_history is a {type(history).__name__}, not a list of recorded growths: delete the field, or restore it "  # pyright: ignore[reportUnknownArgumentType]
+            f"config.growkern_history is a {type(history).__name__}, not a list of recorded growths{why}: delete the field, or restore it "
             "from the checkpoint."
-        )
+        ) from None
     return list(history)  # pyright: ignore[reportUnknownArgumentType]
 
 

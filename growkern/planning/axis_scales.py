@@ -16,15 +16,19 @@ def norm_factors(spec: ModelSpec, wide: WidthDecision) -> dict[str, float | None
     factors: dict[str, float | None] = {}
     for reads in dict.fromkeys(norm.reads for _, _, norm in spec.norms()):
         index_map, w = wide.maps[space_of(reads)], wide.stream_scales[reads].activation
-        if index_map.is_identity or wide.norms_kept:
-            factors[reads] = 1.0
-            continue
-        weights = _squares(index_map, w).repeats
-        even = all(isclose(value, weights[0][0], rel_tol=1e-12) for value, _ in weights)
-        factor = sum(value * n for value, n in weights) / index_map.n_target
-        factor = 1.0 if isclose(factor, 1, rel_tol=1e-12) else factor
-        factors[reads] = factor if even else None
+        factors[reads] = 1.0 if wide.norms_kept else mean_square_factor(index_map, w)
     return factors
+
+
+def mean_square_factor(index_map: IndexMap, w: Vector) -> float | None:
+    """Return the factor on the mean square of a stream with the activation scale ``w``; None if the factor is not uniform."""
+    if index_map.is_identity:
+        return 1.0
+    weights = _squares(index_map, w).repeats
+    even = all(isclose(value, weights[0][0], rel_tol=1e-12) for value, _ in weights)
+    factor = sum(value * n for value, n in weights) / index_map.n_target
+    factor = 1.0 if isclose(factor, 1, rel_tol=1e-12) else factor
+    return factor if even else None
 
 
 def _squares(index_map: IndexMap, w: Vector) -> Vector:
@@ -183,11 +187,12 @@ def _part(
     return readers.get(space, wide.maps[space]), stream_scale
 
 
-def gradients_exact(spec: ModelSpec, wide: WidthDecision) -> bool:
+def gradients_exact(spec: ModelSpec, wide: WidthDecision, *, relative: bool = False) -> bool:
     """True when every gradient of the target is a gradient of the source, copied and scaled.
 
     False if a coordinate is a pad or has a scale of 0; if the streams before and after a norm split gradients over copies in different
     shares, because the mean in the norm's backward pass reaches all copies equally; or if copies of a kv head divide its queries.
+    ``relative``: shares count up to a constant, which a plan's axes do not tell of heads and head_dim.
     """
     if wide.joint:
         return False
@@ -202,14 +207,17 @@ def gradients_exact(spec: ModelSpec, wide: WidthDecision) -> bool:
             return False
     pairs = {(norm.reads, axis.segments) for _, axis, norm in spec.norms()}
     return all(
-        _shares(wide.stream_scales[reads]) == _shares(wide.stream_scales[str(segments[0][0])])
+        _shares(wide.stream_scales[reads], relative)
+        == _shares(wide.stream_scales[str(segments[0][0])], relative)
         for reads, segments in pairs
     )
 
 
-def _shares(stream_scale: StreamScale) -> Vector:
-    """Return each copy's share of the gradient, ``w u``, rounded to 12 decimals."""
-    return stream_scale.activation.zip(stream_scale.readout, lambda w, u: round(w * u, 12))
+def _shares(stream_scale: StreamScale, relative: bool) -> Vector:
+    """Return each copy's share of the gradient, ``w u``, rounded to 12 decimals; or its ratio to the first share that is not 0."""
+    shares = stream_scale.activation.zip(stream_scale.readout, lambda w, u: w * u)
+    first = next((x for x, _ in shares.repeats if x), 1.0) if relative else 1.0
+    return shares.map(lambda x: round(x / first, 12))
 
 
 def symmetric_copies(wide: WidthDecision) -> Iterator[str]:

@@ -29,5 +29,8 @@ def fold(name: str) -> str:
 
 def short(value: object, limit: int = 100) -> str:
     """Return the representation of a value on one line, cut to ``limit`` characters, for error messages."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes no int of more than 4300 digits
+        text = f"a {type(value).__name__} with a number of thousands of digits"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
