@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MAX_SEED = (1 << 64) - 1
 MAX_FACTOR = float(1 << 40)  # factors of growths are ratios of sizes, and powers of these
-MAX_AXIS = 1 << 31  # longest axis; above, an index does not fit in 32 bits
+MAX_AXIS = 1 << 31  # longest axis of a source; above, an index does not fit in 32 bits
 MAX_NAME, MAX_TEXT = 1 << 10, 1 << 16  # characters: Layers names up to 4096 layers
 PADS = "zero", "mean", "random_reader", "random_writer", "from_method"
 
@@ -167,12 +167,20 @@ def _of_rows(rows: "tuple[TensorRow, ...]", axes: "Mapping[str, AxisMap]") -> It
         yield "tensors is no sequence of rows."
         return
     for row in rows:
-        names = row.name, row.source, row.next_layer_source or ""
-        numbers = row.factor, row.grad_factor, row.offset, row.constant or 0
+        names = (
+            row.name,
+            row.source,
+            row.source if row.next_layer_source is None else row.next_layer_source,
+        )
+        numbers = (
+            row.factor,
+            row.grad_factor,
+            row.offset,
+            0 if row.constant is None else row.constant,
+        )
         if not (
             all(is_text(name, MAX_NAME) for name in names)
             and all(map(is_factor, numbers))
-            and row.constant is not False
             and is_int(row.next_layer_axis, 0, len(row.axes))
             and (type(row.new), type(row.drawn)) == (bool, bool)
             and row.state in ["law", "fresh"]

@@ -13,14 +13,17 @@ from growkern.support.text import short
 
 WIDTHS = ("hidden", "heads", "kv_heads", "ffn")  # sizes that "2x" grows; others grow if named
 MAX_SIZE = 1 << 18  # larger than any model: a typo must not fill the host's memory
-MAX_LAYERS = 1 << 12
+MAX_LAYERS = 1 << 12  # and the largest head_dim
+MAX_AXIS = (
+    1 << 20
+)  # longest axis of a tensor: a product or a sum of sizes, such as heads x head_dim
 MAX_DIGITS = 100  # characters of a factor: more would take long to multiply, and cannot be printed
 Target = str | Mapping[str, int | str]
 
 
 def limit_of(name: str) -> int:
     """Return the largest target of a size; a source above the limit may stay."""
-    return MAX_LAYERS if name.endswith("layers") else MAX_SIZE
+    return MAX_LAYERS if name.endswith("layers") or name == "head_dim" else MAX_SIZE
 
 
 def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[str, int]:
@@ -52,7 +55,7 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
         ratio = Fraction(target["hidden"], source["hidden"])
         _follow(spec, named, target, ratio, problems)
     for name, n in target.items():
-        limit = MAX_LAYERS if name in {"layers", *(s.size for s in spec.stacks)} else MAX_SIZE
+        limit = MAX_LAYERS if name in {s.size for s in spec.stacks} else limit_of(name)
         if wrong := _wrong_side(name, n, source[name], shrink):
             problems.append(wrong)
         elif n > max(limit, source[name]):
@@ -64,6 +67,8 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
             )
     if not problems and "kv_heads" in target:
         problems += _groups(source, target, shrink)
+    if not problems:
+        problems += _long_axes(spec, target)
     if not problems and target == dict(source):
         problems.append(
             f"every target equals its source ({', '.join(f'{k}={v}' for k, v in source.items())}); name a "
@@ -97,6 +102,13 @@ def _groups(source: Mapping[str, int], target: Mapping[str, int], shrink: bool) 
             f"heads: {heads} over kv_heads={kv_heads} would {'grow' if shrink else 'shrink'} the groups of {group}; "
             f"name {way_out} to keep them."
         )
+
+
+def _long_axes(spec: ModelSpec, target: Mapping[str, int]) -> Iterator[str]:
+    """Yield a problem for every tensor axis that would be too long, as products of sizes can be."""
+    for axis in spec.axes:
+        if (n := axis.size(target)) > max(MAX_AXIS, axis.size(spec.sizes)):
+            yield f"the axis {str(axis)!r} would have {digits(n)} coordinates, and an axis has at most {MAX_AXIS:,}: name smaller sizes."
 
 
 def digits(n: int) -> str:

@@ -30,7 +30,7 @@ from growkern.planning.index_map import PAD, IndexMap, Run
 from growkern.planning.method_spaces import splits
 from growkern.planning.vector import Vector, merged
 
-WORK = 1 << 20  # coordinates that a check may visit beside those that the plan's text has
+WORK = 1 << 22  # coordinates that a check may visit beside those that the plan's text has
 
 
 Scales = tuple[Vector, Vector]  # of the activation and of the readers

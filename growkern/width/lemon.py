@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 from growkern.errors import PlanError
@@ -90,8 +91,12 @@ class Lemon:
                 )
         ratio = (1 - self.alpha) / self.alpha
 
+        @cache
+        def total(count: int) -> float:
+            return sum(ratio**i for i in range(count))
+
         def share(k: int, count: int) -> float:
-            return ratio**k / sum(ratio**i for i in range(count))
+            return ratio**k / total(count)
 
         tied = {spec.tensors[tied][-1].segments[0][0] for tied in spec.ties}
         for stream, stream_scale in stream_scales.items():
