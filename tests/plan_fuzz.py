@@ -2,7 +2,7 @@
 
     python tests/plan_fuzz.py [count]
 
-spoils ``count`` plans (default 10,000) and a tenth as many histories, and prints the slowest call, the largest growth of memory and the outcomes.
+spoils ``count`` plans (default 10,000) and a tenth as many histories, and prints the outcomes, the slowest call and the growth of memory.
 """
 
 import copy

@@ -1,6 +1,6 @@
 """LEMON: Wang et al., "LEMON: Lossless model expansion", ICLR 2024, arXiv:2310.07999."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
@@ -89,15 +89,7 @@ class Lemon:
                 stream_scales |= dict.fromkeys(
                     space.streams, StreamScale(ones, ones, "random_writer")
                 )
-        ratio = (1 - self.alpha) / self.alpha
-
-        @cache
-        def total(count: int) -> float:
-            return sum(ratio**i for i in range(count))
-
-        def share(k: int, count: int) -> float:
-            return ratio**k / total(count)
-
+        share = _share((1 - self.alpha) / self.alpha)
         tied = {spec.tensors[tied][-1].segments[0][0] for tied in spec.ties}
         for stream, stream_scale in stream_scales.items():
             index_map = maps[space_of(stream)]
@@ -117,3 +109,13 @@ class Lemon:
             )
             stream_scales[stream] = replace(stream_scale, readout=u)
         return replace(wide, maps=maps, stream_scales=stream_scales)
+
+
+def _share(ratio: float) -> Callable[[int, int], float]:
+    """Return the function that gives the share of the ``k``-th of some copies; each share is ``ratio`` times the share before it."""
+
+    @cache
+    def total(count: int) -> float:
+        return sum(ratio**i for i in range(count))
+
+    return lambda k, count: ratio**k / total(count)
