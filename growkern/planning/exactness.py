@@ -165,14 +165,15 @@ def _pads(plan: GrowthPlan, spec: ModelSpec, wide: WidthDecision, space: str) ->
 
 
 def _noise(wide: WidthDecision, stream: str) -> str | None:
-    """Return why twin noise does not cancel: the copies of a coordinate have unequal activations."""
-    index_map, w = wide.maps[space_of(stream)], wide.stream_scales[stream].activation
-    if stream in (QUERY, KEY) or w.uniform is not None:
+    """Return why twin noise, which is scaled as the reader is, does not cancel: the copies of a coordinate have unequal shares."""
+    index_map, scale = wide.maps[space_of(stream)], wide.stream_scales[stream]
+    shares = _times(scale.activation, scale.readout)
+    if stream in (QUERY, KEY) or shares.uniform is not None:
         return None
     values = dict[int, float]()
-    for j, x in zip(index_map.indices, w.expanded(), strict=True):
+    for j, x in zip(index_map.indices, shares.expanded(), strict=True):
         if j != PAD and not isclose(values.setdefault(j, x), x, rel_tol=TOLERANCE):
-            return f"noise on unequal copies of {stream!r}"
+            return f"noise is on copies of unequal shares on {stream!r}"
     return None
 
 

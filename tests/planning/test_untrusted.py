@@ -2,21 +2,27 @@
 
 import json
 import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import make
+from models import batch, logits, make
 from plan_fuzz import MUTATIONS, PLANS, outcome_of_history, outcome_of_plan
 
 import growkern
 from growkern import depth, width
 from growkern.errors import PlanError
 from growkern.model.describe import describe
+from growkern.model.spec import KEY, QUERY
 from growkern.planning.build import build
 from growkern.planning.check import check
+from growkern.planning.decisions import StreamScale, WidthDecision
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.growth_record import GrowthRecord, read
+from growkern.planning.index_map import IndexMap
+from growkern.planning.vector import Vector
 from growkern.planning.width_of_plan import work
 
 FUZZ = settings(
@@ -161,6 +167,83 @@ def test_a_claim_to_preserve_the_function_is_not_believed(llama, growth, match):
 
     with pytest.raises(PlanError, match=f"claims to preserve the function, but .*{match}"):
         check(GrowthPlan.from_json(json.dumps(data)), spec)
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A width method that says that it preserves the function, and does not."""
+
+    change: Callable[[WidthDecision], WidthDecision]
+    more: tuple[tuple[str, int], ...] = ()
+
+    def widen(self, spec, sizes):
+        return self.change(width.Lossless(noise=0).widen(spec, {**sizes, **dict(self.more)}))
+
+
+def stream(name, w=1.0, u=1.0, **options):
+    """Return a change of a decision: the scales of a stream, multiplied by numbers, or by one number for each half."""
+
+    def halves(vector, factor):
+        factors = factor if isinstance(factor, tuple) else (factor, factor)
+        n = len(vector) // 2
+        return vector.zip(Vector(((factors[0], n), (factors[1], len(vector) - n))), lambda x, y: x * y)  # fmt: skip
+
+    def change(wide):
+        own = wide.stream_scales[name]
+        own = replace(own, activation=halves(own.activation, w), readout=halves(own.readout, u), **options)  # fmt: skip
+        return replace(wide, stream_scales={**wide.stream_scales, name: own})
+
+    return change
+
+
+def turned(wide):
+    """Give head_dim the cyclic map, whose pairs RoPE turns by other angles."""
+    maps = {**wide.maps, "head_dim": IndexMap.cyclic(6, 12)}
+    first, ones = Vector(((1.0, 6), (0.0, 6))), Vector.full(1.0, 12)
+    scales = {QUERY: StreamScale(first, first), KEY: StreamScale(ones, first)}
+    return replace(wide, maps=maps, stream_scales={**wide.stream_scales, **scales})
+
+
+def seen(wide):
+    """Give ffn drawn pads with drawn readers."""
+    ones = Vector.full(1.0, 60)
+    drawn = StreamScale(ones, ones, "random_writer", reads="random_reader")
+    return replace(
+        wide,
+        maps={**wide.maps, "ffn.0": IndexMap.tail(40, 60)},
+        stream_scales={**wide.stream_scales, "ffn.0": drawn},
+    )
+
+
+def noisy(wide):
+    return replace(stream("residual:normed", 1.0, (1.5, 0.5))(wide), noise=1.0)
+
+
+WRONG = {
+    "a scale before an activation function": ("llama", {"ffn": 80}, Wrong(stream("ffn.0", 2.0, 0.5)), "nonlinear"),
+    "readers that are twice as large": ("llama", {"ffn": 80}, Wrong(stream("ffn.0", 1.0, 2.0)), "do not sum to 1"),
+    "pads that are read": ("llama", {"ffn": 60}, Wrong(seen), "readers see new coordinates of 'ffn'"),
+    "noise on copies of unequal shares": ("llama", "2x", Wrong(noisy), "noise is on copies of unequal shares"),
+    "a tied head of another scale": ("llama", "2x", Wrong(stream("residual:final", 2.0, 0.5)), "tied tensors"),
+    "larger keys": ("llama", {"head_dim": 12}, Wrong(stream(KEY, 2.0, 0.5)), "queries and keys change"),
+    "pairs of RoPE": ("llama", {"head_dim": 12}, Wrong(turned), "RoPE turns"),
+    "too few experts": ("mixtral", {"experts": 8, "top_k": 2}, Wrong(lambda w: w, (("top_k", 4),)), "router"),
+    "another mean": ("gpt2", "2x", Wrong(stream("residual", (1.0, 2.0), (1.0, 0.5))), "mean"),
+    "a larger embedding": ("gemma2", "2x", Wrong(stream("residual:embedded", 2.0, 0.5)), "another scale|tied"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "to", "method", "match"), WRONG.values(), ids=WRONG)
+def test_what_a_method_says_of_its_own_growth_is_not_believed(family, to, method, match):
+    model = make(family, tied=family != "gemma2").double().eval()
+    before = logits(model, batch())
+    plan = growkern.plan(model, to=to, width=method)
+
+    with pytest.raises(PlanError, match=f"claims to preserve the function, but .*({match})"):
+        check(plan, describe(model))
+
+    assert growkern.expand_inplace(model, to=to, width=method).function_preserving  # believed
+    assert (logits(model, batch()) - before).abs().max() > 1e-3
 
 
 RECORDS = {
