@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from growkern.commit.checkpoint_guard import n_growths
+from growkern.commit.checkpoint_guard import growth_history, n_growths
 from growkern.commit.optimizer import Masters
 from growkern.depth import IdentityBlocks
 from growkern.engine.cached_sizes import refuse_missing_eps, unlisted_sizes
@@ -308,6 +308,7 @@ def _check_caller(model: object, plan: object) -> None:
         raise PlanError(
             f"plan: expected a GrowthPlan, got {type(plan).__name__}; GrowthPlan.from_json reads a saved plan."
         )
+    growth_history(model)  # the growth adds to it
 
 
 def _plan(

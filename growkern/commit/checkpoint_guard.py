@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from growkern.errors import CheckpointError, PlanError
 from growkern.planning.growth_plan import GrowthPlan
+from growkern.planning.growth_record import read
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -102,17 +103,30 @@ def growth_history(model: nn.Module) -> list[str]:
     """Return the growths that a model's config records, as JSON; for a model without such a config, those of this process.
 
     Raises:
-        PlanError: ``config.growkern_history`` is not a list of strings.
+        PlanError: ``config.growkern_history`` is not a list of recorded growths.
     """
     config = getattr(model, "config", None)
     if not hasattr(config, "to_dict") and (guard := guard_of(model)) is not None:
         return [grown.record for grown in guard.growths]
-    history: Any = getattr(config, "growkern_history", None) or []
-    if not isinstance(history, list | tuple) or not all(isinstance(g, str) for g in history):  # pyright: ignore[reportUnknownVariableType]
+    return history_of(config)
+
+
+def history_of(config: object) -> list[str]:
+    """Return the growths that a config records, as JSON; raise PlanError for anything but a list of recorded growths."""
+    history: Any = getattr(config, "growkern_history", None)
+    if history is None:
+        return []
+    try:
+        if type(history) not in (list, tuple):
+            raise TypeError
+        for entry in history:  # pyright: ignore[reportUnknownVariableType]
+            read(entry)  # pyright: ignore[reportUnknownArgumentType]
+    except (PlanError, TypeError) as error:
+        why = f" ({error})" if isinstance(error, PlanError) else ""
         raise PlanError(
-            f"config.growkern_history is a {type(history).__name__}, not a list of recorded growths: delete the field, or restore it "  # pyright: ignore[reportUnknownArgumentType]
+            f"config.growkern_history is a {type(history).__name__}, not a list of recorded growths{why}: delete the field, or restore it "
             "from the checkpoint."
-        )
+        ) from None
     return list(history)  # pyright: ignore[reportUnknownArgumentType]
 
 

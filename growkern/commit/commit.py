@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from growkern.commit.checkpoint_guard import Grown, Guard, guard_of
+from growkern.commit.checkpoint_guard import Grown, Guard, guard_of, history_of
 from growkern.commit.optimizer import OptimTarget, grow_optimizer, grow_state
 from growkern.commit.optimizer_guard import OptimGuard, optim_guard_of
 from growkern.commit.optimizer_guard import guard as guard_optimizer
@@ -246,7 +246,7 @@ def grown_config(plan: GrowthPlan, model: nn.Module, config: Any, record: str) -
     """Copy a config of transformers, with the target's sizes and the record of this growth."""
     grown = _grown_config(plan, model, config)
     grown = copy.deepcopy(config) if grown is config else grown
-    grown.growkern_history = [*(getattr(config, "growkern_history", None) or []), record]
+    grown.growkern_history = [*history_of(config), record]
     return grown
 
 

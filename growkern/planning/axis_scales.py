@@ -17,9 +17,14 @@ def norm_factors(spec: ModelSpec, wide: WidthDecision) -> dict[str, float | None
 
 
 def norm_factor(wide: WidthDecision, stream: str) -> float | None:
-    """Return the factor on the mean square of a stream; None if the factor is not uniform."""
+    """Return the factor on the mean square of a stream (1 under ``norms_kept``); None if the factor is not uniform."""
     index_map, w = wide.maps[space_of(stream)], wide.stream_scales[stream].activation
-    if index_map.is_identity or wide.norms_kept:
+    return 1.0 if wide.norms_kept else mean_square_factor(index_map, w)
+
+
+def mean_square_factor(index_map: IndexMap, w: Vector) -> float | None:
+    """Return the factor on the mean square of a stream with the activation scale ``w``; None if the factor is not uniform."""
+    if index_map.is_identity:
         return 1.0
     weights = _squares(index_map, w).repeats
     even = all(isclose(value, weights[0][0], rel_tol=1e-12) for value, _ in weights)
@@ -184,11 +189,12 @@ def _part(
     return readers.get(space, wide.maps[space]), stream_scale
 
 
-def gradients_exact(spec: ModelSpec, wide: WidthDecision) -> bool:
+def gradients_exact(spec: ModelSpec, wide: WidthDecision, *, relative: bool = False) -> bool:
     """True when every gradient of the target is a gradient of the source, copied and scaled.
 
     False if a coordinate is a pad or has a scale of 0; if the streams before and after a norm split gradients over copies in different
     shares, because the mean in the norm's backward pass reaches all copies equally; or if copies of a kv head divide its queries.
+    ``relative``: shares count up to a constant, which a plan's axes do not tell of heads and head_dim.
     """
     if wide.joint:
         return False
@@ -203,14 +209,17 @@ def gradients_exact(spec: ModelSpec, wide: WidthDecision) -> bool:
             return False
     pairs = {(norm.reads, axis.segments) for _, axis, norm in spec.norms()}
     return all(
-        _shares(wide.stream_scales[reads]) == _shares(wide.stream_scales[str(segments[0][0])])
+        _shares(wide.stream_scales[reads], relative)
+        == _shares(wide.stream_scales[str(segments[0][0])], relative)
         for reads, segments in pairs
     )
 
 
-def _shares(stream_scale: StreamScale) -> Vector:
-    """Return each copy's share of the gradient, ``w u``, rounded to 12 decimals."""
-    return stream_scale.activation.zip(stream_scale.readout, lambda w, u: round(w * u, 12))
+def _shares(stream_scale: StreamScale, relative: bool) -> Vector:
+    """Return each copy's share of the gradient, ``w u``, rounded to 12 decimals; or its ratio to the first share that is not 0."""
+    shares = stream_scale.activation.zip(stream_scale.readout, lambda w, u: w * u)
+    first = next((x for x, _ in shares.repeats if x), 1.0) if relative else 1.0
+    return shares.map(lambda x: round(x / first, 12))
 
 
 def symmetric_copies(wide: WidthDecision) -> Iterator[str]:

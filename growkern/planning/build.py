@@ -78,7 +78,7 @@ def build(
         _refuse_unsaid(spec, sizes, wide)
     factors = norm_factors(spec, wide)
     axes = axis_maps(spec.axes, wide, factors, writer_corrections(spec, sizes))
-    eps = _Eps.of(spec, factors)
+    eps = Eps.of(spec, factors)
     same_head_dim = sizes.get("head_dim") == spec.sizes.get("head_dim")
     return GrowthPlan(
         family=spec.family,
@@ -90,7 +90,7 @@ def build(
         state=state,
         dynamics=dynamics,
         axes=axes,
-        tensors=tuple(_rows(spec, deep, homes, axes if wide.next_layer else {})),
+        tensors=tuple(rows_of(spec, deep, homes, axes if wide.next_layer else {})),
         blocks_path=spec.blocks.path if spec.blocks else "",
         blocks=deep[spec.blocks.path].blocks if spec.blocks else (),
         extra_stacks={stack.path: deep[stack.path].blocks for stack in spec.extra_stacks},
@@ -149,10 +149,15 @@ def _wide(
     shrink: ShrinkMethod | None,
 ) -> WidthDecision:
     """Return the decision of the shrink method, or else of the width method."""
-    if shrink is not None:
-        return shrink.narrow(spec, sizes)
-    assert width is not None, "one of the two decides"
-    return width.widen(spec, sizes)
+    try:
+        if shrink is not None:
+            return shrink.narrow(spec, sizes)
+        assert width is not None, "one of the two decides"
+        return width.widen(spec, sizes)
+    except ArithmeticError as error:
+        raise PlanError(
+            f"cannot plan by {short(width or shrink)}: a number is out of range ({error}); pass a smaller one."
+        ) from None
 
 
 def _check_request(
@@ -177,7 +182,7 @@ def _check_request(
 
 
 @dataclass(frozen=True)
-class _Eps:
+class Eps:
     """Factors on the epsilons of norms, equal to the factors on the mean squares of their inputs.
 
     Attributes:
@@ -200,7 +205,7 @@ class _Eps:
         }
 
     @staticmethod
-    def of(spec: ModelSpec, factors: Mapping[str, float | None]) -> "_Eps":
+    def of(spec: ModelSpec, factors: Mapping[str, float | None]) -> "Eps":
         """Derive the factors of modules and config from the factors on the mean squares."""
         modules = {
             f"{name.removesuffix('.weight')}.{norm.eps}": factors[norm.reads] or 1.0
@@ -212,9 +217,9 @@ class _Eps:
         shared = f"config.{spec.config_eps} feeds norms of several widths; the live model is exact, a reload takes it for all of them"
         unsaved = "no field of the config holds the epsilon of the norms, which grew: the live model is exact, a reload has the source's"
         if spec.config_eps and len(values) > 1:
-            return _Eps(modules, config, (shared,))
+            return Eps(modules, config, (shared,))
         unheld = spec.config and not spec.config_eps and values - {1.0}
-        return _Eps(modules, config, (unsaved,) if unheld else ())
+        return Eps(modules, config, (unsaved,) if unheld else ())
 
 
 TAKES = {
@@ -329,7 +334,7 @@ def targets(spec: ModelSpec, homes: Homes, name: str) -> Iterator[tuple[str, int
         yield f"{stack.path}.{index}.{inner}", index
 
 
-def _rows(
+def rows_of(
     spec: ModelSpec,
     deep: Mapping[str, LayerOrder],
     homes: Homes,

@@ -7,12 +7,14 @@ from functools import cached_property
 from math import isfinite, prod
 from typing import Any, Literal
 
-from growkern.errors import PlanError
+from growkern.errors import PlanError, raise_all
 from growkern.planning.decisions import BlockRow
 from growkern.planning.index_map import IndexMap, Run
+from growkern.planning.plan_fields import PADS, is_int, problems_of
 from growkern.planning.plan_text import plan_text
 from growkern.planning.vector import Vector
 from growkern.support.renamed import renamed_attribute, renamed_fields
+from growkern.support.text import short
 
 VERSION = 1  # of the JSON format
 JSON_NAMES = {  # fields of another name in the JSON
@@ -22,7 +24,7 @@ JSON_NAMES = {  # fields of another name in the JSON
     "repeats": "pieces",
 }
 FIELD_NAMES = {name: field for field, name in JSON_NAMES.items()}
-PADS = "zero", "mean", "random_reader", "random_writer", "from_method"
+UNREADABLE = AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError
 # weight of an element that copies no source element: 0; the mean along the axis; random, for a reader or a writer of the new coordinate;
 # or the value that the method gives
 Pad = Literal["zero", "mean", "random_reader", "random_writer", "from_method"]
@@ -283,28 +285,21 @@ class GrowthPlan:
         try:
             data = json.loads(text)
             version = data.pop("version", 0)  # growkern 0.1 wrote no version
-            if version not in range(VERSION + 1):
+            if not is_int(version, 0, VERSION):
                 raise PlanError(
-                    f"this plan is of version {version!r}, and this growkern reads versions up to {VERSION}: install the growkern "
+                    f"this plan is of version {short(version)}, and this growkern reads versions up to {VERSION}: install the growkern "
                     "that wrote it, or a later one."
                 )
             data = _renamed(data) if version == 0 else data
             data = {FIELD_NAMES.get(key, key): value for key, value in data.items()}
             plan = GrowthPlan(**{k: FIELDS.get(k, _same)(value) for k, value in data.items()})
-            _check_types(plan)
+            raise_all(PlanError, "a plan has fields of other types:", [*problems_of(plan)])
             return plan
         except PlanError as error:
             raise PlanError(f"cannot read the plan: {error}") from None
-        except (
-            AttributeError,
-            KeyError,
-            TypeError,
-            ValueError,
-            OverflowError,
-            RecursionError,
-        ) as error:
+        except UNREADABLE as error:
             raise PlanError(
-                f"cannot read the plan: {error!r}; pass text that GrowthPlan.to_json wrote."
+                f"cannot read the plan: {short(error, 300)}; pass text that GrowthPlan.to_json wrote."
             ) from None
 
     def __str__(self) -> str:
@@ -314,38 +309,6 @@ class GrowthPlan:
 def _fields(record: Any) -> dict[str, Any]:
     names = [field.name for field in fields(record)]
     return {JSON_NAMES.get(name, name): getattr(record, name) for name in names}
-
-
-def _check_types(plan: GrowthPlan) -> None:
-    """Raise TypeError for a value of the wrong type."""
-    number, text = (int, float), (str,)
-    mappings: dict[str, tuple[type, ...]] = {
-        **dict.fromkeys(("source_sizes", "target_sizes"), (int,)),
-        **dict.fromkeys(("attributes", "eps", "config"), number),
-        "ties": text,
-    }
-    for name, kinds in mappings.items():
-        mapping = getattr(plan, name)
-        if not isinstance(mapping, dict) or not all(
-            isinstance(k, str) and isinstance(v, kinds)
-            for k, v in mapping.items()  # pyright: ignore[reportUnknownVariableType]
-        ):
-            raise TypeError(f"{name} is no mapping from names to {kinds[-1].__name__}")
-    texts = [plan.family, plan.width, plan.depth, plan.state, plan.dynamics or "", plan.blocks_path]
-    texts += [*plan.config_lists, *plan.counters, *plan.rebuilt_modules, *plan.reasons, *plan.notes]
-    for row in plan.tensors:
-        texts += [row.name, row.source, row.state, *row.axes, row.next_layer_source or ""]
-        numbers = row.factor, row.grad_factor, row.offset, row.constant or 0, row.next_layer_axis
-        if not all(isinstance(n, number) for n in numbers):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"a factor of the row {row.name!r} is no number")
-    blocks = [block for stack in (plan.blocks, *plan.extra_stacks.values()) for block in stack]
-    if not all(type(b.source) is int and isinstance(b.branch, number) for b in blocks):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError("a block copies no block")
-    if type(plan.seed) is not int or not all(isinstance(entry, str) for entry in texts):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError("a name, a method or the seed is of another type")
-    eps = plan.config_eps
-    if eps is not None and not (isinstance(eps[0], str) and isinstance(eps[1], number)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError("config_eps is no field and factor")
 
 
 def _renamed(data: dict[str, Any]) -> dict[str, Any]:
@@ -365,33 +328,46 @@ def _same(value: Any) -> Any:
     return value
 
 
+def _tuple(value: Any) -> tuple[Any, ...]:
+    """Return a list as a tuple; raise TypeError for anything else, such as a text, of which a tuple would have the characters."""
+    if type(value) is not list:
+        raise TypeError(f"{short(value)} is no list")
+    return tuple(value)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+
+
 def _tensors_from_json(tensors: list[dict[str, Any]]) -> tuple[TensorRow, ...]:
-    for tensor in tensors:
-        tensor["axes"] = tuple(tensor["axes"])
-    return tuple(TensorRow(**tensor) for tensor in tensors)
+    for row in tensors:
+        row["axes"] = _tuple(row["axes"])
+    return tuple(TensorRow(**row) for row in tensors)
 
 
 def _blocks_from_json(blocks: list[dict[str, Any]]) -> tuple[BlockRow, ...]:
     return tuple(BlockRow(**block) for block in blocks)
 
 
+def _axes_from_json(axes: dict[str, Any]) -> dict[str, AxisMap]:
+    made: dict[
+        str, AxisMap
+    ] = {}  # axes of different blocks share one object if they are equal, as in ``axis_maps``
+    return {key: made.get(t := repr(d)) or made.setdefault(t, _axis_from_json(d)) for key, d in axes.items()}  # fmt: skip
+
+
 def _axis_from_json(data: dict[str, Any]) -> AxisMap:
-    raw = data["index_map"]
-    data["index_map"] = IndexMap(
-        raw["n_source"], raw["n_target"], tuple(Run(*run) for run in raw["runs"])
-    )
+    runs = tuple(Run(*run) for run in data["index_map"]["runs"])
+    read: dict[str, Any] = {"index_map": IndexMap(**data["index_map"] | {"runs": runs})}
     for key in ("weight_scale", "grad_scale"):
-        data[key] = Vector(tuple((value, n) for value, n in data[key]["pieces"]))
-    return AxisMap(**{FIELD_NAMES.get(key, key): value for key, value in data.items()})
+        (repeats,) = data[key].values()
+        read[key] = Vector(tuple((value, n) for value, n in repeats))
+    return AxisMap(**{FIELD_NAMES.get(key, key): value for key, value in (data | read).items()})
 
 
 FIELDS: dict[str, Callable[[Any], Any]] = {  # decoders of types that JSON lacks
-    **dict.fromkeys(("config_lists", "counters", "rebuilt_modules", "reasons", "notes"), tuple),
-    "axes": lambda axes: {key: _axis_from_json(axis) for key, axis in axes.items()},
+    **dict.fromkeys(("config_lists", "counters", "rebuilt_modules", "reasons", "notes"), _tuple),
+    "axes": _axes_from_json,
     "tensors": _tensors_from_json,
     "blocks": _blocks_from_json,
     "extra_stacks": lambda stacks: {path: _blocks_from_json(s) for path, s in stacks.items()},
-    "config_eps": lambda eps: tuple(eps) if eps else None,
+    "config_eps": lambda eps: None if eps is None else _tuple(eps),
 }
 
 

@@ -1,14 +1,24 @@
 """Records of growths in checkpoints: the few hundred bytes from which a plan can be made again, and a digest to check the plan."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
+from re import fullmatch
 from typing import Any
 
 from growkern.errors import PlanError
-from growkern.planning.growth_plan import GrowthPlan
-from growkern.planning.sizes import MAX_LAYERS, MAX_SIZE
+from growkern.planning.growth_plan import UNREADABLE, GrowthPlan
+from growkern.planning.options import DYNAMICS, STATES
+from growkern.planning.plan_fields import (
+    MAX_NAME,
+    MAX_SEED,
+    MAX_TEXT,
+    is_int,
+    is_text,
+    sizes_problems,
+)
+from growkern.support.text import short
 
 VERSION = 1
 
@@ -79,26 +89,30 @@ def digest_of(growth: GrowthPlan | GrowthRecord) -> str:
     return growth.digest if isinstance(growth, GrowthRecord) else digest(growth)
 
 
-def _check(record: GrowthRecord) -> None:
-    """Raise ValueError for fields of the wrong type, and for sizes that no model has."""
-    texts = record.family, record.width, record.depth, record.state, record.digest
-    others = record.dynamics or "", record.plan or ""
-    if not all(isinstance(text, str) for text in (*texts, *others)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError("a family, a method, a state or a digest is no text")
+def _problems_of(record: GrowthRecord) -> Iterator[str]:
+    """Yield a problem for every field of a type or range that no record has."""
+    if not is_text(record.family, MAX_NAME) or not all(
+        is_text(method, MAX_TEXT) for method in (record.width, record.depth)
+    ):
+        yield "a family, a method, a state or a digest is no text"
+    if not isinstance(record.digest, str) or not fullmatch("[0-9a-f]{32}", record.digest):  # pyright: ignore[reportUnnecessaryIsInstance]
+        yield f"its digest {short(record.digest)} is not of 32 hexadecimal digits"
+    if record.state not in [*STATES] or record.dynamics not in [*DYNAMICS]:
+        yield f"its state {short(record.state)} or dynamics {short(record.dynamics)} is not known"
+    if not is_int(record.seed, 0, MAX_SEED):
+        yield f"seed is {short(record.seed)}, and not an int from 0 to 2**64 - 1"
     split: Any = record.split
     if split is not None and not (isinstance(split, list) and all(type(s) is bool for s in split)):  # pyright: ignore
-        raise ValueError("its split is no list of booleans")
+        yield "its split is no list of booleans"
+    if record.plan is not None and not isinstance(record.plan, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        yield "its plan is no text"
     source, to = record.source_sizes, record.to
     if not isinstance(source, dict) or not isinstance(to, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError("its sizes are no mapping from names to numbers")
-    if to.keys() - source.keys() or any(
-        type(n) is not int for n in (*source.values(), *to.values())
-    ):
-        raise ValueError("its sizes are not those of a model")
-    for name, n in to.items():
-        limit = MAX_LAYERS if name.endswith("layers") else MAX_SIZE
-        if not 1 <= n <= max(limit, source[name]):
-            raise ValueError(f"{name}: the target {n:,} is not from 1 to {limit:,}")
+        yield "its sizes are no mapping from names to numbers"
+    elif to.keys() - source.keys():
+        yield "its sizes are not those of a model"
+    else:
+        yield from sizes_problems(source, source | to)
 
 
 def read(text: str) -> GrowthPlan | GrowthRecord:
@@ -112,17 +126,20 @@ def read(text: str) -> GrowthPlan | GrowthRecord:
         if "digest" not in data:
             return GrowthPlan.from_json(text)
         version = data.pop("version", VERSION)
-        if version != VERSION:
+        if type(version) is not int or version != VERSION:
             raise PlanError(
-                f"this growth was recorded in version {version!r}, and this growkern reads version {VERSION}: install the "
+                f"this growth was recorded in version {short(version)}, and this growkern reads version {VERSION}: install the "
                 "growkern that wrote the checkpoint, or a later one."
             )
         record = GrowthRecord(**data)
-        _check(record)
+        problems = [*_problems_of(record)]
+        if problems:
+            raise ValueError("; ".join(problem.removesuffix(".") for problem in problems))
         return record
     except PlanError:
         raise
-    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+    except UNREADABLE as error:
         raise PlanError(
-            f"cannot read a growth of the history: {error}; pass config.growkern_history, or the history of schedule.state_dict()."
+            f"cannot read a growth of the history: {str(error)[:1000]}; pass config.growkern_history, or the history of "
+            "schedule.state_dict()."
         ) from None

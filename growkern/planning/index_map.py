@@ -248,6 +248,8 @@ def _joined(runs: Iterable[Run]) -> tuple[Run, ...]:
 
 def concat_maps(maps: Sequence[IndexMap]) -> IndexMap:
     """Return the map of an axis that concatenates several segments (fused q, k, v)."""
+    if len(maps) == 1 and not maps[0].is_identity:
+        return maps[0]  # the same object, for all that it has cached
     runs: list[Run] = []
     n_source = n_target = 0
     for m in maps:

@@ -6,11 +6,14 @@ from types import UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from growkern.errors import PlanError
+from growkern.planning.plan_fields import MAX_FACTOR, MAX_SEED, MAX_TEXT
 from growkern.support.text import one_line, short
 
 
 def parsed(text: str) -> ast.expr:
     """Parse an expression; raise PlanError for text that is not an expression."""
+    if len(text) > MAX_TEXT:
+        raise unreadable(text)
     try:
         return ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -44,6 +47,8 @@ def method_of(tree: ast.expr, text: str, known: Mapping[str, type]) -> object:
         made = known[call.func.id](*values, **named)
     except TypeError as error:
         raise PlanError(f"cannot make {short(text)}: {one_line(error, 300)}.") from None
+    if any(not _within(value) for value in (*values, *named.values())):
+        raise PlanError(f"cannot make {short(text)}: a number is out of range.")
     for name, hint in get_type_hints(known[call.func.id]).items():
         if not _fits(value := getattr(made, name), hint):
             said = hint.__name__ if type(hint) is type else str(hint).replace("typing.", "")
@@ -58,6 +63,13 @@ def unreadable(text: str) -> PlanError:
     return PlanError(
         f"cannot read {short(text)}; write the name of a method, with arguments that are plain values, such as HyperClone(noise_db=10)."
     )
+
+
+def _within(value: Any) -> bool:
+    """True for everything but numbers that are larger than any seed, or than any factor."""
+    if type(value) is int:
+        return -MAX_SEED <= value <= MAX_SEED
+    return not isinstance(value, float) or -MAX_FACTOR <= value <= MAX_FACTOR
 
 
 def _fits(value: object, hint: Any) -> bool:

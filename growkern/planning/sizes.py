@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from fractions import Fraction
 from operator import index
+from typing import Any
 
 from growkern.errors import PlanError, raise_all
 from growkern.model.spec import ModelSpec
@@ -12,8 +13,17 @@ from growkern.support.text import short
 
 WIDTHS = ("hidden", "heads", "kv_heads", "ffn")  # sizes that "2x" grows; others grow if named
 MAX_SIZE = 1 << 18  # larger than any model: a typo must not fill the host's memory
-MAX_LAYERS = 1 << 12
+MAX_LAYERS = 1 << 12  # and the largest head_dim
+MAX_AXIS = (
+    1 << 20
+)  # longest axis of a tensor: a product or a sum of sizes, such as heads x head_dim
+MAX_DIGITS = 100  # characters of a factor: more would take long to multiply, and cannot be printed
 Target = str | Mapping[str, int | str]
+
+
+def limit_of(name: str) -> int:
+    """Return the largest target of a size; a source above the limit may stay."""
+    return MAX_LAYERS if name.endswith("layers") or name == "head_dim" else MAX_SIZE
 
 
 def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[str, int]:
@@ -45,13 +55,11 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
         ratio = Fraction(target["hidden"], source["hidden"])
         _follow(spec, named, target, ratio, problems)
     for name, n in target.items():
-        limit = MAX_LAYERS if name in {"layers", *(s.size for s in spec.stacks)} else MAX_SIZE
+        limit = MAX_LAYERS if name in {s.size for s in spec.stacks} else limit_of(name)
         if wrong := _wrong_side(name, n, source[name], shrink):
             problems.append(wrong)
         elif n > max(limit, source[name]):
-            problems.append(
-                f"{name}: the target {n:,} is above the limit of growkern; name at most {limit:,}."
-            )
+            problems.append(_too_large(name, n, limit))
         elif n != source[name] and name in spec.fixed:
             verb = "shrink" if shrink else "grow"
             problems.append(
@@ -59,6 +67,8 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
             )
     if not problems and "kv_heads" in target:
         problems += _groups(source, target, shrink)
+    if not problems:
+        problems += _long_axes(spec, target)
     if not problems and target == dict(source):
         problems.append(
             f"every target equals its source ({', '.join(f'{k}={v}' for k, v in source.items())}); name a "
@@ -66,7 +76,7 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
         )
     raise_all(
         PlanError,
-        f"cannot {'shrink' if shrink else 'grow'} {spec.family} to {short(to, 300)}:",
+        f"cannot {'shrink' if shrink else 'grow'} {spec.family} to {short(to, 1000)}:",
         problems,
     )
     return target
@@ -94,13 +104,29 @@ def _groups(source: Mapping[str, int], target: Mapping[str, int], shrink: bool) 
         )
 
 
+def _long_axes(spec: ModelSpec, target: Mapping[str, int]) -> Iterator[str]:
+    """Yield a problem for every tensor axis that would be too long, as products of sizes can be."""
+    for axis in spec.axes:
+        if (n := axis.size(target)) > max(MAX_AXIS, axis.size(spec.sizes)):
+            yield f"the axis {str(axis)!r} would have {digits(n)} coordinates, and an axis has at most {MAX_AXIS:,}: name smaller sizes."
+
+
+def digits(n: int) -> str:
+    """Return a number as text, of however many digits."""
+    return f"{n:,}" if abs(n) < 10**MAX_DIGITS else f"of more than {MAX_DIGITS} digits"
+
+
+def _too_large(name: str, n: int, limit: int) -> str:
+    return f"{name}: the target {digits(n)} is above the limit of growkern; name at most {limit:,}."
+
+
 def _wrong_side(name: str, n: int, source: int, shrink: bool) -> str | None:
     if shrink and n > source:
-        return f"{name}: the target {n} is larger than the source {source}; grow the model by expand_inplace."
+        return f"{name}: the target {short(n)} is larger than the source {source}; grow the model by expand_inplace."
     if shrink and n < 1:
-        return f"{name}: the target {n} is not a size; name at least 1."
+        return f"{name}: the target {short(n)} is not a size; name at least 1."
     if not shrink and n < source:
-        return f"{name}: the target {n} is smaller than the source {source}; shrink the model by shrink_inplace."
+        return f"{name}: the target {short(n)} is smaller than the source {source}; shrink the model by shrink_inplace."
     return None
 
 
@@ -116,7 +142,7 @@ def _named(spec: ModelSpec, to: Target, problems: list[str], shrink: bool) -> di
     named: dict[str, int] = {}
     for name, value in to.items():
         if name not in spec.sizes:
-            close = get_close_matches(str(name), spec.sizes, 1)
+            close = get_close_matches(short(name).strip("'"), spec.sizes, 1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             problems.append(
                 f"unknown size {short(name)}: {hint}sizes of {spec.family}: {', '.join(spec.sizes)}."
@@ -127,21 +153,31 @@ def _named(spec: ModelSpec, to: Target, problems: list[str], shrink: bool) -> di
             )
         elif isinstance(value, str):
             named[name] = _scaled(name, spec, value, problems)
-        elif isinstance(value, bool) or not hasattr(value, "__index__"):
+        elif (n := _int(value)) is None:
             problems.append(
                 f"{name}: cannot read {short(value)}; pass an int, or a factor such as '1.5x'."
             )
-        elif index(value).bit_length() > 64:  # too long to be printed
+        elif n.bit_length() > 64:  # too long to be printed
             problems.append(f"{name}: the target is above 2**64; name at most {MAX_SIZE:,}.")
-        elif wrong := _wrong_side(name, index(value), spec.sizes[name], shrink):
+        elif wrong := _wrong_side(name, n, spec.sizes[name], shrink):
             problems.append(wrong)
+        elif n > max(limit_of(name), spec.sizes[name]) and n > MAX_SIZE:
+            problems.append(_too_large(name, n, limit_of(name)))
         else:
-            named[name] = index(value)
+            named[name] = n
     return named
 
 
+def _int(value: Any) -> int | None:
+    """Return a value as an int; None for a bool, a float, text, or a tensor of several or of fractional elements."""
+    try:
+        return None if isinstance(value, bool) else index(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
 def _factor(text: str) -> Fraction | None:
-    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*x\s*", text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*x\s*", text) if len(text) <= MAX_DIGITS else None
     return Fraction(match[1]) if match and Fraction(match[1]) > 0 else None
 
 

@@ -75,7 +75,8 @@ class Vector:
             return inner
         if inner.uniform is not None:
             return merged((v * inner.uniform, n * len(inner)) for v, n in self.repeats)
-        return Vector.of(v * w for v in self.expanded() for w in inner.expanded())
+        values = inner.expanded()
+        return Vector.of(v * w for v in self.expanded() for w in values)
 
 
 def merged(repeats: Iterable[tuple[float, int]]) -> Vector:

@@ -32,7 +32,7 @@ def short(value: object, limit: int = 100) -> str:
     try:
         return one_line(repr(value), limit)
     except ValueError:  # Python prints no int of more than 4300 digits
-        return f"<{type(value).__name__}>"
+        return f"a {type(value).__name__} with a number of thousands of digits"
 
 
 def one_line(text: object, limit: int = 100) -> str:

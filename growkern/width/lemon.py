@@ -1,8 +1,8 @@
 """LEMON: Wang et al., "LEMON: Lossless model expansion", ICLR 2024, arXiv:2310.07999."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache
 from typing import Literal
 
 from growkern.errors import PlanError, raise_all
@@ -89,13 +89,14 @@ class Lemon:
                 stream_scales |= dict.fromkeys(
                     space.streams, StreamScale(ones, ones, "random_writer")
                 )
+        share = _share(self.alpha)
         tied = {spec.tensors[tied][-1].segments[0][0] for tied in spec.ties}
         for stream, stream_scale in stream_scales.items():
             index_map = maps[space_of(stream)]
             if stream in tied or stream in normed(spec) or index_map.is_identity:
                 continue
             even = stream_scale.activation.zip(stream_scale.readout, lambda x, y: x * y)
-            split = index_map.by_copy(partial(_share, self.alpha), pad=0.0)
+            split = index_map.by_copy(share, pad=0.0)
             u = Vector.of(
                 y if j < 0 else s / x
                 for j, s, x, y in zip(
@@ -110,12 +111,20 @@ class Lemon:
         return replace(wide, maps=maps, stream_scales=stream_scales)
 
 
-def _share(alpha: float, k: int, count: int) -> float:
-    """Return the share of the ``k``-th of ``count`` copies."""
+def _share(alpha: float) -> Callable[[int, int], float]:
+    """Return the function that gives the share of the ``k``-th of some copies; each is ``(1 - alpha) / alpha`` times the one before."""
     ratio = (1 - alpha) / alpha
-    try:
-        return ratio**k / sum(ratio**i for i in range(count))
-    except OverflowError:
-        raise PlanError(
-            f"Lemon: alpha={alpha!r} gives {count} copies shares beyond the range of floats; pass a number closer to 0.5."
-        ) from None
+
+    @cache
+    def total(count: int) -> float:
+        return sum(ratio**i for i in range(count))
+
+    def share(k: int, count: int) -> float:
+        try:
+            return ratio**k / total(count)
+        except OverflowError:
+            raise PlanError(
+                f"Lemon: alpha={alpha!r} gives {count} copies shares beyond the range of floats; pass a number closer to 0.5."
+            ) from None
+
+    return share
