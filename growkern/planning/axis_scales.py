@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from math import isclose, sqrt
 
+from growkern.errors import PlanError
 from growkern.model.spec import AxisUse, Component, ModelSpec, Segment, space_of
 from growkern.planning.decisions import StreamScale, WidthDecision
 from growkern.planning.growth_plan import AxisMap, Pad
@@ -20,6 +21,20 @@ def norm_factor(wide: WidthDecision, stream: str) -> float | None:
     """Return the factor on the mean square of a stream (1 under ``norms_kept``); None if the factor is not uniform."""
     index_map, w = wide.maps[space_of(stream)], wide.stream_scales[stream].activation
     return 1.0 if wide.norms_kept else mean_square_factor(index_map, w)
+
+
+def refuse_unsaid(spec: ModelSpec, sizes: Mapping[str, int], wide: WidthDecision) -> None:
+    """Raise PlanError where a norm that the spec may not name would change the function that the method promises to keep."""
+    if not spec.unsaid or wide.reasons:
+        return
+    for stream in spec.spaces.get("residual", ()):
+        if norm_factor(wide, stream) != 1:
+            raise PlanError(
+                f"cannot widen {spec.family} from hidden {spec.sizes['hidden']} to {sizes['hidden']} exactly: no norm in the spec reads "
+                f"{stream!r}, whose mean square would change. Name norms without parameters (F.rms_norm) by "
+                f"ModelSpec(non_affine_norms={{{stream!r}: 'rms'}}), pass non_affine_norms={{}} if forward has none, or grow hidden by "
+                "whole multiples."
+            )
 
 
 def mean_square_factor(index_map: IndexMap, w: Vector) -> float | None:

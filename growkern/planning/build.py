@@ -16,8 +16,8 @@ from growkern.model.spec import AxisUse, Blocks, ModelSpec, size_value, writer_c
 from growkern.planning.axis_scales import (
     axis_maps,
     gradients_exact,
-    norm_factor,
     norm_factors,
+    refuse_unsaid,
     symmetric_copies,
 )
 from growkern.planning.decisions import (
@@ -75,7 +75,7 @@ def build(
     deep = {stack.path: _decided(spec, stack, sizes, depth, shrink) for stack in spec.stacks}
     homes = {path: homes_of(order.blocks) for path, order in deep.items()}
     if shrink is None:
-        _refuse_unsaid(spec, sizes, wide)
+        refuse_unsaid(spec, sizes, wide)
     factors = norm_factors(spec, wide)
     axes = axis_maps(spec.axes, wide, factors, writer_corrections(spec, sizes))
     eps = Eps.of(spec, factors)
@@ -126,20 +126,6 @@ def _reasons(
             yield f"the norms of {stream!r} see unequal copies"
         elif factor != 1 and stream in (spec.non_affine_norms or ()):
             yield f"the norm without parameters on {stream!r} sees another mean square"
-
-
-def _refuse_unsaid(spec: ModelSpec, sizes: Mapping[str, int], wide: WidthDecision) -> None:
-    """Raise PlanError where a norm that the spec may not name would change the function that the method promises to keep."""
-    if not spec.unsaid or wide.reasons:
-        return
-    for stream in spec.spaces.get("residual", ()):
-        if norm_factor(wide, stream) != 1:
-            raise PlanError(
-                f"cannot widen {spec.family} from hidden {spec.sizes['hidden']} to {sizes['hidden']} exactly: no norm in the spec reads "
-                f"{stream!r}, whose mean square would change. Name norms without parameters (F.rms_norm) by "
-                f"ModelSpec(non_affine_norms={{{stream!r}: 'rms'}}), pass non_affine_norms={{}} if forward has none, or grow hidden by "
-                "whole multiples."
-            )
 
 
 def _wide(
