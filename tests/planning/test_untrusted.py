@@ -144,6 +144,21 @@ def test_what_a_plan_says_is_derived_again(llama, change, match):
         check(GrowthPlan.from_json(json.dumps(data)), spec)
 
 
+PYTHON = {
+    **{"rows": dict(tensors=(1,)), "a list of rows": dict(tensors=[]), "axes": dict(axes={"a": 1})},
+    **{"sizes": dict(source_sizes=None), "a dynamics": dict(dynamics=[0])},
+    **{"a block": dict(blocks=(1,)), "a text": dict(notes="abc")},
+}
+
+
+@pytest.mark.parametrize("fields", PYTHON.values(), ids=PYTHON)
+def test_a_plan_that_python_made_of_other_types_is_refused(llama, fields):
+    _, spec, text = llama
+
+    with pytest.raises(PlanError, match="this is no plan of growkern"):
+        check(replace(GrowthPlan.from_json(text), **fields), spec)
+
+
 CLAIMS = {
     "copied blocks": (dict(to={"layers": 4}, depth=depth.Stack()), "new blocks are no identity"),
     "scaled branches": (dict(to={"layers": 4}, depth=depth.Interpose(True)), "branches are scaled"),
