@@ -10,7 +10,7 @@ from growkern.planning.axis_scales import axis_maps, gradients_exact, norm_facto
 from growkern.planning.build import Eps, Homes, attributes, homes_of, offset, rows_of, targets
 from growkern.planning.decisions import BlockRow, LayerOrder, WidthDecision
 from growkern.planning.exactness import TOLERANCE, close, inexact
-from growkern.planning.growth_plan import AxisMap, GrowthPlan, TensorRow
+from growkern.planning.growth_plan import UNREADABLE, AxisMap, GrowthPlan, TensorRow
 from growkern.planning.plan_fields import problems_of
 from growkern.planning.sizes import resolve_sizes
 from growkern.planning.width_of_plan import width_of_plan, work
@@ -23,7 +23,11 @@ def check(plan: GrowthPlan, spec: ModelSpec) -> None:
     Sizes, rows, attributes, config fields and epsilons must be those that the plan's blocks and axes give for the model; the axes must
     follow from one decision by the dual law; and the plan must not claim to preserve more than they do.
     """
-    raise_all(PlanError, "this is no plan of growkern:", [*problems_of(plan)])
+    try:
+        problems = [*problems_of(plan)]
+    except UNREADABLE as error:  # a plan that Python made
+        problems = [f"a field is of another type: {short(error)}."]
+    raise_all(PlanError, "this is no plan of growkern:", problems)
     names = set(spec.tensors) - set(spec.ties)
     if plan.shrinks:  # dropped blocks have no rows
         stay = {path: {block.source for block in blocks} for path, blocks in plan.stacks.items()}

@@ -39,7 +39,7 @@ def inexact(plan: GrowthPlan, spec: ModelSpec, wide: WidthDecision) -> Iterator[
         yield "norms see coordinates that the source does not have"
     yield from _added(plan, spec, wide)
     yield from _once(_pads(plan, spec, wide, space) for space in spec.spaces)
-    yield from _once(_noise(wide, stream) for stream in spec.streams if wide.noise)
+    yield from _once(_noise(plan, spec, wide, stream) for stream in spec.streams if wide.noise)
     yield from _attention(plan, spec, wide)
     yield from _experts(plan, wide)
     yield from _ties(plan, spec)
@@ -164,11 +164,11 @@ def _pads(plan: GrowthPlan, spec: ModelSpec, wide: WidthDecision, space: str) ->
     return f"readers see new coordinates of {space.partition('.')[0]!r}"
 
 
-def _noise(wide: WidthDecision, stream: str) -> str | None:
+def _noise(plan: GrowthPlan, spec: ModelSpec, wide: WidthDecision, stream: str) -> str | None:
     """Return why twin noise, which is scaled as the reader is, does not cancel: the copies of a coordinate have unequal shares."""
     index_map, scale = wide.maps[space_of(stream)], wide.stream_scales[stream]
     shares = _times(scale.activation, scale.readout)
-    if stream in (QUERY, KEY) or shares.uniform is not None:
+    if shares.uniform is not None or not [*_axes(plan, spec, stream, "reader")]:
         return None
     values = dict[int, float]()
     for j, x in zip(index_map.indices, shares.expanded(), strict=True):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import batch, logits, make
+from models import FAMILIES, batch, logits, make, spec_of
 from plan_fuzz import MUTATIONS, PLANS, outcome_of_history, outcome_of_plan
 
 import growkern
@@ -142,6 +142,46 @@ def test_what_a_plan_says_is_derived_again(llama, change, match):
 
     with pytest.raises(PlanError, match=match):
         check(GrowthPlan.from_json(json.dumps(data)), spec)
+
+
+OWN = [
+    dict(to="2x"), dict(to="1.5x"), dict(to={"hidden": 48, "layers": 4}, width=width.FPI(), depth=depth.Interpose(True)),
+    dict(to="2x", width=width.Lemon()), dict(to={"heads": 8}, width=width.Sparkling("copy", "random")), dict(to={"head_dim": 12}),
+    dict(to={"kv_heads": 4}), dict(to="2x", width=width.AKI(), depth=depth.Fresh()), dict(to="0.5x", shrink=growkern.shrink.FirstCopies()),
+    dict(to={"vocab": 80}, width=growkern.vocab.MeanCov()), dict(to={"experts": 8, "top_k": 4}), dict(to="1.5x", width=width.Lossless(0.3)),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_plan_of_growkern_passes(family):
+    model = make(family, tied=True)
+    spec, n = describe(model, spec_of(model)), 0
+
+    for growth in OWN:
+        try:
+            plan = growkern.plan(model, spec=spec_of(model), **growth)
+        except PlanError:  # not every family can grow in every way
+            continue
+        check(GrowthPlan.from_json(plan.to_json()), spec)
+        n += 1
+
+    assert n >= 4
+
+
+PYTHON = {
+    **{"rows": dict(tensors=(1,)), "a list of rows": dict(tensors=[]), "axes": dict(axes={"a": 1})},
+    **{"sizes": dict(source_sizes=None), "a dynamics": dict(dynamics=[0])},
+    **{"a block": dict(blocks=(1,)), "a text": dict(notes="abc")},
+}
+
+
+@pytest.mark.parametrize("fields", PYTHON.values(), ids=PYTHON)
+def test_a_plan_that_python_made_of_other_types_is_refused(llama, fields):
+    _, spec, text = llama
+
+    with pytest.raises(PlanError, match="this is no plan of growkern"):
+        check(replace(GrowthPlan.from_json(text), **fields), spec)
 
 
 CLAIMS = {
