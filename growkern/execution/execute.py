@@ -21,7 +21,7 @@ from growkern.optimizer.eight_bit import N_BYTES, decoded, encoded, is_coded, sc
 from growkern.optimizer.state_rules import GRADIENT, MASTER, MASTER_GRAD, VALUE, Rule
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.support.dtypes import arithmetic
-from growkern.support.memory import free_bytes, stored_like, trim
+from growkern.support.memory import free_bytes, is_shared, stored_like, trim
 from growkern.support.named_tensors import Tensors
 
 Memory = Literal["stage", "lean"]
@@ -92,6 +92,10 @@ class Execution:
         self.memory, self.peak_bytes = _choose(self.sets, memory)
         self.n_read = self.n_written = 0
         self.notes: list[str] = []
+        if n_shared := sum(map(is_shared, sources.values.values())):
+            self.notes.append(
+                f"{n_shared} tensors are in shared memory, as before; a process that opened them earlier still has the source's."
+            )
         self.of_average = False
 
     def of(self, sources: Tensors) -> "Execution":

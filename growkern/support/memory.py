@@ -99,6 +99,8 @@ def offload() -> Generator[Backup, None, None]:
     kept: dict[int, tuple[StorageWeakRef, Callable[[], Tensor]]] = {}
 
     def keep(tensor: Tensor) -> Callable[[], Tensor]:
+        if not tensor.is_cuda and tensor.is_shared():  # other processes have it too
+            return keep_on_device(tensor)
         raw, place = _raw(tensor), tensor.untyped_storage().data_ptr()
         if not tensor.is_cuda and not file:
             opened = tempfile.TemporaryFile(prefix="growkern-", buffering=0)  # noqa: SIM115
@@ -171,6 +173,13 @@ def _chunk(n_bytes: int) -> tuple[memoryview, Tensor]:
     ) if n_bytes else torch.empty(0)
 
 
+def is_shared(tensor: Tensor) -> bool:
+    """True for a host tensor in memory that processes share, and not in a file."""
+    if tensor.device.type != "cpu" or not tensor.is_shared():
+        return False
+    return tensor.untyped_storage().filename is None
+
+
 def stored_like(source: Tensor, target: Tensor) -> Tensor:
     """Return a contiguous target in the memory format of its source (``channels_last``, transposed), and in shared or pinned memory if
     the source is."""
@@ -181,7 +190,7 @@ def stored_like(source: Tensor, target: Tensor) -> Tensor:
         ).copy_(target)
     if source.device.type != "cpu" or not source.numel():
         return target
-    if source.is_shared() and source.untyped_storage().filename is None:
+    if is_shared(source):
         return target.share_memory_()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     pinned = torch.cuda.is_available() and torch.cuda.is_initialized() and source.is_pinned()
     return target.pin_memory() if pinned else target
