@@ -614,6 +614,10 @@ def test_the_observed_curve_survives_a_restart_and_starts_anew_after_a_growth():
     loss_of(model, batch()).backward()
     optim.step()
     assert schedule.fired == [1] and schedule.counts.curve.read() == []
+    schedule.observe(loss=3.0)  # an evaluation without new tokens is no point of the new curve
+    assert schedule.counts.curve.read() == []
+    schedule.observe(tokens=8, loss=2.0)
+    assert schedule.counts.curve.read() == [(schedule.counts.n_tokens, 2.0)]
 
 
 def test_a_curve_of_a_long_run_stays_small_and_holds_the_means():

@@ -1,10 +1,14 @@
 """``growkern.upcycle`` turns a dense model into a mixture of experts with equal logits, and the optimizer keeps stepping."""
 
+import copy
+
 import pytest
 import torch
 from models import EAGER, batch, exact_norms, logits, loss_of, make, train
+from states import fail_at
 
 import growkern
+from growkern.commit.undo import Undo
 from growkern.errors import PlanError, UnsupportedModelError
 
 FAMILIES = {
@@ -178,3 +182,38 @@ def test_frozen_mlps_give_frozen_experts_and_gradients_in_flight_come_along():
     frozen.model.layers[0].mlp.requires_grad_(False)
     experts = growkern.upcycle(frozen, experts=4).model.layers[0].mlp.experts
     assert not experts.gate_up_proj.requires_grad and not experts.down_proj.requires_grad
+
+
+def test_a_mixture_has_the_mode_the_generation_config_and_the_names_of_the_dense_model():
+    model = make("llama", tied=True)
+    model.generation_config.max_new_tokens = 7
+    optim = torch.optim.AdamW(model.named_parameters())
+    for training in (True, False):
+        one, own = copy.deepcopy((model, optim)) if training else (model, optim)
+
+        mixture = growkern.upcycle(one.train(training), own, experts=2)
+
+        assert {m.training for m in mixture.modules()} == {training}
+        assert mixture.generation_config.max_new_tokens == 7
+        names = {id(p): name for name, p in mixture.named_parameters()}
+        (group,) = own.param_groups
+        assert group["param_names"] == [names[id(p)] for p in group["params"]]
+
+
+def test_an_upcycling_that_fails_leaves_the_optimizer_as_it_was(monkeypatch):
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.named_parameters())
+    train(model, optim, 1)
+    groups = [dict(g, params=[*g["params"]], param_names=[*g["param_names"]]) for g in optim.param_groups]  # fmt: skip
+    state = {p: dict(entries) for p, entries in optim.state.items()}
+    fail_at(monkeypatch, Undo, "set_dict", MemoryError(), 1)
+
+    with pytest.raises(MemoryError):
+        growkern.upcycle(model, optim, experts=2)
+
+    monkeypatch.undo()
+    for group, before in zip(optim.param_groups, groups, strict=True):
+        assert group["param_names"] == before["param_names"]
+        assert [*map(id, group["params"])] == [*map(id, before["params"])]
+    assert optim.state.keys() == state.keys()
+    train(model, optim, 1)

@@ -126,28 +126,36 @@ def test_dropped_state_is_gone_and_said():
     train(model, optim, 2)
 
 
-SIZES = {  # optimizer -> its state that bounds a step, and its state that moves a step
-    "AdamW": ("exp_avg_sq", "exp_avg"),
-    "Adamax": ("exp_inf", "exp_avg"),
-    "Adadelta": ("acc_delta", None),
-    "Rprop": ("step_size", "prev"),
-}
+MOMENTS = ("exp_avg_sq",), ("exp_avg",)
+SIZES = {  # optimizer -> its options, its state that bounds a step, and its state that moves a step
+    "AdamW": ({}, *MOMENTS),
+    "Adam": (dict(amsgrad=True), ("exp_avg_sq", "max_exp_avg_sq"), ("exp_avg",)),
+    "NAdam": ({}, *MOMENTS),
+    "RAdam": ({}, *MOMENTS),
+    "Adamax": ({}, ("exp_inf",), ("exp_avg",)),
+    "Adadelta": ({}, ("square_avg", "acc_delta"), ()),
+    "Adagrad": ({}, ("sum",), ()),
+    "RMSprop": (dict(momentum=0.9, centered=True), ("square_avg",), ("momentum_buffer", "grad_avg")),
+    "Rprop": ({}, ("step_size",), ("prev",)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_elements_without_an_ancestor_take_steps_of_mean_size(name):
+    options, sizes, moves = SIZES[name]
     model = make("gpt2", tied=False)
-    optim = getattr(torch.optim, name)(model.parameters())
+    optim = getattr(torch.optim, name)(model.parameters(), **options)
     train(model, optim, 3)
 
     grow(model, optim, to={"hidden": 30})
 
     state = optim.state[model.transformer.wte.weight]
-    size, moves = SIZES[name]
-    old, new = state[size][:, :24], state[size][:, 24:]
-    assert torch.allclose(new, old.mean().expand_as(new), rtol=1e-5) and (new > 0).all()
-    if moves:
-        assert (state[moves][:, 24:] == 0).all() and (state[moves][:, :24] != 0).any()
+    assert {key for key, t in state.items() if t.dim()} == {*sizes, *moves}
+    for size in sizes:
+        old, new = state[size][:, :24], state[size][:, 24:]
+        assert torch.allclose(new, old.mean().expand_as(new), rtol=1e-5) and (new > 0).all()
+    for move in moves:
+        assert (state[move][:, 24:] == 0).all() and (state[move][:, :24] != 0).any()
     assert state["step"] == 3
 
 

@@ -16,6 +16,7 @@ from torch.optim import _muon
 import growkern
 from growkern import width
 from growkern.errors import PlanError
+from growkern.optimizer.state_rules import muon_adjustment
 from growkern.optimizer.update_scale import Scale, scale_of
 from growkern.support.live_registry import _Step
 
@@ -155,6 +156,14 @@ def test_uneven_copies_keep_the_trajectory_element_by_element(name, to, monkeypa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", [None, "original", "match_rms_adamw"])
+def test_the_adjustment_of_muon_is_torchs_for_every_shape(how):
+    sizes = (1, 2, 3, 7, 24, 80)
+    for shape in [(rows, cols) for rows in sizes for cols in sizes]:
+        expected = _muon._adjust_lr(1.0, how, torch.Size(shape))
+        assert muon_adjustment(shape, how) == pytest.approx(expected, rel=1e-15), shape
+
+
 @pytest.mark.parametrize("name", ["AdamW", "Muon", "Muon rms", "ASGD", "growkern AdamW"])
 def test_two_growths_keep_the_trajectory(name, monkeypatch):
     exact_norms(monkeypatch)

@@ -167,6 +167,29 @@ def test_a_checkpoint_from_before_a_growth_is_refused_by_name(to, match, strict)
     train(model, optim, 1)
 
 
+def test_checkpoints_of_every_earlier_size_are_refused_whole_or_in_part_by_the_growth_after_it():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters())
+    train(model, optim, 1)
+    weights, states = [], []
+    for to in ({"hidden": 48}, {"ffn": 100}):
+        weights.append(copy.deepcopy(model.state_dict()))
+        states.append(copy.deepcopy(optim.state_dict()))
+        grow(model, optim, to=to)
+    names = {1: "model.norm.weight", 2: "model.layers.1.mlp.up_proj.weight"}
+    left = sum(p.numel() for p in model.parameters())
+
+    for number, old in enumerate(weights, 1):
+        for part in (old, {names[number]: old[names[number]]}):
+            with pytest.raises(CheckpointError, match=f"from before growth {number} "):
+                model.load_state_dict(part, strict=False)
+    for state in states:
+        with pytest.raises(CheckpointError, match="growth 2 "):
+            optim.load_state_dict(state)
+    assert sum(p.numel() for p in model.parameters()) == left
+    train(model, optim, 1)
+
+
 def test_guards_go_with_copies_and_pickles_and_do_not_mind_parts(tmp_path):
     model = make("llama", tied=True)
     old = copy.deepcopy(model.state_dict())

@@ -64,6 +64,10 @@ ORDERS = {
         [At(step=1, to={"hidden": 64, "layers": 4}), At(step=2, to={"layers": 6}), At(step=3, to={"hidden": 48})],
         "event 2: size hidden 48 is below the 64 of event 0",
     ),
+    "sizes-between": (
+        [At(step=i, to={"hidden": n}) for i, n in enumerate([64, 48, 56], 1)],
+        "event 1: size hidden 48 is below the 64 of event 0.*\n  event 2: size hidden 56 is below the 64 of event 1",
+    ),
     "both": (
         [At(step=2, to={"hidden": 64}), At(step=1, to={"hidden": 48})],
         r"size hidden 48 is below the 64 of event 0.*\n  event 1: step 1 is below the 2",
