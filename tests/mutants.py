@@ -65,6 +65,18 @@ MUTANTS = {
     "state: Muon's update has the shape of its rows": Mutant(
         "optimizer/state_rules.py", "return 0.2 * sqrt(max(rows, cols))", "return 0.2 * sqrt(rows)",
         "optimizer/test_lr_scaling.py -k 'two_growths and uon'"),
+    "state: Muon's step of a wide matrix shrinks": Mutant(
+        "optimizer/state_rules.py", "sqrt(max(1, rows / cols))", "sqrt(rows / cols)", "optimizer/test_lr_scaling.py -k adjustment"),
+    "state: Adagrad's sum of new elements is 0": Mutant(
+        "optimizer/state_rules.py", 'Law(STEP | {"sum": SQUARE})', 'Law(STEP | {"sum": replace(SQUARE, missing="zero")})',
+        "optimizer/test_describe_optimizer.py -k ancestor"),
+    "state: RMSprop's average of new elements is 0": Mutant(
+        "optimizer/state_rules.py", 'STEP | {"square_avg": SQUARE, "momentum_buffer"',
+        'STEP | {"square_avg": replace(SQUARE, missing="zero"), "momentum_buffer"',
+        "optimizer/test_describe_optimizer.py -k ancestor"),
+    "state: AMSGrad's maximum of new elements is 0": Mutant(
+        "optimizer/state_rules.py", '"max_exp_avg_sq": SQUARE', '"max_exp_avg_sq": replace(SQUARE, missing="zero")',
+        "optimizer/test_describe_optimizer.py -k ancestor"),
     "state: ASGD's lambd is no decay": Mutant(
         "optimizer/state_rules.py", 'decays=("weight_decay", "lambd")', 'decays=("weight_decay",)',
         "planning/test_build.py -k own_learning_rate_law"),
@@ -174,6 +186,11 @@ MUTANTS = {
     "guard: optimizer state is let through": Mutant(
         "commit/optimizer_guard.py", "if not isinstance(value, Tensor) or rule is None:", "if True:",
         "training/test_history.py training/test_replay.py -k 'optim or before'"),
+    "guard: a part of an older checkpoint is let through": Mutant(
+        "commit/checkpoint_guard.py", "if grown.source.get(name) == shapes[name]:", "if False:",
+        "training/test_replay.py -k every_earlier"),
+    "guard: an optimizer's guard names its first growth": Mutant(
+        "commit/commit.py", '            undo.attribute(before, "what", grown.what)\n', "", "training/test_replay.py -k every_earlier"),
     # engine and model
     "engine: a replaced head is not missed": Mutant(
         "engine/live_objects.py", " or p.shape in missing)", ")", "optimizer/test_state_rules.py -k 'dead or replaced'"),
@@ -186,6 +203,14 @@ MUTANTS = {
     "engine: earlier growths stay when a later one fails": Mutant(
         "engine/run.py", "            undo.rollback()\n            Ranks(", "            Ranks(",
         "training/test_history.py -k takes_the_earlier"),
+    "upcycle: param_names stay": Mutant(
+        "engine/upcycle.py",
+        '                    undo.set_list(group["param_names"], [names[p] for p in kept])', "                    pass",
+        "engine/test_upcycle.py -k names_of"),
+    "upcycle: the mixture trains": Mutant(
+        "engine/upcycle.py", "mixture.train(model.training)", "mixture", "engine/test_upcycle.py -k 'names_of or is_the_dense'"),
+    "upcycle: the generation config is a new one": Mutant(
+        "engine/upcycle.py", "    mixture.generation_config = model.generation_config\n", "", "engine/test_upcycle.py -k names_of"),
     "model: overlapping tensors grow": Mutant(
         "model/describe.py", "elif p.layout is torch.strided and _overlaps(p):", "elif False:",
         "engine/test_bad_input.py -k tensors_that_cannot"),
@@ -212,6 +237,18 @@ MUTANTS = {
     "checkpoint: the last dtype is the widest": Mutant(
         "checkpoints/load.py", "widest = torch.promote_types(widest, dtype)", "widest = dtype",
         "checkpoints/test_grow_checkpoint.py -k mixed"),
+    # training
+    "curve: a step without new tokens counts": Mutant(
+        "training/loss_curve.py", "if tokens <= self.last:", "if tokens < self.last:", "training/test_loss_curve.py"),
+    "curve: a mean is a sum": Mutant(
+        "training/loss_curve.py", "self.points.append((tokens, self.total / self.n_open))", "self.points.append((tokens, self.total))",
+        "training/test_loss_curve.py"),
+    "curve: NaN is a loss": Mutant("training/loss_curve.py", "if isfinite(loss)]", "]", "training/test_loss_curve.py"),
+    "curve: a growth forgets the tokens": Mutant(
+        "training/attachment.py", "LossCurve(last=schedule.counts.n_tokens)", "LossCurve()",
+        "advice/test_advise.py -k survives_a_restart"),
+    "schedule: a smaller size resets the order": Mutant(
+        "training/triggers.py", "reached[what] = i, max(n, least)", "reached[what] = i, n", "training/test_triggers.py"),
 }  # fmt: skip
 
 
