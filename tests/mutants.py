@@ -51,7 +51,7 @@ MUTANTS = {
         "planning/check.py", "            or spec.shape(row.next_layer_source) != spec.shape(row.source)\n", "",
         "engine/test_bad_input.py -k hand_has_edited"),
     "plan: epsilon factors may be infinite": Mutant(
-        "planning/check.py", "all(isfinite(f) and f > 0 for f in plan.eps.values())", "True",
+        "planning/check.py", "*_of_eps(plan, spec, homes, factors)", "",
         "engine/test_bad_input.py -k 'hand_has_edited or numbers_that_are_none'"),
     "plan: split kv heads keep gradients": Mutant(
         "planning/axis_scales.py", "    if wide.joint:\n        return False\n", "",
@@ -190,7 +190,7 @@ MUTANTS = {
         "commit/checkpoint_guard.py", "if grown.source.get(name) == shapes[name]:", "if False:",
         "training/test_replay.py -k every_earlier"),
     "guard: an optimizer's guard names its first growth": Mutant(
-        "commit/commit.py", '            undo.attribute(before, "what", grown.what)\n', "", "training/test_replay.py -k every_earlier"),
+        "commit/commit.py", '        undo.attribute(own, "what", grown.what)\n', "", "training/test_replay.py -k every_earlier"),
     # engine and model
     "engine: a replaced head is not missed": Mutant(
         "engine/live_objects.py", " or p.shape in missing)", ")", "optimizer/test_state_rules.py -k 'dead or replaced'"),

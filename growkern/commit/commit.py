@@ -11,7 +11,6 @@ from torch import nn
 from growkern.commit.checkpoint_guard import Grown, Guard, guard_of, history_of
 from growkern.commit.optimizer import OptimTarget, grow_optimizer, grow_state
 from growkern.commit.optimizer_guard import OptimGuard, optim_guard_of
-from growkern.commit.optimizer_guard import guard as guard_optimizer
 from growkern.commit.undo import Undo
 from growkern.errors import CommitError, UnsupportedModelError
 from growkern.model import initial
@@ -287,7 +286,8 @@ def _guard(
         own, rules = optim_guard_of(target.optim), target.described.rules
         if own is None:
             own = OptimGuard(rules, grown.what)
-            undo.rollbacks += [handle.remove for handle in guard_optimizer(target.optim, own)]
+            undo.rollbacks.append(own.remove)
+            own.register(target.optim)
         undo.attribute(own, "rules", rules)
         undo.attribute(own, "what", grown.what)
         undo.attribute(own, "history", [*own.history, record])

@@ -39,6 +39,17 @@ class OptimGuard:
         self, rules: Mapping[str, Rule | None], what: str, history: Sequence[str] = ()
     ) -> None:
         self.rules, self.what, self.history = rules, what, [*history]
+        self._handles: list[Any] = []
+
+    def register(self, optim: Optimizer) -> None:
+        """Register the hooks on an optimizer."""
+        self._handles.append(optim.register_load_state_dict_pre_hook(self.check))
+        self._handles.append(optim.register_state_dict_post_hook(self.pack))
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
 
     def check(self, optim: Optimizer, state_dict: Mapping[str, Any]) -> None:
         """Raise CheckpointError for state whose shapes do not fit the optimizer's parameters."""
@@ -76,14 +87,6 @@ def optim_guard_of(optim: Optimizer) -> OptimGuard | None:
     return next((owner for owner in owners if isinstance(owner, OptimGuard)), None)
 
 
-def guard(optim: Optimizer, of: OptimGuard) -> list[Any]:
-    """Register the hooks of a guard on an optimizer; return their handles."""
-    return [
-        optim.register_load_state_dict_pre_hook(of.check),
-        optim.register_state_dict_post_hook(of.pack),
-    ]
-
-
 def history_of(state_dict: Mapping[str, Any]) -> list[str] | None:
     """Return the growths that the optimizer of a state dict has seen, as JSON; None for a mapping that is no state dict.
 
@@ -119,7 +122,7 @@ def settle(optim: Optimizer) -> None:
     if loaded and (own := optim_guard_of(optim)) is not None:
         own.history = history
     elif loaded:
-        guard(optim, OptimGuard({}, f"growth {len(history)}", history))
+        OptimGuard({}, f"growth {len(history)}", history).register(optim)
     for group, _ in loaded:
         del group[KEY]
 

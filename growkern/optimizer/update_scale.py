@@ -81,9 +81,15 @@ class UpdateScale:
         self.optim, self.orders = optim, dict(orders or {})
         self.scales = {p: _checked(optim, p, scale) for p, scale in scales.items()}
         self._before: dict[Tensor, dict[str, Tensor]] = {}  # by state key; "" is the parameter
-        self._hooks = [optim.register_state_dict_post_hook(self._pack), optim.register_step_pre_hook(self._enter)]  # fmt: skip
-        for group in optim.param_groups:
-            group[KEY] = True
+        self._hooks: list[Any] = []
+        try:
+            self._hooks.append(optim.register_state_dict_post_hook(self._pack))
+            self._hooks.append(optim.register_step_pre_hook(self._enter))
+            for group in optim.param_groups:
+                group[KEY] = True
+        except BaseException:
+            self.detach()
+            raise
 
     def remove(self) -> None:
         """Remove the hooks, and convert the optimizer's state to the model's units.

@@ -76,7 +76,7 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
         )
     raise_all(
         PlanError,
-        f"cannot {'shrink' if shrink else 'grow'} {spec.family} to {short(to, 1000)}:",
+        f"cannot {'shrink' if shrink else 'grow'} {spec.family} to {short(to, 300)}:",
         problems,
     )
     return target

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict  # a torch dependency; typing's is compl
 from growkern.api import expand_inplace, plan
 from growkern.commit.checkpoint_guard import guard_model, n_growths
 from growkern.commit.optimizer import Masters
-from growkern.commit.optimizer_guard import OptimGuard, check_loaded, guard, optim_guard_of
+from growkern.commit.optimizer_guard import OptimGuard, check_loaded, optim_guard_of
 from growkern.engine.forward_check import Check
 from growkern.engine.report import GrowthReport
 from growkern.errors import GrowthError, PlanError, raise_all
@@ -121,7 +121,7 @@ class Attachment:
         for one in optims:
             check_loaded(one)
             if optim_guard_of(one) is None:
-                guard(one, OptimGuard({}, ""))
+                OptimGuard({}, "").register(one)
         guard_model(self.model)
         self._call: Callable[[nn.Module], object] | None = None  # the model's last forward
         self._hooks += [one.register_step_post_hook(self._after_step) for one in optims]

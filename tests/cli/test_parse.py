@@ -72,7 +72,7 @@ def test_methods_are_read_as_one_writes_them(read, text, expected):
         (width_of, "Lossless(noise='x')", "noise='x' is not of type float"),
         (width_of, "Lossless(norms='zero')", "norms='zero' is not of type .*isometric"),
         (width_of, "HyperClone(general=1)", "general=1 is not of type bool"),
-        (width_of, f"Lossless(noise={'9' * 400})", r"noise=9+\.\.\. is not of type float"),
+        (width_of, f"Lossless(noise={'9' * 400})", r"noise=9+\.\.\.: a number is out of range"),
         (depth_of, "Stack(ignore_first=0.5)", "ignore_first=0.5 is not of type int"),
         (depth_of, "Layers((0, 'a'))", "is not of type tuple\\[int, ...\\]"),
         (depth_of, "Layers", "missing 1 required positional argument"),

@@ -5,7 +5,9 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.filterwarnings(
+    "ignore:Detected call of `lr_scheduler.step", "ignore:The .grad attribute of a Tensor"
+)
 @pytest.mark.parametrize("seed", range(6))
 def test_a_random_life_of_a_model_keeps_what_has_to_hold(seed):
     live_sequences.live(seed)
