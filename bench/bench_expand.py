@@ -151,6 +151,7 @@ def ready(case: str, n_bytes: int, dtype: str) -> Ready | str:
         "one tensor",
         {"hidden": n_source, "ffn": n_source},
         linear(NAME.removesuffix(".weight"), reads="residual", writes="ffn", bias=False),
+        non_affine_norms={},
     )
     width: WidthMethod = Random(growth.noise) if growth.random else Lossless(noise=growth.noise)
     plan = build(spec, sizes, width=width, depth=IdentityBlocks())

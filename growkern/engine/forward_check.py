@@ -12,6 +12,7 @@ from growkern.errors import CommitError, PlanError
 
 Check = Tensor | Mapping[str, object] | Sequence[object] | Callable[[nn.Module], object]
 # relative to the largest output; float64 is loose too, because norms in Hugging Face transformers round to float32 for any dtype
+SMALL = 1e-3  # output below which rounding is absolute
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -79,7 +80,7 @@ class ForwardCheck:
         kind = torch.promote_types(old.dtype, torch.float32)
         moved = float((new.to(kind) - old.to(kind))[both].abs().max()) if bool(both.any()) else 0.0
         scale = float(old[both].abs().max()) if bool(both.any()) else 0.0
-        if preserved and moved > tolerance * max(1.0, scale):
+        if preserved and moved > tolerance * max(SMALL, scale):
             raise CommitError(
                 f"check: {name} moved by {moved:.3g} (its largest value is {scale:.3g}), and the plan promises the source's function. "
                 "The growth was taken back: the spec lacks something that forward computes, such as a norm without parameters or "
@@ -96,8 +97,11 @@ class ForwardCheck:
         def leave(module: nn.Module, args: object, output: object) -> None:
             running.pop()
 
-        with _evaluating(self.model), torch.random.fork_rng([*devices]), torch.no_grad():
-            torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
+        with _unchanged(self.model), torch.random.fork_rng([*devices]), torch.no_grad():
+            torch.default_generator.manual_seed(0)
+            for index in devices:  # torch.manual_seed would seed devices that are not saved here
+                with torch.cuda.device(index):
+                    torch.cuda.manual_seed(0)
             hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
             try:
                 outputs = self._run()
@@ -121,15 +125,25 @@ def _names(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
-    """Put a model into evaluation mode, and each of its modules back into its own mode."""
+def _unchanged(model: nn.Module) -> Generator[None]:
+    """Put a model into evaluation mode; afterwards put back the mode of each of its modules, and the buffers that forward has changed."""
     modes = {m: m.training for m in model.modules()}
+    holders: list[Any] = [*modes]
+    buffers = [
+        (m._buffers, name, b, b.clone())
+        for m in holders
+        for name, b in m._buffers.items()
+        if b is not None
+    ]
     model.eval()
     try:
         yield
     finally:
+        model.train(modes[model])
         for module, mode in modes.items():
             module.training = mode
+        for held, name, buffer, before in buffers:
+            held[name] = buffer.copy_(before)
 
 
 def _tensors(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -164,13 +164,14 @@ class UpdateScale:
                 "UpdateScale: cannot read this state; pass what UpdateScale.state_dict() returned."
             )
         params = {place: p for p, place in self._places().items()}
-        if unknown := [place for place in state["scales"] if place not in params]:
+        saved = {int(place): scale for place, scale in state["scales"].items()}
+        if unknown := [place for place in saved if place not in params]:
             raise PlanError(
                 f"UpdateScale: the optimizer has no parameter at {unknown[:5]}; build the optimizer with the same groups."
             )
-        scales = {(p := params[place]): _read(scale, p) for place, scale in state["scales"].items()}
+        scales = {(p := params[place]): _read(scale, p) for place, scale in saved.items()}
         self.scales = {p: _checked(self.optim, p, scale) for p, scale in scales.items()}
-        self.orders = dict(state["orders"])
+        self.orders = {key: (powers[0], powers[1]) for key, powers in state["orders"].items()}
 
     def _pack(self, optim: Optimizer, state_dict: dict[str, Any]) -> None:
         """Replace the mark in each param group of a state dict by the factors of the group's parameters, keyed by position."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from growkern.api import expand_inplace
 from growkern.commit.commit import copied
 from growkern.engine.live_objects import averages_of, is_average, refuse_stale_references
-from growkern.errors import CommitError, GrowthError
+from growkern.errors import CommitError, GrowthError, UnsupportedModelError
 from growkern.execution.execute import NOTHING
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
@@ -31,8 +31,11 @@ def problems(attachment: "Attachment") -> list[str]:
         what = f"{target_of(event)} at {event.trigger}"
         try:
             spec = attachment.spec_of(place)
+        except Exception:  # the user's function reads values of the model, which a copy lacks
+            return found
+        try:
             described = describe(place, spec, values=place is model)
-            if _reached(event, described):
+            if place is model and _reached(event, described):
                 continue
             place = _twin(model) if place is model else place
             with torch.no_grad():
@@ -40,11 +43,11 @@ def problems(attachment: "Attachment") -> list[str]:
                     place, to=event.to, width=event.width, depth=event.depth, state=event.state, dynamics=event.dynamics,
                     spec=spec, seed=0, ema=(), backend=NOTHING,
                 )  # fmt: skip
-        except (
-            CommitError
-        ):  # a part of the model cannot be copied: events are planned at their steps
-            return found
         except GrowthError as error:
+            copied_wrong = isinstance(error, CommitError)  # a part of the model cannot be copied
+            of_another = place is not model and isinstance(error, UnsupportedModelError)
+            if copied_wrong or (of_another and not isinstance(attachment.options.get("spec"), ModelSpec)):  # fmt: skip
+                return found  # such events are planned at their steps
             return [*found, f"{what}: {error}"]
         found += [f"{what}: {why}" for why in unsaved(described, report.target_sizes)]
     return found

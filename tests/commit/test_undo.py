@@ -68,7 +68,7 @@ def fixture(kind):
 KINDS = ["attribute", "list", "dict", "tensors in a dict", "storage", "storage with a gradient"]
 
 
-@pytest.mark.parametrize("n_failures", [0, 2])
+@pytest.mark.parametrize("n_failures", [0, 1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_writes_of_one_object_are_undone_though_undos_fail_at_first(kind, n_failures):
     undo, write, read = fixture(kind)

@@ -112,6 +112,49 @@ def test_an_output_that_moves_takes_the_growth_back(method):
     assert same(state_of(model, optim), before)
 
 
+class Swapping(Tiny):
+    """Acts on the switch between the modes, counts its calls, and puts a new tensor in the place of a buffer."""
+
+    inside = False
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+        self.register_buffer("last", torch.zeros(()), persistent=False)
+
+    def train(self, mode=True):
+        self.inside = not mode
+        return super().train(mode)
+
+    def forward(self, ids):
+        self.calls += 1
+        self.last = self.calls + 1
+        return super().forward(ids)
+
+
+@pytest.mark.parametrize("split", [None, 16], ids=["passes", "fails"])
+def test_a_check_leaves_modes_and_buffers_as_they_were(split):
+    model = Swapping(split=split)
+    calls, last = model.calls, model.last
+    try:
+        growkern.expand_inplace(model, to=WIDER, spec=SPEC, check=IDS)
+    except CommitError:
+        assert split
+    assert not model.inside and model.training
+    assert model.calls is calls and model.last is last and calls == last == 0
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-2], ids=str)
+def test_small_outputs_are_compared_too(size):
+    model, optim = started(Tiny())
+    with torch.no_grad():
+        model.out.weight.mul_(size)
+        model.out.bias.mul_(size)
+    model.emb.register_forward_hook(lambda m, args, out: out * (1 if out.shape[-1] == 16 else 1.5))
+    with pytest.raises(CommitError, match="logits moved"):
+        growkern.expand_inplace(model, optim, to=WIDER, spec=SPEC, check=IDS)
+
+
 def test_an_output_may_move_where_the_plan_says_so():
     model = make("llama", tied=True).eval()
     report = growkern.expand_inplace(model, width=width.FPI(), check={"input_ids": batch()})

@@ -163,6 +163,24 @@ def test_a_model_that_cannot_be_copied_is_planned_at_its_steps():
     GrowthSchedule([At(step=5, to=WIDER)]).attach(model, optim)
 
 
+@pytest.mark.parametrize("kind", ["closes over the model", "reads a value"])
+def test_a_spec_that_a_copy_without_values_cannot_answer_is_asked_at_the_steps(kind):
+    model = make("plain", tied=True)
+    model.register_buffer("n", torch.tensor(4), persistent=False)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def spec(given):
+        return model.spec() if kind == "closes over the model" else (int(given.n), given.spec())[1]
+
+    schedule = GrowthSchedule([At(step=1, to={"ffn": 192}), At(step=2, to={"ffn": 384})])
+    schedule.attach(model, optim, spec=spec)
+    for seed in range(2):
+        loss_of(model, batch(seed)).backward()
+        optim.step()
+        optim.zero_grad()
+    assert schedule.fired == [1, 2]
+
+
 def test_other_parts_in_the_same_optimizer_that_read_the_model_are_refused():
     class Classifier(nn.Module):
         def __init__(self):
