@@ -15,6 +15,7 @@ from growkern.planning.method_text import method_of, parsed
 WIDTHS: dict[str, type] = {name: getattr(width, name) for name in width.__all__}
 DEPTHS: dict[str, type] = {name: getattr(depth, name) for name in depth.__all__}
 SHRINKS: dict[str, type] = {name: getattr(shrink, name) for name in shrink.__all__}
+LARGEST_FACTOR = 256  # between sizes of one growth on record; planning takes memory in proportion
 VOCABS: dict[str, type] = {method.__name__: method for method in (vocab.Zero, vocab.MeanCov)}
 
 
@@ -51,6 +52,13 @@ def replanned(record: GrowthRecord, spec: ModelSpec) -> GrowthPlan:
         raise PlanError(
             f"the record is of a {record.family} of {dict(record.source_sizes)}, and this {spec.family} has {dict(spec.sizes)}: build "
             "the model with the sizes of the record."
+        )
+    if far := [
+        f"{name} {n:,}" for name, n in record.to.items() if n > LARGEST_FACTOR * spec.sizes[name]
+    ]:
+        raise PlanError(
+            f"the record grows to {', '.join(far)}, more than {LARGEST_FACTOR} times the source's sizes: the record is spoiled; restore it "
+            "from the checkpoint."
         )
     names = {"width": (record.width, WIDTHS | VOCABS), "depth": (record.depth, DEPTHS)}
     if record.shrinks:

@@ -112,6 +112,19 @@ def test_a_record_that_gives_another_plan_is_refused_before_anything_changes():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("to", [{"ffn": 200_000}, {"hidden": 240_000}, {"layers": 4000}], ids=str)
+def test_a_record_of_absurd_sizes_is_refused_before_it_is_planned(to, monkeypatch):
+    model = make("llama", tied=True)
+    record = GrowthRecord.of(growkern.plan(model, to="2x"))
+    planned = []
+    monkeypatch.setattr("growkern.engine.history.build", lambda *args, **options: planned.append(1))
+    with pytest.raises(
+        PlanError, match="more than 256 times the source's sizes: the record is spoiled"
+    ):
+        growkern.resume(model, None, [replace(record, to=to).to_json()])
+    assert not planned
+
+
 RECORDS = {
     "later": ({"version": 2}, r"recorded in version 2, .* reads version 1: install"),
     "unknown": ({"colour": "red"}, "unexpected keyword argument 'colour'"),
