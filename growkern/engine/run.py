@@ -53,6 +53,7 @@ from growkern.optimizer.state_rules import (
 )
 from growkern.optimizer.update_scale import scale_of
 from growkern.planning.growth_plan import GrowthPlan
+from growkern.planning.growth_record import read
 from growkern.support.interrupts import uninterrupted
 from growkern.support.live_registry import Live
 from growkern.support.memory import keep_on_device, offload
@@ -220,6 +221,7 @@ def _commit(
     """Compute the target tensors and put them into the live model and its optimizers; roll all writes back on failure."""
     plan, lean = staged.plan, staged.executions[0].memory == "lean"
     record = recorded(plan, sources.spec, [bool(target.split) for target in staged.targets])
+    read(record)  # what could not be read later is refused now
 
     def before_finalize() -> bool:
         live = tensors_of(request.model, request.optims, sources.spec, request.master_weights)

@@ -66,6 +66,8 @@ def describe(model: nn.Module, spec: ModelSpec | None = None, *, values: bool = 
     raise_all(
         UnsupportedModelError, f"cannot grow this {type(model).__name__}:", [*_wrappers(model)]
     )
+    if spec is not None and not isinstance(spec.family, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UnsupportedModelError(f"spec: family is a name, got {spec.family!r}.")
     described = spec or _family(model)
     sizes = [f"{k}={n!r}" for k, n in described.sizes.items() if type(n) is not int or n < 1]
     if sizes:

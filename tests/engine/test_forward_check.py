@@ -269,6 +269,20 @@ def test_a_norm_without_parameters_is_kept_or_refused(to, stated, normed):
     torch.testing.assert_close(model(IDS)["logits"], before, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "family", [5, None, b"x", "x" * 10_000], ids=lambda family: str(family)[:4]
+)
+def test_a_family_that_no_record_can_name_is_refused_before_anything_changes(family):
+    from dataclasses import replace
+
+    model, optim = started(Tiny())
+    before = state_of(model, optim)
+    with pytest.raises(GrowthError, match="family"):
+        growkern.expand_inplace(model, optim, to=WIDER, spec=replace(SPEC, family=family))
+    assert same(state_of(model, optim), before)
+    growkern.expand_inplace(model, optim, to=WIDER, spec=SPEC)
+
+
 def test_families_have_no_note_on_sizes_that_nothing_lists():
     for family in ("llama", "gpt2", "bert"):
         assert not any(
