@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted(p for room in ("growkern", "kernels") for p in (ROOT / room).rglob("*.py"))
+FILES = sorted(  # growkern/kernels is a link in a checkout, and holds files in an unpacked sdist
+    p
+    for room in ("growkern", "kernels")
+    for p in (ROOT / room).rglob("*.py")
+    if p.parent != ROOT / "growkern" / "kernels"
+)
 LINES, FUNCTION, BRANCHES = 400, 60, 15  # lines of a module; lines and branches of a function
 BRANCH = ast.If, ast.For, ast.While, ast.IfExp, ast.ExceptHandler, ast.Match
 LONG = {  # functions that may be longer, and the reason
