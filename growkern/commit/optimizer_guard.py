@@ -87,7 +87,7 @@ def optim_guard_of(optim: Optimizer) -> OptimGuard | None:
     return next((owner for owner in owners if isinstance(owner, OptimGuard)), None)
 
 
-def history_of(state_dict: Mapping[str, Any]) -> list[str] | None:
+def history_in(state_dict: Mapping[str, Any]) -> list[str] | None:
     """Return the growths that the optimizer of a state dict has seen, as JSON; None for a mapping that is no state dict.
 
     Example:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from growkern.commit.checkpoint_guard import growth_history
 from growkern.commit.optimizer import Masters
-from growkern.commit.optimizer_guard import history_of, optim_guard_of
+from growkern.commit.optimizer_guard import history_in, optim_guard_of
 from growkern.engine.history import replanned
 from growkern.engine.request import Request
 from growkern.engine.run import all_or_nothing, run
@@ -114,7 +114,7 @@ def _ahead(done: Sequence[str], history: object, optims: Sequence[Optimizer]) ->
 
     A history may begin before the model's last growths, or after them: that of an optimizer begins with the optimizer.
     """
-    entries: Any = history_of(history) if isinstance(history, Mapping) else history  # pyright: ignore[reportUnknownArgumentType]
+    entries: Any = history_in(history) if isinstance(history, Mapping) else history  # pyright: ignore[reportUnknownArgumentType]
     entries = done if history is None else entries
     if not isinstance(entries, list | tuple) or not all(isinstance(h, str | GrowthPlan) for h in entries):  # pyright: ignore  # fmt: skip
         raise PlanError(
