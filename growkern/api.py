@@ -13,10 +13,7 @@ from growkern.engine.forward_check import Check
 from growkern.engine.report import GrowthReport
 from growkern.engine.request import Request
 from growkern.engine.run import run
-from growkern.errors import (
-    PlanError,
-    UnsupportedModelError,
-)
+from growkern.errors import PlanError, UnsupportedModelError, raise_all
 from growkern.execution.execute import Memory
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
@@ -25,16 +22,23 @@ from growkern.planning.build import build
 from growkern.planning.check import check as check_plan
 from growkern.planning.decisions import DepthMethod, ShrinkMethod, WidthMethod
 from growkern.planning.growth_plan import GrowthPlan
+from growkern.planning.plan_fields import problems_of
 from growkern.planning.sizes import Target, resolve_sizes
 from growkern.shrink import WeightSelection
+from growkern.support.argument_types import typed_arguments
 from growkern.support.renamed import renamed_arguments
 from growkern.support.wrappers import unwrapped
 from growkern.width import Lossless
 
 SHRINKING_STATES = "exact", "copy", "drop"
+typed = typed_arguments(  # all other arguments are checked by the functions that read them
+    PlanError, "model", "optim", "to", "width", "depth", "state", "dynamics", "seed", "plan", "spec", "check", "memory", "ema",
+    "master_weights", "scheduler",
+)  # fmt: skip
 
 
 @renamed_arguments(masters="master_weights", rules="state_rules")
+@typed
 def plan(
     model: nn.Module,
     optim: Optimizers = None,
@@ -90,6 +94,7 @@ def plan(
 
 
 @renamed_arguments(masters="master_weights", rules="state_rules")
+@typed
 def expand_inplace(
     model: nn.Module,
     optim: Optimizers = None,
@@ -189,6 +194,7 @@ def expand_inplace(
 
 
 @renamed_arguments(masters="master_weights", rules="state_rules")
+@typed
 def shrink_inplace(
     model: nn.Module,
     optim: Optimizers = None,
@@ -308,6 +314,8 @@ def _check_caller(model: object, plan: object) -> None:
         raise PlanError(
             f"plan: expected a GrowthPlan, got {type(plan).__name__}; GrowthPlan.from_json reads a saved plan."
         )
+    if plan is not None:
+        raise_all(PlanError, "this is no plan of growkern:", [*problems_of(plan)])
     growth_history(model)  # the growth adds to it
 
 

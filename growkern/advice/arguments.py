@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from math import isfinite
-from operator import index
-from typing import SupportsIndex, cast
+from typing import cast
 
 from growkern.advice.scaling import (
     KEPT_RANGE,
@@ -14,6 +13,7 @@ from growkern.advice.scaling import (
     deviation,
 )
 from growkern.errors import PlanError, raise_all
+from growkern.planning.argument_checks import wrong_int
 from growkern.support.text import short
 
 LEAST_SPENT = 0.5  # share of the curve's FLOPs that spent= states at least
@@ -94,13 +94,9 @@ def curves(others: object, own: Curve) -> list[tuple[float, Curve]]:
 
 def checked_seed(seed: object) -> int:
     """Return a seed as an int; raise PlanError if it is not a whole number from 0 to 2**64 - 1."""
-    if (
-        isinstance(seed, bool)
-        or not isinstance(seed, SupportsIndex)
-        or not 0 <= index(seed) < 1 << 64
-    ):
+    if [*wrong_int("seed", seed, 0, (1 << 64) - 1)]:
         raise PlanError(f"seed={short(seed)}: pass a whole number from 0 to 2**64 - 1.")
-    return index(seed)
+    return int(seed)  # pyright: ignore[reportArgumentType]
 
 
 def check(

@@ -1,7 +1,7 @@
 """Compare growth methods on copies of a model, before one is chosen."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from math import nan
 from typing import Any, cast
@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 
 from growkern.analysis.verification import verify
 from growkern.api import expand_inplace
-from growkern.errors import GrowthError, PlanError
+from growkern.errors import GrowthError, PlanError, UnsupportedModelError, UnsupportedOptimizerError
 from growkern.optimizer.update_scale import UpdateScale, scale_of
 from growkern.planning.decisions import DepthMethod, WidthMethod
 from growkern.planning.sizes import Target
+from growkern.support.argument_types import misfits, typed_arguments
 from growkern.support.text import short, table
 from growkern.support.wrappers import unwrapped
 
@@ -89,6 +90,9 @@ class Comparison:
         return "\n\n".join([table(head, rows), *refused])
 
 
+@typed_arguments(
+    PlanError, "to", "batch", model=UnsupportedModelError, optim=UnsupportedOptimizerError
+)
 def compare(
     model: nn.Module,
     optim: Optimizer,
@@ -123,7 +127,10 @@ def compare(
         PlanError: ``methods`` is empty or has an entry of another type, there is no batch, or ``steps`` is negative.
     """
     model, optim = unwrapped(model), unwrapped(optim)
-    batches = [batch] if isinstance(batch, Tensor | Mapping) else [*batch]
+    several: Any = [batch] if isinstance(batch, Tensor | Mapping) else batch
+    batches: list[Batch] = [*several] if isinstance(several, Iterable) else [several]
+    for problem in (wrong for one in batches for wrong in misfits("batch", one, Batch)):
+        raise PlanError(problem)
     strange = [method for method in methods if _pair(method) is None]
     if not methods or strange:
         raise PlanError(

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from growkern.engine.forward_check import TOLERANCE
+from growkern.errors import PlanError, UnsupportedModelError, UnsupportedOptimizerError
+from growkern.support.argument_types import typed_arguments
 from growkern.support.text import fold, table
 
 STEP = 1e-2  # root mean square of each trial step over all elements: far from zero, far from divergence
@@ -91,6 +93,12 @@ class Verification:
         return table(["check", "found", ""], rows)
 
 
+@typed_arguments(
+    PlanError,
+    source=UnsupportedModelError,
+    target=UnsupportedModelError,
+    optim=UnsupportedOptimizerError,
+)
 def verify(
     source: nn.Module,
     target: nn.Module,

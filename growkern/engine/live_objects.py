@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from growkern.errors import PlanError, UnsupportedModelError, UnsupportedOptimizerError
 from growkern.optimizer.schedulers import driven_by
-from growkern.support.live_registry import Live, mid_step
+from growkern.support.live_registry import Live, in_pass, mid_step
 from growkern.support.wrappers import unwrapped
 
 ENGINE = "DeepSpeedEngine"  # recognized by class name, so that no framework is imported
@@ -21,8 +21,13 @@ AVERAGE = re.compile(
 )  # ModelEmaV2, EMAModel, EMA, ...
 
 
-def refuse_mid_step(*optims: object) -> None:
-    """Raise PlanError inside the step of one of the optimizers, before its update is done."""
+def refuse_mid_pass(model: nn.Module, *optims: object) -> None:
+    """Raise PlanError inside a forward or a backward of the model, or inside the step of an optimizer before its update is done."""
+    if running := in_pass(model):
+        raise PlanError(
+            f"a growth inside {running} would break the rest of it; grow between steps, or in a post-hook of optimizer.step() "
+            "(GrowthSchedule.attach)."
+        )
     if any(map(mid_step, optims)):
         raise PlanError(
             "a growth in a closure or a pre-hook of optimizer.step() would change half a step; grow between steps, or in a "
@@ -205,7 +210,8 @@ def is_average(kind: type) -> bool:
 
 def averages_of(model: nn.Module, ema: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
     """Return the modules inside the averages of the model; raise PlanError for an object that is no average of the model."""
-    several = [ema] if isinstance(ema, nn.Module) else [*(ema or ())]
+    single: list[Any] = [] if ema is None else [ema]
+    several: Sequence[Any] = ema if isinstance(ema, list | tuple) else single
     if strangers := [average for average in several if not isinstance(average, nn.Module)]:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PlanError(
             f"ema: expected an AveragedModel or another module, got {type(strangers[0]).__name__}."

@@ -24,7 +24,7 @@ from growkern.engine.forward_check import ForwardCheck
 from growkern.engine.history import recorded
 from growkern.engine.live_objects import (
     averages_of,
-    refuse_mid_step,
+    refuse_mid_pass,
     refuse_neighbors,
     refuse_stale_references,
     unmanaged_schedulers,
@@ -69,7 +69,7 @@ def run(request: Request) -> GrowthReport:
     Raises:
         GrowthError: See ``growkern.expand_inplace``.
     """
-    refuse_mid_step(*request.optims)
+    refuse_mid_pass(request.model, *request.optims)
     with claimed(request.model, request.optims, request.ema, request.master_weights):
         return _run(request)
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from growkern.commit.undo import Undo
 from growkern.engine.claims import claimed
-from growkern.engine.live_objects import refuse_mid_step
+from growkern.engine.live_objects import refuse_mid_pass
 from growkern.errors import (
     PlanError,
     UnsupportedModelError,
@@ -22,6 +22,7 @@ from growkern.optimizer.describe import describe_optimizer
 from growkern.optimizer.state_rules import Rule
 from growkern.optimizer.update_scale import scale_of
 from growkern.planning.argument_checks import STRONGEST, wrong_int, wrong_number
+from growkern.support.argument_types import typed_arguments
 from growkern.support.interrupts import uninterrupted
 from growkern.support.text import short
 from growkern.support.wrappers import unwrapped
@@ -59,6 +60,15 @@ TWINS = {
 }
 
 
+@typed_arguments(
+    PlanError,
+    "experts",
+    "top_k",
+    "std",
+    "seed",
+    model=UnsupportedModelError,
+    optim=UnsupportedOptimizerError,
+)
 def upcycle(
     model: nn.Module, optim: Optimizer | None = None, *, experts: int, top_k: int = 2, std: float = 0.02, seed: int = 0
 ) -> nn.Module:  # fmt: skip
@@ -104,7 +114,7 @@ def upcycle(
             f"experts={short(experts)}, top_k={short(top_k)}, std={short(std)}, seed={short(seed)}"
         )
         raise PlanError(f"{said}: pass 1 <= top_k <= experts, std > 0, and an int as seed.")
-    refuse_mid_step(optim)
+    refuse_mid_pass(model, optim)
     with claimed(model, [] if optim is None else [optim]):
         return _upcycled(model, optim, twin, experts, top_k, std, seed)
 

@@ -2,28 +2,29 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from growkern.engine.report import GrowthReport
+from growkern.errors import PlanError, UnsupportedModelError
 from growkern.optimizer.describe import optimizers
 from growkern.optimizer.schedulers import driven_by
+from growkern.support.argument_types import typed_arguments
 from growkern.support.wrappers import unwrapped
 from growkern.training.attachment import Attachment, Options, growth_metrics, spec_function
 from growkern.training.replay import catch_up
 from growkern.training.schedule import GrowthSchedule
 from growkern.training.triggers import Event
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
-
+@typed_arguments(PlanError, "optim", model=UnsupportedModelError)
 def attach(
-    accelerator: "Accelerator", model: nn.Module, optim: Optimizer | Sequence[Optimizer], schedule: GrowthSchedule,
+    accelerator: Accelerator, model: nn.Module, optim: Optimizer | Sequence[Optimizer], schedule: GrowthSchedule,
     scheduler: object | None = None,
     **options: Unpack[Options],
 ) -> Attachment:  # fmt: skip
@@ -58,7 +59,7 @@ def attach(
     attachment = schedule.attach(
         accelerator.unwrap_model(model),  # pyright: ignore[reportUnknownArgumentType]
         optims,
-        scheduler or drivers,
+        drivers if scheduler is None else scheduler,
         **options,
     )
 

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from growkern.errors import PlanError
 from growkern.model.spec import ModelSpec
+from growkern.support.argument_types import typed_arguments
 from growkern.training.attachment import Attachment, Options, growth_metrics, spec_function
 from growkern.training.replay import catch_up
 from growkern.training.replay import resume as replay
@@ -37,6 +38,7 @@ class Trainer(Protocol):
         """Log to every tracker."""
 
 
+@typed_arguments(PlanError)
 def attach(trainer: Trainer, schedule: GrowthSchedule, **options: Unpack[Options]) -> object:
     """Grow during ``trainer.train()``. Call ``attach`` once, before ``train``.
 
@@ -59,6 +61,9 @@ def attach(trainer: Trainer, schedule: GrowthSchedule, **options: Unpack[Options
         PlanError: Another schedule is attached, or an event needs tokens and the trainer does not count tokens.
     """
     from transformers.trainer_callback import ExportableState, TrainerCallback
+
+    if not hasattr(trainer, "callback_handler"):
+        raise PlanError(f"trainer: expected a transformers.Trainer, got {type(trainer).__name__}.")
 
     if any(
         type(callback).__name__ == "GrowthCallback"

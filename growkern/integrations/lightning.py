@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from growkern.errors import PlanError
 from growkern.optimizer.schedulers import driven_by
+from growkern.support.argument_types import typed_arguments
 from growkern.training.attachment import Attachment, Options, growth_metrics, spec_function
 from growkern.training.replay import catch_up
 from growkern.training.schedule import GrowthSchedule
@@ -35,6 +36,7 @@ class GrowthCallback(Callback):
             with parameters.
     """
 
+    @typed_arguments(PlanError)
     def __init__(
         self,
         schedule: GrowthSchedule,

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from growkern.errors import UnsupportedModelError, raise_all
+from growkern.model import spec_check
 from growkern.model.families import FAMILIES
-from growkern.model.spec import SHARE, Blocks, ModelSpec, size_value
+from growkern.model.spec import SHARE, Blocks, ModelSpec
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WRAPPERS = {
@@ -66,14 +67,10 @@ def describe(model: nn.Module, spec: ModelSpec | None = None, *, values: bool = 
     raise_all(
         UnsupportedModelError, f"cannot grow this {type(model).__name__}:", [*_wrappers(model)]
     )
-    if spec is not None and not isinstance(spec.family, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise UnsupportedModelError(f"spec: family is a name, got {spec.family!r}.")
+    if spec is not None:
+        title = f"cannot describe {type(model).__name__} by this spec:"
+        raise_all(UnsupportedModelError, title, [*spec_check.problems(spec)])
     described = spec or _family(model)
-    sizes = [f"{k}={n!r}" for k, n in described.sizes.items() if type(n) is not int or n < 1]
-    if sizes:
-        raise UnsupportedModelError(
-            f"spec: sizes are whole numbers from 1; got {', '.join(sizes)}."
-        )
     live = dict(model.named_parameters(remove_duplicate=False)) | dict(
         model.named_buffers(remove_duplicate=False)
     )
@@ -230,20 +227,16 @@ def _misshapen(spec: ModelSpec, live: dict[str, Tensor]) -> Iterator[str]:
 def _absent(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
     """Yield attributes, modules, sizes, stream writers and blocks that the spec names and the model does not have."""
     modules = dict(_modules(model))
-    for where, size in (
-        *spec.attributes.items(),
-        *((f"config.{name}", size) for name, size in spec.config.items()),
-    ):
+    for where in (*spec.attributes, *(f"config.{name}" for name in spec.config)):
         owner, _, name = where.rpartition(".")
         if where in spec.attributes and not hasattr(modules.get(owner), name):
             yield f"{where}: the spec names this attribute, but the model does not have it; leave it out."
         module = owner.removeprefix("config").removeprefix(".")
         if where not in spec.attributes and module not in modules:
             yield f"{where}: the spec names {module!r}, but the model has no such module; correct the name."
-        try:
-            size_value("layers" if size == "block" else size, spec.sizes)
-        except KeyError as error:
-            yield f"{where}: the size {error} is not in sizes ({', '.join(spec.sizes)}); add it."
+    for name in spec.rebuilt_from_config:
+        if name not in modules:
+            yield f"{name}: rebuilt_from_config names this module, but the model does not have it; correct the name."
     axes = [axis for tensor in spec.tensors.values() for axis in tensor]
     written = {stream for axis in axes if axis.role != "reader" for stream in axis.streams}
     for name, tensor in spec.tensors.items():
@@ -268,7 +261,7 @@ def _misplaced(stack: Blocks, spec: ModelSpec, container: nn.Module | None) -> I
     elif len({id(block) for block in container}) < len(container):
         yield f"{stack.path}: layers share one module, so it cannot gain layers; leave blocks out of the spec to grow in width."
     else:
-        for name in (*stack.identity, *stack.carries):
+        for name in (*stack.identity, *stack.carries, *stack.outputs):
             if f"{stack.path}.0.{name}" not in spec.tensors:
                 yield f"{stack.path}.0.{name}: Blocks names this tensor, but the spec does not have it; correct the name."
 

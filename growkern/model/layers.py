@@ -2,7 +2,11 @@
 
 from typing import Any, Literal
 
+from growkern.errors import UnsupportedModelError
 from growkern.model.spec import KEY, QUERY, RAW, Axis, AxisUse, Norm, Segment, TensorSpec
+from growkern.support.argument_types import typed_arguments
+
+typed = typed_arguments(UnsupportedModelError)
 
 
 def _segments(axis: Axis) -> tuple[Segment, ...]:
@@ -11,16 +15,19 @@ def _segments(axis: Axis) -> tuple[Segment, ...]:
     return (axis,) if isinstance(axis, tuple) else tuple(axis)  # pyright: ignore[reportReturnType]
 
 
+@typed
 def writer(axis: Axis) -> AxisUse:
     """Return an axis that produces its streams."""
     return AxisUse("writer", _segments(axis))
 
 
+@typed
 def reader(axis: Axis) -> AxisUse:
     """Return an axis that contracts its streams."""
     return AxisUse("reader", _segments(axis))
 
 
+@typed
 def linear(
     name: str, *, reads: Axis, writes: Axis, bias: bool = True, transposed: bool = False
 ) -> dict[str, TensorSpec]:
@@ -29,11 +36,13 @@ def linear(
     return {f"{name}.weight": weight} | ({f"{name}.bias": (writer(writes),)} if bias else {})
 
 
+@typed
 def embedding(name: str, *, rows: Axis, writes: Axis) -> dict[str, TensorSpec]:
     """Describe a table ``E[rows, features]`` that is looked up by row."""
     return {f"{name}.weight": (writer(rows), writer(writes))}
 
 
+@typed
 def norm(
     name: str,
     *,

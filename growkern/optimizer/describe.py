@@ -24,8 +24,8 @@ def optimizers(optim: object) -> tuple[Optimizer, ...]:
     """
     several: list[object] = [*optim] if isinstance(optim, list | tuple) else [optim]  # pyright: ignore[reportUnknownArgumentType]
     bare = [unwrapped(entry) for entry in several if entry is not None or len(several) > 1]
-    for entry in bare:
-        _check_class(entry)
+    for i, entry in enumerate(bare):
+        _check_class(entry, f"optim[{i}]" if len(several) > 1 else "optim")
     if len({id(entry) for entry in bare}) < len(bare):
         raise UnsupportedOptimizerError(
             "optim: an optimizer occurs twice; pass every optimizer once."
@@ -139,11 +139,11 @@ def describe_optimizer(
     return OptimSpec(kind, tuple(held), keys, law, adjusts, frozenset(coupled))
 
 
-def _check_class(optim: object) -> None:
+def _check_class(optim: object, name: str = "optim") -> None:
     """Raise UnsupportedOptimizerError for an object that is no optimizer, and for an optimizer that shards its state over processes."""
     if not isinstance(optim, Optimizer):
         raise UnsupportedOptimizerError(
-            f"optim: expected a torch.optim.Optimizer, got {type(optim).__name__}."
+            f"{name}: expected a torch.optim.Optimizer, got {type(optim).__name__}."
         )
     if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optim).__mro__):
         raise UnsupportedOptimizerError(

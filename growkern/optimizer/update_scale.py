@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from growkern.errors import PlanError
+from growkern.errors import PlanError, UnsupportedOptimizerError
+from growkern.support.argument_types import typed_arguments
 from growkern.support.interrupts import uninterrupted
+from growkern.support.text import short
 
 Factor = float | Tensor  # along one axis: one number, or one per coordinate, (n,)
 KEY = "update_scale"  # of a param group: True in a live optimizer that has an UpdateScale, its factors in a state dict
@@ -65,6 +67,7 @@ class UpdateScale:
         >>> scale = growkern.UpdateScale(optim, {model.lm_head.weight: 0.5})
     """
 
+    @typed_arguments(PlanError, "scales", optim=UnsupportedOptimizerError)
     def __init__(
         self,
         optim: Optimizer,
@@ -73,7 +76,9 @@ class UpdateScale:
         orders: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         if not isinstance(scales, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise PlanError("UpdateScale: expected a mapping from parameters to UpdateFactors.")
+            raise PlanError(
+                f"UpdateScale: expected a mapping from parameters to factors, got {short(scales)}."
+            )
         if scale_of(optim) is not None:
             raise PlanError(
                 "this optimizer already has an UpdateScale; call remove() of that UpdateScale first."
@@ -304,6 +309,8 @@ def _plain(scale: Scale) -> dict[str, Any]:
 
 
 def _checked(optim: Optimizer, p: Tensor, scale: float | Scale) -> Scale:
+    if not isinstance(p, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PlanError(f"UpdateScale: expected parameters as keys, got {short(p)}.")
     if not any(p is q for group in optim.param_groups for q in group["params"]):
         raise PlanError(
             f"UpdateScale: this {type(optim).__name__} has no such parameter of shape {tuple(p.shape)}; add it to a param group."

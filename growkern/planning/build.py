@@ -159,7 +159,7 @@ def _check_request(
         problems.append(f"seed={seed!r}: pass an int from 0 to 2**64 - 1.")
     if shrink is not None:
         expected = "a shrink method such as WeightSelection()"
-        problems += _strange("method", "narrow", expected, shrink)
+        problems += _strange("method", "keep", expected, shrink)
     else:
         problems += _strange("width", "widen", "a width method such as Lossless()", width)
         problems += _strange("depth", "deepen", "a depth method such as IdentityBlocks()", depth)

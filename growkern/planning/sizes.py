@@ -44,10 +44,8 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
         PlanError: A size name is unknown, or a target is not whole, is on the wrong side of the source, or is impossible in the
             model. The error lists every problem, with the nearest possible sizes.
     """
-    if not isinstance(to, str | Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise PlanError(
-            f"cannot read to={short(to)}; pass a factor such as '2x' or '1.5x', or a mapping of {', '.join(spec.sizes)}."
-        )
+    for problem in wrong_target(to, ", ".join(spec.sizes)):
+        raise PlanError(problem)
     source, problems = spec.sizes, list[str]()
     named = _named(spec, to, problems, shrink)
     target = dict(source) | named
@@ -80,6 +78,15 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
         problems,
     )
     return target
+
+
+def wrong_target(to: object, known: str = "size names") -> Iterator[str]:
+    """Yield a problem for anything but a factor, or a mapping from names to ints or factors, as far as types tell."""
+    named: Mapping[Any, Any] = to if isinstance(to, Mapping) else {}  # pyright: ignore[reportUnknownVariableType]
+    if not isinstance(to, str | Mapping) or (isinstance(to, str) and _factor(to) is None):
+        yield f"cannot read to={short(to)}; pass a factor such as '2x' or '1.5x', or a mapping of {known}."
+    elif strange := [name for name in named if not isinstance(name, str)]:
+        yield f"cannot read to={short(to)}: {short(strange[0])} is no name of a size; pass a mapping of {known}."  # pyright: ignore
 
 
 def _groups(source: Mapping[str, int], target: Mapping[str, int], shrink: bool) -> Iterator[str]:
@@ -132,10 +139,6 @@ def _wrong_side(name: str, n: int, source: int, shrink: bool) -> str | None:
 
 def _named(spec: ModelSpec, to: Target, problems: list[str], shrink: bool) -> dict[str, int]:
     if isinstance(to, str):
-        if _factor(to) is None:
-            raise PlanError(
-                f"cannot read to={short(to)}; pass a factor such as '2x' or '1.5x', or a mapping of {', '.join(spec.sizes)}."
-            )
         if "hidden" in spec.sizes:
             return {"hidden": _scaled("hidden", spec, to, problems)}
         return {name: _scaled(name, spec, to, problems) for name in WIDTHS if name in spec.sizes}

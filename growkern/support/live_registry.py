@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 KINDS: tuple[type[Any], ...] = (Optimizer, nn.Module, LRScheduler)
+CALLS = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}  # pyright: ignore
 _alive: dict[type, WeakValueDictionary[int, Any]] = {kind: WeakValueDictionary() for kind in KINDS}
 
 
@@ -132,6 +133,21 @@ def mid_step(optim: object) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def in_pass(model: nn.Module) -> str | None:
+    """Return what is running, inside a backward or inside the forward of a part of the model; None outside.
+
+    A call of the whole model does not count: a training loop may be inside a ``forward``.
+    """
+    if torch._C._current_graph_task_id() != -1:  # pyright: ignore
+        return "a backward"
+    frame, parts = _getframe(1), {id(m) for m in model.modules() if m is not model}
+    while frame is not None:
+        if frame.f_code in CALLS and id(frame.f_locals[frame.f_code.co_varnames[0]]) in parts:
+            return "a forward"
+        frame = frame.f_back
+    return None
 
 
 def _step_of(optim: Optimizer) -> tuple[int | None, _Step | None]:

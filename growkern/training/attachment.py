@@ -14,13 +14,14 @@ from growkern.api import expand_inplace, plan
 from growkern.commit.checkpoint_guard import guard_model, n_growths
 from growkern.commit.optimizer import Masters
 from growkern.commit.optimizer_guard import OptimGuard, check_loaded, optim_guard_of
-from growkern.engine.forward_check import Check
+from growkern.engine.forward_check import Check, ForwardCheck
 from growkern.engine.report import GrowthReport
 from growkern.errors import GrowthError, PlanError, raise_all
 from growkern.execution.execute import Memory
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.describe import optimizers
+from growkern.optimizer.schedulers import check_scheduler
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.support.interrupts import uninterrupted
 from growkern.support.wrappers import unwrapped
@@ -83,7 +84,6 @@ class Attachment:
     ) -> None:  # fmt: skip
         self.schedule, self.on_growth = schedule, list[OnGrowth]()
         self.model: nn.Module = unwrapped(model)
-        self._schedulers: list[ref[Any]] = [ref(unwrapped(s)) for s in _listed(scheduler)]
         self.options, self.deferred, self.stepped = options, deferred, False
         # number of growths before the one in progress; None when no growth is in progress
         self._running: int | None = None
@@ -98,6 +98,9 @@ class Attachment:
             optims = optimizers(optim)
         except GrowthError as error:
             raise PlanError(f"{title} {error}") from error
+        live = [unwrapped(s) for s in _listed(scheduler)]
+        check_scheduler(optims, live)
+        self._schedulers: list[ref[Any]] = [*map(ref, live)]
         if not optims:
             raise PlanError(
                 f"{title} optim: pass the optimizer of the model, or a list of optimizers."
@@ -118,6 +121,9 @@ class Attachment:
         raise_all(PlanError, title, unknown_sizes(schedule.ahead, spec))
         self._optims, self._hooks = [ref(one) for one in optims], list[Any]()
         raise_all(PlanError, title, problems(self))
+        check = self._check()
+        if check is not None and check is not True:
+            ForwardCheck(self.model, check)  # raises now if the forward fails on the batch
         for one in optims:
             check_loaded(one)
             if optim_guard_of(one) is None:

@@ -14,7 +14,7 @@ from growkern.commit.optimizer_guard import history_in, optim_guard_of
 from growkern.engine.history import replanned
 from growkern.engine.request import Request
 from growkern.engine.run import all_or_nothing, run
-from growkern.errors import GrowthError, PlanError
+from growkern.errors import GrowthError, PlanError, UnsupportedModelError
 from growkern.execution.execute import NOTHING
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
@@ -22,6 +22,7 @@ from growkern.optimizer.describe import Optimizers, optimizers
 from growkern.planning.check import check
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.growth_record import GrowthRecord, digest_of, read
+from growkern.support.argument_types import typed_arguments
 from growkern.support.renamed import renamed_arguments
 from growkern.support.text import short
 from growkern.support.wrappers import unwrapped
@@ -30,6 +31,7 @@ Growth = GrowthPlan | GrowthRecord
 
 
 @renamed_arguments(masters="master_weights")
+@typed_arguments(PlanError, "optim", "history", model=UnsupportedModelError)
 def resume(
     model: nn.Module,
     optim: Optimizers = None,
@@ -118,8 +120,8 @@ def _ahead(done: Sequence[str], history: object, optims: Sequence[Optimizer]) ->
     entries = done if history is None else entries
     if not isinstance(entries, list | tuple) or not all(isinstance(h, str | GrowthPlan) for h in entries):  # pyright: ignore  # fmt: skip
         raise PlanError(
-            "history: expected a list of recorded growths, such as schedule.state_dict()['history'], or the state dict of an "
-            f"optimizer, got {short(history)}."  # pyright: ignore[reportUnknownArgumentType]
+            "history: expected a list of recorded growths (each a str or a GrowthPlan), such as schedule.state_dict()['history'], or the "
+            f"state dict of an optimizer, got {short(history)}."  # pyright: ignore[reportUnknownArgumentType]
         )
     growths: list[Growth] = [h if isinstance(h, GrowthPlan) else read(h) for h in entries]  # pyright: ignore
     own, all_of_them = [digest_of(read(text)) for text in done], [*map(digest_of, growths)]

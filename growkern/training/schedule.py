@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
+from numbers import Real
 from typing import Any
 from weakref import ref
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack  # a torch dependency; typing has Unpack from 3.11 on
 
-from growkern.errors import PlanError, raise_all
+from growkern.errors import PlanError, UnsupportedModelError, raise_all
+from growkern.support.argument_types import typed_arguments
 from growkern.support.renamed import renamed_arguments
-from growkern.support.text import table
+from growkern.support.text import short, table
 from growkern.training.attachment import Attachment, OnGrowth, Options
 from growkern.training.triggers import (
     Counts,
@@ -49,6 +51,7 @@ class GrowthSchedule:
         >>> schedule.attach(model, optim, scheduler)
     """
 
+    @typed_arguments(PlanError, "events")
     def __init__(self, events: Sequence[Event], *, on_growth: Sequence[OnGrowth] = ()) -> None:
         raise_all(PlanError, "cannot schedule these growths:", disorder(events))
         self.events = tuple(events)
@@ -77,6 +80,7 @@ class GrowthSchedule:
         """The first event that has not fired; None when all events have fired."""
         return self.ahead[0] if self.ahead else None
 
+    @typed_arguments(PlanError, "metrics", "tokens")
     def observe(
         self,
         *,
@@ -96,8 +100,10 @@ class GrowthSchedule:
             metrics: Values by metric name. Values that are not finite are ignored.
 
         Raises:
-            PlanError: ``tokens`` or ``flops`` is negative or not finite, or the next event is a ``WhenSlope`` and no FLOPs are known.
+            PlanError: ``tokens`` or ``flops`` is negative or not finite, a metric is not one number, or the next event is a ``WhenSlope``
+                and no FLOPs are known. Nothing is counted then, unless FLOPs are unknown.
         """
+        self._refuse_lists(dict(metrics, tokens=tokens))
         n = float(tokens)
         if not all(isfinite(x) and x >= 0 for x in (n, flops or 0)):
             raise PlanError(
@@ -115,12 +121,14 @@ class GrowthSchedule:
         Raises:
             PlanError: See ``observe``.
         """
+        event = self.next_event
+        observed = event.observes if event is not None else None
+        self._refuse_lists(metrics)
         if "loss" in metrics:
             self.counts.curve.add(self.counts.n_tokens, metrics["loss"])
-        event = self.next_event
-        if event is None or event.observes is None or event.observes not in metrics:
+        if event is None or observed is None or observed not in metrics:
             return
-        seen = metrics[event.observes]
+        seen = metrics[observed]
         value = float(seen.detach() if isinstance(seen, Tensor) else seen)
         if isinstance(event, WhenSlope) and self.counts.n_flops <= 0:
             raise PlanError(
@@ -130,7 +138,16 @@ class GrowthSchedule:
         if isfinite(value):
             self.counts.points = event.keep([*self.counts.points, (self.counts.n_flops, value)])
 
+    def _refuse_lists(self, metrics: Mapping[str, object]) -> None:
+        """Raise PlanError for a number to read that is not one number; other metrics are not looked at."""
+        observed = self.next_event.observes if self.next_event is not None else None
+        for name in metrics.keys() & {"tokens", "loss", observed}:
+            value = metrics[name]
+            if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)):
+                raise PlanError(f"observe: expected one number as {name}, got {short(value)}.")
+
     @renamed_arguments(masters="master_weights", rules="state_rules")
+    @typed_arguments(PlanError, "optim", model=UnsupportedModelError, spec=UnsupportedModelError)
     def attach(
         self, model: nn.Module, optim: Optimizer | Sequence[Optimizer], scheduler: object | None = None, *, deferred: bool = False,
         **options: Unpack[Options],

@@ -3,15 +3,16 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite, log
+from math import inf, isfinite, log
 from typing import Any, Literal
 
-from growkern.errors import GrowthError, PlanError
+from growkern.errors import GrowthError, PlanError, raise_all
 from growkern.model.spec import ModelSpec
 from growkern.planning.decisions import DepthMethod, WidthMethod
 from growkern.planning.growth_record import read
 from growkern.planning.options import DYNAMICS, STATES
-from growkern.planning.sizes import Target, resolve_sizes
+from growkern.planning.sizes import Target, resolve_sizes, wrong_target
+from growkern.support.argument_types import wrong_fields
 from growkern.training.loss_curve import LossCurve
 
 
@@ -53,6 +54,10 @@ class Event(ABC):
     state: str = "exact"
     dynamics: str | None = "mup"
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        wrong = [*wrong_target(self.to)] or [*wrong_fields(self)]
+        raise_all(PlanError, f"{type(self).__name__}:", wrong)
 
     @property
     def observes(self) -> str | None:
@@ -101,10 +106,11 @@ class At(Event):
         >>> At(step=1000, to={"hidden": 1024})
     """
 
-    step: int | None = None
+    step: float | None = None
     tokens: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = [n for n in (self.step, self.tokens) if n is not None]
         if len(given) != 1 or not given[0] > 0 or not isfinite(given[0]):
             raise PlanError(
@@ -165,6 +171,7 @@ class WhenPlateau(Event):
     mode: Literal["min", "max"] = "min"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.patience < 1 or not self.min_delta >= 0 or self.mode not in ("min", "max"):
             raise PlanError(
                 f"WhenPlateau(patience={self.patience}, min_delta={self.min_delta}, mode={self.mode!r}): "
@@ -213,7 +220,7 @@ class WhenSlope(Event):
         metric: Name under which ``schedule.observe`` gets the loss.
 
     Raises:
-        PlanError: ``tau`` is not finite, or ``window`` is below 2.
+        PlanError: ``tau`` is negative or not finite, or ``window`` is below 2.
 
     Reference:
         Shen, Walsh, Keutzer, Dodge, Peters, Beltagy, "Staged Training for Transformer Language Models", ICML 2022, arXiv:2203.06211.
@@ -224,9 +231,10 @@ class WhenSlope(Event):
     metric: str = "loss"
 
     def __post_init__(self) -> None:
-        if not isfinite(self.tau) or self.window < 2:
+        super().__post_init__()
+        if not 0 <= self.tau < inf or self.window < 2:
             raise PlanError(
-                f"WhenSlope(tau={self.tau}, window={self.window}): pass a finite tau, and a window of at least 2."
+                f"WhenSlope(tau={self.tau}, window={self.window}): pass a finite tau from 0, and a window of at least 2."
             )
 
     @property
@@ -282,9 +290,10 @@ def target_of(event: Event) -> str:
 
 def disorder(events: Sequence[Event]) -> list[str]:
     """Return the reasons why events cannot be scheduled: unknown options, or steps, tokens or sizes that decrease."""
-    if not events or not all(isinstance(event, Event) for event in events):  # pyright: ignore[reportUnnecessaryIsInstance]
-        kinds = ", ".join(type(event).__name__ for event in events)
-        return [f"expected At, WhenPlateau or WhenSlope events, got {kinds or 'none'}."]
+    listed: Any = events if isinstance(events, Sequence) else (events,)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if listed is not events or not events or not all(isinstance(e, Event) for e in listed):
+        kinds = ", ".join(type(event).__name__ for event in listed)
+        return [f"expected At, WhenPlateau or WhenSlope events, in a list, got {kinds or 'none'}."]
     problems: list[str] = [
         f"event {i}: unknown {name}={value!r}; pass {', '.join(map(repr, known))}."
         for i, event in enumerate(events)

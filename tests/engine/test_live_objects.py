@@ -340,3 +340,43 @@ def test_a_compiled_step_and_a_module_made_while_compiling():
     model(batch()).logits.sum().backward()
     torch.compile(optim.step, backend="eager")()
     grow(model, optim, to="2x")
+
+
+@pytest.mark.parametrize("place", ["tensor", "grad", "module", "forward", "pre"])
+def test_a_growth_inside_a_forward_or_a_backward_is_refused_and_the_pass_goes_on(place):
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    layer, weight, refused = model.model.layers[0].mlp, model.model.layers[1].mlp.up_proj.weight, []
+
+    def grows(*_):
+        with pytest.raises(PlanError, match="a growth inside a (forward|backward) would break"):
+            growkern.expand_inplace(model, optim)
+        refused.append(place)
+
+    {
+        "tensor": lambda: weight.register_hook(grows),
+        "grad": lambda: weight.register_post_accumulate_grad_hook(grows),
+        "module": lambda: layer.register_full_backward_hook(grows),
+        "forward": lambda: layer.register_forward_hook(grows),
+        "pre": lambda: layer.register_forward_pre_hook(grows),
+    }[place]()
+    train(model, optim, 1)
+
+    assert refused == [place] and model.config.hidden_size == 24
+
+
+def test_a_growth_inside_the_forward_of_a_module_around_the_model_is_no_pass_of_the_model():
+    class Loop(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = make("llama", tied=True)
+
+        def forward(self, ids):
+            self.inner(input_ids=ids, labels=ids).loss.backward()
+            optim.step()
+            return growkern.expand_inplace(self.inner, optim)
+
+    loop = Loop()
+    optim = torch.optim.AdamW(loop.parameters(), lr=1e-3)
+
+    assert loop(batch()).target_sizes["hidden"] == 48

@@ -39,8 +39,10 @@ DEVICE_FREE_MODULES = {
     "growkern.optimizer.state_rules",
 }
 TORCHLESS = {
+    "growkern.support.argument_types",
     "growkern.support.text",
     "growkern.support.renamed",
+    "growkern.support.wrappers",
 }  # modules of support that device-free rooms may import
 DEVICE = {"torch", "triton", "transformers"}
 STRANGERS = {  # room -> lower rooms that the room must not import

@@ -72,7 +72,7 @@ ORDERS = {
         [At(step=2, to={"hidden": 64}), At(step=1, to={"hidden": 48})],
         r"size hidden 48 is below the 64 of event 0.*\n  event 1: step 1 is below the 2",
     ),
-    "empty": ([], "expected At, WhenPlateau or WhenSlope events, got none"),
+    "empty": ([], "expected At, WhenPlateau or WhenSlope events, in a list, got none"),
     "no-event": ([{"step": 3}], "got dict"),
 }  # fmt: skip
 ARGUMENTS = {
