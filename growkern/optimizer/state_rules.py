@@ -199,6 +199,10 @@ LAWS: dict[str, Law] = {
     "schedulefree.adamw_schedulefree.AdamWScheduleFree": Law(
         {"z": VALUE, "exp_avg_sq": SQUARE}, decays=DECAY
     ),
+    "schedulefree.radam_schedulefree.RAdamScheduleFree": Law(
+        {"z": VALUE, "exp_avg_sq": SQUARE}, decays=DECAY
+    ),
+    "schedulefree.sgd_schedulefree.SGDScheduleFree": Law({"z": VALUE}, lr=(1, -1), decays=DECAY),
     "transformers.optimization.Adafactor": Law(
         STEP
         | {
@@ -212,10 +216,12 @@ LAWS: dict[str, Law] = {
         lr_without=("scale_parameter", (1, 0)),
     ),
     **{
-        f"bitsandbytes.optim.{name.lower().removeprefix('paged').removesuffix('8bit')}.{name}": Law(
-            EIGHT_BITS, decays=DECAY if "AdamW" in name else ()
+        f"bitsandbytes.optim.{name.lower()}.{paged}{name}{bits}": Law(
+            EIGHT_BITS, decays=() if name == "Adam" else DECAY
         )
-        for name in ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
+        for name in ("Adam", "AdamW", "Lion")
+        for paged in ("", "Paged")
+        for bits in ("", "8bit", "32bit")
     },
 }
 

@@ -52,6 +52,8 @@ THIRD = {  # growkern knows these optimizers by the name of their class
     "Lion": ("lion_pytorch", "Lion", dict(lr=1e-3, weight_decay=0.1)),
     "schedule-free": ("schedulefree", "AdamWScheduleFree", dict(lr=3e-3, weight_decay=0.1)),
     "schedule-free plain": ("schedulefree", "AdamWScheduleFree", dict(lr=3e-3, foreach=False)),
+    "schedule-free SGD": ("schedulefree", "SGDScheduleFree", dict(lr=0.5, weight_decay=0.1)),
+    "schedule-free RAdam": ("schedulefree", "RAdamScheduleFree", dict(lr=3e-3, weight_decay=0.1)),
     "HF Adafactor": ("transformers.optimization", "Adafactor", dict(beta1=0.9)),
     "HF Adafactor lr": (
         "transformers.optimization",

@@ -297,6 +297,40 @@ def test_state_in_eight_bits_grows_in_its_codes(kind, memory):
     assert train(model, optim, 3, first=3)[-1] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "twin", "keys"),
+    [
+        ("AdamW", "torch.optim.AdamW", ("exp_avg", "exp_avg_sq")),
+        ("AdamW32bit", "torch.optim.AdamW", ("exp_avg", "exp_avg_sq")),
+        ("Adam32bit", "torch.optim.Adam", ("exp_avg", "exp_avg_sq")),
+        ("Lion", "lion_pytorch.Lion", ("exp_avg",)),
+    ],
+)
+def test_bitsandbytes_in_32_bits_grows_as_the_optimizer_that_it_computes(kind, twin, keys):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    module, _, name = twin.rpartition(".")
+    runs = []
+    for of in (bitsandbytes.optim, pytest.importorskip(module)):
+        model = make("llama", tied=True)
+        optim = getattr(of, kind if of is bitsandbytes.optim else name)(
+            model.parameters(), lr=1e-3, weight_decay=0.01 if "W" in kind else 0.0
+        )
+        train(model, optim, 3)
+        grow(model, optim, to="2x", seed=0)
+        losses = train(model, optim, 1, first=3)
+        runs.append((model, optim, losses))
+    (own, optim, losses), (other, twin_optim, expected) = runs
+
+    assert losses == pytest.approx(expected, abs=1e-5)
+    for p, q in zip(own.parameters(), other.parameters(), strict=True):
+        for i, key in enumerate(keys, 1):
+            state, wanted = optim.state[p][f"state{i}"], twin_optim.state[q][key]
+            assert state.shape == wanted.shape == p.shape
+            assert (state - wanted).abs().max() <= 1e-3 * wanted.abs().max()
+    assert train(own, optim, 3, first=4)[-1] > 0
+
+
 @pytest.mark.parametrize("memory", ["stage", "lean"])
 def test_masters_grow_with_the_weights_they_are_copies_of(memory):
     """bfloat16 weights with float32 master weights grow as a float32 model does, new blocks too."""
