@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from growkern.analysis.verification import verify
 from growkern.api import expand_inplace
 from growkern.errors import GrowthError, PlanError, UnsupportedModelError, UnsupportedOptimizerError
+from growkern.optimizer.describe import Optimizers, optimizers
 from growkern.optimizer.update_scale import UpdateScale, scale_of
 from growkern.planning.decisions import DepthMethod, WidthMethod
 from growkern.planning.sizes import Target
@@ -90,12 +91,10 @@ class Comparison:
         return "\n\n".join([table(head, rows), *refused])
 
 
-@typed_arguments(
-    PlanError, "to", "batch", model=UnsupportedModelError, optim=UnsupportedOptimizerError
-)
+@typed_arguments(PlanError, "to", "batch", "optim", model=UnsupportedModelError)
 def compare(
     model: nn.Module,
-    optim: Optimizer,
+    optim: Optimizers,
     *,
     methods: Sequence[Method],
     batch: Batch | Sequence[Batch],
@@ -110,7 +109,7 @@ def compare(
 
     Args:
         model: Source model.
-        optim: Optimizer of the model.
+        optim: Optimizer of the model, or a list of optimizers.
         methods: Width methods, depth methods, or pairs of both.
         batch: Input: keyword arguments, or a tensor; the steps cycle through a sequence of batches.
         to: As in ``expand_inplace``.
@@ -126,7 +125,7 @@ def compare(
     Raises:
         PlanError: ``methods`` is empty or has an entry of another type, there is no batch, or ``steps`` is negative.
     """
-    model, optim = unwrapped(model), unwrapped(optim)
+    model, optims = unwrapped(model), optimizers(optim)
     several: Any = [batch] if isinstance(batch, Tensor | Mapping) else batch
     batches: list[Batch] = [*several] if isinstance(several, Iterable) else [several]
     for problem in (wrong for one in batches for wrong in misfits("batch", one, Batch)):
@@ -136,13 +135,17 @@ def compare(
         raise PlanError(
             f"methods: expected width methods, depth methods or pairs of both, got {short(strange or methods)}."
         )
+    if not optims:
+        raise UnsupportedOptimizerError(
+            "optim: pass the optimizer of the model, or a list of optimizers."
+        )
     if not batches or steps < 0:
         raise PlanError(
             f"compare takes at least one batch and steps >= 0; got {len(batches)} batches and steps={steps}."
         )
     measured = batches[0] if held_out is None else held_out
     measure = _Measure(
-        model, optim, batches, measured, steps, loss or loss_of, dict(options, to=to)
+        model, optims, batches, measured, steps, loss or loss_of, dict(options, to=to)
     )
     outcomes: list[Outcome] = []
     for method in (None, *methods):
@@ -156,10 +159,10 @@ class _Measure:
     """Grows and trains copies of one model."""
 
     def __init__(
-        self, model: nn.Module, optim: Optimizer, batches: list[Batch], measured: Batch, steps: int, loss: Loss,
+        self, model: nn.Module, optims: Sequence[Optimizer], batches: list[Batch], measured: Batch, steps: int, loss: Loss,
         options: dict[str, Any],
     ) -> None:  # fmt: skip
-        self.model, self.optim, self.batches, self.steps = model, optim, batches, steps
+        self.model, self.optims, self.batches, self.steps = model, optims, batches, steps
         self.measured = measured
         self.loss, self.options = loss, options
         twin, held = self._copies()
@@ -168,13 +171,13 @@ class _Measure:
 
     def __call__(self, method: Method | None) -> Outcome:
         """Measure one outcome; ``method=None`` trains the source on without growth."""
-        source, (grown, optim) = self.model, self._copies()
+        source, (grown, optims) = self.model, self._copies()
         name, seconds, n_bytes, preserves = "(none)", nan, 0, "trajectory"
         if method is not None:
             width, depth = _pair(method) or (None, None)
             name = " + ".join(_text(part) for part in (width, depth) if part is not None)
             try:
-                report = expand_inplace(grown, optim, width=width, depth=depth, **self.options)
+                report = expand_inplace(grown, optims, width=width, depth=depth, **self.options)
             except GrowthError as error:
                 return Outcome(name, refused=str(error))
             seconds, n_bytes = report.seconds, report.n_bytes_written
@@ -183,9 +186,11 @@ class _Measure:
         before, norm = self._losses(grown)
         for i in range(self.steps):
             grown.train()
-            optim.zero_grad()
+            for optim in optims:
+                optim.zero_grad()
             self.loss(grown, self.batches[i % len(self.batches)]).backward()  # pyright: ignore[reportUnknownMemberType]
-            optim.step()
+            for optim in optims:
+                optim.step()
         return Outcome(
             name,
             preserves=preserves,
@@ -200,15 +205,17 @@ class _Measure:
             n_bytes=n_bytes,
         )
 
-    def _copies(self) -> tuple[nn.Module, Optimizer]:
-        """Copy model and optimizer; a copied optimizer has no hooks, so the hooks of ``UpdateScale`` are registered again."""
-        scale = scale_of(self.optim)
-        if scale is not None:
-            scale.restore()
-        model, optim = copy.deepcopy((self.model, self.optim))
-        if scale is not None and scale_of(optim) is None:
-            UpdateScale(optim, {}).load_state_dict(scale.state_dict())
-        return model, optim
+    def _copies(self) -> tuple[nn.Module, list[Optimizer]]:
+        """Copy model and optimizers; a copied optimizer has no hooks, so the hooks of ``UpdateScale`` are registered again."""
+        scales = [scale_of(optim) for optim in self.optims]
+        for scale in scales:
+            if scale is not None:
+                scale.restore()
+        model, optims = copy.deepcopy((self.model, [*self.optims]))
+        for optim, scale in zip(optims, scales, strict=True):
+            if scale is not None and scale_of(optim) is None:
+                UpdateScale(optim, {}).load_state_dict(scale.state_dict())
+        return model, optims
 
     def _losses(self, model: nn.Module) -> tuple[float, float]:
         """Return loss and gradient norm on the held-out batch, in evaluation mode."""

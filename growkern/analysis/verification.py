@@ -1,7 +1,7 @@
 """Verify a growth: outputs, gradients, equal copies and optimizer state. The arguments are not changed."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from growkern.engine.forward_check import TOLERANCE
-from growkern.errors import PlanError, UnsupportedModelError, UnsupportedOptimizerError
+from growkern.errors import PlanError, UnsupportedModelError
+from growkern.optimizer.describe import Optimizers, optimizers
 from growkern.support.argument_types import typed_arguments
 from growkern.support.text import fold, table
 
@@ -93,17 +94,12 @@ class Verification:
         return table(["check", "found", ""], rows)
 
 
-@typed_arguments(
-    PlanError,
-    source=UnsupportedModelError,
-    target=UnsupportedModelError,
-    optim=UnsupportedOptimizerError,
-)
+@typed_arguments(PlanError, "optim", source=UnsupportedModelError, target=UnsupportedModelError)
 def verify(
     source: nn.Module,
     target: nn.Module,
     batch: Tensor | Mapping[str, object],
-    optim: Optimizer | None = None,
+    optim: Optimizers = None,
 ) -> Verification:
     """Compare a grown model with its source, and check that every element of the grown model trains.
 
@@ -111,17 +107,18 @@ def verify(
         source: A copy of the model from before the growth.
         target: The grown model.
         batch: Input of both: keyword arguments, or a tensor. With ``labels``, the model's own loss is used.
-        optim: Optimizer of ``target``; if passed, its state and param groups are checked too.
+        optim: Optimizer of ``target``, or a list of optimizers; if passed, state and param groups are checked too.
 
     Returns:
         The result; ``print`` it. Gradients come from two steps of plain gradient descent on a copy of ``target``, in evaluation mode.
     """
+    optims = optimizers(optim)
     with torch.no_grad():
         before, after = (_run(model, batch)[0] for model in (source, target))
     error = float((before - after).abs().max()) if before.shape == after.shape else float("nan")
     dtype = next(target.parameters()).dtype
     dead, copies = _trial(target, batch)
-    state, unheld = _optimizer(target, optim) if optim is not None else ((), ())
+    state, unheld = _state_and_unheld(target, optims) if optims else ((), ())
     return Verification(
         logits_error=error,
         logits_scale=float(before.abs().max()),
@@ -198,11 +195,15 @@ def _equal_rows(matrix: Tensor) -> int:
     return int((torch.cat([same, same.new_zeros(1)]) | torch.cat([same.new_zeros(1), same])).sum())
 
 
-def _optimizer(model: nn.Module, optim: Optimizer) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    held = {id(p) for group in optim.param_groups for p in group["params"]}
+def _state_and_unheld(
+    model: nn.Module, optims: Sequence[Optimizer]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the state that does not fit its parameter, and the trainable parameters that no optimizer holds."""
+    held = {id(p) for optim in optims for group in optim.param_groups for p in group["params"]}
     state = [
         f"{name}: {key} {tuple(value.shape)}"
         for name, p in model.named_parameters()
+        for optim in optims
         for key, value in optim.state.get(p, {}).items()
         if isinstance(value, Tensor) and value.dim() and value.shape != p.shape
     ]

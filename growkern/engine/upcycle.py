@@ -18,8 +18,8 @@ from growkern.errors import (
     raise_all,
 )
 from growkern.model.describe import describe
-from growkern.optimizer.describe import describe_optimizer
-from growkern.optimizer.state_rules import Rule
+from growkern.optimizer.describe import Optimizers, describe_optimizers, optimizers
+from growkern.optimizer.state_rules import Law, Rule
 from growkern.optimizer.update_scale import scale_of
 from growkern.planning.argument_checks import STRONGEST, wrong_int, wrong_number
 from growkern.support.argument_types import typed_arguments
@@ -62,15 +62,16 @@ TWINS = {
 
 @typed_arguments(
     PlanError,
+    "optim",
     "experts",
     "top_k",
     "std",
     "seed",
+    "optim",
     model=UnsupportedModelError,
-    optim=UnsupportedOptimizerError,
 )
 def upcycle(
-    model: nn.Module, optim: Optimizer | None = None, *, experts: int, top_k: int = 2, std: float = 0.02, seed: int = 0
+    model: nn.Module, optim: Optimizers = None, *, experts: int, top_k: int = 2, std: float = 0.02, seed: int = 0
 ) -> nn.Module:  # fmt: skip
     """Replace every MLP of a dense model by a layer of experts: copies of the MLP behind a random router.
 
@@ -83,7 +84,7 @@ def upcycle(
 
     Args:
         model: ``LlamaForCausalLM``, ``MistralForCausalLM`` (they become Mixtral) or ``Qwen3ForCausalLM`` (Qwen3-MoE) of transformers.
-        optim: Optimizer of the model.
+        optim: Optimizer of the model, or a list of optimizers; that of an MLP gets its experts and its router.
         experts: Number of experts per layer.
         top_k: Number of experts per token.
         std: Standard deviation of the router's weights.
@@ -98,7 +99,7 @@ def upcycle(
         UnsupportedOptimizerError: The optimizer's state cannot be grown.
         PlanError: ``top_k`` is not between 1 and ``experts``, ``std`` is not above 0, or the optimizer has an ``UpdateScale``.
     """
-    model, optim = unwrapped(model), unwrapped(optim)
+    model, optims = unwrapped(model), optimizers(optim)
     twin = TWINS.get(type(model).__name__)
     if twin is None or type(model).__module__.partition(".")[0] != "transformers":
         raise UnsupportedModelError(
@@ -114,13 +115,13 @@ def upcycle(
             f"experts={short(experts)}, top_k={short(top_k)}, std={short(std)}, seed={short(seed)}"
         )
         raise PlanError(f"{said}: pass 1 <= top_k <= experts, std > 0, and an int as seed.")
-    refuse_mid_pass(model, optim)
-    with claimed(model, [] if optim is None else [optim]):
-        return _upcycled(model, optim, twin, experts, top_k, std, seed)
+    refuse_mid_pass(model, *optims)
+    with claimed(model, optims):
+        return _upcycled(model, optims, twin, experts, top_k, std, seed)
 
 
 def _upcycled(
-    model: nn.Module, optim: Optimizer | None, twin: Twin, experts: int, top_k: int, std: float, seed: int
+    model: nn.Module, optims: Sequence[Optimizer], twin: Twin, experts: int, top_k: int, std: float, seed: int
 ) -> nn.Module:  # fmt: skip
     """Return the mixture of a dense model; see ``upcycle``."""
     spec = describe(model)
@@ -130,28 +131,22 @@ def _upcycled(
         for name, value in twin.without.items()
         if getattr(config, name, value) != value
     ]
-    strange += [*_apart(model, optim)]
+    strange += [*_apart(model, optims)]
     raise_all(UnsupportedModelError, f"cannot make this {type(model).__name__} a mixture:", strange)
-    rules: dict[str, Rule | None] = {}
-    if optim is not None:
-        described = describe_optimizer(model, optim, spec)
-        rules = dict(described.law.grown("exact")) if described.law else {}
-        if scale_of(optim) is not None:
-            raise PlanError(
-                "the optimizer has an UpdateScale, whose factors are the dense model's; call its remove() first."
-            )
+    laws = [described.law for described in describe_optimizers(model, optims, spec)]
+    if any(scale_of(optim) is not None for optim in optims):
+        raise PlanError(
+            "the optimizer has an UpdateScale, whose factors are the dense model's; call its remove() first."
+        )
     with torch.no_grad(), torch.inference_mode(False):
         mixture = _mixture(model, config, twin, experts, top_k)
         layers = [
             _experts(model, layer, experts, std, seed + i)
             for i, layer in enumerate(mixture.model.layers)
         ]
-        if optim is not None:
-            moved = [pair for layer in layers for pair in layer]
-            states = {
-                new: state for new, old in moved if (state := _state(optim, old, rules, experts))
-            }
-            _hand_over(optim, moved, states, mixture)
+        moved = [pair for layer in layers for pair in layer]
+        states = [_states(*pair, moved, experts) for pair in zip(optims, laws, strict=True)]
+        _hand_over(optims, moved, states, mixture)
     return mixture.train(model.training)
 
 
@@ -183,11 +178,10 @@ def _mixture(model: nn.Module, config: Any, twin: Twin, experts: int, top_k: int
     return mixture
 
 
-def _apart(model: nn.Module, optim: Optimizer | None) -> Iterator[str]:
+def _apart(model: nn.Module, optims: Sequence[Optimizer]) -> Iterator[str]:
     """Yield an error for each MLP whose tensors are partly frozen, in several param groups, or in none."""
-    groups = (
-        {id(p): i for i, g in enumerate(optim.param_groups) for p in g["params"]} if optim else {}
-    )
+    every = [(optim, group) for optim in optims for group in optim.param_groups]
+    groups = {id(p): i for i, (_, group) in enumerate(every) for p in group["params"]}
     parts: dict[str, list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if ".mlp." in name:
@@ -196,7 +190,7 @@ def _apart(model: nn.Module, optim: Optimizer | None) -> Iterator[str]:
         held = {groups.get(id(p)) for p in own}
         if len({p.requires_grad for p in own}) > 1:
             yield f"{name}: has frozen and trained tensors, which become one tensor; freeze all of them, or none."
-        elif optim is not None and (len(held) > 1 or None in held):
+        elif optims and (len(held) > 1 or None in held):
             yield (
                 f"{name}: has tensors in several param groups, or in none, which become one tensor; put all of them in one group."
             )
@@ -228,6 +222,24 @@ def _copies(parts: Sequence[Tensor], n: int) -> Tensor:
     return torch.cat([part.detach() for part in parts]).expand(n, -1, -1).contiguous()
 
 
+def _states(
+    optim: Optimizer, law: Law | None, moved: Sequence[Moved], experts: int
+) -> dict[nn.Parameter, object]:
+    """Return the state of the experts that replace parameters of one optimizer.
+
+    Raises:
+        UnsupportedOptimizerError: The optimizer trains matrices only, or a state cannot be copied.
+    """
+    own = {p for group in optim.param_groups for p in group["params"]}
+    if law is not None and law.matrix and any(p in own for _, old in moved for p in old):
+        raise UnsupportedOptimizerError(
+            f"this {type(optim).__name__} trains matrices, and the experts of a layer are one tensor: move the MLPs to another "
+            "optimizer, such as AdamW, first."
+        )
+    rules = law.grown("exact") if law else dict[str, Rule | None]()
+    return {new: state for new, old in moved if (state := _state(optim, old, rules, experts))}
+
+
 def _state(
     optim: Optimizer, old: Sequence[nn.Parameter], rules: Mapping[str, Rule | None], experts: int
 ) -> dict[str, object]:
@@ -249,7 +261,10 @@ def _state(
 
 
 def _hand_over(
-    optim: Optimizer, moved: Sequence[Moved], states: Mapping[Any, object], mixture: nn.Module
+    optims: Sequence[Optimizer],
+    moved: Sequence[Moved],
+    states: Sequence[Mapping[Any, object]],
+    mixture: nn.Module,
 ) -> None:
     """Replace MLPs by experts in the param groups, add routers behind them, and roll back on failure."""
     gone = {p for _, old in moved for p in old}
@@ -262,14 +277,15 @@ def _hand_over(
     undo = Undo()
     with uninterrupted():
         try:
-            for group in optim.param_groups:
+            for group in (group for optim in optims for group in optim.param_groups):
                 params: list[nn.Parameter] = group["params"]
                 kept = [q for p in params for q in takes.get(p, [] if p in gone else [p])]
                 undo.set_list(params, kept)
                 if "param_names" in group:
                     undo.set_list(group["param_names"], [names[p] for p in kept])
-            rest = {p: state for p, state in optim.state.items() if p not in gone}
-            undo.set_dict(optim.state, rest | dict(states))
+            for optim, own in zip(optims, states, strict=True):
+                rest = {p: state for p, state in optim.state.items() if p not in gone}
+                undo.set_dict(optim.state, rest | dict(own))
         except BaseException:
             undo.rollback()
             raise

@@ -280,3 +280,70 @@ def test_master_weights_are_divided_among_optimizers():
         runs.append(model.state_dict())
         assert len(masters) == len([*model.parameters()])
     assert all(torch.equal(a, runs[1][name]) for name, a in runs[0].items())
+
+
+def by_layer(model: nn.Module) -> list[AdamW]:
+    """Return two optimizers: of the first layer, and of everything else."""
+    first = [*model.model.layers[0].parameters()]
+    rest = [p for p in model.parameters() if all(p is not q for q in first)]
+    return [AdamW(part, lr=1e-2, weight_decay=0.1) for part in (first, rest)]
+
+
+@pytest.mark.parametrize("split", [by_layer, two])
+def test_compare_and_verify_see_two_optimizers_as_one(split):
+    models = [make("llama", tied=True).double() for _ in range(2)]
+    optims = [split(models[0]), [AdamW(models[1].parameters(), lr=1e-2, weight_decay=0.1)]]
+    for model, several in zip(models, optims, strict=True):
+        steps(model, several, 2)
+    before = copy.deepcopy([optim.state_dict() for optim in optims[0]])
+
+    found, expected = (
+        growkern.compare(model, several, methods=[width.AKI()], batch=batch(), to=BOTH, steps=3).outcomes
+        for model, several in zip(models, optims, strict=True)
+    )  # fmt: skip
+
+    assert found[1].refused is None and before[0]["state"]
+    assert [o.loss_after for o in found] == [o.loss_after for o in expected]
+    assert same([optim.state_dict() for optim in optims[0]], before)
+    source = copy.deepcopy(models[0])
+    grow(models[0], optims[0], to=BOTH)
+    assert growkern.verify(source, models[0], batch(n=16), optims[0]).ok
+    name, _ = next(iter(models[0].named_parameters()))
+    assert name in growkern.verify(source, models[0], batch(n=16), optims[0][:1]).unheld
+    p = optims[0][1].param_groups[0]["params"][0]
+    optims[0][1].state[p]["exp_avg"] = torch.zeros(3, 3)
+    assert growkern.verify(source, models[0], batch(n=16), optims[0]).state
+
+
+def test_experts_go_to_the_optimizer_of_their_mlp():
+    models = [make("llama", tied=True) for _ in range(2)]
+    optims = [by_layer(models[0]), [AdamW(models[1].parameters(), lr=1e-2, weight_decay=0.1)]]
+    for model, several in zip(models, optims, strict=True):
+        steps(model, several, 2)
+
+    mixtures = [
+        growkern.upcycle(*pair, experts=4, seed=3) for pair in zip(models, optims, strict=True)
+    ]
+
+    assert steps(mixtures[0], optims[0], 5) == steps(mixtures[1], optims[1], 5)
+    for layer, optim in zip(mixtures[0].model.layers, optims[0], strict=True):
+        held = [p for group in optim.param_groups for p in group["params"]]
+        for p in layer.mlp.parameters():
+            assert sum(p is q for q in held) == 1 and p in optim.state
+
+
+def test_upcycling_refuses_muon_for_experts_and_takes_it_beside_them(monkeypatch):
+    model = make("llama", tied=True)
+    mlps = [p for name, p in model.named_parameters() if ".mlp." in name]
+    rest = [p for p in model.parameters() if p.dim() == 2 and all(p is not q for q in mlps)]
+    muon = torch.optim.Muon(mlps, lr=1e-2)
+    before = copy.deepcopy(muon.param_groups)
+
+    with pytest.raises(UnsupportedOptimizerError, match="trains matrices.*move the MLPs"):
+        growkern.upcycle(model, muon, experts=2)
+
+    assert same(muon.param_groups, before)
+    optims = [torch.optim.Muon(rest, lr=1e-2), AdamW(mlps, lr=1e-2)]
+    steps(model, optims, 1)
+    mixture = growkern.upcycle(model, optims, experts=2)
+    assert steps(mixture, optims, 3)[-1] > 0 and mixture.model.layers[0].mlp.gate.weight in optims[1].state  # fmt: skip
