@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
@@ -187,8 +188,11 @@ def _target_config(plan: GrowthPlan, model: Any) -> Any:
         )
     growth_history(model)  # refuses a history that no growth can be added to
     grown = grown_config(plan, model, config, recorded(plan, describe(model), []))
+    grown._attn_implementation = None  # of this process; save_pretrained checks other fields against it, and does not store it
     try:
         type(config).from_dict(grown.to_dict())
+        with TemporaryDirectory() as folder:
+            grown.save_pretrained(folder)
     except Exception as error:
         sizes = ", ".join(f"{k}={n}" for k, n in plan.target_sizes.items())
         raise PlanError(

@@ -421,3 +421,14 @@ def test_overwrite_replaces_a_checkpoint_whole(source, tmp_path):
     assert not (tmp_path / "out" / INDEX).exists()
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert (config.hidden_size, config.num_hidden_layers) == (24, 3)
+
+
+def test_a_config_that_asks_for_attentions_is_kept_whatever_attention_this_process_uses(
+    source, tmp_path
+):
+    config = source / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"output_attentions": True}))
+
+    grow(source, tmp_path / "out", to="2x")
+
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["output_attentions"] is True
