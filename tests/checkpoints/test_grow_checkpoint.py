@@ -429,6 +429,6 @@ def test_a_config_that_asks_for_attentions_is_kept_whatever_attention_this_proce
     config = source / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"output_attentions": True}))
 
-    grow(source, tmp_path / "out", to="2x")
+    checkpoint.grow(source, tmp_path / "out", to="2x")
 
     assert json.loads((tmp_path / "out" / "config.json").read_text())["output_attentions"] is True
