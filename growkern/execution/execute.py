@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from growkern.errors import GrowthError, InsufficientMemoryError, PlanError, raise_all
+from growkern.errors import CommitError, GrowthError, InsufficientMemoryError, PlanError, raise_all
 from growkern.execution import torch_backend as reference
 from growkern.execution.finite import Job, check
 from growkern.execution.tiles import Given, Tiler
 from growkern.execution.torch_backend import Piece
-from growkern.optimizer.eight_bit import N_BYTES, decoded, encoded, is_coded, scale_key
+from growkern.optimizer.eight_bit import N_BYTES, decoded, encoded, is_coded, n_broken, scale_key
 from growkern.optimizer.state_rules import GRADIENT, MASTER, MASTER_GRAD, VALUE, Rule
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.support.dtypes import arithmetic
@@ -212,6 +212,11 @@ class Execution:
                     continue
                 pairs = {key: (value, above[key])}
                 if rule.quantized and is_coded(value):
+                    if n := n_broken(source_state, key):  # other elements will share its blocks
+                        raise CommitError(
+                            f"state {key!r} of {row.source}: the scales of {n} blocks are not finite, and would spread over the blocks "
+                            "of the target. Clear the state of this parameter before the growth. Nothing was changed."
+                        )
                     both = (decoded(held, key) for held in (source_state, above))
                     pairs = dict(zip((key, scale_key(key)), zip(*both, strict=True), strict=True))
                 for k, (v, other) in pairs.items():

@@ -29,6 +29,11 @@ def decoded(state: Mapping[str, Any], key: str) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
+def n_broken(state: Mapping[str, Any], key: str) -> int:
+    """Return the number of blocks of ``state1`` or ``state2`` whose scale is not finite."""
+    return int(state[scale_key(key)].isfinite().logical_not().sum())
+
+
 def encoded(values: Tensor, scales: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     """Encode grown values: return codes, and the scale of every block.
 

@@ -217,3 +217,25 @@ def test_only_what_may_be_lost_is_compared_element_by_element(monkeypatch):
 
     assert compared == []
     assert logits(model, batch()).isfinite().all()
+
+
+@pytest.mark.parametrize("memory", ["stage", "lean"])
+@pytest.mark.parametrize(("key", "value"), [("absmax1", float("nan")), ("absmax2", float("inf"))])
+def test_a_block_of_8_bits_whose_scale_is_not_finite_is_refused(key, value, memory):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = make("llama", tied=False, hidden_size=96, num_attention_heads=4, head_dim=24, intermediate_size=200)  # fmt: skip
+    optim = bitsandbytes.optim.AdamW8bit(model.parameters(), lr=1e-3)
+    train(model, optim, 2)
+    down = model.model.layers[1].mlp.down_proj.weight
+    optim.state[down][key][3] = value
+    codes = optim.state[down][f"state{key[-1]}"].clone()
+
+    match = f"state 'state{key[-1]}' of model.layers.1.mlp.down_proj.weight: the scales of 1 block"
+    with pytest.raises(CommitError, match=match):
+        grow(model, optim, to="2x", memory=memory)
+
+    assert model.config.hidden_size == 96 and torch.equal(
+        optim.state[down][f"state{key[-1]}"], codes
+    )
+    optim.state[down].clear()
+    grow(model, optim, to="2x", memory=memory)
