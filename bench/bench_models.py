@@ -85,6 +85,7 @@ class Case:
 GB = 10**9
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 GPT2_XL = NO_DROPOUT | {"n_embd": 1600, "n_layer": 48, "n_head": 25}
+WIDER = {"hidden": 2432}  # 38 heads of 64
 LLAMA_125M = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -99,15 +100,15 @@ TINY_LLAMA = {
     **{"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6},
     **{"num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 256},
 }
-GPT2_WIDE, XL_WIDE = "GPT-2 124M 2x wide", "GPT-2 XL 1.5x wide"
+GPT2_WIDE, XL_WIDE = "GPT-2 124M 2x wide", "GPT-2 XL to 2432 wide"
 CASES = {
     "tiny GPT-2 2x wide": Case("GPT2", NO_DROPOUT | TINY, "2x", "quick", GB // 4, doubles=True),
     "tiny Llama 2x wide": Case("Llama", TINY_LLAMA, "2x", "test", GB // 4, doubles=True),
     GPT2_WIDE: Case("GPT2", NO_DROPOUT, "2x", "cpu", 12 * GB, doubles=True),
     "Llama 125M 2x wide": Case("Llama", LLAMA_125M, "2x", "cpu", 12 * GB, doubles=True),
     "GPT-2 124M 2x deep": Case("GPT2", NO_DROPOUT, {"layers": "2x"}, "cpu", 3 * GB),
-    XL_WIDE: Case("GPT2", GPT2_XL, "1.5x", "gpu", 90 * GB),
-    "GPT-2 XL 1.5x wide bf16": Case("GPT2", GPT2_XL, "1.5x", "gpu", 75 * GB, "bf16"),
+    XL_WIDE: Case("GPT2", GPT2_XL, WIDER, "gpu", 90 * GB),
+    f"{XL_WIDE} bf16": Case("GPT2", GPT2_XL, WIDER, "gpu", 75 * GB, "bf16"),
     "Llama 7B 2x deep": Case("Llama", {}, {"layers": "2x"}, "gpu", 118 * GB),
     "Llama 7B 2x deep bf16": Case("Llama", {}, {"layers": "2x"}, "gpu", 90 * GB, "bf16"),
 }

@@ -31,6 +31,28 @@ LEAST_BETA = 1e-300  # has a logarithm, and its powers are negligible
 Kind = tuple[torch.dtype, torch.dtype, torch.dtype]  # dtypes of parameter, gradient and moments
 
 
+class Upload:
+    """Numbers in pinned memory, which the device copies while the host goes on."""
+
+    def __init__(self) -> None:
+        self.pinned = torch.empty(0, dtype=torch.int64)
+        self.copied: torch.cuda.Event | None = None
+
+    def to(self, numbers: "array[int]", device: torch.device) -> torch.Tensor:
+        """Return the numbers on a device; wait first until the device has read the numbers before them."""
+        values = torch.frombuffer(numbers, dtype=torch.int64)
+        if device.type != "cuda":
+            return values.clone()
+        if self.copied is not None:
+            self.copied.synchronize()
+        if len(self.pinned) != len(values):
+            self.pinned = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
+        on_device = self.pinned.copy_(values).to(device, non_blocking=True)
+        self.copied = torch.cuda.Event()
+        self.copied.record(torch.cuda.current_stream(device))
+        return on_device
+
+
 class Table:
     """Records of all tensors on one device, kept between steps."""
 
@@ -39,6 +61,7 @@ class Table:
         self.on_device = torch.empty(0, dtype=torch.int64)
         self.launches: list[tuple[Kind, bool, int, int, int]] = []
         self.hypers: list[tuple[int, torch.dtype]] = []
+        self.uploads = [Upload(), Upload()]  # in turn: one may still be read by its copy
 
     def prepare(
         self, updates: Sequence[Any], block_r: Callable[[int], int], block_c: int
@@ -70,7 +93,8 @@ class Table:
             now.append(0 if u.step.is_cuda else _bits(u.step.item(), math(u.p.dtype)))
         for index, dtype in self.hypers:
             now.extend(_bits(x, dtype) for x in numbers(hypers[index]))
-        return torch.frombuffer(now, dtype=torch.int64).to(updates[0].p.device, non_blocking=True)
+        self.uploads.reverse()
+        return self.uploads[0].to(now, updates[0].p.device)
 
     def _build(
         self,

@@ -174,8 +174,9 @@ def launch_options(src: torch.dtype, dst: torch.dtype, n_staged: int) -> dict[st
     if torch.version.hip is None:
         options |= dict(maxnreg=N_REGISTERS)
     if n_staged:
-        warps = n_warps(n_staged)
-        block_c = 2 * 32 * warps
+        warp_size = 32 if torch.version.hip is None else 64
+        warps = n_warps(n_staged, warp_size)
+        block_c = 2 * warp_size * warps
         return options | dict(
             num_warps=warps, BLOCK_R=PERMUTED_R, BLOCK_S=n_staged, BLOCK_C=block_c
         )

@@ -34,9 +34,12 @@ def staged(n_cols: int, n_bytes: int) -> int:
     return block if block <= LARGEST and n_bytes <= 4 else 0
 
 
-def n_warps(block: int) -> int:
-    """Warps per program: at most 8 staged elements per thread, which fit in registers together with the operands of the stores."""
-    return max(8, block // 256)
+def n_warps(block: int, warp_size: int) -> int:
+    """Warps per program: at most 8 staged elements per thread, which fit in registers together with the operands of the stores.
+
+    A program has at most 1024 threads.
+    """
+    return min(max(256, block // 8), 1024) // warp_size
 
 
 @triton.jit(do_not_specialize=["first_piece", "n_pieces"])

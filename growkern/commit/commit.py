@@ -101,31 +101,63 @@ def _model(
 def _new_blocks(plan: GrowthPlan, path: str, staged: Tensors, model: nn.Module) -> list[nn.Module]:
     """All blocks of a target stack: live blocks, and for new blocks copies of the modules (not of their tensors)."""
     live = [m for m in model.get_submodule(path)._modules.values() if m is not None]  # pyright: ignore[reportPrivateUsage]
-    blocks: list[nn.Module] = []
+    blocks, shared = list[nn.Module](), shared_by(model)
+    by_block: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in staged.values.items():
+        if name.startswith(f"{path}."):
+            index, _, inner = name.removeprefix(f"{path}.").partition(".")
+            by_block.setdefault(index, {})[inner] = value
     for index, block in enumerate(plan.stacks[path]):
         source = live[block.source]
         if block.new:
-            at = f"{path}.{index}."
-            values = {n.removeprefix(at): v for n, v in staged.values.items() if n.startswith(at)}
-            blocks.append(copied(source, f"{path}.{block.source}", values, model))
+            values = by_block.get(str(index), {})
+            blocks.append(copied(source, f"{path}.{block.source}", values, shared))
         else:
             blocks.append(source)
     return blocks
 
 
+class _Memo(dict[int, object]):
+    """A memo of ``deepcopy`` in which all objects of a model but those of one block are their own copies.
+
+    The copies of all blocks read one mapping of the model's objects, so that their time does not grow with the square of the depth.
+    """
+
+    def __init__(self, shared: Mapping[int, object], own: Iterable[object]) -> None:
+        self.shared, self.own = shared, {*map(id, own)}
+
+    def __missing__(self, key: int) -> object:
+        if key in self.own:
+            raise KeyError(key)
+        return self.shared[key]
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or (key in self.shared and key not in self.own)
+
+    def get(self, key: int, default: Any = None) -> Any:
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+
+def shared_by(model: nn.Module) -> dict[int, object]:
+    """Return the objects of a model that a copied block may share, by id: its configs and its modules."""
+    return {id(thing): thing for thing in (*_configs(model), *model.modules())}
+
+
 def copied(
-    block: nn.Module, name: str, values: dict[str, torch.Tensor], model: nn.Module
+    block: nn.Module, name: str, values: dict[str, torch.Tensor], shared: Mapping[int, object]
 ) -> nn.Module:
-    """Copy the modules of a block, with ``values`` as tensors. Objects shared with the rest of the model stay shared."""
+    """Copy the modules of a block, with ``values`` as tensors. The objects in ``shared`` that are not the block's stay shared."""
     own = set(block.modules())
-    memo: dict[int, object] = {id(c): c for c in _configs(model)}
-    memo |= {id(m): m for m in model.modules() if m not in own}
+    memo = _Memo(shared, own)
     memo |= {id(o): o for m in own for o in _hook_owners(m) if o not in own}
     for inner, p in block.named_parameters():
         memo[id(p)] = nn.Parameter(values[inner], requires_grad=p.requires_grad)
     memo |= {id(b): values[inner] for inner, b in block.named_buffers() if inner in values}
     try:
-        return copy.deepcopy(block, memo)  # pyright: ignore[reportArgumentType]
+        return copy.deepcopy(block, memo)
     except Exception as error:
         raise CommitError(
             f"cannot copy block {name} ({error}); remove the attribute that cannot be copied from the modules of the block, grow, "
@@ -149,7 +181,7 @@ def _initialized(model: nn.Module, name: str, seed: int) -> dict[str, nn.Paramet
     block = model.get_submodule(name)
     blank = {n: initial.blank(p) for n, p in block.named_parameters()}
     buffers = {n: b.to("cpu", copy=True) for n, b in block.named_buffers()}
-    twin = copied(block, name, blank | buffers, model)
+    twin = copied(block, name, blank | buffers, shared_by(model))
     initial.initialize(twin, initial.initializer(model, name), initial.seed_of(seed, name))
     return dict(twin.named_parameters())
 

@@ -85,7 +85,8 @@ def _run(request: Request) -> GrowthReport:
         staged = _stage(request, sources, plan, unmanaged)
         _commit(request, sources, staged, ranks, check)
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+        for device in {p.device for p in request.model.parameters() if p.is_cuda}:
+            torch.cuda.synchronize(device)
     reset_near_limit(n_growths(request.model))
     report = _report(request, sources, staged, perf_counter() - start)
     logger.debug("%s", report)

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from hashlib import blake2b
-from math import inf
+from math import inf, prod
 from typing import NamedTuple
 
 import torch
@@ -83,6 +83,7 @@ class Tiler:
         self._means: dict[tuple[AxisMap, Rule], AxisMap] = {}
         self._scaled: dict[tuple[AxisMap, float, float], AxisMap] = {}
         self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+        self._copies: dict[tuple[AxisLayout, torch.dtype, torch.device], Tensor] = {}
 
     def measure(
         self, jobs: Iterable[tuple[TensorRow, Tensor, Tensor, Rule, Tensor | None]]
@@ -112,7 +113,7 @@ class Tiler:
     ) -> Iterator[Piece]:
         """Cut one target tensor (weight, gradient or state) by its rule; ``next_layer`` is the next layer's source tensor."""
         if row.constant is not None:
-            into = dst.view(1, dst.numel())
+            into = dst.view(prod(dst.shape[:-1]), dst.shape[-1] if dst.dim() else 1)
             yield Piece(self._constant(row.constant, dst).expand_as(into), into)
             return
         dtype = arithmetic(dst.dtype)
@@ -239,6 +240,13 @@ class Tiler:
             self._axis_runs[key] = layout.axis_runs(device, dtype, rows=rows, with_ids=with_ids)
         return self._axis_runs[key]
 
+    def copies(self, layout: AxisLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return ``layout.copies`` on a device; each layout is uploaded once."""
+        key = layout, dtype, device
+        if key not in self._copies:
+            self._copies[key] = torch.tensor(layout.copies, dtype=dtype, device=device)
+        return self._copies[key]
+
     def _constant(self, value: float, like: Tensor) -> Tensor:
         key = value, like.dtype, like.device
         if key not in self._constants:
@@ -283,7 +291,7 @@ class _Fill:
         tiler: Tiler,
     ) -> None:
         self.source, self.rows, self.cols, self.rule, self.dtype = source, rows, cols, rule, dtype
-        self.name, self._given, self.finite_only = name, tiler.given, tiler.finite_only
+        self.name, self._tiler, self.finite_only = name, tiler, tiler.finite_only
         self.statistics: list[Tensor] = []
         self._means: dict[tuple[bool, bool], Tensor] = {}
         self.n_statistics = 0  # number of times that statistics read the whole source
@@ -315,7 +323,7 @@ class _Fill:
     @cached_property
     def given(self) -> Tensor:
         """New rows, or new columns as rows, from the width method."""
-        if self._given is None:
+        if self._tiler.given is None:
             raise PlanError(
                 "the plan's width method computes the new coordinates: pass the method as width= beside plan=."
             )
@@ -328,7 +336,7 @@ class _Fill:
                 f"{'is' if n == 1 else 'are'} not finite. {BROKEN} "
                 "Nothing was changed."
             )
-        made = self._given(source, layout.index_map.n_target - layout.n_copied).contiguous()
+        made = self._tiler.given(source, layout.index_map.n_target - layout.n_copied).contiguous()
         self.statistics.append(made)
         return made
 
@@ -350,7 +358,7 @@ class _Fill:
     def mean_of_law(self) -> Tensor:
         """Mean of all copied elements, scaled by the law: the start value of an element that copies no source element."""
         rows, cols = (
-            torch.tensor(layout.copies, dtype=self.dtype, device=self.source.device)
+            self._tiler.copies(layout, self.dtype, self.source.device)
             for layout in (self.rows, self.cols)
         )
         self.n_statistics += 1

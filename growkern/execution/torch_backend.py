@@ -133,10 +133,11 @@ def chunks(tensor: Tensor) -> Iterator[Tensor]:
 
 def norms_of(tensors: Sequence[Tensor], order: int) -> Tensor:
     """Return each tensor's norm of order 2 or 1 (1: no negative elements). All tensors have one device and one arithmetic dtype."""
-    if all(tensor.dtype == arithmetic(tensor.dtype) for tensor in tensors):
-        if order == 1 and tensors[0].device.type == "cpu":  # 2.7 x as fast as _foreach_norm
+    on_cpu, dtype = tensors[0].device.type == "cpu", arithmetic(tensors[0].dtype)
+    if not on_cpu or all(tensor.dtype == dtype for tensor in tensors):
+        if order == 1 and on_cpu:  # 2.7 x as fast as _foreach_norm
             return torch.stack([tensor.sum() for tensor in tensors])
-        return torch.stack(torch._foreach_norm(list(tensors), order))  # pyright: ignore
+        return torch.stack(torch._foreach_norm(list(tensors), order, dtype=dtype))  # pyright: ignore
     parts = [torch.stack([torch.norm(chunk, order) for chunk in chunks(t)]) for t in tensors]  # pyright: ignore
     return torch.stack([part.pow(order).sum().pow(1 / order) for part in parts])  # pyright: ignore
 

@@ -147,6 +147,11 @@ def _wrappers(model: nn.Module) -> Iterator[str]:
             hasattr(module, f"weight_{suffix}") for suffix in ("orig", "g", "v", "mask")
         ):
             yield f"{name}: is parametrized or pruned; remove the parametrization first."
+        if getattr(vars(module).get("forward"), "__module__", None) == "torch.cuda.graphs":
+            yield (
+                f"{name or 'the model'}: make_graphed_callables has captured its forward, whose graphs would go on with the memory of the "
+                "source's weights: delete the module's attribute forward, grow, and make the graphs again."
+            )
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         yield "a CUDA graph is being captured; grow before, and capture the graph again."
 

@@ -309,6 +309,8 @@ def _fits(p: Tensor, state: Mapping[str, Tensor], sliced: bool) -> bool:
         return False
     allowed = (dtype,) if dtype == torch.float64 else (dtype, torch.float32)
     moments = [state[key] for key in MOMENTS if key in state]
+    if "step" in state and state["step"].is_cuda and state["step"].dtype != torch.float32:
+        return False  # the kernel reads a step on the device as float32
     if dtype not in KERNEL_DTYPES or g.dtype not in allowed:
         return False
     for t in moments:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from growkern.api import expand_inplace
-from growkern.commit.commit import copied
+from growkern.commit.commit import copied, shared_by
 from growkern.engine.live_objects import averages_of, is_average, refuse_stale_references
 from growkern.errors import CommitError, GrowthError, UnsupportedModelError
 from growkern.execution.execute import NOTHING
@@ -64,7 +64,7 @@ def _twin(model: nn.Module) -> nn.Module:
     """Return a copy of a model without values."""
     tensors: Any = [*model.named_parameters(), *model.named_buffers()]
     values: dict[str, Tensor] = {name: torch.empty_like(t, device="meta") for name, t in tensors}
-    return copied(model, "", values, model)
+    return copied(model, "", values, shared_by(model))
 
 
 def _of_optimizers(attachment: "Attachment") -> Iterator[str]:

@@ -6,10 +6,16 @@ import pytest
 import torch
 from benches import importable, rows_of
 
+from growkern.depth import IdentityBlocks
+from growkern.model.describe import describe
+from growkern.planning.build import build
+from growkern.planning.sizes import resolve_sizes
+from growkern.width import Lossless
+
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 with importable():
     from bench import __main__ as bench
@@ -180,3 +186,17 @@ def test_peak_is_what_a_call_held_at_most():
     _, peak = harness.measured(hold)
 
     assert peak == pytest.approx(64 << 20, rel=0.05)
+
+
+@pytest.mark.parametrize("case", bench_models.CASES)
+def test_every_model_of_the_bench_can_be_planned(case):
+    chosen = bench_models.CASES[case]
+    config = getattr(transformers, f"{chosen.family}Config")(**chosen.config)
+    kind = {"GPT2": transformers.GPT2LMHeadModel, "Llama": transformers.LlamaForCausalLM}
+    with torch.device("meta"):
+        spec = describe(kind[chosen.family](config), values=False)
+    sizes = resolve_sizes(spec, chosen.to)
+
+    plan = build(spec, sizes, width=Lossless(), depth=IdentityBlocks())
+
+    assert plan.function_preserving and plan.target_sizes != plan.source_sizes

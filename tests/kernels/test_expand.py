@@ -22,10 +22,15 @@ from models import grow, make
 from torch import Tensor
 
 from growkern.execution import torch_backend as reference
+from growkern.execution.tiles import Tiler
 from growkern.execution.torch_backend import Copy, Noise, Piece, axis_keys, normal
 from growkern.kernels import table
-from growkern.kernels.expand import BLOCK_C, block_r, expand, kinds
-from growkern.kernels.permute import LARGEST, SMALLEST
+from growkern.kernels.expand import BLOCK_C, block_r, expand, kinds, tabled
+from growkern.kernels.permute import LARGEST, SMALLEST, n_warps, staged
+from growkern.optimizer.state_rules import VALUE
+from growkern.planning.growth_plan import AxisMap, GrowthPlan, TensorRow
+from growkern.planning.index_map import IndexMap
+from growkern.planning.vector import Vector
 from growkern.support.dtypes import arithmetic
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -405,6 +410,29 @@ def test_heads_and_tails_are_peeled_off_an_aligned_body(dtype, skip, n_cols):
     head = min(n_cols, -skip % n_wide)
     assert wide == [n for n in [(n_cols - head) // n_wide * n_wide] if n]
     check([built])
+
+
+@pytest.mark.parametrize("shape", [(4096, 512), (64, 64, 512), (1 << 16, (1 << 15) + 8)])
+def test_a_constant_target_is_cut_along_its_own_rows(shape):
+    axes = {str(n): AxisMap(IndexMap.identity(n), *[Vector.full(1.0, n)] * 2) for n in shape}
+    row = TensorRow("w", "w", tuple(map(str, shape)), constant=0.0)
+    tiler = Tiler(GrowthPlan("test", {}, {}, "", "", 0, "exact", axes, (row,)))
+    target = torch.empty(shape, dtype=torch.bfloat16)  # memory that nothing touches
+
+    (piece,) = tiler.pieces(row, target[:1], target, VALUE)
+    ((_, _, _, n_tiles),) = tabled([piece])[1]
+
+    n_rows, n_cols = target.numel() // shape[-1], shape[-1]
+    assert n_tiles == -(-n_rows // block_r(2)) * -(-n_cols // BLOCK_C)
+
+
+@pytest.mark.parametrize("warp_size", [32, 64])
+def test_a_program_has_at_most_1024_threads_of_at_most_8_staged_elements(warp_size):
+    for block in (2**i for i in range(10, 14)):
+        threads = n_warps(block, warp_size) * warp_size
+
+        assert 256 <= threads <= 1024 and block <= 8 * threads
+    assert max(staged(n, 2) for n in (SMALLEST, LARGEST)) == block
 
 
 WIDE = list(product([F64, F32, F16, BF16, I64], [False, True], [-1, 0, 1, 2]))

@@ -1,0 +1,72 @@
+"""Work that a growth does once, and not once per tensor, block or chunk."""
+
+import pytest
+import torch
+from models import grow, make, train
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from growkern.commit import commit
+from growkern.execution import torch_backend as reference
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations that it sees."""
+
+    n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.n += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_norms_on_a_device_are_one_operation_for_all_tensors(dtype):
+    tensors = [torch.empty(4096, 4096, dtype=dtype, device="meta") for _ in range(20)]
+    with Counted() as counted:
+        norms = reference.norms_of(tensors, 2)
+
+    assert norms.shape == (20,) and norms.dtype == torch.float32
+    assert counted.n <= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("order", [1, 2])
+def test_norms_of_low_precision_are_those_of_float64(dtype, order):
+    t = torch.randn(300, 7000, generator=torch.Generator().manual_seed(0)).to(dtype).abs()
+
+    norms = reference.norms_of([t, t[:1]], order)
+    (together,) = torch._foreach_norm([t], order, dtype=torch.float32)  # on a device
+
+    for norm in (norms[0], together):
+        assert float(norm) == pytest.approx(float(t.double().norm(order)), rel=1e-3)
+
+
+def n_uploads(n_layers, monkeypatch):
+    """Count the Python lists of more than one number that a growth turns into tensors."""
+    model = make("llama", tied=True, num_hidden_layers=n_layers)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 1)
+    lists, made = [], torch.tensor
+
+    def counted(data, *args, **kwargs):
+        if isinstance(data, list | tuple) and len(data) > 1:
+            lists.append(len(data))
+        return made(data, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "tensor", counted)
+        grow(model, optim, to={"hidden": 42})
+    return len([n for n in lists if n in (24, 40)])  # hidden and ffn of the source
+
+
+def test_factors_of_a_mean_are_uploaded_once_per_axis(monkeypatch):
+    assert 0 < n_uploads(2, monkeypatch) == n_uploads(6, monkeypatch)
+
+
+def test_the_modules_of_a_model_are_listed_once_for_all_new_blocks(monkeypatch):
+    calls, listed = [], commit.shared_by
+    monkeypatch.setattr(commit, "shared_by", lambda model: calls.append(model) or listed(model))
+
+    grow(make("llama", tied=True), to={"layers": 9})
+
+    assert len(calls) == 1
