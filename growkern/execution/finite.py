@@ -25,7 +25,6 @@ Job = tuple[TensorRow, Tensor, Tensor, Rule, Tensor | None]
 NameOf = Callable[[TensorRow, Tensor], str]  # row and target -> name for the user
 CLEAR = "Clear it before the growth."
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size of a float
-MOST = 1 << 24  # elements of temporaries on a GPU
 
 
 def check(tiler: Tiler, jobs: Sequence[Job], name_of: NameOf) -> list[str]:
@@ -183,6 +182,6 @@ def _may_zero(source: Tensor, scale: float) -> Tensor:
     most = torch.tensor(limits.smallest_normal * limits.eps / scale, dtype=source.dtype).view(kind)
     largest, on_cpu = torch.iinfo(kind).max, source.device.type == "cpu"
     bound, first = int(most + largest), int(most)
-    parts: tuple[Tensor, ...] = torch.split(source.flatten().view(kind), reference.CHUNK if on_cpu else MOST)  # fmt: skip
+    parts: tuple[Tensor, ...] = torch.split(source.flatten().view(kind), reference.CHUNK if on_cpu else reference.MOST)  # fmt: skip
     lowest = [(part + largest).amin() for part in parts if not on_cpu or part.amin() <= first]
     return torch.stack(lowest).amin() <= bound if lowest else torch.tensor(False)

@@ -100,13 +100,11 @@ class Tiler:
             tiling = self._tiling(row, rule, *kind[:2])
             if not tiling.centered and any(tile.adds_noise for tile in tiling.tiles):
                 noisy[kind].setdefault(row.source, source)
-        for (device, dtype, _), by_name in noisy.items():
+        for (_, dtype, _), by_name in noisy.items():
             sources = list(by_name.values())
-            norms = reference.norms_of(sources, 2)
-            roots = torch.tensor([source.numel() ** 0.5 for source in sources], dtype=dtype)
-            stds = _std(norms / roots.to(device))
+            stds = [_std(rms, dtype) for rms in reference.roots_of_mean_squares(sources)]
             self._stds |= dict(zip(by_name, stds, strict=True))
-            self.n_read += sum(source.numel() * source.element_size() for source in sources)
+            self.n_read += 2 * sum(source.numel() * source.element_size() for source in sources)
 
     def pieces(
         self, row: TensorRow, src: Tensor, dst: Tensor, rule: Rule, next_layer: Tensor | None = None
@@ -268,9 +266,9 @@ def _split(axes: tuple[AxisMap, ...]) -> int:
     return grown[-1] if grown else len(axes) - 1
 
 
-def _std(rms: Tensor) -> Tensor:
-    """Return the noise scale of a weight: its root mean square, rounded to bfloat16 so that the order of summation has no effect."""
-    return rms.to(torch.bfloat16).to(rms.dtype) / reference.BYTES_STD
+def _std(rms: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the noise scale of a weight: its root mean square, rounded to bfloat16."""
+    return rms.to(torch.bfloat16).to(dtype) / reference.BYTES_STD
 
 
 def _tensor_id(name: str) -> int:
@@ -299,9 +297,9 @@ class _Fill:
     @cached_property
     def std(self) -> Tensor:
         """Noise scale of the source, for a weight that ``Tiler.measure`` did not measure."""
-        self.n_statistics += 1
-        norm = reference.norms_of([self.source], 2)[0]
-        return _std(norm / max(1, self.source.numel()) ** 0.5)
+        self.n_statistics += 2
+        (rms,) = reference.roots_of_mean_squares([self.source])
+        return _std(rms, self.dtype)
 
     def of(self, tile: _Tile) -> tuple[Tensor, bool]:
         """Return the source tensor of a tile, and whether the scales of its copies apply."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from growkern.support.dtypes import arithmetic
 
 CHUNK = 1 << 18  # elements per step: temporaries fit in cache, and every thread has work
+MOST = 1 << 24  # elements of temporaries on a GPU
 BYTES_MEAN, BYTES_STD = (
     510,
     147.80054127099805,
@@ -140,6 +141,26 @@ def norms_of(tensors: Sequence[Tensor], order: int) -> Tensor:
         return torch.stack(torch._foreach_norm(list(tensors), order, dtype=dtype))  # pyright: ignore
     parts = [torch.stack([torch.norm(chunk, order) for chunk in chunks(t)]) for t in tensors]  # pyright: ignore
     return torch.stack([part.pow(order).sum().pow(1 / order) for part in parts])  # pyright: ignore
+
+
+def roots_of_mean_squares(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the root mean square of each tensor, float64 (), the same bits on every device and in every order of summation.
+
+    Elements are rounded to whole multiples of a power of two, at most 2**10 of them: the sum of up to 2**33 squares is exact.
+    """
+    roots: list[Tensor] = []
+    largest = torch._foreach_norm([*tensors], inf)  # pyright: ignore
+    for tensor, most in zip(tensors, largest, strict=True):
+        exponent = torch.frexp(most.to(torch.float64)).exponent.clamp(min=-100)
+        unit = torch.ldexp(torch.ones_like(most, dtype=torch.float64), exponent - 10)
+        parts: tuple[Tensor, ...] = tensor.flatten().split(CHUNK if tensor.device.type == "cpu" else MOST)  # pyright: ignore  # fmt: skip
+        per_unit = unit.to(arithmetic(tensor.dtype))
+        sums = [
+            (part.to(per_unit.dtype) / per_unit).round_().square_().sum(dtype=torch.float64)
+            for part in parts
+        ]
+        roots.append((torch.stack(sums).sum() / tensor.numel()).sqrt() * unit)
+    return roots
 
 
 def norm_of(tensors: Sequence[Tensor], order: int) -> float:

@@ -70,3 +70,26 @@ def test_the_modules_of_a_model_are_listed_once_for_all_new_blocks(monkeypatch):
     grow(make("llama", tied=True), to={"layers": 9})
 
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_strength_of_noise_depends_on_no_order_of_summation(dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    for scale in (1.0, 1e-3, 3e2, 1e-30 if dtype in (torch.float32, torch.float64) else 0.5):
+        t = (torch.randn(700, 1500, generator=generator, dtype=torch.float64) * scale).to(dtype)
+        (root,) = reference.roots_of_mean_squares([t])
+        shuffled = t.flatten()[torch.randperm(t.numel(), generator=generator)].view(1500, 700)
+        with monkeypatch.context() as patch:
+            patch.setattr(reference, "CHUNK", 777)
+            (other,) = reference.roots_of_mean_squares([shuffled.T])
+
+        assert root.dtype == torch.float64 and torch.equal(root, other)
+        assert float(root) == pytest.approx(float(t.double().square().mean().sqrt()), rel=1e-5)
+
+
+def test_the_strength_of_noise_of_numbers_that_are_not_finite_is_not_finite():
+    for value in (float("nan"), float("inf")):
+        (root,) = reference.roots_of_mean_squares([torch.tensor([1.0, value, 2.0])])
+
+        assert not root.isfinite()
+    assert float(reference.roots_of_mean_squares([torch.zeros(3)])[0]) == 0
