@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -317,9 +318,10 @@ def _guard(
     for target in targets:
         own, rules = optim_guard_of(target.optim), target.described.rules
         if own is None:
-            own = OptimGuard(rules, grown.what)
+            own = OptimGuard(rules, grown.what, model=model)
             undo.rollbacks.append(own.remove)
             own.register(target.optim)
         undo.attribute(own, "rules", rules)
         undo.attribute(own, "what", grown.what)
+        undo.attribute(own, "model", ref(model))
         undo.attribute(own, "history", [*own.history, record])

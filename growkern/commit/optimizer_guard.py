@@ -1,11 +1,15 @@
 """What an optimizer's state dict knows of growths: guard what a grown optimizer loads, and settle what an optimizer has loaded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from hashlib import blake2b
+from itertools import takewhile
+from operator import itemgetter
 from typing import Any
+from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -33,12 +37,18 @@ class OptimGuard:
         rules: State key -> rule for its shape.
         what: Description of the last growth.
         history: Records of the growths that the optimizer has seen, as JSON.
+        model: Function that returns the model that grows, or None when it is gone.
     """
 
     def __init__(
-        self, rules: Mapping[str, Rule | None], what: str, history: Sequence[str] = ()
+        self,
+        rules: Mapping[str, Rule | None],
+        what: str,
+        history: Sequence[str] = (),
+        model: nn.Module | None = None,
     ) -> None:
         self.rules, self.what, self.history = rules, what, [*history]
+        self.model: Callable[[], nn.Module | None] = ref(model) if model is not None else _none
         self._handles: list[Any] = []
 
     def register(self, optim: Optimizer) -> None:
@@ -75,9 +85,13 @@ class OptimGuard:
                     )
 
     def pack(self, optim: Optimizer, state_dict: dict[str, Any]) -> None:
-        """Add the growths to the first param group of a state dict, and the number of parameters to every group."""
+        """Add the growths to the first param group of a state dict, and number and order of the parameters to every group."""
+        orders = _orders(optim, self.model())
         for i, group in enumerate(state_dict["param_groups"]):
-            group[KEY] = {"n_params": len(group["params"]), "history": [] if i else [*self.history]}
+            if KEY in group:  # loaded, and not settled before the first step
+                continue
+            n_params, history = len(group["params"]), [] if i else [*self.history]
+            group[KEY] = {"n_params": n_params, "order": orders[i], "history": history}
 
 
 def optim_guard_of(optim: Optimizer) -> OptimGuard | None:
@@ -85,6 +99,26 @@ def optim_guard_of(optim: Optimizer) -> OptimGuard | None:
     hooks: list[Any] = [*optim._optimizer_load_state_dict_pre_hooks.values()]  # pyright: ignore[reportPrivateUsage]
     owners = [getattr(hook, "__self__", None) for hook in hooks]
     return next((owner for owner in owners if isinstance(owner, OptimGuard)), None)
+
+
+def _none() -> None:
+    return None
+
+
+def _orders(optim: Optimizer, model: nn.Module | None) -> list[str]:
+    """Return a digest of the names of the parameters of each param group, in their order; empty texts without a model.
+
+    A prefix that all names share is left out: it depends on the wrappers of the model.
+    """
+    if model is None:
+        return [""] * len(optim.param_groups)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [[names.get(id(p), "") for p in group["params"]] for group in optim.param_groups]
+    paths = [name.split(".")[:-1] for group in groups for name in group if name]
+    shared = takewhile(lambda parts: len({*parts}) == 1, zip(*paths, strict=False))
+    n = sum(len(parts[0]) + 1 for parts in shared)
+    texts = ("\n".join(name[n:] for name in group) for group in groups)
+    return [blake2b(text.encode(), digest_size=8).hexdigest() for text in texts]
 
 
 def history_in(state_dict: Mapping[str, Any]) -> list[str] | None:
@@ -106,8 +140,11 @@ def settle(optim: Optimizer) -> None:
     Raises:
         PlanError: The state dict's param groups were split by a growth, and have been loaded into one group; or see ``adopt``.
     """
-    adopt(optim)
     loaded: list[tuple[Any, Any]] = [(g, g[KEY]) for g in optim.param_groups if KEY in g]
+    own = optim_guard_of(optim)
+    if any(isinstance(group.get(SCALES), Mapping) for group, _ in loaded):
+        _refuse_other_order(optim, loaded, own)
+    adopt(optim)
     scale = scale_of(optim)
     if loaded and scale is not None and not any(SCALES in group for group, _ in loaded):
         scale.scales = {}  # the optimizer that was saved had none
@@ -118,13 +155,26 @@ def settle(optim: Optimizer) -> None:
                 "when it was saved: a growth had split the groups by learning rate. Build model and optimizer as at the start of "
                 "the run, call growkern.resume with the scheduler, then load."
             )
-    history = [record for _, entry in loaded for record in entry["history"]]
-    if loaded and (own := optim_guard_of(optim)) is not None:
+    history = [record for _, entry in loaded for record in entry.get("history", ())]
+    if loaded and own is not None:
         own.history = history
     elif loaded:
         OptimGuard({}, f"growth {len(history)}", history).register(optim)
     for group, _ in loaded:
         del group[KEY]
+
+
+def _refuse_other_order(
+    optim: Optimizer, loaded: Sequence[tuple[Any, Any]], own: OptimGuard | None
+) -> None:
+    """Raise PlanError where factors that are stored by position would meet other parameters, as after a load by names."""
+    orders = _orders(optim, (own.model() if own is not None else None) or _grown_model(optim))
+    now = {id(group): order for group, order in zip(optim.param_groups, orders, strict=True)}
+    if any(now[id(g)] and entry.get("order") not in (None, "", now[id(g)]) for g, entry in loaded):
+        raise PlanError(
+            f"the param groups of this {type(optim).__name__} list the parameters in another order than those of the optimizer that was "
+            "saved, and learning-rate factors of a growth are stored in this order: build the groups in the same order, then load."
+        )
 
 
 # attributes of an optimizer: its list of param groups, which every load replaces, at its last step, and since it began without state
@@ -148,8 +198,8 @@ def check_loaded(optim: Optimizer) -> None:
         seen = own is not None and own.history
         if _has_stepped(optim) and not seen and vars(optim).get(BEGAN) is not groups:
             raise PlanError(
-                f"this {grown} has grown, and the state that its {type(optim).__name__} has loaded contains no learning-rate "
-                "factors of a growth: call growkern.resume(model, optim, history) before load_state_dict. If this optimizer began "
+                f"this {type(grown).__name__} has grown, and the state that its {type(optim).__name__} has loaded contains no "
+                "learning-rate factors of a growth: call growkern.resume(model, optim, history) before load_state_dict. If this optimizer began "
                 f"with the grown model, set group[{LR_FACTOR!r}] = 1.0 in each of its param groups."
             )
         vars(optim)[BEGAN] = groups
@@ -167,18 +217,18 @@ def _has_stepped(optim: Optimizer) -> bool:
     return any(state and float(state.get("step", 1)) > 0 for state in optim.state.values())
 
 
-def _grown_model(optim: Optimizer) -> str | None:
-    """Return the class name of the live model that holds the optimizer's parameters, if it grew by learning-rate factors; or None."""
+def _grown_model(optim: Optimizer) -> nn.Module | None:
+    """Return the live model that holds the optimizer's parameters, if it grew by learning-rate factors; or None."""
     own = {id(p) for group in optim.param_groups for p in group["params"]}
-    found: list[tuple[int, str]] = []
+    found = list[tuple[int, nn.Module]]()
     for module in Live.now().modules:
         if not getattr(vars(module).get("config"), "growkern_history", None):
             continue
         params = [id(p) for p in module.parameters()]
         with suppress(PlanError):
             if not own.isdisjoint(params) and any(read(g).dynamics for g in growth_history(module)):
-                found.append((len(params), type(module).__name__))
-    return max(found)[1] if found else None
+                found.append((len(params), module))
+    return max(found, key=itemgetter(0))[1] if found else None
 
 
 def _before_step(optim: Optimizer, *_: object) -> None:

@@ -13,6 +13,7 @@ from growkern.errors import CommitError, PlanError
 Check = Tensor | Mapping[str, object] | Sequence[object] | Callable[[nn.Module], object]
 # relative to the largest output; float64 is loose too, because norms in Hugging Face transformers round to float32 for any dtype
 SMALL = 1e-3  # output below which rounding is absolute
+MATMULS = {"high": torch.float16, "medium": torch.bfloat16}  # dtype as precise as float32 matmuls
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -32,6 +33,10 @@ class ForwardCheck:
         if not isinstance(check, Tensor | Mapping | Sequence) and not callable(check):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise PlanError(f"check: expected a batch or a function of the model, got {type(check).__name__}.")  # fmt: skip
         self.model, self.check = model, check
+        self.kind = next((p.device.type for p in model.parameters()), "cpu")
+        self.dtypes = {p.dtype for p in model.parameters()}  # in which the forward computes
+        if (precision := torch.get_float32_matmul_precision()) in MATMULS:
+            self.dtypes.add(MATMULS[precision])
         try:
             self.before = self._outputs([])
         except Exception as error:
@@ -74,13 +79,13 @@ class ForwardCheck:
             raise CommitError(
                 f"check: {name} of the grown model is not finite. The growth was taken back."
             )
-        dtypes = {p.dtype for p in self.model.parameters()} | {old.dtype}
-        tolerance = max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
+        tolerance = max(TOLERANCE.get(dtype, 0.0) for dtype in self.dtypes | {old.dtype})
         both = old.isfinite() & new.isfinite()
         kind = torch.promote_types(old.dtype, torch.float32)
         moved = float((new.to(kind) - old.to(kind))[both].abs().max()) if bool(both.any()) else 0.0
         scale = float(old[both].abs().max()) if bool(both.any()) else 0.0
-        if preserved and moved > tolerance * max(SMALL, scale):
+        least = SMALL if old.dim() else 1.0  # a loss: its error is that of the logits
+        if preserved and moved > tolerance * max(least, scale):
             raise CommitError(
                 f"check: {name} moved by {moved:.3g} (its largest value is {scale:.3g}), and the plan promises the source's function. "
                 "The growth was taken back: the spec lacks something that forward computes, such as a norm without parameters or "
@@ -93,6 +98,8 @@ class ForwardCheck:
 
         def enter(module: nn.Module, args: object) -> None:
             running.append(module)
+            if torch.is_autocast_enabled(self.kind):
+                self.dtypes.add(torch.get_autocast_dtype(self.kind))
 
         def leave(module: nn.Module, args: object, output: object) -> None:
             running.pop()
@@ -133,7 +140,7 @@ def _unchanged(model: nn.Module) -> Generator[None]:
         (m._buffers, name, b, b.clone())
         for m in holders
         for name, b in m._buffers.items()
-        if b is not None
+        if b is not None and not _is_expanded(b)
     ]
     model.eval()
     try:
@@ -144,6 +151,11 @@ def _unchanged(model: nn.Module) -> Generator[None]:
             module.training = mode
         for held, name, buffer, before in buffers:
             held[name] = buffer.copy_(before)
+
+
+def _is_expanded(buffer: Tensor) -> bool:
+    """True when elements share memory, so that no forward can write them in place."""
+    return any(s == 0 and n > 1 for s, n in zip(buffer.stride(), buffer.shape, strict=True))
 
 
 def _tensors(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:

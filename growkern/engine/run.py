@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from math import inf
@@ -74,10 +74,20 @@ def run(request: Request) -> GrowthReport:
         return _run(request)
 
 
+@contextmanager
+def _full_precision() -> Generator[None]:
+    """Switch autocast off, under which the means of new optimizer state would be computed in low precision."""
+    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    with ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 def _run(request: Request) -> GrowthReport:
     start, live = perf_counter(), Live.now()
     ranks = Ranks(request.model, live.modules)
-    with ranks.together(), torch.inference_mode(False), torch.no_grad():
+    with ranks.together(), torch.inference_mode(False), torch.no_grad(), _full_precision():
         sources = _describe(request)
         check = None if request.check is None else ForwardCheck(request.model, request.check)
         plan, unmanaged = _agree_on_plan(request, sources, ranks, live)

@@ -149,18 +149,21 @@ def roots_of_mean_squares(tensors: Sequence[Tensor]) -> list[Tensor]:
     Elements are rounded to whole multiples of a power of two, at most 2**10 of them: the sum of up to 2**33 squares is exact.
     """
     roots: list[Tensor] = []
-    largest = torch._foreach_norm([*tensors], inf)  # pyright: ignore
+    largest: list[Tensor] = torch._foreach_norm([*tensors], inf)  # pyright: ignore
     for tensor, most in zip(tensors, largest, strict=True):
         exponent = torch.frexp(most.to(torch.float64)).exponent.clamp(min=-100)
         unit = torch.ldexp(torch.ones_like(most, dtype=torch.float64), exponent - 10)
-        parts: tuple[Tensor, ...] = tensor.flatten().split(CHUNK if tensor.device.type == "cpu" else MOST)  # pyright: ignore  # fmt: skip
+        most_at_once = CHUNK if tensor.device.type == "cpu" else MOST
+        parts: tuple[Tensor, ...] = torch.split(tensor.flatten(), most_at_once)
         per_unit = unit.to(arithmetic(tensor.dtype))
-        sums = [
-            (part.to(per_unit.dtype) / per_unit).round_().square_().sum(dtype=torch.float64)
-            for part in parts
-        ]
+        sums = [_squares(part, per_unit) for part in parts]
         roots.append((torch.stack(sums).sum() / tensor.numel()).sqrt() * unit)
     return roots
+
+
+def _squares(part: Tensor, unit: Tensor) -> Tensor:
+    """Return the sum of squares of a tensor in whole units, float64 ()."""
+    return (part.to(unit.dtype) / unit).round_().square_().sum(dtype=torch.float64)
 
 
 def norm_of(tensors: Sequence[Tensor], order: int) -> float:

@@ -1,7 +1,7 @@
 """Growth in Hugging Face's Trainer."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
+from growkern.commit.optimizer import Masters
 from growkern.errors import PlanError
 from growkern.model.spec import ModelSpec
 from growkern.support.argument_types import typed_arguments
@@ -136,8 +137,8 @@ def attach(trainer: Trainer, schedule: GrowthSchedule, **options: Unpack[Options
     def replay_and_load(checkpoint: str, model: nn.Module | None = None) -> None:
         if callback in trainer.callback_handler.callbacks and (saved := _saved(checkpoint)):
             catch_up(
-                trainer.model, trainer.create_optimizer(), saved["history"], scheduler=trainer.lr_scheduler,
-                spec=spec_function(options.get("spec")),
+                trainer.model, trainer.create_optimizer(), saved["history"], scheduler=trainer.lr_scheduler, ema=options.get("ema"),
+                master_weights=options.get("master_weights"), spec=spec_function(options.get("spec")),
             )  # fmt: skip
         load(checkpoint, model)
 
@@ -146,7 +147,12 @@ def attach(trainer: Trainer, schedule: GrowthSchedule, **options: Unpack[Options
 
 
 def resume(
-    trainer: Trainer, checkpoint: str, *, spec: Callable[[nn.Module], ModelSpec] | None = None
+    trainer: Trainer,
+    checkpoint: str,
+    *,
+    ema: nn.Module | Sequence[nn.Module] | None = None,
+    master_weights: Masters | None = None,
+    spec: Callable[[nn.Module], ModelSpec] | None = None,
 ) -> None:
     """Replay a checkpoint's growths on the trainer's model and optimizer, for a trainer without a schedule.
 
@@ -155,6 +161,8 @@ def resume(
     Args:
         trainer: Trainer of a model of the starting sizes.
         checkpoint: Folder of a checkpoint that a trainer with a schedule has written.
+        ema: See ``growkern.resume``.
+        master_weights: See ``growkern.resume``.
         spec: See ``growkern.resume``.
 
     Raises:
@@ -167,7 +175,8 @@ def resume(
             "growkern.hf.attach attached a schedule."
         )
     replay(
-        trainer.model, trainer.create_optimizer(), saved["history"], scheduler=trainer.lr_scheduler, spec=spec
+        trainer.model, trainer.create_optimizer(), saved["history"], scheduler=trainer.lr_scheduler, ema=ema,
+        master_weights=master_weights, spec=spec,
     )  # fmt: skip
 
 

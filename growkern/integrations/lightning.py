@@ -163,7 +163,10 @@ class GrowthCallback(Callback):
         model, spec = self.model(pl_module), spec_function(self.options.get("spec"))
         optims = _optimizers_of(model, trainer) if with_optimizer else []
         several = _schedulers_of(optims, trainer) or None
-        catch_up(model, optims, history, scheduler=several, ema=self.options.get("ema"), spec=spec)
+        catch_up(
+            model, optims, history, scheduler=several, ema=self.options.get("ema"),
+            master_weights=self.options.get("master_weights"), spec=spec,
+        )  # fmt: skip
 
 
 def _optimizers_of(model: nn.Module, trainer: Trainer) -> list[Optimizer]:

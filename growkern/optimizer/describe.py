@@ -122,6 +122,8 @@ def describe_optimizer(
     law = _law_of(kind, optim, state_rules)
     states = {names[id(p)]: (p, s) for p, s in optim.state.items() if id(p) in names and s}
     problems = [] if drop or (law and law.resets) else [*_unknown(kind, law, states)]
+    if not drop:
+        problems += _kept_whole(states, state_rules or {})
     raise_all(UnsupportedOptimizerError, title, problems)
     keys = {name: tuple(map(str, s)) for name, (_, s) in states.items()}
     adjusts = {
@@ -217,6 +219,20 @@ def _check_masters(
             f"{left[0]} and {len(left) - 1} more have no copy, and the optimizer has {len(stray)} tensors that are no copies; add them."
         )
     raise_all(UnsupportedOptimizerError, "master_weights:", problems)
+
+
+def _kept_whole(
+    states: Mapping[str, tuple[Tensor, Mapping[str, object]]], state_rules: Mapping[str, int | None]
+) -> Iterator[str]:
+    """Yield a problem for each state that a user's rule keeps as it is although it has the shape of its parameter, which may grow."""
+    for name, (p, state) in states.items():
+        for key, order in state_rules.items():
+            value = state.get(key)
+            if order is None and isinstance(value, Tensor) and value.shape == p.shape and p.dim():
+                yield (
+                    f"{name}: state {key!r} has the shape of the parameter, so it cannot be kept as it is when the parameter grows; pass "
+                    "its order in the gradient: 0 (copied unscaled), 1 or 2."
+                )
 
 
 def _unknown(

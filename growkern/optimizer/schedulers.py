@@ -3,10 +3,14 @@
 from collections.abc import Sequence
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from growkern.errors import PlanError
 from growkern.support.wrappers import unwrapped
+
+OWN = (
+    "torch.optim.lr_scheduler",
+    "torch.optim.swa_utils",
+)  # modules whose schedulers multiply the rate of each group
 
 
 def schedulers(scheduler: object | None) -> list[object]:
@@ -51,7 +55,10 @@ def driven_by(scheduler: object) -> object:
 
 
 def follows(scheduler: object | None) -> bool:
-    """True when split param groups keep their learning-rate factors: all schedulers are torch's, and none has a nonzero ``eta_min``."""
+    """True when split param groups keep their learning-rate factors: all schedulers are torch's own, and none has a nonzero ``eta_min``.
+
+    A subclass may set one rate for all groups, or keep rates of its own that the growth does not know.
+    """
     return all(
-        isinstance(s, LRScheduler) and not getattr(s, "eta_min", 0) for s in schedulers(scheduler)
+        type(s).__module__ in OWN and not getattr(s, "eta_min", 0) for s in schedulers(scheduler)
     )

@@ -275,9 +275,11 @@ def adopt(optim: Optimizer) -> None:
         scales = {
             (p := group["params"][int(i)]): _read(values, p)
             for group, entry in loaded
-            for i, values in entry["scales"].items()
+            for i, values in entry.get("scales", {}).items()
         }
-        orders = {key: (a, b) for _, entry in loaded for key, (a, b) in entry["orders"].items()}
+        orders = {
+            key: (a, b) for _, entry in loaded for key, (a, b) in entry.get("orders", {}).items()
+        }
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise PlanError(
             f"the state dict's factors of the learning rates do not fit this {type(optim).__name__} ({error!r}): build the "

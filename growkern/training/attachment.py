@@ -127,7 +127,7 @@ class Attachment:
         for one in optims:
             check_loaded(one)
             if optim_guard_of(one) is None:
-                OptimGuard({}, "").register(one)
+                OptimGuard({}, "", model=self.model).register(one)
         guard_model(self.model)
         self._call: Callable[[nn.Module], object] | None = None  # the model's last forward
         self._hooks += [one.register_step_post_hook(self._after_step) for one in optims]
