@@ -199,8 +199,8 @@ def check_loaded(optim: Optimizer) -> None:
         if _has_stepped(optim) and not seen and vars(optim).get(BEGAN) is not groups:
             raise PlanError(
                 f"this {type(grown).__name__} has grown, and the state that its {type(optim).__name__} has loaded contains no "
-                "learning-rate factors of a growth: call growkern.resume(model, optim, history) before load_state_dict. If this optimizer began "
-                f"with the grown model, set group[{LR_FACTOR!r}] = 1.0 in each of its param groups."
+                "learning-rate factors of a growth: call growkern.resume(model, optim, history) before load_state_dict. If this optimizer "
+                f"began with the grown model, set group[{LR_FACTOR!r}] = 1.0 in each of its param groups."
             )
         vars(optim)[BEGAN] = groups
         if not any(

@@ -26,7 +26,7 @@ from growkern.planning.growth_plan import GrowthPlan
 from growkern.support.interrupts import uninterrupted
 from growkern.support.wrappers import unwrapped
 from growkern.training.loss_curve import LossCurve
-from growkern.training.rehearsal import problems
+from growkern.training.rehearsal import problems, problems_after_a_step
 from growkern.training.triggers import (
     Event,
     unknown_sizes,
@@ -85,6 +85,7 @@ class Attachment:
         self.schedule, self.on_growth = schedule, list[OnGrowth]()
         self.model: nn.Module = unwrapped(model)
         self.options, self.deferred, self.stepped = options, deferred, False
+        self.tried = False  # True once the first step has shown what attach could not see
         # number of growths before the one in progress; None when no growth is in progress
         self._running: int | None = None
         self._take: Any = torch.compiler.disable(_take)
@@ -305,10 +306,13 @@ def _take(self: Attachment, optim: Optimizer) -> None:
         return
     self.schedule.counts.n_steps += 1
     self.stepped = True
-    if self.deferred:
-        return
     try:
-        self.grow()
+        if not self.tried:
+            title = "the growths of this schedule will fail:"
+            raise_all(PlanError, title, problems_after_a_step(self))
+            self.tried = True
+        if not self.deferred:
+            self.grow()
     except BaseException:
         # the error keeps GradScaler from deleting these attributes, and the next step would unscale twice
         if overflow is not None:

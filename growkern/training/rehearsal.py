@@ -11,12 +11,12 @@ from growkern.api import expand_inplace
 from growkern.commit.commit import copied, shared_by
 from growkern.engine.live_objects import averages_of, is_average, refuse_stale_references
 from growkern.errors import CommitError, GrowthError, UnsupportedModelError
-from growkern.execution.execute import NOTHING
+from growkern.execution.execute import NOTHING, unavailable
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.describe import describe_optimizers
 from growkern.planning.build import unsaved
-from growkern.support.live_registry import Live
+from growkern.support.live_registry import Live, in_pass
 from growkern.training.triggers import Event, target_of
 
 if TYPE_CHECKING:
@@ -53,6 +53,27 @@ def problems(attachment: "Attachment") -> list[str]:
     return found
 
 
+def problems_after_a_step(attachment: "Attachment") -> list[str]:
+    """Return what only the first step tells: state without a rule, optimizers that step inside a backward, sizes that the model has."""
+    found = [*_of_optimizers(attachment)]
+    if not attachment.deferred and (running := in_pass(attachment.model)):
+        found.append(
+            f"an optimizer steps inside {running}, where no growth can happen; pass deferred=True, and call grow() of the attachment "
+            "between steps."
+        )
+    try:
+        spec = describe(attachment.model, attachment.spec_of(attachment.model))
+    except GrowthError as error:
+        return [*found, str(error)]
+    found += [
+        f"{target_of(event)} at {event.trigger}: the model has these sizes already, or larger ones; name larger sizes, or load the "
+        "state of the schedule that grew it."
+        for event in attachment.schedule.ahead
+        if _reached(event, spec)
+    ]
+    return found
+
+
 def _reached(event: Event, spec: ModelSpec) -> bool:
     """True when a model has the sizes of an event, as a model that is about to load a checkpoint may."""
     return not isinstance(event.to, str) and all(
@@ -83,6 +104,8 @@ def _of_optimizers(attachment: "Attachment") -> Iterator[str]:
                     f"the law of {described.kind} is not known, so its state cannot grow: say how each key grows by "
                     "state_rules={\"key\": order in the gradient} ({} for an optimizer without state), or grow with state='drop'."
                 )
+        if (backend := options.get("backend")) not in (None, NOTHING):
+            yield from unavailable(backend, next(model.parameters()).device)
         averages = (
             averages_of(model, options.get("ema")) if options.get("ema") is not None else None
         )

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from models import batch, loss_of, make, train
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import growkern
-from growkern import width
+from growkern import At, GrowthSchedule, width
+from growkern.commit.optimizer_guard import history_in
 from growkern.errors import PlanError
 from growkern.optimizer.update_scale import scale_of
 
@@ -211,3 +212,59 @@ def test_spoiled_factors_of_a_state_dict_are_refused(spoil):
     other.load_state_dict(saved)
     with pytest.raises(PlanError, match="factor"):
         goes_on(again, other)
+
+
+def two_groups(model, *, backwards=False):
+    """Return AdamW with decay for matrices only; ``backwards``: the parameters of each group in reverse order."""
+    parts = [[p for p in model.parameters() if (p.dim() == 2) == wide] for wide in (True, False)]
+    parts = [part[::-1] for part in parts] if backwards else parts
+    return torch.optim.AdamW([{"params": part, "weight_decay": 0.1 * (i == 0)} for i, part in enumerate(parts)], lr=1e-2)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("backwards", [False, True])
+def test_factors_by_position_do_not_meet_parameters_in_another_order(backwards):
+    """``torch.distributed.checkpoint`` stores state by name, so it loads into groups that list their parameters in another order."""
+    model = make("llama", tied=False).double()
+    optim = two_groups(model)
+    train(model, optim, 2)
+    growkern.expand_inplace(
+        model, optim, to={"hidden": 48}, width=width.HyperClone(), dynamics="exact"
+    )
+    saved = copy.deepcopy(get_state_dict(model, optim))
+    again = type(model)(copy.deepcopy(model.config)).double()
+    other = two_groups(again, backwards=backwards)
+    set_state_dict(again, other, model_state_dict=saved[0], optim_state_dict=saved[1])
+
+    if backwards:
+        with pytest.raises(PlanError, match="list the parameters in another order"):
+            goes_on(again, other)
+    else:
+        assert goes_on(again, other) == goes_on(model, optim)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("dynamics", ["mup", "exact", None])
+def test_full_state_dicts_of_distributed_checkpoints_continue_a_resumed_run(dynamics):
+    model = make("llama", tied=False).double()
+    optim = two_groups(model)
+    train(model, optim, 2)
+    growkern.expand_inplace(model, optim, width=width.HyperClone(), dynamics=dynamics)
+    full = StateDictOptions(full_state_dict=True)
+    saved = copy.deepcopy(get_state_dict(model, optim, options=full))
+    again = make("llama", tied=False).double()
+    other = two_groups(again)
+    growkern.resume(again, other, model.config.growkern_history)
+    set_state_dict(again, other, model_state_dict=saved[0], optim_state_dict=saved[1], options=full)
+
+    assert goes_on(again, other) == goes_on(model, optim)
+
+
+def test_a_state_dict_that_is_saved_again_before_a_step_keeps_its_growths():
+    model, optim = started()
+    saved = copy.deepcopy(optim.state_dict())
+    again, other = fresh(model)
+    GrowthSchedule([At(step=100, to={"layers": 4})]).attach(again, other)
+    other.load_state_dict(copy.deepcopy(saved))
+
+    assert history_in(other.state_dict()) == history_in(saved) != []

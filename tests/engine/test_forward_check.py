@@ -296,3 +296,76 @@ def test_a_model_of_the_users_own_trains_on_after_a_check():
     train(model, optim, 1)
     growkern.expand_inplace(model, optim, spec=spec_of(model), check=batch())
     train(model, optim, 1)
+
+
+class WithLoss(nn.Module):
+    """A model that returns float32 logits and a loss under any autocast, and keeps an expanded buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb, self.norm = nn.Embedding(50, 16), nn.LayerNorm(16)
+        self.up, self.down, self.last = nn.Linear(16, 32), nn.Linear(32, 16), nn.LayerNorm(16)
+        self.head = nn.Linear(16, 50)
+        self.register_buffer("mask", torch.ones(1, 4).expand(3, 4), persistent=False)
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+    def forward(self, ids):
+        self.seen += 1
+        x = self.emb(ids) * self.mask[..., None]
+        logits = self.head(self.last(x + self.down(F.gelu(self.up(self.norm(x))))))
+        return logits.float(), F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
+
+    def spec(self):
+        named = [
+            norm("norm", reads="residual", writes="residual:normed", kind="layer"),
+            norm("last", reads="residual", writes="residual:last", kind="layer"),
+            linear("up", reads="residual:normed", writes="ffn"),
+            linear("down", reads="ffn", writes="residual"),
+            linear("head", reads="residual:last", writes="vocab"),
+        ]
+        tensors = embedding("emb", rows="vocab", writes="residual")
+        sizes = {"hidden": self.head.in_features, "ffn": self.up.out_features, "vocab": 50}
+        return ModelSpec("own", sizes, {k: v for part in named for k, v in part.items()} | tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("to", ["2x", {"hidden": 24}])
+def test_a_check_allows_for_the_rounding_of_autocast(dtype, to):
+    torch.manual_seed(0)
+    model = WithLoss()
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    schedule = GrowthSchedule([At(step=30, to=to)])
+    schedule.attach(model, optim, spec=WithLoss.spec)
+    for _ in range(31):  # one batch is learned by heart: its loss is small
+        optim.zero_grad()
+        with torch.autocast("cpu", dtype=dtype):
+            loss = model(IDS)[1]
+        loss.backward()
+        optim.step()
+
+    assert schedule.fired == [30] and loss.item() < 0.5
+    assert model.mask.stride() == (0, 1)
+
+
+def test_buffers_beside_an_expanded_one_are_put_back():
+    model = WithLoss()
+    model(IDS)
+
+    growkern.expand_inplace(model, spec=model.spec(), check=IDS, to="2x")
+
+    assert float(model.seen) == 1
+
+
+def test_under_autocast_another_function_is_still_found():
+    model = WithLoss()
+
+    def moved(model):
+        return model(IDS)[0] + (model.head.in_features - 16)
+
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(CommitError, match="the output moved by 8"),
+    ):
+        growkern.expand_inplace(model, spec=model.spec(), check=moved, to={"hidden": 24})
+
+    assert model.head.in_features == 16

@@ -239,3 +239,16 @@ def test_a_block_of_8_bits_whose_scale_is_not_finite_is_refused(key, value, memo
     )
     optim.state[down].clear()
     grow(model, optim, to="2x", memory=memory)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_growth_under_autocast_is_the_growth_without_it(dtype):
+    grown = []
+    for enabled in (False, True):
+        model, optim = live()
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            grow(model, optim, to="1.5x")
+            assert torch.is_autocast_enabled("cpu") == enabled
+        grown.append(bits_of(model, optim))
+
+    assert same_bits(*grown)

@@ -12,6 +12,7 @@ import torch
 from models import batch, exact_norms, grow, loss_of, make, train
 from torch import nn
 from torch.optim import _muon
+from torch.optim.lr_scheduler import LRScheduler
 
 import growkern
 from growkern import width
@@ -486,3 +487,50 @@ def test_groups_and_hooks_carry_the_same_learning_rates(name):
         return train(model, optim, 5, first=5)
 
     assert run(True) == pytest.approx(run(False), abs=1e-9)
+
+
+class OneRate(LRScheduler):
+    """One absolute rate for all groups, as Noam's."""
+
+    def get_lr(self):
+        return [1e-2 / (2 + self.last_epoch) for _ in self.optimizer.param_groups]
+
+
+class OwnPeaks(LRScheduler):
+    """A list of rates, one per group, under a name of its own."""
+
+    def __init__(self, optimizer):
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        return [peak / (1 + self.last_epoch) for peak in self.peaks]
+
+
+class WarmUp(LRScheduler):
+    """A warm-up from one absolute rate to the base rates."""
+
+    def get_lr(self):
+        return [1e-4 + (base - 1e-4) * self.last_epoch / 20 for base in self.base_lrs]
+
+
+@pytest.mark.parametrize("kind", [OneRate, OwnPeaks, WarmUp])
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_groups_are_not_split_under_a_scheduler_of_a_users_own_class(kind, name):
+    def run(grows):
+        model = make("llama", tied=True)
+        decayed = [p for p in model.parameters() if p.dim() == 2]
+        rest = [{"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+        optim = OPTIMIZERS[name][0]([{"params": decayed}, *rest], lr=1e-2)
+        scheduler, rates = kind(optim), []
+        for i in range(6):
+            train(model, optim, 1, first=i)
+            scheduler.step()
+            if i == 2 and grows:
+                grow(model, optim, width=width.Lossless(noise=1), scheduler=scheduler)
+            rates.append([group["lr"] / group.get("lr_factor", 1) for group in optim.param_groups])
+        return rates, scale_of(optim)
+
+    (rates, scale), (expected, _) = run(True), run(False)
+
+    assert rates == expected and scale is not None and scale.scales

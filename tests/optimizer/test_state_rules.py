@@ -496,3 +496,18 @@ def test_masters_grow_beside_a_history_that_starts_anew():
     for p, master in master_weights.items():
         assert master.shape == p.shape
         torch.testing.assert_close(p, master.bfloat16(), rtol=1e-2, atol=1e-3)
+
+
+def test_state_of_the_parameters_shape_cannot_be_kept_as_it_is():
+    """``fused=True`` would read and write beyond it in the next step."""
+    model = make("llama", tied=True)
+    optim = optims.AdamW(model.parameters(), lr=1e-3, fused=True)
+    train(model, optim, 1)
+
+    with pytest.raises(
+        UnsupportedOptimizerError, match="'exp_avg_sq' has the shape of the parameter"
+    ):
+        grow(model, optim, to="2x", state_rules={"exp_avg_sq": None})
+
+    grow(model, optim, to="2x", state_rules={"exp_avg_sq": None}, state="drop")
+    train(model, optim, 1)

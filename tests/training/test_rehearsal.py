@@ -200,3 +200,48 @@ def test_other_parts_in_the_same_optimizer_that_read_the_model_are_refused():
     optim.state.clear()
     growkern.expand_inplace(whole.body, own)
     assert whole.body.config.hidden_size == 48
+
+
+def test_a_backend_that_cannot_run_is_refused_when_it_is_attached():
+    refused([At(step=5, to=WIDER)], "backend='cuda13' is unknown", backend="cuda13")
+
+
+class Own(torch.optim.AdamW):
+    """An optimizer whose law growkern does not know."""
+
+
+@pytest.mark.parametrize(
+    ("events", "rules", "match"),
+    [
+        ([At(step=5, to={"hidden": 24})], None, "hidden=24 at step 5: the model has these sizes already"),
+        ([At(step=5, to={"layers": 1})], None, "layers=1 at step 5: the model has these sizes already"),
+        ([At(step=5, to=WIDER)], {"exp_avg": 1, "exp_avg_sq": 2}, "unknown state 'step'"),
+        ([At(step=5, to=WIDER)], {"exp_avg": 1, "exp_avg_sq": 2, "step": None, "stp": None}, "no parameter has the state stp"),
+        ([At(step=5, to=WIDER)], {}, "unknown state 'exp_avg'|unknown state 'step'"),
+    ],
+    ids=["same", "smaller", "forgotten", "typo", "stateless"],
+)  # fmt: skip
+def test_what_only_the_first_step_tells_is_said_at_the_first_step(events, rules, match):
+    model = make("llama", tied=True)
+    optim = (Own if rules is not None else torch.optim.AdamW)(model.parameters(), lr=1e-3)
+    GrowthSchedule(events).attach(model, optim, state_rules=rules)
+    loss_of(model, batch()).backward()
+
+    with pytest.raises(PlanError, match=match):
+        optim.step()
+
+
+def test_optimizers_that_step_inside_a_backward_are_refused_at_the_first_step():
+    model = make("llama", tied=True)
+    optims = {p: torch.optim.AdamW([p], lr=1e-3) for p in model.parameters()}
+    GrowthSchedule([At(step=5, to=WIDER)]).attach(model, [*optims.values()])
+
+    def steps(p):
+        optims[p].step()
+        optims[p].zero_grad()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(steps)
+
+    with pytest.raises(PlanError, match="an optimizer steps inside a backward"):
+        loss_of(model, batch()).backward()
