@@ -136,8 +136,8 @@ def attach(trainer: Trainer, schedule: GrowthSchedule, **options: Unpack[Options
     def replay_and_load(checkpoint: str, model: nn.Module | None = None) -> None:
         if callback in trainer.callback_handler.callbacks and (saved := _saved(checkpoint)):
             catch_up(
-                trainer.model, trainer.create_optimizer(), saved["history"], scheduler=trainer.lr_scheduler,
-                spec=spec_function(options.get("spec")),
+                trainer.model, trainer.create_optimizer(), saved["history"], scheduler=trainer.lr_scheduler, ema=options.get("ema"),
+                master_weights=options.get("master_weights"), spec=spec_function(options.get("spec")),
             )  # fmt: skip
         load(checkpoint, model)
 
