@@ -207,6 +207,21 @@ def test_a_checkpoint_from_before_a_growth_is_refused_by_name(to, match, strict)
     train(model, optim, 1)
 
 
+def test_a_deeper_optimizer_checkpoint_says_what_to_do_where_a_schedule_is_attached():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters())
+    train(model, optim, 1)
+    grow(model, optim, to={"layers": 3})
+    again = make("llama", tied=True)
+    other = torch.optim.AdamW(again.parameters())
+    attachment = growkern.GrowthSchedule([growkern.At(step=1)]).attach(again, other)
+
+    with pytest.raises(CheckpointError, match=r"has 29 parameters .* has 20 .*growkern\.resume"):
+        other.load_state_dict(optim.state_dict())
+
+    assert attachment.schedule.attachment is attachment and not other.state
+
+
 def test_checkpoints_of_every_earlier_size_are_refused_whole_or_in_part_by_the_growth_after_it():
     model = make("llama", tied=True)
     optim = torch.optim.AdamW(model.parameters())
