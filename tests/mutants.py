@@ -348,6 +348,8 @@ MUTANTS = {
         "integrations/hf.py", "scheduler=trainer.lr_scheduler, ema", "ema", "integrations/test_hf.py -k your_own"),
     "hf: the replay leaves the averages": Mutant(
         "integrations/hf.py", 'ema=options.get("ema"),', "", "integrations/test_hf.py -k your_own"),
+    "hf: the replay leaves the master weights": Mutant(
+        "integrations/hf.py", 'master_weights=options.get("master_weights"), ', "", "integrations/test_hf.py -k master"),
     "hf: a removed callback replays": Mutant(
         "integrations/hf.py", "callback in trainer.callback_handler.callbacks and (saved", "(saved",
         "integrations/test_hf.py -k was_removed"),

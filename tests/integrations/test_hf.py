@@ -214,6 +214,31 @@ def test_a_model_of_your_own_is_resumed_bitwise_with_its_average_scheduler_and_t
     same_weights(model, resumed)
 
 
+@pytest.mark.slow
+def test_growths_of_a_checkpoint_are_replayed_on_master_weights(tmp_path):
+    def parts(out):
+        model = make("llama", tied=True).bfloat16()
+        masters = {p: torch.nn.Parameter(p.detach().float()) for p in model.parameters()}
+        trainer = trainer_of(model, out, max_steps=1, save_strategy="steps", save_steps=1)
+        trainer.optimizer = optim = torch.optim.AdamW(masters.values(), lr=1e-2)
+
+        def take_gradients(*_):
+            for p, master in masters.items():
+                master.grad = p.grad.float()
+
+        optim.register_step_pre_hook(take_gradients)
+        hf.attach(trainer, GrowthSchedule([At(step=1, to=WIDER)]), master_weights=masters)
+        return model, masters, trainer
+
+    _, _, trainer = parts(tmp_path)
+    trainer.train()
+    resumed, masters, trainer = parts(tmp_path / "resumed")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+    assert resumed.config.hidden_size == 48 and {*masters} == {*resumed.parameters()}
+    assert all(master.shape == p.shape for p, master in masters.items())
+
+
 def test_a_callback_that_was_removed_replays_nothing(tmp_path):
     model = make("llama", tied=True)
     trainer, _ = saving(model, tmp_path, [At(step=1, to=WIDER)], max_steps=1)
