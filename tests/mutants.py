@@ -211,6 +211,19 @@ MUTANTS = {
         "engine/upcycle.py", "mixture.train(model.training)", "mixture", "engine/test_upcycle.py -k 'names_of or is_the_dense'"),
     "upcycle: the generation config is a new one": Mutant(
         "engine/upcycle.py", "    mixture.generation_config = model.generation_config\n", "", "engine/test_upcycle.py -k names_of"),
+    "upcycle: all layers have the same router": Mutant(
+        "engine/upcycle.py", "_experts(model, layer, experts, std, seed + i)", "_experts(model, layer, experts, std, seed)",
+        "engine/test_upcycle.py -k router_of_its_own"),
+    "upcycle: the attention is the default": Mutant(
+        "engine/upcycle.py", "    grown._attn_implementation = config._attn_implementation\n", "",
+        "engine/test_upcycle.py -k router_of_its_own"),
+    "upcycle: factors of the dense model stay": Mutant(
+        "engine/upcycle.py", "if any(scale_of(optim) is not None for optim in optims):", "if False:", "engine/test_upcycle.py -k factors"),
+    "upcycle: the router is in the last group": Mutant(
+        "engine/upcycle.py", "last = old[-1] if old else last", "last = moved[0][1][0]",
+        "optimizer/test_several_optimizers.py -k experts_go"),
+    "upcycle: experts get the second moment of the MLP": Mutant(
+        "engine/upcycle.py", "/ experts**rule.grad", "/ experts", "engine/test_upcycle.py -k share_of_the_moments"),
     "model: overlapping tensors grow": Mutant(
         "model/describe.py", "elif p.layout is torch.strided and _overlaps(p):", "elif False:",
         "engine/test_bad_input.py -k tensors_that_cannot"),
@@ -237,6 +250,26 @@ MUTANTS = {
     "checkpoint: the last dtype is the widest": Mutant(
         "checkpoints/load.py", "widest = torch.promote_types(widest, dtype)", "widest = dtype",
         "checkpoints/test_grow_checkpoint.py -k mixed"),
+    "checkpoint: the rename is not synced": Mutant(
+        "checkpoints/output.py", "        _sync(place.parent)\n", "", "checkpoints/test_output.py -k before_the_target"),
+    "checkpoint: the folder is not synced": Mutant(
+        "checkpoints/output.py", "for path in (*folder.iterdir(), folder):", "for path in folder.iterdir():",
+        "checkpoints/test_output.py -k before_the_target"),
+    "checkpoint: the lock stays": Mutant(
+        "checkpoints/output.py", "            os.close(lock)\n        if place", "            pass\n        if place",
+        "checkpoints/test_output.py -k complete_is_not"),
+    "checkpoint: transformers stays silent": Mutant(
+        "checkpoints/load.py", "        logging.set_verbosity(level)\n", "        pass\n", "checkpoints/test_source.py -k logs_after"),
+    "checkpoint: tensors of mixed dtypes lie unaligned": Mutant(
+        "checkpoints/shards.py", "key=lambda n: (-tensors[n].element_size(), n)", "key=lambda n: n",
+        "checkpoints/test_grow_checkpoint.py -k multiple_of"),
+    "checkpoint: headers are not padded": Mutant(
+        "checkpoints/shards.py", "ALIGNMENT = 8 ", "ALIGNMENT = 1 ", "checkpoints/test_grow_checkpoint.py -k multiple_of"),
+    "checkpoint: grown experts take each other's dtypes": Mutant(
+        "checkpoints/load.py", "stored[i * len(stored) // len(after)]", "stored[i % len(stored)]",
+        "checkpoints/test_grow_checkpoint.py -k new_experts"),
+    "checkpoint: KB are KiB": Mutant(
+        "checkpoints/shards.py", '"KB": 10**3', '"KB": 1 << 10', "checkpoints/test_grow_checkpoint.py -k sizes_of_shards"),
     # training
     "curve: a step without new tokens counts": Mutant(
         "training/loss_curve.py", "if tokens <= self.last:", "if tokens < self.last:", "training/test_loss_curve.py"),
@@ -249,6 +282,120 @@ MUTANTS = {
         "advice/test_advise.py -k survives_a_restart"),
     "schedule: a smaller size resets the order": Mutant(
         "training/triggers.py", "reached[what] = i, max(n, least)", "reached[what] = i, n", "training/test_triggers.py"),
+    "attach: tokens from before the attachment are no compute": Mutant(
+        "training/attachment.py", "counts.n_flops = 6.0 * counts.n_tokens * self.n_params", "pass",
+        "training/test_schedule.py -k before_the_attachment"),
+    "attach: the memory option is forgotten": Mutant(
+        "training/attachment.py", 'memory=options.get("memory"), ', "", "training/test_schedule.py -k backend_and"),
+    "attach: the backend option is forgotten": Mutant(
+        "training/attachment.py", 'backend=options.get("backend"), ', "", "training/test_schedule.py -k backend_and"),
+    "attach: the state rules of the growth are forgotten": Mutant(
+        "training/attachment.py", 'state_rules=options.get("state_rules"), backend', "backend", "training/test_schedule.py -k state_rules"),
+    "attach: the master weights are forgotten": Mutant(
+        "training/attachment.py", 'master_weights=options.get("master_weights"), memory', "memory", "training/test_schedule.py -k master"),
+    "attach: the plan does not see the master weights": Mutant(
+        "training/attachment.py", '\n            state_rules=options.get("state_rules"), master_weights=options.get("master_weights"),',
+        '\n            state_rules=options.get("state_rules"),', "training/test_schedule.py -k master"),
+    "attach: a resumed growth has the first noise again": Mutant(
+        "training/attachment.py", "before = max(len(self.schedule.fired), n_growths(self.model))", "before = n_growths(self.model)",
+        "integrations/test_accelerate.py -k save_state_and"),
+    "attach: the hook on the forward stays": Mutant(
+        "training/attachment.py", "self._hooks.append(self.model.register_forward_pre_hook(self._record, with_kwargs=True))",
+        "self.model.register_forward_pre_hook(self._record, with_kwargs=True)", "engine/test_forward_check.py -k last_batch"),
+    "attach: the check holds the graph of the last batch": Mutant(
+        "training/attachment.py", "kwargs = {name: _detached(value) for name, value in kwargs.items()}", "pass",
+        "engine/test_forward_check.py -k no_graph"),
+    "attach: the check forgets the autocast": Mutant(
+        "training/attachment.py", "dtype=cast, enabled=cast is not None", "dtype=cast, enabled=False",
+        "engine/test_forward_check.py -k autocast"),
+    "attach: a failed growth leaves found_inf": Mutant(
+        "training/attachment.py", '            vars(optim).pop("grad_scale", None)\n', "", "training/test_schedule_refused.py -k scaler"),
+    "attach: a deeper optimizer checkpoint is torch's own error": Mutant(
+        "training/attachment.py", '                OptimGuard({}, "").register(one)\n', "                pass\n",
+        "training/test_replay.py -k where_a_schedule"),
+    "resume: dropped state is not dropped": Mutant(
+        "training/replay.py", 'partial(_plan, growth), growth.state == "drop"', "partial(_plan, growth), False",
+        "training/test_replay.py -k dropped_the"),
+    "resume: the averages stay": Mutant(
+        "training/replay.py", "scheduler=scheduler, ema=ema, master", "scheduler=scheduler, master",
+        "training/test_history.py -k takes_the_earlier"),
+    "resume: the master weights stay": Mutant(
+        "training/replay.py", "master_weights=master_weights, split", "split", "training/test_replay.py -k master"),
+    "resume: the scheduler stays": Mutant(
+        "training/replay.py", "backend=NOTHING, scheduler=scheduler, ", "backend=NOTHING, ",
+        "optimizer/test_several_optimizers.py -k resumed"),
+    "resume: a model of the final sizes replays": Mutant(
+        "training/replay.py", "    if dict(sizes) == dict(growths[-1].target_sizes) != dict(start):\n        return\n", "",
+        "integrations/test_accelerate.py -k save_state_and"),
+    "rehearsal: only equal sizes are reached": Mutant(
+        "training/rehearsal.py", "n <= spec.sizes.get", "n == spec.sizes.get", "training/test_rehearsal.py -k reached"),
+    "rehearsal: one event that drops state vouches for all": Mutant(
+        "training/rehearsal.py", "drop = all(event", "drop = any(event", "training/test_rehearsal.py -k unknown_law"),
+    "rehearsal: master weights are not looked at": Mutant(
+        "training/rehearsal.py", "state_rules=rules, master_weights=masters", "state_rules=rules", "training/test_schedule.py -k master"),
+    "rehearsal: what was not yet collected counts": Mutant(
+        "training/rehearsal.py", "        gc.collect()  # what is left is alive\n", "        pass\n",
+        "training/test_rehearsal.py -k nothing_refers"),
+    # integrations
+    "hf: steps of a run without a schedule do not count": Mutant(
+        "integrations/hf.py", "schedule.counts.n_steps = state.global_step", "pass", "integrations/test_hf.py -k without_a_schedule"),
+    "hf: tokens of a resumed run count twice": Mutant(
+        "integrations/hf.py", "            self.n_tokens = state.num_input_tokens_seen\n            if self", "            if self",
+        "integrations/test_hf.py -k your_own"),
+    "hf: the replay does not get the spec": Mutant(
+        "integrations/hf.py", 'spec=spec_function(options.get("spec")),', "spec=None,", "integrations/test_hf.py -k your_own"),
+    "hf: the replay leaves the scheduler": Mutant(
+        "integrations/hf.py", "scheduler=trainer.lr_scheduler, ema", "ema", "integrations/test_hf.py -k your_own"),
+    "hf: the replay leaves the averages": Mutant(
+        "integrations/hf.py", 'ema=options.get("ema"),', "", "integrations/test_hf.py -k your_own"),
+    "hf: the replay leaves the master weights": Mutant(
+        "integrations/hf.py", 'master_weights=options.get("master_weights"), ', "", "integrations/test_hf.py -k master"),
+    "hf: a removed callback replays": Mutant(
+        "integrations/hf.py", "callback in trainer.callback_handler.callbacks and (saved", "(saved",
+        "integrations/test_hf.py -k was_removed"),
+    "accelerate: the replay leaves the averages": Mutant(
+        "integrations/accelerate.py", 'ema=options.get("ema"),', "", "integrations/test_accelerate.py -k averages"),
+    "accelerate: the replay leaves the master weights": Mutant(
+        "integrations/accelerate.py", 'master_weights=options.get("master_weights"), spec', "spec",
+        "integrations/test_accelerate.py -k averages"),
+    "accelerate: schedulers of another model are taken": Mutant(
+        "integrations/accelerate.py", " if driven_by(unwrapped(s)) in optims]", "]", "integrations/test_accelerate.py -k another_model"),
+    "accelerate: a schedule is saved once per attachment": Mutant(
+        "integrations/accelerate.py", "if not any(registered is schedule for registered in custom):", "if True:",
+        "integrations/test_accelerate.py -k attached_again"),
+    "accelerate: a removed schedule replays": Mutant(
+        "integrations/accelerate.py", "schedule.attachment is attachment and file", "file",
+        "integrations/test_accelerate.py -k attached_again"),
+    "lightning: the replay leaves the averages": Mutant(
+        "integrations/lightning.py", ', ema=self.options.get("ema")', "", "integrations/test_lightning.py -k your_own"),
+    "lightning: the replay does not get the spec": Mutant(
+        "integrations/lightning.py", "spec=spec)", "spec=None)", "integrations/test_lightning.py -k your_own"),
+    "lightning: the replay leaves the schedulers": Mutant(
+        "integrations/lightning.py", "scheduler=several, ", "", "integrations/test_lightning.py -k starting_sizes"),
+    "lightning: a failed fit leaves its hooks": Mutant(
+        "integrations/lightning.py",
+        "        \"\"\"Detach the schedule, and remove the hook on the trainer's weight loading.\"\"\"\n        self._detach()\n",
+        "        pass\n", "integrations/test_lightning.py -k raises_leaves"),
+    # arguments and specs
+    "arguments: text is a sequence": Mutant(
+        "support/argument_types.py", "    if origin is Sequence and isinstance(value, str):\n        return False\n", "",
+        "house/test_hostile_arguments.py -k was_accepted"),
+    "arguments: tuples have any length": Mutant(
+        "support/argument_types.py", "fits = parts[-1] is Ellipsis or len(entries) == len(parts)", "fits = True",
+        "house/test_hostile_arguments.py -k 'field or was_accepted'"),
+    "arguments: keys of mappings have any type": Mutant(
+        "support/argument_types.py", "for problem in _misfits(key, parts[0], deep))", "for problem in ())",
+        "house/test_hostile_arguments.py -k 'field or was_accepted'"),
+    "arguments: True is a number": Mutant(
+        "support/argument_types.py", "type(value) is not bool and isinstance", "isinstance",
+        "house/test_hostile_arguments.py -k was_accepted"),
+    "spec: ties may name what is no tensor": Mutant(
+        "model/spec_check.py", "for tie in spec.ties.items():", "for tie in ():", "house/test_hostile_arguments.py -k was_accepted"),
+    "spec: any fraction rotates": Mutant(
+        "model/spec_check.py", "if not 0 <= spec.rotary <= 1:", "if False:", "house/test_hostile_arguments.py -k was_accepted"),
+    "spec: a size may be 0": Mutant(
+        "model/spec_check.py", "type(n) is not int or n < 1", "type(n) is not int or n < 0",
+        "house/test_hostile_arguments.py -k was_accepted"),
 }  # fmt: skip
 
 

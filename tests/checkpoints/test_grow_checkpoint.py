@@ -95,6 +95,31 @@ def test_shards_hold_what_the_index_says_and_no_more_than_was_asked(source, tmp_
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("7", 7), ("50KB", 50_000), ("1.5 mb", 1_500_000), ("5GB", 5 * 10**9), ("1TB", 10**12)],
+)
+def test_sizes_of_shards_are_read_as_transformers_reads_them(text, n_bytes):
+    assert shards.n_bytes_of(text) == n_bytes
+
+
+def test_every_tensor_lies_at_a_multiple_of_its_element_size(tmp_path):
+    """A reader that maps the file uses the tensors in place."""
+    tensors = {"a": torch.ones(3, dtype=torch.bool), "b": torch.ones(3).bfloat16()}
+    tensors |= {"c": torch.ones(3), "d": torch.ones(1, dtype=torch.float64)}
+    written = shards.Shards(tmp_path, {n: t.to("meta") for n, t in tensors.items()}, 10**6)
+    for name, t in tensors.items():
+        written.write(name, t)
+    written.close()
+
+    file = tmp_path / "model.safetensors"
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    fields = json.loads(file.read_bytes()[8:header])
+    starts = {n: header + fields[n]["data_offsets"][0] for n in tensors}
+    assert all(start % tensors[n].element_size() == 0 for n, start in starts.items())
+    assert all(torch.equal(t, tensors[n]) for n, t in load_file(file).items())
+
+
 def test_a_small_target_is_one_file_without_an_index(source, tmp_path):
     checkpoint.grow(source, tmp_path / "out")
 
@@ -137,6 +162,21 @@ def test_each_tensor_of_a_mixed_checkpoint_keeps_its_own_dtype_and_precision(wid
     for name, t in grown.items():
         assert t.dtype == dtype_of(name) and torch.equal(t, expected[name].to(t.dtype)), name
     assert {t.dtype for t in grown.values()} == {torch.float32, torch.bfloat16}
+    load(model, tmp_path / "out")
+
+
+def test_new_experts_are_stored_in_the_dtypes_of_the_experts_that_they_copy(tmp_path):
+    model = save(tmp_path / "source", "mixtral", shard="1GB")
+    file, wide = tmp_path / "source" / "model.safetensors", (".w2.", ".w3.")
+    stored = {n: t if any(part in n for part in wide) else t.bfloat16() for n, t in load_file(file).items()}  # fmt: skip
+    save_file(stored, file, {"format": "pt"})
+
+    checkpoint.grow(tmp_path / "source", tmp_path / "out", to={"experts": 8, "top_k": 4})
+
+    grown = load_file(tmp_path / "out" / "model.safetensors")
+    assert sum(".w3." in name for name in grown) == 2 * 8
+    for name, t in grown.items():
+        assert (t.dtype == torch.float32) == any(part in name for part in wide), name
     load(model, tmp_path / "out")
 
 

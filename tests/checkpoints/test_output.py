@@ -337,3 +337,26 @@ def test_an_interrupt_between_the_two_renames_gives_back_what_was_there(
         checkpoint.grow(source, tmp_path / "out", overwrite=True)
 
     assert contents(tmp_path) == before
+
+
+def test_files_and_folder_are_on_disk_before_the_target_has_its_name_and_the_name_after_it(
+    source, tmp_path, monkeypatch
+):
+    """A machine that loses power leaves the whole target or none."""
+    out, fsync, named = tmp_path / "out", os.fsync, {}
+
+    def noted(descriptor):
+        named[os.fstat(descriptor).st_ino] = out.exists()
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    checkpoint.grow(source, out)
+
+    written = [path.stat().st_ino for path in (out, *out.iterdir())]
+    assert named == dict.fromkeys(written, False) | {tmp_path.stat().st_ino: True}
+
+
+def test_a_target_that_is_complete_is_not_locked(source, tmp_path):
+    checkpoint.grow(source, tmp_path / "out")
+
+    os.close(output._lock(tmp_path / "out"))

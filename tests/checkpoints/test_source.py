@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import processes
@@ -212,6 +213,24 @@ def test_a_config_chooses_no_code_and_no_other_files(source, tmp_path):
     assert model.config._attn_implementation == "sdpa" and not hasattr(model, "peft_config")
     grown = json.loads((tmp_path / "out" / "config.json").read_text())
     assert HOSTILE.keys() & grown.keys() == {"auto_map"}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_transformers_logs_after_a_load_what_it_did_before(whole, source):
+    logging, path = transformers.utils.logging, source / "config.json"
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    if not whole:
+        edit(path, hidden_size=48)
+    try:
+        logging.set_verbosity_info()
+        logging.enable_progress_bar()
+        with nullcontext() if whole else pytest.raises(CheckpointError, match="cannot load"):
+            saved.load(source)
+        assert logging.get_verbosity() == logging.INFO and logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity(before[0])
+        if not before[1]:
+            logging.disable_progress_bar()
 
 
 def test_a_quantized_checkpoint_is_refused(source):

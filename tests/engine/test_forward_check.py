@@ -1,6 +1,7 @@
 """``check=`` takes a growth back when the grown model's forward fails or computes something else, and notes name what a spec forgot."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -219,6 +220,41 @@ def test_a_schedule_of_a_stock_model_checks_only_if_asked():
     loss.backward()
     optim.step()
     assert schedule.fired == [1]
+
+
+def test_a_schedule_checks_under_the_autocast_of_the_training_loop():
+    class Mixed(Tiny):
+        """A model whose forward works under autocast alone."""
+
+        def forward(self, ids, labels=None):
+            return {"logits": self.out(self.qkv(self.emb(ids).bfloat16())[..., : self.out.in_features])}  # fmt: skip
+
+    model = Mixed()
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    schedule = GrowthSchedule([At(step=2, to=WIDER)])
+    schedule.attach(model, optim, spec=SPEC, check=True)
+
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(IDS)["logits"].float().square().sum()
+        loss.backward()
+        optim.step()
+        optim.zero_grad()
+
+    assert schedule.fired == [2]
+
+
+def test_a_check_keeps_no_graph_of_the_last_batch():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    GrowthSchedule([At(step=9, to="2x")]).attach(model, optim, check=True)
+    embeds = model.get_input_embeddings()(batch())
+
+    model(inputs_embeds=embeds)
+    graph = weakref.ref(embeds)
+    del embeds
+
+    assert graph() is None
 
 
 # What a spec forgot

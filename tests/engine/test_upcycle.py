@@ -10,6 +10,7 @@ from states import fail_at
 import growkern
 from growkern.commit.undo import Undo
 from growkern.errors import PlanError, UnsupportedModelError
+from growkern.optimizer.update_scale import scale_of
 
 FAMILIES = {
     "llama": "MixtralForCausalLM",
@@ -198,6 +199,33 @@ def test_a_mixture_has_the_mode_the_generation_config_and_the_names_of_the_dense
         names = {id(p): name for name, p in mixture.named_parameters()}
         (group,) = own.param_groups
         assert group["param_names"] == [names[id(p)] for p in group["params"]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_layer_has_a_router_of_its_own_and_the_attention_of_the_dense_model(family):
+    model = make(family, tied=True)
+    model.set_attn_implementation("eager")  # not the default
+
+    mixture = growkern.upcycle(model, experts=4)
+
+    one, other = (layer.mlp.gate.weight for layer in mixture.model.layers)
+    assert (one - other).abs().min() > 0
+    assert mixture.config._attn_implementation == "eager"
+
+
+def test_factors_of_the_dense_model_are_refused_until_they_are_removed():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 1)
+    growkern.expand_inplace(model, optim, to={"hidden": 48}, dynamics="exact")
+    held = [*map(id, optim.param_groups[0]["params"])]
+
+    with pytest.raises(PlanError, match=r"UpdateScale, whose factors .* call its remove\(\)"):
+        growkern.upcycle(model, optim, experts=2)
+
+    assert [*map(id, optim.param_groups[0]["params"])] == held
+    scale_of(optim).remove()
+    train(growkern.upcycle(model, optim, experts=2), optim, 1)
 
 
 def test_an_upcycling_that_fails_leaves_the_optimizer_as_it_was(monkeypatch):

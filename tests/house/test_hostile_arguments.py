@@ -187,6 +187,7 @@ def spec_with(**changes):
 REFUSED = {  # what was accepted, and did harm later or nothing; what the error names
     "memory": (lambda: attached(**pair(), memory="x"), "memory: expected 'stage' or 'lean'"),
     "a check": (lambda: attached(**pair(), check=5), "check: expected Tensor"),
+    "a text": (lambda: attached(**pair(), check="x"), "check: expected Tensor"),
     "a batch": (lambda: attached(**pair(), check=torch.ones(3)), "check: the forward failed before"),
     "a scheduler": (lambda: attached(**pair(), scheduler=[5]), "scheduler: int is not"),
     "a tau": (lambda: WhenSlope(tau=-1), "finite tau from 0"),
@@ -201,6 +202,9 @@ REFUSED = {  # what was accepted, and did harm later or nothing; what the error 
         lambda: spec_with(activation_scales={"zz": growkern.Power("hidden", 1)}), "activation_scales: no tensor has the stream 'zz'"),
     "a kind": (lambda: spec_with(non_affine_norms={"residual": "zz"}), r"non_affine_norms\['residual'\]: expected 'rms' or 'layer'"),
     "an output": (lambda: spec_with(blocks=growkern.Blocks("blocks", outputs=("zz",))), "blocks.0.zz: Blocks names this tensor"),
+    "a tie": (lambda: spec_with(ties={"head.weight": "zz"}), "ties: 'zz' is not in tensors"),
+    "a fraction": (lambda: spec_with(rotary=1.5), "rotary=1.5 is not the fraction of head_dim"),
+    "no head": (lambda: spec_with(sizes=Plain().spec().sizes | {"heads": 0}), "sizes: heads is 0"),
     "a counter": (lambda: spec_with(counters=("zz",)), "counters: 'zz' is not in tensors"),
     "a size": (lambda: spec_with(save_requires_multiple=("hidden", "zz")), "save_requires_multiple: the size 'zz' is not in sizes"),
 }  # fmt: skip

@@ -200,3 +200,63 @@ def test_two_optimizers_grow_under_accelerate(accelerator_of):
             one.zero_grad() if one in optims else one.step()
     assert schedule.fired == [2]
     same_weights(model, by_hand)
+
+
+def test_schedulers_of_another_model_are_left_alone(accelerator_of):
+    accelerator, (model, optim), other = accelerator_of(), parts(), torch.nn.Linear(2, 2)
+    of_other = torch.optim.SGD(other.parameters(), lr=0.1)
+    schedulers = [cosine(optim), cosine(of_other)]
+    model, optim, *_, scheduler, _ = accelerator.prepare(model, optim, other, of_other, *schedulers)
+    schedule = GrowthSchedule([At(step=1, to=WIDER)])
+
+    attachment = attach(accelerator, model, optim, schedule)
+    train(accelerator, model, optim, scheduler, 2)
+
+    assert schedule.fired == [1] and attachment.schedulers == schedulers[:1]
+
+
+def test_load_state_replays_growths_on_averages_and_master_weights(accelerator_of, tmp_path):
+    def prepared():
+        accelerator, model = accelerator_of(), make("llama", tied=True).bfloat16()
+        masters = {p: torch.nn.Parameter(p.detach().float()) for p in model.parameters()}
+        average = torch.optim.swa_utils.AveragedModel(model)
+        model, optim = accelerator.prepare(model, torch.optim.AdamW(masters.values(), lr=1e-2))
+        schedule = GrowthSchedule([At(step=1, to=WIDER)])
+        attach(accelerator, model, optim, schedule, ema=average, master_weights=masters)
+        return accelerator, model, optim, masters, average
+
+    accelerator, model, optim, masters, _ = prepared()
+    accelerator.backward(loss_of(model, batch()))
+    for p, master in masters.items():
+        master.grad, p.grad = p.grad.float(), None
+    optim.step()
+    accelerator.save_state(str(tmp_path))
+
+    accelerator, resumed, _, masters, average = prepared()
+    accelerator.load_state(str(tmp_path))
+
+    same_weights(model, resumed)
+    assert [p.shape for p in masters.values()] == [p.shape for p in masters]
+    assert average.module.config.hidden_size == 48 and masters.keys() == {*resumed.parameters()}
+
+
+def test_a_schedule_that_is_attached_again_is_saved_once_and_one_that_is_removed_replays_nothing(
+    accelerator_of, tmp_path
+):
+    accelerator = accelerator_of()
+    model, optim = parts()
+    model, optim, scheduler = accelerator.prepare(model, optim, cosine(optim))
+    schedule = GrowthSchedule([At(step=1, to=WIDER)])
+    attach(accelerator, model, optim, schedule).remove()
+    attach(accelerator, model, optim, schedule)
+    train(accelerator, model, optim, scheduler, 2)
+    accelerator.save_state(str(tmp_path))
+
+    accelerator = accelerator_of()
+    start, optim = accelerator.prepare(*parts())
+    attach(accelerator, start, optim, GrowthSchedule([At(step=1, to=WIDER)])).remove()
+
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        accelerator.load_state(str(tmp_path))
+    assert len([*tmp_path.glob("custom_checkpoint_*.pkl")]) == 1
+    assert start.config.hidden_size == 24

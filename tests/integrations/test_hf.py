@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Words, make
+from models import Plain, Words, make
 from scheduled import DEEPER, WIDER, same_weights
 
 import growkern
@@ -177,6 +177,79 @@ def test_a_run_that_begins_from_a_grown_checkpoint_replays_what_its_optimizer_ha
         trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
         assert schedule.fired == [3] and len(again.config.growkern_history) == 2
         same_weights(model, again)
+
+
+class Own(Plain):
+    """A model that transformers does not know."""
+
+    def forward(self, input_ids, labels=None):
+        scores = super().forward(input_ids)
+        loss = torch.nn.functional.cross_entropy(scores[:, :-1].flatten(0, 1), labels[:, 1:].flatten())  # fmt: skip
+        return {"loss": loss, "logits": scores}
+
+
+@pytest.mark.slow
+def test_a_model_of_your_own_is_resumed_bitwise_with_its_average_scheduler_and_tokens(tmp_path):
+    def parts(out):
+        torch.manual_seed(0)
+        model = Own(tied=False)
+        average = torch.optim.swa_utils.AveragedModel(model)
+        trainer = trainer_of(
+            model, out, save_strategy="steps", save_steps=1, include_num_input_tokens_seen="all"
+        )
+        trainer.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda i: 1 - i / 9)  # fmt: skip
+        schedule = GrowthSchedule([At(step=2, to=WIDER), At(tokens=5 * 24, to=DEEPER)])
+        hf.attach(trainer, schedule, spec=Plain.spec, ema=average)
+        return model, average, trainer, schedule
+
+    model, _, trainer, schedule = parts(tmp_path)
+    trainer.train()
+    resumed, average, trainer, again = parts(tmp_path / "resumed")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+    assert again.fired == schedule.fired == [2, 5]
+    assert again.state_dict() == schedule.state_dict() and again.counts.n_tokens == 6 * 24
+    assert {n: p.shape for n, p in average.module.named_parameters()} == {n: p.shape for n, p in resumed.named_parameters()}  # fmt: skip
+    same_weights(model, resumed)
+
+
+@pytest.mark.slow
+def test_growths_of_a_checkpoint_are_replayed_on_master_weights(tmp_path):
+    def parts(out):
+        model = make("llama", tied=True).bfloat16()
+        masters = {p: torch.nn.Parameter(p.detach().float()) for p in model.parameters()}
+        trainer = trainer_of(model, out, max_steps=1, save_strategy="steps", save_steps=1)
+        trainer.optimizer = optim = torch.optim.AdamW(masters.values(), lr=1e-2)
+
+        def take_gradients(*_):
+            for p, master in masters.items():
+                master.grad = p.grad.float()
+
+        optim.register_step_pre_hook(take_gradients)
+        hf.attach(trainer, GrowthSchedule([At(step=1, to=WIDER)]), master_weights=masters)
+        return model, masters, trainer
+
+    _, _, trainer = parts(tmp_path)
+    trainer.train()
+    resumed, masters, trainer = parts(tmp_path / "resumed")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+    assert resumed.config.hidden_size == 48 and {*masters} == {*resumed.parameters()}
+    assert all(master.shape == p.shape for p, master in masters.items())
+
+
+def test_a_callback_that_was_removed_replays_nothing(tmp_path):
+    model = make("llama", tied=True)
+    trainer, _ = saving(model, tmp_path, [At(step=1, to=WIDER)], max_steps=1)
+    trainer.train()
+    start = make("llama", tied=True)
+    trainer = trainer_of(start, tmp_path)
+    trainer.remove_callback(hf.attach(trainer, GrowthSchedule([At(step=1, to=WIDER)])))
+
+    with pytest.raises(Exception, match="size mismatch"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert start.config.hidden_size == 24
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import batch, loss_of, make
+from models import Plain, batch, loss_of, make
 from scheduled import DEEPER, WIDER, pair, same_weights
 
 import growkern
@@ -146,6 +146,53 @@ def test_a_module_of_the_starting_sizes_is_resumed_bitwise(tmp_path):
     fresh, _, trainer = parts()
     trainer.validate(fresh, data(1), ckpt_path=str(tmp_path / "step=6.ckpt"), verbose=False)
     same_weights(module.model, fresh.model)  # validate() has no optimizer
+
+
+class Averaged(Module):
+    """A model that transformers does not know, with an average of its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = make("plain", tied=True)
+        self.average = torch.optim.swa_utils.AveragedModel(self.model)
+
+    def training_step(self, ids, index):
+        self.average.update_parameters(self.model)
+        return super().training_step(ids, index)
+
+
+def test_a_model_of_your_own_is_resumed_bitwise_with_its_average(tmp_path):
+    def parts():
+        module = Averaged()
+        growth = callbacks.GrowthCallback(
+            GrowthSchedule([At(step=2, to=WIDER)]), lambda m: m.model,
+            spec=Plain.spec, ema=module.average,
+        )  # fmt: skip
+        saves = lightning.callbacks.ModelCheckpoint(
+            str(tmp_path), filename="{step}", every_n_train_steps=3, save_top_k=-1
+        )
+        return module, trainer_of(tmp_path, saves, growth, enable_checkpointing=True, max_epochs=2)
+
+    module, trainer = parts()
+    trainer.fit(module, data(3))
+    resumed, trainer = parts()
+    trainer.fit(resumed, data(3), ckpt_path=str(tmp_path / "step=3.ckpt"))
+
+    assert resumed.average.module.wte.embedding_dim == 48
+    same_weights(module, resumed)
+
+
+def test_a_fit_that_raises_leaves_no_hook_behind(tmp_path):
+    class Fails(Module):
+        def training_step(self, ids, index):
+            return super().training_step(ids, index) if index else 1 / 0
+
+    schedule = GrowthSchedule([At(step=2, to=WIDER)])
+    trainer = trainer_of(tmp_path, callbacks.GrowthCallback(schedule))
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(Fails(), data())
+
+    assert schedule.attachment is None and "load_model_state_dict" not in vars(trainer.strategy)
 
 
 def test_growth_is_in_the_event_files_whatever_the_logging_interval(tmp_path):

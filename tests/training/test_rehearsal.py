@@ -1,6 +1,7 @@
 """A schedule is planned when it is attached: a growth that would fail at its step, and what it would leave behind, is said at once."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -103,6 +104,34 @@ def test_optimizers_that_keep_no_state_say_so():
     assert model.config.hidden_size == 48
 
 
+def test_an_optimizer_of_an_unknown_law_may_grow_if_every_event_drops_its_state():
+    class Mine(torch.optim.AdamW):
+        pass
+
+    model, _ = started()
+    optim = Mine(model.parameters())
+    for states in (["drop", "exact"], ["exact", "drop"]):
+        events = [At(step=5, to=WIDER, state=states[0]), At(step=9, to=DEEPER, state=states[1])]
+        refused(events, "Mine is not known", model, optim)
+    events = [At(step=5, to=WIDER, state="drop"), At(step=9, to=DEEPER, state="drop")]
+    GrowthSchedule(events).attach(model, optim)
+
+
+def test_an_average_that_nothing_refers_to_is_no_reason():
+    class EMAModel:
+        def __init__(self, params):
+            self.shadow_params = [p.clone().detach() for p in params]
+            self.itself = self  # only the garbage collector frees it
+
+    model, optim = started()
+    gc.disable()
+    try:
+        EMAModel(model.parameters())
+        GrowthSchedule([At(step=5)]).attach(model, optim)
+    finally:
+        gc.enable()
+
+
 class ModelEmaV2(nn.Module):
     """As that of timm: a copy of the model under ``module``."""
 
@@ -144,11 +173,13 @@ def test_another_optimizer_with_state_is_refused_when_a_schedule_is_attached():
     refused([At(step=5)], "another live optimizer has state", model, optim)
 
 
-def test_a_model_that_has_reached_the_sizes_of_an_event_may_be_attached():
+@pytest.mark.parametrize("hidden", [48, 72])
+def test_a_model_that_has_reached_the_sizes_of_events_may_be_attached(hidden):
     """The schedule's state is loaded after it is attached."""
     model, optim = started()
-    growkern.expand_inplace(model, optim, to=WIDER)
-    schedule = GrowthSchedule([At(step=1, to=WIDER), At(step=2, to=DEEPER)])
+    growkern.expand_inplace(model, optim, to={"hidden": hidden})
+    wider = [At(step=1, to=WIDER), At(step=2, to={"hidden": 72})]
+    schedule = GrowthSchedule([*wider, At(step=3, to=DEEPER)])
     schedule.attach(model, optim)
     assert schedule.attachment is not None
 

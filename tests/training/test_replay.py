@@ -114,6 +114,46 @@ def test_hooks_that_carry_dynamics_are_put_back():
     assert train(again, other, 3, first=2) == train(model, optim, 3, first=2)
 
 
+def test_a_growth_that_dropped_the_state_is_replayed_on_an_optimizer_of_an_unknown_law():
+    class Mine(torch.optim.SGD):
+        """An optimizer whose constructor makes state, as that of Adagrad does."""
+
+        def __init__(self, params, lr):
+            super().__init__(params, lr, momentum=0.9)
+            self.state |= {p: {"seen": torch.zeros(3)} for p in self.param_groups[0]["params"]}
+
+    model = make("llama", tied=True)
+    optim = Mine(model.parameters(), lr=1e-3)
+    train(model, optim, 2)
+    grow(model, optim, to={"hidden": 48}, state="drop")
+    train(model, optim, 1, first=2)
+
+    again = make("llama", tied=True)
+    other = Mine(again.parameters(), lr=1e-3)
+    growkern.resume(again, other, model.config.growkern_history)
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optim.state_dict()))
+
+    assert train(again, other, 2, first=3) == train(model, optim, 2, first=3)
+
+
+def test_master_weights_of_the_starting_sizes_take_those_of_the_target():
+    def started():
+        model = make("llama", tied=True).bfloat16()
+        masters = {p: torch.nn.Parameter(p.detach().float()) for p in model.parameters()}
+        return model, masters, torch.optim.AdamW(masters.values(), lr=1e-3)
+
+    model, masters, optim = started()
+    grow(model, optim, to={"hidden": 48, "layers": 3}, master_weights=masters)
+    again, others, other = started()
+    growkern.resume(again, other, model.config.growkern_history, master_weights=others)
+
+    assert {*others} == {*again.parameters()}
+    assert all(master.shape == p.shape for p, master in others.items())
+    rates = [[(g["lr"], len(g["params"])) for g in one.param_groups] for one in (optim, other)]
+    assert rates[0] == rates[1]
+
+
 def test_a_history_that_does_not_fit_changes_nothing():
     model, other = make("llama", tied=True), make("gpt2", tied=True)
     history = [growkern.plan(model, to={"layers": 3}), growkern.plan(model, to="2x")]
@@ -165,6 +205,21 @@ def test_a_checkpoint_from_before_a_growth_is_refused_by_name(to, match, strict)
     model.load_state_dict(before)
     optim.load_state_dict(copy.deepcopy(optim.state_dict()))
     train(model, optim, 1)
+
+
+def test_a_deeper_optimizer_checkpoint_says_what_to_do_where_a_schedule_is_attached():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters())
+    train(model, optim, 1)
+    grow(model, optim, to={"layers": 3})
+    again = make("llama", tied=True)
+    other = torch.optim.AdamW(again.parameters())
+    attachment = growkern.GrowthSchedule([growkern.At(step=1)]).attach(again, other)
+
+    with pytest.raises(CheckpointError, match=r"has 29 parameters .* has 20 .*growkern\.resume"):
+        other.load_state_dict(optim.state_dict())
+
+    assert attachment.schedule.attachment is attachment and not other.state
 
 
 def test_checkpoints_of_every_earlier_size_are_refused_whole_or_in_part_by_the_growth_after_it():

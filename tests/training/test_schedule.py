@@ -109,6 +109,73 @@ def test_averages_grow_along():
     assert average.module.config.hidden_size == 48
 
 
+def test_master_weights_grow_along():
+    weights = []
+    for scheduled in (True, False):
+        model = make("llama", tied=True).bfloat16()
+        masters = {p: torch.nn.Parameter(p.detach().float()) for p in model.parameters()}
+        optim = torch.optim.AdamW(masters.values(), lr=1e-2)
+        schedule = GrowthSchedule([At(step=2, to=WIDER), At(step=3, to=DEEPER)])
+        if scheduled:
+            schedule.attach(model, optim, master_weights=masters)
+        for i in range(5):
+            loss_of(model, batch(seed=i)).backward()
+            for p, master in masters.items():
+                master.grad, p.grad = p.grad.float(), None
+            optim.step()
+            if not scheduled and i in (1, 2):
+                to = schedule.events[i - 1].to
+                growkern.expand_inplace(model, optim, to=to, master_weights=masters)
+            for p, master in masters.items():
+                p.data.copy_(master)
+        weights.append(model.state_dict())
+        assert len(masters) == len([*model.parameters()])
+    assert all(torch.equal(t, weights[1][name]) for name, t in weights[0].items())
+
+
+def test_backend_and_memory_of_the_attachment_are_those_of_every_growth():
+    model, reports = make("llama", tied=True), []
+    optim = optimizer(model)
+    events = [At(step=1, to=WIDER), At(step=2, to=DEEPER)]
+    schedule = GrowthSchedule(events, on_growth=[lambda event, report: reports.append(report)])
+
+    schedule.attach(model, optim, memory="lean")
+    run(model, optim, 2)
+    schedule.attachment.remove()
+    GrowthSchedule([At(step=1, to={"hidden": 72})]).attach(model, optim, backend="none")
+
+    assert [report.memory for report in reports] == ["lean", "lean"]
+    with pytest.raises(growkern.errors.GrowthError, match="none"):
+        run(model, optim, 1)
+
+
+def test_state_rules_of_the_attachment_are_those_of_every_growth():
+    class Mine(torch.optim.AdamW):
+        pass
+
+    model = make("llama", tied=True)
+    optim, rules = Mine(model.parameters()), {"step": None, "exp_avg": 1, "exp_avg_sq": 2}
+    events = [At(step=1, to=WIDER, dynamics=None), At(step=3, to=DEEPER, dynamics=None)]
+    schedule = GrowthSchedule(events)
+
+    schedule.attach(model, optim, state_rules=rules)
+    run(model, optim, 4)
+
+    assert schedule.fired == [1, 3]
+    assert all(optim.state[p]["exp_avg"].shape == p.shape for p in model.parameters())
+
+
+def test_tokens_from_before_the_attachment_are_compute_of_the_model():
+    model = make("llama", tied=True)
+    optim, schedule = optimizer(model), GrowthSchedule([WhenSlope(tau=0.1, to=WIDER)])
+
+    schedule.observe(tokens=10)
+    schedule.attach(model, optim)
+    schedule.observe(tokens=10, loss=3.0)
+
+    assert schedule.counts.n_flops == 6 * 20 * sum(p.numel() for p in model.parameters())
+
+
 def test_events_of_one_step_fire_in_order_with_seeds_and_methods_of_their_own():
     model = make("llama", tied=True)
     optim = optimizer(model)
