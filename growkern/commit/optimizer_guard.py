@@ -72,6 +72,7 @@ class OptimGuard:
                 f"this optimizer checkpoint has {len(saved)} parameters in {n_saved} param groups, and the optimizer has "
                 f"{len(params)} in {n}{since}. {WAY_OUT}"
             )
+        fit = f"is from before {self.what}" if self.history else "does not fit the optimizer"
         for i, p in zip(saved, params, strict=True):
             entries: dict[str, object] = state_dict["state"].get(i, {})
             for key, value in entries.items():
@@ -80,7 +81,7 @@ class OptimGuard:
                     continue
                 if tuple(value.shape) != (shape := rule.shape(tuple(p.shape))):
                     raise CheckpointError(
-                        f"this optimizer checkpoint is from before {self.what}: {key!r} of parameter {i} has the shape "
+                        f"this optimizer checkpoint {fit}: {key!r} of parameter {i} has the shape "
                         f"{tuple(value.shape)}, and the optimizer needs {shape}. {WAY_OUT}"
                     )
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
+from growkern.commit.optimizer import Masters
 from growkern.errors import PlanError
 from growkern.optimizer.schedulers import driven_by
 from growkern.support.argument_types import typed_arguments
@@ -85,7 +86,7 @@ class GrowthCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the schedule to the restored optimizer."""
         model = self.model(pl_module)
-        optims = _optimizers_of(model, trainer)
+        optims = _optimizers_of(model, trainer, self.options.get("master_weights"))
         self._detach()
         self.attachment = self.schedule.attach(
             model, optims, _schedulers_of(optims, trainer), deferred=True, **self.options
@@ -161,7 +162,11 @@ class GrowthCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, history: list[str], *, with_optimizer: bool
     ) -> None:  # fmt: skip
         model, spec = self.model(pl_module), spec_function(self.options.get("spec"))
-        optims = _optimizers_of(model, trainer) if with_optimizer else []
+        optims = (
+            _optimizers_of(model, trainer, self.options.get("master_weights"))
+            if with_optimizer
+            else []
+        )
         several = _schedulers_of(optims, trainer) or None
         catch_up(
             model, optims, history, scheduler=several, ema=self.options.get("ema"),
@@ -169,9 +174,11 @@ class GrowthCallback(Callback):
         )  # fmt: skip
 
 
-def _optimizers_of(model: nn.Module, trainer: Trainer) -> list[Optimizer]:
-    """Return the module's optimizers that have a parameter of the model; a module may train other models too."""
-    own = set(model.parameters())
+def _optimizers_of(
+    model: nn.Module, trainer: Trainer, master_weights: Masters | None
+) -> list[Optimizer]:
+    """Return the module's optimizers that have a parameter of the model, or its copy; a module may train other models too."""
+    own = {*model.parameters(), *(master_weights or {}).values()}
     optims = [
         optim
         for optim in trainer.optimizers

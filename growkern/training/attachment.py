@@ -20,7 +20,7 @@ from growkern.errors import GrowthError, PlanError, raise_all
 from growkern.execution.execute import Memory
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
-from growkern.optimizer.describe import optimizers
+from growkern.optimizer.describe import describe_optimizers, optimizers
 from growkern.optimizer.schedulers import check_scheduler
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.support.interrupts import uninterrupted
@@ -125,10 +125,13 @@ class Attachment:
         check = self._check()
         if check is not None and check is not True:
             ForwardCheck(self.model, check)  # raises now if the forward fails on the batch
-        for one in optims:
+        described = describe_optimizers(
+            self.model, optims, spec, drop=True, state_rules=options.get("state_rules"), master_weights=options.get("master_weights"),
+        )  # fmt: skip
+        for one, known in zip(optims, described, strict=True):
             check_loaded(one)
             if optim_guard_of(one) is None:
-                OptimGuard({}, "", model=self.model).register(one)
+                OptimGuard(known.rules, "", model=self.model).register(one)
         guard_model(self.model)
         self._call: Callable[[nn.Module], object] | None = None  # the model's last forward
         self._hooks += [one.register_step_post_hook(self._after_step) for one in optims]

@@ -325,3 +325,40 @@ def test_a_loop_of_fabric_grows_as_one_by_hand():
 
     assert report.new_blocks == ("model.layers.2",) and "new blocks" in str(report)
     same_weights(*models)
+
+
+class Mastered(Module):
+    """bfloat16 weights, of which the optimizer has float32 copies."""
+
+    def __init__(self):
+        super().__init__()
+        self.model.bfloat16()
+        self.masters = {p: torch.nn.Parameter(p.detach().float()) for p in self.model.parameters()}
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.masters.values(), lr=1e-2)
+
+    def on_before_optimizer_step(self, optimizer):
+        for p, master in self.masters.items():
+            master.grad, p.grad = p.grad.float(), None
+
+
+def test_master_weights_grow_and_are_replayed(tmp_path):
+    def fitted(path, n_steps, **resumed):
+        module = Mastered()
+        schedule = GrowthSchedule([At(step=1, to=WIDER)])
+        callback = growkern.lightning.GrowthCallback(
+            schedule, lambda m: m.model, master_weights=module.masters
+        )
+        trainer = trainer_of(path, callback, max_steps=n_steps)
+        trainer.fit(module, data(), **resumed)
+        trainer.save_checkpoint(path / "last.ckpt")
+        return module
+
+    fitted(tmp_path, 1)
+    module = fitted(tmp_path / "resumed", 2, ckpt_path=str(tmp_path / "last.ckpt"))
+
+    assert module.model.config.hidden_size == 48 and {*module.masters} == {
+        *module.model.parameters()
+    }
+    assert all(master.shape == p.shape for p, master in module.masters.items())

@@ -274,3 +274,25 @@ def test_a_second_growth_draws_other_noise_also_after_a_reload(tmp_path):
     seeds.append(growkern.plan(loaded).seed)
 
     assert seeds == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("to", [{"hidden": 48}, {"ffn": 60}])
+def test_a_wider_optimizer_checkpoint_is_refused_before_the_growth_too(to):
+    """A fused step would go beyond the memory of the smaller parameter."""
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    train(model, optim, 1)
+    start = copy.deepcopy((model.state_dict(), optim.state_dict()))
+    grown = make("llama", tied=True)
+    other = torch.optim.AdamW(grown.parameters(), lr=1e-3, fused=True)
+    train(grown, other, 1)
+    growkern.expand_inplace(grown, other, to=to)
+    growkern.GrowthSchedule([growkern.At(step=9, to={"layers": 4})]).attach(model, optim)
+
+    with pytest.raises(
+        CheckpointError, match=r"does not fit the optimizer: 'exp_avg' .*growkern\.resume"
+    ):
+        optim.load_state_dict(other.state_dict())
+
+    optim.load_state_dict(start[1])
+    train(model, optim, 1)
