@@ -223,11 +223,60 @@ class ModelSpec:
         ]
 
     @cached_property
-    def normed(self) -> dict[str, str]:
-        """Stream that a norm reads -> kind of the norm."""
-        return {norm.reads: norm.kind for _, _, norm in self.norms()} | {
-            **(self.non_affine_norms or {})
-        }
+    def normed(self) -> dict[str, set[str]]:
+        """Stream that norms read -> kinds of these norms."""
+        kinds: dict[str, set[str]] = {}
+        for _, _, norm in self.norms():
+            kinds.setdefault(norm.reads, set()).add(norm.kind)
+        for stream, kind in (self.non_affine_norms or {}).items():
+            kinds.setdefault(stream, set()).add(kind)
+        return kinds
+
+    @cached_property
+    def users(self) -> dict[str, list[str]]:
+        """Stream on the residual space -> ``"norm"`` per norm that reads it, and its axes: ``"reader"``, ``"gain"`` or a writer.
+
+        A writer is a ``"bias"``, a ``"layer"``, which also reads a stream, or a ``"table"``, which does not.
+        """
+        users: dict[str, list[str]] = {}
+        for axes in self.tensors.values():
+            for axis in axes:
+                streams = [s for s in axis.streams if on_residual(s)]
+                if streams and axis.role == "writer":
+                    layer = any(other.role == "reader" for other in axes)
+                    role = "bias" if len(axes) == 1 else "layer" if layer else "table"
+                else:
+                    role = axis.role
+                for stream in streams:
+                    users.setdefault(stream, []).append(role)
+                if axis.norm and on_residual(axis.norm.reads):
+                    users.setdefault(axis.norm.reads, []).append("norm")
+        return users
+
+    @cached_property
+    def loose(self) -> set[str]:
+        """Residual streams that nothing reads, or that nothing writes: parts, or other names, of a stream that norms read."""
+        made = {"layer", "table"}
+        unread = {s for s, roles in self.users.items() if {*roles} <= {*made, "bias"} and made & {*roles}}  # fmt: skip
+        unwritten = {s for s, roles in self.users.items() if {*roles} <= {"reader", "norm"}}
+        return (unread - self.normed.keys()) | unwritten
+
+    @cached_property
+    def raw(self) -> set[str]:
+        """Residual streams that linear layers read without a norm in front, as far as the spec tells."""
+        read = {stream for stream, roles in self.users.items() if "reader" in roles}
+        return read & (self.normed.keys() | self.loose)
+
+    @cached_property
+    def activated(self) -> set[str]:
+        """Streams that norms may read behind an activation function, of which a spec does not tell.
+
+        These are the streams of heads and FFN units, and a residual stream that one linear layer alone writes (the transform before a
+        head). A residual stream that several layers, a table or a norm write is their sum, and so is one that a norm adds to such a sum.
+        """
+        adds = {n.reads for _, axis, n in self.norms() if str(axis.segments[0][0]) in self.normed}
+        sums = {s for s, roles in self.users.items() if roles.count("layer") > 1 or {"table", "gain"} & {*roles}}  # fmt: skip
+        return {s for s in self.normed if s not in adds | sums and not s.startswith("head_dim")}
 
     @cached_property
     def unsaid(self) -> bool:
@@ -261,6 +310,11 @@ class ModelSpec:
     def __str__(self) -> str:
         sizes = ", ".join(f"{name} {n}" for name, n in self.sizes.items())
         return f"{self.family}: {sizes}; {len(self.tensors)} tensors, {len(self.ties)} tied"
+
+
+def on_residual(stream: str) -> bool:
+    """True for a stream of the residual space, or of one of several residual spaces."""
+    return space_of(stream).partition(".")[0] == "residual"
 
 
 def space_of(stream: str) -> str:
