@@ -254,18 +254,15 @@ class ModelSpec:
         return users
 
     @cached_property
-    def loose(self) -> set[str]:
-        """Residual streams that nothing reads, or that nothing writes: parts, or other names, of a stream that norms read."""
-        made = {"layer", "table"}
-        unread = {s for s, roles in self.users.items() if {*roles} <= {*made, "bias"} and made & {*roles}}  # fmt: skip
-        unwritten = {s for s, roles in self.users.items() if {*roles} <= {"reader", "norm"}}
-        return (unread - self.normed.keys()) | unwritten
+    def parts(self) -> set[str]:
+        """Residual streams that layers or tables write and nothing reads: they are added to a stream that norms read."""
+        unread = {s for s, roles in self.users.items() if not {"reader", "norm", "gain"} & {*roles}}
+        return {s for s in unread if {"layer", "table"} & {*self.users[s]}} - self.normed.keys()
 
     @cached_property
     def raw(self) -> set[str]:
-        """Residual streams that linear layers read without a norm in front, as far as the spec tells."""
-        read = {stream for stream, roles in self.users.items() if "reader" in roles}
-        return read & (self.normed.keys() | self.loose)
+        """Residual streams that norms read, and linear layers read without a norm in front."""
+        return {s for s in self.normed if "reader" in self.users.get(s, ())}
 
     @cached_property
     def activated(self) -> set[str]:

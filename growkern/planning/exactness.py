@@ -172,16 +172,14 @@ def _norm(
 
 
 def _added(spec: ModelSpec, wide: WidthDecision, uses: Uses) -> Iterator[str]:
-    """Yield a reason if a part, or another name, of a stream that norms read has another scale or other pads than this one."""
-    for stream in sorted(spec.loose):
+    """Yield a reason if a part of a stream that norms read has another scale or other pads than this stream."""
+    for stream in sorted(spec.parts):
         space, w = space_of(stream), wide.stream_scales[stream].activation
-        index_map, own = wide.maps[space], _pads_of(uses, stream)
-        sums = [s for s in spec.spaces[space] if s != stream and (s in spec.normed or s in spec.loose)]  # fmt: skip
-        sums = sums or [s for s in spec.spaces[space] if ("writer", s) in uses and s != stream]
-        if not all(close(w, wide.stream_scales[s].activation, index_map) for s in sums):
-            yield f"{stream!r} has another scale than the stream that it is added to or copied from"
-        pads = [pads for s in sums if (pads := _pads_of(uses, s))]
-        if index_map.has_pads and own and any(pads != own for pads in pads):
+        index_map, pads = wide.maps[space], _pads_of(uses, stream)
+        sums = [other for other in spec.spaces[space] if other in spec.normed]
+        if not all(close(w, wide.stream_scales[other].activation, index_map) for other in sums):
+            yield f"{stream!r} has another scale than the stream that it is added to"
+        elif index_map.has_pads and any(_pads_of(uses, other) - pads for other in sums):
             yield f"{stream!r} has other new coordinates than the stream that it is added to"
 
 
@@ -198,7 +196,7 @@ def _pads(spec: ModelSpec, wide: WidthDecision, uses: Uses, space: str) -> str |
     normed = spec.normed.keys() & {*streams}
     silent = not normed and read and all(axis.pad == "zero" for axis in read)
     quiet = all(
-        axis.pad == "zero" or (axis.pad == "mean" and (stream in normed or stream in spec.loose))
+        axis.pad == "zero" or (axis.pad == "mean" and (stream in normed or stream in spec.parts))
         for stream in streams
         for axis in uses.get(("writer", stream), ())
     )
@@ -212,7 +210,10 @@ def _raw(spec: ModelSpec, wide: WidthDecision, uses: Uses) -> Iterator[str]:
     if not spec.raw:
         return
     tied = {
-        str(axis.segments[0][0]) for name in spec.ties for axis in spec.tensors[name] if axis.role == "reader"
+        str(axis.segments[0][0])
+        for name in spec.ties
+        for axis in spec.tensors[name]
+        if axis.role == "reader"
     }  # the rows of a writer read them
     for stream in sorted(spec.raw):
         space = space_of(stream)

@@ -169,7 +169,9 @@ def _pads_last(spec: ModelSpec, space: Space) -> bool:
     held = not spec.config or (
         spec.config_eps and len({space_of(norm.reads) for _, _, norm in spec.norms()}) == 1
     )
-    corrected = space.norms and not {*space.streams} & {*(spec.non_affine_norms or (), *space.activated)}
+    corrected = space.norms and not (
+        space.activated or {*space.streams} & {*(spec.non_affine_norms or ())}
+    )
     return bool(held and corrected) and len(space.norms) == 1 and not (spec.post_norm or _sandwiched(spec))  # fmt: skip
 
 
