@@ -58,9 +58,9 @@ class AxisUse:
     segments: tuple[Segment, ...]
     norm: Norm | None = None
 
-    @property
+    @cached_property
     def streams(self) -> list[str]:
-        """Return every stream on the axis."""
+        """Every stream on the axis."""
         parts = [c for segment in self.segments for c in segment]
         return [
             s for c in parts for s in (c if isinstance(c, tuple) else (c,)) if isinstance(s, str)
@@ -216,6 +216,10 @@ class ModelSpec:
 
     def norms(self) -> list[tuple[str, AxisUse, Norm]]:
         """Return every norm, as the name of its gain, the axis of the gain, and the norm."""
+        return self._norms
+
+    @cached_property
+    def _norms(self) -> list[tuple[str, AxisUse, Norm]]:
         return [
             (name, axes[0], axes[0].norm)
             for name, axes in self.tensors.items()
@@ -241,13 +245,11 @@ class ModelSpec:
         users: dict[str, list[str]] = {}
         for axes in self.tensors.values():
             for axis in axes:
-                streams = [s for s in axis.streams if on_residual(s)]
-                if streams and axis.role == "writer":
-                    layer = any(other.role == "reader" for other in axes)
-                    role = "bias" if len(axes) == 1 else "layer" if layer else "table"
-                else:
-                    role = axis.role
-                for stream in streams:
+                for stream in filter(on_residual, axis.streams):
+                    role: str = axis.role
+                    if role == "writer":
+                        layer = any(other.role == "reader" for other in axes)
+                        role = "bias" if len(axes) == 1 else "layer" if layer else "table"
                     users.setdefault(stream, []).append(role)
                 if axis.norm and on_residual(axis.norm.reads):
                     users.setdefault(axis.norm.reads, []).append("norm")
@@ -311,7 +313,7 @@ class ModelSpec:
 
 def on_residual(stream: str) -> bool:
     """True for a stream of the residual space, or of one of several residual spaces."""
-    return space_of(stream).partition(".")[0] == "residual"
+    return stream.startswith("residual") and space_of(stream).partition(".")[0] == "residual"
 
 
 def space_of(stream: str) -> str:

@@ -61,7 +61,7 @@ Uses = Mapping[tuple[str, str], list[AxisMap]]  # role and stream -> axes of tha
 def _uses(plan: GrowthPlan, spec: ModelSpec) -> Uses:
     uses: dict[tuple[str, str], list[AxisMap]] = {}
     for axis, key in spec.axes.items():
-        for stream in {*axis.streams}:
+        for stream in axis.streams:
             uses.setdefault((axis.role, stream), []).append(plan.axes[key])
     return uses
 
