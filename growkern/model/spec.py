@@ -58,9 +58,9 @@ class AxisUse:
     segments: tuple[Segment, ...]
     norm: Norm | None = None
 
-    @property
+    @cached_property
     def streams(self) -> list[str]:
-        """Return every stream on the axis."""
+        """Every stream on the axis."""
         parts = [c for segment in self.segments for c in segment]
         return [
             s for c in parts for s in (c if isinstance(c, tuple) else (c,)) if isinstance(s, str)
@@ -216,6 +216,10 @@ class ModelSpec:
 
     def norms(self) -> list[tuple[str, AxisUse, Norm]]:
         """Return every norm, as the name of its gain, the axis of the gain, and the norm."""
+        return self._norms
+
+    @cached_property
+    def _norms(self) -> list[tuple[str, AxisUse, Norm]]:
         return [
             (name, axes[0], axes[0].norm)
             for name, axes in self.tensors.items()
@@ -223,11 +227,55 @@ class ModelSpec:
         ]
 
     @cached_property
-    def normed(self) -> dict[str, str]:
-        """Stream that a norm reads -> kind of the norm."""
-        return {norm.reads: norm.kind for _, _, norm in self.norms()} | {
-            **(self.non_affine_norms or {})
-        }
+    def normed(self) -> dict[str, set[str]]:
+        """Stream that norms read -> kinds of these norms."""
+        kinds: dict[str, set[str]] = {}
+        for _, _, norm in self.norms():
+            kinds.setdefault(norm.reads, set()).add(norm.kind)
+        for stream, kind in (self.non_affine_norms or {}).items():
+            kinds.setdefault(stream, set()).add(kind)
+        return kinds
+
+    @cached_property
+    def users(self) -> dict[str, list[str]]:
+        """Stream on the residual space -> ``"norm"`` per norm that reads it, and its axes: ``"reader"``, ``"gain"`` or a writer.
+
+        A writer is a ``"bias"``, a ``"layer"``, which also reads a stream, or a ``"table"``, which does not.
+        """
+        users: dict[str, list[str]] = {}
+        for axes in self.tensors.values():
+            for axis in axes:
+                for stream in filter(on_residual, axis.streams):
+                    role: str = axis.role
+                    if role == "writer":
+                        layer = any(other.role == "reader" for other in axes)
+                        role = "bias" if len(axes) == 1 else "layer" if layer else "table"
+                    users.setdefault(stream, []).append(role)
+                if axis.norm and on_residual(axis.norm.reads):
+                    users.setdefault(axis.norm.reads, []).append("norm")
+        return users
+
+    @cached_property
+    def parts(self) -> set[str]:
+        """Residual streams that layers or tables write and nothing reads: they are added to a stream that norms read."""
+        unread = {s for s, roles in self.users.items() if not {"reader", "norm", "gain"} & {*roles}}
+        return {s for s in unread if {"layer", "table"} & {*self.users[s]}} - self.normed.keys()
+
+    @cached_property
+    def raw(self) -> set[str]:
+        """Residual streams that norms read, and linear layers read without a norm in front."""
+        return {s for s in self.normed if "reader" in self.users.get(s, ())}
+
+    @cached_property
+    def activated(self) -> set[str]:
+        """Streams that norms may read behind an activation function, of which a spec does not tell.
+
+        These are the streams of heads and FFN units, and a residual stream that one linear layer alone writes (the transform before a
+        head). A residual stream that several layers, a table or a norm write is their sum, and so is one that a norm adds to such a sum.
+        """
+        adds = {n.reads for _, axis, n in self.norms() if str(axis.segments[0][0]) in self.normed}
+        sums = {s for s, roles in self.users.items() if roles.count("layer") > 1 or {"table", "gain"} & {*roles}}  # fmt: skip
+        return {s for s in self.normed if s not in adds | sums and not s.startswith("head_dim")}
 
     @cached_property
     def unsaid(self) -> bool:
@@ -261,6 +309,11 @@ class ModelSpec:
     def __str__(self) -> str:
         sizes = ", ".join(f"{name} {n}" for name, n in self.sizes.items())
         return f"{self.family}: {sizes}; {len(self.tensors)} tensors, {len(self.ties)} tied"
+
+
+def on_residual(stream: str) -> bool:
+    """True for a stream of the residual space, or of one of several residual spaces."""
+    return stream.startswith("residual") and space_of(stream).partition(".")[0] == "residual"
 
 
 def space_of(stream: str) -> str:

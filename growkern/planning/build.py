@@ -28,6 +28,7 @@ from growkern.planning.decisions import (
     WidthDecision,
     WidthMethod,
 )
+from growkern.planning.exactness import inexact_width
 from growkern.planning.growth_plan import AxisMap, GrowthPlan, TensorRow
 from growkern.planning.options import DYNAMICS, STATES
 from growkern.support.text import short
@@ -80,7 +81,7 @@ def build(
     axes = axis_maps(spec.axes, wide, factors, writer_corrections(spec, sizes))
     eps = Eps.of(spec, factors)
     same_head_dim = sizes.get("head_dim") == spec.sizes.get("head_dim")
-    return GrowthPlan(
+    plan = GrowthPlan(
         family=spec.family,
         source_sizes=dict(spec.sizes),
         target_sizes=dict(sizes),
@@ -112,6 +113,18 @@ def build(
             *eps.notes,
         ),
     )
+    return plan if wide.reasons else _checked(plan, spec, wide)
+
+
+def _checked(plan: GrowthPlan, spec: ModelSpec, wide: WidthDecision) -> GrowthPlan:
+    """Return a plan with the reasons that its axes give, whatever the width method says; raise PlanError if the method promised none."""
+    found = [reason for reason in inexact_width(plan, spec, wide) if reason not in plan.reasons]
+    if found and wide.promised:
+        raise PlanError(
+            f"cannot widen {spec.family} exactly by {plan.width}: {found[0]}. Whole multiples of the source's sizes are more often exact; "
+            "width.FPI() grows without a promise."
+        )
+    return replace(plan, reasons=(*plan.reasons, *found)) if found else plan
 
 
 def _reasons(

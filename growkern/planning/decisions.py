@@ -46,6 +46,7 @@ class WidthDecision:
         notes: Notes for the user.
         joint: Pair of spaces -> index map of their product, where it is not the product of their maps: groups of query heads that are
             divided among more kv heads.
+        promised: True when the method promises to preserve the function: if it cannot, the growth is refused.
     """
 
     maps: Mapping[str, IndexMap]
@@ -60,6 +61,7 @@ class WidthDecision:
     joint: Mapping[tuple[str, str], IndexMap] = field(
         default_factory=dict[tuple[str, str], IndexMap]
     )
+    promised: bool = False
 
 
 @dataclass(frozen=True)

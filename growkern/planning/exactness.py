@@ -1,10 +1,10 @@
 """Why a growth does not preserve the function: derived from a decision and the description of the model, whatever a method says."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Set
 from math import isclose
 
-from growkern.model.spec import KEY, QUERY, RAW, SHARE, ModelSpec, space_of
-from growkern.planning.axis_scales import norm_factors
+from growkern.model.spec import KEY, QUERY, RAW, SHARE, ModelSpec, on_residual, space_of
+from growkern.planning.axis_scales import mean_square_factor, norm_factors
 from growkern.planning.decisions import WidthDecision
 from growkern.planning.growth_plan import AxisMap, GrowthPlan
 from growkern.planning.index_map import PAD, IndexMap
@@ -22,27 +22,69 @@ def inexact(plan: GrowthPlan, spec: ModelSpec, wide: WidthDecision) -> Iterator[
         wide: Decision of the width or shrink method.
     """
     yield from _depth(plan, spec)
+    yield from inexact_width(plan, spec, wide)
+
+
+def inexact_width(plan: GrowthPlan, spec: ModelSpec, wide: WidthDecision) -> Iterator[str]:
+    """Yield the reasons that the width method, not the depth method, gives; see ``inexact``."""
     if plan.target_sizes.get("vocab") != plan.source_sizes.get("vocab"):
         yield "the vocabulary changes"
     if any(row.next_layer_source for row in plan.tensors):
         yield "rows come from the next layer"
-    if wide.readers:
+    if any(index_map != wide.maps[space] for space, index_map in wide.readers.items()):
         yield "readers copy other coordinates than their writers"
+    uses = _uses(plan, spec)
     split = {space for pair in wide.joint for space in pair}
+    linear = _linear(spec)
+    kinds = _kinds(wide, [stream for stream in spec.streams if space_of(stream) not in split])
+    yield from _once(_stream(wide, stream, linear) for stream in kinds)
     yield from _once(
-        _stream(spec, wide, stream) for stream in spec.streams if space_of(stream) not in split
+        _norm(spec, wide, uses, stream, f) for stream, f in norm_factors(spec, wide).items()
     )
-    yield from _once(
-        _norm(plan, spec, wide, stream, f) for stream, f in norm_factors(spec, wide).items()
-    )
-    if wide.norms_kept:
+    if wide.norms_kept and not _same_squares(wide, spec.normed):
         yield "norms see coordinates that the source does not have"
-    yield from _added(plan, spec, wide)
-    yield from _once(_pads(plan, spec, wide, space) for space in spec.spaces)
-    yield from _once(_noise(plan, spec, wide, stream) for stream in spec.streams if wide.noise)
+    if spec.unsaid and not _same_squares(wide, spec.spaces.get("residual", ())):
+        yield "a norm that the spec does not name may see another mean square"
+    yield from _added(spec, wide, uses)
+    yield from _once(_pads(spec, wide, uses, space) for space in spec.spaces)
+    yield from _raw(spec, wide, uses)
+    noisy = _kinds(wide, [s for s in spec.streams if ("reader", s) in uses]) if wide.noise else ()
+    yield from _once(_noise(wide, stream) for stream in noisy)
     yield from _attention(plan, spec, wide)
     yield from _experts(plan, wide)
     yield from _ties(plan, spec)
+
+
+Uses = Mapping[tuple[str, str], list[AxisMap]]  # role and stream -> axes of that role
+
+
+def _uses(plan: GrowthPlan, spec: ModelSpec) -> Uses:
+    uses: dict[tuple[str, str], list[AxisMap]] = {}
+    for axis, key in spec.axes.items():
+        for stream in axis.streams:
+            uses.setdefault((axis.role, stream), []).append(plan.axes[key])
+    return uses
+
+
+def _kinds(wide: WidthDecision, streams: Iterable[str]) -> Iterable[str]:
+    """Return the streams without those that differ from another one in the block only."""
+    kinds = {
+        (stream.partition(".")[0], stream.partition(":")[2], id(wide.maps[space_of(stream)]), id(wide.stream_scales[stream])): stream
+        for stream in streams
+    }  # fmt: skip
+    return kinds.values()
+
+
+def _same_squares(wide: WidthDecision, streams: Iterable[str]) -> bool:
+    maps, scales = wide.maps, wide.stream_scales
+    return all(mean_square_factor(maps[space_of(s)], scales[s].activation) == 1 for s in streams)
+
+
+def _linear(spec: ModelSpec) -> set[str]:
+    """Return the streams whose scale reaches only norms, linear layers and products that cancel it."""
+    normed = {space_of(stream) for stream in spec.normed} - {space_of(s) for s in spec.activated if not on_residual(s)}  # fmt: skip
+    linear = {s for s in spec.streams if space_of(s) in normed and s not in spec.activated}
+    return linear | {QUERY, KEY, SHARE, *RAW.values()}
 
 
 def _once(reasons: Iterator[str | None]) -> Iterator[str]:
@@ -66,18 +108,16 @@ def _depth(plan: GrowthPlan, spec: ModelSpec) -> Iterator[str]:
             yield from stack.reasons
 
 
-def _stream(spec: ModelSpec, wide: WidthDecision, stream: str) -> str | None:
+def _stream(wide: WidthDecision, stream: str, linear: Set[str]) -> str | None:
     """Return why readers of a stream do not get back what its writers write."""
     index_map, scale = wide.maps[space_of(stream)], wide.stream_scales[stream]
     if index_map.is_identity and scale.activation.uniform == scale.readout.uniform == 1:
         return None
     if not sums_to_one(index_map, _times(scale.activation, scale.readout)):
         return f"the shares of copies on {stream.partition('.')[0]!r} do not sum to 1"
-    space = space_of(stream)
-    normed = {space_of(norm.reads) for _, _, norm in spec.norms()}
-    linear = space in normed or stream in (QUERY, KEY, SHARE, *RAW.values())
-    if not linear and not _is_one(index_map, scale.activation):
-        return f"activations on {space.partition('.')[0]!r} are scaled before a nonlinear function"
+    if stream not in linear and not _is_one(index_map, scale.activation):
+        name = space_of(stream).partition(".")[0]
+        return f"activations on {name!r} are scaled before a nonlinear function"
     return None
 
 
@@ -105,70 +145,91 @@ def sums_to_one(index_map: IndexMap, shares: Vector) -> bool:
 
 
 def _norm(
-    plan: GrowthPlan, spec: ModelSpec, wide: WidthDecision, stream: str, factor: float | None
+    spec: ModelSpec, wide: WidthDecision, uses: Uses, stream: str, factor: float | None
 ) -> str | None:
     """Return why a norm of a stream does not give the source's activations."""
     index_map, scale = wide.maps[space_of(stream)], wide.stream_scales[stream]
-    kinds = {norm.kind for _, _, norm in spec.norms() if norm.reads == stream}
+    kinds = spec.normed[stream]
+    writers = uses.get(("writer", stream), [])
+    if "rms" in kinds and any(own.centered for own in writers):
+        return f"an RMSNorm of {stream!r} sees the mean, which is subtracted"
     if index_map.is_identity and scale.activation.uniform == 1:
         return None
     if factor is None:
         return f"the norms of {stream!r} see unequal copies"
+    if factor != 1 and stream in (spec.non_affine_norms or ()):
+        return f"the norm without parameters on {stream!r} sees another mean square"
     if "layer" in kinds and not _is_one(index_map, scale.activation):
         return f"the mean that the norms of {stream!r} subtract changes"
     if not index_map.has_pads:
         return None
-    writers = [*_axes(plan, spec, stream, "writer")]
-    gains = any(axis.role == "gain" and stream in axis.streams for axis in spec.axes)
+    if stream in spec.activated:
+        return f"the norms of {stream!r} may see new coordinates behind an activation function"
     mean = all(own.pad == "mean" or (own.pad == "zero" and own.centered) for own in writers)
     zero = all(own.pad == "zero" and not own.centered for own in writers)
-    if not (zero if kinds == {"rms"} else kinds == {"layer"} and mean and not gains):
-        return f"the norms of {stream!r} see new coordinates"
-    return None
+    quiet = mean and ("gain", stream) not in uses if kinds == {"layer"} else zero and kinds == {"rms"}  # fmt: skip
+    return None if quiet else f"the norms of {stream!r} see new coordinates"
 
 
-def _added(plan: GrowthPlan, spec: ModelSpec, wide: WidthDecision) -> Iterator[str]:
-    """Yield a reason if a stream that is added to one that norms read has another scale than this one."""
-    normed = {norm.reads for _, _, norm in spec.norms()}
-    for stream in spec.activation_scales.keys() - normed - {QUERY, KEY}:
+def _added(spec: ModelSpec, wide: WidthDecision, uses: Uses) -> Iterator[str]:
+    """Yield a reason if a part of a stream that norms read has another scale or other pads than this stream."""
+    for stream in sorted(spec.parts):
         space, w = space_of(stream), wide.stream_scales[stream].activation
-        sums = [other for other in spec.spaces[space] if other in normed]
-        if not [*_axes(plan, spec, stream, "reader")] and not all(
-            close(w, wide.stream_scales[other].activation, wide.maps[space]) for other in sums
-        ):
+        index_map, pads = wide.maps[space], _pads_of(uses, stream)
+        sums = [other for other in spec.spaces[space] if other in spec.normed]
+        if not all(close(w, wide.stream_scales[other].activation, index_map) for other in sums):
             yield f"{stream!r} has another scale than the stream that it is added to"
+        elif index_map.has_pads and any(_pads_of(uses, other) - pads for other in sums):
+            yield f"{stream!r} has other new coordinates than the stream that it is added to"
 
 
-def _axes(plan: GrowthPlan, spec: ModelSpec, stream: str, role: str) -> Iterator[AxisMap]:
-    for axis, key in spec.axes.items():
-        if axis.role == role and stream in axis.streams:
-            yield plan.axes[key]
+def _pads_of(uses: Uses, stream: str) -> set[tuple[str, bool]]:
+    return {(own.pad, own.centered) for own in uses.get(("writer", stream), [])}
 
 
-def _pads(plan: GrowthPlan, spec: ModelSpec, wide: WidthDecision, space: str) -> str | None:
+def _pads(spec: ModelSpec, wide: WidthDecision, uses: Uses, space: str) -> str | None:
     """Return why new coordinates of a space reach the output: some activation is not 0, and some reader is not 0."""
     if not wide.maps[space].has_pads or space in ("vocab", "positions"):
         return None
     streams = spec.spaces[space]
-    read = [axis for stream in streams for axis in _axes(plan, spec, stream, "reader")]
-    normed = {norm.reads for _, _, norm in spec.norms()}
-    silent = not normed & {*streams} and read and all(axis.pad == "zero" for axis in read)
-    sources = {stream: [*_axes(plan, spec, stream, "writer")] for stream in streams}
+    read = [axis for stream in streams for axis in uses.get(("reader", stream), ())]
+    normed = spec.normed.keys() & {*streams}
+    silent = not normed and read and all(axis.pad == "zero" for axis in read)
     quiet = all(
-        axis.pad == "zero" or (axis.pad == "mean" and stream in normed)
-        for stream, axes in sources.items()
-        for axis in axes
+        axis.pad == "zero" or (axis.pad == "mean" and (stream in normed or stream in spec.parts))
+        for stream in streams
+        for axis in uses.get(("writer", stream), ())
     )
     if silent or quiet:
         return None
     return f"readers see new coordinates of {space.partition('.')[0]!r}"
 
 
-def _noise(plan: GrowthPlan, spec: ModelSpec, wide: WidthDecision, stream: str) -> str | None:
+def _raw(spec: ModelSpec, wide: WidthDecision, uses: Uses) -> Iterator[str]:
+    """Yield a reason for linear layers that read a residual stream without a norm: they see its pads, and lose what centering subtracts."""
+    if not spec.raw:
+        return
+    tied = {
+        str(axis.segments[0][0])
+        for name in spec.ties
+        for axis in spec.tensors[name]
+        if axis.role == "reader"
+    }  # the rows of a writer read them
+    for stream in sorted(spec.raw):
+        space = space_of(stream)
+        written = {pads for s in spec.spaces[space] if ("gain", s) not in uses for pads in _pads_of(uses, s)}  # fmt: skip
+        silent = stream not in tied and all(own.pad == "zero" for own in uses["reader", stream])
+        if any(centered for _, centered in written):
+            yield f"a linear layer reads {stream!r} without a norm, and loses the mean"
+        elif wide.maps[space].has_pads and not silent and {pad for pad, _ in written} - {"zero"}:
+            yield f"a linear layer reads {stream!r} without a norm, and sees new coordinates"
+
+
+def _noise(wide: WidthDecision, stream: str) -> str | None:
     """Return why twin noise, which is scaled as the reader is, does not cancel: the copies of a coordinate have unequal shares."""
     index_map, scale = wide.maps[space_of(stream)], wide.stream_scales[stream]
     shares = _times(scale.activation, scale.readout)
-    if shares.uniform is not None or not [*_axes(plan, spec, stream, "reader")]:
+    if shares.uniform is not None:
         return None
     values = dict[int, float]()
     for j, x in zip(index_map.indices, shares.expanded(), strict=True):

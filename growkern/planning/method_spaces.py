@@ -15,13 +15,14 @@ OTHERS = dict.fromkeys((*GROWS, *INNER, "top_k"), "width.Lossless") | {"vocab": 
 
 
 class Space(NamedTuple):
-    """One space of a model: its streams, its sizes before and after, and the kinds of norms that read it."""
+    """One space of a model: its streams, its sizes before and after, the kinds of norms that read it, and streams behind activations."""
 
     name: str
     streams: list[str]
     n_source: int
     n_target: int
     norms: set[str]
+    activated: list[str]
 
     @property
     def size(self) -> str:
@@ -73,13 +74,15 @@ def spaces(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[Space]:
     """Yield every space of the model."""
     norms = spec.normed
     for name, streams in spec.spaces.items():
-        kinds = {norms[stream] for stream in streams if stream in norms}
-        yield Space(name, streams, space_size(name, spec.sizes), space_size(name, sizes), kinds)
+        kinds = {kind for stream in streams if stream in norms for kind in norms[stream]}
+        activated = [stream for stream in streams if stream in spec.activated]
+        n_source, n_target = space_size(name, spec.sizes), space_size(name, sizes)
+        yield Space(name, streams, n_source, n_target, kinds, activated)
 
 
 def normed(spec: ModelSpec) -> set[str]:
-    """Return the streams that norms read, and the streams that the model multiplies by a power of a size."""
-    return {*spec.normed, *spec.activation_scales}
+    """Return the streams that norms read, the parts of such streams, and the streams that the model multiplies by a power of a size."""
+    return {*spec.normed, *spec.activation_scales, *spec.parts}
 
 
 def even(index_map: IndexMap) -> StreamScale:

@@ -73,7 +73,12 @@ class CopyAndPad:
         solve_ties(spec, sizes, maps, stream_scales)
         kept = self.norm == "as_published"
         return WidthDecision(
-            maps, stream_scales, reasons=tuple(reasons), drawn=self.std, norms_kept=kept
+            maps,
+            stream_scales,
+            reasons=tuple(reasons),
+            drawn=self.std,
+            norms_kept=kept,
+            promised=not kept,
         )
 
     def _normed(self, spec: ModelSpec, space: Space, ones: Vector) -> dict[str, StreamScale]:
@@ -83,7 +88,13 @@ class CopyAndPad:
             rms = space.norms == {"rms"}
             mean = rule_of(spec, space, "zero_pad" if rms else None) == "mean_pad"
         scaled = normed(spec)
+        silent = {*spec.raw} if mean else set[str]()  # without a norm in front, the mean stays
         return {
-            stream: StreamScale(ones, ones, "mean" if mean and stream in scaled else "zero")
+            stream: StreamScale(
+                ones,
+                ones,
+                "mean" if mean and stream in scaled else "zero",
+                "zero" if stream in silent else None,
+            )
             for stream in space.streams
         }

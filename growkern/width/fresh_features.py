@@ -50,7 +50,7 @@ class FreshFeatures:
             stream_scales |= dict.fromkeys(space.streams, own)
             seen = seen or bool(space.norms and not space.same)
         solve_ties(spec, sizes, maps, stream_scales)
-        for stream, _ in tied_streams(spec):
+        for stream in {stream for stream, _ in tied_streams(spec)} - spec.normed.keys():
             old = maps[space_of(stream)].per_copy(float, pad=0.0)
             w = stream_scales[stream].activation.zip(old, lambda x, y: x * y)
             stream_scales[stream] = replace(stream_scales[stream], activation=w, pad="zero")

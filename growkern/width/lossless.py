@@ -51,9 +51,9 @@ class Lossless:
     By default new coordinates are pads: the writers of new residual coordinates are 0 (LayerNorm: the mean) and their readers drawn,
     new heads and FFN units have drawn rows and zero readers, and norms are corrected. Of the methods that preserve the function, this
     one ended with the lowest loss (README, "What growing pays"). Pads are not exact everywhere: if norms write the residual stream
-    (post-norm, Gemma 2), are of several kinds, or need an epsilon that no config field holds for all of them (OPT, Qwen3), and for
-    head_dim, experts and kv heads that split, new coordinates are copies with twin noise of strength 1. ``norms`` requests pads under
-    norms nevertheless.
+    (post-norm, Gemma 2), are of several kinds, may read a stream behind an activation function, or need an epsilon that no config field
+    holds for all of them (OPT, Qwen3), and for head_dim, experts and kv heads that split, new coordinates are copies with twin noise of
+    strength 1. ``norms`` requests pads under norms nevertheless, where pads are exact.
 
     Args:
         noise: None for the default above. A number replaces pads by copies and is the strength of their twin noise, in standard
@@ -127,13 +127,16 @@ class Lossless:
             how = self._rule(spec, space)
             maps[space.name] = index_map(space.n_source, space.n_target, how)
             for stream in space.streams:
-                stream_scales[stream] = stream_scale(maps[space.name], how, stream in scaled)
+                normal = stream in scaled, stream in spec.raw
+                stream_scales[stream] = stream_scale(maps[space.name], how, *normal)
         solve_ties(spec, sizes, maps, stream_scales)
         notes, joint = (
             (*head_dim_and_experts.notes(spec, sizes),),
             head_dim_and_experts.joint(spec, maps, apart),
         )
-        return WidthDecision(maps, stream_scales, float(noise), notes=notes, joint=joint)
+        return WidthDecision(
+            maps, stream_scales, float(noise), notes=notes, joint=joint, promised=True
+        )
 
     def _rule(self, spec: ModelSpec, space: Space) -> str | None:
         """Return how a space grows: a rule for norms, ``"random_writer"``, ``"positions"``, or None for an even split."""
@@ -166,7 +169,9 @@ def _pads_last(spec: ModelSpec, space: Space) -> bool:
     held = not spec.config or (
         spec.config_eps and len({space_of(norm.reads) for _, _, norm in spec.norms()}) == 1
     )
-    corrected = space.norms and not {*space.streams} & {*(spec.non_affine_norms or ())}
+    corrected = space.norms and not (
+        space.activated or {*space.streams} & {*(spec.non_affine_norms or ())}
+    )
     return bool(held and corrected) and len(space.norms) == 1 and not (spec.post_norm or _sandwiched(spec))  # fmt: skip
 
 
@@ -181,6 +186,8 @@ def rule_of(spec: ModelSpec, space: Space, norms: Norms | None) -> Norms:
     n_source, n_target = space.n_source, space.n_target
     low = n_target // n_source * n_source
     nearest = f"nearest whole multiples: {', '.join(str(n) for n in (low, low + n_source))}"
+    if space.whole:
+        nearest = "width.Lossless() without norms= makes copies, which are exact here"
     ask = f"cannot widen {spec.family} from {space.size} {n_source} to {n_target} exactly:"
     if spec.post_norm:
         raise PlanError(
@@ -192,16 +199,25 @@ def rule_of(spec: ModelSpec, space: Space, norms: Norms | None) -> Norms:
         )
     if len(space.norms) > 1:
         raise PlanError(f"{ask} its norms are of several kinds; {nearest}.")
+    if space.activated:
+        raise PlanError(
+            f"{ask} a norm reads {space.activated[0]!r}, perhaps behind an activation function, and only copies at whole multiples are "
+            f"exact there; {nearest}."
+        )
     kind = next(iter(space.norms))
     how: Norms = norms or ("isometric" if kind == "rms" else "mean_pad")
     if NORM_KINDS[how] != kind:
         raise PlanError(
             f"{ask} norms={how!r} is for {NORM_KINDS[how]} norms; these are {kind} norms: leave norms= out."
         )
+    if how == "centre_pad" and (raw := sorted(spec.raw & {*space.streams})):
+        raise PlanError(
+            f"{ask} norms='centre_pad' subtracts the mean, and a linear layer reads {raw[0]!r} without a norm: leave norms= out."
+        )
     return how
 
 
-def _stream_scale(index_map: IndexMap, how: str | None, normed: bool) -> StreamScale:
+def _stream_scale(index_map: IndexMap, how: str | None, normed: bool, raw: bool) -> StreamScale:
     n_copies = max((count for count, _ in index_map.counts.repeats), default=1)
     if how == "isometric" and normed:
         root = index_map.per_copy(lambda c: 1 / sqrt(c), pad=1.0)
@@ -210,9 +226,7 @@ def _stream_scale(index_map: IndexMap, how: str | None, normed: bool) -> StreamS
     u = index_map.per_copy(lambda c: 1 / c, pad=1 / n_copies)
     if how == "random_writer":
         return StreamScale(w, u, "random_writer")
-    return StreamScale(
-        w,
-        u,
-        "mean" if how in ("mean_pad", "positions") and normed else "zero",
-        centered=how == "centre_pad" and normed,
-    )
+    mean = how in ("mean_pad", "positions") and normed
+    reads = "zero" if how == "mean_pad" and raw else None  # without a norm in front, the mean stays
+    centered = how == "centre_pad" and normed
+    return StreamScale(w, u, "mean" if mean else "zero", reads, centered)

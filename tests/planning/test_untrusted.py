@@ -215,9 +215,11 @@ class Wrong:
 
     change: Callable[[WidthDecision], WidthDecision]
     more: tuple[tuple[str, int], ...] = ()
+    promised: bool = False
 
     def widen(self, spec, sizes):
-        return self.change(width.Lossless(noise=0).widen(spec, {**sizes, **dict(self.more)}))
+        wide = width.Lossless(noise=0).widen(spec, {**sizes, **dict(self.more)})
+        return replace(self.change(wide), promised=self.promised)
 
 
 def stream(name, w=1.0, u=1.0, **options):
@@ -280,9 +282,11 @@ def test_what_a_method_says_of_its_own_growth_is_not_believed(family, to, method
     plan = growkern.plan(model, to=to, width=method)
 
     with pytest.raises(PlanError, match=f"claims to preserve the function, but .*({match})"):
-        check(plan, describe(model))
+        check(replace(plan, reasons=()), describe(model))
+    with pytest.raises(PlanError, match=f"exactly by Wrong.*({match})"):
+        growkern.plan(model, to=to, width=replace(method, promised=True))
 
-    assert growkern.expand_inplace(model, to=to, width=method).function_preserving  # believed
+    assert not growkern.expand_inplace(model, to=to, width=method).function_preserving
     assert (logits(model, batch()) - before).abs().max() > 1e-3
 
 
