@@ -28,7 +28,7 @@ from growkern.planning.decisions import (
     WidthDecision,
     WidthMethod,
 )
-from growkern.planning.exactness import inexact_width
+from growkern.planning.exactness import checked
 from growkern.planning.growth_plan import AxisMap, GrowthPlan, TensorRow
 from growkern.planning.options import DYNAMICS, STATES
 from growkern.support.text import short
@@ -113,18 +113,7 @@ def build(
             *eps.notes,
         ),
     )
-    return plan if wide.reasons else _checked(plan, spec, wide)
-
-
-def _checked(plan: GrowthPlan, spec: ModelSpec, wide: WidthDecision) -> GrowthPlan:
-    """Return a plan with the reasons that its axes give, whatever the width method says; raise PlanError if the method promised none."""
-    found = [reason for reason in inexact_width(plan, spec, wide) if reason not in plan.reasons]
-    if found and wide.promised:
-        raise PlanError(
-            f"cannot widen {spec.family} exactly by {plan.width}: {found[0]}. Whole multiples of the source's sizes are more often exact; "
-            "width.FPI() grows without a promise."
-        )
-    return replace(plan, reasons=(*plan.reasons, *found)) if found else plan
+    return plan if wide.reasons else checked(plan, spec, wide)
 
 
 def _reasons(

@@ -1,8 +1,10 @@
 """Why a growth does not preserve the function: derived from a decision and the description of the model, whatever a method says."""
 
 from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import replace
 from math import isclose
 
+from growkern.errors import PlanError
 from growkern.model.spec import KEY, QUERY, RAW, SHARE, ModelSpec, on_residual, space_of
 from growkern.planning.axis_scales import mean_square_factor, norm_factors
 from growkern.planning.decisions import WidthDecision
@@ -53,6 +55,17 @@ def inexact_width(plan: GrowthPlan, spec: ModelSpec, wide: WidthDecision) -> Ite
     yield from _attention(plan, spec, wide)
     yield from _experts(plan, wide)
     yield from _ties(plan, spec)
+
+
+def checked(plan: GrowthPlan, spec: ModelSpec, wide: WidthDecision) -> GrowthPlan:
+    """Return a plan with the reasons that its axes give, whatever the width method says; raise PlanError if the method promised none."""
+    found = [*inexact_width(plan, spec, wide)]
+    if found and wide.promised:
+        why = f"cannot widen {spec.family} exactly by {plan.width}: {found[0]}."
+        raise PlanError(
+            f"{why} Whole multiples are exact more often; FPI() grows without a promise."
+        )
+    return replace(plan, reasons=(*dict.fromkeys((*plan.reasons, *found)),)) if found else plan
 
 
 Uses = Mapping[tuple[str, str], list[AxisMap]]  # role and stream -> axes of that role
