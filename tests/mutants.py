@@ -311,7 +311,7 @@ MUTANTS = {
     "attach: a failed growth leaves found_inf": Mutant(
         "training/attachment.py", '            vars(optim).pop("grad_scale", None)\n', "", "training/test_schedule_refused.py -k scaler"),
     "attach: a deeper optimizer checkpoint is torch's own error": Mutant(
-        "training/attachment.py", '                OptimGuard({}, "").register(one)\n', "                pass\n",
+        "training/attachment.py", '                OptimGuard(known.rules, "", model=self.model).register(one)\n', "                pass\n",
         "training/test_replay.py -k where_a_schedule"),
     "resume: dropped state is not dropped": Mutant(
         "training/replay.py", 'partial(_plan, growth), growth.state == "drop"', "partial(_plan, growth), False",
@@ -345,7 +345,7 @@ MUTANTS = {
     "hf: the replay does not get the spec": Mutant(
         "integrations/hf.py", 'spec=spec_function(options.get("spec")),', "spec=None,", "integrations/test_hf.py -k your_own"),
     "hf: the replay leaves the scheduler": Mutant(
-        "integrations/hf.py", "scheduler=trainer.lr_scheduler, ema", "ema", "integrations/test_hf.py -k your_own"),
+        "integrations/hf.py", "scheduler=trainer.lr_scheduler, ema=options", "ema=options", "integrations/test_hf.py -k your_own"),
     "hf: the replay leaves the averages": Mutant(
         "integrations/hf.py", 'ema=options.get("ema"),', "", "integrations/test_hf.py -k your_own"),
     "hf: the replay leaves the master weights": Mutant(
@@ -369,7 +369,7 @@ MUTANTS = {
     "lightning: the replay leaves the averages": Mutant(
         "integrations/lightning.py", ', ema=self.options.get("ema")', "", "integrations/test_lightning.py -k your_own"),
     "lightning: the replay does not get the spec": Mutant(
-        "integrations/lightning.py", "spec=spec)", "spec=None)", "integrations/test_lightning.py -k your_own"),
+        "integrations/lightning.py", "spec=spec,", "spec=None,", "integrations/test_lightning.py -k your_own"),
     "lightning: the replay leaves the schedulers": Mutant(
         "integrations/lightning.py", "scheduler=several, ", "", "integrations/test_lightning.py -k starting_sizes"),
     "lightning: a failed fit leaves its hooks": Mutant(

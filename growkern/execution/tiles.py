@@ -111,7 +111,7 @@ class Tiler:
     ) -> Iterator[Piece]:
         """Cut one target tensor (weight, gradient or state) by its rule; ``next_layer`` is the next layer's source tensor."""
         if row.constant is not None:
-            into = dst.view(prod(dst.shape[:-1]), dst.shape[-1] if dst.dim() else 1)
+            into = dst.view(prod(dst.shape[:-1]), prod(dst.shape[-1:]))
             yield Piece(self._constant(row.constant, dst).expand_as(into), into)
             return
         dtype = arithmetic(dst.dtype)

@@ -125,14 +125,7 @@ class Attachment:
         check = self._check()
         if check is not None and check is not True:
             ForwardCheck(self.model, check)  # raises now if the forward fails on the batch
-        described = describe_optimizers(
-            self.model, optims, spec, drop=True, state_rules=options.get("state_rules"), master_weights=options.get("master_weights"),
-        )  # fmt: skip
-        for one, known in zip(optims, described, strict=True):
-            check_loaded(one)
-            if optim_guard_of(one) is None:
-                OptimGuard(known.rules, "", model=self.model).register(one)
-        guard_model(self.model)
+        self._guard(optims, spec)
         self._call: Callable[[nn.Module], object] | None = None  # the model's last forward
         self._hooks += [one.register_step_post_hook(self._after_step) for one in optims]
         if self._check() is True:
@@ -141,6 +134,18 @@ class Attachment:
         counts = schedule.counts
         if counts.n_tokens and not counts.n_flops:  # tokens were observed before the attachment
             counts.n_flops = 6.0 * counts.n_tokens * self.n_params
+
+    def _guard(self, optims: Sequence[Optimizer], spec: ModelSpec) -> None:
+        """Guard model and optimizers against checkpoints of other sizes, before the first growth too."""
+        masters, rules = self.options.get("master_weights"), self.options.get("state_rules")
+        described = describe_optimizers(
+            self.model, optims, spec, drop=True, state_rules=rules, master_weights=masters
+        )
+        for one, known in zip(optims, described, strict=True):
+            check_loaded(one)
+            if optim_guard_of(one) is None:
+                OptimGuard(known.rules, "", model=self.model).register(one)
+        guard_model(self.model)
 
     @property
     def n_params(self) -> int:

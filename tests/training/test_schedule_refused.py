@@ -147,7 +147,9 @@ def test_an_impossible_size_is_a_plan_error_out_of_the_step():
     optim = optimizer(model)
     schedule_at(1, to={"hidden": 12}).attach(model, optim)
 
-    with pytest.raises(GrowthError, match="smaller than the source 24"):
+    with pytest.raises(
+        GrowthError, match="hidden=12 at step 1: the model has these sizes already, or larger"
+    ):
         run(model, optim, 1)
 
 
