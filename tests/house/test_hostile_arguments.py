@@ -125,6 +125,7 @@ MEANT = {  # a long run, and errors that the user's own function or model raises
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 def test_an_argument_of_another_type_is_refused_by_name_or_works(call):
     function, valid, more = CALLS[call]
@@ -159,6 +160,7 @@ def test_every_argument_of_the_public_functions_is_in_the_list():
         assert {*valid(), *more} == {*inspect.signature(function).parameters}, call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", [f.name for f in fields(growkern.ModelSpec)])
 def test_a_field_of_a_spec_of_another_type_is_refused_by_name_or_works(field):
     model = Plain(tied=True)

@@ -229,6 +229,7 @@ def grown(shape, to, method):
 CASES = pairwise([*product(SHAPES, METHODS, TARGETS)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "method", "to"), CASES, ids=str)
 def test_a_growth_that_says_that_it_preserves_the_function_does(shape, method, to):
     found = grown(SHAPES[shape], to, method)
