@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from growkern.errors import CommitError, PlanError
+from growkern.model.describe import overlaps
 
 Check = Tensor | Mapping[str, object] | Sequence[object] | Callable[[nn.Module], object]
 # relative to the largest output; float64 is loose too, because norms in Hugging Face transformers round to float32 for any dtype
@@ -140,7 +141,7 @@ def _unchanged(model: nn.Module) -> Generator[None]:
         (m._buffers, name, b, b.clone())
         for m in holders
         for name, b in m._buffers.items()
-        if b is not None and not _is_expanded(b)
+        if b is not None and not overlaps(b)  # no forward can write overlapping elements in place
     ]
     model.eval()
     try:
@@ -151,11 +152,6 @@ def _unchanged(model: nn.Module) -> Generator[None]:
             module.training = mode
         for held, name, buffer, before in buffers:
             held[name] = buffer.copy_(before)
-
-
-def _is_expanded(buffer: Tensor) -> bool:
-    """True when elements share memory, so that no forward can write them in place."""
-    return any(s == 0 and n > 1 for s, n in zip(buffer.stride(), buffer.shape, strict=True))
 
 
 def _tensors(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:

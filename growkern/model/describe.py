@@ -164,7 +164,7 @@ def _unfit(model: nn.Module, spec: ModelSpec, values: bool) -> Iterator[str]:
             yield f"{name}: is a {kind}; growkern grows plain parameters only: convert it to an nn.Parameter."
         elif p.grad is not None and p.grad.layout is not torch.strided:
             yield f"{name}: has a sparse gradient; step and zero_grad(set_to_none=True) before growing."
-        elif p.layout is torch.strided and _overlaps(p):
+        elif p.layout is torch.strided and overlaps(p):
             yield f"{name}: its elements overlap in memory (strides {p.stride()}); give it storage of its own."
         elif p.is_meta and values:
             yield f"{name}: is on the meta device; load the weights first."
@@ -187,7 +187,7 @@ def _unfit(model: nn.Module, spec: ModelSpec, values: bool) -> Iterator[str]:
         yield f"the tensors are on several devices ({places}); move the model to one device."
 
 
-def _overlaps(tensor: Tensor) -> bool:
+def overlaps(tensor: Tensor) -> bool:
     """True when two elements may share a memory location."""
     span = 1
     for stride, n in sorted(
