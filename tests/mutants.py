@@ -225,7 +225,7 @@ MUTANTS = {
     "upcycle: experts get the second moment of the MLP": Mutant(
         "engine/upcycle.py", "/ experts**rule.grad", "/ experts", "engine/test_upcycle.py -k share_of_the_moments"),
     "model: overlapping tensors grow": Mutant(
-        "model/describe.py", "elif p.layout is torch.strided and _overlaps(p):", "elif False:",
+        "model/describe.py", "elif p.layout is torch.strided and overlaps(p):", "elif False:",
         "engine/test_bad_input.py -k tensors_that_cannot"),
     # checkpoints
     "checkpoint: a full disk is found out late": Mutant(

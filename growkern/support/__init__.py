@@ -1,1 +1,1 @@
-"""Helpers that import nothing else of growkern: argument types, memory, dtypes, interrupts, live objects, named tensors, renamed names, text, wrappers."""
+"""Helpers that import nothing else of growkern: argument types, interrupts, live objects, memory, renamed names, text, wrappers, ..."""
