@@ -130,14 +130,17 @@ def _averages(attachment: "Attachment") -> Iterator[str]:
 
 def _lists_of(shapes: list[torch.Size]) -> list[str]:
     """Return the names of attributes of averages, other than modules, that list tensors of these shapes."""
-    found, kinds, things = list[str](), dict[Any, bool](), list[Any](gc.get_objects())
-    for thing in things:
-        kind = type(thing)  # pyright: ignore[reportUnknownVariableType]
-        if kind not in kinds:
-            kinds[kind] = is_average(kind) and not issubclass(kind, nn.Module)  # pyright: ignore[reportUnknownArgumentType]
-        held: dict[str, Any] = getattr(thing, "__dict__", {}) if kinds[kind] else {}
+    things: list[Any] = gc.get_objects()
+    kinds: set[type] = {
+        kind
+        for kind in set(map(type, things))
+        if is_average(kind) and not issubclass(kind, nn.Module)
+    }
+    found = list[str]()
+    for thing in (thing for thing in things if type(thing) in kinds) if kinds else ():
+        held: dict[str, Any] = getattr(thing, "__dict__", {})
         for name, value in held.items():
             several: list[Any] = [*value] if isinstance(value, list | tuple) else []
             if several and [getattr(t, "shape", None) for t in several] == shapes:
-                found.append(f"{kind.__name__}.{name}")
+                found.append(f"{type(thing).__name__}.{name}")
     return found
