@@ -780,6 +780,7 @@ def test_intervals_hold_what_held_out_seeds_of_the_campaign_measured_in_eight_of
     assert mean(j.width for j in judged) < most, judging.summary(judged)
 
 
+@pytest.mark.slow
 def test_the_needs_of_a_run_lie_on_a_line_in_the_budget(singles):
     found = {(f.setup, f.variant.recipe, *f.saving.losses, f.budget): f for f in singles}
     own = [
@@ -838,6 +839,7 @@ def test_a_pace_above_one_saves_at_every_measured_budget_and_less_beyond():
     assert far.now.charged[1] < 0.02
 
 
+@pytest.mark.slow
 def test_the_calibration_is_that_of_the_committed_rows(rows, singles):
     text = calibration.module(calibration.calibrate(rows.figures, singles), rows.figures)
 

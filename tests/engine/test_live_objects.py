@@ -189,6 +189,7 @@ class Wrapper(nn.Module):
         self.model = model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap",
     (

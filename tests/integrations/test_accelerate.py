@@ -123,6 +123,7 @@ def test_save_state_and_load_state_carry_the_schedule(accelerator_of, tmp_path):
     same_weights(model, resumed)
 
 
+@pytest.mark.slow
 def test_load_state_replays_growths_on_a_model_of_the_starting_sizes(accelerator_of, tmp_path):
     def prepared():
         accelerator, (model, optim) = accelerator_of(), parts()
@@ -240,6 +241,7 @@ def test_load_state_replays_growths_on_averages_and_master_weights(accelerator_o
     assert average.module.config.hidden_size == 48 and masters.keys() == {*resumed.parameters()}
 
 
+@pytest.mark.slow
 def test_a_schedule_that_is_attached_again_is_saved_once_and_one_that_is_removed_replays_nothing(
     accelerator_of, tmp_path
 ):

@@ -121,6 +121,7 @@ def test_checkpoints_hold_the_target_and_the_schedule_and_resume(tmp_path):
     same_weights(module.model, resumed.model)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 def test_a_module_of_the_starting_sizes_is_resumed_bitwise(tmp_path):
     def parts():
@@ -220,6 +221,7 @@ METRICS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "step"), METRICS.values(), ids=METRICS)
 def test_every_value_of_a_metric_is_observed_once(options, step, tmp_path):
     module = Module()

@@ -412,6 +412,7 @@ def test_heads_and_tails_are_peeled_off_an_aligned_body(dtype, skip, n_cols):
     check([built])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(4096, 512), (64, 64, 512), (1 << 16, (1 << 15) + 8)])
 def test_a_constant_target_is_cut_along_its_own_rows(shape):
     axes = {str(n): AxisMap(IndexMap.identity(n), *[Vector.full(1.0, n)] * 2) for n in shape}

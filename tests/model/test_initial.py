@@ -46,6 +46,7 @@ def same(one, other):
     return all(torch.equal(a, b) for a, b in pairs) and one[1:] == other[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", [{"layers": 4}, {"hidden": 256, "layers": 4}], ids=str)
 @pytest.mark.parametrize("family", LARGE)
 def test_fresh_blocks_are_distributed_as_those_of_a_stock_model_of_the_target(family, to):

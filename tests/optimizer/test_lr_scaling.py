@@ -167,6 +167,7 @@ def test_the_adjustment_of_muon_is_torchs_for_every_shape(how):
         assert muon_adjustment(shape, how) == pytest.approx(expected, rel=1e-15), shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["AdamW", "Muon", "Muon rms", "ASGD", "growkern AdamW"])
 def test_two_growths_keep_the_trajectory(name, monkeypatch):
     exact_norms(monkeypatch)

@@ -222,6 +222,7 @@ def test_a_schedule_grows_when_the_last_optimizer_has_stepped():
     assert all(torch.equal(a, weights[1][name]) for name, a in weights[0].items())
 
 
+@pytest.mark.slow
 def test_a_schedule_refuses_an_optimizer_of_another_schedule():
     model = make("llama", tied=True)
     optims = pair(model)
@@ -289,6 +290,7 @@ def by_layer(model: nn.Module) -> list[AdamW]:
     return [AdamW(part, lr=1e-2, weight_decay=0.1) for part in (first, rest)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [by_layer, two])
 def test_compare_and_verify_see_two_optimizers_as_one(split):
     models = [make("llama", tied=True).double() for _ in range(2)]

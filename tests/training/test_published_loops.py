@@ -146,6 +146,7 @@ def grows(loop):
     return GrowthSchedule([event]).attach(loop.model, loop.optim)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*The Fabric.*")
 @pytest.mark.parametrize("loop", [NanoGPT, LitGPT, Timm], ids=lambda kind: kind.__name__)
 def test_a_published_loop_runs_through_a_growth_unedited_and_resumes(loop, tmp_path, monkeypatch):

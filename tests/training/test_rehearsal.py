@@ -84,6 +84,7 @@ def test_all_reasons_are_said_at_once():
     assert average.shadow_params
 
 
+@pytest.mark.slow
 def test_optimizers_that_keep_no_state_say_so():
     class Sign(torch.optim.Optimizer):
         def __init__(self, params):

@@ -276,6 +276,7 @@ def test_a_second_growth_draws_other_noise_also_after_a_reload(tmp_path):
     assert seeds == [0, 1, 1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", [{"hidden": 48}, {"ffn": 60}])
 def test_a_wider_optimizer_checkpoint_is_refused_before_the_growth_too(to):
     """A fused step would go beyond the memory of the smaller parameter."""

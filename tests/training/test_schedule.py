@@ -133,6 +133,7 @@ def test_master_weights_grow_along():
     assert all(torch.equal(t, weights[1][name]) for name, t in weights[0].items())
 
 
+@pytest.mark.slow
 def test_backend_and_memory_of_the_attachment_are_those_of_every_growth():
     model, reports = make("llama", tied=True), []
     optim = optimizer(model)
@@ -209,6 +210,7 @@ def test_an_event_waits_for_those_before_it():
 # The count of steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
     [("adamw", {"fused": True}), ("adamw", {"foreach": True}), ("sgd", {"fused": True}), ("sgd", {})],
@@ -355,6 +357,7 @@ def test_the_table_shows_what_fired_and_what_is_waited_for():
 # Restarts
 
 
+@pytest.mark.slow
 def test_a_schedule_goes_on_after_a_restart_and_does_not_fire_twice():
     def events():
         return [At(step=2, to=WIDER), WhenPlateau(patience=3, to=DEEPER)]

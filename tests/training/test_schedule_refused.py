@@ -14,6 +14,7 @@ from growkern.training.schedule import GrowthSchedule
 from growkern.training.triggers import At, WhenSlope
 
 
+@pytest.mark.slow
 def test_two_schedules_on_one_optimizer_are_refused_until_one_is_removed():
     model = make("llama", tied=True)
     optim = optimizer(model)
