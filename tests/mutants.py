@@ -47,6 +47,12 @@ class Mutant(NamedTuple):
 
 MUTANTS = {
     # planning: the law, plans and their checks
+    "report: the gradient norm takes all copies from the own layer": Mutant(
+        "engine/grad_norm.py", "            shares[at] = first\n", "",
+        "optimizer/test_describe_optimizer.py -k gradients_in_flight"),
+    "report: the gradient norm knows no shares of single coordinates": Mutant(
+        "engine/grad_norm.py", "        after += sum(_weighted(t, each, order) for each in shares if _uniform(each) is None)\n", "",
+        "optimizer/test_describe_optimizer.py -k gradients_in_flight"),
     "plan: another layer's shape is not compared": Mutant(
         "planning/check.py", "            or spec.shape(row.next_layer_source) != spec.shape(row.source)\n", "",
         "engine/test_bad_input.py -k hand_has_edited"),

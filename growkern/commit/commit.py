@@ -248,9 +248,10 @@ def _values(
 
 
 def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo, record: str) -> None:
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))  # pyright: ignore[reportUnknownArgumentType]
     for path, value in plan.attributes.items():
         owner, _, name = path.rpartition(".")
-        module = model.get_submodule(owner)
+        module = modules[owner]
         before: Any = getattr(module, name)
         after: Any = (*before[:-1], value) if isinstance(before, tuple) else value
         if isinstance(before, torch.Tensor):
@@ -259,8 +260,7 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo, record: str) -> 
             undo.attribute(module, name, after)
     for path, factor in plan.eps.items():
         owner, _, name = path.rpartition(".")
-        module = model.get_submodule(owner)
-        undo.attribute(module, name, getattr(module, name) * factor)
+        undo.attribute(modules[owner], name, getattr(modules[owner], name) * factor)
     own: Any = vars(model).get("config")
     copies = {id(config): _grown_config(plan, model, config) for config in _configs(model)}
     if hasattr(own, "to_dict"):  # a config of transformers, saved with the model
@@ -269,7 +269,7 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo, record: str) -> 
         if (config := vars(module).get("config")) is not None and copies[id(config)] is not config:
             undo.attribute(module, "config", copies[id(config)])
     for path in plan.rebuilt_modules:
-        old: Any = model.get_submodule(path)
+        old = modules[path]
         for name, b in type(old)(old.config).named_buffers(recurse=False):
             undo.attribute(old, name, b.to(getattr(old, name)))
 

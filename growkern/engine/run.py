@@ -5,12 +5,10 @@ from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import product
-from math import inf
 from time import perf_counter
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from growkern.commit.checkpoint_guard import growth_history, n_growths
 from growkern.commit.commit import check_blocks, commit
@@ -21,6 +19,7 @@ from growkern.engine.claims import claimed
 from growkern.engine.compile_cache import reset_near_limit
 from growkern.engine.ddp import Ranks
 from growkern.engine.forward_check import ForwardCheck
+from growkern.engine.grad_norm import grad_norm_factor
 from growkern.engine.history import recorded
 from growkern.engine.live_objects import (
     averages_of,
@@ -36,7 +35,6 @@ from growkern.engine.request import Request
 from growkern.engine.sources import tensors_of
 from growkern.errors import CommitError, GrowthError
 from growkern.execution.execute import NOTHING, Execution
-from growkern.execution.torch_backend import norm_of
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.describe import describe_optimizers
@@ -54,10 +52,9 @@ from growkern.optimizer.state_rules import (
 from growkern.optimizer.update_scale import scale_of
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.growth_record import read
-from growkern.support.interrupts import uninterrupted
+from growkern.support.interrupts import uncollected, uninterrupted
 from growkern.support.live_registry import Live
 from growkern.support.memory import keep_on_device, offload
-from growkern.support.named_tensors import Tensors
 
 logger = logging.getLogger("growkern")
 Rules = Mapping[str, Rule | None]  # state key -> rule
@@ -70,7 +67,7 @@ def run(request: Request) -> GrowthReport:
         GrowthError: See ``growkern.expand_inplace``.
     """
     refuse_mid_pass(request.model, *request.optims)
-    with claimed(request.model, request.optims, request.ema, request.master_weights):
+    with uncollected(), claimed(request.model, request.optims, request.ema, request.master_weights):
         return _run(request)
 
 
@@ -145,13 +142,13 @@ class _Staged:
         plan: The plan.
         targets: Targets of the optimizers.
         executions: Executions of the model and of every average.
-        norms: Gradient norm before the growth; ``_commit`` appends the norm after it.
+        grad_norm_factor: The law's factor on the global gradient norm; None if unknown.
     """
 
     plan: GrowthPlan
     targets: list[OptimTarget]
     executions: list[Execution]
-    norms: list[float]
+    grad_norm_factor: float | None
 
 
 def _describe(request: Request) -> _Described:
@@ -212,9 +209,11 @@ def _stage(
         given=request.new_rows,
     )  # fmt: skip
     shadows = [execution.of(tensors_of(average, (), sources.spec)) for average in sources.averages]
-    return _Staged(
-        plan, targets, [execution, *shadows], [_grad_norm(plan, tensors, "source", request)]
-    )
+    masters = request.master_weights or {}
+    held = {name: masters.get(p, p) for name, p in model.named_parameters(remove_duplicate=False)}
+    updates = [scale for optim in optims if (scale := scale_of(optim)) is not None]
+    factor = grad_norm_factor(plan, tensors, held, updates)
+    return _Staged(plan, targets, [execution, *shadows], factor)
 
 
 def _state_rules(plan: GrowthPlan, law: Law | None) -> Rules:
@@ -235,8 +234,6 @@ def _commit(
     read(record)  # what could not be read later is refused now
 
     def before_finalize() -> bool:
-        live = tensors_of(request.model, request.optims, sources.spec, request.master_weights)
-        staged.norms.append(_grad_norm(plan, live, "name", request))
         if check is not None:
             check.compare(preserved=plan.function_preserving)
         return ranks.finish()
@@ -259,7 +256,6 @@ def _commit(
 
 def _report(request: Request, sources: _Described, staged: _Staged, seconds: float) -> GrowthReport:
     plan, executions = staged.plan, staged.executions
-    before, after = staged.norms
     laws = [described.law for described in sources.optims]
     carried = bool(laws) and plan.dynamics is not None and all(law and law.lr for law in laws)
     factors = [lr_factors(plan, described.law, described) for described in sources.optims]
@@ -284,7 +280,7 @@ def _report(request: Request, sources: _Described, staged: _Staged, seconds: flo
         peak_bytes=sum(execution.peak_bytes for execution in executions),
         lr_factors=dict(Counter(f for of in factors for f in of.values())),
         lr_applied=carried,
-        grad_norm_factor=after / before if 0 < before < inf and 0 < after < inf else None,
+        grad_norm_factor=staged.grad_norm_factor,
         noisy=plan.noisy,
         history=tuple(growth_history(request.model)),
         notes=(
@@ -293,26 +289,3 @@ def _report(request: Request, sources: _Described, staged: _Staged, seconds: flo
             *(note for execution in executions for note in execution.notes),
         ),
     )
-
-
-def _grad_norm(plan: GrowthPlan, tensors: Tensors, side: str, request: Request) -> float:
-    """Return the global gradient norm, pads and new blocks left out: from gradients in flight, else from second moments."""
-    rows = {getattr(r, side): r for r in plan.tensors if not r.new and r.constant is None}
-    names = [*rows]
-    if tensors.grads:
-        return norm_of([tensors.grads[n] for n in names if n in tensors.grads], 2)
-    updates = [scale for optim in request.optims if (scale := scale_of(optim)) is not None]
-    squares = list[Tensor]()
-    for name in names:
-        own = square = tensors.states.get(name, {}).get("exp_avg_sq")
-        if isinstance(square, Tensor):
-            p = request.model.get_parameter(name)
-            for scale in updates:
-                square = scale.second_moment((request.master_weights or {}).get(p, p), square)
-            parts = [square]
-            if side == "name":
-                spans = (axis.index_map.copied for axis in plan.axis_maps(rows[name]))
-                parts = [square[at] for at in product(*spans)]
-            # a converted moment is a copy, and is not kept
-            squares += parts if square is own else [part.sum()[None] for part in parts]
-    return norm_of(squares, 1) ** 0.5

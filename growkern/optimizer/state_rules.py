@@ -6,6 +6,7 @@ the factor on the gradient. Scalars (``step``) are kept.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import sqrt
 from typing import Literal
 
@@ -246,7 +247,7 @@ class OptimSpec:
     adjusts: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
     coupled: frozenset[str] = frozenset()
 
-    @property
+    @cached_property
     def names(self) -> frozenset[str]:
         """Names of the parameters that are in a param group or have state."""
         return frozenset(name for group in self.groups for name in group) | self.states.keys()

@@ -41,14 +41,14 @@ def mean_square_factor(index_map: IndexMap, w: Vector) -> float | None:
     """Return the factor on the mean square of a stream with the activation scale ``w``; None if the factor is not uniform."""
     if index_map.is_identity:
         return 1.0
-    weights = _squares(index_map, w).repeats
+    weights = squares_of(index_map, w).repeats
     even = all(isclose(value, weights[0][0], rel_tol=1e-12) for value, _ in weights)
     factor = sum(value * n for value, n in weights) / index_map.n_target
     factor = 1.0 if isclose(factor, 1, rel_tol=1e-12) else factor
     return factor if even else None
 
 
-def _squares(index_map: IndexMap, w: Vector) -> Vector:
+def squares_of(index_map: IndexMap, w: Vector) -> Vector:
     """Return, per source coordinate, the sum of the squared scales ``w`` of its copies."""
     if (uniform := w.uniform) is not None:
         return index_map.counts.map(lambda count: count * uniform * uniform)

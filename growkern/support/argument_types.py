@@ -14,6 +14,7 @@ from growkern.support.wrappers import unwrapped
 
 P = ParamSpec("P")
 R = TypeVar("R")
+PLAIN = str, int, float, bool, NoneType
 WORDS = {float: "number", bool: "bool", NoneType: "None", object: "anything"}
 
 
@@ -56,18 +57,17 @@ def wrong_fields(thing: Any, *, deep: bool = False) -> Iterator[str]:
 
 def misfits(name: str, value: Any, kind: Any, *, deep: bool = False) -> Iterator[str]:
     """Yield a problem for every part of the value ``name`` that is not of the annotated type ``kind``."""
-    for problem in _misfits(value, kind, deep):
-        yield f"{name}{problem}"
+    if not _always(value.__class__, kind):
+        yield from (f"{name}{problem}" for problem in _misfits(value, kind, deep))
 
 
 def _misfits(value: Any, kind: Any, deep: bool) -> Iterator[str]:
     """Yield what ``misfits`` does without the name; names are added on the way up, where there is a problem at all."""
     origin, parts = _parts(kind)
     if origin in (Union, UnionType):
-        tries = [[*_misfits(value, part, deep)] for part in parts]
+        tries = [[*_misfits(value, part, deep)] for part in parts if _is(value, part)]
         if all(tries):
-            close = [found for part, found in zip(parts, tries, strict=True) if _is(value, part)]
-            yield from close[0] if close else [_wrong(value, kind)]
+            yield from tries[0] if tries else [_wrong(value, kind)]
     elif not _is(value, kind):
         yield _wrong(value, kind)
     elif origin in (tuple, Sequence):
@@ -133,6 +133,17 @@ def _pairs(function: Callable[..., Any], given: Mapping[str, Any]) -> Iterator[t
             yield from ((key, v, known.get(key, Any if known else kind)) for key, v in value.items())  # fmt: skip
         elif name != "self":
             yield name, value, kind
+
+
+@cache
+def _always(plain: type, kind: Any) -> bool:
+    """Return True if every value of a plain class is of a type, so that no value need be looked at."""
+    origin, parts = _parts(kind)
+    if origin in (Union, UnionType):
+        return any(_always(plain, part) for part in parts)
+    if kind in (int, float):
+        return plain is int or plain is kind
+    return plain in PLAIN and kind is plain
 
 
 @cache

@@ -1,5 +1,6 @@
-"""Delay signals during a write, so that the write completes or is rolled back."""
+"""Delay what would interrupt a growth: signals during a write, and Python's garbage collector."""
 
+import gc
 import signal
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -43,6 +44,18 @@ def uninterrupted() -> Generator[list[int], None, None]:
         ended = True
         # a SIGINT after the caller's last check: the writes stay
         _restore(handlers, [*pending, *(interrupts if done else [])])
+
+
+@contextmanager
+def uncollected() -> Generator[None, None, None]:
+    """Hold automatic garbage collection off until the block ends: a full collection scans the heap of the whole process, for 0.2 s."""
+    enabled = gc.isenabled()
+    try:
+        gc.disable()
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _restore(handlers: Mapping[int, Handler], pending: Sequence[int]) -> None:

@@ -183,7 +183,9 @@ def is_shared(tensor: Tensor) -> bool:
 def stored_like(source: Tensor, target: Tensor) -> Tensor:
     """Return a contiguous target in the memory format of its source (``channels_last``, transposed), and in shared or pinned memory if
     the source is."""
-    by_stride = sorted(range(source.dim()), key=lambda axis: -source.stride(axis))
+    by_stride = [*range(source.dim())]
+    if not source.is_contiguous():
+        by_stride.sort(key=lambda axis: -source.stride(axis))
     if target.dim() == source.dim() and by_stride != [*range(source.dim())]:
         target = torch.empty_permuted(
             target.shape, by_stride, dtype=target.dtype, device=target.device

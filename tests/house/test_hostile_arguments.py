@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import tracemalloc
 from dataclasses import fields, replace
 
 import pytest
@@ -12,6 +13,7 @@ import growkern
 from growkern import At, GrowthSchedule, WhenPlateau, WhenSlope, width
 from growkern.errors import GrowthError
 from growkern.model import spec_check
+from growkern.support.text import short
 
 VALUES = (
     5,
@@ -232,3 +234,25 @@ def test_a_report_that_cannot_be_read_counts_nothing():
 def test_families_pass_the_check_of_a_spec_that_users_write():
     for family in ("llama", "gpt2", "bert", "t5", "mixtral", "vit"):
         assert [*spec_check.problems(growkern.describe(make(family, tied=True)))] == []
+
+
+def test_a_value_is_printed_in_an_error_in_bounded_memory():
+    """A list that holds one list many times is small, and prints as 12 million characters."""
+    entry, model = [[0] * 2000] * 2000, make("llama", tied=True)
+    for call in (
+        lambda: growkern.resume(model, None, entry),
+        lambda: growkern.plan(model, to=entry),
+        lambda: growkern.expand_inplace(model, width=entry),
+    ):
+        tracemalloc.start()
+        with pytest.raises(GrowthError) as raised:
+            call()
+        assert tracemalloc.get_traced_memory()[1] < 2**22 and len(str(raised.value)) < 2000
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "value", [(1,), (), [], {}, {"a": [1, (2, "x\n y")]}, 1.5, None, {1: {2: ()}}, b"x", "x  y"]
+)
+def test_a_small_value_is_printed_as_python_prints_it(value):
+    assert short(value) == " ".join(repr(value).split())

@@ -450,6 +450,37 @@ def test_the_gradient_norm_factor_is_that_of_what_the_source_had(dynamics):
     assert "what is new adds to it: measure" in str(report)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(width=width.Lossless(noise=0), to="2x"),
+        dict(width=width.Lossless(), to={"hidden": 33, "ffn": 50}),
+        dict(width=width.AKI(), to={"hidden": 36, "layers": 3}),
+        dict(width=width.AKIPro(), to={"hidden": 48, "kv_heads": 2}),
+        dict(width=width.FPI(), to={"ffn": 60, "layers": 3}),
+        dict(width=width.Net2Wider(maps="cyclic"), to={"hidden": 36}),
+    ],
+    ids=str,
+)
+def test_the_gradient_norm_factor_is_that_of_the_gradients_in_flight(options):
+    model = make("llama", tied=False).double()
+    loss_of(model, batch()).backward()
+    before = sum(p.grad.square().sum() for p in model.parameters())
+    plan = growkern.plan(model, **options)
+
+    report = growkern.expand_inplace(model, plan=plan, width=options["width"])
+
+    after, params = 0.0, dict(model.named_parameters())
+    for row in plan.tensors:
+        if not row.new and row.constant is None:
+            grad = params[row.name].grad.square()
+            for at, axis in enumerate(plan.axis_maps(row)):  # pads left out
+                copied = [i for i, j in enumerate(axis.index_map.indices) if j >= 0]
+                grad = grad.index_select(at, torch.tensor(copied))
+            after += grad.sum()
+    assert report.grad_norm_factor == pytest.approx((after / before).sqrt().item(), rel=1e-9)
+
+
 @pytest.mark.parametrize("to", ["2x", {"ffn": 60, "hidden": 48}], ids=["whole", "uneven"])
 def test_the_gradient_norm_factor_of_second_moments_is_the_same_under_hooks_that_keep_their_units(
     to,

@@ -1,0 +1,118 @@
+"""The law's factor of a growth on the global gradient norm: from gradients in flight, else from second moments. No target is read."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from math import inf, prod, sqrt
+
+import torch
+from torch import Tensor
+
+from growkern.execution.torch_backend import CHUNK, MOST, norms_of
+from growkern.optimizer.update_scale import UpdateScale
+from growkern.planning.axis_scales import squares_of
+from growkern.planning.growth_plan import AxisMap, GrowthPlan
+from growkern.planning.vector import Vector
+from growkern.support.dtypes import arithmetic
+from growkern.support.named_tensors import Tensors
+
+Shares = tuple[
+    Vector, ...
+]  # per axis of a source: the sum of squared gradient scales over the copies of each coordinate
+
+
+def grad_norm_factor(
+    plan: GrowthPlan,
+    tensors: Tensors,
+    held: Mapping[str, Tensor],
+    update_scales: Sequence[UpdateScale] = (),
+) -> float | None:
+    """Return the factor on the global gradient norm, pads and new blocks left out.
+
+    Args:
+        plan: The plan.
+        tensors: Source tensors by name.
+        held: Parameter name -> the tensor that the optimizer holds for it.
+        update_scales: The ``UpdateScale`` of the optimizers, which convert their second moments to the units of gradients.
+
+    Returns:
+        The factor; None without gradients and second moments, or where they are all 0 or not finite.
+    """
+    order, before, after = 2 if tensors.grads else 1, 0.0, 0.0
+    plain: dict[object, list[tuple[Tensor, float]]] = defaultdict(list)
+    for name, (own, shares) in shares_of(plan).items():
+        square: object = tensors.states.get(name, {}).get("exp_avg_sq")
+        kept = t = tensors.grads.get(name) if tensors.grads else square
+        if not isinstance(t, Tensor) or not t.numel():
+            continue
+        for scale in () if tensors.grads else update_scales:
+            t = scale.second_moment(held[name], t)
+        factors = [_uniform(each) for each in shares]
+        known = [factor for factor in factors if factor is not None]
+        if t is kept and len(known) == len(factors) and own:
+            plain[t.device, t.dtype].append((t, sum(known)))
+            continue
+        total = float(
+            norms_of([t], order).double().pow(order)
+        )  # a converted moment is a copy, and is not kept
+        before += own * total
+        after += sum(known) * total
+        after += sum(_weighted(t, each, order) for each in shares if _uniform(each) is None)
+    for pairs in plain.values():
+        totals = norms_of([t for t, _ in pairs], order).double().pow(order)
+        factors = torch.tensor([f for _, f in pairs], dtype=torch.float64, device=totals.device)
+        one, other = torch.stack([totals.sum(), totals @ factors]).cpu()
+        before, after = before + float(one), after + float(other)
+    return sqrt(after / before) if 0 < before < inf and 0 < after < inf else None
+
+
+def shares_of(plan: GrowthPlan) -> dict[str, tuple[bool, list[Shares]]]:
+    """Return, per source tensor, whether the target has it, and the shares of its copies in each tensor that copies it."""
+    found: dict[str, tuple[bool, list[Shares]]] = {}
+    squares: dict[AxisMap, Vector] = {}
+
+    def square(axis: AxisMap) -> Vector:
+        if axis not in squares:
+            squares[axis] = squares_of(axis.index_map, axis.grad_scale)
+        return squares[axis]
+
+    def add(name: str, own: bool, shares: list[Vector]) -> None:
+        known, several = found.get(name, (False, []))
+        found[name] = known or own, [*several, tuple(shares)]
+
+    for row in plan.tensors:
+        if row.new or row.constant is not None:
+            continue
+        axes, at = plan.axis_maps(row), row.next_layer_axis
+        shares = [square(axis) for axis in axes]
+        if row.next_layer_source is not None:
+            first = squares_of(axes[at].index_map.first_copies(), axes[at].grad_scale)
+            later = shares[at].zip(first, lambda every, one: every - one)
+            add(row.next_layer_source, False, [*shares[:at], later, *shares[at + 1 :]])
+            shares[at] = first
+        add(row.source, True, shares)
+    return found
+
+
+def _uniform(shares: Shares) -> float | None:
+    """Return the factor on the sum of squares of a source, the same for all its elements; None if it differs between elements."""
+    factors = [vector.uniform for vector in shares]
+    known = [factor for factor in factors if factor is not None]
+    return prod(known) if len(known) == len(factors) else None
+
+
+def _weighted(t: Tensor, shares: Shares, order: int) -> float:
+    """Return the sum of the elements (``order`` 1) or of their squares, times the shares of their coordinates."""
+    dtype = arithmetic(t.dtype)
+    rows, *others = (torch.tensor(v.expanded(), dtype=dtype, device=t.device) for v in shares)
+    columns = torch.ones(1, dtype=dtype, device=t.device)
+    for other in others:
+        columns = torch.outer(columns, other).flatten()
+    matrix = t.reshape(len(rows), -1)
+    step = max(1, (CHUNK if t.device.type == "cpu" else MOST) // max(1, len(columns)))
+    parts: list[Tensor] = []
+    for start in range(0, len(rows), step):
+        chunk = matrix[start : start + step].to(dtype)
+        parts.append(
+            rows[start : start + step] @ ((chunk.square() if order == 2 else chunk) @ columns)
+        )
+    return float(torch.stack(parts).double().sum())
