@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -175,6 +176,8 @@ def expand_inplace(
     model = unwrapped(model)
     _check_arguments(model, plan, to, width, depth, state, dynamics, seed)
 
+    methods = _methods(width, depth) if plan is None else None
+
     def make_plan(described: ModelSpec) -> GrowthPlan:
         if plan is None:
             return _plan(
@@ -187,7 +190,7 @@ def expand_inplace(
     new_rows = getattr(width, "rows", None)
     return run(
         Request(
-            model, optimizers(optim), make_plan, drop_state, spec=spec, backend=backend, scheduler=scheduler, ema=ema,
+            model, optimizers(optim), make_plan, drop_state, methods, spec=spec, backend=backend, scheduler=scheduler, ema=ema,
             master_weights=master_weights, state_rules=state_rules, memory=memory, new_rows=new_rows, check=check,
         )
     )  # fmt: skip
@@ -267,9 +270,11 @@ def shrink_inplace(
             f"state={state!r} is not known to a shrinking; pass {', '.join(map(repr, SHRINKING_STATES))}."
         )
 
+    own = WeightSelection() if method is None else method
+    methods = {"shrink": own} if plan is None else None
+
     def make_plan(described: ModelSpec) -> GrowthPlan:
         if plan is None:
-            own = WeightSelection() if method is None else method
             sizes = resolve_sizes(described, to, shrink=True)
             return build(described, sizes, shrink=own, state=state, dynamics=dynamics)
         check_plan(plan, described)
@@ -278,7 +283,7 @@ def shrink_inplace(
     drop_state = (plan.state if plan else state) == "drop"
     return run(
         Request(
-            model, optimizers(optim), make_plan, drop_state, spec=spec, backend=backend, scheduler=scheduler, ema=ema,
+            model, optimizers(optim), make_plan, drop_state, methods, spec=spec, backend=backend, scheduler=scheduler, ema=ema,
             master_weights=master_weights, state_rules=state_rules, memory=memory,
         )
     )  # fmt: skip
@@ -319,6 +324,14 @@ def _check_caller(model: object, plan: object) -> None:
     growth_history(model)  # the growth adds to it
 
 
+def _methods(width: WidthMethod | None, depth: DepthMethod | None) -> dict[str, Any]:
+    """Return the methods by the name of their argument of ``build``, defaults filled in."""
+    return {
+        "width": Lossless() if width is None else width,
+        "depth": IdentityBlocks() if depth is None else depth,
+    }
+
+
 def _plan(
     model: nn.Module,
     spec: ModelSpec,
@@ -333,11 +346,10 @@ def _plan(
     plan = build(
         spec,
         resolve_sizes(spec, to),
-        width=Lossless() if width is None else width,
-        depth=IdentityBlocks() if depth is None else depth,
         state=state,
         dynamics=dynamics,
         seed=n_growths(model) if seed is None else seed,
+        **_methods(width, depth),
     )
     refuse_missing_eps(plan, model)
     return replace(plan, notes=(*plan.notes, *unlisted_sizes(plan, model))) if custom else plan

@@ -1,6 +1,6 @@
 """Growth records: convert a plan to the JSON that a checkpoint stores, and a record back to the same plan."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,20 +19,35 @@ LARGEST_FACTOR = 256  # between sizes of one growth on record; planning takes me
 VOCABS: dict[str, type] = {method.__name__: method for method in (vocab.Zero, vocab.MeanCov)}
 
 
-def recorded(plan: GrowthPlan, spec: ModelSpec, split: Sequence[bool] | None = None) -> str:
+def recorded(
+    plan: GrowthPlan,
+    spec: ModelSpec,
+    split: Sequence[bool] | None = None,
+    methods: Mapping[str, object] | None = None,
+) -> str:
     """Return the JSON that a checkpoint stores of a growth: its record, with the plan itself where the record does not reproduce it.
 
     Args:
         plan: The plan.
         spec: Description of the source model that the plan was made for.
         split: For each optimizer, True when the growth splits its param groups.
+        methods: The methods that ``build`` made this plan of this spec with; None for a plan from elsewhere, which is planned again.
     """
     record = GrowthRecord.of(plan, split)
     try:
-        replanned(record, spec)
+        if methods != methods_of(record):
+            replanned(record, spec)
     except GrowthError:  # a custom method, a method that holds tensors, or an edited plan
         record = replace(record, plan=plan.to_json())
     return record.to_json()
+
+
+def methods_of(record: GrowthRecord) -> dict[str, Any]:
+    """Return the methods of a record by the name of their argument of ``build``; raise PlanError for a text that names none."""
+    names = {"width": (record.width, WIDTHS | VOCABS), "depth": (record.depth, DEPTHS)}
+    if record.shrinks:
+        names = {"shrink": (record.width, SHRINKS)}
+    return {name: method_of(parsed(text), text, known) for name, (text, known) in names.items()}
 
 
 def replanned(record: GrowthRecord, spec: ModelSpec) -> GrowthPlan:
@@ -60,14 +75,8 @@ def replanned(record: GrowthRecord, spec: ModelSpec) -> GrowthPlan:
             f"the record grows to {', '.join(far)}, more than {LARGEST_FACTOR} times the source's sizes: the record is spoiled; restore it "
             "from the checkpoint."
         )
-    names = {"width": (record.width, WIDTHS | VOCABS), "depth": (record.depth, DEPTHS)}
-    if record.shrinks:
-        names = {"shrink": (record.width, SHRINKS)}
-    methods: dict[str, Any] = {
-        name: method_of(parsed(text), text, known) for name, (text, known) in names.items()
-    }
     plan = build(
-        spec, dict(record.target_sizes), state=record.state, dynamics=record.dynamics, seed=record.seed, **methods,
+        spec, dict(record.target_sizes), state=record.state, dynamics=record.dynamics, seed=record.seed, **methods_of(record),
     )  # fmt: skip
     if digest(plan) != record.digest:
         raise PlanError(

@@ -73,7 +73,7 @@ def refuse_stale_references(
         others = [m for m in live.modules if id(m) not in inside and "_parameters" in vars(m)]
         # torch.compile makes new graphs
         others = [m for m in others if not isinstance(m, GraphModule)]
-        shared = [(m, p) for m in others for p in m.parameters(recurse=False) if id(p) in params]
+        shared = [(m, p) for m in others for p in m._parameters.values() if id(p) in params]  # pyright: ignore[reportPrivateUsage]
         return [f"{type(m).__name__} ({params[id(p)]})" for m, p in shared]
 
     def engines(live: Live) -> list[str]:

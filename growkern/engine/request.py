@@ -23,6 +23,7 @@ class Request:
         model: Source model without wrappers; changed in place.
         optims: Optimizers of the model, each of other parameters; changed in place.
         make_plan: Function from the spec of ``model`` to the plan; raises PlanError.
+        methods: The methods that ``make_plan`` builds with, by the name of their argument; None where it does not build.
         drop_state: True when the optimizer's state is cleared, so that it needs no rule.
         spec: Description of a custom model.
         backend: ``"triton"``, ``"torch"``, ``"nan"``, or None.
@@ -41,6 +42,7 @@ class Request:
     optims: tuple[Optimizer, ...]
     make_plan: Callable[[ModelSpec], GrowthPlan]
     drop_state: bool = False
+    methods: Mapping[str, object] | None = None
     spec: ModelSpec | None = None
     backend: str | None = None
     scheduler: object | None = None

@@ -230,7 +230,8 @@ def _commit(
 ) -> None:
     """Compute the target tensors and put them into the live model and its optimizers; roll all writes back on failure."""
     plan, lean = staged.plan, staged.executions[0].memory == "lean"
-    record = recorded(plan, sources.spec, [bool(target.split) for target in staged.targets])
+    split = [bool(target.split) for target in staged.targets]
+    record = recorded(plan, sources.spec, split, request.methods)
     read(record)  # what could not be read later is refused now
 
     def before_finalize() -> bool:

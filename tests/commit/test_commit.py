@@ -45,7 +45,7 @@ STAGES = {
     "groups": (optim_target, "split_groups"),
     "scheduler": (groups, "_follow"),
     "last check": (optim_target, "check_state"),
-    "gradient norm": (engine, "_grad_norm"),
+    "gradient norm": (engine, "grad_norm_factor"),
 }
 ERRORS = [
     RuntimeError("boom"),
@@ -56,7 +56,7 @@ ERRORS = [
 
 
 # a growth calls these stages several times; the number is that of a later call
-OFTEN = {"values": 3, "dicts": 3, "lists": 3, "attributes": 3, "gradient norm": 2}
+OFTEN = {"values": 3, "dicts": 3, "lists": 3, "attributes": 3}
 CASES = [(stage, 1, error) for stage in STAGES for error in ERRORS]
 CASES += [(stage, OFTEN[stage], ERRORS[i % len(ERRORS)]) for i, stage in enumerate(OFTEN)]
 
