@@ -6,6 +6,7 @@ import pytest
 import torch
 from laws import full, gathered, grad_scale
 from models import FAMILIES, LLAMA_LIKE, batch, exact_norms, grow, loss_of, make, spec_of, train
+from torch.optim.lr_scheduler import ConstantLR
 
 import growkern
 from growkern import width
@@ -219,15 +220,16 @@ PLAIN = {
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_sgd_follows_with_its_own_learning_rate_law(name):
-    """dynamics="mup" splits the param groups by lr s/a per tensor and keeps the decay per step, so that torch's own SGD and ASGD
-    continue the source's run."""
+    """dynamics="mup" with a scheduler splits the param groups by lr s/a per tensor and keeps the decay per step, so that torch's own SGD
+    and ASGD continue the source's run."""
     model = make("plain", tied=False).double()
     optim = getattr(torch.optim, name)(model.parameters(), **PLAIN[name])
     train(model, optim, 10)
     source, source_optim = copy.deepcopy((model, optim))
 
-    grow(model, optim, to="2x", width=QUIET)
+    grow(model, optim, to="2x", width=QUIET, scheduler=ConstantLR(optim, factor=1))
 
+    assert len(optim.param_groups) > 1
     assert train(model, optim, 20, first=10) == pytest.approx(
         train(source, source_optim, 20, first=10), abs=1e-9
     )
