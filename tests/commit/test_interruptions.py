@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from states import same, state_of
 import growkern
 from growkern.commit import commit, undo
 from growkern.engine import claims
+from growkern.engine import run as engine
 from growkern.engine.ddp import Ranks
 from growkern.errors import CommitError, GrowthError
 from growkern.support.interrupts import uninterrupted
@@ -268,6 +270,29 @@ def test_a_growth_of_a_model_that_shares_a_parameter_and_of_an_average_is_refuse
             grow(average.module)
 
     assert not len(claims._claims)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("on", [True, False])
+def test_the_garbage_collector_waits_for_the_end_of_a_growth(on, fails, monkeypatch):
+    (model, optim, scheduler), during = live(), []
+
+    def commit(*arguments, **options):
+        during.append(gc.isenabled())
+        if fails:
+            raise RuntimeError("boom")
+        return original(*arguments, **options)
+
+    original = engine.commit
+    monkeypatch.setattr(engine, "commit", commit)
+    before = gc.isenabled()
+    (gc.enable if on else gc.disable)()
+    try:
+        with nullcontext() if not fails else pytest.raises(RuntimeError):
+            grow(model, optim, scheduler=scheduler)
+        assert (during, gc.isenabled()) == ([False], on)
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_growths_of_different_models_run_side_by_side(monkeypatch):
