@@ -2,7 +2,8 @@
 
 The lines are ``expand_inplace`` by default, and with copies, with and without twin noise; the roof, a cold ``copy_`` of the same bytes;
 two baselines, written after the published methods (``bench.baselines``); and *host*, the CPU time of a growth on a GPU: the plan, the
-pieces, the table of the kernels, without moving a byte. *Repeat and divide* drops the optimizer, so its times are compared per byte.
+pieces, the table of the kernels, without moving a byte. The steps of the default growth are rows too (``GrowthReport.steps``). *Repeat
+and divide* drops the optimizer, so its times are compared per byte.
 
 Every case runs in its own process (``python -m bench.bench_models CASE FILE``). Its *first* rows come from processes that build the model,
 make one call and end: nothing is touched before the call, as in a user's process. *Cold* rows come from one process that touches memory
@@ -50,6 +51,7 @@ Job = tuple[Tensor, tuple[int, ...]]  # a source and the shape of its target
 Call = Callable[[], object]
 Line = tuple[str, str]  # backend and phase
 Sample = tuple[float, int]  # seconds and peak bytes
+STEP = ": "  # in a backend: a step of a growth, which moves no bytes of its own
 HOST, N_HOST = "host", 20  # a backend, and its number of samples
 ROOM = {DOUBLE: 0.65, REPEAT: 0.25}  # share of a case's memory that is touched before a call
 OTHER_ROOM = 0.5
@@ -221,8 +223,8 @@ def baselines(
 
 def grow(
     case: Case, backend: str, model: nn.Module, optim: AdamW, room: int = 0
-) -> tuple[Sample, int]:
-    """Time a growth; return its sample and the peak bytes that its report states.
+) -> tuple[Sample, growkern.GrowthReport]:
+    """Time a growth; return its sample and its report.
 
     Raises:
         AssertionError: The logits of the grown model differ from the logits of the source.
@@ -233,7 +235,7 @@ def grow(
     sample = harness.measured(lambda: reports.append(call(model, optim)), room)
     off = float((logits(model) - before).abs().max() / before.abs().max())
     assert off <= TOLERANCE[case.dtype], f"{backend}: logits are off by {off:.2g}"
-    return sample, reports[0].peak_bytes
+    return sample, reports[0]
 
 
 def first(name: str, backend: str) -> tuple[Sample, int | None]:
@@ -251,7 +253,8 @@ def first(name: str, backend: str) -> tuple[Sample, int | None]:
         os.environ["TRITON_CACHE_DIR"] = folder
         model, optim = build(case)
         if backend in METHODS:
-            return grow(case, backend, model, optim)
+            sample, report = grow(case, backend, model, optim)
+            return sample, report.peak_bytes
         return harness.measured(baselines(case, model, optim)[0][backend]), None
 
 
@@ -299,7 +302,10 @@ def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -
             model, optim = build(case)
             gc.collect()
             room = int(OTHER_ROOM * case.memory)
-            keep((backend, "cold"), *grow(case, backend, model, optim, room))
+            sample, report = grow(case, backend, model, optim, room)
+            keep((backend, "cold"), sample, report.peak_bytes)
+            for step, seconds in report.steps.items() if backend == DEFAULT else ():
+                keep((f"{backend}{STEP}{step}", "cold"), (seconds, 0))
     say(HOST)  # last, without freeing memory before: no byte is moved, no peak is measured
     once = host(*build(case), case.to)
     once()
@@ -312,7 +318,9 @@ def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -
             case.dtype,
             *line,
             [seconds for seconds, _ in timings],
-            moved={REPEAT: sum(moved(work[0])), HOST: 0}.get(line[0], read + written),
+            moved={REPEAT: sum(moved(work[0])), HOST: 0}.get(
+                line[0], 0 if STEP in line[0] else read + written
+            ),
             peak=max(peak for _, peak in timings),
             tensor_bytes=written,
             promised=promised.get(line),

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from growkern.planning.growth_plan import KEPT, Preserves
 from growkern.support.text import table
 
+N_STEPS = 3  # the longest, in the text of a report
+
 
 @dataclass(frozen=True)
 class GrowthReport:
@@ -23,6 +25,7 @@ class GrowthReport:
         n_bytes_read: Bytes read from source tensors: once each, and once more where noise or a mean is measured.
         n_bytes_written: Bytes written to target tensors, once each.
         seconds: Wall time of the growth.
+        steps: Step -> its seconds: scan of the live objects, describe, plan, check (the forward passes), cut into pieces, write, commit.
         memory: ``"stage"``: all targets beside all sources. ``"lean"``: one set of tensors after the other.
         peak_bytes: Peak memory beyond the memory in use before, on the device with the highest peak.
         lr_factors: Learning-rate factor of the law -> number of parameter tensors; None for a factor that is not one number.
@@ -45,6 +48,7 @@ class GrowthReport:
     n_bytes_read: int
     n_bytes_written: int
     seconds: float
+    steps: dict[str, float]
     memory: str
     peak_bytes: int
     lr_factors: dict[float | None, int]
@@ -87,12 +91,14 @@ class GrowthReport:
             counts["unchanged" if changed == "x 1" else changed] += n
         factors = ", ".join(f"{text} for {n}" for text, n in counts.items())
         factors = factors and f"{factors} tensors"
+        longest = sorted(self.steps.items(), key=lambda item: -item[1])[:N_STEPS]
         facts: list[tuple[object, ...]] = [
             ("preserves", preserved + "; ".join(self.reasons)),
             (
                 "moved",
                 f"{_size(self.n_bytes_read)} read, {_size(self.n_bytes_written)} written, {self.seconds:.3g} s, {rate:.3g} GB/s",
             ),
+            ("time", ", ".join(f"{name} {n / self.seconds:.0%}" for name, n in longest)),
             ("peak memory", f"{_size(self.peak_bytes)} beyond the source ({self.memory})"),
             (
                 "learning rate",

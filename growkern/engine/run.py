@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from time import perf_counter
 
 import torch
 from torch import nn
@@ -53,6 +52,7 @@ from growkern.optimizer.update_scale import scale_of
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.growth_record import read
 from growkern.support.interrupts import uncollected, uninterrupted
+from growkern.support.laps import Laps
 from growkern.support.live_registry import Live
 from growkern.support.memory import keep_on_device, offload
 
@@ -82,20 +82,25 @@ def _full_precision() -> Generator[None]:
 
 
 def _run(request: Request) -> GrowthReport:
-    start, live = perf_counter(), Live.now()
+    laps, live = Laps(), Live.now()
     ranks = Ranks(request.model, live.modules)
     with ranks.together(), torch.inference_mode(False), torch.no_grad(), _full_precision():
         sources = _describe(request)
+        laps.end("describe")
         check = None if request.check is None else ForwardCheck(request.model, request.check)
-        plan, unmanaged = _agree_on_plan(request, sources, ranks, live)
+        laps.end("check")
+        plan, unmanaged = _agree_on_plan(request, sources, ranks, live, laps)
         del live
         staged = _stage(request, sources, plan, unmanaged)
-        _commit(request, sources, staged, ranks, check)
+        laps.end("cut")
+        _commit(request, sources, staged, ranks, check, laps)
+        laps.end("commit")
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for device in {p.device for p in request.model.parameters() if p.is_cuda}:
             torch.cuda.synchronize(device)
     reset_near_limit(n_growths(request.model))
-    report = _report(request, sources, staged, perf_counter() - start)
+    laps.end("write")  # waits for the device
+    report = _report(request, sources, staged, laps)
     logger.debug("%s", report)
     return report
 
@@ -168,12 +173,13 @@ def _describe(request: Request) -> _Described:
 
 
 def _agree_on_plan(
-    request: Request, sources: _Described, ranks: Ranks, live: Live
+    request: Request, sources: _Described, ranks: Ranks, live: Live, laps: Laps
 ) -> tuple[GrowthPlan, list[list[str]]]:
     """Refuse stale references, and agree on a plan with the other processes; return it and, per optimizer, the schedulers left out."""
     model, optims = request.model, request.optims
     averages = sources.averages if request.ema is not None else None
     left = refuse_stale_references(model, optims, live, averages, request.master_weights)
+    laps.end("scan")
     plan = request.make_plan(sources.spec)
     if plan.target_sizes.get("hidden") != plan.source_sizes.get("hidden"):
         refuse_neighbors(model, optims, left)
@@ -181,6 +187,7 @@ def _agree_on_plan(
     unmanaged = [unmanaged_schedulers(optim, passed, left) for optim in optims]
     check_blocks(plan, model)
     ranks.agree(plan.to_json() if ranks.wrappers else "", "the plan")
+    laps.end("plan")
     return plan, unmanaged
 
 
@@ -226,8 +233,8 @@ def _state_rules(plan: GrowthPlan, law: Law | None) -> Rules:
 
 
 def _commit(
-    request: Request, sources: _Described, staged: _Staged, ranks: Ranks, check: ForwardCheck | None
-) -> None:
+    request: Request, sources: _Described, staged: _Staged, ranks: Ranks, check: ForwardCheck | None, laps: Laps
+) -> None:  # fmt: skip
     """Compute the target tensors and put them into the live model and its optimizers; roll all writes back on failure."""
     plan, lean = staged.plan, staged.executions[0].memory == "lean"
     split = [bool(target.split) for target in staged.targets]
@@ -235,8 +242,10 @@ def _commit(
     read(record)  # what could not be read later is refused now
 
     def before_finalize() -> bool:
+        laps.end("commit")
         if check is not None:
             check.compare(preserved=plan.function_preserving)
+        laps.end("check")
         return ranks.finish()
 
     try:
@@ -255,8 +264,11 @@ def _commit(
         )  # fmt: skip
 
 
-def _report(request: Request, sources: _Described, staged: _Staged, seconds: float) -> GrowthReport:
+def _report(request: Request, sources: _Described, staged: _Staged, laps: Laps) -> GrowthReport:
     plan, executions = staged.plan, staged.executions
+    for name, n in (item for execution in executions for item in execution.laps.items()):
+        laps["commit"] -= n  # the targets were computed in it
+        laps[name] = laps.get(name, 0.0) + n
     laws = [described.law for described in sources.optims]
     carried = bool(laws) and plan.dynamics is not None and all(law and law.lr for law in laws)
     factors = [lr_factors(plan, described.law, described) for described in sources.optims]
@@ -276,7 +288,8 @@ def _report(request: Request, sources: _Described, staged: _Staged, seconds: flo
         reasons=plan.reasons,
         n_bytes_read=sum(execution.n_read for execution in executions),
         n_bytes_written=sum(execution.n_written for execution in executions),
-        seconds=seconds,
+        seconds=sum(laps.values()),
+        steps=dict(laps),
         memory=executions[0].memory,
         peak_bytes=sum(execution.peak_bytes for execution in executions),
         lr_factors=dict(Counter(f for of in factors for f in of.values())),

@@ -21,6 +21,7 @@ from growkern.optimizer.eight_bit import N_BYTES, decoded, encoded, is_coded, n_
 from growkern.optimizer.state_rules import GRADIENT, MASTER, MASTER_GRAD, VALUE, Rule
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.support.dtypes import arithmetic
+from growkern.support.laps import Laps
 from growkern.support.memory import free_bytes, is_shared, stored_like, trim
 from growkern.support.named_tensors import Tensors
 
@@ -55,6 +56,7 @@ class Execution:
         n_read: Bytes read so far, for targets and for statistics.
         n_written: Bytes written so far.
         notes: Notes on optimizer state for the user, so far.
+        laps: Seconds so far that were spent on cutting targets into pieces, and on writing them.
         of_average: True for tensors of an average of the model.
     """
 
@@ -91,6 +93,7 @@ class Execution:
         self.memory: Memory
         self.memory, self.peak_bytes = _choose(self.sets, memory)
         self.n_read = self.n_written = 0
+        self.laps = Laps()
         self.notes: list[str] = []
         if n_shared := sum(map(is_shared, sources.values.values())):
             self.notes.append(
@@ -108,6 +111,7 @@ class Execution:
 
     def parts(self) -> Iterator[Tensors]:
         """Yield the targets at once, or set by set; references to a set's sources are dropped first, so that their memory can be freed."""
+        self.laps.start()
         if self.memory == "stage":
             staged = Tensors()
             jobs = [job for tensor_set in self.sets for job in self.jobs(tensor_set, staged)]
@@ -115,14 +119,17 @@ class Execution:
             for tensor_set in self.sets:
                 self._coded(tensor_set, staged)
                 self._stored(tensor_set, staged)
+            self.laps.end("write")
             yield staged
             return
         for tensor_set in self.sets:
+            self.laps.start()
             staged = Tensors()
             self._run(self.jobs(tensor_set, staged), staged)
             self._coded(tensor_set, staged)
             self._stored(tensor_set, staged)
             self.sources.forget(tensor_set.tensors[0].source)
+            self.laps.end("write")
             yield staged
             trim()
 
@@ -137,6 +144,7 @@ class Execution:
         self.n_read += sum(piece.n_read for piece in pieces) + tiler.n_read
         self.n_written += sum(piece.n_written for piece in pieces)
         tiler.n_read = 0
+        self.laps.end("cut")
         _run(pieces, self.backend)
         for row, _, target, rule, _ in jobs:
             if row.offset and row.constant is None and rule.is_weight:

@@ -15,16 +15,24 @@ def _segments(axis: Axis) -> tuple[Segment, ...]:
     return (axis,) if isinstance(axis, tuple) else tuple(axis)  # pyright: ignore[reportReturnType]
 
 
+def _writer(axis: Axis) -> AxisUse:
+    return AxisUse("writer", _segments(axis))
+
+
+def _reader(axis: Axis) -> AxisUse:
+    return AxisUse("reader", _segments(axis))
+
+
 @typed
 def writer(axis: Axis) -> AxisUse:
     """Return an axis that produces its streams."""
-    return AxisUse("writer", _segments(axis))
+    return _writer(axis)
 
 
 @typed
 def reader(axis: Axis) -> AxisUse:
     """Return an axis that contracts its streams."""
-    return AxisUse("reader", _segments(axis))
+    return _reader(axis)
 
 
 @typed
@@ -32,14 +40,14 @@ def linear(
     name: str, *, reads: Axis, writes: Axis, bias: bool = True, transposed: bool = False
 ) -> dict[str, TensorSpec]:
     """Describe ``y = W x + b`` with ``W[out, in]`` (``W[in, out]`` when ``transposed``)."""
-    weight = (reader(reads), writer(writes)) if transposed else (writer(writes), reader(reads))
-    return {f"{name}.weight": weight} | ({f"{name}.bias": (writer(writes),)} if bias else {})
+    weight = (_reader(reads), _writer(writes)) if transposed else (_writer(writes), _reader(reads))
+    return {f"{name}.weight": weight} | ({f"{name}.bias": (_writer(writes),)} if bias else {})
 
 
 @typed
 def embedding(name: str, *, rows: Axis, writes: Axis) -> dict[str, TensorSpec]:
     """Describe a table ``E[rows, features]`` that is looked up by row."""
-    return {f"{name}.weight": (writer(rows), writer(writes))}
+    return {f"{name}.weight": (_writer(rows), _writer(writes))}
 
 
 @typed
@@ -56,7 +64,7 @@ def norm(
     """Describe a norm with gain ``offset + weight`` and, by default for LayerNorm, ``bias``."""
     gain = AxisUse("gain", _segments(writes), Norm(reads, kind, eps, offset))
     has_bias = kind == "layer" if bias is None else bias
-    return {f"{name}.weight": (gain,)} | ({f"{name}.bias": (writer(writes),)} if has_bias else {})
+    return {f"{name}.weight": (gain,)} | ({f"{name}.bias": (_writer(writes),)} if has_bias else {})
 
 
 def head_norms(attention: str) -> dict[str, TensorSpec]:
