@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import Callable, Iterator
 from functools import wraps
 
@@ -18,6 +19,14 @@ if not HAS_CUDA:
     os.environ.setdefault(
         "TRITON_INTERPRET", "1"
     )  # read by `import triton`, which nothing above does
+for number, default in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if (
+        signal.getsignal(number) == signal.SIG_IGN
+    ):  # a background job, or nohup; subprocesses inherit it
+        signal.signal(number, default)
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # for subprocesses
     torch.set_num_threads(1)
