@@ -7,6 +7,7 @@ step (epsilon, weight decay of either kind, bounds, averages) then act in these 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -86,6 +87,7 @@ class UpdateScale:
         self.optim, self.orders = optim, dict(orders or {})
         self.scales = {p: _checked(optim, p, scale) for p, scale in scales.items()}
         self._before: dict[Tensor, dict[str, Tensor]] = {}  # by state key; "" is the parameter
+        self._grads: dict[Tensor, ref[Tensor]] = {}  # gradients in the optimizer's units
         self._hooks: list[Any] = []
         try:
             self._hooks.append(optim.register_state_dict_post_hook(self._pack))
@@ -141,8 +143,9 @@ class UpdateScale:
                         decayed = seen.mul_(-self._decay(p))
                         moved = (moved - decayed) * scale.gain + decayed
                     t.copy_(old + _multiplied(moved, scale.update))
-                if p.grad is not None:
-                    _scale_grad(p.grad, scale.grad, _multiplied)
+                divided = self._grads.pop(p)()  # None or another: a step raised, and zero_grad ran
+                if divided is not None and divided is p.grad:
+                    _scale_grad(divided, scale.grad, _multiplied)
 
     def second_moment(self, p: Tensor, square: Tensor) -> Tensor:
         """Convert a second moment of the optimizer to the units of the parameter's gradient."""
@@ -210,6 +213,7 @@ class UpdateScale:
                 if p.grad is None:
                     continue
                 tensors = self._tensors(p)
+                self._grads[p] = ref(p.grad)
                 self._before[p] = {key: t.clone() for key, t in tensors.items()}
                 for t in tensors.values():
                     _rescaled(t, scale.seen, scale.offset, _divided)

@@ -390,6 +390,34 @@ def test_what_update_scale_refuses():
         growkern.UpdateScale(optim, {layer.weight: 0.5})
 
 
+def test_the_gradients_after_a_step_that_raised_are_taken_as_they_are():
+    def fails(*_):
+        raise RuntimeError("boom")
+
+    def grown():
+        model = make("gpt2", tied=True)
+        optim = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+        train(model, optim, 3)
+        grow(model, optim, to={"hidden": 48, "heads": 8}, width=QUIET, dynamics="exact")
+        return model, optim
+
+    (model, optim), (other, other_optim) = grown(), grown()
+    loss_of(model, batch(seed=8)).backward()
+    hook = optim.register_step_pre_hook(fails)  # behind UpdateScale's
+    with pytest.raises(RuntimeError, match="boom"):
+        optim.step()
+    hook.remove()
+    optim.zero_grad()
+    for p in (*model.parameters(), *other.parameters()):
+        p.grad = torch.full_like(p, 0.01)  # the next batch's
+    optim.step()
+    other_optim.step()
+
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-8)
+        assert p.grad.allclose(torch.full_like(p, 0.01))
+
+
 @pytest.mark.slow
 def test_ctrl_c_at_any_moment_of_a_step_loses_no_weight():
     """SIGINT arrives at random moments of 60 steps; at learning rate 0 no weight may change."""
