@@ -15,9 +15,8 @@ from growkern.planning.vector import Vector
 from growkern.support.dtypes import arithmetic
 from growkern.support.named_tensors import Tensors
 
-Shares = tuple[
-    Vector, ...
-]  # per axis of a source: the sum of squared gradient scales over the copies of each coordinate
+# per axis of a source: the sum of squared gradient scales over the copies of each coordinate
+Shares = tuple[Vector, ...]
 
 
 def grad_norm_factor(
@@ -39,7 +38,7 @@ def grad_norm_factor(
     """
     order, before, after = 2 if tensors.grads else 1, 0.0, 0.0
     plain: dict[object, list[tuple[Tensor, float]]] = defaultdict(list)
-    for name, (own, shares) in shares_of(plan).items():
+    for name, (own, shares) in _shares_of(plan).items():
         square: object = tensors.states.get(name, {}).get("exp_avg_sq")
         kept = t = tensors.grads.get(name) if tensors.grads else square
         if not isinstance(t, Tensor) or not t.numel():
@@ -51,9 +50,8 @@ def grad_norm_factor(
         if t is kept and len(known) == len(factors) and own:
             plain[t.device, t.dtype].append((t, sum(known)))
             continue
-        total = float(
-            norms_of([t], order).double().pow(order)
-        )  # a converted moment is a copy, and is not kept
+        # summed now: a converted moment is a copy, and is not kept
+        total = float(norms_of([t], order).double().pow(order))
         before += own * total
         after += sum(known) * total
         after += sum(_weighted(t, each, order) for each in shares if _uniform(each) is None)
@@ -65,7 +63,7 @@ def grad_norm_factor(
     return sqrt(after / before) if 0 < before < inf and 0 < after < inf else None
 
 
-def shares_of(plan: GrowthPlan) -> dict[str, tuple[bool, list[Shares]]]:
+def _shares_of(plan: GrowthPlan) -> dict[str, tuple[bool, list[Shares]]]:
     """Return, per source tensor, whether the target has it, and the shares of its copies in each tensor that copies it."""
     found: dict[str, tuple[bool, list[Shares]]] = {}
     squares: dict[AxisMap, Vector] = {}

@@ -83,7 +83,8 @@ class GrowthReport:
                 f"x {ratio:.4g}",
             )
         )
-        rate = (self.n_bytes_read + self.n_bytes_written) / max(self.seconds, 1e-9) / 1e9
+        seconds = max(self.seconds, 1e-9)
+        rate = (self.n_bytes_read + self.n_bytes_written) / seconds / 1e9
         preserved = KEPT.get(self.preserves, "nothing: ").removeprefix("preserves ")
         counts: Counter[str] = Counter()
         for factor, n in self.lr_factors.items():
@@ -98,7 +99,7 @@ class GrowthReport:
                 "moved",
                 f"{_size(self.n_bytes_read)} read, {_size(self.n_bytes_written)} written, {self.seconds:.3g} s, {rate:.3g} GB/s",
             ),
-            ("time", ", ".join(f"{name} {n / self.seconds:.0%}" for name, n in longest)),
+            ("time", ", ".join(f"{name} {n / seconds:.0%}" for name, n in longest)),
             ("peak memory", f"{_size(self.peak_bytes)} beyond the source ({self.memory})"),
             (
                 "learning rate",

@@ -166,15 +166,6 @@ def _squares(part: Tensor, unit: Tensor) -> Tensor:
     return (part.to(unit.dtype) / unit).round_().square_().sum(dtype=torch.float64)
 
 
-def norm_of(tensors: Sequence[Tensor], order: int) -> float:
-    """Return the norm of all elements of all tensors, as ``norms_of`` does; synchronize once per device and dtype."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.numel():
-            kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    return sum(float(norms_of(ts, order).pow(order).sum()) for ts in kinds.values()) ** (1 / order)
-
-
 def expand(pieces: Sequence[Piece]) -> None:
     """Write every piece.
 

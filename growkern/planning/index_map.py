@@ -167,18 +167,6 @@ class IndexMap:
         """True when some target coordinate copies no source coordinate."""
         return any(run.source == PAD for run in self.runs)
 
-    @property
-    def copied(self) -> tuple[slice, ...]:
-        """Slices of the target coordinates that copy a source coordinate."""
-        spans = list[slice]()
-        for run in self.runs:
-            if run.source != PAD:
-                start, stop = run.span
-                if spans and spans[-1].stop == start:
-                    start = spans.pop().start
-                spans.append(slice(start, stop))
-        return tuple(spans)
-
     def per_copy(self, function: Callable[[int], float], pad: float) -> Vector:
         """Return ``function(C(g(i)))`` for every target coordinate ``i``, ``C`` being the number of copies; ``pad`` for pads."""
         return self.by_copy(lambda _, count: function(count), pad)

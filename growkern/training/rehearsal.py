@@ -137,7 +137,8 @@ def _lists_of(shapes: list[torch.Size]) -> list[str]:
         if is_average(kind) and not issubclass(kind, nn.Module)
     }
     found = list[str]()
-    for thing in (thing for thing in things if type(thing) in kinds) if kinds else ():
+    averages = [thing for thing in things if type(thing) in kinds] if kinds else []
+    for thing in averages:
         held: dict[str, Any] = getattr(thing, "__dict__", {})
         for name, value in held.items():
             several: list[Any] = [*value] if isinstance(value, list | tuple) else []
