@@ -14,7 +14,8 @@ from growkern.engine.upcycle import upcycle
 from growkern.model.describe import describe
 from growkern.model.layers import embedding, linear, norm, reader, writer
 from growkern.model.spec import Blocks, ModelSpec, Power
-from growkern.optimizer.update_scale import Scale, UpdateScale
+from growkern.optimizer.factors import Scale
+from growkern.optimizer.update_scale import UpdateScale
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.training.replay import resume
 from growkern.training.schedule import GrowthSchedule

@@ -153,8 +153,9 @@ def expand_inplace(
             a time and keeps replaced sources on the host (for a model on the CPU: in a temporary file) for the rollback. None: the
             first of these that fits.
         check: A batch (a tensor, a sequence of positional arguments, or a mapping of keyword arguments), or a function from the model to
-            its outputs. The forward runs on it before the growth and on the grown model, in evaluation mode; if the grown model's forward
-            fails, or an output moves by more than rounding explains although the plan preserves the function, the growth is taken back.
+            its outputs, which must leave the model as it is. The forward runs on it before the growth and on the grown model, in
+            evaluation mode; if the grown model's forward fails, or an output moves by more than rounding explains although the plan
+            preserves the function, the growth is taken back.
 
     Returns:
         The report; ``print`` it.

@@ -118,13 +118,13 @@ MUTANTS = {
     "rates: new slices have the old step": Mutant(
         "optimizer/lr_scaling.py", "step if fresh else 0.0", "0.0", "optimizer/test_state_rules.py -k step_of_their_own"),
     "rates: sparse gradients take all rows' factors": Mutant(
-        "optimizer/update_scale.py", "f[rows] if i == 0 and isinstance(f, Tensor) else f for", "f for",
+        "optimizer/factors.py", "f[rows] if i == 0 and isinstance(f, Tensor) else f for", "f for",
         "optimizer/test_lr_scaling.py -k sparse"),
     "rates: other hooks see the optimizer's units": Mutant(
         "optimizer/update_scale.py", "self._hooks[-1].id, last=False", "self._hooks[-1].id, last=True",
         "optimizer/test_lr_scaling.py -k models_units"),
     "rates: norms are taken in the optimizer's units": Mutant(
-        "optimizer/update_scale.py", "return _multiplied(square.clone(), factors) if factors else square", "return square",
+        "optimizer/update_scale.py", "return multiply_(square.clone(), factors) if factors else square", "return square",
         "optimizer/test_describe_optimizer.py -k norm_factor_of_second"),
     "rates: schedulers with a floor are said to follow": Mutant(
         "optimizer/schedulers.py", 'and not getattr(s, "eta_min", 0)', "",

@@ -12,8 +12,9 @@ from growkern.commit.param_groups import join_groups, split_groups
 from growkern.commit.undo import Undo
 from growkern.errors import CommitError
 from growkern.optimizer.adamw import begin
+from growkern.optimizer.factors import Scale
 from growkern.optimizer.state_rules import MASTER, MASTER_GRAD, SLICES, OptimSpec
-from growkern.optimizer.update_scale import Scale, UpdateScale, scale_of
+from growkern.optimizer.update_scale import UpdateScale, scale_of
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.support.named_tensors import Tensors
 

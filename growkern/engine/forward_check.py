@@ -24,10 +24,10 @@ class ForwardCheck:
     Args:
         model: The source model, without wrappers.
         check: A batch (a tensor or a sequence of positional arguments, or a mapping of keyword arguments), or a function from the model
-            to its outputs.
+            to its outputs, which must not change the model.
 
     Raises:
-        PlanError: ``check`` is neither, the forward failed, or its outputs contain no floating-point tensor.
+        PlanError: ``check`` is neither, the forward failed or changed a parameter, or its outputs contain no finite floating-point number.
     """
 
     def __init__(self, model: nn.Module, check: Check) -> None:
@@ -38,27 +38,35 @@ class ForwardCheck:
         self.dtypes = {p.dtype for p in model.parameters()}  # in which the forward computes
         if (precision := torch.get_float32_matmul_precision()) in MATMULS:
             self.dtypes.add(MATMULS[precision])
+        versions = _versions(model)
         try:
             self.before = self._outputs([])
         except Exception as error:
             raise PlanError(
                 f"check: the forward failed before the growth: {type(error).__name__}: {error}"
             ) from error
-        if not self.before:
+        if changed := _changed(versions, model):
+            raise PlanError(f"check: {changed}")
+        if not any(t.isfinite().any() for t in self.before.values()):
             raise PlanError(
-                "check: the outputs of the forward contain no floating-point tensor; pass a function of the model that returns one."
+                "check: the outputs of the forward contain no finite floating-point number to compare; pass a function of the model that "
+                "returns a tensor of them."
             )
 
-    def compare(self, *, preserved: bool) -> None:
+    def compare(self, *, preserved: bool) -> tuple[str, ...]:
         """Run the forward of the grown model.
 
         Args:
             preserved: True when the plan preserves the function: every output then has to be the source's, up to rounding in its dtype.
 
+        Returns:
+            Notes for the report: that nothing could be compared, because every output grew.
+
         Raises:
-            CommitError: The forward failed, an output is not finite where the source's was, or an output moved.
+            CommitError: The forward failed or changed a parameter, returned nothing to compare, an output is not finite where the
+                source's was, or an output moved.
         """
-        running: list[nn.Module] = []
+        running, versions = list[nn.Module](), _versions(self.model)
         try:
             after = self._outputs(running)
         except Exception as error:
@@ -70,12 +78,24 @@ class ForwardCheck:
                 f"check: the forward of the grown model failed in {at or type(self.model).__name__}: {type(error).__name__}: {error}. "
                 "The growth was taken back; if a module keeps a size that the spec does not name, name it in attributes=."
             ) from error
-        for name, old in self.before.items():
-            self._compare(name, old, after.get(name), preserved)
+        if changed := _changed(versions, self.model):
+            raise CommitError(f"check: {changed} The growth was taken back.")
+        if not after.keys() & self.before.keys():
+            raise CommitError(
+                f"check: the forward of the grown model returned none of the outputs of the source ({', '.join([*self.before][:5])}). The "
+                "growth was taken back: pass a function that returns the same outputs in every call."
+            )
+        # the others are hidden states, which grew
+        pairs = {n: (t, after[n]) for n, t in self.before.items() if n in after and after[n].shape == t.shape}  # fmt: skip
+        for name, (old, new) in pairs.items():
+            self._compare(name, old, new, preserved)
+        if any(old.isfinite().any() for old, _ in pairs.values()):
+            return ()
+        return (
+            "check= ran the forward of the grown model, but compared nothing: every output has another shape than the source's.",
+        )
 
-    def _compare(self, name: str, old: Tensor, new: Tensor | None, preserved: bool) -> None:
-        if new is None or new.shape != old.shape:
-            return  # a hidden state, which grew
+    def _compare(self, name: str, old: Tensor, new: Tensor, preserved: bool) -> None:
         if bool((old.isfinite() & ~new.isfinite()).any()):
             raise CommitError(
                 f"check: {name} of the grown model is not finite. The growth was taken back."
@@ -130,6 +150,27 @@ class ForwardCheck:
 def _names(model: nn.Module) -> list[str]:
     """Return the names of all modules of a model."""
     return [name for name, _ in model.named_modules()]  # pyright: ignore
+
+
+def _versions(model: nn.Module) -> dict[str, tuple[Tensor, int, bool]]:
+    """Return the name of every parameter -> the parameter, the number of writes to it, and whether it trains."""
+    return {
+        name: (p, 0 if p.is_inference() else p._version, p.requires_grad)
+        for name, p in model.named_parameters()
+    }
+
+
+def _changed(before: Mapping[str, tuple[Tensor, int, bool]], model: nn.Module) -> str | None:
+    """Return an error if a forward has changed the parameters of a model."""
+    after = _versions(model)
+    for name in [*before, *after]:
+        old, new = before.get(name), after.get(name)
+        if old is None or new is None or old[0] is not new[0] or old[1:] != new[1:]:
+            return (
+                f"the forward changed the parameter {name}; pass a batch, or a function that computes outputs and leaves the model as it "
+                "is."
+            )
+    return None
 
 
 @contextmanager

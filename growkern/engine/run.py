@@ -93,14 +93,14 @@ def _run(request: Request) -> GrowthReport:
         del live
         staged = _stage(request, sources, plan, unmanaged)
         laps.end("cut")
-        _commit(request, sources, staged, ranks, check, laps)
+        checked = _commit(request, sources, staged, ranks, check, laps)
         laps.end("commit")
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for device in {p.device for p in request.model.parameters() if p.is_cuda}:
             torch.cuda.synchronize(device)
     reset_near_limit(n_growths(request.model))
     laps.end("write")  # waits for the device
-    report = _report(request, sources, staged, laps)
+    report = _report(request, sources, staged, checked, laps)
     logger.debug("%s", report)
     return report
 
@@ -234,17 +234,22 @@ def _state_rules(plan: GrowthPlan, law: Law | None) -> Rules:
 
 def _commit(
     request: Request, sources: _Described, staged: _Staged, ranks: Ranks, check: ForwardCheck | None, laps: Laps
-) -> None:  # fmt: skip
-    """Compute the target tensors and put them into the live model and its optimizers; roll all writes back on failure."""
+) -> list[str]:  # fmt: skip
+    """Compute the target tensors and put them into the live model and its optimizers; roll all writes back on failure.
+
+    Returns:
+        Notes of the forward check.
+    """
     plan, lean = staged.plan, staged.executions[0].memory == "lean"
     split = [bool(target.split) for target in staged.targets]
     record = recorded(plan, sources.spec, split, request.methods)
     read(record)  # what could not be read later is refused now
+    checked: list[str] = []
 
     def before_finalize() -> bool:
         laps.end("commit")
         if check is not None:
-            check.compare(preserved=plan.function_preserving)
+            checked.extend(check.compare(preserved=plan.function_preserving))
         laps.end("check")
         return ranks.finish()
 
@@ -262,9 +267,12 @@ def _commit(
             plan, parts.pop(0), request.model, staged.targets, record=record, followers=followers,
             undo=request.undo or Undo(keep), before_finalize=before_finalize,
         )  # fmt: skip
+    return checked
 
 
-def _report(request: Request, sources: _Described, staged: _Staged, laps: Laps) -> GrowthReport:
+def _report(
+    request: Request, sources: _Described, staged: _Staged, checked: list[str], laps: Laps
+) -> GrowthReport:
     plan, executions = staged.plan, staged.executions
     for name, n in (item for execution in executions for item in execution.laps.items()):
         laps["commit"] -= n  # the targets were computed in it
@@ -298,6 +306,7 @@ def _report(request: Request, sources: _Described, staged: _Staged, laps: Laps) 
         noisy=plan.noisy,
         history=tuple(growth_history(request.model)),
         notes=(
+            *checked,
             *plan.notes,
             *notes(plan, sources.spec, staged.targets),
             *(note for execution in executions for note in execution.notes),

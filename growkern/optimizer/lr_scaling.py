@@ -14,8 +14,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from growkern.optimizer.factors import Factor, Scale
 from growkern.optimizer.state_rules import SLICES, Law, OptimSpec, muon_adjustment
-from growkern.optimizer.update_scale import Factor, Scale, UpdateScale
+from growkern.optimizer.update_scale import UpdateScale
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.planning.index_map import PAD, IndexMap
 from growkern.planning.vector import Vector

@@ -5,8 +5,10 @@ step (epsilon, weight decay of either kind, bounds, averages) then act in these 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import fields
+from functools import wraps
+from types import MethodType
+from typing import Any, cast
 from weakref import ref
 
 import torch
@@ -14,44 +16,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from growkern.errors import PlanError, UnsupportedOptimizerError
+from growkern.optimizer.factors import Scale, divide_, multiply_, raised, rescale_, scale_grad_
 from growkern.support.argument_types import typed_arguments
 from growkern.support.interrupts import uninterrupted
 from growkern.support.text import short
 
-Factor = float | Tensor  # along one axis: one number, or one per coordinate, (n,)
 KEY = "update_scale"  # of a param group: True in a live optimizer that has an UpdateScale, its factors in a state dict
-
-
-@dataclass(frozen=True, eq=False)
-class Scale:
-    """Factors of one parameter, one entry per axis. The factor of an element is the product of its factors along all axes.
-
-    Attributes:
-        update: ``s``, the factor on the optimizer's update.
-        units: Divisor of the parameter while the optimizer sees it; None for ``s``.
-        grad: ``a``, the divisor of the gradient.
-        gain: Factor on the update without its decoupled weight decay, for steps of a matrix as a whole (Muon).
-        offset: Constant that the model adds to the parameter; their sum is converted.
-    """
-
-    update: tuple[Factor, ...]
-    grad: tuple[Factor, ...] = ()
-    gain: float = 1.0
-    units: tuple[Factor, ...] | None = None
-    offset: float = 0.0
-
-    @property
-    def seen(self) -> tuple[Factor, ...]:
-        """Divisor of the parameter while the optimizer sees it."""
-        return self.update if self.units is None else self.units
 
 
 class UpdateScale:
     """Scale the updates of an optimizer, element by element and in every step, without a change to its param groups or schedulers.
 
-    A copy of the scaled parameters exists between the two hooks of a step. A step that raises an exception leaves the parameters
-    in the optimizer's units, until ``restore`` or the next step converts them back. ``optim.state_dict()`` contains the factors, and
-    an optimizer that has loaded it gets its ``UpdateScale`` before its next step.
+    A copy of the scaled parameters exists between the two hooks of a step. When ``optim.step()`` raises an exception, the parameters are
+    converted back at once; a step method that the loop has taken from the optimizer before cannot be watched, and leaves that to
+    ``restore`` or the next step. ``optim.state_dict()`` contains the factors, and an optimizer that has loaded it gets its
+    ``UpdateScale`` before its next step.
 
     Args:
         optim: Any optimizer.
@@ -89,14 +68,33 @@ class UpdateScale:
         self._before: dict[Tensor, dict[str, Tensor]] = {}  # by state key; "" is the parameter
         self._grads: dict[Tensor, ref[Tensor]] = {}  # gradients in the optimizer's units
         self._hooks: list[Any] = []
+        # the method that watches steps, and the attribute ``step`` that the optimizer had before
+        self._step: tuple[Any, Any] = (None, None)
         try:
             self._hooks.append(optim.register_state_dict_post_hook(self._pack))
             self._hooks.append(optim.register_step_pre_hook(self._enter))
             for group in optim.param_groups:
                 group[KEY] = True
+            self._watch_step()
         except BaseException:
             self.detach()
             raise
+
+    def _watch_step(self) -> None:
+        """Wrap ``optim.step``, because no hook of torch runs when a step raises."""
+        before, step = vars(self.optim).get("step"), cast("Callable[..., Any]", self.optim.step)
+
+        # a method of the optimizer, as torch's schedulers expect of ``optim.step``
+        @wraps(getattr(step, "__func__", step))
+        def watched(optim: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return step(*args, **kwargs)
+            except BaseException:
+                self.restore()
+                raise
+
+        self._step = MethodType(watched, self.optim), before
+        vars(self.optim)["step"] = self._step[0]
 
     def remove(self) -> None:
         """Remove the hooks, and convert the optimizer's state to the model's units.
@@ -117,7 +115,7 @@ class UpdateScale:
                     (scale.update, scale.grad), self.orders[key], strict=True
                 ):
                     t = self.optim.state[p][key]
-                    _multiplied(t, tuple(_power(f, power, n) for f, n in zip(factors, t.shape, strict=False)))  # fmt: skip
+                    multiply_(t, tuple(raised(f, power, n) for f, n in zip(factors, t.shape, strict=False)))  # fmt: skip
         self.detach()
 
     def detach(self) -> None:
@@ -126,32 +124,39 @@ class UpdateScale:
             hook.remove()
         for group in self.optim.param_groups:
             group.pop(KEY, None)
+        watched, before = self._step
+        if (
+            watched is not None and vars(self.optim).get("step") is watched
+        ):  # else others have wrapped it
+            del self.optim.step
+            if before is not None:
+                vars(self.optim)["step"] = before
 
     def restore(self) -> None:
-        """Convert parameters from the optimizer's units back to the model's, keeping the update. Needed after a step that raised."""
+        """Convert parameters from the optimizer's units back to the model's, keeping the update."""
         with torch.no_grad(), uninterrupted():
             while self._before:
                 p, before = self._before.popitem()
                 scale = self.scales[p]
                 for key, t in self._tensors(p).items():
                     if (old := before.get(key)) is None:  # the step created this state
-                        _rescaled(t, scale.update, scale.offset, _multiplied)
+                        rescale_(t, scale.update, scale.offset, multiply_)
                         continue
-                    seen = _rescaled(old.clone(), scale.seen, scale.offset, _divided)
+                    seen = rescale_(old.clone(), scale.seen, scale.offset, divide_)
                     moved = t - seen
                     if scale.gain != 1.0:
                         decayed = seen.mul_(-self._decay(p))
                         moved = (moved - decayed) * scale.gain + decayed
-                    t.copy_(old + _multiplied(moved, scale.update))
-                divided = self._grads.pop(p)()  # None or another: a step raised, and zero_grad ran
-                if divided is not None and divided is p.grad:
-                    _scale_grad(divided, scale.grad, _multiplied)
+                    t.copy_(old + multiply_(moved, scale.update))
+                grad = self._grads.pop(p)()  # None or another: a step raised, and zero_grad ran
+                if grad is not None and grad is p.grad:
+                    scale_grad_(grad, scale.grad, multiply_)
 
     def second_moment(self, p: Tensor, square: Tensor) -> Tensor:
         """Convert a second moment of the optimizer to the units of the parameter's gradient."""
         grad = self.scales[p].grad if p in self.scales else ()
-        factors = tuple(_power(f, 2.0, n) for f, n in zip(grad, square.shape, strict=False))
-        return _multiplied(square.clone(), factors) if factors else square
+        factors = tuple(raised(f, 2.0, n) for f, n in zip(grad, square.shape, strict=False))
+        return multiply_(square.clone(), factors) if factors else square
 
     def state_dict(self) -> dict[str, Any]:
         """Return the factors, keyed by the parameter's position in the optimizer's param groups, and ``orders``."""
@@ -216,8 +221,8 @@ class UpdateScale:
                 self._grads[p] = ref(p.grad)
                 self._before[p] = {key: t.clone() for key, t in tensors.items()}
                 for t in tensors.values():
-                    _rescaled(t, scale.seen, scale.offset, _divided)
-                _scale_grad(p.grad, scale.grad, _divided)
+                    rescale_(t, scale.seen, scale.offset, divide_)
+                scale_grad_(p.grad, scale.grad, divide_)
 
     def _enter(
         self, optim: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -342,59 +347,3 @@ def _checked(optim: Optimizer, p: Tensor, scale: float | Scale) -> Scale:
                     f"them, not {factor!r}."
                 )
     return full
-
-
-def _vectors(t: Tensor, factors: tuple[Factor, ...]) -> list[Factor]:
-    """Factors in shapes that broadcast over a tensor, without scalar factors 1."""
-    vectors: list[Factor] = []
-    for axis, factor in enumerate(factors):
-        if isinstance(factor, Tensor):
-            shape = [1] * t.dim()
-            shape[axis] = len(factor)
-            vectors.append(factor.view(shape))
-        elif factor != 1.0:
-            vectors.append(factor)
-    return vectors
-
-
-def _power(factor: Factor, power: float, n: int) -> Factor:
-    """Power of a factor along a state axis of size ``n``; its mean where the state is an average over the axis (``n`` is 1)."""
-    raised = factor**power
-    return float(raised.mean()) if isinstance(raised, Tensor) and n == 1 else raised
-
-
-def _divided(t: Tensor, factors: tuple[Factor, ...]) -> Tensor:
-    for factor in _vectors(t, factors):
-        t.div_(factor)
-    return t
-
-
-def _multiplied(t: Tensor, factors: tuple[Factor, ...]) -> Tensor:
-    for factor in _vectors(t, factors):
-        t.mul_(factor)
-    return t
-
-
-def _rescaled(
-    t: Tensor,
-    factors: tuple[Factor, ...],
-    offset: float,
-    scaled: Callable[[Tensor, tuple[Factor, ...]], Tensor],
-) -> Tensor:
-    """Scale the sum of a weight and the model's offset in place."""
-    if not offset or not _vectors(t, factors):
-        return scaled(t, factors)
-    return scaled(t.add_(offset), factors).sub_(offset)
-
-
-def _scale_grad(
-    grad: Tensor,
-    factors: tuple[Factor, ...],
-    scaled: Callable[[Tensor, tuple[Factor, ...]], Tensor],
-) -> None:
-    """Scale a gradient in place; for a sparse gradient (rows of an embedding), scale its values."""
-    if grad.layout == torch.strided:
-        scaled(grad, factors)
-        return
-    rows, values = grad._indices()[0], grad._values()  # pyright: ignore[reportPrivateUsage]
-    scaled(values, tuple(f[rows] if i == 0 and isinstance(f, Tensor) else f for i, f in enumerate(factors)))  # fmt: skip

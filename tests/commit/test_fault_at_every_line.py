@@ -21,6 +21,7 @@ FILES = {
         "commit/param_groups.py",
         "commit/optimizer.py",
         "optimizer/update_scale.py",
+        "optimizer/factors.py",
     )
 }
 SIZES = dict(num_hidden_layers=1, hidden_size=8, intermediate_size=8, head_dim=4)

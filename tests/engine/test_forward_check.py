@@ -113,6 +113,92 @@ def test_an_output_that_moves_takes_the_growth_back(method):
     assert same(state_of(model, optim), before)
 
 
+def once(first, later):
+    """A check function that returns one thing in its first call, and another in all later calls."""
+    calls = []
+
+    def check(model):
+        calls.append(model(IDS)["logits"])
+        return first(calls[-1]) if len(calls) == 1 else later(calls[-1])
+
+    return check
+
+
+@pytest.mark.parametrize(
+    "later", [lambda _: None, lambda x: {"other": x}, lambda _: 1.0], ids=["none", "name", "number"]
+)
+def test_outputs_that_are_gone_take_the_growth_back(later):
+    model, optim = started(Tiny())
+    before = state_of(model, optim)
+
+    with pytest.raises(CommitError, match=r"returned none of the outputs.*taken back"):
+        growkern.expand_inplace(model, optim, to=WIDER, spec=SPEC, check=once(lambda x: x, later))
+
+    assert same(state_of(model, optim), before)
+
+
+def test_the_report_says_that_nothing_was_compared():
+    model, other = Tiny(), Tiny()
+
+    report = growkern.expand_inplace(
+        model, to=WIDER, spec=SPEC, check=lambda model: model(IDS)["parts"]
+    )
+    compared = growkern.expand_inplace(other, to=WIDER, spec=SPEC, check=IDS)
+
+    assert "compared nothing" in report.notes[0] and "compared nothing" in str(report)
+    assert not any("compared nothing" in note for note in compared.notes)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_outputs_without_a_finite_number_are_refused(value):
+    model, optim = started(Tiny())
+    before = state_of(model, optim)
+    with pytest.raises(PlanError, match="no finite floating-point number"):
+        growkern.expand_inplace(
+            model, optim, to=WIDER, spec=SPEC, check=lambda m: m(IDS)["logits"] * value
+        )
+    assert same(state_of(model, optim), before)
+
+
+def writes(model):
+    model.out.bias += 0.0
+
+
+def freezes(model):
+    model.emb.weight.requires_grad_(False)
+
+
+def replaces(model):
+    model.out.bias = nn.Parameter(model.out.bias.clone())
+
+
+def adds(model):
+    model.extra = nn.Parameter(torch.ones(1))
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("change", [writes, freezes, replaces, adds])
+def test_a_check_that_changes_a_parameter_is_refused(change, late):
+    model, optim = started(Tiny())
+    before, calls = state_of(model, optim), []
+
+    def check(model):
+        calls.append(None)
+        if len(calls) == 1 + late:
+            change(model)
+        return model(IDS)["logits"]
+
+    with pytest.raises(
+        CommitError if late else PlanError, match="the forward changed the parameter"
+    ):
+        growkern.expand_inplace(model, optim, to=WIDER, spec=SPEC, check=check)
+
+    assert model.emb.embedding_dim == 16
+    assert len(calls) == 1 + late
+    if change is writes:
+        assert same(state_of(model, optim), before)
+
+
 class Swapping(Tiny):
     """Acts on the switch between the modes, counts its calls, and puts a new tensor in the place of a buffer."""
 
@@ -167,7 +253,7 @@ def test_an_output_may_move_where_the_plan_says_so():
     [
         (5, "expected a batch or a function of the model, got int"),
         (torch.zeros(2, 2), "the forward failed before the growth"),
-        (lambda model: IDS, "no floating-point tensor"),
+        (lambda model: IDS, "no finite floating-point number"),
     ],
     ids=["number", "floats", "function"],
 )

@@ -1,11 +1,14 @@
 """Under exact dynamics, a grown run continues as the source's run, in the optimizers of torch (but LBFGS) and of three other libraries."""
 
 import copy
+import inspect
 import os
+import pickle
 import random
 import signal
 import threading
 import time
+import warnings
 
 import pytest
 import torch
@@ -17,8 +20,9 @@ from torch.optim.lr_scheduler import LRScheduler
 import growkern
 from growkern import width
 from growkern.errors import PlanError
+from growkern.optimizer.factors import Scale
 from growkern.optimizer.state_rules import muon_adjustment
-from growkern.optimizer.update_scale import Scale, scale_of
+from growkern.optimizer.update_scale import scale_of
 from growkern.support.live_registry import _Step
 
 QUIET = width.Lossless(noise=0)
@@ -314,16 +318,86 @@ def test_elements_of_a_second_growth_take_the_mean_factor_of_the_first():
     torch.testing.assert_close(down - before, -0.1 * factors * down.grad, rtol=1e-9, atol=1e-15)
 
 
-def test_a_step_that_fails_half_way_leaves_parameters_to_be_restored(monkeypatch):
+def fails(*_):
+    raise RuntimeError("boom")
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("error", [fails, interrupted])
+@pytest.mark.parametrize("scheduled", [None, "before", "after"])
+def test_weights_and_gradients_are_the_models_as_soon_as_a_step_has_raised(error, scheduled):
+    """``except KeyboardInterrupt: save(model)`` saves the model, and what the loop does next trains it."""
+
+    def schedule(when):
+        if scheduled == when:  # torch's schedulers replace optim.step
+            torch.optim.lr_scheduler.StepLR(optim, 100)
+
     model, optim = warmed("AdamW", n=2)
+    schedule("before")
+    grow(model, optim, to="2x", width=QUIET, dynamics="exact")
+    schedule("after")
+    loss_of(model, batch()).backward()
+    params = [*model.parameters()]
+    before = [(p.detach().clone(), p.grad.clone()) for p in params]
+    seen = []
+    optim.register_step_pre_hook(lambda *_: seen.extend(p.detach().clone() for p in params))
+    hook = optim.register_step_pre_hook(error)  # behind UpdateScale's
+
+    with pytest.raises((RuntimeError, KeyboardInterrupt)):
+        optim.step()
+
+    assert any(not torch.equal(p, q) for (p, _), q in zip(before, seen, strict=True))
+    for p, (value, grad) in zip(params, before, strict=True):
+        assert torch.equal(p, value)
+        torch.testing.assert_close(p.grad, grad, rtol=1e-6, atol=0)
+    hook.remove()
+    other, other_optim = copy.deepcopy((model, optim))
+    other_optim.load_state_dict(copy.deepcopy(optim.state_dict()))  # torch shares tensors
+    for one in (optim, other_optim):
+        one.zero_grad(set_to_none=one is other_optim)
+    for p, q in zip(params, other.parameters(), strict=True):
+        p.grad.add_(0.01)  # the next batch's, into the tensor of the old one
+        q.grad = torch.full_like(q, 0.01)
+    optim.step(), other_optim.step()
+    for p, q in zip(params, other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_the_step_of_an_optimizer_is_its_own_again_without_an_update_scale():
+    layer = nn.Linear(3, 4)
+    optim = torch.optim.SGD(layer.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optim, 1, gamma=0.5)
+    own = optim.step
+    signature = inspect.signature(torch.optim.SGD(layer.parameters()).step)
+    scale = growkern.UpdateScale(optim, {layer.weight: 0.5})
+
+    layer(torch.ones(2, 3)).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optim.step()
+        scheduler.step()
+    assert inspect.signature(optim.step) == signature
+    assert "step" not in vars(pickle.loads(pickle.dumps(optim)))
+    scale.remove()
+
+    assert optim.step is own
+    assert scale_of(optim) is None
+
+
+def test_a_step_taken_before_the_growth_leaves_parameters_to_be_restored():
+    """nanoGPT's loop calls ``optim.step``; a loop that keeps the method cannot be watched."""
+    model, optim = warmed("AdamW", n=2)
+    step = optim.step
     grow(model, optim, to="2x", width=QUIET, dynamics="exact")
     loss_of(model, batch()).backward()
     before = [p.clone() for p in model.parameters()]
-    fails = torch.optim.AdamW._init_group
-    monkeypatch.setattr(torch.optim.AdamW, "_init_group", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        optim.step()
-    monkeypatch.setattr(torch.optim.AdamW, "_init_group", fails)
+    optim.register_step_pre_hook(fails)
+    with pytest.raises(RuntimeError, match="boom"):
+        step()
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
     scale_of(optim).restore()
 
@@ -390,14 +464,12 @@ def test_what_update_scale_refuses():
         growkern.UpdateScale(optim, {layer.weight: 0.5})
 
 
-def test_the_gradients_after_a_step_that_raised_are_taken_as_they_are():
-    def fails(*_):
-        raise RuntimeError("boom")
-
+def test_the_gradients_after_a_kept_step_that_raised_are_taken_as_they_are():
     def grown():
         model = make("gpt2", tied=True)
         optim = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
         train(model, optim, 3)
+        optim.kept = optim.step
         grow(model, optim, to={"hidden": 48, "heads": 8}, width=QUIET, dynamics="exact")
         return model, optim
 
@@ -405,7 +477,7 @@ def test_the_gradients_after_a_step_that_raised_are_taken_as_they_are():
     loss_of(model, batch(seed=8)).backward()
     hook = optim.register_step_pre_hook(fails)  # behind UpdateScale's
     with pytest.raises(RuntimeError, match="boom"):
-        optim.step()
+        optim.kept()
     hook.remove()
     optim.zero_grad()
     for p in (*model.parameters(), *other.parameters()):
@@ -441,7 +513,6 @@ def test_ctrl_c_at_any_moment_of_a_step_loses_no_weight():
         except KeyboardInterrupt:
             interrupted += 1
         timer.join()
-        scale_of(optim).restore()
         for p, q in zip(model.parameters(), before, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=0)
     assert interrupted

@@ -1,0 +1,91 @@
+"""Factors on the elements of a parameter, as one vector or number per axis, and their arithmetic in place."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Factor = float | Tensor  # along one axis: one number, or one per coordinate, (n,)
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """Factors of one parameter, one entry per axis. The factor of an element is the product of its factors along all axes.
+
+    Attributes:
+        update: ``s``, the factor on the optimizer's update.
+        units: Divisor of the parameter while the optimizer sees it; None for ``s``.
+        grad: ``a``, the divisor of the gradient.
+        gain: Factor on the update without its decoupled weight decay, for steps of a matrix as a whole (Muon).
+        offset: Constant that the model adds to the parameter; their sum is converted.
+    """
+
+    update: tuple[Factor, ...]
+    grad: tuple[Factor, ...] = ()
+    gain: float = 1.0
+    units: tuple[Factor, ...] | None = None
+    offset: float = 0.0
+
+    @property
+    def seen(self) -> tuple[Factor, ...]:
+        """Divisor of the parameter while the optimizer sees it."""
+        return self.update if self.units is None else self.units
+
+
+def _vectors(t: Tensor, factors: tuple[Factor, ...]) -> list[Factor]:
+    """Factors in shapes that broadcast over a tensor, without scalar factors 1."""
+    vectors: list[Factor] = []
+    for axis, factor in enumerate(factors):
+        if isinstance(factor, Tensor):
+            shape = [1] * t.dim()
+            shape[axis] = len(factor)
+            vectors.append(factor.view(shape))
+        elif factor != 1.0:
+            vectors.append(factor)
+    return vectors
+
+
+def raised(factor: Factor, power: float, n: int) -> Factor:
+    """Power of a factor along a state axis of size ``n``; its mean where the state is an average over the axis (``n`` is 1)."""
+    factor = factor**power
+    return float(factor.mean()) if isinstance(factor, Tensor) and n == 1 else factor
+
+
+def divide_(t: Tensor, factors: tuple[Factor, ...]) -> Tensor:
+    """Divide a tensor in place by one factor per axis."""
+    for factor in _vectors(t, factors):
+        t.div_(factor)
+    return t
+
+
+def multiply_(t: Tensor, factors: tuple[Factor, ...]) -> Tensor:
+    """Multiply a tensor in place by one factor per axis."""
+    for factor in _vectors(t, factors):
+        t.mul_(factor)
+    return t
+
+
+def rescale_(
+    t: Tensor,
+    factors: tuple[Factor, ...],
+    offset: float,
+    scaled: Callable[[Tensor, tuple[Factor, ...]], Tensor],
+) -> Tensor:
+    """Scale the sum of a weight and the model's offset in place."""
+    if not offset or not _vectors(t, factors):
+        return scaled(t, factors)
+    return scaled(t.add_(offset), factors).sub_(offset)
+
+
+def scale_grad_(
+    grad: Tensor,
+    factors: tuple[Factor, ...],
+    scaled: Callable[[Tensor, tuple[Factor, ...]], Tensor],
+) -> None:
+    """Scale a gradient in place; for a sparse gradient (rows of an embedding), scale its values."""
+    if grad.layout == torch.strided:
+        scaled(grad, factors)
+        return
+    rows, values = grad._indices()[0], grad._values()  # pyright: ignore[reportPrivateUsage]
+    scaled(values, tuple(f[rows] if i == 0 and isinstance(f, Tensor) else f for i, f in enumerate(factors)))  # fmt: skip
