@@ -36,6 +36,7 @@ from growkern.kernels.write import find, vector, write
 BLOCK_C = 128  # columns of a tile, fewer than threads, so that vectors along columns load in the layout of the tile
 N_WARPS = 8
 N_REGISTERS = 64  # per thread, for 1024 threads at a time on an SM; without this limit ptxas spills registers to fit more threads
+N_TILES, N_BUSY = 4, 1 << 25  # tiles per program of a launch of at least so many source elements
 DTYPES = {
     getattr(torch, name): getattr(tl, name)
     for name in ("float64", "float32", "float16", "bfloat16", "int64")
@@ -43,8 +44,8 @@ DTYPES = {
 
 
 def block_r(n_bytes: int) -> int:
-    """Rows of a tile: 8 elements per thread, 4 elements of 8 bytes. Not yet measured on a device."""
-    return 16 if n_bytes < 8 else 8
+    """Rows of a tile: 8 elements per thread, 2 elements of 8 bytes, which do not spill. Not yet measured on a device."""
+    return 16 if n_bytes < 8 else 4
 
 
 def narrow_r(n_bytes: int) -> int:
@@ -87,41 +88,33 @@ def _tile(
     write(values, table_ptr, piece, rows, cols, row_mask, col_mask, DST, MATH, TO_WIDE, not TO_WIDE)
 
 
-@triton.jit(do_not_specialize=["first_piece", "n_pieces"])
+@triton.jit(do_not_specialize=["first_piece", "n_pieces", "n_rows"])
 def expand_kernel(
     table_ptr,
-    first_piece, n_pieces,
+    first_piece, n_pieces, n_rows,
     SRC: tl.constexpr, DST: tl.constexpr, MATH: tl.constexpr,
     N_WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_NARROW: tl.constexpr,
 ):  # fmt: skip
+    """A program finds its piece once and copies ``n_rows`` of its rows, a tile after the other."""
     pid = tl.program_id(0).to(tl.int64)
     piece = find(table_ptr + first_piece, n_pieces, pid)
     tile = (pid - tl.load(piece + FIRST_TILE)).to(tl.int32)
     n_across = (tl.load(piece + N_COLS).to(tl.int32) + BLOCK_C - 1) // BLOCK_C
-    row = tile // n_across * BLOCK_R
+    row = tile // n_across * n_rows
     col = tile % n_across * BLOCK_C
     flags = tl.load(piece + FLAGS)
+    end = tl.minimum(row + n_rows, tl.load(piece + N_ROWS).to(tl.int32))
     if flags & SRC_WIDE != 0:
-        _tile(table_ptr, piece, row, col, SRC, DST, MATH, True, True, N_WIDE, BLOCK_R, BLOCK_C)
-    elif flags & DST_WIDE != 0:
-        _tile(table_ptr, piece, row, col, SRC, DST, MATH, False, True, N_WIDE, BLOCK_R, BLOCK_C)
-    else:  # unaligned: one address per element, so few rows per iteration
-        end = tl.minimum(row + BLOCK_R, tl.load(piece + N_ROWS).to(tl.int32))
         while row < end:  # no range(): the interpreter of triton 3.6 cannot loop to a loaded bound
-            _tile(
-                table_ptr,
-                piece,
-                row,
-                col,
-                SRC,
-                DST,
-                MATH,
-                False,
-                False,
-                N_WIDE,
-                BLOCK_NARROW,
-                BLOCK_C,
-            )
+            _tile(table_ptr, piece, row, col, SRC, DST, MATH, True, True, N_WIDE, BLOCK_R, BLOCK_C)
+            row += BLOCK_R
+    elif flags & DST_WIDE != 0:
+        while row < end:
+            _tile(table_ptr, piece, row, col, SRC, DST, MATH, False, True, N_WIDE, BLOCK_R, BLOCK_C)
+            row += BLOCK_R
+    else:  # unaligned: one address per element, so few rows per iteration
+        while row < end:
+            _tile(table_ptr, piece, row, col, SRC, DST, MATH, False, False, N_WIDE, BLOCK_NARROW, BLOCK_C)  # fmt: skip
             row += BLOCK_NARROW
 
 
@@ -136,24 +129,36 @@ def expand(pieces: Sequence[Any]) -> None:
         IndexError: A piece does not fit its tensors (index values are not checked); nothing has been launched.
     """
     table, launches = tabled(pieces)
-    if not any(n_tiles for *_, n_tiles in launches):
+    if not any(n_programs for *_, n_programs in launches):
         return
     on_device = table.upload(pieces[0].dst.device)
     with torch.cuda.device_of(on_device):
-        for options, first, n_pieces, n_tiles in launches:
-            if n_tiles:
-                kernel = permute_kernel if "BLOCK_S" in options else expand_kernel
-                kernel[(n_tiles,)](on_device, first, n_pieces, **options)
+        for kernel, options, n_rows, first, n_pieces, n_programs in launches:
+            if n_programs:
+                kernel[(n_programs,)](on_device, first, n_pieces, *n_rows, **options)
 
 
-def tabled(pieces: Sequence[Any]) -> tuple[Table, list[tuple[dict[str, Any], int, int, int]]]:
-    """Do all host work: build the table, and the options, first piece, number of pieces and number of tiles of every launch."""
-    table, launches = Table(), []
+# kernel, options, rows of a program of expand_kernel, offset of the first piece, number of pieces, number of programs
+Launch = tuple[Any, dict[str, Any], tuple[int, ...], int, int, int]
+
+
+def tabled(pieces: Sequence[Any]) -> tuple[Table, list[Launch]]:
+    """Do all host work: build the table, and list the launches."""
+    table, launches = Table(), list[Launch]()
     for (src, dst, n_staged), members in kinds(pieces).items():
         options = launch_options(src, dst, n_staged)
-        block = options["BLOCK_R"], None if n_staged else BLOCK_C
-        launches.append((options, *table.add(members, *block)))
+        if n_staged:
+            launches.append((permute_kernel, options, (), *table.add(members, PERMUTED_R, None)))
+        else:
+            n_rows = rows_of_program(options["BLOCK_R"], members)
+            launches.append((expand_kernel, options, (n_rows,), *table.add(members, n_rows, BLOCK_C)))  # fmt: skip
     return table, launches
+
+
+def rows_of_program(block: int, pieces: Sequence[Any]) -> int:
+    """Rows per program: several tiles where a launch has so many elements that every multiprocessor is busy either way."""
+    n = sum(piece.shape[0] * piece.shape[1] for piece in pieces)
+    return block * (N_TILES if n >= N_BUSY else 1)
 
 
 def kinds(pieces: Sequence[Any]) -> dict[tuple[torch.dtype, torch.dtype, int], list[Any]]:

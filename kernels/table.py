@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from struct import pack, unpack
 from typing import Any
 
@@ -29,10 +30,10 @@ import triton.language as tl
     FIRST_COL,
 ) = map(tl.constexpr, range(18))  # fields of a piece record; *_COPIES: number << 32 | offset
 N_FIELDS = tl.constexpr(18)
-TARGET, TARGETS, SCALE, SCALES, FACTOR, FACTORS, FIRST_ID, IDS = map(
-    tl.constexpr, range(8)
-)  # fields of a copy record
-N_COPY = tl.constexpr(8)
+TARGET, TARGETS, SCALE, SCALES, FACTOR, FACTORS, FIRST_ID, IDS, N_TWINS = map(
+    tl.constexpr, range(9)
+)  # fields of a copy record; N_TWINS: number of copies from this one on with the same counters, and so with the same draw
+N_COPY = tl.constexpr(9)
 SRC_WIDE, DST_WIDE, ARITHMETIC, NOISE = (
     tl.constexpr(1 << i) for i in range(4)
 )  # bits of FLAGS; *_WIDE: access in aligned 16-byte groups
@@ -111,9 +112,14 @@ class Table:
         if id(copies) not in self.copies:
             self.kept.append(copies)
             self.copies[id(copies)] = len(copies) << 32 | len(self.numbers)
-            for copy in copies:
-                self.numbers.extend(_copy(copy))
+            for i, copy in enumerate(copies):
+                twins = takewhile(lambda c, own=copy: _counters(c) == _counters(own), copies[i:])
+                self.numbers.extend((*_copy(copy), len([*twins])))
         return self.copies[id(copies)]
+
+
+def _counters(copy: Any) -> tuple[int, int]:
+    return copy.first_id, _pointer(copy.ids)
 
 
 def _copy(copy: Any) -> list[int]:

@@ -18,6 +18,7 @@ from growkern.kernels.table import (
     IDS,
     N_COPY,
     N_FIELDS,
+    N_TWINS,
     NOISE,
     ROW_COPIES,
     ROW_KEY,
@@ -54,35 +55,36 @@ def _product(record_r, record_c, field: tl.constexpr, MATH: tl.constexpr):
 
 
 @triton.jit
-def grown(
-    values,
-    piece,
-    r,
-    c,
-    rows,
-    cols,
-    row_mask,
-    col_mask,
-    MATH: tl.constexpr,
-    COL_VECTORS: tl.constexpr,
-):
-    """Apply noise and scales of one copy; ``r`` and ``c`` point to its records."""
-    x = values.to(MATH)
-    factor = _product(r, c, FACTOR, MATH)
-    if (tl.load(piece + FLAGS) & NOISE != 0) & (factor != 0):
+def draw(values, piece, r, c, rows, cols, row_mask, col_mask, MATH: tl.constexpr, COL_VECTORS: tl.constexpr):  # fmt: skip
+    """Return the noise of all copies with the counters of ``r`` and ``c``, without their factors; the values if the piece has no noise."""
+    drawn = values.to(MATH)
+    if tl.load(piece + FLAGS) & NOISE != 0:
         row_ids = tl.load(r + FIRST_ID).to(tl.int32) + rows
         if tl.load(r + IDS) != 0:
             row_ids = vector(tl.load(r + IDS), rows, row_mask, 0, tl.int32)
         col_ids = tl.load(c + FIRST_ID).to(tl.int32) + cols
+        if COL_VECTORS:  # noqa: SIM102  (constexpr and tensor do not combine)
+            if tl.load(c + IDS) != 0:
+                col_ids = vector(tl.load(c + IDS), cols, col_mask, 0, tl.int32)
+        row_key = tl.load(piece + ROW_KEY).to(tl.int32)
+        col_key = tl.load(piece + COL_KEY).to(tl.int32)
+        drawn = normal(row_key, col_key, row_ids, col_ids).to(MATH)
+    return drawn
+
+
+@triton.jit
+def grown(
+    values, drawn, piece, r, c, rows, cols, row_mask, col_mask, MATH: tl.constexpr, COL_VECTORS: tl.constexpr,
+):  # fmt: skip
+    """Apply noise and scales of one copy; ``r`` and ``c`` point to its records."""
+    x = values.to(MATH)
+    factor = _product(r, c, FACTOR, MATH)
+    if (tl.load(piece + FLAGS) & NOISE != 0) & (factor != 0):
         std = tl.load(tl.load(piece + STD).to(tl.pointer_type(MATH))) * factor
         amplitude = std * vector(tl.load(r + FACTORS), rows, row_mask, 1, MATH)
         if COL_VECTORS:
-            if tl.load(c + IDS) != 0:
-                col_ids = vector(tl.load(c + IDS), cols, col_mask, 0, tl.int32)
             amplitude *= vector(tl.load(c + FACTORS), cols, col_mask, 1, MATH)
-        row_key = tl.load(piece + ROW_KEY).to(tl.int32)
-        drawn = normal(row_key, tl.load(piece + COL_KEY).to(tl.int32), row_ids, col_ids)
-        x += drawn.to(MATH) * amplitude
+        x += drawn * amplitude
     x = x * _product(r, c, SCALE, MATH) * vector(tl.load(r + SCALES), rows, row_mask, 1, MATH)
     if COL_VECTORS:
         x *= vector(tl.load(c + SCALES), cols, col_mask, 1, MATH)
@@ -94,7 +96,7 @@ def write(
     values, table_ptr, piece, rows, cols, row_mask, col_mask,
     DST: tl.constexpr, MATH: tl.constexpr, WIDE: tl.constexpr, COL_VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile to all its target places; ``cols`` count from the piece's first column."""
+    """Write a tile to all its target places; ``cols`` count from the piece's first column. Twins along the columns share one draw."""
     arithmetic = tl.load(piece + FLAGS) & ARITHMETIC != 0
     dst = tl.load(piece + DST_PTR).to(tl.pointer_type(DST))
     stride = tl.load(piece + DST_ROW)
@@ -109,16 +111,21 @@ def write(
         j = 0
         while j < (tl.load(piece + COL_COPIES) >> 32).to(tl.int32):
             c = table_ptr + (tl.load(piece + COL_COPIES) & 0x7FFFFFFF) + j * N_COPY
-            into = dst + targets.to(tl.int64) * stride + tl.load(c + TARGET) + first
-            if WIDE:  # in bytes, on the block: a hint on a scalar does not reach the store
-                into = tl.multiple_of(into, [16, 16])
-            into += cols
             if arithmetic:
-                out = grown(
-                    values, piece, r, c, rows, first + cols, row_mask, col_mask, MATH, COL_VECTORS
-                )
-                tl.store(into, out.to(DST), mask=mask)
+                drawn = draw(values, piece, r, c, rows, first + cols, row_mask, col_mask, MATH, COL_VECTORS)  # fmt: skip
+                end = j + tl.load(c + N_TWINS).to(tl.int32)
+                while j < end:
+                    c = table_ptr + (tl.load(piece + COL_COPIES) & 0x7FFFFFFF) + j * N_COPY
+                    into = dst + targets.to(tl.int64) * stride + tl.load(c + TARGET) + first
+                    if WIDE:  # in bytes, on the block: a hint on a scalar does not reach the store
+                        into = tl.multiple_of(into, [16, 16])
+                    out = grown(values, drawn, piece, r, c, rows, first + cols, row_mask, col_mask, MATH, COL_VECTORS)  # fmt: skip
+                    tl.store(into + cols, out.to(DST), mask=mask)
+                    j += 1
             else:
-                tl.store(into, values.to(DST), mask=mask)
-            j += 1
+                into = dst + targets.to(tl.int64) * stride + tl.load(c + TARGET) + first
+                if WIDE:
+                    into = tl.multiple_of(into, [16, 16])
+                tl.store(into + cols, values.to(DST), mask=mask)
+                j += 1
         i += 1

@@ -141,6 +141,8 @@ def build(target: str, case: tuple[str | int, ...]) -> dict[str, int]:
     constants = {name: value for name, value in options.items() if name.isupper()}
     constants |= {name: None for name, kind in pointers.items() if kind == "constexpr"}
     scalars = {"first_piece": "i32", "n_pieces": "i32"}
+    if "n_rows" in kernel.arg_names:
+        scalars["n_rows"] = "i32"
     signature = pointers | scalars | dict.fromkeys(constants, "constexpr")
     aligned = {
         (at,): [["tt.divisibility", 16]] for at, kind in enumerate(pointers.values()) if "*" in kind

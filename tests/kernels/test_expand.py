@@ -24,8 +24,9 @@ from torch import Tensor
 from growkern.execution import torch_backend as reference
 from growkern.execution.tiles import Tiler
 from growkern.execution.torch_backend import Copy, Noise, Piece, axis_keys, normal
+from growkern.kernels import expand as expand_module
 from growkern.kernels import table
-from growkern.kernels.expand import BLOCK_C, block_r, expand, kinds, tabled
+from growkern.kernels.expand import BLOCK_C, N_BUSY, N_TILES, block_r, expand, kinds, tabled
 from growkern.kernels.permute import LARGEST, SMALLEST, n_warps, staged
 from growkern.optimizer.state_rules import VALUE
 from growkern.planning.growth_plan import AxisMap, GrowthPlan, TensorRow
@@ -108,7 +109,8 @@ class Case:
 
     ``n_copies`` counts the copies of the rows and of the columns. ``n_sources`` counts the rows and columns of the source, where an index
     gathers them. ``vectors`` gives the rows (the columns) a scale, a noise factor and a counter each, in place of one for all.
-    ``scattered`` sends every row to a place of its own. ``offset`` moves the target in memory, in columns; ``skip`` counts the columns of
+    ``scattered`` sends every row to a place of its own. ``twins``: the first two of
+    three copies have the same counters. ``offset`` moves the target in memory, in columns; ``skip`` counts the columns of
     the target before the first copy.
     """
 
@@ -124,6 +126,7 @@ class Case:
     scales: tuple[float, ...] = (1.0,)
     vectors: tuple[bool, bool] = (False, False)
     scattered: bool = False
+    twins: bool = False
     noise: tuple[int, int, float] | None = None  # seed, tensor id, std
     values: int = 0
 
@@ -160,6 +163,7 @@ class Case:
             for n, s in zip(self.shape, self.n_sources, strict=True)
         )
         places = torch.randperm(max(1, height), generator=g).int().to(DEVICE)
+        first_ids = (7, 7, 0) if self.twins else (0, 7, 2**31 - 1 - 2**20)
         row_copies, col_copies = (
             tuple(
                 Copy(
@@ -168,14 +172,19 @@ class Case:
                     scales=factors(n, dtype, g) if has else None,
                     noise=[1.0, -0.5, 0.0][k % 3],
                     noises=factors(n, dtype, g) if has else None,
-                    first_id=[0, 7, 2**31 - 1 - 2**20][k % 3],
-                    ids=integers(2**31 - 1, n, g) if has else None,
+                    first_id=first_ids[k % 3],
+                    ids=shared
+                    if self.twins and k % 3 < 2
+                    else integers(2**31 - 1, n, g)
+                    if has
+                    else None,
                 )
                 for k in range(count)
             )
             for n, count, has, skip in zip(
                 self.shape, self.n_copies, self.vectors, (0, self.skip), strict=True
             )
+            for shared in [integers(2**31 - 1, n, g) if has else None]
         )
         if self.scattered:
             row_copies = tuple(
@@ -214,6 +223,7 @@ def cases(rows: list[int], cols: list[int]) -> st.SearchStrategy[Case]:
             tuple
         ),
         vectors=st.tuples(st.booleans(), st.booleans()),
+        twins=st.booleans(),
         noise=st.none() | noise,
     )
     same = st.one_of(
@@ -234,13 +244,17 @@ def moved(piece: Piece, copy: Tensor) -> Piece:
     return replace(piece, dst=copy.as_strided(dst.shape, dst.stride(), dst.storage_offset()))
 
 
-def check(built: list[tuple[Tensor, Tensor, Piece]]) -> None:
+def check(built: list[tuple[Tensor, Tensor, Piece]], *, n_tiles: int | None = None) -> None:
     """Assert that kernel and reference leave equal memory: bit for bit, in the target and around the target.
 
     Kernel and reference compute in the same order and dtype without a fused multiply-add, so the arithmetic agrees bit for bit too.
     Only the interpreter truncates bfloat16 where torch rounds: the difference is less than one ulp, at most eps |value|.
     """
-    expand([piece for _, _, piece in built])
+    with pytest.MonkeyPatch.context() as patch:
+        if n_tiles is not None:  # of a program, as in launches of many elements
+            patch.setattr(expand_module, "N_BUSY", 0)
+            patch.setattr(expand_module, "N_TILES", n_tiles)
+        expand([piece for _, _, piece in built])
     reference.expand([moved(piece, copy) for _, copy, piece in built])
 
     for memory, copy, piece in built:
@@ -255,12 +269,27 @@ def check(built: list[tuple[Tensor, Tensor, Piece]]) -> None:
 
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
-@given(case=cases(ROWS, COLS))
-@example(case=Case(F32, F32, (33, BLOCK_C)))  # tiles below each other, of whole blocks of columns
-@example(case=Case(BF16, BF16, (33, 2 * BLOCK_C), offset=1, skip=3, n_copies=(2, 2)))
-@example(case=Case(F32, F32, (17, 2 * BLOCK_C), noise=(1, 2, 1e-3), vectors=(True, True)))
-def test_kernel_writes_what_the_reference_writes(case):
-    check([case.build()])
+@given(case=cases(ROWS, COLS), n_tiles=st.none())
+@example(
+    case=Case(F32, F32, (33, BLOCK_C)), n_tiles=None
+)  # tiles below each other, of whole blocks
+@example(case=Case(BF16, BF16, (33, 2 * BLOCK_C), offset=1, skip=3, n_copies=(2, 2)), n_tiles=None)
+@example(
+    case=Case(F32, F32, (17, 2 * BLOCK_C), noise=(1, 2, 1e-3), vectors=(True, True)), n_tiles=None
+)
+@example(
+    case=Case(F32, F32, (9, BLOCK_C), noise=(1, 2, 1e-3), n_copies=(2, 3), twins=True), n_tiles=None
+)
+@example(
+    case=Case(F32, F32, (81, BLOCK_C + 8)), n_tiles=2
+)  # 81 rows: the last program has a part of a tile
+@example(case=Case(F32, F32, (81, BLOCK_C + 8), source="column"), n_tiles=2)
+@example(case=Case(BF16, BF16, (81, BLOCK_C), skip=3, n_copies=(2, 2), scales=(0.5,)), n_tiles=4)
+@example(
+    case=Case(F32, F32, (70, 9), noise=(1, 2, 1e-3), vectors=(True, True), twins=True), n_tiles=4
+)
+def test_kernel_writes_what_the_reference_writes(case, n_tiles):
+    check([case.build()], n_tiles=n_tiles)
 
 
 @pytest.mark.slow
@@ -268,6 +297,19 @@ def test_kernel_writes_what_the_reference_writes(case):
 @given(many=st.lists(cases([0, 1, 9], [0, 1, 40]), max_size=12))
 def test_many_pieces_of_many_kinds_in_one_call(many):
     check([case.build() for case in many])
+
+
+def test_copies_with_equal_counters_share_one_draw():
+    ids = torch.arange(4, dtype=torch.int32)
+    copies = (Copy(), Copy(4), Copy(8, first_id=4), Copy(12), Copy(16, ids=ids), Copy(20, ids=ids), Copy(24, ids=ids.clone()))  # fmt: skip
+    rows = table.Table()
+    rows.add([Piece(torch.zeros(2, 4), torch.zeros(2, 28), col_copies=copies)], 16, BLOCK_C)
+
+    number, at = divmod(rows.copies[id(copies)], 1 << 32)
+    field, size = table.N_TWINS.value, table.N_COPY.value
+
+    assert number == 7
+    assert [rows.numbers[at + i * size + field] for i in range(number)] == [2, 1, 1, 1, 2, 1, 1]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9, 33])
@@ -421,10 +463,11 @@ def test_a_constant_target_is_cut_along_its_own_rows(shape):
     target = torch.empty(shape, dtype=torch.bfloat16)  # memory that nothing touches
 
     (piece,) = tiler.pieces(row, target[:1], target, VALUE)
-    ((_, _, _, n_tiles),) = tabled([piece])[1]
+    ((_, _, (rows,), _, _, n_programs),) = tabled([piece])[1]
 
     n_rows, n_cols = target.numel() // shape[-1], shape[-1]
-    assert n_tiles == -(-n_rows // block_r(2)) * -(-n_cols // BLOCK_C)
+    assert rows == block_r(2) * (N_TILES if n_rows * n_cols >= N_BUSY else 1)
+    assert n_programs == -(-n_rows // rows) * -(-n_cols // BLOCK_C)
 
 
 @pytest.mark.parametrize("warp_size", [32, 64])
