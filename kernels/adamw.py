@@ -19,18 +19,22 @@ from growkern.kernels.expand import DTYPES, N_REGISTERS
 from growkern.kernels.table import FIRST_TILE
 from growkern.kernels.write import find
 
-BLOCK_C = 128  # columns of a tile
 N_WARPS = 8
 
 
+def block_c(n_bytes: int) -> int:
+    """Columns of a tile."""
+    return 256 if n_bytes < 8 else 128
+
+
 def block_r(n_bytes: int) -> int:
-    """Rows of a tile: 8 elements per thread, 4 elements of 8 bytes. Not yet measured on a device."""
-    return 16 if n_bytes < 8 else 8
+    """Rows of a tile: 8 elements per thread, 2 elements of 8 bytes. Not yet measured on a device."""
+    return 8 if n_bytes < 8 else 4
 
 
 def sliced_r(n_bytes: int) -> int:
     """Rows per iteration for tensors with slices: fewer than ``block_r``, so that the column factors fit in registers too."""
-    return 8 if n_bytes < 8 else 2
+    return 4 if n_bytes < 8 else 2
 
 
 @triton.jit(do_not_specialize=["first_piece", "n_pieces"])
@@ -80,7 +84,7 @@ def adamw(
     if not updates:
         return
     device = updates[0].p.device
-    now = table.prepare(updates, block_r, BLOCK_C)
+    now = table.prepare(updates, block_r, block_c)
     scaler: tuple[Any, Any] = (None, None)
     if has_scaler := grad_scale is not None or found_inf is not None:
         given = ((grad_scale, 1.0), (found_inf, 0.0))
@@ -101,7 +105,7 @@ def launch_options(kind: Kind, has_slices: bool, has_scaler: bool) -> dict[str, 
     options: dict[str, Any] = dict(
         P_TYPE=DTYPES[p], G_TYPE=DTYPES[g], S_TYPE=DTYPES[s], MATH=DTYPES[math(p)],
         HAS_SLICES=has_slices, HAS_SCALER=has_scaler, N_WIDE=16 // min(t.itemsize for t in kind),
-        BLOCK_R=rows, BLOCK_C=BLOCK_C, BLOCK_SLICED=sliced_r(p.itemsize), BLOCK_NARROW=rows // 4,
+        BLOCK_R=rows, BLOCK_C=block_c(p.itemsize), BLOCK_SLICED=sliced_r(p.itemsize), BLOCK_NARROW=rows // 4,
         num_warps=N_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return options if torch.version.hip else options | dict(maxnreg=N_REGISTERS)

@@ -64,7 +64,7 @@ class Table:
         self.uploads = [Upload(), Upload()]  # in turn: one may still be read by its copy
 
     def prepare(
-        self, updates: Sequence[Any], block_r: Callable[[int], int], block_c: int
+        self, updates: Sequence[Any], block_r: Callable[[int], int], block_c: Callable[[int], int]
     ) -> torch.Tensor:
         """Update the table, and upload (gradient address, step count) of every tensor, then the hyperparameters."""
         ids: dict[int, int] = {}
@@ -101,12 +101,12 @@ class Table:
         updates: Sequence[Any],
         groups: Sequence[int],
         block_r: Callable[[int], int],
-        block_c: int,
+        block_c: Callable[[int], int],
     ) -> None:
         kinds: dict[Kind, list[int]] = {}
         for i, u in enumerate(updates):
             kinds.setdefault((u.p.dtype, u.grad.dtype, u.exp_avg.dtype), []).append(i)
-        cuts = [list(stretches(u)) for u in updates]
+        cuts = [list(stretches(u, block_c(u.p.itemsize))) for u in updates]
         at = sum(map(len, cuts)) * N_FIELDS.value  # slice addresses follow the records
         table, slices = array("q"), array("q")
         self.launches, self.hypers = [], []
@@ -128,7 +128,7 @@ class Table:
                 for n_rows, n_cols, start, wide in cuts[i]:
                     record = (n_tiles, *fixed, n_rows, n_cols, start, int(wide), where)
                     table.extend((*record, *[0] * (N_FIELDS.value - len(record))))
-                    n_tiles += -(-n_rows // block_r(kind[0].itemsize)) * -(-n_cols // block_c)
+                    n_tiles += -(-n_rows // block_r(kind[0].itemsize)) * -(-n_cols // block_c(kind[0].itemsize))
             self.launches.append(
                 (kind, sliced, first, (len(table) - first) // N_FIELDS.value, n_tiles)
             )
@@ -137,8 +137,11 @@ class Table:
         self.on_device = torch.frombuffer(content, dtype=torch.int64).to(device, copy=True)
 
 
-def stretches(u: Any, width: int = 128) -> Iterator[tuple[int, int, int, bool]]:
-    """Yield stretches of a tensor: rows, columns, first element, True if all 16-byte groups are aligned."""
+def stretches(u: Any, width: int) -> Iterator[tuple[int, int, int, bool]]:
+    """Yield stretches of a tensor: rows, columns, first element, True if all 16-byte groups are aligned.
+
+    Tensors without slices are read as rows of ``width`` elements, the columns of a tile.
+    """
     tensors = [u.p, u.grad, u.exp_avg, u.exp_avg_sq]
     tensors += [] if u.max_exp_avg_sq is None else [u.max_exp_avg_sq]
     n, n_wide = u.p.numel(), 16 // min(t.itemsize for t in tensors)

@@ -44,17 +44,11 @@ def _tile(
     mask = row_mask & col_mask
     start = rows.to(tl.int64) * width + tl.load(piece + field.FIRST)
     now = now_ptr + 2 * tl.load(piece + field.TENSOR)
-    p_ptr = tl.load(piece + field.P).to(tl.pointer_type(P_TYPE)) + start
     g_ptr = tl.load(now).to(tl.pointer_type(G_TYPE)) + start
     m_ptr = tl.load(piece + field.M).to(tl.pointer_type(S_TYPE)) + start
-    v_ptr = tl.load(piece + field.V).to(tl.pointer_type(S_TYPE)) + start
-    top_ptr = tl.load(piece + field.V_MAX).to(tl.pointer_type(S_TYPE)) + start
     if IS_WIDE:  # in bytes, on the block: a hint on a scalar does not reach the access
-        p_ptr = tl.multiple_of(p_ptr, [16, 16])
         g_ptr = tl.multiple_of(g_ptr, [16, 16])
         m_ptr = tl.multiple_of(m_ptr, [16, 16])
-        v_ptr = tl.multiple_of(v_ptr, [16, 16])
-        top_ptr = tl.multiple_of(top_ptr, [16, 16])
 
     h = (now_ptr + tl.load(piece + field.HYPER)).to(tl.pointer_type(MATH))
     EACH: tl.constexpr = 1 if tl.float64 == MATH else 2  # numbers are 8 bytes apart
@@ -65,11 +59,17 @@ def _tile(
     g = g * tl.load(h + field.SIGN * EACH)
     m = tl.load(m_ptr + cols, mask=mask, other=0).to(MATH)
     m += tl.load(h + field.LERP * EACH) * (g - m)
+    tl.store(m_ptr + cols, m.to(S_TYPE), mask=mask)
+    v_ptr = tl.load(piece + field.V).to(tl.pointer_type(S_TYPE)) + start
+    if IS_WIDE:
+        v_ptr = tl.multiple_of(v_ptr, [16, 16])
     v = tl.load(v_ptr + cols, mask=mask, other=0).to(MATH)
     v = v * tl.load(h + field.KEEP * EACH) + tl.load(h + field.SQUARE * EACH) * g * g
-    tl.store(m_ptr + cols, m.to(S_TYPE), mask=mask)
     tl.store(v_ptr + cols, v.to(S_TYPE), mask=mask)
     if tl.load(piece + field.V_MAX) != 0:
+        top_ptr = tl.load(piece + field.V_MAX).to(tl.pointer_type(S_TYPE)) + start
+        if IS_WIDE:
+            top_ptr = tl.multiple_of(top_ptr, [16, 16])
         top = tl.load(top_ptr + cols, mask=mask, other=0).to(MATH)
         v = tl.maximum(top, v, propagate_nan=tl.PropagateNan.ALL)
         tl.store(top_ptr + cols, v.to(S_TYPE), mask=mask)
@@ -98,6 +98,9 @@ def _tile(
     root = tl.sqrt(_risen(t * tl.load(h + field.RATE2 * EACH), MATH))
     size = lr / _risen(t * tl.load(h + field.RATE1 * EACH), MATH)
     delta = size * (m / (tl.sqrt(v) / root + eps))
+    p_ptr = tl.load(piece + field.P).to(tl.pointer_type(P_TYPE)) + start  # here, so that its registers are free before
+    if IS_WIDE:
+        p_ptr = tl.multiple_of(p_ptr, [16, 16])
     p = tl.load(p_ptr + cols, mask=mask, other=0).to(MATH)
     p = p * (1 - decay) - delta
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from growkern.kernels.permute import BLOCK_R as PERMUTED_R
-from growkern.kernels.permute import n_warps, permute_kernel, staged
+from growkern.kernels.permute import N_COLUMNS, n_warps, permute_kernel, staged
 from growkern.kernels.table import (
     COL_INDEX,
     DST_WIDE,
@@ -33,7 +33,7 @@ from growkern.kernels.table import (
 )
 from growkern.kernels.write import find, vector, write
 
-BLOCK_C = 128  # columns of a tile, fewer than threads, so that vectors along columns load in the layout of the tile
+BLOCK_C = 256  # columns of a tile, no more than threads, so that vectors along columns load in the layout of the tile
 N_WARPS = 8
 N_REGISTERS = 64  # per thread, for 1024 threads at a time on an SM; without this limit ptxas spills registers to fit more threads
 N_TILES, N_BUSY = 4, 1 << 25  # tiles per program of a launch of at least so many source elements
@@ -45,24 +45,29 @@ DTYPES = {
 
 def block_r(n_bytes: int) -> int:
     """Rows of a tile: 8 elements per thread, 2 elements of 8 bytes, which do not spill. Not yet measured on a device."""
-    return 16 if n_bytes < 8 else 4
+    return 8 if n_bytes < 8 else 2
 
 
 def narrow_r(n_bytes: int) -> int:
     """Rows per iteration for unaligned addresses: 2 elements per thread, 1 element of 8 bytes, so that the addresses fit in registers."""
-    return 4 if n_bytes < 8 else 2
+    return 2 if n_bytes < 8 else 1
 
 
 @triton.jit
 def _tile(
-    table_ptr, piece, row, col,
+    table_ptr, piece, row, block,
     SRC: tl.constexpr, DST: tl.constexpr, MATH: tl.constexpr,
     FROM_WIDE: tl.constexpr, TO_WIDE: tl.constexpr, N_WIDE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Copy a tile of a piece. Columns count from the piece's first column, so that they align with groups of 16 bytes."""
+    """Copy a tile of a piece: ``BLOCK_R`` rows from ``row`` on, of a block of columns. Columns count from the piece's first column, so that they align with groups of 16 bytes."""
     first = tl.load(piece + FIRST_COL).to(tl.int32)
-    n_cols = tl.load(piece + N_COLS).to(tl.int32)
+    loaded = tl.load(piece + N_COLS)
+    n_cols = loaded.to(tl.int32)
+    if FROM_WIDE:
+        col = block * BLOCK_C
+    else:  # plus a 0 that the compiler cannot know: it would hold the addresses of all columns from tile to tile, and spill
+        col = (block + (loaded >> 32).to(tl.int32)) * BLOCK_C
     if TO_WIDE:
         n_cols = tl.multiple_of(n_cols, N_WIDE)  # the mask does not split a 16-byte access
     rows = row + tl.arange(0, BLOCK_R)[:, None]
@@ -101,20 +106,20 @@ def expand_kernel(
     tile = (pid - tl.load(piece + FIRST_TILE)).to(tl.int32)
     n_across = (tl.load(piece + N_COLS).to(tl.int32) + BLOCK_C - 1) // BLOCK_C
     row = tile // n_across * n_rows
-    col = tile % n_across * BLOCK_C
+    block = tile % n_across
     flags = tl.load(piece + FLAGS)
     end = tl.minimum(row + n_rows, tl.load(piece + N_ROWS).to(tl.int32))
     if flags & SRC_WIDE != 0:
         while row < end:  # no range(): the interpreter of triton 3.6 cannot loop to a loaded bound
-            _tile(table_ptr, piece, row, col, SRC, DST, MATH, True, True, N_WIDE, BLOCK_R, BLOCK_C)
+            _tile(table_ptr, piece, row, block, SRC, DST, MATH, True, True, N_WIDE, BLOCK_R, BLOCK_C)
             row += BLOCK_R
     elif flags & DST_WIDE != 0:
         while row < end:
-            _tile(table_ptr, piece, row, col, SRC, DST, MATH, False, True, N_WIDE, BLOCK_R, BLOCK_C)
+            _tile(table_ptr, piece, row, block, SRC, DST, MATH, False, True, N_WIDE, BLOCK_R, BLOCK_C)
             row += BLOCK_R
     else:  # unaligned: one address per element, so few rows per iteration
         while row < end:
-            _tile(table_ptr, piece, row, col, SRC, DST, MATH, False, False, N_WIDE, BLOCK_NARROW, BLOCK_C)  # fmt: skip
+            _tile(table_ptr, piece, row, block, SRC, DST, MATH, False, False, N_WIDE, BLOCK_NARROW, BLOCK_C)  # fmt: skip
             row += BLOCK_NARROW
 
 
@@ -181,10 +186,9 @@ def launch_options(src: torch.dtype, dst: torch.dtype, n_staged: int) -> dict[st
     if n_staged:
         warp_size = 32 if torch.version.hip is None else 64
         warps = n_warps(n_staged, warp_size)
-        block_c = 2 * warp_size * warps
         return options | dict(
-            num_warps=warps, BLOCK_R=PERMUTED_R, BLOCK_S=n_staged, BLOCK_C=block_c
-        )
+            num_warps=warps, BLOCK_R=PERMUTED_R, BLOCK_S=n_staged, BLOCK_C=N_COLUMNS.value * warp_size * warps, N_WIDE=16 // dst.itemsize,
+        )  # fmt: skip
     n_wide, rows = 16 // min(src.itemsize, dst.itemsize), block_r(dst.itemsize)
     return options | dict(
         N_WIDE=n_wide, BLOCK_R=rows, BLOCK_C=BLOCK_C, BLOCK_NARROW=narrow_r(dst.itemsize)

@@ -10,7 +10,9 @@ import triton.language as tl
 
 from growkern.kernels.table import (
     COL_INDEX,
+    DST_WIDE,
     FIRST_TILE,
+    FLAGS,
     N_COLS,
     N_ROWS,
     N_SRC,
@@ -26,6 +28,7 @@ SMALLEST, LARGEST = (
     8192,
 )  # column blocks for a staged row; longer rows are gathered through the caches
 BLOCK_R = 8  # rows per program, one after the other
+N_COLUMNS = tl.constexpr(4)  # adjacent columns per thread; more spill registers
 
 
 def staged(n_cols: int, n_bytes: int) -> int:
@@ -42,18 +45,36 @@ def n_warps(block: int, warp_size: int) -> int:
     return min(max(256, block // 8), 1024) // warp_size
 
 
+@triton.jit
+def _row(
+    values, table_ptr, piece, row, DST: tl.constexpr, MATH: tl.constexpr, N_WIDE: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Permute a staged row and write it to all its target places, block by block of columns."""
+    n_cols = tl.load(piece + N_COLS).to(tl.int32)
+    if WIDE:
+        n_cols = tl.multiple_of(n_cols, N_WIDE)  # the mask does not split a 16-byte access
+    rows = row + tl.zeros([1, 1], tl.int32)
+    block = 0
+    while block * BLOCK_C < n_cols:
+        cols = block * BLOCK_C + tl.arange(0, BLOCK_C)
+        index = vector(tl.load(piece + COL_INDEX), cols, cols < n_cols, 0, tl.int32)
+        taken = tl.gather(values, index, axis=0)[None, :]
+        cols = cols[None, :]
+        write(taken, table_ptr, piece, rows, cols, rows >= 0, cols < n_cols, DST, MATH, WIDE, True)
+        block += 1
+
+
 @triton.jit(do_not_specialize=["first_piece", "n_pieces"])
 def permute_kernel(
     table_ptr,
     first_piece, n_pieces,
-    SRC: tl.constexpr, DST: tl.constexpr, MATH: tl.constexpr,
+    SRC: tl.constexpr, DST: tl.constexpr, MATH: tl.constexpr, N_WIDE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     piece = find(table_ptr + first_piece, n_pieces, pid)
     row = (pid - tl.load(piece + FIRST_TILE)).to(tl.int32) * BLOCK_R
     end = tl.minimum(row + BLOCK_R, tl.load(piece + N_ROWS).to(tl.int32))
-    n_cols = tl.load(piece + N_COLS).to(tl.int32)
     n_src = tl.load(piece + N_SRC).to(tl.int32)
     src_cols = tl.arange(0, BLOCK_S)
     while row < end:
@@ -66,25 +87,8 @@ def permute_kernel(
 
         values = tl.load(src_ptr, mask=src_cols < n_src, other=0)
 
-        rows = row + tl.zeros([1, 1], tl.int32)
-        start = 0
-        while start < n_cols:
-            cols = start + tl.arange(0, BLOCK_C)
-            index = vector(tl.load(piece + COL_INDEX), cols, cols < n_cols, 0, tl.int32)
-            taken = tl.gather(values, index, axis=0)[None, :]
-            cols = cols[None, :]
-            write(
-                taken,
-                table_ptr,
-                piece,
-                rows,
-                cols,
-                rows >= 0,
-                cols < n_cols,
-                DST,
-                MATH,
-                False,
-                True,
-            )
-            start += BLOCK_C
+        if tl.load(piece + FLAGS) & DST_WIDE != 0:
+            _row(values, table_ptr, piece, row, DST, MATH, N_WIDE, True, BLOCK_C)
+        else:  # unaligned: one address per element, so one column per thread
+            _row(values, table_ptr, piece, row, DST, MATH, N_WIDE, False, BLOCK_C // N_COLUMNS)
         row += 1

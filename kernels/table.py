@@ -2,7 +2,6 @@
 
 from array import array
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
 from struct import pack, unpack
 from typing import Any
 
@@ -30,9 +29,9 @@ import triton.language as tl
     FIRST_COL,
 ) = map(tl.constexpr, range(18))  # fields of a piece record; *_COPIES: number << 32 | offset
 N_FIELDS = tl.constexpr(18)
-TARGET, TARGETS, SCALE, SCALES, FACTOR, FACTORS, FIRST_ID, IDS, N_TWINS = map(
+TARGET, TARGETS, SCALE, SCALES, FACTOR, FACTORS, FIRST_ID, IDS, DRAWS = map(
     tl.constexpr, range(9)
-)  # fields of a copy record; N_TWINS: number of copies from this one on with the same counters, and so with the same draw
+)  # fields of a copy record; DRAWS: 0 for a copy with the counters of the copy before, whose draw it shares
 N_COPY = tl.constexpr(9)
 SRC_WIDE, DST_WIDE, ARITHMETIC, NOISE = (
     tl.constexpr(1 << i) for i in range(4)
@@ -59,7 +58,7 @@ class Table:
         for piece in pieces:
             src, dst, noise = piece.src.data_ptr(), piece.dst.data_ptr(), piece.noise
             drawn = (0, 0, 0) if noise is None else (noise.std.data_ptr(), *noise.keys)
-            for fields in self._geometry(piece, src % 16, dst % 16):
+            for fields in self._geometry(piece, src % 16, dst % 16, block_c is None):
                 records.extend((n_tiles, src, dst, *drawn, *fields))
                 n_pieces += 1
                 if (n := tiles.get(id(fields))) is None:
@@ -75,7 +74,7 @@ class Table:
         """Copy the table to a device."""
         return torch.frombuffer(self.numbers, dtype=torch.int64).to(device, copy=True)
 
-    def _geometry(self, piece: Any, src_at: int, dst_at: int) -> list[tuple[int, ...]]:
+    def _geometry(self, piece: Any, src_at: int, dst_at: int, staged: bool) -> list[tuple[int, ...]]:
         """Record fields from N_ROWS on, per stretch of columns; checked and computed once for all pieces of one shape and alignment."""
         src, dst = piece.src, piece.dst
         key = (
@@ -103,7 +102,7 @@ class Table:
                     src.shape[1],
                     first,
                 )
-                for first, n, wide in stretches(piece, n_cols)
+                for first, n, wide in stretches(piece, n_cols, staged)
             ]
         return records
 
@@ -112,14 +111,12 @@ class Table:
         if id(copies) not in self.copies:
             self.kept.append(copies)
             self.copies[id(copies)] = len(copies) << 32 | len(self.numbers)
-            for i, copy in enumerate(copies):
-                twins = takewhile(lambda c, own=copy: _counters(c) == _counters(own), copies[i:])
-                self.numbers.extend((*_copy(copy), len([*twins])))
+            before = None
+            for copy in copies:
+                counters = copy.first_id, _pointer(copy.ids)
+                self.numbers.extend((*_copy(copy), int(counters != before)))
+                before = counters
         return self.copies[id(copies)]
-
-
-def _counters(copy: Any) -> tuple[int, int]:
-    return copy.first_id, _pointer(copy.ids)
 
 
 def _copy(copy: Any) -> list[int]:
@@ -178,19 +175,21 @@ def check(piece: Any) -> None:
         raise IndexError(f"a piece goes from {piece.src.device} to {piece.dst.device}")
 
 
-def stretches(piece: Any, n_cols: int) -> Iterator[tuple[int, int, int]]:
-    """Yield stretches of columns (first, number, flags): a body of aligned 16-byte groups, and the unaligned head and tail."""
+def stretches(piece: Any, n_cols: int, staged: bool = False) -> Iterator[tuple[int, int, int]]:
+    """Yield stretches of columns (first, number, flags): a body of aligned 16-byte groups, and the unaligned head and tail.
+
+    A piece whose source rows are staged is one stretch, because every stretch would stage its rows again.
+    """
     src, dst = piece.src, piece.dst
     n_wide = 16 // min(src.itemsize, dst.itemsize)
     places = {copy.target % n_wide for copy in piece.col_copies}
     vectors = any(v is not None for c in piece.col_copies for v in (c.scales, c.noises, c.ids))
-    if (
-        vectors
-        or piece.cols is not None
-        or len(places) != 1
-        or dst.data_ptr() % 16
-        or dst.stride(0) % n_wide
-    ):
+    aligned = len(places) == 1 and not dst.data_ptr() % 16 and not dst.stride(0) % n_wide
+    if staged:
+        wide = aligned and places == {0} and n_cols % n_wide == 0
+        yield 0, n_cols, DST_WIDE.value if wide else 0
+        return
+    if vectors or piece.cols is not None or not aligned:
         yield 0, n_cols, 0
         return
     head = min(n_cols, -places.pop() % n_wide)

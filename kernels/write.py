@@ -8,6 +8,7 @@ from growkern.kernels.table import (
     ARITHMETIC,
     COL_COPIES,
     COL_KEY,
+    DRAWS,
     DST_PTR,
     DST_ROW,
     FACTOR,
@@ -18,7 +19,6 @@ from growkern.kernels.table import (
     IDS,
     N_COPY,
     N_FIELDS,
-    N_TWINS,
     NOISE,
     ROW_COPIES,
     ROW_KEY,
@@ -56,7 +56,7 @@ def _product(record_r, record_c, field: tl.constexpr, MATH: tl.constexpr):
 
 @triton.jit
 def draw(values, piece, r, c, rows, cols, row_mask, col_mask, MATH: tl.constexpr, COL_VECTORS: tl.constexpr):  # fmt: skip
-    """Return the noise of all copies with the counters of ``r`` and ``c``, without their factors; the values if the piece has no noise."""
+    """Return the noise of the copies with the counters of ``r`` and ``c``, without their factors; the values if the piece has no noise."""
     drawn = values.to(MATH)
     if tl.load(piece + FLAGS) & NOISE != 0:
         row_ids = tl.load(r + FIRST_ID).to(tl.int32) + rows
@@ -108,24 +108,20 @@ def write(
         targets = tl.load(r + TARGET).to(tl.int32) + rows
         if tl.load(r + TARGETS) != 0:
             targets = vector(tl.load(r + TARGETS), rows, row_mask, 0, tl.int32)
+        drawn = tl.zeros([rows.shape[0], cols.shape[1]], MATH)
         j = 0
         while j < (tl.load(piece + COL_COPIES) >> 32).to(tl.int32):
             c = table_ptr + (tl.load(piece + COL_COPIES) & 0x7FFFFFFF) + j * N_COPY
+            into = dst + targets.to(tl.int64) * stride + tl.load(c + TARGET) + first
+            if WIDE:  # in bytes, on the block: a hint on a scalar does not reach the store
+                into = tl.multiple_of(into, [16, 16])
+            into += cols
             if arithmetic:
-                drawn = draw(values, piece, r, c, rows, first + cols, row_mask, col_mask, MATH, COL_VECTORS)  # fmt: skip
-                end = j + tl.load(c + N_TWINS).to(tl.int32)
-                while j < end:
-                    c = table_ptr + (tl.load(piece + COL_COPIES) & 0x7FFFFFFF) + j * N_COPY
-                    into = dst + targets.to(tl.int64) * stride + tl.load(c + TARGET) + first
-                    if WIDE:  # in bytes, on the block: a hint on a scalar does not reach the store
-                        into = tl.multiple_of(into, [16, 16])
-                    out = grown(values, drawn, piece, r, c, rows, first + cols, row_mask, col_mask, MATH, COL_VECTORS)  # fmt: skip
-                    tl.store(into + cols, out.to(DST), mask=mask)
-                    j += 1
+                if tl.load(c + DRAWS) != 0:
+                    drawn = draw(values, piece, r, c, rows, first + cols, row_mask, col_mask, MATH, COL_VECTORS)  # fmt: skip
+                out = grown(values, drawn, piece, r, c, rows, first + cols, row_mask, col_mask, MATH, COL_VECTORS)  # fmt: skip
+                tl.store(into, out.to(DST), mask=mask)
             else:
-                into = dst + targets.to(tl.int64) * stride + tl.load(c + TARGET) + first
-                if WIDE:
-                    into = tl.multiple_of(into, [16, 16])
-                tl.store(into + cols, values.to(DST), mask=mask)
-                j += 1
+                tl.store(into, values.to(DST), mask=mask)
+            j += 1
         i += 1

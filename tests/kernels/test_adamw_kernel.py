@@ -323,7 +323,7 @@ def test_stretches_cover_a_tensor_once_and_are_wide_where_aligned(case):
     u = case.build()
     n_wide = 16 // min(u.p.itemsize, u.exp_avg.itemsize)
 
-    found = list(table.stretches(u))
+    found = list(table.stretches(u, kernel.block_c(u.p.itemsize)))
 
     covered = [k for rows, cols, start, _ in found for k in range(start, start + rows * cols)]
     assert covered == list(range(u.p.numel()))

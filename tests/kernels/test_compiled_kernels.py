@@ -77,7 +77,9 @@ def test_expand_fits_registers_and_moves_16_bytes_where_it_can(built, case):
 
     assert (found["stack"], found["local"]) == (0, 0)  # where spills would go
     assert found["registers"] <= N_REGISTERS
-    if not case[2]:
+    if case[2]:  # 4 adjacent columns per thread
+        assert found["store"] == (128 if case[1] == "float32" else 64)
+    else:
         assert (found["load"], found["store"]) == (128, 128)
 
 

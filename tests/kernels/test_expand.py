@@ -47,7 +47,7 @@ POISON = {
     4: 0x7FC0DEAD,
     2: 0x7FFF,
 }  # NaN as float64, float32, and as both float16 and bfloat16
-ROWS = [1, 3, 4, 5, 8, 9, 17]  # tiles have 8 or 16 rows, 4 where addresses are not aligned
+ROWS = [1, 3, 4, 5, 8, 9, 17]  # tiles have 8 rows (2 of 8 bytes), 2 where addresses are not aligned
 COLS = [1, 13, 64, BLOCK_C - 1, BLOCK_C, BLOCK_C + 1, 2 * BLOCK_C + 8]
 SOURCES = [
     "plain",
@@ -306,10 +306,10 @@ def test_copies_with_equal_counters_share_one_draw():
     rows.add([Piece(torch.zeros(2, 4), torch.zeros(2, 28), col_copies=copies)], 16, BLOCK_C)
 
     number, at = divmod(rows.copies[id(copies)], 1 << 32)
-    field, size = table.N_TWINS.value, table.N_COPY.value
+    field, size = table.DRAWS.value, table.N_COPY.value
 
     assert number == 7
-    assert [rows.numbers[at + i * size + field] for i in range(number)] == [2, 1, 1, 1, 2, 1, 1]
+    assert [rows.numbers[at + i * size + field] for i in range(number)] == [1, 0, 1, 1, 1, 0, 1]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9, 33])
@@ -374,10 +374,11 @@ def test_one_launch_per_pair_of_dtypes(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n_source", [1, 40, SMALLEST, SMALLEST + 1, LARGEST])
+@pytest.mark.parametrize("n_cols", [77, 1200])  # 1200: in aligned groups of 16 bytes
 @pytest.mark.parametrize(("src", "dst"), [(F32, F32), (BF16, BF16), (F32, F16), (F64, F64)])
-def test_rows_of_any_length_are_permuted(src, dst, n_source, monkeypatch):
+def test_rows_of_any_length_are_permuted(src, dst, n_cols, n_source):
     case = Case(
-        src, dst, (9, 77), n_copies=(2, 1), n_sources=(3, n_source), vectors=(True, True),
+        src, dst, (9, n_cols), n_copies=(2, 1), n_sources=(3, n_source), vectors=(True, True),
         noise=(5, 6, 1e-3) if n_source % 2 else None, scattered=True,
     )  # fmt: skip
     built = case.build()
@@ -386,6 +387,21 @@ def test_rows_of_any_length_are_permuted(src, dst, n_source, monkeypatch):
         (src, dst, 0 if src == F64 else max(SMALLEST, 2 ** (n_source - 1).bit_length()))
     ]
     check([built])
+
+
+@pytest.mark.parametrize(
+    ("n_cols", "skip", "wide"), [(64, 0, True), (64, 8, True), (64, 3, False), (60, 0, False)]
+)
+def test_permuted_rows_are_one_stretch_that_is_wide_where_all_groups_are_aligned(
+    n_cols, skip, wide
+):
+    piece = Case(
+        BF16, BF16, (3, n_cols), n_sources=(None, 40), skip=skip, vectors=(False, True)
+    ).build()[2]
+
+    assert list(table.stretches(piece, n_cols, staged=True)) == [
+        (0, n_cols, table.DST_WIDE.value * wide)
+    ]
 
 
 def test_rows_too_long_to_stage_are_gathered():
