@@ -128,7 +128,9 @@ class Table:
                 for n_rows, n_cols, start, wide in cuts[i]:
                     record = (n_tiles, *fixed, n_rows, n_cols, start, int(wide), where)
                     table.extend((*record, *[0] * (N_FIELDS.value - len(record))))
-                    n_tiles += -(-n_rows // block_r(kind[0].itemsize)) * -(-n_cols // block_c(kind[0].itemsize))
+                    n_tiles += -(-n_rows // block_r(kind[0].itemsize)) * -(
+                        -n_cols // block_c(kind[0].itemsize)
+                    )
             self.launches.append(
                 (kind, sliced, first, (len(table) - first) // N_FIELDS.value, n_tiles)
             )

@@ -98,7 +98,9 @@ def _tile(
     root = tl.sqrt(_risen(t * tl.load(h + field.RATE2 * EACH), MATH))
     size = lr / _risen(t * tl.load(h + field.RATE1 * EACH), MATH)
     delta = size * (m / (tl.sqrt(v) / root + eps))
-    p_ptr = tl.load(piece + field.P).to(tl.pointer_type(P_TYPE)) + start  # here, so that its registers are free before
+    p_ptr = (
+        tl.load(piece + field.P).to(tl.pointer_type(P_TYPE)) + start
+    )  # here, so that its registers are free before
     if IS_WIDE:
         p_ptr = tl.multiple_of(p_ptr, [16, 16])
     p = tl.load(p_ptr + cols, mask=mask, other=0).to(MATH)

@@ -60,14 +60,16 @@ def _tile(
     FROM_WIDE: tl.constexpr, TO_WIDE: tl.constexpr, N_WIDE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Copy a tile of a piece: ``BLOCK_R`` rows from ``row`` on, of a block of columns. Columns count from the piece's first column, so that they align with groups of 16 bytes."""
+    """Copy a tile: ``BLOCK_R`` rows from ``row`` on, of a block of columns.
+
+    Columns count from the piece's first column, so that they align with groups of 16 bytes.
+    """
     first = tl.load(piece + FIRST_COL).to(tl.int32)
     loaded = tl.load(piece + N_COLS)
     n_cols = loaded.to(tl.int32)
-    if FROM_WIDE:
-        col = block * BLOCK_C
-    else:  # plus a 0 that the compiler cannot know: it would hold the addresses of all columns from tile to tile, and spill
-        col = (block + (loaded >> 32).to(tl.int32)) * BLOCK_C
+    if not FROM_WIDE:  # add a 0 that the compiler cannot know: it would hold the addresses of all columns between tiles, and spill
+        block += (loaded >> 32).to(tl.int32)
+    col = block * BLOCK_C
     if TO_WIDE:
         n_cols = tl.multiple_of(n_cols, N_WIDE)  # the mask does not split a 16-byte access
     rows = row + tl.arange(0, BLOCK_R)[:, None]
@@ -111,11 +113,15 @@ def expand_kernel(
     end = tl.minimum(row + n_rows, tl.load(piece + N_ROWS).to(tl.int32))
     if flags & SRC_WIDE != 0:
         while row < end:  # no range(): the interpreter of triton 3.6 cannot loop to a loaded bound
-            _tile(table_ptr, piece, row, block, SRC, DST, MATH, True, True, N_WIDE, BLOCK_R, BLOCK_C)
+            _tile(
+                table_ptr, piece, row, block, SRC, DST, MATH, True, True, N_WIDE, BLOCK_R, BLOCK_C
+            )
             row += BLOCK_R
     elif flags & DST_WIDE != 0:
         while row < end:
-            _tile(table_ptr, piece, row, block, SRC, DST, MATH, False, True, N_WIDE, BLOCK_R, BLOCK_C)
+            _tile(
+                table_ptr, piece, row, block, SRC, DST, MATH, False, True, N_WIDE, BLOCK_R, BLOCK_C
+            )
             row += BLOCK_R
     else:  # unaligned: one address per element, so few rows per iteration
         while row < end:

@@ -74,7 +74,9 @@ class Table:
         """Copy the table to a device."""
         return torch.frombuffer(self.numbers, dtype=torch.int64).to(device, copy=True)
 
-    def _geometry(self, piece: Any, src_at: int, dst_at: int, staged: bool) -> list[tuple[int, ...]]:
+    def _geometry(
+        self, piece: Any, src_at: int, dst_at: int, staged: bool
+    ) -> list[tuple[int, ...]]:
         """Record fields from N_ROWS on, per stretch of columns; checked and computed once for all pieces of one shape and alignment."""
         src, dst = piece.src, piece.dst
         key = (

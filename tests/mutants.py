@@ -120,6 +120,18 @@ MUTANTS = {
     "rates: sparse gradients take all rows' factors": Mutant(
         "optimizer/factors.py", "f[rows] if i == 0 and isinstance(f, Tensor) else f for", "f for",
         "optimizer/test_lr_scaling.py -k sparse"),
+    "rates: an infinite weight becomes NaN": Mutant(
+        "optimizer/update_scale.py", ".masked_fill_(~seen.isfinite(), 0.0)", "", "optimizer/test_lr_scaling.py -k infinite"),
+    "rates: a step that raised leaves the optimizer's units": Mutant(
+        "optimizer/update_scale.py", "            except BaseException:\n                self.restore()\n",
+        "            except BaseException:\n", "optimizer/test_lr_scaling.py -k as_soon_as"),
+    "rates: parameters that join later train without a word": Mutant(
+        "commit/optimizer_guard.py", "    _refuse_late(optim)\n", "", "commit/test_optimizer_guard.py -k join_after"),
+    "report: a reset of the state is a trajectory": Mutant(
+        "engine/run.py", "carried and not any(law and law.resets for law in laws)", "carried", "optimizer/test_lr_scaling.py -k reset"),
+    "check: gradients may change": Mutant(
+        "engine/forward_check.py", "id(p.grad), _writes(p), _writes(p.grad)", "_writes(p)",
+        "engine/test_forward_check.py -k changes_a_param"),
     "rates: other hooks see the optimizer's units": Mutant(
         "optimizer/update_scale.py", "self._hooks[-1].id, last=False", "self._hooks[-1].id, last=True",
         "optimizer/test_lr_scaling.py -k models_units"),

@@ -7,7 +7,7 @@ from typing import Any
 from weakref import ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from growkern.commit.checkpoint_guard import Grown, Guard, guard_of, history_of
 from growkern.commit.optimizer import OptimTarget, grow_optimizer, grow_state
@@ -315,6 +315,7 @@ def _guard(
         undo.rollbacks.append(model.register_load_state_dict_pre_hook(guard).remove)
     grown = Grown.by(plan, len(guard.growths) + 1, record)
     undo.attribute(guard, "growths", [*guard.growths, grown])
+    left = _left(plan, model, targets)
     for target in targets:
         own, rules = optim_guard_of(target.optim), target.described.rules
         if own is None:
@@ -325,3 +326,17 @@ def _guard(
         undo.attribute(own, "what", grown.what)
         undo.attribute(own, "model", ref(model))
         undo.attribute(own, "history", [*own.history, record])
+        undo.attribute(own, "left", own.left | left)
+
+
+def _left(
+    plan: GrowthPlan, model: nn.Module, targets: Sequence[OptimTarget]
+) -> dict[int, "ref[Tensor]"]:
+    """Return the parameters, by ``id``, that take learning-rate factors by this growth and are in no optimizer, such as frozen ones."""
+    if plan.dynamics is None:
+        return {}
+    held = {id(p) for t in targets for group in t.optim.param_groups for p in group["params"]}
+    held |= {id(p) for target in targets for p in target.master_weights}
+    params = dict(model.named_parameters())
+    grown = (params.get(row.name) for row in plan.tensors if plan.changes(row))
+    return {id(p): ref(p) for p in grown if p is not None and id(p) not in held}

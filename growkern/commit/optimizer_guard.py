@@ -38,6 +38,7 @@ class OptimGuard:
         what: Description of the last growth.
         history: Records of the growths that the optimizer has seen, as JSON.
         model: Function that returns the model that grows, or None when it is gone.
+        left: Parameters that were in no optimizer when they grew with learning-rate factors, by ``id``.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class OptimGuard:
     ) -> None:
         self.rules, self.what, self.history = rules, what, [*history]
         self.model: Callable[[], nn.Module | None] = ref(model) if model is not None else _none
+        self.left: dict[int, ref[Tensor]] = {}
         self._handles: list[Any] = []
 
     def register(self, optim: Optimizer) -> None:
@@ -178,7 +180,8 @@ def _refuse_other_order(
         )
 
 
-# attributes of an optimizer: its list of param groups, which every load replaces, at its last step, and since it began without state
+# attributes of an optimizer: its list of param groups, which every load replaces, and their number at its last step; and the list since it
+# began without state
 STEPPED, BEGAN = "_growkern_stepped", "_growkern_began"
 
 
@@ -188,12 +191,15 @@ def check_loaded(optim: Optimizer) -> None:
     An optimizer that begins on a grown model gets factors 1.
 
     Raises:
-        PlanError: See ``settle``; or the optimizer has state, no growth is on its record, and its model has grown.
+        PlanError: See ``settle``; or the optimizer has state, no growth is on its record, and its model has grown; or a new param group
+            has parameters that were in no optimizer during a growth.
     """
     groups = optim.param_groups
-    if vars(optim).get(STEPPED) is groups:
+    seen_groups, n_groups = vars(optim).get(STEPPED) or (None, 0)
+    if seen_groups is groups and n_groups == len(groups):
         return
     settle(optim)
+    _refuse_late(optim)
     if not all(LR_FACTOR in group for group in groups) and (grown := _grown_model(optim)):
         own = optim_guard_of(optim)
         seen = own is not None and own.history
@@ -210,7 +216,25 @@ def check_loaded(optim: Optimizer) -> None:
             return
         for group in groups:
             group.setdefault(LR_FACTOR, 1.0)
-    vars(optim)[STEPPED] = groups
+    vars(optim)[STEPPED] = groups, len(groups)
+
+
+def _refuse_late(optim: Optimizer) -> None:
+    """Raise PlanError for a new param group of parameters that were in no optimizer when they grew."""
+    own = optim_guard_of(optim)
+    if own is None or not own.left:
+        return
+    for i, group in enumerate(optim.param_groups):
+        late = [p for p in group["params"] if (known := own.left.get(id(p))) and known() is p]
+        if late and LR_FACTOR not in group:
+            model = own.model()
+            named = model.named_parameters() if model is not None else ()
+            first = next((name for name, p in named if p is late[0]), "a parameter")
+            raise PlanError(
+                f"param group {i} of this {type(optim).__name__} has {len(late)} parameters (such as {first}) that were in no optimizer "
+                f"during {own.what}, so their learning rates did not follow it. Put frozen parameters into a param group before a growth; "
+                f"or add this group with learning rates of your own and {LR_FACTOR}=1.0."
+            )
 
 
 def _has_stepped(optim: Optimizer) -> bool:

@@ -152,23 +152,29 @@ def _names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules()]  # pyright: ignore
 
 
-def _versions(model: nn.Module) -> dict[str, tuple[Tensor, int, bool]]:
-    """Return the name of every parameter -> the parameter, the number of writes to it, and whether it trains."""
+Versions = Mapping[str, tuple[object, ...]]
+
+
+def _versions(model: nn.Module) -> Versions:
+    """Return the name of every parameter -> ids of parameter and gradient, the numbers of writes to them, and whether it trains."""
     return {
-        name: (p, 0 if p.is_inference() else p._version, p.requires_grad)
+        name: (id(p), id(p.grad), _writes(p), _writes(p.grad), p.requires_grad)
         for name, p in model.named_parameters()
     }
 
 
-def _changed(before: Mapping[str, tuple[Tensor, int, bool]], model: nn.Module) -> str | None:
-    """Return an error if a forward has changed the parameters of a model."""
+def _writes(t: Tensor | None) -> int:
+    return 0 if t is None or t.is_inference() else t._version
+
+
+def _changed(before: Versions, model: nn.Module) -> str | None:
+    """Return an error if a forward has changed the parameters of a model or their gradients."""
     after = _versions(model)
     for name in [*before, *after]:
-        old, new = before.get(name), after.get(name)
-        if old is None or new is None or old[0] is not new[0] or old[1:] != new[1:]:
+        if before.get(name) != after.get(name):
             return (
-                f"the forward changed the parameter {name}; pass a batch, or a function that computes outputs and leaves the model as it "
-                "is."
+                f"the forward changed the parameter {name} or its gradient; pass a batch, or a function that computes outputs and leaves "
+                "the model as it is."
             )
     return None
 

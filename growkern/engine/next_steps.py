@@ -1,6 +1,9 @@
 """Notes for the user in the report of a growth."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
 
 from growkern.commit.optimizer import OptimTarget
 from growkern.model.spec import ModelSpec
@@ -19,11 +22,21 @@ def notes(plan: GrowthPlan, spec: ModelSpec, targets: Sequence[OptimTarget]) -> 
     said = [note for target in targets for note in _on_groups(plan, target)]
     if missing:
         said.append(
-            f"{len(missing)} tensors are in no param group (frozen, buffers or forgotten): {', '.join(missing[:3])}..."
+            f"{len(missing)} tensors are in no param group (frozen, buffers or forgotten): {', '.join(missing[:3])}...; "
+            "put those that are to train later into a param group before the growth, so that their learning rates follow."
         )
     for target in targets:
         said += [*_on_dynamics(plan, target), *_on_state(plan, target)]
     return [*dict.fromkeys(said)]
+
+
+def on_hooks(plan: GrowthPlan, model: nn.Module) -> Iterator[str]:
+    """Yield a note if parameters of the source, not yet grown, have hooks that their copies in new blocks will lack."""
+    params: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    copied = [params.get(row.source) for row in plan.tensors if row.new]
+    hooked = [p for p in copied if p is not None and (p._backward_hooks or p._post_accumulate_grad_hooks)]  # fmt: skip
+    if hooked:
+        yield f"{len(hooked)} parameters of new blocks are copies of parameters with hooks, and have none: register theirs."
 
 
 def _on_groups(plan: GrowthPlan, target: OptimTarget) -> Iterator[str]:

@@ -27,7 +27,7 @@ from growkern.engine.live_objects import (
     refuse_stale_references,
     unmanaged_schedulers,
 )
-from growkern.engine.next_steps import notes
+from growkern.engine.next_steps import notes, on_hooks
 from growkern.engine.optim_target import optim_target
 from growkern.engine.report import GrowthReport
 from growkern.engine.request import Request
@@ -93,14 +93,17 @@ def _run(request: Request) -> GrowthReport:
         del live
         staged = _stage(request, sources, plan, unmanaged)
         laps.end("cut")
-        checked = _commit(request, sources, staged, ranks, check, laps)
+        noted = _commit(request, sources, staged, ranks, check, laps)
         laps.end("commit")
+    for optim in () if request.undo else request.optims:
+        if (scale := scale_of(optim)) is not None and not scale.scales:  # the growth is undone
+            scale.detach()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for device in {p.device for p in request.model.parameters() if p.is_cuda}:
             torch.cuda.synchronize(device)
     reset_near_limit(n_growths(request.model))
     laps.end("write")  # waits for the device
-    report = _report(request, sources, staged, checked, laps)
+    report = _report(request, sources, staged, noted, laps)
     logger.debug("%s", report)
     return report
 
@@ -238,18 +241,18 @@ def _commit(
     """Compute the target tensors and put them into the live model and its optimizers; roll all writes back on failure.
 
     Returns:
-        Notes of the forward check.
+        Notes for the report.
     """
     plan, lean = staged.plan, staged.executions[0].memory == "lean"
     split = [bool(target.split) for target in staged.targets]
     record = recorded(plan, sources.spec, split, request.methods)
     read(record)  # what could not be read later is refused now
-    checked: list[str] = []
+    noted = [*on_hooks(plan, request.model)]
 
     def before_finalize() -> bool:
         laps.end("commit")
         if check is not None:
-            checked.extend(check.compare(preserved=plan.function_preserving))
+            noted.extend(check.compare(preserved=plan.function_preserving))
         laps.end("check")
         return ranks.finish()
 
@@ -267,11 +270,11 @@ def _commit(
             plan, parts.pop(0), request.model, staged.targets, record=record, followers=followers,
             undo=request.undo or Undo(keep), before_finalize=before_finalize,
         )  # fmt: skip
-    return checked
+    return noted
 
 
 def _report(
-    request: Request, sources: _Described, staged: _Staged, checked: list[str], laps: Laps
+    request: Request, sources: _Described, staged: _Staged, noted: list[str], laps: Laps
 ) -> GrowthReport:
     plan, executions = staged.plan, staged.executions
     for name, n in (item for execution in executions for item in execution.laps.items()):
@@ -279,6 +282,7 @@ def _report(
         laps[name] = laps.get(name, 0.0) + n
     laws = [described.law for described in sources.optims]
     carried = bool(laws) and plan.dynamics is not None and all(law and law.lr for law in laws)
+    continued = carried and not any(law and law.resets for law in laws)
     factors = [lr_factors(plan, described.law, described) for described in sources.optims]
     return GrowthReport(
         family=plan.family,
@@ -292,7 +296,9 @@ def _report(
             for i, block in enumerate(blocks)
             if block.new
         ),
-        preserves="gradient" if plan.preserves == "trajectory" and not carried else plan.preserves,
+        preserves="gradient"
+        if plan.preserves == "trajectory" and not continued
+        else plan.preserves,
         reasons=plan.reasons,
         n_bytes_read=sum(execution.n_read for execution in executions),
         n_bytes_written=sum(execution.n_written for execution in executions),
@@ -306,7 +312,7 @@ def _report(
         noisy=plan.noisy,
         history=tuple(growth_history(request.model)),
         notes=(
-            *checked,
+            *noted,
             *plan.notes,
             *notes(plan, sources.spec, staged.targets),
             *(note for execution in executions for note in execution.notes),

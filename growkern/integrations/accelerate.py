@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import patch_optimizer_step  # pyright: ignore[reportUnknownVariableType]
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
@@ -66,7 +67,17 @@ def attach(
     def logs(event: Event, report: GrowthReport) -> None:
         accelerator.log(growth_metrics(event, report), step=schedule.counts.n_steps)
 
-    attachment.on_growth.append(logs)
+    def watches(event: Event, report: GrowthReport) -> None:
+        # with a GradScaler, Accelerate steps by the method that it took from the optimizer; UpdateScale watches the method of today
+        wrappers: list[Any] = accelerator._optimizers  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
+        for held in wrappers:
+            if held.scaler is not None and held.optimizer in optims:
+                held._optimizer_original_step_method = held.optimizer.step
+                held._optimizer_patched_step_method = patch_optimizer_step(
+                    held, held.optimizer.step
+                )
+
+    attachment.on_growth += [logs, watches]
     custom: list[Any] = accelerator._custom_objects  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
     if not any(registered is schedule for registered in custom):
         accelerator.register_for_checkpointing(schedule)

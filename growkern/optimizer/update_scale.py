@@ -28,9 +28,10 @@ class UpdateScale:
     """Scale the updates of an optimizer, element by element and in every step, without a change to its param groups or schedulers.
 
     A copy of the scaled parameters exists between the two hooks of a step. When ``optim.step()`` raises an exception, the parameters are
-    converted back at once; a step method that the loop has taken from the optimizer before cannot be watched, and leaves that to
-    ``restore`` or the next step. ``optim.state_dict()`` contains the factors, and an optimizer that has loaded it gets its
-    ``UpdateScale`` before its next step.
+    converted back at once. Two kinds of steps cannot be watched, and leave that to ``restore``, ``optim.state_dict()`` or the next step:
+    the first one of an optimizer that has loaded factors, and those of a loop that kept the method ``optim.step``. An element that is
+    not finite in the optimizer's units keeps its value. ``optim.state_dict()`` contains the factors, and an optimizer that has loaded it
+    gets its ``UpdateScale`` before its next step.
 
     Args:
         optim: Any optimizer.
@@ -70,9 +71,11 @@ class UpdateScale:
         self._hooks: list[Any] = []
         # the method that watches steps, and the attribute ``step`` that the optimizer had before
         self._step: tuple[Any, Any] = (None, None)
+        self._watched = False  # inside a watched step
         try:
             self._hooks.append(optim.register_state_dict_post_hook(self._pack))
             self._hooks.append(optim.register_step_pre_hook(self._enter))
+            self._hooks.append(optim.register_state_dict_pre_hook(self._saves))
             for group in optim.param_groups:
                 group[KEY] = True
             self._watch_step()
@@ -87,11 +90,14 @@ class UpdateScale:
         # a method of the optimizer, as torch's schedulers expect of ``optim.step``
         @wraps(getattr(step, "__func__", step))
         def watched(optim: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            self._watched = True
             try:
                 return step(*args, **kwargs)
             except BaseException:
                 self.restore()
                 raise
+            finally:
+                self._watched = False
 
         self._step = MethodType(watched, self.optim), before
         vars(self.optim)["step"] = self._step[0]
@@ -103,6 +109,7 @@ class UpdateScale:
             PlanError: A state tensor has another number of axes than its parameter; nothing has changed.
         """
         self.restore()
+        adopt(self.optim)  # factors that were loaded since the last step
         entries = [(p, scale, key) for p, scale in self.scales.items() for key in self._own(p)]
         for p, _, key in entries:
             if self.optim.state[p][key].dim() != p.dim():
@@ -143,7 +150,7 @@ class UpdateScale:
                         rescale_(t, scale.update, scale.offset, multiply_)
                         continue
                     seen = rescale_(old.clone(), scale.seen, scale.offset, divide_)
-                    moved = t - seen
+                    moved = (t - seen).masked_fill_(~seen.isfinite(), 0.0)  # not inf - inf
                     if scale.gain != 1.0:
                         decayed = seen.mul_(-self._decay(p))
                         moved = (moved - decayed) * scale.gain + decayed
@@ -189,9 +196,15 @@ class UpdateScale:
     def _pack(self, optim: Optimizer, state_dict: dict[str, Any]) -> None:
         """Replace the mark in each param group of a state dict by the factors of the group's parameters, keyed by position."""
         for group, packed in zip(optim.param_groups, state_dict["param_groups"], strict=True):
+            if group.get(KEY) is not True:  # loaded, and not adopted before the first step
+                continue
             at = {i: self.scales[p] for i, p in enumerate(group["params"]) if p in self.scales}
             scales = {i: _plain(scale) for i, scale in at.items()}
             packed[KEY] = {"scales": scales, "orders": dict(self.orders)}
+
+    def _saves(self, optim: Optimizer) -> None:
+        if not self._watched:  # after a step that raised unwatched
+            self.restore()
 
     def _places(self) -> dict[Tensor, int]:
         params = [p for group in self.optim.param_groups for p in group["params"]]
@@ -229,7 +242,7 @@ class UpdateScale:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self.restore()
         # the constructor cannot register the post-hook: it may run inside a step hook, while torch iterates over the hooks
-        if len(self._hooks) == 2:
+        if len(self._hooks) == 3:
             self._hooks.append(optim.register_step_post_hook(self._leave))
             hooks: Any = optim._optimizer_step_post_hooks  # pyright: ignore[reportPrivateUsage]
             # first, so that all other post-hooks see parameters in the model's units

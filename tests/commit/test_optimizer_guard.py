@@ -268,3 +268,49 @@ def test_a_state_dict_that_is_saved_again_before_a_step_keeps_its_growths():
     other.load_state_dict(copy.deepcopy(saved))
 
     assert history_in(other.state_dict()) == history_in(saved) != []
+
+
+def unfrozen(kind, growth, held):
+    """Grow with a frozen block and train it afterwards: in the optimizer from the start (``held``), or in a group that is added later."""
+    model = make("llama", tied=False).double()
+    block = [*model.model.layers[0].parameters()]
+    for p in block:
+        p.requires_grad_(False)
+    optim = kind([p for p in model.parameters() if held or p.requires_grad], lr=1e-2)
+    train(model, optim, 2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optim, lambda step: 1.0) if growth.pop("scheduled", False) else None  # fmt: skip
+    report = growkern.expand_inplace(model, optim, width=width.Lossless(noise=0), scheduler=scheduler, **growth)  # fmt: skip
+    train(model, optim, 1)
+    for p in block:
+        p.requires_grad_()
+    return model, optim, block, report
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize(
+    "growth", [{}, {"dynamics": "exact"}, {"scheduled": True}], ids=["mup", "exact", "groups"]
+)
+def test_parameters_that_join_after_a_growth_are_refused_without_a_factor(kind, growth):
+    model, optim, block, report = unfrozen(kind, dict(growth), held=False)
+    assert any("into a param group before the growth" in note for note in report.notes)
+    optim.add_param_group({"params": block, "lr": 1e-2})
+    before = [p.detach().clone() for p in model.parameters()]
+
+    loss_of(model, batch()).backward()
+    with pytest.raises(PlanError, match=r"\(such as model.layers.0.*lr_factor=1.0"):
+        optim.step()
+
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    optim.param_groups[-1]["lr_factor"] = 1.0
+    optim.step()
+
+
+def test_frozen_parameters_of_a_group_and_other_groups_join_without_a_word():
+    model, optim, _, report = unfrozen(torch.optim.AdamW, {}, held=True)
+    assert not any("into a param group before the growth" in note for note in report.notes)
+    optim.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})  # a new head
+    goes_on(model, optim, 1)
+    for options in ({"dynamics": None}, {"to": {"layers": 3}}):  # no factors
+        model, optim, block, _ = unfrozen(torch.optim.AdamW, options, held=False)
+        optim.add_param_group({"params": block})
+        goes_on(model, optim, 1)

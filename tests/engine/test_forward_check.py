@@ -176,8 +176,17 @@ def adds(model):
     model.extra = nn.Parameter(torch.ones(1))
 
 
+def clears(model):
+    model.out.weight.grad = None
+
+
+def adds_up(model):
+    with torch.enable_grad():
+        model(IDS)["logits"].sum().backward()
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("change", [writes, freezes, replaces, adds])
+@pytest.mark.parametrize("change", [writes, freezes, replaces, adds, clears, adds_up])
 def test_a_check_that_changes_a_parameter_is_refused(change, late):
     model, optim = started(Tiny())
     before, calls = state_of(model, optim), []

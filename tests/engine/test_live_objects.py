@@ -381,3 +381,17 @@ def test_a_growth_inside_the_forward_of_a_module_around_the_model_is_no_pass_of_
     optim = torch.optim.AdamW(loop.parameters(), lr=1e-3)
 
     assert loop(batch()).target_sizes["hidden"] == 48
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_parameters_of_new_blocks_that_lack_the_hooks_of_their_sources_are_noted(kind):
+    model = make("llama", tied=True)
+    plain = grow(copy.deepcopy(model), to={"layers": 3})
+    for p in model.model.layers[1].parameters():
+        getattr(p, kind)(lambda grad: None)
+
+    report = grow(model, to={"layers": 3})
+
+    n = len([*model.model.layers[1].parameters()])
+    assert any(f"{n} parameters of new blocks are copies of parameters with hooks" in note for note in report.notes)  # fmt: skip
+    assert not any("with hooks" in note for note in plain.notes)

@@ -262,3 +262,30 @@ def test_a_schedule_that_is_attached_again_is_saved_once_and_one_that_is_removed
         accelerator.load_state(str(tmp_path))
     assert len([*tmp_path.glob("custom_checkpoint_*.pkl")]) == 1
     assert start.config.hidden_size == 24
+
+
+def test_a_step_that_raises_under_a_grad_scaler_leaves_the_weights(accelerator_of, monkeypatch):
+    """With a GradScaler, Accelerate calls the method ``step`` that it took from the optimizer before the growth."""
+    accelerator = accelerator_of()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    model = make("llama", tied=True)
+    wrapped, optim = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    schedule = GrowthSchedule([At(step=2, to=WIDER, dynamics="exact")])
+    attach(accelerator, wrapped, optim, schedule)
+    scheduler = cosine(optim.optimizer)
+    for i in range(4):
+        accelerator.backward(loss_of(wrapped, batch(seed=i)))
+        optim.step()
+        optim.zero_grad()
+    accelerator.backward(loss_of(wrapped, batch(seed=5)))
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def fails(*_):
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(torch.optim.AdamW, "_init_group", fails)
+    with pytest.raises(RuntimeError, match="boom"):
+        optim.step()
+
+    assert schedule.fired == [2] and scheduler
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))

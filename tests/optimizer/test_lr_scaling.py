@@ -387,6 +387,99 @@ def test_the_step_of_an_optimizer_is_its_own_again_without_an_update_scale():
     assert scale_of(optim) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("infinite", [float("inf"), float("-inf")])
+def test_an_infinite_weight_stays_infinite(dtype, infinite):
+    """As in torch: a pruned unit of a ReLU has a bias of -inf, a masked distance of T5 too."""
+    p = nn.Parameter(torch.tensor([infinite, 1.0, 40000.0], dtype=dtype))
+    optim = torch.optim.SGD([p], lr=0.1)
+    growkern.UpdateScale(optim, {p: 0.5})
+    for grad in ([0.0, 1.0, 0.0], [3.0, 1.0, 0.0]):
+        p.grad = torch.tensor(grad, dtype=dtype)
+        optim.step()
+
+    torch.testing.assert_close(
+        p.detach(), torch.tensor([infinite, 0.9, 40000.0], dtype=dtype), rtol=1e-3, atol=0
+    )
+    p.grad = torch.tensor([0.0, float("nan"), 0.0], dtype=dtype)
+    optim.step()
+    assert p[1].isnan() and p[2] == 40000.0
+
+
+def test_a_growth_of_pruned_units_trains_on_as_the_source():
+    def pruned():
+        model = make("opt", tied=True, activation_function="relu").double()
+        optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        with torch.no_grad():
+            model.model.decoder.layers[0].fc1.bias[3] = float("-inf")
+        return model, optim
+
+    (model, optim), (source, source_optim) = pruned(), pruned()
+    grow(model, optim, to={"hidden": 48, "heads": 8}, width=QUIET, dynamics="exact")
+
+    assert train(model, optim, 3) == pytest.approx(train(source, source_optim, 3), abs=1e-6)
+    assert model.model.decoder.layers[0].fc1.bias[3] == float("-inf")
+
+
+def test_factors_that_were_loaded_are_saved_and_removed_before_the_first_step():
+    def made(factor):
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 4)
+        optim = torch.optim.SGD(layer.parameters(), lr=0.1)
+        scale = growkern.UpdateScale(optim, {layer.weight: Scale((factor, 1.0), (2.0, 1.0))})
+        return layer, optim, scale
+
+    saved = made(0.25)[1].state_dict()
+    _, optim, scale = made(0.5)
+    optim.load_state_dict(saved)
+
+    assert optim.state_dict()["param_groups"][0]["update_scale"] == saved["param_groups"][0]["update_scale"]  # fmt: skip
+    scale.remove()
+    assert [held.update for held in scale.scales.values()] == [(0.25, 1.0)]
+
+
+def test_a_first_step_after_a_load_that_raises_leaves_no_other_weights_in_a_checkpoint():
+    """``torch.save({"model": model.state_dict(), "optim": optim.state_dict()})`` when the first step was interrupted."""
+    layer, other = nn.Linear(3, 4), nn.Linear(3, 4)
+    optim = torch.optim.SGD(layer.parameters(), lr=0.1)
+    growkern.UpdateScale(optim, {layer.weight: 0.25})
+    new = torch.optim.SGD(other.parameters(), lr=0.1)
+    new.load_state_dict(optim.state_dict())
+    before = other.weight.detach().clone()
+    other(torch.ones(2, 3)).sum().backward()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="boom"):
+        patch.setattr(torch.optim.SGD, "_init_group", fails)
+        new.step()
+    assert not torch.equal(other.weight, before)
+
+    saved = {"model": other.state_dict(), "optim": new.state_dict()}
+
+    assert torch.equal(saved["model"]["weight"], before)
+    new.step()
+    torch.testing.assert_close(other.weight, before - 0.025 * other.weight.grad)
+
+
+def test_a_state_dict_inside_a_step_converts_nothing():
+    layer = nn.Linear(3, 4).double()
+    optim = torch.optim.SGD(layer.parameters(), lr=0.1)
+    growkern.UpdateScale(optim, {layer.weight: 0.25})
+    optim.register_step_pre_hook(lambda optim, *_: [optim.state_dict()].clear())
+    before = layer.weight.detach().clone()
+    layer(torch.ones(2, 3).double()).sum().backward()
+
+    optim.step()
+
+    torch.testing.assert_close(layer.weight.detach(), before - 0.025 * layer.weight.grad)
+
+
+def test_a_reset_of_the_state_is_no_trajectory_of_the_source():
+    """LBFGS loses its history, so the report promises the gradient and no more."""
+    model = make("llama", tied=True).double()
+    optim = torch.optim.LBFGS(model.parameters(), lr=1e-2)
+    report = grow(model, optim, to="2x", width=QUIET, dynamics="exact")
+    assert report.preserves == "gradient"
+
+
 def test_a_step_taken_before_the_growth_leaves_parameters_to_be_restored():
     """nanoGPT's loop calls ``optim.step``; a loop that keeps the method cannot be watched."""
     model, optim = warmed("AdamW", n=2)
