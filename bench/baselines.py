@@ -1,18 +1,20 @@
-"""Two published ways to double the width of a model, as baselines of ``bench_models``.
+"""Other ways to double the width of a model, as baselines of ``bench_models``: two published ones, and gathers.
 
 - *state_dict double* (staged-training): the growth operator doubles every weight and both moments into new zero tensors; the
   target model and its AdamW are built, and load the doubled state dicts;
 - *repeat and divide* (HyperCloning): the target model is built, and every weight is repeated, divided and copied into the target. The
-  published method drops the optimizer.
+  published method drops the optimizer;
+- *index_selects*: every weight and both moments are gathered along each axis that grows, as scripts that grow a checkpoint do, without
+  scales and without a new model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-DOUBLE, REPEAT = "state_dict double", "repeat and divide"
+DOUBLE, REPEAT, SELECT = "state_dict double", "repeat and divide", "index_selects"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -110,3 +112,16 @@ def repeat_and_divide(
     for name, p in model.named_parameters():
         into[name].copy_(repeated(name, p, *doubling(name, p, shapes[name], tied)))
     return target.eval()
+
+
+@torch.no_grad()
+def index_selects(work: Sequence[tuple[Tensor, tuple[int, ...]]]) -> list[Tensor]:
+    """Gather every source to the shape of its target, axis by axis."""
+    targets: list[Tensor] = []
+    for source, shape in work:
+        t = source
+        for axis, n in enumerate(shape):
+            if n != t.shape[axis]:
+                t = t.index_select(axis, torch.arange(n, device=t.device) % t.shape[axis])
+        targets.append(t)
+    return targets

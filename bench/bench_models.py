@@ -1,13 +1,16 @@
 """How long does it take to grow a whole model with its optimizer, and how long do other methods take?
 
 The lines are ``expand_inplace`` by default, and with copies, with and without twin noise; the roof, a cold ``copy_`` of the same bytes;
-two baselines, written after the published methods (``bench.baselines``); and *host*, the CPU time of a growth on a GPU: the plan, the
-pieces, the table of the kernels, without moving a byte. The steps of the default growth are rows too (``GrowthReport.steps``). *Repeat
-and divide* drops the optimizer, so its times are compared per byte.
+and baselines, two of them written after published methods (``bench.baselines``). The steps of the default growth are rows too
+(``GrowthReport.steps``). *Repeat and divide* drops the optimizer, so its times are compared per byte.
 
-Every case runs in its own process (``python -m bench.bench_models CASE FILE``). Its *first* rows come from processes that build the model,
-make one call and end: nothing is touched before the call, as in a user's process. *Cold* rows come from one process that touches memory
-before each call (``harness.touch``). The logits of every grown model are compared with the logits of the source; a red case has no rows.
+Every case runs in its own process (``python -m bench.bench_models CASE FILE``). Its *first* and *busy* rows come from processes that build
+the model, make one call and end: nothing is touched before the call, as in a user's process. *Cold* rows come from one process that
+touches memory before each call (``harness.touch``). The logits of every grown model are compared with the logits of the source; a red
+case has no rows.
+
+*host* is the time of Python in a growth on a GPU, from the call to its return, in a model with the tensors of a large one, but narrow: the
+table of the kernels is built, and no kernel is launched.
 """
 
 import gc
@@ -16,11 +19,13 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -29,16 +34,19 @@ from torch.optim import AdamW
 
 import growkern
 from bench import harness
-from bench.baselines import DOUBLE, MOMENTS, REPEAT, repeat_and_divide, state_dict_double
+from bench.baselines import (
+    DOUBLE,
+    MOMENTS,
+    REPEAT,
+    SELECT,
+    index_selects,
+    repeat_and_divide,
+    state_dict_double,
+)
 from growkern.commit.commit import grown_config
-from growkern.engine.sources import tensors_of
-from growkern.execution.execute import Execution
-from growkern.execution.tiles import Tiler
-from growkern.optimizer.describe import describe_optimizers
-from growkern.planning import build as law
+from growkern.execution import execute
+from growkern.execution.torch_backend import Piece
 from growkern.planning.growth_plan import GrowthPlan
-from growkern.planning.sizes import resolve_sizes
-from growkern.support.named_tensors import Tensors
 from growkern.width import Lossless
 
 GPU = torch.cuda.is_available()
@@ -52,7 +60,7 @@ Call = Callable[[], object]
 Line = tuple[str, str]  # backend and phase
 Sample = tuple[float, int]  # seconds and peak bytes
 STEP = ": "  # in a backend: a step of a growth, which moves no bytes of its own
-HOST, N_HOST = "host", 20  # a backend, and its number of samples
+HOST, N_HOST = "host", 10  # a backend, and its number of samples
 ROOM = {DOUBLE: 0.65, REPEAT: 0.25}  # share of a case's memory that is touched before a call
 OTHER_ROOM = 0.5
 DEFAULT = f"{OURS} default"
@@ -72,7 +80,9 @@ class Case:
         scope: Scope that runs the case: ``"quick"``, ``"cpu"`` (on a GPU too), ``"gpu"``, or ``"test"`` (tests only, in one process).
         memory: Total bytes that the case needs.
         dtype: Dtype of the weights; moments are float32.
-        doubles: True if every grown axis is doubled and the depth stays, as both baselines require.
+        doubles: True if every grown axis is doubled and the depth stays, as the published baselines require.
+        busy: True for rows under one spinning process per core, too.
+        narrow: True for a model that has the tensors of a large one, for the time of the host alone.
     """
 
     family: str
@@ -82,6 +92,8 @@ class Case:
     memory: int
     dtype: str = "fp32"
     doubles: bool = False
+    busy: bool = False
+    narrow: bool = False
 
 
 GB = 10**9
@@ -103,10 +115,21 @@ TINY_LLAMA = {
     **{"num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 256},
 }
 GPT2_WIDE, XL_WIDE = "GPT-2 124M 2x wide", "GPT-2 XL to 2432 wide"
+HOST_124M, HOST_XL = "tensors of GPT-2 124M 2x wide", "tensors of GPT-2 XL 2x wide"
+NARROW = NO_DROPOUT | ENDS | {"vocab_size": 256, "n_positions": 64}
 CASES = {
-    "tiny GPT-2 2x wide": Case("GPT2", NO_DROPOUT | TINY, "2x", "quick", GB // 4, doubles=True),
+    "tiny GPT-2 2x wide": Case(
+        "GPT2", NO_DROPOUT | TINY, "2x", "quick", GB // 4, doubles=True, busy=True
+    ),
+    "tensors of tiny GPT-2": Case("GPT2", NO_DROPOUT | TINY, "2x", "quick", GB // 4, narrow=True),
+    HOST_124M: Case(
+        "GPT2", NARROW | {"n_embd": 48, "n_layer": 12, "n_head": 12}, "2x", "cpu", GB, narrow=True
+    ),
+    HOST_XL: Case(
+        "GPT2", NARROW | {"n_embd": 100, "n_layer": 48, "n_head": 25}, "2x", "cpu", GB, narrow=True
+    ),
     "tiny Llama 2x wide": Case("Llama", TINY_LLAMA, "2x", "test", GB // 4, doubles=True),
-    GPT2_WIDE: Case("GPT2", NO_DROPOUT, "2x", "cpu", 12 * GB, doubles=True),
+    GPT2_WIDE: Case("GPT2", NO_DROPOUT, "2x", "cpu", 12 * GB, doubles=True, busy=True),
     "Llama 125M 2x wide": Case("Llama", LLAMA_125M, "2x", "cpu", 12 * GB, doubles=True),
     "GPT-2 124M 2x deep": Case("GPT2", NO_DROPOUT, {"layers": "2x"}, "cpu", 3 * GB),
     XL_WIDE: Case("GPT2", GPT2_XL, WIDER, "gpu", 90 * GB),
@@ -185,25 +208,23 @@ def roof(work: Sequence[Job]) -> Call:
     return copy
 
 
-@torch.no_grad()
-def host(model: nn.Module, optim: AdamW, to: str | Mapping[str, int | str]) -> Call:
-    """Return a call that plans a growth, cuts its tensors into pieces and builds the table of its launches."""
+def host(case: Case) -> list[float]:
+    """Return the seconds of growths that build the table of the kernels and write zeros, less the seconds of the zeros."""
     from growkern.kernels.expand import tabled
 
-    spec = growkern.describe(model)
-    (state,) = describe_optimizers(model, (optim,), spec)
-    tensors, sizes = tensors_of(model, (optim,), spec), resolve_sizes(spec, to)
-    method, depth = Lossless(noise=0.0), growkern.depth.IdentityBlocks()
-    plan = law.build(spec, sizes, width=method, depth=depth)
-    execution = Execution(plan, tensors, lambda _: state.rules, memory="stage")
-    staged = Tensors()
-    jobs = [job for tensor_set in execution.sets for job in execution.jobs(tensor_set, staged)]
+    zeroing: list[float] = []
 
-    def work() -> object:
-        tiler = Tiler(law.build(spec, sizes, width=method, depth=depth))
-        return tabled([piece for job in jobs for piece in tiler.pieces(*job)])
+    def unlaunched(pieces: Sequence[Piece], backend: str | None) -> None:
+        tabled(pieces)
+        zeroing.append(harness.wall(lambda: [piece.dst.zero_() for piece in pieces]))
 
-    return work
+    seconds: list[float] = []
+    for _ in range(1 + N_HOST):  # the first call imports modules
+        model, optim = build(case)
+        with mock.patch.object(execute, "_run", unlaunched):
+            whole = harness.wall(lambda: growkern.expand_inplace(model, optim, to=case.to))  # noqa: B023
+        seconds.append(whole - zeroing.pop())
+    return seconds[1:]
 
 
 def baselines(
@@ -212,7 +233,8 @@ def baselines(
     """Return the roof and the other methods as calls that leave the source as it is, and the jobs of weights and of moments."""
     plan = growkern.plan(model, optim, to=case.to, width=Lossless(noise=0.0))
     work = jobs(model, optim, plan)
-    calls: dict[str, Call] = {harness.ROOF: roof([*work[0], *work[1]])}
+    everything = [*work[0], *work[1]]
+    calls: dict[str, Call] = {harness.ROOF: roof(everything), SELECT: partial(index_selects, everything)}  # fmt: skip
     if case.doubles:
         config = grown_config(plan, model, model.config, "")
         shapes = {row.name: plan.shapes(row)[1] for row in plan.tensors}
@@ -273,6 +295,9 @@ def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -
         AssertionError: The logits of a grown model differ from the logits of the source.
     """
     case = CASES[name]
+    if case.narrow:
+        say(HOST)
+        return [harness.row("model", name, case.dtype, HOST, "warm", host(case), moved=0, peak=0, tensor_bytes=0)]  # fmt: skip
     samples: dict[Line, list[Sample]] = {}
     promised: dict[Line, int | None] = {}
 
@@ -280,13 +305,15 @@ def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -
         samples.setdefault(line, []).append(sample)
         promised[line] = peak
 
-    others = (harness.ROOF, *((DOUBLE, REPEAT) if case.doubles else ()))
+    others = (harness.ROOF, SELECT, *((DOUBLE, REPEAT) if case.doubles else ()))
     fresh = {"test": (), "quick": (DEFAULT,)}.get(case.scope, (DEFAULT, *others))
+    lines = [(backend, "first") for backend in fresh]
+    lines += [(backend, "busy") for backend in (DEFAULT, SELECT) if case.busy and not GPU]
     spawn = get_context("spawn")
-    for backend in fresh * repeats:
-        say(f"{backend} first")
-        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            keep((backend, "first"), *pool.submit(first, name, backend).result())
+    for backend, phase in lines * repeats:
+        say(f"{backend} {phase}")
+        with harness.spinning() if phase == "busy" else nullcontext(), ProcessPoolExecutor(1, mp_context=spawn) as pool:  # fmt: skip
+            keep((backend, phase), *pool.submit(first, name, backend).result())
     work: tuple[list[Job], list[Job]] = [], []
     for _ in range(repeats):
         model, optim = build(case)
@@ -306,10 +333,6 @@ def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -
             keep((backend, "cold"), sample, report.peak_bytes)
             for step, seconds in report.steps.items() if backend == DEFAULT else ():
                 keep((f"{backend}{STEP}{step}", "cold"), (seconds, 0))
-    say(HOST)  # last, without freeing memory before: no byte is moved, no peak is measured
-    once = host(*build(case), case.to)
-    once()
-    samples[HOST, "warm"] = [(harness.wall(once), 0) for _ in range(N_HOST)]
     read, written = moved([*work[0], *work[1]])
     return [
         harness.row(
@@ -318,7 +341,7 @@ def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -
             case.dtype,
             *line,
             [seconds for seconds, _ in timings],
-            moved={REPEAT: sum(moved(work[0])), HOST: 0}.get(
+            moved={REPEAT: sum(moved(work[0]))}.get(
                 line[0], 0 if STEP in line[0] else read + written
             ),
             peak=max(peak for _, peak in timings),

@@ -4,7 +4,8 @@ A row holds the time of one line (a backend or a baseline) of one case in one ph
 
 - *first*: the first call of a fresh process, compilation included;
 - *cold*: the call allocates its outputs, so the time includes the process's own page faults;
-- *warm*: the call writes to memory that an earlier call has written.
+- *warm*: the call writes to memory that an earlier call has written;
+- *busy*: as *first*, while one other process spins on every core.
 
 The roof is a ``copy_`` of the same bytes, measured in the same run and phase; every row states its throughput in percent of the roof.
 """
@@ -15,7 +16,8 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from ctypes import CDLL
 from datetime import datetime, timezone
 from functools import cache
@@ -56,6 +58,19 @@ def wall(call: Callable[[], object]) -> float:
     call()
     synchronize()
     return perf_counter() - start
+
+
+@contextmanager
+def spinning() -> Generator[None]:
+    """Keep every core of this machine busy with a process of its own until the block ends."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command) for _ in os.sched_getaffinity(0)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def device_timer() -> Callable[[], float]:
