@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from bench.baselines import DOUBLE, REPEAT
+from bench.baselines import DOUBLE, REPEAT, SELECT
 from bench.bench_adamw import OURS
-from bench.bench_models import GPT2_WIDE, HOST, XL_WIDE
+from bench.bench_models import GPT2_WIDE, HOST, HOST_124M, HOST_XL, XL_WIDE
 from bench.harness import ROOF, Row, number
 
 LARGE = 60 << 20  # least bytes of a large weight; a nominal 64 MiB is rounded down
@@ -66,9 +66,29 @@ def _model_roof(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float
         yield number(row["roof_percent"])
 
 
-def _over_double(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
-    for row in _model(rows, GPT2_WIDE, f"{backend} {noise}"):
-        yield from (times(row, other) for other in _model(rows, GPT2_WIDE, DOUBLE))
+def _default(rows: Sequence[Row], backend: str, noise: str, phase: str) -> list[Row]:
+    """Rows of the default growth in a process of its own, once: noise is the default's."""
+    return _model(rows, GPT2_WIDE, f"{backend} default", phase) if noise == NOISES[1] else []
+
+
+def _in_own_process(
+    baseline: str, phase: str
+) -> Callable[[Sequence[Row], str, str], Iterator[float]]:
+    def measure(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
+        for row in _default(rows, backend, noise, phase):
+            yield from (times(row, other) for other in _model(rows, GPT2_WIDE, baseline, phase))
+
+    return measure
+
+
+def _of_first_roof(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
+    for row in _default(rows, backend, noise, "first"):
+        yield number(row["roof_percent"])
+
+
+def _busy_over_idle(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
+    for row in _default(rows, backend, noise, "busy"):
+        yield from (1 / times(row, other) for other in _default(rows, backend, noise, "first"))
 
 
 def _over_repeat(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
@@ -77,9 +97,12 @@ def _over_repeat(rows: Sequence[Row], backend: str, noise: str) -> Iterator[floa
             yield times(row, other, per_byte=True)
 
 
-def _host(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
-    for row in _model(rows, GPT2_WIDE, HOST, "warm") if noise == NOISES[1] else ():
-        yield number(row["p50_ms"])
+def _host(case: str) -> Callable[[Sequence[Row], str, str], Iterator[float]]:
+    def measure(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
+        for row in _model(rows, case, HOST, "warm") if noise == NOISES[1] else ():
+            yield number(row["p50_ms"])
+
+    return measure
 
 
 def _peak(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
@@ -132,14 +155,20 @@ def _adamw(baseline: str) -> Callable[[Sequence[Row], str, str], Iterator[float]
     return measure
 
 
+FIRST = f"{GPT2_WIDE}, first call"
 BARS = (
-    Bar(f"{GPT2_WIDE}: of a cold copy_ of the same bytes", 50, "%", _model_roof),
-    Bar(f"{GPT2_WIDE}: over {DOUBLE}", 8, "x", _over_double),
+    Bar(f"{FIRST}: of a first copy_ of the same bytes", 60, "%", _of_first_roof),
+    Bar(f"{FIRST}: over two {SELECT}", 3, "x", _in_own_process(SELECT, "first")),
+    Bar(f"{FIRST}: over {DOUBLE}", 2, "x", _in_own_process(DOUBLE, "first")),
+    Bar(f"{FIRST}, busy cores: over two {SELECT}", 2, "x", _in_own_process(SELECT, "busy")),
+    Bar(f"{FIRST}, busy cores: over its idle time", 4, "x", _busy_over_idle, at_most=True),
+    Bar(f"{GPT2_WIDE}: of a cold copy_ of the same bytes", 60, "%", _model_roof),
     Bar(f"{GPT2_WIDE}: over {REPEAT}, per byte", 8, "x", _over_repeat),
     Bar(f"{GPT2_WIDE}: peak memory off the promise", 2, "%", _peak, at_most=True),
-    Bar(f"{GPT2_WIDE}: on the host", 10, "ms", _host, at_most=True),
+    Bar(f"{HOST_124M}: on the host", 10, "ms", _host(HOST_124M), at_most=True),
+    Bar(f"{HOST_XL}: on the host", 90, "ms", _host(HOST_XL), at_most=True),
     Bar("growkern.optim.AdamW without slices: over torch's foreach", 1, "x", _adamw("foreach")),
-    Bar("growkern.optim.AdamW: over torch's fused", 1, "x", _adamw("fused"), gpu=True),
+    Bar("growkern.optim.AdamW without slices: over torch's fused", 1, "x", _adamw("fused")),
     Bar("run maps, >= 64 MB, Adam: of the roof", 90, "%", _roof(RUN_MAPS), gpu=True),
     Bar("random maps, >= 64 MB, Adam: of the roof", 60, "%", _roof(RANDOM_MAPS), gpu=True),
     Bar(f"{XL_WIDE}: time over that of a copy", 1.25, "x", _over_copy, at_most=True, gpu=True),

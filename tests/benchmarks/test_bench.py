@@ -1,5 +1,6 @@
 """The bench runs end to end at tiny sizes, appends its rows to a CSV, and does not time a case whose tests fail."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -66,7 +67,7 @@ def test_quick_run_measures_keeps_and_draws_and_a_red_case_is_not_timed(tmp_path
             for row in first
             if (row["op"], row["case"], row["tensor_bytes"], row["dtype"]) == key
         ]
-        assert harness.ROOF in {row["backend"] for row in members}
+        assert {row["backend"] for row in members} & {harness.ROOF, bench_models.HOST}
     assert any("random" in row["case"] for row in first)
     (picture,) = results.glob("*.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -117,6 +118,8 @@ def test_baselines_double_what_they_claim_to(case):
     doubled, doubled_optim = baselines.state_dict_double(model, optim, grown.config)
     repeated = baselines.repeat_and_divide(model, grown.config, shapes)
 
+    selected = baselines.index_selects([*bench_models.jobs(model, optim, plan)[0]])
+    assert [tuple(t.shape) for t in selected] == [shapes[row.name] for row in plan.tensors if plan.changes(row)]  # fmt: skip
     for target in (doubled, repeated):
         torch.testing.assert_close(bench_models.logits(target), before, rtol=1e-4, atol=1e-5)
     for p, q in zip(model.parameters(), doubled.parameters(), strict=True):
@@ -168,15 +171,33 @@ def test_bars_take_the_worst_case_and_both_sides_of_a_limit():
     at = bench_models.GPT2_WIDE
     figures = {"p50_ms": 100.0, "n_bytes": 900, "promised_bytes": 1000, "peak_bytes": 1015}
     rows = [
-        fake(at, "torch noise=1", "cold", 3.0, roof_percent=75, **figures),
-        fake(at, baselines.DOUBLE, "cold", 0.3, p50_ms=700.0, n_bytes=900),
+        fake(at, "torch noise=0", "cold", 3.0, roof_percent=75, **figures),
         fake(at, baselines.REPEAT, "cold", 0.3, p50_ms=300.0, n_bytes=300),
+        fake(at, "torch default", "first", 3.0, p50_ms=200.0, roof_percent=55),
+        fake(at, "torch default", "busy", 3.0, p50_ms=500.0),
+        fake(at, baselines.DOUBLE, "first", 0.3, p50_ms=700.0),
+        fake(at, baselines.SELECT, "first", 0.3, p50_ms=800.0),
+        fake(at, baselines.SELECT, "busy", 0.3, p50_ms=900.0),
+        fake(bench_models.HOST_XL, "host", "warm", 0.0, p50_ms=95.0),
     ]
 
-    found = [bar.worst(rows, "torch", "noise=1") for bar in bars.BARS]
+    here = [bar for bar in bars.BARS if not bar.gpu]
 
-    assert found[:4] == pytest.approx([75, 7, 9, 1.5]) and set(found[4:]) == {None}
-    assert [bar.held(figure) for bar, figure in zip(bars.BARS, found, strict=False) if figure] == [True, False, True, True]  # fmt: skip
+    found = [bar.worst(rows, "torch", "noise=0") for bar in here]
+
+    expected = [55, 4, 3.5, 1.8, 2.5, 75, 9, 1.5, None, 95]
+    assert found[:10] == pytest.approx(expected) and set(found[10:]) == {None}
+    held = [bar.held(figure) for bar, figure in zip(here, found, strict=True) if figure]
+    assert held == [False, True, True, False, True, True, True, True, False]
+
+
+def test_busy_cores_are_spun_by_processes_that_end():
+    with harness.spinning():
+        busy = harness.subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True).stdout  # fmt: skip
+    after = harness.subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True).stdout  # fmt: skip
+
+    assert busy.count("while True: pass") == len(os.sched_getaffinity(0))
+    assert "while True: pass" not in after
 
 
 def test_peak_is_what_a_call_held_at_most():
