@@ -1,11 +1,12 @@
 """The bench runs end to end at tiny sizes, appends its rows to a CSV, and does not time a case whose tests fail."""
 
 import os
+import re
 from collections.abc import Iterator
 
 import pytest
 import torch
-from benches import importable, rows_of
+from benches import ROOT, importable, rows_of
 
 from growkern.depth import IdentityBlocks
 from growkern.model.describe import describe
@@ -20,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 
 with importable():
     from bench import __main__ as bench
-    from bench import bars, baselines, bench_models, harness
+    from bench import bars, baselines, bench_models, harness, predicted
 
 BREAKER = '''"""Loaded by pytest: makes random maps wrong."""
 from growkern.execution import execute
@@ -58,7 +59,8 @@ def test_quick_run_measures_keeps_and_draws_and_a_red_case_is_not_timed(tmp_path
     for row in first:
         assert tuple(row) == harness.COLUMNS
         may_be_empty = {"driver", "triton", "promised_bytes"}
-        may_be_empty |= {"roof_percent"} if row["backend"] == "host" else set()
+        without = row["backend"] == "host" or row["phase"] == "busy"
+        may_be_empty |= {"roof_percent"} if without else set()
         assert all(row[name] for name in harness.COLUMNS if name not in may_be_empty), row
         assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
     for key in {(row["op"], row["case"], row["tensor_bytes"], row["dtype"]) for row in first}:
@@ -189,6 +191,26 @@ def test_bars_take_the_worst_case_and_both_sides_of_a_limit():
     assert found[:10] == pytest.approx(expected) and set(found[10:]) == {None}
     held = [bar.held(figure) for bar, figure in zip(here, found, strict=True) if figure]
     assert held == [False, True, True, False, True, True, True, True, False]
+
+
+def test_the_readme_has_the_predictions_of_the_model():
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\| (fp32|bf16), noise", line)]  # fmt: skip
+
+    for row in rows:
+        name, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        kind = predicted.NOISY if name.endswith("1") else predicted.SCALED
+        shares = [
+            predicted.of_adam(name[:4], kind, device) for device in predicted.DEVICES.values()
+        ]
+        assert cells == [f"{100 * share:.0f} %" for share in shares]
+    assert len(rows) == 4
+
+
+def test_the_model_slows_with_copies_noise_and_faster_memory():
+    counts, h100, h200 = predicted.COUNTS["fp32"], *(predicted.DEVICES[n] for n in ("H100", "H200"))  # fmt: skip
+    noisy, scaled = (predicted.share(counts, kind, 2, 2, h100) for kind in (predicted.NOISY, predicted.SCALED))  # fmt: skip
+
+    assert 0.5 < predicted.share(counts, predicted.NOISY, 2, 2, h200) < noisy < scaled < 1
 
 
 def test_busy_cores_are_spun_by_processes_that_end():

@@ -102,7 +102,18 @@ def test_the_machine_code_spills_nothing_and_has_the_widths_of_the_ptx(built, ca
     """To disassemble every kernel takes ten times as long as to read its PTX."""
     found, sass = built[f"sm_90 {case_id(case)}"], built[f"sass {case_id(case)}"]
 
+    n = sass.pop("instructions")
     assert sass == {"spills": 0, "load": found["load"], "store": found["store"]}
+    if case == (
+        "float32",
+        "float32",
+        0,
+    ):  # else the model of bench/predicted.py is of another kernel: count again
+        from benches import importable  # this file runs as a script too
+
+        with importable():
+            from bench.predicted import N_INSTRUCTIONS
+        assert n == pytest.approx(N_INSTRUCTIONS["fp32"], rel=0.1)
 
 
 @pytest.mark.parametrize("case", [*FULL, *ADAMW], ids=case_id)
@@ -229,6 +240,7 @@ def resources(usage: str) -> dict[str, int]:
 def accesses(sass: str) -> dict[str, int]:
     return {
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/ .*;", sass, re.MULTILINE)),
         "load": widest("LDG", sass),
         "store": widest("STG", sass),
     }
