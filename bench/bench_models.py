@@ -47,6 +47,7 @@ from growkern.commit.commit import grown_config
 from growkern.execution import execute
 from growkern.execution.torch_backend import Piece
 from growkern.planning.growth_plan import GrowthPlan
+from growkern.support.progress import Meter
 from growkern.width import Lossless
 
 GPU = torch.cuda.is_available()
@@ -214,7 +215,7 @@ def host(case: Case) -> list[float]:
 
     zeroing: list[float] = []
 
-    def unlaunched(pieces: Sequence[Piece], backend: str | None) -> None:
+    def unlaunched(pieces: Sequence[Piece], backend: str | None, meter: Meter) -> None:
         tabled(pieces)
         zeroing.append(harness.wall(lambda: [piece.dst.zero_() for piece in pieces]))
 

@@ -27,6 +27,7 @@ from growkern.planning.plan_fields import problems_of
 from growkern.planning.sizes import Target, resolve_sizes
 from growkern.shrink import WeightSelection
 from growkern.support.argument_types import typed_arguments
+from growkern.support.progress import Progress
 from growkern.support.renamed import renamed_arguments
 from growkern.support.wrappers import unwrapped
 from growkern.width import Lossless
@@ -115,6 +116,7 @@ def expand_inplace(
     state_rules: Mapping[str, int | None] | None = None,
     memory: Memory | None = None,
     check: Check | None = None,
+    on_progress: Progress | None = None,
 ) -> GrowthReport:
     """Grow a model and its optimizer in place, in the middle of training.
 
@@ -156,6 +158,8 @@ def expand_inplace(
             its outputs, which must leave the model as it is. The forward runs on it before the growth and on the grown model, in
             evaluation mode; if the grown model's forward fails, or an output moves by more than rounding explains although the plan
             preserves the function, the growth is taken back.
+        on_progress: Called with the bytes written so far and the total bytes: on a CPU after every piece of a tensor, on a GPU with
+            ``memory="lean"`` after every set of tensors. What it raises takes the growth back.
 
     Returns:
         The report; ``print`` it.
@@ -193,6 +197,7 @@ def expand_inplace(
         Request(
             model, optimizers(optim), make_plan, drop_state, methods, spec=spec, backend=backend, scheduler=scheduler, ema=ema,
             master_weights=master_weights, state_rules=state_rules, memory=memory, new_rows=new_rows, check=check,
+            on_progress=on_progress,
         )
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Growth of a transformers checkpoint from shards to shards. Neither source nor target is ever in memory as a whole."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,10 +26,10 @@ from growkern.planning.check import check
 from growkern.planning.decisions import DepthMethod, WidthMethod
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.planning.sizes import Target
+from growkern.support.progress import Progress
 from growkern.support.text import table
 
 SPARE = 1 << 20  # bytes of disk space for config, index and headers
-Progress = Callable[[int, int], object]  # bytes written so far, total bytes
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from growkern.execution.execute import Memory
 from growkern.execution.tiles import Given
 from growkern.model.spec import ModelSpec
 from growkern.planning.growth_plan import GrowthPlan
+from growkern.support.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Request:
         new_rows: The width method's function that writes rows without a source row; None for a method without one.
         check: A batch, or a function from the model to its outputs, on which the grown model is compared with the source.
         split: For each optimizer, True when a recorded growth split its param groups; None to split them where ``scheduler`` follows.
+        on_progress: Callback with the bytes written and the total bytes.
         undo: Writes of earlier growths that a failure of this growth rolls back too (``all_or_nothing``).
     """
 
@@ -53,4 +55,5 @@ class Request:
     new_rows: Given | None = None
     check: Check | None = None
     split: Sequence[bool] | None = None
+    on_progress: Progress | None = None
     undo: Undo | None = None

@@ -218,6 +218,7 @@ def _stage(
         plan, tensors, rules.__getitem__, backend=request.backend, memory=request.memory,
         given=request.new_rows,
     )  # fmt: skip
+    execution.meter.on_progress = request.on_progress
     shadows = [execution.of(tensors_of(average, (), sources.spec)) for average in sources.averages]
     masters = request.master_weights or {}
     held = {name: masters.get(p, p) for name, p in model.named_parameters(remove_duplicate=False)}

@@ -24,6 +24,7 @@ from growkern.support.dtypes import arithmetic
 from growkern.support.laps import Laps
 from growkern.support.memory import free_bytes, is_shared, stored_like, trim
 from growkern.support.named_tensors import Tensors
+from growkern.support.progress import Meter
 
 Memory = Literal["stage", "lean"]
 MEMORIES = ("stage", "lean")
@@ -55,6 +56,7 @@ class Execution:
         peak_bytes: Peak memory beyond the memory in use before, on the device with the highest peak.
         n_read: Bytes read so far, for targets and for statistics.
         n_written: Bytes written so far.
+        meter: Counts the bytes written for the caller's progress.
         notes: Notes on optimizer state for the user, so far.
         laps: Seconds so far that were spent on cutting targets into pieces, and on writing them.
         of_average: True for tensors of an average of the model.
@@ -93,6 +95,7 @@ class Execution:
         self.memory: Memory
         self.memory, self.peak_bytes = _choose(self.sets, memory)
         self.n_read = self.n_written = 0
+        self.meter = Meter(sum(sum(one.n_bytes.values()) for one in self.sets))
         self.laps = Laps()
         self.notes: list[str] = []
         if n_shared := sum(map(is_shared, sources.values.values())):
@@ -119,9 +122,11 @@ class Execution:
             for tensor_set in self.sets:
                 self._coded(tensor_set, staged)
                 self._stored(tensor_set, staged)
+            self.meter.reach(self.meter.total)
             self.laps.end("write")
             yield staged
             return
+        done = 0
         for tensor_set in self.sets:
             self.laps.start()
             staged = Tensors()
@@ -129,6 +134,8 @@ class Execution:
             self._coded(tensor_set, staged)
             self._stored(tensor_set, staged)
             self.sources.forget(tensor_set.tensors[0].source)
+            done += sum(tensor_set.n_bytes.values())
+            self.meter.reach(done)
             self.laps.end("write")
             yield staged
             trim()
@@ -145,7 +152,7 @@ class Execution:
         self.n_written += sum(piece.n_written for piece in pieces)
         tiler.n_read = 0
         self.laps.end("cut")
-        _run(pieces, self.backend)
+        _run(pieces, self.backend, self.meter)
         for row, _, target, rule, _ in jobs:
             if row.offset and row.constant is None and rule.is_weight:
                 self._shift(row, target)
@@ -355,7 +362,7 @@ def unavailable(backend: str, device: torch.device) -> list[str]:
     return []
 
 
-def _run(pieces: list[Piece], backend: str | None) -> None:
+def _run(pieces: list[Piece], backend: str | None, meter: Meter) -> None:
     by_device: dict[torch.device, list[Piece]] = {}
     for piece in pieces:
         by_device.setdefault(piece.dst.device, []).append(piece)
@@ -372,4 +379,4 @@ def _run(pieces: list[Piece], backend: str | None) -> None:
             group = [
                 piece for piece in group if piece.dst.dtype not in DTYPES
             ]  # buffers of bool and small integers
-        reference.expand(group)
+        reference.expand(meter.counted(group))

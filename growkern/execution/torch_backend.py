@@ -1,6 +1,6 @@
 """The torch backend: the reference for the kernels in ``kernels/``, with their names and signatures, and the backend on a CPU."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import inf, prod
@@ -166,7 +166,7 @@ def _squares(part: Tensor, unit: Tensor) -> Tensor:
     return (part.to(unit.dtype) / unit).round_().square_().sum(dtype=torch.float64)
 
 
-def expand(pieces: Sequence[Piece]) -> None:
+def expand(pieces: Iterable[Piece]) -> None:
     """Write every piece.
 
     Args:

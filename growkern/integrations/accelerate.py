@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from growkern.engine.report import GrowthReport
 from growkern.errors import PlanError, UnsupportedModelError
+from growkern.integrations.bar import Bar
 from growkern.optimizer.describe import optimizers
 from growkern.optimizer.schedulers import driven_by
 from growkern.support.argument_types import typed_arguments
@@ -57,6 +58,7 @@ def attach(
     optims = optimizers(optim)
     prepared: list[Any] = accelerator._schedulers  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
     drivers = [s for s in prepared if driven_by(unwrapped(s)) in optims]
+    options.setdefault("on_progress", Bar(accelerator.is_main_process))
     attachment = schedule.attach(
         accelerator.unwrap_model(model),  # pyright: ignore[reportUnknownArgumentType]
         optims,

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from growkern.commit.optimizer import Masters
 from growkern.errors import PlanError
+from growkern.integrations.bar import Bar
 from growkern.model.spec import ModelSpec
 from growkern.support.argument_types import typed_arguments
 from growkern.training.attachment import Attachment, Options, growth_metrics, spec_function
@@ -104,6 +105,7 @@ def attach(trainer: Trainer, schedule: GrowthSchedule, **options: Unpack[Options
             if self.attachment is not None:  # left by a run that raised an error
                 self.attachment.remove()
             model: nn.Module = trainer.model
+            options.setdefault("on_progress", Bar(state.is_world_process_zero))
             self.attachment = schedule.attach(
                 model, live["optimizer"], live["lr_scheduler"], deferred=True, **options
             )

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from growkern.commit.optimizer import Masters
 from growkern.errors import PlanError
+from growkern.integrations.bar import Bar
 from growkern.optimizer.schedulers import driven_by
 from growkern.support.argument_types import typed_arguments
 from growkern.training.attachment import Attachment, Options, growth_metrics, spec_function
@@ -88,6 +89,7 @@ class GrowthCallback(Callback):
         model = self.model(pl_module)
         optims = _optimizers_of(model, trainer, self.options.get("master_weights"))
         self._detach()
+        self.options.setdefault("on_progress", Bar(trainer.is_global_zero))
         self.attachment = self.schedule.attach(
             model, optims, _schedulers_of(optims, trainer), deferred=True, **self.options
         )

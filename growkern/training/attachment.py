@@ -24,6 +24,7 @@ from growkern.optimizer.describe import describe_optimizers, optimizers
 from growkern.optimizer.schedulers import check_scheduler
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.support.interrupts import uninterrupted
+from growkern.support.progress import Progress
 from growkern.support.wrappers import unwrapped
 from growkern.training.loss_curve import LossCurve
 from growkern.training.rehearsal import problems, problems_after_a_step
@@ -50,6 +51,7 @@ class Options(TypedDict, total=False):
         master_weights: See ``expand_inplace``.
         state_rules: See ``expand_inplace``.
         memory: See ``expand_inplace``.
+        on_progress: See ``expand_inplace``.
         check: True to check each growth by the forward on the last batch of the model; or see ``expand_inplace``. Default: True where the
             model is described by ``spec``, else False.
     """
@@ -60,6 +62,7 @@ class Options(TypedDict, total=False):
     master_weights: Masters | None
     state_rules: Mapping[str, int | None] | None
     memory: Memory | None
+    on_progress: Progress | None
     check: Check | bool | None
 
 
@@ -222,6 +225,7 @@ class Attachment:
                 self.model, self.optims, plan=made, width=event.width, dynamics=made.dynamics, spec=self.spec_of(self.model),
                 state_rules=options.get("state_rules"), backend=options.get("backend"), scheduler=live or None, ema=options.get("ema"),
                 master_weights=options.get("master_weights"), memory=options.get("memory"), check=self._call if check is True else check,
+                on_progress=options.get("on_progress"),
             )  # fmt: skip
         finally:
             self.settle()

@@ -69,7 +69,16 @@ def compared():
     }
 
 
-OPTIONS = ("spec", "backend", "ema", "master_weights", "state_rules", "memory", "check")
+OPTIONS = (
+    "spec",
+    "backend",
+    "ema",
+    "master_weights",
+    "state_rules",
+    "memory",
+    "check",
+    "on_progress",
+)
 GROWTH = (
     "to",
     "width",

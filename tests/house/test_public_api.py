@@ -71,6 +71,7 @@ SIGNATURES = {  # positional parameters, keyword-only parameters, return annotat
             "state_rules": None,
             "memory": None,
             "check": None,
+            "on_progress": None,
         },
         "GrowthReport",
     ),

@@ -10,6 +10,7 @@ from scheduled import DEEPER, WIDER, pair, same_weights
 import growkern
 from growkern.errors import PlanError
 from growkern.integrations.accelerate import attach
+from growkern.integrations.bar import Bar
 from growkern.training.schedule import GrowthSchedule
 from growkern.training.triggers import At, WhenPlateau
 
@@ -77,6 +78,7 @@ def test_the_loop_ends_with_the_weights_of_one_that_grows_by_hand(
             optim.zero_grad()
 
     assert schedule.fired == [2, 4]
+    assert isinstance(schedule.attachment.options["on_progress"], Bar)
     same_weights(model, by_hand)
 
 

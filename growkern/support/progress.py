@@ -1,0 +1,51 @@
+"""Progress of long work in bytes: a callback of the caller, and lines in the log."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from time import perf_counter
+from typing import Protocol, TypeVar
+
+Progress = Callable[[int, int], object]  # bytes written so far, total bytes
+SECONDS = 2.0  # between two lines of the log; shorter work has none
+logger = logging.getLogger("growkern")
+
+
+class Written(Protocol):
+    """Work that knows how many bytes it writes."""
+
+    @property
+    def n_written(self) -> int:
+        """Bytes written."""
+        ...
+
+
+W = TypeVar("W", bound=Written)
+
+
+class Meter:
+    """Counts bytes, calls a callback after each part of the work, and logs what takes longer than ``SECONDS``.
+
+    Attributes:
+        total: Bytes of the whole work.
+        done: Bytes written so far.
+        on_progress: Callback of the caller; None for none.
+    """
+
+    def __init__(self, total: int, on_progress: Progress | None = None) -> None:
+        self.total, self.done, self.on_progress = total, 0, on_progress
+        self._last = perf_counter()
+
+    def reach(self, done: int) -> None:
+        """Count up to ``done`` bytes, at most the total."""
+        self.done = max(self.done, min(done, self.total))
+        if self.on_progress is not None:
+            self.on_progress(self.done, self.total)
+        if (now := perf_counter()) - self._last > SECONDS:
+            self._last = now
+            logger.info("growing: %.1f of %.1f GB written", self.done / 1e9, self.total / 1e9)
+
+    def counted(self, parts: Iterable[W]) -> Iterator[W]:
+        """Yield the parts, and count each when the next is asked for."""
+        for part in parts:
+            yield part
+            self.reach(self.done + part.n_written)
