@@ -58,7 +58,7 @@ def test_what_cannot_grow_is_refused_when_it_is_attached():
         schedule_at(1).attach(torch.nn.Linear(2, 2), optimizer(torch.nn.Linear(2, 2)))
     with pytest.raises(
         PlanError,
-        match="unknown options to. Known: spec, backend, ema, master_weights, state_rules, memory, check",
+        match="unknown options to. Known: spec, backend, ema, master_weights, state_rules, memory, on_progress, check",
     ):
         schedule_at(1).attach(make("llama", tied=True), None, to="3x")
     with pytest.raises(
