@@ -6,6 +6,8 @@ case is first checked against torch's single-tensor step; a red case is not time
 
     python -m pytest bench/bench_adamw.py --bench-scope cpu      # or quick, gpu
 
+*host*, on a CPU, is a step of small tensors that takes the way of a GPU, but launches nothing: the time that Python takes.
+
 Every line is *warm*: a step writes to memory that an earlier step has written. On a CPU, without slices, growkern's step is torch's
 single-tensor step, in blocks.
 """
@@ -22,6 +24,7 @@ from torch.nn import Parameter
 from bench import harness
 from growkern import UpdateScale
 from growkern.optim import AdamW
+from growkern.optimizer import adamw
 from growkern.optimizer.adamw_torch import SLICES, length
 from growkern.optimizer.update_scale import Scale
 
@@ -29,6 +32,8 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 OURS = "triton" if GPU else "torch"
 HOOKS = "UpdateScale"  # hooks around torch's foreach step
+HOST = "host"
+N_SMALL = (150, 300, 600)  # tensors of the models for the time of the host
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # dtype of parameter, gradient and moments
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SECONDS = {"quick": 0.01, "cpu": 2.0, "gpu": 0.2}  # time limit of one line of a case
@@ -57,10 +62,13 @@ SHAPES = {
     "GPT-2 124M": gpt2(768, 12, 50257, 1024),
     "one tensor": [(4096, 4096)],
     "one large tensor": [(32768, 16384)],
+    **{f"{n} small tensors": [(8, 8)] * n for n in N_SMALL},
 }
+SMALL = [f"{n} small tensors" for n in N_SMALL]
 SCOPES = {
-    "quick": {"tiny GPT-2": ["fp32", "bf16"]},
-    "cpu": {"GPT-2 124M": ["fp32"], "one tensor": ["fp32", "bf16"]},
+    "quick": {"tiny GPT-2": ["fp32", "bf16"], SMALL[0]: ["fp32"]},
+    "cpu": {"GPT-2 124M": ["fp32"], "one tensor": ["fp32", "bf16"]}
+    | {name: ["fp32"] for name in SMALL},
     "gpu": {name: list(DTYPES) for name in SHAPES if name != "tiny GPT-2"},
 }
 
@@ -178,11 +186,36 @@ def _roof(case: Ready) -> Callable[[], object]:
     return lambda: b.copy_(a)
 
 
+class _Unlaunched:
+    """A kernel that takes a launch and does nothing."""
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
+def host(case: Ready) -> Callable[[], object]:
+    """Return a step that prepares its launches as on a GPU, and launches none."""
+    from growkern.kernels import adamw as kernel
+
+    optim = case.optimizer(AdamW)
+    fits, launched = adamw._fits, kernel.adamw_kernel  # pyright: ignore[reportPrivateUsage]
+
+    def step() -> None:
+        adamw._fits, kernel.adamw_kernel = lambda *_: True, _Unlaunched()  # pyright: ignore
+        try:
+            optim.step()
+        finally:
+            adamw._fits, kernel.adamw_kernel = fits, launched  # pyright: ignore
+
+    return step
+
+
 LINES: dict[str, Callable[[Ready], Callable[[], object]]] = {
     OURS: lambda case: case.optimizer(AdamW).step,
     "foreach": lambda case: case.optimizer(torch.optim.AdamW, foreach=True).step,
     "fused": lambda case: case.optimizer(torch.optim.AdamW, fused=True).step,
     HOOKS: lambda case: hooked(case).step,
+    HOST: host,
     harness.ROOF: _roof,
 }
 
@@ -193,9 +226,9 @@ def chosen(scope: str) -> Sequence[tuple[str, bool, str, str]]:
         (name, sliced, dtype, backend)
         for name, dtypes in SCOPES[scope].items()
         for dtype in dtypes
-        for sliced in (False, True)
+        for sliced in (False, True)[: 1 if name in SMALL else 2]
         for backend in LINES
-        if sliced or backend != HOOKS
+        if (sliced or backend != HOOKS) and (backend != HOST or (name in SMALL and not GPU))
     ]
 
 

@@ -81,7 +81,7 @@ class Case:
         scope: Scope that runs the case: ``"quick"``, ``"cpu"`` (on a GPU too), ``"gpu"``, or ``"test"`` (tests only, in one process).
         memory: Total bytes that the case needs.
         dtype: Dtype of the weights; moments are float32.
-        doubles: True if every grown axis is doubled and the depth stays, as the published baselines require.
+        doubles: True if every grown axis is doubled and the depth stays, as all baselines require.
         busy: True for rows under one spinning process per core, too.
         narrow: True for a model that has the tensors of a large one, for the time of the host alone.
     """
@@ -235,10 +235,11 @@ def baselines(
     plan = growkern.plan(model, optim, to=case.to, width=Lossless(noise=0.0))
     work = jobs(model, optim, plan)
     everything = [*work[0], *work[1]]
-    calls: dict[str, Call] = {harness.ROOF: roof(everything), SELECT: partial(index_selects, everything)}  # fmt: skip
+    calls: dict[str, Call] = {harness.ROOF: roof(everything)}  # fmt: skip
     if case.doubles:
         config = grown_config(plan, model, model.config, "")
         shapes = {row.name: plan.shapes(row)[1] for row in plan.tensors}
+        calls[SELECT] = partial(index_selects, everything)
         calls[DOUBLE] = partial(state_dict_double, model, optim, config)
         calls[REPEAT] = partial(repeat_and_divide, model, config, shapes)
     return calls, work
@@ -306,7 +307,7 @@ def run(name: str, repeats: int = REPEATS, say: Callable[[str], object] = str) -
         samples.setdefault(line, []).append(sample)
         promised[line] = peak
 
-    others = (harness.ROOF, SELECT, *((DOUBLE, REPEAT) if case.doubles else ()))
+    others = (harness.ROOF, *((SELECT, DOUBLE, REPEAT) if case.doubles else ()))
     fresh = {"test": (), "quick": (DEFAULT,)}.get(case.scope, (DEFAULT, *others))
     lines = [(backend, "first") for backend in fresh]
     lines += [(backend, "busy") for backend in (DEFAULT, SELECT) if case.busy and not GPU]

@@ -86,11 +86,30 @@ def adamw(
     device = updates[0].p.device
     now = table.prepare(updates, block_r, block_c)
     scaler: tuple[Any, Any] = (None, None)
-    if has_scaler := grad_scale is not None or found_inf is not None:
+    if grad_scale is not None or found_inf is not None:
         given = ((grad_scale, 1.0), (found_inf, 0.0))
         scaler = tuple(
             torch.full((), x, device=device) if t is None else t.to(device) for t, x in given
         )
+    _launch(table, now, scaler)
+
+
+def adamw_again(
+    table: Table, params: Sequence[torch.Tensor], counts: Sequence[float], hypers: Sequence[Any]
+) -> None:
+    """Update as in the step before: parameters, moments and the layouts of gradients are those that the table was built from.
+
+    Args:
+        table: Table of the parameters' device.
+        params: Parameters with gradients, in the order of that step.
+        counts: Step counts; they include this step.
+        hypers: ``growkern.optimizer.adamw_torch.Hyper`` of every param group that has parameters, in order.
+    """
+    _launch(table, table.again(params, counts, hypers), (None, None))
+
+
+def _launch(table: Table, now: torch.Tensor, scaler: tuple[Any, Any]) -> None:
+    has_scaler = scaler != (None, None)
     with torch.cuda.device_of(now):
         for kind, sliced, first, n_pieces, n_tiles in table.launches:
             if n_tiles:

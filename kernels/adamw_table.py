@@ -87,14 +87,30 @@ class Table:
             self.signature = []  # the table is invalid during the rebuild
             self._build(updates, [s[0] for s in signature], block_r, block_c)
             self.signature = signature
-        now = array("q")
-        for u, grad in zip(updates, grads, strict=True):
-            now.append(grad)
-            now.append(0 if u.step.is_cuda else _bits(u.step.item(), math(u.p.dtype)))
+        counts = [0 if u.step.is_cuda else _bits(u.step.item(), math(u.p.dtype)) for u in updates]
+        return self._upload(grads, counts, hypers, updates[0].p.device)
+
+    def again(
+        self, params: Sequence[torch.Tensor], counts: Sequence[float], hypers: Sequence[Any]
+    ) -> torch.Tensor:
+        """Upload what changed since a step whose tensors were these, in this order; ``hypers`` are of the param groups, in order."""
+        bits = {
+            pair: _bits(*pair)
+            for pair in {*zip(counts, (math(p.dtype) for p in params), strict=True)}
+        }
+        own = [bits[pair] for pair in zip(counts, (math(p.dtype) for p in params), strict=True)]
+        grads = [p.grad.data_ptr() for p in params if p.grad is not None]
+        return self._upload(grads, own, hypers, params[0].device)
+
+    def _upload(
+        self, grads: Sequence[int], counts: Sequence[int], hypers: Sequence[Any], device: torch.device
+    ) -> torch.Tensor:  # fmt: skip
+        now = array("q", bytes(16 * len(grads)))
+        now[::2], now[1::2] = array("q", grads), array("q", counts)
         for index, dtype in self.hypers:
             now.extend(_bits(x, dtype) for x in numbers(hypers[index]))
         self.uploads.reverse()
-        return self.uploads[0].to(now, updates[0].p.device)
+        return self.uploads[0].to(now, device)
 
     def _build(
         self,

@@ -55,10 +55,14 @@ class Table:
         """
         records, n_tiles, n_pieces = array("q"), 0, 0
         tiles: dict[int, int] = {}  # number of tiles by the id of a geometry's record
+        target, dst, of_target = None, 0, ()
         for piece in pieces:
-            src, dst, noise = piece.src.data_ptr(), piece.dst.data_ptr(), piece.noise
+            if piece.dst is not target:  # the pieces of a target follow each other
+                target, dst = piece.dst, piece.dst.data_ptr()
+                of_target = target.shape, target.stride(), dst % 16, target.dtype
+            src, noise = piece.src.data_ptr(), piece.noise
             drawn = (0, 0, 0) if noise is None else (noise.std.data_ptr(), *noise.keys)
-            for fields in self._geometry(piece, src % 16, dst % 16, block_c is None):
+            for fields in self._geometry(piece, src % 16, of_target, block_c is None):
                 records.extend((n_tiles, src, dst, *drawn, *fields))
                 n_pieces += 1
                 if (n := tiles.get(id(fields))) is None:
@@ -75,13 +79,13 @@ class Table:
         return torch.frombuffer(self.numbers, dtype=torch.int64).to(device, copy=True)
 
     def _geometry(
-        self, piece: Any, src_at: int, dst_at: int, staged: bool
+        self, piece: Any, src_at: int, of_target: tuple[Any, ...], staged: bool
     ) -> list[tuple[int, ...]]:
         """Record fields from N_ROWS on, per stretch of columns; checked and computed once for all pieces of one shape and alignment."""
         src, dst = piece.src, piece.dst
         key = (
             id(piece.row_copies), id(piece.col_copies), id(piece.rows), id(piece.cols), piece.noise is None,
-            src.shape, src.stride(), src_at, src.dtype, dst.shape, dst.stride(), dst_at, dst.dtype,
+            src.shape, src.stride(), src_at, src.dtype, of_target,
         )  # fmt: skip
         records = self.geometries.get(key)
         if records is None:

@@ -146,19 +146,20 @@ def norms_of(tensors: Sequence[Tensor], order: int) -> Tensor:
 def roots_of_mean_squares(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the root mean square of each tensor, float64 (), the same bits on every device and in every order of summation.
 
+    All tensors have one device and one dtype.
     Elements are rounded to whole multiples of a power of two, at most 2**10 of them: the sum of up to 2**33 squares is exact.
     """
-    roots: list[Tensor] = []
-    largest: list[Tensor] = torch._foreach_norm([*tensors], inf)  # pyright: ignore
-    for tensor, most in zip(tensors, largest, strict=True):
-        exponent = torch.frexp(most.to(torch.float64)).exponent.clamp(min=-100)
-        unit = torch.ldexp(torch.ones_like(most, dtype=torch.float64), exponent - 10)
-        most_at_once = CHUNK if tensor.device.type == "cpu" else MOST
+    largest = torch.stack(torch._foreach_norm([*tensors], inf)).to(torch.float64)  # pyright: ignore
+    exponents = torch.frexp(largest).exponent.clamp(min=-100)
+    units = torch.ldexp(torch.ones_like(largest), exponents - 10)
+    most_at_once = CHUNK if largest.device.type == "cpu" else MOST
+    sums: list[Tensor] = []
+    for tensor, unit in zip(tensors, units.to(arithmetic(tensors[0].dtype)).unbind(), strict=True):
         parts: tuple[Tensor, ...] = torch.split(tensor.flatten(), most_at_once)
-        per_unit = unit.to(arithmetic(tensor.dtype))
-        sums = [_squares(part, per_unit) for part in parts]
-        roots.append((torch.stack(sums).sum() / tensor.numel()).sqrt() * unit)
-    return roots
+        squares = [_squares(part, unit) for part in parts]
+        sums.append(torch.stack(squares).sum() if len(squares) > 1 else squares[0])
+    counts = largest.new_tensor([tensor.numel() for tensor in tensors])
+    return [*((torch.stack(sums) / counts).sqrt() * units).unbind()]
 
 
 def _squares(part: Tensor, unit: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.optimizer import StateDict
 
+from growkern.optimizer.adamw_steady import Steady
 from growkern.optimizer.adamw_torch import BLOCK, Hyper, Update, length, sizes
 from growkern.optimizer.adamw_torch import adamw as torch_adamw
 from growkern.optimizer.state_rules import SLICES
@@ -62,6 +63,7 @@ class AdamW(torch.optim.AdamW):
     __module__ = "growkern.optim"  # the public path of the class, and its key in the state rules
 
     _ours: dict[int, tuple[list[Mine], list[Tensor]]]
+    _repeats: bool
 
     def set_slices(self, p: Tensor, **vectors: Vector) -> None:
         """Set slices of a parameter; slices that are not named stay. All arguments are checked before anything changes.
@@ -127,7 +129,16 @@ class AdamW(torch.optim.AdamW):
         torch's ``step`` runs unchanged, with closure and hooks, and calls ``_init_group`` for every group in turn.
         """
         if group is self.param_groups[0]:
-            self._ours = {id(g): self._split(g) for g in self.param_groups}
+            self._repeats = self._can_repeat()
+            if not self._repeats:
+                self.__dict__.pop(
+                    "_steady", None
+                )  # a step that raises leaves a table of other tensors
+                self._ours = {id(g): self._split(g) for g in self.param_groups}
+        if self._repeats:
+            if group is self.param_groups[-1]:
+                self._repeat()
+            return False
         ours, rest = self._ours.get(id(group), ([], []))
         has_complex = super()._init_group({**group, "params": rest} if ours else group, *lists)
         if not torch.compiler.is_compiling() and not any(group[o] for o in WHOLE):
@@ -135,10 +146,27 @@ class AdamW(torch.optim.AdamW):
         if group is self.param_groups[-1]:
             split, self._ours = self._ours, {}
             with torch.no_grad():  # torch may have enabled grad for a differentiable group
-                self._launch(
-                    [update for g in self.param_groups for update in self._updates(g, split)]
-                )
+                updates = [update for g in self.param_groups for update in self._updates(g, split)]
+                self._launch(updates)
+            self.__dict__["_steady"] = Steady.of(self, updates)
         return bool(has_complex)
+
+    def _can_repeat(self) -> bool:
+        """True when the kernel can update the tensors of the step before once more, as they are where they were."""
+        steady: Steady | None = self.__dict__.get("_steady")
+        if steady is None or torch.compiler.is_compiling():
+            return False
+        scaled = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return scaled == (None, None) and steady.holds(self)
+
+    def _repeat(self) -> None:
+        from growkern.kernels.adamw import adamw_again
+
+        params = [p for group in self.param_groups for p in group["params"]]
+        counts = self.__dict__["_steady"].count(self)
+        hypers = [_hyper(group) for group in self.param_groups if group["params"]]
+        with torch.no_grad():
+            adamw_again(self.__dict__["_tables"][params[0].device], params, counts, hypers)
 
     def _split(self, group: Group) -> tuple[list[Mine], list[Tensor]]:
         """Split a group into parameters that growkern updates and parameters that torch updates; an error changes nothing."""
@@ -166,9 +194,7 @@ class AdamW(torch.optim.AdamW):
     def _updates(
         self, group: Group, split: Mapping[int, tuple[list[Mine], list[Tensor]]]
     ) -> Iterator[tuple[Update, bool]]:
-        beta1, beta2 = map(float, group["betas"])
-        lr, eps, decay = (float(group[key]) for key in ("lr", "eps", "weight_decay"))
-        hyper = Hyper(lr, beta1, beta2, eps, decay, bool(group["maximize"]))
+        hyper = _hyper(group)
         for p, fits in split[id(group)][0]:
             state: State = self.state[p]
             if "exp_avg" not in state:
@@ -201,6 +227,12 @@ class AdamW(torch.optim.AdamW):
 
             tables: dict[torch.device, Table] = self.__dict__.setdefault("_tables", {})
             adamw(same, tables.setdefault(device, Table()), scale, found_inf)
+
+
+def _hyper(group: Group) -> Hyper:
+    beta1, beta2 = map(float, group["betas"])
+    lr, eps, decay = (float(group[key]) for key in ("lr", "eps", "weight_decay"))
+    return Hyper(lr, beta1, beta2, eps, decay, bool(group["maximize"]))
 
 
 def begin(group: Group, p: Tensor, state: State) -> None:

@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import pickle
+import weakref
 from unittest.mock import patch
 
 import torch
@@ -161,6 +162,167 @@ def test_the_kernel_trains_as_torch_does(launched, option, dtype):
 
     assert launched and max(launched) <= 4
     assert_same(ours, theirs, rtol={F64: 1e-12, F32: 2e-5}[dtype])
+
+
+def misaligned(p):
+    p.grad = torch.empty(p.numel() + 1, device=DEVICE)[1:].view(p.shape).copy_(p.grad)
+
+
+def other_layout(p):
+    p.grad = p.grad.T.contiguous().T
+
+
+def replaced_moment(optim, ps):
+    optim.state[ps[0]]["exp_avg"] = optim.state[ps[0]]["exp_avg"].clone() * 2
+
+
+def moved_moment(optim, ps):
+    optim.state[ps[0]]["exp_avg_sq"].data = optim.state[ps[0]]["exp_avg_sq"].clone() * 2
+
+
+def counted_on(optim, ps):
+    optim.state[ps[1]]["step"] += 3
+
+
+def counted_anew(optim, ps):
+    optim.state[ps[1]]["step"] = torch.tensor(7.0)
+
+
+def replaced_parameter(optim, ps):
+    ps[0] = optim.param_groups[0]["params"][0] = with_gradient(
+        Parameter(ps[0].detach().clone()), ps[0]
+    )
+
+
+def another_group(optim, ps):
+    ps.append(with_gradient(Parameter(ps[0].detach().clone()), ps[0]))
+    optim.add_param_group({"params": [ps[-1]], "lr": 0.5})
+
+
+def with_gradient(p, like):
+    p.grad = like.grad.clone()
+    return p
+
+
+def loaded(optim, ps):
+    optim.load_state_dict(copy.deepcopy(optim.state_dict()))
+
+
+def without_state(optim, ps):
+    del optim.state[ps[0]]
+
+
+def another_order(optim, ps):
+    optim.param_groups[0]["params"].reverse()
+
+
+def with_slices(optim, ps):
+    optim.set_slices(ps[0], lr_rows=[0.5] * len(ps[0]))
+
+
+CHANGES = {
+    "nothing": lambda optim, ps: None,
+    "lr": lambda optim, ps: optim.param_groups[0].update(lr=0.03),
+    "betas": lambda optim, ps: optim.param_groups[0].update(betas=(0.5, 0.6)),
+    "decay": lambda optim, ps: optim.param_groups[0].update(weight_decay=0.3, eps=1e-3),
+    "maximize": lambda optim, ps: optim.param_groups[0].update(maximize=True),
+    "capturable": lambda optim, ps: optim.param_groups[0].update(differentiable=False, foreach=True),
+    "no gradient": lambda optim, ps: setattr(ps[1], "grad", None),
+    "misaligned gradient": lambda optim, ps: misaligned(ps[0]),
+    "gradient of another layout": lambda optim, ps: other_layout(ps[0]),
+    "weights moved": lambda optim, ps: setattr(ps[0], "data", ps[0].data.clone() * 2),
+    "weights written": lambda optim, ps: ps[0].data.mul_(2),
+    "moment replaced": replaced_moment,
+    "moment moved": moved_moment,
+    "counted on": counted_on,
+    "counted anew": counted_anew,
+    "parameter replaced": replaced_parameter,
+    "another group": another_group,
+    "another order": another_order,
+    "loaded": loaded,
+    "without state": without_state,
+    "slices": with_slices,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_step_that_repeats_the_one_before_writes_the_bits_of_a_full_step(
+    launched, change, monkeypatch
+):
+    """Steps repeat until something changes, and repeat again after it."""
+    from growkern.kernels import adamw as kernel
+
+    if INTERPRETED:
+        monkeypatch.setattr(module, "_fits", lambda p, state, sliced: p.grad.is_contiguous())
+    repeated, again = [], kernel.adamw_again
+    monkeypatch.setattr(kernel, "adamw_again", lambda *a: (repeated.append(1), again(*a)))
+    shapes = [(4, 6), (5,), (8, 16)]
+    (a, ours), (b, full) = ((ps, AdamW(ps, lr=0.1)) for ps in (parameters(F32, shapes), parameters(F32, shapes)))  # fmt: skip
+
+    for k in range(7):
+        for ps, optim in ((a, ours), (b, full)):
+            g = torch.Generator().manual_seed(k)
+            for p in ps:
+                p.grad = torch.randn(p.shape, generator=g).to(DEVICE)
+            if k == 4:
+                change(optim, ps)
+        n = len(repeated)
+        ours.step()
+        if k in (1, 2, 3) or (k == 6 and change is not with_slices):
+            assert len(repeated) == n + 1, k
+        full.__dict__.pop("_steady", None)
+        full.step()
+        for p, q in zip(a, b, strict=True):
+            assert torch.equal(p, q), k
+            for key, value in full.state[q].items():
+                assert torch.equal(ours.state[p][key], value), (k, key)
+
+
+def test_no_step_repeats_one_that_raised(launched, monkeypatch):
+    """The table is then of other tensors than those of the last whole step."""
+    from growkern.kernels import adamw as kernel
+
+    a, b = (parameters(F32, [(4, 6), (5,)]) for _ in range(2))
+    ours, full = AdamW(a, lr=0.1), AdamW(b, lr=0.1)
+
+    def step(k):
+        for ps, optim in ((a, ours), (b, full)):
+            for i, p in enumerate(ps):
+                p.grad = torch.full_like(p, k + i + 1.0)
+            if optim is full:
+                optim.__dict__.pop("_steady", None)
+            optim.step()
+
+    step(0), step(1)
+    swapped = a[0].data
+    a[0].data = swapped.clone()
+    a[0].grad, launch = torch.ones_like(a[0]), kernel._launch
+    monkeypatch.setattr(kernel, "_launch", lambda *_: 1 / 0)
+    before = [ours.state[p]["step"].clone() for p in a]
+    with pytest.raises(ZeroDivisionError):
+        ours.step()
+    monkeypatch.setattr(kernel, "_launch", launch)
+    a[0].data = swapped
+    for p, count in zip(a, before, strict=True):
+        ours.state[p]["step"].copy_(count)
+
+    step(2), step(3)
+
+    assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def test_a_repeated_step_keeps_no_tensor_alive(launched):
+    ps = parameters(F32, [(4, 6)])
+    optim = AdamW(ps)
+    for _ in range(2):
+        ps[0].grad = torch.ones_like(ps[0])
+        optim.step()
+    alive = [weakref.ref(t) for t in (ps[0].grad, *optim.state[ps[0]].values())]
+
+    ps[0].grad = None
+    optim.state.clear()
+
+    assert [one() for one in alive] == [None] * 4
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -1,0 +1,84 @@
+"""The steps of AdamW in which no tensor has moved since the step before: the host compares numbers instead of looking at every tensor.
+
+The comparisons run over lists, in C. Whatever differs leads back to the full step.
+"""
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from growkern.optimizer.adamw_torch import Update
+
+GRAD, DTYPE, LAYOUT, SHAPE, VERSION = map(attrgetter, ("grad", "dtype", "layout", "shape", "_version"))  # fmt: skip
+ADDRESS: Callable[[Tensor], int] = Tensor.data_ptr
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+OPTIONS = (
+    "amsgrad",
+    "capturable",
+    "differentiable",
+)  # of a param group; all others are read in every step
+
+
+class Steady:
+    """What a full step has found of an optimizer whose tensors the kernel updates, in numbers: no tensor is kept alive.
+
+    Attributes:
+        seen: All that the kernel's table was built from, and the versions of the step counts, last.
+        counts: Step count of every parameter.
+    """
+
+    def __init__(self, seen: tuple[Any, ...], counts: Sequence[float]) -> None:
+        self.seen, self.counts = seen, [*counts]
+
+    @staticmethod
+    def of(optim: Optimizer, updates: Sequence[tuple[Update, bool]]) -> "Steady | None":
+        """Return what a full step has found; None where the kernel did not update every parameter of the optimizer, on one device."""
+        params = [p for group in optim.param_groups for p in group["params"]]
+        if [id(u.p) for u, _ in updates] != [*map(id, params)] or not params:
+            return None
+        fit = all(fits and not u.slices and not u.step.is_cuda for u, fits in updates)
+        if not fit or len({u.p.device for u, _ in updates}) > 1:
+            return None
+        seen = _seen(optim)
+        return Steady(seen, [u.step.item() for u, _ in updates]) if seen and all(seen[0]) else None
+
+    def holds(self, optim: Optimizer) -> bool:
+        """True if the optimizer is as it was after its last step, but for values, new gradients and hyperparameters."""
+        return _seen(optim) == self.seen
+
+    def count(self, optim: Optimizer) -> list[float]:
+        """Count the step, and return the counts."""
+        held = [optim.state[p]["step"] for group in optim.param_groups for p in group["params"]]
+        torch._foreach_add_(held, torch.ones(()))  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
+        self.seen = (*self.seen[:-1], [*map(VERSION, held)])
+        self.counts = [count + 1 for count in self.counts]
+        return self.counts
+
+
+def _seen(optim: Optimizer) -> tuple[Any, ...]:
+    """Return what the table of a step depends on; the gradients' contiguity is first. Empty where a gradient or a state is missing."""
+    groups = optim.param_groups
+    params: list[Tensor] = [p for group in groups for p in group["params"]]
+    grads: list[Any] = [*map(GRAD, params)]
+    states: list[Any] = [*map(optim.state.get, params)]
+    if (
+        {*map(type, grads)} != {Tensor}
+        or {*map(LAYOUT, grads)} != {torch.strided}
+        or not all(states)
+    ):
+        return ()
+    held = [[state.get(key) for state in states] for key in ("step", *MOMENTS)]
+    steps, *moments = held
+    tensors = [t for row in moments for t in row if t is not None]
+    options = [[len(group["params"]), *(group[key] for key in OPTIONS)] for group in groups]
+    options += [[isinstance(x, Tensor) for x in (group["lr"], *group["betas"])] for group in groups]
+    return (
+        [*map(Tensor.is_contiguous, grads)], [at % 16 for at in map(ADDRESS, grads)], [*map(DTYPE, grads)],
+        options, [*map(id, params)], [*map(ADDRESS, params)], [*map(SHAPE, params)], [*map(DTYPE, params)],
+        [*map(len, states)], [*map(id, tensors)], [*map(ADDRESS, tensors)], [*map(DTYPE, tensors)],
+        [*map(id, steps)], [*map(VERSION, steps)],
+    )  # fmt: skip
