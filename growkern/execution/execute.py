@@ -379,4 +379,4 @@ def _run(pieces: list[Piece], backend: str | None, meter: Meter) -> None:
             group = [
                 piece for piece in group if piece.dst.dtype not in DTYPES
             ]  # buffers of bool and small integers
-        reference.expand(meter.counted(group))
+        reference.expand(group, lambda piece: meter.reach(meter.done + piece.n_written))

@@ -1,6 +1,6 @@
 """The torch backend: the reference for the kernels in ``kernels/``, with their names and signatures, and the backend on a CPU."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import inf, prod
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from growkern.support.dtypes import arithmetic
+from growkern.support.threads import run_each
 
 CHUNK = 1 << 18  # elements per step: temporaries fit in cache, and every thread has work
+LARGE = 1 << 24  # bytes of work from which threads pay
 MOST = 1 << 24  # elements of temporaries on a GPU
 BYTES_MEAN, BYTES_STD = (
     510,
@@ -153,13 +155,23 @@ def roots_of_mean_squares(tensors: Sequence[Tensor]) -> list[Tensor]:
     exponents = torch.frexp(largest).exponent.clamp(min=-100)
     units = torch.ldexp(torch.ones_like(largest), exponents - 10)
     most_at_once = CHUNK if largest.device.type == "cpu" else MOST
-    sums: list[Tensor] = []
-    for tensor, unit in zip(tensors, units.to(arithmetic(tensors[0].dtype)).unbind(), strict=True):
+    sums = torch.zeros_like(largest)
+
+    def add(job: tuple[Tensor, Tensor, Tensor]) -> None:
+        tensor, unit, total = job
         parts: tuple[Tensor, ...] = torch.split(tensor.flatten(), most_at_once)
-        squares = [_squares(part, unit) for part in parts]
-        sums.append(torch.stack(squares).sum() if len(squares) > 1 else squares[0])
+        total.copy_(torch.stack([_squares(part, unit) for part in parts]).sum())
+
+    jobs = [
+        *zip(tensors, units.to(arithmetic(tensors[0].dtype)).unbind(), sums.unbind(), strict=True)
+    ]
+    if largest.device.type == "cpu" and sum(tensor.nbytes for tensor in tensors) >= LARGE:
+        run_each(jobs, lambda: add)
+    else:
+        for job in jobs:
+            add(job)
     counts = largest.new_tensor([tensor.numel() for tensor in tensors])
-    return [*((torch.stack(sums) / counts).sqrt() * units).unbind()]
+    return [*((sums / counts).sqrt() * units).unbind()]
 
 
 def _squares(part: Tensor, unit: Tensor) -> Tensor:
@@ -167,19 +179,34 @@ def _squares(part: Tensor, unit: Tensor) -> Tensor:
     return (part.to(unit.dtype) / unit).round_().square_().sum(dtype=torch.float64)
 
 
-def expand(pieces: Iterable[Piece]) -> None:
-    """Write every piece.
+def expand(pieces: Sequence[Piece], on_piece: Callable[[Piece], object] = id) -> None:
+    """Write every piece; on a CPU, large work runs in one thread per core (``growkern.support.threads``).
 
     Args:
-        pieces: Pieces with disjoint targets. Values are rounded once, at the store; a pure copy is bit-exact.
+        pieces: Pieces with disjoint targets, on one device. Values are rounded once, at the store; a pure copy is bit-exact.
+        on_piece: Called in the caller's thread when the last part of a piece is about to be written.
     """
-    scratch = Scratch()
-    for piece in pieces:
-        n_rows, n_cols = piece.shape
-        step = max(1, CHUNK // max(1, n_cols))
-        draws = [*_draws(piece)] if n_rows and n_cols else []
-        for start in range(0, n_rows if n_cols else 0, step):
-            _expand(piece, draws, slice(start, min(n_rows, start + step)), scratch)
+
+    def parts() -> Iterator[tuple[Piece, list[_Draw], slice]]:
+        for piece in pieces:
+            n_rows, n_cols = piece.shape
+            step = max(1, CHUNK // max(1, n_cols))
+            draws = [*_draws(piece)] if n_rows and n_cols else []
+            for start in range(0, n_rows if n_cols else 0, step):
+                yield piece, draws, slice(start, min(n_rows, start + step))
+            on_piece(piece)
+
+    def worker() -> Callable[[tuple[Piece, list[_Draw], slice]], None]:
+        scratch = Scratch()
+        return lambda part: _expand(*part, scratch)
+
+    on_cpu = bool(pieces) and pieces[0].dst.device.type == "cpu"
+    if on_cpu and sum(piece.n_written for piece in pieces) >= LARGE:
+        run_each(parts(), worker)
+        return
+    write = worker()
+    for part in parts():
+        write(part)
 
 
 class Scratch:

@@ -1,25 +1,12 @@
 """Progress of long work in bytes: a callback of the caller, and lines in the log."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from time import perf_counter
-from typing import Protocol, TypeVar
 
 Progress = Callable[[int, int], object]  # bytes written so far, total bytes
 SECONDS = 2.0  # between two lines of the log; shorter work has none
 logger = logging.getLogger("growkern")
-
-
-class Written(Protocol):
-    """Work that knows how many bytes it writes."""
-
-    @property
-    def n_written(self) -> int:
-        """Bytes written."""
-        ...
-
-
-W = TypeVar("W", bound=Written)
 
 
 class Meter:
@@ -43,9 +30,3 @@ class Meter:
         if (now := perf_counter()) - self._last > SECONDS:
             self._last = now
             logger.info("growing: %.1f of %.1f GB written", self.done / 1e9, self.total / 1e9)
-
-    def counted(self, parts: Iterable[W]) -> Iterator[W]:
-        """Yield the parts, and count each when the next is asked for."""
-        for part in parts:
-            yield part
-            self.reach(self.done + part.n_written)

@@ -1,0 +1,67 @@
+"""Work on a CPU in one thread per core, each of which runs torch's operators alone.
+
+An operator that runs on all cores waits for its slowest part. Where other processes use the cores, every operator then waits for a core
+that is lost for milliseconds; threads with work of their own wait once, at the end.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from queue import Queue
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+AHEAD = 2  # items per thread that wait for it
+
+
+def run_each(items: Iterable[T], worker: Callable[[], Callable[[T], object]]) -> None:
+    """Run a function on every item, on as many threads as torch uses; the caller's thread iterates over the items.
+
+    Args:
+        items: Independent pieces of work.
+        worker: Called once per thread; returns the function of that thread.
+
+    Raises:
+        BaseException: The first that an item, or the iteration, has raised; no thread runs on.
+    """
+    n = torch.get_num_threads()
+    if n == 1:
+        run = worker()
+        for item in items:
+            run(item)
+        return
+    waiting: Queue[list[T]] = Queue(AHEAD * n)  # an empty list ends a thread
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            torch.set_num_threads(1)  # of this thread
+            run = worker()
+            with torch.no_grad():
+                while item := waiting.get():
+                    if not errors:
+                        run(item[0])
+        except BaseException as error:
+            errors.append(error)
+            while waiting.get():  # so that the caller never waits for room
+                pass
+
+    threads: list[threading.Thread] = []
+    try:
+        for _ in range(n):
+            thread = threading.Thread(target=work, name="growkern", daemon=True)
+            thread.start()
+            threads.append(thread)
+        for item in items:
+            if errors:
+                break
+            waiting.put([item])
+    finally:
+        for _ in threads:
+            waiting.put([])
+        for thread in threads:
+            thread.join()
+        torch.set_num_threads(n)  # new threads of the process take the last number
+    if errors:
+        raise errors[0]

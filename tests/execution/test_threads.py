@@ -1,0 +1,84 @@
+"""Large work on a CPU runs in a thread per core: the same bits, one error for the caller, and torch's number of threads as before."""
+
+import threading
+
+import pytest
+import torch
+from models import grow, make, train
+
+from growkern.execution import torch_backend
+from growkern.support.threads import run_each
+from growkern.width import FPI, Lossless
+
+
+@pytest.fixture(params=[1, 2, 3])
+def n_threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def seen_by_a_new_thread():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start(), thread.join()
+    return found[0]
+
+
+def test_every_item_runs_once_and_alone(n_threads):
+    ran, own = [], []
+
+    def worker():
+        own.append(torch.get_num_threads())
+        return ran.append
+
+    run_each(range(100), worker)
+
+    assert sorted(ran) == [*range(100)] and own == [1] * n_threads
+    assert torch.get_num_threads() == seen_by_a_new_thread() == n_threads
+
+
+@pytest.mark.parametrize("at", [0, 50, 99])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["item", "iteration", "worker"])
+def test_what_raises_reaches_the_caller_and_ends_the_threads(n_threads, where, error, at):
+    def items():
+        for i in range(100):
+            if where == "iteration" and i == at:
+                raise error("boom")
+            yield i
+
+    def run(i):
+        if where == "item" and i == at:
+            raise error("boom")
+
+    def worker():
+        if where == "worker":
+            raise error("boom")
+        return run
+
+    with pytest.raises(error, match="boom"):
+        run_each(items(), worker)
+
+    assert not [t for t in threading.enumerate() if t.name == "growkern"]
+    assert torch.get_num_threads() == seen_by_a_new_thread() == n_threads
+
+
+@pytest.mark.parametrize("method", [Lossless(noise=0.5), Lossless(), FPI(maps="random")], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_growth_in_threads_writes_the_bits_of_one_without(n_threads, method, dtype, monkeypatch):
+    def grown(large, n):
+        torch.set_num_threads(1)
+        monkeypatch.setattr(torch_backend, "LARGE", large)
+        monkeypatch.setattr(torch_backend, "CHUNK", 64)
+        model = make("llama", tied=True).to(dtype)
+        optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        train(model, optim, 2)
+        torch.set_num_threads(n)
+        grow(model, optim, to="2x", width=method)
+        return [t for p in model.parameters() for t in (p, *optim.state[p].values())]
+
+    expected = grown(1 << 60, 1)
+
+    assert all(torch.equal(a, b) for a, b in zip(grown(0, n_threads), expected, strict=True))
