@@ -7,7 +7,7 @@ from math import inf, prod, sqrt
 import torch
 from torch import Tensor
 
-from growkern.execution.torch_backend import CHUNK, MOST, norms_of
+from growkern.execution.measures import CHUNK, MOST, norms_of
 from growkern.optimizer.update_scale import UpdateScale
 from growkern.planning.axis_scales import squares_of
 from growkern.planning.growth_plan import AxisMap, GrowthPlan

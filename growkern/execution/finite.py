@@ -15,6 +15,7 @@ from torch import Tensor
 
 from growkern.errors import CommitError, raise_all
 from growkern.execution import torch_backend as reference
+from growkern.execution.measures import CHUNK, MOST, norms_of
 from growkern.execution.tiles import BROKEN, Tiler
 from growkern.optimizer.state_rules import Rule
 from growkern.planning.growth_plan import TensorRow
@@ -99,7 +100,7 @@ def suspects(tiler: Tiler, jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
         if reach.smallest < 1 and 2 in (rule.weight, rule.grad) and not rule.quantized:
             zeros[source.device].append(([job], _may_zero(source, reach.smallest)[None]))
     for (device, _), pairs in sums.items():
-        norms = reference.norms_of([tensor for _, tensor in pairs], 2)
+        norms = norms_of([tensor for _, tensor in pairs], 2)
         flags[device].append(([job for job, _ in pairs], norms.isfinite().logical_not()))
     return [*_flagged(flags)], [*_flagged(zeros)]
 
@@ -182,6 +183,6 @@ def _may_zero(source: Tensor, scale: float) -> Tensor:
     most = torch.tensor(limits.smallest_normal * limits.eps / scale, dtype=source.dtype).view(kind)
     largest, on_cpu = torch.iinfo(kind).max, source.device.type == "cpu"
     bound, first = int(most + largest), int(most)
-    parts: tuple[Tensor, ...] = torch.split(source.flatten().view(kind), reference.CHUNK if on_cpu else reference.MOST)  # fmt: skip
+    parts: tuple[Tensor, ...] = torch.split(source.flatten().view(kind), CHUNK if on_cpu else MOST)  # fmt: skip
     lowest = [(part + largest).amin() for part in parts if not on_cpu or part.amin() <= first]
     return torch.stack(lowest).amin() <= bound if lowest else torch.tensor(False)

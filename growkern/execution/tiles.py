@@ -16,6 +16,7 @@ from torch import Tensor
 from growkern.errors import CommitError, PlanError
 from growkern.execution import torch_backend as reference
 from growkern.execution.axis_runs import AxisLayout, AxisRun, Reach, scale_of
+from growkern.execution.measures import chunks, roots_of_mean_squares
 from growkern.execution.torch_backend import Noise, Piece
 from growkern.optimizer.state_rules import Rule
 from growkern.planning.growth_plan import AxisMap, GrowthPlan, Pad, TensorRow
@@ -102,7 +103,7 @@ class Tiler:
                 noisy[kind].setdefault(row.source, source)
         for (_, dtype, _), by_name in noisy.items():
             sources = list(by_name.values())
-            stds = [_std(rms, dtype) for rms in reference.roots_of_mean_squares(sources)]
+            stds = [_std(rms, dtype) for rms in roots_of_mean_squares(sources)]
             self._stds |= dict(zip(by_name, stds, strict=True))
             self.n_read += 2 * sum(source.numel() * source.element_size() for source in sources)
 
@@ -298,7 +299,7 @@ class _Fill:
     def std(self) -> Tensor:
         """Noise scale of the source, for a weight that ``Tiler.measure`` did not measure."""
         self.n_statistics += 2
-        (rms,) = reference.roots_of_mean_squares([self.source])
+        (rms,) = roots_of_mean_squares([self.source])
         return _std(rms, self.dtype)
 
     def of(self, tile: _Tile) -> tuple[Tensor, bool]:
@@ -342,13 +343,13 @@ class _Fill:
         """Return the mean over the rows, the columns or both, (1, C), (R, 1) or (1, 1); each is computed once."""
         if (over_rows, over_cols) not in self._means:
             self.n_statistics += 1
-            chunks = list(reference.chunks(self.source))
+            parts = list(chunks(self.source))
             if over_cols:
-                chunks = [chunk.mean(1, keepdim=True) for chunk in chunks]
+                parts = [part.mean(1, keepdim=True) for part in parts]
             if over_rows:
                 n = max(1, self.source.shape[0])
-                chunks = [torch.stack([chunk.sum(0, keepdim=True) for chunk in chunks]).sum(0) / n]
-            self._means[over_rows, over_cols] = torch.cat(chunks)
+                parts = [torch.stack([part.sum(0, keepdim=True) for part in parts]).sum(0) / n]
+            self._means[over_rows, over_cols] = torch.cat(parts)
             self.statistics.append(self._means[over_rows, over_cols])
         return self._means[over_rows, over_cols]
 
@@ -366,7 +367,7 @@ class _Fill:
             finite = source.isfinite()
             source = source.where(finite, 0)
             n *= finite.double().mean().item()
-        by_row = torch.cat([chunk @ cols for chunk in reference.chunks(source)])
+        by_row = torch.cat([chunk @ cols for chunk in chunks(source)])
         mean = (rows @ by_row / (n or 1)).view(1, 1)
         self.statistics.append(mean)
         return mean

@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import grow, make, train
 
-from growkern.execution import torch_backend
+from growkern.execution import measures, torch_backend
 from growkern.support.threads import run_each
 from growkern.width import FPI, Lossless
 
@@ -70,8 +70,9 @@ def test_what_raises_reaches_the_caller_and_ends_the_threads(n_threads, where, e
 def test_a_growth_in_threads_writes_the_bits_of_one_without(n_threads, method, dtype, monkeypatch):
     def grown(large, n):
         torch.set_num_threads(1)
-        monkeypatch.setattr(torch_backend, "LARGE", large)
-        monkeypatch.setattr(torch_backend, "CHUNK", 64)
+        for module in (torch_backend, measures):
+            monkeypatch.setattr(module, "LARGE", large)
+            monkeypatch.setattr(module, "CHUNK", 64)
         model = make("llama", tied=True).to(dtype)
         optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
         train(model, optim, 2)

@@ -6,7 +6,7 @@ from models import grow, make, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from growkern.commit import commit
-from growkern.execution import torch_backend as reference
+from growkern.execution import measures
 
 
 class Counted(TorchDispatchMode):
@@ -23,7 +23,7 @@ class Counted(TorchDispatchMode):
 def test_norms_on_a_device_are_one_operation_for_all_tensors(dtype):
     tensors = [torch.empty(4096, 4096, dtype=dtype, device="meta") for _ in range(20)]
     with Counted() as counted:
-        norms = reference.norms_of(tensors, 2)
+        norms = measures.norms_of(tensors, 2)
 
     assert norms.shape == (20,) and norms.dtype == torch.float32
     assert counted.n <= 3
@@ -34,7 +34,7 @@ def test_norms_on_a_device_are_one_operation_for_all_tensors(dtype):
 def test_norms_of_low_precision_are_those_of_float64(dtype, order):
     t = torch.randn(300, 7000, generator=torch.Generator().manual_seed(0)).to(dtype).abs()
 
-    norms = reference.norms_of([t, t[:1]], order)
+    norms = measures.norms_of([t, t[:1]], order)
     (together,) = torch._foreach_norm([t], order, dtype=torch.float32)  # on a device
 
     for norm in (norms[0], together):
@@ -77,11 +77,11 @@ def test_the_strength_of_noise_depends_on_no_order_of_summation(dtype, monkeypat
     generator = torch.Generator().manual_seed(1)
     for scale in (1.0, 1e-3, 3e2, 1e-30 if dtype in (torch.float32, torch.float64) else 0.5):
         t = (torch.randn(700, 1500, generator=generator, dtype=torch.float64) * scale).to(dtype)
-        (root,) = reference.roots_of_mean_squares([t])
+        (root,) = measures.roots_of_mean_squares([t])
         shuffled = t.flatten()[torch.randperm(t.numel(), generator=generator)].view(1500, 700)
         with monkeypatch.context() as patch:
-            patch.setattr(reference, "CHUNK", 777)
-            (other,) = reference.roots_of_mean_squares([shuffled.T])
+            patch.setattr(measures, "CHUNK", 777)
+            (other,) = measures.roots_of_mean_squares([shuffled.T])
 
         assert root.dtype == torch.float64 and torch.equal(root, other)
         assert float(root) == pytest.approx(float(t.double().square().mean().sqrt()), rel=1e-5)
@@ -89,7 +89,7 @@ def test_the_strength_of_noise_depends_on_no_order_of_summation(dtype, monkeypat
 
 def test_the_strength_of_noise_of_numbers_that_are_not_finite_is_not_finite():
     for value in (float("nan"), float("inf")):
-        (root,) = reference.roots_of_mean_squares([torch.tensor([1.0, value, 2.0])])
+        (root,) = measures.roots_of_mean_squares([torch.tensor([1.0, value, 2.0])])
 
         assert not root.isfinite()
-    assert float(reference.roots_of_mean_squares([torch.zeros(3)])[0]) == 0
+    assert float(measures.roots_of_mean_squares([torch.zeros(3)])[0]) == 0

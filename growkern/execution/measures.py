@@ -1,0 +1,70 @@
+"""Norms and root mean squares of tensors, and the sizes of the steps in which a CPU and a GPU read them."""
+
+from collections.abc import Iterator, Sequence
+from math import inf
+
+import torch
+from torch import Tensor
+
+from growkern.support.dtypes import arithmetic
+from growkern.support.threads import run_each
+
+CHUNK = 1 << 18  # elements per step: temporaries fit in cache, and every thread has work
+LARGE = 1 << 24  # bytes of work from which threads pay
+MOST = 1 << 24  # elements of temporaries on a GPU
+
+
+def chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor in its arithmetic's dtype: a low-precision tensor in chunks, to avoid a copy of the whole tensor."""
+    dtype = arithmetic(tensor.dtype)
+    if tensor.dtype == dtype or tensor.dim() == 0:
+        yield tensor.to(dtype)
+        return
+    step = max(1, CHUNK * tensor.shape[0] // max(1, tensor.numel()))
+    for start in range(0, tensor.shape[0], step):
+        yield tensor[start : start + step].to(dtype)
+
+
+def norms_of(tensors: Sequence[Tensor], order: int) -> Tensor:
+    """Return each tensor's norm of order 2 or 1 (1: no negative elements). All tensors have one device and one arithmetic dtype."""
+    on_cpu, dtype = tensors[0].device.type == "cpu", arithmetic(tensors[0].dtype)
+    if not on_cpu or all(tensor.dtype == dtype for tensor in tensors):
+        if order == 1 and on_cpu:  # 2.7 x as fast as _foreach_norm
+            return torch.stack([tensor.sum() for tensor in tensors])
+        return torch.stack(torch._foreach_norm(list(tensors), order, dtype=dtype))  # pyright: ignore
+    parts = [torch.stack([torch.norm(chunk, order) for chunk in chunks(t)]) for t in tensors]  # pyright: ignore
+    return torch.stack([part.pow(order).sum().pow(1 / order) for part in parts])  # pyright: ignore
+
+
+def roots_of_mean_squares(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the root mean square of each tensor, float64 (), the same bits on every device and in every order of summation.
+
+    All tensors have one device and one dtype.
+    Elements are rounded to whole multiples of a power of two, at most 2**10 of them: the sum of up to 2**33 squares is exact.
+    """
+    largest = torch.stack(torch._foreach_norm([*tensors], inf)).to(torch.float64)  # pyright: ignore
+    exponents = torch.frexp(largest).exponent.clamp(min=-100)
+    units = torch.ldexp(torch.ones_like(largest), exponents - 10)
+    most_at_once = CHUNK if largest.device.type == "cpu" else MOST
+    sums = torch.zeros_like(largest)
+
+    def add(job: tuple[Tensor, Tensor, Tensor]) -> None:
+        tensor, unit, total = job
+        parts: tuple[Tensor, ...] = torch.split(tensor.flatten(), most_at_once)
+        total.copy_(torch.stack([_squares(part, unit) for part in parts]).sum())
+
+    jobs = [
+        *zip(tensors, units.to(arithmetic(tensors[0].dtype)).unbind(), sums.unbind(), strict=True)
+    ]
+    if largest.device.type == "cpu" and sum(tensor.nbytes for tensor in tensors) >= LARGE:
+        run_each(jobs, lambda: add)
+    else:
+        for job in jobs:
+            add(job)
+    counts = largest.new_tensor([tensor.numel() for tensor in tensors])
+    return [*((sums / counts).sqrt() * units).unbind()]
+
+
+def _squares(part: Tensor, unit: Tensor) -> Tensor:
+    """Return the sum of squares of a tensor in whole units, float64 ()."""
+    return (part.to(unit.dtype) / unit).round_().square_().sum(dtype=torch.float64)
