@@ -216,9 +216,8 @@ def _stage(
             tensors.states[name] = {k: state[k] for k in (MASTER, MASTER_GRAD) if k in state}
     execution = Execution(
         plan, tensors, rules.__getitem__, backend=request.backend, memory=request.memory,
-        given=request.new_rows,
+        given=request.new_rows, on_progress=request.on_progress,
     )  # fmt: skip
-    execution.meter.on_progress = request.on_progress
     shadows = [execution.of(tensors_of(average, (), sources.spec)) for average in sources.averages]
     masters = request.master_weights or {}
     held = {name: masters.get(p, p) for name, p in model.named_parameters(remove_duplicate=False)}

@@ -24,7 +24,7 @@ from growkern.support.dtypes import arithmetic
 from growkern.support.laps import Laps
 from growkern.support.memory import free_bytes, is_shared, stored_like, trim
 from growkern.support.named_tensors import Tensors
-from growkern.support.progress import Meter
+from growkern.support.progress import Meter, Progress
 
 Memory = Literal["stage", "lean"]
 MEMORIES = ("stage", "lean")
@@ -72,6 +72,7 @@ class Execution:
         memory: Memory | None = None,
         tiler: Tiler | None = None,
         given: Given | None = None,
+        on_progress: Progress | None = None,
     ) -> None:
         """Check that the plan fits the tensors and that the targets fit in memory; see ``execute``.
 
@@ -95,7 +96,8 @@ class Execution:
         self.memory: Memory
         self.memory, self.peak_bytes = _choose(self.sets, memory)
         self.n_read = self.n_written = 0
-        self.meter = Meter(sum(sum(one.n_bytes.values()) for one in self.sets))
+        n_bytes = sum(sum(one.n_bytes.values()) for one in self.sets)
+        self.meter = Meter(n_bytes, on_progress)
         self.laps = Laps()
         self.notes: list[str] = []
         if n_shared := sum(map(is_shared, sources.values.values())):

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from growkern.support.dtypes import arithmetic
-from growkern.support.threads import run_each
+from growkern.support.threads import CHUNK, run_each
 
-CHUNK = 1 << 18  # elements per step: temporaries fit in cache, and every thread has work
-LARGE = 1 << 24  # bytes of work from which threads pay
 MOST = 1 << 24  # elements of temporaries on a GPU
 
 
@@ -56,11 +54,7 @@ def roots_of_mean_squares(tensors: Sequence[Tensor]) -> list[Tensor]:
     jobs = [
         *zip(tensors, units.to(arithmetic(tensors[0].dtype)).unbind(), sums.unbind(), strict=True)
     ]
-    if largest.device.type == "cpu" and sum(tensor.nbytes for tensor in tensors) >= LARGE:
-        run_each(jobs, lambda: add)
-    else:
-        for job in jobs:
-            add(job)
+    run_each(jobs, lambda: add, largest.device, sum(tensor.nbytes for tensor in tensors))
     counts = largest.new_tensor([tensor.numel() for tensor in tensors])
     return [*((sums / counts).sqrt() * units).unbind()]
 

@@ -8,9 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from growkern.execution.measures import CHUNK, LARGE
 from growkern.support.dtypes import arithmetic
-from growkern.support.threads import run_each
+from growkern.support.threads import CHUNK, run_each
 
 BYTES_MEAN, BYTES_STD = (
     510,
@@ -121,7 +120,7 @@ class Piece:
         return not any([copy.is_scaled for copy in (*self.row_copies, *self.col_copies)])
 
 
-def expand(pieces: Sequence[Piece], on_piece: Callable[[Piece], object] = id) -> None:
+def expand(pieces: Sequence[Piece], on_piece: Callable[[Piece], object] | None = None) -> None:
     """Write every piece; on a CPU, large work runs in one thread per core (``growkern.support.threads``).
 
     Args:
@@ -136,19 +135,16 @@ def expand(pieces: Sequence[Piece], on_piece: Callable[[Piece], object] = id) ->
             draws = [*_draws(piece)] if n_rows and n_cols else []
             for start in range(0, n_rows if n_cols else 0, step):
                 yield piece, draws, slice(start, min(n_rows, start + step))
-            on_piece(piece)
+            if on_piece is not None:
+                on_piece(piece)
 
     def worker() -> Callable[[tuple[Piece, list[_Draw], slice]], None]:
         scratch = Scratch()
         return lambda part: _expand(*part, scratch)
 
-    on_cpu = bool(pieces) and pieces[0].dst.device.type == "cpu"
-    if on_cpu and sum(piece.n_written for piece in pieces) >= LARGE:
-        run_each(parts(), worker)
-        return
-    write = worker()
-    for part in parts():
-        write(part)
+    if pieces:
+        n_written = sum(piece.n_written for piece in pieces)
+        run_each(parts(), worker, pieces[0].dst.device, n_written)
 
 
 class Scratch:

@@ -13,20 +13,26 @@ import torch
 
 T = TypeVar("T")
 AHEAD = 2  # items per thread that wait for it
+CHUNK = 1 << 18  # elements per item on a CPU: temporaries fit in cache, and every thread has work
+LARGE = 1 << 24  # bytes of work from which threads pay
 
 
-def run_each(items: Iterable[T], worker: Callable[[], Callable[[T], object]]) -> None:
-    """Run a function on every item, on as many threads as torch uses; the caller's thread iterates over the items.
+def run_each(
+    items: Iterable[T], worker: Callable[[], Callable[[T], object]], device: torch.device, n_bytes: int
+) -> None:  # fmt: skip
+    """Run a function on every item; large work on a CPU runs on as many threads as torch uses, other work in the caller's thread.
 
     Args:
-        items: Independent pieces of work.
+        items: Independent pieces of work; the caller's thread iterates over them.
         worker: Called once per thread; returns the function of that thread.
+        device: Device of the work.
+        n_bytes: Bytes of the work.
 
     Raises:
         BaseException: The first that an item, or the iteration, has raised; no thread runs on.
     """
     n = torch.get_num_threads()
-    if n == 1:
+    if n == 1 or n_bytes < LARGE or device.type != "cpu":
         run = worker()
         for item in items:
             run(item)

@@ -7,8 +7,11 @@ import torch
 from models import grow, make, train
 
 from growkern.execution import measures, torch_backend
-from growkern.support.threads import run_each
+from growkern.support import threads
+from growkern.support.threads import LARGE, run_each
 from growkern.width import FPI, Lossless
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -33,10 +36,28 @@ def test_every_item_runs_once_and_alone(n_threads):
         own.append(torch.get_num_threads())
         return ran.append
 
-    run_each(range(100), worker)
+    run_each(range(100), worker, CPU, LARGE)
 
     assert sorted(ran) == [*range(100)] and own == [1] * n_threads
     assert torch.get_num_threads() == seen_by_a_new_thread() == n_threads
+
+
+@pytest.mark.parametrize(
+    ("device", "n_bytes"), [("cpu", LARGE - 1), ("cuda", LARGE), ("meta", LARGE)]
+)
+def test_small_work_and_work_of_other_devices_stays_in_the_callers_thread(
+    device, n_bytes, n_threads
+):
+    ran = []
+
+    run_each(
+        range(9),
+        lambda: lambda i: ran.append((i, threading.get_ident())),
+        torch.device(device),
+        n_bytes,
+    )
+
+    assert ran == [(i, threading.get_ident()) for i in range(9)]
 
 
 @pytest.mark.parametrize("at", [0, 50, 99])
@@ -59,7 +80,7 @@ def test_what_raises_reaches_the_caller_and_ends_the_threads(n_threads, where, e
         return run
 
     with pytest.raises(error, match="boom"):
-        run_each(items(), worker)
+        run_each(items(), worker, CPU, LARGE)
 
     assert not [t for t in threading.enumerate() if t.name == "growkern"]
     assert torch.get_num_threads() == seen_by_a_new_thread() == n_threads
@@ -70,8 +91,8 @@ def test_what_raises_reaches_the_caller_and_ends_the_threads(n_threads, where, e
 def test_a_growth_in_threads_writes_the_bits_of_one_without(n_threads, method, dtype, monkeypatch):
     def grown(large, n):
         torch.set_num_threads(1)
+        monkeypatch.setattr(threads, "LARGE", large)
         for module in (torch_backend, measures):
-            monkeypatch.setattr(module, "LARGE", large)
             monkeypatch.setattr(module, "CHUNK", 64)
         model = make("llama", tied=True).to(dtype)
         optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
