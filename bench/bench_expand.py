@@ -24,7 +24,7 @@ from growkern import ModelSpec, linear
 from growkern.depth import IdentityBlocks
 from growkern.execution import torch_backend as reference
 from growkern.execution.execute import execute
-from growkern.execution.tiles import Tiler
+from growkern.execution.tiles import Job, Tiler
 from growkern.model.spec import space_size
 from growkern.optimizer.state_rules import GRADIENT, LAWS, SQUARE, VALUE
 from growkern.planning.build import build
@@ -220,10 +220,9 @@ def _warm(case: Ready) -> Callable[[], object]:
         from growkern.kernels.expand import expand
     else:
         expand = reference.expand
-    tiler, row = Tiler(case.plan), case.plan.tensors[0]
-    return partial(
-        expand, [p for job in case.jobs for p in tiler.pieces(row, *job[:2], RULES[job[2]])]
-    )
+    row = case.plan.tensors[0]
+    jobs: list[Job] = [(row, *job[:2], RULES[job[2]], None) for job in case.jobs]
+    return partial(expand, Tiler(case.plan).groups(jobs))
 
 
 def _cold(case: Ready) -> Callable[[], object]:

@@ -45,7 +45,7 @@ from bench.baselines import (
 )
 from growkern.commit.commit import grown_config
 from growkern.execution import execute
-from growkern.execution.torch_backend import Piece
+from growkern.execution.pieces import Group
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.support.progress import Meter
 from growkern.width import Lossless
@@ -215,9 +215,10 @@ def host(case: Case) -> list[float]:
 
     zeroing: list[float] = []
 
-    def unlaunched(pieces: Sequence[Piece], backend: str | None, meter: Meter) -> None:
-        tabled(pieces)
-        zeroing.append(harness.wall(lambda: [piece.dst.zero_() for piece in pieces]))
+    def unlaunched(groups: Sequence[Group], backend: str | None, meter: Meter) -> None:
+        tabled(groups)
+        targets = [target for group in groups for target in group.targets]
+        zeroing.append(harness.wall(lambda: [target.zero_() for target in targets]))
 
     seconds: list[float] = []
     for _ in range(1 + N_HOST):  # the first call imports modules

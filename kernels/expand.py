@@ -8,6 +8,7 @@ Bytes: R C (source) read once + copies R C (target) written once per piece, plus
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from growkern.kernels.table import (
     FIRST_TILE,
     FLAGS,
     N_COLS,
+    N_FIELDS,
     N_ROWS,
     ROW_INDEX,
     SRC_COL,
@@ -129,56 +131,65 @@ def expand_kernel(
             row += BLOCK_NARROW
 
 
-def expand(pieces: Sequence[Any]) -> None:
-    """Write every piece (``growkern.execution.torch_backend.Piece``): one launch per pair of dtypes, one more per length of staged rows.
+def expand(groups: Sequence[Any]) -> None:
+    """Write every piece: one launch per pair of dtypes, one more per length of staged rows.
 
     Args:
-        pieces: Pieces on one device, with contiguous vectors and without overlap in the target. Values are rounded once, at the
-            store; a pure copy is bit-exact.
+        groups: Groups of tensors (``growkern.execution.pieces.Group``) on one device, with contiguous vectors and without overlap in the
+            targets. Values are rounded once, at the store; a pure copy is bit-exact.
 
     Raises:
         IndexError: A piece does not fit its tensors (index values are not checked); nothing has been launched.
     """
-    table, launches = tabled(pieces)
+    table, launches = tabled(groups)
     if not any(n_programs for *_, n_programs in launches):
         return
-    on_device = table.upload(pieces[0].dst.device)
+    on_device = table.content().to(groups[0].targets[0].device)
     with torch.cuda.device_of(on_device):
         for kernel, options, n_rows, first, n_pieces, n_programs in launches:
             if n_programs:
                 kernel[(n_programs,)](on_device, first, n_pieces, *n_rows, **options)
 
 
+Member = tuple[Any, list[int]]  # a group, and the indices of its pieces in a launch
 # kernel, options, rows of a program of expand_kernel, offset of the first piece, number of pieces, number of programs
 Launch = tuple[Any, dict[str, Any], tuple[int, ...], int, int, int]
 
 
-def tabled(pieces: Sequence[Any]) -> tuple[Table, list[Launch]]:
+def tabled(groups: Sequence[Any]) -> tuple[Table, list[Launch]]:
     """Do all host work: build the table, and list the launches."""
     table, launches = Table(), list[Launch]()
-    for (src, dst, n_staged), members in kinds(pieces).items():
+    for (src, dst, n_staged), members in kinds(groups).items():
         options = launch_options(src, dst, n_staged)
         if n_staged:
             launches.append((permute_kernel, options, (), *table.add(members, PERMUTED_R, None)))
         else:
             n_rows = rows_of_program(options["BLOCK_R"], members)
             launches.append((expand_kernel, options, (n_rows,), *table.add(members, n_rows, BLOCK_C)))  # fmt: skip
-    return table, launches
+    start = len(table.numbers)  # the records of pieces follow those of copies
+    return table, [
+        (kernel, options, n_rows, start + before * N_FIELDS.value, n_pieces, n_programs)
+        for kernel, options, n_rows, before, n_pieces, n_programs in launches
+    ]
 
 
-def rows_of_program(block: int, pieces: Sequence[Any]) -> int:
+def rows_of_program(block: int, members: Sequence[Member]) -> int:
     """Rows per program: several tiles where a launch has so many elements that every multiprocessor is busy either way."""
-    n = sum(piece.shape[0] * piece.shape[1] for piece in pieces)
-    return block * (N_TILES if n >= N_BUSY else 1)
+    shapes = ((len(group.targets), *group.pieces[k].shape) for group, at in members for k in at)
+    return block * (N_TILES if sum(map(prod, shapes)) >= N_BUSY else 1)
 
 
-def kinds(pieces: Sequence[Any]) -> dict[tuple[torch.dtype, torch.dtype, int], list[Any]]:
-    """Group pieces by launch: source dtype, target dtype, and the block that a staged row fits in (0: rows are not staged)."""
-    groups: dict[tuple[torch.dtype, torch.dtype, int], list[Any]] = {}
-    for piece in pieces:
-        n_staged = 0 if piece.cols is None else staged(piece.src.shape[1], piece.src.itemsize)
-        groups.setdefault((piece.src.dtype, piece.dst.dtype, n_staged), []).append(piece)
-    return groups
+def kinds(groups: Sequence[Any]) -> dict[tuple[torch.dtype, torch.dtype, int], list[Member]]:
+    """Sort pieces by launch: source dtype, target dtype, and the block that a staged row fits in (0: rows are not staged)."""
+    found: dict[tuple[torch.dtype, torch.dtype, int], list[Member]] = {}
+    for group in groups:
+        own: dict[tuple[torch.dtype, torch.dtype, int], list[int]] = {}
+        for k, piece in enumerate(group.pieces):
+            n_staged = 0 if piece.cols is None else staged(piece.src.shape[1], piece.src.itemsize)
+            own.setdefault((piece.src.dtype, piece.dst.dtype, n_staged), []).append(k)
+        for kind, indices in own.items():
+            found.setdefault(kind, []).append((group, indices))
+    return found
 
 
 def launch_options(src: torch.dtype, dst: torch.dtype, n_staged: int) -> dict[str, Any]:

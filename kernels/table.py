@@ -39,78 +39,76 @@ SRC_WIDE, DST_WIDE, ARITHMETIC, NOISE = (
 
 
 class Table:
-    """Records of copies and pieces, stored one after the other."""
+    """Records of copies, and after them the records of pieces."""
 
     def __init__(self) -> None:
-        self.numbers = array("q")
+        self.numbers = array("q")  # records of copies
         self.copies: dict[int, int] = {}
-        self.geometries: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
         self.kept: list[Any] = []  # objects whose ids are keys above, kept alive
+        self.records: list[torch.Tensor] = []
+        self.n_records = 0
 
-    def add(self, pieces: Sequence[Any], block_r: int, block_c: int | None) -> tuple[int, int, int]:
+    def add(
+        self, members: Sequence[tuple[Any, Sequence[int]]], block_r: int, block_c: int | None
+    ) -> tuple[int, int, int]:
         """Append pieces, cut into tiles of ``block_r`` rows and ``block_c`` columns (None: all columns).
 
+        Args:
+            members: Groups of tensors that are cut alike (``growkern.execution.pieces.Group``), and the indices of the pieces to append.
+            block_r: Rows of a tile.
+            block_c: Columns of a tile.
+
         Returns:
-            Offset of the first record, number of records, number of tiles.
+            Number of records before, number of records, number of tiles.
         """
-        records, n_tiles, n_pieces = array("q"), 0, 0
-        tiles: dict[int, int] = {}  # number of tiles by the id of a geometry's record
-        target, dst, of_target = None, 0, ()
-        for piece in pieces:
-            if piece.dst is not target:  # the pieces of a target follow each other
-                target, dst = piece.dst, piece.dst.data_ptr()
-                of_target = target.shape, target.stride(), dst % 16, target.dtype
-            src, noise = piece.src.data_ptr(), piece.noise
-            drawn = (0, 0, 0) if noise is None else (noise.std.data_ptr(), *noise.keys)
-            for fields in self._geometry(piece, src % 16, of_target, block_c is None):
-                records.extend((n_tiles, src, dst, *drawn, *fields))
-                n_pieces += 1
-                if (n := tiles.get(id(fields))) is None:
-                    n_rows, n_cols = fields[:2]
+        before, n_tiles = self.n_records, 0
+        for group, indices in members:
+            fields, origins, tiles = list[tuple[int, ...]](), list[int](), list[int]()
+            noisy = list[int]()
+            for k in indices:
+                at, origin = group.offset(k) * group.pieces[k].src.itemsize, group.origins[k]
+                for own in self._stretches(group.pieces[k], block_c is None):
+                    n_rows, n_cols, *_ = own
                     by_col = -(-n_cols // block_c) if block_c else min(n_cols, 1)
-                    n = tiles[id(fields)] = -(-n_rows // block_r) * by_col
-                n_tiles += n
-        start = len(self.numbers)
-        self.numbers.extend(records)
-        return start, n_pieces, n_tiles
+                    noisy += [] if group.pieces[k].noise is None else [len(fields)]
+                    tiles.append(-(-n_rows // block_r) * by_col)
+                    fields.append((0, at, 0, 0, 0, 0, *own))
+                    origins.append(origin)
+            if fields:
+                records = _broadcast(group, fields, origins, noisy)
+                n, ends = len(records), torch.tensor(tiles).cumsum(0)
+                firsts = torch.arange(n)[:, None] * ends[-1] + (ends - torch.tensor(tiles))
+                records[:, :, FIRST_TILE.value] = firsts + n_tiles
+                n_tiles += n * int(ends[-1])
+                self.records.append(records.flatten())
+                self.n_records += n * len(fields)
+        return before, self.n_records - before, n_tiles
 
-    def upload(self, device: torch.device) -> torch.Tensor:
-        """Copy the table to a device."""
-        return torch.frombuffer(self.numbers, dtype=torch.int64).to(device, copy=True)
+    def content(self) -> torch.Tensor:
+        """Return the whole table, int64 (n,)."""
+        return torch.cat([torch.frombuffer(self.numbers, dtype=torch.int64), *self.records])
 
-    def _geometry(
-        self, piece: Any, src_at: int, of_target: tuple[Any, ...], staged: bool
-    ) -> list[tuple[int, ...]]:
-        """Record fields from N_ROWS on, per stretch of columns; checked and computed once for all pieces of one shape and alignment."""
+    def _stretches(self, piece: Any, staged: bool) -> Iterator[tuple[int, ...]]:
+        """Check a piece, and yield the fields of its stretches of columns from N_ROWS on."""
+        check(piece)
         src, dst = piece.src, piece.dst
-        key = (
-            id(piece.row_copies), id(piece.col_copies), id(piece.rows), id(piece.cols), piece.noise is None,
-            src.shape, src.stride(), src_at, src.dtype, of_target,
-        )  # fmt: skip
-        records = self.geometries.get(key)
-        if records is None:
-            check(piece)
-            self.kept.append(piece)
-            flags = 0 if piece.pure_copy else ARITHMETIC.value
-            flags |= 0 if piece.noise is None else NOISE.value
-            n_rows, n_cols = piece.shape
-            index = _pointer(piece.rows), _pointer(piece.cols)
-            copies = self._copies(piece.row_copies), self._copies(piece.col_copies)
-            records = self.geometries[key] = [
-                (
-                    n_rows,
-                    n,
-                    *src.stride(),
-                    dst.stride(0),
-                    *index,
-                    flags | wide,
-                    *copies,
-                    src.shape[1],
-                    first,
-                )
-                for first, n, wide in stretches(piece, n_cols, staged)
-            ]
-        return records
+        flags = 0 if piece.pure_copy else ARITHMETIC.value
+        flags |= 0 if piece.noise is None else NOISE.value
+        n_rows, n_cols = piece.shape
+        index = _pointer(piece.rows), _pointer(piece.cols)
+        copies = self._copies(piece.row_copies), self._copies(piece.col_copies)
+        for first, n, wide in stretches(piece, n_cols, staged):
+            yield (
+                n_rows,
+                n,
+                *src.stride(),
+                dst.stride(0),
+                *index,
+                flags | wide,
+                *copies,
+                src.shape[1],
+                first,
+            )
 
     def _copies(self, copies: tuple[Any, ...]) -> int:
         """Return number and offset of the copies, packed; copies that pieces share are written once."""
@@ -123,6 +121,20 @@ class Table:
                 self.numbers.extend((*_copy(copy), int(counters != before)))
                 before = counters
         return self.copies[id(copies)]
+
+
+def _broadcast(
+    group: Any, fields: list[tuple[int, ...]], origins: list[int], noisy: list[int]
+) -> torch.Tensor:
+    """Return the records of every tensor of a group, int64 (tensors, records, fields): those of the first, with each one's pointers."""
+    records = torch.tensor(fields).repeat(len(group.targets), 1, 1)
+    sources = torch.tensor([[t.data_ptr() for t in read] for read in group.sources])
+    records[:, :, SRC_PTR.value] += sources[:, origins]
+    records[:, :, DST_PTR.value] = torch.tensor([t.data_ptr() for t in group.targets])[:, None]
+    if noisy:
+        drawn = torch.tensor([(noise.std.data_ptr(), *noise.keys) for noise in group.noises])
+        records[:, noisy, STD.value : COL_KEY.value + 1] = drawn[:, None]
+    return records
 
 
 def _copy(copy: Any) -> list[int]:

@@ -154,7 +154,7 @@ MUTANTS = {
         "execution/tiles.py", "axis_keys(self.plan.seed, _tensor_id(row.name))", "axis_keys(self.plan.seed, 0)",
         "execution/test_execute.py -k noise"),
     "execute: a mean is a sum": Mutant(
-        "execution/tiles.py", "(rows @ by_row / (n or 1))", "(rows @ by_row)", "optimizer/test_describe_optimizer.py -k ancestor"),
+        "execution/fills.py", "(rows @ by_row / (n or 1))", "(rows @ by_row)", "optimizer/test_describe_optimizer.py -k ancestor"),
     "execute: the mean of a power is no power mean": Mutant(
         "execution/tiles.py", "(sum(copied) / max(1, len(copied))) ** (1 / power)", "(sum(copied) / max(1, len(copied)))",
         "optimizer/test_state_rules.py -k 'gathered and dafactor'"),

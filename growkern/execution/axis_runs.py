@@ -41,6 +41,11 @@ class AxisRun:
         """This run with scale 1."""
         return replace(self, copies=tuple(replace(c, scale=1.0, scales=None) for c in self.copies))
 
+    @cached_property
+    def unindexed(self) -> "AxisRun":
+        """This run with a source that is the same for all coordinates."""
+        return self if self.index is None else replace(self, index=None)
+
     def drawn(self, strength: float) -> "AxisRun":
         """Return this run with noise of factor ``strength`` and scale 1."""
         copies = (

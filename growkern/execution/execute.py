@@ -14,9 +14,10 @@ from torch import Tensor
 
 from growkern.errors import CommitError, GrowthError, InsufficientMemoryError, PlanError, raise_all
 from growkern.execution import torch_backend as reference
-from growkern.execution.finite import Job, check
-from growkern.execution.tiles import Given, Tiler
-from growkern.execution.torch_backend import Piece
+from growkern.execution.fills import Given
+from growkern.execution.finite import check
+from growkern.execution.pieces import Group
+from growkern.execution.tiles import Job, Tiler
 from growkern.optimizer.eight_bit import N_BYTES, decoded, encoded, is_coded, n_broken, scale_key
 from growkern.optimizer.state_rules import GRADIENT, MASTER, MASTER_GRAD, VALUE, Rule
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
@@ -149,12 +150,12 @@ class Execution:
             return
         tiler = self.tiler
         tiler.measure(jobs)
-        pieces = [piece for job in jobs for piece in tiler.pieces(*job)]
-        self.n_read += sum(piece.n_read for piece in pieces) + tiler.n_read
-        self.n_written += sum(piece.n_written for piece in pieces)
+        groups = tiler.groups(jobs)
+        self.n_read += sum(group.n_read for group in groups) + tiler.n_read
+        self.n_written += sum(group.n_written for group in groups)
         tiler.n_read = 0
         self.laps.end("cut")
-        _run(pieces, self.backend, self.meter)
+        _run(groups, self.backend, self.meter)
         for row, _, target, rule, _ in jobs:
             if row.offset and row.constant is None and rule.is_weight:
                 self._shift(row, target)
@@ -364,21 +365,22 @@ def unavailable(backend: str, device: torch.device) -> list[str]:
     return []
 
 
-def _run(pieces: list[Piece], backend: str | None, meter: Meter) -> None:
-    by_device: dict[torch.device, list[Piece]] = {}
-    for piece in pieces:
-        by_device.setdefault(piece.dst.device, []).append(piece)
-    for device, group in by_device.items():
+def _run(groups: list[Group], backend: str | None, meter: Meter) -> None:
+    by_device: dict[torch.device, list[Group]] = {}
+    for group in groups:
+        by_device.setdefault(group.targets[0].device, []).append(group)
+    for device, members in by_device.items():
         chosen = backend or (
             "triton" if device.type == "cuda" and not unavailable("triton", device) else "torch"
         )
         if reasons := unavailable(chosen, device):
             raise GrowthError(f"cannot run backend={backend!r}: {'; '.join(reasons)}.")
+        rest = members
         if chosen == "triton":
             from growkern.kernels.expand import DTYPES, expand
 
-            expand([piece for piece in group if piece.dst.dtype in DTYPES])
-            group = [
-                piece for piece in group if piece.dst.dtype not in DTYPES
-            ]  # buffers of bool and small integers
-        reference.expand(group, lambda piece: meter.reach(meter.done + piece.n_written))
+            expand([group for group in members if group.targets[0].dtype in DTYPES])
+            rest = [
+                group for group in members if group.targets[0].dtype not in DTYPES
+            ]  # bool, small integers
+        reference.expand(rest, lambda n_bytes: meter.reach(meter.done + n_bytes))

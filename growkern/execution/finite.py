@@ -15,14 +15,13 @@ from torch import Tensor
 
 from growkern.errors import CommitError, raise_all
 from growkern.execution import torch_backend as reference
+from growkern.execution.fills import BROKEN
 from growkern.execution.measures import CHUNK, MOST, norms_of
-from growkern.execution.tiles import BROKEN, Tiler
+from growkern.execution.tiles import Job, Tiler
 from growkern.optimizer.state_rules import Rule
 from growkern.planning.growth_plan import TensorRow
 from growkern.support.dtypes import arithmetic
 
-# row, source, target, rule, and the next layer's source for a row that copies a part of it
-Job = tuple[TensorRow, Tensor, Tensor, Rule, Tensor | None]
 NameOf = Callable[[TensorRow, Tensor], str]  # row and target -> name for the user
 CLEAR = "Clear it before the growth."
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size of a float
@@ -166,7 +165,7 @@ def _write(tiler: Tiler, job: Job, *, finite_only: bool = False) -> None:
     """Run one job by the torch backend."""
     tiler.finite_only = finite_only
     try:
-        reference.expand([*tiler.pieces(*job)])
+        reference.expand(tiler.groups([job]))
     finally:
         tiler.finite_only = False
         tiler.n_read = 0

@@ -8,6 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from growkern.execution.pieces import Copy, Group, Piece
 from growkern.support.dtypes import arithmetic
 from growkern.support.threads import CHUNK, run_each
 
@@ -20,131 +21,36 @@ SHIFTS = 16, 15, 16  # of the same hash
 GOLDEN = 0x9E3779B9  # spreads neighboring counters before they are mixed
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Copy:
-    """One copy of the ``n`` rows (or columns) of a source rectangle: target coordinates, scales and noise.
-
-    Attributes:
-        target: First target row (column) of contiguous targets.
-        targets: Target row of each row, int32 (n,); None for contiguous targets. Rows only.
-        scale: Factor on all rows (columns).
-        scales: Factor per row (column), (n,), in the arithmetic's dtype; None for 1.
-        noise: Factor on the noise of all rows (columns).
-        noises: Factor on the noise per row (column), (n,), in the arithmetic's dtype; None for 1.
-        first_id: Noise counter of the first row (column); the other counters follow.
-        ids: Noise counter per row (column), int32 (n,); None for consecutive counters.
-    """
-
-    target: int = 0
-    targets: Tensor | None = None
-    scale: float = 1.0
-    scales: Tensor | None = None
-    noise: float = 1.0
-    noises: Tensor | None = None
-    first_id: int = 0
-    ids: Tensor | None = None
-
-    @property
-    def is_scaled(self) -> bool:
-        """True when the copy scales values."""
-        return self.scale != 1.0 or self.scales is not None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Noise:
-    """Noise of a tensor: ``std * normal(keys, row id, column id)``, times the factors of the copies.
-
-    Attributes:
-        std: 0-d tensor on the device, in the arithmetic's dtype: standard deviation / ``BYTES_STD``.
-        keys: Offsets of the row counters and the column counters, int32 each: ``axis_keys(seed, tensor id)``.
-    """
-
-    std: Tensor
-    keys: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Piece:
-    """A rectangle of a source (R rows, C columns) and all its copies in a target.
-
-    For every copy ``r`` in ``row_copies`` and ``c`` in ``col_copies``::
-
-        dst[r.target + i, c.target + j] = (src[i, j] + noise) * (r.scale * c.scale) * r.scales[i] * c.scales[j]
-
-    Attributes:
-        src: Source of any strides (0 broadcasts): (R, C), or the matrix that ``rows`` and ``cols`` index.
-        dst: The whole target as a matrix; columns are contiguous.
-        row_copies: Copies of the rows.
-        col_copies: Copies of the columns.
-        rows: Source row of each row, int32 (R,); None for row ``i`` of ``src``.
-        cols: Source column of each column, int32 (C,); None for column ``j`` of ``src``.
-        noise: Noise that is added before scaling; None for no noise.
-    """
-
-    src: Tensor
-    dst: Tensor
-    row_copies: tuple[Copy, ...] = (Copy(),)
-    col_copies: tuple[Copy, ...] = (Copy(),)
-    rows: Tensor | None = None
-    cols: Tensor | None = None
-    noise: Noise | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Number of rows and of columns of the rectangle."""
-        n_rows, n_cols = self.src.shape
-        return (
-            n_rows if self.rows is None else len(self.rows),
-            n_cols if self.cols is None else len(self.cols),
-        )
-
-    @property
-    def n_read(self) -> int:
-        """Bytes read from the source, counted once; 0 for a broadcast source."""
-        n_rows, n_cols = self.src.shape
-        if self.rows is not None:
-            n_rows = min(n_rows, len(self.rows))
-        return 0 if 0 in self.src.stride() else n_rows * n_cols * self.src.itemsize
-
-    @property
-    def n_written(self) -> int:
-        """Bytes written to all copies."""
-        n_copies = len(self.row_copies) * len(self.col_copies)
-        return prod(self.shape) * n_copies * self.dst.itemsize
-
-    @property
-    def pure_copy(self) -> bool:
-        """True when no arithmetic is done."""
-        if self.noise is not None:
-            return False
-        return not any([copy.is_scaled for copy in (*self.row_copies, *self.col_copies)])
-
-
-def expand(pieces: Sequence[Piece], on_piece: Callable[[Piece], object] | None = None) -> None:
+def expand(groups: Sequence[Group], on_written: Callable[[int], object] | None = None) -> None:
     """Write every piece; on a CPU, large work runs in one thread per core (``growkern.support.threads``).
 
     Args:
-        pieces: Pieces with disjoint targets, on one device. Values are rounded once, at the store; a pure copy is bit-exact.
-        on_piece: Called in the caller's thread when the last part of a piece is about to be written.
+        groups: Pieces with disjoint targets, on one device. Values are rounded once, at the store; a pure copy is bit-exact.
+        on_written: Called in the caller's thread with the bytes of a piece, when the last part of it is about to be written.
     """
 
     def parts() -> Iterator[tuple[Piece, list[_Draw], slice]]:
-        for piece in pieces:
+        for piece in (
+            piece
+            for group in groups
+            for i in range(len(group.targets))
+            for piece in group.pieces_of(i)
+        ):  # tensor by tensor: pieces of one target share pages
             n_rows, n_cols = piece.shape
             step = max(1, CHUNK // max(1, n_cols))
             draws = [*_draws(piece)] if n_rows and n_cols else []
             for start in range(0, n_rows if n_cols else 0, step):
                 yield piece, draws, slice(start, min(n_rows, start + step))
-            if on_piece is not None:
-                on_piece(piece)
+            if on_written is not None:
+                on_written(piece.n_written)
 
     def worker() -> Callable[[tuple[Piece, list[_Draw], slice]], None]:
         scratch = Scratch()
         return lambda part: _expand(*part, scratch)
 
-    if pieces:
-        n_written = sum(piece.n_written for piece in pieces)
-        run_each(parts(), worker, pieces[0].dst.device, n_written)
+    if groups:
+        n_written = sum(group.n_written for group in groups)
+        run_each(parts(), worker, groups[0].targets[0].device, n_written)
 
 
 class Scratch:

@@ -300,18 +300,14 @@ def test_the_bytes_reported_are_those_of_the_table(to):
                 pair = sources.states[row.source][key], staged.states[row.name][key]
                 tensors[row.name, key] = (*pair, order)
     rows = {row.name: row for row in plan.tensors}
-    pieces = [
-        piece
+    groups = tiler.groups(
+        (rows[name], source, target, (VALUE, GRADIENT, SQUARE)[order[0] if order else kind], None)
         for (name, kind), (source, target, *order) in tensors.items()
-        for piece in tiler.pieces(
-            rows[name], source, target, (VALUE, GRADIENT, SQUARE)[order[0] if order else kind]
-        )
-    ]
+    )
     built = Table()
-    start, n_pieces, _ = built.add(pieces, 16, 128)
+    built.add([(group, range(len(group.pieces))) for group in groups], 16, 128)
     read = written = 0
-    for k in range(n_pieces):
-        record = built.numbers[start + k * table.N_FIELDS.value :][: table.N_FIELDS.value]
+    for record in built.content()[len(built.numbers) :].view(-1, table.N_FIELDS.value).tolist():
         size = record[table.N_ROWS.value] * record[table.N_COLS.value] * 4
         written += (
             size * (record[table.ROW_COPIES.value] >> 32) * (record[table.COL_COPIES.value] >> 32)

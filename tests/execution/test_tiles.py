@@ -6,7 +6,7 @@ from models import grow, make, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from growkern.commit import commit
-from growkern.execution import measures
+from growkern.execution import execute, measures
 
 
 class Counted(TorchDispatchMode):
@@ -61,6 +61,31 @@ def n_uploads(n_layers, monkeypatch):
 
 def test_factors_of_a_mean_are_uploaded_once_per_axis(monkeypatch):
     assert 0 < n_uploads(2, monkeypatch) == n_uploads(6, monkeypatch)
+
+
+def groups_of(n_layers, monkeypatch, *, moved=()):
+    """Return the groups that a growth cuts its targets into; ``moved``: parameters that begin at another byte of 16."""
+    model = make("llama", tied=True, num_hidden_layers=n_layers)
+    for name in moved:
+        p = model.get_parameter(name)
+        p.data = torch.empty(p.numel() + 1)[1:].view_as(p).copy_(p.data)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 1)
+    found, run = [], execute._run
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            execute, "_run", lambda groups, *rest: [found.extend(groups), run(groups, *rest)]
+        )
+        grow(model, optim, to={"hidden": 48, "ffn": 80})
+    return found
+
+
+def test_the_tensors_of_all_blocks_are_cut_alike_where_their_memory_is_aligned_alike(monkeypatch):
+    few, many = (groups_of(n, monkeypatch) for n in (2, 6))
+    apart = groups_of(6, monkeypatch, moved=["model.layers.1.mlp.up_proj.weight"])
+
+    assert len(few) == len(many) == len(apart) - 1
+    assert max(len(group.targets) for group in many) >= 3 * max(len(group.targets) for group in few)
 
 
 def test_the_modules_of_a_model_are_listed_once_for_all_new_blocks(monkeypatch):

@@ -284,7 +284,7 @@ BROKEN = {
     ),
     "kernel-imports-growkern": (
         "growkern.kernels.expand",
-        "from growkern.execution.torch_backend import Piece",
+        "from growkern.execution.pieces import Piece",
         "a kernel imports",
     ),
     "kernel-imports-numpy": ("growkern.kernels.expand", "import numpy as np", "a kernel imports"),

@@ -22,8 +22,9 @@ from models import grow, make
 from torch import Tensor
 
 from growkern.execution import torch_backend as reference
+from growkern.execution.pieces import Copy, Group, Noise, Piece
 from growkern.execution.tiles import Tiler
-from growkern.execution.torch_backend import Copy, Noise, Piece, axis_keys, normal
+from growkern.execution.torch_backend import axis_keys, normal
 from growkern.kernels import expand as expand_module
 from growkern.kernels import table
 from growkern.kernels.expand import BLOCK_C, N_BUSY, N_TILES, block_r, expand, kinds, tabled
@@ -254,8 +255,8 @@ def check(built: list[tuple[Tensor, Tensor, Piece]], *, n_tiles: int | None = No
         if n_tiles is not None:  # of a program, as in launches of many elements
             patch.setattr(expand_module, "N_BUSY", 0)
             patch.setattr(expand_module, "N_TILES", n_tiles)
-        expand([piece for _, _, piece in built])
-    reference.expand([moved(piece, copy) for _, copy, piece in built])
+        expand([Group.of(piece) for _, _, piece in built])
+    reference.expand([Group.of(moved(piece, copy)) for _, copy, piece in built])
 
     for memory, copy, piece in built:
         rounds = piece.dst.dtype == BF16 and not (piece.pure_copy and piece.src.dtype == BF16)
@@ -303,7 +304,8 @@ def test_copies_with_equal_counters_share_one_draw():
     ids = torch.arange(4, dtype=torch.int32)
     copies = (Copy(), Copy(4), Copy(8, first_id=4), Copy(12), Copy(16, ids=ids), Copy(20, ids=ids), Copy(24, ids=ids.clone()))  # fmt: skip
     rows = table.Table()
-    rows.add([Piece(torch.zeros(2, 4), torch.zeros(2, 28), col_copies=copies)], 16, BLOCK_C)
+    piece = Piece(torch.zeros(2, 4), torch.zeros(2, 28), col_copies=copies)
+    rows.add([(Group.of(piece), [0])], 16, BLOCK_C)
 
     number, at = divmod(rows.copies[id(copies)], 1 << 32)
     field, size = table.DRAWS.value, table.N_COPY.value
@@ -346,7 +348,7 @@ def launches(pieces: list[Piece], monkeypatch: pytest.MonkeyPatch) -> list[dict]
 
     for name in ("expand_kernel", "permute_kernel"):
         monkeypatch.setattr(module, name, Kernel(getattr(module, name)))
-    expand(pieces)
+    expand([Group.of(piece) for piece in pieces])
     return found
 
 
@@ -383,7 +385,7 @@ def test_rows_of_any_length_are_permuted(src, dst, n_cols, n_source):
     )  # fmt: skip
     built = case.build()
 
-    assert list(kinds([built[2]])) == [
+    assert list(kinds([Group.of(built[2])])) == [
         (src, dst, 0 if src == F64 else max(SMALLEST, 2 ** (n_source - 1).bit_length()))
     ]
     check([built])
@@ -407,7 +409,7 @@ def test_permuted_rows_are_one_stretch_that_is_wide_where_all_groups_are_aligned
 def test_rows_too_long_to_stage_are_gathered():
     built = Case(F32, F32, (3, 50), n_sources=(None, LARGEST + 1)).build()
 
-    assert list(kinds([built[2]])) == [(F32, F32, 0)]
+    assert list(kinds([Group.of(built[2])])) == [(F32, F32, 0)]
     check([built])
 
 
@@ -447,7 +449,7 @@ def test_targets_of_more_than_2_to_the_31_elements():
     src = torch.randn(n_rows // 2, n_cols, dtype=BF16, device="cuda")
     dst = torch.zeros(n_rows, n_cols, dtype=BF16, device="cuda")
 
-    expand([Piece(src, dst, (Copy(0), Copy(n_rows // 2)))])
+    expand([Group.of(Piece(src, dst, (Copy(0), Copy(n_rows // 2))))])
 
     for rows in (slice(0, 4), slice(n_rows // 2 - 2, n_rows // 2 + 2), slice(n_rows - 4, n_rows)):
         at = torch.arange(n_rows, device="cuda")[rows] % (n_rows // 2)
@@ -478,8 +480,8 @@ def test_a_constant_target_is_cut_along_its_own_rows(shape):
     tiler = Tiler(GrowthPlan("test", {}, {}, "", "", 0, "exact", axes, (row,)))
     target = torch.empty(shape, dtype=torch.bfloat16)  # memory that nothing touches
 
-    (piece,) = tiler.pieces(row, target[:1], target, VALUE)
-    ((_, _, (rows,), _, _, n_programs),) = tabled([piece])[1]
+    groups = tiler.groups([(row, target[:1], target, VALUE, None)])
+    ((_, _, (rows,), _, _, n_programs),) = tabled(groups)[1]
 
     n_rows, n_cols = target.numel() // shape[-1], shape[-1]
     assert rows == block_r(2) * (N_TILES if n_rows * n_cols >= N_BUSY else 1)
@@ -556,7 +558,7 @@ BEYOND = {
 @pytest.mark.parametrize(("piece", "match"), BEYOND.values(), ids=BEYOND)
 def test_a_table_that_does_not_fit_its_tensors_is_never_launched(piece, match, monkeypatch):
     with pytest.raises(IndexError, match=match):
-        expand([Piece(torch.ones(2, 2), whole := torch.zeros(2, 2)), piece])
+        expand([Group.of(Piece(torch.ones(2, 2), whole := torch.zeros(2, 2))), Group.of(piece)])
 
     assert (whole == 0).all()
 
@@ -601,7 +603,7 @@ def test_kernel_and_reference_draw_the_same_noise(seed, dtype):
     zero = torch.zeros(1, 1, dtype=dtype, device=DEVICE).expand_as(dst)
     noise = Noise(torch.ones((), dtype=dtype, device=DEVICE), axis_keys(seed, 2**32 - 1))
 
-    expand([Piece(zero, dst, (rows,), (cols,), noise=noise)])
+    expand([Group.of(Piece(zero, dst, (rows,), (cols,), noise=noise))])
 
     assert torch.equal(dst, normal(noise.keys, rows.ids, cols.ids).to(dtype))
 
@@ -653,7 +655,7 @@ def test_reference_is_the_formula_element_by_element(case):
     n, dtype, untouched = piece.noise, piece.dst.dtype, torch.ones_like(memory, dtype=torch.bool)
     written = untouched.as_strided(piece.dst.shape, piece.dst.stride(), piece.dst.storage_offset())
 
-    reference.expand([piece])
+    reference.expand([Group.of(piece)])
 
     def at(vector, default, i):
         return default if vector is None else vector[i].item()
@@ -735,3 +737,34 @@ def test_backends_grow_a_model_and_its_optimizer_to_the_same_tensors(dtype, to, 
                 torch.testing.assert_close(a, b, rtol=eps, atol=0)
                 n_compared += 1
     assert n_compared > 2 * len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_tensors_that_are_cut_alike_are_written_as_each_alone(dtype):
+    def built(k: int) -> list[tuple[Tensor, list[Tensor], Noise]]:
+        g = torch.Generator().manual_seed(k)
+        whole, fill = numbers((9, 40), dtype, g).to(DEVICE), numbers((1, 1), dtype, g).to(DEVICE)
+        std = torch.tensor(1e-3 * (k + 1), dtype=F32, device=DEVICE)
+        dst = torch.full((9, 48), -7.0, dtype=dtype, device=DEVICE)
+        return dst, [whole, fill], Noise(std, axis_keys(k, 5 * k))
+
+    def pieces(dst: Tensor, read: list[Tensor], noise: Noise) -> tuple[Piece, ...]:
+        return (
+            Piece(read[0][2:, 3:35], dst, (Copy(),), (Copy(8),), noise=noise),
+            Piece(read[1].expand(9, 8), dst, col_copies=(Copy(), Copy(40, scale=0.5))),
+            Piece(read[0][:2, 3:35], dst, (Copy(7),), (Copy(8, scale=3.0),), noise=noise),
+        )
+
+    tensors, alone = ([built(k) for k in range(4)] for _ in range(2))
+    for one in alone:
+        reference.expand([Group.of(piece) for piece in pieces(*one)])
+    for backend in (expand, reference.expand):
+        group = Group(pieces(*tensors[0]), (0, 1, 0), *map(list, zip(*tensors, strict=True)))
+        backend([group])
+        for (actual, *_), (expected, *_) in zip(tensors, alone, strict=True):
+            eps = torch.finfo(BF16).eps if dtype == BF16 and INTERPRETED else 0.0
+            torch.testing.assert_close(actual, expected, rtol=eps, atol=0)
+            actual.fill_(0)
+        assert group.n_written == sum(
+            piece.n_written for k in range(4) for piece in group.pieces_of(k)
+        )
