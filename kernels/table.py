@@ -1,7 +1,8 @@
 """Pieces as a table of integers on the device, uploaded once: pointers, sizes, strides, and the copies of each rectangle."""
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from struct import pack, unpack
 from typing import Any
 
@@ -76,10 +77,10 @@ class Table:
                     origins.append(origin)
             if fields:
                 records = _broadcast(group, fields, origins, noisy)
-                n, ends = len(records), torch.tensor(tiles).cumsum(0)
-                firsts = torch.arange(n)[:, None] * ends[-1] + (ends - torch.tensor(tiles))
-                records[:, :, FIRST_TILE.value] = firsts + n_tiles
-                n_tiles += n * int(ends[-1])
+                *firsts, own_tiles = accumulate(tiles, initial=0)
+                n, starts = len(records), _integers(firsts) + n_tiles
+                records[:, :, FIRST_TILE.value] = torch.arange(n)[:, None] * own_tiles + starts
+                n_tiles += n * own_tiles
                 self.records.append(records.flatten())
                 self.n_records += n * len(fields)
         return before, self.n_records - before, n_tiles
@@ -127,14 +128,20 @@ def _broadcast(
     group: Any, fields: list[tuple[int, ...]], origins: list[int], noisy: list[int]
 ) -> torch.Tensor:
     """Return the records of every tensor of a group, int64 (tensors, records, fields): those of the first, with each one's pointers."""
-    records = torch.tensor(fields).repeat(len(group.targets), 1, 1)
-    sources = torch.tensor([[t.data_ptr() for t in read] for read in group.sources])
+    n = len(group.targets)
+    records = _integers(n for own in fields for n in own).view(len(fields), -1).repeat(n, 1, 1)
+    sources = _integers(t.data_ptr() for read in group.sources for t in read).view(n, -1)
     records[:, :, SRC_PTR.value] += sources[:, origins]
-    records[:, :, DST_PTR.value] = torch.tensor([t.data_ptr() for t in group.targets])[:, None]
+    records[:, :, DST_PTR.value] = _integers(t.data_ptr() for t in group.targets)[:, None]
     if noisy:
-        drawn = torch.tensor([(noise.std.data_ptr(), *noise.keys) for noise in group.noises])
-        records[:, noisy, STD.value : COL_KEY.value + 1] = drawn[:, None]
+        drawn = _integers(x for noise in group.noises for x in (noise.std.data_ptr(), *noise.keys))
+        records[:, noisy, STD.value : COL_KEY.value + 1] = drawn.view(n, 1, -1)
     return records
+
+
+def _integers(numbers: Iterable[int]) -> torch.Tensor:
+    """Return int64 (n,), ten times as fast as ``torch.tensor`` of a list."""
+    return torch.frombuffer(array("q", numbers), dtype=torch.int64)
 
 
 def _copy(copy: Any) -> list[int]:

@@ -101,13 +101,13 @@ class AxisLayout:
         return self.pad == "random_writer" and self.index_map.has_pads
 
     @cached_property
-    def copies(self) -> list[float]:
-        """Sum of the scales of the copies, per source coordinate."""
+    def shares(self) -> list[float]:
+        """Sum of the scales of the copies, per source coordinate, divided by the number of all copies."""
         sums = [0.0] * self.index_map.n_source
         for j, s in zip(self.index_map.indices, self.scale.expanded(), strict=True):
             if j != PAD:
                 sums[j] += s
-        return sums
+        return [s / max(1, self.n_copied) for s in sums]
 
     @cached_property
     def n_copied(self) -> int:

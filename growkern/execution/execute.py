@@ -176,7 +176,9 @@ class Execution:
             staged.values[new] = stored_like(sources.values[name], staged.values[new])
             if new in staged.grads:
                 staged.grads[new] = stored_like(sources.grads[name], staged.grads[new])
-            before, state = sources.states.get(name, {}), staged.states.get(new, {})
+            if not (state := staged.states.get(new)):
+                continue
+            before = sources.states[name]
             for key, t in state.items():
                 old = before.get(key)
                 if isinstance(t, Tensor) and isinstance(old, Tensor):
@@ -192,7 +194,9 @@ class Execution:
     def _coded(self, tensor_set: TensorSet, staged: Tensors) -> None:
         """Quantize the grown state again where the source state is stored in 8 bits."""
         for row in tensor_set.tensors:
-            before, state = self.sources.states.get(row.source, {}), staged.states.get(row.name, {})
+            if not (state := staged.states.get(row.name)):
+                continue
+            before = self.sources.states[row.source]
             for key in [key for key in state if is_coded(before.get(key))]:
                 values, scales, code = (
                     x for x in (state[key], state[scale_key(key)], before[f"qmap{key[-1]}"])

@@ -27,25 +27,25 @@ class Fills:
     """
 
     def __init__(
-        self, name: str, source: Tensor, rows: AxisLayout, cols: AxisLayout, copies: Callable[[AxisLayout], Tensor],
+        self, name: str, source: Tensor, rows: AxisLayout, cols: AxisLayout, shares: Callable[[AxisLayout], Tensor],
         given: Given | None, *, finite_only: bool,
     ) -> None:  # fmt: skip
-        """``copies``: see ``AxisLayout.copies``; ``given``: see ``Tiler``; ``finite_only``: means are of the elements that are finite."""
+        """``shares``: see ``AxisLayout.shares``; ``given``: see ``Tiler``; ``finite_only``: means are of the elements that are finite."""
         self.name, self.source, self.rows, self.cols = name, source, rows, cols
-        self._copies, self._given, self._finite_only = copies, given, finite_only
+        self._shares, self._given, self._finite_only = shares, given, finite_only
         self.statistics: list[Tensor] = []
         self.n_statistics = 0
 
     def of(self, slot: Slot) -> Tensor:
         """Return the fill of a slot: (1, 1), one row, one column, or the method's new rows or columns."""
-        made = {
-            "mean": lambda: self._mean(True, True),
-            "mean row": lambda: self._mean(True, False),
-            "mean column": lambda: self._mean(False, True),
-            "mean of law": self._mean_of_law,
-            "rows of method": lambda: self._new_rows,
-            "columns of method": lambda: self._new_rows.T,
-        }[slot]()
+        if slot == "mean of law":
+            made = self._mean_of_law()
+        elif slot == "rows of method":
+            made = self._new_rows
+        elif slot == "columns of method":
+            made = self._new_rows.T
+        else:
+            made = self._mean(slot != "mean column", slot != "mean row")
         self.statistics.append(made)
         return made
 
@@ -74,19 +74,21 @@ class Fills:
         if over_cols:
             parts = [part.mean(1, keepdim=True) for part in parts]
         if over_rows:
-            n = max(1, self.source.shape[0])
-            parts = [torch.stack([part.sum(0, keepdim=True) for part in parts]).sum(0) / n]
-        return torch.cat(parts)
+            parts = [_joined([part.sum(0, keepdim=True) for part in parts])]
+            return parts[0].sum(0, keepdim=True) / max(1, self.source.shape[0])
+        return _joined(parts)
 
     def _mean_of_law(self) -> Tensor:
         """Return the mean of all copied elements, scaled by the law: the start value of an element that copies no source element."""
-        rows, cols = map(self._copies, (self.rows, self.cols))
+        rows, cols = map(self._shares, (self.rows, self.cols))
         self.n_statistics += 1
-        n = self.rows.n_copied * self.cols.n_copied
-        source = self.source
+        source, share = self.source, 1.0
         if self._finite_only:
             finite = source.isfinite()
-            source = source.where(finite, 0)
-            n *= finite.double().mean().item()
-        by_row = torch.cat([chunk @ cols for chunk in chunks(source)])
-        return (rows @ by_row / (n or 1)).view(1, 1)
+            source, share = source.where(finite, 0), finite.double().mean().item()
+        mean = rows @ _joined([chunk @ cols for chunk in chunks(source)])
+        return (mean if share == 1 else mean / (share or 1)).view(1, 1)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -48,6 +48,9 @@ def roots_of_mean_squares(tensors: Sequence[Tensor]) -> list[Tensor]:
 
     def add(job: tuple[Tensor, Tensor, Tensor]) -> None:
         tensor, unit, total = job
+        if tensor.numel() <= most_at_once:
+            total.copy_(_squares(tensor, unit))
+            return
         parts: tuple[Tensor, ...] = torch.split(tensor.flatten(), most_at_once)
         total.copy_(torch.stack([_squares(part, unit) for part in parts]).sum())
 

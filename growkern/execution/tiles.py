@@ -181,7 +181,7 @@ class Tiler:
                 if fills is None:
                     fills = Fills(
                         row.source, source, tiling.rows, tiling.cols,
-                        lambda layout: self._copies(layout, dtype, source.device),
+                        lambda layout: self._shares(layout, dtype, source.device),
                         self.given, finite_only=self.finite_only,
                     )  # fmt: skip
                 read.append(fills.of(slot))
@@ -280,11 +280,11 @@ class Tiler:
             self._axis_runs[key] = layout.axis_runs(device, dtype, rows=rows, with_ids=with_ids)
         return self._axis_runs[key]
 
-    def _copies(self, layout: AxisLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return ``layout.copies`` on a device; each layout is uploaded once."""
+    def _shares(self, layout: AxisLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return ``layout.shares`` on a device; each layout is uploaded once."""
         key = layout, dtype, device
         if key not in self._uploaded:
-            self._uploaded[key] = torch.tensor(layout.copies, dtype=dtype, device=device)
+            self._uploaded[key] = torch.tensor(layout.shares, dtype=dtype, device=device)
         return self._uploaded[key]
 
     def _constant(self, value: float, like: Tensor) -> Tensor:

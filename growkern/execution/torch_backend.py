@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from math import prod
 
@@ -236,8 +237,13 @@ def _mix(x: Tensor, shifted: Tensor) -> Tensor:
 
 def axis_keys(seed: int, tensor_id: int) -> tuple[int, int]:
     """Return the offsets of row counters and of column counters, int32 each, for a 64-bit seed and a 32-bit tensor id."""
-    of_rows = mix(mix(mix(seed & 0xFFFFFFFF) ^ seed >> 32) ^ tensor_id)
+    of_rows = mix(_mixed_seed(seed) ^ tensor_id)
     return signed(of_rows), signed(mix(of_rows ^ GOLDEN))
+
+
+@cache
+def _mixed_seed(seed: int) -> int:
+    return mix(mix(seed & 0xFFFFFFFF) ^ seed >> 32)
 
 
 def mix(x: int) -> int:

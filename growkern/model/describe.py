@@ -1,7 +1,8 @@
 """Describe a live model as a ModelSpec. This module reads names, shapes and module attributes, never values of tensors."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,13 @@ LEAVES: dict[str, dict[str, int]] = {
     "Conv2d": {"out_channels": 0, "in_channels": 1},
 }
 
+PARAMETRIZED = {
+    "weight_orig",
+    "weight_g",
+    "weight_v",
+    "weight_mask",
+}  # of torch.nn.utils: prune, weight_norm, spectral_norm
+
 # package -> function that returns the object with the sizes of a model
 CONFIGS: dict[str, Callable[[nn.Module], object]] = {
     "transformers": lambda model: model.config,
@@ -64,22 +72,25 @@ def describe(model: nn.Module, spec: ModelSpec | None = None, *, values: bool = 
         raise UnsupportedModelError(
             f"spec: expected a growkern.ModelSpec, got {type(spec).__name__}."
         )
+    modules: list[tuple[str, nn.Module]] = [*model.named_modules(remove_duplicate=False)]  # pyright: ignore  (each under all of its names)
     raise_all(
-        UnsupportedModelError, f"cannot grow this {type(model).__name__}:", [*_wrappers(model)]
+        UnsupportedModelError, f"cannot grow this {type(model).__name__}:", [*_wrappers(modules)]
     )
     if spec is not None:
         title = f"cannot describe {type(model).__name__} by this spec:"
         raise_all(UnsupportedModelError, title, [*spec_check.problems(spec)])
-    described = spec or _family(model)
-    live = dict(model.named_parameters(remove_duplicate=False)) | dict(
-        model.named_buffers(remove_duplicate=False)
-    )
-    problems = [*_uncovered(model, described, live), *_unfit(model, described, values)]
+    params = dict(model.named_parameters(remove_duplicate=False))
+    described = spec or _family(model, params)
+    live = params | dict(model.named_buffers(remove_duplicate=False))
+    problems = [
+        *_uncovered(modules, params, described, live),
+        *_unfit(model, params, described, values),
+    ]
     if not problems:
         problems = [
             *_misshapen(described, live),
-            *_ties(model, described),
-            *_absent(model, described),
+            *_ties(params, described),
+            *_absent(dict(modules), described),
         ]
     raise_all(
         UnsupportedModelError,
@@ -91,20 +102,16 @@ def describe(model: nn.Module, spec: ModelSpec | None = None, *, values: bool = 
     )
     sizes = {
         f"{name}.{attribute}": (f"{name}.weight", axis)
-        for name, module in _modules(model)
+        for name, module in modules
         for attribute, axis in cached_sizes(type(module)).items()
-        if hasattr(module, attribute)
-        and f"{name}.weight" in described.tensors
+        if f"{name}.weight" in described.tensors
+        and hasattr(module, attribute)
         and axis < len(described.tensors[f"{name}.weight"])
     }
     return replace(described, cached_sizes=sizes)
 
 
-def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return all modules, each under all of its names."""
-    return list(model.named_modules(remove_duplicate=False))  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-
-
+@cache
 def cached_sizes(kind: type) -> Mapping[str, int]:
     """Return the attributes that cache sizes of the weight in modules of a class: attribute -> axis of the weight."""
     return next(
@@ -122,32 +129,31 @@ def refuse_unknown(kind: type) -> None:
         )
 
 
-def _family(model: nn.Module) -> ModelSpec:
+def _family(model: nn.Module, params: Mapping[str, Tensor]) -> ModelSpec:
     kind = type(model)
     refuse_unknown(kind)
     spec = FAMILIES[kind.__name__](CONFIGS[kind.__module__.partition(".")[0]](model))
-    live = dict(model.named_parameters(remove_duplicate=False))
     # transformers unties two parameters if the checkpoint has different values for them
-    same = {a: b for a, b in spec.ties.items() if live.get(a) is live.get(b)}
+    same = {a: b for a, b in spec.ties.items() if params.get(a) is params.get(b)}
     return replace(spec, ties=same)
 
 
-def _wrappers(model: nn.Module) -> Iterator[str]:
+def _wrappers(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[str]:
     by_remedy: dict[str, str] = {}  # keyed by remedy: the outermost wrapper is enough
-    for name, module in _modules(model):
-        for kind in type(module).__mro__:
+    first_of = {type(module): name or "the model" for name, module in reversed(modules)}
+    for own, name in reversed(first_of.items()):
+        for kind in own.__mro__:
             if kind.__name__ in WRAPPERS:
-                by_remedy.setdefault(
-                    WRAPPERS[kind.__name__], f"{name or 'the model'} is a {kind.__name__}"
-                )
+                by_remedy.setdefault(WRAPPERS[kind.__name__], f"{name} is a {kind.__name__}")
     for way_out, what in by_remedy.items():
         yield f"{what}, which is not supported yet: {way_out}."
-    for name, module in _modules(model):
+    for name, module in modules:
+        own = vars(module)
         if parametrize.is_parametrized(module) or any(
-            hasattr(module, f"weight_{suffix}") for suffix in ("orig", "g", "v", "mask")
+            PARAMETRIZED & own[kept].keys() for kept in ("_parameters", "_buffers")
         ):
             yield f"{name}: is parametrized or pruned; remove the parametrization first."
-        if getattr(vars(module).get("forward"), "__module__", None) == "torch.cuda.graphs":
+        if getattr(own.get("forward"), "__module__", None) == "torch.cuda.graphs":
             yield (
                 f"{name or 'the model'}: make_graphed_callables has captured its forward, whose graphs would go on with the memory of the "
                 "source's weights: delete the module's attribute forward, grow, and make the graphs again."
@@ -156,9 +162,11 @@ def _wrappers(model: nn.Module) -> Iterator[str]:
         yield "a CUDA graph is being captured; grow before, and capture the graph again."
 
 
-def _unfit(model: nn.Module, spec: ModelSpec, values: bool) -> Iterator[str]:
-    devices: dict[str, str] = {}
-    for name, p in model.named_parameters():
+def _unfit(
+    model: nn.Module, params: Mapping[str, Tensor], spec: ModelSpec, values: bool
+) -> Iterator[str]:
+    devices: dict[torch.device, str] = {}
+    for name, p in _first_names(params):
         if type(p.data) is not Tensor or type(p) is not nn.Parameter:
             kind = type(p if type(p) is not nn.Parameter else p.data).__name__
             yield f"{name}: is a {kind}; growkern grows plain parameters only: convert it to an nn.Parameter."
@@ -178,17 +186,28 @@ def _unfit(model: nn.Module, spec: ModelSpec, values: bool) -> Iterator[str]:
             )
             dtypes = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
             yield f"{name}: is {kind}; growkern grows dense {dtypes}: convert the tensor first."
-        devices.setdefault(str(p.device), name)
+        devices.setdefault(p.device, name)
     for name, b in model.named_buffers():
         if name in spec.tensors:
-            devices.setdefault(str(b.device), name)
+            devices.setdefault(b.device, name)
     if len(devices) > 1:
         places = ", ".join(f"{name} on {d}" for d, name in devices.items())
         yield f"the tensors are on several devices ({places}); move the model to one device."
 
 
+def _first_names(params: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter once, under its first name."""
+    seen = set[int]()
+    for name, p in params.items():
+        if id(p) not in seen:
+            seen.add(id(p))
+            yield name, p
+
+
 def overlaps(tensor: Tensor) -> bool:
     """True when two elements may share a memory location."""
+    if tensor.is_contiguous():
+        return False
     span = 1
     for stride, n in sorted(
         (s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1
@@ -199,9 +218,11 @@ def overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def _uncovered(model: nn.Module, spec: ModelSpec, live: dict[str, Tensor]) -> Iterator[str]:
-    must = set(dict(model.named_parameters(remove_duplicate=False)))
-    for prefix, module in _modules(model):
+def _uncovered(
+    modules: Sequence[tuple[str, nn.Module]], params: Mapping[str, Tensor], spec: ModelSpec, live: Mapping[str, Tensor]
+) -> Iterator[str]:  # fmt: skip
+    must = set(params)
+    for prefix, module in modules:
         must |= {
             f"{prefix}.{name}" if prefix else name
             for name in module._buffers  # pyright: ignore[reportPrivateUsage]
@@ -217,7 +238,7 @@ def _uncovered(model: nn.Module, spec: ModelSpec, live: dict[str, Tensor]) -> It
     )
 
 
-def _misshapen(spec: ModelSpec, live: dict[str, Tensor]) -> Iterator[str]:
+def _misshapen(spec: ModelSpec, live: Mapping[str, Tensor]) -> Iterator[str]:
     for name in spec.tensors:
         try:
             shape = spec.shape(name)
@@ -229,9 +250,8 @@ def _misshapen(spec: ModelSpec, live: dict[str, Tensor]) -> Iterator[str]:
             yield f"{name}: has shape {tuple(live[name].shape)}, the spec says {shape} ({axes}); correct its sizes or axes."
 
 
-def _absent(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
+def _absent(modules: Mapping[str, nn.Module], spec: ModelSpec) -> Iterator[str]:
     """Yield attributes, modules, sizes, stream writers and blocks that the spec names and the model does not have."""
-    modules = dict(_modules(model))
     for where in (*spec.attributes, *(f"config.{name}" for name in spec.config)):
         owner, _, name = where.rpartition(".")
         if where in spec.attributes and not hasattr(modules.get(owner), name):
@@ -281,17 +301,16 @@ def _directed(spec: ModelSpec, tied: str, first: str) -> tuple[str, str]:
     )
 
 
-def _ties(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
-    live = dict(model.named_parameters(remove_duplicate=False))
-    first = {id(p): name for name, p in model.named_parameters()}
+def _ties(params: Mapping[str, Tensor], spec: ModelSpec) -> Iterator[str]:
+    first = {id(p): name for name, p in _first_names(params)}
     storages: dict[int, str] = {}
-    for name, p in live.items():
+    for name, p in params.items():
         twin = first[id(p)]
         if twin != name and twin not in (spec.ties.get(name), name) and spec.ties.get(twin) != name:
             yield f"{name}: is the same parameter as {twin}, and the spec declares no tie; add ties={{{name!r}: {twin!r}}}."
-        if name in spec.ties and live.get(spec.ties[name]) is not p:
+        if name in spec.ties and params.get(spec.ties[name]) is not p:
             yield f"{name}: the spec ties it to {spec.ties[name]}, but they are different parameters; leave the tie out."
         if p.numel() and not p.is_meta:
             other = storages.setdefault(p.untyped_storage().data_ptr(), name)
-            if live[other] is not p:
+            if params[other] is not p:
                 yield f"{name}: shares storage with {other} without being the same parameter; give it storage of its own."

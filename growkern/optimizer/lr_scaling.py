@@ -7,7 +7,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from math import prod, sqrt
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from growkern.optimizer.factors import Factor, Scale
 from growkern.optimizer.state_rules import SLICES, Law, OptimSpec, muon_adjustment
 from growkern.optimizer.update_scale import UpdateScale
-from growkern.planning.growth_plan import GrowthPlan, TensorRow
+from growkern.planning.growth_plan import AxisMap, GrowthPlan, TensorRow
 from growkern.planning.index_map import PAD, IndexMap
 from growkern.planning.vector import Vector
 from growkern.support.dtypes import arithmetic
@@ -37,7 +37,7 @@ class Multiplier:
     units: tuple[Vector, ...] | None = None
     offset: float = 0.0
 
-    @property
+    @cached_property
     def trivial(self) -> bool:
         """True when nothing is scaled."""
         factors = [[vector.uniform for vector in vectors] for vectors in (self.update, self.grad)]
@@ -68,31 +68,39 @@ def multipliers(
     plan: GrowthPlan, law: Law, described: OptimSpec, dynamics: str
 ) -> dict[str, Multiplier]:
     """The ``Multiplier`` of every target parameter that the optimizer holds, without trivial ones."""
+    made: dict[object, Multiplier] = {}  # by what it is made from: blocks are alike
     nontrivial: dict[str, Multiplier] = {}
     for row in held_rows(plan, described):
         axes = plan.axis_maps(row)
-        if dynamics == "exact":
-            update = tuple(_no_zero(axis.weight_scale) for axis in axes)
-            grad = tuple(_no_zero(axis.grad_scale) for axis in axes)
-            gain = _gain(plan, law, described, row, matrix_norm=True)
-            multiplier = Multiplier(update, grad, gain, offset=row.offset)
-        else:
-            powers = law.lr or (0, 0)
-            update = tuple(
-                _power(axis.weight_scale, powers[0]).zip(
-                    _power(axis.grad_scale, powers[1]), lambda x, y: x * y
-                )
-                for axis in axes
-            )
-            gain = _gain(plan, law, described, row, matrix_norm=False)
-            update = tuple(map(_no_zero, update))
-            ones = tuple(Vector.full(1.0, len(vector)) for vector in update)
-            # coupled weight decay is part of the gradient and keeps its strength: the optimizer sees the weight unscaled
-            coupled = row.source in described.coupled
-            multiplier = Multiplier(update, gain=gain, units=ones if coupled else None)
+        gain = _gain(plan, law, described, row, matrix_norm=dynamics == "exact")
+        coupled = row.source in described.coupled
+        key = (*((axis.weight_scale, axis.grad_scale) for axis in axes), gain, coupled, row.offset)
+        if (multiplier := made.get(key)) is None:
+            multiplier = made[key] = _multiplier(axes, law, dynamics, gain, coupled, row.offset)
         if not multiplier.trivial:
             nontrivial[row.name] = multiplier
     return nontrivial
+
+
+def _multiplier(
+    axes: Sequence[AxisMap], law: Law, dynamics: str, gain: float, coupled: bool, offset: float
+) -> Multiplier:
+    if dynamics == "exact":
+        update = tuple(_no_zero(axis.weight_scale) for axis in axes)
+        grad = tuple(_no_zero(axis.grad_scale) for axis in axes)
+        return Multiplier(update, grad, gain, offset=offset)
+    weight, of_grad = law.lr or (0, 0)
+    update = tuple(
+        _no_zero(
+            _power(axis.weight_scale, weight).zip(
+                _power(axis.grad_scale, of_grad), lambda x, y: x * y
+            )
+        )
+        for axis in axes
+    )
+    ones = tuple(Vector.full(1.0, len(vector)) for vector in update)
+    # coupled weight decay is part of the gradient and keeps its strength: the optimizer sees the weight unscaled
+    return Multiplier(update, gain=gain, units=ones if coupled else None)
 
 
 def _gain(

@@ -253,8 +253,16 @@ class GrowthPlan:
 
     def shapes(self, row: TensorRow) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Source and target shape of a tensor."""
-        maps = [axis.index_map for axis in self.axis_maps(row)]
-        return tuple(m.n_source for m in maps), tuple(m.n_target for m in maps)
+        if (known := self._shapes.get(row.axes)) is None:
+            maps = [self.axes[key].index_map for key in row.axes]
+            known = tuple(m.n_source for m in maps), tuple(m.n_target for m in maps)
+            self._shapes[row.axes] = known
+        return known
+
+    @cached_property
+    def _shapes(self) -> dict[tuple[str, ...], tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Shapes by axes, as far as they were asked for."""
+        return {}
 
     def scales(self, row: TensorRow) -> tuple[float | None, float | None]:
         """Weight scale ``s`` and gradient scale ``a`` of a tensor; None for a scale that is not uniform."""

@@ -43,7 +43,7 @@ class Vector:
         starts = accumulate((length for _, length in self.repeats), initial=0)
         return {start: value for start, (value, _) in zip(starts, self.repeats, strict=False)}
 
-    @property
+    @cached_property
     def uniform(self) -> float | None:
         """The value that all coordinates have, or None when values differ."""
         values = {value for value, _ in self.repeats}

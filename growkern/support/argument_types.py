@@ -33,12 +33,27 @@ def typed_arguments(
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @cache
+        def quick() -> tuple[list[str], dict[str, Callable[[Any], bool]]]:
+            hints, names = _hints(function), [*_signature(function).parameters]
+            kinds = [parameter.kind for parameter in _signature(function).parameters.values()]
+            if Parameter.VAR_POSITIONAL in kinds:
+                return [], {}
+            return names, {name: _sure(hints[name]) for name in names if name in hints}
+
         @wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            names, sure = quick()
+            given: Mapping[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+            plain = len(names) >= len(args) and all(
+                name in own or (name in sure and sure[name](value)) for name, value in given.items()
+            )
+            if plain:
+                return function(*args, **kwargs)
             try:
                 given = _signature(function).bind(*args, **kwargs).arguments
             except TypeError:
-                given = dict[str, Any]()  # Python's own message says what is missing
+                given = {}  # Python's own message says what is missing
             for name, value, kind in _pairs(function, given):
                 for problem in () if name in own else misfits(name, value, kind):
                     raise errors.get(name, error)(problem)
@@ -144,6 +159,25 @@ def _always(plain: type, kind: Any) -> bool:
     if kind in (int, float):
         return plain is int or plain is kind
     return plain in PLAIN and kind is plain
+
+
+def _sure(kind: Any) -> Callable[[Any], bool]:
+    """Return a quick test that is True only for values of a type: for plain values, and tuples and lists of such."""
+    origin, parts = _parts(kind)
+    tests = [_sure(part) for part in parts if origin in (Union, UnionType, tuple, Sequence)]
+    if origin is Literal:
+        return lambda value: value.__class__ is str and value in parts
+    if not tests:
+        return lambda value: _always(value.__class__, kind)
+    if origin in (Union, UnionType):
+        return lambda value: any(test(value) for test in tests)
+    if origin is Sequence or (origin is tuple and parts[-1] is Ellipsis):
+        return lambda value: value.__class__ in (tuple, list) and all(map(tests[0], value))
+    return lambda value: (
+        value.__class__ in (tuple, list)
+        and len(value) == len(tests)
+        and all(test(entry) for test, entry in zip(tests, value, strict=True))
+    )
 
 
 @cache

@@ -183,13 +183,12 @@ def is_shared(tensor: Tensor) -> bool:
 def stored_like(source: Tensor, target: Tensor) -> Tensor:
     """Return a contiguous target in the memory format of its source (``channels_last``, transposed), and in shared or pinned memory if
     the source is."""
-    by_stride = [*range(source.dim())]
-    if not source.is_contiguous():
-        by_stride.sort(key=lambda axis: -source.stride(axis))
-    if target.dim() == source.dim() and by_stride != [*range(source.dim())]:
-        target = torch.empty_permuted(
-            target.shape, by_stride, dtype=target.dtype, device=target.device
-        ).copy_(target)
+    if not source.is_contiguous() and target.dim() == source.dim():
+        by_stride = sorted(range(source.dim()), key=lambda axis: -source.stride(axis))
+        if by_stride != [*range(source.dim())]:
+            target = torch.empty_permuted(
+                target.shape, by_stride, dtype=target.dtype, device=target.device
+            ).copy_(target)
     if source.device.type != "cpu" or not source.numel():
         return target
     if is_shared(source):

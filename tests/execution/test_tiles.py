@@ -85,7 +85,7 @@ def test_the_tensors_of_all_blocks_are_cut_alike_where_their_memory_is_aligned_a
     apart = groups_of(6, monkeypatch, moved=["model.layers.1.mlp.up_proj.weight"])
 
     assert len(few) == len(many) == len(apart) - 1
-    assert max(len(group.targets) for group in many) >= 3 * max(len(group.targets) for group in few)
+    assert max(len(group.targets) for group in many) >= 2 * max(len(group.targets) for group in few)
 
 
 def test_the_modules_of_a_model_are_listed_once_for_all_new_blocks(monkeypatch):
