@@ -15,7 +15,7 @@ from growkern.engine.report import GrowthReport
 from growkern.engine.request import Request
 from growkern.engine.run import run
 from growkern.errors import PlanError, UnsupportedModelError, raise_all
-from growkern.execution.execute import Memory
+from growkern.execution.sets import Memory
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.describe import Optimizers, describe_optimizers, optimizers

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from growkern.commit.optimizer import Masters
 from growkern.commit.undo import Undo
 from growkern.engine.forward_check import Check
-from growkern.execution.execute import Memory
+from growkern.execution.sets import Memory
 from growkern.execution.tiles import Given
 from growkern.model.spec import ModelSpec
 from growkern.planning.growth_plan import GrowthPlan

@@ -3,49 +3,38 @@
 Targets are cut into pieces; a backend writes the pieces of each device, all at once or one set of tensors after the other.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from math import prod
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from growkern.errors import CommitError, GrowthError, InsufficientMemoryError, PlanError, raise_all
+from growkern.errors import CommitError, GrowthError, PlanError, raise_all
 from growkern.execution import torch_backend as reference
 from growkern.execution.fills import Given
 from growkern.execution.finite import check
+from growkern.execution.measures import SumsOf
 from growkern.execution.pieces import Group
+from growkern.execution.sets import (
+    Memory,
+    RulesOf,
+    TensorSet,
+    grows_grad,
+    memory_mode,
+    state_of,
+    tensor_sets,
+)
 from growkern.execution.tiles import Job, Tiler
-from growkern.optimizer.eight_bit import N_BYTES, decoded, encoded, is_coded, n_broken, scale_key
-from growkern.optimizer.state_rules import GRADIENT, MASTER, MASTER_GRAD, VALUE, Rule
+from growkern.optimizer.eight_bit import decoded, encoded, is_coded, n_broken, scale_key
+from growkern.optimizer.state_rules import GRADIENT, VALUE, Rule
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.support.dtypes import arithmetic
 from growkern.support.laps import Laps
-from growkern.support.memory import free_bytes, is_shared, stored_like, trim
+from growkern.support.memory import is_shared, stored_like, trim
 from growkern.support.named_tensors import Tensors
 from growkern.support.progress import Meter, Progress
 
-Memory = Literal["stage", "lean"]
-MEMORIES = ("stage", "lean")
 NOTHING = "nan"  # backend that fills targets with NaN; a checkpoint overwrites them
-RulesOf = Callable[[str], Mapping[str, Rule | None]]  # source name -> state key -> rule
-
-
-@dataclass(frozen=True)
-class TensorSet:
-    """All targets of one source parameter or buffer: values, gradients and state, in all blocks.
-
-    Attributes:
-        tensors: Rows of the plan with this source.
-        n_bytes: Bytes of the targets, per device.
-        n_freed: Bytes of the sources that the targets replace, per device.
-    """
-
-    tensors: tuple[TensorRow, ...]
-    n_bytes: Mapping[torch.device, int]
-    n_freed: Mapping[torch.device, int]
 
 
 class Execution:
@@ -83,10 +72,6 @@ class Execution:
         """
         self.plan, self.sources, self.backend = plan, sources, backend
         self.rules, self.tiler = rules, tiler or Tiler(plan, given)
-        if memory is not None and memory not in MEMORIES:
-            raise PlanError(
-                f"unknown memory={memory!r}; pass 'stage', 'lean', or None for the first mode that fits."
-            )
         shapes = [
             f"{row.source}: has shape {tuple(sources.values[row.source].shape)}, the plan is for {plan.shapes(row)[0]}; plan again"
             for row in plan.tensors
@@ -95,7 +80,7 @@ class Execution:
         raise_all(PlanError, f"this plan for a {plan.family} does not fit:", shapes)
         self.sets = tensor_sets(plan, sources, self.rules)
         self.memory: Memory
-        self.memory, self.peak_bytes = _choose(self.sets, memory)
+        self.memory, self.peak_bytes = memory_mode(self.sets, memory)
         self.n_read = self.n_written = 0
         n_bytes = sum(sum(one.n_bytes.values()) for one in self.sets)
         self.meter = Meter(n_bytes, on_progress)
@@ -149,7 +134,7 @@ class Execution:
                 target.fill_(float("nan") if target.is_floating_point() else 0)
             return
         tiler = self.tiler
-        tiler.measure(jobs)
+        tiler.measure(jobs, lambda device: _kernel_of_squares(self.backend, device))
         groups = tiler.groups(jobs)
         self.n_read += sum(group.n_read for group in groups) + tiler.n_read
         self.n_written += sum(group.n_written for group in groups)
@@ -216,12 +201,12 @@ class Execution:
                 continue
             next_layer = row.next_layer_source or row.source
             jobs.append((row, source, target, VALUE, self.sources.values[next_layer]))
-            if _grows_grad(row, self.sources):
+            if grows_grad(row, self.sources):
                 grad = self.sources.grads[row.source]
                 staged.grads[row.name] = grad.new_empty(shape)
                 above = self.sources.grads.get(next_layer, grad)
                 jobs.append((row, grad, staged.grads[row.name], GRADIENT, above))
-            if not (source_state := _state(self.plan, row, self.sources)):
+            if not (source_state := state_of(self.plan, row, self.sources)):
                 continue
             state = staged.states[row.name] = dict[str, object]()
             above = {**source_state, **self.sources.states.get(next_layer, {})}
@@ -273,84 +258,6 @@ def execute(
     return next(Execution(plan, sources, lambda _: rules, backend=backend, memory="stage").parts())
 
 
-def tensor_sets(plan: GrowthPlan, sources: Tensors, rules: RulesOf) -> list[TensorSet]:
-    """Group changed rows by source, the largest sources first: in this order the peak of ``"lean"`` is lowest."""
-    by_source: dict[str, list[TensorRow]] = {}
-    for row in plan.tensors:
-        if plan.changes(row):
-            by_source.setdefault(row.source, []).append(row)
-    sets: list[TensorSet] = []
-    for tensors in by_source.values():
-        made: dict[torch.device, int] = {}
-        freed: dict[torch.device, int] = {}
-        for row in tensors:
-            shape = plan.shapes(row)[1]
-            grown: list[tuple[object, Rule]] = [(sources.values[row.source], VALUE)]
-            if _grows_grad(row, sources):
-                grown.append((sources.grads[row.source], GRADIENT))
-            state = _state(plan, row, sources).items()
-            own: Mapping[str, Rule | None] = rules(row.source) if state else {}
-            grown += [(v, rule) for key, v in state if (rule := own.get(key)) is not None]
-            for t, rule in grown:
-                if isinstance(t, Tensor):
-                    coded = rule.quantized and is_coded(t)
-                    n = prod(rule.shape(shape)) * (N_BYTES if coded else t.element_size())
-                    made[t.device] = made.get(t.device, 0) + n
-                    if not row.new:
-                        n_source = t.numel() * t.element_size()
-                        freed[t.device] = freed.get(t.device, 0) + n_source
-        sets.append(TensorSet(tuple(tensors), made, freed))
-    return sorted(sets, key=lambda tensor_set: -sum(tensor_set.n_freed.values()))
-
-
-def _grows_grad(row: TensorRow, sources: Tensors) -> bool:
-    return row.source in sources.grads and not row.new and row.constant is None
-
-
-def _state(plan: GrowthPlan, row: TensorRow, sources: Tensors) -> Mapping[str, object]:
-    """Return the state that grows with a row; master weights grow even when all other state is dropped or fresh."""
-    state = {} if row.drawn else sources.states.get(row.source, {})
-    if row.state == "law" and plan.state != "drop":
-        return state
-    keys = {MASTER} if row.new or row.constant is not None else {MASTER, MASTER_GRAD}
-    return {key: value for key, value in state.items() if key in keys}
-
-
-def peaks(sets: list[TensorSet], memory: str) -> dict[torch.device, int]:
-    """Return the peak bytes of a growth beyond its sources, per device."""
-    now: dict[torch.device, int] = {}
-    peak: dict[torch.device, int] = {}
-    for tensor_set in sets:
-        for device, n_bytes in tensor_set.n_bytes.items():
-            now[device] = now.get(device, 0) + n_bytes
-            peak[device] = max(peak.get(device, 0), now[device])
-        for device, n_bytes in tensor_set.n_freed.items() if memory == "lean" else ():
-            now[device] -= n_bytes
-    return peak
-
-
-def _choose(sets: list[TensorSet], memory: Memory | None) -> tuple[Memory, int]:
-    """Return the fastest memory mode that fits, and its peak bytes."""
-    free = {
-        device: free_bytes(device)
-        for device in {d for tensor_set in sets for d in tensor_set.n_bytes}
-    }
-    for mode in MEMORIES if memory is None else (memory,):
-        needed = peaks(sets, mode)
-        if all((have := free[device]) is None or n <= have for device, n in needed.items()):
-            return mode, max(needed.values(), default=0)
-    lacks = [
-        f"{peaks(sets, mode)[device] / 2**30:.2f} GiB on {device} with memory={mode!r}"
-        for mode in MEMORIES
-        for device in free
-    ]
-    have = ", ".join(f"{(n or 0) / 2**30:.2f} GiB on {device}" for device, n in free.items())
-    raise InsufficientMemoryError(
-        f"the grown tensors need, beside the source, {'; '.join(lacks)}; free: {have}. "
-        "Free memory, choose a smaller target, or grow with state='drop'."
-    )
-
-
 def unavailable(backend: str, device: torch.device) -> list[str]:
     """Return the reasons why a backend cannot run on a device; empty when it can."""
     if backend == "torch":
@@ -369,18 +276,31 @@ def unavailable(backend: str, device: torch.device) -> list[str]:
     return []
 
 
+def _chosen(backend: str | None, device: torch.device) -> str:
+    """Return the backend that runs on a device; raise GrowthError if the backend that was asked for cannot."""
+    chosen = backend or (
+        "triton" if device.type == "cuda" and not unavailable("triton", device) else "torch"
+    )
+    if reasons := unavailable(chosen, device):
+        raise GrowthError(f"cannot run backend={backend!r}: {'; '.join(reasons)}.")
+    return chosen
+
+
+def _kernel_of_squares(backend: str | None, device: torch.device) -> SumsOf | None:
+    if _chosen(backend, device) == "torch":
+        return None
+    from growkern.kernels.squares import sums_of_squares
+
+    return sums_of_squares
+
+
 def _run(groups: list[Group], backend: str | None, meter: Meter) -> None:
     by_device: dict[torch.device, list[Group]] = {}
     for group in groups:
         by_device.setdefault(group.targets[0].device, []).append(group)
     for device, members in by_device.items():
-        chosen = backend or (
-            "triton" if device.type == "cuda" and not unavailable("triton", device) else "torch"
-        )
-        if reasons := unavailable(chosen, device):
-            raise GrowthError(f"cannot run backend={backend!r}: {'; '.join(reasons)}.")
         rest = members
-        if chosen == "triton":
+        if _chosen(backend, device) == "triton":
             from growkern.kernels.expand import DTYPES, expand
 
             expand([group for group in members if group.targets[0].dtype in DTYPES])

@@ -1,6 +1,6 @@
 """Norms and root mean squares of tensors, and the sizes of the steps in which a CPU and a GPU read them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import inf
 
 import torch
@@ -34,34 +34,49 @@ def norms_of(tensors: Sequence[Tensor], order: int) -> Tensor:
     return torch.stack([part.pow(order).sum().pow(1 / order) for part in parts])  # pyright: ignore
 
 
-def roots_of_mean_squares(tensors: Sequence[Tensor]) -> list[Tensor]:
+SumsOf = Callable[[Sequence[Tensor], Tensor], Tensor]
+
+
+def roots_of_mean_squares(tensors: Sequence[Tensor], kernel: SumsOf | None = None) -> list[Tensor]:
     """Return the root mean square of each tensor, float64 (), the same bits on every device and in every order of summation.
 
     All tensors have one device and one dtype.
     Elements are rounded to whole multiples of a power of two, at most 2**10 of them: the sum of up to 2**33 squares is exact.
+
+    Args:
+        tensors: The tensors.
+        kernel: ``growkern.kernels.squares.sums_of_squares``, for tensors that it can read; None to sum by torch.
     """
     largest = torch.stack(torch._foreach_norm([*tensors], inf)).to(torch.float64)  # pyright: ignore
     exponents = torch.frexp(largest).exponent.clamp(min=-100)
     units = torch.ldexp(torch.ones_like(largest), exponents - 10)
-    most_at_once = CHUNK if largest.device.type == "cpu" else MOST
-    sums = torch.zeros_like(largest)
-
-    def add(job: tuple[Tensor, Tensor, Tensor]) -> None:
-        tensor, unit, total = job
-        if tensor.numel() <= most_at_once:
-            total.copy_(_squares(tensor, unit))
-            return
-        parts: tuple[Tensor, ...] = torch.split(tensor.flatten(), most_at_once)
-        total.copy_(torch.stack([_squares(part, unit) for part in parts]).sum())
-
-    jobs = [
-        *zip(tensors, units.to(arithmetic(tensors[0].dtype)).unbind(), sums.unbind(), strict=True)
-    ]
-    run_each(jobs, lambda: add, largest.device, sum(tensor.nbytes for tensor in tensors))
+    inverses = units.reciprocal().to(arithmetic(tensors[0].dtype))
     counts = largest.new_tensor([tensor.numel() for tensor in tensors])
+    readable = all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors)
+    if kernel is not None and readable:
+        sums = kernel(tensors, inverses).to(torch.float64).where(largest.isfinite(), largest)
+    else:
+        sums = _sums_of_squares(tensors, inverses)
     return [*((sums / counts).sqrt() * units).unbind()]
 
 
-def _squares(part: Tensor, unit: Tensor) -> Tensor:
-    """Return the sum of squares of a tensor in whole units, float64 ()."""
-    return (part.to(unit.dtype) / unit).round_().square_().sum(dtype=torch.float64)
+def _sums_of_squares(tensors: Sequence[Tensor], inverses: Tensor) -> Tensor:
+    """Return the sum of squares of each tensor in whole units, float64 (n,)."""
+    sums = torch.empty(len(tensors), dtype=torch.float64, device=inverses.device)
+    most_at_once = CHUNK if inverses.device.type == "cpu" else MOST
+
+    def add(job: tuple[Tensor, Tensor, Tensor]) -> None:
+        tensor, inverse, total = job
+        if tensor.numel() <= most_at_once:
+            total.copy_(_squares(tensor, inverse))
+            return
+        parts: tuple[Tensor, ...] = torch.split(tensor.flatten(), most_at_once)
+        total.copy_(torch.stack([_squares(part, inverse) for part in parts]).sum())
+
+    jobs = [*zip(tensors, inverses.unbind(), sums.unbind(), strict=True)]
+    run_each(jobs, lambda: add, inverses.device, sum(tensor.nbytes for tensor in tensors))
+    return sums
+
+
+def _squares(part: Tensor, inverse: Tensor) -> Tensor:
+    return (part.to(inverse.dtype) * inverse).round_().square_().sum(dtype=torch.float64)

@@ -143,7 +143,7 @@ class Group:
     def offset(self, k: int) -> int:
         """Return how many elements after the first of its tensor the source of piece ``k`` begins."""
         first = self.sources[0][self.origins[k]]
-        return self.pieces[k].src.storage_offset() - first.storage_offset()
+        return int(self.pieces[k].src.storage_offset()) - int(first.storage_offset())
 
     def pieces_of(self, i: int) -> Iterator[Piece]:
         """Yield the pieces of tensor ``i``."""

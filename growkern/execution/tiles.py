@@ -4,7 +4,7 @@ A tile is copied from the source to all its places in the target, or holds pads:
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from hashlib import blake2b
 from math import inf, prod
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor
 from growkern.execution import torch_backend as reference
 from growkern.execution.axis_runs import AxisLayout, AxisRun, Reach, scale_of
 from growkern.execution.fills import Fills, Given, Slot
-from growkern.execution.measures import roots_of_mean_squares
+from growkern.execution.measures import SumsOf, roots_of_mean_squares
 from growkern.execution.pieces import Group, Noise, Piece
 from growkern.optimizer.state_rules import Rule
 from growkern.planning.growth_plan import AxisMap, GrowthPlan, Pad, TensorRow
@@ -117,8 +117,13 @@ class Tiler:
         self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
         self._uploaded: dict[tuple[AxisLayout, torch.dtype, torch.device], Tensor] = {}
 
-    def measure(self, jobs: Iterable[Job]) -> None:
-        """Measure the root mean square of all weights that get noise in one batch."""
+    def measure(self, jobs: Iterable[Job], kernel: Callable[[torch.device], SumsOf | None]) -> None:
+        """Measure the root mean square of all weights that get noise in one batch.
+
+        Args:
+            jobs: The jobs.
+            kernel: Returns the kernel for the tensors of a device; see ``roots_of_mean_squares``.
+        """
         noisy: dict[tuple[torch.device, torch.dtype, torch.dtype], dict[str, Tensor]] = defaultdict(
             dict
         )
@@ -130,9 +135,9 @@ class Tiler:
             tiling = self._tiling(row, rule, *kind[:2])
             if tiling.adds_noise and not tiling.centered:
                 noisy[kind].setdefault(row.source, source)
-        for (_, dtype, _), by_name in noisy.items():
+        for (device, dtype, _), by_name in noisy.items():
             sources = list(by_name.values())
-            stds = [_std(rms, dtype) for rms in roots_of_mean_squares(sources)]
+            stds = [_std(rms, dtype) for rms in roots_of_mean_squares(sources, kernel(device))]
             self._stds |= dict(zip(by_name, stds, strict=True))
             self.n_read += 2 * sum(source.numel() * source.element_size() for source in sources)
 

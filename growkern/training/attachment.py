@@ -17,7 +17,7 @@ from growkern.commit.optimizer_guard import OptimGuard, check_loaded, optim_guar
 from growkern.engine.forward_check import Check, ForwardCheck
 from growkern.engine.report import GrowthReport
 from growkern.errors import GrowthError, PlanError, raise_all
-from growkern.execution.execute import Memory
+from growkern.execution.sets import Memory
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.describe import describe_optimizers, optimizers

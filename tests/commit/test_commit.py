@@ -18,7 +18,7 @@ from growkern.engine import run as engine
 from growkern.engine.ddp import Ranks
 from growkern.engine.sources import tensors_of
 from growkern.errors import CommitError, GrowthError, InsufficientMemoryError
-from growkern.execution import execute
+from growkern.execution import execute, sets
 from growkern.optimizer.describe import describe_optimizer
 
 
@@ -110,7 +110,7 @@ def test_control_c_during_the_writing_takes_the_growth_back(stage, monkeypatch):
 def test_a_growth_that_does_not_fit_is_refused_with_both_figures(monkeypatch):
     model, optim, scheduler = fixture()
     before = state_of(model, optim, scheduler)
-    monkeypatch.setattr(execute, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(sets, "free_bytes", lambda device: 1000)
 
     with pytest.raises(
         InsufficientMemoryError, match=r"need, beside the source, 0\.00 GiB on cpu.*free: 0\.00 GiB"

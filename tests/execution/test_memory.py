@@ -18,7 +18,7 @@ from growkern.commit import optimizer as optim_target
 from growkern.commit import param_groups as groups
 from growkern.engine.sources import tensors_of
 from growkern.errors import CommitError, GrowthError, InsufficientMemoryError, PlanError
-from growkern.execution import execute
+from growkern.execution import execute, sets
 from growkern.execution.tiles import Tiler
 from growkern.kernels import table
 from growkern.kernels.table import Table
@@ -185,7 +185,7 @@ def test_what_does_not_fit_staged_is_grown_lean(monkeypatch):
         for mode in ("stage", "lean")
     )
     model, optim, _ = fixture()
-    monkeypatch.setattr(execute, "free_bytes", lambda device: (staged + lean) // 2)
+    monkeypatch.setattr(sets, "free_bytes", lambda device: (staged + lean) // 2)
 
     report = grow(model, optim, to="2x", dynamics=None)
 
@@ -196,7 +196,7 @@ def test_what_does_not_fit_staged_is_grown_lean(monkeypatch):
 def test_what_does_not_fit_at_all_is_refused_with_the_figures(monkeypatch):
     model, optim, scheduler = fixture()
     before = snapshot(model, optim, scheduler)
-    monkeypatch.setattr(execute, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(sets, "free_bytes", lambda device: 1000)
 
     for mode in (None, "stage", "lean"):
         with pytest.raises(

@@ -17,7 +17,7 @@ import growkern
 from growkern import At, GrowthSchedule, depth, shrink, vocab, width
 from growkern.checkpoints.grow import grow as grow_saved
 from growkern.errors import GrowthError
-from growkern.execution import execute
+from growkern.execution import sets
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.growth_record import GrowthRecord
 
@@ -181,7 +181,7 @@ def a_tensor_left_out():
 
 def too_large():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execute, "free_bytes", lambda device: 1 << 10)
+        patch.setattr(sets, "free_bytes", lambda device: 1 << 10)
         grow()
 
 

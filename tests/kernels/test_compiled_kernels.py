@@ -42,6 +42,8 @@ KINDS = [  # dtypes of parameter, gradient and moments of the AdamW kernel
 ADAMW = [("adamw", *kind, options) for kind in KINDS for options in ("plain", "slices")]
 ADAMW += [("adamw", *KINDS[0], "slices+scaler"), ("adamw", *KINDS[4], "scaler")]
 DISASSEMBLED += [ADAMW[-2]]
+SQUARES = [("squares", dtype) for dtype in ("float32", "bfloat16", "float16", "float64")]
+SQUARES_ONLY = list(product(["sm_80", "sm_100", "gfx942"], SQUARES))
 ADAMW_ONLY = list(product(["sm_80", "sm_100", "gfx942"], ADAMW[-2:]))
 
 
@@ -97,6 +99,19 @@ def test_adamw_fits_registers_and_moves_16_bytes_where_it_can(built, case):
     assert (found["load"], found["store"]) == (128, 128)
 
 
+@pytest.mark.parametrize(("target", "case"), SQUARES_ONLY, ids=case_id)
+def test_squares_compiles(built, target, case):
+    assert built[f"{target} {case_id(case)}"] == {"compiled": 1}
+
+
+@pytest.mark.parametrize("case", SQUARES, ids=case_id)
+def test_squares_fits_registers_and_reads_16_bytes(built, case):
+    found = built[f"sm_90 {case_id(case)}"]
+
+    assert (found["stack"], found["local"], found["load"]) == (0, 0, 128)
+    assert found["registers"] <= N_REGISTERS
+
+
 @pytest.mark.parametrize("case", DISASSEMBLED, ids=case_id)
 def test_the_machine_code_spills_nothing_and_has_the_widths_of_the_ptx(built, case):
     """To disassemble every kernel takes ten times as long as to read its PTX."""
@@ -118,7 +133,7 @@ def test_the_machine_code_spills_nothing_and_has_the_widths_of_the_ptx(built, ca
         )  # versions of triton differ by 22 %
 
 
-@pytest.mark.parametrize("case", [*FULL, *ADAMW], ids=case_id)
+@pytest.mark.parametrize("case", [*FULL, *ADAMW, *SQUARES], ids=case_id)
 def test_rows_are_addressed_in_64_bits(built, case):
     """In a tensor of 2**31 elements and more, a row index times a stride does not fit in 32 bits."""
     assert built[f"sm_90 {case_id(case)}"]["narrow_products"] == 0
@@ -142,7 +157,8 @@ def test_every_specialisation_is_compiled():
 
 def main() -> None:
     """Compile every case and print the measurements as JSON."""
-    jobs = [("sm_90", case) for case in [*FULL, *ADAMW]] + COMPILE_ONLY + ADAMW_ONLY
+    jobs = [("sm_90", case) for case in [*FULL, *ADAMW, *SQUARES]]
+    jobs += COMPILE_ONLY + ADAMW_ONLY + SQUARES_ONLY
     jobs += [("sass", case) for case in DISASSEMBLED]
     print(json.dumps({f"{target} {case_id(case)}": build(target, case) for target, case in jobs}))
 
@@ -152,12 +168,12 @@ def build(target: str, case: tuple[str | int, ...]) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, options, pointers = (adamw if case[0] == "adamw" else expand)(case)
+    kernel, options, pointers = {"adamw": adamw, "squares": squares}.get(case[0], expand)(case)
     constants = {name: value for name, value in options.items() if name.isupper()}
     constants |= {name: None for name, kind in pointers.items() if kind == "constexpr"}
-    scalars = {"first_piece": "i32", "n_pieces": "i32"}
-    if "n_rows" in kernel.arg_names:
-        scalars["n_rows"] = "i32"
+    scalars = {
+        name: "i32" for name in ("first_piece", "n_pieces", "n_rows") if name in kernel.arg_names
+    }
     signature = pointers | scalars | dict.fromkeys(constants, "constexpr")
     aligned = {
         (at,): [["tt.divisibility", 16]] for at, kind in enumerate(pointers.values()) if "*" in kind
@@ -175,7 +191,9 @@ def build(target: str, case: tuple[str | int, ...]) -> dict[str, int]:
     if target != "sm_90":
         return {"compiled": 1}
     found = resources(dumped(cuobjdump, "-res-usage", asm["cubin"]))
-    found |= {"load": widest_ptx("ld", asm["ptx"]), "store": widest_ptx("st", asm["ptx"])}
+    found["load"] = widest_ptx("ld", asm["ptx"])
+    if case[0] != "squares":
+        found["store"] = widest_ptx("st", asm["ptx"])
     return found | {"narrow_products": narrow_products(asm["ttir"])}
 
 
@@ -201,6 +219,16 @@ def adamw(case: tuple[str | int, ...]) -> tuple[object, dict[str, object], dict[
     options = launch_options(dtypes, "slices" in flags, "scaler" in flags)
     pointers = {"table_ptr": "*i64", "now_ptr": "*i64", "scale_ptr": scaler, "inf_ptr": scaler}
     return adamw_kernel, options, pointers
+
+
+def squares(case: tuple[str | int, ...]) -> tuple[object, dict[str, object], dict[str, str]]:
+    import torch
+
+    from growkern.kernels.squares import launch_options, squares_kernel
+
+    math = "*fp64" if case[1] == "float64" else "*fp32"
+    pointers = {"table_ptr": "*i64", "inverses_ptr": math, "sums_ptr": "*i64"}
+    return squares_kernel, launch_options(getattr(torch, case[1])), pointers
 
 
 def narrow_products(ttir: str) -> int:

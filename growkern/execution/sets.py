@@ -1,0 +1,122 @@
+"""Sets of tensors that grow together, and the memory mode and peak of a growth."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from growkern.errors import InsufficientMemoryError, PlanError
+from growkern.optimizer.eight_bit import N_BYTES, is_coded
+from growkern.optimizer.state_rules import GRADIENT, MASTER, MASTER_GRAD, VALUE, Rule
+from growkern.planning.growth_plan import GrowthPlan, TensorRow
+from growkern.support.memory import free_bytes
+from growkern.support.named_tensors import Tensors
+
+Memory = Literal["stage", "lean"]
+MEMORIES = ("stage", "lean")
+RulesOf = Callable[[str], Mapping[str, Rule | None]]  # source name -> state key -> rule
+
+
+@dataclass(frozen=True)
+class TensorSet:
+    """All targets of one source parameter or buffer: values, gradients and state, in all blocks.
+
+    Attributes:
+        tensors: Rows of the plan with this source.
+        n_bytes: Bytes of the targets, per device.
+        n_freed: Bytes of the sources that the targets replace, per device.
+    """
+
+    tensors: tuple[TensorRow, ...]
+    n_bytes: Mapping[torch.device, int]
+    n_freed: Mapping[torch.device, int]
+
+
+def tensor_sets(plan: GrowthPlan, sources: Tensors, rules: RulesOf) -> list[TensorSet]:
+    """Group changed rows by source, the largest sources first: in this order the peak of ``"lean"`` is lowest."""
+    by_source: dict[str, list[TensorRow]] = {}
+    for row in plan.tensors:
+        if plan.changes(row):
+            by_source.setdefault(row.source, []).append(row)
+    sets: list[TensorSet] = []
+    for tensors in by_source.values():
+        made: dict[torch.device, int] = {}
+        freed: dict[torch.device, int] = {}
+        for row in tensors:
+            shape = plan.shapes(row)[1]
+            grown: list[tuple[object, Rule]] = [(sources.values[row.source], VALUE)]
+            if grows_grad(row, sources):
+                grown.append((sources.grads[row.source], GRADIENT))
+            state = state_of(plan, row, sources).items()
+            own: Mapping[str, Rule | None] = rules(row.source) if state else {}
+            grown += [(v, rule) for key, v in state if (rule := own.get(key)) is not None]
+            for t, rule in grown:
+                if isinstance(t, Tensor):
+                    coded = rule.quantized and is_coded(t)
+                    n = prod(rule.shape(shape)) * (N_BYTES if coded else t.element_size())
+                    made[t.device] = made.get(t.device, 0) + n
+                    if not row.new:
+                        n_source = t.numel() * t.element_size()
+                        freed[t.device] = freed.get(t.device, 0) + n_source
+        sets.append(TensorSet(tuple(tensors), made, freed))
+    return sorted(sets, key=lambda tensor_set: -sum(tensor_set.n_freed.values()))
+
+
+def grows_grad(row: TensorRow, sources: Tensors) -> bool:
+    return row.source in sources.grads and not row.new and row.constant is None
+
+
+def state_of(plan: GrowthPlan, row: TensorRow, sources: Tensors) -> Mapping[str, object]:
+    """Return the state that grows with a row; master weights grow even when all other state is dropped or fresh."""
+    state = {} if row.drawn else sources.states.get(row.source, {})
+    if row.state == "law" and plan.state != "drop":
+        return state
+    keys = {MASTER} if row.new or row.constant is not None else {MASTER, MASTER_GRAD}
+    return {key: value for key, value in state.items() if key in keys}
+
+
+def peaks(sets: list[TensorSet], memory: str) -> dict[torch.device, int]:
+    """Return the peak bytes of a growth beyond its sources, per device."""
+    now: dict[torch.device, int] = {}
+    peak: dict[torch.device, int] = {}
+    for tensor_set in sets:
+        for device, n_bytes in tensor_set.n_bytes.items():
+            now[device] = now.get(device, 0) + n_bytes
+            peak[device] = max(peak.get(device, 0), now[device])
+        for device, n_bytes in tensor_set.n_freed.items() if memory == "lean" else ():
+            now[device] -= n_bytes
+    return peak
+
+
+def memory_mode(sets: list[TensorSet], memory: Memory | None) -> tuple[Memory, int]:
+    """Return the fastest memory mode that fits, and its peak bytes.
+
+    Raises:
+        PlanError: ``memory`` is unknown.
+        InsufficientMemoryError: No mode fits, or the given one does not; the message gives required and free memory.
+    """
+    if memory is not None and memory not in MEMORIES:
+        raise PlanError(
+            f"unknown memory={memory!r}; pass 'stage', 'lean', or None for the first mode that fits."
+        )
+    free = {
+        device: free_bytes(device)
+        for device in {d for tensor_set in sets for d in tensor_set.n_bytes}
+    }
+    for mode in MEMORIES if memory is None else (memory,):
+        needed = peaks(sets, mode)
+        if all((have := free[device]) is None or n <= have for device, n in needed.items()):
+            return mode, max(needed.values(), default=0)
+    lacks = [
+        f"{peaks(sets, mode)[device] / 2**30:.2f} GiB on {device} with memory={mode!r}"
+        for mode in MEMORIES
+        for device in free
+    ]
+    have = ", ".join(f"{(n or 0) / 2**30:.2f} GiB on {device}" for device, n in free.items())
+    raise InsufficientMemoryError(
+        f"the grown tensors need, beside the source, {'; '.join(lacks)}; free: {have}. "
+        "Free memory, choose a smaller target, or grow with state='drop'."
+    )
