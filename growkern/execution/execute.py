@@ -3,7 +3,7 @@
 Targets are cut into pieces; a backend writes the pieces of each device, all at once or one set of tensors after the other.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 
 import torch
@@ -91,6 +91,7 @@ class Execution:
                 f"{n_shared} tensors are in shared memory, as before; a process that opened them earlier still has the source's."
             )
         self.of_average = False
+        compile_ahead(self.sources.all(), backend)
 
     def of(self, sources: Tensors) -> "Execution":
         """Return the same growth, with the same noise, of other tensors with these names (an average of the model)."""
@@ -276,6 +277,19 @@ def unavailable(backend: str, device: torch.device) -> list[str]:
     return []
 
 
+def compile_ahead(tensors: Iterable[Tensor], backend: str | None) -> None:
+    """Start to compile, in other threads, the kernels that a growth of tensors on a GPU launches."""
+    kinds: dict[torch.device, set[torch.dtype]] = {}
+    for tensor in tensors:
+        if tensor.device.type == "cuda":
+            kinds.setdefault(tensor.device, set()).add(tensor.dtype)
+    for device, dtypes in kinds.items():
+        if backend != "torch" and not unavailable("triton", device):
+            from growkern.kernels import ahead
+
+            ahead.start(dtypes, device)
+
+
 def _chosen(backend: str | None, device: torch.device) -> str:
     """Return the backend that runs on a device; raise GrowthError if the backend that was asked for cannot."""
     chosen = backend or (
@@ -301,8 +315,10 @@ def _run(groups: list[Group], backend: str | None, meter: Meter) -> None:
     for device, members in by_device.items():
         rest = members
         if _chosen(backend, device) == "triton":
+            from growkern.kernels import ahead
             from growkern.kernels.expand import DTYPES, expand
 
+            ahead.finish()
             expand([group for group in members if group.targets[0].dtype in DTYPES])
             rest = [
                 group for group in members if group.targets[0].dtype not in DTYPES

@@ -223,10 +223,10 @@ class Tiler:
             if row.factor != 1 or row.grad_factor != 1:
                 scaled = axes[0].times(row.factor, row.grad_factor)
                 axes = (self._equal.setdefault(scaled, scaled), *axes[1:])
-            key = axes, mixed, rule, device, dtype
+            key = tuple(map(id, axes)), mixed, id(rule), device, dtype
             if (tiling := self._tilings.get(key)) is None:
                 tiling = self._tilings[key] = self._tiled(axes, mixed, rule, device, dtype)
-            known = self._tilings_of[own] = rule, tiling  # the rule is kept: its id is in the key
+            known = self._tilings_of[own] = rule, tiling  # the rule is kept: its id is in the keys
         return known[1]
 
     def _tiled(

@@ -16,7 +16,9 @@ from growkern.commit.optimizer import Masters
 from growkern.commit.optimizer_guard import OptimGuard, check_loaded, optim_guard_of
 from growkern.engine.forward_check import Check, ForwardCheck
 from growkern.engine.report import GrowthReport
+from growkern.engine.sources import tensors_of
 from growkern.errors import GrowthError, PlanError, raise_all
+from growkern.execution.execute import compile_ahead
 from growkern.execution.sets import Memory
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
@@ -134,6 +136,7 @@ class Attachment:
         if self._check() is True:
             self._hooks.append(self.model.register_forward_pre_hook(self._record, with_kwargs=True))
         schedule.attachment = self
+        compile_ahead(tensors_of(self.model, optims, spec).all(), self.options.get("backend"))
         counts = schedule.counts
         if counts.n_tokens and not counts.n_flops:  # tokens were observed before the attachment
             counts.n_flops = 6.0 * counts.n_tokens * self.n_params
