@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import bench_models, harness
+from bench import bench_models, harness, predicted
 from bench.bars import bars
 from bench.report import picture, table
 
@@ -128,6 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = harness.append(rows, options.out)
         console.print(table(rows))
         console.print(bars(rows, gpu=has_gpu))
+        if (compared := predicted.beside(rows, harness.machine()["device"])) is not None:
+            console.print(compared)
         console.print(f"rows     {path}")
     if any(row["op"] == "expand" for row in rows):
         console.print(f"picture  {picture(rows, options.out)}")

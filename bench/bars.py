@@ -8,9 +8,8 @@ from rich.table import Table
 from bench.baselines import DOUBLE, REPEAT, SELECT
 from bench.bench_adamw import OURS, SMALL
 from bench.bench_models import GPT2_WIDE, HOST, HOST_124M, HOST_XL, XL_WIDE
-from bench.harness import ROOF, Row, number
+from bench.harness import LARGE, ROOF, Row, number
 
-LARGE = 60 << 20  # least bytes of a large weight; a nominal 64 MiB is rounded down
 RUN_MAPS = ("x1.5 adam", "x2 adam", "x3 adam")
 RANDOM_MAPS = ("random x2 adam",)
 NOISES = ("noise=1", "noise=0")  # twin noise of copies

@@ -31,6 +31,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+LARGE = 60 << 20  # least bytes of a large weight; a nominal 64 MiB is rounded down
 ROOF = "copy_"
 QUANTILES = {"p20_ms": 0.2, "p50_ms": 0.5, "p80_ms": 0.8}
 COLUMNS = (

@@ -10,10 +10,13 @@ of its control flow, in instructions of a thread. A tile takes the longest of th
 The MI300X is taken to execute as many instructions as sm_90, on half the lanes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
+
+from bench.harness import LARGE, Row, number, size_text
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ COUNTS = {
 }
 N_INSTRUCTIONS = {"fp32": 1528, "bf16": 1552}  # of the whole kernels that were counted
 MOVED, SCALED, NOISY = range(3)  # kinds of copies
+FAR = 0.2  # a measurement that is further off its prediction is an error of one of them
 N_TILES, N_ELEMENTS, STEP, N_STEPS = 4, 8, 13, 11  # tiles, elements of a thread; the search
 LATENCY = dict(launch=250, step=60, head=250, load=750, row=100, copy=(100, 170, 420))  # cycles
 
@@ -117,6 +121,36 @@ def table() -> Table:
             cells = (f"{100 * of_adam(dtype, kind, device):.0f} %" for device in DEVICES.values())
             drawn.add_row(f"{dtype}, noise={noise}", *cells)
     return drawn
+
+
+def beside(rows: Sequence[Row], name: str) -> Table | None:
+    """Return the measured shares of large tensors beside the predicted ones; None for a device or rows that the model does not know.
+
+    Args:
+        rows: Rows of a run.
+        name: Name of the device, as in "NVIDIA H200".
+    """
+    device = next((device for key, device in DEVICES.items() if key in name), None)
+    drawn = Table(title=f"percent of a copy, predicted for the {name}", title_justify="left")
+    for column in ("case", "size", "dtype", "measured", "predicted"):
+        drawn.add_column(column, justify="right" if column in ("measured", "predicted") else "left")
+    for row in rows if device else ():
+        kind = {"x2 adam noise=0": SCALED, "x2 adam noise=1": NOISY}.get(str(row["case"]))
+        size, dtype = number(row["tensor_bytes"]), str(row["dtype"])
+        line = row["op"], row["backend"], row["phase"], dtype in COUNTS
+        if device is None or kind is None or line != ("expand", "triton", "warm", True) or size < LARGE:  # fmt: skip
+            continue
+        measured, predicted = number(row["roof_percent"]), 100 * of_adam(dtype, kind, device)
+        off = "" if abs(measured / predicted - 1) <= FAR else "  [red]find out why[/red]"
+        cells = (
+            str(row["case"]),
+            size_text(size),
+            dtype,
+            f"{measured:.0f} %",
+            f"{predicted:.0f} %{off}",
+        )
+        drawn.add_row(*cells)
+    return drawn if drawn.row_count else None
 
 
 if __name__ == "__main__":

@@ -206,6 +206,31 @@ def test_the_readme_has_the_predictions_of_the_model():
     assert len(rows) == 4
 
 
+def test_a_measurement_on_a_gpu_stands_beside_its_prediction():
+    def row(case, dtype, percent, size=harness.LARGE, backend="triton"):
+        own = dict(case=case, dtype=dtype, backend=backend, tensor_bytes=size, roof_percent=percent)
+        return own | dict(op="expand", phase="warm")
+
+    h200 = predicted.DEVICES["H200"]
+    near = 100 * predicted.of_adam("bf16", predicted.NOISY, h200) * 0.81
+    rows = [
+        row("x2 adam noise=1", "bf16", near),
+        row("x2 adam noise=0", "fp32", 60),
+        row("x2 adam noise=0", "fp32", 60, size=1 << 20),
+        row("x3 adam noise=0", "fp32", 60),
+        row("x2 adam noise=0", "fp32", 60, backend="copy_"),
+    ]
+    drawn = predicted.beside(rows, "NVIDIA H200 NVL")
+    cells = [[*column.cells] for column in drawn.columns]
+
+    assert cells[3] == [f"{near:.0f} %", "60 %"]
+    assert cells[4] == [
+        f"{near / 0.81:.0f} %",
+        f"{100 * predicted.of_adam('fp32', predicted.SCALED, h200):.0f} %  [red]find out why[/red]",
+    ]
+    assert predicted.beside(rows, "NVIDIA T4") is predicted.beside(rows[2:], "NVIDIA H200") is None
+
+
 def test_the_model_slows_with_copies_noise_and_faster_memory():
     counts, h100, h200 = predicted.COUNTS["fp32"], *(predicted.DEVICES[n] for n in ("H100", "H200"))  # fmt: skip
     noisy, scaled = (predicted.share(counts, kind, 2, 2, h100) for kind in (predicted.NOISY, predicted.SCALED))  # fmt: skip
