@@ -4,6 +4,7 @@ than one, and the first growth of a process need not wait for those that were st
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import growkern.kernels.squares as squares
 
 Key = tuple[Any, ...]
 _started: dict[Key, Future[object]] = {}
+_alone = Lock()
 
 
 @cache
@@ -31,10 +33,10 @@ def start(dtypes: Iterable[torch.dtype], device: torch.device) -> None:
         if dtype.is_floating_point:
             options = squares.launch_options(dtype)
             math = torch.float64 if dtype == torch.float64 else torch.float32
-            _submit(squares.squares_kernel, (torch.int64, math, torch.int64, 1), options, device)
+            _submit(squares.squares_kernel, (torch.int64, math, torch.int64, 2), options, device)
         means = torch.float32 if dtype.itemsize < 4 else dtype  # fills of a low-precision target
         for src in {dtype, means}:
-            _submit(expand.expand_kernel, (torch.int64, 0, 1, 8), expand.launch_options(src, dtype, 0), device)  # fmt: skip
+            _submit(expand.expand_kernel, (torch.int64, 0, 2, 8), expand.launch_options(src, dtype, 0), device)  # fmt: skip
 
 
 def finish() -> None:
@@ -51,4 +53,8 @@ def _submit(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any], de
 
 def _compile(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any], device: torch.device) -> None:  # fmt: skip
     with torch.cuda.device(device):
+        with (
+            _alone
+        ):  # threads that make triton's cache of a device at once each make one, and one is kept
+            kernel.device_caches[device.index]
         kernel.warmup(*arguments, grid=(1,), **options)

@@ -80,7 +80,7 @@ def main() -> None:
     for src, dst in ((torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)):
         piece = Piece(torch.ones(70, 1, dtype=src).expand(70, 9), torch.empty(70, 9, dtype=dst))
         expand.expand([Group.of(piece)] * 3)
-        squares.sums_of_squares([piece.dst], torch.ones(1))
+        squares.sums_of_squares([piece.dst] * 3, torch.ones(3))
     print(n_ahead, len(compiled) - n_ahead, *compiled)
 
 
