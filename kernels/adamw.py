@@ -95,17 +95,17 @@ def adamw(
 
 
 def adamw_again(
-    table: Table, params: Sequence[torch.Tensor], counts: Sequence[float], hypers: Sequence[Any]
+    table: Table, grads: Sequence[int], counts: Sequence[float], hypers: Sequence[Any]
 ) -> None:
     """Update as in the step before: parameters, moments and the layouts of gradients are those that the table was built from.
 
     Args:
         table: Table of the parameters' device.
-        params: Parameters with gradients, in the order of that step.
+        grads: Addresses of the gradients, in the order of that step.
         counts: Step counts; they include this step.
         hypers: ``growkern.optimizer.adamw_torch.Hyper`` of every param group that has parameters, in order.
     """
-    _launch(table, table.again(params, counts, hypers), (None, None))
+    _launch(table, table.again(grads, counts, hypers), (None, None))
 
 
 def _launch(table: Table, now: torch.Tensor, scaler: tuple[Any, Any]) -> None:

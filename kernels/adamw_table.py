@@ -61,6 +61,7 @@ class Table:
         self.on_device = torch.empty(0, dtype=torch.int64)
         self.launches: list[tuple[Kind, bool, int, int, int]] = []
         self.hypers: list[tuple[int, torch.dtype]] = []
+        self.maths: list[torch.dtype] = []  # of every tensor
         self.uploads = [Upload(), Upload()]  # in turn: one may still be read by its copy
 
     def prepare(
@@ -91,16 +92,12 @@ class Table:
         return self._upload(grads, counts, hypers, updates[0].p.device)
 
     def again(
-        self, params: Sequence[torch.Tensor], counts: Sequence[float], hypers: Sequence[Any]
+        self, grads: Sequence[int], counts: Sequence[float], hypers: Sequence[Any]
     ) -> torch.Tensor:
-        """Upload what changed since a step whose tensors were these, in this order; ``hypers`` are of the param groups, in order."""
-        bits = {
-            pair: _bits(*pair)
-            for pair in {*zip(counts, (math(p.dtype) for p in params), strict=True)}
-        }
-        own = [bits[pair] for pair in zip(counts, (math(p.dtype) for p in params), strict=True)]
-        grads = [p.grad.data_ptr() for p in params if p.grad is not None]
-        return self._upload(grads, own, hypers, params[0].device)
+        """Upload what changed since the step before: gradient addresses and counts of its tensors, in order, and every param group."""
+        bits = {pair: _bits(*pair) for pair in {*zip(counts, self.maths, strict=True)}}
+        own = [*map(bits.__getitem__, zip(counts, self.maths, strict=True))]
+        return self._upload(grads, own, hypers, self.on_device.device)
 
     def _upload(
         self, grads: Sequence[int], counts: Sequence[int], hypers: Sequence[Any], device: torch.device
@@ -120,6 +117,7 @@ class Table:
         block_c: Callable[[int], int],
     ) -> None:
         kinds: dict[Kind, list[int]] = {}
+        self.maths = [math(u.p.dtype) for u in updates]
         for i, u in enumerate(updates):
             kinds.setdefault((u.p.dtype, u.grad.dtype, u.exp_avg.dtype), []).append(i)
         cuts = [list(stretches(u, block_c(u.p.itemsize))) for u in updates]

@@ -162,11 +162,11 @@ class AdamW(torch.optim.AdamW):
     def _repeat(self) -> None:
         from growkern.kernels.adamw import adamw_again
 
-        params = [p for group in self.param_groups for p in group["params"]]
-        counts = self.__dict__["_steady"].count(self)
+        steady: Steady = self.__dict__["_steady"]
+        counts = steady.count(self)
         hypers = [_hyper(group) for group in self.param_groups if group["params"]]
         with torch.no_grad():
-            adamw_again(self.__dict__["_tables"][params[0].device], params, counts, hypers)
+            adamw_again(self.__dict__["_tables"][steady.device], steady.grads, counts, hypers)
 
     def _split(self, group: Group) -> tuple[list[Mine], list[Tensor]]:
         """Split a group into parameters that growkern updates and parameters that torch updates; an error changes nothing."""

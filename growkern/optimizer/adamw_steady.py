@@ -27,12 +27,17 @@ class Steady:
     """What a full step has found of an optimizer whose tensors the kernel updates, in numbers: no tensor is kept alive.
 
     Attributes:
+        device: Device of the parameters.
         seen: All that the kernel's table was built from, and the versions of the step counts, last.
         counts: Step count of every parameter.
+        grads: Addresses of the gradients when ``holds`` was asked last.
     """
 
-    def __init__(self, seen: tuple[Any, ...], counts: Sequence[float]) -> None:
-        self.seen, self.counts = seen, [*counts]
+    def __init__(
+        self, device: torch.device, seen: tuple[Any, ...], counts: Sequence[float]
+    ) -> None:
+        self.device, self.seen, self.counts = device, seen, [*counts]
+        self.grads: list[int] = []
 
     @staticmethod
     def of(optim: Optimizer, updates: Sequence[tuple[Update, bool]]) -> "Steady | None":
@@ -43,12 +48,14 @@ class Steady:
         fit = all(fits and not u.slices and not u.step.is_cuda for u, fits in updates)
         if not fit or len({u.p.device for u, _ in updates}) > 1:
             return None
-        seen = _seen(optim)
-        return Steady(seen, [u.step.item() for u, _ in updates]) if seen and all(seen[0]) else None
+        _, seen = _seen(optim)
+        counts = [u.step.item() for u, _ in updates]
+        return Steady(params[0].device, seen, counts) if seen and all(seen[0]) else None
 
     def holds(self, optim: Optimizer) -> bool:
         """True if the optimizer is as it was after its last step, but for values, new gradients and hyperparameters."""
-        return _seen(optim) == self.seen
+        self.grads, seen = _seen(optim)
+        return seen == self.seen
 
     def count(self, optim: Optimizer) -> list[float]:
         """Count the step, and return the counts."""
@@ -59,8 +66,11 @@ class Steady:
         return self.counts
 
 
-def _seen(optim: Optimizer) -> tuple[Any, ...]:
-    """Return what the table of a step depends on; the gradients' contiguity is first. Empty where a gradient or a state is missing."""
+def _seen(optim: Optimizer) -> tuple[list[int], tuple[Any, ...]]:
+    """Return the addresses of the gradients, and what the table of a step depends on; the gradients' contiguity is first.
+
+    The latter is empty where a gradient or a state is missing.
+    """
     groups = optim.param_groups
     params: list[Tensor] = [p for group in groups for p in group["params"]]
     grads: list[Any] = [*map(GRAD, params)]
@@ -70,14 +80,15 @@ def _seen(optim: Optimizer) -> tuple[Any, ...]:
         or {*map(LAYOUT, grads)} != {torch.strided}
         or not all(states)
     ):
-        return ()
+        return [], ()
     held = [[state.get(key) for state in states] for key in ("step", *MOMENTS)]
     steps, *moments = held
     tensors = [t for row in moments for t in row if t is not None]
     options = [[len(group["params"]), *(group[key] for key in OPTIONS)] for group in groups]
     options += [[isinstance(x, Tensor) for x in (group["lr"], *group["betas"])] for group in groups]
-    return (
-        [*map(Tensor.is_contiguous, grads)], [at % 16 for at in map(ADDRESS, grads)], [*map(DTYPE, grads)],
+    addresses = [*map(ADDRESS, grads)]
+    return addresses, (
+        [*map(Tensor.is_contiguous, grads)], [at % 16 for at in addresses], [*map(DTYPE, grads)],
         options, [*map(id, params)], [*map(ADDRESS, params)], [*map(SHAPE, params)], [*map(DTYPE, params)],
         [*map(len, states)], [*map(id, tensors)], [*map(ADDRESS, tensors)], [*map(DTYPE, tensors)],
         [*map(id, steps)], [*map(VERSION, steps)],
