@@ -170,7 +170,7 @@ MUTANTS = {
         "execution/execute.py", "            self.sources.forget(tensor_set.tensors[0].source)\n", "",
         "execution/test_memory.py -k let_go"),
     "execute: lean frees nothing": Mutant(
-        "execution/sets.py", 'if memory == "lean" else ():', "if False else ():", "execution/test_memory.py -k does_not"),
+        "execution/sets.py", 'n_freed if memory == "lean" else {}', "n_freed if False else {}", "execution/test_memory.py -k does_not"),
     # commit
     "undo: attributes stay": Mutant(
         "commit/undo.py", "self.rollbacks.append(lambda: setattr(owner, name, before))", "del before",

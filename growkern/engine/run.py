@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -54,7 +54,8 @@ from growkern.planning.growth_record import read
 from growkern.support.interrupts import uncollected, uninterrupted
 from growkern.support.laps import Laps
 from growkern.support.live_registry import Live
-from growkern.support.memory import keep_on_device, offload
+from growkern.support.memory import Offload, keep_on_device
+from growkern.support.named_tensors import Tensors
 
 logger = logging.getLogger("growkern")
 Rules = Mapping[str, Rule | None]  # state key -> rule
@@ -264,13 +265,22 @@ def _commit(
         raise
     except Exception as error:
         raise CommitError(f"the growth failed before anything was changed: {error}") from error
-    with offload() if lean and not request.undo else nullcontext(keep_on_device) as keep:
+    with Offload() if lean and not request.undo else nullcontext() as keep:
+        if keep is not None:
+            parts = [_written(part, keep) for part in parts]
         followers = [*zip(sources.averages, parts[1:], strict=True)]
         commit(
             plan, parts.pop(0), request.model, staged.targets, record=record, followers=followers,
-            undo=request.undo or Undo(keep), before_finalize=before_finalize,
+            undo=request.undo or Undo(keep or keep_on_device), before_finalize=before_finalize,
         )  # fmt: skip
     return noted
+
+
+def _written(parts: Iterable[Tensors], backups: Offload) -> Iterator[Tensors]:
+    """Yield computed targets when the sources of the targets before them are backed up, which goes on beside the computation."""
+    for staged in parts:
+        backups.wait()
+        yield staged
 
 
 def _report(

@@ -82,12 +82,14 @@ def peaks(sets: list[TensorSet], memory: str) -> dict[torch.device, int]:
     """Return the peak bytes of a growth beyond its sources, per device."""
     now: dict[torch.device, int] = {}
     peak: dict[torch.device, int] = {}
+    written: Mapping[torch.device, int] = {}  # sources that are backed up beside the next set
     for tensor_set in sets:
         for device, n_bytes in tensor_set.n_bytes.items():
             now[device] = now.get(device, 0) + n_bytes
             peak[device] = max(peak.get(device, 0), now[device])
-        for device, n_bytes in tensor_set.n_freed.items() if memory == "lean" else ():
+        for device, n_bytes in written.items():
             now[device] -= n_bytes
+        written = tensor_set.n_freed if memory == "lean" else {}
     return peak
 
 

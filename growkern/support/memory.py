@@ -3,11 +3,12 @@
 import ctypes
 import sys
 import tempfile
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
-from functools import cache
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache, partial
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ Backup = Callable[
 
 
 CGROUPS = Path("/sys/fs/cgroup")
-CHUNK = 1 << 24  # bytes per read or write of a file
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -90,32 +90,68 @@ def keep_on_device(tensor: Tensor) -> Callable[[], Tensor]:
     return lambda: tensor
 
 
-@contextmanager
-def offload() -> Generator[Backup, None, None]:
-    """Back up GPU tensors to the host and host tensors to a temporary file, so that their memory is free at once."""
-    files = ExitStack()
-    file: list[FileIO] = []
-    # by address, while the storage lives: tensors that share a storage share it again when restored
-    kept: dict[int, tuple[StorageWeakRef, Callable[[], Tensor]]] = {}
+class Offload:
+    """Backs up GPU tensors on the host and host tensors in a temporary file, in a thread; their memory is free when they are written.
 
-    def keep(tensor: Tensor) -> Callable[[], Tensor]:
+    A tensor that could not be written is kept where it is, and ``wait`` raises.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "growkern")
+        self._file: FileIO | None = None
+        self._errors: list[BaseException] = []
+        self._last: Future[Any] | None = None
+        # by address, while the storage lives: tensors that share a storage share it again when restored
+        self._kept: dict[int, tuple[StorageWeakRef, Callable[[], Tensor]]] = {}
+
+    def __enter__(self) -> "Offload":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)  # the growth has succeeded, or all is restored
+        if self._file is not None:
+            self._file.close()
+
+    def __call__(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Back up a tensor that nobody writes any more; return a function that restores it."""
         if not tensor.is_cuda and tensor.is_shared():  # other processes have it too
             return keep_on_device(tensor)
-        raw, place = _raw(tensor), tensor.untyped_storage().data_ptr()
-        if not tensor.is_cuda and not file:
-            opened = tempfile.TemporaryFile(prefix="growkern-", buffering=0)  # noqa: SIM115
-            file.append(files.enter_context(opened))
-        if place not in kept or kept[place][0].expired():
-            back = cache(_to_host(raw) if tensor.is_cuda else _to_file(raw, file[0]))
-            kept[place] = StorageWeakRef(tensor.untyped_storage()), back
-        back, dtype, device = kept[place][1], tensor.dtype, tensor.device
+        place = tensor.untyped_storage().data_ptr()
+        if place not in self._kept or self._kept[place][0].expired():
+            back = cache(self._written(_raw(tensor)))
+            self._kept[place] = StorageWeakRef(tensor.untyped_storage()), back
+        back, dtype, device = self._kept[place][1], tensor.dtype, tensor.device
         layout = tensor.storage_offset(), tensor.shape, tensor.stride()
         return lambda: torch.empty(0, dtype=dtype, device=device).set_(
             back().untyped_storage(), *layout
         )
 
-    with files:
-        yield keep
+    def wait(self) -> None:
+        """Wait until all tensors are written; raise what the first that could not be written has raised."""
+        if self._last is not None:
+            self._last.result()
+        if self._errors:
+            raise self._errors[0]
+        trim()
+
+    def _written(self, raw: Tensor) -> Callable[[], Tensor]:
+        """Write a storage in the thread; return a function that reads it, in the thread too: the file has one position."""
+        store = _to_host(raw.device) if raw.is_cuda else partial(_to_file, file=self._opened())
+
+        def write(raw: Tensor) -> Callable[[], Tensor]:
+            try:
+                return store(raw)
+            except BaseException as error:
+                self._errors.append(error)
+                return lambda: raw
+
+        self._last = written = self._thread.submit(write, raw)
+        return lambda: self._thread.submit(written.result()).result()
+
+    def _opened(self) -> FileIO:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="growkern-", buffering=0)  # noqa: SIM115
+        return self._file
 
 
 def _raw(tensor: Tensor) -> Tensor:
@@ -123,9 +159,17 @@ def _raw(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
-def _to_host(raw: Tensor) -> Callable[[], Tensor]:
-    host, device = raw.cpu(), raw.device
-    return lambda: host.to(device)
+def _to_host(device: torch.device) -> Callable[[Tensor], Callable[[], Tensor]]:
+    """Return a function that copies a storage to the host beside the kernels that are launched later."""
+    ready = torch.cuda.current_stream(device).record_event()
+
+    def store(raw: Tensor) -> Callable[[], Tensor]:
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            ready.wait()  # pyright: ignore[reportUnknownMemberType]
+            host = raw.cpu()
+        return lambda: host.to(device)
+
+    return store
 
 
 def _to_file(raw: Tensor, file: FileIO) -> Callable[[], Tensor]:
@@ -142,35 +186,26 @@ def _to_file(raw: Tensor, file: FileIO) -> Callable[[], Tensor]:
 def write_bytes(tensor: Tensor, file: FileIO) -> int:
     """Write the elements of a host tensor to an unbuffered file, in order; return the number of bytes."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    parts: tuple[Tensor, ...] = torch.split(flat, CHUNK)
-    for part in parts:
-        view, room = _chunk(len(part))
-        room.copy_(part)
-        while view:
-            view = view[file.write(view) :]
+    view = _view(flat)
+    while view:
+        view = view[file.write(view) :]
     return len(flat)
 
 
 def read_bytes(n_bytes: int, file: FileIO) -> Tensor:
     """Read uint8 (n_bytes,) from an unbuffered file; raise OSError if the file ends early."""
     buffer = torch.empty(n_bytes, dtype=torch.uint8)
-    parts: tuple[Tensor, ...] = torch.split(buffer, CHUNK)
-    for part in parts:
-        view, room = _chunk(len(part))
-        while view:
-            if not (n := file.readinto(view)):
-                raise OSError("the temporary file of a source is shorter than what was written")
-            view = view[n:]
-        part.copy_(room)
+    view = _view(buffer)
+    while view:
+        if not (n := file.readinto(view)):
+            raise OSError("the temporary file of a source is shorter than what was written")
+        view = view[n:]
     return buffer
 
 
-def _chunk(n_bytes: int) -> tuple[memoryview, Tensor]:
-    """Allocate a buffer; return a memoryview of it and a uint8 tensor on it."""
-    buffer = bytearray(n_bytes)
-    return memoryview(buffer), torch.frombuffer(
-        buffer, dtype=torch.uint8
-    ) if n_bytes else torch.empty(0)
+def _view(flat: Tensor) -> memoryview:
+    """Return the memory of a host tensor, uint8 (n,), which the caller keeps alive."""
+    return memoryview((ctypes.c_ubyte * len(flat)).from_address(flat.data_ptr())).cast("B")
 
 
 def is_shared(tensor: Tensor) -> bool:

@@ -1,9 +1,11 @@
 """A growth's peak memory is the promised number of bytes; a lean growth that fails restores the source tensors that it let go."""
 
 import copy
+import io
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -45,22 +47,32 @@ def test_what_is_kept_elsewhere_comes_back_as_it_was(name):
     )
     before, layout = tensor.clone(), (tensor.stride(), tensor.storage_offset())
 
-    with memory.offload() as keep:
+    with memory.Offload() as keep:
         keep(torch.ones(1000))  # the file holds other tensors too
         back = keep(tensor)
         again = keep(torch.zeros(3))
+        keep.wait()
         tensor.zero_()
 
         assert torch.equal(back(), before) and (back().stride(), back().storage_offset()) == layout
         assert torch.equal(again(), torch.zeros(3))
 
 
+class Halting(io.FileIO):
+    """A file that takes and gives at most 7 bytes at a time."""
+
+    def write(self, data):
+        return super().write(data[:7])
+
+    def readinto(self, buffer):
+        return super().readinto(buffer[:7])
+
+
 @pytest.mark.parametrize("name", TENSORS)
-def test_bytes_of_a_tensor_are_its_elements_in_order(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "CHUNK", 7)
+def test_bytes_of_a_tensor_are_its_elements_in_order(name, tmp_path):
     tensor = TENSORS[name]
 
-    with open(tmp_path / "file", "w+b", buffering=0) as file:
+    with Halting(tmp_path / "file", "w+b") as file:
         n_bytes = memory.write_bytes(tensor, file)
         file.seek(0)
         data = bytes(memory.read_bytes(n_bytes, file).tolist())
@@ -216,7 +228,7 @@ def test_a_full_disk_takes_the_growth_back(monkeypatch):
     model, optim, scheduler = fixture()
     before = snapshot(model, optim, scheduler)
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(memory, "_to_file", full)
@@ -226,9 +238,38 @@ def test_a_full_disk_takes_the_growth_back(monkeypatch):
     assert equal(snapshot(model, optim, scheduler), before)
 
 
+def test_sources_are_written_beside_the_computation_of_the_next_targets_and_no_later(monkeypatch):
+    events, written, computing = [], threading.Event(), execute._run
+
+    def computed(*args):
+        events.append("compute")
+        computing(*args)
+        if len(events) > 1:  # a write of the set before goes on until here
+            written.set()
+
+    def to_file(raw, file):
+        assert written.wait(60)
+        back = store(raw, file=file)
+        events.append("write")
+        return back
+
+    store = memory._to_file
+    monkeypatch.setattr(memory, "_to_file", to_file)
+    monkeypatch.setattr(execute, "_run", computed)
+    model, optim, scheduler = fixture()
+    n_each = 3  # a weight and its moments
+
+    grow(model, optim, to="2x", scheduler=scheduler, memory="lean")
+
+    assert events[:2] == ["compute", "compute"]
+    for k in range(3, len(events)):  # at the third set, the first one's sources are written
+        n_computed, n_written = (events[:k].count(name) for name in ("compute", "write"))
+        assert n_written >= n_each * (n_computed - 2) if events[k] == "compute" else True
+
+
 def test_tensors_that_share_memory_are_kept_once_and_still_share_it():
     flat = torch.arange(12.0)
-    with memory.offload() as keep:
+    with memory.Offload() as keep:
         one, other = (keep(part) for part in flat.view(2, 6))
 
         assert torch.equal(one(), flat[:6]) and torch.equal(other(), flat[6:])
@@ -236,7 +277,7 @@ def test_tensors_that_share_memory_are_kept_once_and_still_share_it():
 
 
 def test_memory_that_is_used_again_is_kept_again():
-    with memory.offload() as keep:
+    with memory.Offload() as keep:
         for value in range(20):
             tensor = torch.full((1000,), float(value))
             back = keep(tensor)
