@@ -45,7 +45,10 @@ def find(table_ptr, n_pieces, pid):
 
 @triton.jit
 def vector(address, at, mask, other, DTYPE: tl.constexpr):
-    return tl.load(address.to(tl.pointer_type(DTYPE)) + at, mask=mask & (address != 0), other=other)
+    known = (
+        mask & (address != 0)
+    ) != 0  # & makes integers in the interpreter, which triton 3.9 refuses as a mask
+    return tl.load(address.to(tl.pointer_type(DTYPE)) + at, mask=known, other=other)
 
 
 @triton.jit

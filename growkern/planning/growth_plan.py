@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from math import isfinite, prod
 from typing import Any, Literal
 
@@ -315,8 +315,13 @@ class GrowthPlan:
 
 
 def _fields(record: Any) -> dict[str, Any]:
-    names = [field.name for field in fields(record)]
-    return {JSON_NAMES.get(name, name): getattr(record, name) for name in names}
+    return {key: getattr(record, name) for name, key in _keys(type(record))}
+
+
+@cache
+def _keys(kind: Any) -> list[tuple[str, str]]:
+    """Return name and JSON key of every field of a class."""
+    return [(field.name, JSON_NAMES.get(field.name, field.name)) for field in fields(kind)]
 
 
 def _renamed(data: dict[str, Any]) -> dict[str, Any]:
