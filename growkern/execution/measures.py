@@ -48,9 +48,11 @@ def roots_of_mean_squares(tensors: Sequence[Tensor], kernel: SumsOf | None = Non
         kernel: ``growkern.kernels.squares.sums_of_squares``, for tensors that it can read; None to sum by torch.
     """
     largest = torch.stack(torch._foreach_norm([*tensors], inf)).to(torch.float64)  # pyright: ignore
-    exponents = torch.frexp(largest).exponent.clamp(min=-100)
+    dtype = arithmetic(tensors[0].dtype)
+    least = -1012 if dtype == torch.float64 else -116  # 1 / unit is a number too
+    exponents = torch.frexp(largest).exponent.clamp(min=least)
     units = torch.ldexp(torch.ones_like(largest), exponents - 10)
-    inverses = units.reciprocal().to(arithmetic(tensors[0].dtype))
+    inverses = units.reciprocal().to(dtype)
     counts = largest.new_tensor([tensor.numel() for tensor in tensors])
     readable = all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors)
     if kernel is not None and readable:

@@ -127,10 +127,12 @@ class Tiler:
         noisy: dict[tuple[torch.device, torch.dtype, torch.dtype], dict[str, Tensor]] = defaultdict(
             dict
         )
+        seen = {*self._stds}  # a weight comes before its master weights, which get the same noise
         for row, source, target, rule, _ in jobs:
-            known = row.source in self._stds
+            known = row.source in seen
             if known or not rule.is_weight or row.constant is not None or not source.numel():
                 continue
+            seen.add(row.source)
             kind = source.device, arithmetic(target.dtype), source.dtype
             tiling = self._tiling(row, rule, *kind[:2])
             if tiling.adds_noise and not tiling.centered:

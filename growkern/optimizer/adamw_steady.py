@@ -4,6 +4,7 @@ The comparisons run over lists, in C. Whatever differs leads back to the full st
 """
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from growkern.optimizer.adamw_torch import Update
 
-GRAD, DTYPE, LAYOUT, SHAPE, VERSION = map(attrgetter, ("grad", "dtype", "layout", "shape", "_version"))  # fmt: skip
+GRAD, DTYPE, LAYOUT, SHAPE = map(attrgetter, ("grad", "dtype", "layout", "shape"))
 ADDRESS: Callable[[Tensor], int] = Tensor.data_ptr
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 OPTIONS = (
@@ -28,20 +29,20 @@ class Steady:
 
     Attributes:
         device: Device of the parameters.
-        seen: All that the kernel's table was built from, and the versions of the step counts, last.
-        counts: Step count of every parameter.
+        seen: All that the kernel's table was built from.
         grads: Addresses of the gradients when ``holds`` was asked last.
     """
 
-    def __init__(
-        self, device: torch.device, seen: tuple[Any, ...], counts: Sequence[float]
-    ) -> None:
-        self.device, self.seen, self.counts = device, seen, [*counts]
+    def __init__(self, device: torch.device, seen: tuple[Any, ...]) -> None:
+        self.device, self.seen = device, seen
         self.grads: list[int] = []
 
     @staticmethod
     def of(optim: Optimizer, updates: Sequence[tuple[Update, bool]]) -> "Steady | None":
-        """Return what a full step has found; None where the kernel did not update every parameter of the optimizer, on one device."""
+        """Return what a full step has found; None where the kernel did not update every parameter of the optimizer, on one device.
+
+        All tensors are contiguous, so that one whose strides change is seen to be contiguous no more, and no two share a step count.
+        """
         params = [p for group in optim.param_groups for p in group["params"]]
         if [id(u.p) for u, _ in updates] != [*map(id, params)] or not params:
             return None
@@ -49,8 +50,8 @@ class Steady:
         if not fit or len({u.p.device for u, _ in updates}) > 1:
             return None
         _, seen = _seen(optim)
-        counts = [u.step.item() for u, _ in updates]
-        return Steady(params[0].device, seen, counts) if seen and all(seen[0]) else None
+        apart = len({id(u.step) for u, _ in updates}) == len(params)
+        return Steady(params[0].device, seen) if seen and all(seen[0]) and apart else None
 
     def holds(self, optim: Optimizer) -> bool:
         """True if the optimizer is as it was after its last step, but for values, new gradients and hyperparameters."""
@@ -58,16 +59,14 @@ class Steady:
         return seen == self.seen
 
     def count(self, optim: Optimizer) -> list[float]:
-        """Count the step, and return the counts."""
+        """Count the step, and return the counts, which anybody may have written."""
         held = [optim.state[p]["step"] for group in optim.param_groups for p in group["params"]]
         torch._foreach_add_(held, torch.ones(()))  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
-        self.seen = (*self.seen[:-1], [*map(VERSION, held)])
-        self.counts = [count + 1 for count in self.counts]
-        return self.counts
+        return torch.stack(held).tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def _seen(optim: Optimizer) -> tuple[list[int], tuple[Any, ...]]:
-    """Return the addresses of the gradients, and what the table of a step depends on; the gradients' contiguity is first.
+    """Return the addresses of the gradients, and what the table of a step depends on; contiguity of all tensors is first.
 
     The latter is empty where a gradient or a state is missing.
     """
@@ -88,8 +87,8 @@ def _seen(optim: Optimizer) -> tuple[list[int], tuple[Any, ...]]:
     options += [[isinstance(x, Tensor) for x in (group["lr"], *group["betas"])] for group in groups]
     addresses = [*map(ADDRESS, grads)]
     return addresses, (
-        [*map(Tensor.is_contiguous, grads)], [at % 16 for at in addresses], [*map(DTYPE, grads)],
+        [*map(Tensor.is_contiguous, chain(grads, params, tensors))], [at % 16 for at in addresses], [*map(DTYPE, grads)],
         options, [*map(id, params)], [*map(ADDRESS, params)], [*map(SHAPE, params)], [*map(DTYPE, params)],
         [*map(len, states)], [*map(id, tensors)], [*map(ADDRESS, tensors)], [*map(DTYPE, tensors)],
-        [*map(id, steps)], [*map(VERSION, steps)],
+        [*map(id, steps)], [*map(ADDRESS, steps)],
     )  # fmt: skip

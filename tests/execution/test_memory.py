@@ -224,6 +224,27 @@ def test_an_unknown_memory_is_refused():
         grow(make("llama", tied=True), memory="small")
 
 
+@pytest.mark.parametrize("seed", [3, 12, 15])
+def test_master_weights_get_the_noise_of_the_weight_in_every_memory_mode(seed):
+    """The root mean squares of these weights and of their masters are other numbers when they are rounded to bfloat16."""
+
+    def grown(memory):
+        torch.manual_seed(seed)
+        model, masters, held = make("gpt2", tied=True, seed=seed), {}, []
+        for i, (name, p) in enumerate(model.named_parameters()):
+            if i % 2 or "wte" in name:
+                p.data = p.data.to(torch.bfloat16)
+                around = 1 + 1e-3 * torch.randn(p.shape)
+                masters[p] = torch.nn.Parameter(p.detach().float() * around)
+            held.append(masters.get(p, p))
+        optim = torch.optim.AdamW(held)
+        grow(model, optim, to="2x", memory=memory, master_weights=masters, seed=1)
+        return [t for p in model.parameters() for t in (p, *([masters[p]] if p in masters else []))]
+
+    for a, b in zip(grown("stage"), grown("lean"), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_full_disk_takes_the_growth_back(monkeypatch):
     model, optim, scheduler = fixture()
     before = snapshot(model, optim, scheduler)

@@ -112,6 +112,17 @@ def test_the_strength_of_noise_depends_on_no_order_of_summation(dtype, monkeypat
         assert float(root) == pytest.approx(float(t.double().square().mean().sqrt()), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "small"), [(torch.float32, 1e-36), (torch.bfloat16, 1e-37), (torch.float64, 1e-300)]
+)
+def test_the_strength_of_noise_of_the_smallest_normal_numbers(dtype, small):
+    t = torch.full((6,), small, dtype=dtype)
+
+    (root,) = measures.roots_of_mean_squares([t])
+
+    assert float(root) == pytest.approx(float(t[0]), rel=0.1, abs=0)
+
+
 def test_the_strength_of_noise_of_numbers_that_are_not_finite_is_not_finite():
     for value in (float("nan"), float("inf")):
         (root,) = measures.roots_of_mean_squares([torch.tensor([1.0, value, 2.0])])
