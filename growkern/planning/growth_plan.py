@@ -315,7 +315,7 @@ class GrowthPlan:
 
 
 def _fields(record: Any) -> dict[str, Any]:
-    return {key: getattr(record, name) for name, key in _keys(type(record))}
+    return {key: getattr(record, name) for name, key in _keys(record.__class__)}
 
 
 @cache
