@@ -12,7 +12,11 @@ from pathlib import Path
 from time import perf_counter
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNEL_TESTS = ["tests/kernels/test_expand.py", "tests/kernels/test_adamw_kernel.py"]
+KERNEL_TESTS = [
+    "tests/kernels/test_expand.py",
+    "tests/kernels/test_squares.py",
+    "tests/kernels/test_adamw_kernel.py",
+]
 MODEL_TESTS = [
     "tests/model/test_families.py",
     "tests/planning/test_build.py",

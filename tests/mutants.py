@@ -171,6 +171,18 @@ MUTANTS = {
         "execution/test_memory.py -k let_go"),
     "execute: lean frees nothing": Mutant(
         "execution/sets.py", 'n_freed if memory == "lean" else {}', "n_freed if False else {}", "execution/test_memory.py -k does_not"),
+    "execute: tensors of another alignment are cut alike": Mutant(
+        "execution/tiles.py", "t.data_ptr() % 16,", "0,", "execution/test_tiles.py -k aligned_alike"),
+    "execute: the memory mode chooses which weight is measured": Mutant(
+        "execution/tiles.py", "            seen.add(row.source)\n", "", "execution/test_memory.py -k master_weights"),
+    "lean: nobody waits for a source to be written": Mutant(
+        "engine/run.py", "        backups.wait()\n", "", "execution/test_memory.py -k 'no_later or full_disk'"),
+    "lean: what could not be written is lost": Mutant(
+        "support/memory.py", "return lambda: raw", "raise", "execution/test_memory.py -k full_disk"),
+    "AdamW: a step repeats with transposed moments": Mutant(
+        "optimizer/adamw_steady.py", "chain(grads, params, tensors)", "grads", "optimizer/test_adamw_class.py -k repeats"),
+    "AdamW: a step repeats with a count that tensors share": Mutant(
+        "optimizer/adamw_steady.py", " and apart else", " else", "optimizer/test_adamw_class.py -k repeats"),
     # commit
     "undo: attributes stay": Mutant(
         "commit/undo.py", "self.rollbacks.append(lambda: setattr(owner, name, before))", "del before",

@@ -303,8 +303,10 @@ def _chosen(backend: str | None, device: torch.device) -> str:
 def _kernel_of_squares(backend: str | None, device: torch.device) -> SumsOf | None:
     if _chosen(backend, device) == "torch":
         return None
+    from growkern.kernels import ahead
     from growkern.kernels.squares import sums_of_squares
 
+    ahead.finish()
     return sums_of_squares
 
 

@@ -23,7 +23,7 @@ GOLDEN = 0x9E3779B9  # spreads neighboring counters before they are mixed
 
 
 def expand(groups: Sequence[Group], on_written: Callable[[int], object] | None = None) -> None:
-    """Write every piece; on a CPU, large work runs in one thread per core (``growkern.support.threads``).
+    """Write every piece; on a CPU, large work runs in threads of its own (``growkern.support.threads``).
 
     Args:
         groups: Pieces with disjoint targets, on one device. Values are rounded once, at the store; a pure copy is bit-exact.

@@ -1,4 +1,4 @@
-"""Work on a CPU in one thread per core, each of which runs torch's operators alone.
+"""Work on a CPU in two threads per core, each of which runs torch's operators alone.
 
 An operator that runs on all cores waits for its slowest part. Where other processes use the cores, every operator then waits for a core
 that is lost for milliseconds; threads with work of their own wait once, at the end.
@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+PER_CORE = 2  # threads; where other processes use the cores, a second one is faster, and where they do not, it costs nothing
 AHEAD = 2  # items per thread that wait for it
 CHUNK = 1 << 18  # elements per item on a CPU: temporaries fit in cache, and every thread has work
 LARGE = 1 << 24  # bytes of work from which threads pay
@@ -20,7 +21,7 @@ LARGE = 1 << 24  # bytes of work from which threads pay
 def run_each(
     items: Iterable[T], worker: Callable[[], Callable[[T], object]], device: torch.device, n_bytes: int
 ) -> None:  # fmt: skip
-    """Run a function on every item; large work on a CPU runs on as many threads as torch uses, other work in the caller's thread.
+    """Run a function on every item; large work on a CPU runs on twice as many threads as torch uses, other work in the caller's thread.
 
     Args:
         items: Independent pieces of work; the caller's thread iterates over them.
@@ -37,7 +38,7 @@ def run_each(
         for item in items:
             run(item)
         return
-    waiting: Queue[list[T]] = Queue(AHEAD * n)  # an empty list ends a thread
+    waiting: Queue[list[T]] = Queue(AHEAD * PER_CORE * n)  # an empty list ends a thread
     errors: list[BaseException] = []
 
     def work() -> None:
@@ -55,7 +56,7 @@ def run_each(
 
     threads: list[threading.Thread] = []
     try:
-        for _ in range(n):
+        for _ in range(PER_CORE * n):
             thread = threading.Thread(target=work, name="growkern", daemon=True)
             thread.start()
             threads.append(thread)
