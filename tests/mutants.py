@@ -181,8 +181,6 @@ MUTANTS = {
         "support/memory.py", "return lambda: raw", "raise", "execution/test_memory.py -k full_disk"),
     "AdamW: a step repeats with transposed moments": Mutant(
         "optimizer/adamw_steady.py", "chain(grads, params, tensors)", "grads", "optimizer/test_adamw_class.py -k repeats"),
-    "AdamW: a step repeats with a count that tensors share": Mutant(
-        "optimizer/adamw_steady.py", " and apart else", " else", "optimizer/test_adamw_class.py -k repeats"),
     # commit
     "undo: attributes stay": Mutant(
         "commit/undo.py", "self.rollbacks.append(lambda: setattr(owner, name, before))", "del before",

@@ -41,7 +41,7 @@ class Steady:
     def of(optim: Optimizer, updates: Sequence[tuple[Update, bool]]) -> "Steady | None":
         """Return what a full step has found; None where the kernel did not update every parameter of the optimizer, on one device.
 
-        All tensors are contiguous, so that one whose strides change is seen to be contiguous no more, and no two share a step count.
+        All tensors are contiguous, so that one whose strides change is seen to be contiguous no more.
         """
         params = [p for group in optim.param_groups for p in group["params"]]
         if [id(u.p) for u, _ in updates] != [*map(id, params)] or not params:
@@ -50,8 +50,7 @@ class Steady:
         if not fit or len({u.p.device for u, _ in updates}) > 1:
             return None
         _, seen = _seen(optim)
-        apart = len({id(u.step) for u, _ in updates}) == len(params)
-        return Steady(params[0].device, seen) if seen and all(seen[0]) and apart else None
+        return Steady(params[0].device, seen) if seen and all(seen[0]) else None
 
     def holds(self, optim: Optimizer) -> bool:
         """True if the optimizer is as it was after its last step, but for values, new gradients and hyperparameters."""

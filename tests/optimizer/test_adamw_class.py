@@ -269,7 +269,7 @@ CHANGES = {
     "without state": without_state,
     "slices": with_slices,
 }  # fmt: skip
-NEVER_AGAIN = with_slices, counted_together, transposed_weight, transposed_moment
+NEVER_AGAIN = with_slices, transposed_weight, transposed_moment
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
