@@ -139,7 +139,7 @@ def grow(
         names = _parameters(plan, model)
         n_params = sum(p.numel() for p in model.parameters())
         tensors = tensors_of(model, (), spec)
-        run = Execution(plan, tensors, lambda _: {}, memory="lean")
+        run = Execution(plan, tensors, lambda _: {}, streams=True)
         layout = Layout(source, plan, tensors.values)
         model.to("meta")  # the model drops its references; sources are freed one by one
         swept = sweep(out)

@@ -21,6 +21,7 @@ from growkern.execution.sets import (
     TensorSet,
     grows_grad,
     memory_mode,
+    peak_of_stream,
     state_of,
     tensor_sets,
 )
@@ -60,11 +61,14 @@ class Execution:
         *,
         backend: str | None = None,
         memory: Memory | None = None,
+        streams: bool = False,
         tiler: Tiler | None = None,
         given: Given | None = None,
         on_progress: Progress | None = None,
     ) -> None:
         """Check that the plan fits the tensors and that the targets fit in memory; see ``execute``.
+
+        ``streams``: nobody keeps sources and targets, as in the growth of a checkpoint; see ``peak_of_stream``.
 
         Raises:
             PlanError: The plan is for tensors of other shapes; ``memory`` is unknown.
@@ -80,7 +84,10 @@ class Execution:
         raise_all(PlanError, f"this plan for a {plan.family} does not fit:", shapes)
         self.sets = tensor_sets(plan, sources, self.rules)
         self.memory: Memory
-        self.memory, self.peak_bytes = memory_mode(self.sets, memory)
+        self.memory, self.peak_bytes = (
+            ("lean", peak_of_stream(self.sets)) if streams else memory_mode(self.sets, memory)
+        )
+        self.streams = streams
         self.n_read = self.n_written = 0
         n_bytes = sum(sum(one.n_bytes.values()) for one in self.sets)
         self.meter = Meter(n_bytes, on_progress)
@@ -127,7 +134,10 @@ class Execution:
             self.meter.reach(done)
             self.laps.end("write")
             yield staged
-            trim()
+            if (
+                self.streams
+            ):  # elsewhere, the last references to sources go when their backups are written
+                trim()
 
     def _run(self, jobs: list[Job], staged: Tensors) -> None:
         if self.backend == NOTHING:
@@ -284,17 +294,21 @@ def compile_ahead(tensors: Iterable[Tensor], backend: str | None) -> None:
         if tensor.device.type == "cuda":
             kinds.setdefault(tensor.device, set()).add(tensor.dtype)
     for device, dtypes in kinds.items():
-        if backend != "torch" and not unavailable("triton", device):
+        if _wanted(backend, device) == "triton" and not unavailable("triton", device):
             from growkern.kernels import ahead
 
             ahead.start(dtypes, device)
 
 
+def _wanted(backend: str | None, device: torch.device) -> str:
+    """Return the backend that was asked for, or else the one that suits a device."""
+    suits = device.type == "cuda" and not unavailable("triton", device)
+    return backend or ("triton" if suits else "torch")
+
+
 def _chosen(backend: str | None, device: torch.device) -> str:
     """Return the backend that runs on a device; raise GrowthError if the backend that was asked for cannot."""
-    chosen = backend or (
-        "triton" if device.type == "cuda" and not unavailable("triton", device) else "torch"
-    )
+    chosen = _wanted(backend, device)
     if reasons := unavailable(chosen, device):
         raise GrowthError(f"cannot run backend={backend!r}: {'; '.join(reasons)}.")
     return chosen

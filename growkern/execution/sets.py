@@ -104,21 +104,51 @@ def memory_mode(sets: list[TensorSet], memory: Memory | None) -> tuple[Memory, i
         raise PlanError(
             f"unknown memory={memory!r}; pass 'stage', 'lean', or None for the first mode that fits."
         )
-    free = {
-        device: free_bytes(device)
-        for device in {d for tensor_set in sets for d in tensor_set.n_bytes}
-    }
+    free = _free(sets)
     for mode in MEMORIES if memory is None else (memory,):
         needed = peaks(sets, mode)
-        if all((have := free[device]) is None or n <= have for device, n in needed.items()):
+        if _fits(needed, free):
             return mode, max(needed.values(), default=0)
+    needs = {f" with memory={mode!r}": peaks(sets, mode) for mode in MEMORIES}
+    raise InsufficientMemoryError(
+        f"the grown tensors need, beside the source, {_figures(needs, free)}. "
+        "Free memory, choose a smaller target, or grow with state='drop'."
+    )
+
+
+def peak_of_stream(sets: list[TensorSet]) -> int:
+    """Return the peak bytes of a growth whose sources and targets enter and leave memory set by set: those of the largest set.
+
+    Raises:
+        InsufficientMemoryError: It does not fit; the message gives required and free memory.
+    """
+    needed: dict[torch.device, int] = {}
+    for one in sets:
+        for device, n_bytes in one.n_bytes.items():
+            needed[device] = max(needed.get(device, 0), n_bytes + one.n_freed.get(device, 0))
+    if not _fits(needed, free := _free(sets)):
+        raise InsufficientMemoryError(
+            f"the largest tensors need, each with its source, {_figures({'': needed}, free)}. Free memory, or choose a smaller target."
+        )
+    return max(needed.values(), default=0)
+
+
+def _free(sets: list[TensorSet]) -> dict[torch.device, int | None]:
+    devices = {device for tensor_set in sets for device in tensor_set.n_bytes}
+    return {device: free_bytes(device) for device in devices}
+
+
+def _fits(needed: Mapping[torch.device, int], free: Mapping[torch.device, int | None]) -> bool:
+    return all((have := free[device]) is None or n <= have for device, n in needed.items())
+
+
+def _figures(
+    needs: Mapping[str, Mapping[torch.device, int]], free: Mapping[torch.device, int | None]
+) -> str:
     lacks = [
-        f"{peaks(sets, mode)[device] / 2**30:.2f} GiB on {device} with memory={mode!r}"
-        for mode in MEMORIES
+        f"{needed[device] / 2**30:.2f} GiB on {device}{how}"
+        for how, needed in needs.items()
         for device in free
     ]
     have = ", ".join(f"{(n or 0) / 2**30:.2f} GiB on {device}" for device, n in free.items())
-    raise InsufficientMemoryError(
-        f"the grown tensors need, beside the source, {'; '.join(lacks)}; free: {have}. "
-        "Free memory, choose a smaller target, or grow with state='drop'."
-    )
+    return f"{'; '.join(lacks)}; free: {have}"

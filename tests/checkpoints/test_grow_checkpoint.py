@@ -19,7 +19,8 @@ from growkern import depth, width
 from growkern.checkpoints import grow as checkpoint
 from growkern.checkpoints import load as saved
 from growkern.checkpoints import output, shards
-from growkern.errors import CheckpointError
+from growkern.errors import CheckpointError, InsufficientMemoryError
+from growkern.execution import sets
 from growkern.planning.growth_record import digest_of, read
 
 OTHERS = [
@@ -472,3 +473,22 @@ def test_a_config_that_asks_for_attentions_is_kept_whatever_attention_this_proce
     checkpoint.grow(source, tmp_path / "out", to="2x")
 
     assert json.loads((tmp_path / "out" / "config.json").read_text())["output_attentions"] is True
+
+
+def test_memory_for_the_largest_tensor_and_its_source_is_enough(source, tmp_path, monkeypatch):
+    checkpoint.grow(source, tmp_path / "out")
+    before, after = (
+        {n: t.nbytes for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+        for folder in (source, tmp_path / "out")
+    )
+    needed = max(n + before[name] for name, n in after.items())
+    assert needed < sum(after.values()) / 4
+    monkeypatch.setattr(sets, "free_bytes", lambda device: needed)
+
+    checkpoint.grow(source, tmp_path / "again")
+
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    monkeypatch.setattr(sets, "free_bytes", lambda device: needed - 1)
+    with pytest.raises(InsufficientMemoryError, match=r"largest tensors need.*GiB on cpu; free"):
+        checkpoint.grow(source, tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import product
-from math import sqrt
+from math import prod, sqrt
 
 import pytest
 from hypothesis import example, given, settings
@@ -478,7 +478,8 @@ def test_a_constant_target_is_cut_along_its_own_rows(shape):
     axes = {str(n): AxisMap(IndexMap.identity(n), *[Vector.full(1.0, n)] * 2) for n in shape}
     row = TensorRow("w", "w", tuple(map(str, shape)), constant=0.0)
     tiler = Tiler(GrowthPlan("test", {}, {}, "", "", 0, "exact", axes, (row,)))
-    target = torch.empty(shape, dtype=torch.bfloat16)  # memory that nothing touches
+    untouched = torch.UntypedStorage(2 * prod(shape))  # 4 GB, which torch.empty would fill here
+    target = torch.empty(0, dtype=torch.bfloat16).set_(untouched, 0, shape)
 
     groups = tiler.groups([(row, target[:1], target, VALUE, None)])
     ((_, _, (rows,), _, _, n_programs),) = tabled(groups)[1]
