@@ -263,6 +263,11 @@ def _deepened(
     the stack does not support the branch factors, the identity blocks or the copies.
     """
     n_layers, n_target = spec.sizes[stack.size], sizes[stack.size]
+    if not n_layers and not (n_target and hasattr(depth, "block")):
+        raise PlanError(
+            f"cannot grow this {spec.family} from 0 {stack.size} to {n_target} by {short(depth)}: there is no block to copy; pass "
+            f"depth=Fresh(), which initializes new blocks, and name the {stack.size} in to=."
+        )
     deep = depth.deepen(n_layers, n_target)
     if any(block.branch != 1 for block in deep.blocks) and (stack.carries or not stack.branches):
         why = (
@@ -279,7 +284,7 @@ def _deepened(
             "Set Blocks(identity={...}), or choose depth=Stack()."
         )
     first = stack.first_copied
-    if first >= n_layers:
+    if first >= max(1, n_layers):
         raise PlanError(
             f"cannot deepen {spec.family} from {n_layers}: its first {first} blocks are unlike all others, and no other block can "
             f"be copied; start from a model of {first + 1} blocks or more."
