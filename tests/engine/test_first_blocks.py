@@ -368,3 +368,41 @@ def test_a_grown_model_of_first_blocks_grows_on():
 
     assert report.preserves == "function"
     assert (logits(model, batch()) - before).abs().max() < 1e-4
+
+
+def test_a_checkpoint_of_a_model_of_ones_own_loads_into_a_model_with_its_blocks():
+    model, spec = own()
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 2)
+    given = depth.Fresh(block=Block(24, 4))
+    report = growkern.expand_inplace(model, optim, to={"layers": 2}, depth=given, spec=spec)
+    train(model, optim, 1)
+    start, _ = own()
+    whole = Plain()
+    other = torch.optim.AdamW(whole.parameters(), lr=1e-3)
+
+    with pytest.raises(PlanError, match="To load a checkpoint of the grown model, build the model"):
+        growkern.resume(start, None, report.history, spec=lambda _: spec)
+    whole.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optim.state_dict()))
+
+    assert len(start.blocks) == 0
+    assert train(whole, other, 2) == train(model, optim, 2)
+
+
+def test_distributed_data_parallel_reduces_the_gradients_of_first_blocks(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        model = empty("llama")
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optim = torch.optim.AdamW(wrapped.parameters(), lr=1e-3)
+        train(wrapped, optim, 2)
+
+        growkern.expand_inplace(wrapped, optim, to={"layers": 2}, depth=depth.Fresh())
+
+        train(wrapped, optim, 2)
+        assert all(optim.state[p]["step"] == 2 for p in model.model.layers.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
