@@ -78,7 +78,7 @@ def _built(model: nn.Module, spec: ModelSpec, stack: Blocks) -> nn.Module:
         )
     for field in (name for name, size in spec.config.items() if size == stack.size):
         setattr(config, field, 1)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.device("meta"):
         built: Any = type(model)(config)
     block: Any = built.get_submodule(stack.path)[0]
     checkpoints: Any = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]

@@ -13,7 +13,15 @@ import growkern
 from growkern import depth, width
 from growkern.errors import CommitError, PlanError, UnsupportedModelError
 
-FAMILIES = {"llama": "num_hidden_layers", "gpt2": "n_layer", "bert": "num_hidden_layers"}
+LAYERS = "num_hidden_layers"
+FAMILIES = {
+    "llama": LAYERS,
+    "gpt2": "n_layer",
+    "bert": LAYERS,
+    "roberta": LAYERS,
+    "mistral": LAYERS,
+}
+FAMILIES |= {"gpt_neox": LAYERS, "opt": LAYERS, "vit": LAYERS}
 OWN = {"growkern_history", "n_inner"}  # a growth writes both into the config
 
 
