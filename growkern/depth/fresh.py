@@ -37,7 +37,8 @@ class Fresh:
     Args:
         at: Position of the new blocks: ``"top"`` puts them above all source blocks, ``"even"`` spreads them between the source blocks.
         init: Function that initializes a module in place; it replaces ``_init_weights`` and, as in ``nn.Module.apply``, is called for
-            every module of a copy of the block, children first, the block last. None for the model's own ``_init_weights``.
+            every module of a copy of the block, children first, the block last; also before anything changes, for a copy of
+            every source block that is copied. None for the model's own ``_init_weights``.
         block: Block for a model that has 0 blocks: a ``torch.nn.Module`` whose modules new blocks copy, but not its values. None to build
             the block from the config (transformers), as a model of the target's depth has it. Ignored in a model that has blocks.
 

@@ -246,6 +246,11 @@ def _decided(
 ) -> LayerOrder:
     """Return the layer order of a stack; in a model of several stacks, a stack of unchanged depth keeps the source's order."""
     n_source, n_target = spec.sizes[stack.size], sizes[stack.size]
+    if not n_source and not (n_target and hasattr(depth, "block")):
+        raise PlanError(
+            f"cannot take this {spec.family} from 0 {stack.size} to {n_target} by {short(depth)}: there is no block to copy; "
+            f"grow by depth=Fresh(), which initializes new blocks, and name the {stack.size} in to=."
+        )
     if spec.extra_stacks and n_target == n_source:  # the depth method is for another stack
         return LayerOrder(tuple(map(BlockRow, range(n_source))))
     if shrink is not None:
@@ -263,11 +268,6 @@ def _deepened(
     the stack does not support the branch factors, the identity blocks or the copies.
     """
     n_layers, n_target = spec.sizes[stack.size], sizes[stack.size]
-    if not n_layers and not (n_target and hasattr(depth, "block")):
-        raise PlanError(
-            f"cannot grow this {spec.family} from 0 {stack.size} to {n_target} by {short(depth)}: there is no block to copy; pass "
-            f"depth=Fresh(), which initializes new blocks, and name the {stack.size} in to=."
-        )
     deep = depth.deepen(n_layers, n_target)
     if any(block.branch != 1 for block in deep.blocks) and (stack.carries or not stack.branches):
         why = (

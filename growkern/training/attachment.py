@@ -225,10 +225,10 @@ class Attachment:
         self._running = n_growths(self.model)
         try:
             report = expand_inplace(
-                self.model, self.optims, plan=made, width=event.width, depth=event.depth, dynamics=made.dynamics,
-                spec=self.spec_of(self.model), state_rules=options.get("state_rules"), backend=options.get("backend"),
-                scheduler=live or None, ema=options.get("ema"), master_weights=options.get("master_weights"), memory=options.get("memory"),
-                check=self._call if check is True else check, on_progress=options.get("on_progress"),
+                self.model, self.optims, plan=made, width=event.width, dynamics=made.dynamics, spec=self.spec_of(self.model),
+                state_rules=options.get("state_rules"), backend=options.get("backend"), scheduler=live or None, ema=options.get("ema"),
+                master_weights=options.get("master_weights"), memory=options.get("memory"), check=self._call if check is True else check,
+                depth=event.depth, on_progress=options.get("on_progress"),
             )  # fmt: skip
         finally:
             self.settle()

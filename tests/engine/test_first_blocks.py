@@ -288,8 +288,8 @@ def test_a_model_of_ones_own_takes_the_modules_of_a_given_block():
 
 
 REFUSED = {
-    "by a copy": (dict(to={"layers": 2}), PlanError, "no block to copy; pass depth=Fresh()"),
-    "by stacking": (dict(to={"layers": 2}, depth=depth.Stack()), PlanError, "no block to copy; pass depth=Fresh()"),
+    "by a copy": (dict(to={"layers": 2}), PlanError, "no block to copy; grow by depth=Fresh"),
+    "by stacking": (dict(to={"layers": 2}, depth=depth.Stack()), PlanError, "no block to copy; grow by depth=Fresh"),
     "in width alone": (dict(to="2x", depth=depth.Fresh()), PlanError, "from 0 layers to 0.*name the layers in to="),
     "by a number": (dict(to={"layers": 2}, depth=depth.Fresh(block=3)), PlanError, "block: expected a torch.nn.Module, got int"),
     "by another block": (dict(to={"layers": 2}, depth=depth.Fresh(block=Block(24, 4))), UnsupportedModelError, "layers.0.*does not"),
@@ -414,3 +414,24 @@ def test_distributed_data_parallel_reduces_the_gradients_of_first_blocks(tmp_pat
         assert all(optim.state[p]["step"] == 2 for p in model.model.layers.parameters())
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_model_without_blocks_does_not_shrink():
+    model = empty("llama")
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    before = everything(model, optim)
+
+    with pytest.raises(PlanError, match="layers: the target 0 is not a size"):
+        growkern.shrink_inplace(model, optim, to={"hidden": 12, "heads": 2, "kv_heads": 1})
+
+    assert same(everything(model, optim), before)
+
+
+def test_a_checkpoint_without_blocks_is_refused_on_disk_and_says_what_grows_it(tmp_path):
+    from growkern.checkpoints import grow as checkpoint
+
+    empty("llama").save_pretrained(tmp_path / "small")
+
+    for method, match in ((depth.Fresh(), "by from_pretrained"), (None, "grow by depth=Fresh")):
+        with pytest.raises(PlanError, match=match):
+            checkpoint.grow(tmp_path / "small", tmp_path / "large", to={"layers": 2}, depth=method)
