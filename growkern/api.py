@@ -25,7 +25,7 @@ from growkern.planning.build import build
 from growkern.planning.check import check as check_plan
 from growkern.planning.decisions import DepthMethod, ShrinkMethod, WidthMethod
 from growkern.planning.growth_plan import GrowthPlan
-from growkern.planning.method_text import is_text
+from growkern.planning.method_text import names_method
 from growkern.planning.plan_fields import problems_of
 from growkern.planning.sizes import Target, resolve_sizes
 from growkern.shrink import WeightSelection
@@ -320,7 +320,7 @@ def _check_arguments(
         raise PlanError(
             "plan= already says what to grow; leave to=, width=, depth=, state=, dynamics= and seed= out."
         )
-    if plan.drawn and depth is None and not is_text(plan.depth, DEPTHS):
+    if plan.drawn and depth is None and not names_method(plan.depth, DEPTHS):
         raise PlanError(
             f"plan: its depth method {short(plan.depth)} holds what no plan does: pass the method as depth= beside plan=."
         )

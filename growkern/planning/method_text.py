@@ -58,7 +58,7 @@ def method_of(tree: ast.expr, text: str, known: Mapping[str, type]) -> object:
     return made
 
 
-def is_text(text: str, known: Mapping[str, type]) -> bool:
+def names_method(text: str, known: Mapping[str, type]) -> bool:
     """True when a method can be made from its text."""
     try:
         method_of(parsed(text), text, known)

@@ -435,3 +435,10 @@ def test_a_checkpoint_without_blocks_is_refused_on_disk_and_says_what_grows_it(t
     for method, match in ((depth.Fresh(), "by from_pretrained"), (None, "grow by depth=Fresh")):
         with pytest.raises(PlanError, match=match):
             checkpoint.grow(tmp_path / "small", tmp_path / "large", to={"layers": 2}, depth=method)
+
+
+def test_a_spec_of_no_blocks_for_a_model_that_has_some_is_refused():
+    _, spec = own()
+
+    with pytest.raises(UnsupportedModelError, match="blocks: has 2 blocks, the spec says 0"):
+        growkern.expand_inplace(Plain(), to={"layers": 3}, depth=depth.Fresh(), spec=spec)
