@@ -311,7 +311,7 @@ MUTANTS = {
     "schedule: a smaller size resets the order": Mutant(
         "training/triggers.py", "reached[what] = i, max(n, least)", "reached[what] = i, n", "training/test_triggers.py"),
     "attach: tokens from before the attachment are no compute": Mutant(
-        "training/attachment.py", "counts.n_flops = 6.0 * counts.n_tokens * self.n_params", "pass",
+        "training/attachment.py", "counts.n_flops = counts.n_flops_of_size = 6.0 * counts.n_tokens * self.n_params", "pass",
         "training/test_schedule.py -k before_the_attachment"),
     "attach: the memory option is forgotten": Mutant(
         "training/attachment.py", 'memory=options.get("memory"), ', "", "training/test_schedule.py -k backend_and"),
@@ -325,7 +325,7 @@ MUTANTS = {
         "training/attachment.py", '\n            state_rules=options.get("state_rules"), master_weights=options.get("master_weights"),',
         '\n            state_rules=options.get("state_rules"),', "training/test_schedule.py -k master"),
     "attach: a resumed growth has the first noise again": Mutant(
-        "training/attachment.py", "before = max(len(self.schedule.fired), n_growths(self.model))", "before = n_growths(self.model)",
+        "training/attachment.py", "before = max(len(self.schedule.history), n_growths(self.model))", "before = n_growths(self.model)",
         "integrations/test_accelerate.py -k save_state_and"),
     "attach: the hook on the forward stays": Mutant(
         "training/attachment.py", "self._hooks.append(self.model.register_forward_pre_hook(self._record, with_kwargs=True))",
