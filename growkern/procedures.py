@@ -90,7 +90,7 @@ def mslt(
         model: Model of ``layers[0]`` blocks.
         layers: Number of blocks of each stage.
         steps: Number of steps of each stage.
-        joint: Number of steps at the end in which everything trains.
+        joint: Number of steps at the end in which everything trains, 1 or more.
 
     Raises:
         PlanError: The stages do not fit the model, or each other.
@@ -107,7 +107,7 @@ def mslt(
         At(step=at, to={"layers": n}, depth=depth.TopCopies(), trains=Top())
         for n, at in zip(layers[1:], ends, strict=True)
     ]
-    events += [At(step=last, to=None)] if len(layers) > 1 else []
+    events.append(At(step=last, to=None))
     return Procedure("MSLT", model, events, total_steps=last + joint, tokens_per_step=tokens_per_step, spec=spec)  # fmt: skip
 
 

@@ -94,11 +94,7 @@ class Prefix:
         self.path, self.n, self.whole = path, n, None
 
     def enter(self, module: nn.Module, args: object) -> None:
-        """Leave the upper blocks out; raise UnsupportedModelError for a compiled forward, whose graph would stay the same."""
-        if torch.compiler.is_compiling():
-            raise UnsupportedModelError(
-                "trains.SubModels runs other blocks in each step, and a compiled model does not: train this stage without torch.compile."
-            )
+        """Leave the upper blocks out."""
         if module.training:
             stack: Any = module.get_submodule(self.path)
             self.whole = stack._modules

@@ -39,7 +39,8 @@ def choose(model: nn.Module, frozen: Frozen, masters: Masters | None = None) -> 
             freeze(model, before.again() if before else Frozen(), masters)
             raise
         ranks.rebuild()
-    reset()
+    if frozen.n_blocks is None or before is None or before.n_blocks is None:
+        reset()  # else dynamo tells sub-models by who trains in them, and keeps a graph for each
 
 
 def release(model: nn.Module) -> None:

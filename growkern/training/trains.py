@@ -189,7 +189,8 @@ class SubModels(Trains):
     Sub-model ``i`` of ``L / size`` is the model of the lowest ``i * size`` blocks, under the head. Each step draws one; its blocks up to
     ``(i - 1) * size`` run forward only, its other blocks train, and the blocks above it do not run. In evaluation mode the whole model
     runs. The draw depends on ``seed`` and on the number of the step, so all processes, and a run that was resumed, draw the same. Under
-    ``DistributedDataParallel`` every step builds a reducer for what trains in it.
+    ``DistributedDataParallel`` every step builds a reducer for what trains in it. ``torch.compile`` makes a graph per sub-model, and its
+    ``recompile_limit`` allows 8.
 
     Attributes:
         size: Number of blocks that train in a step.
