@@ -138,7 +138,7 @@ def bert2bert(
         Chen et al., "bert2BERT: Towards Reusable Pretrained Language Models", ACL 2022, arXiv:2110.07143.
     """
     events = [
-        At(step=at, to=to, width=width, depth=depth, state="drop", trains=SubModels(size)),
+        At(step=at, to=to, width=width, depth=depth, state="drop", dynamics=None, trains=SubModels(size)),
         At(step=at + stage1_steps, to=None),
     ]
     return Procedure("bert2BERT", model, events, total_steps=total_steps, tokens_per_step=tokens_per_step, spec=spec)  # fmt: skip
@@ -169,7 +169,7 @@ def compound_grow(
     """
     _check_steps("compound_grow", len(stages) + 1, steps, 1)
     events = [
-        At(step=at, to=to, width=width.HyperClone(), depth=STACK, state="drop")
+        At(step=at, to=to, width=width.HyperClone(), depth=STACK, state="drop", dynamics=None)
         for to, at in zip(stages, accumulate(steps), strict=True)
     ]
     return Procedure("CompoundGrow", model, events, total_steps=total_steps, tokens_per_step=tokens_per_step, spec=spec)  # fmt: skip
@@ -252,8 +252,8 @@ def staged_training(
     """
     events = [
         WhenSlope(
-            tau=STAGED[what][0], to=STAGED_TO[what], width=width.HyperClone(), depth=depth.IdentityBlocks(), rewind=STAGED[what][1],
-            rewarm=rewarm, warmup=warmup,
+            tau=STAGED[what][0], to=STAGED_TO[what], width=width.HyperClone(), depth=depth.IdentityBlocks(), dynamics=None,
+            rewind=STAGED[what][1], rewarm=rewarm, warmup=warmup,
         )
         for what in growths
     ]  # fmt: skip

@@ -20,6 +20,7 @@ from growkern.training.triggers import At
 TOKENS = 2.0 * LENGTH
 TOP = dict(depth=depth.TopCopies(), trains=trains.Top())
 FRESH = dict(state="drop")
+PLAIN = FRESH | dict(dynamics=None)  # the papers have one learning rate for all
 MADE = {  # the call, the events by hand, and who trains at the end
     "mslt": (
         lambda m: procedures.mslt(m, layers=(2, 3, 4), steps=(3, 3, 3), joint=2, tokens_per_step=TOKENS),
@@ -33,7 +34,7 @@ MADE = {  # the call, the events by hand, and who trains at the end
         lambda m: procedures.bert2bert(
             m, {"hidden": 48, "layers": 4}, at=2, stage1_steps=4, total_steps=9, tokens_per_step=TOKENS, size=2),
         [
-            At(step=2, to={"hidden": 48, "layers": 4}, width=width.AKI(), depth=depth.Stack(), trains=trains.SubModels(2), **FRESH),
+            At(step=2, to={"hidden": 48, "layers": 4}, width=width.AKI(), depth=depth.Stack(), trains=trains.SubModels(2), **PLAIN),
             At(step=6, to=None),
         ],
     ),
@@ -41,8 +42,8 @@ MADE = {  # the call, the events by hand, and who trains at the end
         lambda m: procedures.compound_grow(
             m, [{"ffn": "2x"}, {"layers": "2x"}], steps=(3, 3), total_steps=9, tokens_per_step=TOKENS),
         [
-            At(step=3, to={"ffn": "2x"}, width=width.HyperClone(), depth=depth.Stack(), **FRESH),
-            At(step=6, to={"layers": "2x"}, width=width.HyperClone(), depth=depth.Stack(), **FRESH),
+            At(step=3, to={"ffn": "2x"}, width=width.HyperClone(), depth=depth.Stack(), **PLAIN),
+            At(step=6, to={"layers": "2x"}, width=width.HyperClone(), depth=depth.Stack(), **PLAIN),
         ],
     ),
     "llama_pro": (
