@@ -91,7 +91,7 @@ def evaluate(model: Any, text: Tensor, n_windows: int = 512) -> float:
 
 
 def cost(model: Any) -> float:
-    """Return the FLOPs of a step, those of attention included: 4 x width x window per token and block that runs, 8 per block passed back."""
+    """Return the FLOPs of a step; attention takes 4 x width x window per token and block that runs, and 8 per block passed back."""
     spec, frozen = growkern.describe(model), frozen_of(model) or Frozen()
     n, hidden = spec.sizes["layers"], spec.sizes["hidden"]
     n_run = frozen.n_blocks or n

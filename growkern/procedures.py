@@ -138,7 +138,15 @@ def bert2bert(
         Chen et al., "bert2BERT: Towards Reusable Pretrained Language Models", ACL 2022, arXiv:2110.07143.
     """
     events = [
-        At(step=at, to=to, width=width, depth=depth, state="drop", dynamics=None, trains=SubModels(size)),
+        At(
+            step=at,
+            to=to,
+            width=width,
+            depth=depth,
+            state="drop",
+            dynamics=None,
+            trains=SubModels(size),
+        ),
         At(step=at + stage1_steps, to=None),
     ]
     return Procedure("bert2BERT", model, events, total_steps=total_steps, tokens_per_step=tokens_per_step, spec=spec)  # fmt: skip
