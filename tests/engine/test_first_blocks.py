@@ -440,5 +440,5 @@ def test_a_checkpoint_without_blocks_is_refused_on_disk_and_says_what_grows_it(t
 def test_a_spec_of_no_blocks_for_a_model_that_has_some_is_refused():
     _, spec = own()
 
-    with pytest.raises(UnsupportedModelError, match="blocks: has 2 blocks, the spec says 0"):
+    with pytest.raises(UnsupportedModelError, match="blocks.*the spec does not cover this"):
         growkern.expand_inplace(Plain(), to={"layers": 3}, depth=depth.Fresh(), spec=spec)
