@@ -34,8 +34,10 @@ def grad_norm_factor(
         update_scales: The ``UpdateScale`` of the optimizers, which convert their second moments to the units of gradients.
 
     Returns:
-        The factor; None without gradients and second moments, or where they are all 0 or not finite.
+        The factor; None without gradients and second moments, where they are all 0 or not finite, or where weights are perturbed.
     """
+    if any(row.is_perturbed for row in plan.tensors):
+        return None
     order, before, after = 2 if tensors.grads else 1, 0.0, 0.0
     plain: dict[object, list[tuple[Tensor, float]]] = defaultdict(list)
     for name, (own, shares) in _shares_of(plan).items():

@@ -14,6 +14,7 @@ from growkern.execution import torch_backend as reference
 from growkern.execution.fills import Given
 from growkern.execution.finite import check
 from growkern.execution.measures import SumsOf
+from growkern.execution.perturb import perturb
 from growkern.execution.pieces import Group
 from growkern.execution.sets import (
     Memory,
@@ -155,6 +156,8 @@ class Execution:
         for row, _, target, rule, _ in jobs:
             if row.offset and row.constant is None and rule.is_weight:
                 self._shift(row, target)
+            if row.is_perturbed and rule.is_weight:
+                perturb(row, self.plan.seed, target)
         self.notes += check(tiler, jobs, lambda row, target: self._name(row, target, staged))
 
     def _name(self, row: TensorRow, target: Tensor, staged: Tensors) -> str:

@@ -85,7 +85,7 @@ def suspects(tiler: Tiler, jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
             continue
         reach, dtype = tiler.reach(row, source, target, rule), arithmetic(target.dtype)
         kind = source.device, dtype
-        if reach.largest > 1 or row.offset:
+        if reach.largest > 1 or row.offset or row.noise_std:
             sums[kind].append((job, target))
         elif reach.noise and rule.is_weight:
             limits = torch.finfo(target.dtype)

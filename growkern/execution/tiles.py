@@ -202,7 +202,7 @@ class Tiler:
             self.n_read += 2 * source.numel() * source.element_size()
             (rms,) = roots_of_mean_squares([source])
             std = self._stds[row.source] = _std(rms, dtype)
-        keys = reference.axis_keys(self.plan.seed, _tensor_id(row.name))
+        keys = reference.axis_keys(self.plan.seed, tensor_id(row.name))
         return read, Noise(std.to(dtype), keys)
 
     def reach(self, row: TensorRow, source: Tensor, target: Tensor, rule: Rule) -> Reach:
@@ -337,5 +337,6 @@ def _std(rms: Tensor, dtype: torch.dtype) -> Tensor:
     return rms.to(torch.bfloat16).to(dtype) / reference.BYTES_STD
 
 
-def _tensor_id(name: str) -> int:
+def tensor_id(name: str) -> int:
+    """Return 32 bits for a name, so that tensors get different noise."""
     return int.from_bytes(blake2b(name.encode(), digest_size=4).digest(), "little")

@@ -31,6 +31,7 @@ from growkern.planning.decisions import (
 from growkern.planning.exactness import checked
 from growkern.planning.growth_plan import AxisMap, GrowthPlan, TensorRow
 from growkern.planning.options import DYNAMICS, STATES
+from growkern.planning.perturbation import perturbed
 from growkern.support.text import short
 
 # path of the stack -> source block -> target blocks that copy the source block
@@ -91,7 +92,11 @@ def build(
         state=state,
         dynamics=dynamics,
         axes=axes,
-        tensors=tuple(rows_of(spec, deep, homes, axes if wide.next_layer else {})),
+        tensors=tuple(
+            perturbed(
+                rows_of(spec, deep, homes, axes if wide.next_layer else {}), spec, axes, wide, state
+            )
+        ),
         blocks_path=spec.blocks.path if spec.blocks else "",
         blocks=deep[spec.blocks.path].blocks if spec.blocks else (),
         extra_stacks={stack.path: deep[stack.path].blocks for stack in spec.extra_stacks},

@@ -11,6 +11,7 @@ from growkern.planning.build import Eps, Homes, attributes, homes_of, offset, ro
 from growkern.planning.decisions import BlockRow, LayerOrder, WidthDecision
 from growkern.planning.exactness import TOLERANCE, close, inexact
 from growkern.planning.growth_plan import UNREADABLE, AxisMap, GrowthPlan, TensorRow
+from growkern.planning.perturbation import is_matrix
 from growkern.planning.plan_fields import problems_of
 from growkern.planning.sizes import resolve_sizes
 from growkern.planning.width_of_plan import width_of_plan, work
@@ -126,6 +127,8 @@ def _of_rows(plan: GrowthPlan, spec: ModelSpec, homes: Homes, names: set[str]) -
             or row.next_layer_axis not in range(len(row.axes))
         ):
             yield f"{row.name}: takes rows of {row.next_layer_source}, which has another shape."
+    if plan.state != "drop" and any(row.is_perturbed for row in plan.tensors):
+        yield f"it perturbs weights under state={plan.state!r}, and not under 'drop'."
     if {*plan.axes} != {*spec.axes.values()}:
         yield "its axes are not the model's."
         return
@@ -152,7 +155,11 @@ def _made_rows(plan: GrowthPlan, spec: ModelSpec, homes: Homes) -> list[TensorRo
         for path, blocks in plan.stacks.items()
     }
     mixed = any(row.next_layer_source for row in plan.tensors)
-    return [*rows_of(spec, deep, homes, plan.axes if mixed else {})]
+    made = rows_of(spec, deep, homes, plan.axes if mixed else {})
+    return [
+        replace(own, shrink=row.shrink, noise_std=row.noise_std) if is_matrix(own, spec) else own
+        for row, own in zip(plan.tensors, made, strict=True)
+    ]
 
 
 def _of_axes(plan: GrowthPlan, spec: ModelSpec, homes: Homes) -> Iterator[str]:

@@ -47,6 +47,8 @@ class WidthDecision:
         joint: Pair of spaces -> index map of their product, where it is not the product of their maps: groups of query heads that are
             divided among more kv heads.
         promised: True when the method promises to preserve the function: if it cannot, the growth is refused.
+        shrink: Factor on all copied elements of matrices; see ``growkern.planning.perturbation``.
+        init_std: Standard deviation of muP's initialization at the source's widths, which is added to matrices; 0 for none.
     """
 
     maps: Mapping[str, IndexMap]
@@ -62,6 +64,8 @@ class WidthDecision:
         default_factory=dict[tuple[str, str], IndexMap]
     )
     promised: bool = False
+    shrink: float = 1.0
+    init_std: float = 0.0
 
 
 @dataclass(frozen=True)

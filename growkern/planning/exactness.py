@@ -33,6 +33,8 @@ def inexact_width(plan: GrowthPlan, spec: ModelSpec, wide: WidthDecision) -> Ite
         yield "the vocabulary changes"
     if any(row.next_layer_source for row in plan.tensors):
         yield "rows come from the next layer"
+    if any(row.is_perturbed for row in plan.tensors):
+        yield "weights are shrunk or perturbed"
     if any(index_map != wide.maps[space] for space, index_map in wide.readers.items()):
         yield "readers copy other coordinates than their writers"
     uses = _uses(plan, spec)

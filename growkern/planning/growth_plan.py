@@ -10,7 +10,13 @@ from typing import Any, Literal
 from growkern.errors import PlanError, raise_all
 from growkern.planning.decisions import BlockRow
 from growkern.planning.index_map import IndexMap, Run
-from growkern.planning.plan_fields import PADS, is_int, problems_of
+from growkern.planning.plan_fields import (
+    PADS,
+    is_int,
+    problems_of,
+    renamed_from_0_1,
+    tuple_of,
+)
 from growkern.planning.plan_text import plan_text
 from growkern.planning.vector import Vector
 from growkern.support.renamed import renamed_attribute, renamed_fields
@@ -24,6 +30,10 @@ JSON_NAMES = {  # fields of another name in the JSON
     "repeats": "pieces",
 }
 FIELD_NAMES = {name: field for field, name in JSON_NAMES.items()}
+OMITTED = {
+    "shrink": 1.0,
+    "noise_std": 0.0,
+}  # not in the JSON at these values, so that digests of older records hold
 UNREADABLE = AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError
 # weight of an element that copies no source element: 0; the mean along the axis; random, for a reader or a writer of the new coordinate;
 # or the value that the method gives
@@ -111,6 +121,8 @@ class TensorRow:
             ``next_layer_axis``; None if ``source`` is the source of all copies.
         next_layer_axis: See ``next_layer_source``.
         offset: Constant that the model adds to the tensor; the scales apply to the sum.
+        shrink: Factor on the weight alone; learning rates and optimizer state do not follow it.
+        noise_std: Standard deviation of noise on every element, in units of the target's weight; it is added last.
     """
 
     name: str
@@ -125,6 +137,13 @@ class TensorRow:
     next_layer_axis: int = 0
     offset: float = 0.0
     drawn: bool = False
+    shrink: float = 1.0
+    noise_std: float = 0.0
+
+    @property
+    def is_perturbed(self) -> bool:
+        """True when the weight is shrunk, or noise is added to every element."""
+        return self.shrink != 1 or self.noise_std != 0
 
     upper = renamed_attribute("next_layer_source")
     upper_axis = renamed_attribute("next_layer_axis")
@@ -286,6 +305,7 @@ class GrowthPlan:
         return (
             row.new
             or row.constant is not None
+            or row.is_perturbed
             or not all(axis.is_identity for axis in self.axis_maps(row))
         )
 
@@ -308,7 +328,7 @@ class GrowthPlan:
                     f"this plan is of version {short(version)}, and this growkern reads versions up to {VERSION}: install the growkern "
                     "that wrote it, or a later one."
                 )
-            data = _renamed(data) if version == 0 else data
+            data = renamed_from_0_1(data) if version == 0 else data
             data = {FIELD_NAMES.get(key, key): value for key, value in data.items()}
             plan = GrowthPlan(**{k: FIELDS.get(k, _same)(value) for k, value in data.items()})
             raise_all(PlanError, "a plan has fields of other types:", [*problems_of(plan)])
@@ -325,7 +345,8 @@ class GrowthPlan:
 
 
 def _fields(record: Any) -> dict[str, Any]:
-    return {key: getattr(record, name) for name, key in _keys(record.__class__)}
+    values = ((key, getattr(record, name)) for name, key in _keys(record.__class__))
+    return {key: value for key, value in values if key not in OMITTED or OMITTED[key] != value}
 
 
 @cache
@@ -334,33 +355,13 @@ def _keys(kind: Any) -> list[tuple[str, str]]:
     return [(field.name, JSON_NAMES.get(field.name, field.name)) for field in fields(kind)]
 
 
-def _renamed(data: dict[str, Any]) -> dict[str, Any]:
-    """Rename the fields and pads of a plan of growkern 0.1 to those of version 1."""
-    old = {"lawful": "gradients_exact", "path": "blocks_path", "rows": "tensors"}
-    data = {old.get(key, key): value for key, value in data.items()}
-    old = {"upper": "next_layer_source", "upper_axis": "next_layer_axis"}
-    data["tensors"] = [{old.get(key, key): v for key, v in row.items()} for row in data["tensors"]]
-    old = {"normal": "random_reader", "free": "random_writer", "given": "from_method"}
-    data["axes"] = {
-        key: axis | {"pad": old.get(axis["pad"], axis["pad"])} for key, axis in data["axes"].items()
-    }
-    return data
-
-
 def _same(value: Any) -> Any:
     return value
 
 
-def _tuple(value: Any) -> tuple[Any, ...]:
-    """Return a list as a tuple; raise TypeError for anything else, such as a text, of which a tuple would have the characters."""
-    if type(value) is not list:
-        raise TypeError(f"{short(value)} is no list")
-    return tuple(value)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-
-
 def _tensors_from_json(tensors: list[dict[str, Any]]) -> tuple[TensorRow, ...]:
     for row in tensors:
-        row["axes"] = _tuple(row["axes"])
+        row["axes"] = tuple_of(row["axes"])
     return tuple(TensorRow(**row) for row in tensors)
 
 
@@ -385,12 +386,12 @@ def _axis_from_json(data: dict[str, Any]) -> AxisMap:
 
 
 FIELDS: dict[str, Callable[[Any], Any]] = {  # decoders of types that JSON lacks
-    **dict.fromkeys(("config_lists", "counters", "rebuilt_modules", "reasons", "notes"), _tuple),
+    **dict.fromkeys(("config_lists", "counters", "rebuilt_modules", "reasons", "notes"), tuple_of),
     "axes": _axes_from_json,
     "tensors": _tensors_from_json,
     "blocks": _blocks_from_json,
     "extra_stacks": lambda stacks: {path: _blocks_from_json(s) for path, s in stacks.items()},
-    "config_eps": lambda eps: None if eps is None else _tuple(eps),
+    "config_eps": lambda eps: None if eps is None else tuple_of(eps),
 }
 
 

@@ -176,11 +176,14 @@ def _of_rows(rows: "tuple[TensorRow, ...]", axes: "Mapping[str, AxisMap]") -> It
             row.factor,
             row.grad_factor,
             row.offset,
+            row.shrink,
+            row.noise_std,
             0 if row.constant is None else row.constant,
         )
         if not (
             all(is_text(name, MAX_NAME) for name in names)
             and all(map(is_factor, numbers))
+            and row.noise_std >= 0
             and is_int(row.next_layer_axis, 0, len(row.axes))
             and (type(row.new), type(row.drawn)) == (bool, bool)
             and row.state in ["law", "fresh"]
@@ -192,3 +195,23 @@ def _of_rows(rows: "tuple[TensorRow, ...]", axes: "Mapping[str, AxisMap]") -> It
         if not axes.keys() >= {*row.axes}:
             yield f"{row.name}: has shape {short(row.axes)}, of axes that the plan does not have."
             return
+
+
+def renamed_from_0_1(data: dict[str, Any]) -> dict[str, Any]:
+    """Rename the fields and pads of a plan of growkern 0.1 to those of version 1."""
+    old = {"lawful": "gradients_exact", "path": "blocks_path", "rows": "tensors"}
+    data = {old.get(key, key): value for key, value in data.items()}
+    old = {"upper": "next_layer_source", "upper_axis": "next_layer_axis"}
+    data["tensors"] = [{old.get(key, key): v for key, v in row.items()} for row in data["tensors"]]
+    old = {"normal": "random_reader", "free": "random_writer", "given": "from_method"}
+    data["axes"] = {
+        key: axis | {"pad": old.get(axis["pad"], axis["pad"])} for key, axis in data["axes"].items()
+    }
+    return data
+
+
+def tuple_of(value: Any) -> tuple[Any, ...]:
+    """Return a list as a tuple; raise TypeError for anything else, such as a text, of which a tuple would have the characters."""
+    if type(value) is not list:
+        raise TypeError(f"{short(value)} is no list")
+    return tuple(value)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]

@@ -6,6 +6,7 @@ from growkern.width.fresh_features import FreshFeatures
 from growkern.width.hyperclone import HyperClone
 from growkern.width.lemon import Lemon
 from growkern.width.lossless import Lossless
+from growkern.width.shrink_perturb import ShrinkPerturb
 from growkern.width.sparkling import Sparkling
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "Lemon",
     "Lossless",
     "Net2Wider",
+    "ShrinkPerturb",
     "Sparkling",
 ]

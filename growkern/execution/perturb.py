@@ -1,0 +1,35 @@
+"""Shrink a grown weight and add noise of a given standard deviation to every element."""
+
+import torch
+from torch import Tensor
+
+from growkern.execution.tiles import tensor_id
+from growkern.execution.torch_backend import BYTES_STD, axis_keys, normal
+from growkern.planning.growth_plan import TensorRow
+from growkern.support.dtypes import arithmetic
+
+MOST = 1 << 22  # elements at once
+
+
+def perturb(row: TensorRow, seed: int, target: Tensor) -> None:
+    """Change a target in place to ``shrink * target + noise_std * noise``, rounded once; every device draws the same noise.
+
+    Args:
+        row: Row of the tensor in the plan, with ``shrink`` and ``noise_std``.
+        seed: Seed of the plan.
+        target: The grown weight, of any floating-point dtype.
+    """
+    if not target.is_floating_point() or not target.numel():
+        return
+    matrix, dtype = target.view(-1, target.shape[-1]), arithmetic(target.dtype)
+    n_rows, n_cols = matrix.shape
+    keys = axis_keys(seed, tensor_id(row.name))
+    ids = torch.arange(max(n_rows, n_cols), dtype=torch.int32, device=target.device)
+    step = max(1, MOST // n_cols)
+    for start in range(0, n_rows, step):
+        part = matrix[start : start + step]
+        values = part.to(dtype) * row.shrink
+        if row.noise_std:
+            drawn = normal(keys, ids[start : start + len(part)], ids[:n_cols])
+            values += drawn.to(dtype) * (row.noise_std / BYTES_STD)
+        part.copy_(values)
