@@ -67,6 +67,35 @@ MUTANTS = {
         "methods/test_width.py -k 'stay_equal_are and Lemon'"),
     "plan: an odd number of copies is paired": Mutant(
         "planning/index_map.py", "if len(targets) % 2:", "if False:", "planning/test_index_map.py"),
+    "perturb: every tensor has the same noise": Mutant(
+        "execution/perturb.py", "axis_keys(seed, tensor_id(row.name))", "axis_keys(seed, 0)",
+        "methods/test_shrink_perturb.py -k 'independent or new_blocks'"),
+    "perturb: later rows have the noise of the first": Mutant(
+        "execution/perturb.py", "ids[start : start + len(part)]", "ids[: len(part)]", "methods/test_shrink_perturb.py -k in_parts"),
+    "perturb: the law's factor on readers shrinks them too": Mutant(
+        "planning/perturbation.py", "shrink=wide.shrink / fan_in", "shrink=wide.shrink",
+        "methods/test_shrink_perturb.py -k 'every_element and llama'"),
+    "perturb: a head is drawn like a hidden matrix": Mutant(
+        "planning/perturbation.py", "fan_in if is_output else sqrt(fan_in)", "sqrt(fan_in)",
+        "methods/test_shrink_perturb.py -k 'every_element and llama'"),
+    "perturb: the router of experts is drawn like a hidden matrix": Mutant(
+        "planning/perturbation.py", 'FINITE = "vocab", "experts"', 'FINITE = ("vocab",)',
+        "methods/test_shrink_perturb.py -k 'every_element and mixtral'"),
+    "perturb: optimizer state is carried along": Mutant(
+        "planning/perturbation.py", 'if state != "drop":', "if False:", "methods/test_shrink_perturb.py -k must_be_dropped"),
+    "perturb: a plan may carry state": Mutant(
+        "planning/check.py", 'if plan.state != "drop" and any', "if False and any", "methods/test_shrink_perturb.py -k edited"),
+    "perturb: a plan may claim to preserve the function": Mutant(
+        "planning/exactness.py", "    if any(row.is_perturbed for row in plan.tensors):\n", "    if False:\n",
+        "methods/test_shrink_perturb.py -k edited"),
+    "perturb: noise may overflow": Mutant(
+        "execution/finite.py", " or row.noise_std:", ":", "methods/test_shrink_perturb.py -k cannot_hold"),
+    "perturb: every plan has the new fields in its JSON": Mutant(
+        "planning/growth_plan.py", "if key not in OMITTED or OMITTED[key] != value", "if True",
+        "methods/test_shrink_perturb.py -k digests"),
+    "report: a perturbed model has a gradient norm": Mutant(
+        "engine/grad_norm.py", "    if any(row.is_perturbed for row in plan.tensors):\n        return None\n", "",
+        "methods/test_shrink_perturb.py -k must_be_dropped"),
     # optimizer: state rules
     "state: Muon's update has the shape of its rows": Mutant(
         "optimizer/state_rules.py", "return 0.2 * sqrt(max(rows, cols))", "return 0.2 * sqrt(rows)",
@@ -151,7 +180,7 @@ MUTANTS = {
         "optimizer/test_lr_scaling.py -k groups_and_hooks"),
     # execution
     "execute: every tensor has the same noise": Mutant(
-        "execution/tiles.py", "axis_keys(self.plan.seed, _tensor_id(row.name))", "axis_keys(self.plan.seed, 0)",
+        "execution/tiles.py", "axis_keys(self.plan.seed, tensor_id(row.name))", "axis_keys(self.plan.seed, 0)",
         "execution/test_execute.py -k noise"),
     "execute: a mean is a sum": Mutant(
         "execution/axis_runs.py", "[s / max(1, self.n_copied) for s in sums]", "sums", "optimizer/test_describe_optimizer.py -k ancestor"),

@@ -81,6 +81,7 @@ def build(
     factors = norm_factors(spec, wide)
     axes = axis_maps(spec.axes, wide, factors, writer_corrections(spec, sizes))
     eps = Eps.of(spec, factors)
+    mixed = axes if wide.next_layer else {}
     same_head_dim = sizes.get("head_dim") == spec.sizes.get("head_dim")
     plan = GrowthPlan(
         family=spec.family,
@@ -92,11 +93,7 @@ def build(
         state=state,
         dynamics=dynamics,
         axes=axes,
-        tensors=tuple(
-            perturbed(
-                rows_of(spec, deep, homes, axes if wide.next_layer else {}), spec, axes, wide, state
-            )
-        ),
+        tensors=tuple(perturbed(rows_of(spec, deep, homes, mixed), spec, axes, wide, state)),
         blocks_path=spec.blocks.path if spec.blocks else "",
         blocks=deep[spec.blocks.path].blocks if spec.blocks else (),
         extra_stacks={stack.path: deep[stack.path].blocks for stack in spec.extra_stacks},

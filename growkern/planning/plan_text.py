@@ -62,6 +62,8 @@ def _shape(shape: tuple[int, ...]) -> str:
 def _weight(row: "TensorRow", scale: float | None) -> str:
     if row.drawn:
         return "initialized"
+    if row.is_perturbed and scale is not None:
+        return f"{row.shrink * scale:.6g} + N(0, {row.noise_std:.3g}^2)"
     return _scale(scale) if row.constant is None else f"all {row.constant:g}"
 
 

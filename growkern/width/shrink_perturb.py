@@ -11,9 +11,7 @@ from growkern.planning.method_spaces import positions, refuse, solve_ties, space
 from growkern.planning.vector import Vector
 
 REASON = ("weights are shrunk and perturbed",)
-NOTE = (
-    "all matrices were shrunk and perturbed: the loss lands near that of a new model; warm the learning rate up again.",
-)
+NOTE = ("all matrices were shrunk and perturbed: the loss jumps.",)
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class ShrinkPerturb:
     std: float = 0.02
 
     def widen(self, spec: ModelSpec, sizes: Mapping[str, int]) -> WidthDecision:
-        """Return index maps and stream scales for the target ``sizes``; raise PlanError for a size that does not grow.
+        """Return index maps and stream scales for the target ``sizes``.
 
         Raises:
             PlanError: ``shrink`` is not from 0 to 1, ``std`` is not above 0, or a size does not grow.
