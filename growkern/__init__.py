@@ -7,6 +7,7 @@ from growkern import depth, errors, optim, procedures, recipes, shrink, vocab, w
 from growkern.advice.advice import Advice
 from growkern.advice.adviser import advise
 from growkern.analysis.comparison import Comparison, Outcome, compare
+from growkern.analysis.utility import expert_utility
 from growkern.analysis.verification import Verification, verify
 from growkern.api import expand_inplace, plan, shrink_inplace
 from growkern.engine.report import GrowthReport
@@ -64,6 +65,7 @@ __all__ = [
     "embedding",
     "errors",
     "expand_inplace",
+    "expert_utility",
     "linear",
     "norm",
     "optim",

@@ -96,6 +96,25 @@ MUTANTS = {
     "report: a perturbed model has a gradient norm": Mutant(
         "engine/grad_norm.py", "    if any(row.is_perturbed for row in plan.tensors):\n        return None\n", "",
         "methods/test_shrink_perturb.py -k must_be_dropped"),
+    "experts: router rows of source experts have noise too": Mutant(
+        "planning/perturbation.py", "noise_std=wide.router_std, noise_from=n", "noise_std=wide.router_std, noise_from=1",
+        "methods/test_copy_experts.py -k copies_equal"),
+    "experts: every matrix of experts has noise": Mutant(
+        "planning/perturbation.py", "if _is_router(row, spec) else row", 'if "mlp" in row.name else row',
+        "methods/test_copy_experts.py -k copies_equal"),
+    "experts: utility is not divided among copies": Mutant(
+        "width/copy_experts.py", "(utility[i] / counts[i], ", "(utility[i], ", "methods/test_copy_experts.py -k copies_equal"),
+    "experts: of equal utility the last is copied": Mutant(
+        "width/copy_experts.py", "-counts[i], -i)", "-counts[i], i)", "methods/test_copy_experts.py -k copies_equal"),
+    "experts: a copied router claims exact gradients": Mutant(
+        "planning/build.py", "not (wide.noise or wide.perturbs) and", "not wide.noise and", "methods/test_copy_experts.py -k edited"),
+    "experts: noise parts no copies": Mutant(
+        "planning/axis_scales.py", " or wide.perturbs:", ":", "methods/test_copy_experts.py -k copies_equal"),
+    "experts: the auxiliary loss weakens with experts": Mutant(
+        "model/families/moe.py", 'Power("top_k", -1.0, coef, n)', 'Power("experts", -1.0, coef, config.num_local_experts)',
+        "methods/test_copy_experts.py -k auxiliary"),
+    "experts: utility leaves out the square": Mutant(
+        "analysis/utility.py", "p.grad.double().square()", "p.grad.double().abs()", "methods/test_copy_experts.py -k utility"),
     # optimizer: state rules
     "state: Muon's update has the shape of its rows": Mutant(
         "optimizer/state_rules.py", "return 0.2 * sqrt(max(rows, cols))", "return 0.2 * sqrt(rows)",

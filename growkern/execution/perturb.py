@@ -12,16 +12,16 @@ MOST = 1 << 22  # elements at once
 
 
 def perturb(row: TensorRow, seed: int, target: Tensor) -> None:
-    """Change a target in place to ``shrink * target + noise_std * noise``, rounded once; every device draws the same noise.
+    """Change a target in place to ``shrink * target + noise_std * noise`` from ``noise_from`` on; every device draws the same noise.
 
     Args:
         row: Row of the tensor in the plan, with ``shrink`` and ``noise_std``.
         seed: Seed of the plan.
         target: The grown weight, of any floating-point dtype.
     """
-    if not target.is_floating_point() or not target.numel():
+    if not target.is_floating_point() or not target[row.noise_from :].numel():
         return
-    matrix, dtype = target.view(-1, target.shape[-1]), arithmetic(target.dtype)
+    matrix, dtype = target[row.noise_from :].view(-1, target.shape[-1]), arithmetic(target.dtype)
     n_rows, n_cols = matrix.shape
     keys = axis_keys(seed, tensor_id(row.name))
     ids = torch.arange(max(n_rows, n_cols), dtype=torch.int32, device=target.device)

@@ -239,7 +239,7 @@ def _shares(stream_scale: StreamScale, relative: bool) -> Vector:
 
 def symmetric_copies(wide: WidthDecision) -> Iterator[str]:
     """Yield a note that names the spaces whose equal copies get equal gradients and so never diverge."""
-    if wide.noise or wide.next_layer:
+    if wide.noise or wide.next_layer or wide.perturbs:
         return
     # most blocks have equal index maps and stream scales
     has_equal: dict[tuple[IndexMap, StreamScale], bool] = {}

@@ -105,7 +105,7 @@ def build(
         config={name: size_value(size, sizes) for name, size in spec.config.items()},
         config_lists=spec.config_lists,
         config_eps=eps.config,
-        gradients_exact=not wide.noise and gradients_exact(spec, wide),
+        gradients_exact=not (wide.noise or wide.perturbs) and gradients_exact(spec, wide),
         reasons=(*dict.fromkeys(_reasons(spec, wide, deep.values(), factors)),),
         notes=(
             *wide.notes,

@@ -127,7 +127,9 @@ def _of_rows(plan: GrowthPlan, spec: ModelSpec, homes: Homes, names: set[str]) -
             or row.next_layer_axis not in range(len(row.axes))
         ):
             yield f"{row.name}: takes rows of {row.next_layer_source}, which has another shape."
-    if plan.state != "drop" and any(row.is_perturbed for row in plan.tensors):
+    if plan.state != "drop" and any(
+        row.is_perturbed and not row.noise_from for row in plan.tensors
+    ):
         yield f"it perturbs weights under state={plan.state!r}, and not under 'drop'."
     if {*plan.axes} != {*spec.axes.values()}:
         yield "its axes are not the model's."
@@ -157,7 +159,9 @@ def _made_rows(plan: GrowthPlan, spec: ModelSpec, homes: Homes) -> list[TensorRo
     mixed = any(row.next_layer_source for row in plan.tensors)
     made = rows_of(spec, deep, homes, plan.axes if mixed else {})
     return [
-        replace(own, shrink=row.shrink, noise_std=row.noise_std) if is_matrix(own, spec) else own
+        replace(own, shrink=row.shrink, noise_std=row.noise_std, noise_from=row.noise_from)
+        if is_matrix(own, spec)
+        else own
         for row, own in zip(plan.tensors, made, strict=True)
     ]
 
@@ -228,7 +232,8 @@ def _near(left: float, right: float) -> bool:
 
 def _claims(plan: GrowthPlan, spec: ModelSpec, wide: WidthDecision) -> Iterator[str]:
     """Yield a problem for a plan that claims to preserve more than its axes and blocks do."""
-    exact = not wide.noise and gradients_exact(spec, wide, relative=plan.gradients_exact)
+    noisy = bool(wide.noise) or any(row.is_perturbed for row in plan.tensors)
+    exact = not noisy and gradients_exact(spec, wide, relative=plan.gradients_exact)
     copies = any(n > 1 for a in {*plan.axes.values()} for n, _ in a.index_map.counts.repeats)
     if plan.gradients_exact != exact and (
         copies or not exact

@@ -49,6 +49,7 @@ class WidthDecision:
         promised: True when the method promises to preserve the function: if it cannot, the growth is refused.
         shrink: Factor on all copied elements of matrices; see ``growkern.planning.perturbation``.
         init_std: Standard deviation of muP's initialization at the source's widths, which is added to matrices; 0 for none.
+        router_std: Standard deviation of noise that is added to the router rows of copied experts; 0 for none.
     """
 
     maps: Mapping[str, IndexMap]
@@ -66,6 +67,12 @@ class WidthDecision:
     promised: bool = False
     shrink: float = 1.0
     init_std: float = 0.0
+    router_std: float = 0.0
+
+    @property
+    def perturbs(self) -> bool:
+        """True when weights are shrunk, or noise of an absolute standard deviation is added."""
+        return self.shrink != 1 or self.init_std != 0 or self.router_std != 0
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,8 @@ JSON_NAMES = {  # fields of another name in the JSON
     "repeats": "pieces",
 }
 FIELD_NAMES = {name: field for field, name in JSON_NAMES.items()}
-OMITTED = {
-    "shrink": 1.0,
-    "noise_std": 0.0,
-}  # not in the JSON at these values, so that digests of older records hold
+# not in the JSON at these values, so that digests of older records hold
+OMITTED = {"shrink": 1.0, "noise_std": 0.0, "noise_from": 0}
 UNREADABLE = AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError
 # weight of an element that copies no source element: 0; the mean along the axis; random, for a reader or a writer of the new coordinate;
 # or the value that the method gives
@@ -122,7 +120,8 @@ class TensorRow:
         next_layer_axis: See ``next_layer_source``.
         offset: Constant that the model adds to the tensor; the scales apply to the sum.
         shrink: Factor on the weight alone; learning rates and optimizer state do not follow it.
-        noise_std: Standard deviation of noise on every element, in units of the target's weight; it is added last.
+        noise_std: Standard deviation of noise, in units of the target's weight; it is added last.
+        noise_from: First coordinate along the first axis that gets this noise.
     """
 
     name: str
@@ -139,10 +138,11 @@ class TensorRow:
     drawn: bool = False
     shrink: float = 1.0
     noise_std: float = 0.0
+    noise_from: int = 0
 
     @property
     def is_perturbed(self) -> bool:
-        """True when the weight is shrunk, or noise is added to every element."""
+        """True when the weight is shrunk, or noise of ``noise_std`` is added."""
         return self.shrink != 1 or self.noise_std != 0
 
     upper = renamed_attribute("next_layer_source")

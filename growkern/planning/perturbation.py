@@ -5,6 +5,8 @@
 ``sigma`` is the standard deviation at the source's widths times ``sqrt(n / n')`` for a matrix whose fan-in grows from ``n`` to ``n'``,
 ``n / n'`` for an output matrix (its rows are tokens, labels or experts, whose number does not grow with the width), and 1 for a matrix
 that reads no coordinate of a space that grows, such as an embedding (Yang et al., arXiv:2203.03466, table 3).
+
+Copied experts: noise is added to the router rows of the copies only.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,7 +29,13 @@ def perturbed(
     Raises:
         PlanError: The optimizer state is not dropped, or columns of a matrix have different scales.
     """
-    if wide.shrink == 1 and not wide.init_std:
+    if wide.router_std:
+        n = spec.sizes["experts"]
+        for row in rows:
+            noisy = replace(row, noise_std=wide.router_std, noise_from=n)
+            yield noisy if _is_router(row, spec) else row
+        return
+    if not wide.perturbs:
         yield from rows
         return
     if state != "drop":
@@ -58,6 +66,12 @@ def is_matrix(row: TensorRow, spec: ModelSpec) -> bool:
     uses = spec.tensors[row.source]
     copied = row.constant is None and not row.drawn and row.source not in spec.counters
     return copied and len(uses) > 1 and not any(use.role == "gain" for use in uses)
+
+
+def _is_router(row: TensorRow, spec: ModelSpec) -> bool:
+    """True for the matrix that computes a score for every expert."""
+    writes = [use.streams for use in spec.tensors[row.source] if use.role == "writer"]
+    return is_matrix(row, spec) and writes == [["experts"]]
 
 
 def _is_finite(use: AxisUse) -> bool:

@@ -184,6 +184,7 @@ def _of_rows(rows: "tuple[TensorRow, ...]", axes: "Mapping[str, AxisMap]") -> It
             all(is_text(name, MAX_NAME) for name in names)
             and all(map(is_factor, numbers))
             and row.noise_std >= 0
+            and is_int(row.noise_from, 0, MAX_AXIS)
             and is_int(row.next_layer_axis, 0, len(row.axes))
             and (type(row.new), type(row.drawn)) == (bool, bool)
             and row.state in ["law", "fresh"]

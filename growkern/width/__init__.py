@@ -2,6 +2,7 @@
 
 from growkern.width.bert2bert import AKI, FPI, AKIPro, Net2Wider
 from growkern.width.copy_and_pad import CopyAndPad
+from growkern.width.copy_experts import CopyExperts
 from growkern.width.fresh_features import FreshFeatures
 from growkern.width.hyperclone import HyperClone
 from growkern.width.lemon import Lemon
@@ -14,6 +15,7 @@ __all__ = [
     "FPI",
     "AKIPro",
     "CopyAndPad",
+    "CopyExperts",
     "FreshFeatures",
     "HyperClone",
     "Lemon",

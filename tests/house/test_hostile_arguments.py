@@ -101,6 +101,7 @@ CALLS = {  # public call -> the call, its valid arguments, and the names of furt
     "verify": (growkern.verify, lambda: {"source": pair()["model"], "target": pair()["model"], "batch": batch()}, ("optim",)),
     "compare": (growkern.compare, compared, ("loss", "held_out", "on_outcome", "state", "seed")),
     "upcycle": (growkern.upcycle, lambda: pair() | {"experts": 2}, ("top_k", "std", "seed")),
+    "expert_utility": (growkern.expert_utility, lambda: {"model": pair()["model"]}, ("optim", "spec")),
     "describe": (growkern.describe, lambda: {"model": pair()["model"]}, ("spec",)),
     "attach": (attached, pair, ("scheduler", "deferred", *OPTIONS)),
     "accelerate.attach": (attached_to_accelerate, dict, ("accelerator", "schedule", "model", "optim", "scheduler", *OPTIONS)),

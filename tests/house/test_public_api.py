@@ -36,6 +36,7 @@ NAMES = [
     "embedding",
     "errors",
     "expand_inplace",
+    "expert_utility",
     "linear",
     "norm",
     "optim",

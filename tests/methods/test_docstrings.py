@@ -18,7 +18,7 @@ METHODS += [vocab.Zero, vocab.MeanCov, vocab.CLPTransfer]
 def test_a_method_says_what_it_does_and_its_example_runs(method):
     said = method.__doc__
     names = dict(growkern=growkern, width=width, depth=depth, shrink=shrink, vocab=vocab)
-    names |= dict(torch=torch, model=make("llama", tied=True))
+    names |= dict(torch=torch, model=make("llama", tied=True), mixture=make("mixtral", tied=True))
     (test,) = doctest.DocTestFinder(recurse=False).find(method, method.__name__, globs=names)
     runner = doctest.DocTestRunner(verbose=False)
     ran = runner.run(test)

@@ -5,8 +5,9 @@ https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models
 
 Llama-type decoders (pre-norm RMSNorm, RoPE, grouped-query attention) whose SwiGLU is a layer of experts in two 3-D tensors
 behind a router. head_dim grows only if it is named; if the config derives head_dim, growth writes it into the config. top_k must
-grow by the same factor as experts, because the copies of an expert share its router weight. The coefficient of the router's auxiliary
-loss is divided by this factor. Dense blocks between blocks with experts (Qwen3-MoE's ``mlp_only_layers``, ``decoder_sparse_step``)
+grow by the same factor as experts to preserve the function, because the copies of an expert share its router weight. The coefficient of
+the router's auxiliary loss is divided by the factor of top_k, which multiplies the loss of a balanced router. Dense blocks between
+blocks with experts (Qwen3-MoE's ``mlp_only_layers``, ``decoder_sparse_step``)
 keep their ffn, and a model with dense blocks cannot gain layers.
 """
 
@@ -53,8 +54,8 @@ def describe(
     """Describe a mixture of experts, with the ``base`` and ``head`` of Llama; ``ffn`` is the config field with the ffn of an expert."""
     bias = bool(getattr(config, "attention_bias", False))
     layers = range(config.num_hidden_layers)
-    dense, coef, n = _dense(config), config.router_aux_loss_coef, config.num_local_experts
-    balance = Power("experts", -1.0, coef, n)  # C copies of each expert multiply the loss by C
+    dense, coef, n = _dense(config), config.router_aux_loss_coef, config.num_experts_per_tok
+    balance = Power("top_k", -1.0, coef, n)  # the loss of a balanced router is top_k
     at, normed = f"{base}layers", "residual:normed"
     blocks = {
         name: axes

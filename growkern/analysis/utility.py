@@ -1,0 +1,63 @@
+"""Utility of experts: how large the gradients of their weights are."""
+
+from torch import Tensor, nn
+
+from growkern.errors import PlanError, UnsupportedModelError
+from growkern.model.describe import describe
+from growkern.model.spec import ModelSpec
+from growkern.optimizer.describe import Optimizers, optimizers
+from growkern.support.argument_types import typed_arguments
+from growkern.support.wrappers import unwrapped
+
+
+@typed_arguments(PlanError, "optim", model=UnsupportedModelError)
+def expert_utility(
+    model: nn.Module, optim: Optimizers = None, *, spec: ModelSpec | None = None
+) -> tuple[float, ...]:
+    """Return the sum of the squared gradients of each expert's weights, over all layers, for ``width.CopyExperts(utility=...)``.
+
+    Args:
+        model: A mixture of experts, with gradients if ``optim`` is None: call ``expert_utility`` between ``backward()`` and ``step()``.
+        optim: Optimizer of the model, or a list of optimizers, with second moments (``exp_avg_sq``), which are used in place of gradients:
+            averages over the last steps.
+        spec: Description of the model; None for a known family.
+
+    Returns:
+        One number per expert.
+
+    Raises:
+        UnsupportedModelError: The model has no experts.
+        PlanError: The experts have no gradients, or no second moments.
+
+    Example:
+        >>> loss.backward()
+        >>> growkern.expand_inplace(model, optim, to={"experts": "2x"}, width=width.CopyExperts(growkern.expert_utility(model)))
+
+    Reference:
+        Dwivedi et al., arXiv:2604.19835, section 4: scores of experts from the squared norms of their gradients.
+    """
+    model = unwrapped(model)
+    described = describe(model, spec)
+    if "experts" not in described.sizes:
+        raise UnsupportedModelError(f"this {described.family} has no experts, so they have no utility.")  # fmt: skip
+    states = [optimizer.state for optimizer in optimizers(optim)]
+    total: Tensor | None = None
+    for name, uses in described.tensors.items():
+        if (
+            len(uses) < 3
+            or not uses[0].streams
+            or uses[0].streams[0].partition(":")[0] != "experts"
+        ):
+            continue
+        p = model.get_parameter(name)
+        square: object = p.grad if p.grad is None else p.grad.double().square()
+        if optim is not None:
+            square = next((state[p].get("exp_avg_sq") for state in states if p in state), None)
+        if not isinstance(square, Tensor) or square.shape != p.shape:
+            what = "gradients: call expert_utility between backward() and step()"
+            what = what if optim is None else "second moments (exp_avg_sq)"
+            raise PlanError(f"cannot weigh the experts: {name} has no {what}.")
+        own = square.double().flatten(1).sum(1).cpu()
+        total = own if total is None else total + own
+    assert total is not None, "a model with experts has their weights"
+    return tuple(map(float, total))
