@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, cast
 
 from growkern.model.spec import ModelSpec
@@ -14,6 +13,7 @@ from growkern.planning.vector import Vector
 from growkern.support.text import short
 from growkern.width.head_dim_and_experts import stream_scales as scales_of
 
+LARGEST = 1e100  # utility of an expert
 REASON = ("the router chooses other experts", "router rows of copies have noise")
 NOTE = (
     "while the router's scores of copies are close, a token goes to several copies of one expert, in place of different experts.",
@@ -98,5 +98,6 @@ def _are_utilities(values: Any, n: int) -> bool:
     """True for a list or tuple of ``n`` finite numbers of at least 0, not all 0."""
     if not isinstance(values, list | tuple):
         return False
-    numbers = [x for x in cast(Sequence[Any], values) if type(x) in (int, float) and isfinite(x)]
-    return len(numbers) == len(values) == n and min(numbers) >= 0 and any(numbers)  # pyright: ignore[reportUnknownArgumentType]
+    numbers = cast(Sequence[Any], values)
+    wrong = [x for x in numbers if [*wrong_number("utility", x, 0, LARGEST)]]
+    return not wrong and len(numbers) == n and any(numbers)

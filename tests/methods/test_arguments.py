@@ -39,6 +39,11 @@ TABLE = {  # method, argument -> values that are refused, target
     (width.AKI, "seed"): (NO_SEEDS, WIDER),
     (width.AKIPro, "seed"): (NO_SEEDS, {"ffn": 80}),
     (width.CopyAndPad, "std"): ([*NO_NUMBERS, 0, -1], WIDER),
+    (width.ShrinkPerturb, "shrink"): ([*NO_NUMBERS, -0.1, 1.1], WIDER),
+    (width.ShrinkPerturb, "std"): ([*NO_NUMBERS, 0, -1], WIDER),
+    (width.CopyExperts, "noise"): ([*NO_NUMBERS, 0, -1], {"experts": 8}),
+    (width.CopyExperts, "utility"): (
+        [1, "1234", nan, True, (), (1, 2, 3), (0, 0, 0, 0), (1, 2, 3, -1), *((1, 2, 3, v) for v in NO_NUMBERS)], {"experts": 8}),
     (width.HyperClone, "noise_db"): ([v for v in NO_NUMBERS if v is not None] + [-61], WIDER),
     (width.HyperClone, "general"): (NO_FLAGS, WIDER),
     (width.Lemon, "alpha"): ([*NO_NUMBERS, 0, 1, -0.5, 1e-320, 1 - 1e-16], WIDER),
@@ -86,7 +91,8 @@ def refused_wrongly(name, values, call):
 
 @pytest.mark.parametrize(("method", "name"), TABLE, ids=lambda v: getattr(v, "__name__", v))
 def test_what_is_no_value_of_an_argument_is_refused_by_name(method, name):
-    (values, to), model = TABLE[method, name], make("llama", tied=False)
+    family = "mixtral" if method is width.CopyExperts else "llama"
+    (values, to), model = TABLE[method, name], make(family, tied=False)
 
     assert refused_wrongly(name, values, lambda v: planned(model, method(**{name: v}), to)) == []
 

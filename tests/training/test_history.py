@@ -39,7 +39,10 @@ METHODS = [
     *(
         dict(to={"hidden": 48, "ffn": 80, "kv_heads": 2}, width=getattr(width, name)())
         for name in width.__all__
+        if name not in ("CopyExperts", "ShrinkPerturb")
     ),
+    dict(to={"experts": 6}, width=width.CopyExperts((1.5, 2, 0, 1))),
+    dict(to="1.5x", width=width.ShrinkPerturb(), state="drop"),
     dict(to="1.5x", width=width.Lossless(noise=0.3)),
     dict(to="2x", width=width.Net2Wider(noise=0.1, seed=7), state="asymmetric"),
     *(dict(to={"layers": 4}, depth=one) for one in (depth.Stack(), depth.Layers((0, 1, 1, 0)))),
@@ -50,11 +53,12 @@ METHODS = [
 
 @pytest.mark.parametrize("growth", METHODS, ids=str)
 def test_a_few_hundred_bytes_give_the_same_plan_again(growth):
-    model = make("llama", tied=True)
+    family = "mixtral" if "experts" in growth["to"] else "llama"
+    model = make(family, tied=True)
     plan = growkern.plan(model, **growth)
 
     text = recorded(plan, describe(model))
-    again = replanned(read(text), describe(make("llama", tied=True)))
+    again = replanned(read(text), describe(make(family, tied=True)))
 
     assert again == plan and again.to_json() == plan.to_json() and len(text) < 500
 
