@@ -28,6 +28,7 @@ from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.planning.sizes import Target
 from growkern.support.progress import Progress
 from growkern.support.text import table
+from growkern.width import ShrinkPerturb
 
 SPARE = 1 << 20  # bytes of disk space for config, index and headers
 
@@ -78,7 +79,9 @@ def plan_for(
     seed: int | None = None,
 ) -> GrowthPlan:
     """Plan a growth of a checkpoint; see ``growkern.plan``. Also raise PlanError if transformers could not load the target."""
-    plan = plan_growth(source.model, to=to, width=width, depth=depth, seed=seed)
+    # a checkpoint has no optimizer state to carry
+    state = "drop" if isinstance(width, ShrinkPerturb) else "exact"
+    plan = plan_growth(source.model, to=to, width=width, depth=depth, seed=seed, state=state)
     _target_config(plan, source.model)
     return plan
 

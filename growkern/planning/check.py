@@ -127,9 +127,8 @@ def _of_rows(plan: GrowthPlan, spec: ModelSpec, homes: Homes, names: set[str]) -
             or row.next_layer_axis not in range(len(row.axes))
         ):
             yield f"{row.name}: takes rows of {row.next_layer_source}, which has another shape."
-    if plan.state != "drop" and any(
-        row.is_perturbed and not row.noise_from for row in plan.tensors
-    ):
+    kept = [row for row in plan.tensors if row.is_perturbed and row.noise_from and row.shrink == 1]
+    if plan.state != "drop" and any(row.is_perturbed for row in plan.tensors if row not in kept):
         yield f"it perturbs weights under state={plan.state!r}, and not under 'drop'."
     if {*plan.axes} != {*spec.axes.values()}:
         yield "its axes are not the model's."

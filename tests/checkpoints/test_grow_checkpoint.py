@@ -75,6 +75,25 @@ def test_a_sharded_checkpoint_grows_into_one_of_equal_logits(family, tied, tmp_p
     assert {p.name for p in tmp_path.iterdir()} == {"source", "out", "live"}
 
 
+PERTURBED = {
+    "llama": ("2x", "ShrinkPerturb", dict(to="2x", width=width.ShrinkPerturb(), state="drop")),
+    "mixtral": ("experts=7", "CopyExperts", dict(to={"experts": 7}, width=width.CopyExperts())),
+}
+
+
+@pytest.mark.parametrize("family", PERTURBED)
+def test_noise_in_a_checkpoint_is_that_of_a_growth_in_memory(family, tmp_path):
+    to, method, options = PERTURBED[family]
+    model = save(tmp_path / "source", family, tied=False)
+
+    result = invoke("grow", tmp_path / "source", tmp_path / "out", "--to", to, "--width", method)
+
+    assert result.exit_code == 0, result.output
+    grown = load(model, tmp_path / "out").state_dict()
+    growkern.expand_inplace(model, **options)
+    assert all(torch.equal(p, grown[name]) for name, p in model.state_dict().items())
+
+
 def test_shards_hold_what_the_index_says_and_no_more_than_was_asked(source, tmp_path):
     out = tmp_path / "out"
 

@@ -181,6 +181,10 @@ def _row(name, **values):
 
 EDITS = {
     "state": (lambda data: data | {"state": "exact"}, "perturbs weights under state='exact'"),
+    "part": (
+        lambda data: data | {"state": "exact", "tensors": [row | {"noise_from": 1} for row in data["tensors"]]},
+        "perturbs weights under state='exact'",
+    ),
     "claim": (lambda data: data | {"reasons": []}, "claims to preserve the function, but weights are shrunk or perturbed"),
     "gain": (_row("model.norm.weight", noise_std=0.1), "noise_std should be 0.0"),
     "negative": (_row("lm_head.weight", noise_std=-0.1), "out of range"),
