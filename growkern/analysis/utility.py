@@ -34,7 +34,8 @@ def expert_utility(
         >>> growkern.expand_inplace(model, optim, to={"experts": "2x"}, width=width.CopyExperts(growkern.expert_utility(model)))
 
     Reference:
-        Dwivedi et al., arXiv:2604.19835, section 4: scores of experts from the squared norms of their gradients.
+        Dwivedi et al., arXiv:2604.19835, whose gradient-based scores choose the experts to duplicate. (The sum over layers is growkern's,
+        because one choice of experts holds for all layers.)
     """
     model = unwrapped(model)
     described = describe(model, spec)

@@ -1,4 +1,4 @@
-"""Shrink a grown weight and add noise of a given standard deviation to every element."""
+"""Shrink a grown weight and add noise of a given standard deviation, apart from the law's scales."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ def perturb(row: TensorRow, seed: int, target: Tensor) -> None:
     """Change a target in place to ``shrink * target + noise_std * noise`` from ``noise_from`` on; every device draws the same noise.
 
     Args:
-        row: Row of the tensor in the plan, with ``shrink`` and ``noise_std``.
+        row: Row of the tensor in the plan, with ``shrink``, ``noise_std`` and ``noise_from``, a coordinate of the first axis.
         seed: Seed of the plan.
         target: The grown weight, of any floating-point dtype.
     """

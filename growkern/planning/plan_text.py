@@ -63,7 +63,8 @@ def _weight(row: "TensorRow", scale: float | None) -> str:
     if row.drawn:
         return "initialized"
     if row.is_perturbed and scale is not None:
-        return f"{row.shrink * scale:.6g} + N(0, {row.noise_std:.3g}^2)"
+        where = " on copies" if row.noise_from else ""
+        return f"{row.shrink * scale:.6g} + N(0, {row.noise_std:.3g}^2){where}"
     return _scale(scale) if row.constant is None else f"all {row.constant:g}"
 
 

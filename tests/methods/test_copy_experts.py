@@ -150,6 +150,7 @@ def test_a_plan_is_json_and_an_edited_one_is_refused(change, match):
     plan = growkern.plan(model, to={"experts": 6}, width=width.CopyExperts((1, 2, 3, 4)))
     data = json.loads(plan.to_json())
     assert GrowthPlan.from_json(plan.to_json()) == plan
+    assert str(plan).count("1 + N(0, 0.01^2) on copies") == 1  # blocks are alike
     check(plan, describe(model))
     if callable(change):
         data = change(data)

@@ -7,8 +7,8 @@ Llama-type decoders (pre-norm RMSNorm, RoPE, grouped-query attention) whose SwiG
 behind a router. head_dim grows only if it is named; if the config derives head_dim, growth writes it into the config. top_k must
 grow by the same factor as experts to preserve the function, because the copies of an expert share its router weight. The coefficient of
 the router's auxiliary loss is divided by the factor of top_k, which multiplies the loss of a balanced router. Dense blocks between
-blocks with experts (Qwen3-MoE's ``mlp_only_layers``, ``decoder_sparse_step``)
-keep their ffn, and a model with dense blocks cannot gain layers.
+blocks with experts (Qwen3-MoE's ``mlp_only_layers``, ``decoder_sparse_step``) keep their ffn, and a model with dense blocks cannot gain
+layers.
 """
 
 from typing import Protocol
