@@ -119,16 +119,13 @@ class Operators:
         if axis.is_identity:
             return x
         grown = x.index_select(dim, self._kept(axis, "indices", axis.indices, x, torch.int64))
-        return grown * _along(self._kept(axis, "scales", axis.scales, x), dim, x)
+        return grown * _along(self._kept(axis, "start", axis.start_factors, x), dim, x)
 
     def _learned(self, axis: AxisStart, dim: int, x: Tensor) -> Tensor | None:
         """Apply the change of an axis's matrix; None for an axis without one."""
         if axis.matrix is None:
             return None
         rest = x.movedim(dim, 0)
-        if axis.whole[0] != axis.whole[1]:
-            index = self._kept(axis, "inner", axis.inner, x, torch.int64)
-            rest = rest.unflatten(0, (-1, axis.whole[0])).index_select(1, index).flatten(0, 1)
         matrix = self._like(axis.matrix, x)
         grown = matrix @ rest.reshape(matrix.shape[1], -1)
         grown = grown.reshape(-1, *rest.shape[1:]).movedim(0, dim)

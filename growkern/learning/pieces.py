@@ -1,8 +1,8 @@
 """Cut target tensors into pieces with one start map per axis, and name the matrices that learn the maps.
 
 An axis of several segments (fused q, k and v) gives a piece per segment. On an axis whose last component is head_dim, heads are learned
-as wholes, ``M = H (x) I_head_dim``: RoPE's pairs stay pairs, and ``H`` has head_dim ** 2 fewer numbers. Vocabulary and positions are not
-learned.
+as wholes, ``M = H (x) I_head_dim``: RoPE's pairs stay pairs, and ``H`` has head_dim ** 2 times fewer numbers. Vocabulary, positions and an
+axis whose head_dim grows are not learned.
 """
 
 from collections.abc import Iterator, Mapping
@@ -40,8 +40,8 @@ class AxisStart:
         source: Span of the segment in the source.
         target: Span of the segment in the target.
         indices: Source coordinate of each target coordinate, both counted from the start of the segment, or ``PAD``.
-        scales: Factor on each target coordinate: the plan's weight scale, and 0 for a pad.
-        whole: Sizes of head_dim before and after, which the matrix does not mix; (1, 1) on axes without head_dim.
+        scales: The plan's weight scale of each target coordinate.
+        whole: Coordinates of a head, which the matrix moves as a whole; 1 on axes without head_dim.
         matrix: Name of the matrix; None if the segment is not learned.
     """
 
@@ -50,7 +50,7 @@ class AxisStart:
     target: Span
     indices: tuple[int, ...]
     scales: tuple[float, ...]
-    whole: Span = (1, 1)
+    whole: int = 1
     matrix: str | None = None
 
     @property
@@ -70,46 +70,29 @@ class AxisStart:
         same = self.indices == tuple(range(self.source[1]))
         return same and all(scale == 1 for scale in self.scales)
 
-    @cached_property
-    def inner(self) -> tuple[int, ...]:
-        """Source coordinate inside a head of each target coordinate inside a head, or ``PAD``."""
-        head = next((h for h in self._heads if any(j != PAD for j in h)), (PAD,) * self.whole[1])
-        return tuple(PAD if j == PAD else j % self.whole[0] for j in head)
-
-    @cached_property
-    def outer(self) -> tuple[int, ...]:
-        """Source head of each target head, or ``PAD``; on axes without head_dim, every coordinate is a head."""
-        firsts = (next((j for j in head if j != PAD), PAD) for head in self._heads)
-        return tuple(PAD if j == PAD else j // self.whole[0] for j in firsts)
-
-    @property
-    def _heads(self) -> Iterator[tuple[int, ...]]:
-        n = self.whole[1]
-        return (self.indices[i : i + n] for i in range(0, len(self.indices), n))
-
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape of the matrix: target heads by source heads."""
-        return self.target[1] // self.whole[1], self.source[1] // self.whole[0]
+        """Shape of the matrix: target heads by source heads; on axes without head_dim, every coordinate is a head."""
+        return self.target[1] // self.whole, self.source[1] // self.whole
+
+    @cached_property
+    def start_factors(self) -> tuple[float, ...]:
+        """Factor on each target coordinate of the start map: its scale; 0 for a pad."""
+        return tuple(0.0 if j == PAD else s for j, s in zip(self.indices, self.scales, strict=True))
 
     @cached_property
     def factors(self) -> tuple[float, ...]:
-        """Factor on each target coordinate of the matrix's product: its scale; 1 where the scale is 0, so that the coordinate learns.
-
-        A new coordinate inside a head has the factor 0: heads are learned, and not what is inside.
-        """
-        n = self.whole[1]
-        return tuple(
-            0.0 if n > 1 and self.inner[i % n] == PAD else scale or 1.0
-            for i, scale in enumerate(self.scales)
-        )
+        """Factor on each target coordinate of the matrix's product: its scale; 1 where the scale is 0, so that the coordinate learns."""
+        return tuple(scale or 1.0 for scale in self.scales)
 
     @cached_property
     def entries(self) -> tuple[tuple[int, int], ...]:
         """Row and column of every 1 of the matrix at the start of learning; all other entries are 0."""
-        n = self.whole[1]
+        n = self.whole
         return tuple(
-            (i, j) for i, j in enumerate(self.outer) if any(self.scales[i * n : (i + 1) * n])
+            (i // n, self.indices[i] // n)
+            for i in range(0, len(self.indices), n)
+            if any(self.start_factors[i : i + n])
         )
 
 
@@ -137,7 +120,8 @@ class Cutter:
     """Cuts target tensors into pieces; axes of the same use in the same block share their starts."""
 
     def __init__(self, spec: ModelSpec, plan: GrowthPlan, tie: Tie) -> None:
-        self.spec, self.plan, self.tie = spec, plan, tie
+        self.spec, self.plan = spec, plan
+        self.tie: Tie = tie
         self._starts: dict[tuple[AxisUse, str], list[AxisStart]] = {}
 
     def pieces(self, row: TensorRow) -> list[Piece]:
@@ -164,11 +148,12 @@ class Cutter:
             n, m = _size(segment, before), _size(segment, after)
             own = [PAD if j == PAD else j - source for j in indices[target : target + m]]
             start = AxisStart(
-                replace(use, segments=(segment,)), (source, n), (target, m), tuple(own),
-                tuple(0.0 if j == PAD else s for j, s in zip(own, scales[target : target + m], strict=True)),
-                (_size(segment[-1:], before), _size(segment[-1:], after)) if _is_head_dim(segment[-1]) else (1, 1),
+                replace(use, segments=(segment,)), (source, n), (target, m), tuple(own), tuple(scales[target : target + m])
             )  # fmt: skip
             fixed = any(space_of(stream) in NOT_LEARNED for stream in start.use.streams)
+            if _is_head_dim(segment[-1]):
+                start = replace(start, whole=_size(segment[-1:], before))
+                fixed = start.whole != _size(segment[-1:], after)
             if not fixed and not start.keeps_heads:
                 start = replace(start, matrix=_matrix(start.use, self.tie, block))
             yield start
