@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from growkern.analysis.comparison import Loss, loss_of
+from growkern.analysis.comparison import Batch, Loss, loss_of
 from growkern.api import plan as make_plan
 from growkern.commit.optimizer import Masters
 from growkern.commit.undo import Undo
@@ -36,7 +36,7 @@ from growkern.optimizer.describe import Optimizers, optimizers
 from growkern.planning.decisions import DepthMethod, WidthMethod
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.sizes import Target
-from growkern.support.argument_types import typed_arguments
+from growkern.support.argument_types import misfits, typed_arguments
 from growkern.support.live_registry import Live
 from growkern.support.memory import free_bytes, stored_like
 from growkern.support.wrappers import unwrapped
@@ -44,7 +44,10 @@ from growkern.support.wrappers import unwrapped
 REASON = "the operators were learned, so the target is another function than the closed form"
 
 
-@typed_arguments(PlanError, "to", "steps", "lr", "noise", "tie", model=UnsupportedModelError)
+@typed_arguments(  # the plan and the growth check the arguments that are theirs
+    PlanError, "optim", "to", "width", "depth", "dynamics", "spec", "seed", "scheduler", "ema", "master_weights",
+    model=UnsupportedModelError,
+)  # fmt: skip
 def learn(
     model: nn.Module,
     optim: Optimizers,
@@ -119,7 +122,7 @@ def learn(
     """
     model = unwrapped(model)
     _check(model, steps, lr, noise)
-    taken = _cycled(batches, steps)
+    taken = _cycled(batches, steps, plain=loss is None)
     first = next(taken)
     planned = make_plan(
         model, optim, to=to, width=width, depth=depth, state="drop", dynamics=dynamics, spec=spec, seed=seed,
@@ -135,7 +138,7 @@ def learn(
     )  # fmt: skip
     described = describe(model, spec)
     sources = _parameters(model, described)
-    operators = build_operators(described, planned, sources, tie=tie, noise=noise)
+    operators = build_operators(described, planned, sources, tie=tie, noise=float(noise))
     n_bytes = _refuse_memory(planned, sources, operators)
     target = _grown_copy(request)
     learned = replace(
@@ -167,11 +170,12 @@ def _check(model: nn.Module, steps: int, lr: float, noise: float) -> None:
     raise_all(PlanError, "cannot learn a growth:", [*filter(None, problems)])
 
 
-def _cycled(batches: Iterable[Any], steps: int) -> Iterator[Any]:
-    """Yield batches, from the first one again after the last.
+def _cycled(batches: Iterable[Any], steps: int, *, plain: bool) -> Iterator[Any]:
+    """Yield batches, from the first one again after the last; ``plain``: the default loss reads them.
 
     Raises:
-        PlanError: There is no batch, or an iterator that cannot start again ends before the last step.
+        PlanError: There is no batch, an iterator that cannot start again ends before the last step, or a batch is not of the type that
+            the default loss reads.
     """
     if isinstance(batches, Tensor | Mapping):  # one batch
         batches = [batches]
@@ -180,6 +184,8 @@ def _cycled(batches: Iterable[Any], steps: int) -> Iterator[Any]:
         before = n
         for batch in batches:
             n += 1
+            for problem in misfits("batches", batch, Batch) if plain else ():
+                raise PlanError(f"{problem} Or pass loss=, a function of model and batch.")
             yield batch
         if n == before:
             raise PlanError(

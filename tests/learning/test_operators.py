@@ -1,24 +1,20 @@
 """Operators start as the closed form, follow the papers' formulas as plain loops, and have the gradients of finite differences."""
 
-import copy
 from dataclasses import replace
 
 import pytest
 import torch
-from models import FAMILIES, batch, exact_norms, loss_of, make, spec_of
+from learned import BOTH, COPIES, closed_of, double, grown_of, parts, stirred
+from models import FAMILIES, batch, exact_norms, loss_of, make
 from torch.func import functional_call
 
-import growkern
 from growkern import depth, width
 from growkern.errors import PlanError
 from growkern.learning.build import build_operators
 from growkern.learning.learner import _Learner
-from growkern.model.describe import describe
 from growkern.planning.index_map import IndexMap
 
-BOTH = {"hidden": "2x", "layers": "2x"}
 TIES = "use", "published", "shared"
-COPIES = {"width": width.FPI(maps="cyclic"), "depth": depth.Stack()}
 STARTS = {  # closed forms that are more than copies: noise, random rows, means, constants, the next layer's rows, drawn blocks
     "lossless-identity": ({"hidden": "2x", "layers": "2x"}, {}),
     "isometric": ({"hidden": 36}, {"width": width.Lossless(norms="isometric", noise=1.0)}),
@@ -28,39 +24,6 @@ STARTS = {  # closed forms that are more than copies: noise, random rows, means,
     "random-maps": (BOTH, {"width": width.FPI(), "depth": depth.Stack()}),
     "head-dim": ({"head_dim": 12, "layers": 3}, {}),
 }  # fmt: skip
-
-
-def parts(model, to=BOTH, tie="use", noise=0.0, **methods):
-    """Return plan, spec, sources, grown copy and operators of a model."""
-    spec = describe(model, spec_of(model))
-    plan = growkern.plan(model, to=to, spec=spec_of(model), state="drop", **methods)
-    target = copy.deepcopy(model)
-    growkern.expand_inplace(target, plan=plan, spec=spec_of(model))
-    params = model.named_parameters(remove_duplicate=False)
-    sources = {name: p.detach() for name, p in params if name not in spec.ties}
-    operators = build_operators(spec, plan, sources, tie=tie, noise=noise)
-    return plan, spec, sources, target, operators
-
-
-def double(family, **options):
-    return make(family, tied=family not in ("encoder_post", "vit"), **options).double().eval()
-
-
-def closed_of(target):
-    return {n: p.detach().clone() for n, p in target.named_parameters(remove_duplicate=False)}
-
-
-def grown_of(target, sources, operators):
-    closed = closed_of(target)
-    return {n: closed[n] + operators.change(n, sources) for n in operators.pieces}
-
-
-def stirred(operators, size=0.1):
-    """Move all operators away from their start."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in operators.parameters.values():
-            p += size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
 
 
 def matrices(plan, operators, name):
