@@ -59,27 +59,23 @@ def build_operators(
 
     for name, axis in _matrices(made).items():
         add(name, noise * torch.rand(axis.shape, generator=generator, dtype=torch.float64))
-    for row in (
-        pieces[0].row for pieces in made.pieces.values() if pieces[0].row.name in made.layers
-    ):
-        layers = made.layers[row.name]
+    for name, layers in made.layers.items():
         if layers.name not in made.parameters:
-            n = 1 + max(layers.sources)
-            add(layers.name, _coefficients(row.source, layers, n, noise, generator))
+            own = made.pieces[name][0].row.source
+            add(layers.name, _coefficients(own, layers, noise, generator))
     for name, _, members in made.mixes.values():
         if name not in made.parameters:
             add(name, torch.zeros(len(members), len(members)))
     return made
 
 
-def _coefficients(
-    own: str, layers: Layers, n: int, noise: float, generator: torch.Generator
-) -> Tensor:
-    """Return the change of the coefficients over layers by noise; their sum stays."""
+def _coefficients(own: str, layers: Layers, noise: float, generator: torch.Generator) -> Tensor:
+    """Return the change of the coefficients over layers by noise, which keeps the sum 1; the source layer may be left out as 0."""
+    n = 1 + max(layers.sources)
     start = torch.zeros(n, dtype=torch.float64)
     start[[k for k, name in layers.sources.items() if name == own]] = 1.0
-    drawn = start + noise * torch.rand(n, generator=generator, dtype=torch.float64)
-    return drawn / drawn.sum() - start if noise else torch.zeros(n)
+    drawn = noise * torch.rand(n, generator=generator, dtype=torch.float64)
+    return (start + drawn) / (1 + drawn.sum()) - start
 
 
 def _layers(

@@ -33,6 +33,8 @@ from growkern.learning.pieces import Tie
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.describe import Optimizers, optimizers
+from growkern.planning.axis_scales import SYMMETRIC
+from growkern.planning.check import check
 from growkern.planning.decisions import DepthMethod, WidthMethod
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.sizes import Target
@@ -89,7 +91,8 @@ def learn(
         depth: Depth method of the start; default ``depth.IdentityBlocks()``. LiGO starts from ``depth.Stack()``.
         steps: Number of steps on the operators; 0 gives the closed form.
         lr: First learning rate of the operators.
-        noise: Uniform noise from 0 to ``noise`` on every entry of the matrices and coefficients at the start; LiGO uses 0.03.
+        noise: Uniform noise from 0 to ``noise`` on every entry of the matrices and coefficients at the start; LiGO uses 0.03. Without
+            noise, copies that are equal in the closed form stay equal, as in training.
         tie: Which axes share a matrix. ``"use"``: those of the same use, as in the plan; a block has its own matrices for its heads and
             FFN, and readers have other matrices than writers. ``"published"``: LiGO's ties; readers and writers of a space share a
             matrix too, and the plan's scales stay. ``"shared"``: Mango of rank 1; all blocks share a matrix per kind of axis and
@@ -129,29 +132,32 @@ def learn(
         master_weights=master_weights,
     )  # fmt: skip
 
-    def check_plan(described: ModelSpec) -> GrowthPlan:
+    def checked_plan(described: ModelSpec) -> GrowthPlan:
+        check(planned, described)
         return planned
 
     request = Request(
-        model, optimizers(optim), check_plan, drop_state=True, spec=spec, scheduler=scheduler, ema=ema,
+        model, optimizers(optim), checked_plan, drop_state=True, spec=spec, scheduler=scheduler, ema=ema,
         master_weights=master_weights, new_rows=getattr(width, "rows", None),
     )  # fmt: skip
-    described = describe(model, spec)
-    sources = _parameters(model, described)
-    operators = build_operators(described, planned, sources, tie=tie, noise=float(noise))
-    n_bytes = _refuse_memory(planned, sources, operators)
-    target = _grown_copy(request)
-    learned = replace(
-        learn_operators(target, operators, sources, loss or loss_of, chain([first], taken), steps, lr, on_step), n_bytes=n_bytes
-    )  # fmt: skip
-    del target
+    with torch.inference_mode(False), torch.enable_grad():
+        described = describe(model, spec)
+        sources = _parameters(model, described)
+        operators = build_operators(described, planned, sources, tie=tie, noise=float(noise))
+        n_bytes = _refuse_memory(planned, sources, operators)
+        target = _grown_copy(request)
+        learned = learn_operators(
+            target, operators, sources, loss or loss_of, chain([first], taken), steps, lr, on_step
+        )
+        del target
+        report = _grow(request, described, operators) if steps or noise else run(request)
+    report = replace(report, learned=replace(learned, n_bytes=n_bytes))
     if not (steps or noise):
-        return replace(run(request), learned=learned)
-    report = _grow(request, described, operators)
-    reasons = (*report.reasons, REASON)
+        return report
     return replace(
-        report, learned=learned, preserves="nothing", reasons=reasons, grad_norm_factor=None
-    )
+        report, preserves="nothing", reasons=(*report.reasons, REASON), grad_norm_factor=None,
+        notes=tuple(note for note in report.notes if not (noise and note.startswith(SYMMETRIC))),
+    )  # fmt: skip
 
 
 def _check(model: nn.Module, steps: int, lr: float, noise: float) -> None:
@@ -196,8 +202,11 @@ def _cycled(batches: Iterable[Any], steps: int, *, plain: bool) -> Iterator[Any]
 
 def _parameters(model: nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
     """Return the parameters by name, without tied names."""
-    params = model.named_parameters(remove_duplicate=False)
-    return {name: p.detach() for name, p in params if name not in spec.ties}
+    return {name: p.detach() for name, p in _by_name(model).items() if name not in spec.ties}
+
+
+def _by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters(remove_duplicate=False))
 
 
 def _refuse_memory(plan: GrowthPlan, sources: Values, operators: Operators) -> int:
@@ -247,20 +256,16 @@ def _grow(request: Request, described: ModelSpec, operators: Operators) -> Growt
     averages = averages_of(model, request.ema)
     of_averages = [_parameters(average, described) for average in averages]
     of_model = _parameters(model, described)
-    params = model.named_parameters(remove_duplicate=False)
+    params = _by_name(model).items()
     of_masters = of_model | {name: masters[p].detach() for name, p in params if p in masters}
     with all_or_nothing(model) as undo:
         report = run(replace(request, undo=undo))
-        with torch.inference_mode(False), torch.no_grad():
-            _add(operators, of_model, dict(model.named_parameters(remove_duplicate=False)), undo)
+        with torch.no_grad():
+            _add(operators, of_model, _by_name(model), undo)
             for average, sources in zip(averages, of_averages, strict=True):
-                _add(
-                    operators, sources, dict(average.named_parameters(remove_duplicate=False)), undo
-                )
-            held = model.named_parameters(remove_duplicate=False)
-            _add(
-                operators, of_masters, {name: masters[p] for name, p in held if p in masters}, undo
-            )
+                _add(operators, sources, _by_name(average), undo)
+            held = {name: masters[p] for name, p in _by_name(model).items() if p in masters}
+            _add(operators, of_masters, held, undo)
     return report
 
 

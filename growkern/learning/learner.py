@@ -45,7 +45,7 @@ def learn_operators(
         CommitError: A loss is not finite.
     """
     began = logged = perf_counter()
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         learner = _Learner(target, operators, sources, loss)
         first = batch = next(batches)
         closed = learner.measure(first)
