@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from learned import BOTH, COPIES, closed_of, parts
-from models import FAMILIES, batch, logits, loss_of, make, spec_of, train
+from models import FAMILIES, batch, exact_norms, logits, loss_of, make, spec_of, train
 from states import fail_at, same, state_of
 from torch.func import functional_call
 
@@ -14,7 +14,6 @@ import growkern
 from growkern import depth, width
 from growkern.errors import CommitError, InsufficientMemoryError, PlanError, UnsupportedModelError
 from growkern.learning import learn as machinery
-from growkern.learning.learner import learn_operators
 
 BATCHES = [batch(seed=i) for i in range(4)]
 
@@ -65,20 +64,43 @@ def test_steps_on_the_operators_lower_the_loss_in_every_family(family):
 
 
 @pytest.mark.parametrize("tie", ["use", "published", "shared"])
-def test_the_grown_model_is_functional_call_of_the_learned_tensors(tie):
-    model = make("qwen2", tied=True).eval()
+def test_learning_is_adamw_on_the_operators_under_functional_call(tie, monkeypatch):
+    exact_norms(monkeypatch)
+    model = make("qwen2", tied=True).double()
     *_, sources, target, operators = parts(model, tie=tie, noise=0.03, **COPIES)
-    closed = closed_of(target)
-    learn_operators(target, operators, sources, loss_of, iter(BATCHES[:3]), 3, 1e-3)
-    grown = {n: closed[n] + operators.change(n, sources) for n in operators.pieces}
-    closed_form = parts(model, **COPIES)[3]
+    closed, wrapped = closed_of(target), Loss(target)
 
-    report = learned(model, tie=tie, noise=0.03, **COPIES)
+    def grown():
+        return {n: closed[n] + operators.change(n, sources) for n in operators.pieces}
 
-    wanted = functional_call(closed_form, grown, (batch(9),)).logits
-    assert torch.equal(logits(model, batch(9)), wanted)
+    optim = torch.optim.AdamW(operators.parameters.values(), weight_decay=0.0)
+    losses = []
+    for i in range(3):
+        optim.param_groups[0]["lr"] = 1e-2 * (3 - i) / 3
+        named = {f"model.{name}": value for name, value in grown().items()}
+        loss = functional_call(wrapped, named, (BATCHES[i],))
+        losses.append(loss.item())
+        operators_grads = torch.autograd.grad(loss, [*operators.parameters.values()])
+        for p, grad in zip(operators.parameters.values(), operators_grads, strict=True):
+            p.grad = grad
+        optim.step()
+
+    report = learned(model, tie=tie, noise=0.03, lr=1e-2, **COPIES)
+
+    wanted = functional_call(target.eval(), grown(), (batch(9),)).logits
+    torch.testing.assert_close(logits(model.eval(), batch(9)), wanted, rtol=0, atol=1e-10)
+    assert report.learned.losses == pytest.approx(losses, abs=1e-10)
     assert report.learned.n_numbers == operators.n_numbers
-    assert not torch.equal(logits(closed_form, batch(9)), wanted)
+    assert not torch.allclose(logits(target, batch(9)), wanted, atol=1e-3)
+
+
+class Loss(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return loss_of(self.model, ids)
 
 
 def test_the_live_model_is_grown_as_by_expand_inplace_apart_from_its_values():
@@ -289,6 +311,14 @@ def test_gradient_checkpointing_does_not_change_what_is_learned():
         learned(model, **COPIES)
 
     assert same(dict(plain.state_dict()), dict(checkpointed.state_dict()))
+
+
+def test_gradients_in_flight_are_dropped_where_nothing_is_learned_too():
+    model, optim = trained()
+
+    learned(model, optim, to={"layers": 4}, depth=depth.Stack())
+
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == []
 
 
 def test_frozen_parameters_grow_and_the_others_learn():
