@@ -83,7 +83,7 @@ MUTANTS = {
     "learning: Mango mixes no layers of the other tensors": Mutant(
         "learning/operators.py", "weight * _sum(value, moved)", "weight * value", "learning/test_ties.py -k nested_sums"),
     "learning: coefficients over zeros are kept": Mutant(
-        "learning/build.py", "if bool(sources[name].any())]", "]", "learning/test_operators.py -k source_that_is_0"),
+        "learning/build.py", "if bool(tensor.any())}", "}", "learning/test_operators.py -k source_that_is_0"),
     "learning: noise changes the sum of coefficients": Mutant(
         "learning/build.py", "(start + drawn) / (1 + drawn.sum()) - start", "drawn", "learning/test_operators.py -k keeps_the_sum"),
     "learning: readers and writers share a matrix by default": Mutant(

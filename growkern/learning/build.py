@@ -1,7 +1,5 @@
 """Build the operators of a plan at the start of learning."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -32,14 +30,15 @@ def build_operators(
         PlanError: The plan changes no size that is learned, or gives axes that share a matrix different index maps.
     """
     made, cutter = Operators(tie), Cutter(spec, plan, tie)
+    live = {name: tensor for name, tensor in sources.items() if bool(tensor.any())}
     for row in plan.tensors:
         if row.source not in sources:
             continue
-        layers = _layers(spec, plan, row, sources, tie)
+        layers = _layers(spec, plan, row, sources if tie == "shared" else live, tie)
         pieces = cutter.pieces(row)
         learned = layers is not None or any(axis.matrix for piece in pieces for axis in piece.axes)
-        read = (row.source,) if layers is None else layers.sources.values()
-        if learned and any(bool(sources[name].any()) for name in read):
+        read = {row.source} if layers is None else {*layers.sources.values()}
+        if learned and read & live.keys():
             made.pieces[row.name] = pieces
             if layers is not None:
                 made.layers[row.name] = layers
@@ -79,27 +78,22 @@ def _coefficients(own: str, layers: Layers, noise: float, generator: torch.Gener
 
 
 def _layers(
-    spec: ModelSpec, plan: GrowthPlan, row: TensorRow, sources: Mapping[str, Tensor], tie: Tie
+    spec: ModelSpec, plan: GrowthPlan, row: TensorRow, among: Values, tie: Tie
 ) -> Layers | None:
-    """Return the coefficients over the source blocks of a tensor; None outside of stacks that get deeper."""
+    """Return the coefficients of a tensor over the source blocks that are in ``among``; None outside of stacks that get deeper."""
     place = spec.block_of(row.name)
     if place is None:
         return None
     stack, index, inner = place
-    blocks = plan.stacks[stack.path]
     n = spec.sizes[stack.size]
-    if [block.source for block in blocks] == [*range(n)]:
+    if [block.source for block in plan.stacks[stack.path]] == [*range(n)]:
         return None
-    shape = sources[row.source].shape
-    same = {
-        k: name
-        for k, name in ((k, f"{stack.path}.{k}.{inner}") for k in range(n))
-        if name in sources and sources[name].shape == shape
-    }
+    shape = spec.shape(row.source)
+    names = {k: f"{stack.path}.{k}.{inner}" for k in range(n)}
+    same = {k: name for k, name in names.items() if name in among and among[name].shape == shape}
     if tie == "shared":
         return Layers(f"layers {stack.path}.{index}", same)
-    live = [name for name in same.values() if bool(sources[name].any())]
-    return Layers(f"layers {row.name}", dict(enumerate(live)))
+    return Layers(f"layers {row.name}", dict(enumerate(same.values())))
 
 
 def _matrices(made: Operators) -> dict[str, AxisStart]:
