@@ -3,7 +3,7 @@
 from importlib import import_module
 from types import ModuleType
 
-from growkern import depth, errors, optim, recipes, shrink, vocab, width
+from growkern import depth, errors, optim, procedures, recipes, shrink, vocab, width
 from growkern.advice.advice import Advice
 from growkern.advice.adviser import advise
 from growkern.analysis.comparison import Comparison, Outcome, compare
@@ -18,9 +18,11 @@ from growkern.model.spec import Blocks, ModelSpec, Power
 from growkern.optimizer.factors import Scale
 from growkern.optimizer.update_scale import UpdateScale
 from growkern.planning.growth_plan import GrowthPlan
+from growkern.training import trains
 from growkern.training.replay import resume
 from growkern.training.schedule import GrowthSchedule
-from growkern.training.triggers import At, WhenPlateau, WhenSlope
+from growkern.training.slope import WhenSlope
+from growkern.training.triggers import At, WhenPlateau
 
 __version__ = "0.1.0"
 
@@ -68,11 +70,13 @@ __all__ = [
     "norm",
     "optim",
     "plan",
+    "procedures",
     "reader",
     "recipes",
     "resume",
     "shrink",
     "shrink_inplace",
+    "trains",
     "upcycle",
     "verify",
     "vocab",

@@ -82,6 +82,45 @@ def run(case: str, rank: int | None, world: int, *, grows: bool = True) -> dict[
     return seen | {name: p.detach() for name, p in model.named_parameters()}
 
 
+def trains(rank: int | None, world: int) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """Train the top, then what is new, then all; return the numbers that were reduced in each step, and the weights."""
+    model, reduced = make(), list[int]()
+    wrapped = model if rank is None else DistributedDataParallel(model)
+
+    def count(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        reduced[-1] += bucket.buffer().numel()
+        return allreduce_hook(state, bucket)
+
+    if rank is not None:
+        wrapped.register_comm_hook(None, count)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    events = [
+        growkern.At(step=2, to={"layers": 3}, trains=growkern.trains.New()),
+        growkern.At(step=4, to=None),
+    ]
+    schedule = growkern.GrowthSchedule(events, trains=growkern.trains.Top(1))
+    schedule.attach(wrapped, optim, spec=lambda model: model.spec(), check=False)
+    for step in range(STEPS):
+        reduced.append(0 if rank is not None else sum(p.numel() for p in model.parameters() if p.requires_grad))  # fmt: skip
+        ids = joined(step, world)
+        ids = ids if rank is None else ids[rank * PER_RANK : (rank + 1) * PER_RANK]
+        loss_of(wrapped, ids).backward()
+        optim.step()
+        optim.zero_grad()
+    return reduced, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def chosen_apart(rank: int) -> tuple[str, bool]:
+    model = make()
+    keep = DistributedDataParallel(model)
+    try:
+        growkern.trains.Top(1 + rank % 2).apply(keep, spec=model.spec())
+        error = "nothing"
+    except growkern.errors.PlanError as raised:
+        error = str(raised)
+    return error, all(p.requires_grad for p in model.parameters())
+
+
 def failed(rank: int, world: int) -> tuple[str, str, bool, float]:
     model = make()
     wrapped = DistributedDataParallel(model)
@@ -141,6 +180,9 @@ def main(folder: Path, rank: int, world: int) -> None:
         found["source"] = run("exact", None, world, grows=False)
     found["failed"], found["disagree"] = failed(rank, world), disagree(rank)
     found["refused"] = refused(rank)
+    found["trains"], found["chosen apart"] = trains(rank, world), chosen_apart(rank)
+    if rank == 0:
+        found["alone", "trains"] = trains(None, world)
     rebuild, ddp._rebuild = ddp._rebuild, lambda wrapper: None
     check, ddp.Ranks.check = ddp.Ranks.check, lambda self: None
     found["not rebuilt"] = run("find_unused_parameters", rank, world)

@@ -349,7 +349,7 @@ MUTANTS = {
     "schedule: a smaller size resets the order": Mutant(
         "training/triggers.py", "reached[what] = i, max(n, least)", "reached[what] = i, n", "training/test_triggers.py"),
     "attach: tokens from before the attachment are no compute": Mutant(
-        "training/attachment.py", "counts.n_flops = 6.0 * counts.n_tokens * self.n_params", "pass",
+        "training/attachment.py", "counts.n_flops = counts.n_flops_of_size = 6.0 * counts.n_tokens * self.n_params", "pass",
         "training/test_schedule.py -k before_the_attachment"),
     "attach: the memory option is forgotten": Mutant(
         "training/attachment.py", 'memory=options.get("memory"), ', "", "training/test_schedule.py -k backend_and"),
@@ -363,17 +363,75 @@ MUTANTS = {
         "training/attachment.py", '\n            state_rules=options.get("state_rules"), master_weights=options.get("master_weights"),',
         '\n            state_rules=options.get("state_rules"),', "training/test_schedule.py -k master"),
     "attach: a resumed growth has the first noise again": Mutant(
-        "training/attachment.py", "before = max(len(self.schedule.fired), n_growths(self.model))", "before = n_growths(self.model)",
+        "training/attachment.py", "before = max(len(self.schedule.history), n_growths(self.model))", "before = n_growths(self.model)",
         "integrations/test_accelerate.py -k save_state_and"),
     "attach: the hook on the forward stays": Mutant(
         "training/attachment.py", "self._hooks.append(self.model.register_forward_pre_hook(self._record, with_kwargs=True))",
         "self.model.register_forward_pre_hook(self._record, with_kwargs=True)", "engine/test_forward_check.py -k last_batch"),
     "attach: the check holds the graph of the last batch": Mutant(
-        "training/attachment.py", "kwargs = {name: _detached(value) for name, value in kwargs.items()}", "pass",
+        "engine/forward_check.py", "kwargs = {name: _detached(value) for name, value in kwargs.items()}", "pass",
         "engine/test_forward_check.py -k no_graph"),
     "attach: the check forgets the autocast": Mutant(
-        "training/attachment.py", "dtype=cast, enabled=cast is not None", "dtype=cast, enabled=False",
+        "engine/forward_check.py", "dtype=cast, enabled=cast is not None", "dtype=cast, enabled=False",
         "engine/test_forward_check.py -k autocast"),
+    # who trains
+    "freeze: gradients of frozen parameters are 0": Mutant(
+        "commit/frozen.py", "            p.grad = None\n", "            p.grad = torch.zeros_like(p)\n",
+        "training/test_trains.py -k stay_as_they_are"),
+    "freeze: master weights keep their gradient": Mutant(
+        "commit/frozen.py", "                masters[p].grad = None\n", "                pass\n",
+        "training/test_trains.py -k master_weights"),
+    "freeze: a tied embedding builds a graph": Mutant(
+        "commit/frozen.py", "register_forward_hook(detached))", "register_forward_hook(lambda *_: None))",
+        "training/test_trains.py -k cut_there"),
+    "freeze: nobody looks at the input of the lowest block": Mutant(
+        "commit/frozen.py", "for t in (*args, *kwargs.values())):", "for t in ()):", "training/test_trains.py -k from_below"),
+    "freeze: what the user froze trains after all": Mutant(
+        "commit/frozen.py", "p not in trained and p.requires_grad):", "p not in trained):", "training/test_trains.py -k user_froze"),
+    "freeze: the upper blocks run in evaluation mode neither": Mutant(
+        "commit/frozen.py", "        if module.training:\n", "        if True:\n", "training/test_sub_models.py -k evaluated"),
+    "freeze: blocks stay away after an error": Mutant(
+        "commit/frozen.py", "always_call=True", "always_call=False", "training/test_sub_models.py -k evaluated"),
+    "freeze: a growth copies frozen blocks": Mutant(
+        "engine/freezing.py", "(frozen := lift(model)) is not None", "(frozen := None) is not None", "training/test_trains.py -k mslt"),
+    "freeze: a growth lets everything train": Mutant(
+        "engine/freezing.py", "            lift(model)\n            freeze(", "            lift(model)\n            0 and freeze(",
+        "training/test_trains.py -k keeps_the_choice"),
+    "freeze: a failed growth lets everything train": Mutant(
+        "engine/freezing.py", "        kept.freeze(None)\n", "", "training/test_trains.py -k fails_leaves"),
+    "freeze: reducers are not built anew": Mutant(
+        "engine/freezing.py", "        ranks.rebuild()\n", "", "engine/test_ddp.py -k numbers_that"),
+    "freeze: compiled code stays": Mutant(
+        "engine/freezing.py", "        reset()  # else", "        pass  # else", "training/test_trains.py -k compiled"),
+    "trains: all steps draw the same sub-model": Mutant(
+        "training/trains.py", 'f"{self.seed},{n_steps}"', 'f"{self.seed}"', "training/test_sub_models.py -k draws"),
+    "trains: FLOPs of a frozen block are those of one that trains": Mutant(
+        "training/trains.py", "        if name not in frozen.names:\n            learned.add(p)", "        learned.add(p)",
+        "training/test_procedures.py -k flops_are"),
+    "trains: blocks that do not run cost as much": Mutant(
+        "training/trains.py", "place[1] >= n_run:", "False:", "training/test_procedures.py -k bert2bert-llama"),
+    "slope: the bump before the steepest point fires": Mutant(
+        "training/slope.py", "steepest <= -self.tau < now", "-self.tau < now", "training/test_triggers.py -k bump"),
+    "slope: the compute is what was spent": Mutant(
+        "training/attachment.py", "schedule.counts.n_flops_of_size *= self.n_params / n_params", "pass",
+        "training/test_schedule.py -k six_times"),
+    "rewind: the compute stays": Mutant(
+        "training/attachment.py", "schedule.counts.n_flops_of_size /= event.rewind", "pass", "training/test_schedule.py -k six_times"),
+    "rewind: the rates stay": Mutant(
+        "training/rewind.py", "        _set(group, rate)\n    scheduler", "        pass\n    scheduler",
+        "training/test_rewind.py -k earlier_position"),
+    "rewarm: the rate stays low": Mutant(
+        "training/attachment.py", "        self._rewarm.restore()\n        if optim is", "        if optim is",
+        "training/test_rewind.py -k linearly"),
+    "rewarm: a step that raised lowers twice": Mutant(
+        "training/attachment.py", "        self._rewarm.restore()  # a step has raised an error\n", "",
+        "training/test_rewind.py -k raises"),
+    "procedures: the state stays": Mutant(
+        "procedures.py", 'depth=STACK, state="drop")\n        for n, at', 'depth=STACK)\n        for n, at',
+        "training/test_procedures.py -k stack_bert"),
+    "checkpoint: the whole target has to fit": Mutant(
+        "execution/execute.py", "peak_of_stream(self.sets)) if streams", "peak_of_stream(self.sets)) if False",
+        "checkpoints/test_grow_checkpoint.py -k largest_tensor"),
     "attach: a failed growth leaves found_inf": Mutant(
         "training/attachment.py", '            vars(optim).pop("grad_scale", None)\n', "", "training/test_schedule_refused.py -k scaler"),
     "attach: a deeper optimizer checkpoint is torch's own error": Mutant(

@@ -15,12 +15,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Grown:
-    """One growth of a model: its description, its record for the config, and the tensor shapes of source and target."""
+    """One growth of a model: its description, its record for the config, the tensor shapes of source and target, and the new blocks."""
 
     what: str
     record: str
     source: Shapes
     target: Shapes
+    new_blocks: tuple[str, ...] = ()
 
     @staticmethod
     def by(plan: GrowthPlan, number: int, record: str) -> "Grown":
@@ -35,6 +36,7 @@ class Grown:
             record,
             {row.source: plan.shapes(row)[0] for row in plan.tensors},
             {row.name: plan.shapes(row)[1] for row in plan.tensors},
+            plan.new_blocks,
         )
 
 

@@ -169,8 +169,7 @@ def copied(
 def _draw(plan: GrowthPlan, model: nn.Module) -> None:
     """Initialize the drawn parameters of new blocks with the grown model's own code."""
     drawn = plan.drawn
-    new = [f"{at}.{i}" for at, bs in plan.stacks.items() for i, b in enumerate(bs) if b.new]
-    for block in new if drawn else ():
+    for block in plan.new_blocks if drawn else ():
         values = _initialized(model, block, plan.seed)
         for name, p in model.get_submodule(block).named_parameters():
             if f"{block}.{name}" in drawn:

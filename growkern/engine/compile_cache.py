@@ -16,9 +16,15 @@ def reset_near_limit(n_growths: int) -> bool:
         True when all compiled code will be compiled again.
     """
     dynamo: Any = sys.modules.get("torch._dynamo")
-    if dynamo is None or not dynamo.utils.counters["stats"]["unique_graphs"]:
+    if dynamo is None or n_growths % max(1, dynamo.config.recompile_limit // 2):
         return False
-    if n_growths % max(1, dynamo.config.recompile_limit // 2):
+    return reset()
+
+
+def reset() -> bool:
+    """Let all compiled code be compiled again, as after a change of hooks, which dynamo does not guard; return True if there is any."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is None or not dynamo.utils.counters["stats"]["unique_graphs"]:
         return False
     torch.compiler.reset()
     return True

@@ -18,6 +18,7 @@ from growkern.engine.claims import claimed
 from growkern.engine.compile_cache import reset_near_limit
 from growkern.engine.ddp import Ranks
 from growkern.engine.forward_check import ForwardCheck
+from growkern.engine.freezing import Lifted, lifted
 from growkern.engine.grad_norm import grad_norm_factor
 from growkern.engine.history import recorded
 from growkern.engine.live_objects import (
@@ -86,16 +87,18 @@ def _run(request: Request) -> GrowthReport:
     laps, live = Laps(), Live.now()
     ranks = Ranks(request.model, live.modules)
     with ranks.together(), torch.inference_mode(False), torch.no_grad(), _full_precision():
-        sources = _describe(request)
-        laps.end("describe")
-        check = None if request.check is None else ForwardCheck(request.model, request.check)
-        laps.end("check")
-        plan, unmanaged = _agree_on_plan(request, sources, ranks, live, laps)
-        del live
-        staged = _stage(request, sources, plan, unmanaged)
-        laps.end("cut")
-        noted = _commit(request, sources, staged, ranks, check, laps)
-        laps.end("commit")
+        averages = averages_of(request.model, request.ema)
+        with lifted((request.model, *averages)) as kept:
+            sources = _describe(request, averages)
+            laps.end("describe")
+            check = None if request.check is None else ForwardCheck(request.model, request.check)
+            laps.end("check")
+            plan, unmanaged = _agree_on_plan(request, sources, ranks, live, laps)
+            del live
+            staged = _stage(request, sources, plan, unmanaged)
+            laps.end("cut")
+            noted = _commit(request, sources, staged, ranks, kept, check, laps)
+            laps.end("commit")
     for optim in () if request.undo else request.optims:
         if (scale := scale_of(optim)) is not None and not scale.scales:  # the growth is undone
             scale.detach()
@@ -160,11 +163,10 @@ class _Staged:
     grad_norm_factor: float | None
 
 
-def _describe(request: Request) -> _Described:
+def _describe(request: Request, averages: list[nn.Module]) -> _Described:
     """Describe the model and its optimizers, and check schedulers and averages."""
     model, optims = request.model, request.optims
     check_scheduler(optims, request.scheduler)
-    averages = averages_of(model, request.ema)
     for optim in optims:
         settle(optim)
         if (scale := scale_of(optim)) is not None:
@@ -237,7 +239,7 @@ def _state_rules(plan: GrowthPlan, law: Law | None) -> Rules:
 
 
 def _commit(
-    request: Request, sources: _Described, staged: _Staged, ranks: Ranks, check: ForwardCheck | None, laps: Laps
+    request: Request, sources: _Described, staged: _Staged, ranks: Ranks, kept: Lifted, check: ForwardCheck | None, laps: Laps
 ) -> list[str]:  # fmt: skip
     """Compute the target tensors and put them into the live model and its optimizers; roll all writes back on failure.
 
@@ -255,6 +257,7 @@ def _commit(
         if check is not None:
             noted.extend(check.compare(preserved=plan.function_preserving))
         laps.end("check")
+        kept.freeze(plan)  # before the reducers are built, of what trains
         return ranks.finish()
 
     try:
@@ -300,12 +303,7 @@ def _report(
         target_sizes=dict(plan.target_sizes),
         n_params_source=sources.n_params,
         n_params_target=sum(p.numel() for p in request.model.parameters()),
-        new_blocks=tuple(
-            f"{path}.{i}"
-            for path, blocks in plan.stacks.items()
-            for i, block in enumerate(blocks)
-            if block.new
-        ),
+        new_blocks=plan.new_blocks,
         preserves="gradient"
         if plan.preserves == "trajectory" and not continued
         else plan.preserves,

@@ -18,7 +18,8 @@ from growkern.optimizer.describe import optimizers
 from growkern.optimizer.schedulers import driven_by
 from growkern.support.argument_types import typed_arguments
 from growkern.support.wrappers import unwrapped
-from growkern.training.attachment import Attachment, Options, growth_metrics, spec_function
+from growkern.training.attachment import Attachment, growth_metrics
+from growkern.training.options import Options, spec_function
 from growkern.training.replay import catch_up
 from growkern.training.schedule import GrowthSchedule
 from growkern.training.triggers import Event

@@ -14,7 +14,8 @@ from growkern.errors import PlanError
 from growkern.integrations.bar import Bar
 from growkern.model.spec import ModelSpec
 from growkern.support.argument_types import typed_arguments
-from growkern.training.attachment import Attachment, Options, growth_metrics, spec_function
+from growkern.training.attachment import Attachment, growth_metrics
+from growkern.training.options import Options, spec_function
 from growkern.training.replay import catch_up
 from growkern.training.replay import resume as replay
 from growkern.training.schedule import GrowthSchedule

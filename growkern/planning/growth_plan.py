@@ -204,6 +204,16 @@ class GrowthPlan:
         return {**({self.blocks_path: self.blocks} if self.blocks else {}), **self.extra_stacks}
 
     @property
+    def new_blocks(self) -> tuple[str, ...]:
+        """Names of the blocks of the target that the source lacks."""
+        return tuple(
+            f"{path}.{i}"
+            for path, blocks in self.stacks.items()
+            for i, block in enumerate(blocks)
+            if block.new
+        )
+
+    @property
     def shrinks(self) -> bool:
         """True when a size gets smaller, in a plan for ``shrink_inplace``."""
         return any(self.target_sizes[name] < n for name, n in self.source_sizes.items())

@@ -1,35 +1,37 @@
 """The attachment of a schedule to an optimizer: a post-step hook that grows the model after a step."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from typing_extensions import TypedDict  # a torch dependency; typing's is complete from 3.11 on
 
 from growkern.api import expand_inplace, plan
 from growkern.commit.checkpoint_guard import guard_model, n_growths
-from growkern.commit.optimizer import Masters
+from growkern.commit.frozen import frozen_of
 from growkern.commit.optimizer_guard import OptimGuard, check_loaded, optim_guard_of
-from growkern.engine.forward_check import Check, ForwardCheck
+from growkern.engine.forward_check import Check, ForwardCheck, call_of
+from growkern.engine.freezing import choose, release
 from growkern.engine.report import GrowthReport
 from growkern.engine.sources import tensors_of
 from growkern.errors import GrowthError, PlanError, raise_all
 from growkern.execution.execute import compile_ahead
-from growkern.execution.sets import Memory
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.describe import describe_optimizers, optimizers
 from growkern.optimizer.schedulers import check_scheduler
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.support.interrupts import uninterrupted
-from growkern.support.progress import Progress
 from growkern.support.wrappers import unwrapped
 from growkern.training.loss_curve import LossCurve
+from growkern.training.options import Options, spec_function
 from growkern.training.rehearsal import problems, problems_after_a_step
+from growkern.training.rewind import Rewarm, rewind
+from growkern.training.trains import flops_per_token
 from growkern.training.triggers import (
     Event,
     unknown_sizes,
@@ -40,32 +42,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("growkern")
 OnGrowth = Callable[[Event, GrowthReport], object]
-SpecOf = ModelSpec | Callable[[nn.Module], ModelSpec] | None
-
-
-class Options(TypedDict, total=False):
-    """Arguments of ``expand_inplace`` that all growths of an attached schedule share; arguments that differ are fields of the events.
-
-    Attributes:
-        spec: Description of a custom model, or a function from the model to its description: every growth changes the sizes.
-        backend: See ``expand_inplace``.
-        ema: See ``expand_inplace``.
-        master_weights: See ``expand_inplace``.
-        state_rules: See ``expand_inplace``.
-        memory: See ``expand_inplace``.
-        on_progress: See ``expand_inplace``.
-        check: True to check each growth by the forward on the last batch of the model; or see ``expand_inplace``. Default: True where the
-            model is described by ``spec``, else False.
-    """
-
-    spec: SpecOf
-    backend: str | None
-    ema: nn.Module | Sequence[nn.Module] | None
-    master_weights: Masters | None
-    state_rules: Mapping[str, int | None] | None
-    memory: Memory | None
-    on_progress: Progress | None
-    check: Check | bool | None
 
 
 class Attachment:
@@ -78,6 +54,7 @@ class Attachment:
         model: The model that grows, without wrappers.
         options: Arguments that all growths share.
         deferred: True when an integration calls ``grow``, False when the step hook does.
+        chosen: True when those train whom the schedule says.
         stepped: True when the last optimizer has stepped since the last call of ``grow``.
         on_growth: Callbacks that run after each growth, after the callbacks of the schedule.
     """
@@ -90,9 +67,11 @@ class Attachment:
         self.schedule, self.on_growth = schedule, list[OnGrowth]()
         self.model: nn.Module = unwrapped(model)
         self.options, self.deferred, self.stepped = options, deferred, False
+        self._flops: float | None = None  # per token; None where everything trains
+        self.chosen = True  # False while others train than those whom the schedule says
         self.tried = False  # True once the first step has shown what attach could not see
-        # number of growths before the one in progress; None when no growth is in progress
-        self._running: int | None = None
+        # number of growths, and of parameters, before the growth in progress; None when no growth is in progress
+        self._running: tuple[int, int] | None = None
         self._take: Any = torch.compiler.disable(_take)
         title = f"cannot attach this schedule of {len(schedule.events)} events:"
         if unknown := sorted(options.keys() - Options.__annotations__.keys()):
@@ -100,27 +79,10 @@ class Attachment:
                 f"{title} unknown options {', '.join(unknown)}. Known: {', '.join(Options.__annotations__)}; "
                 "set to=, width=, depth=, state= and dynamics= on the events."
             )
-        try:
-            optims = optimizers(optim)
-        except GrowthError as error:
-            raise PlanError(f"{title} {error}") from error
+        optims = _optimizers(schedule, optim, title)
         live = [unwrapped(s) for s in _listed(scheduler)]
         check_scheduler(optims, live)
         self._schedulers: list[ref[Any]] = [*map(ref, live)]
-        if not optims:
-            raise PlanError(
-                f"{title} optim: pass the optimizer of the model, or a list of optimizers."
-            )
-        if schedule.attachment is not None:
-            raise PlanError(
-                f"{title} the schedule is already attached to an optimizer; call schedule.attachment.remove() first."
-            )
-        for one in optims:
-            if (other := _attachment_of(one)) is not None:
-                raise PlanError(
-                    f"{title} a schedule of {len(other.schedule.events)} events drives this {type(one).__name__} "
-                    "already. Put all events into one schedule, or call remove() of the other attachment first."
-                )
         spec = describe(
             self.model, self.spec_of(self.model)
         )  # raises now if the model cannot be grown
@@ -132,14 +94,21 @@ class Attachment:
             ForwardCheck(self.model, check)  # raises now if the forward fails on the batch
         self._guard(optims, spec)
         self._call: Callable[[nn.Module], object] | None = None  # the model's last forward
+        self._rewarm = Rewarm()
+        self._hooks += [one.register_step_pre_hook(self._before_step) for one in optims]
         self._hooks += [one.register_step_post_hook(self._after_step) for one in optims]
         if self._check() is True:
             self._hooks.append(self.model.register_forward_pre_hook(self._record, with_kwargs=True))
         schedule.attachment = self
+        try:
+            self.choose()
+        except BaseException:
+            self.remove()
+            raise
         compile_ahead(tensors_of(self.model, optims, spec).all(), self.options.get("backend"))
         counts = schedule.counts
         if counts.n_tokens and not counts.n_flops:  # tokens were observed before the attachment
-            counts.n_flops = 6.0 * counts.n_tokens * self.n_params
+            counts.n_flops = counts.n_flops_of_size = 6.0 * counts.n_tokens * self.n_params
 
     def _guard(self, optims: Sequence[Optimizer], spec: ModelSpec) -> None:
         """Guard model and optimizers against checkpoints of other sizes, before the first growth too."""
@@ -159,6 +128,11 @@ class Attachment:
         return sum(p.numel() for p in self.model.parameters())
 
     @property
+    def flops_per_token(self) -> float:
+        """FLOPs of a training step per token: 6 per parameter where everything trains; see ``growkern.training.trains.flops_per_token``."""
+        return 6.0 * self.n_params if self._flops is None else self._flops
+
+    @property
     def optims(self) -> list[Optimizer]:
         """The optimizers that are alive."""
         return [optim for reference in self._optims if (optim := reference()) is not None]
@@ -169,11 +143,12 @@ class Attachment:
         return [live for reference in self._schedulers if (live := reference()) is not None]
 
     def remove(self) -> None:
-        """Detach the schedule from its optimizers. A second call does nothing."""
+        """Detach the schedule from its optimizers, and let everything train. A second call does nothing."""
         for hook in self._hooks:
             hook.remove()
         if self.schedule.attachment is self:
             self.schedule.attachment = None
+            release(self.model)
 
     def grow(self) -> list[tuple[Event, GrowthReport]]:
         """Fire every due event, in order, if the last optimizer has stepped since the last call.
@@ -190,6 +165,8 @@ class Attachment:
             return grown
         self.stepped = False
         self.settle()
+        if not self.chosen:  # the last step has raised an error in between
+            self.choose()
         silent = [e.trigger for e in schedule.ahead if e.silent(schedule.counts)]
         if silent and schedule.counts.n_steps > 1:
             raise PlanError(
@@ -197,24 +174,42 @@ class Attachment:
                 "Call schedule.observe(tokens=...) with every step."
             )
         while (event := schedule.next_event) is not None and event.due(schedule.counts):
+            if event.to is None:
+                self._turn(event)
+                continue
             report = self._expand(event)
+            self.choose()
+            if not event.trains.everything:
+                report = replace(report, notes=(*report.notes, self.told))
             grown.append((event, report))
             for call in (*schedule.on_growth, *self.on_growth):
                 call(event, report)
+        if schedule.who_trains.varies:
+            self.choose()
         return grown
 
     def make_plan(self, event: Event) -> GrowthPlan:
         """Plan the growth of an event at the model's current sizes, without growing the model."""
         options = self.options
         # a model built at a grown size may have no growth history
-        before = max(len(self.schedule.fired), n_growths(self.model))
+        before = max(len(self.schedule.history), n_growths(self.model))
         return plan(
-            self.model, self.optims, to=event.to, width=event.width, depth=event.depth, state=event.state,
+            self.model, self.optims, to=event.to or {}, width=event.width, depth=event.depth, state=event.state,
             dynamics=event.dynamics, spec=self.spec_of(self.model), seed=before if event.seed is None else event.seed,
             state_rules=options.get("state_rules"), master_weights=options.get("master_weights"),
         )  # fmt: skip
 
+    def _before_step(self, optim: Optimizer, args: object, kwargs: object) -> None:
+        """Lower the rates in the steps after an event that rewarms."""
+        self._rewarm.restore()  # a step has raised an error
+        schedule = self.schedule
+        if schedule.fired and (n := schedule.events[len(schedule.fired) - 1].rewarm):
+            since = schedule.counts.n_steps - schedule.fired[-1]
+            if since < n:
+                self._rewarm.lower(optim, (since + 1) / n)
+
     def _after_step(self, optim: Optimizer, args: object, kwargs: object) -> None:
+        self._rewarm.restore()
         if optim is self._optims[-1]():
             self._take(self, optim)  # torch.compile does not trace _take
 
@@ -222,7 +217,7 @@ class Attachment:
         schedule, options, made = self.schedule, self.options, self.make_plan(event)
         check = self._check()
         live = self.schedulers
-        self._running = n_growths(self.model)
+        self._running = n_growths(self.model), self.n_params
         try:
             report = expand_inplace(
                 self.model, self.optims, plan=made, width=event.width, dynamics=made.dynamics, spec=self.spec_of(self.model),
@@ -251,14 +246,61 @@ class Attachment:
         running, schedule = self._running, self.schedule
         if running is None:
             return
-        before = running
+        n_before, n_params = running
         with uninterrupted():
-            if n_growths(self.model) > before:
-                schedule.fired.append(schedule.counts.n_steps)
-                schedule.history.append(guard_model(self.model).growths[-1].record)
-                schedule.counts.points = []
+            if n_growths(self.model) > n_before:
+                growth = guard_model(self.model).growths[-1]
+                self._fire()
+                schedule.counts.n_flops_of_size *= self.n_params / n_params
+                schedule.history.append(growth.record)
+                schedule.new_blocks = list(growth.new_blocks)
                 schedule.counts.curve = LossCurve(last=schedule.counts.n_tokens)
             self._running = None
+
+    def _fire(self) -> None:
+        """Count the next event as fired, and rewind the schedulers; who trains is chosen next."""
+        schedule, event = self.schedule, self.schedule.ahead[0]
+        schedule.fired.append(schedule.counts.n_steps)
+        schedule.counts.points = []
+        self.chosen = False
+        if event.rewind is not None:
+            schedule.counts.n_flops_of_size /= event.rewind
+            for scheduler in self.schedulers:
+                rewind(scheduler, event.rewind)
+
+    def _turn(self, event: Event) -> None:
+        """Fire an event that grows nothing."""
+        with uninterrupted():
+            self._fire()
+        self.choose()
+        logger.info("step %d: %s", self.schedule.counts.n_steps, self.told)
+
+    @property
+    def told(self) -> str:
+        """Who trains, as a sentence."""
+        n = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        what = (
+            f"{n:,} of {self.n_params:,} parameters train from here on ({self.schedule.who_trains})"
+        )
+        return f"{what}; the gradient norm, and with it clipping, is theirs."
+
+    def choose(self) -> None:
+        """Let those train whom the schedule says, if others do.
+
+        Raises:
+            PlanError: The model has no such blocks.
+            UnsupportedModelError: See ``growkern.commit.frozen.freeze``.
+        """
+        schedule, who = self.schedule, self.schedule.who_trains
+        self.chosen, self._flops = False, None
+        if who.everything and frozen_of(self.model) is None:
+            self.chosen = True
+            return
+        spec = describe(self.model, self.spec_of(self.model))
+        frozen = who.frozen(spec, schedule.new_blocks, schedule.counts.n_steps)
+        choose(self.model, frozen, self.options.get("master_weights"))
+        self._flops = flops_per_token(self.model, spec, frozen)
+        self.chosen = True
 
     def _check(self) -> Check | Literal[True] | None:
         own = self.options.get("spec") is not None
@@ -275,18 +317,8 @@ class Attachment:
         self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
         """Keep the call of the model's last forward, with its autocast."""
-        if torch.compiler.is_compiling():
-            return
-        device = next(model.parameters()).device.type
-        args = tuple(map(_detached, args))
-        kwargs = {name: _detached(value) for name, value in kwargs.items()}
-        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-        def call(model: nn.Module) -> object:
-            with torch.autocast(device, dtype=cast, enabled=cast is not None):
-                return model(*args, **kwargs)
-
-        self._call = call
+        if not torch.compiler.is_compiling():
+            self._call = call_of(model, args, kwargs)
 
     def spec_of(self, model: nn.Module) -> ModelSpec | None:
         """Return the description of a custom model at its present sizes; None for a model of a known family."""
@@ -294,14 +326,25 @@ class Attachment:
         return of(model) if of else None
 
 
-def _detached(value: object) -> object:
-    """Return a tensor without its autograd graph, which would keep the memory of a step."""
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def spec_function(spec: SpecOf) -> Callable[[nn.Module], ModelSpec] | None:
-    """Return the option ``spec`` as a function from the model to its description."""
-    return (lambda _: spec) if isinstance(spec, ModelSpec) else spec
+def _optimizers(schedule: "GrowthSchedule", optim: object, title: str) -> list[Optimizer]:
+    """Return the optimizers of a schedule that is about to be attached; raise PlanError if it cannot be attached to them."""
+    try:
+        optims = [*optimizers(optim)]  # pyright: ignore[reportArgumentType]  (it checks the type)
+    except GrowthError as error:
+        raise PlanError(f"{title} {error}") from error
+    if not optims:
+        raise PlanError(f"{title} optim: pass the optimizer of the model, or a list of optimizers.")
+    if schedule.attachment is not None:
+        raise PlanError(
+            f"{title} the schedule is already attached to an optimizer; call schedule.attachment.remove() first."
+        )
+    for one in optims:
+        if (other := _attachment_of(one)) is not None:
+            raise PlanError(
+                f"{title} a schedule of {len(other.schedule.events)} events drives this {type(one).__name__} "
+                "already. Put all events into one schedule, or call remove() of the other attachment first."
+            )
+    return optims
 
 
 def _attachment_of(optim: Optimizer) -> Attachment | None:

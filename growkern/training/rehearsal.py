@@ -1,7 +1,7 @@
 """Plan all events of a schedule when it is attached: a growth that cannot happen is refused now, not hours later at its step."""
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,13 +10,17 @@ from torch import Tensor, nn
 from growkern.api import expand_inplace
 from growkern.commit.commit import copied, shared_by
 from growkern.engine.live_objects import averages_of, is_average, refuse_stale_references
-from growkern.errors import CommitError, GrowthError, UnsupportedModelError
+from growkern.engine.report import GrowthReport
+from growkern.errors import CommitError, GrowthError, PlanError, UnsupportedModelError
 from growkern.execution.execute import NOTHING, unavailable
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.describe import describe_optimizers
 from growkern.planning.build import unsaved
+from growkern.planning.sizes import Target
 from growkern.support.live_registry import Live, in_pass
+from growkern.training.rewind import unable
+from growkern.training.trains import Trains
 from growkern.training.triggers import Event, target_of
 
 if TYPE_CHECKING:
@@ -26,8 +30,12 @@ if TYPE_CHECKING:
 def problems(attachment: "Attachment") -> list[str]:
     """Return why the growths of an attached schedule would fail: events in order, optimizers, and averages that would not grow."""
     model, found = attachment.model, [*_of_optimizers(attachment), *_averages(attachment)]
-    place = model
-    for event in attachment.schedule.ahead:
+    schedule, place = attachment.schedule, model
+    new_blocks: Sequence[str] = schedule.new_blocks
+    found += _not_rewound(attachment)
+    if not schedule.fired:
+        found += _unable(schedule.trains, attachment, model, (), "from the start")
+    for event in schedule.ahead:
         what = f"{target_of(event)} at {event.trigger}"
         try:
             spec = attachment.spec_of(place)
@@ -35,22 +43,79 @@ def problems(attachment: "Attachment") -> list[str]:
             return found
         try:
             described = describe(place, spec, values=place is model)
+            if event.to is None:
+                found += _unable(event.trains, attachment, place, new_blocks, what)
+                continue
             if place is model and _reached(event, described):
                 continue
             place = _twin(model) if place is model else place
-            with torch.no_grad():
-                report = expand_inplace(
-                    place, to=event.to, width=event.width, depth=event.depth, state=event.state, dynamics=event.dynamics,
-                    spec=spec, seed=0, ema=(), backend=NOTHING,
-                )  # fmt: skip
+            report = _grown(place, event, event.to, spec)
         except GrowthError as error:
             copied_wrong = isinstance(error, CommitError)  # a part of the model cannot be copied
             of_another = place is not model and isinstance(error, UnsupportedModelError)
             if copied_wrong or (of_another and not isinstance(attachment.options.get("spec"), ModelSpec)):  # fmt: skip
                 return found  # such events are planned at their steps
             return [*found, f"{what}: {error}"]
+        new_blocks = report.new_blocks
         found += [f"{what}: {why}" for why in unsaved(described, report.target_sizes)]
+        found += _unable(event.trains, attachment, place, new_blocks, what)
     return found
+
+
+def grown_copies(
+    model: nn.Module, events: Sequence[Event], spec_of: Callable[[nn.Module], ModelSpec | None]
+) -> Iterator[tuple[nn.Module, Sequence[str]]]:
+    """Yield a copy of a model without values, as it is at first and after each event, and the blocks that the last growth added.
+
+    Raises:
+        GrowthError: An event cannot happen.
+    """
+    place, new_blocks = _twin(model), tuple[str, ...]()
+    yield place, new_blocks
+    for event in events:
+        if event.to is not None:
+            new_blocks = _grown(place, event, event.to, spec_of(place)).new_blocks
+        yield place, new_blocks
+
+
+def _grown(model: nn.Module, event: Event, to: Target, spec: ModelSpec | None) -> GrowthReport:
+    """Grow a copy without values."""
+    with torch.no_grad():
+        return expand_inplace(
+            model, to=to, width=event.width, depth=event.depth, state=event.state, dynamics=event.dynamics, spec=spec, seed=0,
+            ema=(), backend=NOTHING,
+        )  # fmt: skip
+
+
+def _not_rewound(attachment: "Attachment") -> Iterator[str]:
+    """Yield why schedulers cannot follow the events that rewind them."""
+    first = next((event for event in attachment.schedule.ahead if event.rewind is not None), None)
+    if first is None:
+        return
+    if not attachment.schedulers:
+        yield f"rewind={first.rewind} at {first.trigger}: no scheduler was passed; pass the one that drives the optimizer."
+    for kind in unable(attachment.schedulers):
+        yield (
+            f"rewind={first.rewind} at {first.trigger}: the rates of a {kind} do not follow from its position alone; use a LambdaLR "
+            "(transformers' schedules are), CosineAnnealingLR or OneCycleLR."
+        )
+
+
+def _unable(
+    trains: Trains, attachment: "Attachment", model: nn.Module, new_blocks: Sequence[str], what: str
+) -> list[str]:
+    """Return why a choice of who trains is not possible in a model, as far as the model can be described."""
+    if trains.everything:
+        return []
+    try:
+        spec = describe(model, attachment.spec_of(model), values=False)
+    except Exception:  # the user's function reads values of the model, which a copy lacks
+        return []
+    try:
+        trains.frozen(spec, new_blocks)
+    except PlanError as error:
+        return [f"{what}: {error}"]
+    return []
 
 
 def problems_after_a_step(attachment: "Attachment") -> list[str]:
@@ -76,7 +141,7 @@ def problems_after_a_step(attachment: "Attachment") -> list[str]:
 
 def _reached(event: Event, spec: ModelSpec) -> bool:
     """True when a model has the sizes of an event, as a model that is about to load a checkpoint may."""
-    return not isinstance(event.to, str) and all(
+    return isinstance(event.to, Mapping) and all(
         isinstance(n, int) and n <= spec.sizes.get(name, 0) for name, n in event.to.items()
     )
 

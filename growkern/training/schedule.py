@@ -16,11 +16,13 @@ from growkern.errors import PlanError, UnsupportedModelError, raise_all
 from growkern.support.argument_types import typed_arguments
 from growkern.support.renamed import renamed_arguments
 from growkern.support.text import short, table
-from growkern.training.attachment import Attachment, OnGrowth, Options
+from growkern.training.attachment import Attachment, OnGrowth
+from growkern.training.options import Options
+from growkern.training.slope import WhenSlope
+from growkern.training.trains import ALL, Trains
 from growkern.training.triggers import (
     Counts,
     Event,
-    WhenSlope,
     disorder,
     read_state,
     target_of,
@@ -34,13 +36,16 @@ class GrowthSchedule:
 
     Args:
         events: Growths with their triggers. An event waits until all previous events have fired.
+        trains: Who trains until the first event; see ``growkern.trains``.
         on_growth: Callbacks that get the event and the report after each growth.
 
     Attributes:
         events: Events of the schedule.
+        trains: Who trains until the first event.
         on_growth: List of the callbacks; more can be appended.
         counts: Steps, tokens and compute so far.
         fired: Step at which each fired event fired.
+        new_blocks: Names of the blocks that the last growth added.
         history: Records of the growths, as JSON; ``growkern.resume`` reads them.
 
     Raises:
@@ -52,13 +57,16 @@ class GrowthSchedule:
     """
 
     @typed_arguments(PlanError, "events")
-    def __init__(self, events: Sequence[Event], *, on_growth: Sequence[OnGrowth] = ()) -> None:
+    def __init__(
+        self, events: Sequence[Event], *, trains: Trains = ALL, on_growth: Sequence[OnGrowth] = ()
+    ) -> None:  # fmt: skip
         raise_all(PlanError, "cannot schedule these growths:", disorder(events))
-        self.events = tuple(events)
+        self.events, self.trains = tuple(events), trains
         self.on_growth = list(on_growth)
         self.counts = Counts()
         self.fired: list[int] = []
         self.history: list[str] = []
+        self.new_blocks: list[str] = []
         self._attachment: ref[Attachment] | None = None
 
     @property
@@ -80,6 +88,11 @@ class GrowthSchedule:
         """The first event that has not fired; None when all events have fired."""
         return self.ahead[0] if self.ahead else None
 
+    @property
+    def who_trains(self) -> Trains:
+        """Who trains now: the choice of the last event that fired."""
+        return self.events[len(self.fired) - 1].trains if self.fired else self.trains
+
     @typed_arguments(PlanError, "metrics", "tokens")
     def observe(
         self,
@@ -96,7 +109,7 @@ class GrowthSchedule:
 
         Args:
             tokens: Tokens of this step.
-            flops: FLOPs of this step; None for 6 x tokens x parameters of the attached model.
+            flops: FLOPs of this step; None for 6 x tokens x parameters of the attached model, less where not everything trains.
             metrics: Values by metric name. Values that are not finite are ignored.
 
         Raises:
@@ -111,8 +124,9 @@ class GrowthSchedule:
             )
         self.counts.n_tokens += n
         if flops is None:
-            flops = 6.0 * n * self.attachment.n_params if self.attachment else 0.0
+            flops = n * self.attachment.flops_per_token if self.attachment else 0.0
         self.counts.n_flops += flops
+        self.counts.n_flops_of_size += flops
         self.observe_metrics(metrics)
 
     def observe_metrics(self, metrics: Mapping[str, float | Tensor]) -> None:
@@ -136,7 +150,8 @@ class GrowthSchedule:
                 "attached, or observe(flops=...)."
             )
         if isfinite(value):
-            self.counts.points = event.keep([*self.counts.points, (self.counts.n_flops, value)])
+            point = self.counts.n_flops_of_size, value
+            self.counts.points = event.keep([*self.counts.points, point])
 
     def _refuse_lists(self, metrics: Mapping[str, object]) -> None:
         """Raise PlanError for a number to read that is not one number; other metrics are not looked at."""
@@ -187,6 +202,7 @@ class GrowthSchedule:
             "counts": counts,
             "fired": list(self.fired),
             "history": list(self.history),
+            "new_blocks": list(self.new_blocks),
             "events": [f"{target_of(event)} at {event.trigger}" for event in self.events],
         }
 
@@ -196,7 +212,7 @@ class GrowthSchedule:
         Raises:
             PlanError: ``state`` is not a state dict of a schedule, or its fired events are not the first events of this schedule.
         """
-        counts, fired, history, events = read_state(state, len(self.events))
+        counts, fired, history, new_blocks, events = read_state(state, self.events)
         own = self.state_dict()["events"]
         if events[: len(fired)] != own[: len(fired)]:
             raise PlanError(
@@ -206,6 +222,9 @@ class GrowthSchedule:
         if events[len(fired) : len(fired) + 1] != own[len(fired) : len(fired) + 1]:
             counts.points = []  # the points belong to another event
         self.counts, self.fired, self.history = counts, fired, history
+        self.new_blocks = new_blocks
+        if self.attachment is not None:
+            self.attachment.choose()
 
     def __str__(self) -> str:
         rows: list[tuple[object, ...]] = []

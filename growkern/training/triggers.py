@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf, isfinite, log
+from math import inf, isfinite
 from typing import Any, Literal
 
 from growkern.errors import GrowthError, PlanError, raise_all
@@ -14,6 +14,7 @@ from growkern.planning.options import DYNAMICS, STATES
 from growkern.planning.sizes import Target, resolve_sizes, wrong_target
 from growkern.support.argument_types import wrong_fields
 from growkern.training.loss_curve import LossCurve
+from growkern.training.trains import ALL, Trains
 
 
 @dataclass
@@ -24,13 +25,15 @@ class Counts:
         n_steps: Optimizer steps that changed weights.
         n_tokens: Tokens reported.
         n_flops: FLOPs reported, or 6 x tokens x parameters.
-        points: Pairs of FLOPs and value of the next event's metric since the previous event, as selected by ``Event.keep``.
+        n_flops_of_size: FLOPs that a run of the present size would have spent up to the present position of the learning-rate schedule.
+        points: Pairs of ``n_flops_of_size`` and value of the next event's metric since the previous event, as ``Event.keep`` selects them.
         curve: Observed ``loss`` over tokens since the last growth, for ``growkern.advise``.
     """
 
     n_steps: int = 0
     n_tokens: float = 0.0
     n_flops: float = 0.0
+    n_flops_of_size: float = 0.0
     points: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
     curve: LossCurve = field(default_factory=LossCurve)
 
@@ -40,24 +43,35 @@ class Event(ABC):
     """One growth of a schedule; a subclass defines the trigger.
 
     Attributes:
-        to: See ``expand_inplace``.
+        to: See ``expand_inplace``; None for an event that grows nothing, and changes who trains.
         width: See ``expand_inplace``.
         depth: See ``expand_inplace``.
         state: See ``expand_inplace``.
         dynamics: See ``expand_inplace``.
         seed: Seed of the symmetry-breaking noise; None for the number of previous growths, so that no two growths share a seed.
+        trains: Who trains from this event on, until the next event; see ``growkern.trains``.
+        rewind: The schedulers that were passed to ``attach`` go on from their position divided by this number; None to leave them.
+        rewarm: Number of steps after the event in which the learning rates rise linearly from 0 to the schedulers' rates.
     """
 
-    to: Target = "2x"
+    to: Target | None = "2x"
     width: WidthMethod | None = None
     depth: DepthMethod | None = None
     state: str = "exact"
     dynamics: str | None = "mup"
     seed: int | None = None
+    trains: Trains = ALL
+    rewind: float | None = None
+    rewarm: int = 0
 
     def __post_init__(self) -> None:
-        wrong = [*wrong_target(self.to)] or [*wrong_fields(self)]
-        raise_all(PlanError, f"{type(self).__name__}:", wrong)
+        wrong = [] if self.to is None else [*wrong_target(self.to)]
+        raise_all(PlanError, f"{type(self).__name__}:", wrong or [*wrong_fields(self)])
+        if (self.rewind is not None and not 1 <= self.rewind < inf) or self.rewarm < 0:
+            raise PlanError(
+                f"{type(self).__name__}(rewind={self.rewind}, rewarm={self.rewarm}): pass a finite rewind from 1, and a rewarm from "
+                "0."
+            )
 
     @property
     def observes(self) -> str | None:
@@ -207,85 +221,15 @@ class WhenPlateau(Event):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class WhenSlope(Event):
-    """Grow when a loss falls too slowly for its compute: the rule of staged training.
-
-    The slope ``-d loss / d ln(compute)`` is fitted by least squares to the last observations since the previous event. Compute is
-    the sum of the ``flops`` that ``schedule.observe`` gets, or 6 x tokens x parameters.
-
-    Attributes:
-        tau: Slope below which the model grows; the slope of the target's own loss curve saves the most compute.
-        window: Number of observations in the fit.
-        metric: Name under which ``schedule.observe`` gets the loss.
-
-    Raises:
-        PlanError: ``tau`` is negative or not finite, or ``window`` is below 2.
-
-    Reference:
-        Shen, Walsh, Keutzer, Dodge, Peters, Beltagy, "Staged Training for Transformer Language Models", ICML 2022, arXiv:2203.06211.
-    """
-
-    tau: float
-    window: int = 100
-    metric: str = "loss"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.tau < inf or self.window < 2:
-            raise PlanError(
-                f"WhenSlope(tau={self.tau}, window={self.window}): pass a finite tau from 0, and a window of at least 2."
-            )
-
-    @property
-    def observes(self) -> str | None:
-        """Name of the metric that the trigger reads."""
-        return self.metric
-
-    @property
-    def counts_tokens(self) -> bool:
-        """True when the trigger needs token counts."""
-        return True
-
-    def silent(self, counts: Counts) -> bool:
-        """Return True if the trigger counts tokens or FLOPs and none were reported."""
-        return counts.n_flops == 0
-
-    @property
-    def trigger(self) -> str:
-        """The trigger, as text."""
-        return f"slope of {self.metric} over {self.window:,} below {self.tau:g}"
-
-    def keep(self, points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-        """Return the last ``window`` observations."""
-        return points[-self.window :]
-
-    def due(self, counts: Counts) -> bool:
-        """Return True if the event has to fire now."""
-        slope = self.slope(counts)
-        return len(counts.points) >= self.window and slope is not None and slope < self.tau
-
-    def progress(self, counts: Counts) -> str:
-        """Describe the progress toward the trigger, as text."""
-        slope = self.slope(counts)
-        seen = f"{len(counts.points):,} of {self.window:,} observed"
-        return seen if slope is None else f"slope {slope:.3g}, {seen}"
-
-    def slope(self, counts: Counts) -> float | None:
-        """Return ``-d metric / d ln(compute)`` over the window; None if all observations have the same compute."""
-        points = [(x, y) for x, y in counts.points if x > 0]
-        n, xs, ys = max(1, len(points)), [log(x) for x, _ in points], [y for _, y in points]
-        x_mean, y_mean = sum(xs) / n, sum(ys) / n
-        spread = sum((x - x_mean) ** 2 for x in xs)
-        both = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True))
-        return -both / spread if spread > 0 else None
-
-
 def target_of(event: Event) -> str:
-    """Return the target sizes of an event, as text."""
-    if isinstance(event.to, str):
-        return event.to
-    return ", ".join(f"{name}={value}" for name, value in event.to.items())
+    """Return the target sizes of an event, and who trains from then on, as text."""
+    sizes = event.to.items() if isinstance(event.to, Mapping) else ()
+    parts = (
+        [event.to] if isinstance(event.to, str) else [f"{name}={value}" for name, value in sizes]
+    )
+    if event.to is None or not event.trains.everything:
+        parts.append(f"trains {event.trains}")
+    return ", ".join(parts)
 
 
 def disorder(events: Sequence[Event]) -> list[str]:
@@ -307,7 +251,7 @@ def disorder(events: Sequence[Event]) -> list[str]:
         str, tuple[int, float]
     ] = {}  # quantity -> last event that names the quantity, and the largest number
     for i, event in enumerate(events):
-        named: dict[str, object] = dict(event.to) if not isinstance(event.to, str) else {}
+        named: dict[str, object] = dict(event.to) if isinstance(event.to, Mapping) else {}
         numbers: list[tuple[str, object]] = [(f"size {k}", n) for k, n in named.items()]
         if isinstance(event, At):
             numbers += [("step", event.step), ("tokens", event.tokens)]
@@ -332,7 +276,7 @@ def unknown_sizes(events: Sequence[Event], spec: ModelSpec) -> list[str]:
     for event in events:
         if isinstance(event.to, str):
             resolve_sizes(spec, event.to)
-        elif unknown := sorted(event.to.keys() - spec.sizes.keys()):
+        elif unknown := sorted({*(event.to or ())} - spec.sizes.keys()):
             problems.append(
                 f"this {spec.family} has no size {', '.join(unknown)}; its sizes are {', '.join(spec.sizes)}."
             )
@@ -340,12 +284,13 @@ def unknown_sizes(events: Sequence[Event], spec: ModelSpec) -> list[str]:
 
 
 def read_state(
-    state: Mapping[str, Any], n_events: int
-) -> tuple[Counts, list[int], list[str], list[str]]:
-    """Parse the ``state_dict`` of a schedule.
+    state: Mapping[str, Any], events: Sequence[Event]
+) -> tuple[Counts, list[int], list[str], list[str], list[str]]:
+    """Parse the ``state_dict`` of a schedule of ``events``.
 
     Returns:
-        Counts, steps of the fired events, records of the growths, and all events as text.
+        Counts, steps of the fired events, records of the growths, names of the blocks that the last growth added, and all events as
+        text.
 
     Raises:
         PlanError: ``state`` is not a state dict of a schedule.
@@ -354,21 +299,26 @@ def read_state(
         n = state["counts"]
         points = [(float(x), float(y)) for x, y in n["points"]]
         curve = LossCurve.from_state(n.get("curve", {}))  # earlier versions wrote no curve
-        counts = Counts(int(n["n_steps"]), float(n["n_tokens"]), float(n["n_flops"]), points, curve)
+        spent = float(n["n_flops"])
+        of_size = float(n.get("n_flops_of_size", spent))  # earlier versions wrote none
+        counts = Counts(int(n["n_steps"]), float(n["n_tokens"]), spent, of_size, points, curve)
         fired, history = (
             [int(step) for step in [*state["fired"]]],
             [*map(str, [*state["history"]])],
         )
         for record in history:
             read(record)
-        bad = not (counts.n_steps >= 0 and counts.n_tokens >= 0 and counts.n_flops >= 0)
-        if bad or len(fired) != len(history) or len(fired) > n_events:
+        new_blocks = [*map(str, [*state.get("new_blocks", ())])]  # earlier versions wrote none
+        numbers = counts.n_steps, counts.n_tokens, counts.n_flops, counts.n_flops_of_size
+        bad = not all(number >= 0 for number in numbers)
+        n_growths = sum(event.to is not None for event in events[: len(fired)])
+        if bad or len(history) != n_growths or len(fired) > len(events):
             raise ValueError("counts, fired and history do not fit together")
-        if isinstance(state["fired"], str) or isinstance(state["history"], str):
-            raise ValueError("fired or history is a string")
-        events = [*map(str, state["events"])]
+        if any(isinstance(state.get(key), str) for key in ("fired", "history", "new_blocks")):
+            raise ValueError("fired, history or new_blocks is a string")
+        texts = [*map(str, state["events"])]
     except (KeyError, TypeError, ValueError, OverflowError, GrowthError) as error:
         raise PlanError(
             f"cannot read the schedule's state: {error!r}; pass what schedule.state_dict() returned."
         ) from None
-    return counts, fired, history, events
+    return counts, fired, history, new_blocks, texts

@@ -83,3 +83,24 @@ def test_what_one_process_refuses_no_process_waits_for(world):
     for rank in range(n):
         match = "pass the average as ema=" if rank == 0 else "another process refused"
         assert match in found[rank]["refused"]
+
+
+def test_the_numbers_that_train_are_the_numbers_that_are_reduced(world):
+    n, found = world
+    expected, weights = found[0]["alone", "trains"]
+    assert len({*expected[::2]}) == 3  # the top, what is new, all
+
+    for rank in range(n):
+        reduced, own = found[rank]["trains"]
+        assert reduced == expected
+        for name, p in own.items():
+            torch.testing.assert_close(p, weights[name], rtol=0, atol=1e-6, msg=name)
+            assert torch.equal(p, found[0]["trains"][1][name])
+
+
+def test_processes_that_choose_apart_are_told_and_nothing_is_frozen(world):
+    n, found = world
+
+    for rank in range(n):
+        error, unchanged = found[rank]["chosen apart"]
+        assert "do not agree on who trains" in error and unchanged

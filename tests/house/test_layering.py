@@ -27,6 +27,7 @@ ROWS = (  # top to bottom: a room imports from lower rows, and from itself
 MODULES = {
     "__main__": "cli",
     "optim": "optimizer",
+    "procedures": "training",
 }  # single files that belong to a room of another name
 RANKS = {name: rank for rank, names in enumerate(ROWS) for name in names}
 IMPORTERS = {  # room -> the only modules that may import the room

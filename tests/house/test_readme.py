@@ -193,3 +193,24 @@ def test_the_loop_of_distributed_data_parallel():
         assert model.config.hidden_size == 48 and names["ddp"].module is model
     finally:
         dist.destroy_process_group()
+
+
+PROCEDURES = re.findall(r"\| `(procedures\.(\w+)\(.*\))` \|$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("line", "name"), PROCEDURES, ids=[name for _, name in PROCEDURES])
+def test_a_line_of_the_table_of_procedures_gives_a_schedule_that_is_attached(line, name):
+    model = make("bert", tied=True, num_hidden_layers=3)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optim, lambda t: 1.0)
+
+    schedule = eval(line, {"procedures": growkern.procedures, "model": model})
+    schedule.attach(model, optim, scheduler)
+
+    assert "FLOPs" in str(schedule) and schedule.stages[-1].n_params > schedule.stages[0].n_params
+
+
+def test_the_table_has_every_procedure():
+    made = {name for name in growkern.procedures.__all__ if name.islower()}
+
+    assert {name for _, name in PROCEDURES} == made - {"g_stack_tokens"}

@@ -131,12 +131,14 @@ def test_load_state_replays_growths_on_a_model_of_the_starting_sizes(accelerator
         accelerator, (model, optim) = accelerator_of(), parts()
         scheduler = cosine(optim)
         model, optim, scheduler = accelerator.prepare(model, optim, scheduler)
-        schedule = GrowthSchedule([At(step=2, to=WIDER), At(step=3, to=DEEPER)])
+        deeper = At(step=3, to=DEEPER, trains=growkern.trains.New(head=True))
+        schedule = GrowthSchedule([At(step=2, to=WIDER), deeper], trains=growkern.trains.Top(1))
         attach(accelerator, model, optim, schedule)
         return accelerator, model, optim, scheduler, schedule
 
     accelerator, model, optim, scheduler, schedule = prepared()
     train(accelerator, model, optim, scheduler, 4)
+    assert sum(p.requires_grad for p in model.parameters()) == 11  # a block, the norm, the head
     accelerator.save_state(str(tmp_path))
     train(accelerator, model, optim, scheduler, 3, first=4)
 

@@ -125,7 +125,8 @@ def test_checkpoints_hold_the_target_and_the_schedule_and_resume(tmp_path):
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 def test_a_module_of_the_starting_sizes_is_resumed_bitwise(tmp_path):
     def parts():
-        schedule = GrowthSchedule([At(step=2, to=WIDER), At(step=3, to=DEEPER)])
+        deeper = At(step=3, to=DEEPER, trains=growkern.trains.New(head=True))
+        schedule = GrowthSchedule([At(step=2, to=WIDER), deeper], trains=growkern.trains.Top(1))
         several = [
             lightning.callbacks.ModelCheckpoint(
                 str(tmp_path), filename="{step}", every_n_train_steps=1, save_top_k=-1

@@ -18,16 +18,19 @@ WORKERS = {"hf": "killed_hf", "lightning": "killed_lightning"}
 WIDER, DEEPER, STEPS = 3, 6, 8  # the steps of the growths, and the last one
 
 
-def end(framework: str, folder: Path) -> dict:
+def end(framework: str, folder: Path, *kind: str) -> dict:
     """Run to the end, and give what the run ended with."""
+    folder.mkdir(exist_ok=True)
     log = folder / "log"
-    processes.end([processes.start(WORKERS[framework], folder, log=log)], log)
+    more = ("", *kind) if kind else ()
+    processes.end([processes.start(WORKERS[framework], folder, *more, log=log)], log)
     return torch.load(folder / "end.pt", weights_only=False)
 
 
-def die(framework: str, folder: Path, at: str) -> None:
+def die(framework: str, folder: Path, at: str, *kind: str) -> None:
+    folder.mkdir(exist_ok=True)
     log = folder / "log"
-    process = processes.start(WORKERS[framework], folder, at, log=log)
+    process = processes.start(WORKERS[framework], folder, at, *kind, log=log)
     processes.end([process], log, -signal.SIGKILL)
 
 
@@ -82,3 +85,18 @@ def test_a_run_that_is_killed_at_a_random_moment_ends_there_too(unbroken, tmp_pa
 
     print(f"killed {wait:.3f} s after step {lines}; resumed from {found['resumed']}")
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["mslt", "bert2bert", "llama_pro"])
+def test_a_procedure_that_is_killed_in_a_trainer_ends_with_the_losses_of_the_unbroken_one(
+    kind, tmp_path
+):
+    expected = end("hf", tmp_path / "whole", kind)
+    for at in ("growing-3", "4"):
+        die("hf", tmp_path / "killed", at, kind)
+
+    found = end("hf", tmp_path / "killed", kind)
+
+    assert_same(found, expected)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5, abs=0)
+    assert len(found["losses"]) == STEPS

@@ -13,7 +13,8 @@ import growkern
 from growkern.errors import PlanError
 from growkern.planning.growth_record import read
 from growkern.training.schedule import GrowthSchedule
-from growkern.training.triggers import At, WhenPlateau, WhenSlope
+from growkern.training.slope import WhenSlope
+from growkern.training.triggers import At, WhenPlateau
 
 OPTIMIZERS = {
     "adamw-fused": ("adamw", {"fused": True}),
@@ -274,8 +275,9 @@ def test_compute_is_six_times_tokens_times_parameters_of_the_model_as_it_is():
     model = make("llama", tied=True)
     optim = optimizer(model)
     n_params = sum(p.numel() for p in model.parameters())
-    schedule = GrowthSchedule([WhenSlope(tau=1e9, window=2, to=WIDER), WhenSlope(tau=0.1)])
-    schedule.attach(model, optim)
+    schedule = GrowthSchedule([At(tokens=20, to=WIDER, rewind=4.0), WhenSlope(tau=0.1)])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optim, lambda step: 1.0)
+    schedule.attach(model, optim, scheduler)
 
     schedule.observe(tokens=10, loss=3.0)
     schedule.observe(tokens=10, loss=3.0)
@@ -286,6 +288,8 @@ def test_compute_is_six_times_tokens_times_parameters_of_the_model_as_it_is():
 
     grown = sum(p.numel() for p in model.parameters())
     assert schedule.counts.n_flops == 6 * (20 * n_params + 10 * grown)
+    # of a run of the grown size: it would be at 20 / 4 tokens, and 10 more
+    assert schedule.counts.n_flops_of_size == pytest.approx(6 * 15 * grown, abs=0)
 
 
 def test_each_plateau_counts_from_the_growth_before():
@@ -390,7 +394,9 @@ def test_the_state_is_plain_json():
     import json
 
     schedule = GrowthSchedule([WhenSlope(tau=0.1), At(step=3)])
-    schedule.observe(tokens=torch.tensor(3), flops=2.0, loss=torch.tensor(3.0, requires_grad=True))
+    schedule.observe(
+        tokens=torch.tensor(3), flops=2.0, eval_loss=torch.tensor(3.0, requires_grad=True)
+    )
 
     other = GrowthSchedule([WhenSlope(tau=0.1), At(step=3)])
     other.load_state_dict(json.loads(json.dumps(schedule.state_dict())))

@@ -11,7 +11,8 @@ from scheduled import DEEPER, WIDER, optimizer, run, same_weights, schedule_at
 import growkern
 from growkern.errors import CommitError, GrowthError, PlanError, UnsupportedModelError
 from growkern.training.schedule import GrowthSchedule
-from growkern.training.triggers import At, WhenSlope
+from growkern.training.slope import WhenSlope
+from growkern.training.triggers import At
 
 
 @pytest.mark.slow
@@ -80,7 +81,7 @@ def test_tokens_that_nobody_reports_are_an_error_at_the_second_step():
     with pytest.raises(PlanError, match=r"\(100 tokens\): 2 steps have reported no tokens"):
         run(model, optim, 1)
     with pytest.raises(PlanError, match="no compute was reported"):
-        GrowthSchedule([WhenSlope(tau=1)]).observe(loss=1.0)
+        GrowthSchedule([WhenSlope(tau=1)]).observe(eval_loss=1.0)
     with pytest.raises(PlanError, match="0 or more"):
         schedule.observe(tokens=-1)
     with pytest.raises(PlanError, match="flops=inf"):

@@ -7,7 +7,8 @@ import torch
 
 from growkern.errors import PlanError
 from growkern.training.schedule import GrowthSchedule
-from growkern.training.triggers import At, Event, WhenPlateau, WhenSlope
+from growkern.training.slope import WhenSlope
+from growkern.training.triggers import At, Event, WhenPlateau
 
 
 def observed(event, values, flops=1.0):
@@ -38,22 +39,60 @@ def test_a_plateau_is_patience_observations_without_an_improvement(options, valu
     assert observed(WhenPlateau(**options), values) == expected
 
 
-def test_a_slope_is_the_fall_of_the_loss_over_log_compute():
-    event = WhenSlope(tau=0.3, window=4)
+def fires_at(event: WhenSlope, computes: list[float], losses: list[float]) -> int | None:
+    """Return the index of the first observation at which the event is due."""
     schedule = GrowthSchedule([event])
-    due = []
+    for i, (c, loss) in enumerate(zip(computes, losses, strict=True)):
+        schedule.observe(flops=c - schedule.counts.n_flops, eval_loss=torch.tensor(loss))
+        if event.due(schedule.counts):
+            return i
+    return None
 
-    # loss = 5 - ln(C) / 2 up to C = 16, then 5 - ln(16) / 2 - ln(C / 16) / 10
-    for c in [1, 2, 4, 8, 16, 32, 64, 128, 256]:
-        bend = min(c, 16)
-        loss = 5 - math.log(bend) / 2 - math.log(c / bend) / 10
-        schedule.observe(flops=c - schedule.counts.n_flops, loss=torch.tensor(loss))
-        due.append(event.due(schedule.counts))
-        if c == 8:
-            assert event.slope(schedule.counts) == pytest.approx(0.5, rel=1e-5)
 
-    assert event.slope(schedule.counts) == pytest.approx(0.1, rel=1e-5)
-    assert due == [False] * 6 + [True] * 3  # the slope over 8, 16, 32 and 64 is below 0.3
+def test_the_slope_of_a_power_law_is_its_exponent():
+    event = WhenSlope(tau=0.01, window=5)
+    schedule = GrowthSchedule([event])
+    computes = [1e18 * 1.1**i for i in range(20)]
+    for c in computes:
+        schedule.observe(flops=c - schedule.counts.n_flops, eval_loss=1.7 * c**-0.05)
+        slope = event.slope(schedule.counts)
+        assert slope is None or slope == pytest.approx(-0.05, rel=1e-9, abs=0)
+
+    assert event.slope(schedule.counts) is not None
+    assert "-0.05" in event.progress(schedule.counts)
+
+
+def test_the_rule_fires_where_a_plain_search_of_the_whole_curve_finds_it():
+    """Log-log slope of the mean of 5 losses, first differences, searched after the steepest point, as the paper does it."""
+    rising = [1.15**i for i in range(60)]
+    losses = [4.0 - 0.2 * i if i < 4 else 3.2 * (c / rising[4]) ** -(0.15 * 0.93**i) for i, c in enumerate(rising)]  # fmt: skip
+    means = [sum(losses[i - 4 : i + 1]) / 5 for i in range(4, 60)]
+    slopes = [
+        (math.log10(means[i]) - math.log10(means[i - 1])) / (math.log10(rising[i + 4]) - math.log10(rising[i + 3]))
+        for i in range(1, len(means))
+    ]  # fmt: skip
+    steepest = slopes.index(min(slopes))
+    expected = next(i for i in range(steepest + 1, len(slopes)) if slopes[i] > -0.0475) + 5
+
+    assert fires_at(WhenSlope(tau=0.0475), rising, losses) == expected
+    assert expected < 59
+
+
+def test_a_bump_before_the_curve_was_steep_or_in_the_warm_up_fires_nothing():
+    rising = [1.2**i for i in range(40)]
+    flat_first = [3.0 + 0.01 * min(i, 5) for i in range(10)]
+    steep = [3.05 * (c / rising[9]) ** -0.1 for c in rising[10:]]
+    assert fires_at(WhenSlope(tau=0.05, window=1), rising, flat_first + steep) is None
+
+    bump = [5.0 - i for i in range(3)] + [3.5] * 4
+    after = [3.5 * (c / rising[6]) ** -0.1 for c in rising[7:]]
+    assert fires_at(WhenSlope(tau=0.05, window=1), rising, bump + after) == 3
+    assert fires_at(WhenSlope(tau=0.05, window=1, warmup=7), rising, bump + after) is None
+
+
+def test_losses_that_have_no_logarithm_give_no_slope():
+    assert fires_at(WhenSlope(tau=0.05, window=1), [1, 2, 3, 4, 5], [2.0, 1.0, 0.0, -1.0, -2.0]) is None  # fmt: skip
+    assert fires_at(WhenSlope(tau=0.05, window=1), [1, 1, 1, 1, 1], [2.0, 1.0, 0.5, 0.4, 0.39]) is None  # fmt: skip
 
 
 ORDERS = {
@@ -84,8 +123,12 @@ ARGUMENTS = {
     "patience": (WhenPlateau, dict(patience=0), "patience >= 1"),
     "min_delta": (WhenPlateau, dict(min_delta=-1), "min_delta >= 0"),
     "mode": (WhenPlateau, dict(mode="best"), "'min' or 'max'"),
+    "warmup": (WhenSlope, dict(tau=1, warmup=-1), "a warmup of at least 0"),
+    "no tau": (WhenSlope, dict(tau=0), "tau above 0"),
+    "rewind": (At, dict(step=1, rewind=0.5), "a finite rewind from 1"),
+    "rewarm": (At, dict(step=1, rewarm=-1), "a rewarm from 0"),
     "tau": (WhenSlope, dict(tau=math.nan), "a finite tau"),
-    "window": (WhenSlope, dict(tau=1, window=1), "a window of at least 2"),
+    "window": (WhenSlope, dict(tau=1, window=0), "a window of at least 1"),
 }
 
 

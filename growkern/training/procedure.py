@@ -1,0 +1,174 @@
+"""A schedule that tells what it will do over the whole run: steps, sizes, who trains, and the FLOPs of each stage."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import nn
+
+from growkern.errors import PlanError
+from growkern.model.describe import describe
+from growkern.model.spec import ModelSpec
+from growkern.support.text import table
+from growkern.support.wrappers import unwrapped
+from growkern.training.rehearsal import grown_copies
+from growkern.training.schedule import GrowthSchedule
+from growkern.training.trains import ALL, Trains, flops_per_token
+from growkern.training.triggers import At, Event, target_of
+
+SpecOf = Callable[[nn.Module], ModelSpec]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What happens between two events of a procedure.
+
+    Attributes:
+        what: Sizes that grow at its start, and who trains.
+        start: Step at its start; None where a metric decides.
+        n_steps: Number of steps; None where a metric decides.
+        n_params: Number of parameters of the model.
+        flops_per_step: FLOPs of a step.
+    """
+
+    what: str
+    start: int | None
+    n_steps: int | None
+    n_params: int
+    flops_per_step: float
+
+    @property
+    def flops(self) -> float | None:
+        """FLOPs of the stage; None where its length is not known."""
+        return None if self.n_steps is None else self.n_steps * self.flops_per_step
+
+
+class Procedure(GrowthSchedule):
+    """A growth schedule of a published procedure. ``print`` it before the run: it shows every stage and its FLOPs.
+
+    FLOPs are those of Kaplan et al., arXiv:2001.08361: 6 per token and parameter, and less where not everything trains. What a stage
+    saves, it saves at an equal number of steps; whether the loss is equal, the run shows.
+
+    Attributes:
+        name: Name of the procedure.
+        stages: The stages, in order.
+        total_steps: Number of steps of the run.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        events: Sequence[Event],
+        *,
+        trains: Trains = ALL,
+        total_steps: int,
+        tokens_per_step: float,
+        spec: SpecOf | None = None,
+    ) -> None:
+        """Plan the stages on a copy of the model without values.
+
+        Args:
+            name: Name of the procedure.
+            model: Model of the starting sizes.
+            events: See ``GrowthSchedule``.
+            trains: See ``GrowthSchedule``.
+            total_steps: Number of steps of the run.
+            tokens_per_step: Tokens of a step.
+            spec: Function from a custom model to its description.
+
+        Raises:
+            PlanError: An event cannot happen, or comes after the end of the run.
+        """
+        super().__init__(events, trains=trains)
+        late = [
+            event for event in events if isinstance(event, At) and (event.step or 0) >= total_steps
+        ]
+        if late:
+            raise PlanError(
+                f"{name}: the event at {late[0].trigger} comes after the end of a run of {total_steps:,} steps; make the run longer."
+            )
+        if not tokens_per_step > 0:
+            raise PlanError(f"{name}: tokens_per_step={tokens_per_step}; pass a number above 0.")
+        self.name, self.total_steps, self.tokens_per_step = name, total_steps, tokens_per_step
+        self.stages = tuple(self._staged(unwrapped(model), spec))
+        last = self.stages[-1]
+        self.scratch = 6.0 * last.n_params * tokens_per_step * total_steps
+
+    def _staged(self, model: nn.Module, spec: SpecOf | None) -> Iterator[Stage]:
+        events: list[Event | None] = [None, *self.events]
+        starts = [0, *(int(e.step) if isinstance(e, At) and e.step else None for e in self.events)]
+        ends = [*starts[1:], self.total_steps]
+        places = grown_copies(model, self.events, spec or (lambda _: None))
+        for event, start, end, (place, new_blocks) in zip(
+            events, starts, ends, places, strict=True
+        ):
+            who = self.trains if event is None else event.trains
+            described = describe(place, spec(place) if spec else None, values=False)
+            costs = [
+                flops_per_token(place, described, one) for one in who.choices(described, new_blocks)
+            ]
+            what = target_of(event) if event else "" if who.everything else f"trains {who}"
+            yield Stage(
+                what,
+                start,
+                None if start is None or end is None else end - start,
+                sum(p.numel() for p in place.parameters()),
+                sum(costs) / len(costs) * self.tokens_per_step,
+            )
+
+    @property
+    def flops(self) -> float | None:
+        """FLOPs of the whole run; None where a metric decides about the length of a stage."""
+        known = [stage.flops for stage in self.stages]
+        return None if None in known else sum(flops or 0.0 for flops in known)
+
+    def __str__(self) -> str:
+        rows: list[tuple[object, ...]] = []
+        for i, stage in enumerate(self.stages):
+            fired = self.fired[i - 1] if 0 < i <= len(self.fired) else None
+            state = "now" if i == len(self.fired) else f"from step {fired:,}" if fired else ""
+            rows.append(
+                (
+                    "when it is due" if stage.start is None else f"{stage.start:,}",
+                    "?" if stage.n_steps is None else f"{stage.n_steps:,}",
+                    stage.what,
+                    f"{stage.n_params:,}",
+                    f"{stage.flops_per_step:.3g}",
+                    "?" if stage.flops is None else f"{stage.flops:.3g}",
+                    state,
+                )
+            )
+        head = ["from step", "steps", "grows, trains", "parameters", "FLOPs/step", "FLOPs", "state"]
+        cost = f"{self.scratch:.3g} FLOPs for as many steps of the target from scratch"
+        if self.flops is not None:
+            cost = f"{self.flops:.3g} FLOPs, {self.flops / self.scratch:.0%} of the {cost}"
+        return (
+            f"{self.name}: {self.total_steps:,} steps of {self.tokens_per_step:,.0f} tokens\n\n{table(head, rows)}\n\n"
+            f"{cost}"
+        )
+
+
+def check_stages(
+    name: str, model: nn.Module, layers: Sequence[int], steps: Sequence[int], n_open: int, spec: SpecOf | None
+) -> None:  # fmt: skip
+    """Raise PlanError unless the stages fit each other and the model; ``n_open``: number of stages at the end without a length."""
+    check_steps(name, len(layers), steps, n_open)
+    if any(one >= other for one, other in pairwise(layers)):
+        raise PlanError(f"{name}: layers={tuple(layers)} do not rise from stage to stage.")
+    model = unwrapped(model)
+    n = describe(model, spec(model) if spec else None, values=False).sizes.get("layers")
+    if n != layers[0]:
+        raise PlanError(
+            f"{name}: the first stage has {layers[0]} blocks, and the model {n}; pass layers=({n}, ...)."
+        )
+
+
+def check_steps(name: str, n_stages: int, steps: Sequence[int], n_open: int) -> None:
+    """Raise PlanError unless there is a number of steps for every stage but the last ``n_open``."""
+    if len(steps) != n_stages - n_open or not steps:
+        raise PlanError(
+            f"{name}: {n_stages} stages need {max(1, n_stages - n_open)} numbers of steps, and {len(steps)} were passed."
+        )
+    if any(n < 1 for n in steps):
+        raise PlanError(f"{name}: steps={tuple(steps)}; pass numbers of steps of 1 or more.")

@@ -1,0 +1,253 @@
+"""Procedures of the papers are schedules: equal to events that are written by hand, run to their end, with the FLOPs that they print."""
+
+import copy
+import json
+import re
+
+import pytest
+import torch
+from models import LENGTH, batch, loss_of, make
+from scheduled import optimizer, same_weights
+from torch.utils.flop_counter import FlopCounterMode
+
+import growkern
+from growkern import depth, procedures, trains, width
+from growkern.errors import PlanError
+from growkern.training.schedule import GrowthSchedule
+from growkern.training.trains import flops_per_token
+from growkern.training.triggers import At
+
+TOKENS = 2.0 * LENGTH
+TOP = dict(depth=depth.TopCopies(), trains=trains.Top())
+FRESH = dict(state="drop")
+PLAIN = FRESH | dict(dynamics=None)  # the papers have one learning rate for all
+MADE = {  # the call, the events by hand, and who trains at the end
+    "mslt": (
+        lambda m: procedures.mslt(m, layers=(2, 3, 4), steps=(3, 3, 3), joint=2, tokens_per_step=TOKENS),
+        [At(step=3, to={"layers": 3}, **TOP), At(step=6, to={"layers": 4}, **TOP), At(step=9, to=None)],
+    ),
+    "stack_bert": (
+        lambda m: procedures.stack_bert(m, layers=(2, 4, 8), steps=(3, 3), total_steps=9, tokens_per_step=TOKENS),
+        [At(step=at, to={"layers": n}, depth=depth.Stack(), **FRESH) for at, n in ((3, 4), (6, 8))],
+    ),
+    "bert2bert": (
+        lambda m: procedures.bert2bert(
+            m, {"hidden": 48, "layers": 4}, at=2, stage1_steps=4, total_steps=9, tokens_per_step=TOKENS, size=2),
+        [
+            At(step=2, to={"hidden": 48, "layers": 4}, width=width.AKI(), depth=depth.Stack(), trains=trains.SubModels(2), **PLAIN),
+            At(step=6, to=None),
+        ],
+    ),
+    "compound_grow": (
+        lambda m: procedures.compound_grow(
+            m, [{"ffn": "2x"}, {"layers": "2x"}], steps=(3, 3), total_steps=9, tokens_per_step=TOKENS),
+        [
+            At(step=3, to={"ffn": "2x"}, width=width.HyperClone(), depth=depth.Stack(), **PLAIN),
+            At(step=6, to={"layers": "2x"}, width=width.HyperClone(), depth=depth.Stack(), **PLAIN),
+        ],
+    ),
+    "llama_pro": (
+        lambda m: procedures.llama_pro(m, layers=4, at=3, total_steps=9, tokens_per_step=TOKENS),
+        [At(step=3, to={"layers": 4}, depth=depth.IdentityBlocks(), trains=trains.New())],
+    ),
+    "cgls": (
+        lambda m: procedures.cgls(m, layers=(2, 3, 4), steps=(3, 3), warm_steps=1, total_steps=9, tokens_per_step=TOKENS),
+        [
+            At(step=3, to={"layers": 3}, **TOP), At(step=4, to=None),
+            At(step=6, to={"layers": 4}, **TOP), At(step=7, to=None),
+        ],
+    ),
+    "late_depth": (
+        lambda m: procedures.late_depth(m, layers=6, total_steps=10, tokens_per_step=TOKENS),
+        [At(step=8, to={"layers": 6}, depth=depth.Fresh())],
+    ),
+}  # fmt: skip
+
+
+def train(model, optim, schedule, n: int, *, first: int = 0) -> None:
+    for i in range(first, first + n):
+        optim.zero_grad()
+        loss_of(model, batch(seed=i)).backward()
+        schedule.observe(tokens=TOKENS)
+        optim.step()
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("name", MADE)
+def test_a_procedure_runs_to_its_end_as_events_by_hand_and_costs_what_it_prints(family, name):
+    call, events = MADE[name]
+    model = make(family, tied=True).train()
+    schedule = call(model)
+    assert schedule.events == tuple(events)
+    start = copy.deepcopy(model)
+    optim = optimizer(model)
+    schedule.attach(model, optim)
+    losses = []
+    model.register_forward_hook(lambda *_: losses.append(1))
+
+    train(model, optim, schedule, schedule.total_steps)
+
+    assert len(schedule.fired) == len(events) and len(losses) == schedule.total_steps
+    sizes = growkern.describe(model).sizes
+    assert sum(p.numel() for p in model.parameters()) == schedule.stages[-1].n_params
+    varies = any(
+        event.trains.varies for event in events
+    )  # the draws of a few steps are not their mean
+    assert schedule.counts.n_flops == pytest.approx(schedule.flops, rel=0.2 if varies else 1e-12, abs=0)  # fmt: skip
+
+    by_hand = GrowthSchedule(events)
+    optim = optimizer(start)
+    by_hand.attach(start, optim)
+    train(start, optim, by_hand, schedule.total_steps)
+    same_weights(model, start)
+    assert growkern.describe(start).sizes == sizes
+
+
+@pytest.mark.parametrize("name", ["mslt", "bert2bert", "llama_pro"])
+@pytest.mark.parametrize("stop", [2, 3, 5, 7])
+def test_a_procedure_that_is_saved_and_resumed_ends_as_the_unbroken_one(name, stop):
+    def built(seed: int):
+        model = make("llama", tied=True, seed=seed).train()
+        return model, optimizer(model), MADE[name][0](model)
+
+    whole, optim, schedule = built(0)
+    schedule.attach(whole, optim)
+    train(whole, optim, schedule, 9)
+
+    first, optim, schedule = built(0)
+    schedule.attach(first, optim)
+    train(first, optim, schedule, stop)
+    saved = copy.deepcopy((first.state_dict(), optim.state_dict()))
+    state = json.loads(json.dumps(schedule.state_dict()))
+
+    model, optim, schedule = built(1)
+    schedule.load_state_dict(state)
+    growkern.resume(model, optim, state["history"])
+    model.load_state_dict(saved[0])
+    optim.load_state_dict(saved[1])
+    schedule.attach(model, optim)
+    train(model, optim, schedule, 9 - stop, first=stop)
+
+    same_weights(model, whole)
+
+
+@pytest.mark.parametrize("who", [trains.All(), trains.Top(1), trains.Top(3), trains.New()], ids=str)
+def test_flops_are_those_of_the_matrix_products_that_torch_counts(who):
+    """With a head of its own and short sequences, the matrices of the blocks and the head do nearly all of the work."""
+    model = make("llama", tied=False, num_hidden_layers=4, hidden_size=96, intermediate_size=256).train()  # fmt: skip
+    new = [f"model.layers.{i}" for i in (1, 3)]
+    spec = growkern.describe(model)
+    frozen = who.frozen(spec, new)
+    growkern.engine.freezing.choose(model, frozen)
+    ids = torch.zeros(8, 2, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        loss_of(model, ids).backward()
+
+    table = model.model.embed_tokens.weight.numel()  # is looked up
+    n_embedded = 2 * table * (3 if not frozen.names else 1)
+    expected = (flops_per_token(model, spec, frozen) - n_embedded) * ids.numel()
+
+    # in the lowest block that trains, three matrices need no gradient of their input
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.08)
+
+
+def test_a_procedure_prints_its_stages_before_and_during_the_run():
+    model = make("llama", tied=True).train()
+    schedule = MADE["mslt"][0](model)
+
+    text = str(schedule)
+
+    rows = [line for line in text.splitlines() if re.match(r"\d", line)]
+    assert [row.split()[:2] for row in rows[:4]] == [["0", "3"], ["3", "3"], ["6", "3"], ["9", "2"]]
+    assert "layers=3, trains Top" in rows[1] and "trains All()" in rows[3] and rows[0].endswith("now")  # fmt: skip
+    assert f"{schedule.flops / schedule.scratch:.0%} of the" in text
+    optim = optimizer(model)
+    schedule.attach(model, optim)
+    train(model, optim, schedule, 4)
+    rows = [line for line in str(schedule).splitlines() if re.match(r"\d", line)]
+    assert rows[1].endswith("now") and not rows[0].endswith("now")
+
+
+def test_the_rule_of_g_stack_gives_the_examples_of_the_paper():
+    """Llama 3 8B at 15T tokens, Llama 2 7B at 2T tokens, 70B at 2T tokens."""
+    for n, tokens, expected in ((8e9, 15e12, 6.58e9), (7e9, 2e12, 11.11e9)):
+        found = procedures.g_stack_tokens(n, 6 * n * tokens)
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_g_stack_grows_after_the_tokens_of_the_rule():
+    model = make("llama", tied=True)
+    schedule = procedures.g_stack(model, total_steps=100_000, tokens_per_step=2**21)
+
+    (event,) = schedule.events
+    n = schedule.stages[-1].n_params
+    rule = procedures.g_stack_tokens(n, 6.0 * n * 100_000 * 2**21)
+    assert event.step == round(rule / 2**21) and event.rewarm == 3000
+    assert event.to == {"layers": "4x"} and event.depth == depth.Stack() and event.state == "drop"
+    with pytest.raises(PlanError, match="the rule grows a target of .* and the run has 5"):
+        procedures.g_stack(model, total_steps=5, tokens_per_step=32)
+
+
+def test_staged_training_has_the_published_thresholds_and_rewinds():
+    model = make("gpt2", tied=True)
+
+    schedule = procedures.staged_training(
+        model, ["depth", "width", "both"], total_steps=100, tokens_per_step=TOKENS
+    )
+
+    assert [(e.tau, e.rewind, e.rewarm) for e in schedule.events] == [
+        (0.0575, 1.412, 200), (0.0475, 1.776, 200), (0.03, 2.455, 200)
+    ]  # fmt: skip
+    assert schedule.flops is None and "when it is due" in str(schedule)
+    assert schedule.stages[-1].n_params > 8 * schedule.stages[0].n_params
+
+
+REFUSED = {
+    "a depth that the model has not": (
+        lambda m: procedures.mslt(m, layers=(3, 6), steps=(1, 1), joint=1, tokens_per_step=1),
+        "the first stage has 3 blocks, and the model 2; pass layers=\\(2, ...\\)",
+    ),
+    "steps that do not add up": (
+        lambda m: procedures.mslt(m, layers=(2, 4), steps=(1,), joint=1, tokens_per_step=1),
+        "2 stages need 2 numbers of steps, and 1 were passed",
+    ),
+    "steps of nothing": (
+        lambda m: procedures.mslt(m, layers=(2, 4), steps=(1, 0), joint=1, tokens_per_step=1),
+        "numbers of steps of 1 or more",
+    ),
+    "no joint stage": (
+        lambda m: procedures.mslt(m, layers=(2, 4), steps=(1, 1), joint=0, tokens_per_step=1),
+        "the event at step 2 comes after the end of a run of 2 steps",
+    ),
+    "a depth that falls": (
+        lambda m: procedures.cgls(m, layers=(2, 2), steps=(1,), warm_steps=1, total_steps=9, tokens_per_step=1),
+        "do not rise",
+    ),
+    "a size that does not divide": (
+        lambda m: procedures.bert2bert(m, {"layers": 4}, at=1, stage1_steps=1, total_steps=9, tokens_per_step=1),
+        "4 blocks do not divide into sub-models of 3",
+    ),
+    "a share": (
+        lambda m: procedures.late_depth(m, layers=6, share=1.0, total_steps=9, tokens_per_step=1),
+        "between 0 and 1",
+    ),
+    "no tokens": (
+        lambda m: procedures.late_depth(m, layers=6, total_steps=9, tokens_per_step=0),
+        "a number above 0",
+    ),
+    "numbers of stages": (
+        lambda m: procedures.compound_grow(m, [{"ffn": "2x"}], steps=(1, 2), total_steps=9, tokens_per_step=1),
+        "2 stages need 1 numbers of steps, and 2 were passed",
+    ),
+    "a strange model": (
+        lambda m: procedures.llama_pro("model", layers=4, at=1, total_steps=9, tokens_per_step=1),
+        "model: expected",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "match"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_run_is_refused_when_it_is_planned(call, match):
+    model = make("llama", tied=True)
+    with pytest.raises(growkern.errors.GrowthError, match=match):
+        call(model)
