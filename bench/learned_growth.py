@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 import growkern
@@ -20,6 +21,10 @@ from growkern.support.text import table
 
 SOURCE, STEPS, EVERY, WARM_UP = 400, 300, 100, 20
 BATCH, SEQ, EVAL = 8, 64, 96
+SIZES = dict(
+    hidden_size=48, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128, num_hidden_layers=3, vocab_size=256,
+    tie_word_embeddings=True, use_cache=False,
+)  # fmt: skip
 STACK = {"width": width.FPI(maps="cyclic"), "depth": depth.Stack()}
 CASES = {  # growth, and the options of learn; None for a closed form
     "FPI + Stack": (STACK, None),
@@ -65,9 +70,10 @@ def rows(seed: int) -> Iterator[list[str]]:
     text, held_out = demo_run.read_corpus(6_000_000)
     draw = torch.Generator().manual_seed(seed)
     measured = windows(held_out, EVAL, torch.Generator().manual_seed(1))
-    source = demo_run.build({"hidden": 64, "layers": 3}, seed)
+    torch.manual_seed(seed)
+    source = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
     train(source, [windows(text, BATCH, draw) for _ in range(SOURCE)], 2e-3, 0, measured)
-    batches, to = [windows(text, BATCH, draw) for _ in range(STEPS)], {"hidden": 128, "layers": 6}
+    batches, to = [windows(text, BATCH, draw) for _ in range(STEPS)], {"hidden": 96, "layers": 6}
     for name, (methods, options) in CASES.items():
         model, learner, numbers, losses = copy.deepcopy(source), copy.deepcopy(source), "", []
         growkern.expand_inplace(model, to=to, **methods)

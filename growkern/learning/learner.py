@@ -32,7 +32,7 @@ def learn_operators(
 
     Args:
         target: Copy of the target in the closed form. It ends with the learned weights.
-        operators: The operators, in their start.
+        operators: The operators at their start.
         sources: Parameters of the source.
         loss: Function of a model and a batch.
         batches: One batch per step, and at least one.
@@ -41,13 +41,13 @@ def learn_operators(
         on_step: Called after every step with the number of steps and the step's loss.
 
     Raises:
-        PlanError: The loss is no number, or does not depend on the target.
+        PlanError: The loss is no scalar tensor, or has no gradient in the tensors that the operators change.
         CommitError: A loss is not finite.
     """
     began = logged = perf_counter()
     with torch.enable_grad():
         learner = _Learner(target, operators, sources, loss)
-        first = batch = next(batches)
+        first = next(batches)
         closed = learner.measure(first)
         learner.write()
         before, losses = learner.measure(first), list[float]()

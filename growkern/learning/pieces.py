@@ -153,7 +153,7 @@ class Cutter:
             fixed = any(space_of(stream) in NOT_LEARNED for stream in start.use.streams)
             if _is_head_dim(segment[-1]):
                 start = replace(start, whole=_size(segment[-1:], before))
-                fixed = start.whole != _size(segment[-1:], after)
+                fixed = fixed or start.whole != _size(segment[-1:], after)
             if not fixed and not start.keeps_heads:
                 start = replace(start, matrix=_matrix(start.use, self.tie, block))
             yield start
