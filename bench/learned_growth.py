@@ -92,7 +92,7 @@ def main(seeds: list[int]) -> None:
     head = [
         "growth",
         "numbers",
-        "at growth",
+        "closed form",
         *(f"after {n}" for n in range(EVERY, STEPS + 1, EVERY)),
     ]
     for seed in seeds or [0]:
