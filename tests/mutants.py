@@ -518,8 +518,28 @@ MUTANTS = {
     "spec: any fraction rotates": Mutant(
         "model/spec_check.py", "if not 0 <= spec.rotary <= 1:", "if False:", "house/test_hostile_arguments.py -k was_accepted"),
     "spec: a size may be 0": Mutant(
-        "model/spec_check.py", "type(n) is not int or n < 1", "type(n) is not int or n < 0",
+        "model/spec_check.py", "n < (name not in counts)", "n < 0",
         "house/test_hostile_arguments.py -k was_accepted"),
+    "first blocks: any group takes them": Mutant(
+        "engine/first_blocks.py", "[i for i in filled if p.dim() in dims[i]]", "filled[:1]",
+        "engine/test_first_blocks.py -k as_many_dimensions"),
+    "first blocks: out of model order": Mutant(
+        "engine/first_blocks.py", "            grown = [grown[i] for i in order]\n", "", "engine/test_first_blocks.py -k keeps_its_state"),
+    "first blocks: a config of their own": Mutant(
+        "engine/first_blocks.py", "            module.config = model.config\n", "            pass\n",
+        "engine/test_first_blocks.py -k as_transformers_builds_it"),
+    "first blocks: a failure leaves them": Mutant(
+        "engine/first_blocks.py", "            undo.rollback()\n", "            pass\n", "engine/test_first_blocks.py -k changes_nothing"),
+    "first blocks: count as source": Mutant(
+        "engine/run.py", " - n_first", "", "engine/test_first_blocks.py -k as_transformers_builds_it"),
+    "fresh: the function is forgotten": Mutant(
+        "commit/commit.py", "init or initial.initializer(model, name)", "initial.initializer(model, name)",
+        "model/test_initial.py -k in_place_of_the_models"),
+    "fresh: a replay draws": Mutant("training/replay.py", "init=nothing, ", "", "model/test_initial.py -k replayed_from_its_plan"),
+    "attach: the depth method is forgotten": Mutant(
+        "training/attachment.py", "depth=event.depth, on_progress", "on_progress", "model/test_initial.py -k by_a_function"),
+    "middle: the upper of two": Mutant(
+        "depth/middle.py", "(len(order) // size - 1) // 2", "len(order) // size // 2", "planning/test_growth_plan.py -k midas"),
 }  # fmt: skip
 
 

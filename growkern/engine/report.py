@@ -112,9 +112,9 @@ class GrowthReport:
 
     def __str__(self) -> str:
         rows: list[tuple[object, ...]] = [
-            (name, f"{n:,}", f"{self.target_sizes[name]:,}", f"x {self.target_sizes[name] / n:.4g}")
+            (name, f"{n:,}", f"{m:,}", f"x {m / n:.4g}" if n else "")
             for name, n in self.source_sizes.items()
-            if self.target_sizes[name] != n
+            if (m := self.target_sizes[name]) != n
         ]
         ratio = self.n_params_target / max(1, self.n_params_source)
         rows.append(

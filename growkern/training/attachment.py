@@ -143,12 +143,13 @@ class Attachment:
         return [live for reference in self._schedulers if (live := reference()) is not None]
 
     def remove(self) -> None:
-        """Detach the schedule from its optimizers, and let everything train. A second call does nothing."""
+        """Detach the schedule from its optimizers, and let everything train that it has frozen. A second call does nothing."""
         for hook in self._hooks:
             hook.remove()
         if self.schedule.attachment is self:
             self.schedule.attachment = None
-            release(self.model)
+            if self.schedule.who_trains is not None:
+                release(self.model)
 
     def grow(self) -> list[tuple[Event, GrowthReport]]:
         """Fire every due event, in order, if the last optimizer has stepped since the last call.
@@ -184,7 +185,7 @@ class Attachment:
             grown.append((event, report))
             for call in (*schedule.on_growth, *self.on_growth):
                 call(event, report)
-        if schedule.who_trains.varies:
+        if schedule.who_trains is not None and schedule.who_trains.varies:
             self.choose()
         return grown
 
@@ -223,7 +224,7 @@ class Attachment:
                 self.model, self.optims, plan=made, width=event.width, dynamics=made.dynamics, spec=self.spec_of(self.model),
                 state_rules=options.get("state_rules"), backend=options.get("backend"), scheduler=live or None, ema=options.get("ema"),
                 master_weights=options.get("master_weights"), memory=options.get("memory"), check=self._call if check is True else check,
-                on_progress=options.get("on_progress"),
+                depth=event.depth, on_progress=options.get("on_progress"),
             )  # fmt: skip
         finally:
             self.settle()
@@ -293,7 +294,7 @@ class Attachment:
         """
         schedule, who = self.schedule, self.schedule.who_trains
         self.chosen, self._flops = False, None
-        if who.everything and frozen_of(self.model) is None:
+        if who is None or (who.everything and frozen_of(self.model) is None):
             self.chosen = True
             return
         spec = describe(self.model, self.spec_of(self.model))

@@ -61,7 +61,7 @@ class Procedure(GrowthSchedule):
         model: nn.Module,
         events: Sequence[Event],
         *,
-        trains: Trains = ALL,
+        trains: Trains | None = None,
         total_steps: int,
         tokens_per_step: float,
         spec: SpecOf | None = None,
@@ -103,7 +103,7 @@ class Procedure(GrowthSchedule):
         for event, start, end, (place, new_blocks) in zip(
             events, starts, ends, places, strict=True
         ):
-            who = self.trains if event is None else event.trains
+            who = event.trains if event else self.trains or ALL
             described = describe(place, spec(place) if spec else None, values=False)
             costs = [
                 flops_per_token(place, described, one) for one in who.choices(described, new_blocks)

@@ -414,6 +414,22 @@ def test_detaching_lets_everything_train():
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_schedule_leaves_a_choice_that_was_made_by_hand_until_its_event():
+    model = deep("llama", False, 4)
+    optim = optimizer(model)
+    trains.Top(2).apply(model)
+    flags = [p.requires_grad for p in model.parameters()]
+    attachment = GrowthSchedule([At(step=3, to={"layers": 5})]).attach(model, optim)
+    train(model, optim, 2)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    attachment.remove()
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+    GrowthSchedule([At(step=1, to={"layers": 5})]).attach(model, optim)
+    train(model, optim, 1)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 REFUSED = {
     "more than there are": (dict(trains=trains.Top(5)), [], "from the start: Top: 5 blocks"),
     "nothing new": ({}, [At(step=1, to={"hidden": 48}, trains=trains.New())], "no block is new"),
@@ -444,7 +460,7 @@ def test_choices_that_a_model_cannot_make_are_refused_when_attached(start, event
         (lambda: trains.Top("2"), "n: expected"),
         (lambda: trains.New(head="yes"), "head: expected"),
         (lambda: At(step=1, trains="top"), "trains: expected"),
-        (lambda: GrowthSchedule([At(step=1)], trains=None), "trains"),
+        (lambda: GrowthSchedule([At(step=1)], trains=trains.Top), "trains: expected"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(make_it, match):
