@@ -16,6 +16,7 @@ from growkern.api import plan as make_plan
 from growkern.commit.optimizer import Masters
 from growkern.commit.undo import Undo
 from growkern.engine.ddp import Ranks
+from growkern.engine.first_blocks import first_blocks
 from growkern.engine.live_objects import averages_of
 from growkern.engine.report import GrowthReport
 from growkern.engine.request import Request
@@ -138,10 +139,11 @@ def learn(
 
     request = Request(
         model, optimizers(optim), checked_plan, drop_state=True, spec=spec, scheduler=scheduler, ema=ema,
-        master_weights=master_weights, new_rows=getattr(width, "rows", None),
+        master_weights=master_weights, new_rows=getattr(width, "rows", None), init=getattr(depth, "init", None),
+        block=getattr(depth, "block", None),
     )  # fmt: skip
     with torch.inference_mode(False), torch.enable_grad():
-        described = describe(model, spec)
+        described = describe(model, spec, first=first_blocks(model, spec, request.block))
         sources = _parameters(model, described)
         operators = build_operators(described, planned, sources, tie=tie, noise=float(noise))
         n_bytes = _refuse_memory(planned, sources, operators)

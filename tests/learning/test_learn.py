@@ -313,6 +313,29 @@ def test_gradient_checkpointing_does_not_change_what_is_learned():
     assert same(dict(plain.state_dict()), dict(checkpointed.state_dict()))
 
 
+def draw(module):
+    for p in module.parameters(recurse=False):
+        torch.nn.init.constant_(p, 0.5)
+
+
+@pytest.mark.parametrize(("n", "drawn"), [(0, depth.Fresh()), (2, depth.Fresh(init=draw))])
+def test_first_blocks_and_drawn_blocks_are_fixed_addends(n, drawn):
+    model, other = (make("llama", tied=True, num_hidden_layers=n) for _ in range(2))
+    optim = torch.optim.AdamW(model.parameters())
+    to, fpi = {"hidden": 48, "layers": n + 2}, width.FPI()
+
+    report = learned(model, optim, to=to, width=fpi, depth=drawn, steps=0)
+    growkern.expand_inplace(other, to=to, width=fpi, depth=drawn, state="drop")
+
+    assert same(dict(model.state_dict()), dict(other.state_dict())) and len(report.new_blocks) == 2
+    what = learned(model, optim, to={"ffn": "2x"}, width=fpi, lr=1e-2, batches=[batch()]).learned
+    assert what.loss_after < what.loss_before
+    again = learned(
+        make("llama", tied=True, num_hidden_layers=n), to=to, width=fpi, depth=drawn, lr=1e-2, batches=[batch()]
+    ).learned  # fmt: skip
+    assert again.loss_after < again.loss_before
+
+
 def test_gradients_in_flight_are_dropped_where_nothing_is_learned_too():
     model, optim = trained()
 
