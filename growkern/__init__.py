@@ -11,6 +11,7 @@ from growkern.analysis.verification import Verification, verify
 from growkern.api import expand_inplace, plan, shrink_inplace
 from growkern.engine.report import GrowthReport
 from growkern.engine.upcycle import upcycle
+from growkern.learning.learn import learn
 from growkern.model.describe import describe
 from growkern.model.layers import embedding, linear, norm, reader, writer
 from growkern.model.spec import Blocks, ModelSpec, Power
@@ -64,6 +65,7 @@ __all__ = [
     "embedding",
     "errors",
     "expand_inplace",
+    "learn",
     "linear",
     "norm",
     "optim",

@@ -67,6 +67,44 @@ MUTANTS = {
         "methods/test_width.py -k 'stay_equal_are and Lemon'"),
     "plan: an odd number of copies is paired": Mutant(
         "planning/index_map.py", "if len(targets) % 2:", "if False:", "planning/test_index_map.py"),
+    # learning: operators of a growth
+    "learning: layers are mixed twice": Mutant(
+        "learning/operators.py", "change = _sum(None if change is None else self._started(axis, dim, change), learned)",
+        "change = learned if change is None else _sum(change, learned)", "learning/test_operators.py -k 'formula and drawn'"),
+    "learning: the product of two changes is left out": Mutant(
+        "learning/operators.py", "self._learned(axis, dim, _sum(start, change))", "self._learned(axis, dim, start)",
+        "learning/test_operators.py -k 'formula and llama-use'"),
+    "learning: the matrix ignores the plan's scales": Mutant(
+        "learning/pieces.py", "return tuple(scale or 1.0 for scale in self.scales)", "return tuple(1.0 for _ in self.scales)",
+        "learning/test_operators.py -k 'formula and llama-use'"),
+    "learning: heads are mixed coordinate by coordinate": Mutant(
+        "learning/pieces.py", "start = replace(start, whole=_size(segment[-1:], before))", "pass",
+        "learning/test_ties.py -k heads_are_learned"),
+    "learning: Mango mixes no layers of the other tensors": Mutant(
+        "learning/operators.py", "weight * _sum(value, moved)", "weight * value", "learning/test_ties.py -k nested_sums"),
+    "learning: coefficients over zeros are kept": Mutant(
+        "learning/build.py", "if bool(tensor.any())}", "}", "learning/test_operators.py -k source_that_is_0"),
+    "learning: noise changes the sum of coefficients": Mutant(
+        "learning/build.py", "(start + drawn) / (1 + drawn.sum()) - start", "drawn", "learning/test_operators.py -k keeps_the_sum"),
+    "learning: readers and writers share a matrix by default": Mutant(
+        "learning/pieces.py", 'if tie == "use":', "if False:", "learning/test_ties.py -k keeps_readers_apart"),
+    "learning: the last step is not written": Mutant(
+        "learning/learner.py", "            optim.zero_grad()\n            learner.write()\n", "            optim.zero_grad()\n",
+        "learning/test_learn.py -k lower_the_loss"),
+    "learning: gradients of the operators add up over steps": Mutant(
+        "learning/learner.py", "            optim.zero_grad()\n", "", "learning/test_learn.py -k 'functional_call'"),
+    "learning: averages keep the closed form": Mutant(
+        "learning/learn.py", "                _add(operators, sources, _by_name(average), undo)\n", "                pass\n",
+        "learning/test_learn.py -k averages_grow"),
+    "learning: gradients of the source stay": Mutant(
+        "learning/learn.py", "if name in operators.pieces or p.grad is not None:", "if name in operators.pieces:",
+        "learning/test_learn.py -k in_flight"),
+    "learning: the weights are written outside the rollback": Mutant(
+        "learning/learn.py", "            undo.storage(p, value, None)\n", "            p.copy_(value)\n            p.grad = None\n",
+        "learning/test_learn.py -k bitwise_unchanged"),
+    "learning: a learned growth claims to keep the function": Mutant(
+        "learning/learn.py", 'report, preserves="nothing", reasons=(*report.reasons, REASON)', "report, reasons=report.reasons",
+        "learning/test_learn.py -k apart_from_its_values"),
     # optimizer: state rules
     "state: Muon's update has the shape of its rows": Mutant(
         "optimizer/state_rules.py", "return 0.2 * sqrt(max(rows, cols))", "return 0.2 * sqrt(rows)",

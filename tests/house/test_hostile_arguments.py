@@ -100,6 +100,9 @@ CALLS = {  # public call -> the call, its valid arguments, and the names of furt
     "resume": (growkern.resume, pair, ("history", "scheduler", "ema", "master_weights", "spec")),
     "verify": (growkern.verify, lambda: {"source": pair()["model"], "target": pair()["model"], "batch": batch()}, ("optim",)),
     "compare": (growkern.compare, compared, ("loss", "held_out", "on_outcome", "state", "seed")),
+    "learn": (
+        growkern.learn, lambda: pair() | {"batches": [batch()], "to": {"layers": 3}, "steps": 1},
+        ("width", "depth", "lr", "noise", "tie", "loss", "dynamics", "spec", "seed", "scheduler", "ema", "master_weights", "on_step")),
     "upcycle": (growkern.upcycle, lambda: pair() | {"experts": 2}, ("top_k", "std", "seed")),
     "describe": (growkern.describe, lambda: {"model": pair()["model"]}, ("spec",)),
     "attach": (attached, pair, ("scheduler", "deferred", *OPTIONS)),
@@ -133,6 +136,8 @@ MEANT = {  # a long run, and errors that the user's own function or model raises
     "held_out": ["{}", "{'x': 5}", repr(torch.ones(3))],
     "loss": [repr(int)],
     "on_outcome": [repr(int)],
+    "batches": ["{}", "{'x': 5}", repr(torch.ones(3))],
+    "on_step": [repr(int)],
 }
 
 
@@ -164,6 +169,7 @@ def test_every_argument_of_the_public_functions_is_in_the_list():
         "resume",
         "verify",
         "upcycle",
+        "learn",
         "advise",
     ):
         function, valid, more = CALLS[call]

@@ -13,7 +13,7 @@ ROWS = (  # top to bottom: a room imports from lower rows, and from itself
     ("growkern",),  # growkern/__init__.py
     ("checkpoints", "integrations"),
     ("advice",),
-    ("training", "recipes"),
+    ("training", "recipes", "learning"),
     ("analysis",),
     ("api",),
     ("engine",),
