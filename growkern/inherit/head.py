@@ -35,6 +35,7 @@ class Head:
         self._n_rows: int | None = None  # positions that the head sees; None: all, and nothing is caught
         self._caught: Tensor | None = None
         self._is_known = False  # True once the model's own logits have been compared
+        self._autocast = False, torch.float32  # of the head in the last forward
         self._handle = self.linear.register_forward_pre_hook(self._catch)
 
     @property
@@ -69,9 +70,14 @@ class Head:
             self._is_known = True
         return caught, output
 
+    def autocast(self) -> torch.autocast:
+        """Return the autocast context of the head in the last forward: Accelerate casts inside the forward only."""
+        enabled, dtype = self._autocast
+        return torch.autocast(self.linear.weight.device.type, dtype, enabled=enabled)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scaled and capped logits of rows (n, D), at least in float32."""
-        z = self.linear(hidden)
+        z = nn.functional.linear(hidden, self.linear.weight, self.linear.bias)
         z = z.to(torch.promote_types(z.dtype, torch.float32)) * self.scale
         return z if self.cap is None else self.cap * torch.tanh(z / self.cap)
 
@@ -82,13 +88,15 @@ class Head:
             raise UnsupportedModelError(
                 f"the forward of this {self.name} calls its output head more than once; {WAY_OUT}."
             )
-        self._caught = args[0]
+        self._caught, kind = args[0], args[0].device.type
+        self._autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         return (args[0][..., : self._n_rows, :], *args[1:])
 
     @torch.no_grad()
     def _compare(self, hidden: Tensor, output: Any) -> None:
         given = logits_of(output)
-        ours = self.logits(hidden[..., :1, :])
+        with self.autocast():
+            ours = self.logits(hidden[..., :1, :])
         coarse = max(torch.finfo(t.dtype).eps for t in (given, hidden, self.linear.weight))
         error = float((given - ours).abs().max()) if given.shape == ours.shape else float("inf")
         if not error <= coarse**0.5 * float(ours.abs().max()):
@@ -112,6 +120,7 @@ def linear_head(bare: nn.Module) -> nn.Linear:
             f"this {name} names no output head: get_output_embeddings() is missing or returns None. Define the method, or {WAY_OUT}."
         )
     plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    plain = plain and "forward" not in vars(head)  # accelerate.dispatch_model patches it
     if not plain or type(head.weight.data) is not Tensor or not head.weight.is_floating_point():
         raise UnsupportedModelError(
             f"the output head of this {name} is a {type(head).__name__}, and not a linear map with an ordinary weight. Merge its "

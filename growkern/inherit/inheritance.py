@@ -214,7 +214,7 @@ class KnowledgeInheritance:
         """
         if self._head is None or self._model is None:
             raise PlanError("attach the loss to a model first: loss.attach(model, optim).")
-        student = model or self._model
+        student = self._model if model is None else model
         labels = self._labels(batch)
         hidden, output = self._head.hidden(student, model_inputs(batch, student))
         if hidden.shape[:-1] != labels.shape:
@@ -222,9 +222,10 @@ class KnowledgeInheritance:
                 f"the head's input {tuple(hidden.shape)} does not fit the labels {tuple(labels.shape)}; pass labels for every position."
             )
         linear, head = self._head.linear, self._head
-        losses = self._losses(
-            hidden, linear.weight, linear.bias, labels, batch, n_items, head.scale, head.cap
-        )  # fmt: skip
+        with head.autocast():
+            losses = self._losses(
+                hidden, linear.weight, linear.bias, labels, batch, n_items, head.scale, head.cap
+            )
         config: Any = getattr(unwrapped(self._model), "config", None)
         aux = getattr(output, "aux_loss", None)  # of routers, which a model adds where it computes the loss itself
         return losses.loss if aux is None else losses.loss + config.router_aux_loss_coef * aux
