@@ -1,8 +1,8 @@
-"""``dz = (1 - alpha) * (softmax(z) - onehot(y)) + alpha * tau * (sum(q) * softmax(z / tau) - q)``, in place, with both losses of every row.
+"""``dz = (1 - alpha) * (softmax(z) - onehot(y)) + alpha * tau * (sum(q) * softmax(z / tau) - q)``, in place, with both losses of a row.
 
-``z = cap * tanh(scale * logit / cap)``, or ``scale * logit`` without a cap; the gradient is with respect to the logit. ``q`` is the teacher's
-distribution: K indices with weights, or one weight per column. One pass finds the maximum, which serves both softmaxes, because
-``max(z / tau) = max(z) / tau``, and both sums; a second pass writes the gradient. No probability is kept.
+``z = cap * tanh(scale * logit / cap)``, or ``scale * logit`` without a cap; the gradient is with respect to the logit. ``q`` is the
+teacher's distribution: K indices with weights, or one weight per column. One pass finds both sums and the maximum, which serves both
+softmaxes, because ``max(z / tau) = max(z) / tau``; a second pass writes the gradient. No probability is kept.
 Bytes: every logit is read twice and written once; weights per column are read twice.
 """
 

@@ -32,7 +32,9 @@ class Head:
         self.name = type(bare).__name__
         self.linear = linear_head(bare)
         self.scale, self.cap = _scale_and_cap(bare)
-        self._n_rows: int | None = None  # positions that the head sees; None: all, and nothing is caught
+        self._n_rows: int | None = (
+            None  # positions that the head sees; None: all, and nothing is caught
+        )
         self._caught: Tensor | None = None
         self._is_known = False  # True once the model's own logits have been compared
         self._autocast = False, torch.float32  # of the head in the last forward
@@ -50,7 +52,7 @@ class Head:
     def hidden(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
         """Run the model, whose head sees no position; return the head's input (..., D) and the model's output.
 
-        The first time, the head sees one position, and the model's logits of it are compared with those of ``linear``, ``scale`` and ``cap``.
+        The first time, the head sees one position, whose logits are compared with those of ``linear``, ``scale`` and ``cap``.
 
         Raises:
             UnsupportedModelError: The forward does not call the head once, or changes the logits in an unknown way.

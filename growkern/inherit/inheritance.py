@@ -100,7 +100,9 @@ class KnowledgeInheritance:
         seed: int = 0,
     ) -> None:
         if alpha == "constant" and until is not None:
-            raise PlanError('alpha="constant" has no end; leave until= out, or pass alpha="heaviside".')
+            raise PlanError(
+                'alpha="constant" has no end; leave until= out, or pass alpha="heaviside".'
+            )
         if until is not None and until < 1:
             raise PlanError(f"until: {until} is no number of steps; pass 1 or more.")
         for name, value in (("top_k", top_k), ("sampled", sampled)):
@@ -131,7 +133,9 @@ class KnowledgeInheritance:
         if isinstance(teacher, str | Path):
             teacher = Stored(teacher, renormalize=renormalize)
         elif renormalize:
-            raise PlanError("renormalize: this teacher gives its own weights; leave renormalize out.")
+            raise PlanError(
+                "renormalize: this teacher gives its own weights; leave renormalize out."
+            )
         self._teacher = teacher if isinstance(teacher, Stored) else Called(teacher)
         self.tau = _stored_tau(teacher, tau, tokenizer) if isinstance(teacher, Stored) else float(tau or TAU)  # fmt: skip
 
@@ -227,7 +231,9 @@ class KnowledgeInheritance:
                 hidden, linear.weight, linear.bias, labels, batch, n_items, head.scale, head.cap
             )
         config: Any = getattr(unwrapped(self._model), "config", None)
-        aux = getattr(output, "aux_loss", None)  # of routers, which a model adds where it computes the loss itself
+        aux = getattr(
+            output, "aux_loss", None
+        )  # of routers, which a model adds where it computes the loss itself
         return losses.loss if aux is None else losses.loss + config.router_aux_loss_coef * aux
 
     @typed_arguments(PlanError)

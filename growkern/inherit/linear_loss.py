@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from growkern.errors import PlanError
 from growkern.execution.execute import unavailable
 from growkern.inherit.rows import row_gradients
-from growkern.inherit.targets import Targets, merged
+from growkern.inherit.targets import Pair, Targets, merged
 from growkern.support.argument_types import typed_arguments
 from growkern.support.dtypes import arithmetic
 
@@ -77,7 +77,7 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         *grads, n_items = ctx.saved_tensors
         factor = upstream[0] / n_items.to(upstream[0].device)
         scaled = [
@@ -240,9 +240,11 @@ def _chunks(n_rows: int, n_columns: int, dtype: torch.dtype, device: torch.devic
         yield rows, buffer[: rows.stop - start, :n_columns]
 
 
-def _row_gradients(z: Tensor, labels: Tensor, pair: Any, terms: Terms) -> tuple[Tensor, Tensor]:
+def _row_gradients(
+    z: Tensor, labels: Tensor, pair: Pair | None, terms: Terms
+) -> tuple[Tensor, Tensor]:
     index, weight = pair or (None, None)
-    if index is not None and index.shape[1] > MAX_INDICES:
+    if index is not None and weight is not None and index.shape[1] > MAX_INDICES:
         dense = torch.zeros(z.shape, dtype=weight.dtype, device=z.device)
         index, weight = None, dense.scatter_add_(1, index, weight)
     run = row_gradients

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from growkern.errors import CheckpointError, PlanError
 from growkern.inherit.linear_loss import check_numbers
-from growkern.inherit.stored import INDEX, NARROW, SHARD, Header, Shard, Stored, opened, tokenizer_hash
+from growkern.inherit.stored import (
+    INDEX,
+    NARROW,
+    SHARD,
+    Header,
+    Shard,
+    Stored,
+    opened,
+    tokenizer_hash,
+)
 from growkern.inherit.teachers import Live
 from growkern.support.argument_types import typed_arguments
 from growkern.support.text import one_line
@@ -46,9 +55,11 @@ class _Writer:
         """Write the waiting rows as a shard: under another name first, so that a shard is whole or absent."""
         if not self.waiting:
             return
-        from safetensors.torch import save_file
+        from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
-        tensors = {name: torch.cat([rows[name] for rows in self.waiting]) for name in self.waiting[0]}
+        tensors = {
+            name: torch.cat([rows[name] for rows in self.waiting]) for name in self.waiting[0]
+        }
         first = sum(s.n_rows for s in self.shards)
         n_rows, path = len(tensors["token"]), self.folder / SHARD.format(len(self.shards))
         mass = tensors["mass"].sum().item() if "mass" in tensors else float(n_rows)
@@ -120,26 +131,18 @@ def store(
         64
     """
     check_numbers(0.0, tau)
-    if top_k is not None and sampled is not None:
-        raise PlanError("top_k and sampled exclude each other; pass one of them.")
-    k = top_k if top_k is not None else SAMPLES if sampled is None else sampled
-    if k < 1:
-        raise PlanError(f"{'sampled' if top_k is None else 'top_k'}: {k} is no number of weights; pass 1 or more.")  # fmt: skip
-    folder, writer = Path(path), None
+    k = _n_weights(top_k, sampled)
+    known = "" if tokenizer is None else tokenizer_hash(tokenizer)
+    teacher_name = name or type(unwrapped(teacher)).__name__
     live = Live(teacher, top_k, None if top_k is not None else k, tau, None)
-    done = 0
+    kind = "sampled" if top_k is None else "top"
+    folder, writer, done = Path(path), None, 0
     try:
         for batch in batches:
             ids = _ids(batch)
             if writer is None:
-                kind = "sampled" if top_k is None else "top"
-                known = tokenizer_hash(tokenizer) if tokenizer is not None else ""
-                width = _width(live, batch)
-                header = Header(
-                    kind, k, float(tau), width, ids.shape[1], seed, name or type(unwrapped(teacher)).__name__, known
-                )  # fmt: skip
-                if k > width:
-                    raise PlanError(f"top_k or sampled: {k} weights per position are more than the vocabulary of {width}; pass fewer.")  # fmt: skip
+                width, length = _width(live, k), ids.shape[1]
+                header = Header(kind, k, float(tau), width, length, seed, teacher_name, known)
                 writer = _begun(folder, header)
             done = _advance(writer, live, batch, ids, done)
     finally:
@@ -196,7 +199,9 @@ def _rows(
 
 def _compare(writer: _Writer, ids: Tensor, first: int) -> None:
     """Compare tokens with those of the stored part; raise PlanError where they differ."""
-    shards = [s for s in writer.shards if s.first < first + ids.numel() and first < s.first + s.n_rows]
+    shards = [
+        s for s in writer.shards if s.first < first + ids.numel() and first < s.first + s.n_rows
+    ]
     tokens = torch.cat([opened(writer.folder / s.file).get_tensor("token") for s in shards]).long()
     a = first - shards[0].first
     if not torch.equal(tokens[a : a + ids.numel()], ids.flatten().cpu()):
@@ -215,7 +220,7 @@ def _begun(folder: Path, header: Header) -> _Writer:
     while (path := folder / SHARD.format(len(writer.shards))).exists():
         file = opened(path)
         try:
-            said = json.loads((file.metadata() or {})["growkern"])
+            said = json.loads(str(file.metadata()["growkern"]))
             found, held = Header(**said["header"]), float(said["held"])
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{path} is no shard of stored logits; pass another path.") from None  # fmt: skip
@@ -236,14 +241,29 @@ def _ids(batch: Mapping[str, Any]) -> Tensor:
     return ids
 
 
-def _width(live: Live, batch: Mapping[str, Any]) -> int:
-    """Return the number of columns of the teacher's logits."""
-    if live.width is not None:
-        return live.width
-    raise PlanError(
-        f"the teacher, a {type(live.model).__name__}, names no linear output head, so its vocabulary is not known before it runs; "
-        "define get_output_embeddings()."
-    )
+def _n_weights(top_k: int | None, sampled: int | None) -> int:
+    """Return the number of weights per position."""
+    if top_k is not None and sampled is not None:
+        raise PlanError("top_k and sampled exclude each other; pass one of them.")
+    k = top_k if top_k is not None else SAMPLES if sampled is None else sampled
+    if k < 1:
+        name = "sampled" if top_k is None else "top_k"
+        raise PlanError(f"{name}: {k} is no number of weights; pass 1 or more.")
+    return k
+
+
+def _width(live: Live, k: int) -> int:
+    """Return the number of columns of the teacher's logits; raise PlanError if it is not known, or below ``k`` largest ones."""
+    if live.width is None:
+        raise PlanError(
+            f"the teacher, a {type(live.model).__name__}, names no linear output head, so its vocabulary is not known before it runs; "
+            "define get_output_embeddings()."
+        )
+    if k > live.width:
+        raise PlanError(
+            f"top_k or sampled: {k} weights per position are more than the vocabulary of {live.width}; pass fewer."
+        )
+    return live.width
 
 
 def _synced(path: Path) -> None:

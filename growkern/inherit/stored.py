@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,10 @@ class Stored:
             self.header = Header(**data["header"])
             self.shards = [Shard(**shard) for shard in data["shards"]]
             self.held_mass = float(data["held_mass"])
-            problems = [*wrong_fields(self.header), *(p for s in self.shards for p in wrong_fields(s))]
+            problems = [
+                *wrong_fields(self.header),
+                *(p for s in self.shards for p in wrong_fields(s)),
+            ]
         except (KeyError, TypeError, ValueError) as error:
             problems = [f"{type(error).__name__}: {one_line(error)}"]
         if problems:
@@ -136,7 +139,8 @@ class Stored:
         Raises:
             PlanError: The sequences are cut otherwise, lie outside the corpus, or have other tokens.
         """
-        length, at = self.header.length, [int(start) for start in starts.flatten().tolist()]
+        length = self.header.length
+        at = [int(start) for start in starts.flatten().cpu()]
         if ids.dim() != 2 or len(at) != len(ids) or ids.shape[1] != length:
             raise PlanError(
                 f"teacher_at {tuple(starts.shape)} and input_ids {tuple(ids.shape)} do not fit logits stored for sequences of {length} "
@@ -152,7 +156,7 @@ class Stored:
         seen = torch.stack([part["token"] for part in parts])
         differ = (seen != ids.cpu()).nonzero()
         if len(differ):
-            row, column = differ[0].tolist()
+            row, column = (int(i) for i in differ[0])
             raise PlanError(
                 f"the tokens of this batch are not those that the teacher saw: position {at[row] + column} of {self.folder} is token "
                 f"{int(seen[row, column])}, and the batch has {int(ids[row, column])}. Logits belong to one tokenizer, one corpus and, "
@@ -241,8 +245,3 @@ def _size(path: Path) -> int:
         raise CheckpointError(
             f"{path} is missing; run the same store again, which makes what is missing."
         ) from None
-
-
-def header_fields() -> set[str]:
-    """Return the names of the fields of a header."""
-    return {f.name for f in fields(Header)}

@@ -86,13 +86,18 @@ class Called:
     @torch.no_grad()
     def __call__(self, batch: Batch, keep: Tensor, width: int, seed: int) -> Targets:
         """Call the function, and check what it returns."""
-        pair: Any = self.function(batch)
-        if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)):  # pyright: ignore  # fmt: skip
+        given: Any = self.function(batch)
+        if not _is_pair(given):
             raise PlanError(
-                f"teacher: the function returned a {type(pair).__name__}; return a tuple of columns and weights, both (batch, length, K)."
+                f"teacher: the function returned a {type(given).__name__}; return a tuple of columns and weights, both (batch, length, K)."
             )
-        index, probs = pair
+        index: Tensor = given[0]
+        probs: Tensor = given[1]
         return given_targets(index, probs, keep, width, batch["labels"].shape, "teacher")
+
+
+def _is_pair(given: Any) -> bool:
+    return isinstance(given, tuple) and [isinstance(t, Tensor) for t in given] == [True, True]  # pyright: ignore[reportUnknownVariableType]
 
 
 def model_inputs(batch: Batch, model: nn.Module) -> dict[str, Any]:

@@ -240,14 +240,14 @@ def test_logits_of_the_whole_batch_never_exist(monkeypatch):
 
 
 H, W, L = torch.randn(4, 8), torch.randn(10, 8), torch.tensor([1, 2, -100, 3])
-I, P = torch.zeros(4, 2, dtype=torch.int64), torch.full((4, 2), 0.5)
+AT, P = torch.zeros(4, 2, dtype=torch.int64), torch.full((4, 2), 0.5)
 REFUSED = {
     "more weights than columns": (dict(probs=torch.ones(4, 11), alpha=1.0), "11 weights per position, more than the vocabulary of 10"),
-    "a column outside": (dict(index=I + 10, probs=P, alpha=1.0), "outside 0 ... 9"),
-    "a column below": (dict(index=I - 2, probs=P, alpha=1.0), "outside 0 ... 9"),
-    "a negative weight": (dict(index=I, probs=-P, alpha=1.0), "negative or not finite"),
-    "a weight that is none": (dict(index=I, probs=P * math.nan, alpha=1.0), "negative or not finite"),
-    "another number of positions": (dict(index=I[:3], probs=P[:3], alpha=1.0), r"do not fit \(4,\) positions"),
+    "a column outside": (dict(index=AT + 10, probs=P, alpha=1.0), "outside 0 ... 9"),
+    "a column below": (dict(index=AT - 2, probs=P, alpha=1.0), "outside 0 ... 9"),
+    "a negative weight": (dict(index=AT, probs=-P, alpha=1.0), "negative or not finite"),
+    "a weight that is none": (dict(index=AT, probs=P * math.nan, alpha=1.0), "negative or not finite"),
+    "another number of positions": (dict(index=AT[:3], probs=P[:3], alpha=1.0), r"do not fit \(4,\) positions"),
     "no columns": (dict(probs=P, alpha=1.0), r"weights \(\*positions, 10\) alone"),
     "no teacher": (dict(alpha=0.5), "there is no teacher; pass probs="),
     "a share above 1": (dict(alpha=1.5), "pass a number from 0 to 1"),

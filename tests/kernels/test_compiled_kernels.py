@@ -189,7 +189,9 @@ def build(target: str, case: tuple[str | int, ...]) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, options, pointers = {"adamw": adamw, "squares": squares, "inherit": inherit}.get(case[0], expand)(case)
+    kernel, options, pointers = {"adamw": adamw, "squares": squares, "inherit": inherit}.get(
+        case[0], expand
+    )(case)
     constants = {name: value for name, value in options.items() if name.isupper()}
     constants |= {name: None for name, kind in pointers.items() if kind == "constexpr"}
     scalars = {
@@ -261,7 +263,13 @@ def inherit(case: tuple[str | int, ...]) -> tuple[object, dict[str, object], dic
     n_at = 1 if isinstance(teacher, str) else 1 << teacher.bit_length()
     options = launch_options(50257, n_at, teacher != "none", teacher == "dense", bool(cap))
     z = {"float32": "*fp32", "bfloat16": "*bf16"}[dtype]
-    floats = {"weight_ptr": "*fp32", "dense_ptr": "*fp32", "special_ptr": z, "ce_ptr": "*fp32", "kl_ptr": "*fp32"}
+    floats = {
+        "weight_ptr": "*fp32",
+        "dense_ptr": "*fp32",
+        "special_ptr": z,
+        "ce_ptr": "*fp32",
+        "kl_ptr": "*fp32",
+    }
     pointers = {"z_ptr": z, "at_ptr": "*i64"} | floats
     scalars = dict.fromkeys(("n_columns", "n_padded", "stride", "dense_stride"), "i32")
     scalars |= dict.fromkeys(("hard", "soft", "inverse_tau", "scale", "cap"), "fp32")
