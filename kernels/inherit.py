@@ -38,6 +38,33 @@ def _gradient(x, q, mass, hard, soft, inverse_tau, lse, lse_tau, scale, cap, SOF
 
 
 @triton.jit
+def _sums(
+    z_ptr, dense_ptr, n_columns, n_padded, inverse_tau, scale, cap,
+    BLOCK: tl.constexpr, SOFT: tl.constexpr, DENSE: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Return, of a row, the maximum, both sums of exponentials less the maximum, and the mass and the cross term of a dense teacher."""
+    largest = -float("inf")
+    cold, hot, mass, kl = 0.0, 0.0, 0.0, 0.0
+    for start in range(0, n_columns, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        x = _scaled(tl.load(z_ptr + i, mask=i < n_padded, other=0.0), scale, cap, CAPPED)
+        x = tl.where(i < n_columns, x, -float("inf"))
+        new = tl.maximum(largest, tl.max(x, 0))
+        cold = cold * tl.exp(largest - new) + tl.sum(tl.exp(x - new), 0)
+        if SOFT:
+            hot = hot * tl.exp((largest - new) * inverse_tau)
+            hot += tl.sum(tl.exp((x - new) * inverse_tau), 0)
+        if DENSE:
+            p = tl.load(dense_ptr + i, mask=i < n_columns, other=0.0)
+            mass += tl.sum(p, 0)
+            taught = p > 0  # 0 log 0 = 0
+            terms = tl.log(tl.where(taught, p, 1.0)) - tl.where(taught, x, 0.0) * inverse_tau
+            kl += tl.sum(p * terms, 0)
+        largest = new
+    return largest, cold, hot, mass, kl
+
+
+@triton.jit
 def inherit_kernel(
     z_ptr, at_ptr, weight_ptr, dense_ptr, special_ptr, ce_ptr, kl_ptr,
     n_columns, n_padded, stride, dense_stride,
@@ -58,24 +85,9 @@ def inherit_kernel(
         dense_ptr += row * dense_stride
         q += tl.load(dense_ptr + at)
 
-    largest = -float("inf")
-    cold, hot, mass, kl = 0.0, 0.0, 0.0, 0.0
-    for start in range(0, n_columns, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        x = _scaled(tl.load(z_ptr + i, mask=i < n_padded, other=0.0), scale, cap, CAPPED)
-        x = tl.where(i < n_columns, x, -float("inf"))
-        new = tl.maximum(largest, tl.max(x, 0))
-        cold = cold * tl.exp(largest - new) + tl.sum(tl.exp(x - new), 0)
-        if SOFT:
-            hot = hot * tl.exp((largest - new) * inverse_tau)
-            hot += tl.sum(tl.exp((x - new) * inverse_tau), 0)
-        if DENSE:
-            p = tl.load(dense_ptr + i, mask=i < n_columns, other=0.0)
-            mass += tl.sum(p, 0)
-            taught = p > 0  # 0 log 0 = 0
-            terms = tl.log(tl.where(taught, p, 1.0)) - tl.where(taught, x, 0.0) * inverse_tau
-            kl += tl.sum(p * terms, 0)
-        largest = new
+    largest, cold, hot, mass, kl = _sums(
+        z_ptr, dense_ptr, n_columns, n_padded, inverse_tau, scale, cap, BLOCK, SOFT, DENSE, CAPPED
+    )
     lse = largest + tl.log(cold)
     lse_tau = largest * inverse_tau
     if SOFT:
