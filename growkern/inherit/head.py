@@ -123,6 +123,7 @@ def linear_head(bare: nn.Module) -> nn.Linear:
         )
     plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
     plain = plain and "forward" not in vars(head)  # accelerate.dispatch_model patches it
+    plain = plain and head.weight.dim() == 2  # a shard of FSDP or ZeRO is flat
     if not plain or type(head.weight.data) is not Tensor or not head.weight.is_floating_point():
         raise UnsupportedModelError(
             f"the output head of this {name} is a {type(head).__name__}, and not a linear map with an ordinary weight. Merge its "

@@ -12,7 +12,14 @@ from torch.optim import Optimizer
 
 from growkern.errors import PlanError, UnsupportedModelError
 from growkern.inherit.head import Head, shifts_labels
-from growkern.inherit.linear_loss import Losses, Terms, check_numbers, linear_loss
+from growkern.inherit.linear_loss import (
+    IGNORED,
+    Losses,
+    Terms,
+    check_items,
+    check_numbers,
+    linear_loss,
+)
 from growkern.inherit.stored import Stored, tokenizer_hash
 from growkern.inherit.targets import Targets
 from growkern.inherit.teachers import Called, Live, model_inputs, refuse_student, refuse_width
@@ -22,7 +29,6 @@ from growkern.support.wrappers import unwrapped
 
 Function = Callable[[Mapping[str, Any]], tuple[Tensor, Tensor]]
 UNTIL, TAU = 55_000, 2.0  # of the paper's code
-IGNORED = -100
 
 
 class KnowledgeInheritance:
@@ -74,10 +80,30 @@ class KnowledgeInheritance:
         >>> for batch in batches:
         ...     loss(batch, n_items=n_items).backward()
 
-        In a Trainer of transformers: ``growkern.hf.inherit(trainer, loss)``. With Accelerate, attach after ``prepare``, and let
-        ``accelerator.register_for_checkpointing(loss)`` save the step count: ``loss.attach(model, optim)``, then
-        ``accelerator.backward(loss(batch))``. In a LightningModule, ``on_fit_start`` calls ``loss.attach(self.model,
-        self.optimizers())``, ``training_step`` returns ``loss(batch)``, and ``on_save_checkpoint`` stores ``loss.state_dict()``.
+        In a Trainer of transformers, ``growkern.hf.inherit(trainer, loss)`` does all of this. With Accelerate:
+
+        .. code-block:: python
+
+            model, optim = accelerator.prepare(model, optim)
+            loss.attach(model, optim)
+            accelerator.register_for_checkpointing(loss)   # the step count
+            with accelerator.accumulate(model):            # for every batch
+                accelerator.backward(loss(batch))
+                optim.step()
+
+        With Lightning:
+
+        .. code-block:: python
+
+            class Module(LightningModule):
+                def on_train_start(self):
+                    self.loss.attach(self.model, self.optimizers())
+                def training_step(self, batch):
+                    return self.loss(batch)
+                def on_save_checkpoint(self, checkpoint):
+                    checkpoint["inherit"] = self.loss.state_dict()
+                def on_load_checkpoint(self, checkpoint):
+                    self.loss.load_state_dict(checkpoint["inherit"])
 
     Reference:
         Qin et al., "Knowledge Inheritance for Pre-trained Language Models", NAACL 2022, arXiv:2105.13880.
@@ -221,10 +247,6 @@ class KnowledgeInheritance:
         student = self._model if model is None else model
         labels = self._labels(batch)
         hidden, output = self._head.hidden(student, model_inputs(batch, student))
-        if hidden.shape[:-1] != labels.shape:
-            raise PlanError(
-                f"the head's input {tuple(hidden.shape)} does not fit the labels {tuple(labels.shape)}; pass labels for every position."
-            )
         linear, head = self._head.linear, self._head
         with head.autocast():
             losses = self._losses(
@@ -265,11 +287,7 @@ class KnowledgeInheritance:
             PlanError: The shapes do not fit, or the batch does not fit the teacher.
         """
         check_numbers(0.0, self.tau, scale, softcap)
-        if hidden.shape[:-1] != labels.shape or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:  # fmt: skip
-            raise PlanError(
-                f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and labels {tuple(labels.shape)} do not fit; pass (batch, "
-                "length, D), (V, D) and (batch, length)."
-            )
+        check_items(n_items)
         self._check_width(len(weight))
         return self._losses(hidden, weight, bias, labels, {**batch, "labels": labels}, n_items, scale, softcap).loss  # fmt: skip
 
@@ -290,14 +308,13 @@ class KnowledgeInheritance:
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, batch: Mapping[str, Any],
         n_items: Tensor | int | None, scale: float, cap: float | None,
     ) -> Losses:  # fmt: skip
-        flat = labels.flatten()
-        keep = (flat != IGNORED).nonzero().squeeze(1)
-        alpha, targets = self.alpha if torch.is_grad_enabled() else 0.0, None
-        if alpha:
-            targets = self._targets(batch, keep, len(weight))
-        terms = Terms(alpha, self.tau, scale, cap)
-        rows = hidden.reshape(-1, hidden.shape[-1])[keep]
-        losses = linear_loss(rows, weight, bias, flat[keep], targets, terms, len(keep) or 1 if n_items is None else n_items)  # fmt: skip
+        alpha = self.alpha if torch.is_grad_enabled() else 0.0
+
+        def targets_of(keep: Tensor) -> Targets:
+            return self._targets(batch, keep, len(weight))
+
+        terms = Terms(alpha, self.tau, float(scale), cap and float(cap))
+        losses = linear_loss(hidden, weight, bias, labels, terms, n_items, targets_of if alpha else None)  # fmt: skip
         self.ce, self.kl = losses.ce, losses.kl
         return losses
 

@@ -1,6 +1,7 @@
 """Cross entropy and divergence from a teacher through a linear head, chunk by chunk: the logits of the whole batch never exist."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,10 @@ from growkern.inherit.rows import row_gradients
 from growkern.inherit.targets import Pair, Targets, merged
 from growkern.support.argument_types import typed_arguments
 from growkern.support.dtypes import arithmetic
+from growkern.support.text import short
 
 CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}  # logits of a chunk
+IGNORED = -100
 ALIGNMENT = 16  # columns: the kernel reads rows of such a stride 16 bytes at a time
 MAX_INDICES = 1023  # more indices per row become one weight per column
 
@@ -88,11 +91,44 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def linear_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, targets: Targets | None, terms: Terms,
-    n_items: Tensor | float,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: Terms, n_items: Tensor | int | None,
+    targets_of: Callable[[Tensor], Targets] | None, ignore_index: int = IGNORED,
 ) -> Losses:  # fmt: skip
-    """Return the losses of rows that are all predicted: hidden (n, D), head weight (V, D), labels (n,). Arguments are not checked."""
-    return Losses(*_LinearLoss.apply(hidden, weight, bias, labels, targets, terms, n_items))  # pyright: ignore
+    """Return the losses of the predicted positions: hidden (..., D), head weight (V, D), labels (...,).
+
+    Args:
+        hidden: Input of the head.
+        weight: Weight of the head.
+        bias: Bias of the head.
+        labels: Label of every position.
+        terms: Weights of the terms; scale and softcap of the head.
+        n_items: Denominator; None: the number of predicted positions.
+        targets_of: Function from the flat positions that are predicted to the teacher's targets; None: there is no teacher.
+        ignore_index: Label of positions that are not predicted.
+
+    Raises:
+        PlanError: The shapes do not fit, or a label is outside the vocabulary.
+    """
+    fits = hidden.dim() and weight.dim() == 2 and hidden.shape == (*labels.shape, weight.shape[1])
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        raise PlanError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, bias {bias if bias is None else tuple(bias.shape)} and labels "
+            f"{tuple(labels.shape)} do not fit; pass hidden (..., D), weight (V, D), bias (V,) and labels (...,)."
+        )
+    if labels.is_floating_point() or labels.is_complex():
+        raise PlanError(f"labels: {labels.dtype} is no dtype of tokens; pass int64.")
+    flat = labels.flatten().long()
+    keep = (flat != ignore_index).nonzero().squeeze(1)
+    kept = flat[keep]
+    if bool(((kept < 0) | (kept >= len(weight))).any()):
+        raise PlanError(
+            f"labels: a label is outside 0 ... {len(weight) - 1} and is not {ignore_index}, which marks positions that are not predicted; "
+            "check the tokenizer, or pass ignore_index=."
+        )
+    targets = None if targets_of is None else targets_of(keep)
+    rows = hidden.reshape(-1, hidden.shape[-1])[keep]
+    n = max(len(keep), 1) if n_items is None else n_items
+    return Losses(*_LinearLoss.apply(rows, weight, bias, kept, targets, terms, n))  # pyright: ignore
 
 
 @typed_arguments(PlanError)
@@ -156,19 +192,25 @@ def fused_loss(
         raise PlanError(
             f"fused_loss: alpha is {alpha}, and there is no teacher; pass probs=, or alpha=0."
         )
-    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or hidden.shape[:-1] != labels.shape:  # fmt: skip
+    if not -(1 << 63) <= ignore_index < 1 << 63:
+        raise PlanError(f"ignore_index: {ignore_index} is no int64; pass -100, or another negative one.")  # fmt: skip
+    check_items(n_items)
+
+    def targets_of(keep: Tensor) -> Targets:
+        assert probs is not None
+        return given_targets(index, probs, keep, len(weight), labels.shape, "fused_loss")
+
+    terms = Terms(alpha, float(tau), float(scale), softcap and float(softcap), backend)
+    return linear_loss(hidden, weight, bias, labels, terms, n_items, targets_of if alpha else None, ignore_index)  # fmt: skip
+
+
+def check_items(n_items: Tensor | int | None) -> None:
+    """Raise PlanError for a denominator that is no positive number, or a tensor of several."""
+    count = 1 if n_items is None or isinstance(n_items, Tensor) else n_items
+    if not 0 < count < 1 << 63 or (isinstance(n_items, Tensor) and n_items.numel() != 1):
         raise PlanError(
-            f"fused_loss: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and labels {tuple(labels.shape)} do not fit; "
-            "pass hidden (..., D), weight (V, D) and labels (...,)."
+            f"n_items: {short(n_items)} is no number of positions; pass one number, 1 or more."
         )
-    flat = labels.flatten()
-    keep = (flat != ignore_index).nonzero().squeeze(1)
-    targets = None
-    if alpha and probs is not None:
-        targets = given_targets(index, probs, keep, len(weight), labels.shape, "fused_loss")
-    terms = Terms(alpha, tau, scale, softcap, backend)
-    rows = hidden.reshape(-1, hidden.shape[-1])[keep]
-    return linear_loss(rows, weight, bias, flat[keep], targets, terms, len(keep) or 1 if n_items is None else n_items)  # fmt: skip
 
 
 def check_numbers(alpha: float, tau: float, scale: float = 1.0, softcap: float | None = None) -> None:  # fmt: skip

@@ -134,7 +134,7 @@ def store(
     k = _n_weights(top_k, sampled)
     known = "" if tokenizer is None else tokenizer_hash(tokenizer)
     teacher_name = name or type(unwrapped(teacher)).__name__
-    live = Live(teacher, top_k, None if top_k is not None else k, tau, None)
+    live = Live(teacher, top_k, None if top_k is not None else k, float(tau), None)
     kind = "sampled" if top_k is None else "top"
     folder, writer, done = Path(path), None, 0
     try:
@@ -187,7 +187,7 @@ def _rows(
     """Run the teacher on a batch; return what is stored of it."""
     narrow = torch.uint16 if header.vocab <= NARROW else torch.int32
     keep = torch.arange(ids.numel())
-    targets = live(batch, keep, header.vocab, (header.seed << 40) + first)
+    targets = live(batch, keep, header.vocab, ((header.seed << 40) + first) % (1 << 63))
     pairs = [targets(slice(i, i + CHUNK)) for i in range(0, len(keep), CHUNK)]
     index = torch.cat([index for index, _ in pairs if index is not None])
     weight = torch.cat([weight for _, weight in pairs]).float()
@@ -235,7 +235,7 @@ def _begun(folder: Path, header: Header) -> _Writer:
 
 
 def _ids(batch: Mapping[str, Any]) -> Tensor:
-    ids: Any = batch.get("input_ids")
+    ids: Any = batch.get("input_ids") if isinstance(batch, Mapping) else None  # pyright: ignore[reportUnnecessaryIsInstance]
     if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
         raise PlanError("a batch for store has input_ids of shape (batch, length); this one has none.")  # fmt: skip
     return ids

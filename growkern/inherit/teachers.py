@@ -42,7 +42,7 @@ class Live:
     @torch.no_grad()
     def __call__(self, batch: Batch, keep: Tensor, width: int, seed: int) -> Targets:
         """Run the teacher on a batch."""
-        place = next(self.model.parameters()).device
+        place = next(self.model.parameters(), keep).device
         inputs = {k: v.to(place) if isinstance(v, Tensor) else v for k, v in model_inputs(batch, self.model).items()}  # fmt: skip
         if self.model.training:
             self.model.eval()

@@ -256,6 +256,10 @@ REFUSED = {
     "an unknown backend": (dict(backend="cuda"), "backend='cuda' is unknown"),
     "a label tensor of another shape": (dict(labels=L[:3]), r"labels \(3,\) do not fit"),
     "a hidden size of another head": (dict(weight=W[:, :4]), r"weight \(10, 4\)"),
+    "a label outside": (dict(labels=L + 8), "a label is outside 0 ... 9 and is not -100"),
+    "labels that are no tokens": (dict(labels=L.float()), "torch.float32 is no dtype of tokens"),
+    "a bias of another head": (dict(bias=W[0]), r"bias \(8,\)"),
+    "no positions": (dict(n_items=0), "n_items: 0 is no number of positions"),
     "a string": (dict(tau="2"), "tau: expected number, got '2'"),
 }  # fmt: skip
 
