@@ -16,7 +16,7 @@ from growkern.support.argument_types import typed_arguments
 from growkern.support.dtypes import arithmetic
 from growkern.support.text import short
 
-CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}  # logits of a chunk
+CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits of a chunk
 IGNORED = -100
 ALIGNMENT = 16  # columns: the kernel reads rows of such a stride 16 bytes at a time
 MAX_INDICES = 1023  # more indices per row become one weight per column
@@ -230,24 +230,25 @@ def given_targets(
     Raises:
         PlanError: The shapes do not fit the labels' ``shape``, K exceeds the vocabulary, or a column or a weight is out of range.
     """
-    kept = probs.reshape(-1, probs.shape[-1] if probs.dim() else 1)
-    k = kept.shape[1]
+    flat = probs.reshape(-1, probs.shape[-1] if probs.dim() else 1)
+    k = flat.shape[1]
     if k > width:
         raise PlanError(
             f"{who}: the teacher has {k} weights per position, more than the vocabulary of {width}; pass at most {width}."
         )
-    fits = len(kept) == shape.numel() and (probs.shape == index.shape if index is not None else k == width)  # fmt: skip
+    fits = len(flat) == shape.numel() and (probs.shape == index.shape if index is not None else k == width)  # fmt: skip
     if not fits:
         raise PlanError(
             f"{who}: the teacher's columns {index if index is None else tuple(index.shape)} and weights {tuple(probs.shape)} do not fit "
             f"{tuple(shape)} positions and a vocabulary of {width}; pass both as (*positions, K), or weights (*positions, {width}) alone."
         )
-    kept = kept.to(keep.device)[keep].float() if probs.dtype != torch.float64 else kept.to(keep.device)[keep]  # fmt: skip
+    place, dtype = keep.to(flat.device), arithmetic(flat.dtype)
     if index is None:
-        _refuse(bool(((kept >= 0) & kept.isfinite()).all()), who, width)
-        return lambda rows: (None, kept[rows])
+        lowest, highest = (bound[place] for bound in flat.aminmax(dim=1))
+        _refuse(bool(((lowest >= 0) & highest.isfinite()).all()), who, width)
+        return lambda rows: (None, flat[place[rows]].to(keep.device, dtype))
     at = index.reshape(-1, k).to(keep.device, torch.int64)[keep]
-    kept = kept.masked_fill(at == -1, 0.0)
+    kept = flat[place].to(keep.device, dtype).masked_fill(at == -1, 0.0)
     _refuse(bool(((at >= -1) & (at < width) & (kept >= 0) & kept.isfinite()).all()), who, width)
     at, kept = merged(at.clamp_min(0), kept)
     return lambda rows: (at[rows], kept[rows])
