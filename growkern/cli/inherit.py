@@ -1,6 +1,7 @@
 """The command ``growkern inherit store``: a checkpoint's logits of a text, for training with a teacher that does not run."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -42,12 +43,13 @@ def store(
         ids, tokenizer = sequences(model, teacher, text, tokens)
         device = "cuda" if torch.cuda.is_available() else "cpu"
 
-        def batches() -> Iterator[dict[str, torch.Tensor]]:
+        def batches() -> Generator[dict[str, torch.Tensor]]:
             starts = range(0, len(ids), batch_size)
             for i in track(starts, "storing", console=Console(stderr=True)):
                 yield {"input_ids": ids[i : i + batch_size]}
 
-        made = growkern.inherit.store(
-            model.to(device), batches(), out, top_k=top_k, sampled=sampled, tau=tau, seed=seed, name=str(teacher), tokenizer=tokenizer,
-        )  # fmt: skip
+        with closing(batches()) as given:  # a refusal ends the bar
+            made = growkern.inherit.store(
+                model.to(device), given, out, top_k=top_k, sampled=sampled, tau=tau, seed=seed, name=str(teacher), tokenizer=tokenizer,
+            )  # fmt: skip
         typer.echo(made)

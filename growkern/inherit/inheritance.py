@@ -145,12 +145,11 @@ class KnowledgeInheritance:
         self._model: nn.Module | None = None
         self._head: Head | None = None
         self._handles: list[Any] = []
+        self._shift: bool | None = None
         self._teacher: Live | Stored | Called | None = None
         if isinstance(teacher, nn.Module):
             self.tau = TAU if tau is None else float(tau)
             self._teacher = Live(teacher, top_k, sampled, self.tau, vocab, renormalize)
-            if top_k is not None and self._teacher.width is not None:
-                _refuse_large(top_k, self._teacher.width)
             return
         if top_k is not None or sampled is not None:
             raise PlanError(
@@ -253,9 +252,7 @@ class KnowledgeInheritance:
                 hidden, linear.weight, linear.bias, labels, batch, n_items, head.scale, head.cap
             )
         config: Any = getattr(unwrapped(self._model), "config", None)
-        aux = getattr(
-            output, "aux_loss", None
-        )  # of routers, which a model adds where it computes the loss itself
+        aux = getattr(output, "aux_loss", None)  # of routers; a model adds it to a loss of its own
         return losses.loss if aux is None else losses.loss + config.router_aux_loss_coef * aux
 
     @typed_arguments(PlanError)
@@ -293,6 +290,10 @@ class KnowledgeInheritance:
 
     def count(self, batches: Iterable[Mapping[str, Any]]) -> int:
         """Return the number of predicted positions of several batches: the one denominator of an accumulated step."""
+        if self._shift is None:
+            raise PlanError(
+                "count needs to know whether the labels are those of the next position: attach the loss to a model, or pass shift=."
+            )
         return sum(int((self._labels(batch) != IGNORED).sum()) for batch in batches)
 
     def state_dict(self) -> dict[str, int]:
@@ -364,10 +365,3 @@ def _stored_tau(stored: Stored, tau: float | None, tokenizer: object | None) -> 
     if stored.renormalize and stored.advice:
         warn(stored.advice[0], stacklevel=4)
     return header.tau
-
-
-def _refuse_large(k: int, width: int) -> None:
-    if k > width:
-        raise PlanError(
-            f"top_k: {k} is more than the vocabulary of {width}; pass at most {width}, or None for all."
-        )

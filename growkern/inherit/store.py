@@ -141,7 +141,7 @@ def store(
         for batch in batches:
             ids = _ids(batch)
             if writer is None:
-                width, length = _width(live, k), ids.shape[1]
+                width, length = _width(live), ids.shape[1]
                 header = Header(kind, k, float(tau), width, length, seed, teacher_name, known)
                 writer = _begun(folder, header)
             done = _advance(writer, live, batch, ids, done)
@@ -252,16 +252,12 @@ def _n_weights(top_k: int | None, sampled: int | None) -> int:
     return k
 
 
-def _width(live: Live, k: int) -> int:
-    """Return the number of columns of the teacher's logits; raise PlanError if it is not known, or below ``k`` largest ones."""
+def _width(live: Live) -> int:
+    """Return the number of columns of the teacher's logits; raise PlanError if it is not known before a forward."""
     if live.width is None:
         raise PlanError(
             f"the teacher, a {type(live.model).__name__}, names no linear output head, so its vocabulary is not known before it runs; "
             "define get_output_embeddings()."
-        )
-    if k > live.width:
-        raise PlanError(
-            f"top_k or sampled: {k} weights per position are more than the vocabulary of {live.width}; pass fewer."
         )
     return live.width
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -18,6 +19,7 @@ from growkern.support.text import one_line, table
 
 INDEX, SHARD = "index.json", "teacher-{:05d}.safetensors"
 NARROW = 1 << 16  # columns below it are stored in 16 bits
+MOST_OPEN = 256  # shards; a process may have 1024 open files
 PEAKED = 0.9  # held mass below which renormalized weights teach another distribution
 
 
@@ -165,8 +167,10 @@ class Stored:
         return torch.stack([part["index"] for part in parts]), torch.stack([part["prob"] for part in parts])  # fmt: skip
 
     def _sequence(self, start: int) -> dict[str, Tensor]:
-        shard = next(s for s in self.shards if s.first <= start < s.first + s.n_rows)
+        shard = self.shards[bisect_right(self.shards, start, key=lambda s: s.first) - 1]
         if shard.file not in self._opened:
+            if len(self._opened) == MOST_OPEN:
+                self._opened.pop(next(iter(self._opened)))
             self._opened[shard.file] = opened(self.folder / shard.file)
         file, a = self._opened[shard.file], start - shard.first
         rows = {name: file.get_slice(name)[a : a + self.header.length] for name in file.keys()}  # noqa: SIM118

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from growkern.errors import PlanError, UnsupportedModelError
-from growkern.inherit.head import Head, logits_of
+from growkern.inherit.head import Head, linear_head, logits_of
 from growkern.inherit.linear_loss import given_targets
 from growkern.inherit.targets import Pair, Targets, sampled, top
 from growkern.support.wrappers import unwrapped
@@ -30,6 +30,7 @@ class Live:
         self.model, self.top_k, self.n_samples = model.eval(), top_k, n_samples
         self.tau, self.vocab, self.renormalize = tau, vocab, renormalize
         try:
+            _refuse_large(top_k, len(linear_head(unwrapped(model)).weight))
             self.head: Head | None = Head(model)
         except UnsupportedModelError:
             self.head = None
@@ -52,6 +53,7 @@ class Live:
         else:
             rows = logits_of(self.model(**inputs))
             refuse_width(rows.shape[-1], width, self.vocab)
+            _refuse_large(self.top_k, rows.shape[-1])
             logits = _widened
         rows = rows.reshape(-1, rows.shape[-1])[keep.to(place)]
         generator = torch.Generator(place).manual_seed(seed)
@@ -107,6 +109,13 @@ def model_inputs(batch: Batch, model: nn.Module) -> dict[str, Any]:
     if prepare is not None and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = prepare(labels=batch["labels"])
     return inputs
+
+
+def _refuse_large(top_k: int | None, width: int) -> None:
+    if top_k is not None and top_k > width:
+        raise PlanError(
+            f"top_k: {top_k} is more than the vocabulary of {width}; pass at most {width}, or None for all."
+        )
 
 
 def refuse_width(teacher: int, student: int, vocab: int | None) -> None:

@@ -55,12 +55,13 @@ def inherit(trainer: Trainer, loss: KnowledgeInheritance) -> object:
             model on several GPUs in one process.
         UnsupportedModelError: The model has no linear output head; see ``KnowledgeInheritance.attach``.
     """
+    from transformers.trainer import Trainer as StockTrainer
     from transformers.trainer_callback import TrainerCallback
 
-    _refuse(trainer)
+    _refuse(trainer, StockTrainer.compute_loss)
     linear_head(unwrapped(trainer.model))
     shift = shifts_labels(trainer.model)
-    stock, report = trainer.compute_loss, trainer.log
+    stock, report, counts = trainer.compute_loss, trainer.log, trainer.model_accepts_loss_kwargs
 
     class InheritCallback(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **live: Any) -> None:
@@ -75,7 +76,7 @@ def inherit(trainer: Trainer, loss: KnowledgeInheritance) -> object:
     ) -> Any:  # fmt: skip
         if not model.training or return_outputs:
             inputs = {key: value for key, value in inputs.items() if key != OWN[1]}
-            return stock(model, inputs, return_outputs, num_items_in_batch)
+            return stock(model, inputs, return_outputs, num_items_in_batch if counts else None)
         value = loss(inputs, n_items=num_items_in_batch, model=model)
         if trainer.args.average_tokens_across_devices and num_items_in_batch is not None:
             value = value * (trainer.accelerator.num_processes // trainer.get_tp_size())
@@ -94,7 +95,7 @@ def inherit(trainer: Trainer, loss: KnowledgeInheritance) -> object:
     return callback
 
 
-def _refuse(trainer: Trainer) -> None:
+def _refuse(trainer: Trainer, stock: Callable[..., Any]) -> None:
     if not hasattr(trainer, "callback_handler"):
         raise PlanError(f"trainer: expected a transformers.Trainer, got {type(trainer).__name__}.")
     callbacks = trainer.callback_handler.callbacks
@@ -106,6 +107,11 @@ def _refuse(trainer: Trainer) -> None:
         raise PlanError(
             "the trainer has a compute_loss_func or label smoothing, which this loss would replace silently; leave compute_loss_func and "
             "label_smoothing_factor out."
+        )
+    if type(trainer).compute_loss is not stock:
+        raise PlanError(
+            f"the {type(trainer).__name__} has a compute_loss of its own, which this loss would replace silently; call loss(inputs, "
+            "n_items=num_items_in_batch, model=model) there, and attach the loss in on_train_begin of a callback."
         )
     if trainer.args.n_gpu > 1:
         raise PlanError(

@@ -43,7 +43,7 @@ def test_the_command_stores_what_the_function_stores(source, tmp_path):
     ("options", "code", "match"),
     [
         (("--tokens", 99), 1, "does not fit|do not fit"),
-        (("--tokens", 60, "--top-k", 67), 1, "67 weights per position are more than the vocabulary of 66"),
+        (("--tokens", 60, "--top-k", 67), 1, "top_k: 67 is more than the vocabulary of 66"),
         (("--tokens", 16, "--top-k", 5, "--sampled", 5), 1, "exclude each other"),
         (("--tokens", 16, "--tau", 0), 1, "tau: 0.0 is not positive"),
         (("--tokens", 16, "--sampled", 0), 2, "--sampled"),

@@ -163,7 +163,18 @@ def inherited(tmp_path, model=None, trainer=None, **changes):
     return own
 
 
+class OwnLoss(transformers.Trainer):
+    def compute_loss(self, *args, **kwargs):
+        return 2 * super().compute_loss(*args, **kwargs)
+
+
+def own_loss(path):
+    args = transformers.TrainingArguments(output_dir=str(path), use_cpu=True, report_to=[])
+    inherited(path, trainer=OwnLoss(make("llama", tied=True), args))
+
+
 REFUSED = {
+    "a loss of its own": (own_loss, PlanError, "the OwnLoss has a compute_loss of its own"),
     "twice": (lambda path: inherited(path, trainer=inherited(path)), PlanError, "inherits already"),
     "label smoothing": (lambda path: inherited(path, label_smoothing_factor=0.1), PlanError, "label smoothing"),
     "no head": (lambda path: inherited(path, make("llama", tied=True).model), UnsupportedModelError, "names no output head"),

@@ -354,6 +354,19 @@ def test_remove_leaves_no_hook():
     assert not model.lm_head._forward_pre_hooks and not optim._optimizer_step_post_hooks
 
 
+def test_a_copy_of_an_attached_student_is_a_plain_model(tmp_path):
+    model = make("llama", tied=True)
+    loss = attached(model)
+    loss(data(model))
+
+    average = torch.optim.swa_utils.AveragedModel(model)
+    torch.save(model, tmp_path / "model.pt")
+
+    for other in (average.module, torch.load(tmp_path / "model.pt", weights_only=False)):
+        torch.testing.assert_close(logits(other, batch()), logits(model, batch()))
+    assert float(loss(data(model)).detach()) > 0
+
+
 def test_a_compiled_student_has_the_same_loss_and_keeps_its_own_forward():
     model = make("llama", tied=True)
     loss = KnowledgeInheritance(make("llama", tied=False), until=4)
@@ -458,6 +471,7 @@ REFUSED = {
     "a share above 1": (lambda: KnowledgeInheritance(student(), peak=2.0), "pass a number from 0 to 1"),
     "a function without weights": (lambda: called(lambda b: b["input_ids"]), "return a tuple of columns and weights"),
     "columns outside": (lambda: called(lambda b: (b["input_ids"][..., None] + VOCAB, torch.ones(2, 16, 1))), "outside 0 ... 65"),
+    "a count of unknown labels": (lambda: KnowledgeInheritance(student()).count([data(student())]), "count needs to know"),
     "no labels": (lambda: attached(student())({"input_ids": batch()}), "the batch has no labels"),
     "no folder": (lambda: KnowledgeInheritance("nowhere"), "nowhere has no index.json"),
 }  # fmt: skip

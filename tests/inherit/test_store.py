@@ -254,7 +254,7 @@ REFUSED = {
     "stored of another corpus": (lambda f: again(f, corpus(seed=3)), "the tokens at position 0 are not those"),
     "stored of a longer corpus": (lambda f: again(f, corpus()[:6]), "the batches have 96 positions, and .* holds 192"),
     "a folder that is none": (lambda f: Stored(f.parent), "holds no complete stored logits. Pass a folder"),
-    "too many weights": (lambda f: again(f.parent / "k", sampled=None, top_k=67), "67 weights per position are more"),
+    "too many weights": (lambda f: again(f.parent / "k", sampled=None, top_k=67), "top_k: 67 is more than the vocabulary of 66"),
     "two choices": (lambda f: again(f.parent / "k", top_k=3), "exclude each other"),
     "no weights": (lambda f: again(f.parent / "k", sampled=0), "sampled: 0 is no number"),
     "no batch": (lambda f: store(teacher(), [], f.parent / "k"), "batches: there is none"),
