@@ -424,6 +424,49 @@ MUTANTS = {
     "spec: a size may be 0": Mutant(
         "model/spec_check.py", "type(n) is not int or n < 1", "type(n) is not int or n < 0",
         "house/test_hostile_arguments.py -k was_accepted"),
+    # inherit: the loss of a teacher
+    "inherit: the temperature is not squared": Mutant(
+        "inherit/linear_loss.py", "terms.alpha * terms.tau**2 * divergence", "terms.alpha * terms.tau * divergence",
+        "inherit/test_linear_loss.py -k kl_div"),
+    "inherit: the gradient forgets the held mass": Mutant(
+        "inherit/rows.py", "mul_(soft * q.sum(1, keepdim=True))", "mul_(soft)",
+        "inherit/test_linear_loss.py -k 'plain_formula and top'"),
+    "inherit: equal columns do not add up": Mutant(
+        "inherit/targets.py", "is_new[:, 1:] = index[:, 1:] != index[:, :-1]\n", "pass\n",
+        "inherit/test_linear_loss.py -k counts"),
+    "inherit: a softcap without its derivative": Mutant(
+        "inherit/rows.py", "scale if cap is None else scale * (1 - (x / cap) ** 2)", "scale",
+        "inherit/test_linear_loss.py -k 'plain_formula and capped'"),
+    "inherit: the kernel forgets the label among the teacher's columns": Mutant(
+        "kernels/inherit.py", "q = tl.where(at == label, tl.sum(tl.where(at == label, q, 0.0), 0), q)", "pass",
+        "kernels/test_inherit_kernel.py -k 67-top"),
+    "inherit: the kernel sums scratch columns": Mutant(
+        "kernels/inherit.py", 'x = tl.where(i < n_columns, x, -float("inf"))', "pass",
+        "kernels/test_inherit_kernel.py -k 67-none"),
+    "inherit: a denominator per micro-batch": Mutant(
+        "inherit/linear_loss.py", "max(len(keep), 1) if n_items is None else n_items", "max(len(keep), 1)",
+        "inherit/test_linear_loss.py -k micro_batches"),
+    "inherit: alpha counts micro-batches": Mutant(
+        "inherit/inheritance.py", "        self._n_calls += 1\n", "        self._n_calls += 1\n        self.n_steps += 1\n",
+        "inherit/test_inheritance.py -k counts_optimizer_steps"),
+    "inherit: the teacher stays when alpha is 0": Mutant(
+        "inherit/inheritance.py", "            self._teacher = None\n", "            pass\n",
+        "inherit/test_inheritance.py -k released"),
+    "inherit: the head's own logits are not compared": Mutant(
+        "inherit/head.py", "            self._compare(caught, output)\n", "",
+        "inherit/test_inheritance.py -k cannot_be_inherited"),
+    "inherit: a logit scale is forgotten": Mutant(
+        "inherit/head.py", '("logit_scale", 1), ', "",
+        "inherit/test_inheritance.py -k cohere"),
+    "inherit: stored tokens are not compared": Mutant(
+        "inherit/stored.py", "        if len(differ):\n", "        if False:\n",
+        "inherit/test_store.py -k masks"),
+    "inherit: a resumed store draws other samples": Mutant(
+        "inherit/store.py", "((header.seed << 40) + first) % (1 << 63)", "torch.seed() % (1 << 62)",
+        "inherit/test_store.py -k interrupted"),
+    "inherit: float16 weights lose the held mass": Mutant(
+        "inherit/stored.py", "prob = prob / total  # float16 has rounded the weights", "pass",
+        "inherit/test_store.py -k float16"),
 }  # fmt: skip
 
 

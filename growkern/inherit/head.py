@@ -37,7 +37,7 @@ class Head:
         )
         self._caught: Tensor | None = None
         self._is_known = False  # True once the model's own logits have been compared
-        self._autocast = False, torch.float32  # of the head in the last forward
+        self._dtype = self.linear.weight.dtype
         self._handle = self.linear.register_forward_pre_hook(self._catch)
 
     @property
@@ -72,15 +72,21 @@ class Head:
             self._is_known = True
         return caught, output
 
-    def autocast(self) -> torch.autocast:
-        """Return the autocast context of the head in the last forward: Accelerate casts inside the forward only."""
-        enabled, dtype = self._autocast
-        return torch.autocast(self.linear.weight.device.type, dtype, enabled=enabled)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the head's logits in the last forward: Accelerate casts inside the forward only."""
+        return self._dtype
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scaled and capped logits of rows (n, D), at least in float32."""
-        z = nn.functional.linear(hidden, self.linear.weight, self.linear.bias)
-        z = z.to(torch.promote_types(z.dtype, torch.float32)) * self.scale
+        given: Any = self.linear.bias  # None without a bias, whatever the annotation says
+        weight, bias = (
+            self.linear.weight.to(self._dtype),
+            None if given is None else given.to(self._dtype),
+        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            z = nn.functional.linear(hidden.to(self._dtype), weight, bias)
+            z = z.to(torch.promote_types(z.dtype, torch.float32)) * self.scale
         return z if self.cap is None else self.cap * torch.tanh(z / self.cap)
 
     def _catch(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -91,15 +97,16 @@ class Head:
                 f"the forward of this {self.name} calls its output head more than once; {WAY_OUT}."
             )
         self._caught, kind = args[0], args[0].device.type
-        self._autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        casts = torch.is_autocast_enabled(kind)
+        self._dtype = torch.get_autocast_dtype(kind) if casts else self.linear.weight.dtype
         return (args[0][..., : self._n_rows, :], *args[1:])
 
     @torch.no_grad()
     def _compare(self, hidden: Tensor, output: Any) -> None:
         given = logits_of(output)
-        with self.autocast():
-            ours = self.logits(hidden[..., :1, :])
-        coarse = max(torch.finfo(t.dtype).eps for t in (given, hidden, self.linear.weight))
+        ours = self.logits(hidden[..., :1, :])
+        dtypes = given.dtype, hidden.dtype, self._dtype
+        coarse = max(torch.finfo(dtype).eps for dtype in dtypes)
         error = float((given - ours).abs().max()) if given.shape == ours.shape else float("inf")
         if not error <= coarse**0.5 * float(ours.abs().max()):
             raise UnsupportedModelError(

@@ -247,10 +247,9 @@ class KnowledgeInheritance:
         labels = self._labels(batch)
         hidden, output = self._head.hidden(student, model_inputs(batch, student))
         linear, head = self._head.linear, self._head
-        with head.autocast():
-            losses = self._losses(
-                hidden, linear.weight, linear.bias, labels, batch, n_items, head.scale, head.cap
-            )
+        losses = self._losses(
+            hidden, linear.weight, linear.bias, labels, batch, n_items, head.scale, head.cap, head.dtype
+        )  # fmt: skip
         config: Any = getattr(unwrapped(self._model), "config", None)
         aux = getattr(output, "aux_loss", None)  # of routers; a model adds it to a loss of its own
         return losses.loss if aux is None else losses.loss + config.router_aux_loss_coef * aux
@@ -307,14 +306,14 @@ class KnowledgeInheritance:
 
     def _losses(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, batch: Mapping[str, Any],
-        n_items: Tensor | int | None, scale: float, cap: float | None,
+        n_items: Tensor | int | None, scale: float, cap: float | None, dtype: torch.dtype | None = None,
     ) -> Losses:  # fmt: skip
         alpha = self.alpha if torch.is_grad_enabled() else 0.0
 
         def targets_of(keep: Tensor) -> Targets:
             return self._targets(batch, keep, len(weight))
 
-        terms = Terms(alpha, self.tau, float(scale), cap and float(cap))
+        terms = Terms(alpha, self.tau, float(scale), cap and float(cap), dtype=dtype)
         losses = linear_loss(hidden, weight, bias, labels, terms, n_items, targets_of if alpha else None)  # fmt: skip
         self.ce, self.kl = losses.ce, losses.kl
         return losses

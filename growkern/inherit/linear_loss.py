@@ -44,6 +44,7 @@ class Terms(NamedTuple):
     scale: float = 1.0
     cap: float | None = None
     backend: str | None = None
+    dtype: torch.dtype | None = None  # of the logits; None: as autocast and the tensors say
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -52,7 +53,7 @@ class _LinearLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, targets: Targets | None, terms: Terms,
         n_items: Tensor | float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        dtype = _compute_dtype(hidden, weight)
+        dtype = _compute_dtype(hidden, weight, terms.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
             math_dtype = arithmetic(dtype)
@@ -70,8 +71,9 @@ class _LinearLoss(torch.autograd.Function):
                     gw.addmm_(z.t(), h) if gw.dtype == dtype else gw.add_(z.t() @ h)
                 if gb is not None:
                     gb.add_(z.sum(0, dtype=math_dtype))
-        saved = gh, None if gw is None else gw.to(weight.dtype), gb, torch.as_tensor(n_items)
-        ctx.save_for_backward(*saved)
+        if gw is not None and weight.dtype != torch.float16:  # sums over positions overflow float16
+            gw = gw.to(weight.dtype)
+        ctx.save_for_backward(gh, gw, gb, torch.as_tensor(n_items))
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         cross, divergence = ce.sum() / n_items, kl.sum() / n_items
         loss = (1 - terms.alpha) * cross + terms.alpha * terms.tau**2 * divergence
@@ -262,12 +264,13 @@ def _refuse(is_sound: bool, who: str, width: int) -> None:
         )
 
 
-def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+def _compute_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """Return the dtype of the logits. float16 becomes float32: small gradients would vanish before a GradScaler multiplies them."""
     device = hidden.device.type
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(device):
+    if dtype is None and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
+    if dtype is None:
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
     return torch.float32 if dtype == torch.float16 else dtype
 
 

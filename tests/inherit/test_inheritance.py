@@ -392,9 +392,28 @@ def test_a_head_under_autocast_inside_the_forward_is_computed_in_its_dtype(monke
 
     model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     value = float(loss(data(model)).detach())
-
-    assert seen == [torch.float32, torch.bfloat16] and value == pytest.approx(plain, rel=0.05)
     del model.forward
+    with torch.autocast("cpu", torch.bfloat16):
+        around = float(loss(data(model)).detach())
+
+    assert seen == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert [value, around] == pytest.approx([plain] * 2, rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_a_student_and_a_teacher_of_other_dtypes_learn_together(family):
+    for own, dtype in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float64, torch.float16)):  # fmt: skip
+        model, source = make(family, tied=True).to(own), make(family, tied=True, seed=1).to(dtype)
+        loss = KnowledgeInheritance(source, until=10)
+        loss.attach(model, adamw(model))
+        z, teacher_z = pairs_of(model, data(model))[0], pairs_of(source, data(model))[0]
+
+        value = loss(data(model))
+        value.backward()
+
+        expected = distillation(z.double(), teacher_z.double(), 2.0)
+        coarse = max(torch.finfo(d).eps for d in (own, dtype))
+        assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=4 * coarse)
 
 
 class Squared(torch.nn.Linear):

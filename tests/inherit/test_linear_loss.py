@@ -203,6 +203,17 @@ def test_small_float16_gradients_survive_until_a_scaler_multiplies_them():
     assert all(float((g.double() - t).norm() / t.norm()) < 2e-3 for g, t in zip(grads, true, strict=True))  # fmt: skip
 
 
+def test_float16_gradients_that_sum_over_many_positions_do_not_overflow():
+    h = torch.full((4000, 4), 40.0, dtype=torch.float16)
+    w = torch.zeros(9, 4, dtype=torch.float16, requires_grad=True)
+
+    fused_loss(h, w, torch.zeros(4000, dtype=torch.int64)).loss.backward()
+
+    expected = torch.full((9, 4), 40.0 / 9)
+    expected[0] -= 40.0
+    torch.testing.assert_close(w.grad.float(), expected, rtol=1e-3, atol=0)
+
+
 def test_autocast_gives_gradients_in_the_dtype_of_the_weights():
     h, w, b, labels, logits = problem(torch.float32)
     index, weight = teacher_of("top", logits)
