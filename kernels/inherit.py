@@ -132,7 +132,7 @@ def row_gradients(
         labels: Correct columns, int64 (n,).
         index: Columns of the teacher's weights (n, K), K <= MAX_INDICES, unique in a row where the weight is positive; None: ``weight``
             has a column for each of ``z``.
-        weight: Weights of the teacher, float32, (n, K) or (n, V); None: there is no teacher, and ``alpha`` is 0.
+        weight: Weights of the teacher (n, K) or (n, V); None: there is no teacher, and ``alpha`` is 0.
         alpha: Share of the divergence.
         tau: Temperature of teacher and student.
         scale: Factor of the logits.
@@ -146,7 +146,7 @@ def row_gradients(
         k = index.shape[1]
         at[:, :k] = torch.where(weight > 0, index, at[:, :k])
         sparse[:, :k] = weight
-    every = weight.contiguous() if dense and weight is not None else sparse
+    every = weight.float().contiguous() if dense and weight is not None else sparse
     special = torch.empty(n, n_at, dtype=z.dtype, device=z.device)
     ce, kl = (torch.empty(n, dtype=torch.float32, device=z.device) for _ in range(2))
     n_padded = min(-(-n_columns // ALIGNMENT) * ALIGNMENT, z.stride(0))

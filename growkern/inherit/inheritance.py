@@ -284,7 +284,6 @@ class KnowledgeInheritance:
         """
         check_numbers(0.0, self.tau, scale, softcap)
         check_items(n_items)
-        self._check_width(len(weight))
         return self._losses(hidden, weight, bias, labels, {**batch, "labels": labels}, n_items, scale, softcap).loss  # fmt: skip
 
     def count(self, batches: Iterable[Mapping[str, Any]]) -> int:
@@ -309,6 +308,8 @@ class KnowledgeInheritance:
         n_items: Tensor | int | None, scale: float, cap: float | None, dtype: torch.dtype | None = None,
     ) -> Losses:  # fmt: skip
         alpha = self.alpha if torch.is_grad_enabled() else 0.0
+        if alpha:
+            self._check_width(len(weight))  # the vocabulary may have grown since attach
 
         def targets_of(keep: Tensor) -> Targets:
             return self._targets(batch, keep, len(weight))

@@ -317,6 +317,17 @@ def test_the_source_before_a_growth_teaches_the_target_from_a_divergence_of_zero
     assert float(loss(data(model)).detach()) > 1e-4
 
 
+def test_a_vocabulary_that_grows_while_the_teacher_teaches_is_refused():
+    model = make("llama", tied=True)
+    optim = adamw(model)
+    loss = KnowledgeInheritance(make("llama", tied=False), until=10)
+    loss.attach(model, optim)
+    growkern.expand_inplace(model, optim, to={"vocab": 80}, width=growkern.vocab.MeanCov())
+
+    with pytest.raises(PlanError, match="vocabulary of 66, and the student of 80"):
+        loss(data(model))
+
+
 def test_sampling_leaves_the_random_state_of_the_student_alone():
     model = make("llama", tied=True)
     loss = KnowledgeInheritance(make("llama", tied=False), until=10, sampled=4)

@@ -193,6 +193,21 @@ def test_masked_language_models_need_the_masks_that_the_teacher_saw(tmp_path):
         loss(given)
 
 
+def test_padding_of_the_stored_vocabulary_is_left_out(tmp_path):
+    ids, wide = corpus(), teacher(vocab_size=VOCAB + 14)
+    store(wide, batches(ids), tmp_path / "s", top_k=VOCAB + 14)
+    loss = KnowledgeInheritance(tmp_path / "s", vocab=VOCAB)
+    model = attached(loss)
+    with torch.no_grad():
+        q = (wide(ids[:3]).logits[:, :-1].flatten(0, 1) / 2).softmax(-1)[:, :VOCAB]
+    z = model(ids[:3]).logits[:, :-1].flatten(0, 1)
+
+    value = loss(rows(ids, [0, 1, 2]))
+
+    expected = formula(z, ids[:3, 1:].flatten(), q, 1.0, 2.0)
+    torch.testing.assert_close(value, expected, rtol=2e-3, atol=0)
+
+
 class Tokenizer:
     def __init__(self, *words):
         self.words = words

@@ -75,6 +75,13 @@ def test_low_precision_is_rounded_once(dtype, kind):
     same(*both(z, labels, *teacher_of(kind, logits, labels)), dtype)
 
 
+def test_the_kernel_and_the_loss_agree_on_their_limits():
+    from growkern.inherit import linear_loss
+    from growkern.kernels import inherit
+
+    assert (inherit.MAX_INDICES, inherit.ALIGNMENT) == (linear_loss.MAX_INDICES, linear_loss.ALIGNMENT)  # fmt: skip
+
+
 def test_large_logits_do_not_overflow():
     z, labels, logits = problem(1000)
     z *= 1e4
