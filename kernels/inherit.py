@@ -29,12 +29,14 @@ def _scaled(x, scale, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _gradient(x, q, mass, hard, soft, inverse_tau, lse, lse_tau, scale, cap, SOFT: tl.constexpr, CAPPED: tl.constexpr):  # fmt: skip
-    """Return the gradient with respect to logits, apart from the label's ``-hard``."""
-    g = hard * tl.exp(x - lse)
+def _gradient(
+    x, y, q, mass, hard, soft, inverse_tau, lse, lse_tau, scale, cap, SOFT: tl.constexpr, CAPPED: tl.constexpr
+):  # fmt: skip
+    """Return the gradient with respect to logits; ``y``: 1 at the label, ``q``: weights of the teacher."""
+    g = hard * (tl.exp(x - lse) - y)
     if SOFT:
         g += soft * (mass * tl.exp(x * inverse_tau - lse_tau) - q)
-    return g
+    return g * (scale * (1.0 - (x / cap) * (x / cap))) if CAPPED else g * scale
 
 
 @triton.jit
@@ -107,12 +109,12 @@ def inherit_kernel(
         p = 0.0
         if DENSE:
             p = tl.load(dense_ptr + i, mask=i < n_columns, other=0.0)
-        g = _gradient(x, p, mass, hard, soft, inverse_tau, lse, lse_tau, scale, cap, SOFT, CAPPED)
-        g *= scale * (1.0 - (x / cap) * (x / cap)) if CAPPED else scale
+        g = _gradient(
+            x, 0.0, p, mass, hard, soft, inverse_tau, lse, lse_tau, scale, cap, SOFT, CAPPED
+        )
         tl.store(z_ptr + i, g, mask=i < n_padded)
-    g = _gradient(x_at, q, mass, hard, soft, inverse_tau, lse, lse_tau, scale, cap, SOFT, CAPPED)
-    g -= tl.where(at == label, hard, 0.0)
-    g *= scale * (1.0 - (x_at / cap) * (x_at / cap)) if CAPPED else scale
+    y = tl.where(at == label, 1.0, 0.0)
+    g = _gradient(x_at, y, q, mass, hard, soft, inverse_tau, lse, lse_tau, scale, cap, SOFT, CAPPED)
     tl.store(special_ptr + k, g)
 
 

@@ -40,8 +40,8 @@ def inherit(trainer: Trainer, loss: KnowledgeInheritance) -> object:
     """Train by a loss with a teacher in ``trainer.train()``. Call ``inherit`` once, before ``train``.
 
     All micro-batches of a step share one denominator, the number of predicted positions. Evaluation uses the model's own loss. A resumed
-    run goes on with ``alpha`` of the checkpoint's step. ``teacher_at`` of the dataset reaches the loss, not the model. The
-    trainer's logs get ``alpha``.
+    run goes on with ``alpha`` of the checkpoint's step. ``teacher_at`` of the dataset reaches the loss, not the model. The trainer logs
+    ``alpha`` with the loss.
 
     Args:
         trainer: Trainer of ``transformers``.
@@ -51,8 +51,8 @@ def inherit(trainer: Trainer, loss: KnowledgeInheritance) -> object:
         The callback that attaches the loss when training begins, and removes it when training ends.
 
     Raises:
-        PlanError: The trainer computes its loss in a way of its own already (``compute_loss_func``, label smoothing), or replicates the
-            model on several GPUs in one process.
+        PlanError: The trainer has a loss of its own (``compute_loss``, ``compute_loss_func``, label smoothing), replicates the model on
+            several GPUs in one process, or inherits already.
         UnsupportedModelError: The model has no linear output head; see ``KnowledgeInheritance.attach``.
     """
     from transformers.trainer import Trainer as StockTrainer
