@@ -25,7 +25,7 @@ def store(
     sampled: Annotated[int | None, typer.Option(min=1, help="Number of draws per position. Default: 64.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Store the largest probabilities in place of draws.")] = None,
     tau: Annotated[float, typer.Option(help="Temperature of the teacher, and of the training.")] = 2.0,
-    tokens: Annotated[int, typer.Option(min=2, help="Number of tokens per sequence, as in the training.")] = 1024,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens per sequence, as in the training; the rest of the text is left out.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of sequences per batch.")] = 8,
     seed: Annotated[int, typer.Option(min=0, max=2**22, help="Seed of the draws.")] = 0,
 ) -> None:  # fmt: skip

@@ -378,6 +378,7 @@ def test_a_copy_of_an_attached_student_is_a_plain_model(tmp_path):
     assert float(loss(data(model)).detach()) > 0
 
 
+@pytest.mark.slow
 def test_a_compiled_student_has_the_same_loss_and_keeps_its_own_forward():
     model = make("llama", tied=True)
     loss = KnowledgeInheritance(make("llama", tied=False), until=4)
