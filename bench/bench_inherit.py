@@ -1,4 +1,4 @@
-"""What do memory and time of the fused inheritance loss cost, compared with ``F.cross_entropy`` and ``F.kl_div`` on whole logits?
+"""How much memory and time does the fused inheritance loss take, compared with ``F.cross_entropy`` and ``F.kl_div`` on whole logits?
 
 A call is a forward and a backward of head and loss, with gradients of hidden states and head. The teacher is a weight per column (*full*),
 or 64 samples per position (*sampled*); the baseline has a weight per column in either case. Every case is first checked against the

@@ -64,6 +64,8 @@ def inherit(trainer: Trainer, loss: KnowledgeInheritance) -> object:
     stock, report, counts = trainer.compute_loss, trainer.log, trainer.model_accepts_loss_kwargs
 
     class InheritCallback(TrainerCallback):
+        alpha = 0.0  # of the last loss
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **live: Any) -> None:
             loss.remove()  # of a run that raised an error
             loss.attach(trainer.model, live["optimizer"], shift=shift, n_steps=state.global_step)
@@ -77,13 +79,14 @@ def inherit(trainer: Trainer, loss: KnowledgeInheritance) -> object:
         if not model.training or return_outputs:
             inputs = {key: value for key, value in inputs.items() if key != OWN[1]}
             return stock(model, inputs, return_outputs, num_items_in_batch if counts else None)
+        callback.alpha = loss.alpha
         value = loss(inputs, n_items=num_items_in_batch, model=model)
         if trainer.args.average_tokens_across_devices and num_items_in_batch is not None:
             value = value * (trainer.accelerator.num_processes // trainer.get_tp_size())
         return value
 
     def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        report({**logs, "alpha": loss.alpha} if "loss" in logs else logs, *args, **kwargs)
+        report({**logs, "alpha": callback.alpha} if "loss" in logs else logs, *args, **kwargs)
 
     callback = InheritCallback()
     trainer.add_callback(callback)
