@@ -14,7 +14,7 @@ from torch import Tensor
 
 from growkern.errors import CheckpointError, PlanError
 from growkern.inherit.targets import Pair, Targets
-from growkern.support.argument_types import wrong_fields
+from growkern.support.argument_types import typed_arguments, wrong_fields
 from growkern.support.text import one_line, table
 
 INDEX, SHARD = "index.json", "teacher-{:05d}.safetensors"
@@ -80,6 +80,7 @@ class Stored:
 
     width: int
 
+    @typed_arguments(PlanError)
     def __init__(self, folder: str | Path, *, renormalize: bool = False) -> None:
         """Read the index of a folder.
 

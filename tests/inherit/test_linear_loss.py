@@ -139,6 +139,24 @@ def test_the_expected_gradient_of_samples_is_the_gradient_of_the_whole_distribut
         assert float(((other - g) / error).square().mean()) > 20  # the test tells bias from noise
 
 
+def test_positions_of_any_shape_have_weights():
+    logits = torch.randn(2, 3, 10)
+    flat = sampled(logits.flatten(0, 1), 4, 2.0, torch.Generator().manual_seed(0))
+    assert [t.shape for t in top(logits, 4, 2.0)] == [(2, 3, 4)] * 2
+    for mine, other in zip(sampled(logits, 4, 2.0, torch.Generator().manual_seed(0)), flat, strict=True):  # fmt: skip
+        assert torch.equal(mine, other.view(2, 3, 4))
+
+
+def test_half_precision_logits_are_divided_by_the_temperature_in_float32():
+    logits = torch.randn(5, 200).bfloat16()
+
+    weight = top(logits, 200, 3.0)[1]
+
+    exact = (logits.double() / 3).softmax(-1).sort(-1, descending=True).values
+    assert weight.dtype == sampled(logits, 4, 3.0)[1].dtype == torch.float32
+    torch.testing.assert_close(weight.double(), exact, rtol=1e-6, atol=0)
+
+
 def test_the_weights_of_draws_are_their_counts():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]], dtype=torch.float64).log_softmax(-1)
     index, weight = sampled(logits, 20_000, 1.0, torch.Generator().manual_seed(0))
@@ -281,6 +299,23 @@ REFUSED = {
 def test_arguments_that_do_not_fit_are_refused(changes, match):
     with pytest.raises(PlanError, match=match):
         fused_loss(**dict(hidden=H, weight=W, labels=L) | changes)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda z: top(z, 11, 2.0), "k: 11 is no number of weights here; pass 1 to 10"),
+        (lambda z: top(z, 0, 2.0), "pass 1 to 10"),
+        (lambda z: top(z, 3, 0.0), "tau: 0.0 is not positive"),
+        (lambda z: top(z, "3", 2.0), "k: expected int, got '3'"),
+        (lambda z: sampled(z, 0, 2.0), "n: 0 is no number"),
+        (lambda z: sampled(z[0, 0], 3, 2.0), r"logits: \(\)"),
+        (lambda z: sampled(z.long(), 3, 2.0), "pass floats"),
+    ],
+)
+def test_a_choice_that_cannot_be_made_is_refused(call, match):
+    with pytest.raises(PlanError, match=match):
+        call(torch.randn(4, 10))
 
 
 def test_the_public_name_is_this_function():
