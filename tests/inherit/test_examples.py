@@ -125,7 +125,7 @@ def in_a_group(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_ddp(tmp_path):
-    mp.start_processes(in_a_group, (str(tmp_path),), nprocs=2, start_method="fork")
+    mp.start_processes(in_a_group, (str(tmp_path),), nprocs=2, start_method="spawn")
 
     states = [torch.load(Path(tmp_path) / f"{rank}.pt") for rank in range(2)]
     for name, expected in plain_loop().state_dict().items():
