@@ -3,7 +3,7 @@
 from importlib import import_module
 from types import ModuleType
 
-from growkern import depth, errors, optim, procedures, recipes, shrink, vocab, width
+from growkern import depth, errors, inherit, optim, procedures, recipes, shrink, vocab, width
 from growkern.advice.advice import Advice
 from growkern.advice.adviser import advise
 from growkern.analysis.comparison import Comparison, Outcome, compare
@@ -65,6 +65,7 @@ __all__ = [
     "embedding",
     "errors",
     "expand_inplace",
+    "inherit",
     "learn",
     "linear",
     "norm",

@@ -402,14 +402,14 @@ MUTANTS = {
     "freeze: reducers are not built anew": Mutant(
         "engine/freezing.py", "        ranks.rebuild()\n", "", "engine/test_ddp.py -k numbers_that"),
     "freeze: compiled code stays": Mutant(
-        "engine/freezing.py", "        reset()  # else", "        pass  # else", "training/test_trains.py -k compiled"),
+        "engine/freezing.py", "        reset()  # else", "        pass  # else", "training/test_trains.py -k recompilations"),
     "trains: all steps draw the same sub-model": Mutant(
         "training/trains.py", 'f"{self.seed},{n_steps}"', 'f"{self.seed}"', "training/test_sub_models.py -k draws"),
     "trains: FLOPs of a frozen block are those of one that trains": Mutant(
         "training/trains.py", "        if name not in frozen.names:\n            learned.add(p)", "        learned.add(p)",
         "training/test_procedures.py -k flops_are"),
     "trains: blocks that do not run cost as much": Mutant(
-        "training/trains.py", "place[1] >= n_run:", "False:", "training/test_procedures.py -k bert2bert-llama"),
+        "training/trains.py", "place[1] >= n_run:", "False:", "training/test_sub_models.py -k cost"),
     "slope: the bump before the steepest point fires": Mutant(
         "training/slope.py", "steepest <= -self.tau < now", "-self.tau < now", "training/test_triggers.py -k bump"),
     "slope: the compute is what was spent": Mutant(
@@ -540,6 +540,49 @@ MUTANTS = {
         "training/attachment.py", "depth=event.depth, on_progress", "on_progress", "model/test_initial.py -k by_a_function"),
     "middle: the upper of two": Mutant(
         "depth/middle.py", "(len(order) // size - 1) // 2", "len(order) // size // 2", "planning/test_growth_plan.py -k midas"),
+    # inherit: the loss of a teacher
+    "inherit: the temperature is not squared": Mutant(
+        "inherit/linear_loss.py", "terms.alpha * terms.tau**2 * divergence", "terms.alpha * terms.tau * divergence",
+        "inherit/test_linear_loss.py -k kl_div"),
+    "inherit: the gradient forgets the held mass": Mutant(
+        "inherit/rows.py", "mul_(soft * q.sum(1, keepdim=True))", "mul_(soft)",
+        "inherit/test_linear_loss.py -k 'plain_formula and top'"),
+    "inherit: equal columns do not add up": Mutant(
+        "inherit/targets.py", "is_new[:, 1:] = index[:, 1:] != index[:, :-1]\n", "pass\n",
+        "inherit/test_linear_loss.py -k counts"),
+    "inherit: a softcap without its derivative": Mutant(
+        "inherit/rows.py", "scale if cap is None else scale * (1 - (x / cap) ** 2)", "scale",
+        "inherit/test_linear_loss.py -k 'plain_formula and capped'"),
+    "inherit: the kernel forgets the label among the teacher's columns": Mutant(
+        "kernels/inherit.py", "q = tl.where(at == label, tl.sum(tl.where(at == label, q, 0.0), 0), q)", "pass",
+        "kernels/test_inherit_kernel.py -k 67-top"),
+    "inherit: the kernel sums scratch columns": Mutant(
+        "kernels/inherit.py", 'x = tl.where(i < n_columns, x, -float("inf"))', "pass",
+        "kernels/test_inherit_kernel.py -k 67-none"),
+    "inherit: a denominator per micro-batch": Mutant(
+        "inherit/linear_loss.py", "max(len(keep), 1) if n_items is None else n_items", "max(len(keep), 1)",
+        "inherit/test_linear_loss.py -k micro_batches"),
+    "inherit: alpha counts micro-batches": Mutant(
+        "inherit/inheritance.py", "        self._n_calls += 1\n", "        self._n_calls += 1\n        self.n_steps += 1\n",
+        "inherit/test_inheritance.py -k counts_optimizer_steps"),
+    "inherit: the teacher stays when alpha is 0": Mutant(
+        "inherit/inheritance.py", "            self._teacher = None\n", "            pass\n",
+        "inherit/test_inheritance.py -k released"),
+    "inherit: the head's own logits are not compared": Mutant(
+        "inherit/head.py", "            self._compare(caught, output)\n", "",
+        "inherit/test_inheritance.py -k cannot_be_inherited"),
+    "inherit: a logit scale is forgotten": Mutant(
+        "inherit/head.py", '("logit_scale", 1), ', "",
+        "inherit/test_inheritance.py -k cohere"),
+    "inherit: stored tokens are not compared": Mutant(
+        "inherit/stored.py", "        if len(differ):\n", "        if False:\n",
+        "inherit/test_store.py -k masks"),
+    "inherit: a resumed store draws other samples": Mutant(
+        "inherit/store.py", "((header.seed << 40) + first) % (1 << 63)", "torch.seed() % (1 << 62)",
+        "inherit/test_store.py -k interrupted"),
+    "inherit: float16 weights lose the held mass": Mutant(
+        "inherit/stored.py", "prob = prob / total  # float16 has rounded the weights", "pass",
+        "inherit/test_store.py -k float16"),
 }  # fmt: skip
 
 

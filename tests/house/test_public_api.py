@@ -36,6 +36,7 @@ NAMES = [
     "embedding",
     "errors",
     "expand_inplace",
+    "inherit",
     "learn",
     "linear",
     "norm",
