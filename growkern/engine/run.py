@@ -49,7 +49,7 @@ from growkern.optimizer.state_rules import (
     OptimSpec,
     Rule,
 )
-from growkern.optimizer.update_scale import scale_of
+from growkern.optimizer.update_scale import refuse_mid_ramp, scale_of
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.growth_record import read
 from growkern.support.interrupts import uncollected, uninterrupted
@@ -171,6 +171,7 @@ def _describe(request: Request, averages: list[nn.Module]) -> _Described:
         settle(optim)
         if (scale := scale_of(optim)) is not None:
             scale.restore()  # a schedule's post-hook may run before UpdateScale's
+            refuse_mid_ramp(scale)
     spec = describe(model, request.spec, values=request.backend != NOTHING)
     described = describe_optimizers(
         model, optims, spec, drop=request.drop_state, state_rules=request.state_rules, master_weights=request.master_weights,
