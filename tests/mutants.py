@@ -318,7 +318,8 @@ MUTANTS = {
         "training/ramp.py", "            self.c = c\n            self._move(of, c)\n", "            self._move(of, c)\n",
         "training/test_ramp.py -k 'resumed or earlier_checkpoint'"),
     "ramp: a due event does not wait": Mutant(
-        "training/attachment.py", "            if self.ramp.c < 1:\n                break  # the event waits until the ramp has ended\n", "",
+        "training/attachment.py", "            if self.ramp.c < 1:\n                break  # the event waits until the ramp has ended\n",
+        "",
         "training/test_ramp.py -k waits"),
     "ramp: the gradient keeps its mask": Mutant(
         "training/ramp.py", "Scale(own, tuple(1.0 / f for f in own), ", "Scale(own, ", "training/test_ramp.py -k 'trains_as or multiply'"),
