@@ -7,7 +7,8 @@
 At c = 0 the model computes the source's function, and at c = 1 all weights, gains and epsilons are those of the growth without a ramp. The
 optimizer sees weights and gradients without the mask (``UpdateScale.masks``). The schedule's counts alone give ``c``, so a state dict needs
 no entry for it. Where a tied head reads rows of the embedding, they carry ``c`` there too. A clipping threshold applies to gradients of the
-masked weights. The config keeps the epsilon of c = 1, and modules have the masked one until the ramp ends.
+masked weights. The config keeps the epsilon of c = 1, and modules have the masked one until the ramp ends. A schedule that is removed in a
+ramp leaves the mask as it is.
 
 Yao et al., "Masked Structural Growth for 2x Faster Language Model Pre-training", ICLR 2024, arXiv:2305.02869. There, the mask of a norm's
 input weighs the mean square by ``c``; folded into the writers, it weighs it by ``c^2``.
@@ -157,11 +158,16 @@ class Ramp:
         """Go on with the ramp that the schedule's counts tell of, in a model whose weights carry its mask.
 
         Raises:
-            PlanError: The model has not the sizes of the last growth.
+            PlanError: The model has not the sizes of the last growth, or is in a ramp of another schedule.
         """
         c, scales = self._found(of), map(scale_of, of.optims)
-        left = any(EPS in vars(module) for module in of.model.modules())
-        if c < 1 or left or any(scale is not None and scale.masks for scale in scales):
+        masked = next((scale for scale in scales if scale is not None and scale.masks), None)
+        if masked is not None and not of.schedule.history:
+            raise PlanError(
+                f"this model is in a ramp of a schedule that was removed: {masked.ramp}. Load the state of that schedule before this one "
+                "is attached."
+            )
+        if c < 1 or masked is not None or any(EPS in vars(m) for m in of.model.modules()):
             for optim in of.optims:
                 settle(optim)  # factors that were loaded
             self.c = c
@@ -288,11 +294,12 @@ def _problems(event: Event, spec: ModelSpec, sizes: Mapping[str, int]) -> Iterat
         yield (
             f"ramp= goes on from the function of CopyAndPad(norm='corrected'): pass width=width.CopyAndPad(norm='corrected'), not {own}."
         )
+    wholes = " at whole multiples" if spec.post_norm else ""
     for space in spaces(spec, sizes):
         if space.norms and not space.same and (why := _not_folded(spec, space)):
             yield (
                 f"{space.size}: {why}, so the mask is no function of weights. Grow {space.size} by an event without ramp= "
-                "(width.Lossless() keeps the function), and ramp the other sizes."
+                f"(width.Lossless() keeps the function{wholes}), and ramp the other sizes."
             )
     for stack in stacks:
         yield from _of_depth(event, stack, spec.sizes[stack.size], sizes[stack.size])

@@ -311,6 +311,16 @@ def test_an_earlier_checkpoint_of_a_ramp_loads_into_the_live_run(attach_again):
     assert losses_of(model, optim, 2, 3) == unbroken
 
 
+def test_a_new_schedule_is_refused_in_a_ramp_of_one_that_was_removed():
+    schedule, attachment, optim = attached(model := make("llama", tied=True), ramped(ramp=6))
+    run(model, optim, 3)
+    attachment.remove()
+
+    with pytest.raises(PlanError, match="removed: the ramp ends at step 6. Load the state of that"):
+        GrowthSchedule(schedule.events).attach(model, optim)
+    assert schedule.attach(model, optim).ramp.c == 3 / 6
+
+
 def test_a_checkpoint_from_after_the_ramp_resets_the_epsilons_of_the_live_run():
     model = make("llama", tied=True)
     schedule, attachment, optim = attached(model, ramped({"hidden": 48}, ramp=3))
