@@ -40,7 +40,7 @@ from growkern.planning.method_spaces import Space, spaces
 from growkern.planning.sizes import resolve_sizes
 from growkern.support.dtypes import arithmetic
 from growkern.support.interrupts import uninterrupted
-from growkern.training.triggers import Event, target_of
+from growkern.training.triggers import Event
 from growkern.width.copy_and_pad import CopyAndPad
 from growkern.width.drawn import Drawn
 
@@ -272,7 +272,7 @@ def width_of(event: Event, model: nn.Module, spec: ModelSpec | None) -> WidthMet
         return event.width
     described = describe(model, spec, values=False)
     sizes = resolve_sizes(described, event.to)
-    title = f"cannot ramp {target_of(event)} in this {described.family}:"
+    title = f"cannot ramp this {described.family}:"
     raise_all(PlanError, title, [*_problems(event, described, sizes)])
     wide = [name for name in WIDTHS if sizes.get(name) != described.sizes.get(name)]
     if not wide or not isinstance(event.width, CopyAndPad):
@@ -292,7 +292,8 @@ def _problems(event: Event, spec: ModelSpec, sizes: Mapping[str, int]) -> Iterat
     own = event.width
     if {*grown} & {*WIDTHS} and not (isinstance(own, CopyAndPad) and own.norm == "corrected"):
         yield (
-            f"ramp= goes on from the function of CopyAndPad(norm='corrected'): pass width=width.CopyAndPad(norm='corrected'), not {own}."
+            "ramp= goes on from the function of CopyAndPad(norm='corrected'): pass width=width.CopyAndPad(norm='corrected'), not "
+            f"{own or 'the default'}."
         )
     wholes = " at whole multiples" if spec.post_norm else ""
     for space in spaces(spec, sizes):

@@ -395,7 +395,7 @@ REFUSED = {
     "post-norm": ("bert", ramped({"hidden": 48}), r"hidden: post-norm LayerNorms subtract a mean .*no function of weights.*Lossless"),
     "layer-norm": ("gpt2", ramped({"hidden": 48}), "hidden: LayerNorms subtract a mean over the masked coordinates"),
     "post-norm-layers": ("bert", ramped({"layers": 3}, deep=depth.Stack()), r"post-norm block normalizes its input.*IdentityBlocks\(\)"),
-    "width": ("llama", At(step=1, to={"hidden": 48}, ramp=4), r"pass width=width\.CopyAndPad\(norm='corrected'\), not None"),
+    "width": ("llama", At(step=1, to={"hidden": 48}, ramp=4), r"pass width=width\.CopyAndPad\(norm='corrected'\), not the default"),
     "published": ("llama", At(step=1, to={"hidden": 48}, width=width.CopyAndPad(), ramp=4), "norm='corrected'"),
     "copies": ("llama", At(step=1, to={"ffn": 80}, width=width.HyperClone(), ramp=4), "norm='corrected'"),
     "identity": ("llama", ramped({"layers": 3}), r"IdentityBlocks starts at 0.*depth\.Stack\(\)"),
@@ -419,6 +419,9 @@ def test_weights_in_low_precision_and_copies_of_weights_are_refused():
         attached(model, ramped(), ema=average)
 
     del average
+    masters = {p: torch.nn.Parameter(p.detach().clone()) for p in model.parameters()}
+    with pytest.raises(PlanError, match="ramp= with master_weights=: the copies of the weights"):
+        attached(model, ramped(), optim=torch.optim.AdamW([*masters.values()]), master_weights=masters)  # fmt: skip
     with pytest.raises(PlanError, match=r"torch\.bfloat16 rounds away"):
         attached(model.bfloat16(), ramped())
 
