@@ -99,7 +99,7 @@ def _run(request: Request) -> GrowthReport:
             laps.end("cut")
             noted = _commit(request, sources, staged, ranks, kept, check, laps)
             laps.end("commit")
-    for optim in () if request.undo else request.optims:
+    for optim in request.optims if plan.shrinks and not request.undo else ():
         if (scale := scale_of(optim)) is not None and not scale.scales:  # the growth is undone
             scale.detach()
     if torch.cuda.is_available() and torch.cuda.is_initialized():

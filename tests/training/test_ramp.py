@@ -378,6 +378,19 @@ def test_an_event_that_is_due_in_a_ramp_waits_for_its_end():
     assert schedule.fired == [1, 4]
 
 
+def test_ramps_follow_each_other_under_other_hooks_of_the_user():
+    model = make("llama", tied=True)
+    events = [ramped(ramp=3), ramped({"layers": 3}, step=3, ramp=2, deep=depth.Stack())]
+    schedule, attachment, optim = attached(model, *events, ramped({"hidden": 48}, step=7, ramp=2))
+    seen = list[float]()
+    optim.register_step_post_hook(lambda *_: seen.append(attachment.ramp.c))
+
+    run(model, optim, 9)
+
+    assert schedule.fired == [1, 3, 7]
+    assert seen == pytest.approx([1 / 3, 2 / 3, 1 / 2, 1, 1, 1, 1 / 2, 1, 1])
+
+
 def test_a_growth_by_hand_in_a_ramp_is_refused_with_the_step_of_its_end():
     model = make("llama", tied=True)
     schedule, _, optim = attached(model, ramped(ramp=9))
