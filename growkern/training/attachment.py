@@ -248,6 +248,7 @@ class Attachment:
             return
         n_before, n_params = running
         with uninterrupted():
+            self._running = None
             if n_growths(self.model) > n_before:
                 growth = guard_model(self.model).growths[-1]
                 self._fire()
@@ -256,7 +257,6 @@ class Attachment:
                 schedule.new_blocks = list(growth.new_blocks)
                 schedule.counts.curve = LossCurve(last=schedule.counts.n_tokens)
                 self.ramp.begin(self)
-            self._running = None
 
     def _fire(self) -> None:
         """Count the next event as fired, and rewind the schedulers; who trains is chosen next."""

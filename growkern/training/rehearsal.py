@@ -51,6 +51,8 @@ def problems(attachment: "Attachment") -> list[str]:
                 continue
             place = _twin(model) if place is model else place
             report = _grown(place, event, event.to, spec)
+            if event.ramp:
+                describe(place, attachment.spec_of(place), values=False)
         except GrowthError as error:
             copied_wrong = isinstance(error, CommitError)  # a part of the model cannot be copied
             of_another = place is not model and isinstance(error, UnsupportedModelError)

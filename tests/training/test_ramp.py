@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from models import batch, exact_norms, logits, loss_of, make
+from models import Plain, batch, exact_norms, logits, loss_of, make
 from scheduled import optimizer, run, same_weights
 
 import growkern
@@ -79,6 +79,33 @@ def test_at_c_0_a_tied_head_does_not_read_new_coordinates(float64):
     run(source, optimizer(source), 1)
 
     torch.testing.assert_close(logits(model, batch()), logits(source, batch()), rtol=0, atol=1e-12)
+
+
+def test_at_c_0_a_model_of_your_own_computes_the_sources_function(float64):
+    model, source = Plain(), Plain()
+    source.load_state_dict(model.state_dict())
+    event = ramped(NARROW | {"ffn": 112, "layers": 3}, ramp=10**15, deep=depth.Stack())
+    _, _, optim = attached(model, event, spec=Plain.spec)
+
+    run(model, optim, 1)
+    run(source, optimizer(source), 1)
+
+    torch.testing.assert_close(logits(model, batch()), logits(source, batch()), rtol=0, atol=1e-12)
+
+
+def test_a_spec_that_does_not_follow_the_growth_is_refused():
+    """A ``ModelSpec`` is of one size; a wrong function is found when the model has grown."""
+    model = Plain()
+    with pytest.raises(PlanError, match="cannot describe Plain"):
+        attached(model, ramped(NARROW | {"ffn": 112}), spec=model.spec())
+
+    wrong = Plain()
+    schedule, _, optim = attached(wrong, ramped(NARROW | {"ffn": 96, "heads": 8}), spec=Plain.spec)
+    with pytest.raises(
+        PlanError, match="(?s)ramp has not begun: .* go on from a checkpoint before"
+    ):
+        run(wrong, optim, 1)
+    assert len(schedule.state_dict()["history"]) == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
