@@ -317,6 +317,15 @@ MUTANTS = {
     "ramp: loaded weights are masked again": Mutant(
         "training/ramp.py", "            self.c = c\n            self._move(of, c)\n", "            self._move(of, c)\n",
         "training/test_ramp.py -k 'resumed or earlier_checkpoint'"),
+    "ramp: a growth by hand does not see it": Mutant(
+        "engine/run.py", "            refuse_mid_ramp(scale)\n", "", "training/test_ramp.py -k by_hand"),
+    "ramp: a growth in a step removes hooks": Mutant(
+        "engine/run.py", "if plan.shrinks and not request.undo else", "if not request.undo else", "training/test_ramp.py -k follow_each"),
+    "ramp: modules keep the masked epsilon": Mutant(
+        "training/ramp.py", "setattr(module, *vars(module).pop(EPS))", "vars(module).pop(EPS)", "training/test_ramp.py -k from_after"),
+    "ramp: a growth without its ramp is recorded again": Mutant(
+        "training/attachment.py", "            self._running = None\n            if n_growths", "            if n_growths",
+        "training/test_ramp.py -k does_not_follow"),
     "ramp: a due event does not wait": Mutant(
         "training/attachment.py", "            if self.ramp.c < 1:\n                break  # the event waits until the ramp has ended\n",
         "",

@@ -361,6 +361,7 @@ def test_a_checkpoint_from_after_the_ramp_resets_the_epsilons_of_the_live_run():
         part.load_state_dict(state)
 
     assert attachment.ramp.c == 1 and not scale_of(other).masks
+    assert live.model.norm.variance_epsilon == live.config.rms_norm_eps
     assert losses_of(live, other, 2, 5) == losses_of(model, optim, 2, 5)
 
 
