@@ -348,7 +348,8 @@ def test_a_new_schedule_is_refused_in_a_ramp_of_one_that_was_removed():
     assert schedule.attach(model, optim).ramp.c == 3 / 6
 
 
-def test_a_checkpoint_from_after_the_ramp_resets_the_epsilons_of_the_live_run():
+@pytest.mark.parametrize("attach_again", [False, True])
+def test_a_checkpoint_from_after_the_ramp_resets_the_epsilons_of_the_live_run(attach_again):
     model = make("llama", tied=True)
     schedule, attachment, optim = attached(model, ramped({"hidden": 48}, ramp=3))
     run(model, optim, 5)
@@ -357,8 +358,13 @@ def test_a_checkpoint_from_after_the_ramp_resets_the_epsilons_of_the_live_run():
     schedule, attachment, other = attached(live, ramped({"hidden": 48}, ramp=3))
     run(live, other, 2)
 
+    if attach_again:
+        attachment.remove()
+        schedule = GrowthSchedule(schedule.events)
     for part, state in zip((live, other, schedule), saved, strict=True):
         part.load_state_dict(state)
+    if attach_again:
+        attachment = schedule.attach(live, other)
 
     assert attachment.ramp.c == 1 and not scale_of(other).masks
     assert live.model.norm.variance_epsilon == live.config.rms_norm_eps
