@@ -83,7 +83,8 @@ def evaluate(model: Any, text: Tensor, n_windows: int = 512) -> float:
     model.eval()
     draw, total = torch.Generator().manual_seed(7), 0.0
     starts = torch.arange(n_windows) * ((len(text) - TEXT.seq) // n_windows)
-    for part in starts.split(32):
+    parts: tuple[Tensor, ...] = torch.split(starts, 32)
+    for part in parts:
         given, labels = masked(text, part, draw)
         total += float(model(given, labels=labels).loss) * len(part)
     model.train()
@@ -147,16 +148,16 @@ def measure(seeds: list[int], text: Corpus, console: Console) -> Iterator[dict[s
     """Tune every recipe on seed 0, then run it at its best rate on the other seeds; yield the rows, and print the table."""
     table: list[str] = []
     for name in RECIPES:
-        tried = {}
+        tried: dict[float, float] = {}
         for lr in RATES:
             yield (row := run(name, lr, 0, text))
             tried[lr] = row["loss"]
-        best = min(tried, key=lambda lr: tried[lr])
-        rows = []
+        best = min(RATES, key=tried.__getitem__)
+        rows: list[dict[str, Any]] = []
         for seed in seeds:
             rows.append(run(name, best, seed, text))
             yield rows[-1]
-        losses = [row["loss"] for row in rows]
+        losses: list[float] = [row["loss"] for row in rows]
         spread = f" +- {stdev(losses):.4f}" if len(losses) > 1 else ""
         edge = ", at the edge of the rates" if best in (RATES[0], RATES[-1]) else ""
         table.append(
@@ -167,7 +168,7 @@ def measure(seeds: list[int], text: Corpus, console: Console) -> Iterator[dict[s
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print and write the rows; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")
     asked = parser.parse_args(arguments)

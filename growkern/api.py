@@ -10,7 +10,9 @@ from growkern.commit.checkpoint_guard import growth_history, n_growths
 from growkern.commit.optimizer import Masters
 from growkern.depth import IdentityBlocks
 from growkern.engine.cached_sizes import refuse_missing_eps, unlisted_sizes
+from growkern.engine.first_blocks import first_blocks
 from growkern.engine.forward_check import Check
+from growkern.engine.history import DEPTHS
 from growkern.engine.report import GrowthReport
 from growkern.engine.request import Request
 from growkern.engine.run import run
@@ -23,12 +25,14 @@ from growkern.planning.build import build
 from growkern.planning.check import check as check_plan
 from growkern.planning.decisions import DepthMethod, ShrinkMethod, WidthMethod
 from growkern.planning.growth_plan import GrowthPlan
+from growkern.planning.method_text import names_method
 from growkern.planning.plan_fields import problems_of
 from growkern.planning.sizes import Target, resolve_sizes
 from growkern.shrink import WeightSelection
 from growkern.support.argument_types import typed_arguments
 from growkern.support.progress import Progress
 from growkern.support.renamed import renamed_arguments
+from growkern.support.text import short
 from growkern.support.wrappers import unwrapped
 from growkern.width import Lossless
 
@@ -81,7 +85,9 @@ def plan(
         UnsupportedOptimizerError: The optimizer's state cannot be grown.
     """
     model = unwrapped(model)
-    described = describe(model, spec)
+    given = getattr(depth, "block", None)
+    first = first_blocks(model, spec, given) if isinstance(model, nn.Module) else {}  # pyright: ignore
+    described = describe(model, spec, first=first)
     describe_optimizers(
         model, optimizers(optim), described, drop=state == "drop", state_rules=state_rules, master_weights=master_weights,
     )  # fmt: skip
@@ -143,7 +149,8 @@ def expand_inplace(
         seed: Seed of the noise; None: the number of earlier growths, so that successive growths draw different noise.
         backend: ``"triton"``, ``"torch"``, or None for triton on a GPU and torch elsewhere. ``"nan"`` changes only the structure
             and fills replaced tensors with NaN (for ``resume``).
-        plan: Plan from ``growkern.plan``, in place of ``to``, ``width``, ``depth``, ``state``, ``dynamics`` and ``seed``.
+        plan: Plan from ``growkern.plan``, in place of ``to``, ``width``, ``depth``, ``state``, ``dynamics`` and ``seed``. A method that
+            computes tensors (``vocab.CLPTransfer``, ``depth.Fresh(init=...)``) is passed beside it.
         scheduler: The learning-rate scheduler that drives ``optim``, or a list of schedulers; each follows the split groups.
         ema: Weight averages of the model (``AveragedModel``, or any module with the model's parameters), grown by the same plan;
             ``()`` if every live ``AveragedModel`` averages another model.
@@ -197,7 +204,8 @@ def expand_inplace(
         Request(
             model, optimizers(optim), make_plan, drop_state, methods, spec=spec, backend=backend, scheduler=scheduler, ema=ema,
             master_weights=master_weights, state_rules=state_rules, memory=memory, new_rows=new_rows, check=check,
-            on_progress=on_progress,
+            on_progress=on_progress, init=getattr(depth, "init", None),
+            block=getattr(depth, "block", None),
         )
     )  # fmt: skip
 
@@ -304,10 +312,17 @@ def _check_arguments(
     if not isinstance(plan, GrowthPlan):
         return
     again = dynamics not in ("mup", plan.dynamics) or seed not in (None, plan.seed)
-    other = width is not None and str(width) != plan.width
-    if to != "2x" or other or depth or again or state not in ("exact", plan.state):
+    other = any(
+        method is not None and str(method) != text
+        for method, text in ((width, plan.width), (depth, plan.depth))
+    )
+    if to != "2x" or other or again or state not in ("exact", plan.state):
         raise PlanError(
             "plan= already says what to grow; leave to=, width=, depth=, state=, dynamics= and seed= out."
+        )
+    if plan.drawn and depth is None and not names_method(plan.depth, DEPTHS):
+        raise PlanError(
+            f"plan: its depth method {short(plan.depth)} holds what no plan does: pass the method as depth= beside plan=."
         )
     if plan.shrinks:
         raise PlanError(

@@ -6,7 +6,7 @@ custom model to its description; ``total_steps`` is the number of steps of the w
 """
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from math import log10
 from typing import Literal
 
@@ -14,12 +14,10 @@ from torch import nn
 
 from growkern import depth, width
 from growkern.errors import PlanError, UnsupportedModelError
-from growkern.model.describe import describe
 from growkern.planning.decisions import DepthMethod, WidthMethod
 from growkern.planning.sizes import Target
 from growkern.support.argument_types import typed_arguments
-from growkern.support.wrappers import unwrapped
-from growkern.training.procedure import Procedure, SpecOf, Stage
+from growkern.training.procedure import Procedure, SpecOf, Stage, check_stages, check_steps
 from growkern.training.slope import WhenSlope
 from growkern.training.trains import New, SubModels, Top
 from growkern.training.triggers import At, Event
@@ -58,9 +56,6 @@ def stack_bert(
         model: Model of ``layers[0]`` blocks.
         layers: Number of blocks of each stage.
         steps: Number of steps of each stage but the last.
-        total_steps: Number of steps of the run.
-        tokens_per_step: Tokens of a step.
-        spec: Function from a custom model to its description.
 
     Raises:
         PlanError: The stages do not fit the model, or each other.
@@ -71,7 +66,7 @@ def stack_bert(
     Reference:
         Gong et al., "Efficient Training of BERT by Progressively Stacking", ICML 2019.
     """
-    _check("stack_bert", model, layers, steps, 1, spec)
+    check_stages("stack_bert", model, layers, steps, 1, spec)
     events = [
         At(step=at, to={"layers": n}, depth=STACK, state="drop")
         for n, at in zip(layers[1:], accumulate(steps), strict=True)
@@ -101,7 +96,7 @@ def mslt(
     Reference:
         Yang et al., "Progressively Stacking 2.0: A Multi-stage Layerwise Training Method for BERT Training Speedup", arXiv:2011.13635.
     """
-    _check("mslt", model, layers, steps, 0, spec)
+    check_stages("mslt", model, layers, steps, 0, spec)
     *ends, last = accumulate(steps)
     events: list[Event] = [
         At(step=at, to={"layers": n}, depth=depth.TopCopies(), trains=Top())
@@ -175,7 +170,7 @@ def compound_grow(
     Reference:
         Gu et al., "On the Transformer Growth for Progressive BERT Training", NAACL 2021, arXiv:2010.12562.
     """
-    _check_steps("compound_grow", len(stages) + 1, steps, 1)
+    check_steps("compound_grow", len(stages) + 1, steps, 1)
     events = [
         At(step=at, to=to, width=width.HyperClone(), depth=STACK, state="drop", dynamics=None)
         for to, at in zip(stages, accumulate(steps), strict=True)
@@ -277,7 +272,7 @@ def llama_pro(
     Args:
         model: The model.
         layers: Number of blocks of the target.
-        at: Number of steps before the growth, 1 or more.
+        at: Number of steps before the growth.
 
     Raises:
         PlanError: The growth cannot be planned.
@@ -316,7 +311,7 @@ def cgls(
     Reference:
         "Curriculum-Guided Layer Scaling for Language Model Pretraining", arXiv:2506.11389.
     """
-    _check("cgls", model, layers, steps, 1, spec)
+    check_stages("cgls", model, layers, steps, 1, spec)
     events: list[Event] = []
     for n, at in zip(layers[1:], accumulate(steps), strict=True):
         events.append(At(step=at, to={"layers": n}, depth=depth.TopCopies(), trains=Top()))
@@ -344,7 +339,7 @@ def midas(
     Reference:
         Saunshi et al., "On the Inductive Bias of Stacking Towards Improving Reasoning", NeurIPS 2024, arXiv:2409.19044.
     """
-    _check("midas", model, layers, steps, 1, spec)
+    check_stages("midas", model, layers, steps, 1, spec)
     events = [
         At(step=at, to={"layers": n}, depth=depth.Middle())
         for n, at in zip(layers[1:], accumulate(steps), strict=True)
@@ -380,28 +375,3 @@ def late_depth(
         raise PlanError(f"late_depth: share={share}; pass a share of the steps between 0 and 1.")
     event = At(step=max(1, round(share * total_steps)), to={"layers": layers}, depth=depth)
     return Procedure("late depth", model, [event], total_steps=total_steps, tokens_per_step=tokens_per_step, spec=spec)  # fmt: skip
-
-
-def _check(
-    name: str, model: nn.Module, layers: Sequence[int], steps: Sequence[int], n_open: int, spec: SpecOf | None
-) -> None:  # fmt: skip
-    """Raise PlanError unless the stages fit each other and the model; ``n_open``: number of stages at the end without a length."""
-    _check_steps(name, len(layers), steps, n_open)
-    if any(one >= other for one, other in pairwise(layers)):
-        raise PlanError(f"{name}: layers={tuple(layers)} do not rise from stage to stage.")
-    model = unwrapped(model)
-    n = describe(model, spec(model) if spec else None, values=False).sizes.get("layers")
-    if n != layers[0]:
-        raise PlanError(
-            f"{name}: the first stage has {layers[0]} blocks, and the model {n}; pass layers=({n}, ...)."
-        )
-
-
-def _check_steps(name: str, n_stages: int, steps: Sequence[int], n_open: int) -> None:
-    """Raise PlanError unless there is a number of steps for every stage but the last ``n_open``."""
-    if len(steps) != n_stages - n_open or not steps:
-        raise PlanError(
-            f"{name}: {n_stages} stages need {max(1, n_stages - n_open)} numbers of steps, and {len(steps)} were passed."
-        )
-    if any(n < 1 for n in steps):
-        raise PlanError(f"{name}: steps={tuple(steps)}; pass numbers of steps of 1 or more.")

@@ -41,6 +41,7 @@ DEPTHS = [
     depth.Interpose(),
     depth.Interpose(halve_branches=True),
     depth.DepthUpscale(),
+    depth.Middle(),
     depth.Fresh(),
 ]
 STOCK = [f for f in FAMILIES if f != "plain"]

@@ -67,6 +67,44 @@ MUTANTS = {
         "methods/test_width.py -k 'stay_equal_are and Lemon'"),
     "plan: an odd number of copies is paired": Mutant(
         "planning/index_map.py", "if len(targets) % 2:", "if False:", "planning/test_index_map.py"),
+    # learning: operators of a growth
+    "learning: layers are mixed twice": Mutant(
+        "learning/operators.py", "change = _sum(None if change is None else self._started(axis, dim, change), learned)",
+        "change = learned if change is None else _sum(change, learned)", "learning/test_operators.py -k 'formula and drawn'"),
+    "learning: the product of two changes is left out": Mutant(
+        "learning/operators.py", "self._learned(axis, dim, _sum(start, change))", "self._learned(axis, dim, start)",
+        "learning/test_operators.py -k 'formula and llama-use'"),
+    "learning: the matrix ignores the plan's scales": Mutant(
+        "learning/pieces.py", "return tuple(scale or 1.0 for scale in self.scales)", "return tuple(1.0 for _ in self.scales)",
+        "learning/test_operators.py -k 'formula and llama-use'"),
+    "learning: heads are mixed coordinate by coordinate": Mutant(
+        "learning/pieces.py", "start = replace(start, whole=_size(segment[-1:], before))", "pass",
+        "learning/test_ties.py -k heads_are_learned"),
+    "learning: Mango mixes no layers of the other tensors": Mutant(
+        "learning/operators.py", "weight * _sum(value, moved)", "weight * value", "learning/test_ties.py -k nested_sums"),
+    "learning: coefficients over zeros are kept": Mutant(
+        "learning/build.py", "if bool(tensor.any())}", "}", "learning/test_operators.py -k source_that_is_0"),
+    "learning: noise changes the sum of coefficients": Mutant(
+        "learning/build.py", "(start + drawn) / (1 + drawn.sum()) - start", "drawn", "learning/test_operators.py -k keeps_the_sum"),
+    "learning: readers and writers share a matrix by default": Mutant(
+        "learning/pieces.py", 'if tie == "use":', "if False:", "learning/test_ties.py -k keeps_readers_apart"),
+    "learning: the last step is not written": Mutant(
+        "learning/learner.py", "            optim.zero_grad()\n            learner.write()\n", "            optim.zero_grad()\n",
+        "learning/test_learn.py -k lower_the_loss"),
+    "learning: gradients of the operators add up over steps": Mutant(
+        "learning/learner.py", "            optim.zero_grad()\n", "", "learning/test_learn.py -k 'functional_call'"),
+    "learning: averages keep the closed form": Mutant(
+        "learning/learn.py", "                _add(operators, sources, _by_name(average), undo)\n", "                pass\n",
+        "learning/test_learn.py -k averages_grow"),
+    "learning: gradients of the source stay": Mutant(
+        "learning/learn.py", "if name in operators.pieces or p.grad is not None:", "if name in operators.pieces:",
+        "learning/test_learn.py -k in_flight"),
+    "learning: the weights are written outside the rollback": Mutant(
+        "learning/learn.py", "            undo.storage(p, value, None)\n", "            p.copy_(value)\n            p.grad = None\n",
+        "learning/test_learn.py -k bitwise_unchanged"),
+    "learning: a learned growth claims to keep the function": Mutant(
+        "learning/learn.py", 'report, preserves="nothing", reasons=(*report.reasons, REASON)', "report, reasons=report.reasons",
+        "learning/test_learn.py -k apart_from_its_values"),
     # optimizer: state rules
     "state: Muon's update has the shape of its rows": Mutant(
         "optimizer/state_rules.py", "return 0.2 * sqrt(max(rows, cols))", "return 0.2 * sqrt(rows)",
@@ -364,11 +402,69 @@ MUTANTS = {
         "training/attachment.py", "self._hooks.append(self.model.register_forward_pre_hook(self._record, with_kwargs=True))",
         "self.model.register_forward_pre_hook(self._record, with_kwargs=True)", "engine/test_forward_check.py -k last_batch"),
     "attach: the check holds the graph of the last batch": Mutant(
-        "training/attachment.py", "kwargs = {name: _detached(value) for name, value in kwargs.items()}", "pass",
+        "engine/forward_check.py", "kwargs = {name: _detached(value) for name, value in kwargs.items()}", "pass",
         "engine/test_forward_check.py -k no_graph"),
     "attach: the check forgets the autocast": Mutant(
-        "training/attachment.py", "dtype=cast, enabled=cast is not None", "dtype=cast, enabled=False",
+        "engine/forward_check.py", "dtype=cast, enabled=cast is not None", "dtype=cast, enabled=False",
         "engine/test_forward_check.py -k autocast"),
+    # who trains
+    "freeze: gradients of frozen parameters are 0": Mutant(
+        "commit/frozen.py", "            p.grad = None\n", "            p.grad = torch.zeros_like(p)\n",
+        "training/test_trains.py -k stay_as_they_are"),
+    "freeze: master weights keep their gradient": Mutant(
+        "commit/frozen.py", "                masters[p].grad = None\n", "                pass\n",
+        "training/test_trains.py -k master_weights"),
+    "freeze: a tied embedding builds a graph": Mutant(
+        "commit/frozen.py", "register_forward_hook(detached))", "register_forward_hook(lambda *_: None))",
+        "training/test_trains.py -k cut_there"),
+    "freeze: nobody looks at the input of the lowest block": Mutant(
+        "commit/frozen.py", "for t in (*args, *kwargs.values())):", "for t in ()):", "training/test_trains.py -k from_below"),
+    "freeze: what the user froze trains after all": Mutant(
+        "commit/frozen.py", "p not in trained and p.requires_grad):", "p not in trained):", "training/test_trains.py -k user_froze"),
+    "freeze: the upper blocks run in evaluation mode neither": Mutant(
+        "commit/frozen.py", "        if module.training:\n", "        if True:\n", "training/test_sub_models.py -k evaluated"),
+    "freeze: blocks stay away after an error": Mutant(
+        "commit/frozen.py", "always_call=True", "always_call=False", "training/test_sub_models.py -k evaluated"),
+    "freeze: a growth copies frozen blocks": Mutant(
+        "engine/freezing.py", "(frozen := lift(model)) is not None", "(frozen := None) is not None", "training/test_trains.py -k mslt"),
+    "freeze: a growth lets everything train": Mutant(
+        "engine/freezing.py", "            lift(model)\n            freeze(", "            lift(model)\n            0 and freeze(",
+        "training/test_trains.py -k keeps_the_choice"),
+    "freeze: a failed growth lets everything train": Mutant(
+        "engine/freezing.py", "        kept.freeze(None)\n", "", "training/test_trains.py -k fails_leaves"),
+    "freeze: reducers are not built anew": Mutant(
+        "engine/freezing.py", "        ranks.rebuild()\n", "", "engine/test_ddp.py -k numbers_that"),
+    "freeze: compiled code stays": Mutant(
+        "engine/freezing.py", "        reset()  # else", "        pass  # else", "training/test_trains.py -k recompilations"),
+    "trains: all steps draw the same sub-model": Mutant(
+        "training/trains.py", 'f"{self.seed},{n_steps}"', 'f"{self.seed}"', "training/test_sub_models.py -k draws"),
+    "trains: FLOPs of a frozen block are those of one that trains": Mutant(
+        "training/trains.py", "        if name not in frozen.names:\n            learned.add(p)", "        learned.add(p)",
+        "training/test_procedures.py -k flops_are"),
+    "trains: blocks that do not run cost as much": Mutant(
+        "training/trains.py", "place[1] >= n_run:", "False:", "training/test_sub_models.py -k cost"),
+    "slope: the bump before the steepest point fires": Mutant(
+        "training/slope.py", "steepest <= -self.tau < now", "-self.tau < now", "training/test_triggers.py -k bump"),
+    "slope: the compute is what was spent": Mutant(
+        "training/attachment.py", "schedule.counts.n_flops_of_size *= self.n_params / n_params", "pass",
+        "training/test_schedule.py -k six_times"),
+    "rewind: the compute stays": Mutant(
+        "training/attachment.py", "schedule.counts.n_flops_of_size /= event.rewind", "pass", "training/test_schedule.py -k six_times"),
+    "rewind: the rates stay": Mutant(
+        "training/rewind.py", "        _set(group, rate)\n    scheduler", "        pass\n    scheduler",
+        "training/test_rewind.py -k earlier_position"),
+    "rewarm: the rate stays low": Mutant(
+        "training/attachment.py", "        self._rewarm.restore()\n        if optim is", "        if optim is",
+        "training/test_rewind.py -k linearly"),
+    "rewarm: a step that raised lowers twice": Mutant(
+        "training/attachment.py", "        self._rewarm.restore()  # a step has raised an error\n", "",
+        "training/test_rewind.py -k raises"),
+    "procedures: the state stays": Mutant(
+        "procedures.py", 'depth=STACK, state="drop")\n        for n, at', 'depth=STACK)\n        for n, at',
+        "training/test_procedures.py -k stack_bert"),
+    "checkpoint: the whole target has to fit": Mutant(
+        "execution/execute.py", "peak_of_stream(self.sets)) if streams", "peak_of_stream(self.sets)) if False",
+        "checkpoints/test_grow_checkpoint.py -k largest_tensor"),
     "attach: a failed growth leaves found_inf": Mutant(
         "training/attachment.py", '            vars(optim).pop("grad_scale", None)\n', "", "training/test_schedule_refused.py -k scaler"),
     "attach: a deeper optimizer checkpoint is torch's own error": Mutant(
@@ -455,8 +551,71 @@ MUTANTS = {
     "spec: any fraction rotates": Mutant(
         "model/spec_check.py", "if not 0 <= spec.rotary <= 1:", "if False:", "house/test_hostile_arguments.py -k was_accepted"),
     "spec: a size may be 0": Mutant(
-        "model/spec_check.py", "type(n) is not int or n < 1", "type(n) is not int or n < 0",
+        "model/spec_check.py", "n < (name not in counts)", "n < 0",
         "house/test_hostile_arguments.py -k was_accepted"),
+    "first blocks: any group takes them": Mutant(
+        "engine/first_blocks.py", "[i for i in filled if p.dim() in dims[i]]", "filled[:1]",
+        "engine/test_first_blocks.py -k as_many_dimensions"),
+    "first blocks: out of model order": Mutant(
+        "engine/first_blocks.py", "            grown = [grown[i] for i in order]\n", "", "engine/test_first_blocks.py -k keeps_its_state"),
+    "first blocks: a config of their own": Mutant(
+        "engine/first_blocks.py", "            module.config = model.config\n", "            pass\n",
+        "engine/test_first_blocks.py -k as_transformers_builds_it"),
+    "first blocks: a failure leaves them": Mutant(
+        "engine/first_blocks.py", "            undo.rollback()\n", "            pass\n", "engine/test_first_blocks.py -k changes_nothing"),
+    "first blocks: count as source": Mutant(
+        "engine/run.py", " - n_first", "", "engine/test_first_blocks.py -k as_transformers_builds_it"),
+    "fresh: the function is forgotten": Mutant(
+        "commit/commit.py", "init or initial.initializer(model, name)", "initial.initializer(model, name)",
+        "model/test_initial.py -k in_place_of_the_models"),
+    "fresh: a replay draws": Mutant("training/replay.py", "init=nothing, ", "", "model/test_initial.py -k replayed_from_its_plan"),
+    "attach: the depth method is forgotten": Mutant(
+        "training/attachment.py", "depth=event.depth, on_progress", "on_progress", "model/test_initial.py -k by_a_function"),
+    "middle: the upper of two": Mutant(
+        "depth/middle.py", "(len(order) // size - 1) // 2", "len(order) // size // 2", "planning/test_growth_plan.py -k midas"),
+    # inherit: the loss of a teacher
+    "inherit: the temperature is not squared": Mutant(
+        "inherit/linear_loss.py", "terms.alpha * terms.tau**2 * divergence", "terms.alpha * terms.tau * divergence",
+        "inherit/test_linear_loss.py -k kl_div"),
+    "inherit: the gradient forgets the held mass": Mutant(
+        "inherit/rows.py", "mul_(soft * q.sum(1, keepdim=True))", "mul_(soft)",
+        "inherit/test_linear_loss.py -k 'plain_formula and top'"),
+    "inherit: equal columns do not add up": Mutant(
+        "inherit/targets.py", "is_new[:, 1:] = index[:, 1:] != index[:, :-1]\n", "pass\n",
+        "inherit/test_linear_loss.py -k counts"),
+    "inherit: a softcap without its derivative": Mutant(
+        "inherit/rows.py", "scale if cap is None else scale * (1 - (x / cap) ** 2)", "scale",
+        "inherit/test_linear_loss.py -k 'plain_formula and capped'"),
+    "inherit: the kernel forgets the label among the teacher's columns": Mutant(
+        "kernels/inherit.py", "q = tl.where(at == label, tl.sum(tl.where(at == label, q, 0.0), 0), q)", "pass",
+        "kernels/test_inherit_kernel.py -k 67-top"),
+    "inherit: the kernel sums scratch columns": Mutant(
+        "kernels/inherit.py", 'x = tl.where(i < n_columns, x, -float("inf"))', "pass",
+        "kernels/test_inherit_kernel.py -k 67-none"),
+    "inherit: a denominator per micro-batch": Mutant(
+        "inherit/linear_loss.py", "max(len(keep), 1) if n_items is None else n_items", "max(len(keep), 1)",
+        "inherit/test_linear_loss.py -k micro_batches"),
+    "inherit: alpha counts micro-batches": Mutant(
+        "inherit/inheritance.py", "        self._n_calls += 1\n", "        self._n_calls += 1\n        self.n_steps += 1\n",
+        "inherit/test_inheritance.py -k counts_optimizer_steps"),
+    "inherit: the teacher stays when alpha is 0": Mutant(
+        "inherit/inheritance.py", "            self._teacher = None\n", "            pass\n",
+        "inherit/test_inheritance.py -k released"),
+    "inherit: the head's own logits are not compared": Mutant(
+        "inherit/head.py", "            self._compare(caught, output)\n", "",
+        "inherit/test_inheritance.py -k cannot_be_inherited"),
+    "inherit: a logit scale is forgotten": Mutant(
+        "inherit/head.py", '("logit_scale", 1), ', "",
+        "inherit/test_inheritance.py -k cohere"),
+    "inherit: stored tokens are not compared": Mutant(
+        "inherit/stored.py", "        if len(differ):\n", "        if False:\n",
+        "inherit/test_store.py -k masks"),
+    "inherit: a resumed store draws other samples": Mutant(
+        "inherit/store.py", "((header.seed << 40) + first) % (1 << 63)", "torch.seed() % (1 << 62)",
+        "inherit/test_store.py -k interrupted"),
+    "inherit: float16 weights lose the held mass": Mutant(
+        "inherit/stored.py", "prob = prob / total  # float16 has rounded the weights", "pass",
+        "inherit/test_store.py -k float16"),
 }  # fmt: skip
 
 

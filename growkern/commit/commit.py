@@ -30,6 +30,7 @@ def commit(
     followers: Sequence[tuple[nn.Module, Iterable[Tensors]]] = (),
     undo: Undo,
     before_finalize: Callable[[], bool] = lambda: False,
+    init: initial.Initialize | None = None,
 ) -> None:
     """Turn the model and its optimizers into the target, or leave them bitwise unchanged.
 
@@ -43,6 +44,7 @@ def commit(
         undo: Rollback log of every write; a failure rolls back the whole log.
         before_finalize: Called last, on the grown model. An exception in it rolls the growth back; so does a pending SIGINT, unless it
             returns True.
+        init: Function that initializes the modules of new blocks in place of the model's own; None for the model's own.
 
     Raises:
         CommitError: The growth failed; every write has been rolled back.
@@ -50,9 +52,9 @@ def commit(
     torch.clear_autocast_cache()  # the cache holds casts of the source's weights
     with uninterrupted() as held:
         try:
-            _model(plan, parts, model, targets, undo, held, record)
+            _model(plan, parts, model, targets, undo, held, record, init)
             for follower, own in followers:
-                _model(plan, own, follower, (), undo, held, record)
+                _model(plan, own, follower, (), undo, held, record, init)
             if held:
                 raise KeyboardInterrupt
             final = before_finalize()
@@ -75,6 +77,7 @@ def _model(
     undo: Undo,
     held: list[int],
     record: str,
+    init: initial.Initialize | None,
 ) -> None:
     """Write one model and its optimizers."""
     source = dict(model.named_parameters(remove_duplicate=False))
@@ -92,7 +95,7 @@ def _model(
         container = model.get_submodule(path)
         undo.set_dict(container._modules, {str(i): block for i, block in enumerate(blocks)})  # pyright: ignore[reportPrivateUsage]
     _attributes(plan, model, undo, record)
-    _draw(plan, model)
+    _draw(plan, model, init)
     _guard(plan, model, targets, undo, record)
     params = dict(model.named_parameters(remove_duplicate=False))
     for target in targets:
@@ -166,23 +169,25 @@ def copied(
         ) from error
 
 
-def _draw(plan: GrowthPlan, model: nn.Module) -> None:
-    """Initialize the drawn parameters of new blocks with the grown model's own code."""
+def _draw(plan: GrowthPlan, model: nn.Module, init: initial.Initialize | None) -> None:
+    """Initialize the drawn parameters of new blocks with ``init``, or with the grown model's own code."""
     drawn = plan.drawn
     for block in plan.new_blocks if drawn else ():
-        values = _initialized(model, block, plan.seed)
+        values = _initialized(model, block, plan.seed, init)
         for name, p in model.get_submodule(block).named_parameters():
             if f"{block}.{name}" in drawn:
                 p.detach().copy_(values[name])
 
 
-def _initialized(model: nn.Module, name: str, seed: int) -> dict[str, nn.Parameter]:
+def _initialized(
+    model: nn.Module, name: str, seed: int, init: initial.Initialize | None
+) -> dict[str, nn.Parameter]:
     """Return newly initialized parameters of a block, made on the CPU in a copy of its modules."""
     block = model.get_submodule(name)
     blank = {n: initial.blank(p) for n, p in block.named_parameters()}
     buffers = {n: b.to("cpu", copy=True) for n, b in block.named_buffers()}
     twin = copied(block, name, blank | buffers, shared_by(model))
-    initial.initialize(twin, initial.initializer(model, name), initial.seed_of(seed, name))
+    initial.initialize(twin, init or initial.initializer(model, name), initial.seed_of(seed, name))
     return dict(twin.named_parameters())
 
 
@@ -194,12 +199,14 @@ def _hook_owners(module: nn.Module) -> list[object]:
     return [owner for owner in owners if owner is not None]
 
 
-def check_blocks(plan: GrowthPlan, model: nn.Module) -> None:
-    """Check that all new blocks can be built.
+def check_blocks(
+    plan: GrowthPlan, model: nn.Module, init: initial.Initialize | None = None
+) -> None:
+    """Check that all new blocks can be built, and initialized by ``init`` (None: by the model's own code).
 
     Raises:
         UnsupportedModelError: A block to be copied has a patched ``forward``, so that the copy would run the original's weights;
-            or the model does not initialize every parameter of a block that is drawn.
+            or a parameter of a block that is drawn is not initialized.
     """
     copied = {f"{at}.{b.source}": None for at, bs in plan.stacks.items() for b in bs if b.new}
     patched = [
@@ -213,8 +220,10 @@ def check_blocks(plan: GrowthPlan, model: nn.Module) -> None:
             f"cannot copy blocks whose forward is patched by a function ({', '.join(patched[:3])}): the copy would run the "
             "original's weights. Remove the patch, grow, and patch again."
         )
-    for block in copied if plan.drawn else ():  # source blocks: target blocks differ only in size
-        _initialized(model, block, plan.seed)
+    # source blocks: target blocks differ only in size; a model without blocks has the target's config only when it is grown
+    own = {f"{at}.{b.source}" for at, bs in plan.stacks.items() for b in bs if not b.new}
+    for block in (name for name in copied if name in own) if plan.drawn else ():
+        _initialized(model, block, plan.seed, init)
 
 
 def _configs(model: nn.Module) -> list[object]:

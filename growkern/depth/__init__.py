@@ -3,6 +3,7 @@
 from growkern.depth.fresh import Fresh
 from growkern.depth.identity import IdentityBlocks
 from growkern.depth.interpose import DepthUpscale, Interpose, Layers
+from growkern.depth.middle import Middle
 from growkern.depth.stack import Stack, TopCopies
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "IdentityBlocks",
     "Interpose",
     "Layers",
+    "Middle",
     "Stack",
     "TopCopies",
 ]

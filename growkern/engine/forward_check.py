@@ -209,3 +209,23 @@ def _tensors(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         parts: Any = output.items() if isinstance(output, Mapping) else enumerate(output)  # pyright: ignore
         for key, value in parts:
             yield from _tensors(value, f"{name}.{key}".lstrip("."))
+
+
+def call_of(
+    model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> Callable[[nn.Module], object]:
+    """Return a function that calls a model as it is called now, under the same autocast; the arguments lose their graph, which is large."""
+    device = next(model.parameters()).device.type
+    args = tuple(map(_detached, args))
+    kwargs = {name: _detached(value) for name, value in kwargs.items()}
+    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+    def call(model: nn.Module) -> object:
+        with torch.autocast(device, dtype=cast, enabled=cast is not None):
+            return model(*args, **kwargs)
+
+    return call
+
+
+def _detached(value: object) -> object:
+    return value.detach() if isinstance(value, Tensor) else value

@@ -71,7 +71,9 @@ def replanned(record: GrowthRecord, spec: ModelSpec) -> GrowthPlan:
             "the model with the sizes of the record."
         )
     if far := [
-        f"{name} {n:,}" for name, n in record.to.items() if n > LARGEST_FACTOR * spec.sizes[name]
+        f"{name} {n:,}"
+        for name, n in record.to.items()
+        if n > LARGEST_FACTOR * max(1, spec.sizes[name])
     ]:
         raise PlanError(
             f"the record grows to {', '.join(far)}, more than {LARGEST_FACTOR} times the source's sizes: the record is spoiled; restore it "

@@ -1,7 +1,7 @@
 """The arguments of one growth, in one object."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.optim import Optimizer
@@ -11,6 +11,7 @@ from growkern.commit.undo import Undo
 from growkern.engine.forward_check import Check
 from growkern.execution.sets import Memory
 from growkern.execution.tiles import Given
+from growkern.model.initial import Initialize
 from growkern.model.spec import ModelSpec
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.support.progress import Progress
@@ -34,6 +35,9 @@ class Request:
         state_rules: State key -> order in the gradient, for an optimizer without a known law.
         memory: ``"stage"``, ``"lean"``, or None for the first that fits.
         new_rows: The width method's function that writes rows without a source row; None for a method without one.
+        init: The depth method's function that initializes a module of a new block in place; None for the model's own code.
+        block: The depth method's block for a model without blocks; None to build the block from the config.
+        first: Path of a stack without blocks -> the block that stands in for block 0 while the growth runs.
         check: A batch, or a function from the model to its outputs, on which the grown model is compared with the source.
         split: For each optimizer, True when a recorded growth split its param groups; None to split them where ``scheduler`` follows.
         on_progress: Callback with the bytes written and the total bytes.
@@ -53,6 +57,9 @@ class Request:
     state_rules: Mapping[str, int | None] | None = None
     memory: Memory | None = None
     new_rows: Given | None = None
+    init: Initialize | None = None
+    block: object | None = None
+    first: Mapping[str, nn.Module] = field(default_factory=dict[str, nn.Module])
     check: Check | None = None
     split: Sequence[bool] | None = None
     on_progress: Progress | None = None

@@ -17,6 +17,7 @@ from growkern.commit.undo import Undo
 from growkern.engine.claims import claimed
 from growkern.engine.compile_cache import reset_near_limit
 from growkern.engine.ddp import Ranks
+from growkern.engine.first_blocks import standing_in
 from growkern.engine.forward_check import ForwardCheck
 from growkern.engine.freezing import Lifted, lifted
 from growkern.engine.grad_norm import grad_norm_factor
@@ -69,8 +70,12 @@ def run(request: Request) -> GrowthReport:
         GrowthError: See ``growkern.expand_inplace``.
     """
     refuse_mid_pass(request.model, *request.optims)
-    with uncollected(), claimed(request.model, request.optims, request.ema, request.master_weights):
-        return _run(request)
+    with (
+        uncollected(),
+        claimed(request.model, request.optims, request.ema, request.master_weights),
+        standing_in(request) as seeded,
+    ):
+        return _run(seeded)
 
 
 @contextmanager
@@ -172,11 +177,13 @@ def _describe(request: Request, averages: list[nn.Module]) -> _Described:
         if (scale := scale_of(optim)) is not None:
             scale.restore()  # a schedule's post-hook may run before UpdateScale's
             refuse_mid_ramp(scale)
-    spec = describe(model, request.spec, values=request.backend != NOTHING)
+    spec = describe(model, request.spec, values=request.backend != NOTHING, first=request.first)
     described = describe_optimizers(
         model, optims, spec, drop=request.drop_state, state_rules=request.state_rules, master_weights=request.master_weights,
     )  # fmt: skip
-    return _Described(spec, described, averages, sum(p.numel() for p in model.parameters()))
+    n_first = sum(p.numel() for block in request.first.values() for p in block.parameters())
+    n_params = sum(p.numel() for p in model.parameters()) - n_first
+    return _Described(spec, described, averages, n_params)
 
 
 def _agree_on_plan(
@@ -192,7 +199,7 @@ def _agree_on_plan(
         refuse_neighbors(model, optims, left)
     passed = schedulers(request.scheduler)
     unmanaged = [unmanaged_schedulers(optim, passed, left) for optim in optims]
-    check_blocks(plan, model)
+    check_blocks(plan, model, request.init)
     ranks.agree(plan.to_json() if ranks.wrappers else "", "the plan")
     laps.end("plan")
     return plan, unmanaged
@@ -275,7 +282,7 @@ def _commit(
         followers = [*zip(sources.averages, parts[1:], strict=True)]
         commit(
             plan, parts.pop(0), request.model, staged.targets, record=record, followers=followers,
-            undo=request.undo or Undo(keep or keep_on_device), before_finalize=before_finalize,
+            undo=request.undo or Undo(keep or keep_on_device), before_finalize=before_finalize, init=request.init,
         )  # fmt: skip
     return noted
 

@@ -49,13 +49,20 @@ CONFIGS: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-def describe(model: nn.Module, spec: ModelSpec | None = None, *, values: bool = True) -> ModelSpec:
+def describe(
+    model: nn.Module,
+    spec: ModelSpec | None = None,
+    *,
+    values: bool = True,
+    first: Mapping[str, nn.Module] | None = None,
+) -> ModelSpec:
     """Describe a model: which axes of which tensors use which spaces.
 
     Args:
         model: A model of a known family, or any module together with a ``spec``.
         spec: Description of a model of your own. ``describe`` checks it against the model.
         values: False to describe a model on the meta device too.
+        first: Path of a stack without blocks -> its block 0, as a growth builds it. Without it, block 0 is not held against the spec.
 
     Returns:
         The spec, with ``cached_sizes`` filled in and every tie ordered reader -> writer.
@@ -81,16 +88,20 @@ def describe(model: nn.Module, spec: ModelSpec | None = None, *, values: bool = 
         raise_all(UnsupportedModelError, title, [*spec_check.problems(spec)])
     params = dict(model.named_parameters(remove_duplicate=False))
     described = spec or _family(model, params)
+    problems = [*_unfit(model, params, described, values)]
     live = params | dict(model.named_buffers(remove_duplicate=False))
-    problems = [
-        *_uncovered(modules, params, described, live),
-        *_unfit(model, params, described, values),
-    ]
+    for path, block in (first or {}).items():
+        own: list[tuple[str, nn.Module]] = [*block.named_modules()]  # pyright: ignore
+        modules += [(f"{path}.0.{name}".rstrip("."), module) for name, module in own]
+        params |= {f"{path}.0.{name}": p for name, p in block.named_parameters()}
+        live |= params | {f"{path}.0.{name}": b for name, b in block.named_buffers()}
+    checked = described if first else _without_absent(described)
+    problems = [*_uncovered(modules, params, checked, live), *problems]
     if not problems:
         problems = [
-            *_misshapen(described, live),
+            *_misshapen(checked, live),
             *_ties(params, described),
-            *_absent(dict(modules), described),
+            *_absent(dict(modules), checked, first or {}),
         ]
     raise_all(
         UnsupportedModelError,
@@ -109,6 +120,15 @@ def describe(model: nn.Module, spec: ModelSpec | None = None, *, values: bool = 
         and axis < len(described.tensors[f"{name}.weight"])
     }
     return replace(described, cached_sizes=sizes)
+
+
+def _without_absent(spec: ModelSpec) -> ModelSpec:
+    """Return a spec without the tensors and attributes of stacks that have no blocks."""
+    if all(spec.sizes.get(stack.size) for stack in spec.stacks):
+        return spec
+    tensors = {name: axes for name, axes in spec.tensors.items() if not spec.absent(name)}
+    attributes = {name: size for name, size in spec.attributes.items() if not spec.absent(name)}
+    return replace(spec, tensors=tensors, attributes=attributes)
 
 
 @cache
@@ -250,7 +270,9 @@ def _misshapen(spec: ModelSpec, live: Mapping[str, Tensor]) -> Iterator[str]:
             yield f"{name}: has shape {tuple(live[name].shape)}, the spec says {shape} ({axes}); correct its sizes or axes."
 
 
-def _absent(modules: Mapping[str, nn.Module], spec: ModelSpec) -> Iterator[str]:
+def _absent(
+    modules: Mapping[str, nn.Module], spec: ModelSpec, first: Mapping[str, nn.Module]
+) -> Iterator[str]:
     """Yield attributes, modules, sizes, stream writers and blocks that the spec names and the model does not have."""
     for where in (*spec.attributes, *(f"config.{name}" for name in spec.config)):
         owner, _, name = where.rpartition(".")
@@ -273,12 +295,17 @@ def _absent(modules: Mapping[str, nn.Module], spec: ModelSpec) -> Iterator[str]:
             if c not in written and c != SHARE
         )
     for stack in spec.stacks:
-        yield from _misplaced(stack, spec, modules.get(stack.path))
+        yield from _misplaced(stack, spec, modules.get(stack.path), first.get(stack.path))
 
 
-def _misplaced(stack: Blocks, spec: ModelSpec, container: nn.Module | None) -> Iterator[str]:
-    """Yield the differences between the model's container of blocks and the spec's stack of blocks."""
-    if not isinstance(container, nn.ModuleList):
+def _misplaced(
+    stack: Blocks, spec: ModelSpec, container: nn.Module | None, first: nn.Module | None
+) -> Iterator[str]:
+    """Yield the differences between the model's container of blocks and the spec's stack of blocks; ``first`` stands in for none."""
+    if isinstance(container, nn.ModuleList) and spec.sizes.get(stack.size) == 0:
+        if any(block is not first for block in container):
+            yield f"{stack.path}: has {len(container)} blocks, the spec says 0; set {stack.size} to {len(container)}."
+    elif not isinstance(container, nn.ModuleList):
         yield f"{stack.path}: the spec says that the blocks are here, but the model has no ModuleList here; correct Blocks(path)."
     elif len(container) != spec.sizes.get(stack.size):
         said, n = spec.sizes.get(stack.size), len(container)

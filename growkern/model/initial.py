@@ -1,4 +1,4 @@
-"""Initialize new blocks with the model's own code, on the CPU, from one seed per block."""
+"""Initialize new blocks with the model's own code, or with a given function, on the CPU, from one seed per block."""
 
 from collections.abc import Callable
 from hashlib import blake2b
@@ -36,17 +36,23 @@ def initializer(model: nn.Module, name: str) -> Initialize | None:
     return None
 
 
+def nothing(module: nn.Module) -> None:
+    """Leave the parameters of a module as they are: ``initialize`` then leaves them NaN, until a checkpoint is loaded."""
+
+
 def initialize(block: nn.Module, around: Initialize | None, seed: int) -> None:
-    """Initialize a block whose parameters are ``blank``: first as its constructors do, then as the model does.
+    """Initialize a block whose parameters are ``blank``: first as its constructors do, then as the model or the user does.
 
     Args:
         block: A block on the CPU.
-        around: Function that the model applies to every module, children first; None to apply no function.
+        around: Function that is applied to every module, children first; None to apply no function; ``nothing`` to initialize nothing.
         seed: Seed of the CPU generator, whose state is restored afterwards; no other generator is touched.
 
     Raises:
-        UnsupportedModelError: The model's code fails, or does not initialize a parameter.
+        UnsupportedModelError: The code fails, or does not initialize a parameter.
     """
+    if around is nothing:
+        return
     with _GENERATOR, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
@@ -55,7 +61,7 @@ def initialize(block: nn.Module, around: Initialize | None, seed: int) -> None:
                 block.apply(around)  # pyright: ignore[reportArgumentType]
         except Exception as error:
             raise UnsupportedModelError(
-                f"cannot initialize a new {type(block).__name__}: its model's own code fails ({error!r}). {WAY_OUT}"
+                f"cannot initialize a new {type(block).__name__}: the code that initializes it fails ({error!r}). {WAY_OUT}"
             ) from error
     left = [
         f"{name} ({type(block.get_submodule(name.rpartition('.')[0])).__name__})"
@@ -65,11 +71,14 @@ def initialize(block: nn.Module, around: Initialize | None, seed: int) -> None:
     if left:
         raise UnsupportedModelError(
             f"cannot initialize a new {type(block).__name__}: nothing initializes {', '.join(left[:3])}: the module has no "
-            f"reset_parameters(), and no _init_weights() around the block covers it. {WAY_OUT}"
+            f"reset_parameters(), and neither a function passed as init= nor an _init_weights() around the block covers it. {WAY_OUT}"
         )
 
 
-WAY_OUT = "Add reset_parameters() or _init_weights(), or choose another depth method, such as IdentityBlocks() or Stack()."
+WAY_OUT = (
+    "Add reset_parameters() or _init_weights(), pass Fresh(init=...), or choose another depth method, such as IdentityBlocks() "
+    "or Stack()."
+)
 
 
 def _reset(module: nn.Module) -> None:

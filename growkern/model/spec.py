@@ -140,7 +140,8 @@ class ModelSpec:
     Attributes:
         family: Name for messages.
         sizes: Every size that a user can name, e.g. ``{"hidden": 768, "layers": 12}``.
-        tensors: Name of every parameter and persistent buffer -> its axes.
+        tensors: Name of every parameter and persistent buffer -> its axes. A stack of 0 blocks is described with its block 0, as if the
+            model had it.
         ties: Name of a tied tensor -> name of the tensor that is the same parameter. Both names are in ``tensors``.
         blocks: Blocks that depth growth repeats; None when the model has no blocks.
         extra_stacks: Further stacks of blocks, each with a size of its own (the decoder's blocks beside the encoder's).
@@ -288,6 +289,11 @@ class ModelSpec:
     def stacks(self) -> tuple[Blocks, ...]:
         """Return all stacks of blocks."""
         return (*((self.blocks,) if self.blocks else ()), *self.extra_stacks)
+
+    def absent(self, name: str) -> bool:
+        """True for a tensor or attribute of a stack without blocks, whose block 0 is described as if the model had it."""
+        place = self.block_of(name)
+        return place is not None and self.sizes.get(place[0].size) == 0
 
     def block_of(self, name: str) -> tuple[Blocks, int, str] | None:
         """Return the stack that contains a tensor or module, the block's index and the name inside the block; None if no stack does."""

@@ -14,9 +14,10 @@ def problems(spec: ModelSpec) -> Iterator[str]:
     yield from wrong
     if wrong:
         return
+    counts = {stack.size for stack in spec.stacks}
     for name, n in spec.sizes.items():
-        if type(n) is not int or n < 1:
-            yield f"sizes: {name} is {short(n)}, and sizes are whole numbers from 1."
+        if type(n) is not int or n < (name not in counts):
+            yield f"sizes: {name} is {short(n)}, and sizes are whole numbers from 1 (numbers of blocks from 0)."
     for name, axes in spec.tensors.items():
         try:
             hash(tuple(axes))

@@ -246,6 +246,11 @@ def _decided(
 ) -> LayerOrder:
     """Return the layer order of a stack; in a model of several stacks, a stack of unchanged depth keeps the source's order."""
     n_source, n_target = spec.sizes[stack.size], sizes[stack.size]
+    if not n_source and not (n_target and hasattr(depth, "block")):
+        raise PlanError(
+            f"cannot take this {spec.family} from 0 {stack.size} to {n_target} by {short(depth)}: there is no block to copy; "
+            f"grow by depth=Fresh(), which initializes new blocks, and name the {stack.size} in to=."
+        )
     if spec.extra_stacks and n_target == n_source:  # the depth method is for another stack
         return LayerOrder(tuple(map(BlockRow, range(n_source))))
     if shrink is not None:
@@ -279,7 +284,7 @@ def _deepened(
             "Set Blocks(identity={...}), or choose depth=Stack()."
         )
     first = stack.first_copied
-    if first >= n_layers:
+    if first >= max(1, n_layers):
         raise PlanError(
             f"cannot deepen {spec.family} from {n_layers}: its first {first} blocks are unlike all others, and no other block can "
             f"be copied; start from a model of {first + 1} blocks or more."

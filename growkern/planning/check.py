@@ -90,7 +90,7 @@ def _of_blocks(plan: GrowthPlan, spec: ModelSpec) -> Iterator[str]:
 def _whole(plan: GrowthPlan, blocks: Sequence[BlockRow], n_source: int, n_target: int) -> bool:
     """True when blocks hold every source block in order, plus copies; a plan that shrinks may leave source blocks out."""
     kept = [block.source for block in blocks if not block.new]
-    within = all(0 <= block.source < n_source for block in blocks)
+    within = all(0 <= block.source < max(1, n_source) for block in blocks)
     expected = sorted({*kept}) if plan.shrinks else list(range(n_source))
     return kept == expected and within and len(blocks) == n_target
 

@@ -58,6 +58,15 @@ def method_of(tree: ast.expr, text: str, known: Mapping[str, type]) -> object:
     return made
 
 
+def names_method(text: str, known: Mapping[str, type]) -> bool:
+    """True when a method can be made from its text."""
+    try:
+        method_of(parsed(text), text, known)
+    except PlanError:
+        return False
+    return True
+
+
 def unreadable(text: str) -> PlanError:
     """Return the error for a text that names no method."""
     return PlanError(
@@ -87,4 +96,4 @@ def _fits(value: object, hint: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, int if hint is int else (int, float)):
             return False
         return isinstance(value, float) or value.bit_length() < 1000  # a longer one is no float
-    return isinstance(value, hint)
+    return isinstance(value, origin or hint)

@@ -85,7 +85,7 @@ def sizes_problems(source: object, target: object) -> Iterator[str]:
         return
     for name, n in both[0].items():
         limit = limit_of(name)
-        if not 1 <= n <= MAX_AXIS:
+        if not (not name.endswith("layers")) <= n <= MAX_AXIS:  # a model may start without layers
             yield f"{name}: the source {digits(n)} is no size."
         elif not 1 <= both[1][name] <= max(limit, n):
             yield f"{name}: the target {digits(both[1][name])} is not from 1 to {limit:,}."

@@ -18,7 +18,7 @@ def plan_text(plan: "GrowthPlan") -> str:
         f"state {plan.state!r}, dynamics {plan.dynamics!r}",
         table(
             ["size", "source", "target", ""],
-            [[k, a, b, f"x {b / a:g}" if b != a else ""] for k, a, b in grown],
+            [[k, a, b, f"x {b / a:g}" if b != a and a else ""] for k, a, b in grown],
         ),
     ]
     parts += [

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import ref
 
@@ -13,7 +14,7 @@ from growkern.api import expand_inplace, plan
 from growkern.commit.checkpoint_guard import guard_model, n_growths
 from growkern.commit.frozen import frozen_of
 from growkern.commit.optimizer_guard import OptimGuard, check_loaded, optim_guard_of
-from growkern.engine.forward_check import Check, ForwardCheck
+from growkern.engine.forward_check import Check, ForwardCheck, call_of
 from growkern.engine.freezing import choose, release
 from growkern.engine.report import GrowthReport
 from growkern.engine.sources import tensors_of
@@ -142,12 +143,13 @@ class Attachment:
         return [live for reference in self._schedulers if (live := reference()) is not None]
 
     def remove(self) -> None:
-        """Detach the schedule from its optimizers, and let everything train. A second call does nothing."""
+        """Detach the schedule from its optimizers, and let everything train that it has frozen. A second call does nothing."""
         for hook in self._hooks:
             hook.remove()
         if self.schedule.attachment is self:
             self.schedule.attachment = None
-            release(self.model)
+            if self.schedule.who_trains is not None:
+                release(self.model)
 
     def grow(self) -> list[tuple[Event, GrowthReport]]:
         """Fire every due event, in order, if the last optimizer has stepped since the last call.
@@ -179,11 +181,13 @@ class Attachment:
             if self.ramp.c < 1:
                 break  # the event waits until the ramp has ended
             report = self._expand(event)
-            grown.append((event, report))
             self.choose()
+            if not event.trains.everything:
+                report = replace(report, notes=(*report.notes, self.told))
+            grown.append((event, report))
             for call in (*schedule.on_growth, *self.on_growth):
                 call(event, report)
-        if schedule.who_trains.varies:
+        if schedule.who_trains is not None and schedule.who_trains.varies:
             self.choose()
         return grown
 
@@ -223,7 +227,7 @@ class Attachment:
                 spec=self.spec_of(self.model),
                 state_rules=options.get("state_rules"), backend=options.get("backend"), scheduler=live or None, ema=options.get("ema"),
                 master_weights=options.get("master_weights"), memory=options.get("memory"), check=self._call if check is True else check,
-                on_progress=options.get("on_progress"),
+                depth=event.depth, on_progress=options.get("on_progress"),
             )  # fmt: skip
         finally:
             self.settle()
@@ -274,7 +278,16 @@ class Attachment:
         with uninterrupted():
             self._fire()
         self.choose()
-        logger.info("step %d: from here on, trains %s", self.schedule.counts.n_steps, event.trains)
+        logger.info("step %d: %s", self.schedule.counts.n_steps, self.told)
+
+    @property
+    def told(self) -> str:
+        """Who trains, as a sentence."""
+        n = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        what = (
+            f"{n:,} of {self.n_params:,} parameters train from here on ({self.schedule.who_trains})"
+        )
+        return f"{what}; the gradient norm, and with it clipping, is theirs."
 
     def choose(self) -> None:
         """Let those train whom the schedule says, if others do.
@@ -285,7 +298,7 @@ class Attachment:
         """
         schedule, who = self.schedule, self.schedule.who_trains
         self.chosen, self._flops = False, None
-        if who.everything and frozen_of(self.model) is None:
+        if who is None or (who.everything and frozen_of(self.model) is None):
             self.chosen = True
             return
         spec = describe(self.model, self.spec_of(self.model))
@@ -304,28 +317,13 @@ class Attachment:
         self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
         """Keep the call of the model's last forward, with its autocast."""
-        if torch.compiler.is_compiling():
-            return
-        device = next(model.parameters()).device.type
-        args = tuple(map(_detached, args))
-        kwargs = {name: _detached(value) for name, value in kwargs.items()}
-        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-        def call(model: nn.Module) -> object:
-            with torch.autocast(device, dtype=cast, enabled=cast is not None):
-                return model(*args, **kwargs)
-
-        self._call = call
+        if not torch.compiler.is_compiling():
+            self._call = call_of(model, args, kwargs)
 
     def spec_of(self, model: nn.Module) -> ModelSpec | None:
         """Return the description of a custom model at its present sizes; None for a model of a known family."""
         of = spec_function(self.options.get("spec"))
         return of(model) if of else None
-
-
-def _detached(value: object) -> object:
-    """Return a tensor without its autograd graph, which would keep the memory of a step."""
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _optimizers(schedule: "GrowthSchedule", optim: object, title: str) -> list[Optimizer]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import nn
 
@@ -60,7 +61,7 @@ class Procedure(GrowthSchedule):
         model: nn.Module,
         events: Sequence[Event],
         *,
-        trains: Trains = ALL,
+        trains: Trains | None = None,
         total_steps: int,
         tokens_per_step: float,
         spec: SpecOf | None = None,
@@ -102,7 +103,7 @@ class Procedure(GrowthSchedule):
         for event, start, end, (place, new_blocks) in zip(
             events, starts, ends, places, strict=True
         ):
-            who = self.trains if event is None else event.trains
+            who = event.trains if event else self.trains or ALL
             described = describe(place, spec(place) if spec else None, values=False)
             costs = [
                 flops_per_token(place, described, one) for one in who.choices(described, new_blocks)
@@ -146,3 +147,28 @@ class Procedure(GrowthSchedule):
             f"{self.name}: {self.total_steps:,} steps of {self.tokens_per_step:,.0f} tokens\n\n{table(head, rows)}\n\n"
             f"{cost}"
         )
+
+
+def check_stages(
+    name: str, model: nn.Module, layers: Sequence[int], steps: Sequence[int], n_open: int, spec: SpecOf | None
+) -> None:  # fmt: skip
+    """Raise PlanError unless the stages fit each other and the model; ``n_open``: number of stages at the end without a length."""
+    check_steps(name, len(layers), steps, n_open)
+    if any(one >= other for one, other in pairwise(layers)):
+        raise PlanError(f"{name}: layers={tuple(layers)} do not rise from stage to stage.")
+    model = unwrapped(model)
+    n = describe(model, spec(model) if spec else None, values=False).sizes.get("layers")
+    if n != layers[0]:
+        raise PlanError(
+            f"{name}: the first stage has {layers[0]} blocks, and the model {n}; pass layers=({n}, ...)."
+        )
+
+
+def check_steps(name: str, n_stages: int, steps: Sequence[int], n_open: int) -> None:
+    """Raise PlanError unless there is a number of steps for every stage but the last ``n_open``."""
+    if len(steps) != n_stages - n_open or not steps:
+        raise PlanError(
+            f"{name}: {n_stages} stages need {max(1, n_stages - n_open)} numbers of steps, and {len(steps)} were passed."
+        )
+    if any(n < 1 for n in steps):
+        raise PlanError(f"{name}: steps={tuple(steps)}; pass numbers of steps of 1 or more.")

@@ -39,7 +39,7 @@ from growkern.planning.decisions import WidthMethod
 from growkern.planning.growth_record import read
 from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import Space, spaces
-from growkern.planning.sizes import resolve_sizes
+from growkern.planning.sizes import WIDTHS, resolve_sizes
 from growkern.support.dtypes import arithmetic
 from growkern.support.interrupts import uninterrupted
 from growkern.training.triggers import Event
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from growkern.training.attachment import Attachment
     from growkern.training.schedule import GrowthSchedule
 
-WIDTHS = ("hidden", "heads", "kv_heads", "ffn")
 EPS = "_growkern_eps"  # attribute of a norm during a ramp: name and value of its epsilon at c = 1
 Vectors = dict[tuple[IndexMap, torch.dtype, torch.device], Tensor]
 Coordinates = tuple[int, int]  # number of old coordinates, and of all, that a norm reads

@@ -34,7 +34,7 @@ def problems(attachment: "Attachment") -> list[str]:
     schedule, place = attachment.schedule, model
     new_blocks: Sequence[str] = schedule.new_blocks
     found += [*_not_rewound(attachment), *of_run(attachment)]
-    if not schedule.fired:
+    if not schedule.fired and schedule.trains is not None:
         found += _unable(schedule.trains, attachment, model, (), "from the start")
     for event in schedule.ahead:
         what = f"{target_of(event)} at {event.trigger}"

@@ -17,6 +17,7 @@ from growkern.engine.run import all_or_nothing, run
 from growkern.errors import GrowthError, PlanError, UnsupportedModelError
 from growkern.execution.execute import NOTHING
 from growkern.model.describe import describe
+from growkern.model.initial import nothing
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.describe import Optimizers, optimizers
 from growkern.planning.check import check
@@ -81,7 +82,7 @@ def resume(
                     Request(
                         model, optims, partial(_plan, growth), growth.state == "drop", spec=spec(model) if spec else None,
                         backend=NOTHING, scheduler=scheduler, ema=ema, master_weights=master_weights, split=_split(growth, optims),
-                        undo=undo,
+                        init=nothing, undo=undo,
                     )
                 )  # fmt: skip
             except GrowthError as error:

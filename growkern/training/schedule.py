@@ -20,7 +20,7 @@ from growkern.training.attachment import Attachment, OnGrowth
 from growkern.training.options import Options
 from growkern.training.ramp import progress
 from growkern.training.slope import WhenSlope
-from growkern.training.trains import ALL, Trains
+from growkern.training.trains import Trains
 from growkern.training.triggers import (
     Counts,
     Event,
@@ -37,7 +37,7 @@ class GrowthSchedule:
 
     Args:
         events: Growths with their triggers. An event waits until all previous events have fired.
-        trains: Who trains until the first event; see ``growkern.trains``.
+        trains: Who trains until the first event, see ``growkern.trains``; None to leave that as it is.
         on_growth: Callbacks that get the event and the report after each growth.
 
     Attributes:
@@ -59,7 +59,7 @@ class GrowthSchedule:
 
     @typed_arguments(PlanError, "events")
     def __init__(
-        self, events: Sequence[Event], *, trains: Trains = ALL, on_growth: Sequence[OnGrowth] = ()
+        self, events: Sequence[Event], *, trains: Trains | None = None, on_growth: Sequence[OnGrowth] = ()
     ) -> None:  # fmt: skip
         raise_all(PlanError, "cannot schedule these growths:", disorder(events))
         self.events, self.trains = tuple(events), trains
@@ -90,8 +90,8 @@ class GrowthSchedule:
         return self.ahead[0] if self.ahead else None
 
     @property
-    def who_trains(self) -> Trains:
-        """Who trains now: the choice of the last event that fired."""
+    def who_trains(self) -> Trains | None:
+        """Who trains now: the choice of the last event that fired; None for what the schedule leaves as it is."""
         return self.events[len(self.fired) - 1].trains if self.fired else self.trains
 
     @typed_arguments(PlanError, "metrics", "tokens")

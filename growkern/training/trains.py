@@ -62,7 +62,7 @@ class Trains(ABC):
 
         Parameters that do not train get ``requires_grad=False`` and lose their gradient; the optimizer keeps their state, and skips them.
         Reducers of ``DistributedDataParallel`` are rebuilt: every process has to call. A later growth keeps the choice, and its new blocks
-        train. Parameters that had ``requires_grad=False`` before keep that.
+        train; an event of a schedule chooses anew. Parameters that had ``requires_grad=False`` before keep that.
 
         Args:
             model: The model; wrappers are removed.

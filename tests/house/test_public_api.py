@@ -36,6 +36,8 @@ NAMES = [
     "embedding",
     "errors",
     "expand_inplace",
+    "inherit",
+    "learn",
     "linear",
     "norm",
     "optim",

@@ -6,6 +6,7 @@ from math import inf, nan
 import pytest
 import torch
 from models import grow, make
+from torch import nn
 
 import growkern
 from growkern import depth, shrink, vocab, width
@@ -47,6 +48,9 @@ TABLE = {  # method, argument -> values that are refused, target
     (depth.Interpose, "ignore_last"): ([*NO_COUNTS, None], DEEPER),
     (depth.Interpose, "halve_branches"): (NO_FLAGS, DEEPER),
     (depth.TopCopies, "n"): ([*NO_COUNTS, 0, 3], DEEPER),
+    (depth.Fresh, "init"): ([1, "draw", True, nan, [print], nn.Linear(2, 2).weight], DEEPER),
+    (depth.Fresh, "block"): ([1, "Block", True, nan, [print]], DEEPER),
+    (depth.Middle, "size"): ([*NO_COUNTS, 0, 3, -2], DEEPER),
     (depth.Layers, "order"): ([3, None, "0011", (0, 0.0, 1, 1), (0, True, 1, 1), (0, 1, "1", 1), (0, nan, 1, 1)], DEEPER),
     (vocab.MeanCov, "scale"): ([*NO_NUMBERS, -1], TOKENS),
     (vocab.MeanCov, "seed"): (NO_SEEDS, TOKENS),

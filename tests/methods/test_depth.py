@@ -16,6 +16,7 @@ METHODS = {
     depth.Interpose(): [0, 0, 0, 1, 1],
     depth.TopCopies(n=1): [0, 1, 1, 1, 1],
     depth.Layers((0, 1, 1, 0, 1)): [0, 1, 1, 0, 1],
+    depth.Middle(size=1): [0, 0, 0, 0, 1],
 }
 
 

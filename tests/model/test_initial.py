@@ -289,3 +289,158 @@ def test_the_command_line_refuses_what_needs_a_live_model(tmp_path):
         checkpoint.grow(
             tmp_path / "small", tmp_path / "large", to={"layers": 4}, depth=depth.Fresh()
         )
+
+
+def constant(module):
+    """Initialize matrices to 0.25, gains to 1 and biases to 0."""
+    for name, p in module.named_parameters(recurse=False):
+        nn.init.constant_(p, 0.25 if p.dim() > 1 else float(name == "weight"))
+
+
+def linear_layers(module):
+    """Initialize linear layers, and no norm."""
+    if isinstance(module, nn.Linear):
+        nn.init.constant_(module.weight, 0.25)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_a_function_initializes_new_blocks_in_place_of_the_models_own_code(family):
+    model = make(family, tied=True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    grow(model, to={"layers": 4}, depth=depth.Fresh(init=constant))
+
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], p) for name, p in before.items())
+    for name, p in new_blocks(model, 2).items():
+        wanted = 0.25 if p.dim() > 1 else float(name.endswith("weight"))
+        assert p.unique().tolist() == [wanted], name
+
+
+def test_a_function_sees_every_module_of_a_copy_as_apply_does_and_draws_from_the_seed():
+    model, seen = make("llama", tied=True), []
+
+    def draw(module):
+        seen.append(module)
+        for p in module.parameters(recurse=False):
+            nn.init.normal_(p)
+
+    grow(model, to={"layers": 3}, depth=depth.Fresh(init=draw), seed=3)
+
+    block = model.model.layers[2]
+    kinds = []
+    block.apply(lambda module: kinds.append(type(module)))  # torch's order
+    assert [*map(type, seen[-len(kinds) :])] == kinds
+    assert not {*seen} & {*model.modules()}
+    again = make("llama", tied=True)
+    grow(again, to={"layers": 3}, depth=depth.Fresh(init=draw), seed=3)
+    pairs = zip(block.parameters(), again.model.layers[2].parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
+
+
+def test_constructors_initialize_what_a_function_leaves_out():
+    model = make("plain", tied=True)
+
+    grow(model, to={"layers": 3}, depth=depth.Fresh(init=linear_layers))
+
+    block = model.blocks[2]
+    assert block.up.weight.unique().tolist() == [0.25]
+    assert block.ln_1.weight.unique().tolist() == [1] and not block.ln_1.bias.any()
+    assert 0 < block.up.bias.abs().max() <= 24**-0.5  # nn.Linear draws its bias itself
+
+
+def test_what_neither_a_function_nor_a_constructor_initializes_is_refused_by_name():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 1)
+    before = everything(model, optim)
+
+    with pytest.raises(UnsupportedModelError, match=r"nothing initializes input_layernorm.weight"):
+        grow(model, optim, to={"layers": 3}, depth=depth.Fresh(init=linear_layers))
+
+    assert same(everything(model, optim), before)
+
+
+def failing(module):
+    raise ValueError("out of luck")
+
+
+def test_a_function_that_fails_leaves_everything_as_it_was():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 1)
+    before = everything(model, optim)
+
+    with pytest.raises(UnsupportedModelError, match="out of luck"):
+        grow(model, optim, to={"layers": 3}, depth=depth.Fresh(init=failing))
+
+    assert same(everything(model, optim), before)
+
+
+def test_a_function_initializes_what_no_code_of_the_model_does():
+    model = make("plain", tied=True)
+    for block in model.blocks:
+        block.ln_2 = Gain(24)
+
+    grow(model, to={"layers": 3}, depth=depth.Fresh(init=constant))
+
+    assert model.blocks[2].ln_2.weight.unique().tolist() == [1]
+
+
+def test_a_plan_does_not_hold_the_function_and_takes_it_beside():
+    model, direct, method = (
+        make("llama", tied=True),
+        make("llama", tied=True),
+        depth.Fresh(init=constant),
+    )
+    text = growkern.plan(model, to={"layers": 4}, depth=method).to_json()
+    plan = growkern.GrowthPlan.from_json(text)
+    assert (
+        plan.depth == "Fresh(at='top', init=constant)" and str(depth.Fresh()) == "Fresh(at='top')"
+    )
+
+    with pytest.raises(PlanError, match="init=constant.*pass the method as depth= beside plan="):
+        growkern.expand_inplace(model, plan=plan)
+    with pytest.raises(PlanError, match="plan= already says what to grow"):
+        growkern.expand_inplace(model, plan=plan, depth=depth.Fresh(init=linear_layers))
+    growkern.expand_inplace(model, plan=plan, depth=method)
+    grow(direct, to={"layers": 4}, depth=method)
+
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), direct.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "plain"])
+def test_a_growth_by_a_function_is_replayed_from_its_plan_and_trains_on(family):
+    """The model's own code initializes not every parameter of the plain model, and the replay has no function."""
+    models = [make(family, tied=True), make(family, tied=True, seed=1)]
+    for block in (block for model in models if family == "plain" for block in model.blocks):
+        block.ln_2 = Gain(24)
+    model, again = models
+    optim, other = (torch.optim.AdamW(m.parameters(), lr=1e-3) for m in models)
+    train(model, optim, 2)
+    report = grow(model, optim, to={"layers": 4}, depth=depth.Fresh(init=constant))
+    train(model, optim, 1)
+
+    growkern.resume(again, other, report.history, spec=spec_of)
+    assert all(p.isnan().all() for p in new_blocks(again, 2).values())
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optim.state_dict()))
+
+    assert '"plan"' in report.history[-1] and "init=constant" in report.history[-1]
+    assert train(again, other, 2) == train(model, optim, 2)
+
+
+def test_a_schedule_grows_by_a_function():
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-9)
+    schedule = growkern.GrowthSchedule(
+        [growkern.At(step=2, to={"layers": 3}, depth=depth.Fresh(init=constant))]
+    )
+    schedule.attach(model, optim)
+
+    train(model, optim, 3)
+
+    assert "init=constant" in schedule.state_dict()["history"][0]
+    assert abs(model.model.layers[2].mlp.up_proj.weight - 0.25).max() < 1e-6

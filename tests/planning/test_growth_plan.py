@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from itertools import chain, product
+from math import ceil
 
 import pytest
 import torch
@@ -100,6 +102,19 @@ def test_stack_is_l_mod_n():
     assert [b.source for b in depth.Stack().deepen(3, 7).blocks] == [0, 1, 2, 0, 1, 2, 0]
 
 
+def test_middle_is_the_operator_of_midas():
+    """f_n ... f_ceil(n/2) f_ceil(n/2) ... f_1, from a model f_n ... f_1 of blocks of equal size (arXiv:2409.19044), stage by stage."""
+    for n, size, stages in product(range(1, 8), range(1, 4), range(4)):
+        parts = [[*range(i * size, (i + 1) * size)] for i in range(n)]
+        for _ in range(stages):
+            half = ceil(len(parts) / 2)
+            parts = parts[:half] + parts[half - 1 :]
+
+        made = depth.Middle(size).deepen(n * size, (n + stages) * size)
+
+        assert [block.source for block in made.blocks] == [*chain(*parts)]
+
+
 @pytest.mark.parametrize(
     ("method", "n", "target", "expected"),
     [
@@ -116,6 +131,12 @@ def test_stack_is_l_mod_n():
         (depth.TopCopies(), 2, 5, "0 1 +0 +1 +0"),
         (depth.TopCopies(n=1), 4, 6, "0 1 2 3 +3 +3"),
         (depth.Layers((0, 1, 0, 1, 2)), 3, 5, "0 1 +0 +1 2"),
+        (depth.Middle(), 1, 2, "0 +0"),
+        (depth.Middle(), 4, 8, "0 1 2 3 +0 +1 +2 +3"),
+        (depth.Middle(), 4, 6, "0 1 +0 +1 2 3"),
+        (depth.Middle(), 6, 8, "0 1 2 3 +2 +3 4 5"),
+        (depth.Middle(size=2), 4, 8, "0 1 +0 +1 +0 +1 2 3"),
+        (depth.Middle(size=1), 3, 5, "0 1 +1 +1 2"),
     ],
     ids=str,
 )
@@ -136,6 +157,14 @@ def test_depth_methods_order_layers_as_published(method, n, target, expected):
         (depth.DepthUpscale(), 4, 7, "an even number up to 8, not to 7; use Interpose"),
         (depth.DepthUpscale(), 4, 10, "an even number up to 8, not to 10"),
         (depth.TopCopies(n=5), 4, 6, "n=5 is not a number of layers of this model; pass 1 to 4"),
+        (
+            depth.Middle(),
+            3,
+            5,
+            "size=2 is not the size of equal blocks of 3 layers that reach 5; pass 1",
+        ),
+        (depth.Middle(size=4), 6, 8, "pass 1, 2"),
+        (depth.Middle(size=2), 4, 7, "pass 1"),
         (depth.Layers((0, 1)), 2, 3, "the order has 2 layers, and the target 3"),
         (depth.Layers((0, 0, 1)), 3, 3, "layers 2 are left out"),
         (depth.Layers((1, 0, 2)), 3, 3, "not in ascending order"),

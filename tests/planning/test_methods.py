@@ -42,6 +42,7 @@ DEPTHS = [
     depth.Interpose(halve_branches=True),
     depth.DepthUpscale(),
     depth.Layers((0, 1, 1)),
+    depth.Middle(),
     depth.Fresh(),
 ]
 FAMILIES = ["llama", "gpt2", "bert"]

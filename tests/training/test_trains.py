@@ -332,6 +332,15 @@ def test_a_gradient_from_below_is_refused_where_it_is_seen():
 
 
 @pytest.mark.slow
+def test_choices_never_use_up_the_recompilations_that_dynamo_allows():
+    model = deep("llama", True, 10)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for n in range(1, 11):  # one more than 8 is an error under fullgraph
+        trains.Top(n).apply(model)
+        compiled(batch())
+
+
+@pytest.mark.slow
 def test_a_compiled_model_has_one_graph_and_the_gradients_of_an_eager_one():
     model = deep("llama", True, 4)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -414,6 +423,22 @@ def test_detaching_lets_everything_train():
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_schedule_leaves_a_choice_that_was_made_by_hand_until_its_event():
+    model = deep("llama", False, 4)
+    optim = optimizer(model)
+    trains.Top(2).apply(model)
+    flags = [p.requires_grad for p in model.parameters()]
+    attachment = GrowthSchedule([At(step=3, to={"layers": 5})]).attach(model, optim)
+    train(model, optim, 2)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    attachment.remove()
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+    GrowthSchedule([At(step=1, to={"layers": 5})]).attach(model, optim)
+    train(model, optim, 1)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 REFUSED = {
     "more than there are": (dict(trains=trains.Top(5)), [], "from the start: Top: 5 blocks"),
     "nothing new": ({}, [At(step=1, to={"hidden": 48}, trains=trains.New())], "no block is new"),
@@ -444,7 +469,7 @@ def test_choices_that_a_model_cannot_make_are_refused_when_attached(start, event
         (lambda: trains.Top("2"), "n: expected"),
         (lambda: trains.New(head="yes"), "head: expected"),
         (lambda: At(step=1, trains="top"), "trains: expected"),
-        (lambda: GrowthSchedule([At(step=1)], trains=None), "trains"),
+        (lambda: GrowthSchedule([At(step=1)], trains=trains.Top), "trains: expected"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(make_it, match):

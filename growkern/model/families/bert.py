@@ -49,7 +49,7 @@ def describe(
     config: Config, base: str = "bert.", mlm: Head | None = BERT_HEAD, pooler: bool = False
 ) -> ModelSpec:
     """Describe a BERT: ``base`` is the prefix of the backbone, ``mlm`` names the masked-LM head, ``pooler`` is True with a pooler."""
-    layers = range(config.num_hidden_layers)
+    layers = range(max(1, config.num_hidden_layers))  # block 0 also if there is none
     at = f"{base}encoder.layer"
     blocks = {
         name: axes

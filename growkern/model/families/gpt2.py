@@ -29,7 +29,7 @@ class Config(Protocol):
 
 def describe(config: Config, base: str = "transformer.", head: bool = True) -> ModelSpec:
     """Describe a GPT-2: ``base`` is the prefix of the backbone, ``head`` is True with a language-model head."""
-    layers = range(config.n_layer)
+    layers = range(max(1, config.n_layer))  # block 0 also if there is none
     h, scaled, own = f"{base}h", config.scale_attn_weights, config.scale_attn_by_inverse_layer_idx
     blocks = {
         name: axes

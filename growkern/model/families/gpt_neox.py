@@ -28,7 +28,7 @@ class Config(Protocol):
 
 def describe(config: Config, base: str = "gpt_neox.", head: bool = True) -> ModelSpec:
     """Describe a GPT-NeoX: ``base`` is the prefix of the backbone, ``head`` is True with a language-model head."""
-    layers = range(config.num_hidden_layers)
+    layers = range(max(1, config.num_hidden_layers))  # block 0 also if there is none
     at, bias = f"{base}layers", config.attention_bias
     rotary: float = config.rope_parameters.get("partial_rotary_factor", 1.0)
     blocks = {

@@ -30,7 +30,7 @@ def describe(config: Config, base: str = "model.", head: bool = True) -> ModelSp
     attention_bias = bool(getattr(config, "attention_bias", False))
     qkv_bias = attention_bias or config.model_type == "qwen2"
     mlp_bias, qk_norms = bool(getattr(config, "mlp_bias", False)), config.model_type == "qwen3"
-    layers = range(config.num_hidden_layers)
+    layers = range(max(1, config.num_hidden_layers))  # block 0 also if there is none
     at = f"{base}layers"
     blocks = {
         name: axes

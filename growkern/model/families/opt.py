@@ -50,7 +50,7 @@ def describe(config: Config, base: str = "model.decoder.", head: bool = True) ->
             if getattr(config, name) != value
         ],
     )
-    layers = range(config.num_hidden_layers)
+    layers = range(max(1, config.num_hidden_layers))  # block 0 also if there is none
     at, bias = f"{base}layers", config.enable_bias
     projected = config.word_embed_proj_dim != config.hidden_size
     token, output = (

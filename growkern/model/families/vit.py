@@ -31,7 +31,7 @@ class Config(Protocol):
 
 def describe(config: Config, base: str = "vit.", head: bool = True) -> ModelSpec:
     """Describe a ViT: ``base`` is the prefix of the backbone; ``head`` is True with a classifier, False with a pooler."""
-    layers = range(config.num_hidden_layers)
+    layers = range(max(1, config.num_hidden_layers))  # block 0 also if there is none
     at, bias = f"{base}layers", config.qkv_bias
     (image_h, image_w), (patch_h, patch_w) = _pair(config.image_size), _pair(config.patch_size)
     n_positions = (image_h // patch_h) * (image_w // patch_w) + 1  # plus the class token
