@@ -337,6 +337,39 @@ MUTANTS = {
     "checkpoint: KB are KiB": Mutant(
         "checkpoints/shards.py", '"KB": 10**3', '"KB": 1 << 10', "checkpoints/test_grow_checkpoint.py -k sizes_of_shards"),
     # training
+    "ramp: epsilons do not follow": Mutant(
+        "training/ramp.py", "value * mean_square(c, norm)", "value", "training/test_ramp.py -k 'at_c_0 and hidden'"),
+    "ramp: gains do not follow": Mutant(
+        "training/ramp.py", " * sqrt(mean_square(c, self.norm))", "", "training/test_ramp.py -k 'at_c_0 and hidden'"),
+    "ramp: offsets of gains are left out": Mutant(
+        "training/ramp.py", "rescale_(t, ratios, mask.offset, multiply_)", "rescale_(t, ratios, 0.0, multiply_)",
+        "training/test_ramp.py -k gemma2"),
+    "ramp: the optimizer sees offset gains without the offset": Mutant(
+        "training/ramp.py", "offset=self._masks[p].offset", "offset=0.0", "training/test_ramp.py -k gemma2_gains"),
+    "ramp: the optimizer sees masked weights": Mutant(
+        "training/ramp.py", "            if (own := factors.get(p)) is not None\n", "            if (own := factors.get(p)) is None\n",
+        "training/test_ramp.py -k trains_as"),
+    "ramp: the first step is without new elements": Mutant(
+        "training/ramp.py", "schedule.counts.n_steps - last[1] + 1, last", "schedule.counts.n_steps - last[1] + 2, last",
+        "training/test_ramp.py -k trains_as"),
+    "ramp: loaded weights are masked again": Mutant(
+        "training/ramp.py", "            self.c = c\n            self._move(of, c)\n", "            self._move(of, c)\n",
+        "training/test_ramp.py -k 'resumed or earlier_checkpoint'"),
+    "ramp: a growth by hand does not see it": Mutant(
+        "engine/run.py", "            refuse_mid_ramp(scale)\n", "", "training/test_ramp.py -k by_hand"),
+    "ramp: a growth in a step removes hooks": Mutant(
+        "engine/run.py", "if plan.shrinks and not request.undo else", "if not request.undo else", "training/test_ramp.py -k follow_each"),
+    "ramp: modules keep the masked epsilon": Mutant(
+        "training/ramp.py", "setattr(module, *vars(module).pop(EPS))", "vars(module).pop(EPS)", "training/test_ramp.py -k from_after"),
+    "ramp: a growth without its ramp is recorded again": Mutant(
+        "training/attachment.py", "            self._running = None\n            if n_growths", "            if n_growths",
+        "training/test_ramp.py -k does_not_follow"),
+    "ramp: a due event does not wait": Mutant(
+        "training/attachment.py", "            if self.ramp.c < 1:\n                break  # the event waits until the ramp has ended\n",
+        "",
+        "training/test_ramp.py -k waits"),
+    "ramp: the gradient keeps its mask": Mutant(
+        "training/ramp.py", "Scale(own, tuple(1.0 / f for f in own), ", "Scale(own, ", "training/test_ramp.py -k 'trains_as or multiply'"),
     "curve: a step without new tokens counts": Mutant(
         "training/loss_curve.py", "if tokens <= self.last:", "if tokens < self.last:", "training/test_loss_curve.py"),
     "curve: a mean is a sum": Mutant(
