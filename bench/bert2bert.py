@@ -2,15 +2,16 @@
 
 A byte-level BERT of 32 x 3 trains on the source text of Python's library, grows to 64 x 6, trains sub-models of 3 blocks (stage 1) and then
 the whole (stage 2). Every run spends the same FLOPs, the small model's included, and its learning rate falls linearly to zero at their
-end. The learning rate of each recipe is tuned on seed 0, which no figure includes. Losses are of held-out files, in nats per masked byte.
-Rows go to ``bench/results/bert2bert-<device>.csv``.
+end. The learning rate of each recipe is tuned on seed 0, which no figure includes, until the best one is not at the edge of those tried.
+Losses are of held-out files, in nats per masked byte. Rows go to ``bench/results/bert2bert-<device>.csv``.
 """
 
 import argparse
+import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -144,38 +145,65 @@ def run(name: str, lr: float, seed: int, text: Corpus) -> dict[str, Any]:
     } | machine()  # fmt: skip
 
 
-def measure(seeds: list[int], text: Corpus, console: Console) -> Iterator[dict[str, Any]]:
-    """Tune every recipe on seed 0, then run it at its best rate on the other seeds; yield the rows, and print the table."""
-    table: list[str] = []
+def measure(
+    seeds: list[int], text: Corpus, known: dict[tuple[str, float, int], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Tune every recipe on seed 0, and run it at its best rate on the other seeds; yield the rows, those that are known as they are."""
+
+    def row(name: str, lr: float, seed: int) -> dict[str, Any]:
+        key = name, lr, seed
+        if key not in known:
+            known[key] = run(name, lr, seed, text)
+        return known[key]
+
     for name in RECIPES:
         tried: dict[float, float] = {}
-        for lr in RATES:
-            yield (row := run(name, lr, 0, text))
-            tried[lr] = row["loss"]
-        best = min(RATES, key=tried.__getitem__)
-        rows: list[dict[str, Any]] = []
-        for seed in seeds:
-            rows.append(run(name, best, seed, text))
-            yield rows[-1]
-        losses: list[float] = [row["loss"] for row in rows]
-        spread = f" +- {stdev(losses):.4f}" if len(losses) > 1 else ""
-        edge = ", at the edge of the rates" if best in (RATES[0], RATES[-1]) else ""
-        table.append(
-            f"| {name} | {mean(losses):.4f}{spread} | {best:g}{edge} | {mean(row['steps'] for row in rows):.0f} |"
-        )
-    console.print("| recipe | loss | learning rate | steps |\n|---|---|---|---|", *table, sep="\n")
+        ahead, best = [*RATES], RATES[0]
+        while ahead:  # until the best rate is not the lowest or the highest
+            lr = ahead.pop(0)
+            yield (made := row(name, lr, 0))
+            tried[lr] = float(made["loss"])
+            best = min(tried, key=tried.__getitem__)
+            if not ahead and best in (min(tried), max(tried)):
+                ahead = [best / 2 if best == min(tried) else best * 2]
+        yield from (row(name, best, seed) for seed in seeds)
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield README's table: means of the seeds but 0."""
+    yield "| recipe | loss | learning rate | steps |"
+    yield "|---|---|---|---|"
+    for name in RECIPES:
+        own = [row for row in rows if row["recipe"] == name and int(row["seed"])]
+        losses = [float(row["loss"]) for row in own]
+        steps = mean(int(row["steps"]) for row in own)
+        yield f"| {name} | {mean(losses):.4f} ({', '.join(f'{x:.3f}' for x in losses)}) | {float(own[0]['lr']):g} | {steps:.0f} |"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print and write the rows; return the exit status."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS,
+        help="folder of the rows; rows that are there are not run again",
+    )
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
     path = asked.out / f"bert2bert-{slug(machine()['device'])}.csv"
-    rows = measure(asked.seeds, read_corpus(6_000_000), Console(width=160))
-    record(path, COLUMNS, rows, 3)
+    found = [*csv.DictReader(path.open())] if path.exists() else []
+    known = {(r["recipe"], float(r["lr"]), int(r["seed"])): dict[str, Any](r) for r in found}
+    rows: list[dict[str, Any]] = []
+
+    def kept() -> Iterator[dict[str, Any]]:
+        for row in measure(asked.seeds, read_corpus(6_000_000), known):
+            rows.append(row)
+            yield row
+
+    record(path, COLUMNS, kept(), 4)
+    Console(width=160).print(*table(rows), sep="\n", highlight=False, markup=False)
     return 0
 
 

@@ -3,7 +3,7 @@
 from importlib import import_module
 from types import ModuleType
 
-from growkern import depth, errors, optim, procedures, recipes, shrink, vocab, width
+from growkern import depth, errors, inherit, optim, procedures, recipes, shrink, vocab, width
 from growkern.advice.advice import Advice
 from growkern.advice.adviser import advise
 from growkern.analysis.comparison import Comparison, Outcome, compare
@@ -12,6 +12,7 @@ from growkern.analysis.verification import Verification, verify
 from growkern.api import expand_inplace, plan, shrink_inplace
 from growkern.engine.report import GrowthReport
 from growkern.engine.upcycle import upcycle
+from growkern.learning.learn import learn
 from growkern.model.describe import describe
 from growkern.model.layers import embedding, linear, norm, reader, writer
 from growkern.model.spec import Blocks, ModelSpec, Power
@@ -66,6 +67,8 @@ __all__ = [
     "errors",
     "expand_inplace",
     "expert_utility",
+    "inherit",
+    "learn",
     "linear",
     "norm",
     "optim",

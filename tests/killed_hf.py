@@ -55,6 +55,7 @@ def growths(model: torch.nn.Module) -> growkern.GrowthSchedule:
     )
 
 
+PADS = growkern.width.CopyAndPad(norm="corrected")
 RUN = dict(total_steps=STEPS, tokens_per_step=32)
 SCHEDULES = {
     "growths": growths,
@@ -63,6 +64,9 @@ SCHEDULES = {
     ),
     "bert2bert": lambda model: procedures.bert2bert(
         model, {"hidden": 48, "layers": 4}, at=3, stage1_steps=3, size=2, **RUN
+    ),
+    "ramp": lambda model: growkern.GrowthSchedule(
+        [growkern.At(step=3, to={"hidden": 48}, width=PADS, ramp=4)]
     ),
     "llama_pro": lambda model: procedures.llama_pro(model, layers=4, at=3, **RUN),
 }

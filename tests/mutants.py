@@ -115,6 +115,44 @@ MUTANTS = {
         "methods/test_copy_experts.py -k auxiliary"),
     "experts: utility leaves out the square": Mutant(
         "analysis/utility.py", "p.grad.double().square()", "p.grad.double().abs()", "methods/test_copy_experts.py -k utility"),
+    # learning: operators of a growth
+    "learning: layers are mixed twice": Mutant(
+        "learning/operators.py", "change = _sum(None if change is None else self._started(axis, dim, change), learned)",
+        "change = learned if change is None else _sum(change, learned)", "learning/test_operators.py -k 'formula and drawn'"),
+    "learning: the product of two changes is left out": Mutant(
+        "learning/operators.py", "self._learned(axis, dim, _sum(start, change))", "self._learned(axis, dim, start)",
+        "learning/test_operators.py -k 'formula and llama-use'"),
+    "learning: the matrix ignores the plan's scales": Mutant(
+        "learning/pieces.py", "return tuple(scale or 1.0 for scale in self.scales)", "return tuple(1.0 for _ in self.scales)",
+        "learning/test_operators.py -k 'formula and llama-use'"),
+    "learning: heads are mixed coordinate by coordinate": Mutant(
+        "learning/pieces.py", "start = replace(start, whole=_size(segment[-1:], before))", "pass",
+        "learning/test_ties.py -k heads_are_learned"),
+    "learning: Mango mixes no layers of the other tensors": Mutant(
+        "learning/operators.py", "weight * _sum(value, moved)", "weight * value", "learning/test_ties.py -k nested_sums"),
+    "learning: coefficients over zeros are kept": Mutant(
+        "learning/build.py", "if bool(tensor.any())}", "}", "learning/test_operators.py -k source_that_is_0"),
+    "learning: noise changes the sum of coefficients": Mutant(
+        "learning/build.py", "(start + drawn) / (1 + drawn.sum()) - start", "drawn", "learning/test_operators.py -k keeps_the_sum"),
+    "learning: readers and writers share a matrix by default": Mutant(
+        "learning/pieces.py", 'if tie == "use":', "if False:", "learning/test_ties.py -k keeps_readers_apart"),
+    "learning: the last step is not written": Mutant(
+        "learning/learner.py", "            optim.zero_grad()\n            learner.write()\n", "            optim.zero_grad()\n",
+        "learning/test_learn.py -k lower_the_loss"),
+    "learning: gradients of the operators add up over steps": Mutant(
+        "learning/learner.py", "            optim.zero_grad()\n", "", "learning/test_learn.py -k 'functional_call'"),
+    "learning: averages keep the closed form": Mutant(
+        "learning/learn.py", "                _add(operators, sources, _by_name(average), undo)\n", "                pass\n",
+        "learning/test_learn.py -k averages_grow"),
+    "learning: gradients of the source stay": Mutant(
+        "learning/learn.py", "if name in operators.pieces or p.grad is not None:", "if name in operators.pieces:",
+        "learning/test_learn.py -k in_flight"),
+    "learning: the weights are written outside the rollback": Mutant(
+        "learning/learn.py", "            undo.storage(p, value, None)\n", "            p.copy_(value)\n            p.grad = None\n",
+        "learning/test_learn.py -k bitwise_unchanged"),
+    "learning: a learned growth claims to keep the function": Mutant(
+        "learning/learn.py", 'report, preserves="nothing", reasons=(*report.reasons, REASON)', "report, reasons=report.reasons",
+        "learning/test_learn.py -k apart_from_its_values"),
     # optimizer: state rules
     "state: Muon's update has the shape of its rows": Mutant(
         "optimizer/state_rules.py", "return 0.2 * sqrt(max(rows, cols))", "return 0.2 * sqrt(rows)",
@@ -347,6 +385,39 @@ MUTANTS = {
     "checkpoint: KB are KiB": Mutant(
         "checkpoints/shards.py", '"KB": 10**3', '"KB": 1 << 10', "checkpoints/test_grow_checkpoint.py -k sizes_of_shards"),
     # training
+    "ramp: epsilons do not follow": Mutant(
+        "training/ramp.py", "value * mean_square(c, norm)", "value", "training/test_ramp.py -k 'at_c_0 and hidden'"),
+    "ramp: gains do not follow": Mutant(
+        "training/ramp.py", " * sqrt(mean_square(c, self.norm))", "", "training/test_ramp.py -k 'at_c_0 and hidden'"),
+    "ramp: offsets of gains are left out": Mutant(
+        "training/ramp.py", "rescale_(t, ratios, mask.offset, multiply_)", "rescale_(t, ratios, 0.0, multiply_)",
+        "training/test_ramp.py -k gemma2"),
+    "ramp: the optimizer sees offset gains without the offset": Mutant(
+        "training/ramp.py", "offset=self._masks[p].offset", "offset=0.0", "training/test_ramp.py -k gemma2_gains"),
+    "ramp: the optimizer sees masked weights": Mutant(
+        "training/ramp.py", "            if (own := factors.get(p)) is not None\n", "            if (own := factors.get(p)) is None\n",
+        "training/test_ramp.py -k trains_as"),
+    "ramp: the first step is without new elements": Mutant(
+        "training/ramp.py", "schedule.counts.n_steps - last[1] + 1, last", "schedule.counts.n_steps - last[1] + 2, last",
+        "training/test_ramp.py -k trains_as"),
+    "ramp: loaded weights are masked again": Mutant(
+        "training/ramp.py", "            self.c = c\n            self._move(of, c)\n", "            self._move(of, c)\n",
+        "training/test_ramp.py -k 'resumed or earlier_checkpoint'"),
+    "ramp: a growth by hand does not see it": Mutant(
+        "engine/run.py", "            refuse_mid_ramp(scale)\n", "", "training/test_ramp.py -k by_hand"),
+    "ramp: a growth in a step removes hooks": Mutant(
+        "engine/run.py", "if plan.shrinks and not request.undo else", "if not request.undo else", "training/test_ramp.py -k follow_each"),
+    "ramp: modules keep the masked epsilon": Mutant(
+        "training/ramp.py", "setattr(module, *vars(module).pop(EPS))", "vars(module).pop(EPS)", "training/test_ramp.py -k from_after"),
+    "ramp: a growth without its ramp is recorded again": Mutant(
+        "training/attachment.py", "            self._running = None\n            if n_growths", "            if n_growths",
+        "training/test_ramp.py -k does_not_follow"),
+    "ramp: a due event does not wait": Mutant(
+        "training/attachment.py", "            if self.ramp.c < 1:\n                break  # the event waits until the ramp has ended\n",
+        "",
+        "training/test_ramp.py -k waits"),
+    "ramp: the gradient keeps its mask": Mutant(
+        "training/ramp.py", "Scale(own, tuple(1.0 / f for f in own), ", "Scale(own, ", "training/test_ramp.py -k 'trains_as or multiply'"),
     "curve: a step without new tokens counts": Mutant(
         "training/loss_curve.py", "if tokens <= self.last:", "if tokens < self.last:", "training/test_loss_curve.py"),
     "curve: a mean is a sum": Mutant(
@@ -412,14 +483,14 @@ MUTANTS = {
     "freeze: reducers are not built anew": Mutant(
         "engine/freezing.py", "        ranks.rebuild()\n", "", "engine/test_ddp.py -k numbers_that"),
     "freeze: compiled code stays": Mutant(
-        "engine/freezing.py", "        reset()  # else", "        pass  # else", "training/test_trains.py -k compiled"),
+        "engine/freezing.py", "        reset()  # else", "        pass  # else", "training/test_trains.py -k recompilations"),
     "trains: all steps draw the same sub-model": Mutant(
         "training/trains.py", 'f"{self.seed},{n_steps}"', 'f"{self.seed}"', "training/test_sub_models.py -k draws"),
     "trains: FLOPs of a frozen block are those of one that trains": Mutant(
         "training/trains.py", "        if name not in frozen.names:\n            learned.add(p)", "        learned.add(p)",
         "training/test_procedures.py -k flops_are"),
     "trains: blocks that do not run cost as much": Mutant(
-        "training/trains.py", "place[1] >= n_run:", "False:", "training/test_procedures.py -k bert2bert-llama"),
+        "training/trains.py", "place[1] >= n_run:", "False:", "training/test_sub_models.py -k cost"),
     "slope: the bump before the steepest point fires": Mutant(
         "training/slope.py", "steepest <= -self.tau < now", "-self.tau < now", "training/test_triggers.py -k bump"),
     "slope: the compute is what was spent": Mutant(
@@ -550,6 +621,49 @@ MUTANTS = {
         "training/attachment.py", "depth=event.depth, on_progress", "on_progress", "model/test_initial.py -k by_a_function"),
     "middle: the upper of two": Mutant(
         "depth/middle.py", "(len(order) // size - 1) // 2", "len(order) // size // 2", "planning/test_growth_plan.py -k midas"),
+    # inherit: the loss of a teacher
+    "inherit: the temperature is not squared": Mutant(
+        "inherit/linear_loss.py", "terms.alpha * terms.tau**2 * divergence", "terms.alpha * terms.tau * divergence",
+        "inherit/test_linear_loss.py -k kl_div"),
+    "inherit: the gradient forgets the held mass": Mutant(
+        "inherit/rows.py", "mul_(soft * q.sum(1, keepdim=True))", "mul_(soft)",
+        "inherit/test_linear_loss.py -k 'plain_formula and top'"),
+    "inherit: equal columns do not add up": Mutant(
+        "inherit/targets.py", "is_new[:, 1:] = index[:, 1:] != index[:, :-1]\n", "pass\n",
+        "inherit/test_linear_loss.py -k counts"),
+    "inherit: a softcap without its derivative": Mutant(
+        "inherit/rows.py", "scale if cap is None else scale * (1 - (x / cap) ** 2)", "scale",
+        "inherit/test_linear_loss.py -k 'plain_formula and capped'"),
+    "inherit: the kernel forgets the label among the teacher's columns": Mutant(
+        "kernels/inherit.py", "q = tl.where(at == label, tl.sum(tl.where(at == label, q, 0.0), 0), q)", "pass",
+        "kernels/test_inherit_kernel.py -k 67-top"),
+    "inherit: the kernel sums scratch columns": Mutant(
+        "kernels/inherit.py", 'x = tl.where(i < n_columns, x, -float("inf"))', "pass",
+        "kernels/test_inherit_kernel.py -k 67-none"),
+    "inherit: a denominator per micro-batch": Mutant(
+        "inherit/linear_loss.py", "max(len(keep), 1) if n_items is None else n_items", "max(len(keep), 1)",
+        "inherit/test_linear_loss.py -k micro_batches"),
+    "inherit: alpha counts micro-batches": Mutant(
+        "inherit/inheritance.py", "        self._n_calls += 1\n", "        self._n_calls += 1\n        self.n_steps += 1\n",
+        "inherit/test_inheritance.py -k counts_optimizer_steps"),
+    "inherit: the teacher stays when alpha is 0": Mutant(
+        "inherit/inheritance.py", "            self._teacher = None\n", "            pass\n",
+        "inherit/test_inheritance.py -k released"),
+    "inherit: the head's own logits are not compared": Mutant(
+        "inherit/head.py", "            self._compare(caught, output)\n", "",
+        "inherit/test_inheritance.py -k cannot_be_inherited"),
+    "inherit: a logit scale is forgotten": Mutant(
+        "inherit/head.py", '("logit_scale", 1), ', "",
+        "inherit/test_inheritance.py -k cohere"),
+    "inherit: stored tokens are not compared": Mutant(
+        "inherit/stored.py", "        if len(differ):\n", "        if False:\n",
+        "inherit/test_store.py -k masks"),
+    "inherit: a resumed store draws other samples": Mutant(
+        "inherit/store.py", "((header.seed << 40) + first) % (1 << 63)", "torch.seed() % (1 << 62)",
+        "inherit/test_store.py -k interrupted"),
+    "inherit: float16 weights lose the held mass": Mutant(
+        "inherit/stored.py", "prob = prob / total  # float16 has rounded the weights", "pass",
+        "inherit/test_store.py -k float16"),
 }  # fmt: skip
 
 

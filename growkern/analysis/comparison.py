@@ -241,7 +241,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
     if not isinstance(logits, Tensor) or not isinstance(ids, Tensor) or ids.is_floating_point():
         raise PlanError(
-            "compare: this model gives no loss on this batch; pass loss=, a function of model and batch."
+            "this model gives no loss on this batch; pass loss=, a function of model and batch."
         )
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 

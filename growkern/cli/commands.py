@@ -54,7 +54,7 @@ def plan(
 ) -> None:
     """Show what a growth of a checkpoint would do, tensor by tensor; nothing is grown."""
     options = _options(to, width, depth, seed)
-    with _failures("plan"):
+    with failures("plan"):
         from growkern.checkpoints.grow import plan_for
         from growkern.checkpoints.load import load
         from growkern.errors import CheckpointError
@@ -113,7 +113,7 @@ def grow(
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with _failures("grow"):
+    with failures("grow"):
         from growkern.checkpoints import grow as checkpoints
 
         bar = Progress(*columns, console=Console(stderr=True))
@@ -146,7 +146,7 @@ def verify(
 
     The table also lists elements without gradient. Units that no token reaches (behind a ReLU, in an expert) and biases of keys have none.
     """
-    with _failures("verify"):
+    with failures("verify"):
         import growkern
         from growkern.checkpoints.load import load
         from growkern.cli.inputs import common_inputs
@@ -186,7 +186,7 @@ def compare(
     chosen = [
         _read("--methods", lambda name=name: _arguments().methods_of(name)) for name in methods
     ]
-    with _failures("compare"):
+    with failures("compare"):
         import torch
 
         import growkern
@@ -245,7 +245,7 @@ def advise(
     picture: Annotated[Path | None, typer.Option(dir_okay=False, help="File to which the picture of the advice is drawn.")] = None,
 ) -> None:  # fmt: skip
     """Say from a loss curve whether to grow now, later or never, or to start the target from scratch, and what growth would save."""
-    with _failures("advise"):
+    with failures("advise"):
         import growkern
         from growkern.training.loss_curve import read_curve
 
@@ -316,7 +316,7 @@ def _saved(path: Path) -> "GrowthPlan":
 
 
 @contextmanager
-def _failures(command: str) -> Generator[None]:
+def failures(command: str) -> Generator[None]:
     """Turn GrowthError, and errors of the file system, into an error message and exit code 1."""
     from growkern.errors import GrowthError
 

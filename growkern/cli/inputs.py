@@ -72,18 +72,15 @@ def training_batches(
     inputs = [random_inputs(model, n_rows, n_tokens, seed + i) for i in range(n)]
     mask: int | None = None
     if text is not None and "input_ids" in inputs[0]:
-        ids, mask = _tokens(folder, text)
+        ids, tokenizer = _tokens(folder, text)
+        mask = tokenizer.mask_token_id
         n = min(n, len(ids) // (n_rows * n_tokens))  # batches of a short text repeat
         if not n:
             raise GrowthError(
                 f"{text} has {len(ids)} tokens, and a batch of {n_rows} x {n_tokens} takes {n_rows * n_tokens}; pass a longer "
                 "text, or lower --tokens or --batch-size."
             )
-        if (highest := int(ids.max())) >= model.config.vocab_size:
-            raise GrowthError(
-                f"the tokenizer of {folder} makes token {highest} of {text}, and the model has {model.config.vocab_size} tokens; leave "
-                "--text out for random tokens."
-            )
+        _refuse_unknown(ids, model, folder, text)
         rows = ids[: n * n_rows * n_tokens].view(n, n_rows, n_tokens)
         inputs = [{"input_ids": row} for row in rows]
     return [*_labelled(model, inputs, mask, torch.Generator().manual_seed(seed))]
@@ -117,8 +114,46 @@ def _labelled(
             )
 
 
-def _tokens(folder: Path, text: Path) -> tuple[Tensor, int | None]:
-    """Return the token ids of a text, and the id of the mask token."""
+def sequences(model: Any, folder: Path, text: Path, n_tokens: int) -> tuple[Tensor, Any]:
+    """Cut a text into whole sequences of tokens, and leave out the rest.
+
+    Args:
+        model: Model of the checkpoint, which predicts the next token.
+        folder: Folder of the checkpoint, with the tokenizer.
+        text: Text file.
+        n_tokens: Tokens per sequence.
+
+    Returns:
+        Token ids (n, n_tokens), and the tokenizer.
+
+    Raises:
+        GrowthError: The model predicts no next tokens, the text is too short, or no tokenizer of the model can read it.
+    """
+    name = type(model).__name__
+    if not name.endswith(("ForCausalLM", "LMHeadModel")):
+        raise GrowthError(
+            f"a {name} predicts no next tokens of a text; call growkern.inherit.store with batches of your own, which hold the masks."
+        )
+    _refuse_long(model.config, n_tokens)
+    ids, tokenizer = _tokens(folder, text)
+    if len(ids) < n_tokens:
+        raise GrowthError(
+            f"{text} has {len(ids)} tokens, and a sequence takes {n_tokens}; pass a longer text, or lower --tokens."
+        )
+    _refuse_unknown(ids, model, folder, text)
+    return ids[: len(ids) // n_tokens * n_tokens].view(-1, n_tokens), tokenizer
+
+
+def _refuse_unknown(ids: Tensor, model: Any, folder: Path, text: Path) -> None:
+    if (highest := int(ids.max())) >= model.config.vocab_size:
+        raise GrowthError(
+            f"the tokenizer of {folder} makes token {highest} of {text}, and the model has {model.config.vocab_size} tokens; leave "
+            "--text out for random tokens (compare), or save the tokenizer of the model there."
+        )
+
+
+def _tokens(folder: Path, text: Path) -> tuple[Tensor, Any]:
+    """Return the token ids of a text, and the tokenizer."""
     from transformers import AutoTokenizer
 
     try:
@@ -128,9 +163,10 @@ def _tokens(folder: Path, text: Path) -> tuple[Tensor, int | None]:
         ids: list[int] = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GrowthError(
-            f"cannot read {text} with the tokenizer of {folder}: {error}. Leave --text out for random tokens."
+            f"cannot read {text} with the tokenizer of {folder}: {error}. Leave --text out for random tokens (compare), or save the "
+            "tokenizer of the model there."
         ) from error
-    return torch.tensor(ids), tokenizer.mask_token_id
+    return torch.tensor(ids), tokenizer
 
 
 def _refuse_large(n: int) -> None:

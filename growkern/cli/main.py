@@ -40,7 +40,7 @@ def app() -> "Typer":
     """Build the command line with all subcommands."""
     import typer
 
-    from growkern.cli import commands
+    from growkern.cli import commands, inherit
 
     cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -110,6 +110,7 @@ def app() -> "Typer":
             raise typer.Exit(1) from None
 
     commands.add(cli)
+    cli.add_typer(inherit.cli, name="inherit")
     return cli
 
 

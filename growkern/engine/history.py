@@ -11,6 +11,7 @@ from growkern.planning.build import build
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.growth_record import GrowthRecord, digest
 from growkern.planning.method_text import method_of, parsed
+from growkern.width.drawn import Drawn
 
 WIDTHS: dict[str, type] = {name: getattr(width, name) for name in width.__all__}
 DEPTHS: dict[str, type] = {name: getattr(depth, name) for name in depth.__all__}
@@ -44,7 +45,8 @@ def recorded(
 
 def methods_of(record: GrowthRecord) -> dict[str, Any]:
     """Return the methods of a record by the name of their argument of ``build``; raise PlanError for a text that names none."""
-    names = {"width": (record.width, WIDTHS | VOCABS), "depth": (record.depth, DEPTHS)}
+    widths = WIDTHS | VOCABS | {"Drawn": Drawn}
+    names = {"width": (record.width, widths), "depth": (record.depth, DEPTHS)}
     if record.shrinks:
         names = {"shrink": (record.width, SHRINKS)}
     return {name: method_of(parsed(text), text, known) for name, (text, known) in names.items()}

@@ -10,6 +10,46 @@ N_STEPS = 3  # the longest, in the text of a report
 
 
 @dataclass(frozen=True)
+class Learned:
+    """What ``growkern.learn`` has learned. Losses are in evaluation mode on the first batch, unless said otherwise.
+
+    Attributes:
+        tie: Which axes share a matrix.
+        n_numbers: Number of learned numbers in all operators.
+        steps: Number of steps on the operators.
+        loss_closed_form: Loss of the closed form, without learning.
+        loss_before: Loss at the start of learning; it differs from the closed form's where noise was added to the operators.
+        loss_after: Loss after learning.
+        losses: Loss of every step, in training mode on the step's batch.
+        n_bytes: Memory for learning beyond the source, without activations.
+        seconds: Wall time of the learning.
+    """
+
+    tie: str
+    n_numbers: int
+    steps: int
+    loss_closed_form: float
+    loss_before: float
+    loss_after: float
+    losses: tuple[float, ...]
+    n_bytes: int
+    seconds: float
+
+    def facts(self) -> list[tuple[object, ...]]:
+        """Return lines for the report."""
+        fell = (
+            f"{self.loss_before:.4g} at the start, {self.loss_after:.4g} after learning (first batch; "
+            f"closed form {self.loss_closed_form:.4g})"
+        )
+        return [
+            ("learned", f"{self.n_numbers:,} numbers (tie={self.tie!r}) in {self.steps} steps, {self.seconds:.3g} s"),
+            ("loss", fell),
+            ("memory of learning", f"{_size(self.n_bytes)} beyond the source, and activations"),
+            ("moments", "dropped: those of the source say nothing about learned weights"),
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
 class GrowthReport:
     """Report of a growth.
 
@@ -35,6 +75,7 @@ class GrowthReport:
         noisy: True when twin noise was added or coordinates copy nothing: the gradient norm then exceeds the law's.
         history: Records of all growths of the model so far, as JSON, this growth last; ``growkern.resume`` reads them.
         notes: Notes for the user on the next steps.
+        learned: What a learned growth has learned; None for a growth by a closed form.
     """
 
     family: str
@@ -57,6 +98,7 @@ class GrowthReport:
     noisy: bool
     history: tuple[str, ...]
     notes: tuple[str, ...]
+    learned: Learned | None = None
 
     @property
     def function_preserving(self) -> bool:
@@ -115,6 +157,7 @@ class GrowthReport:
                 else "scale a clipping threshold alike"
             )
             facts.append(("gradient norm", f"x {self.grad_norm_factor:.3g} by the law; {advice}"))
+        facts += [] if self.learned is None else self.learned.facts()
         shrank = any(self.target_sizes[name] < n for name, n in self.source_sizes.items())
         text = [
             f"{'Shrank' if shrank else 'Grew'} {self.family}",

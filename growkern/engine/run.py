@@ -50,7 +50,7 @@ from growkern.optimizer.state_rules import (
     OptimSpec,
     Rule,
 )
-from growkern.optimizer.update_scale import scale_of
+from growkern.optimizer.update_scale import refuse_mid_ramp, scale_of
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.growth_record import read
 from growkern.support.interrupts import uncollected, uninterrupted
@@ -104,7 +104,7 @@ def _run(request: Request) -> GrowthReport:
             laps.end("cut")
             noted = _commit(request, sources, staged, ranks, kept, check, laps)
             laps.end("commit")
-    for optim in () if request.undo else request.optims:
+    for optim in request.optims if plan.shrinks and not request.undo else ():
         if (scale := scale_of(optim)) is not None and not scale.scales:  # the growth is undone
             scale.detach()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -176,6 +176,7 @@ def _describe(request: Request, averages: list[nn.Module]) -> _Described:
         settle(optim)
         if (scale := scale_of(optim)) is not None:
             scale.restore()  # a schedule's post-hook may run before UpdateScale's
+            refuse_mid_ramp(scale)
     spec = describe(model, request.spec, values=request.backend != NOTHING, first=request.first)
     described = describe_optimizers(
         model, optims, spec, drop=request.drop_state, state_rules=request.state_rules, master_weights=request.master_weights,

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from growkern.commit.optimizer import Masters
 from growkern.errors import PlanError
 from growkern.integrations.bar import Bar
+from growkern.integrations.hf_inherit import inherit as inherit
 from growkern.model.spec import ModelSpec
 from growkern.support.argument_types import typed_arguments
 from growkern.training.attachment import Attachment, growth_metrics

@@ -33,6 +33,21 @@ class Scale:
         return self.update if self.units is None else self.units
 
 
+def times(one: Scale | None, other: Scale | None) -> Scale:
+    """Return the scale that applies two scales of one parameter, one after the other; None scales nothing."""
+    if one is None or other is None:
+        return one or other or Scale(())
+    ones = (1.0,) * len(one.update)
+
+    def product(left: tuple[Factor, ...], right: tuple[Factor, ...]) -> tuple[Factor, ...]:
+        return tuple(x * y for x, y in zip(left or ones, right or ones, strict=True))
+
+    own = one.units is None and other.units is None
+    units = None if own else product(one.seen, other.seen)
+    update, grad = product(one.update, other.update), product(one.grad, other.grad)
+    return Scale(update, grad, one.gain * other.gain, units, one.offset or other.offset)
+
+
 def _vectors(t: Tensor, factors: tuple[Factor, ...]) -> list[Factor]:
     """Factors in shapes that broadcast over a tensor, without scalar factors 1."""
     vectors: list[Factor] = []

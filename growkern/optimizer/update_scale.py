@@ -16,7 +16,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from growkern.errors import PlanError, UnsupportedOptimizerError
-from growkern.optimizer.factors import Scale, divide_, multiply_, raised, rescale_, scale_grad_
+from growkern.optimizer.factors import (
+    Scale,
+    divide_,
+    multiply_,
+    raised,
+    rescale_,
+    scale_grad_,
+    times,
+)
 from growkern.support.argument_types import typed_arguments
 from growkern.support.interrupts import uninterrupted
 from growkern.support.text import short
@@ -66,6 +74,9 @@ class UpdateScale:
             )
         self.optim, self.orders = optim, dict(orders or {})
         self.scales = {p: _checked(optim, p, scale) for p, scale in scales.items()}
+        # further factors, which a ramp changes in every step, and when it ends; state dicts leave them out
+        self.masks: dict[Tensor, Scale] = {}
+        self.ramp = ""
         self._before: dict[Tensor, dict[str, Tensor]] = {}  # by state key; "" is the parameter
         self._grads: dict[Tensor, ref[Tensor]] = {}  # gradients in the optimizer's units
         self._hooks: list[Any] = []
@@ -144,8 +155,8 @@ class UpdateScale:
         with torch.no_grad(), uninterrupted():
             while self._before:
                 p, before = self._before.popitem()
-                scale = self.scales[p]
-                for key, t in self._tensors(p).items():
+                scale = self._scale(p)
+                for key, t in self.tensors(p).items():
                     if (old := before.get(key)) is None:  # the step created this state
                         rescale_(t, scale.update, scale.offset, multiply_)
                         continue
@@ -161,7 +172,7 @@ class UpdateScale:
 
     def second_moment(self, p: Tensor, square: Tensor) -> Tensor:
         """Convert a second moment of the optimizer to the units of the parameter's gradient."""
-        grad = self.scales[p].grad if p in self.scales else ()
+        grad = self._scale(p).grad
         factors = tuple(raised(f, 2.0, n) for f, n in zip(grad, square.shape, strict=False))
         return multiply_(square.clone(), factors) if factors else square
 
@@ -210,8 +221,11 @@ class UpdateScale:
         params = [p for group in self.optim.param_groups for p in group["params"]]
         return {p: i for i, p in enumerate(params)}
 
-    def _tensors(self, p: Tensor) -> dict[str, Tensor]:
-        """The parameter and its state in the units of the weights, by state key."""
+    def _scale(self, p: Tensor) -> Scale:
+        return times(self.scales.get(p), self.masks.get(p))
+
+    def tensors(self, p: Tensor) -> dict[str, Tensor]:
+        """Return the parameter and its state in the units of the weights, by state key."""
         state = self.optim.state.get(p, {})
         keys = [key for key, powers in self.orders.items() if powers == (1, 0)]
         return {"": p} | {k: state[k] for k in keys if isinstance(state.get(k), Tensor)}
@@ -227,10 +241,10 @@ class UpdateScale:
 
     def _into(self) -> None:
         with torch.no_grad(), uninterrupted():
-            for p, scale in self.scales.items():
+            for p in self.scales | self.masks:
                 if p.grad is None:
                     continue
-                tensors = self._tensors(p)
+                scale, tensors = self._scale(p), self.tensors(p)
                 self._grads[p] = ref(p.grad)
                 self._before[p] = {key: t.clone() for key, t in tensors.items()}
                 for t in tensors.values():
@@ -275,6 +289,14 @@ def scale_of(optim: Optimizer) -> UpdateScale | None:
     hooks: list[Any] = list(getattr(optim, "_optimizer_step_pre_hooks", {}).values())
     owners = [getattr(hook, "__self__", None) for hook in hooks]
     return next((owner for owner in owners if isinstance(owner, UpdateScale)), None)
+
+
+def refuse_mid_ramp(scale: UpdateScale) -> None:
+    """Raise PlanError while a ramp masks what the last growth added."""
+    if scale.masks:
+        raise PlanError(
+            f"cannot grow during a ramp, which masks what the last growth added: {scale.ramp}. Train until then, or leave ramp= out."
+        )
 
 
 def adopt(optim: Optimizer) -> None:

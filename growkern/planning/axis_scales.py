@@ -11,6 +11,8 @@ from growkern.planning.growth_plan import AxisMap, Pad
 from growkern.planning.index_map import PAD, IndexMap, concat_maps
 from growkern.planning.vector import Vector, concat_vectors
 
+SYMMETRIC = "equal copies stay equal"  # begins the note on copies that nothing parts
+
 
 def norm_factors(spec: ModelSpec, wide: WidthDecision) -> dict[str, float | None]:
     """Return the factor on the mean square of every normalized stream (1 under ``norms_kept``); None if the factor is not uniform."""
@@ -254,7 +256,7 @@ def symmetric_copies(wide: WidthDecision) -> Iterator[str]:
     split = {space.partition(".")[0] for pair in wide.joint for space in pair}  # queries differ
     if spaces := [space for space, same in equal.items() if same and space not in split]:
         yield (
-            f"equal copies stay equal ({', '.join(spaces)}): twin noise, an uneven split, rows of the next layer or "
+            f"{SYMMETRIC} ({', '.join(spaces)}): twin noise, an uneven split, rows of the next layer or "
             "state='asymmetric' part them."
         )
 

@@ -29,13 +29,11 @@ from growkern.support.interrupts import uninterrupted
 from growkern.support.wrappers import unwrapped
 from growkern.training.loss_curve import LossCurve
 from growkern.training.options import Options, spec_function
+from growkern.training.ramp import Ramp, width_of
 from growkern.training.rehearsal import problems, problems_after_a_step
 from growkern.training.rewind import Rewarm, rewind
 from growkern.training.trains import flops_per_token
-from growkern.training.triggers import (
-    Event,
-    unknown_sizes,
-)
+from growkern.training.triggers import Event, unknown_sizes
 
 if TYPE_CHECKING:
     from growkern.training.schedule import GrowthSchedule
@@ -55,6 +53,7 @@ class Attachment:
         options: Arguments that all growths share.
         deferred: True when an integration calls ``grow``, False when the step hook does.
         chosen: True when those train whom the schedule says.
+        ramp: The ramp of the last growth.
         stepped: True when the last optimizer has stepped since the last call of ``grow``.
         on_growth: Callbacks that run after each growth, after the callbacks of the schedule.
     """
@@ -94,7 +93,7 @@ class Attachment:
             ForwardCheck(self.model, check)  # raises now if the forward fails on the batch
         self._guard(optims, spec)
         self._call: Callable[[nn.Module], object] | None = None  # the model's last forward
-        self._rewarm = Rewarm()
+        self._rewarm, self.ramp = Rewarm(), Ramp()
         self._hooks += [one.register_step_pre_hook(self._before_step) for one in optims]
         self._hooks += [one.register_step_post_hook(self._after_step) for one in optims]
         if self._check() is True:
@@ -102,6 +101,7 @@ class Attachment:
         schedule.attachment = self
         try:
             self.choose()
+            self.ramp.resume(self)
         except BaseException:
             self.remove()
             raise
@@ -178,6 +178,8 @@ class Attachment:
             if event.to is None:
                 self._turn(event)
                 continue
+            if self.ramp.c < 1:
+                break  # the event waits until the ramp has ended
             report = self._expand(event)
             self.choose()
             if not event.trains.everything:
@@ -191,12 +193,12 @@ class Attachment:
 
     def make_plan(self, event: Event) -> GrowthPlan:
         """Plan the growth of an event at the model's current sizes, without growing the model."""
-        options = self.options
+        options, spec = self.options, self.spec_of(self.model)
         # a model built at a grown size may have no growth history
         before = max(len(self.schedule.history), n_growths(self.model))
         return plan(
-            self.model, self.optims, to=event.to or {}, width=event.width, depth=event.depth, state=event.state,
-            dynamics=event.dynamics, spec=self.spec_of(self.model), seed=before if event.seed is None else event.seed,
+            self.model, self.optims, to=event.to or {}, width=width_of(event, self.model, spec), depth=event.depth, state=event.state,
+            dynamics=event.dynamics, spec=spec, seed=before if event.seed is None else event.seed,
             state_rules=options.get("state_rules"), master_weights=options.get("master_weights"),
         )  # fmt: skip
 
@@ -221,7 +223,8 @@ class Attachment:
         self._running = n_growths(self.model), self.n_params
         try:
             report = expand_inplace(
-                self.model, self.optims, plan=made, width=event.width, dynamics=made.dynamics, spec=self.spec_of(self.model),
+                self.model, self.optims, plan=made, width=None if event.ramp else event.width, dynamics=made.dynamics,
+                spec=self.spec_of(self.model),
                 state_rules=options.get("state_rules"), backend=options.get("backend"), scheduler=live or None, ema=options.get("ema"),
                 master_weights=options.get("master_weights"), memory=options.get("memory"), check=self._call if check is True else check,
                 depth=event.depth, on_progress=options.get("on_progress"),
@@ -237,7 +240,7 @@ class Attachment:
             "step %d: grew %s: %s; parameters %s -> %s; %.3g s", schedule.counts.n_steps, report.family, sizes,
             f"{report.n_params_source:,}", f"{report.n_params_target:,}", report.seconds,
         )  # fmt: skip
-        return report
+        return self.ramp.noted(report)
 
     def settle(self) -> None:
         """Record the growth in progress, if it has completed.
@@ -249,6 +252,7 @@ class Attachment:
             return
         n_before, n_params = running
         with uninterrupted():
+            self._running = None
             if n_growths(self.model) > n_before:
                 growth = guard_model(self.model).growths[-1]
                 self._fire()
@@ -256,7 +260,7 @@ class Attachment:
                 schedule.history.append(growth.record)
                 schedule.new_blocks = list(growth.new_blocks)
                 schedule.counts.curve = LossCurve(last=schedule.counts.n_tokens)
-            self._running = None
+                self.ramp.begin(self)
 
     def _fire(self) -> None:
         """Count the next event as fired, and rewind the schedulers; who trains is chosen next."""
@@ -304,15 +308,10 @@ class Attachment:
         self.chosen = True
 
     def _check(self) -> Check | Literal[True] | None:
-        own = self.options.get("spec") is not None
-        check = self.options.get("check")
-        return (
-            None
-            if check is False or (check is None and not own)
-            else True
-            if check is None
-            else check
-        )
+        own, check = self.options.get("spec") is not None, self.options.get("check")
+        if check is None:
+            return True if own else None
+        return None if check is False else check
 
     def _record(
         self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
@@ -363,7 +362,7 @@ def _take(self: Attachment, optim: Optimizer) -> None:
     overflow = getattr(optim, "found_inf", None)
     if isinstance(overflow, Tensor) and overflow.item():
         return
-    self.schedule.counts.n_steps += 1
+    self.ramp.count(self)
     self.stepped = True
     try:
         if not self.tried:

@@ -19,6 +19,7 @@ from growkern.optimizer.describe import describe_optimizers
 from growkern.planning.build import unsaved
 from growkern.planning.sizes import Target
 from growkern.support.live_registry import Live, in_pass
+from growkern.training.ramp import of_run, width_of
 from growkern.training.rewind import unable
 from growkern.training.trains import Trains
 from growkern.training.triggers import Event, target_of
@@ -32,7 +33,7 @@ def problems(attachment: "Attachment") -> list[str]:
     model, found = attachment.model, [*_of_optimizers(attachment), *_averages(attachment)]
     schedule, place = attachment.schedule, model
     new_blocks: Sequence[str] = schedule.new_blocks
-    found += _not_rewound(attachment)
+    found += [*_not_rewound(attachment), *of_run(attachment)]
     if not schedule.fired and schedule.trains is not None:
         found += _unable(schedule.trains, attachment, model, (), "from the start")
     for event in schedule.ahead:
@@ -50,6 +51,8 @@ def problems(attachment: "Attachment") -> list[str]:
                 continue
             place = _twin(model) if place is model else place
             report = _grown(place, event, event.to, spec)
+            if event.ramp:
+                describe(place, attachment.spec_of(place), values=False)
         except GrowthError as error:
             copied_wrong = isinstance(error, CommitError)  # a part of the model cannot be copied
             of_another = place is not model and isinstance(error, UnsupportedModelError)
@@ -82,8 +85,8 @@ def _grown(model: nn.Module, event: Event, to: Target, spec: ModelSpec | None) -
     """Grow a copy without values."""
     with torch.no_grad():
         return expand_inplace(
-            model, to=to, width=event.width, depth=event.depth, state=event.state, dynamics=event.dynamics, spec=spec, seed=0,
-            ema=(), backend=NOTHING,
+            model, to=to, width=width_of(event, model, spec), depth=event.depth, state=event.state, dynamics=event.dynamics, spec=spec,
+            seed=0, ema=(), backend=NOTHING,
         )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from growkern.support.renamed import renamed_arguments
 from growkern.support.text import short, table
 from growkern.training.attachment import Attachment, OnGrowth
 from growkern.training.options import Options
+from growkern.training.ramp import progress
 from growkern.training.slope import WhenSlope
 from growkern.training.trains import Trains
 from growkern.training.triggers import (
@@ -225,13 +226,17 @@ class GrowthSchedule:
         self.new_blocks = new_blocks
         if self.attachment is not None:
             self.attachment.choose()
+            self.attachment.ramp.resume(self.attachment)
 
     def __str__(self) -> str:
         rows: list[tuple[object, ...]] = []
+        c, ends = progress(self)
         for i, event in enumerate(self.events):
             state = f"after event {i - 1}"
             if i < len(self.fired):
                 state = f"fired at step {self.fired[i]:,}"
+                if c < 1 and self.fired[i] + event.ramp - 1 == ends:
+                    state += f"; ramp at {c:.2g}, 1 at step {ends:,}"
             elif i == len(self.fired):
                 state = f"waiting: {event.progress(self.counts)}"
             rows.append((i, target_of(event), event.trigger, state))

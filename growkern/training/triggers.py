@@ -1,8 +1,9 @@
 """Triggers of growth, as data. An event reads counts and observations, and never a model."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import inf, isfinite
 from typing import Any, Literal
 
@@ -52,6 +53,9 @@ class Event(ABC):
         trains: Who trains from this event on, until the next event; see ``growkern.trains``.
         rewind: The schedulers that were passed to ``attach`` go on from their position divided by this number; None to leave them.
         rewarm: Number of steps after the event in which the learning rates rise linearly from 0 to the schedulers' rates.
+        ramp: Number of steps over which the mask of what is new rises from ``1 / ramp`` to 1 (MSG); 0 for no mask. The growth draws all
+            new weights, and takes ``width=width.CopyAndPad(norm="corrected")``, or a depth method that copies or draws blocks. Events
+            that grow wait until the ramp has ended. See ``growkern.training.ramp``.
     """
 
     to: Target | None = "2x"
@@ -63,6 +67,7 @@ class Event(ABC):
     trains: Trains = ALL
     rewind: float | None = None
     rewarm: int = 0
+    ramp: int = 0
 
     def __post_init__(self) -> None:
         wrong = [] if self.to is None else [*wrong_target(self.to)]
@@ -71,6 +76,10 @@ class Event(ABC):
             raise PlanError(
                 f"{type(self).__name__}(rewind={self.rewind}, rewarm={self.rewarm}): pass a finite rewind from 1, and a rewarm from "
                 "0."
+            )
+        if self.ramp < 0 or (self.ramp and self.to is None):
+            raise PlanError(
+                f"{type(self).__name__}(to={self.to!r}, ramp={self.ramp}): pass a number of steps from 0, and a growth to ramp."
             )
 
     @property
@@ -229,6 +238,8 @@ def target_of(event: Event) -> str:
     )
     if event.to is None or not event.trains.everything:
         parts.append(f"trains {event.trains}")
+    if event.ramp:
+        parts.append(f"ramp={event.ramp}")
     return ", ".join(parts)
 
 
@@ -263,7 +274,19 @@ def disorder(events: Sequence[Event]) -> list[str]:
                         f"event {i}: {what} {n:,} is below the {least:,} of event {before}; name at least {least:,}, or reorder."
                     )
                 reached[what] = i, max(n, least)
-    return problems
+    return [*problems, *_inside_ramps(events)]
+
+
+def _inside_ramps(events: Sequence[Event]) -> Iterator[str]:
+    """Yield a problem for each growth at a step at which the ramp of the growth before it has not ended."""
+    growths = [(i, event) for i, event in enumerate(events) if isinstance(event, At) and event.to]
+    for (before, ramped), (i, event) in pairwise(growths):
+        end = (ramped.step or 0) + ramped.ramp - 1
+        if ramped.ramp and ramped.step and event.step and event.step < end:
+            yield (
+                f"event {i}: at step {event.step:,}, the ramp of event {before} has not ended; name at least step {end:,}, or a shorter "
+                "ramp."
+            )
 
 
 def unknown_sizes(events: Sequence[Event], spec: ModelSpec) -> list[str]:

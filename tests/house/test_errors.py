@@ -222,6 +222,13 @@ def attached_twice_to_a_trainer():
         growkern.hf.attach(own, GrowthSchedule([At(step=1)]))
 
 
+def inherited(student=None, teacher=(), **changes):
+    student = make("llama", tied=True) if student is None else student
+    teacher = student if teacher is None else make("llama", tied=False, **changes)
+    optim = torch.optim.SGD(student.parameters())
+    growkern.inherit.KnowledgeInheritance(teacher).attach(student, optim, shift=True)
+
+
 ERRORS = {  # what is done; what the error must name, the reason it must say, and the way out that it must offer
     # sizes
     "a size that there is not": (
@@ -367,6 +374,19 @@ ERRORS = {  # what is done; what the error must name, the reason it must say, an
         'include_num_input_tokens_seen="all"'),
     "a checkpoint without a schedule": (
         lambda: growkern.hf.resume(trainer(), "missing"), "'missing'", "has no schedule", "growkern.hf.attach"),
+    # teachers
+    "a teacher of another vocabulary": (
+        lambda: inherited(vocab_size=80), "vocabulary of 80, and the student of 66", "another tokenizer cannot teach",
+        r"vocab=len\(tokenizer\)"),
+    "a teacher that trains along": (
+        lambda: inherited(teacher=None), "the teacher has parameters of the student", "would change with it", "copy.deepcopy"),
+    "more weights than columns": (
+        lambda: growkern.inherit.KnowledgeInheritance(make("llama", tied=True), 67), "top_k: 67", "more than the vocabulary of 66",
+        "pass at most 66"),
+    "a student without a head": (
+        lambda: inherited(student=make("llama", tied=True).model), "LlamaModel", "names no output head", "from_hidden"),
+    "logits that nobody stored": (
+        lambda: growkern.inherit.KnowledgeInheritance("missing"), "missing", "no complete stored logits", "growkern.inherit.store"),
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import tempfile
 import tracemalloc
 from dataclasses import fields, replace
 
@@ -69,6 +70,27 @@ def compared():
     }
 
 
+def inherits(**arguments):
+    growkern.inherit.KnowledgeInheritance(**{"teacher": pair()["model"]} | arguments)
+
+
+def attached_to_a_loss(**arguments):
+    loss = growkern.inherit.KnowledgeInheritance(make("llama", tied=True))
+    loss.attach(**pair() | arguments)
+
+
+def fused():
+    labels = torch.ones(3, dtype=torch.int64)
+    return {"hidden": torch.ones(3, 4), "weight": torch.ones(5, 4), "labels": labels, "alpha": 0.5, "probs": torch.ones(3, 5)}  # fmt: skip
+
+
+def stored(**arguments):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        own = {"teacher": pair()["model"], "batches": [{"input_ids": batch()}], "path": "s", "sampled": 3}  # fmt: skip
+        growkern.inherit.store(**own | arguments)
+
+
 OPTIONS = (
     "spec",
     "backend",
@@ -100,6 +122,9 @@ CALLS = {  # public call -> the call, its valid arguments, and the names of furt
     "resume": (growkern.resume, pair, ("history", "scheduler", "ema", "master_weights", "spec")),
     "verify": (growkern.verify, lambda: {"source": pair()["model"], "target": pair()["model"], "batch": batch()}, ("optim",)),
     "compare": (growkern.compare, compared, ("loss", "held_out", "on_outcome", "state", "seed")),
+    "learn": (
+        growkern.learn, lambda: pair() | {"batches": [batch()], "to": {"layers": 3}, "steps": 1},
+        ("width", "depth", "lr", "noise", "tie", "loss", "dynamics", "spec", "seed", "scheduler", "ema", "master_weights", "on_step")),
     "upcycle": (growkern.upcycle, lambda: pair() | {"experts": 2}, ("top_k", "std", "seed")),
     "expert_utility": (growkern.expert_utility, lambda: {"model": pair()["model"]}, ("optim", "spec")),
     "describe": (growkern.describe, lambda: {"model": pair()["model"]}, ("spec",)),
@@ -116,6 +141,12 @@ CALLS = {  # public call -> the call, its valid arguments, and the names of furt
     "advise": (
         growkern.advise, lambda: {"curve": CURVE, "source": 1e5, "target": 3e5, "budget": 1e14},
         ("others", "kind", "recipe", "flops_per_token", "spent", "law", "seed")),
+    "inherit": (inherits, dict, (
+        "teacher", "top_k", "tau", "until", "sampled", "alpha", "peak", "renormalize", "vocab", "tokenizer", "seed")),
+    "inherit.attach": (attached_to_a_loss, dict, ("model", "optim", "shift", "n_steps")),
+    "inherit.fused_loss": (
+        growkern.inherit.fused_loss, fused, ("index", "tau", "bias", "scale", "softcap", "ignore_index", "n_items", "backend")),
+    "inherit.store": (stored, dict, ("teacher", "batches", "path", "sampled", "top_k", "tau", "tokenizer", "seed", "name")),
     "linear": (growkern.linear, lambda: {"name": "a", "reads": "b", "writes": "c"}, ("bias", "transposed")),
     "embedding": (growkern.embedding, lambda: {"name": "a", "rows": "b", "writes": "c"}, ()),
     "norm": (growkern.norm, lambda: {"name": "a", "reads": "b", "writes": "c", "kind": "rms"}, ("bias", "eps", "offset")),
@@ -134,6 +165,8 @@ MEANT = {  # a long run, and errors that the user's own function or model raises
     "held_out": ["{}", "{'x': 5}", repr(torch.ones(3))],
     "loss": [repr(int)],
     "on_outcome": [repr(int)],
+    "batches": ["{}", "{'x': 5}", repr(torch.ones(3))],
+    "on_step": [repr(int)],
 }
 
 
@@ -165,6 +198,7 @@ def test_every_argument_of_the_public_functions_is_in_the_list():
         "resume",
         "verify",
         "upcycle",
+        "learn",
         "advise",
     ):
         function, valid, more = CALLS[call]

@@ -37,6 +37,8 @@ NAMES = [
     "errors",
     "expand_inplace",
     "expert_utility",
+    "inherit",
+    "learn",
     "linear",
     "norm",
     "optim",

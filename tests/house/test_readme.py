@@ -214,3 +214,20 @@ def test_the_table_has_every_procedure():
     made = {name for name in growkern.procedures.__all__ if name.islower()}
 
     assert {name for _, name in PROCEDURES} == made - {"g_stack_tokens"}
+
+
+LEARNED = re.findall(r"\| `(growkern\.learn\(.*\))` \|$", README, re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", LEARNED)
+def test_a_line_on_learned_growth_runs(line):
+    model = make("llama", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    names = {"growkern": growkern, "depth": growkern.depth, "width": growkern.width}
+
+    names |= {"model": model, "optim": optim, "batches": [batch()]}
+
+    report = eval(line[:-1] + ", steps=3)", names)
+
+    assert len(LEARNED) == 3 and report.learned.steps == 3 and "learned" in str(report)

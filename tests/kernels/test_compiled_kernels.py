@@ -41,9 +41,16 @@ KINDS = [  # dtypes of parameter, gradient and moments of the AdamW kernel
 ]
 ADAMW = [("adamw", *kind, options) for kind in KINDS for options in ("plain", "slices")]
 ADAMW += [("adamw", *KINDS[0], "slices+scaler"), ("adamw", *KINDS[4], "scaler")]
-DISASSEMBLED += [ADAMW[-2]]
 SQUARES = [("squares", dtype) for dtype in ("float32", "bfloat16", "float16", "float64")]
 SQUARES_ONLY = list(product(["sm_80", "sm_100", "gfx942"], SQUARES))
+INHERIT = [  # dtype of the logits, teacher, softcap
+    ("inherit", dtype, teacher, cap)
+    for dtype, cap in (("float32", ""), ("bfloat16", ""), ("bfloat16", "capped"))
+    for teacher in ("none", "dense", 10, 64, 1023)  # a number: indices per row
+]
+DISASSEMBLED += [ADAMW[-2], INHERIT[8]]
+INHERIT_ONLY = list(product(["sm_80", "sm_100", "gfx942"], INHERIT[5:9]))
+DIVISIBLE = "n_padded", "stride", "dense_stride"  # scalars that a launch finds divisible by 16
 ADAMW_ONLY = list(product(["sm_80", "sm_100", "gfx942"], ADAMW[-2:]))
 
 
@@ -112,6 +119,20 @@ def test_squares_fits_registers_and_reads_16_bytes(built, case):
     assert found["registers"] <= N_REGISTERS
 
 
+@pytest.mark.parametrize(("target", "case"), INHERIT_ONLY, ids=case_id)
+def test_inherit_compiles(built, target, case):
+    assert built[f"{target} {case_id(case)}"] == {"compiled": 1}
+
+
+@pytest.mark.parametrize("case", INHERIT, ids=case_id)
+def test_inherit_fits_registers_and_moves_16_bytes(built, case):
+    found = built[f"sm_90 {case_id(case)}"]
+
+    assert (found["stack"], found["local"]) == (0, 0)  # where spills would go
+    assert found["registers"] <= N_REGISTERS
+    assert (found["load"], found["store"]) == (128, 128)
+
+
 @pytest.mark.parametrize("case", DISASSEMBLED, ids=case_id)
 def test_the_machine_code_spills_nothing_and_has_the_widths_of_the_ptx(built, case):
     """To disassemble every kernel takes ten times as long as to read its PTX."""
@@ -133,7 +154,7 @@ def test_the_machine_code_spills_nothing_and_has_the_widths_of_the_ptx(built, ca
         )  # versions of triton differ by 22 %
 
 
-@pytest.mark.parametrize("case", [*FULL, *ADAMW, *SQUARES], ids=case_id)
+@pytest.mark.parametrize("case", [*FULL, *ADAMW, *SQUARES, *INHERIT], ids=case_id)
 def test_rows_are_addressed_in_64_bits(built, case):
     """In a tensor of 2**31 elements and more, a row index times a stride does not fit in 32 bits."""
     assert built[f"sm_90 {case_id(case)}"]["narrow_products"] == 0
@@ -157,8 +178,8 @@ def test_every_specialisation_is_compiled():
 
 def main() -> None:
     """Compile every case and print the measurements as JSON."""
-    jobs = [("sm_90", case) for case in [*FULL, *ADAMW, *SQUARES]]
-    jobs += COMPILE_ONLY + ADAMW_ONLY + SQUARES_ONLY
+    jobs = [("sm_90", case) for case in [*FULL, *ADAMW, *SQUARES, *INHERIT]]
+    jobs += COMPILE_ONLY + ADAMW_ONLY + SQUARES_ONLY + INHERIT_ONLY
     jobs += [("sass", case) for case in DISASSEMBLED]
     print(json.dumps({f"{target} {case_id(case)}": build(target, case) for target, case in jobs}))
 
@@ -168,7 +189,9 @@ def build(target: str, case: tuple[str | int, ...]) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, options, pointers = {"adamw": adamw, "squares": squares}.get(case[0], expand)(case)
+    kernel, options, pointers = {"adamw": adamw, "squares": squares, "inherit": inherit}.get(
+        case[0], expand
+    )(case)
     constants = {name: value for name, value in options.items() if name.isupper()}
     constants |= {name: None for name, kind in pointers.items() if kind == "constexpr"}
     scalars = {
@@ -176,7 +199,9 @@ def build(target: str, case: tuple[str | int, ...]) -> dict[str, int]:
     }
     signature = pointers | scalars | dict.fromkeys(constants, "constexpr")
     aligned = {
-        (at,): [["tt.divisibility", 16]] for at, kind in enumerate(pointers.values()) if "*" in kind
+        (at,): [["tt.divisibility", 16]]
+        for at, (name, kind) in enumerate(pointers.items())
+        if "*" in kind or name in DIVISIBLE
     }
     source = ASTSource(kernel, signature, constants, aligned)
     rest = {
@@ -229,6 +254,26 @@ def squares(case: tuple[str | int, ...]) -> tuple[object, dict[str, object], dic
     math = "*fp64" if case[1] == "float64" else "*fp32"
     pointers = {"table_ptr": "*i64", "inverses_ptr": math, "sums_ptr": "*i64"}
     return squares_kernel, launch_options(getattr(torch, case[1])), pointers
+
+
+def inherit(case: tuple[str | int, ...]) -> tuple[object, dict[str, object], dict[str, str]]:
+    from growkern.kernels.inherit import inherit_kernel, launch_options
+
+    _, dtype, teacher, cap = case
+    n_at = 1 if isinstance(teacher, str) else 1 << teacher.bit_length()
+    options = launch_options(50257, n_at, teacher != "none", teacher == "dense", bool(cap))
+    z = {"float32": "*fp32", "bfloat16": "*bf16"}[dtype]
+    floats = {
+        "weight_ptr": "*fp32",
+        "dense_ptr": "*fp32",
+        "special_ptr": z,
+        "ce_ptr": "*fp32",
+        "kl_ptr": "*fp32",
+    }
+    pointers = {"z_ptr": z, "at_ptr": "*i64"} | floats
+    scalars = dict.fromkeys(("n_columns", "n_padded", "stride", "dense_stride"), "i32")
+    scalars |= dict.fromkeys(("hard", "soft", "inverse_tau", "scale", "cap"), "fp32")
+    return inherit_kernel, options, pointers | scalars
 
 
 def narrow_products(ttir: str) -> int:

@@ -87,7 +87,7 @@ def test_a_run_that_is_killed_at_a_random_moment_ends_there_too(unbroken, tmp_pa
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("kind", ["mslt", "bert2bert", "llama_pro"])
+@pytest.mark.parametrize("kind", ["mslt", "bert2bert", "llama_pro", "ramp"])
 def test_a_procedure_that_is_killed_in_a_trainer_ends_with_the_losses_of_the_unbroken_one(
     kind, tmp_path
 ):

@@ -12,6 +12,7 @@ import growkern
 from growkern import trains
 from growkern.errors import PlanError
 from growkern.training.schedule import GrowthSchedule
+from growkern.training.trains import flops_per_token
 from growkern.training.triggers import At
 
 STACKS = {
@@ -76,6 +77,16 @@ def test_loss_and_gradients_are_those_of_the_cut_model(family):
         seen.add(own[0])
         train(model, optim, 1, first=i)
     assert len(seen) > 1
+
+
+def test_sub_models_cost_what_the_top_of_the_cut_model_costs():
+    model = deep("llama", tied=False)
+    spec = growkern.describe(model)
+    for frozen in trains.SubModels(2).choices(spec, ()):
+        small = cut(model, "llama", frozen.n_blocks)
+        own = growkern.describe(small)
+        expected = flops_per_token(small, own, trains.Top(2).frozen(own, ()))
+        assert flops_per_token(model, spec, frozen) == expected
 
 
 def test_a_block_steps_when_it_is_drawn_and_the_head_always():

@@ -332,6 +332,15 @@ def test_a_gradient_from_below_is_refused_where_it_is_seen():
 
 
 @pytest.mark.slow
+def test_choices_never_use_up_the_recompilations_that_dynamo_allows():
+    model = deep("llama", True, 10)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for n in range(1, 11):  # one more than 8 is an error under fullgraph
+        trains.Top(n).apply(model)
+        compiled(batch())
+
+
+@pytest.mark.slow
 def test_a_compiled_model_has_one_graph_and_the_gradients_of_an_eager_one():
     model = deep("llama", True, 4)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
