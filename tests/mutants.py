@@ -501,12 +501,19 @@ MUTANTS = {
     "rewind: the rates stay": Mutant(
         "training/rewind.py", "        _set(group, rate)\n    scheduler", "        pass\n    scheduler",
         "training/test_rewind.py -k earlier_position"),
-    "rewarm: the rate stays low": Mutant(
-        "training/attachment.py", "        self._rewarm.restore()\n        if optim is", "        if optim is",
-        "training/test_rewind.py -k linearly"),
-    "rewarm: a step that raised lowers twice": Mutant(
-        "training/attachment.py", "        self._rewarm.restore()  # a step has raised an error\n", "",
-        "training/test_rewind.py -k raises"),
+    "rewarm: a step that raised leaves the rate low": Mutant(
+        "training/rewind.py", "            finally:  # no hook of torch runs when a step raises\n                self._end()",
+        "            finally:\n                pass", "training/test_rewind.py -k raises"),
+    "rewarm: schedulers of hooks see the low rate": Mutant(
+        "training/rewind.py", "last=False", "last=True", "training/test_rewind.py -k in_a_hook"),
+    "freeze: copies of frozen blocks stay frozen": Mutant(
+        "commit/frozen.py", "        for p in opened:\n            p.requires_grad_(True)\n", "",
+        "training/test_trains.py -k user_has_frozen"),
+    "freeze: LBFGS moves what is frozen": Mutant(
+        "engine/freezing.py", "        _refuse_lbfgs(model, frozen, live)\n", "", "training/test_trains.py -k lbfgs"),
+    "trains: any report will do": Mutant(
+        "training/trains.py", "if report is not None and [*report.history]", "if False and [*report.history]",
+        "training/test_trains.py -k without_a_growth"),
     "procedures: the state stays": Mutant(
         "procedures.py", 'depth=STACK, state="drop")\n        for n, at', 'depth=STACK)\n        for n, at',
         "training/test_procedures.py -k stack_bert"),

@@ -28,15 +28,17 @@ class Frozen:
         stacks: Names of the modules that hold blocks.
         n_blocks: Number of blocks that run in training; None for all.
         below: Those of ``names`` that act before the lowest block, and nowhere else.
+        opened: Names at which parameters train although the blocks that they are copies of did not.
         params: Parameters that had ``requires_grad=True``.
         handles: Handles of the hooks.
     """
 
     def __init__(
-        self, names: Collection[str] = (), stacks: Sequence[str] = (), n_blocks: int | None = None, below: Sequence[str] = ()
+        self, names: Collection[str] = (), stacks: Sequence[str] = (), n_blocks: int | None = None, below: Sequence[str] = (),
+        opened: Collection[str] = (),
     ) -> None:  # fmt: skip
         self.names, self.stacks, self.n_blocks = frozenset(names), tuple(stacks), n_blocks
-        self.below = tuple(below)
+        self.below, self.opened = tuple(below), frozenset(opened)
         self.params = list[nn.Parameter]()
         self.handles = list[RemovableHandle]()
 
@@ -147,7 +149,10 @@ def freeze(
     before, names, stacks = frozen_of(model), frozen.names, frozen.stacks
     taken = {*before.params} if before else set[nn.Parameter]()
     places = list(model.named_parameters(remove_duplicate=False))
-    trained = {p for name, p in places if name not in names and (p.requires_grad or p in taken)}
+    opened = {p for name, p in places if name in frozen.opened and not p.requires_grad}
+    trained = {
+        p for name, p in places if name not in names and (p.requires_grad or p in taken | opened)
+    }
     if not trained:
         raise PlanError(
             "no parameter of the model would train: choose who trains by trains.All(), Top() or New()."
@@ -173,6 +178,8 @@ def freeze(
         if not names:
             return
         frozen.handles.append(model.register_load_state_dict_pre_hook(frozen))
+        for p in opened:
+            p.requires_grad_(True)
         for p in dict.fromkeys(p for _, p in places if p not in trained and p.requires_grad):
             frozen.params.append(p)
             p.requires_grad_(False)

@@ -93,8 +93,9 @@ class Attachment:
             ForwardCheck(self.model, check)  # raises now if the forward fails on the batch
         self._guard(optims, spec)
         self._call: Callable[[nn.Module], object] | None = None  # the model's last forward
-        self._rewarm, self.ramp = Rewarm(), Ramp()
-        self._hooks += [one.register_step_pre_hook(self._before_step) for one in optims]
+        self.ramp = Ramp()
+        if any(event.rewarm for event in schedule.events):
+            self._hooks += [Rewarm(one, self._rewarms) for one in optims]
         self._hooks += [one.register_step_post_hook(self._after_step) for one in optims]
         if self._check() is True:
             self._hooks.append(self.model.register_forward_pre_hook(self._record, with_kwargs=True))
@@ -202,17 +203,14 @@ class Attachment:
             state_rules=options.get("state_rules"), master_weights=options.get("master_weights"),
         )  # fmt: skip
 
-    def _before_step(self, optim: Optimizer, args: object, kwargs: object) -> None:
-        """Lower the rates in the steps after an event that rewarms."""
-        self._rewarm.restore()  # a step has raised an error
+    def _rewarms(self) -> float:
+        """Return the factor on the rates in the next step: they rise after an event with ``rewarm``."""
         schedule = self.schedule
-        if schedule.fired and (n := schedule.events[len(schedule.fired) - 1].rewarm):
-            since = schedule.counts.n_steps - schedule.fired[-1]
-            if since < n:
-                self._rewarm.lower(optim, (since + 1) / n)
+        n = schedule.events[len(schedule.fired) - 1].rewarm if schedule.fired else 0
+        since = schedule.counts.n_steps - schedule.fired[-1] if n else 0
+        return min(1.0, (since + 1) / n) if n else 1.0
 
     def _after_step(self, optim: Optimizer, args: object, kwargs: object) -> None:
-        self._rewarm.restore()
         if optim is self._optims[-1]():
             self._take(self, optim)  # torch.compile does not trace _take
 

@@ -1,7 +1,10 @@
 """Learning-rate schedules after a growth: back to an earlier position, and up again from 0."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from types import MethodType
+from typing import Any, cast
+from weakref import ref
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -30,22 +33,61 @@ def rewind(scheduler: Any, rho: float) -> None:
 
 
 class Rewarm:
-    """Rates of optimizers that are lower during one step."""
+    """Lowers the rates of an optimizer inside its steps, and only there: whatever a step raises, the rates are the schedulers' afterwards.
 
-    def __init__(self) -> None:
-        self._before: list[tuple[dict[str, Any], Any]] = []
+    Attributes:
+        factor: Function that returns the factor on all rates in the next step.
+    """
 
-    def lower(self, optim: Optimizer, factor: float) -> None:
-        """Multiply the rates of all groups by a factor until ``restore``."""
+    def __init__(self, optim: Optimizer, factor: Callable[[], float]) -> None:
+        self.factor, self._optim = factor, ref(optim)
+        self._rates: list[tuple[dict[str, Any], Any]] = []
+        self._hooks = [
+            optim.register_step_pre_hook(self._lower),
+            optim.register_step_post_hook(self._end),
+        ]
+        hooks: Any = optim._optimizer_step_post_hooks  # pyright: ignore[reportPrivateUsage]
+        hooks.move_to_end(
+            self._hooks[1].id, last=False
+        )  # first: in a later one, a scheduler may step
+        before, step = vars(optim).get("step"), cast("Callable[..., Any]", optim.step)
+
+        # a method of the optimizer, as torch's schedulers expect of ``optim.step``
+        @wraps(getattr(step, "__func__", step))
+        def watched(optim: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return step(*args, **kwargs)
+            finally:  # no hook of torch runs when a step raises
+                self._end()
+
+        self._step, self._before = MethodType(watched, optim), before
+        vars(optim)["step"] = self._step
+
+    def remove(self) -> None:
+        """Put the rates back, and leave the optimizer alone."""
+        self._end()
+        for hook in self._hooks:
+            hook.remove()
+        optim = self._optim()
+        if (
+            optim is not None and vars(optim).get("step") is self._step
+        ):  # else others have wrapped it
+            del optim.step
+            if self._before is not None:
+                vars(optim)["step"] = self._before
+
+    def _lower(self, optim: Optimizer, *_: object) -> None:
+        self._end()
+        if (factor := self.factor()) == 1:
+            return
         for group in optim.param_groups:
             rate = group["lr"]
-            self._before.append((group, rate.clone() if isinstance(rate, Tensor) else rate))
+            self._rates.append((group, rate.clone() if isinstance(rate, Tensor) else rate))
             _set(group, rate * factor)
 
-    def restore(self) -> None:
-        """Put the rates back."""
-        while self._before:
-            _set(*self._before.pop())
+    def _end(self, *_: object) -> None:
+        while self._rates:
+            _set(*self._rates.pop())
 
 
 def _set(group: dict[str, Any], rate: Any) -> None:

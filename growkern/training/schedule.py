@@ -228,6 +228,10 @@ class GrowthSchedule:
             self.attachment.choose()
             self.attachment.ramp.resume(self.attachment)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold: they are not attached."""
+        return {**vars(self), "_attachment": None}
+
     def __str__(self) -> str:
         rows: list[tuple[object, ...]] = []
         c, ends = progress(self)

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from growkern.commit.checkpoint_guard import growth_history
 from growkern.commit.frozen import Frozen
 from growkern.commit.optimizer import Masters
 from growkern.engine.freezing import choose
@@ -62,7 +63,8 @@ class Trains(ABC):
 
         Parameters that do not train get ``requires_grad=False`` and lose their gradient; the optimizer keeps their state, and skips them.
         Reducers of ``DistributedDataParallel`` are rebuilt: every process has to call. A later growth keeps the choice, and its new blocks
-        train; an event of a schedule chooses anew. Parameters that had ``requires_grad=False`` before keep that.
+        train; an event of a schedule chooses anew. Parameters that had ``requires_grad=False`` before keep that, and so
+        do copies of them in new blocks, unless new blocks are what is chosen.
 
         Args:
             model: The model; wrappers are removed.
@@ -71,7 +73,8 @@ class Trains(ABC):
             master_weights: Mapping from parameter to the float32 copy that the optimizer updates in place of the parameter.
 
         Raises:
-            PlanError: The choice is not possible in this model, or no parameter would train. Nothing has changed.
+            PlanError: The choice is not possible in this model, no parameter would train, the report is not that of the model's last
+                growth, or an ``LBFGS`` would move what does not train. Nothing has changed.
             UnsupportedModelError: The model cannot be described, or its blocks are under reentrant gradient checkpointing.
 
         Example:
@@ -85,6 +88,10 @@ class Trains(ABC):
                 f"{self} changes in every step: pass it to a GrowthSchedule, as trains= of the schedule or of an event."
             )
         new_blocks = report.new_blocks if report is not None else ()
+        if report is not None and [*report.history][-1:] != growth_history(model)[-1:]:
+            raise PlanError(
+                f"{self}: the report is not that of this model's last growth, which may have moved its blocks: pass the last report."
+            )
         choose(model, self.frozen(described, new_blocks), master_weights)
 
 
@@ -147,7 +154,7 @@ class Top(Trains):
                 f"Top: {n} blocks cannot train in a model of {n_layers}; pass {n_layers} or less."
             )
         trained = {f"{stack.path}.{i}" for i in range(n_layers - n, n_layers)}
-        return _all_but(spec, trained, head=self.head)
+        return _all_but(spec, trained, head=self.head, new_blocks=new_blocks)
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,7 @@ class New(Trains):
             raise PlanError(
                 f"New: this {spec.family} has no block {strange[0]}: pass the report of its own last growth."
             )
-        return _all_but(spec, {*new_blocks}, head=self.head)
+        return _all_but(spec, {*new_blocks}, head=self.head, new_blocks=new_blocks)
 
 
 @dataclass(frozen=True)
@@ -279,7 +286,9 @@ def _only_stack(spec: ModelSpec, trains: Trains) -> Blocks:
     return spec.blocks
 
 
-def _all_but(spec: ModelSpec, blocks: set[str], *, head: bool) -> Frozen:
+def _all_but(
+    spec: ModelSpec, blocks: set[str], *, head: bool, new_blocks: Sequence[str] = ()
+) -> Frozen:
     """Freeze all but some blocks, and the head: what a spec lists after the tensors of all blocks."""
     frozen, after, below = list[str](), list[str](), list[str]()
     for name in spec.tensors:
@@ -293,4 +302,6 @@ def _all_but(spec: ModelSpec, blocks: set[str], *, head: bool) -> Frozen:
         if f"{stack.path}.{index}" not in blocks:
             frozen.append(name)
     names, paths = frozen if head else [*frozen, *after], [stack.path for stack in spec.stacks]
-    return Frozen(names, paths, below=below if len(paths) == 1 else ())
+    new = tuple(f"{block}." for block in new_blocks if block in blocks)
+    opened = [name for name in spec.tensors if new and name.startswith(new)]
+    return Frozen(names, paths, below=below if len(paths) == 1 else (), opened=opened)

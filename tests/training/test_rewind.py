@@ -66,24 +66,45 @@ def test_rates_rise_linearly_after_a_growth_and_are_the_schedulers_between_steps
     assert between == pytest.approx([0.01] * 8, rel=1e-6, abs=0)
 
 
-def test_a_step_that_raises_leaves_the_rate_to_the_next_step():
+@pytest.mark.parametrize("where", ["hook", "closure", "step"])
+def test_a_step_that_raises_leaves_the_rate_of_the_scheduler(where, monkeypatch):
     model = make("llama", tied=True)
-    optim = optimizer(model)
-    GrowthSchedule([At(step=1, to={"layers": 3}, rewarm=4)]).attach(model, optim)
+    optim = torch.optim.SGD(model.parameters(), lr=0.01)
+    attachment = GrowthSchedule([At(step=1, to={"layers": 3}, rewarm=4)]).attach(model, optim)
     run(model, optim, 1)
 
-    def boom(*_):
+    def boom(*_, **__):
         raise RuntimeError("boom")
 
-    hook = optim.register_step_pre_hook(boom)
-    with pytest.raises(RuntimeError, match="boom"):
-        run(model, optim, 1)
-    hook.remove()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="boom"):
+        if where == "step":
+            patch.setattr(optim, "_init_group", boom)
+        hook = optim.register_step_pre_hook(boom) if where == "hook" else None
+        optim.step(boom if where == "closure" else None)
+    if hook is not None:
+        hook.remove()
+
+    assert optim.state_dict()["param_groups"][0]["lr"] == 0.01
     seen = []
     optim.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["lr"]))
     run(model, optim, 2)
-
     assert seen == pytest.approx([0.0025, 0.005], rel=1e-12, abs=0)
+    attachment.remove()
+    assert "step" not in vars(optim)
+    run(model, optim, 1)
+    assert seen[-1] == 0.01
+
+
+def test_a_scheduler_that_steps_in_a_hook_of_the_optimizer_decays_during_the_rise():
+    model = make("llama", tied=True)
+    optim = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = lr_scheduler.ExponentialLR(optim, 0.9)
+    optim.register_step_post_hook(lambda *_: scheduler.step())
+    GrowthSchedule([At(step=1, to=None, rewarm=5)]).attach(model, optim, scheduler)
+
+    run(model, optim, 8)
+
+    assert optim.param_groups[0]["lr"] == pytest.approx(0.9**8, rel=1e-12, abs=0)
 
 
 def test_a_resumed_run_warms_up_from_where_it_was():

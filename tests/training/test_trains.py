@@ -482,11 +482,76 @@ def test_new_without_a_growth_or_of_another_model_is_refused():
     with pytest.raises(PlanError, match="no block is new"):
         trains.New().apply(model)
     report = growkern.expand_inplace(deep("llama", True, 2), to={"layers": 5})
-    with pytest.raises(
-        PlanError, match=r"no block model\.layers\.[234]: pass the report of its own"
-    ):
+    with pytest.raises(PlanError, match="the report is not that of this model's last growth"):
+        trains.New().apply(model, report)
+    report = growkern.expand_inplace(model, to={"layers": 4})
+    last = growkern.expand_inplace(model, to={"layers": 8})
+    with pytest.raises(PlanError, match="pass the last report"):
         trains.New().apply(model, report)
     assert all(p.requires_grad for p in model.parameters())
+    trains.New().apply(model, last)
+
+
+def frozen_by_user(n: int = 2):
+    model = deep("llama", False, n)
+    model.requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    return model, optimizer(model)
+
+
+def test_new_blocks_train_in_a_model_that_the_user_has_frozen():
+    """LLaMA Pro on a model of which nothing trained, or the head alone."""
+    model, optim = frozen_by_user()
+    new = At(step=1, to={"layers": 4}, depth=depth.Fresh(at="even"), trains=trains.New())
+    schedule = GrowthSchedule([new])
+    schedule.attach(model, optim)
+    train(model, optim, 1)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    train(model, optim, 3)
+
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    names = tuple(f"{block}." for block in schedule.new_blocks)
+    assert moved == {n for n in before if n.startswith(names)} and len(moved) == 18
+
+    by_hand = deep("llama", False, 2).requires_grad_(False)
+    report = growkern.expand_inplace(by_hand, to={"layers": 4})
+    trains.New().apply(by_hand, report)
+    assert sum(p.requires_grad for p in by_hand.parameters()) == 18
+
+
+def test_sub_models_of_which_one_would_not_train_are_refused_when_attached():
+    model, optim = frozen_by_user(4)
+    model.lm_head.weight.requires_grad_(False)
+    model.model.layers[0].requires_grad_(True)
+    with pytest.raises(PlanError, match="from the start: no parameter of the model would train"):
+        GrowthSchedule([At(step=9)], trains=trains.SubModels(1)).attach(model, optim)
+
+
+def test_a_choice_of_which_nothing_is_in_the_optimizer_is_refused_when_attached():
+    model = deep("llama", False, 4)
+    optim = torch.optim.AdamW(model.model.layers[0].parameters())
+    with pytest.raises(PlanError, match="none of the parameters that would train is in the optimizer"):  # fmt: skip
+        GrowthSchedule([At(step=2, to=None, trains=trains.Top(1))]).attach(model, optim)
+
+
+def test_lbfgs_is_refused_because_it_moves_what_has_no_gradient():
+    model = deep("llama", False, 4)
+    optim = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(PlanError, match="LBFGS moves all of its parameters"):
+        trains.Top(1).apply(model)
+    with pytest.raises(PlanError, match="LBFGS moves all of its parameters"):
+        GrowthSchedule([At(step=2, to=None, trains=trains.Top(1))]).attach(model, optim)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_attached_schedule_is_copied_and_pickled_without_its_attachment():
+    model = deep("llama", True, 2)
+    optim, schedule = optimizer(model), stages()
+    schedule.attach(model, optim)
+    train(model, optim, 2)
+    for copied in (copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule))):
+        assert copied.state_dict() == schedule.state_dict() and copied.attachment is None
 
 
 def test_a_model_of_which_nothing_would_train_is_refused():
