@@ -57,6 +57,10 @@ MADE = {  # the call, the events by hand, and who trains at the end
             At(step=6, to={"layers": 4}, **TOP), At(step=7, to=None),
         ],
     ),
+    "midas": (
+        lambda m: procedures.midas(m, layers=(2, 4, 6), steps=(3, 3), total_steps=9, tokens_per_step=TOKENS),
+        [At(step=3, to={"layers": 4}, depth=depth.Middle()), At(step=6, to={"layers": 6}, depth=depth.Middle())],
+    ),
     "late_depth": (
         lambda m: procedures.late_depth(m, layers=6, total_steps=10, tokens_per_step=TOKENS),
         [At(step=8, to={"layers": 6}, depth=depth.Fresh())],
@@ -173,6 +177,49 @@ def test_the_rule_of_g_stack_gives_the_examples_of_the_paper():
     for n, tokens, expected in ((8e9, 15e12, 6.58e9), (7e9, 2e12, 11.11e9)):
         found = procedures.g_stack_tokens(n, 6 * n * tokens)
         assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_g_stack_runs_to_its_end(family):
+    """With so many tokens in a step, the rule says 2.6 steps of 9."""
+    model = make(family, tied=True).train()
+    schedule = procedures.g_stack(model, total_steps=9, tokens_per_step=2.0**29, rewarm=3)
+    optim = optimizer(model)
+    schedule.attach(model, optim)
+
+    train(model, optim, schedule, 9)
+
+    assert schedule.fired == [3] and growkern.describe(model).sizes["layers"] == 8
+    assert {float(optim.state[p]["step"]) for p in model.parameters()} == {6.0}  # a new optimizer
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_staged_training_runs_to_its_end_as_the_losses_say(family):
+    """Losses fall steeply and then level off, twice; the scheduler goes back each time, and rates rise from 0."""
+    model = make(family, tied=True).train()
+    schedule = procedures.staged_training(
+        model, ["depth", "width"], total_steps=60, tokens_per_step=TOKENS, rewarm=2
+    )
+    optim = optimizer(model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optim, lambda step: 1 / (1 + step))
+    schedule.attach(model, optim, scheduler)
+    at = [3.0]
+    for i in range(60):
+        n = len(schedule.fired)
+        optim.zero_grad()
+        loss_of(model, batch(seed=i)).backward()
+        optim.step()
+        scheduler.step()
+        at = [3.0] if len(schedule.fired) > n else at
+        at.append(at[-1] * (0.9 if len(at) < 9 else 0.9999))
+        schedule.observe(tokens=TOKENS, eval_loss=at[-1])
+
+    sizes = growkern.describe(model).sizes
+    assert (sizes["layers"], sizes["hidden"]) == (4, 48) and len(schedule.fired) == 2
+    rewinds, position = dict(zip(schedule.fired, (1.412, 1.776), strict=True)), 0
+    for step in range(1, 61):
+        position = round(position / rewinds.get(step, 1)) + 1
+    assert scheduler.last_epoch == position < 60
 
 
 def test_g_stack_grows_after_the_tokens_of_the_rule():
