@@ -79,7 +79,7 @@ def learn(
     the closed form has beside copies (noise, random rows, zeros of identity blocks) is added and not learned. AdamW trains the operators
     alone, by a linear learning-rate decay to 0, on a copy of the model; the model itself changes once, at the end, as in
     ``expand_inplace``: all or nothing. Optimizer state and gradients in flight are dropped, because those of the source say nothing
-    about learned weights. The operators are then forgotten: the grown model is an ordinary model.
+    about learned weights. What grows from parameters with ``requires_grad=False`` gets the closed form. The operators are then forgotten: the grown model is an ordinary model.
 
     Ordinary steps after the best closed form may lower the loss more than as many steps on the operators do: measure both.
 
@@ -145,7 +145,10 @@ def learn(
     with torch.inference_mode(False), torch.enable_grad():
         described = describe(model, spec, first=first_blocks(model, spec, request.block))
         sources = _parameters(model, described)
-        operators = build_operators(described, planned, sources, tie=tie, noise=float(noise))
+        frozen = {name for name, p in _by_name(model).items() if not p.requires_grad}
+        operators = build_operators(
+            described, planned, sources, frozen=frozen, tie=tie, noise=float(noise)
+        )
         n_bytes = _refuse_memory(planned, sources, operators)
         target = _grown_copy(request)
         learned = learn_operators(

@@ -340,14 +340,46 @@ def test_gradients_in_flight_are_dropped_where_nothing_is_learned_too():
     assert [name for name, p in model.named_parameters() if p.grad is not None] == []
 
 
-def test_frozen_parameters_grow_and_the_others_learn():
-    model = make("llama", tied=True)
-    model.model.embed_tokens.requires_grad_(False)
+FROZEN = {
+    "layers of a shared row": dict(tie="shared", to={"layers": 4}, depth=depth.Stack()),
+    "a shared matrix": dict(tie="shared", to={"hidden": 48}),
+    "noise": dict(noise=0.03, **COPIES),
+    "noise alone": dict(noise=0.03, steps=0, **COPIES),
+    "width": dict(to={"hidden": 48}),
+    "published": dict(tie="published", **COPIES),
+}
 
-    report = learned(model, **COPIES)
 
-    assert report.learned.loss_after < report.learned.loss_before
-    assert not model.model.embed_tokens.weight.requires_grad
+@pytest.mark.parametrize("how", ["embedding", "block", "trains"])
+@pytest.mark.parametrize("options", FROZEN.values(), ids=FROZEN)
+def test_frozen_parameters_get_the_closed_form_and_the_others_learn(options, how):
+    model, optim = trained()
+    frozen = model.model.layers[0] if how == "block" else model.model.embed_tokens
+    frozen.requires_grad_(False)
+    if how == "trains":
+        growkern.trains.Top(1).apply(model)
+    other = copy.deepcopy(model)
+    methods = {"to": BOTH} | {k: v for k, v in options.items() if k in ("to", "width", "depth")}
+    plan = growkern.plan(model, state="drop", **methods)
+    sources = {n for n, p in model.named_parameters() if not p.requires_grad}
+
+    report = learned(model, optim, lr=1e-2, **options)
+
+    growkern.expand_inplace(other, plan=plan)
+    params, closed = dict(model.named_parameters()), dict(other.named_parameters())
+    stays = {row.name for row in plan.tensors if row.source in sources}
+    assert [name for name in stays if not torch.equal(params[name], closed[name])] == []
+    assert any(not torch.equal(params[name], closed[name]) for name in params)
+    assert [p.requires_grad for p in params.values()] == [p.requires_grad for p in closed.values()]
+    assert report.learned.n_frozen == len(stays) > 0
+    assert f"{len(stays)} tensors, in the closed form: requires_grad=False" in str(report)
+
+
+def test_a_model_of_frozen_parameters_alone_is_refused():
+    model = make("llama", tied=True).requires_grad_(False)
+
+    with pytest.raises(PlanError, match="20 tensors have requires_grad=False: let some train"):
+        learned(model, to={"hidden": 48})
 
 
 def test_default_loss_batches_in_a_mapping_and_progress(caplog, monkeypatch):
