@@ -1,5 +1,6 @@
 """``growkern.learn`` grows the live model as any growth does: from the closed form, all or nothing, on any family and custom model."""
 
+import contextlib
 import copy
 import logging
 
@@ -164,6 +165,41 @@ def test_a_failure_leaves_everything_bitwise_unchanged(when, error, to, monkeypa
 
     assert same(before, state_of(model, optim, scheduler))
     train(model, optim, 1)
+
+
+class Drawn:
+    """Batches in the order of the global generator, as a DataLoader with ``shuffle=True`` draws them."""
+
+    def __iter__(self):
+        return iter([BATCHES[i] for i in torch.randperm(len(BATCHES))])
+
+
+def nan(target, ids):
+    return loss_of(target, ids) * float("nan")
+
+
+ENDS = {
+    "success": ({}, None),
+    "closed form": ({"steps": 0}, None),
+    "shuffled batches": ({"batches": Drawn(), "noise": 0.03}, None),
+    "drawn blocks": ({"depth": depth.Fresh(init=lambda m: [torch.nn.init.normal_(p) for p in m.parameters(recurse=False)])}, None),
+    "a loss that is not finite": ({"loss": nan}, CommitError),
+    "nothing to learn": ({"batches": Drawn(), "to": {"vocab": 80}, "width": growkern.vocab.Zero()}, PlanError),
+    "a loss of another model": ({"batches": Drawn(), "loss": lambda m, ids: torch.rand(())}, PlanError),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "error"), ENDS.values(), ids=ENDS)
+def test_the_draws_of_the_run_are_not_shifted(options, error):
+    model = make("gpt2", tied=True, resid_pdrop=0.1, embd_pdrop=0.1).train()
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        learned(model, **options)
+
+    assert torch.equal(torch.rand(3), wanted)
 
 
 def test_a_loss_that_is_not_finite_is_refused_and_nothing_changes():
