@@ -30,7 +30,8 @@ def build_operators(
         The operators, as changes from their start.
 
     Raises:
-        PlanError: The plan changes no size that is learned, all that it changes is frozen, or the plan gives axes that share a matrix different index maps.
+        PlanError: The plan changes no size that is learned, all that it changes is frozen, or axes that share a matrix have different
+            index maps.
     """
     made, cutter = Operators(tie), Cutter(spec, plan, tie)
     live = {name: tensor for name, tensor in sources.items() if bool(tensor.any())}
