@@ -148,9 +148,7 @@ def learn(
         described = describe(model, spec, first=first_blocks(model, spec, request.block))
         sources = _parameters(model, described)
         frozen = {name for name, p in _by_name(model).items() if not p.requires_grad}
-        operators = build_operators(
-            described, planned, sources, frozen=frozen, tie=tie, noise=float(noise)
-        )
+        operators = build_operators(described, planned, sources, frozen=frozen, tie=tie, noise=float(noise))  # fmt: skip
         n_bytes = _refuse_memory(planned, sources, operators)
         target = _grown_copy(request)
         learned = learn_operators(

@@ -251,7 +251,7 @@ def _decided(
     if not n_source and not (n_target and hasattr(depth, "block")):
         what = f"{n_target} by {short(depth)}: there is no block to copy; grow by depth=Fresh(), which initializes new blocks."
         if not n_target:
-            what = f"0: a model without blocks grows in width only together with {stack.size}. Name {stack.size} in to=, with depth=Fresh()."
+            what = f"0: a model without blocks grows in width only together with {stack.size}. Name {stack.size} in to=; use depth=Fresh()."
         raise PlanError(f"cannot take this {spec.family} from 0 {stack.size} to {what}")
     if spec.extra_stacks and n_target == n_source:  # the depth method is for another stack
         return LayerOrder(tuple(map(BlockRow, range(n_source))))

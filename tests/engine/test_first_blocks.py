@@ -288,7 +288,7 @@ def test_a_model_of_ones_own_takes_the_modules_of_a_given_block():
 
 
 ALONE = (
-    "without blocks grows in width only together with layers. Name layers in to=, with depth=Fresh"
+    "without blocks grows in width only together with layers. Name layers in to=; use depth=Fresh"
 )
 REFUSED = {
     "by a copy": (dict(to={"layers": 2}), PlanError, "no block to copy; grow by depth=Fresh"),
