@@ -50,11 +50,14 @@ def build_operators(
             if layers is not None:
                 made.layers[row.name] = layers
     if not made.pieces:
-        n = made.n_frozen
         raise PlanError(
             f"cannot learn this growth of a {plan.family}: no size that grows has operators. Name hidden, heads, ffn or layers in "
             "to=; a growth of vocab, positions or head_dim alone is expand_inplace's."
-            + (f" {n} tensors have requires_grad=False: let some train." if n else "")
+            + (
+                f" {n} tensors have requires_grad=False: let some train."
+                if (n := made.n_frozen)
+                else ""
+            )
         )
     if tie == "shared":
         _mix(spec, made)
