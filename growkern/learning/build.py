@@ -36,10 +36,8 @@ def build_operators(
     made, cutter = Operators(tie), Cutter(spec, plan, tie)
     live = {name: tensor for name, tensor in sources.items() if bool(tensor.any())}
     for row in plan.tensors:
-        if row.source not in sources:
-            continue
-        if row.source in frozen:
-            made.n_frozen += 1
+        if row.source not in sources or row.source in frozen:
+            made.n_frozen += row.source in sources
             continue
         layers = _layers(spec, plan, row, sources if tie == "shared" else live, tie)
         pieces = cutter.pieces(row)
