@@ -7,7 +7,7 @@ custom model to its description; ``total_steps`` is the number of steps of the w
 
 from collections.abc import Sequence
 from itertools import accumulate
-from math import log10
+from math import inf, log10
 from typing import Literal
 
 from torch import nn
@@ -17,7 +17,8 @@ from growkern.errors import PlanError, UnsupportedModelError
 from growkern.planning.decisions import DepthMethod, WidthMethod
 from growkern.planning.sizes import Target
 from growkern.support.argument_types import typed_arguments
-from growkern.training.procedure import Procedure, SpecOf, Stage, check_stages, check_steps
+from growkern.training import procedure
+from growkern.training.procedure import Procedure, SpecOf, Stage
 from growkern.training.slope import WhenSlope
 from growkern.training.trains import New, SubModels, Top
 from growkern.training.triggers import At, Event
@@ -66,7 +67,7 @@ def stack_bert(
     Reference:
         Gong et al., "Efficient Training of BERT by Progressively Stacking", ICML 2019.
     """
-    check_stages("stack_bert", model, layers, steps, 1, spec)
+    procedure.check_stages("stack_bert", model, layers, steps, 1, spec)
     events = [
         At(step=at, to={"layers": n}, depth=STACK, state="drop")
         for n, at in zip(layers[1:], accumulate(steps), strict=True)
@@ -96,7 +97,8 @@ def mslt(
     Reference:
         Yang et al., "Progressively Stacking 2.0: A Multi-stage Layerwise Training Method for BERT Training Speedup", arXiv:2011.13635.
     """
-    check_stages("mslt", model, layers, steps, 0, spec)
+    procedure.check_stages("mslt", model, layers, steps, 0, spec)
+    procedure.check_least("mslt", 1, joint=joint)
     *ends, last = accumulate(steps)
     events: list[Event] = [
         At(step=at, to={"layers": n}, depth=depth.TopCopies(), trains=Top())
@@ -132,6 +134,8 @@ def bert2bert(
     Reference:
         Chen et al., "bert2BERT: Towards Reusable Pretrained Language Models", ACL 2022, arXiv:2110.07143.
     """
+    procedure.check_least("bert2bert", 1, at=at)
+    procedure.check_least("bert2bert", 0, stage1_steps=stage1_steps)
     events = [
         At(
             step=at,
@@ -170,7 +174,7 @@ def compound_grow(
     Reference:
         Gu et al., "On the Transformer Growth for Progressive BERT Training", NAACL 2021, arXiv:2010.12562.
     """
-    check_steps("compound_grow", len(stages) + 1, steps, 1)
+    procedure.check_steps("compound_grow", len(stages) + 1, steps, 1)
     events = [
         At(step=at, to=to, width=width.HyperClone(), depth=STACK, state="drop", dynamics=None)
         for to, at in zip(stages, accumulate(steps), strict=True)
@@ -178,12 +182,16 @@ def compound_grow(
     return Procedure("CompoundGrow", model, events, total_steps=total_steps, tokens_per_step=tokens_per_step, spec=spec)  # fmt: skip
 
 
+@checked
 def g_stack_tokens(n_params: float, flops: float) -> float:
     """Return the tokens after which G_stack grows a model.
 
     Args:
-        n_params: Number of parameters of the target.
-        flops: FLOPs of the whole run.
+        n_params: Number of parameters of the target, above 1.
+        flops: FLOPs of the whole run: 6 per parameter and token.
+
+    Raises:
+        PlanError: A number is out of range, or the run has less than one token.
 
     Example:
         >>> round(growkern.procedures.g_stack_tokens(8e9, 6 * 8e9 * 15e12) / 1e9, 2)
@@ -192,6 +200,11 @@ def g_stack_tokens(n_params: float, flops: float) -> float:
     Reference:
         Du et al., "Stacking Your Transformers", NeurIPS 2024, arXiv:2405.15319.
     """
+    procedure.check_least("g_stack_tokens", 1, above=True, n_params=n_params)
+    if not 6 * n_params <= flops < inf:
+        raise PlanError(
+            f"g_stack_tokens: flops={flops}; pass a finite number from {6 * n_params:.4g}, the FLOPs of one token."
+        )
     return 10 ** (0.88 * log10(n_params) + 163.27 / log10(flops) - 5.74)
 
 
@@ -215,7 +228,12 @@ def g_stack(
     Reference:
         Du et al., "Stacking Your Transformers", NeurIPS 2024, arXiv:2405.15319.
     """
+    procedure.check_run("g_stack", total_steps, tokens_per_step)
     to, total = {"layers": f"{factor}x"}, total_steps * tokens_per_step
+    if total < 1:
+        raise PlanError(
+            f"g_stack: tokens_per_step={tokens_per_step:.4g}; the run has less than one token, pass more."
+        )
     growth = [At(step=1, to=to, depth=STACK)]
     rehearsed = Procedure("G_stack", model, growth, total_steps=2, tokens_per_step=1, spec=spec)
     n_params = rehearsed.stages[-1].n_params
@@ -283,6 +301,7 @@ def llama_pro(
     Reference:
         Wu et al., "LLaMA Pro: Progressive LLaMA with Block Expansion", ACL 2024, arXiv:2401.02415.
     """
+    procedure.check_least("llama_pro", 1, at=at)
     event = At(step=at, to={"layers": layers}, depth=depth.IdentityBlocks(), trains=New())
     return Procedure("LLaMA Pro", model, [event], total_steps=total_steps, tokens_per_step=tokens_per_step, spec=spec)  # fmt: skip
 
@@ -311,7 +330,8 @@ def cgls(
     Reference:
         "Curriculum-Guided Layer Scaling for Language Model Pretraining", arXiv:2506.11389.
     """
-    check_stages("cgls", model, layers, steps, 1, spec)
+    procedure.check_stages("cgls", model, layers, steps, 1, spec)
+    procedure.check_least("cgls", 0, warm_steps=warm_steps)
     events: list[Event] = []
     for n, at in zip(layers[1:], accumulate(steps), strict=True):
         events.append(At(step=at, to={"layers": n}, depth=depth.TopCopies(), trains=Top()))
@@ -339,7 +359,7 @@ def midas(
     Reference:
         Saunshi et al., "On the Inductive Bias of Stacking Towards Improving Reasoning", NeurIPS 2024, arXiv:2409.19044.
     """
-    check_stages("midas", model, layers, steps, 1, spec)
+    procedure.check_stages("midas", model, layers, steps, 1, spec)
     events = [
         At(step=at, to={"layers": n}, depth=depth.Middle())
         for n, at in zip(layers[1:], accumulate(steps), strict=True)
@@ -371,6 +391,7 @@ def late_depth(
     Reference:
         Bu, "Scaling depth capacity via zero/one-layer model expansion", arXiv:2511.04981.
     """
+    procedure.check_run("late_depth", total_steps, tokens_per_step)
     if not 0 < share < 1:
         raise PlanError(f"late_depth: share={share}; pass a share of the steps between 0 and 1.")
     event = At(step=max(1, round(share * total_steps)), to={"layers": layers}, depth=depth)

@@ -23,6 +23,7 @@ class Learned:
         losses: Loss of every step, in training mode on the step's batch.
         n_bytes: Memory for learning beyond the source, without activations.
         seconds: Wall time of the learning.
+        n_frozen: Number of target tensors in the closed form because their source has ``requires_grad=False``.
     """
 
     tie: str
@@ -34,6 +35,7 @@ class Learned:
     losses: tuple[float, ...]
     n_bytes: int
     seconds: float
+    n_frozen: int = 0
 
     def facts(self) -> list[tuple[object, ...]]:
         """Return lines for the report."""
@@ -41,8 +43,10 @@ class Learned:
             f"{self.loss_before:.4g} at the start, {self.loss_after:.4g} after learning (first batch; "
             f"closed form {self.loss_closed_form:.4g})"
         )
+        frozen = f"{self.n_frozen} tensors, in the closed form: requires_grad=False"
         return [
             ("learned", f"{self.n_numbers:,} numbers (tie={self.tie!r}) in {self.steps} steps, {self.seconds:.3g} s"),
+            *([("not learned", frozen)] if self.n_frozen else []),
             ("loss", fell),
             ("memory of learning", f"{_size(self.n_bytes)} beyond the source, and activations"),
             ("moments", "dropped: those of the source say nothing about learned weights"),

@@ -1,5 +1,7 @@
 """Build the operators of a plan at the start of learning."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,8 @@ from growkern.planning.growth_plan import GrowthPlan, TensorRow
 
 
 def build_operators(
-    spec: ModelSpec, plan: GrowthPlan, sources: Values, *, tie: Tie = "use", noise: float = 0.0
-) -> Operators:
+    spec: ModelSpec, plan: GrowthPlan, sources: Values, *, frozen: Collection[str] = (), tie: Tie = "use", noise: float = 0.0
+) -> Operators:  # fmt: skip
     """Build the operators that start as a plan.
 
     Args:
@@ -20,6 +22,7 @@ def build_operators(
         plan: The plan.
         sources: Parameters of the source model by name; only parameters are learned. Coefficients over a tensor that is 0 in the
             source have no gradient, and are left out.
+        frozen: Names of the sources that do not require gradients; target tensors that grow from them stay in the closed form.
         tie: Which axes share a matrix; see ``growkern.learn``.
         noise: Largest noise on the operators at the start, drawn from the plan's seed; coefficients over layers keep the sum 1.
 
@@ -27,12 +30,14 @@ def build_operators(
         The operators, as changes from their start.
 
     Raises:
-        PlanError: The plan changes no size that is learned, or gives axes that share a matrix different index maps.
+        PlanError: The plan changes no size that is learned, all that it changes is frozen, or axes that share a matrix have different
+            index maps.
     """
     made, cutter = Operators(tie), Cutter(spec, plan, tie)
     live = {name: tensor for name, tensor in sources.items() if bool(tensor.any())}
     for row in plan.tensors:
-        if row.source not in sources:
+        if row.source not in sources or row.source in frozen:
+            made.n_frozen += row.source in sources
             continue
         layers = _layers(spec, plan, row, sources if tie == "shared" else live, tie)
         pieces = cutter.pieces(row)
@@ -46,6 +51,11 @@ def build_operators(
         raise PlanError(
             f"cannot learn this growth of a {plan.family}: no size that grows has operators. Name hidden, heads, ffn or layers in "
             "to=; a growth of vocab, positions or head_dim alone is expand_inplace's."
+            + (
+                f" {n} tensors have requires_grad=False: let some train."
+                if (n := made.n_frozen)
+                else ""
+            )
         )
     if tie == "shared":
         _mix(spec, made)

@@ -76,10 +76,11 @@ def learn(
 
     A weight of the target is ``A (sum_k w_k W_k) B^T``: matrices ``A`` and ``B`` per axis, coefficients ``w`` over the source's blocks.
     They start as the index maps and layers of the width and the depth method, so the target starts at that closed form bit for bit; what
-    the closed form has beside copies (noise, random rows, zeros of identity blocks) is added and not learned. AdamW trains the operators
-    alone, by a linear learning-rate decay to 0, on a copy of the model; the model itself changes once, at the end, as in
-    ``expand_inplace``: all or nothing. Optimizer state and gradients in flight are dropped, because those of the source say nothing
-    about learned weights. The operators are then forgotten: the grown model is an ordinary model.
+    the closed form has beside copies (noise, random rows, zeros of identity blocks) is added and not learned. What grows from parameters
+    with ``requires_grad=False`` gets the closed form. AdamW trains the operators alone, by a linear learning-rate decay to 0, on a copy of
+    the model; the model itself changes once, at the end, as in ``expand_inplace``: all or nothing. Optimizer state and gradients in flight
+    are dropped, because those of the source say nothing about learned weights. The operators are then forgotten: the grown model is an
+    ordinary model. Torch's random number generators keep the state that they had before the call.
 
     Ordinary steps after the best closed form may lower the loss more than as many steps on the operators do: measure both.
 
@@ -127,7 +128,6 @@ def learn(
     model = unwrapped(model)
     _check(model, steps, lr, noise)
     taken = _cycled(batches, steps, plain=loss is None)
-    first = next(taken)
     planned = make_plan(
         model, optim, to=to, width=width, depth=depth, state="drop", dynamics=dynamics, spec=spec, seed=seed,
         master_weights=master_weights,
@@ -142,10 +142,13 @@ def learn(
         master_weights=master_weights, new_rows=getattr(width, "rows", None), init=getattr(depth, "init", None),
         block=getattr(depth, "block", None),
     )  # fmt: skip
-    with torch.inference_mode(False), torch.enable_grad():
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng([*devices]), torch.inference_mode(False), torch.enable_grad():
+        first = next(taken)
         described = describe(model, spec, first=first_blocks(model, spec, request.block))
         sources = _parameters(model, described)
-        operators = build_operators(described, planned, sources, tie=tie, noise=float(noise))
+        frozen = {name for name, p in _by_name(model).items() if not p.requires_grad}
+        operators = build_operators(described, planned, sources, frozen=frozen, tie=tie, noise=float(noise))  # fmt: skip
         n_bytes = _refuse_memory(planned, sources, operators)
         target = _grown_copy(request)
         learned = learn_operators(

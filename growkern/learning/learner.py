@@ -70,7 +70,8 @@ def learn_operators(
                 logger.info("learning: step %d of %d, loss %.4g", i + 1, steps, losses[-1])
         after = learner.measure(first) if steps else before
     return Learned(
-        operators.tie, operators.n_numbers, steps, closed, before, after, tuple(losses), 0, perf_counter() - began
+        operators.tie, operators.n_numbers, steps, closed, before, after, tuple(losses), 0, perf_counter() - began,
+        operators.n_frozen,
     )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class Operators:
         pieces: Target tensor -> its pieces, for tensors that the operators change.
         layers: Target tensor -> its coefficients over layers, where layers are learned.
         mixes: Piece -> name of its coefficients over tensors, the index of the piece, and all pieces that are mixed.
+        n_frozen: Number of target tensors that stay in the closed form because their source does not require gradients.
     """
 
     tie: Tie = "use"
@@ -53,6 +54,7 @@ class Operators:
     mixes: dict[Piece, tuple[str, int, list[Piece]]] = field(
         default_factory=dict[Piece, tuple[str, int, list[Piece]]]
     )
+    n_frozen: int = 0
     _on_device: dict[tuple[object, ...], Tensor] = field(
         default_factory=dict[tuple[object, ...], Tensor]
     )

@@ -249,10 +249,10 @@ def _decided(
     """Return the layer order of a stack; in a model of several stacks, a stack of unchanged depth keeps the source's order."""
     n_source, n_target = spec.sizes[stack.size], sizes[stack.size]
     if not n_source and not (n_target and hasattr(depth, "block")):
-        raise PlanError(
-            f"cannot take this {spec.family} from 0 {stack.size} to {n_target} by {short(depth)}: there is no block to copy; "
-            f"grow by depth=Fresh(), which initializes new blocks, and name the {stack.size} in to=."
-        )
+        what = f"{n_target} by {short(depth)}: there is no block to copy; grow by depth=Fresh(), which initializes new blocks."
+        if not n_target:
+            what = f"0: a model without blocks grows in width only together with {stack.size}. Name {stack.size} in to=; use depth=Fresh()."
+        raise PlanError(f"cannot take this {spec.family} from 0 {stack.size} to {what}")
     if spec.extra_stacks and n_target == n_source:  # the depth method is for another stack
         return LayerOrder(tuple(map(BlockRow, range(n_source))))
     if shrink is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 
 from torch import nn
 
@@ -17,6 +18,7 @@ from growkern.training.trains import ALL, Trains, flops_per_token
 from growkern.training.triggers import At, Event, target_of
 
 SpecOf = Callable[[nn.Module], ModelSpec]
+MOST = 1e30  # steps, tokens of a step, parameters: the FLOPs of a run stay finite
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,9 @@ class Procedure(GrowthSchedule):
             spec: Function from a custom model to its description.
 
         Raises:
-            PlanError: An event cannot happen, or comes after the end of the run.
+            PlanError: A number is out of range, or an event cannot happen, or comes after the end of the run.
         """
+        check_run(name, total_steps, tokens_per_step)
         super().__init__(events, trains=trains)
         late = [
             event for event in events if isinstance(event, At) and (event.step or 0) >= total_steps
@@ -88,8 +91,6 @@ class Procedure(GrowthSchedule):
             raise PlanError(
                 f"{name}: the event at {late[0].trigger} comes after the end of a run of {total_steps:,} steps; make the run longer."
             )
-        if not tokens_per_step > 0:
-            raise PlanError(f"{name}: tokens_per_step={tokens_per_step}; pass a number above 0.")
         self.name, self.total_steps, self.tokens_per_step = name, total_steps, tokens_per_step
         self.stages = tuple(self._staged(unwrapped(model), spec))
         last = self.stages[-1]
@@ -172,3 +173,19 @@ def check_steps(name: str, n_stages: int, steps: Sequence[int], n_open: int) -> 
         )
     if any(n < 1 for n in steps):
         raise PlanError(f"{name}: steps={tuple(steps)}; pass numbers of steps of 1 or more.")
+
+
+def check_run(name: str, total_steps: int, tokens_per_step: float) -> None:
+    """Raise PlanError unless a run has a step, and a step has tokens."""
+    check_least(name, 1, total_steps=total_steps)
+    check_least(name, 0, above=True, tokens_per_step=tokens_per_step)
+
+
+def check_least(name: str, least: int, *, above: bool = False, **numbers: float) -> None:
+    """Raise PlanError unless each argument has a number from ``least`` (or above it) and below ``MOST``."""
+    for key, n in numbers.items():
+        if not least <= n < MOST or (above and n == least):
+            shown = f"{MOST:g} or more" if MOST <= n < inf else f"{n}"
+            raise PlanError(
+                f"{name}: {key}={shown}; pass a number {'above' if above else 'from'} {least}, below {MOST:g}."
+            )

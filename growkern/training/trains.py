@@ -149,6 +149,10 @@ class Top(Trains):
                 "Top: no block is new; pass the number of blocks that train, as Top(n)."
             )
         n, n_layers = self.n or len(new_blocks), spec.sizes[stack.size]
+        if not n_layers:
+            raise PlanError(
+                f"Top: this {spec.family} has no blocks, so none can train; grow it by depth=Fresh() first."
+            )
         if n > n_layers:
             raise PlanError(
                 f"Top: {n} blocks cannot train in a model of {n_layers}; pass {n_layers} or less."

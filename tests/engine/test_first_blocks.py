@@ -287,10 +287,15 @@ def test_a_model_of_ones_own_takes_the_modules_of_a_given_block():
     assert all(optim.state[p]["step"] == 2 for p in model.blocks.parameters())
 
 
+ALONE = (
+    "without blocks grows in width only together with layers. Name layers in to=; use depth=Fresh"
+)
 REFUSED = {
     "by a copy": (dict(to={"layers": 2}), PlanError, "no block to copy; grow by depth=Fresh"),
     "by stacking": (dict(to={"layers": 2}, depth=depth.Stack()), PlanError, "no block to copy; grow by depth=Fresh"),
-    "in width alone": (dict(to="2x", depth=depth.Fresh()), PlanError, "from 0 layers to 0.*name the layers in to="),
+    "by a factor": (dict(to="2x", depth=depth.Fresh()), PlanError, ALONE),
+    "in width alone": (dict(to={"hidden": 48}, depth=depth.Fresh()), PlanError, ALONE),
+    "in width by default": (dict(to={"hidden": 48}), PlanError, ALONE),
     "by a number": (dict(to={"layers": 2}, depth=depth.Fresh(block=3)), PlanError, "block: expected a torch.nn.Module, got int"),
     "by another block": (dict(to={"layers": 2}, depth=depth.Fresh(block=Block(24, 4))), UnsupportedModelError, "layers.0.*does not"),
 }  # fmt: skip

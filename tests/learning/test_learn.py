@@ -1,5 +1,6 @@
 """``growkern.learn`` grows the live model as any growth does: from the closed form, all or nothing, on any family and custom model."""
 
+import contextlib
 import copy
 import logging
 
@@ -164,6 +165,41 @@ def test_a_failure_leaves_everything_bitwise_unchanged(when, error, to, monkeypa
 
     assert same(before, state_of(model, optim, scheduler))
     train(model, optim, 1)
+
+
+class Drawn:
+    """Batches in the order of the global generator, as a DataLoader with ``shuffle=True`` draws them."""
+
+    def __iter__(self):
+        return iter([BATCHES[i] for i in torch.randperm(len(BATCHES))])
+
+
+def nan(target, ids):
+    return loss_of(target, ids) * float("nan")
+
+
+ENDS = {
+    "success": ({}, None),
+    "closed form": ({"steps": 0}, None),
+    "shuffled batches": ({"batches": Drawn(), "noise": 0.03}, None),
+    "drawn blocks": ({"depth": depth.Fresh(init=lambda m: [torch.nn.init.normal_(p) for p in m.parameters(recurse=False)])}, None),
+    "a loss that is not finite": ({"loss": nan}, CommitError),
+    "nothing to learn": ({"batches": Drawn(), "to": {"vocab": 80}, "width": growkern.vocab.Zero()}, PlanError),
+    "a loss of another model": ({"batches": Drawn(), "loss": lambda m, ids: torch.rand(())}, PlanError),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "error"), ENDS.values(), ids=ENDS)
+def test_the_draws_of_the_run_are_not_shifted(options, error):
+    model = make("gpt2", tied=True, resid_pdrop=0.1, embd_pdrop=0.1).train()
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        learned(model, **options)
+
+    assert torch.equal(torch.rand(3), wanted)
 
 
 def test_a_loss_that_is_not_finite_is_refused_and_nothing_changes():
@@ -340,14 +376,46 @@ def test_gradients_in_flight_are_dropped_where_nothing_is_learned_too():
     assert [name for name, p in model.named_parameters() if p.grad is not None] == []
 
 
-def test_frozen_parameters_grow_and_the_others_learn():
-    model = make("llama", tied=True)
-    model.model.embed_tokens.requires_grad_(False)
+FROZEN = {
+    "layers of a shared row": dict(tie="shared", to={"layers": 4}, depth=depth.Stack()),
+    "a shared matrix": dict(tie="shared", to={"hidden": 48}),
+    "noise": dict(noise=0.03, **COPIES),
+    "noise alone": dict(noise=0.03, steps=0, **COPIES),
+    "width": dict(to={"hidden": 48}),
+    "published": dict(tie="published", **COPIES),
+}
 
-    report = learned(model, **COPIES)
 
-    assert report.learned.loss_after < report.learned.loss_before
-    assert not model.model.embed_tokens.weight.requires_grad
+@pytest.mark.parametrize("how", ["embedding", "block", "trains"])
+@pytest.mark.parametrize("options", FROZEN.values(), ids=FROZEN)
+def test_frozen_parameters_get_the_closed_form_and_the_others_learn(options, how):
+    model, optim = trained()
+    frozen = model.model.layers[0] if how == "block" else model.model.embed_tokens
+    frozen.requires_grad_(False)
+    if how == "trains":
+        growkern.trains.Top(1).apply(model)
+    other = copy.deepcopy(model)
+    methods = {"to": BOTH} | {k: v for k, v in options.items() if k in ("to", "width", "depth")}
+    plan = growkern.plan(model, state="drop", **methods)
+    sources = {n for n, p in model.named_parameters() if not p.requires_grad}
+
+    report = learned(model, optim, lr=1e-2, **options)
+
+    growkern.expand_inplace(other, plan=plan)
+    params, closed = dict(model.named_parameters()), dict(other.named_parameters())
+    stays = {row.name for row in plan.tensors if row.source in sources}
+    assert [name for name in stays if not torch.equal(params[name], closed[name])] == []
+    assert any(not torch.equal(params[name], closed[name]) for name in params)
+    assert [p.requires_grad for p in params.values()] == [p.requires_grad for p in closed.values()]
+    assert report.learned.n_frozen == len(stays) > 0
+    assert f"{len(stays)} tensors, in the closed form: requires_grad=False" in str(report)
+
+
+def test_a_model_of_frozen_parameters_alone_is_refused():
+    model = make("llama", tied=True).requires_grad_(False)
+
+    with pytest.raises(PlanError, match="20 tensors have requires_grad=False: let some train"):
+        learned(model, to={"hidden": 48})
 
 
 def test_default_loss_batches_in_a_mapping_and_progress(caplog, monkeypatch):

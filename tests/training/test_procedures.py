@@ -264,7 +264,7 @@ REFUSED = {
     ),
     "no joint stage": (
         lambda m: procedures.mslt(m, layers=(2, 4), steps=(1, 1), joint=0, tokens_per_step=1),
-        "the event at step 2 comes after the end of a run of 2 steps",
+        "mslt: joint=0; pass a number from 1",
     ),
     "a depth that falls": (
         lambda m: procedures.cgls(m, layers=(2, 2), steps=(1,), warm_steps=1, total_steps=9, tokens_per_step=1),
@@ -298,3 +298,59 @@ def test_what_cannot_run_is_refused_when_it_is_planned(call, match):
     model = make("llama", tied=True)
     with pytest.raises(growkern.errors.GrowthError, match=match):
         call(model)
+
+
+CALLS = {
+    "stack_bert": dict(layers=(2, 4), steps=(1,)),
+    "mslt": dict(layers=(2, 4), steps=(1, 1), joint=1),
+    "bert2bert": dict(to={"layers": 6}, at=1, stage1_steps=1),
+    "compound_grow": dict(stages=[{"ffn": "2x"}], steps=(1,)),
+    "g_stack": {},
+    "staged_training": dict(growths=["depth"]),
+    "llama_pro": dict(layers=4, at=1),
+    "cgls": dict(layers=(2, 4), steps=(1,), warm_steps=1),
+    "midas": dict(layers=(2, 4), steps=(1,)),
+    "late_depth": dict(layers=4),
+}
+RUN = dict(total_steps=9, tokens_per_step=1)
+WRONG = {
+    "total_steps": (-5, 0, 10**400),
+    "tokens_per_step": (-1, 0, float("inf"), float("nan"), 1e308, 10**400),
+}
+WRONG |= {"joint": (-3, 0), "at": (-1, 0), "stage1_steps": (-1,), "warm_steps": (-1,)}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_numbers_that_no_run_has_are_refused_by_name(name):
+    model = make("llama", tied=True)
+    options = RUN | CALLS[name]
+    if name == "mslt":  # its length is the sum of its stages
+        del options["total_steps"]
+
+    for key in {*WRONG} & {*options}:
+        for value in WRONG[key]:
+            with pytest.raises(PlanError, match=f"{key}=.*; pass a number (from|above) [01]"):
+                getattr(procedures, name)(model, **options | {key: value})
+
+
+def test_the_procedures_of_the_test_are_all_that_there_are():
+    functions = {name for name in procedures.__all__ if name.islower()}
+    assert functions == {*CALLS, "g_stack_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("n_params", "flops", "name"),
+    [
+        (0, 1e9, "n_params=0"), (-1, 1e9, "n_params=-1"), (1, 1e9, "n_params=1"), (float("nan"), 1e9, "n_params=nan"),
+        (float("inf"), 1e9, "n_params=inf"), ("1", 1e9, "n_params: expected"), (1e9, 1, "flops=1"), (1e9, 1.5, "flops=1.5"),
+        (2, 1.5, "flops=1.5"), (1e9, -1, "flops=-1"), (1e9, float("nan"), "flops=nan"), (1e9, float("inf"), "flops=inf"),
+    ],
+)  # fmt: skip
+def test_the_rule_of_g_stack_refuses_numbers_that_no_run_has(n_params, flops, name):
+    with pytest.raises(PlanError, match=name):
+        procedures.g_stack_tokens(n_params, flops)
+
+
+def test_a_run_of_less_than_a_token_does_not_stack():
+    with pytest.raises(PlanError, match="tokens_per_step=1e-09; the run has less than one token"):
+        procedures.g_stack(make("llama", tied=True), total_steps=10, tokens_per_step=1e-9)

@@ -477,6 +477,13 @@ def test_wrong_arguments_are_refused_by_name(make_it, match):
         make_it()
 
 
+def test_top_blocks_of_a_model_without_blocks_are_refused():
+    model = deep("llama", True, 0)
+    with pytest.raises(PlanError, match=r"has no blocks, .* grow it by depth=Fresh\(\) first"):
+        trains.Top(1).apply(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_new_without_a_growth_or_of_another_model_is_refused():
     model = deep("llama", True, 2)
     with pytest.raises(PlanError, match="no block is new"):
