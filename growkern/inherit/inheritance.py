@@ -131,17 +131,17 @@ class KnowledgeInheritance:
             raise PlanError(
                 'alpha="constant" has no end; leave until= out, or pass alpha="heaviside".'
             )
-        if until is not None and until < 1:
-            raise PlanError(f"until: {until} is no number of steps; pass 1 or more.")
-        for name, value in (("top_k", top_k), ("sampled", sampled)):
+        counts = dict(until=until, top_k=top_k, sampled=sampled, vocab=vocab)
+        units = "steps", "weights", "weights", "tokens"
+        for (name, value), unit in zip(counts.items(), units, strict=True):
             if value is not None and value < 1:
-                raise PlanError(f"{name}: {value} is no number of weights; pass 1 or more.")
+                raise PlanError(f"{name}: {value} is no number of {unit}; pass 1 or more.")
         if top_k is not None and sampled is not None:
             raise PlanError("top_k and sampled exclude each other; pass one of them.")
-        if vocab is not None and vocab < 1:
-            raise PlanError(f"vocab: {vocab} is no number of tokens; pass len(tokenizer), or None.")
         if renormalize and isinstance(teacher, nn.Module) and top_k is None:
-            raise PlanError("renormalize divides the weights of top_k by their sum, and other weights have the sum 1; leave it out.")  # fmt: skip
+            raise PlanError(
+                "renormalize divides the weights of top_k by their sum, and other weights have the sum 1; leave it out."
+            )
         check_numbers(peak, TAU if tau is None else tau)
         self.alpha_form, self.peak, self.seed, self.vocab = alpha, peak, seed, vocab
         self.until = math.inf if alpha == "constant" else until or UNTIL
@@ -190,7 +190,8 @@ class KnowledgeInheritance:
         Args:
             model: The student, wrapped or not; None for a model that calls ``from_hidden``.
             optim: The optimizer, or a list of optimizers, of which the first is counted.
-            shift: True if the output of a position predicts the label of the next one; None: as the class name says.
+            shift: True if the output of a position predicts the label of the next one; None: as the model's own loss of a few tokens
+                says, or its class name where the model cannot be asked.
             n_steps: Steps so far, of a run that goes on; None: leave the count.
 
         Raises:
