@@ -99,6 +99,7 @@ class KnowledgeInheritance:
 
             class Module(LightningModule):
                 def on_train_start(self):
+                    self.loss.remove()   # of an earlier fit
                     self.loss.attach(self.model, self.optimizers())
                 def training_step(self, batch):
                     return self.loss(batch)
@@ -163,6 +164,8 @@ class KnowledgeInheritance:
             )
         if isinstance(teacher, str | Path):
             teacher = Stored(teacher, renormalize=renormalize)
+        elif not isinstance(teacher, Stored) and vocab is not None:
+            raise PlanError("vocab: this teacher gives its own weights; leave vocab out.")
         elif renormalize:
             raise PlanError(
                 "renormalize: this teacher gives its own weights; leave renormalize out."
@@ -338,6 +341,8 @@ class KnowledgeInheritance:
             )
         seed = (self.seed << 40) + (self.n_steps << 12) + self._n_calls
         self._n_calls += 1
+        if isinstance(self._teacher, Stored):
+            width = min(self.vocab or width, width)
         return self._teacher(batch, keep, width, seed % (1 << 63))
 
     def _labels(self, batch: Mapping[str, Any]) -> Tensor:
