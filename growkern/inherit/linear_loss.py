@@ -30,7 +30,7 @@ class Losses(NamedTuple):
         loss: ``(1 - alpha) * ce + alpha * tau**2 * kl``, with a gradient.
         ce: Cross entropy with the labels, without a gradient: mean over the predicted positions of this batch, whatever ``n_items`` is.
         kl: Divergence of the student from the teacher at the temperature, a mean too, without a gradient; 0 without a teacher. From
-            sampled weights it is no divergence: see ``sampled``.
+            sampled weights it contains the entropy of the draws, and only its gradient is right in expectation.
     """
 
     loss: Tensor
