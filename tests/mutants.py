@@ -648,7 +648,7 @@ MUTANTS = {
         "kernels/inherit.py", 'x = tl.where(i < n_columns, x, -float("inf"))', "pass",
         "kernels/test_inherit_kernel.py -k 67-none"),
     "inherit: a denominator per micro-batch": Mutant(
-        "inherit/linear_loss.py", "max(len(keep), 1) if n_items is None else n_items", "max(len(keep), 1)",
+        "inherit/linear_loss.py", "max(len(keep) if n_items is None else n_items, 1)", "max(len(keep), 1)",
         "inherit/test_linear_loss.py -k micro_batches"),
     "inherit: alpha counts micro-batches": Mutant(
         "inherit/inheritance.py", "        self._n_calls += 1\n", "        self._n_calls += 1\n        self.n_steps += 1\n",

@@ -1,5 +1,6 @@
 """The output head of a model: its input is caught, so that the model makes no logits."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from growkern.errors import UnsupportedModelError
+from growkern.inherit.linear_loss import IGNORED
 from growkern.support.wrappers import unwrapped
 
 CAUSAL, UNSHIFTED = ("ForCausalLM", "LMHeadModel"), ("ForMaskedLM", "ForConditionalGeneration")
@@ -64,8 +66,9 @@ class Head:
             self._n_rows, caught, self._caught = None, self._caught, None
         if caught is None:
             raise UnsupportedModelError(
-                f"the forward of this {self.name} did not call its output head. If the model was compiled before attach, call "
-                f"torch.compiler.reset(); else {WAY_OUT}."
+                f"the forward of this {self.name} did not call the output head that it had when the loss was attached. If the head was "
+                "replaced, as resize_token_embeddings does, call loss.remove() and loss.attach(model, optim). If the model was compiled "
+                f"before attach, call torch.compiler.reset(); else {WAY_OUT}."
             )
         if not self._is_known:
             self._compare(caught, output)
@@ -105,10 +108,15 @@ class Head:
     def _compare(self, hidden: Tensor, output: Any) -> None:
         given = logits_of(output)
         ours = self.logits(hidden[..., :1, :])
+        if not bool(ours.isfinite().all()):
+            raise UnsupportedModelError(
+                f"the logits of this {self.name} are not finite; check its weights and the inputs: NaN and infinity teach nothing."
+            )
         dtypes = given.dtype, hidden.dtype, self._dtype
         coarse = max(torch.finfo(dtype).eps for dtype in dtypes)
         error = float((given - ours).abs().max()) if given.shape == ours.shape else float("inf")
-        if not error <= coarse**0.5 * float(ours.abs().max()):
+        tolerance = max(4 * coarse, 3e-4)  # a few roundings; 3e-4: the order of a sum in float32
+        if not error <= tolerance * float(ours.abs().max()):
             raise UnsupportedModelError(
                 f"this {self.name} changes the logits of its head in a way that growkern does not know: they are not the head's output "
                 f"times {self.scale:g}{'' if self.cap is None else f', capped at {self.cap:g}'}; {WAY_OUT}, and pass scale= and softcap=."
@@ -140,20 +148,86 @@ def linear_head(bare: nn.Module) -> nn.Linear:
 
 
 def shifts_labels(model: nn.Module) -> bool:
-    """Return True if a position's output predicts the label of the next position.
+    """Return True if a position's output predicts the label of the next position: as the model's own loss says, else its class name.
 
     Raises:
-        UnsupportedModelError: The class name does not say.
+        UnsupportedModelError: The model's loss is neither of the two, or there is none and the class name does not say.
     """
     bare = unwrapped(model)
     get: Any = getattr(bare, "get_base_model", None)
-    name = type(bare if get is None else get()).__name__
+    base = bare if get is None else get()
+    name = type(base).__name__
+    said = _loss_shifts(bare)
+    if said is not None:
+        return said
     if name.endswith((*CAUSAL, *UNSHIFTED)):
-        return name.endswith(CAUSAL)
+        decodes = name.endswith("ForConditionalGeneration") and not is_encoder_decoder(base)
+        return name.endswith(CAUSAL) or decodes
     raise UnsupportedModelError(
         f"cannot see whether the labels of a {name} are those of the next position: its name ends in none of "
         f"{', '.join((*CAUSAL, *UNSHIFTED))}. Pass shift=True or shift=False to attach."
     )
+
+
+def is_encoder_decoder(bare: nn.Module) -> bool:
+    """Return True if the config of a model, or of its language model, says that a decoder attends to an encoder."""
+    config: Any = getattr(bare, "config", None)
+    get: Any = getattr(config, "get_text_config", None)
+    configs = [config, config if get is None else get()]
+    return any(getattr(c, "is_encoder_decoder", False) is True for c in configs)
+
+
+def _loss_shifts(bare: nn.Module) -> bool | None:
+    """Ask a model for its loss of a few tokens, of which one has a label; return None if it has no such loss.
+
+    A label of the first position is predicted by the first output, or by none. The call leaves gradients and random states alone.
+
+    Raises:
+        UnsupportedModelError: The loss is not the cross entropy of either output.
+    """
+    sparse = any(getattr(m, "attention_type", "") == "block_sparse" for m in bare.modules())
+    if sparse or not callable(getattr(bare, "get_output_embeddings", None)):
+        return None  # BigBird gives its sparse attention up for good when it sees a short sequence
+    for at in range(2):
+        try:
+            given = _one_label(bare, at)
+        except Exception:  # this model needs other inputs, or has no loss
+            return None
+        if given is None or math.isnan(given[1]):
+            return None
+        own, ours, tolerance = given
+        if at == 0 and (math.isnan(own) or own == 0):
+            continue
+        if abs(own - ours) <= tolerance * max(1.0, abs(ours)):
+            return at == 1
+        break
+    raise UnsupportedModelError(
+        f"cannot see whether the labels of this {type(bare).__name__} are those of the next position: its own loss is the cross entropy "
+        "of its logits neither with the label of a position nor with the next one. Pass shift=True or shift=False."
+    )
+
+
+@torch.no_grad()
+def _one_label(bare: Any, at: int) -> tuple[float, float, float] | None:
+    """Return a model's loss with a label at position ``at`` alone, the cross entropy of the first output with it, and a tolerance."""
+    weight = linear_head(bare).weight
+    # a token outside would break a CUDA device, and raise no error here
+    n = min(len(weight), len(bare.get_input_embeddings().weight))
+    ids = (torch.arange(4, device=weight.device)[None] + n // 2) % n
+    labels = torch.full_like(ids, IGNORED)
+    labels[0, at] = n // 3
+    devices = [weight.device] if weight.is_cuda else []
+    with torch.random.fork_rng(devices):
+        # forward: hooks are for the calls of the training
+        output: Any = bare.forward(input_ids=ids, labels=labels)
+    loss, logits = getattr(output, "loss", None), logits_of(output)
+    if not isinstance(loss, Tensor):
+        return None
+    aux: Any = getattr(output, "aux_loss", None)
+    config: Any = getattr(bare, "config", None)
+    own = float(loss) - (0.0 if aux is None else float(config.router_aux_loss_coef * aux))
+    ours = nn.functional.cross_entropy(logits[0, :1].float(), labels[0, at : at + 1])
+    return own, float(ours), max(1e-4, 2 * torch.finfo(logits.dtype).eps)
 
 
 def logits_of(output: Any) -> Tensor:

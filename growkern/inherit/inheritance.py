@@ -59,8 +59,10 @@ class KnowledgeInheritance:
     Attributes:
         n_steps: Optimizer steps so far.
         tau: The temperature.
-        ce: Cross entropy of the last batch, without a gradient; None before.
-        kl: Divergence from the teacher on the last batch, without a gradient; None before.
+        ce: Cross entropy of the last batch, mean over its predicted positions, without a gradient; None before.
+        kl: Divergence from the teacher on the last batch, likewise; None before, and where the teacher did not run. With ``sampled`` the
+            gradient is that of the divergence in expectation, and ``kl`` and the loss are not: they contain the entropy of the draws, and
+            a student that equals its teacher has a ``kl`` above 0. Watch ``ce``.
 
     Raises:
         PlanError: An argument is out of range, or does not suit the teacher.
@@ -97,6 +99,7 @@ class KnowledgeInheritance:
 
             class Module(LightningModule):
                 def on_train_start(self):
+                    self.loss.remove()   # of an earlier fit
                     self.loss.attach(self.model, self.optimizers())
                 def training_step(self, batch):
                     return self.loss(batch)
@@ -129,13 +132,17 @@ class KnowledgeInheritance:
             raise PlanError(
                 'alpha="constant" has no end; leave until= out, or pass alpha="heaviside".'
             )
-        if until is not None and until < 1:
-            raise PlanError(f"until: {until} is no number of steps; pass 1 or more.")
-        for name, value in (("top_k", top_k), ("sampled", sampled)):
+        counts = dict(until=until, top_k=top_k, sampled=sampled, vocab=vocab)
+        units = "steps", "weights", "weights", "tokens"
+        for (name, value), unit in zip(counts.items(), units, strict=True):
             if value is not None and value < 1:
-                raise PlanError(f"{name}: {value} is no number of weights; pass 1 or more.")
+                raise PlanError(f"{name}: {value} is no number of {unit}; pass 1 or more.")
         if top_k is not None and sampled is not None:
             raise PlanError("top_k and sampled exclude each other; pass one of them.")
+        if renormalize and isinstance(teacher, nn.Module) and top_k is None:
+            raise PlanError(
+                "renormalize divides the weights of top_k by their sum, and other weights have the sum 1; leave it out."
+            )
         check_numbers(peak, TAU if tau is None else tau)
         self.alpha_form, self.peak, self.seed, self.vocab = alpha, peak, seed, vocab
         self.until = math.inf if alpha == "constant" else until or UNTIL
@@ -157,6 +164,8 @@ class KnowledgeInheritance:
             )
         if isinstance(teacher, str | Path):
             teacher = Stored(teacher, renormalize=renormalize)
+        elif not isinstance(teacher, Stored) and vocab is not None:
+            raise PlanError("vocab: this teacher gives its own weights; leave vocab out.")
         elif renormalize:
             raise PlanError(
                 "renormalize: this teacher gives its own weights; leave renormalize out."
@@ -184,7 +193,8 @@ class KnowledgeInheritance:
         Args:
             model: The student, wrapped or not; None for a model that calls ``from_hidden``.
             optim: The optimizer, or a list of optimizers, of which the first is counted.
-            shift: True if the output of a position predicts the label of the next one; None: as the class name says.
+            shift: True if the output of a position predicts the label of the next one; None: as the model's own loss of a few tokens
+                says, or its class name where the model cannot be asked.
             n_steps: Steps so far, of a run that goes on; None: leave the count.
 
         Raises:
@@ -196,6 +206,7 @@ class KnowledgeInheritance:
         counted = optimizers(optim)
         if not counted:
             raise PlanError("optim: pass the optimizer of the model, or a list of optimizers.")
+        steps = self.n_steps if n_steps is None else _steps(n_steps)
         self._shift = shift
         if model is not None:
             self._shift = shifts_labels(model) if shift is None else shift
@@ -209,7 +220,7 @@ class KnowledgeInheritance:
                 raise
             self._model, self._head = model, head
             self._handles.append(head)
-        self.n_steps = self.n_steps if n_steps is None else n_steps
+        self.n_steps = steps
         self._handles.append(counted[0].register_step_post_hook(self._stepped))
         self._release_if_over()
 
@@ -231,7 +242,8 @@ class KnowledgeInheritance:
         Args:
             batch: Inputs of the model, and ``labels`` (batch, length), where -100 marks positions that are not predicted; for stored
                 logits ``teacher_at`` too. The labels are not passed to the model.
-            n_items: Predicted positions of all micro-batches of the step (``count``); None: of this batch.
+            n_items: Predicted positions of all micro-batches of the step (``count``); None: of this batch. Without a predicted position
+                the loss and its gradients are 0.
             model: Wrapper of the attached model to call; None: what was attached.
 
         Returns:
@@ -243,6 +255,7 @@ class KnowledgeInheritance:
         """
         if self._head is None or self._model is None:
             raise PlanError("attach the loss to a model first: loss.attach(model, optim).")
+        check_items(n_items)
         student = self._model if model is None else model
         labels = self._labels(batch)
         hidden, output = self._head.hidden(student, model_inputs(batch, student))
@@ -280,8 +293,10 @@ class KnowledgeInheritance:
             n_items: See ``__call__``.
 
         Raises:
-            PlanError: The shapes do not fit, or the batch does not fit the teacher.
+            PlanError: The loss is not attached to an optimizer, the shapes do not fit, or the batch does not fit the teacher.
         """
+        if not self._handles:
+            raise PlanError("attach the loss first, so that it counts steps: loss.attach(None, optim).")  # fmt: skip
         check_numbers(0.0, self.tau, scale, softcap)
         check_items(n_items)
         return self._losses(hidden, weight, bias, labels, {**batch, "labels": labels}, n_items, scale, softcap).loss  # fmt: skip
@@ -299,8 +314,8 @@ class KnowledgeInheritance:
         return {"n_steps": self.n_steps}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue at the number of steps of ``state_dict``."""
-        self.n_steps = int(state["n_steps"])
+        """Continue at the number of steps of ``state_dict``; raise PlanError if the state has no such number."""
+        self.n_steps = _steps(state.get("n_steps"))
         self._release_if_over()
 
     def _losses(
@@ -316,7 +331,7 @@ class KnowledgeInheritance:
 
         terms = Terms(alpha, self.tau, float(scale), cap and float(cap), dtype=dtype)
         losses = linear_loss(hidden, weight, bias, labels, terms, n_items, targets_of if alpha else None)  # fmt: skip
-        self.ce, self.kl = losses.ce, losses.kl
+        self.ce, self.kl = losses.ce, losses.kl if alpha else None
         return losses
 
     def _targets(self, batch: Mapping[str, Any], keep: Tensor, width: int) -> Targets:
@@ -326,6 +341,8 @@ class KnowledgeInheritance:
             )
         seed = (self.seed << 40) + (self.n_steps << 12) + self._n_calls
         self._n_calls += 1
+        if isinstance(self._teacher, Stored):
+            width = min(self.vocab or width, width)
         return self._teacher(batch, keep, width, seed % (1 << 63))
 
     def _labels(self, batch: Mapping[str, Any]) -> Tensor:
@@ -339,7 +356,12 @@ class KnowledgeInheritance:
         if self._teacher is not None and self._teacher.width is not None:
             refuse_width(self._teacher.width, student, self.vocab)
 
-    def _stepped(self, *_: object) -> None:
+    def _stepped(self, optim: Optimizer, *_: object) -> None:
+        overflow = getattr(
+            optim, "found_inf", None
+        )  # GradScaler calls a fused optimizer, which skips the update itself
+        if isinstance(overflow, Tensor) and overflow.item():
+            return
         self.n_steps, self._n_calls = self.n_steps + 1, 0
         self._release_if_over()
 
@@ -349,6 +371,12 @@ class KnowledgeInheritance:
             if isinstance(self._teacher, Live) and self._teacher.head is not None:
                 self._teacher.head.remove()
             self._teacher = None
+
+
+def _steps(n_steps: int | None) -> int:
+    if not isinstance(n_steps, int) or isinstance(n_steps, bool) or n_steps < 0:
+        raise PlanError(f"n_steps: {n_steps!r} is no number of steps; pass an integer, 0 or more.")
+    return n_steps
 
 
 def _stored_tau(stored: Stored, tau: float | None, tokenizer: object | None) -> float:

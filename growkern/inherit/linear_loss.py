@@ -19,6 +19,7 @@ from growkern.support.text import short
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits of a chunk
 IGNORED = -100
 ALIGNMENT = 16  # columns: the kernel reads rows of such a stride 16 bytes at a time
+COLUMNS = torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.uint16, torch.uint32  # fmt: skip
 MAX_INDICES = 1023  # more indices per row become one weight per column
 
 
@@ -27,8 +28,9 @@ class Losses(NamedTuple):
 
     Attributes:
         loss: ``(1 - alpha) * ce + alpha * tau**2 * kl``, with a gradient.
-        ce: Cross entropy with the labels, without a gradient.
-        kl: Divergence of the student from the teacher at the temperature, without a gradient; 0 without a teacher.
+        ce: Cross entropy with the labels, without a gradient: mean over the predicted positions of this batch, whatever ``n_items`` is.
+        kl: Divergence of the student from the teacher at the temperature, a mean too, without a gradient; 0 without a teacher. From
+            sampled weights it contains the entropy of the draws, and only its gradient is right in expectation.
     """
 
     loss: Tensor
@@ -75,8 +77,9 @@ class _LinearLoss(torch.autograd.Function):
             gw = gw.to(weight.dtype)
         ctx.save_for_backward(gh, gw, gb, torch.as_tensor(n_items))
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        cross, divergence = ce.sum() / n_items, kl.sum() / n_items
-        loss = (1 - terms.alpha) * cross + terms.alpha * terms.tau**2 * divergence
+        n_own, (cross, divergence) = max(len(hidden), 1), (ce.sum(), kl.sum())
+        loss = ((1 - terms.alpha) * cross + terms.alpha * terms.tau**2 * divergence) / n_items
+        cross, divergence = cross / n_own, divergence / n_own
         ctx.mark_non_differentiable(cross, divergence)
         return loss, cross, divergence
 
@@ -104,7 +107,7 @@ def linear_loss(
         bias: Bias of the head.
         labels: Label of every position.
         terms: Weights of the terms; scale and softcap of the head.
-        n_items: Denominator; None: the number of predicted positions.
+        n_items: Denominator; None: the number of predicted positions. A tensor's 0, of a step without a predicted position, counts as 1.
         targets_of: Function from the flat positions that are predicted to the teacher's targets; None: there is no teacher.
         ignore_index: Label of positions that are not predicted.
 
@@ -129,7 +132,9 @@ def linear_loss(
         )
     targets = None if targets_of is None else targets_of(keep)
     rows = hidden.reshape(-1, hidden.shape[-1])[keep]
-    n = max(len(keep), 1) if n_items is None else n_items
+    if isinstance(n_items, int) and not n_items and len(keep):
+        raise PlanError(f"n_items: 0, and this batch alone has {len(keep)} predicted positions; pass count(batches).")  # fmt: skip
+    n = n_items.reshape(()).clamp_min(1) if isinstance(n_items, Tensor) else max(len(keep) if n_items is None else n_items, 1)  # fmt: skip
     return Losses(*_LinearLoss.apply(rows, weight, bias, kept, targets, terms, n))  # pyright: ignore
 
 
@@ -168,7 +173,8 @@ def fused_loss(
         scale: Factor of the logits (Cohere's ``logit_scale``, 1 / Granite's ``logits_scaling``).
         softcap: Gemma 2's cap: ``softcap * tanh(scale * logits / softcap)``.
         ignore_index: Label of positions that are not predicted.
-        n_items: Denominator: number of predicted positions of the whole accumulated batch; None: of this batch.
+        n_items: Denominator: number of predicted positions of the whole accumulated batch; None: of this batch. A tensor of 0 counts
+            as 1, so that a step without a predicted position has the loss 0 and gradients of 0.
         backend: ``"triton"``, ``"torch"`` or None: triton on a GPU, torch elsewhere and for float64.
 
     Returns:
@@ -207,11 +213,15 @@ def fused_loss(
 
 
 def check_items(n_items: Tensor | int | None) -> None:
-    """Raise PlanError for a denominator that is no positive number, or a tensor of several."""
-    count = 1 if n_items is None or isinstance(n_items, Tensor) else n_items
-    if not 0 < count < 1 << 63 or (isinstance(n_items, Tensor) and n_items.numel() != 1):
+    """Raise PlanError for a denominator that is no count, or a tensor of several; a tensor's value stays on its device."""
+    if isinstance(n_items, Tensor):
+        is_count = n_items.numel() == 1 and n_items.dtype != torch.bool and not n_items.is_complex()
+    else:
+        value: Any = n_items
+        is_count = value is None or (type(value) is int and 0 <= value < 1 << 63)
+    if not is_count:
         raise PlanError(
-            f"n_items: {short(n_items)} is no number of positions; pass one number, 1 or more."
+            f"n_items: {short(n_items)} is no number of positions; pass one integer, 0 or more."
         )
 
 
@@ -232,6 +242,11 @@ def given_targets(
     Raises:
         PlanError: The shapes do not fit the labels' ``shape``, K exceeds the vocabulary, or a column or a weight is out of range.
     """
+    if not probs.is_floating_point() or (index is not None and index.dtype not in COLUMNS):
+        raise PlanError(
+            f"{who}: the teacher's columns are {index if index is None else index.dtype} and its weights {probs.dtype}; pass columns of "
+            "integers (int64), and weights of floats."
+        )
     flat = probs.reshape(-1, probs.shape[-1] if probs.dim() else 1)
     k = flat.shape[1]
     if k > width:
@@ -248,10 +263,12 @@ def given_targets(
     if index is None:
         lowest, highest = (bound[place] for bound in flat.aminmax(dim=1))
         _refuse(bool(((lowest >= 0) & highest.isfinite()).all()), who, width)
+        _refuse_sum(flat.sum(1, dtype=dtype)[place], flat.dtype, who)
         return lambda rows: (None, flat[place[rows]].to(keep.device, dtype))
     at = index.reshape(-1, k).to(keep.device, torch.int64)[keep]
     kept = flat[place].to(keep.device, dtype).masked_fill(at == -1, 0.0)
     _refuse(bool(((at >= -1) & (at < width) & (kept >= 0) & kept.isfinite()).all()), who, width)
+    _refuse_sum(kept.sum(1), flat.dtype, who)
     at, kept = merged(at.clamp_min(0), kept)
     return lambda rows: (at[rows], kept[rows])
 
@@ -261,6 +278,14 @@ def _refuse(is_sound: bool, who: str, width: int) -> None:
         raise PlanError(
             f"{who}: a column of the teacher is outside 0 ... {width - 1} (-1 is padding), or a weight is negative or not finite; "
             "check that teacher and student have the same tokenizer."
+        )
+
+
+def _refuse_sum(total: Tensor, dtype: torch.dtype, who: str) -> None:
+    most = float(total.max()) if total.numel() else 0.0
+    if most > 1 + max(1e-3, 4 * torch.finfo(dtype).eps):  # weights and their sum are rounded
+        raise PlanError(
+            f"{who}: the teacher's weights of a position add up to {most:.4g}, more than a probability; pass probabilities, no logits."
         )
 
 

@@ -4,13 +4,15 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from growkern.errors import CheckpointError, PlanError
+from growkern.errors import CheckpointError, PlanError, UnsupportedModelError
+from growkern.inherit.head import is_encoder_decoder
 from growkern.inherit.linear_loss import check_numbers
 from growkern.inherit.stored import (
     INDEX,
@@ -28,7 +30,8 @@ from growkern.support.text import one_line
 from growkern.support.wrappers import unwrapped
 
 SAMPLES = 64  # draws per position by default
-ROWS = 1 << 18  # positions per shard
+ROWS = 1 << 15  # positions per shard: what a kill loses at most
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes per number
 CHUNK = 512  # positions whose logits exist at a time
 
 
@@ -104,7 +107,8 @@ def store(
     The batches come in the order of the corpus: ``input_ids`` (batch, length), every sequence of the same length, and whatever else the
     model's forward takes. Row i of the store is the teacher's output at position i: the first sequence has the positions 0 to length - 1.
     A store that was killed goes on where it stopped, when it is called again with the same arguments; the stored part is compared with the
-    batches, and the teacher does not run on it. For a masked language model the inputs hold the masks, and training needs the same masks.
+    batches, and the teacher does not run on it. An error or Ctrl-C loses nothing that the teacher has said, and a kill one shard at most.
+    For a masked language model the inputs hold the masks, and training needs the same masks.
 
     Args:
         teacher: The teacher; it is put into eval mode.
@@ -122,7 +126,8 @@ def store(
 
     Raises:
         PlanError: An argument is out of range, a batch has no or other ``input_ids``, or the corpus is not that of the stored part.
-        CheckpointError: The folder holds logits of other arguments, or is damaged.
+        CheckpointError: The folder holds logits of other arguments or of a teacher with other weights, or is damaged.
+        UnsupportedModelError: The teacher is an encoder-decoder.
 
     Example:
         >>> ids = torch.randint(0, model.config.vocab_size, (4, 16))
@@ -132,6 +137,11 @@ def store(
     """
     check_numbers(0.0, tau)
     k = _n_weights(top_k, sampled)
+    if is_encoder_decoder(unwrapped(teacher)):
+        raise UnsupportedModelError(
+            f"the logits of a {type(unwrapped(teacher)).__name__} depend on the labels too, which a store does not hold; pass the model to "
+            "KnowledgeInheritance, where it runs live."
+        )
     known = "" if tokenizer is None else tokenizer_hash(tokenizer)
     teacher_name = name or type(unwrapped(teacher)).__name__
     live = Live(teacher, top_k, None if top_k is not None else k, float(tau), None)
@@ -142,9 +152,23 @@ def store(
             ids = _ids(batch)
             if writer is None:
                 width, length = _width(live), ids.shape[1]
-                header = Header(kind, k, float(tau), width, length, seed, teacher_name, known)
+                header = Header(
+                    kind,
+                    k,
+                    float(tau),
+                    width,
+                    length,
+                    seed,
+                    teacher_name,
+                    known,
+                    weights_hash(teacher),
+                )
                 writer = _begun(folder, header)
             done = _advance(writer, live, batch, ids, done)
+    except BaseException:
+        if writer is not None:
+            writer.flush()  # what the teacher has said so far
+        raise
     finally:
         if live.head is not None:
             live.head.remove()
@@ -260,6 +284,18 @@ def _width(live: Live) -> int:
             "define get_output_embeddings()."
         )
     return live.width
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return a hash of the sums of the bits of a model's parameters and buffers; of offloaded or packed ones, the names alone."""
+    found = sha256()
+    for name, tensor in unwrapped(model).state_dict().items():
+        found.update(name.encode())
+        if type(tensor) is Tensor and tensor.numel() and not tensor.is_meta:
+            flat = tensor.contiguous().reshape(-1)
+            total = flat.view(BITS.get(flat.element_size(), torch.int64)).sum(dtype=torch.int64)
+            found.update(f" {tensor.dtype} {tuple(tensor.shape)} {int(total)}\n".encode())
+    return found.hexdigest()
 
 
 def _synced(path: Path) -> None:

@@ -36,6 +36,7 @@ class Header:
         seed: Seed of the draws.
         teacher: Name of the teacher.
         tokenizer: Hash of the tokenizer (``tokenizer_hash``); "" if it was not given.
+        weights: Hash of the teacher's weights; "" in stores of older versions.
         version: Version of the format.
     """
 
@@ -47,6 +48,7 @@ class Header:
     seed: int
     teacher: str
     tokenizer: str
+    weights: str = ""
     version: int = 1
 
     def differences(self, other: "Header") -> str:
@@ -113,7 +115,7 @@ class Stored:
         self._opened: dict[str, Any] = {}
 
     def __call__(self, batch: Mapping[str, Any], keep: Tensor, width: int, seed: int) -> Targets:
-        """Read the rows of a batch."""
+        """Read the rows of a batch, and give the probability of columns from ``width`` on to the others."""
         ids, starts = batch.get("input_ids"), batch.get("teacher_at")
         if not (isinstance(ids, Tensor) and isinstance(starts, Tensor)):
             raise PlanError(
@@ -124,7 +126,12 @@ class Stored:
         index = index.reshape(-1, index.shape[-1])[keep.cpu()]
         weight = weight.reshape(-1, weight.shape[-1])[keep.cpu()]
         outside = index >= width  # padding of the teacher's vocabulary
+        padded = weight.masked_fill(~outside, 0.0).sum(1, keepdim=True)
         weight, index = weight.masked_fill_(outside, 0.0), index.masked_fill_(outside, 0)
+        tokens = torch.maximum(
+            1 - padded, weight.sum(1, keepdim=True)
+        )  # the rest, whatever rounding did
+        weight = weight / tokens.clamp_min_(torch.finfo(torch.float32).tiny)
         index, weight = index.to(keep.device), weight.to(keep.device)
 
         def targets(rows: slice) -> Pair:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from growkern.errors import PlanError, UnsupportedModelError
-from growkern.inherit.head import Head, linear_head, logits_of
+from growkern.inherit.head import Head, is_encoder_decoder, linear_head, logits_of
 from growkern.inherit.linear_loss import given_targets
 from growkern.inherit.targets import Pair, Targets, sampled, top
 from growkern.support.wrappers import unwrapped
@@ -15,6 +15,7 @@ from growkern.support.wrappers import unwrapped
 Batch = Mapping[str, Any]
 # batch, flat positions that are predicted, width of the student's logits, seed of the draws -> targets
 Teacher = Callable[[Batch, Tensor, int, int], Targets]
+VECTORS = "inputs_embeds", "decoder_inputs_embeds", "encoder_outputs"  # keys of a batch
 OWN = "labels", "teacher_at"  # keys of a batch that the model does not get
 
 
@@ -42,7 +43,12 @@ class Live:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, keep: Tensor, width: int, seed: int) -> Targets:
-        """Run the teacher on a batch."""
+        """Run the teacher on a batch; raise PlanError for a batch of the student's vectors."""
+        for key in VECTORS:
+            if batch.get(key) is not None:
+                raise PlanError(
+                    f"{key}: these are vectors of the student, which mean nothing to the teacher; pass input_ids, or a function as teacher."
+                )
         place = next(self.model.parameters(), keep).device
         inputs = {k: v.to(place) if isinstance(v, Tensor) else v for k, v in model_inputs(batch, self.model).items()}  # fmt: skip
         if self.model.training:
@@ -103,10 +109,21 @@ def _is_pair(given: Any) -> bool:
 
 
 def model_inputs(batch: Batch, model: nn.Module) -> dict[str, Any]:
-    """Return what a model gets of a batch: no labels, so that it computes no loss, but the decoder inputs that it makes of labels."""
+    """Return what a model gets of a batch: no labels, so that it computes no loss, but the decoder inputs that it makes of labels.
+
+    Raises:
+        PlanError: An encoder-decoder makes no decoder inputs of labels, and the batch has none.
+    """
     inputs = {key: value for key, value in batch.items() if key not in OWN}
-    prepare: Any = getattr(unwrapped(model), "prepare_decoder_input_ids_from_labels", None)
-    if prepare is not None and "decoder_input_ids" not in inputs:
+    bare = unwrapped(model)
+    prepare: Any = getattr(bare, "prepare_decoder_input_ids_from_labels", None)
+    if inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+        return inputs
+    if prepare is None and is_encoder_decoder(bare):
+        raise PlanError(
+            f"a {type(bare).__name__} makes no decoder inputs of the labels by itself; pass decoder_input_ids (batch, length) in the batch."
+        )
+    if prepare is not None:
         inputs["decoder_input_ids"] = prepare(labels=batch["labels"])
     return inputs
 

@@ -36,7 +36,7 @@ class Trainer(Protocol):
 
 
 @typed_arguments(PlanError)
-def inherit(trainer: Trainer, loss: KnowledgeInheritance) -> object:
+def inherit(trainer: Trainer, loss: KnowledgeInheritance, *, shift: bool | None = None) -> object:
     """Train by a loss with a teacher in ``trainer.train()``. Call ``inherit`` once, before ``train``.
 
     All micro-batches of a step share one denominator, the number of predicted positions. Evaluation uses the model's own loss. A resumed
@@ -46,6 +46,7 @@ def inherit(trainer: Trainer, loss: KnowledgeInheritance) -> object:
     Args:
         trainer: Trainer of ``transformers``.
         loss: The loss, not attached yet.
+        shift: See ``KnowledgeInheritance.attach``.
 
     Returns:
         The callback that attaches the loss when training begins, and removes it when training ends.
@@ -60,7 +61,7 @@ def inherit(trainer: Trainer, loss: KnowledgeInheritance) -> object:
 
     _refuse(trainer, StockTrainer.compute_loss)
     linear_head(unwrapped(trainer.model))
-    shift = shifts_labels(trainer.model)
+    shift = shifts_labels(trainer.model) if shift is None else shift
     stock, report, counts = trainer.compute_loss, trainer.log, trainer.model_accepts_loss_kwargs
 
     class InheritCallback(TrainerCallback):

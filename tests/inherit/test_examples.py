@@ -83,6 +83,7 @@ def test_lightning(tmp_path):
             self.model, self.loss = make("llama", tied=True), loss_of()
 
         def on_train_start(self):
+            self.loss.remove()  # of an earlier fit
             self.loss.attach(self.model, self.optimizers())
 
         def training_step(self, given):
@@ -99,12 +100,13 @@ def test_lightning(tmp_path):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    lightning.Trainer(
-        max_epochs=1, accelerator="cpu", devices=1, default_root_dir=str(tmp_path), **options
-    ).fit(module, loader)  # fmt: skip
+    options |= dict(max_epochs=1, accelerator="cpu", devices=1, default_root_dir=str(tmp_path))
+    lightning.Trainer(**options).fit(module, loader)
 
     same_weights(module.model, plain_loop())
     assert module.loss.n_steps == STEPS and module.loss.alpha == 0
+    lightning.Trainer(**options).fit(module, loader)
+    assert module.loss.n_steps == 2 * STEPS
 
 
 def in_a_group(rank: int, folder: str) -> None:

@@ -114,6 +114,18 @@ def test_alpha_of_zero_is_the_stock_trainer(tmp_path):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=2e-6)
 
 
+def test_a_step_without_a_predicted_position_changes_no_weight(tmp_path):
+    model = make("llama", tied=True)
+    rows = [row | {"labels": torch.full((LENGTH,), -100)} for row in map(Corpus().__getitem__, range(24))]  # fmt: skip
+    trainer = trainer_of(model, tmp_path, rows)
+    growkern.hf.inherit(trainer, KnowledgeInheritance(teacher(), until=4))
+
+    trainer.train()
+
+    same_weights(model, make("llama", tied=True))
+    assert [row["loss"] for row in trainer.state.log_history if "loss" in row] == [0.0] * 4
+
+
 def test_stored_logits_reach_the_loss_and_not_the_model(tmp_path):
     ids = torch.stack([Corpus()[i]["input_ids"] for i in range(24)])
     store(teacher(), [{"input_ids": ids}], tmp_path / "s", top_k=VOCAB)

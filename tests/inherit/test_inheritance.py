@@ -436,9 +436,11 @@ class Squared(torch.nn.Linear):
 class OddForCausalLM(transformers.LlamaForCausalLM):
     """A model that changes its logits after the head."""
 
+    factor = 1.1
+
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
-        output.logits = output.logits * 1.1
+        output.logits = output.logits * self.factor
         return output
 
 
@@ -475,10 +477,25 @@ def called(function):
     attached(model, function)(data(model))
 
 
-def changed_logits():
+def changed_logits(factor=1.1, dtype=torch.float32):
     torch.manual_seed(0)
-    model = OddForCausalLM(student().config)
-    attached(model).__call__(data(model))
+    model = OddForCausalLM(student().config).to(dtype)
+    model.factor = factor
+    attached(model, shift=True).__call__(data(model))
+
+
+def resized():
+    model = student()
+    loss = attached(model)
+    model.resize_token_embeddings(VOCAB + 8)
+    loss(data(model))
+
+
+def of_nan():
+    teacher = student()
+    torch.nn.init.constant_(teacher.model.norm.weight, math.nan)
+    model = student(seed=1)
+    attached(model, teacher)(data(model))
 
 
 REFUSED = {
@@ -489,6 +506,10 @@ REFUSED = {
     "a head that is not linear": (lambda: attached(with_head(Squared(24, VOCAB))), "is a Squared, and not a linear map"),
     "a head of layers": (lambda: attached(with_head(torch.nn.Sequential(torch.nn.Linear(24, VOCAB)))), "is a Sequential"),
     "a model that changes its logits": (changed_logits, "changes the logits of its head in a way that growkern does not know"),
+    "logits in bfloat16 times 0.95": (lambda: changed_logits(0.95, torch.bfloat16), "changes the logits of its head"),
+    "logits in float16 times 0.99": (lambda: changed_logits(0.99, torch.float16), "changes the logits of its head"),
+    "a head that was replaced": (resized, "If the head was replaced, as resize_token_embeddings does, call loss.remove"),
+    "a teacher of NaN": (of_nan, "logits of this LlamaForCausalLM are not finite"),
     "labels of an unknown kind": (lambda: attached(Plain()), "cannot see whether the labels of a Plain"),
     "itself as teacher": (itself, "would change with it; pass copy.deepcopy"),
     "attached twice": (twice, "already attached; call remove"),

@@ -290,7 +290,7 @@ REFUSED = {
     "a label outside": (dict(labels=L + 8), "a label is outside 0 ... 9 and is not -100"),
     "labels that are no tokens": (dict(labels=L.float()), "torch.float32 is no dtype of tokens"),
     "a bias of another head": (dict(bias=W[0]), r"bias \(8,\)"),
-    "no positions": (dict(n_items=0), "n_items: 0 is no number of positions"),
+    "no positions": (dict(n_items=0), "n_items: 0, and this batch alone has 3 predicted positions"),
     "a string": (dict(tau="2"), "tau: expected number, got '2'"),
 }  # fmt: skip
 

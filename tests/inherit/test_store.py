@@ -134,8 +134,12 @@ def test_an_interrupted_store_goes_on_and_ends_with_the_same_bytes(kind, small_s
     source.register_forward_hook(lambda *_: ran.append(1))
     store(source, batches(ids), tmp_path / "s", **kind)
 
-    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
-    assert len(ran) == 2  # of four batches; two were in the shard
+    at = torch.arange(N) * LENGTH
+    for mine, other in zip(
+        *(Stored(tmp_path / n).read(at, ids) for n in ("s", "whole")), strict=True
+    ):
+        assert torch.equal(mine, other)
+    assert len(ran) == 1  # of four batches
 
 
 @pytest.mark.slow
@@ -204,7 +208,7 @@ def test_padding_of_the_stored_vocabulary_is_left_out(tmp_path):
 
     value = loss(rows(ids, [0, 1, 2]))
 
-    expected = formula(z, ids[:3, 1:].flatten(), q, 1.0, 2.0)
+    expected = formula(z, ids[:3, 1:].flatten(), q / q.sum(1, keepdim=True), 1.0, 2.0)
     torch.testing.assert_close(value, expected, rtol=2e-3, atol=0)
 
 
