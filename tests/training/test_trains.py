@@ -64,7 +64,7 @@ def cut_by_hand(model, path: str, first: int) -> None:
     ("family", "tied"), [("llama", True), ("llama", False), ("bert", True), ("gpt2", True)]
 )
 def test_the_top_trains_as_in_a_stock_model_that_is_cut_there(family, tied):
-    """Of 12 blocks, 3 train: the figures of procedures are 0.27 and 0.28 of the FLOPs and of the saved activations."""
+    """Of 12 blocks, 3 train: 0.26 to 0.28 of the FLOPs and of the saved activations, as README says."""
     dropout = {"attention_dropout": 0.1} if family == "llama" else {}
     model = deep(family, tied, **dropout)
     whole = backward(model)
@@ -76,8 +76,8 @@ def test_the_top_trains_as_in_a_stock_model_that_is_cut_there(family, tied):
     found = backward(model)
 
     assert found[0] == expected[0] == whole[0]  # the forward, with its dropout
-    assert found[1] == expected[1] and 0.25 < found[1] / whole[1] < 0.3
-    assert 0.25 < found[2] / whole[2] < 0.3
+    assert found[1] == expected[1] and 0.255 < found[1] / whole[1] < 0.285
+    assert 0.255 < found[2] / whole[2] < 0.285
     assert found[3].keys() == expected[3].keys() and len(found[3]) >= 19
     assert all(torch.equal(g, expected[3][name]) for name, g in found[3].items())
 
