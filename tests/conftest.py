@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from functools import wraps
 
@@ -62,6 +63,14 @@ def pytest_collection_finish() -> None:
 def seeded() -> None:
     """Every test starts from the same random state, alone or among others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def without_accelerators() -> None:
+    """No test meets an Accelerator of another, or a data loader that another left in its middle, at whose end every step synchronizes."""
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(True)
+        state.GradientState._reset_state()
 
 
 @pytest.fixture(autouse=True)

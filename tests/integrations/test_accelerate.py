@@ -21,11 +21,10 @@ event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.ev
 @pytest.fixture
 def accelerator_of():
     def make_one(**options):
-        accelerate.state.AcceleratorState._reset_state(True)  # AcceleratorState is a singleton
+        accelerate.state.AcceleratorState._reset_state(True)  # a test may stand for two processes
         return accelerate.Accelerator(cpu=True, **options)
 
-    yield make_one
-    accelerate.state.AcceleratorState._reset_state(True)
+    return make_one
 
 
 def parts(**options):
