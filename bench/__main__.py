@@ -23,7 +23,7 @@ from bench import bench_models, harness, predicted
 from bench.bars import bars
 from bench.report import picture, table
 
-OPS = ("expand", "adamw")  # bench/bench_<op>.py contains test_<op>
+OPS = ("expand", "adamw", "inherit")  # bench/bench_<op>.py contains test_<op>
 VERDICTS = (" PASSED", " FAILED", " ERROR")
 Found = tuple[list[harness.Row], list[str]]  # rows, and descriptions of red cases
 

@@ -18,7 +18,8 @@ from growkern.planning.decisions import DepthMethod, WidthMethod
 from growkern.planning.sizes import Target
 from growkern.support.argument_types import typed_arguments
 from growkern.training import procedure
-from growkern.training.procedure import Procedure, SpecOf, Stage
+from growkern.training.options import SpecOf
+from growkern.training.procedure import Procedure, Stage
 from growkern.training.slope import WhenSlope
 from growkern.training.trains import New, SubModels, Top
 from growkern.training.triggers import At, Event
@@ -43,6 +44,7 @@ AKI, STACK, FRESH = width.AKI(), depth.Stack(), depth.Fresh()  # defaults
 checked = typed_arguments(PlanError, model=UnsupportedModelError)
 # operator -> threshold of the slope, and how far the learning-rate schedule goes back (Shen et al., arXiv:2203.06211)
 STAGED = {"width": (0.0475, 1.776), "depth": (0.0575, 1.412), "both": (0.03, 2.455)}
+STAGED_END = 0.052  # threshold of the slope at the end of the run
 STAGED_TO: dict[str, Target] = {"width": {"hidden": "2x"}, "depth": {"layers": "2x"}, "both": {"hidden": "2x", "layers": "2x"}}  # fmt: skip
 
 
@@ -137,17 +139,9 @@ def bert2bert(
     procedure.check_least("bert2bert", 1, at=at)
     procedure.check_least("bert2bert", 0, stage1_steps=stage1_steps)
     events = [
-        At(
-            step=at,
-            to=to,
-            width=width,
-            depth=depth,
-            state="drop",
-            dynamics=None,
-            trains=SubModels(size),
-        ),
+        At(step=at, to=to, width=width, depth=depth, state="drop", dynamics=None, trains=SubModels(size)),
         At(step=at + stage1_steps, to=None),
-    ]
+    ]  # fmt: skip
     return Procedure("bert2BERT", model, events, total_steps=total_steps, tokens_per_step=tokens_per_step, spec=spec)  # fmt: skip
 
 
@@ -254,7 +248,8 @@ def staged_training(
 ) -> Procedure:  # fmt: skip
     """Double width, depth or both each time that the slope of the validation loss says so, and rewind the learning rate: staged training.
 
-    The loop observes ``eval_loss`` at equal distances, and passes its scheduler to ``attach``.
+    The loop observes ``eval_loss`` at equal distances, and passes its scheduler to ``attach``. The last event grows nothing: when it fires,
+    and ``schedule.ahead`` is empty, the slope is where the paper ends the run.
 
     Args:
         model: The smallest model.
@@ -278,6 +273,7 @@ def staged_training(
         )
         for what in growths
     ]  # fmt: skip
+    events.append(WhenSlope(tau=STAGED_END, to=None, warmup=warmup))
     return Procedure("staged training", model, events, total_steps=total_steps, tokens_per_step=tokens_per_step, spec=spec)  # fmt: skip
 
 

@@ -16,6 +16,7 @@ KERNEL_TESTS = [
     "tests/kernels/test_expand.py",
     "tests/kernels/test_squares.py",
     "tests/kernels/test_adamw_kernel.py",
+    "tests/kernels/test_inherit_kernel.py",
 ]
 MODEL_TESTS = [
     "tests/model/test_families.py",

@@ -209,7 +209,7 @@ MUTANTS = {
     "rates: an infinite weight becomes NaN": Mutant(
         "optimizer/update_scale.py", ".masked_fill_(~seen.isfinite(), 0.0)", "", "optimizer/test_lr_scaling.py -k infinite"),
     "rates: a step that raised leaves the optimizer's units": Mutant(
-        "optimizer/update_scale.py", "            except BaseException:\n                self.restore()\n",
+        "optimizer/watched_step.py", "            except BaseException:\n                raised()\n",
         "            except BaseException:\n", "optimizer/test_lr_scaling.py -k as_soon_as"),
     "rates: parameters that join later train without a word": Mutant(
         "commit/optimizer_guard.py", "    _refuse_late(optim)\n", "", "commit/test_optimizer_guard.py -k join_after"),
@@ -502,15 +502,15 @@ MUTANTS = {
         "training/rewind.py", "        _set(group, rate)\n    scheduler", "        pass\n    scheduler",
         "training/test_rewind.py -k earlier_position"),
     "rewarm: a step that raised leaves the rate low": Mutant(
-        "training/rewind.py", "            finally:  # no hook of torch runs when a step raises\n                self._end()",
-        "            finally:\n                pass", "training/test_rewind.py -k raises"),
+        "training/rewind.py", "WatchedStep(optim, self._end)", "WatchedStep(optim, lambda: None)",
+        "training/test_rewind.py -k raises"),
     "rewarm: schedulers of hooks see the low rate": Mutant(
         "training/rewind.py", "last=False", "last=True", "training/test_rewind.py -k in_a_hook"),
     "freeze: copies of frozen blocks stay frozen": Mutant(
         "commit/frozen.py", "        for p in opened:\n            p.requires_grad_(True)\n", "",
         "training/test_trains.py -k user_has_frozen"),
     "freeze: LBFGS moves what is frozen": Mutant(
-        "engine/freezing.py", "        _refuse_lbfgs(model, frozen, live)\n", "", "training/test_trains.py -k lbfgs"),
+        "engine/freezing.py", "        refuse_lbfgs(optim for optim, params in held if still & {*params})\n", "", "training/test_trains.py -k lbfgs"),
     "trains: any report will do": Mutant(
         "training/trains.py", "if report is not None and [*report.history]", "if False and [*report.history]",
         "training/test_trains.py -k without_a_growth"),

@@ -26,7 +26,7 @@ def expert_utility(
         One number per expert.
 
     Raises:
-        UnsupportedModelError: The model has no experts.
+        UnsupportedModelError: The model has no experts, or its spec names no weights of theirs.
         PlanError: The experts have no gradients, or no second moments.
 
     Example:
@@ -60,5 +60,8 @@ def expert_utility(
             raise PlanError(f"cannot weigh the experts: {name} has no {what}.")
         own = square.double().flatten(1).sum(1).cpu()
         total = own if total is None else total + own
-    assert total is not None, "a model with experts has their weights"
+    if total is None:
+        raise UnsupportedModelError(
+            f"the spec of this {described.family} names no weights of experts: tensors whose first of three axes is experts."
+        )
     return tuple(map(float, total))

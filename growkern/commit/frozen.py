@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
@@ -146,17 +147,10 @@ def freeze(
         PlanError: No parameter would train.
         UnsupportedModelError: The model cannot be frozen there. It is unchanged.
     """
-    before, names, stacks = frozen_of(model), frozen.names, frozen.stacks
-    taken = {*before.params} if before else set[nn.Parameter]()
+    names, stacks = frozen.names, frozen.stacks
     places = list(model.named_parameters(remove_duplicate=False))
     opened = {p for name, p in places if name in frozen.opened and not p.requires_grad}
-    trained = {
-        p for name, p in places if name not in names and (p.requires_grad or p in taken | opened)
-    }
-    if not trained:
-        raise PlanError(
-            "no parameter of the model would train: choose who trains by trains.All(), Top() or New()."
-        )
+    trained = trained_under(model, frozen)
     ties = {name.rpartition(".")[0]: name for name, p in places if name in names and p in trained}
     below = {
         name.rpartition(".")[0] for name in frozen.below
@@ -194,6 +188,34 @@ def freeze(
             prefix = Prefix(stacks[0], frozen.n_blocks)
             frozen.handles.append(model.register_forward_pre_hook(prefix.enter))
             frozen.handles.append(model.register_forward_hook(prefix.leave, always_call=True))
+
+
+def trained_under(model: nn.Module, frozen: Frozen) -> set[nn.Parameter]:
+    """Return the parameters that would train after ``freeze``, at one of their places at least.
+
+    Raises:
+        PlanError: There is none.
+    """
+    before = frozen_of(model)
+    places = list(model.named_parameters(remove_duplicate=False))
+    able = {p for name, p in places if p.requires_grad or name in frozen.opened}
+    able |= {*before.params} if before else set[nn.Parameter]()
+    trained = {p for name, p in places if name not in frozen.names and p in able}
+    if not trained:
+        raise PlanError(
+            "no parameter of the model would train, because those that are chosen have requires_grad=False: choose who trains by "
+            "trains.All(), Top() or New()."
+        )
+    return trained
+
+
+def refuse_lbfgs(optims: Iterable[Optimizer]) -> None:
+    """Raise PlanError if an optimizer moves parameters that have no gradient: LBFGS steps along the differences of earlier steps."""
+    if any(isinstance(optim, LBFGS) for optim in optims):
+        raise PlanError(
+            "LBFGS moves all of its parameters along the history of its steps, also those without a gradient: train everything, or use "
+            "another optimizer."
+        )
 
 
 def lowest(model: nn.Module, stacks: Sequence[str], trained: Iterable[str]) -> dict[str, nn.Module]:

@@ -3,14 +3,12 @@
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
-from growkern.commit.frozen import Frozen, freeze, frozen_of, lift
+from growkern.commit.frozen import Frozen, freeze, frozen_of, lift, refuse_lbfgs
 from growkern.commit.optimizer import Masters
 from growkern.engine.compile_cache import reset
 from growkern.engine.ddp import Ranks
-from growkern.errors import PlanError
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.support.live_registry import Live
 
@@ -33,7 +31,9 @@ def choose(model: nn.Module, frozen: Frozen, masters: Masters | None = None) -> 
     live = Live.now()
     ranks = Ranks(model, live.modules)
     with ranks.together():
-        _refuse_lbfgs(model, frozen, live)
+        still = {p for n, p in model.named_parameters(remove_duplicate=False) if n in frozen.names}
+        held = [(optim, optim.param_groups[0]["params"]) for optim in live.optimizers]
+        refuse_lbfgs(optim for optim, params in held if still & {*params})
         text = "\n".join([*sorted(frozen.names), str(frozen.n_blocks)]) if ranks.wrappers else ""
         ranks.agree(text, "who trains")
         freeze(model, frozen, masters)
@@ -45,19 +45,6 @@ def choose(model: nn.Module, frozen: Frozen, masters: Masters | None = None) -> 
         ranks.rebuild()
     if frozen.n_blocks is None or before is None or before.n_blocks is None:
         reset()  # else dynamo tells sub-models by who trains in them, and keeps a graph for each
-
-
-def _refuse_lbfgs(model: nn.Module, frozen: Frozen, live: Live) -> None:
-    """Raise PlanError if an optimizer would move parameters that have no gradient: LBFGS steps along the differences of earlier steps."""
-    still = {
-        p for name, p in model.named_parameters(remove_duplicate=False) if name in frozen.names
-    }
-    for optim in live.optimizers:
-        if isinstance(optim, torch.optim.LBFGS) and still & {*optim.param_groups[0]["params"]}:
-            raise PlanError(
-                "LBFGS moves all of its parameters along the history of its steps, also those without a gradient: train everything, or use "
-                "another optimizer."
-            )
 
 
 def release(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """The output head of a model: its input is caught, so that the model makes no logits."""
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 
 from growkern.errors import UnsupportedModelError
 from growkern.inherit.linear_loss import IGNORED
+from growkern.support.text import one_line
 from growkern.support.wrappers import unwrapped
 
+logger = logging.getLogger("growkern")
 CAUSAL, UNSHIFTED = ("ForCausalLM", "LMHeadModel"), ("ForMaskedLM", "ForConditionalGeneration")
 WAY_OUT = "call loss.from_hidden(hidden, weight, labels, batch) with the input and the weight of your own head"
 
@@ -157,12 +160,18 @@ def shifts_labels(model: nn.Module) -> bool:
     get: Any = getattr(bare, "get_base_model", None)
     base = bare if get is None else get()
     name = type(base).__name__
-    said = _loss_shifts(bare)
+    said, failure = _loss_shifts(bare)
     if said is not None:
         return said
     if name.endswith((*CAUSAL, *UNSHIFTED)):
         decodes = name.endswith("ForConditionalGeneration") and not is_encoder_decoder(base)
-        return name.endswith(CAUSAL) or decodes
+        shifts = name.endswith(CAUSAL) or decodes
+        if failure:
+            logger.warning(
+                "the loss of this %s could not be asked whether it shifts the labels (%s); by its class name, shift=%s. Pass shift= to "
+                "attach to decide it.", name, failure, shifts,
+            )  # fmt: skip
+        return shifts
     raise UnsupportedModelError(
         f"cannot see whether the labels of a {name} are those of the next position: its name ends in none of "
         f"{', '.join((*CAUSAL, *UNSHIFTED))}. Pass shift=True or shift=False to attach."
@@ -177,8 +186,8 @@ def is_encoder_decoder(bare: nn.Module) -> bool:
     return any(getattr(c, "is_encoder_decoder", False) is True for c in configs)
 
 
-def _loss_shifts(bare: nn.Module) -> bool | None:
-    """Ask a model for its loss of a few tokens, of which one has a label; return None if it has no such loss.
+def _loss_shifts(bare: nn.Module) -> tuple[bool | None, str]:
+    """Ask a model for its loss of a few tokens, of which one has a label; return None if it has no such loss, and what it raised.
 
     A label of the first position is predicted by the first output, or by none. The call leaves gradients and random states alone.
 
@@ -187,19 +196,22 @@ def _loss_shifts(bare: nn.Module) -> bool | None:
     """
     sparse = any(getattr(m, "attention_type", "") == "block_sparse" for m in bare.modules())
     if sparse or not callable(getattr(bare, "get_output_embeddings", None)):
-        return None  # BigBird gives its sparse attention up for good when it sees a short sequence
+        return (
+            None,
+            "",
+        )  # BigBird gives its sparse attention up for good when it sees a short sequence
     for at in range(2):
         try:
             given = _one_label(bare, at)
-        except Exception:  # this model needs other inputs, or has no loss
-            return None
+        except Exception as error:  # this model needs other inputs, or has no loss
+            return None, one_line(error)
         if given is None or math.isnan(given[1]):
-            return None
+            return None, ""
         own, ours, tolerance = given
         if at == 0 and (math.isnan(own) or own == 0):
             continue
         if abs(own - ours) <= tolerance * max(1.0, abs(ours)):
-            return at == 1
+            return at == 1, ""
         break
     raise UnsupportedModelError(
         f"cannot see whether the labels of this {type(bare).__name__} are those of the next position: its own loss is the cross entropy "

@@ -16,7 +16,7 @@ from growkern.support.argument_types import typed_arguments
 from growkern.support.dtypes import arithmetic
 from growkern.support.text import short
 
-CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits of a chunk
+CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}  # logits of a chunk
 IGNORED = -100
 ALIGNMENT = 16  # columns: the kernel reads rows of such a stride 16 bytes at a time
 COLUMNS = torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.uint16, torch.uint32  # fmt: skip

@@ -13,26 +13,34 @@ def row_gradients(
 
     The arithmetic is float64 for float64 logits and float32 for all others.
     """
-    x = z.to(arithmetic(z.dtype)) * scale
-    if cap is not None:
-        x = cap * torch.tanh(x / cap)
+    x = z.to(arithmetic(z.dtype))
+    x = x if scale == 1 else x * scale
+    x = x if cap is None else cap * torch.tanh(x / cap)
     label = labels[:, None]
     lse = x.logsumexp(1, keepdim=True)
     ce = (lse - x.gather(1, label)).squeeze(1)
+    hot = None if weight is None else x / tau
+    g = torch.sub(x, lse, out=x) if cap is None else x - lse
+    g.exp_().mul_(1 - alpha).scatter_add_(1, label, torch.full_like(lse, alpha - 1))
     kl = torch.zeros_like(ce)
-    g = (x - lse).exp_().mul_(1 - alpha)
-    g.scatter_add_(1, label, torch.full_like(lse, alpha - 1))
-    if weight is not None:
+    if weight is not None and hot is not None:
         q, soft = weight.to(x.dtype), alpha * tau
-        hot = x / tau
-        lse_tau = hot.logsumexp(1, keepdim=True)
+        mass, lse_tau = q.sum(1, keepdim=True), hot.logsumexp(1, keepdim=True)
         at_teacher = hot if index is None else hot.gather(1, index)
-        kl = (torch.xlogy(q, q) - q * (at_teacher - lse_tau)).sum(1)
-        g.add_((hot - lse_tau).exp_().mul_(soft * q.sum(1, keepdim=True)))
+        kl = (
+            torch.xlogy(q, q).sum(1)
+            - torch.linalg.vecdot(q, at_teacher)
+            + (mass * lse_tau).squeeze(1)
+        )
+        g.addcmul_(hot.sub_(lse_tau).exp_(), mass, value=soft)
         if index is None:
-            g.sub_(soft * q)
+            g.sub_(q, alpha=soft)
         else:
             g.scatter_add_(1, index, -soft * q)
-    g.mul_(scale if cap is None else scale * (1 - (x / cap) ** 2))
-    z.copy_(g)
+    if cap is not None:
+        g.mul_(1 - (x / cap) ** 2)
+    if scale != 1:
+        g.mul_(scale)
+    if g is not z:
+        z.copy_(g)
     return ce, kl

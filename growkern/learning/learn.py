@@ -78,9 +78,9 @@ def learn(
     They start as the index maps and layers of the width and the depth method, so the target starts at that closed form bit for bit; what
     the closed form has beside copies (noise, random rows, zeros of identity blocks) is added and not learned. What grows from parameters
     with ``requires_grad=False`` gets the closed form. AdamW trains the operators alone, by a linear learning-rate decay to 0, on a copy of
-    the model; the model itself changes once, at the end, as in ``expand_inplace``: all or nothing. Optimizer state and gradients in flight
-    are dropped, because those of the source say nothing about learned weights. The operators are then forgotten: the grown model is an
-    ordinary model. Torch's random number generators keep the state that they had before the call.
+    the model, which has copies of its hooks. The model itself changes once, at the end, as in ``expand_inplace``: all or nothing. Optimizer
+    state and gradients in flight are dropped, because those of the source say nothing about learned weights. The operators are then
+    forgotten: the grown model is an ordinary model. Torch's random number generators keep the state that they had before the call.
 
     Ordinary steps after the best closed form may lower the loss more than as many steps on the operators do: measure both.
 

@@ -6,9 +6,7 @@ step (epsilon, weight decay of either kind, bounds, averages) then act in these 
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from functools import wraps
-from types import MethodType
-from typing import Any, cast
+from typing import Any
 from weakref import ref
 
 import torch
@@ -25,6 +23,7 @@ from growkern.optimizer.factors import (
     scale_grad_,
     times,
 )
+from growkern.optimizer.watched_step import WatchedStep
 from growkern.support.argument_types import typed_arguments
 from growkern.support.interrupts import uninterrupted
 from growkern.support.text import short
@@ -80,38 +79,17 @@ class UpdateScale:
         self._before: dict[Tensor, dict[str, Tensor]] = {}  # by state key; "" is the parameter
         self._grads: dict[Tensor, ref[Tensor]] = {}  # gradients in the optimizer's units
         self._hooks: list[Any] = []
-        # the method that watches steps, and the attribute ``step`` that the optimizer had before
-        self._step: tuple[Any, Any] = (None, None)
-        self._watched = False  # inside a watched step
+        self._step: WatchedStep | None = None
         try:
             self._hooks.append(optim.register_state_dict_post_hook(self._pack))
             self._hooks.append(optim.register_step_pre_hook(self._enter))
             self._hooks.append(optim.register_state_dict_pre_hook(self._saves))
             for group in optim.param_groups:
                 group[KEY] = True
-            self._watch_step()
+            self._step = WatchedStep(optim, self.restore)
         except BaseException:
             self.detach()
             raise
-
-    def _watch_step(self) -> None:
-        """Wrap ``optim.step``, because no hook of torch runs when a step raises."""
-        before, step = vars(self.optim).get("step"), cast("Callable[..., Any]", self.optim.step)
-
-        # a method of the optimizer, as torch's schedulers expect of ``optim.step``
-        @wraps(getattr(step, "__func__", step))
-        def watched(optim: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            self._watched = True
-            try:
-                return step(*args, **kwargs)
-            except BaseException:
-                self.restore()
-                raise
-            finally:
-                self._watched = False
-
-        self._step = MethodType(watched, self.optim), before
-        vars(self.optim)["step"] = self._step[0]
 
     def remove(self) -> None:
         """Remove the hooks, and convert the optimizer's state to the model's units.
@@ -142,13 +120,8 @@ class UpdateScale:
             hook.remove()
         for group in self.optim.param_groups:
             group.pop(KEY, None)
-        watched, before = self._step
-        if (
-            watched is not None and vars(self.optim).get("step") is watched
-        ):  # else others have wrapped it
-            del self.optim.step
-            if before is not None:
-                vars(self.optim)["step"] = before
+        if self._step is not None:
+            self._step.remove()
 
     def restore(self) -> None:
         """Convert parameters from the optimizer's units back to the model's, keeping the update."""
@@ -214,7 +187,7 @@ class UpdateScale:
             packed[KEY] = {"scales": scales, "orders": dict(self.orders)}
 
     def _saves(self, optim: Optimizer) -> None:
-        if not self._watched:  # after a step that raised unwatched
+        if self._step is None or not self._step.running:  # after a step that raised unwatched
             self.restore()
 
     def _places(self) -> dict[Tensor, int]:

@@ -11,7 +11,7 @@ from growkern.execution.sets import Memory
 from growkern.model.spec import ModelSpec
 from growkern.support.progress import Progress
 
-SpecOf = ModelSpec | Callable[[nn.Module], ModelSpec] | None
+SpecOf = Callable[[nn.Module], ModelSpec]  # of a custom model at its present sizes
 
 
 class Options(TypedDict, total=False):
@@ -29,7 +29,7 @@ class Options(TypedDict, total=False):
             model is described by ``spec``, else False.
     """
 
-    spec: SpecOf
+    spec: ModelSpec | SpecOf | None
     backend: str | None
     ema: nn.Module | Sequence[nn.Module] | None
     master_weights: Masters | None
@@ -39,6 +39,6 @@ class Options(TypedDict, total=False):
     check: Check | bool | None
 
 
-def spec_function(spec: SpecOf) -> Callable[[nn.Module], ModelSpec] | None:
+def spec_function(spec: ModelSpec | SpecOf | None) -> SpecOf | None:
     """Return the option ``spec`` as a function from the model to its description."""
     return (lambda _: spec) if isinstance(spec, ModelSpec) else spec

@@ -1,6 +1,6 @@
 """A schedule that tells what it will do over the whole run: steps, sizes, who trains, and the FLOPs of each stage."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
@@ -9,15 +9,14 @@ from torch import nn
 
 from growkern.errors import PlanError
 from growkern.model.describe import describe
-from growkern.model.spec import ModelSpec
 from growkern.support.text import table
 from growkern.support.wrappers import unwrapped
+from growkern.training.options import SpecOf
 from growkern.training.rehearsal import grown_copies
 from growkern.training.schedule import GrowthSchedule
 from growkern.training.trains import ALL, Trains, flops_per_token
 from growkern.training.triggers import At, Event, target_of
 
-SpecOf = Callable[[nn.Module], ModelSpec]
 MOST = 1e30  # steps, tokens of a step, parameters: the FLOPs of a run stay finite
 
 

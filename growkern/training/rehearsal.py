@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from growkern.api import expand_inplace
 from growkern.commit.commit import copied, shared_by
-from growkern.commit.frozen import frozen_of
+from growkern.commit.frozen import refuse_lbfgs, trained_under
 from growkern.engine.live_objects import averages_of, is_average, refuse_stale_references
 from growkern.engine.report import GrowthReport
 from growkern.errors import CommitError, GrowthError, PlanError, UnsupportedModelError
@@ -115,31 +115,17 @@ def _unable(
         spec = describe(model, attachment.spec_of(model), values=False)
     except Exception:  # the user's function reads values of the model, which a copy lacks
         return []
+    groups = [group for optim in attachment.optims for group in optim.param_groups]
+    held = {p for group in groups for p in group["params"]}
+    masters = attachment.options.get("master_weights") or {}
     try:
-        choices = trains.choices(spec, new_blocks)
+        for chosen in trains.choices(spec, new_blocks):
+            trained = trained_under(model, chosen)
+            if model is attachment.model and not any(masters.get(p, p) in held for p in trained):
+                return [f"{what}: none of the parameters that would train is in the optimizer."]
+        refuse_lbfgs(attachment.optims)
     except PlanError as error:
         return [f"{what}: {error}"]
-    params = dict(model.named_parameters(remove_duplicate=False))
-    held = {
-        p for optim in attachment.optims for group in optim.param_groups for p in group["params"]
-    }
-    masters = attachment.options.get("master_weights") or {}
-    taken = {*frozen.params} if (frozen := frozen_of(model)) is not None else set[nn.Parameter]()
-    for chosen in choices:
-        trained = {
-            p for name, p in params.items()
-            if name not in chosen.names and (p.requires_grad or p in taken or name in chosen.opened)
-        }  # fmt: skip
-        if not trained:
-            return [
-                f"{what}: no parameter of the model would train, because those that are chosen have requires_grad=False."
-            ]
-        if model is attachment.model and not any(masters.get(p, p) in held for p in trained):
-            return [f"{what}: none of the parameters that would train is in the optimizer."]
-    if any(isinstance(optim, torch.optim.LBFGS) for optim in attachment.optims):
-        return [
-            f"{what}: LBFGS moves all of its parameters, also those without a gradient: train everything, or use another optimizer."
-        ]
     return []
 
 

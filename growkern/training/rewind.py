@@ -1,14 +1,13 @@
 """Learning-rate schedules after a growth: back to an earlier position, and up again from 0."""
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import wraps
-from types import MethodType
-from typing import Any, cast
-from weakref import ref
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+
+from growkern.optimizer.watched_step import WatchedStep
 
 
 def unable(schedulers: Iterable[object]) -> Iterator[str]:
@@ -40,7 +39,7 @@ class Rewarm:
     """
 
     def __init__(self, optim: Optimizer, factor: Callable[[], float]) -> None:
-        self.factor, self._optim = factor, ref(optim)
+        self.factor = factor
         self._rates: list[tuple[dict[str, Any], Any]] = []
         self._hooks = [
             optim.register_step_pre_hook(self._lower),
@@ -50,31 +49,14 @@ class Rewarm:
         hooks.move_to_end(
             self._hooks[1].id, last=False
         )  # first: in a later one, a scheduler may step
-        before, step = vars(optim).get("step"), cast("Callable[..., Any]", optim.step)
-
-        # a method of the optimizer, as torch's schedulers expect of ``optim.step``
-        @wraps(getattr(step, "__func__", step))
-        def watched(optim: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return step(*args, **kwargs)
-            finally:  # no hook of torch runs when a step raises
-                self._end()
-
-        self._step, self._before = MethodType(watched, optim), before
-        vars(optim)["step"] = self._step
+        self._step = WatchedStep(optim, self._end)
 
     def remove(self) -> None:
         """Put the rates back, and leave the optimizer alone."""
         self._end()
         for hook in self._hooks:
             hook.remove()
-        optim = self._optim()
-        if (
-            optim is not None and vars(optim).get("step") is self._step
-        ):  # else others have wrapped it
-            del optim.step
-            if self._before is not None:
-                vars(optim)["step"] = self._before
+        self._step.remove()
 
     def _lower(self, optim: Optimizer, *_: object) -> None:
         self._end()

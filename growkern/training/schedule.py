@@ -110,7 +110,8 @@ class GrowthSchedule:
 
         Args:
             tokens: Tokens of this step.
-            flops: FLOPs of this step; None for 6 x tokens x parameters of the attached model, less where not everything trains.
+            flops: FLOPs of this step; None for 6 x tokens x parameters of the attached model, less where not everything trains. Reported
+                after ``optim.step()``, the tokens of a step that grew the model count at the grown size.
             metrics: Values by metric name. Values that are not finite are ignored.
 
         Raises:

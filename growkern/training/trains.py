@@ -149,10 +149,6 @@ class Top(Trains):
                 "Top: no block is new; pass the number of blocks that train, as Top(n)."
             )
         n, n_layers = self.n or len(new_blocks), spec.sizes[stack.size]
-        if not n_layers:
-            raise PlanError(
-                f"Top: this {spec.family} has no blocks, so none can train; grow it by depth=Fresh() first."
-            )
         if n > n_layers:
             raise PlanError(
                 f"Top: {n} blocks cannot train in a model of {n_layers}; pass {n_layers} or less."
@@ -230,7 +226,7 @@ class SubModels(Trains):
         """Return, for each sub-model, the names outside of the blocks that train in it, and how many blocks run."""
         stack = _only_stack(spec, self)
         n, rest = divmod(spec.sizes[stack.size], self.size)
-        if rest or not n:
+        if rest:
             raise PlanError(
                 f"SubModels: {spec.sizes[stack.size]} blocks do not divide into sub-models of {self.size}; choose a size that divides them."
             )
@@ -276,7 +272,7 @@ def flops_per_token(model: nn.Module, spec: ModelSpec, frozen: Frozen) -> float:
 
 
 def _only_stack(spec: ModelSpec, trains: Trains) -> Blocks:
-    """Return the only stack of a model; raise PlanError if there are two, or none."""
+    """Return the only stack of a model; raise PlanError if there are two, or none, or if it has no blocks."""
     if spec.blocks is None or spec.extra_stacks:
         paths = " and ".join(stack.path for stack in spec.stacks)
         why = (
@@ -286,6 +282,10 @@ def _only_stack(spec: ModelSpec, trains: Trains) -> Blocks:
         )
         raise PlanError(
             f"{type(trains).__name__}: cannot tell which blocks of this {spec.family} are on top: {why}. Choose New(), or All()."
+        )
+    if not spec.sizes[spec.blocks.size]:
+        raise PlanError(
+            f"{type(trains).__name__}: this {spec.family} has no blocks, so none can train; grow it by depth=Fresh() first."
         )
     return spec.blocks
 

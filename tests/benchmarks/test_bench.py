@@ -55,15 +55,20 @@ def test_quick_run_measures_keeps_and_draws_and_a_red_case_is_not_timed(tmp_path
     assert bench.main(["--quick", "--out", str(results)]) == 0
 
     first = rows_of(results)
-    assert {row["op"] for row in first} == {"expand", "adamw", "model"}
+    assert {row["op"] for row in first} == {"expand", "adamw", "inherit", "model"}
     for row in first:
         assert tuple(row) == harness.COLUMNS
         may_be_empty = {"driver", "triton", "promised_bytes"}
-        without = row["backend"] == "host" or row["phase"] == "busy"
+        without = row["backend"] == "host" or row["phase"] == "busy" or row["op"] == "inherit"
         may_be_empty |= {"roof_percent"} if without else set()
         assert all(row[name] for name in harness.COLUMNS if name not in may_be_empty), row
         assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+    assert {"torch, live", "cross_entropy + kl_div, live", "Liger, live"} < {
+        row["backend"] for row in first if row["op"] == "inherit"
+    }
     for key in {(row["op"], row["case"], row["tensor_bytes"], row["dtype"]) for row in first}:
+        if key[0] == "inherit":
+            continue
         members = [
             row
             for row in first

@@ -68,10 +68,11 @@ def test_families_in_every_dtype(family, dtype):
     assert shifts_labels(model) == (family not in ("bert", "modernbert", "t5"))
 
 
-def test_a_name_decides_where_the_model_cannot_be_asked():
+def test_a_name_decides_where_the_model_cannot_be_asked_and_the_log_says_so(caplog):
     model = llava()
     model.forward = None  # a forward that needs more inputs raises an error too
     assert shifts_labels(model)
+    assert "not callable" in caplog.text and "by its class name, shift=True" in caplog.text
 
 
 class OddForCausalLM(transformers.LlamaForCausalLM):

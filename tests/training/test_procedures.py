@@ -107,6 +107,35 @@ def test_a_procedure_runs_to_its_end_as_events_by_hand_and_costs_what_it_prints(
     assert growkern.describe(start).sizes == sizes
 
 
+SPECIAL = {  # a procedure, and the growths that it amounts to
+    "one stage": (
+        lambda m: procedures.mslt(m, layers=(2,), steps=(4,), joint=5, tokens_per_step=TOKENS),
+        [],
+    ),
+    "a stage without steps": (
+        lambda m: procedures.cgls(m, layers=(2, 4), steps=(3,), warm_steps=0, total_steps=9, tokens_per_step=TOKENS),
+        [At(step=3, to={"layers": 4}, depth=depth.TopCopies())],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("case", SPECIAL)
+def test_one_stage_is_ordinary_training_and_a_stage_without_steps_is_its_growth_alone(family, case):
+    call, events = SPECIAL[case]
+    model, plain = make(family, tied=True).train(), make(family, tied=True).train()
+    optim, other = optimizer(model), optimizer(plain)
+    schedule, growths = call(model), GrowthSchedule(events)
+    schedule.attach(model, optim)
+    if events:
+        growths.attach(plain, other)
+
+    train(model, optim, schedule, 9)
+    train(plain, other, growths, 9)
+
+    same_weights(model, plain)
+
+
 @pytest.mark.parametrize("name", ["mslt", "bert2bert", "llama_pro"])
 @pytest.mark.parametrize("stop", [2, 3, 5, 7])
 def test_a_procedure_that_is_saved_and_resumed_ends_as_the_unbroken_one(name, stop):
@@ -215,8 +244,8 @@ def test_staged_training_runs_to_its_end_as_the_losses_say(family):
         schedule.observe(tokens=TOKENS, eval_loss=at[-1])
 
     sizes = growkern.describe(model).sizes
-    assert (sizes["layers"], sizes["hidden"]) == (4, 48) and len(schedule.fired) == 2
-    rewinds, position = dict(zip(schedule.fired, (1.412, 1.776), strict=True)), 0
+    assert (sizes["layers"], sizes["hidden"]) == (4, 48) and not schedule.ahead
+    rewinds, position = dict(zip(schedule.fired, (1.412, 1.776, 1.0), strict=True)), 0
     for step in range(1, 61):
         position = round(position / rewinds.get(step, 1)) + 1
     assert scheduler.last_epoch == position < 60
@@ -243,7 +272,7 @@ def test_staged_training_has_the_published_thresholds_and_rewinds():
     )
 
     assert [(e.tau, e.rewind, e.rewarm) for e in schedule.events] == [
-        (0.0575, 1.412, 200), (0.0475, 1.776, 200), (0.03, 2.455, 200)
+        (0.0575, 1.412, 200), (0.0475, 1.776, 200), (0.03, 2.455, 200), (0.052, None, 0)
     ]  # fmt: skip
     assert schedule.flops is None and "when it is due" in str(schedule)
     assert schedule.stages[-1].n_params > 8 * schedule.stages[0].n_params
