@@ -510,7 +510,8 @@ MUTANTS = {
         "commit/frozen.py", "        for p in opened:\n            p.requires_grad_(True)\n", "",
         "training/test_trains.py -k user_has_frozen"),
     "freeze: LBFGS moves what is frozen": Mutant(
-        "engine/freezing.py", "        refuse_lbfgs(optim for optim, params in held if still & {*params})\n", "", "training/test_trains.py -k lbfgs"),
+        "engine/freezing.py", "        refuse_lbfgs(optim for optim, params in held if still & {*params})\n", "",
+        "training/test_trains.py -k lbfgs"),
     "trains: any report will do": Mutant(
         "training/trains.py", "if report is not None and [*report.history]", "if False and [*report.history]",
         "training/test_trains.py -k without_a_growth"),

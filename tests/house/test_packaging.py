@@ -128,6 +128,7 @@ def test_wheel_states_its_requirements(wheel):
     ]
 
 
+@pytest.mark.slow
 def test_installed_wheel_imports_away_from_the_checkout(wheel, tmp_path):
     """The imports run beside a folder ``kernels``, as in the checkout, which does not hide Hugging Face's package of this name."""
     target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"

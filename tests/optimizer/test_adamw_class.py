@@ -272,7 +272,16 @@ CHANGES = {
 NEVER_AGAIN = with_slices, transposed_weight, transposed_moment
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+QUICK = "nothing", "lr", "weights written", "slices"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(change, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name, change in CHANGES.items()
+    ],
+)
 def test_a_step_that_repeats_the_one_before_writes_the_bits_of_a_full_step(
     launched, change, monkeypatch
 ):

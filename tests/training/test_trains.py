@@ -377,7 +377,10 @@ def stages() -> GrowthSchedule:
     )
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 6, 7, 8, 9])
+SLOW_STOPS = [pytest.param(stop, marks=pytest.mark.slow) for stop in (1, 4, 6, 7, 8, 9)]
+
+
+@pytest.mark.parametrize("stop", [3, *SLOW_STOPS])
 def test_a_run_that_is_saved_and_resumed_ends_as_the_unbroken_run(stop):
     whole = deep("llama", True, 2)
     optim, schedule = optimizer(whole), stages()
