@@ -634,13 +634,13 @@ MUTANTS = {
         "inherit/linear_loss.py", "terms.alpha * terms.tau**2 * divergence", "terms.alpha * terms.tau * divergence",
         "inherit/test_linear_loss.py -k kl_div"),
     "inherit: the gradient forgets the held mass": Mutant(
-        "inherit/rows.py", "mul_(soft * q.sum(1, keepdim=True))", "mul_(soft)",
+        "inherit/rows.py", "exp_(), mass, value=soft)", "exp_(), mass / mass, value=soft)",
         "inherit/test_linear_loss.py -k 'plain_formula and top'"),
     "inherit: equal columns do not add up": Mutant(
         "inherit/targets.py", "is_new[:, 1:] = index[:, 1:] != index[:, :-1]\n", "pass\n",
         "inherit/test_linear_loss.py -k counts"),
     "inherit: a softcap without its derivative": Mutant(
-        "inherit/rows.py", "scale if cap is None else scale * (1 - (x / cap) ** 2)", "scale",
+        "inherit/rows.py", "        g.mul_(1 - (x / cap) ** 2)\n", "        pass\n",
         "inherit/test_linear_loss.py -k 'plain_formula and capped'"),
     "inherit: the kernel forgets the label among the teacher's columns": Mutant(
         "kernels/inherit.py", "q = tl.where(at == label, tl.sum(tl.where(at == label, q, 0.0), 0), q)", "pass",

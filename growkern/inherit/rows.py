@@ -1,5 +1,7 @@
 """The meaning of the kernel ``growkern.kernels.inherit`` in torch, and the backend of a CPU."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -27,11 +29,9 @@ def row_gradients(
         q, soft = weight.to(x.dtype), alpha * tau
         mass, lse_tau = q.sum(1, keepdim=True), hot.logsumexp(1, keepdim=True)
         at_teacher = hot if index is None else hot.gather(1, index)
-        kl = (
-            torch.xlogy(q, q).sum(1)
-            - torch.linalg.vecdot(q, at_teacher)
-            + (mass * lse_tau).squeeze(1)
-        )
+        negative_entropy = torch.xlogy(q, q).sum(1)
+        crossed = cast(Tensor, torch.linalg.vecdot(q, at_teacher))
+        kl = negative_entropy - crossed + (mass * lse_tau).squeeze(1)
         g.addcmul_(hot.sub_(lse_tau).exp_(), mass, value=soft)
         if index is None:
             g.sub_(q, alpha=soft)

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from models import LENGTH, batch, loss_of, make
-from scheduled import optimizer, same_weights
+from scheduled import optimizer, run, same_weights
 from torch.utils.flop_counter import FlopCounterMode
 
 import growkern
@@ -125,13 +125,13 @@ def test_one_stage_is_ordinary_training_and_a_stage_without_steps_is_its_growth_
     call, events = SPECIAL[case]
     model, plain = make(family, tied=True).train(), make(family, tied=True).train()
     optim, other = optimizer(model), optimizer(plain)
-    schedule, growths = call(model), GrowthSchedule(events)
+    schedule = call(model)
     schedule.attach(model, optim)
     if events:
-        growths.attach(plain, other)
+        GrowthSchedule(events).attach(plain, other)
 
     train(model, optim, schedule, 9)
-    train(plain, other, growths, 9)
+    run(plain, other, 9)
 
     same_weights(model, plain)
 
