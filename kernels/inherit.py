@@ -96,7 +96,8 @@ def inherit_kernel(
         lse_tau += tl.log(hot)
         if not DENSE:
             mass = tl.sum(q, 0)
-            terms = q * (tl.log(tl.where(q > 0, q, 1.0)) - x_at * inverse_tau)
+            taught = tl.where(q > 0, x_at, 0.0) * inverse_tau
+            terms = q * (tl.log(tl.where(q > 0, q, 1.0)) - taught)
             kl = tl.sum(terms, 0)
             q = tl.where(at == label, tl.sum(tl.where(at == label, q, 0.0), 0), q)
         kl += mass * lse_tau

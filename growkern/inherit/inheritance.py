@@ -350,6 +350,8 @@ class KnowledgeInheritance:
         labels: Any = batch.get("labels")
         if not isinstance(labels, Tensor):
             raise PlanError("the batch has no labels; pass labels of shape (batch, length).")
+        if isinstance(shifted := batch.get("shift_labels"), Tensor):  # as transformers' losses do
+            return shifted
         return nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:] if self._shift else labels
 
     def _check_width(self, student: int) -> None:

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from growkern.errors import PlanError
+from growkern.errors import PlanError, UnsupportedModelError
 from growkern.execution.execute import unavailable
 from growkern.inherit.rows import row_gradients
 from growkern.inherit.targets import Pair, Targets, merged
@@ -29,8 +28,8 @@ class Losses(NamedTuple):
     Attributes:
         loss: ``(1 - alpha) * ce + alpha * tau**2 * kl``, with a gradient.
         ce: Cross entropy with the labels, without a gradient: mean over the predicted positions of this batch, whatever ``n_items`` is.
-        kl: Divergence of the student from the teacher at the temperature, a mean too, without a gradient; 0 without a teacher. From
-            sampled weights it contains the entropy of the draws, and only its gradient is right in expectation.
+        kl: Divergence of the student from the teacher at the temperature, a mean too, without a gradient; 0 without a teacher, and where
+            ``alpha`` is 0. From sampled weights it contains the entropy of the draws, and only its gradient is right in expectation.
     """
 
     loss: Tensor
@@ -84,8 +83,11 @@ class _LinearLoss(torch.autograd.Function):
         return loss, cross, divergence
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():
+            raise UnsupportedModelError(
+                "the fused loss has no second derivative, and create_graph=True asks for it: compute F.cross_entropy and F.kl_div there."
+            )
         *grads, n_items = ctx.saved_tensors
         factor = upstream[0] / n_items.to(upstream[0].device)
         scaled = [

@@ -21,7 +21,8 @@ def row_gradients(
     label = labels[:, None]
     lse = x.logsumexp(1, keepdim=True)
     ce = (lse - x.gather(1, label)).squeeze(1)
-    hot = None if weight is None else x / tau
+    # not -inf: 0 of the teacher times it is 0
+    hot = None if weight is None else (x / tau).clamp_min_(torch.finfo(x.dtype).min)
     g = torch.sub(x, lse, out=x) if cap is None else x - lse
     g.exp_().mul_(1 - alpha).scatter_add_(1, label, torch.full_like(lse, alpha - 1))
     kl = torch.zeros_like(ce)

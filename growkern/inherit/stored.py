@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from growkern.errors import CheckpointError, PlanError
-from growkern.inherit.targets import Pair, Targets
+from growkern.inherit.targets import Pair, Targets, refuse_length
 from growkern.support.argument_types import typed_arguments, wrong_fields
 from growkern.support.text import one_line, table
 
@@ -122,6 +122,7 @@ class Stored:
                 "a batch for stored logits has the keys input_ids and teacher_at (int64, position of the first token of each sequence in "
                 f"the corpus); this one has {', '.join(map(str, batch))}. Let the dataset return teacher_at, or pass a live teacher."
             )
+        refuse_length(ids.shape, batch["labels"].shape)
         index, weight = self.read(starts, ids)
         index = index.reshape(-1, index.shape[-1])[keep.cpu()]
         weight = weight.reshape(-1, weight.shape[-1])[keep.cpu()]

@@ -81,6 +81,15 @@ def _refuse(name: str, value: int, logits: Tensor, tau: float, most: int) -> Non
         raise PlanError(f"tau: {tau} is not positive and finite; pass such a number.")
 
 
+def refuse_length(teacher: torch.Size, labels: torch.Size) -> None:
+    """Raise PlanError if the teacher speaks of other positions than those that have a label."""
+    if teacher != labels:
+        raise PlanError(
+            f"the teacher has outputs for positions {tuple(teacher)}, and the labels have {tuple(labels)}. Pass one label per position of "
+            "the teacher's inputs, and -100 where there is none: the last position has no next token."
+        )
+
+
 def merged(index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Add the weights of equal columns of a row, so that every column with a weight occurs once. Shapes (n, k) stay."""
     index, order = index.sort(1)

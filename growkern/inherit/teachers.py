@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from growkern.errors import PlanError, UnsupportedModelError
 from growkern.inherit.head import Head, is_encoder_decoder, linear_head, logits_of
 from growkern.inherit.linear_loss import given_targets
-from growkern.inherit.targets import Pair, Targets, sampled, top
+from growkern.inherit.targets import Pair, Targets, refuse_length, sampled, top
 from growkern.support.wrappers import unwrapped
 
 Batch = Mapping[str, Any]
 # batch, flat positions that are predicted, width of the student's logits, seed of the draws -> targets
 Teacher = Callable[[Batch, Tensor, int, int], Targets]
 VECTORS = "inputs_embeds", "decoder_inputs_embeds", "encoder_outputs"  # keys of a batch
-OWN = "labels", "teacher_at"  # keys of a batch that the model does not get
+OWN = "labels", "teacher_at", "shift_labels"  # keys of a batch that the model does not get
 
 
 class Live:
@@ -61,6 +61,7 @@ class Live:
             refuse_width(rows.shape[-1], width, self.vocab)
             _refuse_large(self.top_k, rows.shape[-1])
             logits = _widened
+        refuse_length(rows.shape[:-1], batch["labels"].shape)
         rows = rows.reshape(-1, rows.shape[-1])[keep.to(place)]
         generator = torch.Generator(place).manual_seed(seed)
 

@@ -542,3 +542,35 @@ def test_a_refused_attach_leaves_no_hook():
     assert not model.lm_head._forward_pre_hooks
     with pytest.raises(UnsupportedModelError):
         attached(Encoding(tied=False, norm_first=True))
+
+
+@pytest.mark.parametrize("kind", ["model", "stored"])
+@pytest.mark.parametrize("part", [slice(0, -1), slice(0, 4)])
+def test_a_teacher_of_other_positions_than_the_labels_is_refused(kind, part, tmp_path):
+    """Flattened, its rows would be those of other positions, from the second sequence on."""
+    teacher, student, ids = make("llama", tied=True, seed=1), make("llama", tied=True), batch()
+    store = growkern.inherit.store
+    given = teacher if kind == "model" else store(teacher, [{"input_ids": ids}], tmp_path, sampled=4)  # fmt: skip
+    loss = KnowledgeInheritance(given, until=9)
+    loss.attach(None, adamw(student))
+    hidden, weight = torch.randn(*ids.shape, 24), student.lm_head.weight
+    inputs = {"input_ids": ids, "teacher_at": torch.arange(len(ids)) * ids.shape[1]}
+
+    with pytest.raises(PlanError, match=r"the teacher has outputs for positions \(2, 16\)"):
+        loss.from_hidden(hidden[:, part], weight, ids[:, part], inputs)
+    padded = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    assert loss.from_hidden(hidden, weight, padded, inputs).isfinite()
+
+
+def test_labels_that_are_shifted_already_are_not_shifted_again():
+    model, ids = make("llama", tied=True), batch()
+    loss = KnowledgeInheritance(lambda b: b, until=9, peak=0.0)
+    loss.attach(model, adamw(model))
+    shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    given = {"input_ids": ids, "labels": torch.zeros_like(ids)}
+
+    value = loss({**given, "shift_labels": shifted})
+
+    expected = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    assert loss.count([{**given, "shift_labels": shifted}]) == ids[:, 1:].numel()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from inherited import distillation, formula, logits_of, spread
 
 import growkern
-from growkern.errors import PlanError
+from growkern.errors import PlanError, UnsupportedModelError
 from growkern.inherit import fused_loss, linear_loss, sampled, top
 
 N, D, V = 40, 12, 67
@@ -320,3 +320,30 @@ def test_a_choice_that_cannot_be_made_is_refused(call, match):
 
 def test_the_public_name_is_this_function():
     assert growkern.inherit.fused_loss is fused_loss
+
+
+@pytest.mark.parametrize("kind", ["full", "top"])
+def test_a_column_that_nobody_gives_probability_adds_nothing(kind):
+    h, w, b, labels, logits = problem()
+    labels, logits = labels.clamp(-100, V - 2), logits.clone()
+    masked = b.detach().clone()
+    masked[-1], logits[:, -1] = -math.inf, -math.inf
+    index, weight = teacher_of(kind, logits)
+    if kind == "top":
+        index[:, 0], weight[:, 0] = V - 1, 0.0
+
+    actual = fused_loss(h, w, labels, index, weight, alpha=0.5, bias=masked)
+
+    dense = weight if index is None else spread(index, weight, V)
+    h2, w2 = h.detach().requires_grad_(), w.detach().requires_grad_()
+    z = logits_of(h2, w2, b.detach(), 1.0, None)
+    expected = formula(z[:, :-1], labels, dense[:, :-1], 0.5, 2.0)
+    torch.testing.assert_close(actual.loss, expected, rtol=1e-12, atol=0)
+    for mine, other in zip(torch.autograd.grad(actual.loss, [h, w]), torch.autograd.grad(expected, [h2, w2]), strict=True):  # fmt: skip
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+
+
+def test_a_second_derivative_is_refused():
+    h, w, _, labels, _ = problem()
+    with pytest.raises(UnsupportedModelError, match="no second derivative"):
+        torch.autograd.grad(fused_loss(h, w, labels).loss, [h], create_graph=True)

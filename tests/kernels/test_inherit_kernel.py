@@ -131,3 +131,18 @@ def test_the_fused_loss_by_the_kernel_is_torch_on_whole_logits(chunk_bytes, monk
     torch.testing.assert_close(loss, plain, rtol=2e-6, atol=0)
     for mine, other in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["full", "top"])
+def test_a_masked_column_without_teacher_adds_nothing_in_either_backend(kind):
+    z, labels, logits = problem(67)
+    labels.clamp_(max=65)
+    z[:, 66], logits[:, 66] = -float("inf"), -float("inf")
+    index, weight = teacher_of(kind, logits, labels)
+    if index is not None:
+        index[:, 0], weight[:, 0] = 66, 0.0
+
+    mine, other = both(z, labels, index, weight)
+
+    same(mine, other)
+    assert all(t.isfinite().all() for t in mine)
