@@ -221,7 +221,7 @@ def _warm(case: Ready) -> Callable[[], object]:
     else:
         expand = reference.expand
     row = case.plan.tensors[0]
-    jobs: list[Job] = [(row, *job[:2], RULES[job[2]], None) for job in case.jobs]
+    jobs: list[Job] = [Job(row, *job[:2], RULES[job[2]]) for job in case.jobs]
     return partial(expand, Tiler(case.plan).groups(jobs))
 
 

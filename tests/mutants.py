@@ -609,6 +609,40 @@ MUTANTS = {
     "spec: a size may be 0": Mutant(
         "model/spec_check.py", "n < (name not in counts)", "n < 0",
         "house/test_hostile_arguments.py -k was_accepted"),
+    "inherit: the teacher's positions are not compared": Mutant(
+        "inherit/targets.py", "    if teacher != labels:", "    if False:", "inherit/test_inheritance.py -k other_positions"),
+    "inherit: 0 of a teacher times -inf": Mutant(
+        "inherit/rows.py", ".clamp_min_(torch.finfo(x.dtype).min)", "", "inherit/test_linear_loss.py -k nobody_gives"),
+    "inherit: a second derivative of 0": Mutant(
+        "inherit/linear_loss.py", "        if torch.is_grad_enabled():", "        if False:",
+        "inherit/test_linear_loss.py -k second_derivative"),
+    "attach: a growth comes before its impossible choice": Mutant(
+        "training/attachment.py", "                refuse_choice(self.model)", "                ()",
+        "training/test_trains.py -k choice_is_not_possible"),
+    "fsdp: parameters of one process grow": Mutant(
+        "engine/sharded.py", "if shards is not None and not is_sharded(p):", "if False:", "distributed/test_fsdp.py"),
+    "boxes: the noise of a part begins anew": Mutant(
+        "execution/boxes.py", "first_id=copy.first_id + start,", "first_id=copy.first_id,", "execution/test_boxes.py -k default"),
+    "boxes: a part has the scales of the first coordinates": Mutant(
+        "execution/boxes.py", "_part(copy, slice(start, stop)),", "_part(copy, slice(0, stop - start)),",
+        "execution/test_boxes.py -k random"),
+    "boxes: indices of the first coordinates": Mutant(
+        "execution/boxes.py", "return src, index[at]", "return src, index[: len(index[at])]", "execution/test_boxes.py -k random"),
+    "fsdp: new blocks are roots of their own": Mutant(
+        "commit/commit.py", "        shards.join(undo.set_list)\n", "        pass\n", "distributed/test_fsdp.py"),
+    "fsdp: buffers of the old size stay": Mutant(
+        "distributed/fsdp.py", "        one.all_gather_outputs, one.unsharded_accumulated_grad = [], None\n", "",
+        "distributed/test_fsdp.py"),
+    "fsdp: gradients that wait are lost": Mutant(
+        "distributed/fsdp.py", "if waits or (whole is not None", "if False and (whole is not None", "distributed/test_fsdp.py"),
+    "fsdp: a rollback leaves the grown shard": Mutant(
+        "distributed/fsdp.py", "            _set(p, DTensor(whole", "            (p, DTensor(whole", "distributed/test_fsdp.py"),
+    "fsdp: gains shift by those of the first shard": Mutant(
+        "execution/execute.py", "shift[box.slices[0]]", "shift[: len(target)]", "distributed/test_fsdp.py"),
+    "fsdp: factors of the first shard": Mutant(
+        "optimizer/factors.py", "(f[at[i]] if", "(f[: at[i].stop - at[i].start] if", "distributed/test_fsdp.py"),
+    "fsdp: tensor parallelism grows": Mutant(
+        "engine/sharded.py", "if is_sharded(p) and id(p) not in managed:", "if False:", "distributed/test_fsdp.py"),
     "first blocks: any group takes them": Mutant(
         "engine/first_blocks.py", "[i for i in filled if p.dim() in dims[i]]", "filled[:1]",
         "engine/test_first_blocks.py -k as_many_dimensions"),

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 import torch
 from models import make
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import growkern
 
@@ -23,8 +22,8 @@ def refused(models: Iterable[nn.Module], *rest: object) -> None:
 def wrapped() -> None:
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    mesh = init_device_mesh("cpu", (1,))
-    refused([fully_shard(make("llama", tied=False), mesh=mesh)])
+    cpu = torch.device("cpu")
+    refused([FullyShardedDataParallel(make("llama", tied=False), device_id=cpu)])
     refused([nn.DataParallel(make("llama", tied=False))])
 
 

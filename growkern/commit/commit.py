@@ -2,8 +2,9 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import Any, Protocol
 from weakref import ref
 
 import torch
@@ -20,6 +21,19 @@ from growkern.support.interrupts import uninterrupted
 from growkern.support.named_tensors import Tensors
 
 
+class Shards(Protocol):
+    """``growkern.distributed.fsdp.FullySharded``, as far as a commit uses it."""
+
+    def copied(
+        self, block: nn.Module, values: Mapping[str, Tensor], copy: Callable[[dict[str, Tensor]], nn.Module]
+    ) -> nn.Module:  # fmt: skip
+        """Copy a block with its ``fully_shard``."""
+        ...
+
+    def join(self, set_list: Callable[[list[Any], list[Any]], object]) -> None:
+        """Make new blocks members of the root's iteration."""
+
+
 def commit(
     plan: GrowthPlan,
     parts: Iterable[Tensors],
@@ -31,6 +45,7 @@ def commit(
     undo: Undo,
     before_finalize: Callable[[], bool] = lambda: False,
     init: initial.Initialize | None = None,
+    shards: Shards | None = None,
 ) -> None:
     """Turn the model and its optimizers into the target, or leave them bitwise unchanged.
 
@@ -45,6 +60,7 @@ def commit(
         before_finalize: Called last, on the grown model. An exception in it rolls the growth back; so does a pending SIGINT, unless it
             returns True.
         init: Function that initializes the modules of new blocks in place of the model's own; None for the model's own.
+        shards: The sharded parameters of the model; None if it has none.
 
     Raises:
         CommitError: The growth failed; every write has been rolled back.
@@ -52,7 +68,7 @@ def commit(
     torch.clear_autocast_cache()  # the cache holds casts of the source's weights
     with uninterrupted() as held:
         try:
-            _model(plan, parts, model, targets, undo, held, record, init)
+            _model(plan, parts, model, targets, undo, held, record, init, shards)
             for follower, own in followers:
                 _model(plan, own, follower, (), undo, held, record, init)
             if held:
@@ -78,6 +94,7 @@ def _model(
     held: list[int],
     record: str,
     init: initial.Initialize | None,
+    shards: Shards | None = None,
 ) -> None:
     """Write one model and its optimizers."""
     source = dict(model.named_parameters(remove_duplicate=False))
@@ -91,9 +108,11 @@ def _model(
         if held:
             raise KeyboardInterrupt
     for path in plan.stacks:
-        blocks = _new_blocks(plan, path, fresh, model)
+        blocks = _new_blocks(plan, path, fresh, model, shards)
         container = model.get_submodule(path)
         undo.set_dict(container._modules, {str(i): block for i, block in enumerate(blocks)})  # pyright: ignore[reportPrivateUsage]
+    if shards is not None:
+        shards.join(undo.set_list)
     _attributes(plan, model, undo, record)
     _draw(plan, model, init)
     _guard(plan, model, targets, undo, record)
@@ -102,7 +121,9 @@ def _model(
         grow_optimizer(plan, fresh, target, source, params, undo)
 
 
-def _new_blocks(plan: GrowthPlan, path: str, staged: Tensors, model: nn.Module) -> list[nn.Module]:
+def _new_blocks(
+    plan: GrowthPlan, path: str, staged: Tensors, model: nn.Module, shards: Shards | None
+) -> list[nn.Module]:  # fmt: skip
     """All blocks of a target stack: live blocks, and for new blocks copies of the modules (not of their tensors)."""
     live = [m for m in model.get_submodule(path)._modules.values() if m is not None]  # pyright: ignore[reportPrivateUsage]
     blocks, shared = list[nn.Module](), shared_by(model)
@@ -115,7 +136,8 @@ def _new_blocks(plan: GrowthPlan, path: str, staged: Tensors, model: nn.Module) 
         source = live[block.source]
         if block.new:
             values = by_block.get(str(index), {})
-            blocks.append(copied(source, f"{path}.{block.source}", values, shared))
+            copy = partial(copied, source, f"{path}.{block.source}", shared=shared)
+            blocks.append(copy(values) if shards is None else shards.copied(source, values, copy))
         else:
             blocks.append(source)
     return blocks

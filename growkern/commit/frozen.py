@@ -51,7 +51,18 @@ class Frozen:
         return Frozen(self.names, self.stacks, self.n_blocks, self.below)
 
     def after(self, plan: GrowthPlan) -> "Frozen":
-        """Return what freezes the same in the target of a growth, and none of its new blocks."""
+        """Return what freezes the same in the target of a growth, and none of its new blocks.
+
+        Raises:
+            PlanError: A shrinking drops all blocks that train.
+        """
+        paths = tuple(f"{path}." for path in self.stacks)
+        kept_blocks = [row for row in plan.tensors if row.source.startswith(paths)]
+        if plan.shrinks and kept_blocks and all(row.source in self.names for row in kept_blocks):
+            raise PlanError(
+                "the blocks that train would be dropped, and those that stay are frozen: let everything train by "
+                "trains.All().apply(model), shrink, and choose again."
+            )
         moved: dict[str, set[str]] = {}
         for row in plan.tensors:
             kept = moved.setdefault(row.source, set())
@@ -119,6 +130,14 @@ def refuse_reentrant(name: str, block: nn.Module) -> None:
             f"{name} is under reentrant gradient checkpointing, which would train none of its parameters, as its input needs no gradient: "
             'pass gradient_checkpointing_kwargs={"use_reentrant": False}.'
         )
+
+
+def refuse_reentrant_blocks(model: nn.Module) -> None:
+    """Raise UnsupportedModelError if a block of a model is under reentrant checkpointing; see ``refuse_reentrant``."""
+    modules: list[tuple[str, nn.Module]] = [*model.named_modules()]  # pyright: ignore
+    for path, stack in modules:
+        for i, block in enumerate(stack if isinstance(stack, nn.ModuleList) else ()):
+            refuse_reentrant(f"{path}.{i}", block)
 
 
 def detached(module: nn.Module, args: object, output: Any) -> Any:

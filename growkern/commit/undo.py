@@ -12,16 +12,39 @@ from growkern.support.interrupts import uninterrupted
 from growkern.support.memory import Backup, keep_on_device
 
 ATTEMPTS = 2
+Swap = tuple[Callable[[Tensor], object], Callable[[], object]]  # write, put back
 
 K = TypeVar("K")
 V = TypeVar("V")
 
 
+def swapped(p: Tensor, keep: Backup) -> Swap:
+    """Return a function that gives a tensor the storage of another, and one that puts the old storage back."""
+    before = keep(p.detach())
+
+    def back() -> None:
+        with torch.no_grad():
+            p.set_(torch.empty(0, dtype=p.dtype, device=p.device))  # pyright: ignore[reportArgumentType]  # frees memory for the source
+            p.set_(before())  # pyright: ignore[reportArgumentType]
+
+    def write(value: Tensor) -> None:
+        with torch.no_grad():
+            p.set_(value)  # pyright: ignore[reportArgumentType]
+
+    return write, back
+
+
 @dataclass
 class Undo:
-    """Log of writes that ``rollback`` undoes, latest first. ``keep`` backs up tensors that are replaced."""
+    """Log of writes that ``rollback`` undoes, latest first.
+
+    Attributes:
+        keep: Backs up tensors that are replaced.
+        swap: Exchanges the storage of a parameter; see ``swapped``.
+    """
 
     keep: Backup = keep_on_device
+    swap: Callable[[Tensor, Backup], Swap] = swapped
     rollbacks: list[Callable[[], object]] = field(default_factory=list[Callable[[], object]])
 
     def attribute(self, owner: object, name: str, value: object) -> None:
@@ -32,21 +55,18 @@ class Undo:
 
     def storage(self, p: Tensor, value: Tensor, grad: Tensor | None) -> None:
         """Give a parameter new storage and a new gradient; the parameter object stays."""
-        before = self.keep(p.detach())
+        write, restore = self.swap(p, self.keep)
         before_grad = None if p.grad is None or grad is None else self.keep(p.grad)
         left = p.grad if grad is None else None
 
         def back() -> None:
             p.grad = None
-            with torch.no_grad():
-                p.set_(torch.empty(0, dtype=p.dtype, device=p.device))  # pyright: ignore[reportArgumentType]  # frees memory for the source
-                p.set_(before())  # pyright: ignore[reportArgumentType]
+            restore()
             p.grad = left if before_grad is None else before_grad()
 
         self.rollbacks.append(back)
         p.grad = None  # the setter of grad checks shapes
-        with torch.no_grad():
-            p.set_(value)  # pyright: ignore[reportArgumentType]
+        write(value)
         p.grad = grad
 
     def set_dict(self, target: MutableMapping[K, V], content: Mapping[K, V]) -> None:

@@ -1,4 +1,7 @@
-"""Growth under DistributedDataParallel: rebuild the reducer inside the same wrapper, and compare ranks before and after."""
+"""Growth of a model that several processes train: agree before, vote before every collective, compare after.
+
+Under ``DistributedDataParallel``, the reducer is rebuilt inside the same wrapper. Under ``fully_shard``, the processes of a mesh vote.
+"""
 
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
@@ -9,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from growkern.distributed.shards import is_sharded
 from growkern.errors import CommitError, PlanError
 
 BLOCK = (
@@ -18,9 +22,13 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by el
 
 
 class Ranks:
-    """The DistributedDataParallel wrappers of a model, and collective checks between their processes.
+    """The processes that train a model, and collective checks between them.
 
-    Every process of a wrapper must call the growth. Without a wrapper, the checks do nothing.
+    Every process must call the growth. Without other processes, the checks do nothing.
+
+    Attributes:
+        wrappers: The ``DistributedDataParallel`` around the model.
+        meshes: The meshes of the model's sharded parameters.
     """
 
     def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
@@ -32,6 +40,8 @@ class Ranks:
         self.wrappers: list[Any] = [
             m for m in wrappers if any(id(p) in own for p in m.parameters())
         ]
+        placed: list[Any] = [p for p in model.parameters() if is_sharded(p)]
+        self.meshes: list[Any] = [*{id(p.device_mesh): p.device_mesh for p in placed}.values()]
 
     @contextmanager
     def together(self) -> Generator[None, None, None]:
@@ -56,7 +66,21 @@ class Ranks:
         self.vote(True)
         self.rebuild()
         self.check()
-        return bool(self.wrappers)
+        return self.several
+
+    @property
+    def several(self) -> bool:
+        """True when there are other processes."""
+        return bool(self.wrappers or self.meshes)
+
+    def go_on(self) -> None:
+        """Vote before a collective, so that no process waits in it for one that has failed.
+
+        Raises:
+            CommitError: Another process has failed.
+        """
+        if not self.voted:
+            self._count(True)
 
     def agree(self, text: str, what: str) -> None:
         """Compare ``text`` between all processes.
@@ -88,8 +112,12 @@ class Ranks:
         if self.voted:
             return
         self.voted = True
+        self._count(ok)
+
+    def _count(self, ok: bool) -> None:
         for numbers in self._gathered(torch.tensor([int(ok)])):
             if ok and not all(int(n) for n in numbers):
+                self.voted = True
                 raise CommitError(
                     "the growth failed in another process and was rolled back; see the error of that process."
                 )
@@ -114,14 +142,18 @@ class Ranks:
                 )
 
     def _gathered(self, numbers: Tensor) -> list[list[Tensor]]:
-        """Gather ``numbers`` in each wrapper: a list of int64 (N,), one per process."""
+        """Gather ``numbers`` in each wrapper and each mesh: a list of int64 (N,), one per process."""
         gathered: list[list[Tensor]] = []
-        device = next(self.model.parameters()).device if self.wrappers else None
-        for wrapper in self.wrappers:
-            own = numbers.to(device, torch.int64)
-            n = dist.get_world_size(wrapper.process_group)
-            gathered.append([torch.empty_like(own) for _ in range(n)])
-            dist.all_gather(gathered[-1], own, group=wrapper.process_group)
+        several = [[wrapper.process_group] for wrapper in self.wrappers]
+        several += [mesh.get_all_groups() for mesh in self.meshes]
+        device = next(self.model.parameters()).device if several else None
+        for groups in several:
+            own = numbers.to(device, torch.int64)[None]
+            for group in groups:  # of a mesh: one per dimension
+                parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+                dist.all_gather(parts, own, group=group)
+                own = torch.cat(parts)
+            gathered.append([*own])
         return gathered
 
 

@@ -5,10 +5,19 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from growkern.commit.frozen import Frozen, freeze, frozen_of, lift, refuse_lbfgs
+from growkern.commit.frozen import (
+    Frozen,
+    freeze,
+    frozen_of,
+    lift,
+    refuse_lbfgs,
+    refuse_reentrant_blocks,
+)
 from growkern.commit.optimizer import Masters
+from growkern.distributed.shards import fully_sharded
 from growkern.engine.compile_cache import reset
 from growkern.engine.ddp import Ranks
+from growkern.errors import PlanError
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.support.live_registry import Live
 
@@ -28,6 +37,8 @@ def choose(model: nn.Module, frozen: Frozen, masters: Masters | None = None) -> 
     before = frozen_of(model)
     if before is None and not frozen.names:
         return
+    if frozen.names:
+        _refuse_sharded(model)
     live = Live.now()
     ranks = Ranks(model, live.modules)
     with ranks.together():
@@ -45,6 +56,22 @@ def choose(model: nn.Module, frozen: Frozen, masters: Masters | None = None) -> 
         ranks.rebuild()
     if frozen.n_blocks is None or before is None or before.n_blocks is None:
         reset()  # else dynamo tells sub-models by who trains in them, and keeps a graph for each
+
+
+def refuse_choice(model: nn.Module) -> None:
+    """Refuse a choice of who trains that no model in this state can make.
+
+    Raises:
+        PlanError: The model is sharded.
+        UnsupportedModelError: A block is under reentrant checkpointing.
+    """
+    _refuse_sharded(model)
+    refuse_reentrant_blocks(model)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    if fully_sharded(model) is not None:
+        raise PlanError("who trains cannot be chosen yet in a sharded model; train everything.")
 
 
 def release(model: nn.Module) -> None:

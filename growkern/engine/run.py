@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from growkern.commit.commit import check_blocks, commit
 from growkern.commit.optimizer import OptimTarget
 from growkern.commit.optimizer_guard import settle
 from growkern.commit.undo import Undo
+from growkern.distributed.shards import Gather, fully_sharded
 from growkern.engine.claims import claimed
 from growkern.engine.compile_cache import reset_near_limit
 from growkern.engine.ddp import Ranks
@@ -33,6 +36,7 @@ from growkern.engine.next_steps import notes, on_hooks
 from growkern.engine.optim_target import optim_target
 from growkern.engine.report import GrowthReport
 from growkern.engine.request import Request
+from growkern.engine.sharded import refuse_plan, refuse_request
 from growkern.engine.sources import tensors_of
 from growkern.errors import CommitError, GrowthError
 from growkern.execution.execute import NOTHING, Execution
@@ -58,6 +62,9 @@ from growkern.support.laps import Laps
 from growkern.support.live_registry import Live
 from growkern.support.memory import Offload, keep_on_device
 from growkern.support.named_tensors import Tensors
+
+if TYPE_CHECKING:
+    from growkern.distributed.fsdp import FullySharded
 
 logger = logging.getLogger("growkern")
 Rules = Mapping[str, Rule | None]  # state key -> rule
@@ -89,20 +96,23 @@ def _full_precision() -> Generator[None]:
 
 
 def _run(request: Request) -> GrowthReport:
+    shards = fully_sharded(request.model)
     laps, live = Laps(), Live.now()
     ranks = Ranks(request.model, live.modules)
     with ranks.together(), torch.inference_mode(False), torch.no_grad(), _full_precision():
+        refuse_request(request, shards)
         averages = averages_of(request.model, request.ema)
         with lifted((request.model, *averages)) as kept:
             sources = _describe(request, averages)
             laps.end("describe")
             check = None if request.check is None else ForwardCheck(request.model, request.check)
             laps.end("check")
-            plan, unmanaged = _agree_on_plan(request, sources, ranks, live, laps)
+            plan, unmanaged = _agree_on_plan(request, sources, ranks, live, laps, shards)
             del live
-            staged = _stage(request, sources, plan, unmanaged)
+            gather = None if shards is None else Gather(ranks.go_on)
+            staged = _stage(request, sources, plan, unmanaged, gather)
             laps.end("cut")
-            noted = _commit(request, sources, staged, ranks, kept, check, laps)
+            noted = _commit(request, sources, staged, ranks, kept, check, laps, shards)
             laps.end("commit")
     for optim in request.optims if plan.shrinks and not request.undo else ():
         if (scale := scale_of(optim)) is not None and not scale.scales:  # the growth is undone
@@ -187,27 +197,28 @@ def _describe(request: Request, averages: list[nn.Module]) -> _Described:
 
 
 def _agree_on_plan(
-    request: Request, sources: _Described, ranks: Ranks, live: Live, laps: Laps
-) -> tuple[GrowthPlan, list[list[str]]]:
+    request: Request, sources: _Described, ranks: Ranks, live: Live, laps: Laps, shards: "FullySharded | None"
+) -> tuple[GrowthPlan, list[list[str]]]:  # fmt: skip
     """Refuse stale references, and agree on a plan with the other processes; return it and, per optimizer, the schedulers left out."""
     model, optims = request.model, request.optims
     averages = sources.averages if request.ema is not None else None
     left = refuse_stale_references(model, optims, live, averages, request.master_weights)
     laps.end("scan")
     plan = request.make_plan(sources.spec)
+    refuse_plan(plan, shards)
     if plan.target_sizes.get("hidden") != plan.source_sizes.get("hidden"):
         refuse_neighbors(model, optims, left)
     passed = schedulers(request.scheduler)
     unmanaged = [unmanaged_schedulers(optim, passed, left) for optim in optims]
     check_blocks(plan, model, request.init)
-    ranks.agree(plan.to_json() if ranks.wrappers else "", "the plan")
+    ranks.agree(plan.to_json() if ranks.several else "", "the plan")
     laps.end("plan")
     return plan, unmanaged
 
 
 def _stage(
-    request: Request, sources: _Described, plan: GrowthPlan, unmanaged: list[list[str]]
-) -> _Staged:
+    request: Request, sources: _Described, plan: GrowthPlan, unmanaged: list[list[str]], gather: Gather | None
+) -> _Staged:  # fmt: skip
     """Prepare the executions: check shapes and memory, but compute and change nothing."""
     model, optims = request.model, request.optims
     split = [None] * len(optims) if request.split is None else request.split
@@ -226,14 +237,14 @@ def _stage(
             state = tensors.states.get(name, {})  # master weights grow even when the state is reset
             tensors.states[name] = {k: state[k] for k in (MASTER, MASTER_GRAD) if k in state}
     execution = Execution(
-        plan, tensors, rules.__getitem__, backend=request.backend, memory=request.memory,
-        given=request.new_rows, on_progress=request.on_progress,
+        plan, tensors, rules.__getitem__, backend=request.backend, memory=request.memory if gather is None else "stage",
+        given=request.new_rows, on_progress=request.on_progress, gather=gather,
     )  # fmt: skip
     shadows = [execution.of(tensors_of(average, (), sources.spec)) for average in sources.averages]
     masters = request.master_weights or {}
     held = {name: masters.get(p, p) for name, p in model.named_parameters(remove_duplicate=False)}
     updates = [scale for optim in optims if (scale := scale_of(optim)) is not None]
-    factor = grad_norm_factor(plan, tensors, held, updates)
+    factor = grad_norm_factor(plan, tensors, held, updates) if gather is None else None
     return _Staged(plan, targets, [execution, *shadows], factor)
 
 
@@ -247,7 +258,8 @@ def _state_rules(plan: GrowthPlan, law: Law | None) -> Rules:
 
 
 def _commit(
-    request: Request, sources: _Described, staged: _Staged, ranks: Ranks, kept: Lifted, check: ForwardCheck | None, laps: Laps
+    request: Request, sources: _Described, staged: _Staged, ranks: Ranks, kept: Lifted, check: ForwardCheck | None, laps: Laps,
+    shards: "FullySharded | None",
 ) -> list[str]:  # fmt: skip
     """Compute the target tensors and put them into the live model and its optimizers; roll all writes back on failure.
 
@@ -280,9 +292,12 @@ def _commit(
         if keep is not None:
             parts = [_written(part, keep) for part in parts]
         followers = [*zip(sources.averages, parts[1:], strict=True)]
+        undo = request.undo or Undo(keep or keep_on_device)
+        if shards is not None:
+            undo.swap = partial(shards.swap, swapped=undo.swap)
         commit(
             plan, parts.pop(0), request.model, staged.targets, record=record, followers=followers,
-            undo=request.undo or Undo(keep or keep_on_device), before_finalize=before_finalize, init=request.init,
+            undo=undo, before_finalize=before_finalize, init=request.init, shards=shards,
         )  # fmt: skip
     return noted
 

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from growkern.distributed.shards import Box, Gather, box_of, is_sharded, joined, local, part
 from growkern.errors import CommitError, GrowthError, PlanError, raise_all
 from growkern.execution import torch_backend as reference
 from growkern.execution.fills import Given
@@ -66,9 +67,11 @@ class Execution:
         tiler: Tiler | None = None,
         given: Given | None = None,
         on_progress: Progress | None = None,
+        gather: Gather | None = None,
     ) -> None:
         """Check that the plan fits the tensors and that the targets fit in memory; see ``execute``.
 
+        ``gather``: gathers sharded sources; None where none is sharded.
         ``streams``: nobody keeps sources and targets, as in the growth of a checkpoint; see ``peak_of_stream``.
 
         Raises:
@@ -88,7 +91,7 @@ class Execution:
         self.memory, self.peak_bytes = (
             ("lean", peak_of_stream(self.sets)) if streams else memory_mode(self.sets, memory)
         )
-        self.streams = streams
+        self.streams, self.gather = streams, gather
         self.n_read = self.n_written = 0
         n_bytes = sum(sum(one.n_bytes.values()) for one in self.sets)
         self.meter = Meter(n_bytes, on_progress)
@@ -104,7 +107,7 @@ class Execution:
     def of(self, sources: Tensors) -> "Execution":
         """Return the same growth, with the same noise, of other tensors with these names (an average of the model)."""
         average = Execution(
-            self.plan, sources, lambda _: {}, backend=self.backend, memory=self.memory, tiler=self.tiler
+            self.plan, sources, lambda _: {}, backend=self.backend, memory=self.memory, tiler=self.tiler, gather=self.gather,
         )  # fmt: skip
         average.of_average = True
         return average
@@ -112,7 +115,7 @@ class Execution:
     def parts(self) -> Iterator[Tensors]:
         """Yield the targets at once, or set by set; references to a set's sources are dropped first, so that their memory can be freed."""
         self.laps.start()
-        if self.memory == "stage":
+        if self.memory == "stage" and self.gather is None:
             staged = Tensors()
             jobs = [job for tensor_set in self.sets for job in self.jobs(tensor_set, staged)]
             self._run(jobs, staged)
@@ -123,26 +126,56 @@ class Execution:
             self.laps.end("write")
             yield staged
             return
-        done = 0
+        done, whole = 0, Tensors()
         for tensor_set in self.sets:
             self.laps.start()
             staged = Tensors()
-            self._run(self.jobs(tensor_set, staged), staged)
+            for jobs in self._gathered(self.jobs(tensor_set, staged)):
+                self._run(jobs, staged)
+                del jobs
             self._coded(tensor_set, staged)
             self._stored(tensor_set, staged)
-            self.sources.forget(tensor_set.tensors[0].source)
             done += sum(tensor_set.n_bytes.values())
             self.meter.reach(done)
             self.laps.end("write")
+            if self.memory == "stage":
+                whole.values |= staged.values
+                whole.grads |= staged.grads
+                whole.states |= staged.states
+                continue
+            self.sources.forget(tensor_set.tensors[0].source)
             yield staged
             if (
                 self.streams
             ):  # elsewhere, the last references to sources go when their backups are written
                 trim()
+        if self.memory == "stage":
+            yield whole
+
+    def _gathered(self, jobs: list[Job]) -> Iterator[list[Job]]:
+        """Yield jobs with whole sources: all at once, or source by source where sources are sharded."""
+        gather = self.gather
+        if gather is None or self.backend == NOTHING:
+            yield jobs
+            return
+        by_source: dict[tuple[int, int], list[Job]] = {}
+        for job in jobs:
+            by_source.setdefault((id(job.source), id(job.next_layer)), []).append(job)
+        for members in by_source.values():
+            first = members[0]
+            source = gather.whole(first.source)
+            other = first.next_layer
+            if other is not None:
+                other = (
+                    source
+                    if other is first.source or first.row.next_layer_source is None
+                    else gather.whole(other)
+                )
+            yield [job._replace(source=source, next_layer=other) for job in members]
 
     def _run(self, jobs: list[Job], staged: Tensors) -> None:
         if self.backend == NOTHING:
-            for _, _, target, *_ in jobs:
+            for target in (job.target for job in jobs):
                 target.fill_(float("nan") if target.is_floating_point() else 0)
             return
         tiler = self.tiler
@@ -153,9 +186,9 @@ class Execution:
         tiler.n_read = 0
         self.laps.end("cut")
         _run(groups, self.backend, self.meter)
-        for row, _, target, rule, _ in jobs:
+        for row, _, target, rule, _, box in jobs:
             if row.offset and row.constant is None and rule.is_weight:
-                self._shift(row, target)
+                self._shift(row, target, box)
             if row.is_perturbed and rule.is_weight:
                 perturb(row, self.plan.seed, target)
         self.notes += check(tiler, jobs, lambda row, target: self._name(row, target, staged))
@@ -163,15 +196,20 @@ class Execution:
     def _name(self, row: TensorRow, target: Tensor, staged: Tensors) -> str:
         """Return the name of the source of a staged tensor for the user."""
         whose = f"{row.source} of an average" if self.of_average else row.source
-        if staged.grads.get(row.name) is target:
+        place = target.data_ptr()
+        grad, state = staged.grads.get(row.name), staged.states.get(row.name, {})
+        if grad is not None and local(grad).data_ptr() == place:
             return f"the gradient of {whose}"
-        keys = [key for key, t in staged.states.get(row.name, {}).items() if t is target]
+        held = {key: t for key, t in state.items() if isinstance(t, Tensor)}
+        keys = [key for key, t in held.items() if local(t).data_ptr() == place]
         return f"state {keys[0]!r} of {whose}" if keys else whose
 
     def _stored(self, tensor_set: TensorSet, staged: Tensors) -> None:
         """Give the targets of a set the memory format and the kind of memory of their sources."""
         for row in tensor_set.tensors:
             name, new, sources = row.source, row.name, self.sources
+            if is_sharded(staged.values[new]):
+                continue
             staged.values[new] = stored_like(sources.values[name], staged.values[new])
             if new in staged.grads:
                 staged.grads[new] = stored_like(sources.grads[name], staged.grads[new])
@@ -183,10 +221,11 @@ class Execution:
                 if isinstance(t, Tensor) and isinstance(old, Tensor):
                     state[key] = stored_like(old, t)
 
-    def _shift(self, row: TensorRow, target: Tensor) -> None:
+    def _shift(self, row: TensorRow, target: Tensor, box: Box | None) -> None:
         """Change ``s w`` to ``s (w + offset) - offset`` in place."""
         (axis,) = self.plan.axis_maps(row)
         shift = [row.offset * (s - 1) for s in axis.weight_scale.expanded()]
+        shift = shift if box is None else shift[box.slices[0]]
         if any(shift):
             target += torch.tensor(shift, dtype=arithmetic(target.dtype), device=target.device)
 
@@ -208,18 +247,19 @@ class Execution:
         jobs: list[Job] = []
         for row in tensor_set.tensors:
             source, shape = self.sources.values[row.source], self.plan.shapes(row)[1]
-            target = staged.values[row.name] = source.new_empty(shape)
+            staged.values[row.name], target, box = _empty(source, shape)
             if row.source in self.plan.counters:
-                target.copy_(torch.arange(target.shape[-1], device=target.device).expand_as(target))
+                numbers = torch.arange(shape[-1], device=target.device).expand(shape)
+                target.copy_(numbers if box is None else numbers[box.slices])
                 self.n_written += target.numel() * target.element_size()
                 continue
             next_layer = row.next_layer_source or row.source
-            jobs.append((row, source, target, VALUE, self.sources.values[next_layer]))
+            jobs.append(Job(row, source, target, VALUE, self.sources.values[next_layer], box))
             if grows_grad(row, self.sources):
                 grad = self.sources.grads[row.source]
-                staged.grads[row.name] = grad.new_empty(shape)
+                staged.grads[row.name], target, box = _empty(grad, shape)
                 above = self.sources.grads.get(next_layer, grad)
-                jobs.append((row, grad, staged.grads[row.name], GRADIENT, above))
+                jobs.append(Job(row, grad, target, GRADIENT, above, box))
             if not (source_state := state_of(self.plan, row, self.sources)):
                 continue
             state = staged.states[row.name] = dict[str, object]()
@@ -241,9 +281,19 @@ class Execution:
                     both = (decoded(held, key) for held in (source_state, above))
                     pairs = dict(zip((key, scale_key(key)), zip(*both, strict=True), strict=True))
                 for k, (v, other) in pairs.items():
-                    state[k] = grown = v.new_empty(rule.shape(shape))
-                    jobs.append((row, v, grown, rule, other if isinstance(other, Tensor) else v))
+                    state[k], grown, box = _empty(v, rule.shape(shape))
+                    above_v = other if isinstance(other, Tensor) else v
+                    jobs.append(Job(row, v, grown, rule, above_v, box))
         return jobs
+
+
+def _empty(like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Box | None]:
+    """Return an uninitialized tensor that is placed as another, the part of it that this process holds, and where that part lies."""
+    if not is_sharded(like):
+        target = like.new_empty(shape)
+        return target, target, None
+    own = part(like, shape)
+    return joined(own, like, shape), own, box_of(like, shape)
 
 
 def execute(

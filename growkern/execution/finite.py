@@ -44,7 +44,7 @@ def check(tiler: Tiler, jobs: Sequence[Job], name_of: NameOf) -> list[str]:
     lost, zeroed = suspects(tiler, jobs)
     problems, notes = list[str](), list[str]()
     for job in lost:
-        row, source, target, rule, _ = job
+        row, source, target, rule, *_ = job
         n_lost, name = _n_lost(tiler, job), name_of(row, target)
         n_broken = int(source.isfinite().logical_not().sum())
         if n_broken == source.numel() and rule.is_weight:
@@ -80,7 +80,7 @@ def suspects(tiler: Tiler, jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
     flags: dict[torch.device, list[tuple[list[Job], Tensor]]] = defaultdict(list)
     zeros: dict[torch.device, list[tuple[list[Job], Tensor]]] = defaultdict(list)
     for job in jobs:
-        row, source, target, rule, _ = job
+        row, source, target, rule, *_ = job
         if row.constant is not None or not target.is_floating_point() or not source.numel():
             continue
         reach, dtype = tiler.reach(row, source, target, rule), arithmetic(target.dtype)
@@ -134,7 +134,7 @@ def _some(n: int, total: int) -> str:
 
 def _n_lost(tiler: Tiler, job: Job) -> int:
     """Count the target elements that are not finite, although the source elements that they copy are."""
-    _, source, target, _, above = job
+    source, target, above = job.source, job.target, job.next_layer
     marked, marked_above = (_marked(t) for t in (source, above))
     copied = _gathered(tiler, job, marked, marked_above)
     return int((target.isfinite().logical_not() & copied.isfinite()).sum())
@@ -147,17 +147,17 @@ def _marked(source: Tensor | None) -> Tensor | None:
 
 def _n_zeroed(tiler: Tiler, job: Job) -> int:
     """Count the target elements that are 0, although the source elements that they copy are above 0."""
-    _, source, target, _, above = job
+    source, target, above = job.source, job.target, job.next_layer
     return int(((_gathered(tiler, job, source, above) > 0) & (target == 0)).sum())
 
 
 def _gathered(tiler: Tiler, job: Job, source: Tensor | None, above: Tensor | None) -> Tensor:
     """Return copies of other numbers in the place of a job's source, unscaled and without noise; pads are 0."""
-    row, _, target, rule, _ = job
+    target, rule = job.target, job.rule
     assert source is not None, "a job has a source"
     plain = replace(rule, weight=0, grad=0, is_weight=False, missing="zero")
     copied = torch.zeros_like(target)
-    _write(tiler, (row, source, copied, plain, above))
+    _write(tiler, job._replace(source=source, target=copied, rule=plain, next_layer=above))
     return copied
 
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from growkern.distributed.shards import is_sharded, local, n_local
 from growkern.errors import InsufficientMemoryError, PlanError
 from growkern.optimizer.eight_bit import N_BYTES, is_coded
 from growkern.optimizer.state_rules import GRADIENT, MASTER, MASTER_GRAD, VALUE, Rule
@@ -28,11 +28,15 @@ class TensorSet:
         tensors: Rows of the plan with this source.
         n_bytes: Bytes of the targets, per device.
         n_freed: Bytes of the sources that the targets replace, per device.
+        n_gathered: Bytes of the largest source that is gathered, per device.
+        n_whole: Bytes of the sources that the targets replace, in all processes.
     """
 
     tensors: tuple[TensorRow, ...]
     n_bytes: Mapping[torch.device, int]
     n_freed: Mapping[torch.device, int]
+    n_gathered: Mapping[torch.device, int]
+    n_whole: int
 
 
 def tensor_sets(plan: GrowthPlan, sources: Tensors, rules: RulesOf) -> list[TensorSet]:
@@ -45,6 +49,8 @@ def tensor_sets(plan: GrowthPlan, sources: Tensors, rules: RulesOf) -> list[Tens
     for tensors in by_source.values():
         made: dict[torch.device, int] = {}
         freed: dict[torch.device, int] = {}
+        gathered: dict[torch.device, int] = {}
+        n_whole = 0
         for row in tensors:
             shape = plan.shapes(row)[1]
             grown: list[tuple[object, Rule]] = [(sources.values[row.source], VALUE)]
@@ -56,13 +62,17 @@ def tensor_sets(plan: GrowthPlan, sources: Tensors, rules: RulesOf) -> list[Tens
             for t, rule in grown:
                 if isinstance(t, Tensor):
                     coded = rule.quantized and is_coded(t)
-                    n = prod(rule.shape(shape)) * (N_BYTES if coded else t.element_size())
+                    n = n_local(t, rule.shape(shape)) * (N_BYTES if coded else t.element_size())
                     made[t.device] = made.get(t.device, 0) + n
                     if not row.new:
-                        n_source = t.numel() * t.element_size()
+                        n_source = local(t).numel() * t.element_size()
                         freed[t.device] = freed.get(t.device, 0) + n_source
-        sets.append(TensorSet(tuple(tensors), made, freed))
-    return sorted(sets, key=lambda tensor_set: -sum(tensor_set.n_freed.values()))
+                        n_whole += t.numel() * t.element_size()
+                    if is_sharded(t):
+                        n_bytes = t.numel() * t.element_size()
+                        gathered[t.device] = max(gathered.get(t.device, 0), n_bytes)
+        sets.append(TensorSet(tuple(tensors), made, freed, gathered, n_whole))
+    return sorted(sets, key=lambda tensor_set: -tensor_set.n_whole)
 
 
 def grows_grad(row: TensorRow, sources: Tensors) -> bool:
@@ -86,7 +96,8 @@ def peaks(sets: list[TensorSet], memory: str) -> dict[torch.device, int]:
     for tensor_set in sets:
         for device, n_bytes in tensor_set.n_bytes.items():
             now[device] = now.get(device, 0) + n_bytes
-            peak[device] = max(peak.get(device, 0), now[device])
+            n_more = tensor_set.n_gathered.get(device, 0)
+            peak[device] = max(peak.get(device, 0), now[device] + n_more)
         for device, n_bytes in written.items():
             now[device] -= n_bytes
         written = tensor_set.n_freed if memory == "lean" else {}

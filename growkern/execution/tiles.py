@@ -12,8 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from growkern.distributed.shards import Box, Range
 from growkern.execution import torch_backend as reference
 from growkern.execution.axis_runs import AxisLayout, AxisRun, Reach, scale_of
+from growkern.execution.boxes import narrowed
 from growkern.execution.fills import Fills, Given, Slot
 from growkern.execution.measures import SumsOf, roots_of_mean_squares
 from growkern.execution.pieces import Group, Noise, Piece
@@ -23,8 +25,25 @@ from growkern.planning.index_map import PAD, IndexMap
 from growkern.planning.vector import Vector
 from growkern.support.dtypes import arithmetic
 
-# row, source, target, rule, and the next layer's source for a row that copies a part of it
-Job = tuple[TensorRow, Tensor, Tensor, Rule, Tensor | None]
+
+class Job(NamedTuple):
+    """A tensor to grow.
+
+    Attributes:
+        row: Row of the plan.
+        source: The whole source.
+        target: Target, or the part of it that this process holds.
+        rule: Rule of the tensor.
+        next_layer: The next layer's source, for a row that copies a part of it.
+        box: Where ``target`` lies in the whole target; None for the whole target.
+    """
+
+    row: TensorRow
+    source: Tensor
+    target: Tensor
+    rule: Rule
+    next_layer: Tensor | None = None
+    box: Box | None = None
 
 
 class _Cut(NamedTuple):
@@ -57,6 +76,7 @@ class _Tiling(NamedTuple):
     adds_noise: bool
     centered: list[int]  # axes along which the mean is subtracted first
     reach: Reach
+    n_row_axes: int
     source: tuple[int, int]  # matrix shape
     target: tuple[int, int]
 
@@ -128,7 +148,7 @@ class Tiler:
             dict
         )
         seen = {*self._stds}  # a weight comes before its master weights, which get the same noise
-        for row, source, target, rule, _ in jobs:
+        for row, source, target, rule, *_ in jobs:
             known = row.source in seen
             if known or not rule.is_weight or row.constant is not None or not source.numel():
                 continue
@@ -147,19 +167,22 @@ class Tiler:
         """Cut target tensors (weights, gradients, state) by their rules; tensors that are cut alike share their pieces."""
         groups: dict[tuple[object, ...], Group] = {}
         for job in jobs:
-            row, src, dst, rule, _ = job
+            row, src, dst, rule, _, box = job
+            place = None
             if row.constant is not None:
                 into, tiling = dst.view(prod(dst.shape[:-1]), prod(dst.shape[-1:])), None
                 read, noise = [self._constant(row.constant, dst)], None
             else:
                 tiling = self._tiling(row, rule, src.device, arithmetic(dst.dtype))
-                into = _matrix(dst, tiling.target)
+                place = None if box is None else box.rectangle(tiling.n_row_axes)
+                shape = tiling.target if place is None else (place[0][1], place[1][1])
+                into = _matrix(dst, shape)
                 read, noise = self._read(job, tiling)
             layouts = ((t.shape, t.stride(), t.data_ptr() % 16, t.dtype, t.device) for t in (into, *read))  # fmt: skip
-            key = id(tiling), *layouts
+            key = id(tiling), box, *layouts
             group = groups.get(key)
             if group is None:
-                pieces, origins = _pieces(tiling, into, read, noise)
+                pieces, origins = _pieces(tiling, into, read, noise, place)
                 groups[key] = group = Group(pieces, origins, [], [], [])
             group.targets.append(into)
             group.sources.append(read)
@@ -168,7 +191,7 @@ class Tiler:
 
     def _read(self, job: Job, tiling: _Tiling) -> tuple[list[Tensor], Noise | None]:
         """Return the tensors that a target is written from, in the order of ``tiling.slots``, and its noise."""
-        row, src, dst, _, next_layer = job
+        row, src, dst, _, next_layer, _ = job
         following = None if row.next_layer_source is None else next_layer
         for axis in tiling.centered:
             self.n_read += 2 * src.numel() * src.element_size()
@@ -253,6 +276,7 @@ class Tiler:
             adds_noise=adds_noise,
             centered=[i for i, axis in enumerate(axes) if rule.is_weight and axis.centered],
             reach=Reach.of(rows, cols, noisy=adds_noise),
+            n_row_axes=at,
             source=(rows.index_map.n_source, cols.index_map.n_source),
             target=(rows.index_map.n_target, cols.index_map.n_target),
         )
@@ -302,9 +326,12 @@ class Tiler:
 
 
 def _pieces(
-    tiling: _Tiling | None, target: Tensor, read: list[Tensor], noise: Noise | None
-) -> tuple[tuple[Piece, ...], tuple[int, ...]]:
-    """Return the pieces of a target, and the index in ``read`` of the tensor that each reads; a constant target is one piece."""
+    tiling: _Tiling | None, target: Tensor, read: list[Tensor], noise: Noise | None, place: tuple[Range, Range] | None
+) -> tuple[tuple[Piece, ...], tuple[int, ...]]:  # fmt: skip
+    """Return the pieces of a target, and the index in ``read`` of the tensor that each reads; a constant target is one piece.
+
+    ``place``: ranges of rows and columns that ``target`` is of the whole target; None for all.
+    """
     if tiling is None:
         return (Piece(read[0].expand_as(target), target),), (0,)
     origins = tuple(tiling.slots.index(cut.slot) for cut in tiling.cuts)
@@ -315,7 +342,14 @@ def _pieces(
         )
         for k, cut in zip(origins, tiling.cuts, strict=True)
     ]  # fmt: skip
-    return tuple(pieces), origins
+    if place is None:
+        return tuple(pieces), origins
+    parts = [
+        (own, k)
+        for piece, k in zip(pieces, origins, strict=True)
+        for own in narrowed(piece, *place, target)
+    ]
+    return tuple(piece for piece, _ in parts), tuple(k for _, k in parts)
 
 
 def _matrix(tensor: Tensor, shape: tuple[int, int]) -> Tensor:

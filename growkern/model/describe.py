@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from growkern.distributed.shards import is_sharded, local
 from growkern.errors import UnsupportedModelError, raise_all
 from growkern.model import spec_check
 from growkern.model.families import FAMILIES
@@ -16,8 +17,7 @@ from growkern.model.spec import SHARE, Blocks, ModelSpec
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WRAPPERS = {
     "DataParallel": "pass model.module",
-    "FullyShardedDataParallel": "grow before sharding",
-    "FSDPModule": "grow before sharding",
+    "FullyShardedDataParallel": "FSDP1 keeps flat parameters: use fully_shard",
     "DeepSpeedEngine": "grow before deepspeed.initialize",
     "PeftModel": (
         adapters := "merge the adapters first, or grow the base model before adding them"
@@ -150,7 +150,8 @@ def refuse_unknown(kind: type) -> None:
 
 
 def _family(model: nn.Module, params: Mapping[str, Tensor]) -> ModelSpec:
-    kind = type(model)
+    # fully_shard makes a class of its own of the model's
+    kind = next(k for k in type(model).__mro__ if not k.__module__.startswith("torch.distributed"))
     refuse_unknown(kind)
     spec = FAMILIES[kind.__name__](CONFIGS[kind.__module__.partition(".")[0]](model))
     # transformers unties two parameters if the checkpoint has different values for them
@@ -187,7 +188,8 @@ def _unfit(
 ) -> Iterator[str]:
     devices: dict[torch.device, str] = {}
     for name, p in _first_names(params):
-        if type(p.data) is not Tensor or type(p) is not nn.Parameter:
+        plain = type(p.data) is Tensor and type(p) is nn.Parameter
+        if not plain and not is_sharded(p):
             kind = type(p if type(p) is not nn.Parameter else p.data).__name__
             yield f"{name}: is a {kind}; growkern grows plain parameters only: convert it to an nn.Parameter."
         elif p.grad is not None and p.grad.layout is not torch.strided:
@@ -338,6 +340,11 @@ def _ties(params: Mapping[str, Tensor], spec: ModelSpec) -> Iterator[str]:
         if name in spec.ties and params.get(spec.ties[name]) is not p:
             yield f"{name}: the spec ties it to {spec.ties[name]}, but they are different parameters; leave the tie out."
         if p.numel() and not p.is_meta:
-            other = storages.setdefault(p.untyped_storage().data_ptr(), name)
+            place = local(p)
+            other = (
+                storages.setdefault(place.untyped_storage().data_ptr(), name)
+                if place.numel()
+                else name
+            )
             if params[other] is not p:
                 yield f"{name}: shares storage with {other} without being the same parameter; give it storage of its own."

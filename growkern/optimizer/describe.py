@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from growkern.distributed.shards import is_sharded
 from growkern.errors import UnsupportedOptimizerError, raise_all
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.state_rules import LAWS, Law, OptimSpec, by_order
@@ -260,7 +261,7 @@ def _unknown(
                 yield f"{name}: state {key!r} is a {type(value).__name__}, not a tensor; {RELOAD}"
             elif key == "step" and isinstance(value, Tensor) and value.dim():
                 yield f"{name}: state 'step' has shape {tuple(value.shape)}, not one number; {RELOAD}"
-            elif isinstance(value, Tensor) and type(value) is not Tensor:
+            elif isinstance(value, Tensor) and type(value) is not Tensor and not is_sharded(value):
                 yield f"{name}: state {key!r} is a {type(value).__name__}; growkern grows plain tensors only; grow with state='drop'."
             elif isinstance(value, Tensor) and rule is not None:
                 shape = rule.shape(tuple(p.shape))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from growkern.distributed.shards import box_of, is_sharded, local
+
 Factor = float | Tensor  # along one axis: one number, or one per coordinate, (n,)
 
 
@@ -61,6 +63,15 @@ def _vectors(t: Tensor, factors: tuple[Factor, ...]) -> list[Factor]:
     return vectors
 
 
+def _held(t: Tensor, factors: tuple[Factor, ...]) -> tuple[Tensor, tuple[Factor, ...]]:
+    """Return the part of a tensor that this process holds, and its factors."""
+    if not is_sharded(t):
+        return t, factors
+    at = box_of(t, t.shape).slices
+    cut = (f[at[i]] if isinstance(f, Tensor) else f for i, f in enumerate(factors))
+    return local(t), tuple(cut)
+
+
 def raised(factor: Factor, power: float, n: int) -> Factor:
     """Power of a factor along a state axis of size ``n``; its mean where the state is an average over the axis (``n`` is 1)."""
     factor = factor**power
@@ -69,15 +80,17 @@ def raised(factor: Factor, power: float, n: int) -> Factor:
 
 def divide_(t: Tensor, factors: tuple[Factor, ...]) -> Tensor:
     """Divide a tensor in place by one factor per axis."""
-    for factor in _vectors(t, factors):
-        t.div_(factor)
+    own, factors = _held(t, factors)
+    for factor in _vectors(own, factors):
+        own.div_(factor)
     return t
 
 
 def multiply_(t: Tensor, factors: tuple[Factor, ...]) -> Tensor:
     """Multiply a tensor in place by one factor per axis."""
-    for factor in _vectors(t, factors):
-        t.mul_(factor)
+    own, factors = _held(t, factors)
+    for factor in _vectors(own, factors):
+        own.mul_(factor)
     return t
 
 

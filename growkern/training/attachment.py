@@ -15,7 +15,7 @@ from growkern.commit.checkpoint_guard import guard_model, n_growths
 from growkern.commit.frozen import frozen_of
 from growkern.commit.optimizer_guard import OptimGuard, check_loaded, optim_guard_of
 from growkern.engine.forward_check import Check, ForwardCheck, call_of
-from growkern.engine.freezing import choose, release
+from growkern.engine.freezing import choose, refuse_choice, release
 from growkern.engine.report import GrowthReport
 from growkern.engine.sources import tensors_of
 from growkern.errors import GrowthError, PlanError, raise_all
@@ -30,7 +30,7 @@ from growkern.support.wrappers import unwrapped
 from growkern.training.loss_curve import LossCurve
 from growkern.training.options import Options, spec_function
 from growkern.training.ramp import Ramp, width_of
-from growkern.training.rehearsal import problems, problems_after_a_step
+from growkern.training.rehearsal import problems, problems_after_a_step, unheld
 from growkern.training.rewind import Rewarm, rewind
 from growkern.training.trains import flops_per_token
 from growkern.training.triggers import Event, unknown_sizes
@@ -176,6 +176,8 @@ class Attachment:
                 "Call schedule.observe(tokens=...) with every step."
             )
         while (event := schedule.next_event) is not None and event.due(schedule.counts):
+            if not event.trains.everything:
+                refuse_choice(self.model)  # before the growth, which is not taken back
             if event.to is None:
                 self._turn(event)
                 continue
@@ -303,6 +305,13 @@ class Attachment:
         frozen = who.frozen(spec, schedule.new_blocks, schedule.counts.n_steps)
         choose(self.model, frozen, self.options.get("master_weights"))
         self._flops = flops_per_token(self.model, spec, frozen)
+        if not who.varies and (names := unheld(self)):
+            logger.warning(
+                "%s: %d parameters train and are in no optimizer (%s): add a param group.",
+                who,
+                len(names),
+                names[0],
+            )
         self.chosen = True
 
     def _check(self) -> Check | Literal[True] | None:

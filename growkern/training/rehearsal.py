@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from growkern.api import expand_inplace
 from growkern.commit.commit import copied, shared_by
 from growkern.commit.frozen import refuse_lbfgs, trained_under
+from growkern.engine.freezing import refuse_choice
 from growkern.engine.live_objects import averages_of, is_average, refuse_stale_references
 from growkern.engine.report import GrowthReport
 from growkern.errors import CommitError, GrowthError, PlanError, UnsupportedModelError
@@ -28,13 +29,23 @@ from growkern.training.triggers import Event, target_of
 if TYPE_CHECKING:
     from growkern.training.attachment import Attachment
 
+OWN_STEPS = "Rprop", "ASGD"  # optimizers that keep step sizes of their own
+
 
 def problems(attachment: "Attachment") -> list[str]:
     """Return why the growths of an attached schedule would fail: events in order, optimizers, and averages that would not grow."""
     model, found = attachment.model, [*_of_optimizers(attachment), *_averages(attachment)]
     schedule, place = attachment.schedule, model
     new_blocks: Sequence[str] = schedule.new_blocks
-    found += [*_not_rewound(attachment), *of_run(attachment)]
+    found += [*_not_rewound(attachment), *_not_rewarmed(attachment), *of_run(attachment)]
+    try:
+        if any(
+            who and not who.everything
+            for who in (schedule.trains, *(e.trains for e in schedule.ahead))
+        ):
+            refuse_choice(model)
+    except GrowthError as error:
+        return [*found, f"trains=: {error}"]
     if not schedule.fired and schedule.trains is not None:
         found += _unable(schedule.trains, attachment, model, (), "from the start")
     for event in schedule.ahead:
@@ -103,6 +114,28 @@ def _not_rewound(attachment: "Attachment") -> Iterator[str]:
             f"rewind={first.rewind} at {first.trigger}: the rates of a {kind} do not follow from its position alone; use a LambdaLR "
             "(transformers' schedules are), CosineAnnealingLR or OneCycleLR."
         )
+
+
+def _not_rewarmed(attachment: "Attachment") -> Iterator[str]:
+    """Yield why the rates of optimizers cannot rise from 0 after the events with ``rewarm``."""
+    first = next((event for event in attachment.schedule.ahead if event.rewarm), None)
+    if first is None:
+        return
+    for optim in attachment.optims:
+        kind, what = type(optim).__name__, f"rewarm={first.rewarm} at {first.trigger}"
+        if any(group.get("lr") is None for group in optim.param_groups):
+            yield f"{what}: this {kind} has no learning rate (lr=None); pass one (relative_step=False), or leave rewarm out."
+        if kind in OWN_STEPS:
+            yield f"{what}: the steps of {kind} do not follow its learning rate; leave rewarm out."
+
+
+def unheld(attachment: "Attachment") -> list[str]:
+    """Return the names of parameters that require gradients and are in none of the optimizers."""
+    groups = [group for optim in attachment.optims for group in optim.param_groups]
+    held = {p for group in groups for p in group["params"]}
+    masters = attachment.options.get("master_weights") or {}
+    params = attachment.model.named_parameters()
+    return [name for name, p in params if p.requires_grad and masters.get(p, p) not in held]
 
 
 def _unable(

@@ -21,7 +21,7 @@ from growkern.commit import param_groups as groups
 from growkern.engine.sources import tensors_of
 from growkern.errors import CommitError, GrowthError, InsufficientMemoryError, PlanError
 from growkern.execution import execute, sets
-from growkern.execution.tiles import Tiler
+from growkern.execution.tiles import Job, Tiler
 from growkern.kernels import table
 from growkern.kernels.table import Table
 from growkern.optimizer.describe import describe_optimizer
@@ -363,7 +363,7 @@ def test_the_bytes_reported_are_those_of_the_table(to):
                 tensors[row.name, key] = (*pair, order)
     rows = {row.name: row for row in plan.tensors}
     groups = tiler.groups(
-        (rows[name], source, target, (VALUE, GRADIENT, SQUARE)[order[0] if order else kind], None)
+        Job(rows[name], source, target, (VALUE, GRADIENT, SQUARE)[order[0] if order else kind])
         for (name, kind), (source, target, *order) in tensors.items()
     )
     built = Table()

@@ -22,6 +22,7 @@ ROWS = (  # top to bottom: a room imports from lower rows, and from itself
     ("width", "depth", "shrink", "vocab"),
     ("planning",),
     ("model",),
+    ("distributed",),
     ("errors", "support"),
 )
 MODULES = {

@@ -12,7 +12,8 @@ import growkern
 README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 PAIR = next(text for text in BLOCKS if "torch.optim.Muon" in text)
-EXAMPLES = [text for text in BLOCKS if text != PAIR]
+SHARDED = next(text for text in BLOCKS if "fully_shard" in text)  # runs in tests/fsdp_worker.py
+EXAMPLES = [text for text in BLOCKS if text not in (PAIR, SHARDED)]
 
 
 def test_the_two_calls_at_the_top_run_and_preserve_the_function():
@@ -119,7 +120,7 @@ def things():
 
 
 def test_there_are_five_loops_of_under_ten_lines():
-    assert len(LOOPS) == 5 and all(len(text.splitlines()) < 10 for text in LOOPS)
+    assert len(LOOPS) == 5 and all(len(text.splitlines()) < 10 for text in (*LOOPS, SHARDED))
 
 
 def test_the_plain_loop():

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from models import batch, loss_of, make
 from scheduled import WIDER, optimizer, run, same_weights
 
@@ -161,6 +162,22 @@ def test_schedulers_that_cannot_be_rewound_are_refused_when_attached(build, matc
     optim = optimizer(model)
     with pytest.raises(PlanError, match=match):
         GrowthSchedule([At(step=2, rewind=2.0)]).attach(model, optim, build(optim))
+
+
+def without_rate(params):
+    return transformers.optimization.Adafactor(params, relative_step=True, warmup_init=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [(without_rate, "no learning rate"), (torch.optim.Rprop, "do not follow"), (torch.optim.ASGD, "do not follow")],
+)  # fmt: skip
+def test_rates_that_cannot_rise_are_refused_when_attached(kind, match):
+    model = make("llama", tied=True)
+    optim = kind(model.parameters())
+    with pytest.raises(PlanError, match=match):
+        GrowthSchedule([At(step=2, rewarm=3)]).attach(model, optim)
+    GrowthSchedule([At(step=2)]).attach(model, optim)
 
 
 def test_accumulated_gradients_are_stepped_once_at_the_lower_rate():

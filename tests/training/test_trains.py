@@ -319,6 +319,52 @@ def test_reentrant_checkpointing_is_refused_and_the_other_kind_is_exact():
     assert all(torch.equal(g, expected[3][name]) for name, g in found[3].items())
 
 
+@pytest.mark.parametrize("to", [{"layers": 4}, None])
+def test_an_event_whose_choice_is_not_possible_changes_nothing(to):
+    model = deep("llama", True, 2)
+    optim = optimizer(model)
+    schedule = GrowthSchedule([At(step=2, to=to, trains=trains.Top(1))])
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(PlanError, match="layers.0 is under reentrant"):
+        schedule.attach(model, optim)
+    model.activation_checkpointing_disable()
+    schedule.attach(model, optim)
+    train(model, optim, 1)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+
+    with pytest.raises(UnsupportedModelError, match="layers.0 is under reentrant"):
+        train(model, optim, 1)
+
+    assert not schedule.fired and len(model.model.layers) == 2
+    assert all(p.requires_grad for p in model.parameters())
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    train(model, optim, 1)
+    assert schedule.fired == [3] and len(model.model.layers) == (4 if to else 2)
+
+
+def test_parameters_that_train_and_are_in_no_optimizer_are_named(caplog):
+    model = deep("llama", False, 2)
+    trains.Top(1).apply(model)
+    optim = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    GrowthSchedule([At(step=1, to=None)], trains=trains.Top(1)).attach(model, optim)
+    assert "in no optimizer" not in caplog.text
+
+    train(model, optim, 1)
+
+    assert re.search(r"All\(\): 10 parameters train and are in no optimizer \(model.embed_tokens.weight\)", caplog.text)  # fmt: skip
+
+
+def test_a_shrinking_that_drops_all_that_trains_is_refused():
+    model = deep("llama", True, 4)
+    trains.Top(2).apply(model)
+    with pytest.raises(GrowthError, match="the blocks that train would be dropped"):
+        growkern.shrink_inplace(model, to={"layers": 2})
+    assert len(model.model.layers) == 4 and sum(p.requires_grad for p in model.parameters()) < 39
+    trains.All().apply(model)
+    growkern.shrink_inplace(model, to={"layers": 2})
+    assert len(model.model.layers) == 2
+
+
 def test_a_gradient_from_below_is_refused_where_it_is_seen():
     model = deep("llama", True, 4)
     trains.Top(2).apply(model)

@@ -1,0 +1,340 @@
+"""What growth needs of ``torch.distributed.fsdp.fully_shard``. All private attributes of FSDP2 that growkern reads or writes are here.
+
+A sharded parameter is a ``DTensor``, and an ``FSDPParam`` has its sizes, its padded shard and its buffers. A growth gives the DTensor a new
+shard in place, and initializes the FSDPParam anew on a tensor without data, so that no process needs the whole target.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from growkern.distributed.shards import is_sharded
+from growkern.errors import PlanError, UnsupportedModelError
+from growkern.support.memory import Backup
+
+HOOKS = (
+    "_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+MARKS = "_is_fsdp_managed_module", "_fsdp_use_orig_params"
+STATE = (
+    "_fsdp_param_groups",
+    "_is_root",
+    "_state_ctx",
+    "_comm_ctx",
+    "_modules",
+    "_mp_policy",
+    "_auto_reshard_after_forward",
+    "_init_fqns",
+)
+GROUP = (
+    "fsdp_params", "mesh_info", "post_forward_mesh_info", "offload_policy", "comm_ctx", "_partial_reduce_output", "_module_fqn",
+    "_param_group_index", "_num_param_groups", "lazy_init",
+)  # fmt: skip
+PARAM = (
+    "sharded_param", "_sharded_param_data", "_orig_param_uid", "fsdp_placement", "mesh_info", "post_forward_mesh_info", "is_dtensor",
+    "padded_sharded_param_size", "_sharding_spec", "all_gather_outputs", "unsharded_accumulated_grad", "_module_info", "device",
+    "_init_sharded_param", "_init_sharded_post_forward_param_metadata", "_setattr_on_modules", "_init_extensions",
+)  # fmt: skip
+SETTINGS = (  # of a param group, which the user may have set after ``fully_shard``
+    "reduce_grads", "all_reduce_grads", "reshard_after_backward", "gradient_divide_factor", "force_sum_reduction_for_comms",
+    "reduce_scatter_unused_params", "reduce_scatter_max_input_buffers", "unshard_async_op", "unshard_in_backward", "_all_reduce_hook",
+    "_all_gather_comm", "_reduce_scatter_comm", "_all_reduce_hook_stream",
+)  # fmt: skip
+
+
+class FullySharded:
+    """The parameters of a model that ``fully_shard`` manages.
+
+    Attributes:
+        model: The model.
+        params: ``FSDPParam`` of every sharded parameter, by ``id`` of the parameter.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Find the parameters.
+
+        Raises:
+            UnsupportedModelError: This version of torch has other private attributes.
+        """
+        self.model = model
+        self.params: dict[int, Any] = {}
+        for state in _states(model):
+            _probe(state)
+        self.index(model)
+
+    def index(self, model: nn.Module) -> None:
+        """Find the ``FSDPParam`` of every parameter of a module."""
+        for state in _states(model):
+            for group in state._fsdp_param_groups:
+                self.params |= {id(one.sharded_param): one for one in group.fsdp_params}
+
+    @property
+    def plain(self) -> dict[int, Any]:
+        """Those of ``params`` that are sharded by ``fully_shard`` alone, without tensor parallelism below."""
+        return {key: one for key, one in self.params.items() if not one.is_dtensor}
+
+    def reshard(self) -> None:
+        """Free the gathered parameters, so that modules hold the sharded ones.
+
+        Raises:
+            PlanError: Gradients wait to be reduced.
+        """
+        for state in _states(self.model):
+            for group in state._fsdp_param_groups:
+                for one in group.fsdp_params:
+                    whole = getattr(one, "_unsharded_param", None)
+                    waits = (
+                        one.unsharded_accumulated_grad is not None
+                        or group._partial_reduce_output is not None
+                    )
+                    if waits or (whole is not None and whole.grad is not None):
+                        raise PlanError(
+                            "gradients wait to be reduced (set_requires_gradient_sync(False)): grow at an optimizer's step."
+                        )
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def swap(
+        self, p: Any, keep: Backup, swapped: Callable[[Tensor, Backup], Any]
+    ) -> tuple[Callable[[Tensor], object], Callable[[], object]]:
+        """Return a function that gives a parameter the storage of another tensor, and one that puts the old storage back."""
+        if id(p) not in self.params:
+            return swapped(p, keep)
+        one, held, spec = self.params[id(p)], p._local_tensor, p._spec
+        layout = held.shape, held.stride(), held.storage_offset()
+        before = keep(_storage(held))
+        kept: dict[str, Any] = {**one.__dict__}
+        n_data: int = kept.pop("_sharded_param_data").numel()
+
+        def back() -> None:
+            whole = before()
+            _set(p, DTensor(whole.as_strided(*layout), spec, requires_grad=False))  # pyright: ignore
+            vars(one).clear()
+            vars(one).update(kept)
+            one._sharded_param_data = whole[:n_data]
+            one._setattr_on_modules(p)
+
+        return lambda value: self._renew(one, p, value), back
+
+    def _renew(self, one: Any, p: Any, value: Any) -> nn.Parameter:
+        """Initialize an ``FSDPParam`` for a tensor of another size, whose shard is that of ``value``; return the parameter."""
+        uid, placement, local = one._orig_param_uid, one.fsdp_placement, value._local_tensor
+        like = nn.Parameter(
+            torch.empty(value.shape, dtype=value.dtype, device="meta"), p.requires_grad
+        )
+        one._init_sharded_param(like, one.device, _Placed({id(like): placement}), one.mesh_info)
+        if one.post_forward_mesh_info:
+            one._init_sharded_post_forward_param_metadata(like)
+        one._orig_param_uid = uid
+        one.all_gather_outputs, one.unsharded_accumulated_grad = [], None
+        vars(one).pop("_unsharded_param", None)
+        one._sharded_param_data = _storage(local)[: prod(one.padded_sharded_param_size)]
+        new = DTensor(local, one._sharding_spec, requires_grad=False)  # pyright: ignore
+        if p.is_meta:  # of a new block
+            p = nn.Parameter(new, p.requires_grad)
+        else:
+            _set(p, new)
+        one.sharded_param = p
+        one._setattr_on_modules(p)
+        one._init_extensions()
+        self.params[id(p)] = one
+        return p
+
+    def copied(
+        self, block: nn.Module, values: Mapping[str, Tensor], copy: Callable[[dict[str, Tensor]], nn.Module]
+    ) -> nn.Module:  # fmt: skip
+        """Copy a block with its ``fully_shard``.
+
+        Args:
+            block: The block.
+            values: Tensors of the copy by name.
+            copy: Function from tensors to a copy of the block's modules that has them.
+        """
+        blank = {
+            name: torch.empty(t.shape, dtype=t.dtype, device="meta") if is_sharded(t) else t
+            for name, t in values.items()
+        }
+        with _bare([m for m in block.modules() if isinstance(m, FSDPModule)]):
+            made = copy(blank)
+        for module in made.modules():
+            hooks: dict[int, Any] = module._load_state_dict_post_hooks  # pyright: ignore
+            for key in [
+                k for k, hook in hooks.items() if "FSDPParam" in getattr(hook, "__qualname__", "")
+            ]:
+                del hooks[key]
+        _shard_alike(made, block)
+        self.index(made)
+        for name, p in [*made.named_parameters()]:
+            if (one := self.params.get(id(p))) is not None:
+                self._renew(one, p, values[name])
+            elif is_sharded(values[name]):
+                raise UnsupportedModelError(
+                    f"cannot add blocks: {name} of a block is sharded with the model around it, and not with its block; apply fully_shard "
+                    "to every block before the model, as its documentation says."
+                )
+        return made
+
+    def join(self, set_list: Callable[[list[Any], list[Any]], object]) -> None:
+        """Make the states of new blocks members of the root's iteration, as its first forward would have.
+
+        Args:
+            set_list: Replaces the content of a list, so that it can be undone.
+        """
+        roots = [s for s in _states(self.model) if s._is_root]
+        for root in roots:
+            order = list(dict.fromkeys(_states(root._modules[0])))
+            for state in order:
+                if state is root or state._is_root is not None:
+                    continue
+                state._is_root = False
+                state._state_ctx, state._comm_ctx = root._state_ctx, root._comm_ctx
+                for i, group in enumerate(state._fsdp_param_groups):
+                    group.comm_ctx, group._param_group_index = root._comm_ctx, i
+                    group._num_param_groups = len(state._fsdp_param_groups)
+                    group.lazy_init()
+            set_list(root._state_ctx.all_states, order)
+            for state in order:
+                for group in state._fsdp_param_groups:
+                    group._module_fqn = None
+            root._init_fqns()
+
+
+def _storage(t: Any) -> Tensor:
+    """Return all elements in the storage of a tensor, in one dimension."""
+    return torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
+
+
+def _probe(state: Any) -> None:
+    """Raise UnsupportedModelError if a state of FSDP lacks an attribute that growth reads or writes."""
+    groups: list[Any] = [*getattr(state, "_fsdp_param_groups", ())]
+    params = [one for group in groups for one in group.fsdp_params[:1]]
+    for names, things in ((STATE, [state]), (GROUP, groups), (PARAM, params)):
+        for name in (name for name in names for thing in things if not hasattr(thing, name)):
+            raise UnsupportedModelError(
+                f"this torch's fully_shard is not one that growkern knows (attribute {name} is missing): grow the model "
+                "before it is sharded."
+            )
+
+
+class _KeepsNode(TorchDispatchMode):
+    """Ignores ``set_`` of the data: the autograd kernel above it drops the node that accumulates gradients of the old size."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.set_.source_Tensor:  # pyright: ignore
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _set(p: Any, new: Any) -> None:
+    """Give a DTensor parameter the size and the storage of another; the object, its hooks and its references stay."""
+    with torch.no_grad(), _KeepsNode():
+        torch.ops.aten.set_(p, new)  # pyright: ignore
+    p.data = new
+    p._local_tensor, p._spec = new._local_tensor, new._spec
+
+
+def _states(module: nn.Module) -> list[Any]:
+    """Return the states of FSDP in a module, each once."""
+    managed: list[Any] = [m for m in module.modules() if isinstance(m, FSDPModule)]
+    return [*dict.fromkeys(m._get_fsdp_state() for m in managed)]
+
+
+@contextmanager
+def _bare(wrapped: list[Any]) -> Generator[None]:
+    """Take FSDP off modules while they are copied."""
+    saved: list[tuple[Any, Any, dict[str, dict[Any, Any]], dict[Any, Any]]] = []
+    try:
+        for module in wrapped:
+            own: dict[Any, Any] = module.__dict__
+            state = module._get_fsdp_state()
+            hooks: dict[str, dict[Any, Any]] = {
+                name: dict(own[name]) for name in HOOKS if name in own
+            }
+            marks: dict[Any, Any] = {
+                k: own[k]
+                for k in [*own]
+                if not isinstance(k, str) or k in MARKS or "composable" in k.lower()
+            }
+            kind: Any = module.__class__
+            saved.append((module, kind, hooks, marks))
+            for key in marks:
+                del own[key]
+            for name, table in hooks.items():
+                for key, hook in table.items():
+                    if name.endswith("_hooks") and _is_of_fsdp(hook, state):
+                        del own[name][key]
+            module.__class__ = kind.__mro__[kind._orig_cls_mro_index]
+        yield
+    finally:
+        for module, kind, hooks, marks in saved:
+            module.__class__ = kind
+            vars(module).update(marks)
+            for name, table in hooks.items():
+                vars(module)[name].clear()
+                vars(module)[name].update(table)
+
+
+def _is_of_fsdp(hook: Any, state: Any) -> bool:
+    inner = getattr(hook, "hook", hook)
+    places = (str(getattr(h, "__module__", "")) for h in (hook, inner))
+    of_torch = any(place.startswith("torch.distributed.fsdp") for place in places)
+    return getattr(hook, "__self__", None) is state or of_torch
+
+
+def _shard_alike(made: nn.Module, block: nn.Module) -> None:
+    """Apply ``fully_shard`` to a copy of a block as it was applied to the block, innermost modules first."""
+    pairs: list[tuple[Any, Any]] = [*zip(made.modules(), block.modules(), strict=True)]
+    for new, old in reversed([pair for pair in pairs if isinstance(pair[1], FSDPModule)]):
+        state = old._get_fsdp_state()  # pyright: ignore
+        if len(state._modules) != 1 or len(state._fsdp_param_groups) > 1:
+            raise UnsupportedModelError(
+                "a block shares one fully_shard([...]) group with other modules, or has several meshes: wrap every block by itself."
+            )
+        for (
+            group
+        ) in state._fsdp_param_groups:  # one, or none in a module whose parts are all wrapped
+            fully_shard(
+                new, mesh=group.mesh_info.mesh, reshard_after_forward=_reshards(state, group),
+                shard_placement_fn=_Placed(dict(_placements(group, old, new))), mp_policy=state._mp_policy,
+                offload_policy=group.offload_policy,
+            )  # fmt: skip
+            (mine,) = new._get_fsdp_state()._fsdp_param_groups
+            for name in SETTINGS:
+                if hasattr(group, name):
+                    setattr(mine, name, getattr(group, name))
+
+
+class _Placed:
+    """A ``shard_placement_fn``: the placement of every parameter by its ``id``."""
+
+    def __init__(self, places: dict[int, Any]) -> None:
+        self.places = places
+
+    def __call__(self, p: nn.Parameter) -> Any:
+        return self.places.get(id(p))
+
+
+def _placements(group: Any, old: nn.Module, new: nn.Module) -> Iterator[tuple[int, Any]]:
+    """Yield the ``id`` of every parameter of a copy, and the placement that its original has."""
+    modules: list[tuple[str, nn.Module]] = [*old.named_modules()]  # pyright: ignore
+    paths = {id(module): path for path, module in modules}
+    for one in group.fsdp_params:
+        info = one._module_info
+        owner = new.get_submodule(paths[id(info.module)])
+        yield id(getattr(owner, info.param_name)), one.fsdp_placement
+
+
+def _reshards(state: Any, group: Any) -> bool | int | None:
+    if state._auto_reshard_after_forward:
+        return None
+    after = group.post_forward_mesh_info
+    return False if after is None else True if after is group.mesh_info else after.shard_mesh_size

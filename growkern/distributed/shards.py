@@ -1,0 +1,135 @@
+"""Tensors of which every process holds a part (``DTensor``). A part is a box: a range of coordinates along every axis."""
+
+import sys
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from growkern.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from growkern.distributed.fsdp import FullySharded
+
+Range = tuple[int, int]  # first coordinate, number of coordinates
+
+
+class Box(NamedTuple):
+    """The part of a tensor that a process holds.
+
+    Attributes:
+        ranges: Range of coordinates along every axis.
+        shape: Shape of the whole tensor.
+    """
+
+    ranges: tuple[Range, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The ranges as slices of the whole tensor."""
+        return tuple(slice(first, first + n) for first, n in self.ranges)
+
+    def rectangle(self, n_row_axes: int) -> tuple[Range, Range]:
+        """Return the ranges of rows and columns in the matrix whose rows are the first axes of the whole tensor, flattened.
+
+        Raises:
+            UnsupportedModelError: The box is no rectangle of this matrix.
+        """
+
+        def flat(axes: range) -> Range:
+            cut = [i for i in axes if self.ranges[i] != (0, self.shape[i])]
+            if cut and cut != [axes.start]:
+                raise UnsupportedModelError(
+                    f"a tensor of shape {self.shape} is sharded along axis {cut[-1]}, which growth cannot cut; shard it along axis "
+                    f"{axes.start}."
+                )
+            inner = prod(self.shape[i] for i in axes[1:])
+            first, n = self.ranges[axes.start] if len(axes) else (0, 1)
+            return first * inner, n * inner
+
+        return flat(range(n_row_axes)), flat(range(n_row_axes, len(self.shape)))
+
+
+def is_sharded(t: object) -> bool:
+    """True for a ``DTensor``; its module is imported with the first of them."""
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def fully_sharded(model: nn.Module) -> "FullySharded | None":
+    """Return the parameters of a model that ``fully_shard`` manages, sharded; None if it has none.
+
+    Raises:
+        PlanError: Gradients wait to be reduced.
+    """
+    module: Any = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(module, "FSDPModule", None)
+    if kind is None or not any(isinstance(m, kind) for m in model.modules()):
+        return None
+    from growkern.distributed.fsdp import FullySharded
+
+    shards = FullySharded(model)
+    shards.reshard()
+    shards.index(model)
+    return shards
+
+
+def local(t: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds, in the tensor's own memory; a plain tensor is its own part."""
+    with torch.no_grad():
+        return t.to_local() if is_sharded(t) else t  # pyright: ignore
+
+
+def box_of(like: Any, shape: Sequence[int]) -> Box:
+    """Return the box that this process holds of a tensor of ``shape`` with the mesh and the placements of another."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, first = compute_local_shape_and_global_offset(torch.Size(shape), like.device_mesh, like.placements)  # fmt: skip
+    return Box(tuple(zip(first, sizes, strict=True)), tuple(shape))
+
+
+def n_local(like: Tensor, shape: Sequence[int]) -> int:
+    """Return the number of elements that this process holds of a tensor of ``shape`` that is placed as another."""
+    return prod(n for _, n in box_of(like, shape).ranges) if is_sharded(like) else prod(shape)
+
+
+def part(like: Any, shape: Sequence[int]) -> Tensor:
+    """Return uninitialized memory for this process's box; along the first axis, with the padding that ``fully_shard`` has."""
+    held: Tensor = like.to_local()
+    (_, n_rows), *rest = box_of(like, shape).ranges
+    shards = [i for i, place in enumerate(like.placements) if place.is_shard()]
+    padded = n_rows
+    if len(shards) == 1 and like.placements[shards[0]].dim == 0:
+        padded = -(-shape[0] // like.device_mesh.size(shards[0]))
+    sizes = [n for _, n in rest]
+    if padded == n_rows:
+        return held.new_empty((n_rows, *sizes))
+    return held.new_zeros((padded, *sizes)).narrow(0, 0, n_rows)
+
+
+def joined(own: Tensor, like: Any, shape: Sequence[int]) -> Tensor:
+    """Return the parts of all processes as one tensor of ``shape``, placed as another. No data move."""
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(tuple(shape), device="meta").stride()
+    return DTensor.from_local(
+        own, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )  # fmt: skip
+
+
+class Gather:
+    """Gathers whole tensors, one at a time; ``vote`` is called before, so that no process waits for one that has failed."""
+
+    def __init__(self, vote: Callable[[], object]) -> None:
+        self._vote = vote
+
+    def whole(self, t: Any) -> Tensor:
+        """Return the whole of a tensor."""
+        if not is_sharded(t):
+            return t
+        self._vote()
+        full: Any = t.full_tensor()
+        return full.wait() if hasattr(full, "wait") else full

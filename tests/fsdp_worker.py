@@ -1,0 +1,339 @@
+"""Run every case of tests/distributed/test_fsdp.py in one process of a group, and save what each ended with."""
+
+import copy
+import re
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import VOCAB, exact_norms, loss_of, make
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.utils import clip_grad_norm_
+
+import growkern
+from growkern.commit import commit
+from growkern.execution import execute
+from growkern.model import describe
+
+STEPS, AT, PER_RANK = 8, 4, 2
+WIDER, BOTH = {"hidden": 48, "ffn": 80}, {"hidden": 48, "ffn": 80, "layers": 3}
+ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
+BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "gemma2": "model.layers"}
+
+
+def blocks_alone(model: nn.Module, family: str, **options: object) -> None:
+    for block in model.get_submodule(BLOCKS[family]):
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+
+
+def nested(model: nn.Module, family: str, **options: object) -> None:
+    for block in model.get_submodule(BLOCKS[family]):
+        fully_shard(block.self_attn, **options)
+    blocks_alone(model, family, **options)
+
+
+def grouped(model: nn.Module, family: str, **options: object) -> None:
+    fully_shard([model.model.norm, model.lm_head], **options)
+    blocks_alone(model, family, **options)
+
+
+def by_column(p: nn.Parameter) -> Shard | None:
+    return Shard(1) if p.dim() == 2 and p.shape[1] % 2 == 0 else None
+
+
+CASES = {  # growth; then family, optimizer, wrap, mesh, options of fully_shard
+    "wider": (dict(to=WIDER), {}),
+    "both": (dict(to=BOTH), {}),
+    "doubled": (dict(to={"hidden": 48, "layers": 4}), dict(family="gpt2")),
+    "uneven": (dict(to={"hidden": 36, "ffn": 41}, dynamics=None), {}),
+    "stacked": (dict(to={"layers": 4}, depth=growkern.depth.Stack()), {}),
+    "exact": (dict(to=BOTH, dynamics="exact", width=growkern.width.Lossless(noise=0)), {}),
+    "offset gains": (dict(to=WIDER, dynamics="exact", width=growkern.width.Lossless(noise=0)), dict(family="gemma2")),
+    "dropped": (dict(to=WIDER, state="drop"), {}),
+    "kept gathered": (dict(to=BOTH), dict(options=dict(reshard_after_forward=False))),
+    "nested": (dict(to=BOTH), dict(wrap=nested)),
+    "grouped": (dict(to=BOTH), dict(wrap=grouped)),
+    "columns": (dict(to=BOTH), dict(options=dict(shard_placement_fn=by_column))),
+    "momentum": (dict(to=BOTH), dict(optim=partial(torch.optim.SGD, lr=1e-2, momentum=0.9))),
+    "fused": (dict(to=BOTH), dict(optim=partial(ADAMW, fused=True))),
+    "offloaded": (dict(to=BOTH), dict(options=dict(offload_policy=CPUOffloadPolicy(pin_memory=False)))),
+    "hybrid": (dict(to=BOTH), dict(mesh=(2, 2))),
+}  # fmt: skip
+WORLDS = {
+    2: [case for case in CASES if case != "hybrid"],
+    4: ["both", "uneven", "exact", "hybrid"],
+}
+
+
+def joined(step: int, world: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, VOCAB, (world * PER_RANK, 16), generator=generator)
+
+
+def sharded(model: nn.Module, world: int, *, family="llama", wrap=blocks_alone, mesh=(), options=None) -> nn.Module:  # fmt: skip
+    names = ("replicate", "shard")[-len(mesh or (world,)) :]
+    made = init_device_mesh("cpu", mesh or (world,), mesh_dim_names=names)
+    wrap(model, family, mesh=made, **(options or {}))
+    return model
+
+
+def whole(t: torch.Tensor) -> torch.Tensor:
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def backward(model: nn.Module, step: int, rank: int | None, world: int) -> float:
+    ids = joined(step, world)
+    loss = loss_of(model, ids if rank is None else ids[rank * PER_RANK : (rank + 1) * PER_RANK])
+    loss.backward()
+    mean = loss.detach().clone()
+    if rank is not None:
+        dist.all_reduce(mean)
+        mean /= world
+    return float(mean)
+
+
+def step_of(model: nn.Module, optim: torch.optim.Optimizer, step: int, rank: int | None, world: int) -> float:  # fmt: skip
+    loss = backward(model, step, rank, world)
+    optim.step()
+    optim.zero_grad()
+    return loss
+
+
+def run(case: str, rank: int | None, world: int) -> dict[str, object]:
+    """Train with a growth; where ``rank`` is None, one process trains on the joined batch."""
+    growth, how = CASES[case]
+    how = dict(how)
+    family, optim_of = how.get("family", "llama"), how.pop("optim", ADAMW)
+    model = make(family, tied=family == "gpt2").double()
+    if rank is not None:
+        sharded(model, world, **how)
+    optim = optim_of(model.parameters())
+    kept, losses, found = {id(p) for p in model.parameters()}, list[float](), dict[str, object]()
+    for step in range(STEPS):
+        losses.append(step_of(model, optim, step, rank, world))
+        if step == AT:
+            report = growkern.expand_inplace(model, optim, **growth)
+            own = {id(p) for p in model.parameters()}
+            found |= {"kept": kept <= own, "preserves": report.preserves}
+            found["state"] = {
+                (name, key): whole(value).clone()
+                for name, p in model.named_parameters()
+                for key, value in optim.state.get(p, {}).items()
+            }
+            managed = [m for m in model.modules() if isinstance(m, FSDPModule)]
+            found["managed"] = len(managed)
+    weights = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    return found | {"losses": losses, "weights": weights}
+
+
+def scheduled(rank: int | None, world: int) -> dict[str, object]:
+    """Grow twice in hooks of the optimizer, where gradients are in flight, under clipping and a cosine."""
+    model = make("llama", tied=False).double()
+    if rank is not None:
+        sharded(model, world)
+    optim = ADAMW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optim, 20)
+    events = [growkern.At(step=2, to=WIDER), growkern.At(step=5, to={"layers": 3})]
+    schedule = growkern.GrowthSchedule(events)
+    schedule.attach(model, optim, scheduler)
+    losses = []
+    for step in range(STEPS):
+        losses.append(backward(model, step, rank, world))
+        clip_grad_norm_(model.parameters(), 1.0)
+        optim.step()
+        scheduler.step()
+        optim.zero_grad()
+    weights = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    return {"losses": losses, "weights": weights, "fired": schedule.fired}
+
+
+def refilled(rank: int, world: int, policy: MixedPrecisionPolicy) -> list[tuple[float, float]]:
+    """Grow, and build the target anew with the grown shards; return the losses of both from then on."""
+    how = dict(options=dict(mp_policy=policy))
+    grown = sharded(make("llama", tied=False), world, **how)
+    optim = ADAMW(grown.parameters())
+    for step in range(3):
+        step_of(grown, optim, step, rank, world)
+    growkern.expand_inplace(grown, optim, to=BOTH, dynamics=None)
+
+    fresh = sharded(type(grown).__mro__[2](copy.deepcopy(grown.config)), world, **how)
+    other = ADAMW(fresh.parameters())
+    with torch.no_grad():
+        for p, q in zip(fresh.parameters(), grown.parameters(), strict=True):
+            p.to_local().copy_(q.to_local())
+            other.state[p] = {k: v.clone() for k, v in optim.state[q].items()}
+    return [(step_of(grown, optim, i, rank, world), step_of(fresh, other, i, rank, world)) for i in range(10)]  # fmt: skip
+
+
+def from_readme(world: int) -> tuple[int, int]:
+    """Run the loop of README; return the width of the grown model, and the number of its managed modules."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (loop,) = (
+        block
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        if "fully_shard" in block
+    )
+    model = make("llama", tied=False)
+    names = {"model": model, "batches": [joined(i, 1) for i in range(4)], "growkern": growkern}
+    mesh = init_device_mesh("cpu", (world,))
+    exec(
+        loop.replace("1000", "2"),
+        names | {"torch": torch, "fully_shard": partial(fully_shard, mesh=mesh)},
+    )
+    return model.config.hidden_size, sum(isinstance(m, FSDPModule) for m in model.modules())
+
+
+def resumed(rank: int, world: int) -> list[tuple[float, float]]:
+    """Save a grown run by torch, load it into a model of the starting sizes, and return the losses of both from then on."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    whole = sharded(make("llama", tied=False), world)
+    optim = ADAMW(whole.parameters())
+    step_of(whole, optim, 0, rank, world)
+    growkern.expand_inplace(whole, optim, to=BOTH)
+    step_of(whole, optim, 1, rank, world)
+    saved = copy.deepcopy(get_state_dict(whole, optim))
+    history = whole.config.growkern_history
+
+    model = sharded(make("llama", tied=False, seed=1), world)
+    other = ADAMW(model.parameters())
+    growkern.resume(model, other, history)
+    set_state_dict(model, other, model_state_dict=saved[0], optim_state_dict=saved[1])
+    return [(step_of(whole, optim, i, rank, world), step_of(model, other, i, rank, world)) for i in range(2, 6)]  # fmt: skip
+
+
+@contextmanager
+def broken(owner: object, name: str):
+    sound = getattr(owner, name)
+
+    def raises(*_: object, **__: object) -> None:
+        raise RuntimeError("boom")
+
+    setattr(owner, name, raises)
+    try:
+        yield
+    finally:
+        setattr(owner, name, sound)
+
+
+REFUSED = {  # what, and the error
+    "trains": "trains=: who trains cannot be chosen yet in a sharded model",
+    "a plain parameter": "norm.weight: is not sharded, and other parameters are",
+    "an unknown torch": "attribute fsdp_placement is missing",
+    "waiting": "gradients wait to be reduced",
+    "lean": "memory='lean', which is not supported yet",
+    "average": "ema=, which is not supported yet",
+    "masters": "master_weights=, which is not supported yet",
+    "drawn": "depth.Fresh initializes whole blocks",
+    "perturbed": "ShrinkPerturb.* perturbs whole matrices",
+    "tensor parallel": "up_proj.weight: is a DTensor that fully_shard alone has not made",
+    "one group": "apply fully_shard to every block before the model",
+}
+PLACES = {
+    "describe": (describe, "_misshapen"), "execute": (execute, "_run"), "commit": (commit, "_attributes"), "copy": (commit, "copied"),
+}  # fmt: skip
+
+
+def shards(model: nn.Module, optim: torch.optim.Optimizer) -> list[torch.Tensor]:
+    state = [v for p in model.parameters() for v in optim.state[p].values()]
+    return [(t.to_local() if hasattr(t, "to_local") else t).detach().clone() for t in (*model.parameters(), *state)]  # fmt: skip
+
+
+def failed(rank: int, world: int, where: str) -> dict[str, object]:
+    """Fail in one process at one place."""
+    model = sharded(make("llama", tied=False).double(), world)
+    optim = ADAMW(model.parameters())
+    step_of(model, optim, 0, rank, world)
+    before, error = shards(model, optim), "nothing"
+    with broken(*PLACES[where]) if rank == world - 1 else contextmanager(lambda: (yield))():
+        try:
+            growkern.expand_inplace(model, optim, to=BOTH)
+        except (growkern.errors.GrowthError, RuntimeError) as raised:
+            error = str(raised)
+    after = shards(model, optim)
+    same = all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
+    return {"error": error, "same": same, "loss": step_of(model, optim, 1, rank, world)}
+
+
+def refused(rank: int, world: int, what: str) -> str:
+    model, options = make("llama", tied=False), dict(to=BOTH)
+    if what == "tensor parallel":
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+        parallelize_module(model.model.layers[0].mlp, mesh, {"up_proj": ColwiseParallel()})
+    elif what == "a plain parameter":
+        gain = model.model.norm.weight
+        sharded(model, world, options=dict(ignored_params={gain}))
+    else:
+        whole_model = lambda m, _, **o: fully_shard(m, **o)  # noqa: E731
+        sharded(model, world, wrap=whole_model if what == "one group" else blocks_alone)
+    optim = ADAMW(model.parameters())
+    if what == "waiting":
+        model.set_requires_gradient_sync(False)
+        backward(model, 0, rank, world)
+    if what == "an unknown torch":
+        for state in (m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule)):
+            for group in state._fsdp_param_groups:
+                del group.fsdp_params[0].fsdp_placement
+    if what == "trains":
+        schedule = growkern.GrowthSchedule([growkern.At(step=1, trains=growkern.trains.Top(1))])
+        try:
+            schedule.attach(model, optim)
+        except growkern.errors.PlanError as error:
+            return str(error)
+    if what == "lean":
+        options["memory"] = "lean"
+    if what == "average":
+        average = torch.optim.swa_utils.AveragedModel(make("llama", tied=False))
+        options["ema"] = average
+    if what == "masters":
+        options["master_weights"] = {
+            p: nn.Parameter(p.detach().clone()) for p in model.parameters()
+        }
+        optim = ADAMW(options["master_weights"].values())
+    if what == "drawn":
+        options["depth"] = growkern.depth.Fresh()
+    if what == "perturbed":
+        options |= dict(to=WIDER, width=growkern.width.ShrinkPerturb(), state="drop")
+    try:
+        growkern.expand_inplace(model, optim, **options)
+    except growkern.errors.GrowthError as error:
+        return str(error)
+    return "nothing"
+
+
+def main(folder: Path, rank: int, world: int) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder / 'store'}"
+    patience = timedelta(seconds=300)  # a process that waits for another in vain fails
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=world, timeout=patience
+    )
+    found: dict[object, object] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        exact_norms(patch)
+        for case in WORLDS[world]:
+            found[case] = run(case, rank, world)
+            if rank == 0:
+                found["alone", case] = run(case, None, world)
+        found["scheduled"] = scheduled(rank, world)
+        if rank == 0:
+            found["alone", "scheduled"] = scheduled(None, world)
+    for where in PLACES:
+        found["failed", where] = failed(rank, world, where)
+    for name, policy in {"fp32": {}, "bf16": dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}.items():  # fmt: skip
+        found["refilled", name] = refilled(rank, world, MixedPrecisionPolicy(**policy))
+    for what in REFUSED:
+        found["refused", what] = refused(rank, world, what)
+    found["resumed"] = resumed(rank, world)
+    found["README"] = from_readme(world)
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
