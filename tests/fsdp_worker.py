@@ -56,8 +56,8 @@ CASES = {  # growth; then family, optimizer, wrap, mesh, options of fully_shard
     "doubled": (dict(to={"hidden": 48, "layers": 4}), dict(family="gpt2")),
     "uneven": (dict(to={"hidden": 36, "ffn": 41}, dynamics=None), {}),
     "stacked": (dict(to={"layers": 4}, depth=growkern.depth.Stack()), {}),
-    "exact": (dict(to=BOTH, dynamics="exact", width=growkern.width.Lossless(noise=0)), {}),
-    "offset gains": (dict(to=WIDER, dynamics="exact", width=growkern.width.Lossless(noise=0)), dict(family="gemma2")),
+    "exact": (dict(to={"hidden": 36, "ffn": 60, "layers": 3}, dynamics="exact", width=growkern.width.Lossless(noise=0)), {}),
+    "offset gains": (dict(to={"hidden": 36}, dynamics="exact", width=growkern.width.Lossless(noise=0)), dict(family="gemma2")),
     "dropped": (dict(to=WIDER, state="drop"), {}),
     "kept gathered": (dict(to=BOTH), dict(options=dict(reshard_after_forward=False))),
     "nested": (dict(to=BOTH), dict(wrap=nested)),
@@ -131,8 +131,17 @@ def run(case: str, rank: int | None, world: int) -> dict[str, object]:
             }
             managed = [m for m in model.modules() if isinstance(m, FSDPModule)]
             found["managed"] = len(managed)
+            if case == "both":
+                found["resharded"] = resharded(model, joined(step, world))
     weights = {name: whole(p.detach()) for name, p in model.named_parameters()}
     return found | {"losses": losses, "weights": weights}
+
+
+def resharded(model: nn.Module, ids: torch.Tensor) -> list[bool]:
+    """Return, per block, whether its parameters are sharded again after a forward; those of a root of its own would not be."""
+    with torch.no_grad():
+        model(ids)
+    return [all(hasattr(p, "full_tensor") for p in block.parameters()) for block in model.model.layers]  # fmt: skip
 
 
 def scheduled(rank: int | None, world: int) -> dict[str, object]:

@@ -628,8 +628,6 @@ MUTANTS = {
         "execution/test_boxes.py -k random"),
     "boxes: indices of the first coordinates": Mutant(
         "execution/boxes.py", "return src, index[at]", "return src, index[: len(index[at])]", "execution/test_boxes.py -k random"),
-    "fsdp: new blocks are roots of their own": Mutant(
-        "commit/commit.py", "        shards.join(undo.set_list)\n", "        pass\n", "distributed/test_fsdp.py"),
     "fsdp: buffers of the old size stay": Mutant(
         "distributed/fsdp.py", "        one.all_gather_outputs, one.unsharded_accumulated_grad = [], None\n", "",
         "distributed/test_fsdp.py"),

@@ -55,6 +55,7 @@ def test_new_blocks_are_sharded_as_their_sources_are(n, found_in):
 
     for rank in range(n):
         assert found[rank]["both"]["managed"] == 4  # three blocks and the model
+        assert found[rank]["both"]["resharded"] == [True] * 3
         if "nested" in WORLDS[n]:
             assert found[rank]["nested"]["managed"] == 7
 
