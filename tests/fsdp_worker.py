@@ -15,7 +15,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.utils import clip_grad_norm_
 
 import growkern
@@ -133,6 +132,8 @@ def run(case: str, rank: int | None, world: int) -> dict[str, object]:
             found["managed"] = len(managed)
             if case == "both":
                 found["resharded"] = resharded(model, joined(step, world))
+    states = [m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule)]
+    found["roots"] = sum(bool(state._is_root) for state in states)
     weights = {name: whole(p.detach()) for name, p in model.named_parameters()}
     return found | {"losses": losses, "weights": weights}
 
@@ -162,7 +163,8 @@ def scheduled(rank: int | None, world: int) -> dict[str, object]:
         scheduler.step()
         optim.zero_grad()
     weights = {name: whole(p.detach()) for name, p in model.named_parameters()}
-    return {"losses": losses, "weights": weights, "fired": schedule.fired}
+    found = {"kept": True, "preserves": None, "state": {}}
+    return found | {"losses": losses, "weights": weights, "fired": schedule.fired}
 
 
 def refilled(rank: int, world: int, policy: MixedPrecisionPolicy) -> list[tuple[float, float]]:
@@ -244,7 +246,6 @@ REFUSED = {  # what, and the error
     "masters": "master_weights=, which is not supported yet",
     "drawn": "depth.Fresh initializes whole blocks",
     "perturbed": "ShrinkPerturb.* perturbs whole matrices",
-    "tensor parallel": "up_proj.weight: is a DTensor that fully_shard alone has not made",
     "one group": "apply fully_shard to every block before the model",
 }
 PLACES = {
@@ -275,10 +276,7 @@ def failed(rank: int, world: int, where: str) -> dict[str, object]:
 
 def refused(rank: int, world: int, what: str) -> str:
     model, options = make("llama", tied=False), dict(to=BOTH)
-    if what == "tensor parallel":
-        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
-        parallelize_module(model.model.layers[0].mlp, mesh, {"up_proj": ColwiseParallel()})
-    elif what == "a plain parameter":
+    if what == "a plain parameter":
         gain = model.model.norm.weight
         sharded(model, world, options=dict(ignored_params={gain}))
     else:

@@ -620,7 +620,7 @@ MUTANTS = {
         "training/attachment.py", "                refuse_choice(self.model)", "                ()",
         "training/test_trains.py -k choice_is_not_possible"),
     "fsdp: parameters of one process grow": Mutant(
-        "engine/sharded.py", "if shards is not None and not is_sharded(p):", "if False:", "distributed/test_fsdp.py"),
+        "engine/sharded.py", "if shards is not None and id(p) not in shards.params", "if False", "distributed/test_fsdp.py"),
     "boxes: the noise of a part begins anew": Mutant(
         "execution/boxes.py", "first_id=copy.first_id + start,", "first_id=copy.first_id,", "execution/test_boxes.py -k default"),
     "boxes: a part has the scales of the first coordinates": Mutant(
@@ -634,13 +634,21 @@ MUTANTS = {
     "fsdp: gradients that wait are lost": Mutant(
         "distributed/fsdp.py", "if waits or (whole is not None", "if False and (whole is not None", "distributed/test_fsdp.py"),
     "fsdp: a rollback leaves the grown shard": Mutant(
-        "distributed/fsdp.py", "            _set(p, DTensor(whole", "            (p, DTensor(whole", "distributed/test_fsdp.py"),
+        "distributed/storage.py", "set_shard(p, whole.as_strided(*layout), spec)", "whole.as_strided(*layout)", "distributed/test_fsdp.py"),
     "fsdp: gains shift by those of the first shard": Mutant(
         "execution/execute.py", "shift[box.slices[0]]", "shift[: len(target)]", "distributed/test_fsdp.py"),
     "fsdp: factors of the first shard": Mutant(
         "optimizer/factors.py", "(f[at[i]] if", "(f[: at[i].stop - at[i].start] if", "distributed/test_fsdp.py"),
-    "fsdp: tensor parallelism grows": Mutant(
-        "engine/sharded.py", "if is_sharded(p) and id(p) not in managed:", "if False:", "distributed/test_fsdp.py"),
+    "fsdp: new blocks are roots of their own": Mutant(
+        "commit/commit.py", "        shards.join(undo.set_list)\n", "        pass\n", "distributed/test_fsdp.py"),
+    "tensor parallel: a half of a head": Mutant(
+        "model/spec.py", 'if "head_dim" not in str(c)]', "]", "distributed/test_tensor_parallel.py"),
+    "tensor parallel: rows of fully_shard must divide": Mutant(
+        "distributed/fsdp.py", "return one is not None and one.fsdp", "return False and one.fsdp", "distributed/test_fsdp.py"),
+    "tensor parallel: sizes need not divide": Mutant(
+        "engine/sharded.py", "if after % n_parts and not", "if False and not", "distributed/test_tensor_parallel.py"),
+    "tensor parallel: the padding of the whole": Mutant(
+        "distributed/shards.py", 'if getattr(place, "dim", None) == 0)', "if place.is_shard())", "distributed/test_tensor_parallel.py"),
     "first blocks: any group takes them": Mutant(
         "engine/first_blocks.py", "[i for i in filled if p.dim() in dims[i]]", "filled[:1]",
         "engine/test_first_blocks.py -k as_many_dimensions"),

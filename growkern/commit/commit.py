@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import FunctionType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
@@ -20,18 +20,8 @@ from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.support.interrupts import uninterrupted
 from growkern.support.named_tensors import Tensors
 
-
-class Shards(Protocol):
-    """``growkern.distributed.fsdp.FullySharded``, as far as a commit uses it."""
-
-    def copied(
-        self, block: nn.Module, values: Mapping[str, Tensor], copy: Callable[[dict[str, Tensor]], nn.Module]
-    ) -> nn.Module:  # fmt: skip
-        """Copy a block with its ``fully_shard``."""
-        ...
-
-    def join(self, set_list: Callable[[list[Any], list[Any]], object]) -> None:
-        """Make new blocks members of the root's iteration."""
+if TYPE_CHECKING:
+    from growkern.distributed.fsdp import FullySharded
 
 
 def commit(
@@ -45,7 +35,7 @@ def commit(
     undo: Undo,
     before_finalize: Callable[[], bool] = lambda: False,
     init: initial.Initialize | None = None,
-    shards: Shards | None = None,
+    shards: "FullySharded | None" = None,
 ) -> None:
     """Turn the model and its optimizers into the target, or leave them bitwise unchanged.
 
@@ -94,7 +84,7 @@ def _model(
     held: list[int],
     record: str,
     init: initial.Initialize | None,
-    shards: Shards | None = None,
+    shards: "FullySharded | None" = None,
 ) -> None:
     """Write one model and its optimizers."""
     source = dict(model.named_parameters(remove_duplicate=False))
@@ -122,7 +112,7 @@ def _model(
 
 
 def _new_blocks(
-    plan: GrowthPlan, path: str, staged: Tensors, model: nn.Module, shards: Shards | None
+    plan: GrowthPlan, path: str, staged: Tensors, model: nn.Module, shards: "FullySharded | None"
 ) -> list[nn.Module]:  # fmt: skip
     """All blocks of a target stack: live blocks, and for new blocks copies of the modules (not of their tensors)."""
     live = [m for m in model.get_submodule(path)._modules.values() if m is not None]  # pyright: ignore[reportPrivateUsage]

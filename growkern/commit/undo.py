@@ -4,34 +4,17 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
+from growkern.distributed.storage import Swap, swapped
 from growkern.errors import CommitError
 from growkern.support.interrupts import uninterrupted
 from growkern.support.memory import Backup, keep_on_device
 
 ATTEMPTS = 2
-Swap = tuple[Callable[[Tensor], object], Callable[[], object]]  # write, put back
 
 K = TypeVar("K")
 V = TypeVar("V")
-
-
-def swapped(p: Tensor, keep: Backup) -> Swap:
-    """Return a function that gives a tensor the storage of another, and one that puts the old storage back."""
-    before = keep(p.detach())
-
-    def back() -> None:
-        with torch.no_grad():
-            p.set_(torch.empty(0, dtype=p.dtype, device=p.device))  # pyright: ignore[reportArgumentType]  # frees memory for the source
-            p.set_(before())  # pyright: ignore[reportArgumentType]
-
-    def write(value: Tensor) -> None:
-        with torch.no_grad():
-            p.set_(value)  # pyright: ignore[reportArgumentType]
-
-    return write, back
 
 
 @dataclass
@@ -40,7 +23,7 @@ class Undo:
 
     Attributes:
         keep: Backs up tensors that are replaced.
-        swap: Exchanges the storage of a parameter; see ``swapped``.
+        swap: Exchanges the storage of a parameter; see ``distributed.storage.swapped``.
     """
 
     keep: Backup = keep_on_device

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from growkern.distributed.shards import is_sharded
+from growkern.distributed.shards import box_of, is_sharded, joined
+from growkern.distributed.storage import Swap, kept_shard, set_shard, swapped, whole_storage
 from growkern.errors import PlanError, UnsupportedModelError
 from growkern.support.memory import Backup
 
@@ -39,9 +39,10 @@ GROUP = (
     "_param_group_index", "_num_param_groups", "lazy_init",
 )  # fmt: skip
 PARAM = (
-    "sharded_param", "_sharded_param_data", "_orig_param_uid", "fsdp_placement", "mesh_info", "post_forward_mesh_info", "is_dtensor",
+    "sharded_param", "_sharded_param_data", "_orig_param_uid", "fsdp_placement", "mesh_info", "post_forward_mesh_info",
     "padded_sharded_param_size", "_sharding_spec", "all_gather_outputs", "unsharded_accumulated_grad", "_module_info", "device",
     "_init_sharded_param", "_init_sharded_post_forward_param_metadata", "_setattr_on_modules", "_init_extensions",
+    "_unsharded_dtensor_spec",
 )  # fmt: skip
 SETTINGS = (  # of a param group, which the user may have set after ``fully_shard``
     "reduce_grads", "all_reduce_grads", "reshard_after_backward", "gradient_divide_factor", "force_sum_reduction_for_comms",
@@ -76,10 +77,12 @@ class FullySharded:
             for group in state._fsdp_param_groups:
                 self.params |= {id(one.sharded_param): one for one in group.fsdp_params}
 
-    @property
-    def plain(self) -> dict[int, Any]:
-        """Those of ``params`` that are sharded by ``fully_shard`` alone, without tensor parallelism below."""
-        return {key: one for key, one in self.params.items() if not one.is_dtensor}
+    def pads(self, p: Tensor, mesh_dim: int) -> bool:
+        """True for a dimension of a parameter's mesh along which ``fully_shard`` shards rows, and pads them."""
+        one = self.params.get(id(p))
+        return (
+            one is not None and one.fsdp_placement.dim == 0 and mesh_dim < one.mesh_info.mesh.ndim
+        )
 
     def reshard(self) -> None:
         """Free the gathered parameters, so that modules hold the sharded ones.
@@ -103,21 +106,16 @@ class FullySharded:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def swap(
-        self, p: Any, keep: Backup, swapped: Callable[[Tensor, Backup], Any]
-    ) -> tuple[Callable[[Tensor], object], Callable[[], object]]:
+    def swap(self, p: Any, keep: Backup) -> Swap:
         """Return a function that gives a parameter the storage of another tensor, and one that puts the old storage back."""
         if id(p) not in self.params:
             return swapped(p, keep)
-        one, held, spec = self.params[id(p)], p._local_tensor, p._spec
-        layout = held.shape, held.stride(), held.storage_offset()
-        before = keep(_storage(held))
+        one, before = self.params[id(p)], kept_shard(p, keep)
         kept: dict[str, Any] = {**one.__dict__}
         n_data: int = kept.pop("_sharded_param_data").numel()
 
         def back() -> None:
             whole = before()
-            _set(p, DTensor(whole.as_strided(*layout), spec, requires_grad=False))  # pyright: ignore
             vars(one).clear()
             vars(one).update(kept)
             one._sharded_param_data = whole[:n_data]
@@ -128,21 +126,20 @@ class FullySharded:
     def _renew(self, one: Any, p: Any, value: Any) -> nn.Parameter:
         """Initialize an ``FSDPParam`` for a tensor of another size, whose shard is that of ``value``; return the parameter."""
         uid, placement, local = one._orig_param_uid, one.fsdp_placement, value._local_tensor
-        like = nn.Parameter(
-            torch.empty(value.shape, dtype=value.dtype, device="meta"), p.requires_grad
-        )
+        like = nn.Parameter(_blank(one, value), p.requires_grad)
         one._init_sharded_param(like, one.device, _Placed({id(like): placement}), one.mesh_info)
         if one.post_forward_mesh_info:
             one._init_sharded_post_forward_param_metadata(like)
         one._orig_param_uid = uid
         one.all_gather_outputs, one.unsharded_accumulated_grad = [], None
         vars(one).pop("_unsharded_param", None)
-        one._sharded_param_data = _storage(local)[: prod(one.padded_sharded_param_size)]
-        new = DTensor(local, one._sharding_spec, requires_grad=False)  # pyright: ignore
+        one._sharded_param_data = whole_storage(local)[: prod(one.padded_sharded_param_size)]
         if p.is_meta:  # of a new block
-            p = nn.Parameter(new, p.requires_grad)
+            p = nn.Parameter(
+                DTensor(local, one._sharding_spec, requires_grad=False), p.requires_grad
+            )  # pyright: ignore
         else:
-            _set(p, new)
+            set_shard(p, local, one._sharding_spec)
         one.sharded_param = p
         one._setattr_on_modules(p)
         one._init_extensions()
@@ -159,10 +156,8 @@ class FullySharded:
             values: Tensors of the copy by name.
             copy: Function from tensors to a copy of the block's modules that has them.
         """
-        blank = {
-            name: torch.empty(t.shape, dtype=t.dtype, device="meta") if is_sharded(t) else t
-            for name, t in values.items()
-        }
+        own = {name: self.params.get(id(p)) for name, p in block.named_parameters()}
+        blank = {n: t if (one := own.get(n)) is None else _blank(one, t) for n, t in values.items()}
         with _bare([m for m in block.modules() if isinstance(m, FSDPModule)]):
             made = copy(blank)
         for module in made.modules():
@@ -208,9 +203,13 @@ class FullySharded:
             root._init_fqns()
 
 
-def _storage(t: Any) -> Tensor:
-    """Return all elements in the storage of a tensor, in one dimension."""
-    return torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
+def _blank(one: Any, value: Tensor) -> Tensor:
+    """Return a tensor without data of the size of another, placed as the parameter of an ``FSDPParam`` was before ``fully_shard``."""
+    spec = one._unsharded_dtensor_spec
+    if spec is None:
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+    own = torch.empty(box_of(spec, value.shape).sizes, dtype=value.dtype, device="meta")
+    return joined(own, spec, value.shape)
 
 
 def _probe(state: Any) -> None:
@@ -223,23 +222,6 @@ def _probe(state: Any) -> None:
                 f"this torch's fully_shard is not one that growkern knows (attribute {name} is missing): grow the model "
                 "before it is sharded."
             )
-
-
-class _KeepsNode(TorchDispatchMode):
-    """Ignores ``set_`` of the data: the autograd kernel above it drops the node that accumulates gradients of the old size."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.set_.source_Tensor:  # pyright: ignore
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
-def _set(p: Any, new: Any) -> None:
-    """Give a DTensor parameter the size and the storage of another; the object, its hooks and its references stay."""
-    with torch.no_grad(), _KeepsNode():
-        torch.ops.aten.set_(p, new)  # pyright: ignore
-    p.data = new
-    p._local_tensor, p._spec = new._local_tensor, new._spec
 
 
 def _states(module: nn.Module) -> list[Any]:

@@ -32,6 +32,11 @@ class Box(NamedTuple):
         """The ranges as slices of the whole tensor."""
         return tuple(slice(first, first + n) for first, n in self.ranges)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Shape of the part."""
+        return [n for _, n in self.ranges]
+
     def rectangle(self, n_row_axes: int) -> tuple[Range, Range]:
         """Return the ranges of rows and columns in the matrix whose rows are the first axes of the whole tensor, flattened.
 
@@ -57,6 +62,11 @@ def is_sharded(t: object) -> bool:
     """True for a ``DTensor``; its module is imported with the first of them."""
     module: Any = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
+
+
+def has_shards(model: nn.Module) -> bool:
+    """True for a model with a parameter that is a ``DTensor``."""
+    return any(map(is_sharded, model.parameters()))
 
 
 def fully_sharded(model: nn.Module) -> "FullySharded | None":
@@ -93,18 +103,16 @@ def box_of(like: Any, shape: Sequence[int]) -> Box:
 
 def n_local(like: Tensor, shape: Sequence[int]) -> int:
     """Return the number of elements that this process holds of a tensor of ``shape`` that is placed as another."""
-    return prod(n for _, n in box_of(like, shape).ranges) if is_sharded(like) else prod(shape)
+    return prod(box_of(like, shape).sizes) if is_sharded(like) else prod(shape)
 
 
 def part(like: Any, shape: Sequence[int]) -> Tensor:
     """Return uninitialized memory for this process's box; along the first axis, with the padding that ``fully_shard`` has."""
     held: Tensor = like.to_local()
-    (_, n_rows), *rest = box_of(like, shape).ranges
-    shards = [i for i, place in enumerate(like.placements) if place.is_shard()]
-    padded = n_rows
-    if len(shards) == 1 and like.placements[shards[0]].dim == 0:
-        padded = -(-shape[0] // like.device_mesh.size(shards[0]))
-    sizes = [n for _, n in rest]
+    n_rows, *sizes = box_of(like, shape).sizes
+    mesh, places = like.device_mesh, enumerate(like.placements)
+    n_parts = prod(mesh.size(i) for i, place in places if getattr(place, "dim", None) == 0)
+    padded = max(n_rows, -(-shape[0] // n_parts))
     if padded == n_rows:
         return held.new_empty((n_rows, *sizes))
     return held.new_zeros((padded, *sizes)).narrow(0, 0, n_rows)

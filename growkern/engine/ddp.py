@@ -99,7 +99,7 @@ class Ranks:
                 )
             if len(said) > 1:
                 raise PlanError(
-                    f"the processes of this DistributedDataParallel do not agree on {what}: pass the same arguments in all processes."
+                    f"the processes do not agree on {what}: pass the same arguments in all processes."
                 )
         self.began = True
 

@@ -14,7 +14,7 @@ from growkern.commit.frozen import (
     refuse_reentrant_blocks,
 )
 from growkern.commit.optimizer import Masters
-from growkern.distributed.shards import fully_sharded
+from growkern.distributed.shards import has_shards
 from growkern.engine.compile_cache import reset
 from growkern.engine.ddp import Ranks
 from growkern.errors import PlanError
@@ -70,7 +70,7 @@ def refuse_choice(model: nn.Module) -> None:
 
 
 def _refuse_sharded(model: nn.Module) -> None:
-    if fully_sharded(model) is not None:
+    if has_shards(model):
         raise PlanError("who trains cannot be chosen yet in a sharded model; train everything.")
 
 

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -109,7 +108,7 @@ def _run(request: Request) -> GrowthReport:
             laps.end("check")
             plan, unmanaged = _agree_on_plan(request, sources, ranks, live, laps, shards)
             del live
-            gather = None if shards is None else Gather(ranks.go_on)
+            gather = Gather(ranks.go_on) if ranks.meshes else None
             staged = _stage(request, sources, plan, unmanaged, gather)
             laps.end("cut")
             noted = _commit(request, sources, staged, ranks, kept, check, laps, shards)
@@ -205,7 +204,7 @@ def _agree_on_plan(
     left = refuse_stale_references(model, optims, live, averages, request.master_weights)
     laps.end("scan")
     plan = request.make_plan(sources.spec)
-    refuse_plan(plan, shards)
+    refuse_plan(request, sources.spec, plan, shards)
     if plan.target_sizes.get("hidden") != plan.source_sizes.get("hidden"):
         refuse_neighbors(model, optims, left)
     passed = schedulers(request.scheduler)
@@ -294,7 +293,7 @@ def _commit(
         followers = [*zip(sources.averages, parts[1:], strict=True)]
         undo = request.undo or Undo(keep or keep_on_device)
         if shards is not None:
-            undo.swap = partial(shards.swap, swapped=undo.swap)
+            undo.swap = shards.swap
         commit(
             plan, parts.pop(0), request.model, staged.targets, record=record, followers=followers,
             undo=undo, before_finalize=before_finalize, init=request.init, shards=shards,

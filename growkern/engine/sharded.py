@@ -1,11 +1,14 @@
 """What growth cannot do yet for a model whose parameters are sharded: refused before anything changes."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from growkern.distributed.shards import is_sharded
+from torch import nn
+
+from growkern.distributed.shards import has_shards, is_sharded
 from growkern.engine.request import Request
 from growkern.errors import PlanError, UnsupportedModelError, raise_all
+from growkern.model.spec import ModelSpec
 from growkern.planning.growth_plan import GrowthPlan
 
 if TYPE_CHECKING:
@@ -15,25 +18,23 @@ YET = "which is not supported yet for sharded models"
 
 
 def refuse_request(request: Request, shards: "FullySharded | None") -> None:
-    """Refuse parameters that are sharded by other means than ``fully_shard`` alone, and arguments.
+    """Refuse parameters that ``fully_shard`` has left out of a model, and arguments.
 
     Raises:
-        UnsupportedModelError: A parameter is sharded by tensor parallelism.
+        UnsupportedModelError: ``fully_shard`` manages some parameters of the model, and not all.
         PlanError: An argument is not supported for sharded models.
     """
-    managed = {} if shards is None else shards.plain
-    for name, p in request.model.named_parameters():
-        if shards is not None and not is_sharded(p):
-            raise UnsupportedModelError(
-                f"{name}: is not sharded, and other parameters are, so its gradients are of one process alone; apply fully_shard to the "
-                "whole model, without ignored_params."
-            )
-        if is_sharded(p) and id(p) not in managed:
-            raise UnsupportedModelError(
-                f"{name}: is a DTensor that fully_shard alone has not made (parallelize_module), which is not supported yet: grow the "
-                "model before it is parallelized."
-            )
-    if shards is not None:
+    left = [
+        name
+        for name, p in request.model.named_parameters()
+        if shards is not None and id(p) not in shards.params
+    ]
+    if left:
+        raise UnsupportedModelError(
+            f"{left[0]}: is not sharded, and other parameters are, so its gradients are of one process alone; apply fully_shard to the "
+            "whole model, without ignored_params."
+        )
+    if has_shards(request.model):
         raise_all(PlanError, "cannot grow this sharded model:", [*_arguments(request)])
 
 
@@ -48,9 +49,15 @@ def _arguments(request: Request) -> Iterator[str]:
         yield f"master_weights=, {YET}; fully_shard keeps float32 shards under MixedPrecisionPolicy(param_dtype=torch.bfloat16)."
 
 
-def refuse_plan(plan: GrowthPlan, shards: "FullySharded | None") -> None:
-    """Raise PlanError for a plan that draws weights of which no process has the whole."""
-    if shards is None:
+def refuse_plan(
+    request: Request, spec: ModelSpec, plan: GrowthPlan, shards: "FullySharded | None"
+) -> None:
+    """Refuse a plan for a sharded model that draws weights, of which no process has the whole, or whose axes do not divide.
+
+    Raises:
+        PlanError: The plan cannot be carried out on shards.
+    """
+    if not has_shards(request.model):
         return
     if plan.drawn:
         raise PlanError(
@@ -60,3 +67,28 @@ def refuse_plan(plan: GrowthPlan, shards: "FullySharded | None") -> None:
         raise PlanError(
             f"{plan.width} perturbs whole matrices, {YET}; grow the model before it is sharded."
         )
+    uneven = dict.fromkeys(_uneven(request.model, spec, plan, shards))
+    raise_all(PlanError, "this growth does not divide over the processes:", [*uneven])
+
+
+def _uneven(
+    model: nn.Module, spec: ModelSpec, plan: GrowthPlan, shards: "FullySharded | None"
+) -> Iterator[str]:
+    """Yield the sizes that do not divide over a dimension of the mesh, where the source's do; ``fully_shard`` pads rows."""
+    params: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    for row in plan.tensors:
+        p = params.get(row.source)
+        if p is None or row.new or not is_sharded(p):
+            continue
+        for i, place in enumerate(p.placements):
+            axis: int | None = getattr(place, "dim", None)
+            if axis is None or (shards is not None and shards.pads(p, i)):
+                continue
+            n_parts, names = p.device_mesh.size(i), p.device_mesh.mesh_dim_names
+            use, where = spec.tensors[row.source][axis], names[i] if names else i
+            size, before = use.whole_heads(plan.source_sizes)
+            _, after = use.whole_heads(plan.target_sizes)
+            if after % n_parts and not before % n_parts:
+                below = after - after % n_parts
+                nearest = ", ".join(str(n) for n in (below, below + n_parts) if n)
+                yield f"{size}={after} does not divide over the {n_parts} ranks of mesh dim {where!r}; nearest: {nearest}."

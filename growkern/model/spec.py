@@ -70,6 +70,13 @@ class AxisUse:
         """Return the length of the axis at the given sizes."""
         return sum(prod(space_size(c, sizes) for c in segment) for segment in self.segments)
 
+    def whole_heads(self, sizes: Mapping[str, int]) -> tuple[str, int]:
+        """Return the name and the value of the size that the axis counts at the given sizes; heads are counted, not their dimensions."""
+        parts = [[c for c in s if "head_dim" not in str(c)] for s in self.segments]
+        names = [_size_name(c) for segment in parts for c in segment if isinstance(c, str)]
+        n = sum(prod(space_size(c, sizes) for c in segment) for segment in parts)
+        return "heads" if "group" in names else "+".join(dict.fromkeys(names)), n
+
     def __str__(self) -> str:
         text = " + ".join(" x ".join(map(str, segment)) for segment in self.segments)
         return f"{self.role} {text}" + (

@@ -1,0 +1,172 @@
+"""Run every case of tests/distributed/test_tensor_parallel.py in one process of a group, and save what each ended with."""
+
+from contextlib import nullcontext
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from fsdp_worker import ADAMW, AT, BOTH, STEPS, blocks_alone, joined, whole
+from models import exact_norms, make
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
+
+import growkern
+
+COLUMNS = [*(f"self_attn.{k}_proj" for k in "qkv"), "mlp.gate_proj", "mlp.up_proj"]
+ROWS = ["self_attn.o_proj", "mlp.down_proj"]
+WIDE = dict(hidden_size=48, num_attention_heads=8, num_key_value_heads=4, intermediate_size=80)
+
+
+REPLICATED = ColwiseParallel(output_layouts=Replicate())
+PARALLEL_LOSS = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+
+
+def of_blocks(mesh: DeviceMesh, model: nn.Module, head: ColwiseParallel = REPLICATED) -> None:
+    plan = dict.fromkeys(COLUMNS, ColwiseParallel()) | dict.fromkeys(ROWS, RowwiseParallel())
+    for block in model.model.layers:
+        parallelize_module(block, mesh, plan)
+    ends = {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate())}
+    parallelize_module(model, mesh, ends | {"lm_head": head})
+
+
+def sequences(mesh: DeviceMesh, model: nn.Module) -> None:
+    """The norms are sequence parallel: their gains are replicated ``DTensor``s."""
+    plan = dict.fromkeys(COLUMNS, ColwiseParallel())
+    plan |= dict.fromkeys(ROWS, RowwiseParallel(output_layouts=Shard(1)))
+    plan |= dict.fromkeys(["input_layernorm", "post_attention_layernorm"], SequenceParallel())
+    plan["self_attn"] = PrepareModuleInput(
+        input_kwarg_layouts={"hidden_states": Shard(1)}, desired_input_kwarg_layouts={"hidden_states": Replicate()}
+    )  # fmt: skip
+    plan["mlp"] = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
+    for block in model.model.layers:
+        parallelize_module(block, mesh, plan)
+    ends = {
+        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "model.norm": SequenceParallel(),
+        "lm_head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    parallelize_module(model, mesh, ends)
+
+
+parallel_loss = partial(of_blocks, head=PARALLEL_LOSS)  # every process has a part of the logits
+EXACT = dict(dynamics="exact", width=growkern.width.Lossless(noise=0))
+
+
+CASES = {  # growth; then the sizes of the mesh (data, tensor), the model, and how it is parallelized
+    "both": (dict(to=BOTH), dict(mesh=(1, 2))),
+    "by 1.5": (dict(to={"hidden": 72}, **EXACT), dict(mesh=(1, 2), changes=WIDE)),
+    "momentum": (dict(to=BOTH), dict(mesh=(1, 2), optim=partial(torch.optim.SGD, lr=1e-2, momentum=0.9))),
+    "parallel loss": (dict(to=BOTH), dict(mesh=(1, 2), parallelize=parallel_loss)),
+    "sequences": (dict(to=BOTH), dict(mesh=(1, 2), parallelize=sequences)),
+    "four": (dict(to={"hidden": 96, "ffn": 120, "layers": 3}), dict(mesh=(1, 4), changes=WIDE)),
+    "sharded": (dict(to=BOTH), dict(mesh=(2, 2))),
+    "sharded by 1.5": (dict(to={"hidden": 72}, **EXACT), dict(mesh=(2, 2), changes=WIDE)),
+    "sharded stack": (dict(to={"layers": 4}, depth=growkern.depth.Stack()), dict(mesh=(2, 2))),
+    "sharded odd": (dict(to={"ffn": 54}, dynamics=None), dict(mesh=(2, 2), changes=dict(vocab_size=70))),
+}  # fmt: skip
+WORLDS = {
+    n: [case for case, (_, how) in CASES.items() if how["mesh"][0] * how["mesh"][1] == n]
+    for n in (2, 4)
+}
+REFUSED = {
+    "heads": ({"hidden": 36, "heads": 6, "kv_heads": 3}, "kv_heads=3 does not divide over the 2 ranks of mesh dim 'tp'; nearest: 2, 4."),
+    "ffn": ({"ffn": 41}, "ffn=41 does not divide over the 2 ranks of mesh dim 'tp'; nearest: 40, 42."),
+}  # fmt: skip
+
+
+def made(rank, mesh, changes=None, parallelize=of_blocks) -> tuple[nn.Module, int, int]:
+    """Return a model, and which part of how many of the joined batch it trains on."""
+    model = make("llama", tied=False, **(changes or {})).double()
+    if rank is None:
+        return model, 0, 1
+    grid = init_device_mesh("cpu", mesh, mesh_dim_names=("dp", "tp"))
+    parallelize(grid["tp"], model)
+    if mesh[0] > 1:
+        blocks_alone(model, "llama", mesh=grid["dp"])
+    return model, grid["dp"].get_local_rank(), mesh[0]
+
+
+def step_of(model, optim, ids: torch.Tensor, n_parts: int, *, parallel: bool = False) -> float:
+    """Take a step on a part of the joined batch; return the mean loss of all parts."""
+    positions = torch.arange(ids.shape[1])[None]  # in sequence parallel, the model sees some
+    with loss_parallel() if parallel else nullcontext():
+        logits = model(input_ids=ids, position_ids=positions).logits[:, :-1].flatten(0, 1)
+        loss = nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+        loss.backward()
+    loss = whole(loss.detach())
+    optim.step()
+    optim.zero_grad()
+    mean = loss.clone()
+    if n_parts > 1:
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    return float(mean)
+
+
+def run(case: str, rank: int | None) -> dict[str, object]:
+    """Train with a growth; where ``rank`` is None, one process trains on the joined batch."""
+    growth, how = CASES[case]
+    how = dict(how)
+    optim_of = how.pop("optim", ADAMW)
+    model, part, n_parts = made(rank, **how)
+    parallel = rank is not None and how.get("parallelize") is parallel_loss
+    optim = optim_of(model.parameters())
+    before, losses, found = {id(p) for p in model.parameters()}, list[float](), dict[str, object]()
+    for step in range(STEPS):
+        ids = joined(step, 2).chunk(n_parts)[part]
+        losses.append(step_of(model, optim, ids, n_parts, parallel=parallel))
+        if step == AT:
+            report = growkern.expand_inplace(model, optim, **growth)
+            found["kept"] = before <= {id(p) for p in model.parameters()}
+            found["preserves"] = report.preserves
+            found["state"] = {
+                (name, key): whole(value).clone()
+                for name, p in model.named_parameters()
+                for key, value in optim.state.get(p, {}).items()
+            }
+            found["managed"] = sum(isinstance(m, FSDPModule) for m in model.modules())
+    weights = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    return found | {"losses": losses, "weights": weights}
+
+
+def refused(what: str, rank: int) -> dict[str, object]:
+    model, _, n_parts = made(rank, (1, 2))
+    optim = ADAMW(model.parameters())
+    step_of(model, optim, joined(0, 2), n_parts)
+    before = [whole(p.detach()).clone() for p in model.parameters()]
+    try:
+        growkern.expand_inplace(model, optim, to=REFUSED[what][0], dynamics=None)
+    except growkern.errors.PlanError as error:
+        after = [whole(p.detach()) for p in model.parameters()]
+        return {"error": str(error), "same": all(map(torch.equal, before, after))}
+    return {"error": "nothing", "same": False}
+
+
+def main(folder: Path, rank: int, world: int) -> None:
+    torch.set_num_threads(1)
+    store, patience = f"file://{folder / 'store'}", timedelta(seconds=300)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)  # fmt: skip
+    found: dict[object, object] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        exact_norms(patch)
+        for case in WORLDS[world]:
+            found[case] = run(case, rank)
+            if rank == 0:
+                found["alone", case] = run(case, None)
+    for what in REFUSED if world == 2 else ():
+        found["refused", what] = refused(what, rank)
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
