@@ -644,7 +644,7 @@ MUTANTS = {
     "tensor parallel: a half of a head": Mutant(
         "model/spec.py", 'if "head_dim" not in str(c)]', "]", "distributed/test_tensor_parallel.py"),
     "tensor parallel: rows of fully_shard must divide": Mutant(
-        "distributed/fsdp.py", "return one is not None and one.fsdp", "return False and one.fsdp", "distributed/test_fsdp.py"),
+        "distributed/fsdp.py", "one is not None and one.fsdp_placement.dim == 0", "False", "distributed/test_fsdp.py"),
     "tensor parallel: sizes need not divide": Mutant(
         "engine/sharded.py", "if after % n_parts and not", "if False and not", "distributed/test_tensor_parallel.py"),
     "tensor parallel: the padding of the whole": Mutant(
