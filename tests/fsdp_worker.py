@@ -1,10 +1,14 @@
 """Run every case of tests/distributed/test_fsdp.py in one process of a group, and save what each ended with."""
 
 import copy
+import os
 import re
-from contextlib import contextmanager
+import signal
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -65,11 +69,12 @@ CASES = {  # growth; then family, optimizer, wrap, mesh, options of fully_shard
     "momentum": (dict(to=BOTH), dict(optim=partial(torch.optim.SGD, lr=1e-2, momentum=0.9))),
     "fused": (dict(to=BOTH), dict(optim=partial(ADAMW, fused=True))),
     "offloaded": (dict(to=BOTH), dict(options=dict(offload_policy=CPUOffloadPolicy(pin_memory=False)))),
+    "lean": (dict(to=BOTH, memory="lean"), {}),
     "hybrid": (dict(to=BOTH), dict(mesh=(2, 2))),
 }  # fmt: skip
 WORLDS = {
     2: [case for case in CASES if case != "hybrid"],
-    4: ["both", "uneven", "exact", "hybrid"],
+    4: ["both", "uneven", "exact", "lean", "hybrid"],
 }
 
 
@@ -222,14 +227,31 @@ def resumed(rank: int, world: int) -> list[tuple[float, float]]:
     return [(step_of(whole, optim, i, rank, world), step_of(model, other, i, rank, world)) for i in range(2, 6)]  # fmt: skip
 
 
+def raises(*_: object, **__: object) -> None:
+    raise RuntimeError("boom")
+
+
+def runs_out(*_: object, **__: object) -> None:
+    raise MemoryError("boom")
+
+
+def interrupts(*_: object, **__: object) -> None:
+    """Press Ctrl-C; the signal arrives at once, or is held back until all can be taken back."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+KINDS = {"error": raises, "no memory": runs_out, "Ctrl-C": interrupts}
+
+
 @contextmanager
-def broken(owner: object, name: str):
+def broken(owner: object, name: str, how: Callable[..., None]):
     sound = getattr(owner, name)
 
-    def raises(*_: object, **__: object) -> None:
-        raise RuntimeError("boom")
+    def wrong(*args: object, **kwargs: object) -> object:
+        how()
+        return sound(*args, **kwargs)
 
-    setattr(owner, name, raises)
+    setattr(owner, name, wrong)
     try:
         yield
     finally:
@@ -241,7 +263,6 @@ REFUSED = {  # what, and the error
     "a plain parameter": "norm.weight: is not sharded, and other parameters are",
     "an unknown torch": "attribute fsdp_placement is missing",
     "waiting": "gradients wait to be reduced",
-    "lean": "memory='lean', which is not supported yet",
     "average": "ema=, which is not supported yet",
     "masters": "master_weights=, which is not supported yet",
     "drawn": "depth.Fresh initializes whole blocks",
@@ -251,6 +272,10 @@ REFUSED = {  # what, and the error
 PLACES = {
     "describe": (describe, "_misshapen"), "execute": (execute, "_run"), "commit": (commit, "_attributes"), "copy": (commit, "copied"),
 }  # fmt: skip
+FAILURES = {  # memory, place, kind, and the process that fails
+    2: [*product(("stage", "lean"), PLACES, KINDS, (0, 1))],
+    4: [*product(("stage", "lean"), ("execute", "commit"), ["Ctrl-C"], (2,))],
+}
 
 
 def shards(model: nn.Module, optim: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -258,20 +283,29 @@ def shards(model: nn.Module, optim: torch.optim.Optimizer) -> list[torch.Tensor]
     return [(t.to_local() if hasattr(t, "to_local") else t).detach().clone() for t in (*model.parameters(), *state)]  # fmt: skip
 
 
-def failed(rank: int, world: int, where: str) -> dict[str, object]:
-    """Fail in one process at one place."""
-    model = sharded(make("llama", tied=False).double(), world)
+def failed(rank: int, world: int) -> dict[object, dict[str, object]]:
+    """Fail in one process at one place, in one way, in every combination; after each, take a step as if nothing had been tried."""
+    model, found = sharded(make("llama", tied=False).double(), world), {}
     optim = ADAMW(model.parameters())
-    step_of(model, optim, 0, rank, world)
-    before, error = shards(model, optim), "nothing"
-    with broken(*PLACES[where]) if rank == world - 1 else contextmanager(lambda: (yield))():
-        try:
-            growkern.expand_inplace(model, optim, to=BOTH)
-        except (growkern.errors.GrowthError, RuntimeError) as raised:
-            error = str(raised)
-    after = shards(model, optim)
-    same = all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
-    return {"error": error, "same": same, "loss": step_of(model, optim, 1, rank, world)}
+    twin = sharded(make("llama", tied=False).double(), world)
+    other = ADAMW(twin.parameters())
+    for step, case in enumerate(FAILURES[world]):
+        losses = [step_of(*pair, step, rank, world) for pair in ((model, optim), (twin, other))]
+        memory, where, kind, at = case
+        before, error = shards(model, optim), "nothing"
+        with broken(*PLACES[where], KINDS[kind]) if rank == at else nullcontext():
+            try:
+                growkern.expand_inplace(model, optim, to=BOTH, memory=memory)
+            except (
+                growkern.errors.GrowthError,
+                RuntimeError,
+                MemoryError,
+                KeyboardInterrupt,
+            ) as raised:
+                error = f"{type(raised).__name__}: {raised}"
+        same = all(torch.equal(p, q) for p, q in zip(before, shards(model, optim), strict=True))
+        found[case] = {"error": error, "same": same, "equal": losses[0] == losses[1]}
+    return found
 
 
 def refused(rank: int, world: int, what: str) -> str:
@@ -296,8 +330,6 @@ def refused(rank: int, world: int, what: str) -> str:
             schedule.attach(model, optim)
         except growkern.errors.PlanError as error:
             return str(error)
-    if what == "lean":
-        options["memory"] = "lean"
     if what == "average":
         average = torch.optim.swa_utils.AveragedModel(make("llama", tied=False))
         options["ema"] = average
@@ -317,13 +349,36 @@ def refused(rank: int, world: int, what: str) -> str:
     return "nothing"
 
 
-def main(folder: Path, rank: int, world: int) -> None:
+def left_alone(folder: Path, rank: int, world: int, where: str) -> None:
+    """The last process ends in the middle of a growth; the others save what they have raised, and whether all is as before."""
+    model = sharded(make("llama", tied=False).double(), world)
+    optim = ADAMW(model.parameters())
+    step_of(model, optim, 0, rank, world)
+    before, error = shards(model, optim), "nothing"
+    owner, name = PLACES[where]
+    with broken(owner, name, partial(os._exit, 0)) if rank == world - 1 else nullcontext():
+        try:
+            growkern.expand_inplace(model, optim, to=BOTH)
+        except growkern.errors.CommitError as raised:
+            error = str(raised)
+    same = all(torch.equal(p, q) for p, q in zip(before, shards(model, optim), strict=True))
+    torch.save({"error": error, "same": same}, folder / f"{rank}.pt")
+    os._exit(0)  # a process group without one of its processes cannot be destroyed
+
+
+def joins(folder: Path, rank: int, world: int) -> None:
+    """Join the process group; a process that waits for another in vain fails."""
     torch.set_num_threads(1)
-    store = f"file://{folder / 'store'}"
-    patience = timedelta(seconds=300)  # a process that waits for another in vain fails
+    store, patience = f"file://{folder / 'store'}", timedelta(seconds=300)
     dist.init_process_group(
         "gloo", init_method=store, rank=rank, world_size=world, timeout=patience
     )
+
+
+def main(folder: Path, rank: int, world: int, dies: str = "") -> None:
+    joins(folder, rank, world)
+    if dies:
+        left_alone(folder, rank, world, dies)
     found: dict[object, object] = {}
     with pytest.MonkeyPatch.context() as patch:
         exact_norms(patch)
@@ -334,8 +389,7 @@ def main(folder: Path, rank: int, world: int) -> None:
         found["scheduled"] = scheduled(rank, world)
         if rank == 0:
             found["alone", "scheduled"] = scheduled(None, world)
-    for where in PLACES:
-        found["failed", where] = failed(rank, world, where)
+    found["failed"] = failed(rank, world)
     for name, policy in {"fp32": {}, "bf16": dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}.items():  # fmt: skip
         found["refilled", name] = refilled(rank, world, MixedPrecisionPolicy(**policy))
     for what in REFUSED:

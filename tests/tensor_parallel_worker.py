@@ -1,14 +1,13 @@
 """Run every case of tests/distributed/test_tensor_parallel.py in one process of a group, and save what each ended with."""
 
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp_worker import ADAMW, AT, BOTH, STEPS, blocks_alone, joined, whole
+from fsdp_worker import ADAMW, AT, BOTH, STEPS, blocks_alone, joined, joins, whole
 from models import exact_norms, make
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -156,9 +155,7 @@ def refused(what: str, rank: int) -> dict[str, object]:
 
 
 def main(folder: Path, rank: int, world: int) -> None:
-    torch.set_num_threads(1)
-    store, patience = f"file://{folder / 'store'}", timedelta(seconds=300)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)  # fmt: skip
+    joins(folder, rank, world)
     found: dict[object, object] = {}
     with pytest.MonkeyPatch.context() as patch:
         exact_norms(patch)

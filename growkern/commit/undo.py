@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from growkern.distributed.storage import Swap, swapped
+from growkern.distributed.storage import Swap, kept, swapped
 from growkern.errors import CommitError
 from growkern.support.interrupts import uninterrupted
 from growkern.support.memory import Backup, keep_on_device
@@ -39,7 +39,7 @@ class Undo:
     def storage(self, p: Tensor, value: Tensor, grad: Tensor | None) -> None:
         """Give a parameter new storage and a new gradient; the parameter object stays."""
         write, restore = self.swap(p, self.keep)
-        before_grad = None if p.grad is None or grad is None else self.keep(p.grad)
+        before_grad = None if p.grad is None or grad is None else kept(p.grad, self.keep)
         left = p.grad if grad is None else None
 
         def back() -> None:
@@ -57,9 +57,9 @@ class Undo:
         before = {key: self._kept(value, content.get(key)) for key, value in target.items()}
 
         def back() -> None:
-            kept = {key: value() for key, value in before.items()}
+            content = {key: value() for key, value in before.items()}
             target.clear()
-            target.update(kept)
+            target.update(content)
 
         self.rollbacks.append(back)
         target.clear()
@@ -67,7 +67,7 @@ class Undo:
 
     def _kept(self, value: V, after: object) -> Callable[[], V]:
         if isinstance(value, Tensor) and after is not value:
-            return self.keep(value)  # pyright: ignore[reportReturnType]
+            return kept(value, self.keep)  # pyright: ignore[reportReturnType]
         return lambda: value
 
     def set_list(self, target: list[V], content: Sequence[V]) -> None:

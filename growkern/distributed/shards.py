@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from growkern.errors import UnsupportedModelError
+from growkern.support.interrupts import uninterrupted
 
 if TYPE_CHECKING:
     from growkern.distributed.fsdp import FullySharded
@@ -129,15 +130,29 @@ def joined(own: Tensor, like: Any, shape: Sequence[int]) -> Tensor:
 
 
 class Gather:
-    """Gathers whole tensors, one at a time; ``vote`` is called before, so that no process waits for one that has failed."""
+    """Gathers whole tensors, one at a time; ``vote`` is called before, so that no process waits for one that has failed.
+
+    Attributes:
+        n_received: Bytes received from other processes so far.
+    """
 
     def __init__(self, vote: Callable[[], object]) -> None:
         self._vote = vote
+        self.n_received = 0
 
     def whole(self, t: Any) -> Tensor:
-        """Return the whole of a tensor."""
+        """Return the whole of a tensor.
+
+        No signal arrives, and memory does not run out, between the vote and the collective: the other processes would wait.
+        """
         if not is_sharded(t):
             return t
-        self._vote()
-        full: Any = t.full_tensor()
-        return full.wait() if hasattr(full, "wait") else full
+        held: Tensor = t.to_local()
+        room = held.new_empty(t.shape)
+        with uninterrupted():
+            self._vote()
+            del room
+            full: Any = t.full_tensor()
+            full = full.wait() if hasattr(full, "wait") else full
+        self.n_received += (full.numel() - held.numel()) * full.element_size()
+        return full

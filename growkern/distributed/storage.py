@@ -36,6 +36,16 @@ def _swapped_shard(p: Any, keep: Backup) -> Swap:
     return lambda value: set_shard(p, value.to_local(), value._spec), lambda: before()
 
 
+def kept(t: Any, keep: Backup) -> Callable[[], Tensor]:
+    """Back up a tensor; return a function that restores it."""
+    if not is_sharded(t):
+        return keep(t)
+    from torch.distributed.tensor import DTensor
+
+    before, spec = keep(t.to_local()), t._spec
+    return lambda: DTensor(before(), spec, requires_grad=False)  # pyright: ignore
+
+
 def kept_shard(p: Any, keep: Backup) -> Callable[[], Tensor]:
     """Back up the shard of a parameter; return a function that puts it back, and returns all elements in its storage."""
     held, spec = p._local_tensor, p._spec

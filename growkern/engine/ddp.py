@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from growkern.distributed.shards import is_sharded
 from growkern.errors import CommitError, PlanError
+from growkern.support.interrupts import uninterrupted
 
 BLOCK = (
     1 << 20
@@ -73,6 +74,7 @@ class Ranks:
         """True when there are other processes."""
         return bool(self.wrappers or self.meshes)
 
+    @uninterrupted()  # a process that is interrupted before its answer would keep the others waiting
     def go_on(self) -> None:
         """Vote before a collective, so that no process waits in it for one that has failed.
 
@@ -82,6 +84,7 @@ class Ranks:
         if not self.voted:
             self._count(True)
 
+    @uninterrupted()  # a process that is interrupted before its answer would keep the others waiting
     def agree(self, text: str, what: str) -> None:
         """Compare ``text`` between all processes.
 
@@ -103,6 +106,7 @@ class Ranks:
                 )
         self.began = True
 
+    @uninterrupted()  # a process that is interrupted before its answer would keep the others waiting
     def vote(self, ok: bool) -> None:
         """Tell the other processes whether this process has succeeded; later calls do nothing.
 
@@ -151,7 +155,14 @@ class Ranks:
             own = numbers.to(device, torch.int64)[None]
             for group in groups:  # of a mesh: one per dimension
                 parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-                dist.all_gather(parts, own, group=group)
+                try:
+                    dist.all_gather(parts, own, group=group)
+                except RuntimeError as error:
+                    self.voted = True  # nobody would answer
+                    raise CommitError(
+                        f"another process has ended, or has not answered in the time of the process group ({error}); the growth was "
+                        "rolled back in this process. Start the processes again from a checkpoint."
+                    ) from error
                 own = torch.cat(parts)
             gathered.append([*own])
         return gathered

@@ -236,7 +236,7 @@ def _stage(
             state = tensors.states.get(name, {})  # master weights grow even when the state is reset
             tensors.states[name] = {k: state[k] for k in (MASTER, MASTER_GRAD) if k in state}
     execution = Execution(
-        plan, tensors, rules.__getitem__, backend=request.backend, memory=request.memory if gather is None else "stage",
+        plan, tensors, rules.__getitem__, backend=request.backend, memory=request.memory,
         given=request.new_rows, on_progress=request.on_progress, gather=gather,
     )  # fmt: skip
     shadows = [execution.of(tensors_of(average, (), sources.spec)) for average in sources.averages]

@@ -39,8 +39,6 @@ def refuse_request(request: Request, shards: "FullySharded | None") -> None:
 
 
 def _arguments(request: Request) -> Iterator[str]:
-    if request.memory == "lean":
-        yield f"memory='lean', {YET}; leave it out: every process stages its own shards, and one whole tensor at a time."
     if request.ema is not None:
         yield f"ema=, {YET}; build the average anew after the growth."
     if request.first:

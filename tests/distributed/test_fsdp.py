@@ -4,7 +4,8 @@ import re
 
 import processes
 import pytest
-from fsdp_worker import PLACES, REFUSED, WORLDS
+import torch
+from fsdp_worker import FAILURES, REFUSED, WORLDS
 
 pytestmark = [processes.together, pytest.mark.slow]
 WORKER = "fsdp_worker"
@@ -61,16 +62,27 @@ def test_the_grown_model_is_a_freshly_sharded_model_with_its_shards_bit_for_bit(
         assert all(a == b for a, b in found[rank]["refilled", policy])
 
 
-@pytest.mark.parametrize("where", PLACES)
-@pytest.mark.parametrize("n", WORLDS)
-def test_a_failure_in_one_process_takes_all_back(where, n, found_in):
+@pytest.mark.parametrize(("n", "case"), [(n, case) for n, cases in FAILURES.items() for case in cases])  # fmt: skip
+def test_a_failure_in_one_process_takes_all_back_and_training_goes_on(n, case, found_in):
     found = found_in(n)
+    _, _, kind, failing = case
 
     for rank in range(n):
-        run = found[rank]["failed", where]
-        assert run["same"]
-        assert ("boom" if rank == n - 1 else "another process") in run["error"]
-        assert run["loss"] == found[0]["failed", where]["loss"]
+        run = found[rank]["failed"][case]
+        own = "KeyboardInterrupt" if kind == "Ctrl-C" else "boom"
+        assert (own if rank == failing else "another process") in run["error"]
+        assert run["same"] and run["equal"]
+
+
+@pytest.mark.parametrize("where", ["describe", "execute", "commit"])
+def test_a_process_that_ends_is_an_error_in_the_others(where, tmp_path):
+    log = tmp_path / "log"
+
+    started = [processes.start(WORKER, tmp_path, rank, 2, where, log=log) for rank in range(2)]
+
+    processes.end(started, log)
+    left = torch.load(tmp_path / "0.pt")
+    assert "another process has ended" in left["error"] and left["same"]
 
 
 @pytest.mark.parametrize("n", WORLDS)
