@@ -647,8 +647,6 @@ MUTANTS = {
         "distributed/fsdp.py", "one is not None and one.fsdp_placement.dim == 0", "False", "distributed/test_fsdp.py"),
     "tensor parallel: sizes need not divide": Mutant(
         "engine/sharded.py", "if after % n_parts and not", "if False and not", "distributed/test_tensor_parallel.py"),
-    "tensor parallel: the padding of the whole": Mutant(
-        "distributed/shards.py", 'if getattr(place, "dim", None) == 0)', "if place.is_shard())", "distributed/test_tensor_parallel.py"),
     "first blocks: any group takes them": Mutant(
         "engine/first_blocks.py", "[i for i in filled if p.dim() in dims[i]]", "filled[:1]",
         "engine/test_first_blocks.py -k as_many_dimensions"),

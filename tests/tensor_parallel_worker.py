@@ -74,7 +74,7 @@ CASES = {  # growth; then the sizes of the mesh (data, tensor), the model, and h
     "sharded": (dict(to=BOTH), dict(mesh=(2, 2))),
     "sharded by 1.5": (dict(to={"hidden": 72}, **EXACT), dict(mesh=(2, 2), changes=WIDE)),
     "sharded stack": (dict(to={"layers": 4}, depth=growkern.depth.Stack()), dict(mesh=(2, 2))),
-    "sharded odd": (dict(to={"ffn": 54}, dynamics=None), dict(mesh=(2, 2), changes=dict(vocab_size=70))),
+    "sharded odd": (dict(to=dict(hidden=25, heads=4, kv_heads=2, ffn=54), dynamics=None), dict(mesh=(2, 2))),
 }  # fmt: skip
 WORLDS = {
     n: [case for case, (_, how) in CASES.items() if how["mesh"][0] * how["mesh"][1] == n]

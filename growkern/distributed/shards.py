@@ -107,6 +107,13 @@ def n_local(like: Tensor, shape: Sequence[int]) -> int:
     return prod(box_of(like, shape).sizes) if is_sharded(like) else prod(shape)
 
 
+def n_bytes_gathered(t: Any) -> int:
+    """Return the bytes that the whole of a sharded tensor takes while it is gathered: gloo gathers into a buffer, and copies the buffer."""
+    if not is_sharded(t) or all(place.is_replicate() for place in t.placements):
+        return 0
+    return t.numel() * t.element_size() * (2 if t.device.type == "cpu" else 1)
+
+
 def part(like: Any, shape: Sequence[int]) -> Tensor:
     """Return uninitialized memory for this process's box; along the first axis, with the padding that ``fully_shard`` has."""
     held: Tensor = like.to_local()

@@ -68,6 +68,7 @@ class GrowthReport:
         reasons: Why the function is not preserved; empty when it is.
         n_bytes_read: Bytes read from source tensors: once each, and once more where noise or a mean is measured.
         n_bytes_written: Bytes written to target tensors, once each.
+        n_bytes_received: Bytes of sharded source tensors that this process received from the others.
         seconds: Wall time of the growth.
         steps: Step -> its seconds: scan of the live objects, describe, plan, check (the forward passes), cut into pieces, write, commit.
         memory: ``"stage"``: all targets beside all sources. ``"lean"``: one set of tensors after the other.
@@ -92,6 +93,7 @@ class GrowthReport:
     reasons: tuple[str, ...]
     n_bytes_read: int
     n_bytes_written: int
+    n_bytes_received: int
     seconds: float
     steps: dict[str, float]
     memory: str
@@ -131,6 +133,7 @@ class GrowthReport:
         )
         seconds = max(self.seconds, 1e-9)
         rate = (self.n_bytes_read + self.n_bytes_written) / seconds / 1e9
+        received = f"{_size(self.n_bytes_received)} received, " if self.n_bytes_received else ""
         preserved = KEPT.get(self.preserves, "nothing: ").removeprefix("preserves ")
         counts: Counter[str] = Counter()
         for factor, n in self.lr_factors.items():
@@ -143,7 +146,7 @@ class GrowthReport:
             ("preserves", preserved + "; ".join(self.reasons)),
             (
                 "moved",
-                f"{_size(self.n_bytes_read)} read, {_size(self.n_bytes_written)} written, {self.seconds:.3g} s, {rate:.3g} GB/s",
+                f"{received}{_size(self.n_bytes_read)} read, {_size(self.n_bytes_written)} written, {self.seconds:.3g} s, {rate:.3g} GB/s",
             ),
             ("time", ", ".join(f"{name} {n / seconds:.0%}" for name, n in longest)),
             ("peak memory", f"{_size(self.peak_bytes)} beyond the source ({self.memory})"),

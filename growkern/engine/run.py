@@ -332,6 +332,7 @@ def _report(
         reasons=plan.reasons,
         n_bytes_read=sum(execution.n_read for execution in executions),
         n_bytes_written=sum(execution.n_written for execution in executions),
+        n_bytes_received=sum(g.n_received for execution in executions if (g := execution.gather)),
         seconds=sum(laps.values()),
         steps=dict(laps),
         memory=executions[0].memory,

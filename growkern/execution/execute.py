@@ -138,6 +138,8 @@ class Execution:
             done += sum(tensor_set.n_bytes.values())
             self.meter.reach(done)
             self.laps.end("write")
+            if self.gather is not None:
+                trim()
             if self.memory == "stage":
                 whole.values |= staged.values
                 whole.grads |= staged.grads
@@ -172,6 +174,7 @@ class Execution:
                     else gather.whole(other)
                 )
             yield [job._replace(source=source, next_layer=other) for job in members]
+            del source, other  # before the next source is gathered
 
     def _run(self, jobs: list[Job], staged: Tensors) -> None:
         if self.backend == NOTHING:

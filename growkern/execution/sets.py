@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from growkern.distributed.shards import is_sharded, local, n_local
+from growkern.distributed.shards import local, n_bytes_gathered, n_local
 from growkern.errors import InsufficientMemoryError, PlanError
 from growkern.optimizer.eight_bit import N_BYTES, is_coded
 from growkern.optimizer.state_rules import GRADIENT, MASTER, MASTER_GRAD, VALUE, Rule
@@ -28,7 +28,7 @@ class TensorSet:
         tensors: Rows of the plan with this source.
         n_bytes: Bytes of the targets, per device.
         n_freed: Bytes of the sources that the targets replace, per device.
-        n_gathered: Bytes of the largest source that is gathered, per device.
+        n_gathered: Bytes that the gathering of the largest source takes, per device.
         n_whole: Bytes of the sources that the targets replace, in all processes.
     """
 
@@ -68,9 +68,8 @@ def tensor_sets(plan: GrowthPlan, sources: Tensors, rules: RulesOf) -> list[Tens
                         n_source = local(t).numel() * t.element_size()
                         freed[t.device] = freed.get(t.device, 0) + n_source
                         n_whole += t.numel() * t.element_size()
-                    if is_sharded(t):
-                        n_bytes = t.numel() * t.element_size()
-                        gathered[t.device] = max(gathered.get(t.device, 0), n_bytes)
+                    n_more = n_bytes_gathered(t) * (1 if row.next_layer_source is None else 2)
+                    gathered[t.device] = max(gathered.get(t.device, 0), n_more)
         sets.append(TensorSet(tuple(tensors), made, freed, gathered, n_whole))
     return sorted(sets, key=lambda tensor_set: -tensor_set.n_whole)
 

@@ -1,0 +1,76 @@
+"""Grow a sharded model in one process of a group; save its peak of memory and what it received, as promised and as measured."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from fsdp_worker import ADAMW, joins, sharded
+from peak_worker import resident
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import growkern
+from growkern.support import memory
+
+SIZES = dict(vocab_size=4096, hidden_size=512, num_attention_heads=8, num_key_value_heads=8)
+SIZES |= dict(intermediate_size=1536, num_hidden_layers=4)
+SMALL = SIZES | dict(vocab_size=512, hidden_size=64, intermediate_size=96)
+
+
+class Received(TorchDispatchMode):
+    """Counts the bytes that a process receives in collectives that gather tensors."""
+
+    n_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if "all_gather_into_tensor" in str(func):
+            self.n_bytes += made.nbytes - args[0].nbytes
+        return made
+
+
+N_TRIES = 2  # gloo's threads let go of their buffers late on a busy machine
+
+
+def made(world: int, sizes: dict[str, int]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = sharded(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)), world)
+    optim = ADAMW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optim.step()
+    optim.zero_grad()
+    return model, optim
+
+
+def peak_of(mode: str, world: int) -> tuple[int, int]:
+    """Return the peak of a growth beyond what was resident before, and the promised peak."""
+    model, optim = made(world, SIZES)
+    gc.collect()
+    memory.trim()
+    start = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    report = growkern.expand_inplace(model, optim, to={"hidden": 1024, "layers": 8}, memory=mode)
+    return resident("VmHWM") - start, report.peak_bytes
+
+
+def received_by(mode: str, world: int) -> dict[str, int]:
+    """Return the bytes of the source, and what a process has received of them, as counted here and as reported."""
+    model, optim = made(world, SMALL)
+    state = [t for p in model.parameters() for t in optim.state[p].values() if t.dim()]
+    n_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *state))
+    with Received() as received:
+        report = growkern.expand_inplace(model, optim, to={"hidden": 96, "layers": 5}, memory=mode)
+    return {"source": n_bytes, "received": received.n_bytes, "reported": report.n_bytes_received}
+
+
+def main(folder: Path, rank: int, world: int) -> None:
+    joins(folder, rank, world)
+    found = {mode: received_by(mode, world) for mode in ("stage", "lean")}
+    for mode, run in found.items():
+        peaks = [peak_of(mode, world) for _ in range(N_TRIES)]
+        run["peak"], run["promised"] = min(peaks)
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
