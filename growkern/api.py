@@ -87,7 +87,7 @@ def plan(
     model = unwrapped(model)
     given = getattr(depth, "block", None)
     first = first_blocks(model, spec, given) if isinstance(model, nn.Module) else {}  # pyright: ignore
-    described = describe(model, spec, first=first)
+    described = describe(model, spec, values=False, first=first)
     describe_optimizers(
         model, optimizers(optim), described, drop=state == "drop", state_rules=state_rules, master_weights=master_weights,
     )  # fmt: skip

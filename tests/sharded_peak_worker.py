@@ -13,10 +13,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import growkern
+from growkern.planning.cost import Cost, cost_of
 from growkern.support import memory
 
 SIZES = dict(vocab_size=4096, hidden_size=512, num_attention_heads=8, num_key_value_heads=8)
 SIZES |= dict(intermediate_size=1536, num_hidden_layers=4)
+TO, SMALL_TO = {"hidden": 1024, "layers": 8}, {"hidden": 96, "layers": 5}
 SMALL = SIZES | dict(vocab_size=512, hidden_size=64, intermediate_size=96)
 
 
@@ -45,6 +47,13 @@ def made(world: int, sizes: dict[str, int]) -> tuple[nn.Module, torch.optim.Opti
     return model, optim
 
 
+def predicted(sizes: dict[str, int], to: object, world: int) -> Cost:
+    """Predict a growth from the configuration alone."""
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    return cost_of(growkern.plan(model, to=to), world, bandwidth=1e9, n_buffers=2)
+
+
 def peak_of(mode: str, world: int) -> tuple[int, int]:
     """Return the peak of a growth beyond what was resident before, and the promised peak."""
     model, optim = made(world, SIZES)
@@ -52,7 +61,7 @@ def peak_of(mode: str, world: int) -> tuple[int, int]:
     memory.trim()
     start = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    report = growkern.expand_inplace(model, optim, to={"hidden": 1024, "layers": 8}, memory=mode)
+    report = growkern.expand_inplace(model, optim, to=TO, memory=mode)
     return resident("VmHWM") - start, report.peak_bytes
 
 
@@ -62,8 +71,11 @@ def received_by(mode: str, world: int) -> dict[str, int]:
     state = [t for p in model.parameters() for t in optim.state[p].values() if t.dim()]
     n_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *state))
     with Received() as received:
-        report = growkern.expand_inplace(model, optim, to={"hidden": 96, "layers": 5}, memory=mode)
-    return {"source": n_bytes, "received": received.n_bytes, "reported": report.n_bytes_received}
+        report = growkern.expand_inplace(model, optim, to=SMALL_TO, memory=mode)
+    cost = predicted(SMALL, SMALL_TO, world)
+    return {
+        "source": n_bytes, "received": received.n_bytes, "reported": report.n_bytes_received, "expected": cost.total.n_bytes_received,
+    }  # fmt: skip
 
 
 def main(folder: Path, rank: int, world: int) -> None:
@@ -72,5 +84,6 @@ def main(folder: Path, rank: int, world: int) -> None:
     for mode, run in found.items():
         peaks = [peak_of(mode, world) for _ in range(N_TRIES)]
         run["peak"], run["promised"] = min(peaks)
+        run["expected peak"] = predicted(SIZES, TO, world).peak_bytes[mode]
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -51,6 +51,17 @@ def plan(
         Path | None,
         typer.Option(dir_okay=False, help="File to which the plan is written, for grow --plan."),
     ] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Predict memory, bytes received and seconds of a growth in training on this number of processes, with AdamW in float32.",
+        ),
+    ] = None,
+    bandwidth: Annotated[
+        float,
+        typer.Option(min=1e-6, help="GB per second that a process receives, for --ranks."),
+    ] = 50.0,
 ) -> None:
     """Show what a growth of a checkpoint would do, tensor by tensor; nothing is grown."""
     options = _options(to, width, depth, seed)
@@ -58,9 +69,12 @@ def plan(
         from growkern.checkpoints.grow import plan_for
         from growkern.checkpoints.load import load
         from growkern.errors import CheckpointError
+        from growkern.planning.cost import cost_of
 
         made = plan_for(load(checkpoint, mapped=True), **options)
         typer.echo(made)
+        if ranks is not None:
+            typer.echo(f"\n{cost_of(made, ranks, bandwidth=bandwidth * 1e9)}")
         if json is not None:
             try:
                 json.write_text(made.to_json() + "\n", encoding="utf-8")

@@ -139,7 +139,7 @@ class Execution:
             self.meter.reach(done)
             self.laps.end("write")
             if self.gather is not None:
-                trim()
+                trim()  # gathered sources lie between targets
             if self.memory == "stage":
                 whole.values |= staged.values
                 whole.grads |= staged.grads
@@ -160,19 +160,18 @@ class Execution:
         if gather is None or self.backend == NOTHING:
             yield jobs
             return
+        yield [job for job in jobs if job.row.constant is not None]  # they read no source
         by_source: dict[tuple[int, int], list[Job]] = {}
         for job in jobs:
-            by_source.setdefault((id(job.source), id(job.next_layer)), []).append(job)
+            if job.row.constant is None:
+                by_source.setdefault((id(job.source), id(job.next_layer)), []).append(job)
         for members in by_source.values():
             first = members[0]
             source = gather.whole(first.source)
             other = first.next_layer
             if other is not None:
-                other = (
-                    source
-                    if other is first.source or first.row.next_layer_source is None
-                    else gather.whole(other)
-                )
+                same = other is first.source or first.row.next_layer_source is None
+                other = source if same else gather.whole(other)
             yield [job._replace(source=source, next_layer=other) for job in members]
             del source, other  # before the next source is gathered
 

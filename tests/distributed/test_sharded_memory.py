@@ -25,3 +25,12 @@ def test_a_process_receives_what_it_has_not_of_the_source_once(n, mode, found_in
     for rank in range(n):
         run = found[rank][mode]
         assert run["reported"] == run["received"] == run["source"] * (n - 1) // n
+
+
+@pytest.mark.parametrize("mode", ["stage", "lean"])
+@pytest.mark.parametrize("n", [2, 4])
+def test_the_prediction_from_the_configuration_is_the_growths_own(n, mode, found_in):
+    run = found_in(n)[0][mode]  # of the first process, whose shards are largest
+
+    assert run["expected peak"] == run["promised"]
+    assert run["expected"] == run["received"]
