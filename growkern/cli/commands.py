@@ -59,11 +59,15 @@ def plan(
         ),
     ] = None,
     bandwidth: Annotated[
-        float,
-        typer.Option(min=1e-6, help="GB per second that a process receives, for --ranks."),
-    ] = 50.0,
+        float | None,
+        typer.Option(
+            min=1e-6, help="GB per second that a process receives, with --ranks. Default: 50."
+        ),
+    ] = None,
 ) -> None:
     """Show what a growth of a checkpoint would do, tensor by tensor; nothing is grown."""
+    if bandwidth is not None and ranks is None:
+        raise typer.BadParameter("pass --ranks, the number of processes.", param_hint="--bandwidth")
     options = _options(to, width, depth, seed)
     with failures("plan"):
         from growkern.checkpoints.grow import plan_for
@@ -74,7 +78,7 @@ def plan(
         made = plan_for(load(checkpoint, mapped=True), **options)
         typer.echo(made)
         if ranks is not None:
-            typer.echo(f"\n{cost_of(made, ranks, bandwidth=bandwidth * 1e9)}")
+            typer.echo(f"\n{cost_of(made, ranks, bandwidth=(bandwidth or 50) * 1e9)}")
         if json is not None:
             try:
                 json.write_text(made.to_json() + "\n", encoding="utf-8")

@@ -47,7 +47,7 @@ class Cost:
     Attributes:
         n_ranks: Number of processes.
         n_bytes_source: Bytes of the shards of a process before the growth, state included.
-        n_bytes_target: Bytes of the shards of a process after it.
+        n_bytes_target: Bytes of the shards of a process after the next step, in which the optimizer makes the state of new blocks.
         peak_bytes: Peak memory beyond the source's shards, by memory mode.
         classes: Costs by class of tensors.
     """
@@ -122,7 +122,7 @@ def cost_of(
 
     live = [row for row in plan.tensors if not row.new]
     n_source = sum(n_bytes(plan.shapes(row)[0]) * (1 + n_states) for row in live)
-    n_target = sum(n_bytes(plan.shapes(r)[1]) * (1 + states(r)) for r in plan.tensors)
+    n_target = sum(n_bytes(plan.shapes(row)[1]) * (1 + n_states) for row in plan.tensors)
     by_source: dict[str, list[TensorRow]] = {}
     for row in plan.tensors:
         if plan.changes(row):

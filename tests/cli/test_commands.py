@@ -52,6 +52,18 @@ def test_a_saved_plan_grows_the_same(source, tmp_path):
     assert other.exit_code == 1 and not (tmp_path / "three").exists()
 
 
+def test_plan_predicts_a_growth_on_many_processes(source):
+    slow, fast = (invoke("plan", source, "--ranks", 8, *more) for more in (["--bandwidth", 1e-3], []))  # fmt: skip
+
+    assert slow.exit_code == fast.exit_code == 0, slow.output
+    for shown in (slow, fast):
+        assert "Predicted for every one of 8 processes" in shown.output
+    last = [re.search(r"^all .* ([\d.e-]+)$", shown.output, re.MULTILINE) for shown in (slow, fast)]
+    assert float(last[0][1]) > float(last[1][1]) > 0
+    alone = invoke("plan", source, "--bandwidth", 3)
+    assert alone.exit_code == 2 and "pass --ranks" in said(alone)
+
+
 def test_plan_refuses_what_transformers_would_not_load(source):
     result = invoke("plan", source, "--to", "hidden=25")
 
