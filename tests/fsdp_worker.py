@@ -128,6 +128,7 @@ def run(case: str, rank: int | None, world: int) -> dict[str, object]:
             report = growkern.expand_inplace(model, optim, **growth)
             own = {id(p) for p in model.parameters()}
             found |= {"kept": kept <= own, "preserves": report.preserves}
+            found["norm"] = report.grad_norm_factor
             found["state"] = {
                 (name, key): whole(value).clone()
                 for name, p in model.named_parameters()
@@ -168,7 +169,7 @@ def scheduled(rank: int | None, world: int) -> dict[str, object]:
         scheduler.step()
         optim.zero_grad()
     weights = {name: whole(p.detach()) for name, p in model.named_parameters()}
-    found = {"kept": True, "preserves": None, "state": {}}
+    found = {"kept": True, "preserves": None, "state": {}, "norm": 1.0}
     return found | {"losses": losses, "weights": weights, "fired": schedule.fired}
 
 

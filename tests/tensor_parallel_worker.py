@@ -130,7 +130,7 @@ def run(case: str, rank: int | None) -> dict[str, object]:
         if step == AT:
             report = growkern.expand_inplace(model, optim, **growth)
             found["kept"] = before <= {id(p) for p in model.parameters()}
-            found["preserves"] = report.preserves
+            found["preserves"], found["norm"] = report.preserves, report.grad_norm_factor
             found["state"] = {
                 (name, key): whole(value).clone()
                 for name, p in model.named_parameters()

@@ -102,6 +102,14 @@ def box_of(like: Any, shape: Sequence[int]) -> Box:
     return Box(tuple(zip(first, sizes, strict=True)), tuple(shape))
 
 
+def n_parts(t: Any) -> int:
+    """Return the number of parts of a tensor; more processes than that have replicas."""
+    if not is_sharded(t):
+        return 1
+    places = enumerate(t.placements)
+    return prod(t.device_mesh.size(i) for i, place in places if not place.is_replicate())
+
+
 def n_local(like: Tensor, shape: Sequence[int]) -> int:
     """Return the number of elements that this process holds of a tensor of ``shape`` that is placed as another."""
     return prod(box_of(like, shape).sizes) if is_sharded(like) else prod(shape)

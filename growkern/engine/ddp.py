@@ -84,6 +84,24 @@ class Ranks:
         if not self.voted:
             self._count(True)
 
+    @property
+    def n(self) -> int:
+        """Number of processes of the largest mesh; 1 without one."""
+        return max((mesh.size() for mesh in self.meshes), default=1)
+
+    @uninterrupted()  # a process that is interrupted before its answer would keep the others waiting
+    def total(self, numbers: Tensor) -> Tensor:
+        """Add float64 numbers of all processes of the largest mesh.
+
+        Raises:
+            CommitError: Another process has failed.
+        """
+        if not self.meshes:
+            return numbers
+        self.go_on()
+        largest = max(self._gathered(numbers.view(torch.int64)), key=len)  # the bits of the numbers
+        return torch.stack(largest).view(torch.float64).sum(0).cpu()
+
     @uninterrupted()  # a process that is interrupted before its answer would keep the others waiting
     def agree(self, text: str, what: str) -> None:
         """Compare ``text`` between all processes.

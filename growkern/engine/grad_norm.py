@@ -1,12 +1,13 @@
 """The law's factor of a growth on the global gradient norm: from gradients in flight, else from second moments. No target is read."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf, prod, sqrt
 
 import torch
 from torch import Tensor
 
+from growkern.distributed.shards import box_of, is_sharded, local, n_parts
 from growkern.execution.measures import CHUNK, MOST, norms_of
 from growkern.optimizer.update_scale import UpdateScale
 from growkern.planning.axis_scales import squares_of
@@ -24,6 +25,8 @@ def grad_norm_factor(
     tensors: Tensors,
     held: Mapping[str, Tensor],
     update_scales: Sequence[UpdateScale] = (),
+    n_ranks: int = 1,
+    total_of: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> float | None:
     """Return the factor on the global gradient norm, pads and new blocks left out.
 
@@ -32,6 +35,8 @@ def grad_norm_factor(
         tensors: Source tensors by name.
         held: Parameter name -> the tensor that the optimizer holds for it.
         update_scales: The ``UpdateScale`` of the optimizers, which convert their second moments to the units of gradients.
+        n_ranks: Number of processes that have a part of the tensors.
+        total_of: Adds numbers of all these processes.
 
     Returns:
         The factor; None without gradients and second moments, where they are all 0 or not finite, or where weights are perturbed.
@@ -39,7 +44,7 @@ def grad_norm_factor(
     if any(row.is_perturbed for row in plan.tensors):
         return None
     order, before, after = 2 if tensors.grads else 1, 0.0, 0.0
-    plain: dict[object, list[tuple[Tensor, float]]] = defaultdict(list)
+    plain: dict[object, list[tuple[Tensor, float, float]]] = defaultdict(list)
     for name, (own, shares) in _shares_of(plan).items():
         square: object = tensors.states.get(name, {}).get("exp_avg_sq")
         kept = t = tensors.grads.get(name) if tensors.grads else square
@@ -49,19 +54,22 @@ def grad_norm_factor(
             t = scale.second_moment(held[name], t)
         factors = [_uniform(each) for each in shares]
         known = [factor for factor in factors if factor is not None]
+        once = n_parts(t) / n_ranks  # replicas count once, together
         if t is kept and len(known) == len(factors) and own:
-            plain[t.device, t.dtype].append((t, sum(known)))
+            plain[t.device, t.dtype].append((local(t), once, once * sum(known)))
             continue
         # summed now: a converted moment is a copy, and is not kept
-        total = float(norms_of([t], order).double().pow(order))
+        total = once * float(norms_of([local(t)], order).double().pow(order))
         before += own * total
         after += sum(known) * total
-        after += sum(_weighted(t, each, order) for each in shares if _uniform(each) is None)
-    for pairs in plain.values():
-        totals = norms_of([t for t, _ in pairs], order).double().pow(order)
-        factors = torch.tensor([f for _, f in pairs], dtype=torch.float64, device=totals.device)
-        one, other = torch.stack([totals.sum(), totals @ factors]).cpu()
-        before, after = before + float(one), after + float(other)
+        after += once * sum(_weighted(t, each, order) for each in shares if _uniform(each) is None)
+    for group in plain.values():
+        totals = norms_of([t for t, *_ in group], order).double().pow(order)
+        factors = [factors for _, *factors in group]
+        sums = totals @ torch.tensor(factors, dtype=torch.float64, device=totals.device)
+        before, after = (a + float(b) for a, b in zip((before, after), sums.cpu(), strict=True))
+    both = total_of(torch.tensor([before, after], dtype=torch.float64))
+    before, after = float(both[0]), float(both[1])
     return sqrt(after / before) if 0 < before < inf and 0 < after < inf else None
 
 
@@ -102,8 +110,12 @@ def _uniform(shares: Shares) -> float | None:
 
 def _weighted(t: Tensor, shares: Shares, order: int) -> float:
     """Return the sum of the elements (``order`` 1) or of their squares, times the shares of their coordinates."""
-    dtype = arithmetic(t.dtype)
-    rows, *others = (torch.tensor(v.expanded(), dtype=dtype, device=t.device) for v in shares)
+    at = box_of(t, t.shape).slices if is_sharded(t) else [slice(None)] * t.dim()
+    t, dtype = local(t), arithmetic(t.dtype)
+    rows, *others = (
+        torch.tensor(v.expanded()[part], dtype=dtype, device=t.device)
+        for v, part in zip(shares, at, strict=True)
+    )
     columns = torch.ones(1, dtype=dtype, device=t.device)
     for other in others:
         columns = torch.outer(columns, other).flatten()
@@ -115,4 +127,4 @@ def _weighted(t: Tensor, shares: Shares, order: int) -> float:
         parts.append(
             rows[start : start + step] @ ((chunk.square() if order == 2 else chunk) @ columns)
         )
-    return float(torch.stack(parts).double().sum())
+    return float(torch.stack(parts).double().sum()) if parts else 0.0

@@ -108,8 +108,7 @@ def _run(request: Request) -> GrowthReport:
             laps.end("check")
             plan, unmanaged = _agree_on_plan(request, sources, ranks, live, laps, shards)
             del live
-            gather = Gather(ranks.go_on) if ranks.meshes else None
-            staged = _stage(request, sources, plan, unmanaged, gather)
+            staged = _stage(request, sources, plan, unmanaged, ranks)
             laps.end("cut")
             noted = _commit(request, sources, staged, ranks, kept, check, laps, shards)
             laps.end("commit")
@@ -216,7 +215,7 @@ def _agree_on_plan(
 
 
 def _stage(
-    request: Request, sources: _Described, plan: GrowthPlan, unmanaged: list[list[str]], gather: Gather | None
+    request: Request, sources: _Described, plan: GrowthPlan, unmanaged: list[list[str]], ranks: Ranks
 ) -> _Staged:  # fmt: skip
     """Prepare the executions: check shapes and memory, but compute and change nothing."""
     model, optims = request.model, request.optims
@@ -235,6 +234,7 @@ def _stage(
         for name in described.names if law is not None and law.resets else ():
             state = tensors.states.get(name, {})  # master weights grow even when the state is reset
             tensors.states[name] = {k: state[k] for k in (MASTER, MASTER_GRAD) if k in state}
+    gather = Gather(ranks.go_on) if ranks.meshes else None
     execution = Execution(
         plan, tensors, rules.__getitem__, backend=request.backend, memory=request.memory,
         given=request.new_rows, on_progress=request.on_progress, gather=gather,
@@ -243,7 +243,7 @@ def _stage(
     masters = request.master_weights or {}
     held = {name: masters.get(p, p) for name, p in model.named_parameters(remove_duplicate=False)}
     updates = [scale for optim in optims if (scale := scale_of(optim)) is not None]
-    factor = grad_norm_factor(plan, tensors, held, updates) if gather is None else None
+    factor = grad_norm_factor(plan, tensors, held, updates, ranks.n, ranks.total)
     return _Staged(plan, targets, [execution, *shadows], factor)
 
 

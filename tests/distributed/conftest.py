@@ -32,6 +32,8 @@ def assert_as_alone() -> Callable[[dict, dict], None]:
         assert run["state"].keys() == alone["state"].keys()
         for key, value in alone["state"].items():
             torch.testing.assert_close(run["state"][key], value, rtol=1e-9, atol=1e-14, msg=str(key))  # fmt: skip
+        norm = alone["norm"]
+        assert run["norm"] == (None if norm is None else pytest.approx(norm, rel=1e-9, abs=0))
         assert run["losses"] == pytest.approx(alone["losses"], rel=0, abs=1e-9)
         for name, p in alone["weights"].items():
             torch.testing.assert_close(run["weights"][name], p, rtol=0, atol=1e-8, msg=name)
