@@ -16,6 +16,7 @@ from growkern.support.live_registry import Live, in_pass, mid_step
 from growkern.support.wrappers import unwrapped
 
 ENGINE = "DeepSpeedEngine"  # recognized by class name, so that no framework is imported
+ZERO = "ZeroRedundancyOptimizer"
 AVERAGE = re.compile(
     r"(^|[a-z0-9_])E(ma|MA)(?![a-z])|MovingAverage"
 )  # ModelEmaV2, EMAModel, EMA, ...
@@ -56,7 +57,7 @@ def refuse_stale_references(
 
     Raises:
         UnsupportedOptimizerError: Another optimizer holds state of the parameters (its next step would fail, or corrupt
-            memory under ``fused=True``); the optimizer holds parameters that no module holds.
+            memory under ``fused=True``); the optimizer holds parameters that no module holds, or is a part of a ZeroRedundancyOptimizer.
         UnsupportedModelError: A module outside the model holds one of the model's parameters (a head tied to this backbone);
             a ``DeepSpeedEngine`` around the model is alive; an average of a model of the same shapes was not passed.
     """
@@ -84,11 +85,13 @@ def refuse_stale_references(
         return _averages_like(model, live) if averages is None else []
 
     _refuse_dead(model, optims, live, master_weights or {})
+    _refuse_part(model, optims, live)
     if engines(live) or optimizers(live) or modules(live) or averaged(live):
         live, title = live.collected(), f"cannot grow this {type(model).__name__}:"
         if engines(live):
             raise UnsupportedModelError(
-                f"{title} a {ENGINE} around the model is alive, which is not supported yet: grow before deepspeed.initialize."
+                f"{title} a {ENGINE} around the model is alive, which is not supported yet: grow before deepspeed.initialize, or save, "
+                "grow the checkpoint (growkern grow), and initialize anew."
             )
         if others := optimizers(live):
             raise UnsupportedOptimizerError(
@@ -106,6 +109,19 @@ def refuse_stale_references(
                 "ema=, or pass ema=() if it averages another model."
             )
     return live
+
+
+def _refuse_part(model: nn.Module, optims: Sequence[Optimizer], live: Live) -> None:
+    """Raise UnsupportedOptimizerError for the optimizer inside a ``ZeroRedundancyOptimizer``, which has a part of the parameters."""
+    holders: list[Any] = [
+        o for o in live.optimizers if ZERO in (kind.__name__ for kind in type(o).__mro__)
+    ]
+    for holder in holders:
+        if any(holder.optim is optim for optim in optims):
+            raise UnsupportedOptimizerError(
+                f"cannot grow this {type(model).__name__}: the optimizer is the part of a {ZERO} in this process, whose shards would "
+                f"have to move between processes. Pass the {ZERO} to read the way out."
+            )
 
 
 def _averages_like(model: nn.Module, live: Live) -> list[str]:

@@ -17,13 +17,24 @@ from growkern.model.spec import SHARE, Blocks, ModelSpec
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WRAPPERS = {
     "DataParallel": "pass model.module",
-    "FullyShardedDataParallel": "FSDP1 keeps flat parameters: use fully_shard",
-    "DeepSpeedEngine": "grow before deepspeed.initialize",
+    "FullyShardedDataParallel": (
+        fsdp1
+        := "FSDP1 keeps flat parameters: use fully_shard, or save the gathered model, grow it (growkern grow), and wrap it anew"
+    ),
+    "DeepSpeedEngine": (
+        deepspeed
+        := "grow before deepspeed.initialize, or save, grow the checkpoint (growkern grow), and initialize anew"
+    ),
     "PeftModel": (
         adapters := "merge the adapters first, or grow the base model before adding them"
     ),
     "BaseTuner": adapters,
     "BaseTunerLayer": adapters,
+}
+MANAGED = {  # attribute that an engine gives a parameter, also seen on the model inside its wrapper -> the engine, and the way out
+    "_fsdp_flattened": ("FullyShardedDataParallel", fsdp1),
+    "ds_id": ("DeepSpeedEngine (ZeRO stage 3)", deepspeed),
+    "_hp_mapping": ("DeepSpeedEngine (ZeRO stage 1 or 2)", deepspeed),
 }
 # class name of a leaf module, or of its base -> attribute that caches a size -> axis of the module's weight
 LEAVES: dict[str, dict[str, int]] = {
@@ -166,6 +177,10 @@ def _wrappers(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[str]:
         for kind in own.__mro__:
             if kind.__name__ in WRAPPERS:
                 by_remedy.setdefault(WRAPPERS[kind.__name__], f"{name} is a {kind.__name__}")
+    params = {name: p for path, m in modules for name, p in m.named_parameters(path, recurse=False)}
+    for name, p in params.items():
+        for engine, way_out in (MANAGED[a] for a in MANAGED.keys() & vars(p).keys()):
+            by_remedy.setdefault(way_out, f"{name}: a {engine} owns the parameter")
     for way_out, what in by_remedy.items():
         yield f"{what}, which is not supported yet: {way_out}."
     for name, module in modules:

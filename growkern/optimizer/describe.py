@@ -150,8 +150,9 @@ def _check_class(optim: object, name: str = "optim") -> None:
         )
     if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optim).__mro__):
         raise UnsupportedOptimizerError(
-            "a ZeroRedundancyOptimizer is not supported yet: its shards would have to move between processes. Train with the "
-            "optimizer that it wraps."
+            "a ZeroRedundancyOptimizer is not supported yet: its shards would have to move between processes. Load its consolidated state "
+            "into an optimizer of the class that it wraps, grow with this one and its scheduler, and build the ZeroRedundancyOptimizer "
+            "anew from its param groups and state."
         )
 
 
