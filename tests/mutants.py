@@ -522,7 +522,7 @@ MUTANTS = {
         "execution/execute.py", "peak_of_stream(self.sets)) if streams", "peak_of_stream(self.sets)) if False",
         "checkpoints/test_grow_checkpoint.py -k largest_tensor"),
     "attach: a failed growth leaves found_inf": Mutant(
-        "training/attachment.py", '            vars(optim).pop("grad_scale", None)\n', "", "training/test_schedule_refused.py -k scaler"),
+        "training/attachment.py", '        vars(optim).pop("grad_scale", None)\n', "", "training/test_schedule_refused.py -k scaler"),
     "attach: a deeper optimizer checkpoint is torch's own error": Mutant(
         "training/attachment.py", '                OptimGuard(known.rules, "", model=self.model).register(one)\n', "                pass\n",
         "training/test_replay.py -k where_a_schedule"),
@@ -619,6 +619,24 @@ MUTANTS = {
     "attach: a growth comes before its impossible choice": Mutant(
         "training/attachment.py", "                refuse_choice(self.model)", "                ()",
         "training/test_trains.py -k choice_is_not_possible"),
+    "engines: Accelerate loads shards before the replay": Mutant(
+        "integrations/accelerate.py", "    accelerator.load_state = replay_and_load\n", "",
+        "integrations/test_engines.py -k accelerate_grows"),
+    "engines: Lightning loads shards before the replay": Mutant(
+        "integrations/lightning.py", "trainer.strategy.load_checkpoint = replay_and_load_shards", "pass",
+        "integrations/test_engines.py -k lightning_grows"),
+    "engines: FSDPStrategy is not refused": Mutant(
+        "integrations/lightning.py", "in kinds & REFUSED.keys():", "in set[str]():", "integrations/test_engines.py -k strategies"),
+    "engines: a step that makes state counts": Mutant(
+        "training/skipped.py", "return not any(bool(local(grad).any()) for grad in grads if grad is not None)", "return False",
+        "integrations/test_engines.py -k makes_state"),
+    "engines: the first step of a warmup does not count": Mutant(
+        "training/skipped.py", "return not any(bool(local(grad).any()) for grad in grads if grad is not None)", "return True",
+        "integrations/test_engines.py -k makes_state"),
+    "engines: parameters that an engine owns grow": Mutant(
+        "model/describe.py", "MANAGED.keys() & vars(p).keys()", "()", "integrations/test_engines.py -k an_engine"),
+    "engines: a rank's part of a ZeroRedundancyOptimizer grows": Mutant(
+        "engine/live_objects.py", "    _refuse_part(model, optims, live)\n", "", "integrations/test_engines.py -k zero_redundancy"),
     "fsdp: parameters of one process grow": Mutant(
         "engine/sharded.py", "if shards is not None and id(p) not in shards.params", "if False", "distributed/test_fsdp.py"),
     "boxes: the noise of a part begins anew": Mutant(

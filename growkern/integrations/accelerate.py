@@ -35,7 +35,7 @@ def attach(
 
     Growth is in place, so Accelerate's references to model, optimizer and schedulers stay valid. Each growth is logged to the
     trackers, and ``save_state`` and ``load_state`` save and load the schedule. ``load_state`` of a checkpoint from after a growth first
-    replays the growths on a model of the starting sizes.
+    replays the growths on a model of the starting sizes. Under FSDP2 (``fsdp_version=2``) every process grows its shards.
 
     Args:
         accelerator: The accelerator that prepared the model.
@@ -85,15 +85,28 @@ def attach(
     if not any(registered is schedule for registered in custom):
         accelerator.register_for_checkpointing(schedule)
 
-    def replay(models: Sequence[nn.Module], folder: str) -> None:
+    load: Any = accelerator.load_state  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+    # a pre-hook of load_state would be too late: Accelerate calls the hooks after shards of FSDP have been loaded
+    def replay_and_load(input_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         at = next((i for i, registered in enumerate(custom) if registered is schedule), None)
-        file = Path(folder) / f"custom_checkpoint_{at}.pkl"
+        file = _folder(accelerator, input_dir) / f"custom_checkpoint_{at}.pkl"
         if schedule.attachment is attachment and file.exists():
             saved = torch.load(file, map_location="cpu", weights_only=True)
             catch_up(
                 attachment.model, optims, saved["history"], scheduler=attachment.schedulers or None, ema=options.get("ema"),
                 master_weights=options.get("master_weights"), spec=spec_function(options.get("spec")),
             )  # fmt: skip
+        return load(input_dir, *args, **kwargs)
 
-    accelerator.register_load_state_pre_hook(replay)
+    accelerator.load_state = replay_and_load
     return attachment
+
+
+def _folder(accelerator: Accelerator, input_dir: str | None) -> Path:
+    """Return the folder that ``load_state`` reads: by default the newest checkpoint that Accelerate has numbered."""
+    if input_dir is not None:
+        return Path(input_dir).expanduser()
+    saved = Path(accelerator.project_dir or "") / "checkpoints"
+    numbered = {int(path.name.rpartition("_")[2]): path for path in saved.glob("checkpoint_*")}
+    return numbered[max(numbered)] if numbered else saved

@@ -51,7 +51,8 @@ def attach(trainer: Trainer, schedule: GrowthSchedule, **options: Unpack[Options
     growth, and the schedule is saved and restored with the trainer's state: ``trainer.train(resume_from_checkpoint=...)`` first replays
     the checkpoint's growths on a model of the starting sizes. Steps that mixed precision skips do not count, unlike in
     ``global_step``. Under ``load_best_model_at_end`` the search for the best model restarts after each growth, because checkpoints
-    from before the growth no longer fit the model.
+    from before the growth no longer fit the model. Under FSDP2 (``TrainingArguments(fsdp=True)``) every process grows its shards, and
+    resuming works alike; a model that ``from_pretrained`` has sharded (``DistributedConfig``) grows, and Trainer saves no optimizer of it.
 
     Args:
         trainer: Trainer of ``transformers``.

@@ -1,6 +1,7 @@
 """Growth in Lightning's Trainer."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from growkern.commit.optimizer import Masters
-from growkern.errors import PlanError
+from growkern.errors import PlanError, UnsupportedModelError
 from growkern.integrations.bar import Bar
 from growkern.optimizer.schedulers import driven_by
 from growkern.support.argument_types import typed_arguments
@@ -19,6 +20,8 @@ from growkern.training.options import Options, spec_function
 from growkern.training.replay import catch_up
 from growkern.training.schedule import GrowthSchedule
 
+REFUSED = {"FSDPStrategy": "FSDP1 keeps flat parameters", "DeepSpeedStrategy": "a DeepSpeedEngine owns the parameters"}  # fmt: skip
+
 
 class GrowthCallback(Callback):
     """Grow during ``trainer.fit``: ``Trainer(callbacks=[growkern.lightning.GrowthCallback(schedule)])``.
@@ -26,7 +29,7 @@ class GrowthCallback(Callback):
     Growth happens at the end of a batch, after the optimizer step and before checkpoints are written. The schedule observes the loss
     of the training step as ``loss``, and every metric that the module logs, once per value. Each growth is logged to the loggers, and
     checkpoints contain the schedule. A checkpoint of a grown model loads into a module of the starting sizes by ``ckpt_path`` alone:
-    the callback replays the growths first.
+    the callback replays the growths first. Under ``ModelParallelStrategy`` with ``fully_shard`` every process grows its shards.
 
     Args:
         schedule: The growth schedule.
@@ -37,6 +40,7 @@ class GrowthCallback(Callback):
     Raises:
         PlanError: At the start of fitting: no optimizer of the module has a parameter of the model, or the module has no single child
             with parameters.
+        UnsupportedModelError: Before the model is set up: the trainer has an FSDPStrategy or a DeepSpeedStrategy.
     """
 
     @typed_arguments(PlanError)
@@ -55,9 +59,25 @@ class GrowthCallback(Callback):
         self.waiting: Callable[[], None] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Delay loading the weights of a grown model: Lightning loads weights before the optimizer exists, and the replay needs both."""
+        """Replay growths before weights load. Lightning may load weights before the optimizer exists: then replay and load wait."""
+        kinds = {kind.__name__ for kind in type(trainer.strategy).__mro__}
+        for name in kinds & REFUSED.keys():
+            raise UnsupportedModelError(
+                f"GrowthCallback: under {name}, {REFUSED[name]}, which is not supported yet; use ModelParallelStrategy, and apply "
+                "fully_shard in configure_model of the LightningModule."
+            )
         self._let_load(trainer)
         load = trainer.strategy.load_model_state_dict
+        load_shards = trainer.strategy.load_checkpoint
+
+        def replay_and_load_shards(
+            checkpoint_path: Any, weights_only: bool | None = None
+        ) -> dict[str, Any]:
+            path = Path(trainer.strategy.broadcast(checkpoint_path))
+            saved = _callbacks(path, weights_only).get(self.state_key, {})
+            if history := saved.get("history"):
+                self._replay(trainer, pl_module, history, with_optimizer=stage == "fit")
+            return load_shards(checkpoint_path, weights_only=weights_only)
 
         def load_or_wait(checkpoint: Mapping[str, Any], strict: bool = True) -> None:
             saved = checkpoint.get("callbacks", {}).get(self.state_key, {})
@@ -68,12 +88,15 @@ class GrowthCallback(Callback):
                     self._replay(trainer, pl_module, history, with_optimizer=stage == "fit")
                 load(checkpoint, strict=strict)
 
-            if history and stage == "fit" and not trainer.strategy.restore_checkpoint_after_setup:
+            if history and stage == "fit":
                 self.waiting = replay_and_load
             else:
                 replay_and_load()
 
-        trainer.strategy.load_model_state_dict = load_or_wait
+        if trainer.strategy.restore_checkpoint_after_setup:
+            trainer.strategy.load_checkpoint = replay_and_load_shards
+        else:
+            trainer.strategy.load_model_state_dict = load_or_wait
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replay growths on model and optimizer, and load the delayed weights. Lightning loads the optimizer state next."""
@@ -159,7 +182,8 @@ class GrowthCallback(Callback):
 
     def _let_load(self, trainer: Trainer) -> None:
         self.waiting = None
-        vars(trainer.strategy).pop("load_model_state_dict", None)
+        for name in ("load_model_state_dict", "load_checkpoint"):
+            vars(trainer.strategy).pop(name, None)
 
     def _replay(
         self, trainer: Trainer, pl_module: LightningModule, history: list[str], *, with_optimizer: bool
@@ -175,6 +199,15 @@ class GrowthCallback(Callback):
             model, optims, history, scheduler=several, ema=self.options.get("ema"),
             master_weights=self.options.get("master_weights"), spec=spec,
         )  # fmt: skip
+
+
+def _callbacks(checkpoint: Path, weights_only: bool | None) -> Mapping[str, Any]:
+    """Return the states of the callbacks in a checkpoint: a file, or a folder of shards with a file for everything else."""
+    file = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
+    if not file.exists():
+        return {}
+    saved = torch.load(file, map_location="cpu", mmap=True, weights_only=weights_only)
+    return saved.get("callbacks", {})
 
 
 def _optimizers_of(

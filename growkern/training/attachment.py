@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from growkern.api import expand_inplace, plan
@@ -32,6 +32,7 @@ from growkern.training.options import Options, spec_function
 from growkern.training.ramp import Ramp, width_of
 from growkern.training.rehearsal import problems, problems_after_a_step, unheld
 from growkern.training.rewind import Rewarm, rewind
+from growkern.training.skipped import is_skipped
 from growkern.training.trains import flops_per_token
 from growkern.training.triggers import Event, unknown_sizes
 
@@ -362,12 +363,7 @@ def _attachment_of(optim: Optimizer) -> Attachment | None:
 
 
 def _take(self: Attachment, optim: Optimizer) -> None:
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return  # the CUDA graph records the step and does not run it
-    # On overflow, GradScaler still calls a fused optimizer, which skips the update itself. The optimizer's step count would show
-    # the skip, but reading the count would synchronize the device at every step. Only GradScaler sets found_inf.
-    overflow = getattr(optim, "found_inf", None)
-    if isinstance(overflow, Tensor) and overflow.item():
+    if is_skipped(optim):
         return
     self.ramp.count(self)
     self.stepped = True
@@ -380,9 +376,8 @@ def _take(self: Attachment, optim: Optimizer) -> None:
             self.grow()
     except BaseException:
         # the error keeps GradScaler from deleting these attributes, and the next step would unscale twice
-        if overflow is not None:
-            vars(optim).pop("grad_scale", None)
-            vars(optim).pop("found_inf", None)
+        vars(optim).pop("grad_scale", None)
+        vars(optim).pop("found_inf", None)
         raise
 
 

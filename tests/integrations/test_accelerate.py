@@ -124,6 +124,29 @@ def test_save_state_and_load_state_carry_the_schedule(accelerator_of, tmp_path):
     same_weights(model, resumed)
 
 
+def test_load_state_replays_the_growths_of_the_newest_checkpoint_that_accelerate_has_numbered(
+    accelerator_of, tmp_path
+):
+    def prepared():
+        numbers = accelerate.utils.ProjectConfiguration(
+            project_dir=str(tmp_path), automatic_checkpoint_naming=True
+        )
+        accelerator = accelerator_of(project_config=numbers)
+        model, optim = accelerator.prepare(*parts())
+        attach(accelerator, model, optim, GrowthSchedule([At(step=1, to=WIDER)]))
+        return accelerator, model, optim
+
+    accelerator, model, optim = prepared()
+    accelerator.save_state()
+    train(accelerator, model, optim, cosine(optim.optimizer), 1)
+    accelerator.save_state()
+    accelerator, resumed, _ = prepared()
+    accelerator.load_state()
+
+    assert resumed.config.hidden_size == 48
+    same_weights(model, resumed)
+
+
 @pytest.mark.slow
 def test_load_state_replays_growths_on_a_model_of_the_starting_sizes(accelerator_of, tmp_path):
     def prepared():
