@@ -51,7 +51,7 @@ MUTANTS = {
         "engine/grad_norm.py", "            shares[at] = first\n", "",
         "optimizer/test_describe_optimizer.py -k gradients_in_flight"),
     "report: the gradient norm knows no shares of single coordinates": Mutant(
-        "engine/grad_norm.py", "        after += sum(_weighted(t, each, order) for each in shares if _uniform(each) is None)\n", "",
+        "engine/grad_norm.py", "        after += once * sum(_weighted(t, each, order) for each in shares if _uniform(each) is None)\n", "",
         "optimizer/test_describe_optimizer.py -k gradients_in_flight"),
     "plan: another layer's shape is not compared": Mutant(
         "planning/check.py", "            or spec.shape(row.next_layer_source) != spec.shape(row.source)\n", "",
@@ -659,6 +659,19 @@ MUTANTS = {
         "optimizer/factors.py", "(f[at[i]] if", "(f[: at[i].stop - at[i].start] if", "distributed/test_fsdp.py"),
     "fsdp: new blocks are roots of their own": Mutant(
         "commit/commit.py", "        shards.join(undo.set_list)\n", "        pass\n", "distributed/test_fsdp.py"),
+    "fsdp: replicas count in the gradient norm": Mutant(
+        "engine/grad_norm.py", "once = n_parts(t) / n_ranks", "once = 1.0", "distributed/test_tensor_parallel.py"),
+    "fsdp: shares of the first shard": Mutant(
+        "engine/grad_norm.py", "at = box_of(t, t.shape).slices if is_sharded(t)", "at = [slice(0, n) for n in local(t).shape] if is_sharded(t)",
+        "distributed/test_fsdp.py"),
+    "fsdp: a process that is interrupted does not answer": Mutant(
+        "engine/ddp.py", "            elif self.began:\n                self.vote(False)\n", "            elif self.began:\n", "distributed/test_fsdp.py"),
+    "fsdp: the gathered source stays while the next is gathered": Mutant(
+        "execution/execute.py", "            del source, other  # before the next source is gathered\n", "", "distributed/test_sharded_memory.py"),
+    "fsdp: constant rows are gathered": Mutant(
+        "execution/execute.py", "            if job.row.constant is None:\n", "            if True:\n", "distributed/test_sharded_memory.py"),
+    "cost: lean frees nothing": Mutant(
+        "planning/cost.py", 'freed = one.n_freed if mode == "lean" else 0', "freed = 0", "planning/test_cost.py"),
     "tensor parallel: a half of a head": Mutant(
         "model/spec.py", 'if "head_dim" not in str(c)]', "]", "distributed/test_tensor_parallel.py"),
     "tensor parallel: rows of fully_shard must divide": Mutant(
