@@ -151,15 +151,24 @@ def resharded(model: nn.Module, ids: torch.Tensor) -> list[bool]:
     return [all(hasattr(p, "full_tensor") for p in block.parameters()) for block in model.model.layers]  # fmt: skip
 
 
-def scheduled(rank: int | None, world: int) -> dict[str, object]:
-    """Grow twice in hooks of the optimizer, where gradients are in flight, under clipping and a cosine."""
+SCHEDULES = {
+    "twice": [growkern.At(step=2, to=WIDER), growkern.At(step=5, to={"layers": 3})],
+    "top": [
+        growkern.At(step=2, to={"layers": 4}, depth=growkern.depth.Stack(), trains=growkern.trains.Top(2)),
+        growkern.At(step=4, to=WIDER, trains=growkern.trains.Top(1)),
+        growkern.At(step=6, to=None),
+    ],
+}  # fmt: skip
+
+
+def scheduled(which: str, rank: int | None, world: int) -> dict[str, object]:
+    """Grow in hooks of the optimizer, where gradients are in flight, under clipping and a cosine."""
     model = make("llama", tied=False).double()
     if rank is not None:
         sharded(model, world)
     optim = ADAMW(model.parameters())
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optim, 20)
-    events = [growkern.At(step=2, to=WIDER), growkern.At(step=5, to={"layers": 3})]
-    schedule = growkern.GrowthSchedule(events)
+    schedule = growkern.GrowthSchedule(SCHEDULES[which])
     schedule.attach(model, optim, scheduler)
     losses = []
     for step in range(STEPS):
@@ -260,7 +269,6 @@ def broken(owner: object, name: str, how: Callable[..., None]):
 
 
 REFUSED = {  # what, and the error
-    "trains": "trains=: who trains cannot be chosen yet in a sharded model",
     "a plain parameter": "norm.weight: is not sharded, and other parameters are",
     "an unknown torch": "attribute fsdp_placement is missing",
     "waiting": "gradients wait to be reduced",
@@ -325,12 +333,6 @@ def refused(rank: int, world: int, what: str) -> str:
         for state in (m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule)):
             for group in state._fsdp_param_groups:
                 del group.fsdp_params[0].fsdp_placement
-    if what == "trains":
-        schedule = growkern.GrowthSchedule([growkern.At(step=1, trains=growkern.trains.Top(1))])
-        try:
-            schedule.attach(model, optim)
-        except growkern.errors.PlanError as error:
-            return str(error)
     if what == "average":
         average = torch.optim.swa_utils.AveragedModel(make("llama", tied=False))
         options["ema"] = average
@@ -387,9 +389,10 @@ def main(folder: Path, rank: int, world: int, dies: str = "") -> None:
             found[case] = run(case, rank, world)
             if rank == 0:
                 found["alone", case] = run(case, None, world)
-        found["scheduled"] = scheduled(rank, world)
-        if rank == 0:
-            found["alone", "scheduled"] = scheduled(None, world)
+        for which in SCHEDULES:
+            found[which] = scheduled(which, rank, world)
+            if rank == 0:
+                found["alone", which] = scheduled(which, None, world)
     found["failed"] = failed(rank, world)
     for name, policy in {"fp32": {}, "bf16": dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}.items():  # fmt: skip
         found["refilled", name] = refilled(rank, world, MixedPrecisionPolicy(**policy))

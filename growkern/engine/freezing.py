@@ -11,13 +11,10 @@ from growkern.commit.frozen import (
     frozen_of,
     lift,
     refuse_lbfgs,
-    refuse_reentrant_blocks,
 )
 from growkern.commit.optimizer import Masters
-from growkern.distributed.shards import has_shards
 from growkern.engine.compile_cache import reset
 from growkern.engine.ddp import Ranks
-from growkern.errors import PlanError
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.support.live_registry import Live
 
@@ -37,15 +34,13 @@ def choose(model: nn.Module, frozen: Frozen, masters: Masters | None = None) -> 
     before = frozen_of(model)
     if before is None and not frozen.names:
         return
-    if frozen.names:
-        _refuse_sharded(model)
     live = Live.now()
     ranks = Ranks(model, live.modules)
     with ranks.together():
         still = {p for n, p in model.named_parameters(remove_duplicate=False) if n in frozen.names}
         held = [(optim, optim.param_groups[0]["params"]) for optim in live.optimizers]
         refuse_lbfgs(optim for optim, params in held if still & {*params})
-        text = "\n".join([*sorted(frozen.names), str(frozen.n_blocks)]) if ranks.wrappers else ""
+        text = "\n".join([*sorted(frozen.names), str(frozen.n_blocks)]) if ranks.several else ""
         ranks.agree(text, "who trains")
         freeze(model, frozen, masters)
         try:
@@ -56,22 +51,6 @@ def choose(model: nn.Module, frozen: Frozen, masters: Masters | None = None) -> 
         ranks.rebuild()
     if frozen.n_blocks is None or before is None or before.n_blocks is None:
         reset()  # else dynamo tells sub-models by who trains in them, and keeps a graph for each
-
-
-def refuse_choice(model: nn.Module) -> None:
-    """Refuse a choice of who trains that no model in this state can make.
-
-    Raises:
-        PlanError: The model is sharded.
-        UnsupportedModelError: A block is under reentrant checkpointing.
-    """
-    _refuse_sharded(model)
-    refuse_reentrant_blocks(model)
-
-
-def _refuse_sharded(model: nn.Module) -> None:
-    if has_shards(model):
-        raise PlanError("who trains cannot be chosen yet in a sharded model; train everything.")
 
 
 def release(model: nn.Module) -> None:

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from growkern.api import expand_inplace, plan
 from growkern.commit.checkpoint_guard import guard_model, n_growths
-from growkern.commit.frozen import frozen_of
+from growkern.commit.frozen import frozen_of, refuse_reentrant_blocks
 from growkern.commit.optimizer_guard import OptimGuard, check_loaded, optim_guard_of
 from growkern.engine.forward_check import Check, ForwardCheck, call_of
-from growkern.engine.freezing import choose, refuse_choice, release
+from growkern.engine.freezing import choose, release
 from growkern.engine.report import GrowthReport
 from growkern.engine.sources import tensors_of
 from growkern.errors import GrowthError, PlanError, raise_all
@@ -178,7 +178,7 @@ class Attachment:
             )
         while (event := schedule.next_event) is not None and event.due(schedule.counts):
             if not event.trains.everything:
-                refuse_choice(self.model)  # before the growth, which is not taken back
+                refuse_reentrant_blocks(self.model)  # before the growth, which is not taken back
             if event.to is None:
                 self._turn(event)
                 continue

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from growkern.api import expand_inplace
 from growkern.commit.commit import copied, shared_by
-from growkern.commit.frozen import refuse_lbfgs, trained_under
-from growkern.engine.freezing import refuse_choice
+from growkern.commit.frozen import refuse_lbfgs, refuse_reentrant_blocks, trained_under
 from growkern.engine.live_objects import averages_of, is_average, refuse_stale_references
 from growkern.engine.report import GrowthReport
 from growkern.errors import CommitError, GrowthError, PlanError, UnsupportedModelError
@@ -43,7 +42,7 @@ def problems(attachment: "Attachment") -> list[str]:
             who and not who.everything
             for who in (schedule.trains, *(e.trains for e in schedule.ahead))
         ):
-            refuse_choice(model)
+            refuse_reentrant_blocks(model)
     except GrowthError as error:
         return [*found, f"trains=: {error}"]
     if not schedule.fired and schedule.trains is not None:

@@ -5,7 +5,7 @@ import re
 import processes
 import pytest
 import torch
-from fsdp_worker import FAILURES, REFUSED, WORLDS
+from fsdp_worker import FAILURES, REFUSED, SCHEDULES, WORLDS
 
 pytestmark = [processes.together, pytest.mark.slow]
 WORKER = "fsdp_worker"
@@ -42,13 +42,14 @@ def test_the_loop_of_the_readme_grows(n, found_in):
     assert [found[rank]["README"] for rank in range(n)] == [(48, 3)] * n
 
 
+@pytest.mark.parametrize("which", SCHEDULES)
 @pytest.mark.parametrize("n", WORLDS)
-def test_a_schedule_grows_where_gradients_are_in_flight(n, found_in, assert_as_alone):
+def test_a_schedule_grows_where_gradients_are_in_flight(n, which, found_in, assert_as_alone):
     found = found_in(n)
 
     for rank in range(n):
-        assert found[rank]["scheduled"]["fired"] == [2, 5]
-        assert_as_alone(found[rank]["scheduled"], found[0]["alone", "scheduled"])
+        assert found[rank][which]["fired"] == [event.trigger.step for event in SCHEDULES[which]]
+        assert_as_alone(found[rank][which], found[0]["alone", which])
 
 
 @pytest.mark.parametrize("policy", ["fp32", "bf16"])
