@@ -284,8 +284,28 @@ MUTANTS = {
         "commit/test_commit.py -k 'control_c or signal'"),
     "commit: new blocks have the source's buffers": Mutant(
         "commit/commit.py",
-        "    memo |= {id(b): values[inner] for inner, b in block.named_buffers() if inner in values}\n", "",
+        "    memo |= {id(b): values[inner] for inner, b in named_buffers(block) if inner in values}\n", "",
         "methods/test_depth.py -k buffers"),
+    "commit: new blocks of compiled ones run eagerly": Mutant(
+        "commit/commit.py", "compile_alike(copy.deepcopy(block, memo), block, memo)", "copy.deepcopy(block, memo)",
+        "engine/test_wrapped_blocks.py -k runs_its_compiled_graph"),
+    "commit: a new block has a compiler of its own": Mutant(
+        "commit/commit.py", "    memo |= contexts(block)\n", "", "engine/test_wrapped_blocks.py -k runs_its_compiled_graph"),
+    "commit: hooks of a compiled module are lost": Mutant(
+        "support/compiled.py", "            own |= copy.deepcopy(kept, memo)\n", "", "engine/test_wrapped_blocks.py -k hooks"),
+    "commit: new parameters have names of a bare model": Mutant(
+        "commit/optimizer.py", "new = {id(p): live[name]", "new = {id(p): name", "engine/test_wrapped_blocks.py -k param_names"),
+    "commit: a layer in a wrapper is initialized twice": Mutant(
+        "model/initial.py", "        if wrapped_in(module) is None:\n            function(module)\n", "        function(module)\n",
+        "engine/test_wrapped_blocks.py -k 'every_method and layer'"),
+    "fsdp: a new block is not under composable checkpointing": Mutant(
+        "distributed/fsdp.py", "own[key] = _of_others(marks[key])", "own[key] = {}", "distributed/test_wrapped.py"),
+    "compile cache: blocks use up the recompilations": Mutant(
+        "engine/compile_cache.py", "    if not parts and n_growths", "    if n_growths", "engine/test_wrapped_blocks.py -k many_growths"),
+    "compile cache: a check compiles": Mutant(
+        "engine/forward_check.py", "torch.no_grad(), eagerly():", "torch.no_grad():", "engine/test_wrapped_blocks.py -k 'average'"),
+    "describe: blocks may have any keys": Mutant(
+        "model/describe.py", "    elif [*blocks] != numbers:", "    elif not numbers:", "engine/test_wrapped_blocks.py -k other_keys"),
     "commit: new blocks of frozen ones train": Mutant(
         "commit/commit.py", "nn.Parameter(values[inner], requires_grad=p.requires_grad)", "nn.Parameter(values[inner])",
         "methods/test_depth.py -k published_order"),

@@ -7,6 +7,7 @@ from growkern.advice.choice import recipe_of
 from growkern.advice.scaling import Curve
 from growkern.errors import PlanError, raise_all
 from growkern.recipes.recipe import Recipe
+from growkern.support.names import named_parameters
 from growkern.training.schedule import GrowthSchedule
 
 
@@ -53,7 +54,7 @@ def observed(schedule: GrowthSchedule) -> Observed:
     )
     assert attachment is not None and event is not None
     plan = attachment.make_plan(event)
-    names = {name for name, _ in attachment.model.named_parameters()}
+    names = {name for name, _ in named_parameters(attachment.model)}
     target = sum(prod(plan.shapes(row)[1]) for row in plan.tensors if row.source in names)
     source = attachment.n_params
     each = (

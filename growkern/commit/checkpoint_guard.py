@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from growkern.errors import CheckpointError, PlanError
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.growth_record import read
+from growkern.support.names import canonical
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -51,11 +52,11 @@ class Guard:
     ) -> None:
         """Raise CheckpointError for a ``state_dict`` from before one of the model's growths; explain other shapes that do not fit."""
         shapes = {
-            name.removeprefix(prefix): tuple(t.shape)
+            canonical(name.removeprefix(prefix)): tuple(t.shape)
             for name, t in state_dict.items()
             if name.startswith(prefix) and isinstance(t, Tensor)
         }
-        live = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+        live = {canonical(name): tuple(t.shape) for name, t in module.state_dict().items()}
         apart = [name for name, shape in shapes.items() if live.get(name, shape) != shape]
         for grown in self.growths:
             new = (grown.target.keys() - grown.source.keys()) & live.keys()

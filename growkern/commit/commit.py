@@ -17,8 +17,16 @@ from growkern.commit.undo import Undo
 from growkern.errors import CommitError, UnsupportedModelError
 from growkern.model import initial
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
+from growkern.support.compiled import compile_alike, contexts, decorator_of, is_compiled
 from growkern.support.interrupts import uninterrupted
 from growkern.support.named_tensors import Tensors
+from growkern.support.names import (
+    canonical,
+    named_buffers,
+    named_modules,
+    named_parameters,
+    submodule,
+)
 
 if TYPE_CHECKING:
     from growkern.distributed.fsdp import FullySharded
@@ -87,7 +95,7 @@ def _model(
     shards: "FullySharded | None" = None,
 ) -> None:
     """Write one model and its optimizers."""
-    source = dict(model.named_parameters(remove_duplicate=False))
+    source = dict(named_parameters(model, remove_duplicate=False))
     rows, fresh = {row.name: row for row in plan.tensors}, Tensors()
     owners = {name: target for target in targets for name in target.described.names}
     for staged in parts:
@@ -106,9 +114,10 @@ def _model(
     _attributes(plan, model, undo, record)
     _draw(plan, model, init)
     _guard(plan, model, targets, undo, record)
-    params = dict(model.named_parameters(remove_duplicate=False))
+    params = dict(named_parameters(model, remove_duplicate=False))
+    names = {canonical(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
     for target in targets:
-        grow_optimizer(plan, fresh, target, source, params, undo)
+        grow_optimizer(plan, fresh, target, source, params, undo, names)
 
 
 def _new_blocks(
@@ -169,11 +178,12 @@ def copied(
     own = set(block.modules())
     memo = _Memo(shared, own)
     memo |= {id(o): o for m in own for o in _hook_owners(m) if o not in own}
-    for inner, p in block.named_parameters():
+    for inner, p in named_parameters(block):
         memo[id(p)] = nn.Parameter(values[inner], requires_grad=p.requires_grad)
-    memo |= {id(b): values[inner] for inner, b in block.named_buffers() if inner in values}
+    memo |= contexts(block)
+    memo |= {id(b): values[inner] for inner, b in named_buffers(block) if inner in values}
     try:
-        return copy.deepcopy(block, memo)
+        return compile_alike(copy.deepcopy(block, memo), block, memo)
     except Exception as error:
         raise CommitError(
             f"cannot copy block {name} ({error}); remove the attribute that cannot be copied from the modules of the block, grow, "
@@ -186,7 +196,7 @@ def _draw(plan: GrowthPlan, model: nn.Module, init: initial.Initialize | None) -
     drawn = plan.drawn
     for block in plan.new_blocks if drawn else ():
         values = _initialized(model, block, plan.seed, init)
-        for name, p in model.get_submodule(block).named_parameters():
+        for name, p in named_parameters(model.get_submodule(block)):
             if f"{block}.{name}" in drawn:
                 p.detach().copy_(values[name])
 
@@ -196,11 +206,11 @@ def _initialized(
 ) -> dict[str, nn.Parameter]:
     """Return newly initialized parameters of a block, made on the CPU in a copy of its modules."""
     block = model.get_submodule(name)
-    blank = {n: initial.blank(p) for n, p in block.named_parameters()}
-    buffers = {n: b.to("cpu", copy=True) for n, b in block.named_buffers()}
+    blank = {n: initial.blank(p) for n, p in named_parameters(block)}
+    buffers = {n: b.to("cpu", copy=True) for n, b in named_buffers(block)}
     twin = copied(block, name, blank | buffers, shared_by(model))
     initial.initialize(twin, init or initial.initializer(model, name), initial.seed_of(seed, name))
-    return dict(twin.named_parameters())
+    return dict(named_parameters(twin))
 
 
 def _hook_owners(module: nn.Module) -> list[object]:
@@ -221,16 +231,21 @@ def check_blocks(
             or a parameter of a block that is drawn is not initialized.
     """
     copied = {f"{at}.{b.source}": None for at, bs in plan.stacks.items() for b in bs if b.new}
-    patched = [
-        f"{block}.{name}".rstrip(".")
+    modules = {
+        f"{block}.{name}".rstrip("."): module
         for block in copied
-        for name, module in model.get_submodule(block).named_modules()  # pyright: ignore[reportUnknownVariableType]
-        if isinstance(vars(module).get("forward"), FunctionType)  # pyright: ignore[reportUnknownArgumentType]
-    ]
+        for name, module in named_modules(model.get_submodule(block))
+    }
+    patched = [n for n, m in modules.items() if isinstance(vars(m).get("forward"), FunctionType) and not is_compiled(m)]  # fmt: skip
     if patched:
         raise UnsupportedModelError(
             f"cannot copy blocks whose forward is patched by a function ({', '.join(patched[:3])}): the copy would run the "
             "original's weights. Remove the patch, grow, and patch again."
+        )
+    if unknown := [n for n, m in modules.items() if is_compiled(m) and decorator_of(m) is None]:
+        raise UnsupportedModelError(
+            f"cannot compile new blocks as {unknown[0]} is: its _compiled_call_impl does not tell the arguments of torch.compile. Set it "
+            "to None, grow, and call compile() of every block again."
         )
     # source blocks: target blocks differ only in size; a model without blocks has the target's config only when it is grown
     own = {f"{at}.{b.source}" for at, bs in plan.stacks.items() for b in bs if not b.new}
@@ -259,7 +274,7 @@ def _values(
         value, p = staged.values[row.name], source.get(row.source)
         if p is None:
             owner, _, name = row.source.rpartition(".")
-            buffers = model.get_submodule(owner)._buffers  # pyright: ignore[reportPrivateUsage]
+            buffers = submodule(model, owner)._buffers  # pyright: ignore[reportPrivateUsage]
             undo.set_dict(buffers, buffers | {name: value})
             continue
         undo.storage(p, value, staged.grads.get(row.name))
@@ -268,7 +283,7 @@ def _values(
 
 
 def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo, record: str) -> None:
-    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))  # pyright: ignore[reportUnknownArgumentType]
+    modules: dict[str, Any] = dict(named_modules(model, remove_duplicate=False))
     for path, value in plan.attributes.items():
         owner, _, name = path.rpartition(".")
         module = modules[owner]
@@ -308,7 +323,7 @@ def _grown_config(plan: GrowthPlan, model: nn.Module, config: Any) -> Any:
     fields: dict[str, float] = {}
     for key, value in sorted(plan.config.items(), key=lambda item: "." in item[0]):
         owner, _, name = key.rpartition(".")
-        if not owner or vars(model.get_submodule(owner)).get("config") is config:
+        if not owner or vars(submodule(model, owner)).get("config") is config:
             fields[name] = value
     changed: dict[str, object] = {k: v for k, v in fields.items() if getattr(config, k, None) != v}
     for name in plan.config_lists:
@@ -357,6 +372,6 @@ def _left(
         return {}
     held = {id(p) for t in targets for group in t.optim.param_groups for p in group["params"]}
     held |= {id(p) for target in targets for p in target.master_weights}
-    params = dict(model.named_parameters())
+    params = dict(named_parameters(model))
     grown = (params.get(row.name) for row in plan.tensors if plan.changes(row))
     return {id(p): ref(p) for p in grown if p is not None and id(p) not in held}

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from growkern.errors import PlanError, UnsupportedModelError
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.support.interrupts import uninterrupted
+from growkern.support.names import named_modules, named_parameters
 
 
 class Frozen:
@@ -123,9 +124,9 @@ class Prefix:
 
 def refuse_reentrant(name: str, block: nn.Module) -> None:
     """Raise UnsupportedModelError for a block under reentrant checkpointing, which trains nothing where no input needs a gradient."""
-    how: Any = getattr(block, "_gradient_checkpointing_func", None)
-    reentrant = getattr(how, "keywords", {}).get("use_reentrant", False)
-    if reentrant and getattr(block, "gradient_checkpointing", False):
+    on = getattr(block, "gradient_checkpointing", False)
+    how: Any = getattr(block, "_gradient_checkpointing_func" if on else "checkpoint_fn", None)
+    if getattr(how, "keywords", {}).get("use_reentrant", False):
         raise UnsupportedModelError(
             f"{name} is under reentrant gradient checkpointing, which would train none of its parameters, as its input needs no gradient: "
             'pass gradient_checkpointing_kwargs={"use_reentrant": False}.'
@@ -134,10 +135,11 @@ def refuse_reentrant(name: str, block: nn.Module) -> None:
 
 def refuse_reentrant_blocks(model: nn.Module) -> None:
     """Raise UnsupportedModelError if a block of a model is under reentrant checkpointing; see ``refuse_reentrant``."""
-    modules: list[tuple[str, nn.Module]] = [*model.named_modules()]  # pyright: ignore
-    for path, stack in modules:
-        for i, block in enumerate(stack if isinstance(stack, nn.ModuleList) else ()):
-            refuse_reentrant(f"{path}.{i}", block)
+    for path, stack in named_modules(model):
+        for name, block in (
+            stack.named_children() if isinstance(stack, nn.ModuleList | nn.ModuleDict) else ()
+        ):
+            refuse_reentrant(f"{path}.{name}", block)
 
 
 def detached(module: nn.Module, args: object, output: Any) -> Any:
@@ -167,7 +169,7 @@ def freeze(
         UnsupportedModelError: The model cannot be frozen there. It is unchanged.
     """
     names, stacks = frozen.names, frozen.stacks
-    places = list(model.named_parameters(remove_duplicate=False))
+    places = list(named_parameters(model, remove_duplicate=False))
     opened = {p for name, p in places if name in frozen.opened and not p.requires_grad}
     trained = trained_under(model, frozen)
     ties = {name.rpartition(".")[0]: name for name, p in places if name in names and p in trained}
@@ -216,7 +218,7 @@ def trained_under(model: nn.Module, frozen: Frozen) -> set[nn.Parameter]:
         PlanError: There is none.
     """
     before = frozen_of(model)
-    places = list(model.named_parameters(remove_duplicate=False))
+    places = list(named_parameters(model, remove_duplicate=False))
     able = {p for name, p in places if p.requires_grad or name in frozen.opened}
     able |= {*before.params} if before else set[nn.Parameter]()
     trained = {p for name, p in places if name not in frozen.names and p in able}

@@ -17,6 +17,7 @@ from growkern.optimizer.state_rules import MASTER, MASTER_GRAD, SLICES, OptimSpe
 from growkern.optimizer.update_scale import UpdateScale, scale_of
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.support.named_tensors import Tensors
+from growkern.support.names import canonical
 
 Masters = MutableMapping[nn.Parameter, nn.Parameter]
 
@@ -69,6 +70,7 @@ def grow_optimizer(
     source: Mapping[str, nn.Parameter],
     target: Mapping[str, nn.Parameter],
     undo: Undo,
+    names: Mapping[str, str],
 ) -> None:
     """Write the rest of the optimizer's target: new parameters, master weights, param groups, schedulers and update scales.
 
@@ -79,6 +81,7 @@ def grow_optimizer(
         source: Parameters of the source model by name.
         target: Parameters of the target model by name.
         undo: Rollback log of the writes.
+        names: Names of the target's parameters in the live model, with its wrappers, by canonical name.
     """
     rows = [row for row in plan.tensors if row.source in of.described.names]
     before, stay = of.held(source), {id(p) for p in target.values()}
@@ -95,7 +98,7 @@ def grow_optimizer(
     if master_weights.keys() != of.master_weights.keys():
         undo.set_dict(of.master_weights, master_weights)
     after = of.held(target)
-    _optimizer(plan, rows, fresh, of, before, after, undo)
+    _optimizer(plan, rows, fresh, of, before, after, undo, names)
     law = of.described.law
     decays, rates = (law.decays, law.rates) if law else ((), ())
     split_groups(of.optim, after, of.split, of.scheduler, decays, rates, undo)
@@ -113,6 +116,7 @@ def _optimizer(
     source: dict[str, nn.Parameter],
     target: dict[str, nn.Parameter],
     undo: Undo,
+    live: Mapping[str, str],
 ) -> None:
     """Write the state of new parameters, and add each new parameter to the param group of its source."""
     optim, law = of.optim, of.described.law
@@ -154,14 +158,14 @@ def _optimizer(
             grown.sort(key=lambda p: place[id(p)])
         undo.set_list(params, grown)
         if "param_names" in group:
-            new = {id(p): name for name, p in reversed(target.items())}
+            new = {id(p): live[name] for name, p in reversed(target.items())}
             undo.set_list(group["param_names"], [names.get(id(p)) or new[id(p)] for p in grown])
 
 
 def _own_names(group: Mapping[str, Any], source: dict[str, nn.Parameter]) -> dict[int, str]:
     """``param_names`` of a group, by ``id``, that are not names in the model: of other parameters, or chosen by the user."""
     names = {id(p): n for p, n in zip(group["params"], group.get("param_names", []), strict=False)}
-    return {i: n for i, n in names.items() if n not in source or id(source[n]) != i}
+    return {i: n for i, n in names.items() if id(source.get(canonical(n))) != i}
 
 
 def _places(params: dict[str, nn.Parameter]) -> dict[int, int]:

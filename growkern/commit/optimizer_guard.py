@@ -21,6 +21,7 @@ from growkern.optimizer.update_scale import KEY as SCALES
 from growkern.optimizer.update_scale import adopt, scale_of
 from growkern.planning.growth_record import read
 from growkern.support.live_registry import Live
+from growkern.support.names import named_parameters
 
 KEY = "growth"  # of a param group in a state dict: its number of parameters, and the growths that the optimizer has seen
 WAY_OUT = (
@@ -115,7 +116,7 @@ def _orders(optim: Optimizer, model: nn.Module | None) -> list[str]:
     """
     if model is None:
         return [""] * len(optim.param_groups)
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in named_parameters(model)}
     groups = [[names.get(id(p), "") for p in group["params"]] for group in optim.param_groups]
     paths = [name.split(".")[:-1] for group in groups for name in group if name]
     shared = takewhile(lambda parts: len({*parts}) == 1, zip(*paths, strict=False))
@@ -228,7 +229,7 @@ def _refuse_late(optim: Optimizer) -> None:
         late = [p for p in group["params"] if (known := own.left.get(id(p))) and known() is p]
         if late and LR_FACTOR not in group:
             model = own.model()
-            named = model.named_parameters() if model is not None else ()
+            named = named_parameters(model) if model is not None else ()
             first = next((name for name, p in named if p is late[0]), "a parameter")
             raise PlanError(
                 f"param group {i} of this {type(optim).__name__} has {len(late)} parameters (such as {first}) that were in no optimizer "

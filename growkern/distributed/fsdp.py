@@ -18,6 +18,7 @@ from growkern.distributed.shards import box_of, is_sharded, joined
 from growkern.distributed.storage import Swap, kept_shard, set_shard, swapped, whole_storage
 from growkern.errors import PlanError, UnsupportedModelError
 from growkern.support.memory import Backup
+from growkern.support.names import named_parameters
 
 HOOKS = (
     "_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
@@ -156,7 +157,7 @@ class FullySharded:
             values: Tensors of the copy by name.
             copy: Function from tensors to a copy of the block's modules that has them.
         """
-        own = {name: self.params.get(id(p)) for name, p in block.named_parameters()}
+        own = {name: self.params.get(id(p)) for name, p in named_parameters(block)}
         blank = {n: t if (one := own.get(n)) is None else _blank(one, t) for n, t in values.items()}
         with _bare([m for m in block.modules() if isinstance(m, FSDPModule)]):
             made = copy(blank)
@@ -168,7 +169,7 @@ class FullySharded:
                 del hooks[key]
         _shard_alike(made, block)
         self.index(made)
-        for name, p in [*made.named_parameters()]:
+        for name, p in [*named_parameters(made)]:
             if (one := self.params.get(id(p))) is not None:
                 self._renew(one, p, values[name])
             elif is_sharded(values[name]):
@@ -250,6 +251,8 @@ def _bare(wrapped: list[Any]) -> Generator[None]:
             saved.append((module, kind, hooks, marks))
             for key in marks:
                 del own[key]
+                if isinstance(marks[key], dict):
+                    own[key] = _of_others(marks[key])
             for name, table in hooks.items():
                 for key, hook in table.items():
                     if name.endswith("_hooks") and _is_of_fsdp(hook, state):
@@ -263,6 +266,11 @@ def _bare(wrapped: list[Any]) -> Generator[None]:
             for name, table in hooks.items():
                 vars(module)[name].clear()
                 vars(module)[name].update(table)
+
+
+def _of_others(states: dict[Any, Any]) -> dict[Any, Any]:
+    """Return the states of the other composable functions of a module, such as ``checkpoint``, by function or by its name."""
+    return {of: s for of, s in states.items() if getattr(of, "__name__", of) != "fully_shard"}
 
 
 def _is_of_fsdp(hook: Any, state: Any) -> bool:

@@ -4,11 +4,12 @@ from torch import nn
 
 from growkern.errors import PlanError, raise_all
 from growkern.planning.growth_plan import GrowthPlan
+from growkern.support.names import named_modules
 
 
 def refuse_missing_eps(plan: GrowthPlan, model: nn.Module) -> None:
     """Raise PlanError where a norm's epsilon has to change and the norm has no such attribute."""
-    modules: dict[str, nn.Module] = dict(model.named_modules())  # pyright: ignore
+    modules = dict(named_modules(model))
     paths = [path.rpartition(".") for path in plan.eps]
     missing = [
         f"{at}: the {type(modules[at]).__name__} has no attribute {name!r}, and its epsilon has to change by "
@@ -29,7 +30,7 @@ def unlisted_sizes(plan: GrowthPlan, model: nn.Module) -> list[str]:
         if name in plan.source_sizes
     }
     sizes |= {plan.source_sizes[name]: name for name in grown}
-    modules: dict[str, nn.Module] = dict(model.named_modules())  # pyright: ignore
+    modules = dict(named_modules(model))
     found = [
         f"{path}.{name}".lstrip(".") + f" = {value} ({sizes[value]})"
         for path, module in modules.items()

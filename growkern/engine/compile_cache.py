@@ -1,24 +1,49 @@
 """torch.compile guards parameter shapes, so every growth causes a recompilation, and dynamo limits the number of recompilations."""
 
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 import torch
+from torch import nn
+
+from growkern.commit.checkpoint_guard import n_growths
+from growkern.support.compiled import is_compiled
 
 
-def reset_near_limit(n_growths: int) -> bool:
+def reset_near_limit(model: nn.Module) -> bool:
     """Reset dynamo when growths may have used half of its ``recompile_limit``; beyond the limit, graphs run eagerly.
 
+    Modules of a model that are compiled by themselves share one limit, and may use all of it between two growths: dynamo is reset at every
+    growth, as the graphs of the source are of no use.
+
     Args:
-        n_growths: Number of growths of the model so far.
+        model: The model, which has grown.
 
     Returns:
         True when all compiled code will be compiled again.
     """
     dynamo: Any = sys.modules.get("torch._dynamo")
-    if dynamo is None or n_growths % max(1, dynamo.config.recompile_limit // 2):
+    if dynamo is None:
+        return False
+    parts = any(is_compiled(module) for module in model.modules() if module is not model)
+    if not parts and n_growths(model) % max(1, dynamo.config.recompile_limit // 2):
         return False
     return reset()
+
+
+@contextmanager
+def eagerly() -> Generator[None]:
+    """Run what is compiled eagerly: for a single forward, under hooks of all modules, dynamo would compile graphs that never run again."""
+    with catch_warnings():
+        filterwarnings("ignore", "Using `torch.compile")  # torch.compile(block) under these hooks
+        if "torch._dynamo" not in sys.modules:
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
 
 
 def reset() -> bool:

@@ -20,6 +20,7 @@ from growkern.engine.request import Request
 from growkern.errors import PlanError, UnsupportedModelError
 from growkern.model.describe import describe
 from growkern.model.spec import Blocks, ModelSpec
+from growkern.support.names import named_buffers, named_parameters
 
 
 def first_blocks(model: nn.Module, spec: ModelSpec | None, given: object) -> dict[str, nn.Module]:
@@ -34,7 +35,7 @@ def first_blocks(model: nn.Module, spec: ModelSpec | None, given: object) -> dic
         PlanError: The model has no config to build a block from, or ``given`` is no module.
         UnsupportedModelError: The spec does not describe block 0, or the config has entries per block.
     """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList | nn.ModuleDict)]
     if all(map(len, lists)):
         return {}
     described = describe(model, spec, values=False)
@@ -60,7 +61,7 @@ def _block(
         raise PlanError(f"block: expected a torch.nn.Module, got {type(given).__name__}.")
     block = _built(model, spec, stack) if given is None else given
     like = next(model.parameters())
-    tensors: list[tuple[str, Tensor]] = [*block.named_parameters(), *block.named_buffers()]
+    tensors: list[tuple[str, Tensor]] = [*named_parameters(block), *named_buffers(block)]
     dtypes = {n: like.dtype if t.is_floating_point() else t.dtype for n, t in tensors}
     own = {n: torch.empty_like(t, dtype=dtypes[n], device="meta") for n, t in tensors}
     made = copied(block, f"{stack.path}.0", own, shared_by(model)).requires_grad_()
@@ -121,7 +122,7 @@ def _put(model: nn.Module, blocks: Mapping[str, nn.Module], undo: Undo) -> dict[
     device = next(model.parameters()).device
     first: dict[str, nn.Module] = {}
     for path, block in blocks.items():
-        tensors: list[tuple[str, Tensor]] = [*block.named_parameters(), *block.named_buffers()]
+        tensors: list[tuple[str, Tensor]] = [*named_parameters(block), *named_buffers(block)]
         values = {name: torch.zeros_like(t, device=device) for name, t in tensors}
         first[path] = copied(block, f"{path}.0", values, shared_by(model))
         undo.set_dict(model.get_submodule(path)._modules, {"0": first[path]})  # pyright: ignore[reportPrivateUsage]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from growkern.engine.compile_cache import eagerly
 from growkern.errors import CommitError, PlanError
 from growkern.model.describe import overlaps
 
@@ -125,7 +126,7 @@ class ForwardCheck:
         def leave(module: nn.Module, args: object, output: object) -> None:
             running.pop()
 
-        with _unchanged(self.model), torch.random.fork_rng([*devices]), torch.no_grad():
+        with _unchanged(self.model), torch.random.fork_rng([*devices]), torch.no_grad(), eagerly():
             torch.default_generator.manual_seed(0)
             for index in devices:  # torch.manual_seed would seed devices that are not saved here
                 with torch.cuda.device(index):

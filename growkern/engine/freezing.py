@@ -17,6 +17,7 @@ from growkern.engine.compile_cache import reset
 from growkern.engine.ddp import Ranks
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.support.live_registry import Live
+from growkern.support.names import named_parameters
 
 
 def choose(model: nn.Module, frozen: Frozen, masters: Masters | None = None) -> None:
@@ -37,7 +38,7 @@ def choose(model: nn.Module, frozen: Frozen, masters: Masters | None = None) -> 
     live = Live.now()
     ranks = Ranks(model, live.modules)
     with ranks.together():
-        still = {p for n, p in model.named_parameters(remove_duplicate=False) if n in frozen.names}
+        still = {p for n, p in named_parameters(model, remove_duplicate=False) if n in frozen.names}
         held = [(optim, optim.param_groups[0]["params"]) for optim in live.optimizers]
         refuse_lbfgs(optim for optim, params in held if still & {*params})
         text = "\n".join([*sorted(frozen.names), str(frozen.n_blocks)]) if ranks.several else ""

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from growkern.errors import PlanError, UnsupportedModelError, UnsupportedOptimizerError
 from growkern.optimizer.schedulers import driven_by
 from growkern.support.live_registry import Live, in_pass, mid_step
+from growkern.support.names import named_parameters
 from growkern.support.wrappers import unwrapped
 
 ENGINE = "DeepSpeedEngine"  # recognized by class name, so that no framework is imported
@@ -126,14 +127,14 @@ def _refuse_part(model: nn.Module, optims: Sequence[Optimizer], live: Live) -> N
 
 def _averages_like(model: nn.Module, live: Live) -> list[str]:
     """Return the class names of live averages of a model of the same shapes."""
-    shapes = [(name, p.shape) for name, p in model.named_parameters()]
+    shapes = [(name, p.shape) for name, p in named_parameters(model)]
     inside = {id(m) for m in model.modules()}
     return [
         type(holder).__name__
         for holder in live.modules
         if is_average(type(holder))
         for m in holder.modules()
-        if id(m) not in inside and [(n, p.shape) for n, p in m.named_parameters()] == shapes
+        if id(m) not in inside and [(n, p.shape) for n, p in named_parameters(m)] == shapes
     ]
 
 
@@ -233,14 +234,14 @@ def averages_of(model: nn.Module, ema: nn.Module | Sequence[nn.Module] | None) -
             f"ema: expected an AveragedModel or another module, got {type(strangers[0]).__name__}."
         )
     averages = [unwrapped(_averaged_in(average)) for average in several]
-    shapes = {name: p.shape for name, p in model.named_parameters()}
+    shapes = {name: p.shape for name, p in named_parameters(model)}
     params = [id(p) for module in (model, *averages) for p in module.parameters()]
     if len(set(params)) < len(params):
         raise PlanError(
             "ema: an average shares parameters with the model, or with another average; pass every average once."
         )
     for average in averages:
-        own = {name: p.shape for name, p in average.named_parameters()}
+        own = {name: p.shape for name, p in named_parameters(average)}
         if apart := [name for name in own | shapes if own.get(name) != shapes.get(name)]:
             raise PlanError(
                 f"ema: this {type(average).__name__} is no average of the model: the shapes differ in {', '.join(apart[:3])}. Leave it out."

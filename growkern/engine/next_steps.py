@@ -9,6 +9,7 @@ from growkern.commit.optimizer import OptimTarget
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.lr_scaling import lr_factors
 from growkern.planning.growth_plan import GrowthPlan
+from growkern.support.names import named_parameters
 
 
 def notes(plan: GrowthPlan, spec: ModelSpec, targets: Sequence[OptimTarget]) -> list[str]:
@@ -32,7 +33,7 @@ def notes(plan: GrowthPlan, spec: ModelSpec, targets: Sequence[OptimTarget]) -> 
 
 def on_hooks(plan: GrowthPlan, model: nn.Module) -> Iterator[str]:
     """Yield a note if parameters of the source, not yet grown, have hooks that their copies in new blocks will lack."""
-    params: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    params: dict[str, Any] = dict(named_parameters(model, remove_duplicate=False))
     copied = [params.get(row.source) for row in plan.tensors if row.new]
     hooked = [p for p in copied if p is not None and (p._backward_hooks or p._post_accumulate_grad_hooks)]  # fmt: skip
     if hooked:

@@ -11,6 +11,7 @@ from growkern.optimizer.schedulers import follows, schedulers_of
 from growkern.optimizer.state_rules import OptimSpec
 from growkern.optimizer.update_scale import scale_of
 from growkern.planning.growth_plan import GrowthPlan
+from growkern.support.names import named_parameters
 
 
 def optim_target(
@@ -38,7 +39,7 @@ def optim_target(
     followed = not unmanaged and follows(scheduler)
     merge_groups = plan.shrinks and followed
     own: Masters = {} if master_weights is None else master_weights
-    source = {n: own.get(p, p) for n, p in model.named_parameters(remove_duplicate=False)}
+    source = {n: own.get(p, p) for n, p in named_parameters(model, remove_duplicate=False)}
     added_factors: dict[str, Multiplier] = {}
     if law is not None and plan.dynamics is not None:
         added_factors = multipliers(plan, law, described, plan.dynamics)

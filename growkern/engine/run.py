@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from growkern.commit.checkpoint_guard import growth_history, n_growths
+from growkern.commit.checkpoint_guard import growth_history
 from growkern.commit.commit import check_blocks, commit
 from growkern.commit.optimizer import OptimTarget
 from growkern.commit.optimizer_guard import settle
@@ -61,6 +61,7 @@ from growkern.support.laps import Laps
 from growkern.support.live_registry import Live
 from growkern.support.memory import Offload, keep_on_device
 from growkern.support.named_tensors import Tensors
+from growkern.support.names import named_parameters
 
 if TYPE_CHECKING:
     from growkern.distributed.fsdp import FullySharded
@@ -118,7 +119,7 @@ def _run(request: Request) -> GrowthReport:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for device in {p.device for p in request.model.parameters() if p.is_cuda}:
             torch.cuda.synchronize(device)
-    reset_near_limit(n_growths(request.model))
+    reset_near_limit(request.model)
     laps.end("write")  # waits for the device
     report = _report(request, sources, staged, noted, laps)
     logger.debug("%s", report)
@@ -241,7 +242,7 @@ def _stage(
     )  # fmt: skip
     shadows = [execution.of(tensors_of(average, (), sources.spec)) for average in sources.averages]
     masters = request.master_weights or {}
-    held = {name: masters.get(p, p) for name, p in model.named_parameters(remove_duplicate=False)}
+    held = {name: masters.get(p, p) for name, p in named_parameters(model, remove_duplicate=False)}
     updates = [scale for optim in optims if (scale := scale_of(optim)) is not None]
     factor = grad_norm_factor(plan, tensors, held, updates, ranks.n, ranks.total)
     return _Staged(plan, targets, [execution, *shadows], factor)

@@ -10,6 +10,7 @@ from growkern.engine.request import Request
 from growkern.errors import PlanError, UnsupportedModelError, raise_all
 from growkern.model.spec import ModelSpec
 from growkern.planning.growth_plan import GrowthPlan
+from growkern.support.names import named_parameters
 
 if TYPE_CHECKING:
     from growkern.distributed.fsdp import FullySharded
@@ -24,14 +25,19 @@ def refuse_request(request: Request, shards: "FullySharded | None") -> None:
         UnsupportedModelError: ``fully_shard`` manages some parameters of the model, and not all.
         PlanError: An argument is not supported for sharded models.
     """
-    left = [
-        name
-        for name, p in request.model.named_parameters()
+    left = {
+        name: p
+        for name, p in named_parameters(request.model)
         if shards is not None and id(p) not in shards.params
-    ]
-    if left:
+    }
+    for name, p in left.items():
+        if is_sharded(p):
+            raise UnsupportedModelError(
+                f"{name}: is sharded with a wrapper of the model, and not with the model; apply fully_shard to the model, then "
+                "model.compile(), or torch.compile(model) around it."
+            )
         raise UnsupportedModelError(
-            f"{left[0]}: is not sharded, and other parameters are, so its gradients are of one process alone; apply fully_shard to the "
+            f"{name}: is not sharded, and other parameters are, so its gradients are of one process alone; apply fully_shard to the "
             "whole model, without ignored_params."
         )
     if has_shards(request.model):
@@ -73,7 +79,7 @@ def _uneven(
     model: nn.Module, spec: ModelSpec, plan: GrowthPlan, shards: "FullySharded | None"
 ) -> Iterator[str]:
     """Yield the sizes that do not divide over a dimension of the mesh, where the source's do; ``fully_shard`` pads rows."""
-    params: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    params: dict[str, Any] = dict(named_parameters(model, remove_duplicate=False))
     for row in plan.tensors:
         p = params.get(row.source)
         if p is None or row.new or not is_sharded(p):

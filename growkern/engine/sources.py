@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.state_rules import MASTER, MASTER_GRAD
 from growkern.support.named_tensors import Tensors
+from growkern.support.names import named_buffers, named_parameters
 
 
 def tensors_of(
@@ -18,7 +19,7 @@ def tensors_of(
 ) -> Tensors:
     """Collect live tensors by name: parameters, buffers, gradients in flight, optimizer state, master weights and their gradients."""
     tensors = Tensors()
-    for name, p in model.named_parameters(remove_duplicate=False):
+    for name, p in named_parameters(model, remove_duplicate=False):
         if name in spec.ties:
             continue
         tensors.values[name] = p.detach()
@@ -32,5 +33,5 @@ def tensors_of(
                 state[MASTER_GRAD] = held.grad.detach()
         if state:
             tensors.states[name] = state
-    tensors.values |= {name: b for name, b in model.named_buffers() if name in spec.tensors}
+    tensors.values |= {name: b for name, b in named_buffers(model) if name in spec.tensors}
     return tensors

@@ -24,6 +24,7 @@ from growkern.optimizer.update_scale import scale_of
 from growkern.planning.argument_checks import STRONGEST, wrong_int, wrong_number
 from growkern.support.argument_types import typed_arguments
 from growkern.support.interrupts import uninterrupted
+from growkern.support.names import named_parameters
 from growkern.support.text import short
 from growkern.support.wrappers import unwrapped
 
@@ -168,7 +169,7 @@ def _mixture(model: nn.Module, config: Any, twin: Twin, experts: int, top_k: int
     grown._attn_implementation = config._attn_implementation
     with torch.device("meta"):
         mixture = kind(grown)
-    for name, p in model.named_parameters(remove_duplicate=False):
+    for name, p in named_parameters(model, remove_duplicate=False):
         owner, _, last = name.rpartition(".")
         if ".mlp." not in name:
             mixture.get_submodule(owner)._parameters[last] = p

@@ -26,6 +26,7 @@ from growkern.inherit.stored import (
 )
 from growkern.inherit.teachers import Live
 from growkern.support.argument_types import typed_arguments
+from growkern.support.names import canonical
 from growkern.support.text import one_line
 from growkern.support.wrappers import unwrapped
 
@@ -290,7 +291,7 @@ def weights_hash(model: nn.Module) -> str:
     """Return a hash of the sums of the bits of a model's parameters and buffers; of offloaded or packed ones, the names alone."""
     found = sha256()
     for name, tensor in unwrapped(model).state_dict().items():
-        found.update(name.encode())
+        found.update(canonical(name).encode())
         if type(tensor) is Tensor and tensor.numel() and not tensor.is_meta:
             flat = tensor.contiguous().reshape(-1)
             total = flat.view(BITS.get(flat.element_size(), torch.int64)).sum(dtype=torch.int64)

@@ -42,6 +42,7 @@ from growkern.planning.sizes import Target
 from growkern.support.argument_types import misfits, typed_arguments
 from growkern.support.live_registry import Live
 from growkern.support.memory import free_bytes, stored_like
+from growkern.support.names import named_parameters
 from growkern.support.wrappers import unwrapped
 
 REASON = "the operators were learned, so the target is another function than the closed form"
@@ -211,7 +212,7 @@ def _parameters(model: nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
 
 
 def _by_name(model: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(model.named_parameters(remove_duplicate=False))
+    return dict(named_parameters(model, remove_duplicate=False))
 
 
 def _refuse_memory(plan: GrowthPlan, sources: Values, operators: Operators) -> int:

@@ -13,6 +13,7 @@ from growkern.analysis.comparison import Loss
 from growkern.engine.report import Learned
 from growkern.errors import CommitError, PlanError
 from growkern.learning.operators import Operators, Values
+from growkern.support.names import named_parameters
 from growkern.support.progress import SECONDS
 
 logger = logging.getLogger("growkern")
@@ -81,7 +82,7 @@ class _Learner:
     def __init__(
         self, target: nn.Module, operators: Operators, sources: Values, loss: Loss
     ) -> None:
-        params = dict(target.named_parameters(remove_duplicate=False))
+        params = dict(named_parameters(target, remove_duplicate=False))
         self.target, self.operators, self.sources, self.loss = target, operators, sources, loss
         self.params = {name: params[name] for name in operators.pieces}
         self.closed = {name: p.detach().clone() for name, p in self.params.items()}

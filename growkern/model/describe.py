@@ -13,6 +13,7 @@ from growkern.errors import UnsupportedModelError, raise_all
 from growkern.model import spec_check
 from growkern.model.families import FAMILIES
 from growkern.model.spec import SHARE, Blocks, ModelSpec
+from growkern.support.names import named_buffers, named_modules, named_parameters
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WRAPPERS = {
@@ -90,20 +91,21 @@ def describe(
         raise UnsupportedModelError(
             f"spec: expected a growkern.ModelSpec, got {type(spec).__name__}."
         )
-    modules: list[tuple[str, nn.Module]] = [*model.named_modules(remove_duplicate=False)]  # pyright: ignore  (each under all of its names)
+    modules = [*named_modules(model, remove_duplicate=False)]
     raise_all(
         UnsupportedModelError, f"cannot grow this {type(model).__name__}:", [*_wrappers(modules)]
     )
     if spec is not None:
         title = f"cannot describe {type(model).__name__} by this spec:"
         raise_all(UnsupportedModelError, title, [*spec_check.problems(spec)])
-    params = dict(model.named_parameters(remove_duplicate=False))
+    params = dict(named_parameters(model, remove_duplicate=False))
     described = spec or _family(model, params)
     problems = [*_unfit(model, params, described, values)]
-    live = params | dict(model.named_buffers(remove_duplicate=False))
+    live = params | dict(named_buffers(model, remove_duplicate=False))
     for path, block in (first or {}).items():
-        own: list[tuple[str, nn.Module]] = [*block.named_modules()]  # pyright: ignore
-        modules += [(f"{path}.0.{name}".rstrip("."), module) for name, module in own]
+        modules += [
+            (f"{path}.0.{name}".rstrip("."), module) for name, module in named_modules(block)
+        ]
         params |= {f"{path}.0.{name}": p for name, p in block.named_parameters()}
         live |= params | {f"{path}.0.{name}": b for name, b in block.named_buffers()}
     checked = described if first else _without_absent(described)
@@ -224,7 +226,7 @@ def _unfit(
             dtypes = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
             yield f"{name}: is {kind}; growkern grows dense {dtypes}: convert the tensor first."
         devices.setdefault(p.device, name)
-    for name, b in model.named_buffers():
+    for name, b in named_buffers(model):
         if name in spec.tensors:
             devices.setdefault(b.device, name)
     if len(devices) > 1:
@@ -319,15 +321,22 @@ def _misplaced(
     stack: Blocks, spec: ModelSpec, container: nn.Module | None, first: nn.Module | None
 ) -> Iterator[str]:
     """Yield the differences between the model's container of blocks and the spec's stack of blocks; ``first`` stands in for none."""
-    if isinstance(container, nn.ModuleList) and spec.sizes.get(stack.size) == 0:
-        if any(block is not first for block in container):
-            yield f"{stack.path}: has {len(container)} blocks, the spec says 0; set {stack.size} to {len(container)}."
-    elif not isinstance(container, nn.ModuleList):
-        yield f"{stack.path}: the spec says that the blocks are here, but the model has no ModuleList here; correct Blocks(path)."
-    elif len(container) != spec.sizes.get(stack.size):
-        said, n = spec.sizes.get(stack.size), len(container)
+    if not isinstance(container, nn.ModuleList | nn.ModuleDict):
+        yield (
+            f"{stack.path}: the spec says that the blocks are here, but the model has no ModuleList or ModuleDict here; correct "
+            "Blocks(path)."
+        )
+        return
+    blocks, said = container._modules, spec.sizes.get(stack.size)  # pyright: ignore[reportPrivateUsage]
+    n, numbers = len(blocks), [*map(str, range(len(blocks)))]
+    if said == 0:
+        if any(block is not first for block in blocks.values()):
+            yield f"{stack.path}: has {n} blocks, the spec says 0; set {stack.size} to {n}."
+    elif n != said:
         yield f"{stack.path}: has {n} blocks, the spec says {stack.size}={said}; set it to {n}."
-    elif len({id(block) for block in container}) < len(container):
+    elif [*blocks] != numbers:
+        yield f"{stack.path}: has the keys {', '.join(blocks)}; name the blocks by their numbers, in order: {', '.join(numbers)}."
+    elif len({id(block) for block in blocks.values()}) < n:
         yield f"{stack.path}: layers share one module, so it cannot gain layers; leave blocks out of the spec to grow in width."
     else:
         for name in (*stack.identity, *stack.carries, *stack.outputs):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from growkern.errors import UnsupportedModelError
+from growkern.support.names import wrapped_in
 
 Initialize = Callable[[nn.Module], object]
 # held while the global generator has a block's seed: growths may run in several threads
@@ -56,9 +57,9 @@ def initialize(block: nn.Module, around: Initialize | None, seed: int) -> None:
     with _GENERATOR, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
-            block.apply(_reset)
+            _apply(_reset, block)
             if around is not None:
-                block.apply(around)  # pyright: ignore[reportArgumentType]
+                _apply(around, block)
         except Exception as error:
             raise UnsupportedModelError(
                 f"cannot initialize a new {type(block).__name__}: the code that initializes it fails ({error!r}). {WAY_OUT}"
@@ -79,6 +80,16 @@ WAY_OUT = (
     "Add reset_parameters() or _init_weights(), pass Fresh(init=...), or choose another depth method, such as IdentityBlocks() "
     "or Stack()."
 )
+
+
+def _apply(function: Initialize, block: nn.Module) -> None:
+    """Apply a function to the modules of a block, children first, and to no wrapper, which would repeat it on the module that it holds."""
+
+    def apply(module: nn.Module) -> None:
+        if wrapped_in(module) is None:
+            function(module)
+
+    block.apply(apply)
 
 
 def _reset(module: nn.Module) -> None:

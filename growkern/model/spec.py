@@ -92,7 +92,7 @@ class Blocks:
     """The blocks that depth growth repeats: ``path.0``, ``path.1``, ...
 
     Attributes:
-        path: Name of the ``ModuleList``.
+        path: Name of the ``ModuleList``, or of the ``ModuleDict`` with the keys ``"0"``, ``"1"``, ...
         identity: Tensor of a block (name inside the block) -> constant that makes the block the identity.
         carries: For post-norm blocks: tensor that moves from a block to the last block inserted behind it -> constant that replaces
             the tensor in the block and in all other inserted blocks.

@@ -11,6 +11,7 @@ from growkern.distributed.shards import is_sharded
 from growkern.errors import UnsupportedOptimizerError, raise_all
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.state_rules import LAWS, Law, OptimSpec, by_order
+from growkern.support.names import named_parameters
 from growkern.support.wrappers import unwrapped
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
@@ -105,7 +106,7 @@ def describe_optimizer(
             not match the optimizer.
     """
     _check_class(optim)
-    live = model.named_parameters(remove_duplicate=False)
+    live = named_parameters(model, remove_duplicate=False)
     names = {
         id((master_weights or {}).get(p, p)): name for name, p in live if name not in spec.ties
     }
@@ -192,7 +193,7 @@ def _check_masters(
     master_weights: Mapping[nn.Parameter, nn.Parameter],
 ) -> None:
     """Raise UnsupportedOptimizerError unless ``master_weights`` maps parameters to distinct masters that an optimizer holds instead."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in named_parameters(model)}
     places = [id(p) for optim in optims for group in optim.param_groups for p in group["params"]]
     pairs = [*master_weights.items()] if isinstance(master_weights, MutableMapping) else []
     problems = [] if isinstance(master_weights, MutableMapping) else ["expected a dict from parameters to float32 copies."]  # fmt: skip

@@ -5,6 +5,7 @@ from typing import Any
 WRAPPERS = {  # class name in the MRO -> attribute that holds the wrapped object
     "AcceleratedOptimizer": "optimizer",
     "AcceleratedScheduler": "scheduler",
+    "ActivationWrapper": "_checkpoint_wrapped_module",
     "DistributedDataParallel": "module",
     "LightningOptimizer": "optimizer",
     "OptimizedModule": "_orig_mod",

@@ -42,6 +42,7 @@ from growkern.planning.method_spaces import Space, spaces
 from growkern.planning.sizes import WIDTHS, resolve_sizes
 from growkern.support.dtypes import arithmetic
 from growkern.support.interrupts import uninterrupted
+from growkern.support.names import named_parameters, submodule
 from growkern.training.triggers import Event
 from growkern.width.copy_and_pad import CopyAndPad
 from growkern.width.drawn import Drawn
@@ -212,10 +213,10 @@ class Ramp:
                     "growkern.resume and load the weights before the schedule is loaded and attached."
                 )
             masks, eps = masks_of(spec, growth.source_sizes, of.schedule.new_blocks)
-            params = dict(model.named_parameters(remove_duplicate=False))
+            params = dict(named_parameters(model, remove_duplicate=False))
             self._masks = {params[name]: mask for name, mask in masks.items() if name in params}
             places = [(*path.rpartition("."), of_norm) for path, of_norm in eps.items()]
-            self._eps = [(model.get_submodule(at), name, norm) for at, _, name, norm in places]
+            self._eps = [(submodule(model, at), name, norm) for at, _, name, norm in places]
         return c
 
     def _move(self, of: "Attachment", c: float) -> None:

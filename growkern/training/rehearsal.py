@@ -20,6 +20,7 @@ from growkern.optimizer.describe import describe_optimizers
 from growkern.planning.build import unsaved
 from growkern.planning.sizes import Target
 from growkern.support.live_registry import Live, in_pass
+from growkern.support.names import named_buffers, named_parameters
 from growkern.training.ramp import of_run, width_of
 from growkern.training.rewind import unable
 from growkern.training.trains import Trains
@@ -133,7 +134,7 @@ def unheld(attachment: "Attachment") -> list[str]:
     groups = [group for optim in attachment.optims for group in optim.param_groups]
     held = {p for group in groups for p in group["params"]}
     masters = attachment.options.get("master_weights") or {}
-    params = attachment.model.named_parameters()
+    params = named_parameters(attachment.model)
     return [name for name, p in params if p.requires_grad and masters.get(p, p) not in held]
 
 
@@ -191,7 +192,7 @@ def _reached(event: Event, spec: ModelSpec) -> bool:
 
 def _twin(model: nn.Module) -> nn.Module:
     """Return a copy of a model without values."""
-    tensors: Any = [*model.named_parameters(), *model.named_buffers()]
+    tensors: Any = [*named_parameters(model), *named_buffers(model)]
     values: dict[str, Tensor] = {name: torch.empty_like(t, device="meta") for name, t in tensors}
     return copied(model, "", values, shared_by(model))
 

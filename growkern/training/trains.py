@@ -20,6 +20,7 @@ from growkern.errors import PlanError, UnsupportedModelError, raise_all
 from growkern.model.describe import describe
 from growkern.model.spec import Blocks, ModelSpec
 from growkern.support.argument_types import typed_arguments, wrong_fields
+from growkern.support.names import named_parameters
 from growkern.support.wrappers import unwrapped
 
 
@@ -257,7 +258,7 @@ def flops_per_token(model: nn.Module, spec: ModelSpec, frozen: Frozen) -> float:
     order = {name: i for i, name in enumerate(names)}
     last = max((order[name] for name in names if spec.block_of(name)), default=0)
     runs, passed, learned = set[nn.Parameter](), set[nn.Parameter](), set[nn.Parameter]()
-    for name, p in model.named_parameters(remove_duplicate=False):
+    for name, p in named_parameters(model, remove_duplicate=False):
         place = spec.block_of(name)
         if place is not None and n_run is not None and place[1] >= n_run:
             continue

@@ -229,7 +229,7 @@ def test_what_t5_cannot_is_refused(changes, to, match):
         ({"config": {"nowhere.d_model": "hidden"}}, "names 'nowhere', but the model has no such"),
         (
             {"extra_stacks": (growkern.Blocks("decoder", size="decoder_layers"),)},
-            "the model has no ModuleList here",
+            "the model has no ModuleList or ModuleDict here",
         ),
         (
             {"extra_stacks": (growkern.Blocks("decoder.block", size="depth"),)},

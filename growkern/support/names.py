@@ -1,0 +1,52 @@
+"""Names of tensors and modules as in the model without wrappers.
+
+``torch.compile(block)`` and ``checkpoint_wrapper(block)`` are modules around a block, which put a part into all names inside it. Growth
+compares names with a spec, with plans and with records, in which no wrapper is.
+"""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+HELD = "_orig_mod", "_checkpoint_wrapped_module"  # name of the wrapped module in its wrapper
+
+
+def canonical(name: str) -> str:
+    """Return a name without the parts that wrappers put into it.
+
+    Example:
+        >>> canonical("layers.0._orig_mod.weight")
+        'layers.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in HELD)
+
+
+def wrapped_in(module: nn.Module) -> nn.Module | None:
+    """Return the module that a wrapper holds, or None for a module that is no wrapper."""
+    return next((held for name in HELD if (held := module._modules.get(name)) is not None), None)  # pyright: ignore[reportPrivateUsage]
+
+
+def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:  # fmt: skip
+    """Yield the parameters as ``model.named_parameters`` does, with their canonical names."""
+    for name, p in model.named_parameters(remove_duplicate=remove_duplicate):
+        yield canonical(name), p
+
+
+def named_buffers(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    """Yield the buffers as ``model.named_buffers`` does, with their canonical names."""
+    for name, b in model.named_buffers(remove_duplicate=remove_duplicate):
+        yield canonical(name), b
+
+
+def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:  # fmt: skip
+    """Yield the modules as ``model.named_modules`` does, with their canonical names: a wrapper has the name of the module behind it."""
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):  # pyright: ignore
+        yield canonical(name), module  # pyright: ignore[reportUnknownArgumentType]
+
+
+def submodule(model: nn.Module, path: str) -> nn.Module:
+    """Return the module of a canonical name, without its wrappers."""
+    module = model.get_submodule(path)  # wrappers hand the names of submodules on
+    while (held := wrapped_in(module)) is not None:
+        module = held
+    return module
