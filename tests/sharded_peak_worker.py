@@ -1,9 +1,13 @@
 """Grow a sharded model in one process of a group; save its peak of memory and what it received, as promised and as measured."""
 
 import gc
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
@@ -13,6 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import growkern
+from growkern.distributed.shards import Gather
 from growkern.planning.cost import Cost, cost_of
 from growkern.support import memory
 
@@ -65,23 +70,40 @@ def peak_of(mode: str, world: int) -> tuple[int, int]:
     return resident("VmHWM") - start, report.peak_bytes
 
 
-def received_by(mode: str, world: int) -> dict[str, int]:
+@contextmanager
+def gathered() -> Generator[list[int]]:
+    """Yield a list of how many gathered tensors still live whenever the next is gathered."""
+    whole, made, alive = Gather.whole, list[Any](), list[int]()
+
+    def counted(self: Gather, t: torch.Tensor) -> torch.Tensor:
+        alive.append(sum(one() is not None for one in made))
+        made.append(ref(full := whole(self, t)))
+        return full
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Gather, "whole", counted)
+        yield alive
+
+
+def received_by(mode: str, world: int, to: dict[str, int]) -> dict[str, int]:
     """Return the bytes of the source, and what a process has received of them, as counted here and as reported."""
     model, optim = made(world, SMALL)
     state = [t for p in model.parameters() for t in optim.state[p].values() if t.dim()]
     n_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *state))
-    with Received() as received:
-        report = growkern.expand_inplace(model, optim, to=SMALL_TO, memory=mode)
-    cost = predicted(SMALL, SMALL_TO, world)
+    with Received() as received, gathered() as alive:
+        report = growkern.expand_inplace(model, optim, to=to, memory=mode)
+    cost = predicted(SMALL, to, world)
     return {
         "source": n_bytes, "received": received.n_bytes, "reported": report.n_bytes_received, "expected": cost.total.n_bytes_received,
+        "alive": max(alive),
     }  # fmt: skip
 
 
 def main(folder: Path, rank: int, world: int) -> None:
     joins(folder, rank, world)
-    found = {mode: received_by(mode, world) for mode in ("stage", "lean")}
-    for mode, run in found.items():
+    found = {mode: received_by(mode, world, SMALL_TO) for mode in ("stage", "lean")}
+    found["deeper"] = received_by("stage", world, {"layers": 6})
+    for mode, run in [*found.items()][:2]:
         peaks = [peak_of(mode, world) for _ in range(N_TRIES)]
         run["peak"], run["promised"] = min(peaks)
         run["expected peak"] = predicted(SIZES, TO, world).peak_bytes[mode]

@@ -25,6 +25,14 @@ def test_a_process_receives_what_it_has_not_of_the_source_once(n, mode, found_in
     for rank in range(n):
         run = found[rank][mode]
         assert run["reported"] == run["received"] == run["source"] * (n - 1) // n
+        assert run["alive"] == 0  # one gathered tensor at a time
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_constant_tensors_of_new_blocks_are_not_received(n, found_in):
+    run = found_in(n)[0]["deeper"]
+
+    assert 0 < run["received"] == run["expected"]
 
 
 @pytest.mark.parametrize("mode", ["stage", "lean"])
