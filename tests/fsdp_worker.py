@@ -269,6 +269,7 @@ def broken(owner: object, name: str, how: Callable[..., None]):
 
 
 REFUSED = {  # what, and the error
+    "ahead": "hidden=49, heads=7 at step 2: .*the target 7 is smaller than the source 8",
     "a plain parameter": "norm.weight: is not sharded, and other parameters are",
     "an unknown torch": "attribute fsdp_placement is missing",
     "waiting": "gradients wait to be reduced",
@@ -333,6 +334,13 @@ def refused(rank: int, world: int, what: str) -> str:
         for state in (m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule)):
             for group in state._fsdp_param_groups:
                 del group.fsdp_params[0].fsdp_placement
+    if what == "ahead":
+        to = {"hidden": 49, "heads": 7}
+        events = [growkern.At(step=1, to=WIDER), growkern.At(step=2, to=to)]
+        try:
+            growkern.GrowthSchedule(events).attach(model, optim)
+        except growkern.errors.PlanError as error:
+            return str(error)
     if what == "average":
         average = torch.optim.swa_utils.AveragedModel(make("llama", tied=False))
         options["ema"] = average

@@ -142,16 +142,22 @@ def run(case: str, rank: int | None) -> dict[str, object]:
 
 
 def refused(what: str, rank: int) -> dict[str, object]:
+    """Ask for a growth that does not divide, by hand and in the second event of a schedule."""
     model, _, n_parts = made(rank, (1, 2))
     optim = ADAMW(model.parameters())
     step_of(model, optim, joined(0, 2), n_parts)
     before = [whole(p.detach()).clone() for p in model.parameters()]
-    try:
-        growkern.expand_inplace(model, optim, to=REFUSED[what][0], dynamics=None)
-    except growkern.errors.PlanError as error:
-        after = [whole(p.detach()) for p in model.parameters()]
-        return {"error": str(error), "same": all(map(torch.equal, before, after))}
-    return {"error": "nothing", "same": False}
+    to, errors = REFUSED[what][0], list[str]()
+    events = [growkern.At(step=1, to={"layers": 3}), growkern.At(step=2, to=to, dynamics=None)]
+    schedule = growkern.GrowthSchedule(events)
+    by_hand = partial(growkern.expand_inplace, to=to, dynamics=None)
+    for grow in (by_hand, schedule.attach):
+        try:
+            grow(model, optim)
+        except growkern.errors.PlanError as error:
+            errors.append(str(error))
+    after = [whole(p.detach()) for p in model.parameters()]
+    return {"errors": errors, "same": all(map(torch.equal, before, after))}
 
 
 def main(folder: Path, rank: int, world: int) -> None:

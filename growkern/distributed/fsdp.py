@@ -159,14 +159,8 @@ class FullySharded:
         """
         own = {name: self.params.get(id(p)) for name, p in named_parameters(block)}
         blank = {n: t if (one := own.get(n)) is None else _blank(one, t) for n, t in values.items()}
-        with _bare([m for m in block.modules() if isinstance(m, FSDPModule)]):
+        with bare(block):
             made = copy(blank)
-        for module in made.modules():
-            hooks: dict[int, Any] = module._load_state_dict_post_hooks  # pyright: ignore
-            for key in [
-                k for k, hook in hooks.items() if "FSDPParam" in getattr(hook, "__qualname__", "")
-            ]:
-                del hooks[key]
         _shard_alike(made, block)
         self.index(made)
         for name, p in [*named_parameters(made)]:
@@ -232,22 +226,23 @@ def _states(module: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def _bare(wrapped: list[Any]) -> Generator[None]:
-    """Take FSDP off modules while they are copied."""
+def bare(model: nn.Module) -> Generator[None]:
+    """Take FSDP off a module and all modules in it while they are copied."""
     saved: list[tuple[Any, Any, dict[str, dict[Any, Any]], dict[Any, Any]]] = []
     try:
-        for module in wrapped:
+        for module in model.modules():
             own: dict[Any, Any] = module.__dict__
-            state = module._get_fsdp_state()
             hooks: dict[str, dict[Any, Any]] = {
                 name: dict(own[name]) for name in HOOKS if name in own
             }
-            marks: dict[Any, Any] = {
-                k: own[k]
-                for k in [*own]
-                if not isinstance(k, str) or k in MARKS or "composable" in k.lower()
-            }
             kind: Any = module.__class__
+            marks: dict[Any, Any] = {}
+            if isinstance(module, FSDPModule):
+                marks = {
+                    k: own[k]
+                    for k in own
+                    if not isinstance(k, str) or k in MARKS or "composable" in k.lower()
+                }
             saved.append((module, kind, hooks, marks))
             for key in marks:
                 del own[key]
@@ -255,9 +250,10 @@ def _bare(wrapped: list[Any]) -> Generator[None]:
                     own[key] = _of_others(marks[key])
             for name, table in hooks.items():
                 for key, hook in table.items():
-                    if name.endswith("_hooks") and _is_of_fsdp(hook, state):
+                    if name.endswith("_hooks") and _is_of_fsdp(hook):
                         del own[name][key]
-            module.__class__ = kind.__mro__[kind._orig_cls_mro_index]
+            if isinstance(module, FSDPModule):
+                module.__class__ = kind.__mro__[kind._orig_cls_mro_index]
         yield
     finally:
         for module, kind, hooks, marks in saved:
@@ -273,11 +269,12 @@ def _of_others(states: dict[Any, Any]) -> dict[Any, Any]:
     return {of: s for of, s in states.items() if getattr(of, "__name__", of) != "fully_shard"}
 
 
-def _is_of_fsdp(hook: Any, state: Any) -> bool:
+def _is_of_fsdp(hook: Any) -> bool:
+    """True for a hook that ``fully_shard`` has registered: a function or a bound method of torch's, or a wrapper of one."""
     inner = getattr(hook, "hook", hook)
-    places = (str(getattr(h, "__module__", "")) for h in (hook, inner))
-    of_torch = any(place.startswith("torch.distributed.fsdp") for place in places)
-    return getattr(hook, "__self__", None) is state or of_torch
+    owner: Any = getattr(inner, "__self__", None)
+    places = (str(getattr(h, "__module__", "")) for h in (hook, inner, owner))
+    return any(place.startswith("torch.distributed.fsdp") for place in places)
 
 
 def _shard_alike(made: nn.Module, block: nn.Module) -> None:

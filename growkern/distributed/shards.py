@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,15 +71,20 @@ def has_shards(model: nn.Module) -> bool:
     return any(map(is_sharded, model.parameters()))
 
 
+def is_fully_sharded(model: nn.Module) -> bool:
+    """True for a model to which, or to a part of which, ``fully_shard`` was applied."""
+    module: Any = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(module, "FSDPModule", None)
+    return kind is not None and any(isinstance(m, kind) for m in model.modules())
+
+
 def fully_sharded(model: nn.Module) -> "FullySharded | None":
     """Return the parameters of a model that ``fully_shard`` manages, sharded; None if it has none.
 
     Raises:
         PlanError: Gradients wait to be reduced.
     """
-    module: Any = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(module, "FSDPModule", None)
-    if kind is None or not any(isinstance(m, kind) for m in model.modules()):
+    if not is_fully_sharded(model):
         return None
     from growkern.distributed.fsdp import FullySharded
 
@@ -86,6 +92,15 @@ def fully_sharded(model: nn.Module) -> "FullySharded | None":
     shards.reshard()
     shards.index(model)
     return shards
+
+
+def without_fsdp(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which a model can be copied without its ``fully_shard``."""
+    if not is_fully_sharded(model):
+        return nullcontext()
+    from growkern.distributed.fsdp import bare
+
+    return bare(model)
 
 
 def local(t: Tensor) -> Tensor:

@@ -204,7 +204,7 @@ def _agree_on_plan(
     left = refuse_stale_references(model, optims, live, averages, request.master_weights)
     laps.end("scan")
     plan = request.make_plan(sources.spec)
-    refuse_plan(request, sources.spec, plan, shards)
+    refuse_plan(model, sources.spec, plan, shards)
     if plan.target_sizes.get("hidden") != plan.source_sizes.get("hidden"):
         refuse_neighbors(model, optims, left)
     passed = schedulers(request.scheduler)

@@ -54,14 +54,14 @@ def _arguments(request: Request) -> Iterator[str]:
 
 
 def refuse_plan(
-    request: Request, spec: ModelSpec, plan: GrowthPlan, shards: "FullySharded | None"
+    model: nn.Module, spec: ModelSpec, plan: GrowthPlan, shards: "FullySharded | None"
 ) -> None:
     """Refuse a plan for a sharded model that draws weights, of which no process has the whole, or whose axes do not divide.
 
     Raises:
         PlanError: The plan cannot be carried out on shards.
     """
-    if not has_shards(request.model):
+    if not has_shards(model):
         return
     if plan.drawn:
         raise PlanError(
@@ -71,7 +71,7 @@ def refuse_plan(
         raise PlanError(
             f"{plan.width} perturbs whole matrices, {YET}; grow the model before it is sharded."
         )
-    uneven = dict.fromkeys(_uneven(request.model, spec, plan, shards))
+    uneven = dict.fromkeys(_uneven(model, spec, plan, shards))
     raise_all(PlanError, "this growth does not divide over the processes:", [*uneven])
 
 

@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from growkern.api import expand_inplace
+from growkern.api import expand_inplace, plan
 from growkern.commit.commit import copied, shared_by
 from growkern.commit.frozen import refuse_lbfgs, refuse_reentrant_blocks, trained_under
+from growkern.distributed.shards import fully_sharded, has_shards, without_fsdp
 from growkern.engine.live_objects import averages_of, is_average, refuse_stale_references
 from growkern.engine.report import GrowthReport
+from growkern.engine.sharded import refuse_plan
 from growkern.errors import CommitError, GrowthError, PlanError, UnsupportedModelError
 from growkern.execution.execute import NOTHING, unavailable
 from growkern.model.describe import describe
@@ -62,7 +64,7 @@ def problems(attachment: "Attachment") -> list[str]:
             if place is model and _reached(event, described):
                 continue
             place = _twin(model) if place is model else place
-            report = _grown(place, event, event.to, spec)
+            report = _grown(place, event, event.to, spec, model)
             if event.ramp:
                 describe(place, attachment.spec_of(place), values=False)
         except GrowthError as error:
@@ -89,16 +91,25 @@ def grown_copies(
     yield place, new_blocks
     for event in events:
         if event.to is not None:
-            new_blocks = _grown(place, event, event.to, spec_of(place)).new_blocks
+            new_blocks = _grown(place, event, event.to, spec_of(place), model).new_blocks
         yield place, new_blocks
 
 
-def _grown(model: nn.Module, event: Event, to: Target, spec: ModelSpec | None) -> GrowthReport:
-    """Grow a copy without values."""
+def _grown(
+    model: nn.Module, event: Event, to: Target, spec: ModelSpec | None, live: nn.Module
+) -> GrowthReport:
+    """Grow a copy without values of a live model, unless the shards of the live model cannot grow so."""
+    width = width_of(event, model, spec)
     with torch.no_grad():
+        if has_shards(live):
+            made = plan(
+                model, to=to, width=width, depth=event.depth, state=event.state, dynamics=event.dynamics, spec=spec, seed=0
+            )  # fmt: skip
+            described = describe(model, spec, values=False)
+            refuse_plan(live, described, made, fully_sharded(live))
         return expand_inplace(
-            model, to=to, width=width_of(event, model, spec), depth=event.depth, state=event.state, dynamics=event.dynamics, spec=spec,
-            seed=0, ema=(), backend=NOTHING,
+            model, to=to, width=width, depth=event.depth, state=event.state, dynamics=event.dynamics, spec=spec, seed=0, ema=(),
+            backend=NOTHING,
         )  # fmt: skip
 
 
@@ -191,10 +202,11 @@ def _reached(event: Event, spec: ModelSpec) -> bool:
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """Return a copy of a model without values."""
+    """Return a copy of a model without values; of a sharded model, one that is not sharded."""
     tensors: Any = [*named_parameters(model), *named_buffers(model)]
-    values: dict[str, Tensor] = {name: torch.empty_like(t, device="meta") for name, t in tensors}
-    return copied(model, "", values, shared_by(model))
+    values = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors}
+    with without_fsdp(model):
+        return copied(model, "", values, shared_by(model))
 
 
 def _of_optimizers(attachment: "Attachment") -> Iterator[str]:

@@ -100,4 +100,4 @@ def test_what_cannot_grow_is_refused_in_every_process(what, n, found_in):
     found = found_in(n)
 
     for rank in range(n):
-        assert re.search(REFUSED[what], found[rank]["refused", what])
+        assert re.search(REFUSED[what], found[rank]["refused", what], re.DOTALL)

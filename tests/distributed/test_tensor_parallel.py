@@ -30,5 +30,6 @@ def test_sizes_that_do_not_divide_over_the_processes_are_refused_before_anything
     found = found_in(2)
 
     for rank in range(2):
-        refusal = found[rank]["refused", what]
-        assert REFUSED[what][1] in refusal["error"] and refusal["same"]
+        by_hand, ahead = found[rank]["refused", what]["errors"]
+        assert REFUSED[what][1] in by_hand and REFUSED[what][1] in ahead and "at step 2" in ahead
+        assert found[rank]["refused", what]["same"]
