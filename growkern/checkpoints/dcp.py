@@ -111,7 +111,7 @@ def grow(
         copied, left = others(source, (CONFIG, *stored.files))
         refuse_out(source, target, overwrite, copied)
         grown = replay(stored, model, optim, plan, spec, options)
-        config = _config(grown, model)
+        config = _config(grown, model, spec)
         left += (
             [CONFIG] if config is None and (source / CONFIG).exists() else []
         )  # of the source's sizes
@@ -210,11 +210,12 @@ def _notes(grown: Replayed, left: Sequence[str]) -> Iterator[str]:
                 )
 
 
-def _config(grown: Replayed, model: Any) -> Any:
+def _config(grown: Replayed, model: Any, spec: ModelSpec | None) -> Any:
     """Return the grown config of transformers with its history; None for a model without such a config."""
     if not hasattr(getattr(model, "config", None), "to_dict"):
         return None
-    target_config(grown.plan, model)
+    if spec is None:
+        target_config(grown.plan, model)  # raises PlanError if transformers rejects the config
     config: Any = grown.model.config
     config.architectures = config.architectures or [type(model).__name__]
     config._attn_implementation = None  # of this process; save_pretrained checks other fields against it, and does not store it

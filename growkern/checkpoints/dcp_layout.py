@@ -10,7 +10,7 @@ Torch's tutorials have the prefixes ``model.`` and ``optim.``, torchtitan has no
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from growkern.checkpoints.dcp_source import Path_, Source
+from growkern.checkpoints.dcp_source import KeyPath, Source
 from growkern.errors import CheckpointError, raise_all
 from growkern.support.text import short
 
@@ -148,7 +148,7 @@ def _problems(
         )
 
 
-def renamed(path: Path_, old: str, new: str) -> Path_:
+def renamed(path: KeyPath, old: str, new: str) -> KeyPath:
     """Return the path of an entry of another parameter: the last element of the path that has the name is changed."""
     for i in reversed(range(len(path))):
         part = path[i]

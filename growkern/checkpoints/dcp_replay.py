@@ -78,6 +78,11 @@ def replay(
         _fill_groups(source, layout, optim, names)
         _fill_state(source, layout, optim, dict(model.named_parameters()))
     made = plan or plan_growth(model, optim, spec=spec, **options)
+    if made.drawn:
+        raise PlanError(
+            f"{made.depth} initializes new blocks with the code of a live model: load the checkpoint, grow the model by expand_inplace, "
+            "and save it; or choose another depth method."
+        )
     law, kind = None, ""
     if optim is not None:
         of = describe_optimizer(model, optim, described, drop=made.state == "drop")

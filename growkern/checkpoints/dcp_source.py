@@ -1,4 +1,4 @@
-"""Reading of a checkpoint of ``torch.distributed.checkpoint`` (DCP), rows by rows, without a collective."""
+"""Read checkpoints of ``torch.distributed.checkpoint`` (DCP): entries, whole tensors, or ranges of rows, without a collective."""
 
 from collections.abc import Iterator, Sequence
 from io import BytesIO
@@ -22,7 +22,7 @@ from growkern.distributed.shards import Range
 from growkern.errors import CheckpointError
 from growkern.support.text import one_line
 
-Path_ = tuple[str | int, ...]  # keys and indices that lead to an entry of a nested state dict
+KeyPath = tuple[str | int, ...]  # keys and indices that lead to an entry of a nested state dict
 
 
 class _Into(LoadPlanner):
@@ -86,7 +86,7 @@ class Source:
             ) from error
         stored = metadata.state_dict_metadata
         self.tensors = {k: v for k, v in stored.items() if isinstance(v, TensorStorageMetadata)}
-        paths: dict[str, Path_] = metadata.planner_data or {}
+        paths: dict[str, KeyPath] = metadata.planner_data or {}
         self.paths = {key: paths.get(key, (key,)) for key in stored}
 
     @property

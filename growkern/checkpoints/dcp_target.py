@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from growkern.checkpoints.dcp_layout import GROUPS, Layout, renamed
 from growkern.checkpoints.dcp_replay import Replayed
-from growkern.checkpoints.dcp_source import Path_, Source
+from growkern.checkpoints.dcp_source import KeyPath, Source
 from growkern.errors import UnsupportedOptimizerError
 from growkern.execution.boxwise import Boxwise
 from growkern.optimizer.state_rules import VALUE, Rule
@@ -37,7 +37,7 @@ class Entry:
         made: Computes the tensor, or returns the bytes.
     """
 
-    path: Path_
+    path: KeyPath
     tensor: Tensor | None
     made: Callable[[], Tensor | BytesIO]
 
@@ -156,7 +156,7 @@ class Target:
             else:
                 yield from _leaves((*base, index), options | {"params": own}, flat=False)
 
-    def _copied(self, key: str, path: Path_ | None = None) -> Entry:
+    def _copied(self, key: str, path: KeyPath | None = None) -> Entry:
         """Return an entry of the source, as it is."""
         path = path or self.source.paths[key]
         if key in self.source.tensors:
@@ -166,7 +166,7 @@ class Target:
         return Entry(path, None, lambda: self.source.contents([key])[key])
 
 
-def _base(source: Source, layout: Layout) -> Path_:
+def _base(source: Source, layout: Layout) -> KeyPath:
     """Return the path of the param groups; the last part of a flat one is a prefix of a key."""
     owner, options = next(iter(layout.groups.items()))
     key = next(iter(options.values()))
@@ -178,7 +178,7 @@ def _base(source: Source, layout: Layout) -> Path_:
     return (*path[:at], part[: part.rindex(cut) + len(GROUPS)])
 
 
-def _leaves(path: Path_, value: Any, *, flat: bool) -> Iterator[Entry]:
+def _leaves(path: KeyPath, value: Any, *, flat: bool) -> Iterator[Entry]:
     """Yield the entries of an option; ``torch.distributed.checkpoint`` stores the leaves of nested dicts."""
     if isinstance(value, Mapping):
         for key, inner in value.items():  # pyright: ignore[reportUnknownVariableType]

@@ -240,6 +240,19 @@ def test_bfloat16_and_a_model_of_your_own_grow(tmp_path):
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_blocks_of_your_own_model_that_would_be_drawn_are_refused(tmp_path):
+    model = Plain(tied=True)
+    optim = adamw(model)
+    train(model, optim, 1)
+    path = save(tmp_path / "small", model, optim)
+
+    with pytest.raises(PlanError, match="with the code of a live model"):
+        growkern.dcp.grow(
+            path, tmp_path / "out", model, optim, to={"layers": 3}, spec=model.spec(), depth=growkern.depth.Fresh(init=nn.Module.train),
+            dynamics=None,
+        )  # fmt: skip
+
+
 def test_entries_of_other_things_are_copied_byte_for_byte(tmp_path):
     model, optim = trained()
     path = save(tmp_path / "small", model, optim, "torchtitan")
