@@ -28,12 +28,9 @@ from growkern.optimizer.update_scale import UpdateScale, scale_of
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.planning.growth_record import GrowthRecord, digest, digest_of, read
 from growkern.support.memory import trim
+from growkern.support.names import canonical, named_buffers, named_parameters
 
 ON_DISK = "grow the checkpoint by growkern.dcp.grow, and load its target"
-WRAPPED = (
-    "_orig_mod.",
-    "_checkpoint_wrapped_module.",
-)  # parts of names that torch.compile and checkpoint_wrapper add
 PACKED = "growth"  # option of a param group: what OptimGuard packs
 
 
@@ -115,7 +112,7 @@ class Filling:
                 yield f"{row.name}: has shape {tuple(t.shape)}, and the plan grows it to {wanted}; build the model of the target's sizes."
             if t is not None and t.is_meta:
                 yield f"{row.name}: is on the meta device; call model.to_empty(device=...) first."
-        known = {*self.live, *(_plain(name) for name, _ in self.model.named_buffers())}
+        known = {*self.live, *(name for name, _ in named_buffers(self.model))}
         missing = [row.name for row in plan.tensors if row.name not in known]
         if missing:
             yield f"{missing[0]}: is not in the model, nor are {len(missing) - 1} more of the plan; build the model of the target's sizes."
@@ -138,12 +135,12 @@ class Filling:
         strange = [
             f"{name}: is in the optimizer, and not in the plan."
             for name in of.names
-            if _plain(name) not in origin
+            if name not in origin
         ]
         raise_all(PlanError, "cannot grow the state of this optimizer:", strange)
 
         def source_of(name: str) -> str:
-            return origin[_plain(name)]
+            return origin[name]
 
         groups = tuple(tuple(dict.fromkeys(map(source_of, group))) for group in of.groups)
         adjusts = {source_of(name): how for name, how in of.adjusts.items()}
@@ -372,17 +369,9 @@ class Filling:
         return text
 
 
-def _plain(name: str) -> str:
-    """Return a name without the parts that wrappers of modules add."""
-    for part in WRAPPED:
-        name = name.replace(part, "")
-    return name
-
-
 def _live(model: nn.Module, ties: Collection[str]) -> dict[str, Any]:
     """Return the parameters and persistent buffers of a model by name, without the further names of tied parameters."""
-    stored = {_plain(name) for name in model.state_dict()}
-    params = ((_plain(name), p) for name, p in model.named_parameters(remove_duplicate=False))
-    buffers = ((_plain(name), b) for name, b in model.named_buffers())
+    stored = {*map(canonical, model.state_dict())}
+    params = named_parameters(model, remove_duplicate=False)
     live = {name: p for name, p in params if name not in ties}
-    return live | {name: b for name, b in buffers if name in stored}
+    return live | {name: b for name, b in named_buffers(model) if name in stored}
