@@ -28,13 +28,18 @@ from growkern.training.triggers import At, WhenPlateau
 __version__ = "0.1.0"
 
 
-_LAZY = "accelerate", "hf", "lightning"
+_LAZY = {  # name -> room
+    "accelerate": "integrations",
+    "dcp": "checkpoints",
+    "hf": "integrations",
+    "lightning": "integrations",
+}
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Import ``growkern.hf``, ``growkern.lightning`` or ``growkern.accelerate``, with its framework, on first use."""
+    """Import ``growkern.hf``, ``growkern.lightning``, ``growkern.accelerate`` or ``growkern.dcp``, with its framework, on first use."""
     if name in _LAZY:
-        return import_module(f"growkern.integrations.{name}")
+        return import_module(f"growkern.{_LAZY[name]}.{name}")
     raise AttributeError(f"module 'growkern' has no attribute {name!r}")
 
 

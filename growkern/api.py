@@ -186,7 +186,7 @@ def expand_inplace(
         The dual law of weights and gradients: README.md, "How it works".
     """
     model = unwrapped(model)
-    _check_arguments(model, plan, to, width, depth, state, dynamics, seed)
+    check_arguments(model, plan, to, width, depth, state, dynamics, seed)
 
     methods = _methods(width, depth) if plan is None else None
 
@@ -303,7 +303,7 @@ def shrink_inplace(
     )  # fmt: skip
 
 
-def _check_arguments(
+def check_arguments(
     model: object, plan: object, to: object, width: object, depth: object, state: str,
     dynamics: object, seed: int | None,
 ) -> None:  # fmt: skip

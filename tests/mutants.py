@@ -247,8 +247,8 @@ MUTANTS = {
     "execute: the high half of the seed does nothing": Mutant(
         "execution/torch_backend.py", "mix(mix(seed & 0xFFFFFFFF) ^ seed >> 32)",
         "mix(mix(seed & 0xFFFFFFFF))", "kernels/test_expand.py -k 'formula or seed'"),
-    "execute: offsets do not move with the scale": Mutant(
-        "execution/execute.py", "row.offset * (s - 1) for", "0.0 * (s - 1) for", "model/test_gemma2.py"),
+    "perturb: offsets do not move with the scale": Mutant(
+        "execution/perturb.py", "row.offset * (s - 1) for", "0.0 * (s - 1) for", "model/test_gemma2.py"),
     "execute: step counts are shared": Mutant(
         "execution/execute.py", "state[key] = value.clone() if isinstance(value, Tensor) else value", "state[key] = value",
         "optimizer/test_describe_optimizer.py -k stacked_blocks"),
@@ -673,8 +673,38 @@ MUTANTS = {
         "distributed/fsdp.py", "if waits or (whole is not None", "if False and (whole is not None", "distributed/test_fsdp.py"),
     "fsdp: a rollback leaves the grown shard": Mutant(
         "distributed/storage.py", "set_shard(p, whole.as_strided(*layout), spec)", "whole.as_strided(*layout)", "distributed/test_fsdp.py"),
+    "dcp: state of new blocks is not zero": Mutant(
+        "checkpoints/dcp_target.py", "torch.zeros(shape, dtype=stored.dtype)", "torch.ones(shape, dtype=stored.dtype)",
+        "checkpoints/test_dcp.py -k zeros_for"),
+    "dcp: written tensors stay in memory": Mutant(
+        "checkpoints/dcp_target.py", "self._last.untyped_storage().resize_(0)", "self._last.size()", "checkpoints/test_dcp.py -k peak"),
+    "dcp: entries of other things are empty": Mutant(
+        "checkpoints/dcp_target.py", "lambda: self.source.contents([key])[key]", "BytesIO", "checkpoints/test_dcp.py -k byte_for_byte"),
+    "dcp: the next layer is not read": Mutant(
+        "checkpoints/dcp_target.py", "keys.get(row.next_layer_source)", "keys.get(row.source)", "checkpoints/test_dcp.py -k next"),
+    "dcp: param groups are not split": Mutant(
+        "checkpoints/dcp_replay.py", "split=split, memory", "split=None, memory", "checkpoints/test_dcp.py -k learning_rates"),
+    "dcp: other groups are taken": Mutant(
+        "checkpoints/dcp_replay.py", "if apart is not None:", "if False:", "checkpoints/test_dcp.py -k 'other and groups'"),
+    "dcp: the last row of a range is not read": Mutant(
+        "execution/boxwise.py", "last // n_row + 1", "max(last // n_row, first // n_row + 1)", "checkpoints/test_dcp.py -k 'load_on_any'"),
+    "dcp: the box is the first one": Mutant(
+        "execution/boxwise.py", "Job(row, whole, target, rule, above, box)", "Job(row, whole, target, rule, above, None if box is None "
+        "else Box(tuple((0, n) for _, n in box.ranges), box.shape))", "checkpoints/test_dcp.py -k 'load_on_any'"),
+    "dcp: every process reads all": Mutant(
+        "execution/boxwise.py", "partly = box is not None and not", "partly = False and not", "checkpoints/test_dcp.py -k reads_the_rows"),
+    "dcp: an error stays in its process": Mutant(
+        "distributed/processes.py", "for rank, text in enumerate(said) if text}", "for rank, text in enumerate(said) if text and failed}",
+        "checkpoints/test_dcp.py -k failure_at_load"),
+    "dcp: no update scale at load": Mutant(
+        "checkpoints/dcp_load.py", "        if self.factors:\n", "        if not self.factors:\n",
+        "checkpoints/test_dcp.py -k 'at_load_as and mup'"),
+    "dcp: epsilons are not checked": Mutant(
+        "checkpoints/dcp_load.py", "if record is None and self.plan.eps:", "if False:", "checkpoints/test_dcp.py -k epsilon"),
+    "dcp: stored options are not loaded": Mutant(
+        "checkpoints/dcp_load.py", "group |= options", "pass", "checkpoints/test_dcp.py -k at_load_as"),
     "fsdp: gains shift by those of the first shard": Mutant(
-        "execution/execute.py", "shift[box.slices[0]]", "shift[: len(target)]", "distributed/test_fsdp.py"),
+        "execution/perturb.py", "shifts[box.slices[0]]", "shifts[: len(target)]", "distributed/test_fsdp.py"),
     "fsdp: factors of the first shard": Mutant(
         "optimizer/factors.py", "(f[at[i]] if", "(f[: at[i].stop - at[i].start] if", "distributed/test_fsdp.py"),
     "fsdp: new blocks are roots of their own": Mutant(

@@ -17,7 +17,13 @@ SERVER = multiprocessing.get_context("forkserver")
 WORKERS = ["killed_hf", "killed_lightning"]
 WORKERS += ["resume_worker", "ddp_worker", "peak_worker", "refused_worker"]
 WORKERS += ["cli_worker", "cut_worker", "fsdp_worker", "tensor_parallel_worker"]
-WORKERS += ["sharded_peak_worker", "engines_worker", "wrapped_worker"]
+WORKERS += [
+    "sharded_peak_worker",
+    "engines_worker",
+    "wrapped_worker",
+    "dcp_worker",
+    "dcp_peak_worker",
+]
 
 together = pytest.mark.xdist_group("processes")  # one server is enough
 

@@ -1,7 +1,7 @@
 """Growth of a transformers checkpoint from shards to shards. Neither source nor target is ever in memory as a whole."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -82,7 +82,7 @@ def plan_for(
     # a checkpoint has no optimizer state to carry
     state = "drop" if isinstance(width, ShrinkPerturb) else "exact"
     plan = plan_growth(source.model, to=to, width=width, depth=depth, seed=seed, state=state)
-    _target_config(plan, source.model)
+    target_config(plan, source.model)
     return plan
 
 
@@ -138,7 +138,7 @@ def grow(
             plan = plan_for(source, to=to, width=width, depth=depth, seed=seed)
         check(plan, spec)
         check_blocks(plan, model)
-        config = _target_config(plan, model)
+        config = target_config(plan, model)
         names = _parameters(plan, model)
         n_params = sum(p.numel() for p in model.parameters())
         tensors = tensors_of(model, (), spec)
@@ -146,7 +146,7 @@ def grow(
         layout = Layout(source, plan, tensors.values)
         model.to("meta")  # the model drops its references; sources are freed one by one
         swept = sweep(out)
-        _refuse_full(out, layout.n_bytes)
+        refuse_full(out, layout.n_bytes)
         with aside(out, overwrite, folder.stat().st_mode) as part:
             config.save_pretrained(part)
             shards = Shards(part, layout.targets, limit)
@@ -163,7 +163,7 @@ def grow(
     return GrownCheckpoint(out, plan, (n_params, target), sizes, n_files, seconds, notes)
 
 
-def _refuse_full(out: Path, n_bytes: int) -> None:
+def refuse_full(out: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(out.parent).free
     if free < n_bytes + SPARE:
         raise CheckpointError(
@@ -181,7 +181,7 @@ def _left_out(source: Checkpoint, files: list[str]) -> Iterator[str]:
         yield f"not copied: {', '.join(files)}."
 
 
-def _target_config(plan: GrowthPlan, model: Any) -> Any:
+def target_config(plan: GrowthPlan, model: Any, split: Sequence[bool] = ()) -> Any:
     """Return the target's config; raise PlanError if new blocks need a live model or transformers rejects the config."""
     config = model.config
     if plan.drawn:
@@ -190,7 +190,7 @@ def _target_config(plan: GrowthPlan, model: Any) -> Any:
             "expand_inplace, and save it; or choose another depth method."
         )
     growth_history(model)  # refuses a history that no growth can be added to
-    grown = grown_config(plan, model, config, recorded(plan, describe(model), []))
+    grown = grown_config(plan, model, config, recorded(plan, describe(model, values=False), split))
     grown._attn_implementation = None  # of this process; save_pretrained checks other fields against it, and does not store it
     try:
         type(config).from_dict(grown.to_dict())

@@ -73,9 +73,13 @@ def load(folder: Path, *, mapped: bool = False) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder; pass the folder of a saved checkpoint.")
     snapshot = Snapshot.of(folder)
-    kind, fields = _config(folder)
+    kind, fields = config_of(folder)
     stored = StoredTensors(folder)
-    raise_all(CheckpointError, f"cannot use {folder / CONFIG}:", [*_absurd(fields, kind, stored)])
+    raise_all(
+        CheckpointError,
+        f"cannot use {folder / CONFIG}:",
+        [*absurd(fields, kind, len(stored.dtypes))],
+    )
     floating = [dtype for dtype in stored.dtypes.values() if dtype.is_floating_point]
     widest = floating[0] if floating else torch.float32
     for dtype in floating:
@@ -158,7 +162,7 @@ class Layout:
         return value if disk is None else self.stored.read(disk)
 
 
-def _config(folder: Path) -> tuple[Any, dict[str, Any]]:
+def config_of(folder: Path) -> tuple[Any, dict[str, Any]]:
     """Return the transformers class that a checkpoint's config names, and the fields of the config that ``load`` passes to it."""
     import transformers
 
@@ -186,17 +190,17 @@ def _config(folder: Path) -> tuple[Any, dict[str, Any]]:
     return kind, {name: value for name, value in fields.items() if name not in ACTED_ON}
 
 
-def _absurd(fields: Mapping[str, Any], kind: Any, stored: StoredTensors) -> Iterator[str]:
+def absurd(fields: Mapping[str, Any], kind: Any, n_stored: int) -> Iterator[str]:
     """Yield the fields of a config that no model has: transformers would fail later on, or fill the memory."""
     for name, value in fields.items():
         shown, count = one_line(name), COUNT.fullmatch(name)
-        limit = MANY if count and count[1] else len(stored.dtypes)  # every layer stores a tensor
+        limit = MANY if count and count[1] else n_stored  # every layer stores a tensor
         if name.startswith("__") or callable(getattr(kind.config_class, name, None)):
             yield f"{shown}: is no field of a {kind.config_class.__name__}; leave the field out."
         elif flaw := _flaw(value, NESTING):
             yield f"{shown}: {flaw}; correct the field."
         elif count and isinstance(value, int | float) and value > limit:
-            yield f"{shown}: is {short(value)}, and {len(stored.dtypes)} tensors are stored; correct the field."
+            yield f"{shown}: is {short(value)}, and {n_stored} tensors are stored; correct the field."
 
 
 def _flaw(value: object, levels: int) -> str | None:

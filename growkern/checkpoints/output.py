@@ -23,9 +23,10 @@ WEIGHTS = (  # endings of weights, pickles and training state, which do not belo
 )  # fmt: skip
 # first bytes of pickles, torch's and numpy's archives, HDF5, GGUF and numpy files
 MAGIC = (*(b"\x80%c" % n for n in range(2, 6)), b"PK\x03\x04", b"\x89HDF", b"GGUF", b"\x93NUMPY")
-SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-FILES = {  # files of a checkpoint that save_pretrained writes
-    CONFIG, SINGLE, INDEX, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+METADATA = ".metadata"  # of torch.distributed.checkpoint
+SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|__\d+_\d+\.distcp")
+FILES = {  # files of a checkpoint that save_pretrained or torch.distributed.checkpoint writes
+    METADATA, CONFIG, SINGLE, INDEX, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
     "chat_template.jinja", "preprocessor_config.json", "processor_config.json",
 }  # fmt: skip
@@ -58,9 +59,9 @@ def refuse_out(
     if out.is_symlink() or not out.is_dir():
         raise CheckpointError(f"cannot overwrite {out}: {out} is no folder; name another path.")
     held = sorted(out.iterdir())
-    if held and not (out / CONFIG).is_file():
+    if held and not any((out / name).is_file() for name in (CONFIG, METADATA)):
         raise CheckpointError(
-            f"cannot overwrite {out}: the folder has no {CONFIG}, so it is no checkpoint; remove the folder yourself."
+            f"cannot overwrite {out}: the folder has no {CONFIG} and no {METADATA}, so it is no checkpoint; remove the folder yourself."
         )
     known = FILES.union(copied or ())
     more = [
@@ -121,7 +122,8 @@ def modes(folder: Path, weights: Collection[str], copied: Collection[str]) -> di
     shared = 0o666
     for name in weights:
         shared &= (folder / name).stat().st_mode
-    return {"": shared} | {name: (folder / name).stat().st_mode for name in (CONFIG, *copied)}
+    own = {*copied, CONFIG} if (folder / CONFIG).is_file() else copied
+    return {"": shared} | {name: (folder / name).stat().st_mode for name in own}
 
 
 def restrict(folder: Path, allowed: Mapping[str, int]) -> None:

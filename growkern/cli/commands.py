@@ -89,7 +89,9 @@ def plan(
 
 
 def grow(
-    checkpoint: Annotated[Path, FOLDER],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder of the checkpoint, written by save_pretrained or by torch.distributed.checkpoint.")
+    ],
     out: Annotated[Path, typer.Argument(help="Folder of the grown checkpoint.")],
     to: To = None,
     width: Width = None,
@@ -98,19 +100,62 @@ def grow(
     plan: Annotated[
         Path | None,
         typer.Option(
-            exists=True,
-            dir_okay=False,
+            exists=True, dir_okay=False,
             help="Plan file that growkern plan --json wrote, in place of --to, --width, --depth and --seed.",
         ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the checkpoint in the folder OUT.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in the folder OUT.")] = False,
     max_shard_size: Annotated[
-        str, typer.Option(help="Maximum size of a file of weights, such as 500MB.")
+        str, typer.Option(help="Maximum size of a file of weights, such as 500MB, of a checkpoint of save_pretrained.")
     ] = "5GB",
-) -> None:
-    """Grow a checkpoint into another one, which from_pretrained loads. Needs little memory."""
+    optim: Annotated[
+        str | None, typer.Option(help="Optimizer of a checkpoint of torch.distributed.checkpoint: AdamW, or another class of torch.optim.")
+    ] = None,
+    dynamics: Annotated[
+        str | None, typer.Option(help="mup multiplies the stored learning rates by the law's factors, none keeps them. Default: mup.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="Folder with the config.json of a checkpoint of torch.distributed.checkpoint. Default: its own"),
+    ] = None,
+) -> None:  # fmt: skip
+    """Grow a checkpoint into another one, with the optimizer state that torch.distributed.checkpoint stores. Needs little memory."""
+    if plan is not None and (to or width or depth or seed is not None or dynamics):
+        raise typer.BadParameter(
+            "the plan already says what to grow; leave --to, --width, --depth, --seed and --dynamics out.",
+            param_hint="--plan",
+        )
+    options: dict[str, Any] = {"plan": _saved(plan)} if plan is not None else {}
+    options |= {} if options else _options(to, width, depth, seed)
+    if dynamics is not None:
+        options["dynamics"] = _read("--dynamics", lambda: _arguments().dynamics_of(dynamics))
+    with failures("grow"), ExitStack() as shown:
+        from growkern.checkpoints.output import METADATA
+
+        advance = _bar(shown)
+        if (checkpoint / METADATA).is_file():
+            from growkern.checkpoints.dcp_folder import grow_folder
+
+            grown = grow_folder(
+                checkpoint, out, config=config, optim=optim, overwrite=overwrite, on_progress=advance, **options
+            )  # fmt: skip
+        else:
+            from growkern.checkpoints import grow as checkpoints
+
+            if optim or dynamics or config:
+                raise typer.BadParameter(
+                    f"{checkpoint} has no {METADATA}: it is no checkpoint of torch.distributed.checkpoint; leave --optim, --dynamics and "
+                    "--config out."
+                )
+            grown = checkpoints.grow(
+                checkpoint, out, overwrite=overwrite, max_shard_size=max_shard_size, on_progress=advance, **options
+            )  # fmt: skip
+        shown.close()
+        typer.echo(grown)
+
+
+def _bar(shown: ExitStack) -> Callable[[int, int], None]:
+    """Return a function that advances a bar, which ``shown`` ends."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -121,37 +166,18 @@ def grow(
         TransferSpeedColumn,
     )
 
-    if plan is not None and (to or width or depth or seed is not None):
-        raise typer.BadParameter(
-            "the plan already says what to grow; leave --to, --width, --depth and --seed out.",
-            param_hint="--plan",
-        )
-    options: dict[str, Any] = {"plan": _saved(plan)} if plan is not None else {}
-    options |= {} if options else _options(to, width, depth, seed)
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with failures("grow"):
-        from growkern.checkpoints import grow as checkpoints
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task("growing")
 
-        bar = Progress(*columns, console=Console(stderr=True))
-        task = bar.add_task("growing")
-        with ExitStack() as shown:  # starts at the first tensor: a refused growth shows no bar
+    def advance(done: int, total: int) -> None:
+        if not bar.live.is_started:  # starts at the first tensor: a refused growth shows no bar
+            shown.enter_context(bar)
+        bar.update(task, completed=done, total=total)
 
-            def advance(done: int, total: int) -> None:
-                if not bar.live.is_started:
-                    shown.enter_context(bar)
-                bar.update(task, completed=done, total=total)
-
-            grown = checkpoints.grow(
-                checkpoint,
-                out,
-                overwrite=overwrite,
-                max_shard_size=max_shard_size,
-                on_progress=advance,
-                **options,
-            )
-        typer.echo(grown)
+    return advance
 
 
 def verify(

@@ -51,3 +51,11 @@ def methods_of(text: str) -> WidthMethod | DepthMethod | tuple[WidthMethod, Dept
         pair = method_of(tree.left, text, WIDTHS), method_of(tree.right, text, DEPTHS)
         return cast(tuple[WidthMethod, DepthMethod], pair)
     return cast(WidthMethod, method_of(tree, text, WIDTHS | DEPTHS))
+
+
+def dynamics_of(text: str) -> str | None:
+    """Read a mode of the learning rates: ``"mup"``, ``"exact"``, or ``"none"`` for None; raise PlanError for anything else."""
+    known = {"mup": "mup", "exact": "exact", "none": None}
+    if text not in known:
+        raise PlanError(f"cannot read {short(text)}; write {', '.join(known)}.")
+    return known[text]

@@ -244,7 +244,9 @@ def _stage(
     masters = request.master_weights or {}
     held = {name: masters.get(p, p) for name, p in named_parameters(model, remove_duplicate=False)}
     updates = [scale for optim in optims if (scale := scale_of(optim)) is not None]
-    factor = grad_norm_factor(plan, tensors, held, updates, ranks.n, ranks.total)
+    factor = None
+    if request.backend != NOTHING:  # else the model may be on the meta device, without elements
+        factor = grad_norm_factor(plan, tensors, held, updates, ranks.n, ranks.total)
     return _Staged(plan, targets, [execution, *shadows], factor)
 
 

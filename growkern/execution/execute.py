@@ -15,7 +15,7 @@ from growkern.execution import torch_backend as reference
 from growkern.execution.fills import Given
 from growkern.execution.finite import check
 from growkern.execution.measures import SumsOf
-from growkern.execution.perturb import perturb
+from growkern.execution.perturb import perturb, shift
 from growkern.execution.pieces import Group
 from growkern.execution.sets import (
     Memory,
@@ -31,7 +31,6 @@ from growkern.execution.tiles import Job, Tiler
 from growkern.optimizer.eight_bit import decoded, encoded, is_coded, n_broken, scale_key
 from growkern.optimizer.state_rules import GRADIENT, VALUE, Rule
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
-from growkern.support.dtypes import arithmetic
 from growkern.support.laps import Laps
 from growkern.support.memory import is_shared, stored_like, trim
 from growkern.support.named_tensors import Tensors
@@ -190,7 +189,7 @@ class Execution:
         _run(groups, self.backend, self.meter)
         for row, _, target, rule, _, box in jobs:
             if row.offset and row.constant is None and rule.is_weight:
-                self._shift(row, target, box)
+                shift(row, self.plan.axis_maps(row)[0], target, box)
             if row.is_perturbed and rule.is_weight:
                 perturb(row, self.plan.seed, target)
         self.notes += check(tiler, jobs, lambda row, target: self._name(row, target, staged))
@@ -222,14 +221,6 @@ class Execution:
                 old = before.get(key)
                 if isinstance(t, Tensor) and isinstance(old, Tensor):
                     state[key] = stored_like(old, t)
-
-    def _shift(self, row: TensorRow, target: Tensor, box: Box | None) -> None:
-        """Change ``s w`` to ``s (w + offset) - offset`` in place."""
-        (axis,) = self.plan.axis_maps(row)
-        shift = [row.offset * (s - 1) for s in axis.weight_scale.expanded()]
-        shift = shift if box is None else shift[box.slices[0]]
-        if any(shift):
-            target += torch.tensor(shift, dtype=arithmetic(target.dtype), device=target.device)
 
     def _coded(self, tensor_set: TensorSet, staged: Tensors) -> None:
         """Quantize the grown state again where the source state is stored in 8 bits."""

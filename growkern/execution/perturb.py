@@ -1,11 +1,12 @@
-"""Shrink a grown weight and add noise of a given standard deviation, apart from the law's scales."""
+"""Change a grown weight apart from the law's scales: shrink it, add noise of a given standard deviation, shift it by the model's offset."""
 
 import torch
 from torch import Tensor
 
+from growkern.distributed.shards import Box
 from growkern.execution.tiles import tensor_id
 from growkern.execution.torch_backend import BYTES_STD, axis_keys, normal
-from growkern.planning.growth_plan import TensorRow
+from growkern.planning.growth_plan import AxisMap, TensorRow
 from growkern.support.dtypes import arithmetic
 
 MOST = 1 << 22  # elements at once
@@ -33,3 +34,11 @@ def perturb(row: TensorRow, seed: int, target: Tensor) -> None:
             drawn = normal(keys, ids[start : start + len(part)], ids[:n_cols])
             values += drawn.to(dtype) * (row.noise_std / BYTES_STD)
         part.copy_(values)
+
+
+def shift(row: TensorRow, axis: AxisMap, target: Tensor, box: Box | None) -> None:
+    """Change ``s w`` to ``s (w + offset) - offset`` in place, for a target of one axis, or the part of it in a box."""
+    shifts = [row.offset * (s - 1) for s in axis.weight_scale.expanded()]
+    shifts = shifts if box is None else shifts[box.slices[0]]
+    if any(shifts):
+        target += torch.tensor(shifts, dtype=arithmetic(target.dtype), device=target.device)

@@ -117,6 +117,7 @@ class Tiler:
     """Cuts target tensors into pieces; computes axis layouts and axis runs once for all tensors with the same axes.
 
     ``given``: the width method's ``rows``, from source rows and the number of new rows to the new rows.
+    ``stds``: noise scale by source, as far as known: master weights and averages get the same noise.
     """
 
     def __init__(self, plan: GrowthPlan, given: Given | None = None) -> None:
@@ -130,9 +131,7 @@ class Tiler:
         self._tilings: dict[tuple[object, ...], _Tiling] = {}
         self._tilings_of: dict[tuple[object, ...], tuple[Rule, _Tiling]] = {}
         self._axis_runs: dict[tuple[object, ...], list[AxisRun]] = {}
-        self._stds: dict[
-            str, Tensor
-        ] = {}  # by source: master weights and averages get the same noise
+        self.stds: dict[str, Tensor] = {}
         self._means: dict[tuple[AxisMap, Rule], AxisMap] = {}
         self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
         self._uploaded: dict[tuple[AxisLayout, torch.dtype, torch.device], Tensor] = {}
@@ -147,7 +146,7 @@ class Tiler:
         noisy: dict[tuple[torch.device, torch.dtype, torch.dtype], dict[str, Tensor]] = defaultdict(
             dict
         )
-        seen = {*self._stds}  # a weight comes before its master weights, which get the same noise
+        seen = {*self.stds}  # a weight comes before its master weights, which get the same noise
         for row, source, target, rule, *_ in jobs:
             known = row.source in seen
             if known or not rule.is_weight or row.constant is not None or not source.numel():
@@ -160,7 +159,7 @@ class Tiler:
         for (device, dtype, _), by_name in noisy.items():
             sources = list(by_name.values())
             stds = [_std(rms, dtype) for rms in roots_of_mean_squares(sources, kernel(device))]
-            self._stds |= dict(zip(by_name, stds, strict=True))
+            self.stds |= dict(zip(by_name, stds, strict=True))
             self.n_read += 2 * sum(source.numel() * source.element_size() for source in sources)
 
     def groups(self, jobs: Iterable[Job]) -> list[Group]:
@@ -174,7 +173,7 @@ class Tiler:
                 read, noise = [self._constant(row.constant, dst)], None
             else:
                 tiling = self._tiling(row, rule, src.device, arithmetic(dst.dtype))
-                place = None if box is None else box.rectangle(tiling.n_row_axes)
+                place = self.place(job)
                 shape = tiling.target if place is None else (place[0][1], place[1][1])
                 into = _matrix(dst, shape)
                 read, noise = self._read(job, tiling)
@@ -220,11 +219,11 @@ class Tiler:
             self.statistics += [(dst, statistic) for statistic in fills.statistics]
         if not tiling.adds_noise:
             return read, None
-        std = self._stds.get(row.source)
+        std = self.stds.get(row.source)
         if std is None:  # a weight that is centered first
             self.n_read += 2 * source.numel() * source.element_size()
             (rms,) = roots_of_mean_squares([source])
-            std = self._stds[row.source] = _std(rms, dtype)
+            std = self.stds[row.source] = _std(rms, dtype)
         keys = reference.axis_keys(self.plan.seed, tensor_id(row.name))
         return read, Noise(std.to(dtype), keys)
 
@@ -233,9 +232,31 @@ class Tiler:
         tiling = self._tiling(row, rule, source.device, arithmetic(target.dtype))
         return tiling.reach._replace(largest=inf) if tiling.centered else tiling.reach
 
+    def place(self, job: Job) -> tuple[Range, Range] | None:
+        """Return the ranges of rows and columns of a job's target in the whole target as a matrix; None for a whole target.
+
+        Raises:
+            UnsupportedModelError: The target is no rectangle of this matrix.
+        """
+        row, source, target, rule, _, box = job
+        if box is None or row.constant is not None:
+            return None
+        tiling = self._tiling(row, rule, source.device, arithmetic(target.dtype))
+        return box.rectangle(tiling.n_row_axes)
+
+    def reads_all(self, job: Job) -> bool:
+        """True when ``groups`` reads all elements of a job's source: for a mean, the method's rows, or a noise scale that is not known."""
+        row, source, target, rule, *_ = job
+        if row.constant is not None:
+            return False
+        tiling = self._tiling(row, rule, source.device, arithmetic(target.dtype))
+        fills = {*tiling.slots} - {"source", "next layer", "zero"}
+        unknown = tiling.adds_noise and row.source not in self.stds
+        return bool(tiling.centered or fills or unknown)
+
     def std(self, row: TensorRow) -> Tensor:
         """Return the noise scale of a weight that was cut into pieces with noise."""
-        return self._stds[row.source]
+        return self.stds[row.source]
 
     def _tiling(
         self, row: TensorRow, rule: Rule, device: torch.device, dtype: torch.dtype

@@ -345,7 +345,8 @@ def _checked(optim: Optimizer, p: Tensor, scale: float | Scale) -> Scale:
         for axis, factor in enumerate(factors):
             n = p.shape[axis] if p.dim() else 1
             ok = (
-                bool(torch.isfinite(factor).all() and (factor > 0).all()) and factor.shape == (n,)
+                factor.shape == (n,)
+                and (factor.is_meta or bool(torch.isfinite(factor).all() and (factor > 0).all()))
                 if isinstance(factor, Tensor)
                 else isinstance(factor, int | float) and 0 < factor < float("inf")  # pyright: ignore[reportUnnecessaryIsInstance]
             )

@@ -156,7 +156,7 @@ def _is_method(name: str, value: object) -> bool:
 
 
 def test_dir_shows_the_public_names_and_no_machinery():
-    assert dir(growkern) == sorted([*NAMES, "accelerate", "hf", "lightning", "__version__"])
+    assert dir(growkern) == sorted([*NAMES, "accelerate", "dcp", "hf", "lightning", "__version__"])
 
 
 def test_public_names_are_exactly_these():
