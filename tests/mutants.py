@@ -637,7 +637,7 @@ MUTANTS = {
         "inherit/linear_loss.py", "        if torch.is_grad_enabled():", "        if False:",
         "inherit/test_linear_loss.py -k second_derivative"),
     "attach: a growth comes before its impossible choice": Mutant(
-        "training/attachment.py", "                refuse_choice(self.model)", "                ()",
+        "training/attachment.py", "                refuse_reentrant_blocks(self.model)", "                ()",
         "training/test_trains.py -k choice_is_not_possible"),
     "engines: Accelerate loads shards before the replay": Mutant(
         "integrations/accelerate.py", "    accelerator.load_state = replay_and_load\n", "",
