@@ -1,9 +1,11 @@
 """One process of tests/checkpoints/test_dcp.py: save a sharded run, grow its checkpoint, or go on from it."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import processes
@@ -14,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from fsdp_worker import blocks_alone
 from models import VOCAB, exact_norms, loss_of, make
+from readme import IN_PROCESSES
 from tensor_parallel_worker import of_blocks, step_of
 from torch import nn
 from torch.distributed.checkpoint import filesystem
@@ -243,6 +246,31 @@ MOMENTS = {  # of a growth: function whose call of this number is the moment
     "config": (growkern.dcp, "restrict", 1),
     "rename": (output, "_move", 1),
 }
+
+
+def readme(folder: Path, rank: int, world: int) -> dict:
+    """Run README's examples on a checkpoint of this run: grown on disk and loaded, and grown at load."""
+    run = sharded(make("llama", tied=False))
+    adam = torch.optim.AdamW(run.parameters(), lr=1e-3)
+    train(run, adam, range(2), rank, world)
+    dcp.save(state_dict(run, adam), checkpoint_id=folder / "run" / "step-1000")
+    config, kind = copy.deepcopy(run.config), type(make("llama", tied=False))
+    mesh = init_device_mesh("cpu", (world,))
+    names = {"torch": torch, "growkern": growkern, "LlamaForCausalLM": kind, "config": config}
+    names["fully_shard"] = partial(fully_shard, mesh=mesh)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(IN_PROCESSES["dcp.grow"], names)
+        exec(IN_PROCESSES["dcp.load"], names)
+    model = sharded(kind(type(config).from_pretrained(folder / "run" / "grown")))
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    fill(model, optim, folder / "run" / "grown")
+    growkern.expand_inplace(run, adam, to="2x", dynamics=None)
+    return {
+        "hidden": model.config.hidden_size,
+        "losses": [train(*pair, range(2, 6), rank, world) for pair in ((run, adam), (model, optim))],
+        "loaded": train(names["model"], names["optim"], range(2, 3), rank, world),
+    }  # fmt: skip
 
 
 def hit(patch: pytest.MonkeyPatch, moment: str, act: Callable[[], object]) -> None:

@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from lightning.pytorch.strategies import ModelParallelStrategy
 from models import VOCAB, Words, exact_norms, loss_of, make
+from readme import IN_PROCESSES
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -249,20 +250,17 @@ def sharded_by_transformers(folder: Path, rank: int, world: int) -> dict[str, ob
     return found | {"saved": weights_of(saved)}
 
 
-EXAMPLE = """
-args = TrainingArguments("out", max_steps=4000, fsdp=True)   # FSDP2 on every GPU: torchrun --nproc-per-node 8 train.py
-trainer = Trainer(model, args, train_dataset=dataset)
-growkern.hf.attach(trainer, growkern.GrowthSchedule([growkern.At(step=1000, to="2x")]))
-trainer.train()                                              # resume_from_checkpoint= replays the growth
-"""
-
-
 def example(folder: Path, rank: int, world: int) -> dict[str, object]:
     """Run README's loop under FSDP2 with Trainer, in fewer steps."""
     as_on_accelerators()
     arguments = partial(transformers.TrainingArguments, report_to=[], disable_tqdm=True, save_strategy="no")  # fmt: skip
     names = {"TrainingArguments": arguments, "Trainer": transformers.Trainer, "growkern": growkern}
-    text = EXAMPLE.replace("4000", "4").replace("1000", "2").replace("out", str(folder / "out"))
+    text = (
+        IN_PROCESSES["trainer"]
+        .replace("4000", "4")
+        .replace("1000", "2")
+        .replace("out", str(folder / "out"))
+    )
     names |= {"model": make("llama", tied=False), "dataset": Words(64)}
     exec(text, names)
     model = names["trainer"].model

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import re
 import signal
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -15,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import VOCAB, exact_norms, loss_of, make
+from readme import IN_PROCESSES
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -202,17 +202,11 @@ def refilled(rank: int, world: int, policy: MixedPrecisionPolicy) -> list[tuple[
 
 def from_readme(world: int) -> tuple[int, int]:
     """Run the loop of README; return the width of the grown model, and the number of its managed modules."""
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    (loop,) = (
-        block
-        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-        if "fully_shard" in block
-    )
     model = make("llama", tied=False)
     names = {"model": model, "batches": [joined(i, 1) for i in range(4)], "growkern": growkern}
     mesh = init_device_mesh("cpu", (world,))
     exec(
-        loop.replace("1000", "2"),
+        IN_PROCESSES["fsdp"].replace("1000", "2"),
         names | {"torch": torch, "fully_shard": partial(fully_shard, mesh=mesh)},
     )
     return model.config.hidden_size, sum(isinstance(m, FSDPModule) for m in model.modules())

@@ -552,6 +552,13 @@ class TestProcesses:
         assert ("Nothing was changed" if place == "plan" else "weights are written in part") in other  # fmt: skip
 
     @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGKILL")
+    def test_the_examples_of_the_readme_grow_the_run(self, run_in):
+        for found in run_in("readme", 2):
+            grown_live, grown_on_disk = found["losses"]
+            assert found["hidden"] == 48
+            assert grown_on_disk == pytest.approx(grown_live, rel=0, abs=1e-5)
+            assert found["loaded"] == pytest.approx(grown_live[:1], rel=0, abs=1e-5)
+
     @pytest.mark.parametrize(("n", "victim"), [(1, 0), (2, 0), (2, 1)])
     @pytest.mark.parametrize("moment", MOMENTS)
     def test_a_killed_growth_leaves_nothing_or_all(self, moment, n, victim, run_in):

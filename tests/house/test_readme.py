@@ -1,19 +1,16 @@
 """The README's examples run; the loops grow at an earlier step than the README says."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from models import Plain, batch, make
+from readme import BLOCKS, IN_PROCESSES, README
 
 import growkern
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 PAIR = next(text for text in BLOCKS if "torch.optim.Muon" in text)
-SHARDED = next(text for text in BLOCKS if "fully_shard" in text)  # runs in tests/fsdp_worker.py
-EXAMPLES = [text for text in BLOCKS if text not in (PAIR, SHARDED)]
+EXAMPLES = [text for text in BLOCKS if text not in (PAIR, *IN_PROCESSES.values())]
 
 
 def test_the_two_calls_at_the_top_run_and_preserve_the_function():
@@ -120,7 +117,9 @@ def things():
 
 
 def test_there_are_five_loops_of_under_ten_lines():
-    assert len(LOOPS) == 5 and all(len(text.splitlines()) < 10 for text in (*LOOPS, SHARDED))
+    assert len(LOOPS) == 5 and all(
+        len(text.splitlines()) < 10 for text in (*LOOPS, *IN_PROCESSES.values())
+    )
 
 
 def test_the_plain_loop():
