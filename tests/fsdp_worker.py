@@ -70,6 +70,7 @@ CASES = {  # growth; then family, optimizer, wrap, mesh, options of fully_shard
     "fused": (dict(to=BOTH), dict(optim=partial(ADAMW, fused=True))),
     "offloaded": (dict(to=BOTH), dict(options=dict(offload_policy=CPUOffloadPolicy(pin_memory=False)))),
     "lean": (dict(to=BOTH, memory="lean"), {}),
+    "averaged": (dict(to=BOTH), dict(averaged=True)),
     "hybrid": (dict(to=BOTH), dict(mesh=(2, 2))),
 }  # fmt: skip
 WORLDS = {
@@ -92,6 +93,11 @@ def sharded(model: nn.Module, world: int, *, family="llama", wrap=blocks_alone, 
 
 def whole(t: torch.Tensor) -> torch.Tensor:
     return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def held(t: torch.Tensor) -> torch.Tensor:
+    """Return the part of a tensor that this process holds."""
+    return (t.to_local() if hasattr(t, "to_local") else t).detach()
 
 
 def backward(model: nn.Module, step: int, rank: int | None, world: int) -> float:
@@ -117,14 +123,23 @@ def run(case: str, rank: int | None, world: int) -> dict[str, object]:
     growth, how = CASES[case]
     how = dict(how)
     family, optim_of = how.get("family", "llama"), how.pop("optim", ADAMW)
-    model = make(family, tied=family == "gpt2").double()
-    if rank is not None:
-        sharded(model, world, **how)
+    models = [
+        make(family, tied=family == "gpt2").double() for _ in range(1 + how.pop("averaged", False))
+    ]
+    for each in models if rank is not None else ():
+        sharded(each, world, **how)
+    model, *averages = models
     optim = optim_of(model.parameters())
     kept, losses, found = {id(p) for p in model.parameters()}, list[float](), dict[str, object]()
     for step in range(STEPS):
         losses.append(step_of(model, optim, step, rank, world))
+        for average in averages:
+            torch._foreach_lerp_(
+                [held(p) for p in average.parameters()], [held(p) for p in model.parameters()], 0.1
+            )
         if step == AT:
+            if averages:
+                growth = growth | dict(ema=averages)
             report = growkern.expand_inplace(model, optim, **growth)
             own = {id(p) for p in model.parameters()}
             found |= {"kept": kept <= own, "preserves": report.preserves}
@@ -140,7 +155,13 @@ def run(case: str, rank: int | None, world: int) -> dict[str, object]:
                 found["resharded"] = resharded(model, joined(step, world))
     states = [m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule)]
     found["roots"] = sum(bool(state._is_root) for state in states)
-    weights = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    for average in averages:  # its forward gathers the parameters of new blocks too
+        losses.append(float(loss_of(average, joined(0, world)).detach()))
+    weights = {
+        f"{i} {name}": whole(p.detach())
+        for i, m in enumerate(models)
+        for name, p in m.named_parameters()
+    }
     return found | {"losses": losses, "weights": weights}
 
 
@@ -267,7 +288,7 @@ REFUSED = {  # what, and the error
     "a plain parameter": "norm.weight: is not sharded, and other parameters are",
     "an unknown torch": "attribute fsdp_placement is missing",
     "waiting": "gradients wait to be reduced",
-    "average": "ema=, which is not supported yet",
+    "average": "ema: model.embed_tokens.weight of the average is not sharded as the model's is",
     "masters": "master_weights=, which is not supported yet",
     "drawn": "depth.Fresh initializes whole blocks",
     "perturbed": "ShrinkPerturb.* perturbs whole matrices",
@@ -284,7 +305,7 @@ FAILURES = {  # memory, place, kind, and the process that fails
 
 def shards(model: nn.Module, optim: torch.optim.Optimizer) -> list[torch.Tensor]:
     state = [v for p in model.parameters() for v in optim.state[p].values()]
-    return [(t.to_local() if hasattr(t, "to_local") else t).detach().clone() for t in (*model.parameters(), *state)]  # fmt: skip
+    return [held(t).clone() for t in (*model.parameters(), *state)]
 
 
 def failed(rank: int, world: int) -> dict[object, dict[str, object]]:

@@ -68,7 +68,7 @@ def commit(
         try:
             _model(plan, parts, model, targets, undo, held, record, init, shards)
             for follower, own in followers:
-                _model(plan, own, follower, (), undo, held, record, init)
+                _model(plan, own, follower, (), undo, held, record, init, shards)
             if held:
                 raise KeyboardInterrupt
             final = before_finalize()

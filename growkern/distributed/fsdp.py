@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from growkern.distributed.shards import box_of, is_sharded, joined
+from growkern.distributed.shards import box_of, joined
 from growkern.distributed.storage import Swap, kept_shard, set_shard, swapped, whole_storage
 from growkern.errors import PlanError, UnsupportedModelError
 from growkern.support.memory import Backup
@@ -53,24 +53,27 @@ SETTINGS = (  # of a param group, which the user may have set after ``fully_shar
 
 
 class FullySharded:
-    """The parameters of a model that ``fully_shard`` manages.
+    """The parameters of a model and of its averages that ``fully_shard`` manages.
 
     Attributes:
-        model: The model.
+        models: The model, and its averages.
         params: ``FSDPParam`` of every sharded parameter, by ``id`` of the parameter.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, *models: nn.Module) -> None:
         """Find the parameters.
 
         Raises:
             UnsupportedModelError: This version of torch has other private attributes.
+            PlanError: Gradients wait to be reduced.
         """
-        self.model = model
+        self.models = models
         self.params: dict[int, Any] = {}
-        for state in _states(model):
-            _probe(state)
-        self.index(model)
+        for model in models:
+            for state in _states(model):
+                _probe(state)
+                _refuse_waiting(state)
+            self.index(model)
 
     def index(self, model: nn.Module) -> None:
         """Find the ``FSDPParam`` of every parameter of a module."""
@@ -84,28 +87,6 @@ class FullySharded:
         return (
             one is not None and one.fsdp_placement.dim == 0 and mesh_dim < one.mesh_info.mesh.ndim
         )
-
-    def reshard(self) -> None:
-        """Free the gathered parameters, so that modules hold the sharded ones.
-
-        Raises:
-            PlanError: Gradients wait to be reduced.
-        """
-        for state in _states(self.model):
-            for group in state._fsdp_param_groups:
-                for one in group.fsdp_params:
-                    whole = getattr(one, "_unsharded_param", None)
-                    waits = (
-                        one.unsharded_accumulated_grad is not None
-                        or group._partial_reduce_output is not None
-                    )
-                    if waits or (whole is not None and whole.grad is not None):
-                        raise PlanError(
-                            "gradients wait to be reduced (set_requires_gradient_sync(False)): grow at an optimizer's step."
-                        )
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
 
     def swap(self, p: Any, keep: Backup) -> Swap:
         """Return a function that gives a parameter the storage of another tensor, and one that puts the old storage back."""
@@ -166,7 +147,7 @@ class FullySharded:
         for name, p in [*named_parameters(made)]:
             if (one := self.params.get(id(p))) is not None:
                 self._renew(one, p, values[name])
-            elif is_sharded(values[name]):
+            elif own.get(name) is not None:
                 raise UnsupportedModelError(
                     f"cannot add blocks: {name} of a block is sharded with the model around it, and not with its block; apply fully_shard "
                     "to every block before the model, as its documentation says."
@@ -179,7 +160,7 @@ class FullySharded:
         Args:
             set_list: Replaces the content of a list, so that it can be undone.
         """
-        roots = [s for s in _states(self.model) if s._is_root]
+        roots = [s for model in self.models for s in _states(model) if s._is_root]
         for root in roots:
             order = list(dict.fromkeys(_states(root._modules[0])))
             for state in order:
@@ -217,6 +198,21 @@ def _probe(state: Any) -> None:
                 f"this torch's fully_shard is not one that growkern knows (attribute {name} is missing): grow the model "
                 "before it is sharded."
             )
+
+
+def _refuse_waiting(state: Any) -> None:
+    """Raise PlanError if gradients wait to be reduced."""
+    for group in state._fsdp_param_groups:
+        for one in group.fsdp_params:
+            whole = getattr(one, "_unsharded_param", None)
+            waits = (
+                one.unsharded_accumulated_grad is not None
+                or group._partial_reduce_output is not None
+            )
+            if waits or (whole is not None and whole.grad is not None):
+                raise PlanError(
+                    "gradients wait to be reduced (set_requires_gradient_sync(False)): grow at an optimizer's step."
+                )
 
 
 def _states(module: nn.Module) -> list[Any]:

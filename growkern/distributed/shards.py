@@ -71,32 +71,36 @@ def has_shards(model: nn.Module) -> bool:
     return any(map(is_sharded, model.parameters()))
 
 
-def is_fully_sharded(model: nn.Module) -> bool:
-    """True for a model to which, or to a part of which, ``fully_shard`` was applied."""
+def _managed(model: nn.Module) -> list[Any]:
+    """Return the modules to which ``fully_shard`` was applied."""
     module: Any = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(module, "FSDPModule", None)
-    return kind is not None and any(isinstance(m, kind) for m in model.modules())
+    return [] if kind is None else [m for m in model.modules() if isinstance(m, kind)]
 
 
-def fully_sharded(model: nn.Module) -> "FullySharded | None":
-    """Return the parameters of a model that ``fully_shard`` manages, sharded; None if it has none.
+def reshard(model: nn.Module) -> None:
+    """Free the parameters that ``fully_shard`` has gathered, as after an evaluation, so that modules hold the sharded ones."""
+    for module in _managed(model):
+        module.reshard()
+
+
+def fully_sharded(model: nn.Module, *averages: nn.Module) -> "FullySharded | None":
+    """Return the parameters of a model and its averages that ``fully_shard`` manages; None if it manages none of the model's.
 
     Raises:
         PlanError: Gradients wait to be reduced.
+        UnsupportedModelError: This version of torch has other private attributes.
     """
-    if not is_fully_sharded(model):
+    if not _managed(model):
         return None
     from growkern.distributed.fsdp import FullySharded
 
-    shards = FullySharded(model)
-    shards.reshard()
-    shards.index(model)
-    return shards
+    return FullySharded(model, *averages)
 
 
 def without_fsdp(model: nn.Module) -> AbstractContextManager[None]:
     """Return a context in which a model can be copied without its ``fully_shard``."""
-    if not is_fully_sharded(model):
+    if not _managed(model):
         return nullcontext()
     from growkern.distributed.fsdp import bare
 

@@ -15,7 +15,7 @@ from growkern.commit.commit import check_blocks, commit
 from growkern.commit.optimizer import OptimTarget
 from growkern.commit.optimizer_guard import settle
 from growkern.commit.undo import Undo
-from growkern.distributed.shards import Gather, fully_sharded
+from growkern.distributed.shards import Gather, fully_sharded, reshard
 from growkern.engine.claims import claimed
 from growkern.engine.compile_cache import reset_near_limit
 from growkern.engine.ddp import Ranks
@@ -96,12 +96,13 @@ def _full_precision() -> Generator[None]:
 
 
 def _run(request: Request) -> GrowthReport:
-    shards = fully_sharded(request.model)
+    reshard(request.model)
     laps, live = Laps(), Live.now()
     ranks = Ranks(request.model, live.modules)
     with ranks.together(), torch.inference_mode(False), torch.no_grad(), _full_precision():
-        refuse_request(request, shards)
         averages = averages_of(request.model, request.ema)
+        shards = fully_sharded(request.model, *averages)
+        refuse_request(request, averages, shards)
         with lifted((request.model, *averages)) as kept:
             sources = _describe(request, averages)
             laps.end("describe")

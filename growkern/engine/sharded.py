@@ -1,6 +1,6 @@
 """What growth cannot do yet for a model whose parameters are sharded: refused before anything changes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 YET = "which is not supported yet for sharded models"
 
 
-def refuse_request(request: Request, shards: "FullySharded | None") -> None:
-    """Refuse parameters that ``fully_shard`` has left out of a model, and arguments.
+def refuse_request(
+    request: Request, averages: Sequence[nn.Module], shards: "FullySharded | None"
+) -> None:
+    """Refuse parameters that ``fully_shard`` has left out of a model, averages that are sharded otherwise, and arguments.
 
     Raises:
         UnsupportedModelError: ``fully_shard`` manages some parameters of the model, and not all.
-        PlanError: An argument is not supported for sharded models.
+        PlanError: An average or an argument is not supported for sharded models.
     """
     left = {
         name: p
@@ -41,16 +43,28 @@ def refuse_request(request: Request, shards: "FullySharded | None") -> None:
             "whole model, without ignored_params."
         )
     if has_shards(request.model):
-        raise_all(PlanError, "cannot grow this sharded model:", [*_arguments(request)])
+        problems = [*_arguments(request), *_apart(request.model, averages)]
+        raise_all(PlanError, "cannot grow this sharded model:", problems)
 
 
 def _arguments(request: Request) -> Iterator[str]:
-    if request.ema is not None:
-        yield f"ema=, {YET}; build the average anew after the growth."
     if request.first:
         yield f"the model has no blocks, {YET}; grow it before it is sharded."
     if request.master_weights:
         yield f"master_weights=, {YET}; fully_shard keeps float32 shards under MixedPrecisionPolicy(param_dtype=torch.bfloat16)."
+
+
+def _apart(model: nn.Module, averages: Sequence[nn.Module]) -> Iterator[str]:
+    """Yield the first parameter of every average that is not sharded as the model's is."""
+    params: dict[str, Any] = dict(named_parameters(model))
+    for average in averages:
+        own: dict[str, Any] = dict(named_parameters(average))
+        places = (
+            (n, [(p.device_mesh, p.placements) if is_sharded(p) else None for p in (q, own[n])])
+            for n, q in params.items()
+        )
+        if name := next((name for name, (one, other) in places if one != other), None):
+            yield f"ema: {name} of the average is not sharded as the model's is; shard the average as the model, before the growth."
 
 
 def refuse_plan(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack  # a torch dependency; typing has Unpack from 3.11 on
 
-from growkern.distributed.shards import fully_sharded
+from growkern.distributed.shards import reshard
 from growkern.errors import PlanError, UnsupportedModelError, raise_all
 from growkern.support.argument_types import typed_arguments
 from growkern.support.renamed import renamed_arguments
@@ -194,7 +194,7 @@ class GrowthSchedule:
                 option is unknown, or an event names an unknown size.
             UnsupportedModelError: The model cannot be grown.
         """
-        fully_sharded(unwrapped(model))  # after an evaluation, modules hold gathered parameters
+        reshard(unwrapped(model))
         return Attachment(self, model, optim, scheduler, options, deferred)
 
     def state_dict(self) -> dict[str, Any]:
