@@ -26,7 +26,6 @@ HOOKS = (
 )  # fmt: skip
 MARKS = "_is_fsdp_managed_module", "_fsdp_use_orig_params"
 STATE = (
-    "_fsdp_param_groups",
     "_is_root",
     "_state_ctx",
     "_comm_ctx",
@@ -37,14 +36,15 @@ STATE = (
 )
 GROUP = (
     "fsdp_params", "mesh_info", "post_forward_mesh_info", "offload_policy", "comm_ctx", "_partial_reduce_output", "_module_fqn",
-    "_param_group_index", "_num_param_groups", "lazy_init",
+    "lazy_init",
 )  # fmt: skip
 PARAM = (
-    "sharded_param", "_sharded_param_data", "_orig_param_uid", "fsdp_placement", "mesh_info", "post_forward_mesh_info",
+    "sharded_param", "_sharded_param_data", "fsdp_placement", "mesh_info", "post_forward_mesh_info",
     "padded_sharded_param_size", "_sharding_spec", "all_gather_outputs", "unsharded_accumulated_grad", "_module_info", "device",
     "_init_sharded_param", "_init_sharded_post_forward_param_metadata", "_setattr_on_modules", "_init_extensions",
-    "_unsharded_dtensor_spec",
 )  # fmt: skip
+UID = "_orig_param_uid"  # since torch 2.12
+UNKNOWN = "this torch's fully_shard is not one that growkern knows (attribute {} is missing): grow the model before it is sharded."
 SETTINGS = (  # of a param group, which the user may have set after ``fully_shard``
     "reduce_grads", "all_reduce_grads", "reshard_after_backward", "gradient_divide_factor", "force_sum_reduction_for_comms",
     "reduce_scatter_unused_params", "reduce_scatter_max_input_buffers", "unshard_async_op", "unshard_in_backward", "_all_reduce_hook",
@@ -78,7 +78,7 @@ class FullySharded:
     def index(self, model: nn.Module) -> None:
         """Find the ``FSDPParam`` of every parameter of a module."""
         for state in _states(model):
-            for group in state._fsdp_param_groups:
+            for group in _groups(state):
                 self.params |= {id(one.sharded_param): one for one in group.fsdp_params}
 
     def pads(self, p: Tensor, mesh_dim: int) -> bool:
@@ -107,12 +107,15 @@ class FullySharded:
 
     def _renew(self, one: Any, p: Any, value: Any) -> nn.Parameter:
         """Initialize an ``FSDPParam`` for a tensor of another size, whose shard is that of ``value``; return the parameter."""
-        uid, placement, local = one._orig_param_uid, one.fsdp_placement, value._local_tensor
+        placement, local = one.fsdp_placement, value._local_tensor
+        uid: object = vars(one).get(UID)
         like = nn.Parameter(_blank(one, value), p.requires_grad)
-        one._init_sharded_param(like, one.device, _Placed({id(like): placement}), one.mesh_info)
+        meshes = () if uid is None else (one.mesh_info,)
+        one._init_sharded_param(like, one.device, _Placed({id(like): placement}), *meshes)
         if one.post_forward_mesh_info:
             one._init_sharded_post_forward_param_metadata(like)
-        one._orig_param_uid = uid
+        if uid is not None:
+            vars(one)[UID] = uid
         one.all_gather_outputs, one.unsharded_accumulated_grad = [], None
         vars(one).pop("_unsharded_param", None)
         one._sharded_param_data = whole_storage(local)[: prod(one.padded_sharded_param_size)]
@@ -168,20 +171,20 @@ class FullySharded:
                     continue
                 state._is_root = False
                 state._state_ctx, state._comm_ctx = root._state_ctx, root._comm_ctx
-                for i, group in enumerate(state._fsdp_param_groups):
+                for i, group in enumerate(groups := _groups(state)):
                     group.comm_ctx, group._param_group_index = root._comm_ctx, i
-                    group._num_param_groups = len(state._fsdp_param_groups)
+                    group._num_param_groups = len(groups)
                     group.lazy_init()
             set_list(root._state_ctx.all_states, order)
             for state in order:
-                for group in state._fsdp_param_groups:
+                for group in _groups(state):
                     group._module_fqn = None
             root._init_fqns()
 
 
 def _blank(one: Any, value: Tensor) -> Tensor:
     """Return a tensor without data of the size of another, placed as the parameter of an ``FSDPParam`` was before ``fully_shard``."""
-    spec = one._unsharded_dtensor_spec
+    spec = one.__dict__.get("_unsharded_dtensor_spec", one.__dict__.get("_tp_spec"))
     if spec is None:
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
     own = torch.empty(box_of(spec, value.shape).sizes, dtype=value.dtype, device="meta")
@@ -190,19 +193,24 @@ def _blank(one: Any, value: Tensor) -> Tensor:
 
 def _probe(state: Any) -> None:
     """Raise UnsupportedModelError if a state of FSDP lacks an attribute that growth reads or writes."""
-    groups: list[Any] = [*getattr(state, "_fsdp_param_groups", ())]
+    groups = _groups(state)
     params = [one for group in groups for one in group.fsdp_params[:1]]
     for names, things in ((STATE, [state]), (GROUP, groups), (PARAM, params)):
         for name in (name for name in names for thing in things if not hasattr(thing, name)):
-            raise UnsupportedModelError(
-                f"this torch's fully_shard is not one that growkern knows (attribute {name} is missing): grow the model "
-                "before it is sharded."
-            )
+            raise UnsupportedModelError(UNKNOWN.format(name))
+
+
+def _groups(state: Any) -> list[Any]:
+    """Return the param groups of a state of FSDP; until torch 2.11, it has one at most."""
+    several: Any = getattr(state, "_fsdp_param_groups", None)
+    if several is None and not hasattr(state, "_fsdp_param_group"):
+        raise UnsupportedModelError(UNKNOWN.format("_fsdp_param_groups"))
+    return [g for g in ([state._fsdp_param_group] if several is None else several) if g is not None]
 
 
 def _refuse_waiting(state: Any) -> None:
     """Raise PlanError if gradients wait to be reduced."""
-    for group in state._fsdp_param_groups:
+    for group in _groups(state):
         for one in group.fsdp_params:
             whole = getattr(one, "_unsharded_param", None)
             waits = (
@@ -278,19 +286,17 @@ def _shard_alike(made: nn.Module, block: nn.Module) -> None:
     pairs: list[tuple[Any, Any]] = [*zip(made.modules(), block.modules(), strict=True)]
     for new, old in reversed([pair for pair in pairs if isinstance(pair[1], FSDPModule)]):
         state = old._get_fsdp_state()  # pyright: ignore
-        if len(state._modules) != 1 or len(state._fsdp_param_groups) > 1:
+        if len(state._modules) != 1 or len(_groups(state)) > 1:
             raise UnsupportedModelError(
                 "a block shares one fully_shard([...]) group with other modules, or has several meshes: wrap every block by itself."
             )
-        for (
-            group
-        ) in state._fsdp_param_groups:  # one, or none in a module whose parts are all wrapped
+        for group in _groups(state):  # one, or none in a module whose parts are all wrapped
             fully_shard(
                 new, mesh=group.mesh_info.mesh, reshard_after_forward=_reshards(state, group),
                 shard_placement_fn=_Placed(dict(_placements(group, old, new))), mp_policy=state._mp_policy,
                 offload_policy=group.offload_policy,
             )  # fmt: skip
-            (mine,) = new._get_fsdp_state()._fsdp_param_groups
+            (mine,) = _groups(new._get_fsdp_state())
             for name in SETTINGS:
                 if hasattr(group, name):
                     setattr(mine, name, getattr(group, name))
