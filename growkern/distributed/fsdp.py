@@ -108,14 +108,15 @@ class FullySharded:
     def _renew(self, one: Any, p: Any, value: Any) -> nn.Parameter:
         """Initialize an ``FSDPParam`` for a tensor of another size, whose shard is that of ``value``; return the parameter."""
         placement, local = one.fsdp_placement, value._local_tensor
-        uid: object = vars(one).get(UID)
+        own: dict[str, Any] = vars(one)
+        uid = own.get(UID)
         like = nn.Parameter(_blank(one, value), p.requires_grad)
         meshes = () if uid is None else (one.mesh_info,)
         one._init_sharded_param(like, one.device, _Placed({id(like): placement}), *meshes)
         if one.post_forward_mesh_info:
             one._init_sharded_post_forward_param_metadata(like)
         if uid is not None:
-            vars(one)[UID] = uid
+            own[UID] = uid
         one.all_gather_outputs, one.unsharded_accumulated_grad = [], None
         vars(one).pop("_unsharded_param", None)
         one._sharded_param_data = whole_storage(local)[: prod(one.padded_sharded_param_size)]
