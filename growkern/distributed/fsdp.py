@@ -108,7 +108,7 @@ class FullySharded:
     def _renew(self, one: Any, p: Any, value: Any) -> nn.Parameter:
         """Initialize an ``FSDPParam`` for a tensor of another size, whose shard is that of ``value``; return the parameter."""
         placement, local = one.fsdp_placement, value._local_tensor
-        own: dict[str, Any] = vars(one)
+        own: dict[str, Any] = one.__dict__
         uid = own.get(UID)
         like = nn.Parameter(_blank(one, value), p.requires_grad)
         meshes = () if uid is None else (one.mesh_info,)
