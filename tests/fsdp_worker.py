@@ -23,6 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import growkern
 from growkern.commit import commit
+from growkern.distributed import fsdp
 from growkern.execution import execute
 from growkern.model import describe
 
@@ -347,7 +348,7 @@ def refused(rank: int, world: int, what: str) -> str:
         backward(model, 0, rank, world)
     if what == "an unknown torch":
         for state in (m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule)):
-            for group in state._fsdp_param_groups:
+            for group in fsdp._groups(state):
                 del group.fsdp_params[0].fsdp_placement
     if what == "ahead":
         to = {"hidden": 49, "heads": 7}
