@@ -316,6 +316,18 @@ def failed(folder: Path, rank: int, world: int, moment: str, victim: int) -> str
     return "nothing"
 
 
+def apart(folder: Path, rank: int, world: int, what: str) -> str:
+    """Grow the checkpoint with another argument in every process."""
+    model, options = small("meta"), dict(CASES["width"])
+    options |= {"to": dict(to={"hidden": 48 + 24 * rank}), "seed": dict(seed=rank)}.get(what, {})
+    target = folder / (f"mixed-{rank}" if what == "target" else "mixed")
+    try:
+        growkern.dcp.grow(folder / "flat", target, model, adamw(model), **options)
+    except growkern.errors.PlanError as error:
+        return str(error)
+    return "nothing"
+
+
 def failed_load(folder: Path, rank: int, world: int, place: str, victim: int) -> tuple[str, bool]:
     """Load the checkpoint; one process fails before or while the checkpoint is read. Return the error, and whether all is as before."""
     blank = small("meta")

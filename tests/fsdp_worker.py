@@ -71,6 +71,7 @@ CASES = {  # growth; then family, optimizer, wrap, mesh, options of fully_shard
     "fused": (dict(to=BOTH), dict(optim=partial(ADAMW, fused=True))),
     "offloaded": (dict(to=BOTH), dict(options=dict(offload_policy=CPUOffloadPolicy(pin_memory=False)))),
     "lean": (dict(to=BOTH, memory="lean"), {}),
+    "checked": (dict(to=BOTH, check=torch.arange(32).view(2, 16)), {}),
     "averaged": (dict(to=BOTH), dict(averaged=True)),
     "hybrid": (dict(to=BOTH), dict(mesh=(2, 2))),
 }  # fmt: skip
@@ -376,6 +377,41 @@ def refused(rank: int, world: int, what: str) -> str:
     return "nothing"
 
 
+SPLIT = {  # of rank and history: a call with other arguments in another process, and the error
+    "resume": (lambda model, optim, rank, history: growkern.resume(model, optim, history if rank else []), "agree on the history"),
+    "schedule": (
+        lambda model, optim, rank, _: growkern.GrowthSchedule([growkern.At(step=1 + rank, to=BOTH)]).attach(model, optim),
+        "agree on the schedule"),
+    "check": (
+        lambda model, optim, rank, _: growkern.expand_inplace(model, optim, to=BOTH, check=[None, joined(0, 1)][min(rank, 1)]),
+        "agree on check="),
+    "size": (lambda model, optim, rank, _: growkern.expand_inplace(model, optim, to={"ffn": 80 + rank}), "agree on the plan"),
+}  # fmt: skip
+ALONE = {  # functions that need the whole model
+    "verify": lambda model, optim: growkern.verify(model, model, joined(0, 1)),
+    "compare": lambda model, optim: growkern.compare(model, optim, methods=[growkern.depth.Stack()], batch=joined(0, 1), to={"layers": 4}),
+    "upcycle": lambda model, optim: growkern.upcycle(model, optim, experts=4),
+    "dcp.grow": lambda model, optim: growkern.dcp.grow("tests", "nothing", model, optim),
+}  # fmt: skip
+
+
+def apart(rank: int, world: int) -> dict[str, str]:
+    """Call with other arguments in another process, and what a sharded model cannot do; return the errors."""
+    small = make("llama", tied=False)
+    history = growkern.expand_inplace(small, to=BOTH).history
+    model = sharded(make("llama", tied=False), world)
+    optim = ADAMW(model.parameters())
+    before, errors = shards(model, optim), dict[str, str]()
+    calls = {name: (call, (rank, history)) for name, (call, _) in SPLIT.items()}
+    for name, (call, given) in ({name: (call, ()) for name, call in ALONE.items()} | calls).items():
+        try:
+            call(model, optim, *given)
+        except growkern.errors.GrowthError as error:
+            errors[name] = str(error)
+    assert all(map(torch.equal, before, shards(model, optim)))
+    return errors
+
+
 def left_alone(folder: Path, rank: int, world: int, where: str) -> None:
     """The last process ends in the middle of a growth; the others save what they have raised, and whether all is as before."""
     model = sharded(make("llama", tied=False).double(), world)
@@ -422,6 +458,7 @@ def main(folder: Path, rank: int, world: int, dies: str = "") -> None:
         found["refilled", name] = refilled(rank, world, MixedPrecisionPolicy(**policy))
     for what in REFUSED:
         found["refused", what] = refused(rank, world, what)
+    found["apart"] = apart(rank, world)
     found["resumed"] = resumed(rank, world)
     found["README"] = from_readme(world)
     torch.save(found, folder / f"{rank}.pt")

@@ -68,7 +68,7 @@ CASES = {  # growth; then the sizes of the mesh (data, tensor), the model, and h
     "both": (dict(to=BOTH), dict(mesh=(1, 2))),
     "by 1.5": (dict(to={"hidden": 72}, **EXACT), dict(mesh=(1, 2), changes=WIDE)),
     "momentum": (dict(to=BOTH), dict(mesh=(1, 2), optim=partial(torch.optim.SGD, lr=1e-2, momentum=0.9))),
-    "parallel loss": (dict(to=BOTH), dict(mesh=(1, 2), parallelize=parallel_loss)),
+    "parallel loss": (dict(to=BOTH, check=torch.arange(32).view(2, 16)), dict(mesh=(1, 2), parallelize=parallel_loss)),
     "sequences": (dict(to=BOTH), dict(mesh=(1, 2), parallelize=sequences)),
     "four": (dict(to={"hidden": 96, "ffn": 120, "layers": 3}), dict(mesh=(1, 4), changes=WIDE)),
     "sharded": (dict(to=BOTH), dict(mesh=(2, 2))),

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from growkern.analysis.verification import verify
 from growkern.api import expand_inplace
+from growkern.distributed.shards import refuse_shards
 from growkern.errors import GrowthError, PlanError, UnsupportedModelError, UnsupportedOptimizerError
 from growkern.optimizer.describe import Optimizers, optimizers
 from growkern.optimizer.update_scale import UpdateScale, scale_of
@@ -126,6 +127,7 @@ def compare(
         PlanError: ``methods`` is empty or has an entry of another type, there is no batch, or ``steps`` is negative.
     """
     model, optims = unwrapped(model), optimizers(optim)
+    refuse_shards(model, "compare")
     several: Any = [batch] if isinstance(batch, Tensor | Mapping) else batch
     batches: list[Batch] = [*several] if isinstance(several, Iterable) else [several]
     for problem in (wrong for one in batches for wrong in misfits("batch", one, Batch)):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from growkern.distributed.shards import refuse_shards
 from growkern.engine.forward_check import TOLERANCE
 from growkern.errors import PlanError, UnsupportedModelError
 from growkern.optimizer.describe import Optimizers, optimizers
@@ -113,6 +114,8 @@ def verify(
         The result; ``print`` it. Gradients come from two steps of plain gradient descent on a copy of ``target``, in evaluation mode.
     """
     optims = optimizers(optim)
+    for model in (source, target):
+        refuse_shards(model, "verify")
     with torch.no_grad():
         before, after = (_run(model, batch)[0] for model in (source, target))
     error = float((before - after).abs().max()) if before.shape == after.shape else float("nan")

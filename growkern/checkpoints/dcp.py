@@ -25,7 +25,14 @@ from growkern.checkpoints.shards import CONFIG
 from growkern.checkpoints.source import Snapshot
 from growkern.commit.param_groups import ORIGIN, SCHEDULER_LISTS
 from growkern.distributed.processes import Processes
-from growkern.errors import CheckpointError, GrowthError, PlanError, UnsupportedModelError
+from growkern.distributed.shards import has_shards
+from growkern.errors import (
+    CheckpointError,
+    GrowthError,
+    PlanError,
+    UnsupportedModelError,
+    UnsupportedOptimizerError,
+)
 from growkern.execution.boxwise import Boxwise
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.describe import optimizers
@@ -106,7 +113,8 @@ def grow(
     options: dict[str, Any] = dict(to=to, width=width, depth=depth, state=state, dynamics=dynamics, seed=seed)  # fmt: skip
     with processes.together(UNCHANGED), torch.no_grad():
         check_arguments(model, plan, to, width, depth, state, dynamics, seed)
-        refuse_out(source, target, overwrite)
+        optim = _single(optim)
+        _refuse(model, source, target, overwrite)
         snapshot, stored = Snapshot.of(source), Source(source)
         copied, left = others(source, (CONFIG, *stored.files))
         refuse_out(source, target, overwrite, copied)
@@ -116,6 +124,7 @@ def grow(
             [CONFIG] if config is None and (source / CONFIG).exists() else []
         )  # of the source's sizes
         written = Target(stored, grown, Boxwise(grown.plan, getattr(width, "rows", None)))
+    _refuse_apart(processes, grown.plan, target)
     planner = GrowthPlanner(written.entries, on_progress)
     with ExitStack() as stack:
         swept, part = list[str](), Path()
@@ -184,9 +193,8 @@ def load(
     processes, model = Processes(), unwrapped(model)
     with processes.together(UNCHANGED), torch.no_grad():
         made = GrowthPlan.from_json(plan) if isinstance(plan, str) else plan
-        filling = Filling(Source(Path(path)), model, next(iter(optimizers(optim)), None), made)
-    if len({*processes.gathered(digest(made))}) > 1:
-        raise PlanError(f"the processes do not have one plan; pass the same plan in all of them. {UNCHANGED}")  # fmt: skip
+        filling = Filling(Source(Path(path)), model, _single(optim), made)
+    _refuse_apart(processes, made, Path(path))
     with torch.no_grad():
         filling.measure(processes)
         with processes.together(
@@ -194,6 +202,36 @@ def load(
         ):
             found = filling.read()
         filling.finish(found)
+
+
+def _single(optim: object) -> Optimizer | None:
+    """Return the only optimizer; raise UnsupportedOptimizerError for several."""
+    several = optimizers(optim)  # pyright: ignore[reportArgumentType]
+    if len(several) > 1:
+        raise UnsupportedOptimizerError(
+            f"optim: {len(several)} optimizers; a checkpoint grows with one. Load the checkpoint, grow by expand_inplace, and save it."
+        )
+    return several[0] if several else None
+
+
+def _refuse(model: nn.Module, source: Path, target: Path, overwrite: bool) -> None:
+    """Raise for a sharded model, and for folders that cannot be source and target."""
+    if has_shards(model):
+        raise UnsupportedModelError(
+            "model: is sharded; pass a model of the source's sizes on the meta device, built from the config."
+        )
+    if not source.is_dir():
+        raise CheckpointError(f"{source} is no folder; pass the folder of a saved checkpoint.")
+    refuse_out(source, target, overwrite)
+
+
+def _refuse_apart(processes: Processes, plan: GrowthPlan, folder: Path) -> None:
+    """Raise PlanError where the processes have several plans, or several folders."""
+    said = processes.gathered((digest(plan), str(folder.resolve())))
+    if len({*said}) > 1:
+        raise PlanError(
+            f"the processes do not agree on the plan and the folder; pass the same arguments in all of them. {UNCHANGED}"
+        )
 
 
 def _notes(grown: Replayed, left: Sequence[str]) -> Iterator[str]:

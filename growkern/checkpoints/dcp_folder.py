@@ -57,7 +57,7 @@ def _optimizer(source: Source, model: nn.Module, name: str | None) -> Optimizer 
     if name is None:
         return None
     kind: Any = vars(torch.optim).get(name)
-    if not isinstance(kind, type) or Optimizer not in kind.__mro__:
+    if not isinstance(kind, type) or Optimizer not in kind.__mro__[1:]:
         raise UnsupportedOptimizerError(f"torch.optim has no optimizer {short(name)}; pass AdamW, or another class.")  # fmt: skip
     params = dict(model.named_parameters())
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from growkern.checkpoints.dcp_source import KeyPath, Source
 from growkern.errors import CheckpointError, raise_all
-from growkern.support.text import short
+from growkern.support.text import fold, short
 
 STATE, GROUPS = "state.", "param_groups."
 
@@ -121,7 +121,15 @@ def _model(
         for name, key in own.items()
         if (stored := tuple(source.tensors[key].size)) != shapes[name]
     ]
-    raise_all(CheckpointError, f"{source.folder} is no checkpoint of this model:", missing + apart)
+    alike = {fold(name) for name in shapes}
+    names = {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+    more = [
+        f"{key}: is of a block that the model does not have; build the model, or the plan, of the source's sizes."
+        for key, name in names.items()
+        if key in source.tensors and name not in shapes and fold(name) in alike
+    ]
+    problems = missing + apart + more
+    raise_all(CheckpointError, f"{source.folder} is no checkpoint of this model:", problems)
     return own
 
 

@@ -15,7 +15,12 @@ from growkern.checkpoints.dcp_layout import Layout, layout_of
 from growkern.checkpoints.dcp_source import Source
 from growkern.engine.request import Request
 from growkern.engine.run import run
-from growkern.errors import CheckpointError, PlanError, UnsupportedOptimizerError, raise_all
+from growkern.errors import (
+    CheckpointError,
+    PlanError,
+    UnsupportedOptimizerError,
+    raise_all,
+)
 from growkern.execution.execute import NOTHING
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec

@@ -133,7 +133,8 @@ def grow(
         from growkern.checkpoints.output import METADATA
 
         advance = _bar(shown)
-        if (checkpoint / METADATA).is_file():
+        stored = any(checkpoint.glob("*.safetensors"))  # METADATA is a pickle
+        if (checkpoint / METADATA).is_file() and not stored:
             from growkern.checkpoints.dcp_folder import grow_folder
 
             grown = grow_folder(

@@ -71,6 +71,18 @@ def has_shards(model: nn.Module) -> bool:
     return any(map(is_sharded, model.parameters()))
 
 
+def refuse_shards(model: nn.Module, what: str) -> None:
+    """Raise UnsupportedModelError for a sharded model, on which a function does not work.
+
+    Raises:
+        UnsupportedModelError: Parameters are sharded.
+    """
+    if has_shards(model):
+        raise UnsupportedModelError(
+            f"{what} does not support sharded models: call it before the model is sharded."
+        )
+
+
 def _managed(model: nn.Module) -> list[Any]:
     """Return the modules to which ``fully_shard`` was applied."""
     module: Any = sys.modules.get("torch.distributed.fsdp")
@@ -163,6 +175,11 @@ def joined(own: Tensor, like: Any, shape: Sequence[int]) -> Tensor:
     )  # fmt: skip
 
 
+def gathered(t: Any) -> Tensor:
+    """Return the whole of a tensor; every process of its mesh must call this."""
+    return t.full_tensor() if is_sharded(t) else t
+
+
 class Gather:
     """Gathers whole tensors, one at a time; ``vote`` is called before, so that no process waits for one that has failed.
 
@@ -186,7 +203,7 @@ class Gather:
         with uninterrupted():
             self._vote()
             del room
-            full: Any = t.full_tensor()
+            full: Any = gathered(t)
             full = full.wait() if hasattr(full, "wait") else full
         self.n_received += (full.numel() - held.numel()) * full.element_size()
         return full

@@ -103,6 +103,15 @@ class Ranks:
         return torch.stack(largest).view(torch.float64).sum(0).cpu()
 
     @uninterrupted()  # a process that is interrupted before its answer would keep the others waiting
+    def alike(self, text: str, what: str) -> None:
+        """Compare ``text`` before the plan; see ``agree``."""
+        try:
+            self._compare(text, what)
+        except BaseException:
+            self.agreed = True  # the others have heard of it
+            raise
+
+    @uninterrupted()  # a process that is interrupted before its answer would keep the others waiting
     def agree(self, text: str, what: str) -> None:
         """Compare ``text`` between all processes.
 
@@ -111,6 +120,10 @@ class Ranks:
             PlanError: The processes have different texts.
         """
         self.agreed = True
+        self._compare(text, what)
+        self.began = True
+
+    def _compare(self, text: str, what: str) -> None:
         digest = 1 + int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")
         for numbers in self._gathered(torch.tensor([digest])):
             said = {int(n) for n in numbers}
@@ -122,7 +135,6 @@ class Ranks:
                 raise PlanError(
                     f"the processes do not agree on {what}: pass the same arguments in all processes."
                 )
-        self.began = True
 
     @uninterrupted()  # a process that is interrupted before its answer would keep the others waiting
     def vote(self, ok: bool) -> None:
@@ -184,6 +196,13 @@ class Ranks:
                 own = torch.cat(parts)
             gathered.append([*own])
         return gathered
+
+
+def agree(model: nn.Module, text: str, what: str) -> None:
+    """Compare ``text`` between the processes of a model; see ``Ranks.agree``."""
+    ranks = Ranks(model, ())
+    with ranks.together():
+        ranks.agree(text, what)
 
 
 def _checksum(p: Tensor) -> Tensor:

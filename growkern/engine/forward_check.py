@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from growkern.distributed.shards import gathered, reshard
 from growkern.engine.compile_cache import eagerly
 from growkern.errors import CommitError, PlanError
 from growkern.model.describe import overlaps
@@ -137,6 +138,7 @@ class ForwardCheck:
             finally:
                 for hook in hooks:
                     hook.remove()
+                reshard(self.model)  # a forward leaves the parameters of the root gathered
         return {name: t.detach().clone() for name, t in _tensors(outputs, "")}
 
     def _run(self) -> object:
@@ -205,7 +207,7 @@ def _unchanged(model: nn.Module) -> Generator[None]:
 def _tensors(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     """Yield the floating-point tensors of a nested output with their places."""
     if isinstance(output, Tensor) and output.is_floating_point():
-        yield name or "the output", output
+        yield name or "the output", gathered(output)
     elif isinstance(output, Mapping | list | tuple):
         parts: Any = output.items() if isinstance(output, Mapping) else enumerate(output)  # pyright: ignore
         for key, value in parts:

@@ -106,6 +106,8 @@ def _run(request: Request) -> GrowthReport:
         with lifted((request.model, *averages)) as kept:
             sources = _describe(request, averages)
             laps.end("describe")
+            if ranks.meshes:  # a forward gathers
+                ranks.alike(str(request.check is None), "check=")
             check = None if request.check is None else ForwardCheck(request.model, request.check)
             laps.end("check")
             plan, unmanaged = _agree_on_plan(request, sources, ranks, live, laps, shards)

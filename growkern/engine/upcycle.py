@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from growkern.commit.undo import Undo
+from growkern.distributed.shards import refuse_shards
 from growkern.engine.claims import claimed
 from growkern.engine.live_objects import refuse_mid_pass
 from growkern.errors import (
@@ -101,6 +102,7 @@ def upcycle(
         PlanError: ``top_k`` is not between 1 and ``experts``, ``std`` is not above 0, or the optimizer has an ``UpdateScale``.
     """
     model, optims = unwrapped(model), optimizers(optim)
+    refuse_shards(model, "upcycle")
     twin = TWINS.get(type(model).__name__)
     if twin is None or type(model).__module__.partition(".")[0] != "transformers":
         raise UnsupportedModelError(

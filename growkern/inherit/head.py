@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from growkern.distributed.shards import is_sharded
 from growkern.errors import UnsupportedModelError
 from growkern.inherit.linear_loss import IGNORED
 from growkern.support.text import one_line
@@ -138,6 +139,10 @@ def linear_head(bare: nn.Module) -> nn.Linear:
     if head is None:
         raise UnsupportedModelError(
             f"this {name} names no output head: get_output_embeddings() is missing or returns None. Define the method, or {WAY_OUT}."
+        )
+    if any(map(is_sharded, bare.parameters())):
+        raise UnsupportedModelError(
+            f"this {name} is sharded, and the fused loss reads the whole weight of the head; distill by a loss of your own."
         )
     plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
     plain = plain and "forward" not in vars(head)  # accelerate.dispatch_model patches it

@@ -176,7 +176,7 @@ def _check(model: nn.Module, steps: int, lr: float, noise: float) -> None:
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if several or Ranks(model, Live.now().modules).wrappers:
         problems.append(
-            "the model is trained by several processes (DistributedDataParallel), whose operators would differ: learn in one process, "
+            "the model is trained by several processes, whose operators would differ: learn in one process, "
             "save a checkpoint, and start the processes from it; or grow by expand_inplace."
         )
     raise_all(PlanError, "cannot learn a growth:", [*filter(None, problems)])

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from growkern.commit.checkpoint_guard import growth_history
 from growkern.commit.optimizer import Masters
 from growkern.commit.optimizer_guard import history_in, optim_guard_of
+from growkern.engine.ddp import Ranks
 from growkern.engine.history import replanned
 from growkern.engine.request import Request
 from growkern.engine.run import all_or_nothing, run
@@ -24,6 +25,7 @@ from growkern.planning.check import check
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.planning.growth_record import GrowthRecord, digest_of, read
 from growkern.support.argument_types import typed_arguments
+from growkern.support.live_registry import Live
 from growkern.support.renamed import renamed_arguments
 from growkern.support.text import short
 from growkern.support.wrappers import unwrapped
@@ -68,7 +70,10 @@ def resume(
         >>> model.load_state_dict(torch.load("model.pt")); optim.load_state_dict(saved)
     """
     model, optims = unwrapped(model), optimizers(optim)
-    growths = _ahead(growth_history(model), history, optims)
+    ranks = Ranks(model, Live.now().modules)
+    with ranks.together():  # a process without a history would keep the others waiting
+        growths = _ahead(growth_history(model), history, optims)
+        ranks.agree("\n".join(map(digest_of, growths)) if ranks.several else "", "the history")
     for number, (before, after) in enumerate(pairwise(growths), 1):
         if dict(before.target_sizes) != dict(after.source_sizes) or not _names_fit(before, after):
             raise PlanError(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack  # a torch dependency; typing has Unpack from 3.11 on
 
-from growkern.distributed.shards import reshard
+from growkern.distributed.shards import has_shards, reshard
+from growkern.engine.ddp import agree
 from growkern.errors import PlanError, UnsupportedModelError, raise_all
 from growkern.support.argument_types import typed_arguments
 from growkern.support.renamed import renamed_arguments
@@ -195,6 +196,8 @@ class GrowthSchedule:
             UnsupportedModelError: The model cannot be grown.
         """
         reshard(unwrapped(model))
+        if has_shards(unwrapped(model)):
+            agree(unwrapped(model), str(self), "the schedule")
         return Attachment(self, model, optim, scheduler, options, deferred)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Checkpoints of ``torch.distributed.checkpoint`` grow on disk and while they are loaded; the run then goes on as a run that grew live."""
 
+import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -293,6 +294,25 @@ def test_the_command_line_grows_a_checkpoint(tmp_path):
     assert invoke("grow", out, out, "--optim", "AdamW").exit_code == 1
 
 
+def test_the_command_line_does_not_read_a_pickle_beside_safetensors(tmp_path):
+    make("llama", tied=False).save_pretrained(tmp_path / "small")
+    (tmp_path / "small" / ".metadata").write_bytes(pickle.dumps(Opened(tmp_path / "opened")))
+
+    result = invoke("grow", tmp_path / "small", tmp_path / "out")
+
+    assert result.exit_code == 0 and not (tmp_path / "opened").exists()
+
+
+class Opened:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
 def changed(change: Callable[[dict], object]) -> Callable[[Path], Path]:
     """Return a function that saves a checkpoint with a change to its state dict."""
 
@@ -341,6 +361,11 @@ BYTES = torch.ones(40, 24, dtype=torch.uint8)
 NUMBERED = {"state": {0: {"step": torch.ones(())}}}
 OTHER_PLAN = growkern.plan(make("llama", tied=True, intermediate_size=48))
 REFUSED = {  # checkpoint (None: as it is), arguments of grow, error, match
+    "a block too few": (
+        None, dict(model=lambda: blank("llama", False, num_hidden_layers=1)), CheckpointError, "layers.1.*is of a block that the"),
+    "a list of optimizers": (
+        None, dict(optim=lambda m: [torch.optim.AdamW([p]) for p in m.parameters()]), UnsupportedOptimizerError, "grows with one"),
+    "no folder": (lambda folder: folder / "none", {}, CheckpointError, "is no folder"),
     "no metadata": (without_metadata, {}, CheckpointError, "has no file .metadata"),
     "no optimizer": (None, dict(optim=None), CheckpointError, "optim.state.model.embed_tokens.weight.step.*left out: pass optim="),
     "no state": (changed(lambda s: s.pop("optim")), {}, CheckpointError, "has no state of an optimizer's parameters"),
@@ -411,6 +436,12 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=1.0)
 
 
+class Several(list):
+    """Optimizers without state."""
+
+    state = ()
+
+
 REFUSED_AT_LOAD = {  # checkpoint, arguments of the plan, model, optimizer, match
     "the source's size": (None, FFN, target_of(), adamw, r"up_proj.weight: has shape \(40, 24\), and the plan grows it to \(80, 24\)"),
     "a block too few": (None, LAYERS, target_of(), adamw, "model.layers.2.* is not in the model"),
@@ -421,6 +452,7 @@ REFUSED_AT_LOAD = {  # checkpoint, arguments of the plan, model, optimizer, matc
     "another optimizer": (None, FFN, WIDER, sgd, "is no state that growth knows of torch.optim.sgd.SGD"),
     "other groups": (with_options(lr=0.5), FFN, WIDER, adamw, "stored options differ"),
     "8 bits": (with_state(exp_avg=BYTES), FFN, WIDER, adamw, "is stored in 8 bits"),
+    "a list of optimizers": (None, FFN, WIDER, lambda m: Several(torch.optim.AdamW([p]) for p in m.parameters()), "grows with one"),
     "a missing tensor": (changed(lambda s: s["model"].pop(NAME)), FFN, WIDER, adamw, "is missing"),
     "drawn blocks": (None, FRESH, DEEPER, adamw, "computes new weights from whole tensors"),
 }  # fmt: skip
@@ -552,6 +584,14 @@ class TestProcesses:
         assert ("Nothing was changed" if place == "plan" else "weights are written in part") in other  # fmt: skip
 
     @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGKILL")
+    @pytest.mark.parametrize("what", ["to", "seed", "target"])
+    def test_other_arguments_in_another_process_are_an_error_in_every_process(self, what, run_in):
+        run_in("save", 2)
+
+        for error in run_in("apart", 2, what):
+            assert "do not agree on the plan and the folder" in error
+        assert not [*run_in.folder.glob("*mixed*")]
+
     def test_the_examples_of_the_readme_grow_the_run(self, run_in):
         for found in run_in("readme", 2):
             grown_live, grown_on_disk = found["losses"]

@@ -5,7 +5,7 @@ import re
 import processes
 import pytest
 import torch
-from fsdp_worker import FAILURES, REFUSED, WORLDS
+from fsdp_worker import ALONE, FAILURES, REFUSED, SPLIT, WORLDS
 
 pytestmark = [processes.together, pytest.mark.slow]
 WORKER = "fsdp_worker"
@@ -74,6 +74,24 @@ def test_a_failure_in_one_process_takes_all_back_and_training_goes_on(n, case, f
         own = "KeyboardInterrupt" if kind == "Ctrl-C" else "boom"
         assert (own if rank == failing else "another process") in run["error"]
         assert run["same"] and run["equal"]
+
+
+@pytest.mark.parametrize("what", SPLIT)
+@pytest.mark.parametrize("n", WORLDS)
+def test_other_arguments_in_another_process_are_an_error_in_every_process(what, n, found_in):
+    found = found_in(n)
+
+    for rank in range(n):
+        assert SPLIT[what][1] in found[rank]["apart"][what]
+
+
+@pytest.mark.parametrize("what", ALONE)
+@pytest.mark.parametrize("n", WORLDS)
+def test_functions_that_need_the_whole_model_refuse_a_sharded_one(what, n, found_in):
+    found = found_in(n)
+
+    for rank in range(n):
+        assert re.search("sharded", found[rank]["apart"][what])
 
 
 @pytest.mark.parametrize("where", ["describe", "execute", "commit"])
