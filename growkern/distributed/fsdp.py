@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from growkern.distributed.shards import box_of, joined
+from growkern.distributed.shards import box_of, is_sharded, joined
 from growkern.distributed.storage import Swap, kept_shard, set_shard, swapped, whole_storage
 from growkern.errors import PlanError, UnsupportedModelError
 from growkern.support.memory import Backup
@@ -42,6 +42,7 @@ PARAM = (
     "sharded_param", "_sharded_param_data", "fsdp_placement", "mesh_info", "post_forward_mesh_info",
     "padded_sharded_param_size", "_sharding_spec", "all_gather_outputs", "unsharded_accumulated_grad", "_module_info", "device",
     "_init_sharded_param", "_init_sharded_post_forward_param_metadata", "_setattr_on_modules", "_init_extensions",
+    "reset_sharded_param",
 )  # fmt: skip
 UID = "_orig_param_uid"  # since torch 2.12
 UNKNOWN = "this torch's fully_shard is not one that growkern knows (attribute {} is missing): grow the model before it is sharded."
@@ -78,8 +79,12 @@ class FullySharded:
     def index(self, model: nn.Module) -> None:
         """Find the ``FSDPParam`` of every parameter of a module."""
         for state in _states(model):
-            for group in _groups(state):
-                self.params |= {id(one.sharded_param): one for one in group.fsdp_params}
+            for one in (one for group in _groups(state) for one in group.fsdp_params):
+                info = one._module_info
+                p = getattr(info.module, info.param_name)
+                if is_sharded(p) and p is not one.sharded_param:  # loaded by assignment
+                    one.reset_sharded_param()  # as the first forward would
+                self.params[id(one.sharded_param)] = one
 
     def pads(self, p: Tensor, mesh_dim: int) -> bool:
         """True for a dimension of a parameter's mesh along which ``fully_shard`` shards rows, and pads them."""
