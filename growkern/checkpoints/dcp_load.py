@@ -15,7 +15,7 @@ from growkern.commit.checkpoint_guard import Grown, growth_history, guard_model,
 from growkern.commit.optimizer_guard import OptimGuard, optim_guard_of
 from growkern.commit.param_groups import LR_FACTOR
 from growkern.distributed.processes import Processes
-from growkern.distributed.shards import Box, box_of, is_sharded, joined, local
+from growkern.distributed.shards import Box, box_of, is_sharded, joined, local, reshard
 from growkern.engine.history import methods_of
 from growkern.errors import GrowthError, PlanError, raise_all
 from growkern.execution.boxwise import Boxwise
@@ -68,9 +68,7 @@ class Filling:
             GrowthError: They do not fit; the message lists every reason.
         """
         self.source, self.model, self.optim, self.plan = source, model, optim, plan
-        for module in model.modules():
-            if hasattr(module, "reshard") and hasattr(module, "_get_fsdp_state"):
-                module.reshard()  # pyright: ignore
+        reshard(model)
         self.live = _live(model, plan.ties)
         raise_all(PlanError, "cannot grow this checkpoint while it is loaded:", [*self._unfit()])
         shapes = {row.source: plan.shapes(row)[0] for row in plan.tensors if row.name in self.live}
