@@ -1,7 +1,8 @@
 """How long does a growth of a sharded model take, and how far is the prediction of ``growkern plan --ranks`` from it?
 
-Processes of gloo on this machine grow a Llama of ``fully_shard`` with AdamW's state. In the same processes, a gathering of 64 MiB gives the
-bandwidth, one of 8 bytes the latency, and a copy the memory's bandwidth, from which the time is predicted. Peak memory and bytes received
+Processes of gloo on this machine grow a Llama of ``fully_shard`` with AdamW's state: by the rows that each reads, and, in turn, with every
+source gathered whole (``whole_s``). In the same processes, a gathering of 64 MiB gives the bandwidth, one of 8 bytes the latency, a copy the
+memory's bandwidth, and a growth of a tiny model the host's time per tensor; from these the time is predicted. Peak memory and bytes received
 are exact, and tested (tests/distributed/test_sharded_memory.py).
 
     python -m bench.sharded_growth                # 2, 4 and 8 processes; rows go to bench/results/sharded-<device>.csv
@@ -11,27 +12,32 @@ are exact, and tested (tests/distributed/test_sharded_memory.py).
 import argparse
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
-from torch.distributed.device_mesh import init_device_mesh
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import growkern
 from bench import harness
-from growkern.planning.cost import Cost, cost_of
+from growkern.execution.cost import Cost, cost_of
+from growkern.execution.rows import SourceReader
 
 SMALL = dict(vocab_size=4096, hidden_size=512, num_attention_heads=8, num_key_value_heads=8)
 SMALL |= dict(intermediate_size=1536, num_hidden_layers=4)
 CASES = {"twice as wide": {"hidden": 1024}, "twice as wide and deep": {"hidden": 1024, "layers": 8}}
 RANKS, ROUNDS = (2, 4, 8), 3
 COLUMNS = (
-    "case", "n_ranks", "measured_s", "predicted_s", "measured_over_predicted", "received_mb", "bandwidth_gb_s", "latency_us", "commit",
+    "case", "n_ranks", "measured_s", "predicted_s", "measured_over_predicted", "whole_s", "received_mb", "bandwidth_gb_s", "latency_us",
+    "host_us", "commit",
     "date", "device", "torch",
 )  # fmt: skip
 SEVEN = dict(vocab_size=32000, hidden_size=4096, num_attention_heads=32, num_key_value_heads=32)
@@ -71,33 +77,63 @@ def link(world: int) -> tuple[float, float, float]:
     return 4 * n * (world - 1) / gather(n), latency, big.nbytes / copied
 
 
+def host(rank: int) -> float:
+    """Measure the host's seconds per grown tensor: a growth of a model without much to copy, in this process alone."""
+    tiny = dict(SMALL, vocab_size=64, hidden_size=16, intermediate_size=32)
+    times: list[float] = []
+    for _ in range(ROUNDS):
+        model, optim = made(tiny, DeviceMesh("cpu", [rank]))
+        plan = growkern.plan(model, to={"hidden": 32})
+        n_tensors = 3 * sum(map(plan.changes, plan.tensors))  # weights and AdamW's state
+        start = perf_counter()
+        growkern.expand_inplace(model, optim, plan=plan)
+        times.append((perf_counter() - start) / n_tensors)
+    return median(times)
+
+
+def made(sizes: dict[str, int], mesh: DeviceMesh) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a sharded model with AdamW's state."""
+    model = llama(sizes)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optim = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optim.step()
+    optim.zero_grad()
+    return model, optim
+
+
 def measure(rank: int, world: int, folder: str) -> None:
     """Grow every case in one process of a group; the first process saves the rows."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     bandwidth, latency, memory = link(world)
+    per_tensor = host(rank)
     rows: list[harness.Row] = []
     for case, to in CASES.items():
-        times: list[float] = []
+        times: dict[bool, list[float]] = {False: [], True: []}
         cost = None
-        for _ in range(ROUNDS):
-            model, mesh = llama(SMALL), init_device_mesh("cpu", (world,))
-            for block in model.model.layers:
-                fully_shard(block, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-            optim = torch.optim.AdamW(model.parameters())
-            for p in model.parameters():
-                p.grad = torch.zeros_like(p)
-            optim.step()
-            optim.zero_grad()
+        for whole in (False, True) * ROUNDS:
+            model, optim = made(SMALL, init_device_mesh("cpu", (world,)))
             plan = growkern.plan(model, to=to)
             cost = cost_of(
-                plan, world, bandwidth=bandwidth, latency=latency, memory_bandwidth=memory
+                plan,
+                world,
+                bandwidth=bandwidth,
+                latency=latency,
+                memory_bandwidth=memory,
+                host=per_tensor,
             )
-            times.append(seconds_of(lambda: growkern.expand_inplace(model, optim, plan=plan)))  # noqa: B023
+            chooses = mock.patch.object(SourceReader, "of", lambda *_: None)
+            with chooses if whole else nullcontext():
+                times[whole].append(
+                    seconds_of(lambda: growkern.expand_inplace(model, optim, plan=plan))  # noqa: B023
+                )
         assert cost is not None, "ROUNDS is not 0"
-        measured, predicted = median(times), cost.total.seconds
+        measured, predicted = median(times[False]), cost.total.seconds
         rows.append(
             {
                 "case": case,
@@ -105,9 +141,11 @@ def measure(rank: int, world: int, folder: str) -> None:
                 "measured_s": measured,
                 "predicted_s": predicted,
                 "measured_over_predicted": measured / predicted,
+                "whole_s": median(times[True]),
                 "received_mb": cost.total.n_bytes_received / 1e6,
                 "bandwidth_gb_s": bandwidth / 1e9,
                 "latency_us": latency * 1e6,
+                "host_us": per_tensor * 1e6,
             }
         )
     if rank == 0:

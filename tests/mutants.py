@@ -237,7 +237,7 @@ MUTANTS = {
         "optimizer/test_lr_scaling.py -k groups_and_hooks"),
     # execution
     "execute: every tensor has the same noise": Mutant(
-        "execution/tiles.py", "axis_keys(self.plan.seed, tensor_id(row.name))", "axis_keys(self.plan.seed, 0)",
+        "execution/tiles.py", "axis_keys(self.plan.seed, reference.tensor_id(row.name))", "axis_keys(self.plan.seed, 0)",
         "execution/test_execute.py -k noise"),
     "execute: a mean is a sum": Mutant(
         "execution/axis_runs.py", "[s / max(1, self.n_copied) for s in sums]", "sums", "optimizer/test_describe_optimizer.py -k ancestor"),
@@ -715,13 +715,27 @@ MUTANTS = {
         "engine/grad_norm.py", "at = box_of(t, t.shape).slices if", "at = [slice(0, n) for n in local(t).shape] if",
         "distributed/test_fsdp.py"),
     "fsdp: the gathered source stays while the next is gathered": Mutant(
-        "execution/execute.py", "            del source, other  # before the next source is gathered\n", "",
+        "execution/rows.py", "            del source, other  # before the next source is gathered\n", "",
         "distributed/test_sharded_memory.py"),
     "fsdp: constant rows are gathered": Mutant(
-        "execution/execute.py", "            if job.row.constant is None:\n", "            if True:\n",
+        "execution/rows.py", "            if job.row.constant is None:\n", "            if True:\n",
         "distributed/test_sharded_memory.py"),
+    "rows: a mean that is not finite is used": Mutant(
+        "execution/rows.py", "if mean.isfinite():", "if True:", "distributed/test_gather.py -k moment"),
+    "rows: a broken weight is read by rows": Mutant(
+        "execution/rows.py", "if rule.is_weight and row.source in self._broken:", "if False:", "distributed/test_gather.py -k weight"),
+    "rows: no process votes": Mutant(
+        "distributed/gather.py", "            self._vote()\n            dist.all_to_all", "            dist.all_to_all",
+        "distributed/test_gather.py -k arrive"),
+    "rows: always fewer than the whole": Mutant(
+        "execution/rows.py", "return rows if rows.pays else None", "return rows", "execution/test_rows.py"),
+    "rows: a mean is of the own rows": Mutant(
+        "execution/rows.py", "like=members[0][2]).sum(0)", "like=members[0][2])[0]", "distributed/test_fsdp.py"),
+    "rows: reversed process groups": Mutant(
+        "distributed/shards.py", "return dims[0] if _in_order(t.device_mesh, dims[0]) else None", "return dims[0]",
+        "distributed/test_gather.py"),
     "cost: lean frees nothing": Mutant(
-        "planning/cost.py", 'freed = one.n_freed if mode == "lean" else 0', "freed = 0", "planning/test_cost.py"),
+        "execution/cost.py", 'freed = one.n_freed if mode == "lean" else 0', "freed = 0", "execution/test_cost.py"),
     "tensor parallel: a half of a head": Mutant(
         "model/spec.py", 'if "head_dim" not in str(c)]', "]", "distributed/test_tensor_parallel.py"),
     "tensor parallel: rows of fully_shard must divide": Mutant(

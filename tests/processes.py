@@ -19,6 +19,7 @@ WORKERS += ["resume_worker", "ddp_worker", "peak_worker", "refused_worker"]
 WORKERS += ["cli_worker", "cut_worker", "fsdp_worker", "tensor_parallel_worker"]
 WORKERS += [
     "sharded_peak_worker",
+    "gather_worker",
     "engines_worker",
     "wrapped_worker",
     "dcp_worker",

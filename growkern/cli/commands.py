@@ -73,7 +73,7 @@ def plan(
         from growkern.checkpoints.grow import plan_for
         from growkern.checkpoints.load import load
         from growkern.errors import CheckpointError
-        from growkern.planning.cost import cost_of
+        from growkern.execution.cost import cost_of
 
         made = plan_for(load(checkpoint, mapped=True), **options)
         typer.echo(made)

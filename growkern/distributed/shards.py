@@ -1,8 +1,9 @@
 """Tensors of which every process holds a part (``DTensor``). A part is a box: a range of coordinates along every axis."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from growkern.errors import UnsupportedModelError
-from growkern.support.interrupts import uninterrupted
 
 if TYPE_CHECKING:
     from growkern.distributed.fsdp import FullySharded
@@ -146,11 +146,39 @@ def n_local(like: Tensor, shape: Sequence[int]) -> int:
     return prod(box_of(like, shape).sizes) if is_sharded(like) else prod(shape)
 
 
-def n_bytes_gathered(t: Any) -> int:
-    """Return the bytes that the whole of a sharded tensor takes while it is gathered: gloo gathers into a buffer, and copies the buffer."""
-    if not is_sharded(t) or all(place.is_replicate() for place in t.placements):
-        return 0
-    return t.numel() * t.element_size() * (2 if t.device.type == "cpu" else 1)
+def placement(t: Any) -> tuple[object, ...] | None:
+    """Return the mesh and the placements of a sharded tensor; None for a plain tensor."""
+    return (t.device_mesh, t.placements) if is_sharded(t) else None
+
+
+def parts_of(n: int, n_parts: int) -> list[Range]:
+    """Return the ranges of ``n`` rows in which ``Shard(0)`` cuts them: equal parts, the last of which are smaller or empty."""
+    size = -(-n // n_parts)
+    firsts = (min(n, i * size) for i in range(n_parts))
+    return [(first, min(size, n - first)) for first in firsts]
+
+
+def mesh_dim_of_rows(t: Any) -> int | None:
+    """Return the only mesh dimension that shards a tensor, if it shards the first axis in equal parts; None for all other placements."""
+    if not is_sharded(t) or not t.dim():
+        return None
+    dims = [i for i, place in enumerate(t.placements) if not place.is_replicate()]
+    if len(dims) != 1 or t.placements[dims[0]] != shard(0):
+        return None
+    return dims[0] if _in_order(t.device_mesh, dims[0]) else None
+
+
+@lru_cache(maxsize=16)
+def _in_order(mesh: Any, dim: int) -> bool:
+    """True when the processes along a mesh dimension are numbered as in their process group, which sorts them."""
+    return bool((mesh.mesh.diff(dim=dim) > 0).all())
+
+
+def shard(axis: int) -> Any:
+    """Return the placement that shards an axis."""
+    from torch.distributed.tensor import Shard
+
+    return Shard(axis)
 
 
 def part(like: Any, shape: Sequence[int]) -> Tensor:
@@ -178,32 +206,3 @@ def joined(own: Tensor, like: Any, shape: Sequence[int]) -> Tensor:
 def gathered(t: Any) -> Tensor:
     """Return the whole of a tensor; every process of its mesh must call this."""
     return t.full_tensor() if is_sharded(t) else t
-
-
-class Gather:
-    """Gathers whole tensors, one at a time; ``vote`` is called before, so that no process waits for one that has failed.
-
-    Attributes:
-        n_received: Bytes received from other processes so far.
-    """
-
-    def __init__(self, vote: Callable[[], object]) -> None:
-        self._vote = vote
-        self.n_received = 0
-
-    def whole(self, t: Any) -> Tensor:
-        """Return the whole of a tensor.
-
-        No signal arrives, and memory does not run out, between the vote and the collective: the other processes would wait.
-        """
-        if not is_sharded(t):
-            return t
-        held: Tensor = t.to_local()
-        room = held.new_empty(t.shape)
-        with uninterrupted():
-            self._vote()
-            del room
-            full: Any = gathered(t)
-            full = full.wait() if hasattr(full, "wait") else full
-        self.n_received += (full.numel() - held.numel()) * full.element_size()
-        return full

@@ -71,7 +71,7 @@ def set_shard(p: Any, local: Tensor, spec: Any) -> None:
 
     new: Any = DTensor(local, spec, requires_grad=False)  # pyright: ignore
     with torch.no_grad(), _IgnoresSet():
-        torch.ops.aten.set_(p, new)  # pyright: ignore
+        torch.ops.aten.set_.source_Tensor(p, new)  # pyright: ignore
     p.data = new
     p._local_tensor, p._spec = local, spec
 

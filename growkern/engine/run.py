@@ -15,7 +15,8 @@ from growkern.commit.commit import check_blocks, commit
 from growkern.commit.optimizer import OptimTarget
 from growkern.commit.optimizer_guard import settle
 from growkern.commit.undo import Undo
-from growkern.distributed.shards import Gather, fully_sharded, reshard
+from growkern.distributed.gather import Gather
+from growkern.distributed.shards import fully_sharded, reshard
 from growkern.engine.claims import claimed
 from growkern.engine.compile_cache import reset_near_limit
 from growkern.engine.ddp import Ranks

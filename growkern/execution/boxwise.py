@@ -12,6 +12,7 @@ from growkern.execution.fills import Given
 from growkern.execution.finite import check
 from growkern.execution.perturb import perturb, shift
 from growkern.execution.pieces import Piece
+from growkern.execution.rows import merged
 from growkern.execution.tiles import Job, Tiler
 from growkern.optimizer.state_rules import VALUE, Rule
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
@@ -105,7 +106,7 @@ class Boxwise:
 
     def _write(self, job: Job, source: Stored, next_layer: Stored | None) -> None:
         """Read what a job needs of its sources, and write its target."""
-        row, whole, target, rule, above, box = job
+        row, whole, target, rule, above, box, _ = job
         assert above is not None
         partly = box is not None and not self.tiler.reads_all(job)
         if not partly:
@@ -134,7 +135,7 @@ class Boxwise:
         self.notes += check(self.tiler, [job], lambda _row, _target: source.name)
 
 
-def rows_of(pieces: Iterable[Piece], whole: Tensor) -> list[Range]:
+def rows_of(pieces: Iterable[Piece], whole: Tensor) -> tuple[Range, ...]:
     """Return the ranges of rows, along the first axis of a contiguous tensor, that pieces read of it."""
     start, n_row = whole.data_ptr(), whole.numel() // max(1, len(whole)) * whole.element_size()
     spans = list[Range]()
@@ -151,16 +152,4 @@ def rows_of(pieces: Iterable[Piece], whole: Tensor) -> list[Range]:
             first + sum(n * s for n, s in zip(ends, src.stride(), strict=True)) * src.element_size()
         )
         spans.append((first // n_row, last // n_row + 1))
-    return _merged(spans)
-
-
-def _merged(spans: list[Range]) -> list[Range]:
-    """Merge spans, each a first row and the row after the last, into ranges: first row and number of rows."""
-    ranges = list[Range]()
-    for first, end in sorted(spans):
-        if ranges and first <= sum(ranges[-1]):
-            begin = ranges[-1][0]
-            ranges[-1] = begin, max(end, sum(ranges[-1])) - begin
-        else:
-            ranges.append((first, end - first))
-    return ranges
+    return merged(spans)

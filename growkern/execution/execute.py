@@ -9,7 +9,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from growkern.distributed.shards import Box, Gather, box_of, is_sharded, joined, local, part
+from growkern.distributed.gather import Gather
+from growkern.distributed.shards import Box, box_of, is_sharded, joined, local, part
 from growkern.errors import CommitError, GrowthError, PlanError, raise_all
 from growkern.execution import torch_backend as reference
 from growkern.execution.fills import Given
@@ -17,10 +18,12 @@ from growkern.execution.finite import check
 from growkern.execution.measures import SumsOf
 from growkern.execution.perturb import perturb, shift
 from growkern.execution.pieces import Group
+from growkern.execution.rows import SourceReader
 from growkern.execution.sets import (
     Memory,
     RulesOf,
     TensorSet,
+    grown_of,
     grows_grad,
     memory_mode,
     peak_of_stream,
@@ -85,7 +88,8 @@ class Execution:
             if tuple(sources.values[row.source].shape) != plan.shapes(row)[0]
         ]
         raise_all(PlanError, f"this plan for a {plan.family} does not fit:", shapes)
-        self.sets = tensor_sets(plan, sources, self.rules)
+        self.reader = SourceReader(plan, self.tiler)
+        self.sets = tensor_sets(plan, sources, self.rules, self.reader)
         self.memory: Memory
         self.memory, self.peak_bytes = (
             ("lean", peak_of_stream(self.sets)) if streams else memory_mode(self.sets, memory)
@@ -126,10 +130,18 @@ class Execution:
             yield staged
             return
         done, whole = 0, Tensors()
+        if self.gather is not None and self.backend != NOTHING:
+            rows = [row for tensor_set in self.sets for row in tensor_set.tensors]
+            grown = (
+                (row, *one)
+                for row in rows
+                for one in grown_of(self.plan, row, self.sources, self.rules)
+            )
+            self.reader.measure(grown, self._kernel_of_squares, self.gather)
         for tensor_set in self.sets:
             self.laps.start()
             staged = Tensors()
-            for jobs in self._gathered(self.jobs(tensor_set, staged)):
+            for jobs in self._sourced(self.jobs(tensor_set, staged)):
                 self._run(jobs, staged)
                 del jobs
             self._coded(tensor_set, staged)
@@ -153,26 +165,10 @@ class Execution:
         if self.memory == "stage":
             yield whole
 
-    def _gathered(self, jobs: list[Job]) -> Iterator[list[Job]]:
-        """Yield jobs with whole sources: all at once, or source by source where sources are sharded."""
-        gather = self.gather
-        if gather is None or self.backend == NOTHING:
-            yield jobs
-            return
-        yield [job for job in jobs if job.row.constant is not None]  # they read no source
-        by_source: dict[tuple[int, int], list[Job]] = {}
-        for job in jobs:
-            if job.row.constant is None:
-                by_source.setdefault((id(job.source), id(job.next_layer)), []).append(job)
-        for members in by_source.values():
-            first = members[0]
-            source = gather.whole(first.source)
-            other = first.next_layer
-            if other is not None:
-                same = other is first.source or first.row.next_layer_source is None
-                other = source if same else gather.whole(other)
-            yield [job._replace(source=source, next_layer=other) for job in members]
-            del source, other  # before the next source is gathered
+    def _sourced(self, jobs: list[Job]) -> Iterator[list[Job]]:
+        if self.gather is None or self.backend == NOTHING:
+            return iter([jobs])
+        return self.reader.sourced(jobs, self.gather)
 
     def _run(self, jobs: list[Job], staged: Tensors) -> None:
         if self.backend == NOTHING:
@@ -180,19 +176,28 @@ class Execution:
                 target.fill_(float("nan") if target.is_floating_point() else 0)
             return
         tiler = self.tiler
-        tiler.measure(jobs, lambda device: _kernel_of_squares(self.backend, device))
+        tiler.measure(jobs, self._kernel_of_squares)
         groups = tiler.groups(jobs)
         self.n_read += sum(group.n_read for group in groups) + tiler.n_read
         self.n_written += sum(group.n_written for group in groups)
         tiler.n_read = 0
         self.laps.end("cut")
         _run(groups, self.backend, self.meter)
-        for row, _, target, rule, _, box in jobs:
+        for row, _, target, rule, _, box, _ in jobs:
             if row.offset and row.constant is None and rule.is_weight:
                 shift(row, self.plan.axis_maps(row)[0], target, box)
             if row.is_perturbed and rule.is_weight:
                 perturb(row, self.plan.seed, target)
         self.notes += check(tiler, jobs, lambda row, target: self._name(row, target, staged))
+
+    def _kernel_of_squares(self, device: torch.device) -> SumsOf | None:
+        if _chosen(self.backend, device) == "torch":
+            return None
+        from growkern.kernels import ahead
+        from growkern.kernels.squares import sums_of_squares
+
+        ahead.finish()
+        return sums_of_squares
 
     def _name(self, row: TensorRow, target: Tensor, staged: Tensors) -> str:
         """Return the name of the source of a staged tensor for the user."""
@@ -276,7 +281,9 @@ class Execution:
                 for k, (v, other) in pairs.items():
                     state[k], grown, box = _empty(v, rule.shape(shape))
                     above_v = other if isinstance(other, Tensor) else v
-                    jobs.append(Job(row, v, grown, rule, above_v, box))
+                    jobs.append(
+                        Job(row, v, grown, rule, above_v, box, self.reader.means.get((row.name, k)))
+                    )
         return jobs
 
 
@@ -358,16 +365,6 @@ def _chosen(backend: str | None, device: torch.device) -> str:
     if reasons := unavailable(chosen, device):
         raise GrowthError(f"cannot run backend={backend!r}: {'; '.join(reasons)}.")
     return chosen
-
-
-def _kernel_of_squares(backend: str | None, device: torch.device) -> SumsOf | None:
-    if _chosen(backend, device) == "torch":
-        return None
-    from growkern.kernels import ahead
-    from growkern.kernels.squares import sums_of_squares
-
-    ahead.finish()
-    return sums_of_squares
 
 
 def _run(groups: list[Group], backend: str | None, meter: Meter) -> None:

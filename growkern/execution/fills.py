@@ -86,8 +86,13 @@ class Fills:
         if self._finite_only:
             finite = source.isfinite()
             source, share = source.where(finite, 0), finite.double().mean().item()
-        mean = rows @ _joined([chunk @ cols for chunk in chunks(source)])
+        mean = weighted_sum(source, rows, cols)
         return (mean if share == 1 else mean / (share or 1)).view(1, 1)
+
+
+def weighted_sum(source: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """Return ``sum(rows[i] * source[i, j] * cols[j])``, ()."""
+    return rows @ _joined([chunk @ cols for chunk in chunks(source)])
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -6,6 +6,8 @@ from math import inf
 import torch
 from torch import Tensor
 
+from growkern.distributed.gather import Gather
+from growkern.distributed.shards import local
 from growkern.support.dtypes import arithmetic
 from growkern.support.threads import CHUNK, run_each
 
@@ -35,31 +37,46 @@ def norms_of(tensors: Sequence[Tensor], order: int) -> Tensor:
 
 
 SumsOf = Callable[[Sequence[Tensor], Tensor], Tensor]
+KernelOf = Callable[[torch.device], SumsOf | None]
 
 
-def roots_of_mean_squares(tensors: Sequence[Tensor], kernel: SumsOf | None = None) -> list[Tensor]:
+def roots_of_mean_squares(
+    tensors: Sequence[Tensor], kernel: SumsOf | None = None, gather: Gather | None = None
+) -> list[Tensor]:
     """Return the root mean square of each tensor, float64 (), the same bits on every device and in every order of summation.
 
-    All tensors have one device and one dtype.
-    Elements are rounded to whole multiples of a power of two, at most 2**10 of them: the sum of up to 2**33 squares is exact.
+    All tensors have one device, one dtype and one placement. Elements are rounded to whole multiples of a power of two, at most 2**10 of
+    them: the sum of up to 2**33 squares is exact, also as the sum of the sums of all processes.
 
     Args:
         tensors: The tensors.
         kernel: ``growkern.kernels.squares.sums_of_squares``, for tensors that it can read; None to sum by torch.
+        gather: Gathers the numbers of all processes where the tensors are sharded.
     """
-    largest = torch.stack(torch._foreach_norm([*tensors], inf)).to(torch.float64)  # pyright: ignore
+
+    def of_all(numbers: Tensor) -> Tensor:
+        return numbers[None] if gather is None else gather.numbers(numbers, like=whole[0])
+
+    whole, tensors = tensors, [local(tensor) for tensor in tensors]
+    largest = of_all(_largest(tensors)).amax(0)
     dtype = arithmetic(tensors[0].dtype)
     least = -1012 if dtype == torch.float64 else -116  # 1 / unit is a number too
     exponents = torch.frexp(largest).exponent.clamp(min=least)
     units = torch.ldexp(torch.ones_like(largest), exponents - 10)
     inverses = units.reciprocal().to(dtype)
-    counts = largest.new_tensor([tensor.numel() for tensor in tensors])
-    readable = all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors)
+    counts = largest.new_tensor([tensor.numel() for tensor in whole])
+    readable = all(t.numel() and t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors)
     if kernel is not None and readable:
         sums = kernel(tensors, inverses).to(torch.float64).where(largest.isfinite(), largest)
     else:
         sums = _sums_of_squares(tensors, inverses)
-    return [*((sums / counts).sqrt() * units).unbind()]
+    return [*((of_all(sums).sum(0) / counts).sqrt() * units).unbind()]
+
+
+def _largest(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the largest magnitude in each tensor, float64 (n,); 0 for an empty one."""
+    filled = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]
+    return torch.stack(torch._foreach_norm(filled, inf)).to(torch.float64)  # pyright: ignore
 
 
 def _sums_of_squares(tensors: Sequence[Tensor], inverses: Tensor) -> Tensor:

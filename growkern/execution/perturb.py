@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from growkern.distributed.shards import Box
-from growkern.execution.tiles import tensor_id
-from growkern.execution.torch_backend import BYTES_STD, axis_keys, normal
+from growkern.execution.torch_backend import BYTES_STD, axis_keys, normal, tensor_id
 from growkern.planning.growth_plan import AxisMap, TensorRow
 from growkern.support.dtypes import arithmetic
 

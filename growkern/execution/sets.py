@@ -1,14 +1,15 @@
 """Sets of tensors that grow together, and the memory mode and peak of a growth."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from growkern.distributed.shards import local, n_bytes_gathered, n_local
+from growkern.distributed.shards import is_sharded, local, n_local
 from growkern.errors import InsufficientMemoryError, PlanError
+from growkern.execution.rows import SourceReader, n_bytes_gathered
 from growkern.optimizer.eight_bit import N_BYTES, is_coded
 from growkern.optimizer.state_rules import GRADIENT, MASTER, MASTER_GRAD, VALUE, Rule
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
@@ -39,39 +40,57 @@ class TensorSet:
     n_whole: int
 
 
-def tensor_sets(plan: GrowthPlan, sources: Tensors, rules: RulesOf) -> list[TensorSet]:
-    """Group changed rows by source, the largest sources first: in this order the peak of ``"lean"`` is lowest."""
+def changed_by_source(plan: GrowthPlan) -> list[list[TensorRow]]:
+    """Group the changed rows of a plan by source."""
     by_source: dict[str, list[TensorRow]] = {}
     for row in plan.tensors:
         if plan.changes(row):
             by_source.setdefault(row.source, []).append(row)
+    return [*by_source.values()]
+
+
+def tensor_sets(
+    plan: GrowthPlan, sources: Tensors, rules: RulesOf, reader: SourceReader
+) -> list[TensorSet]:
+    """Group changed rows by source, the largest sources first: in this order the peak of ``"lean"`` is lowest."""
     sets: list[TensorSet] = []
-    for tensors in by_source.values():
+    for tensors in changed_by_source(plan):
         made: dict[torch.device, int] = {}
         freed: dict[torch.device, int] = {}
         gathered: dict[torch.device, int] = {}
         n_whole = 0
+        read: dict[int, tuple[Tensor, list[tuple[TensorRow, Rule]]]] = {}
         for row in tensors:
             shape = plan.shapes(row)[1]
-            grown: list[tuple[object, Rule]] = [(sources.values[row.source], VALUE)]
-            if grows_grad(row, sources):
-                grown.append((sources.grads[row.source], GRADIENT))
-            state = state_of(plan, row, sources).items()
-            own: Mapping[str, Rule | None] = rules(row.source) if state else {}
-            grown += [(v, rule) for key, v in state if (rule := own.get(key)) is not None]
-            for t, rule in grown:
-                if isinstance(t, Tensor):
-                    coded = rule.quantized and is_coded(t)
-                    n = n_local(t, rule.shape(shape)) * (N_BYTES if coded else t.element_size())
-                    made[t.device] = made.get(t.device, 0) + n
-                    if not row.new:
-                        n_source = local(t).numel() * t.element_size()
-                        freed[t.device] = freed.get(t.device, 0) + n_source
-                        n_whole += t.numel() * t.element_size()
-                    n_more = n_bytes_gathered(t) * (1 if row.next_layer_source is None else 2)
-                    gathered[t.device] = max(gathered.get(t.device, 0), n_more)
+            for _, t, rule in grown_of(plan, row, sources, rules):
+                coded = rule.quantized and is_coded(t)
+                n = n_local(t, rule.shape(shape)) * (N_BYTES if coded else t.element_size())
+                made[t.device] = made.get(t.device, 0) + n
+                if not row.new:
+                    freed[t.device] = freed.get(t.device, 0) + local(t).nbytes
+                    n_whole += t.numel() * t.element_size()
+                if is_sharded(t) and row.constant is None:
+                    read.setdefault(id(t), (t, []))[1].append((row, rule))
+        for t, members in read.values():
+            n_more = n_bytes_gathered(t, reader.of(members, t))
+            n_more *= 1 if all(row.next_layer_source is None for row, _ in members) else 2
+            gathered[t.device] = max(gathered.get(t.device, 0), n_more)
         sets.append(TensorSet(tuple(tensors), made, freed, gathered, n_whole))
     return sorted(sets, key=lambda tensor_set: -tensor_set.n_whole)
+
+
+def grown_of(
+    plan: GrowthPlan, row: TensorRow, sources: Tensors, rules: RulesOf
+) -> Iterator[tuple[str, Tensor, Rule]]:
+    """Yield the tensors that grow with a row: state key ("" for the weight and its gradient), source, and rule."""
+    yield "", sources.values[row.source], VALUE
+    if grows_grad(row, sources):
+        yield "", sources.grads[row.source], GRADIENT
+    state = state_of(plan, row, sources)
+    own: Mapping[str, Rule | None] = rules(row.source) if state else {}
+    for key, t in state.items():
+        if isinstance(t, Tensor) and (rule := own.get(key)) is not None:
+            yield key, t, rule
 
 
 def grows_grad(row: TensorRow, sources: Tensors) -> bool:

@@ -4,23 +4,24 @@ A tile is copied from the source to all its places in the target, or holds pads:
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from hashlib import blake2b
+from collections.abc import Iterable
 from math import inf, prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from growkern.distributed.shards import Box, Range
+from growkern.distributed.gather import Gather
+from growkern.distributed.shards import Box, Range, box_of, local, placement
 from growkern.execution import torch_backend as reference
 from growkern.execution.axis_runs import AxisLayout, AxisRun, Reach, scale_of
 from growkern.execution.boxes import narrowed
-from growkern.execution.fills import Fills, Given, Slot
-from growkern.execution.measures import SumsOf, roots_of_mean_squares
+from growkern.execution.fills import Fills, Given, weighted_sum
+from growkern.execution.measures import KernelOf, roots_of_mean_squares
 from growkern.execution.pieces import Group, Noise, Piece
+from growkern.execution.tiling import Tiling, cut_of, n_row_axes
 from growkern.optimizer.state_rules import Rule
-from growkern.planning.growth_plan import AxisMap, GrowthPlan, Pad, TensorRow
+from growkern.planning.growth_plan import AxisMap, GrowthPlan, TensorRow
 from growkern.planning.index_map import PAD, IndexMap
 from growkern.planning.vector import Vector
 from growkern.support.dtypes import arithmetic
@@ -36,6 +37,7 @@ class Job(NamedTuple):
         rule: Rule of the tensor.
         next_layer: The next layer's source, for a row that copies a part of it.
         box: Where ``target`` lies in the whole target; None for the whole target.
+        mean: Mean of all copied elements of ``source``, where it is known (``part_of_mean``).
     """
 
     row: TensorRow
@@ -44,73 +46,7 @@ class Job(NamedTuple):
     rule: Rule
     next_layer: Tensor | None = None
     box: Box | None = None
-
-
-class _Cut(NamedTuple):
-    """A run of rows by a run of columns that is written from one tensor of a job: the source, the next layer's, or a fill."""
-
-    slot: Slot
-    rows: AxisRun
-    cols: AxisRun
-    at: tuple[int, int]  # first row and column in the tensor that is read
-    adds_noise: bool
-
-    def of(self, read: Tensor) -> Tensor:
-        """Return the part that is read; a row, a column or an element of a fill is repeated."""
-        for axis, run in enumerate((self.rows, self.cols)):
-            if run.index is None and (n := read.shape[axis]) != run.n:
-                if n == 1:
-                    read = read.expand(run.n, -1) if axis == 0 else read.expand(-1, run.n)
-                else:
-                    read = read.narrow(axis, self.at[axis], run.n)
-        return read
-
-
-class _Tiling(NamedTuple):
-    """How tensors with the same axes are cut."""
-
-    rows: AxisLayout
-    cols: AxisLayout
-    cuts: list[_Cut]
-    slots: list[Slot]  # the tensors that the cuts read
-    adds_noise: bool
-    centered: list[int]  # axes along which the mean is subtracted first
-    reach: Reach
-    n_row_axes: int
-    source: tuple[int, int]  # matrix shape
-    target: tuple[int, int]
-
-
-def _cut(rows: AxisLayout, cols: AxisLayout, r: AxisRun, c: AxisRun, rule: Rule) -> _Cut:
-    """Decide what a run of rows by a run of columns reads. A weight gets noise if it has twin noise or a random pad, and no other pad."""
-    pads: tuple[Pad, ...] = tuple(
-        layout.pad for layout, run in ((rows, r), (cols, c)) if run.source == PAD
-    )
-    heard = all(any(copy.noise for copy in run.copies) for run in (r, c))
-    heard = heard and (rows.noisy or cols.noisy)
-    drawn = all(pad in ("random_reader", "random_writer") for pad in pads)
-    adds_noise = rule.is_weight and drawn and (heard or "random_writer" in pads)
-    at = r.source, c.source
-    if not pads:
-        slot = "next layer" if r.from_next_layer or c.from_next_layer else "source"
-    elif not rule.is_weight and rule.missing == "mean":
-        slot, r, c = "mean of law", r.unscaled.unindexed, c.unscaled.unindexed
-    elif rule.is_weight and pads == ("from_method",):
-        if r.source == PAD:
-            slot, at = "rows of method", (rows.n_pads_before(r.copies[0].target), c.source)
-        else:
-            slot, at = "columns of method", (r.source, cols.n_pads_before(c.copies[0].target))
-        r, c = r.unscaled, c.unscaled
-    elif not rule.is_weight or any(pad != "mean" for pad in pads):
-        slot = "zero"
-        if adds_noise and "random_writer" in pads:
-            r, c = r.drawn((rows if rows.has_random_writer else cols).drawn), c.drawn(1.0)
-        r, c = r.unindexed, c.unindexed
-    elif r.source == PAD:
-        slot = "mean" if c.source == PAD else "mean row"
-    else:
-        slot = "mean column"
-    return _Cut(slot, r, c, at, adds_noise)
+    mean: Tensor | None = None
 
 
 class Tiler:
@@ -128,45 +64,46 @@ class Tiler:
         self._equal: dict[AxisMap, AxisMap] = {}
         self._axes = {key: self._equal.setdefault(axis, axis) for key, axis in plan.axes.items()}
         self._axis_layouts: dict[tuple[object, ...], AxisLayout] = {}
-        self._tilings: dict[tuple[object, ...], _Tiling] = {}
-        self._tilings_of: dict[tuple[object, ...], tuple[Rule, _Tiling]] = {}
+        self._tilings: dict[tuple[object, ...], Tiling] = {}
+        self._tilings_of: dict[tuple[object, ...], tuple[Rule, Tiling]] = {}
         self._axis_runs: dict[tuple[object, ...], list[AxisRun]] = {}
         self.stds: dict[str, Tensor] = {}
         self._means: dict[tuple[AxisMap, Rule], AxisMap] = {}
         self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
         self._uploaded: dict[tuple[AxisLayout, torch.dtype, torch.device], Tensor] = {}
 
-    def measure(self, jobs: Iterable[Job], kernel: Callable[[torch.device], SumsOf | None]) -> None:
+    def measure(self, jobs: Iterable[Job], kernel: KernelOf, gather: Gather | None = None) -> None:
         """Measure the root mean square of all weights that get noise in one batch.
 
         Args:
             jobs: The jobs.
             kernel: Returns the kernel for the tensors of a device; see ``roots_of_mean_squares``.
+            gather: Gathers the numbers of all processes where sources are sharded; each process reads its own part.
         """
-        noisy: dict[tuple[torch.device, torch.dtype, torch.dtype], dict[str, Tensor]] = defaultdict(
-            dict
-        )
+        noisy: dict[tuple[object, ...], dict[str, Tensor]] = defaultdict(dict)
         seen = {*self.stds}  # a weight comes before its master weights, which get the same noise
         for row, source, target, rule, *_ in jobs:
             known = row.source in seen
             if known or not rule.is_weight or row.constant is not None or not source.numel():
                 continue
             seen.add(row.source)
-            kind = source.device, arithmetic(target.dtype), source.dtype
-            tiling = self._tiling(row, rule, *kind[:2])
+            kind = source.device, arithmetic(target.dtype)
+            tiling = self._tiling(row, rule, *kind)
             if tiling.adds_noise and not tiling.centered:
-                noisy[kind].setdefault(row.source, source)
-        for (device, dtype, _), by_name in noisy.items():
+                key = *kind, source.dtype, placement(source)
+                noisy[key].setdefault(row.source, source)
+        for by_name in noisy.values():
             sources = list(by_name.values())
-            stds = [_std(rms, dtype) for rms in roots_of_mean_squares(sources, kernel(device))]
-            self.stds |= dict(zip(by_name, stds, strict=True))
-            self.n_read += 2 * sum(source.numel() * source.element_size() for source in sources)
+            roots = roots_of_mean_squares(sources, kernel(sources[0].device), gather)
+            dtype = arithmetic(sources[0].dtype)
+            self.stds |= {name: _std(rms, dtype) for name, rms in zip(by_name, roots, strict=True)}
+            self.n_read += 2 * sum(local(source).nbytes for source in sources)
 
     def groups(self, jobs: Iterable[Job]) -> list[Group]:
         """Cut target tensors (weights, gradients, state) by their rules; tensors that are cut alike share their pieces."""
         groups: dict[tuple[object, ...], Group] = {}
         for job in jobs:
-            row, src, dst, rule, _, box = job
+            row, src, dst, rule, _, box, _ = job
             place = None
             if row.constant is not None:
                 into, tiling = dst.view(prod(dst.shape[:-1]), prod(dst.shape[-1:])), None
@@ -188,9 +125,9 @@ class Tiler:
             group.noises.append(noise)
         return [*groups.values()]
 
-    def _read(self, job: Job, tiling: _Tiling) -> tuple[list[Tensor], Noise | None]:
+    def _read(self, job: Job, tiling: Tiling) -> tuple[list[Tensor], Noise | None]:
         """Return the tensors that a target is written from, in the order of ``tiling.slots``, and its noise."""
-        row, src, dst, _, next_layer, _ = job
+        row, src, dst, _, next_layer, *_ = job
         following = None if row.next_layer_source is None else next_layer
         for axis in tiling.centered:
             self.n_read += 2 * src.numel() * src.element_size()
@@ -206,6 +143,8 @@ class Tiler:
                 read.append(source if following is None else _matrix(following, tiling.source))
             elif slot == "zero":
                 read.append(self._constant(0.0, src))
+            elif slot == "mean of law" and job.mean is not None:
+                read.append(job.mean.view(1, 1))
             else:
                 if fills is None:
                     fills = Fills(
@@ -224,7 +163,7 @@ class Tiler:
             self.n_read += 2 * source.numel() * source.element_size()
             (rms,) = roots_of_mean_squares([source])
             std = self.stds[row.source] = _std(rms, dtype)
-        keys = reference.axis_keys(self.plan.seed, tensor_id(row.name))
+        keys = reference.axis_keys(self.plan.seed, reference.tensor_id(row.name))
         return read, Noise(std.to(dtype), keys)
 
     def reach(self, row: TensorRow, source: Tensor, target: Tensor, rule: Rule) -> Reach:
@@ -238,21 +177,39 @@ class Tiler:
         Raises:
             UnsupportedModelError: The target is no rectangle of this matrix.
         """
-        row, source, target, rule, _, box = job
+        row, source, target, rule, _, box, _ = job
         if box is None or row.constant is not None:
             return None
         tiling = self._tiling(row, rule, source.device, arithmetic(target.dtype))
         return box.rectangle(tiling.n_row_axes)
 
     def reads_all(self, job: Job) -> bool:
-        """True when ``groups`` reads all elements of a job's source: for a mean, the method's rows, or a noise scale that is not known."""
+        """True when ``groups`` reads all elements of a job's source: for statistics, or for a noise scale that is not known."""
         row, source, target, rule, *_ = job
         if row.constant is not None:
             return False
-        tiling = self._tiling(row, rule, source.device, arithmetic(target.dtype))
-        fills = {*tiling.slots} - {"source", "next layer", "zero"}
-        unknown = tiling.adds_noise and row.source not in self.stds
-        return bool(tiling.centered or fills or unknown)
+        kind = source.device, arithmetic(target.dtype)
+        unknown = self._tiling(row, rule, *kind).adds_noise and row.source not in self.stds
+        return unknown or bool(self.statistics_of(row, rule, *kind))
+
+    def statistics_of(
+        self, row: TensorRow, rule: Rule, device: torch.device, dtype: torch.dtype
+    ) -> set[str]:
+        """Return what a target needs of all elements of its source, apart from its noise scale: means, or the method's rows."""
+        tiling = self._tiling(row, rule, device, arithmetic(dtype))
+        fills: set[str] = {*tiling.slots} - {"source", "next layer", "zero"}
+        return fills | ({"mean along an axis"} if tiling.centered else set[str]())
+
+    def part_of_mean(self, row: TensorRow, source: Tensor, rule: Rule) -> Tensor:
+        """Return the part of this process in the mean of all copied elements of a sharded source, (); the mean is the sum of all parts."""
+        own, dtype = local(source), arithmetic(source.dtype)
+        tiling = self._tiling(row, rule, own.device, dtype)
+        ranges = box_of(source, source.shape).rectangle(tiling.n_row_axes)
+        rows, cols = (
+            self._shares(layout, dtype, own.device).narrow(0, first, n)
+            for layout, (first, n) in zip((tiling.rows, tiling.cols), ranges, strict=True)
+        )
+        return weighted_sum(own.reshape(len(rows), len(cols)), rows, cols)
 
     def std(self, row: TensorRow) -> Tensor:
         """Return the noise scale of a weight that was cut into pieces with noise."""
@@ -260,7 +217,7 @@ class Tiler:
 
     def _tiling(
         self, row: TensorRow, rule: Rule, device: torch.device, dtype: torch.dtype
-    ) -> _Tiling:
+    ) -> Tiling:
         """Return the tiling of tensors with the row's axes, computed once."""
         mixed = None if row.next_layer_source is None else row.next_layer_axis
         own = row.axes, row.factor, row.grad_factor, mixed, id(rule), device, dtype
@@ -277,19 +234,19 @@ class Tiler:
 
     def _tiled(
         self, axes: tuple[AxisMap, ...], mixed_axis: int | None, rule: Rule, device: torch.device, dtype: torch.dtype
-    ) -> _Tiling:  # fmt: skip
+    ) -> Tiling:  # fmt: skip
         mixed = None if mixed_axis is None else axes[mixed_axis]
         if rule.reduced is not None:
             at = len(axes) + rule.reduced
             axes = (*axes[:at], self._mean_of(axes[at], rule), *axes[at + 1 :])
-        at = _split(axes)
+        at = n_row_axes(axes)
         rows, cols = (self._axis_layout(part, rule, mixed) for part in (axes[:at], axes[at:]))
         with_ids = rule.is_weight and (rows.has_random_writer or cols.has_random_writer)
         by_row = self._runs_of(rows, device, dtype, True, with_ids)
         by_col = self._runs_of(cols, device, dtype, False, with_ids)
-        cuts = [_cut(rows, cols, r, c, rule) for r in by_row for c in by_col if r.n and c.n]
+        cuts = [cut_of(rows, cols, r, c, rule) for r in by_row for c in by_col if r.n and c.n]
         adds_noise = any(cut.adds_noise for cut in cuts)
-        return _Tiling(
+        return Tiling(
             rows,
             cols,
             cuts,
@@ -347,7 +304,7 @@ class Tiler:
 
 
 def _pieces(
-    tiling: _Tiling | None, target: Tensor, read: list[Tensor], noise: Noise | None, place: tuple[Range, Range] | None
+    tiling: Tiling | None, target: Tensor, read: list[Tensor], noise: Noise | None, place: tuple[Range, Range] | None
 ) -> tuple[tuple[Piece, ...], tuple[int, ...]]:  # fmt: skip
     """Return the pieces of a target, and the index in ``read`` of the tensor that each reads; a constant target is one piece.
 
@@ -379,19 +336,6 @@ def _matrix(tensor: Tensor, shape: tuple[int, int]) -> Tensor:
     return tensor.view(shape) if tensor.dim() < 2 else tensor.reshape(shape)
 
 
-def _split(axes: tuple[AxisMap, ...]) -> int:
-    """Return the number of row axes; the columns are the axes after a single grown axis, else the last grown axis and those after it."""
-    grown = [i for i, axis in enumerate(axes) if not axis.is_identity]
-    if len(grown) == 1 and grown[0] < len(axes) - 1:
-        return grown[0] + 1
-    return grown[-1] if grown else len(axes) - 1
-
-
 def _std(rms: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the noise scale of a weight: its root mean square, rounded to bfloat16."""
     return rms.to(torch.bfloat16).to(dtype) / reference.BYTES_STD
-
-
-def tensor_id(name: str) -> int:
-    """Return 32 bits for a name, so that tensors get different noise."""
-    return int.from_bytes(blake2b(name.encode(), digest_size=4).digest(), "little")

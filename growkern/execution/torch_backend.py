@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from hashlib import blake2b
 from itertools import product
 from math import prod
 
@@ -233,6 +234,11 @@ def _mix(x: Tensor, shifted: Tensor) -> Tensor:
         if multiplier is not None:
             x.mul_(signed(multiplier))
     return x
+
+
+def tensor_id(name: str) -> int:
+    """Return 32 bits for a name, so that tensors get different noise."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=4).digest(), "little")
 
 
 def axis_keys(seed: int, tensor_id: int) -> tuple[int, int]:

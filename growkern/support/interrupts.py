@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 Handler = Callable[[int, Any], object]
@@ -22,7 +23,7 @@ def uninterrupted() -> Generator[list[int], None, None]:
     if threading.current_thread() is not threading.main_thread():
         yield interrupts
         return
-    found = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    found = {number: signal.getsignal(number) for number in _signals()}
     handlers: dict[int, Handler] = {n: handler for n, handler in found.items() if callable(handler)}
     default = handlers.get(signal.SIGINT) is signal.default_int_handler
     pending: list[int] = []
@@ -44,6 +45,11 @@ def uninterrupted() -> Generator[list[int], None, None]:
         ended = True
         # a SIGINT after the caller's last check: the writes stay
         _restore(handlers, [*pending, *(interrupts if done else [])])
+
+
+@cache
+def _signals() -> tuple[int, ...]:
+    return tuple(map(int, signal.valid_signals()))
 
 
 @contextmanager

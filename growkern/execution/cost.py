@@ -5,6 +5,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+import torch
+
+from growkern.execution.rows import SourceReader
+from growkern.execution.sets import changed_by_source
+from growkern.execution.tiles import Tiler
+from growkern.optimizer.state_rules import GRADIENT, SQUARE, VALUE, Law, Rule
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.support.text import table
 
@@ -12,6 +18,7 @@ CLASSES = {"vocab": "embedding and head", "experts": "experts", "heads": "attent
 REST = "norms and others"
 MEMORY_BANDWIDTH = 2e12  # bytes per second that a GPU writes while it copies
 LATENCY = 250e-6  # seconds of a collective between nodes
+HOST = 1e-3  # seconds of Python per grown tensor, bench/results/sharded-amd-epyc-2-cores.csv
 N_COLLECTIVES = 2  # of every tensor: a vote, and the gathering
 
 
@@ -20,9 +27,9 @@ class ClassCost:
     """What one class of tensors takes on every process.
 
     Attributes:
-        n_tensors: Number of tensors that are gathered: parameters and optimizer state.
+        n_tensors: Number of tensors that are read: parameters and optimizer state.
         n_bytes_target: Bytes of the target shards that a process makes.
-        n_bytes_received: Bytes that a process receives from the others.
+        n_bytes_received: Bytes that a process receives from the others: of every tensor, those of the process that receives most.
         seconds: Predicted time.
     """
 
@@ -74,7 +81,7 @@ class Cost:
         return "\n\n".join(
             [
                 f"Predicted for every one of {self.n_ranks} processes",
-                table(["tensors", "gathered", "target GB", "received GB", "seconds"], rows),
+                table(["tensors", "read", "target GB", "received GB", "seconds"], rows),
                 f"shards: {_gb(self.n_bytes_source)} GB before, {_gb(self.n_bytes_target)} GB after\n"
                 f"peak beyond the shards before: {peaks}",
             ]
@@ -88,14 +95,16 @@ def cost_of(
     bandwidth: float,
     latency: float = LATENCY,
     memory_bandwidth: float = MEMORY_BANDWIDTH,
+    host: float = HOST,
     itemsize: int = 4,
     n_states: int = 2,
     n_buffers: int = 1,
 ) -> Cost:
     """Predict what a growth takes where ``fully_shard`` shards the first axis of every tensor over processes.
 
-    Every process gathers every source tensor, one at a time, and keeps its part of the targets. Gradients are left out: a growth between
-    ``zero_grad`` and the backward pass has none.
+    Every process gathers every source tensor, one at a time, or the rows that its part of the targets copies, where these are fewer bytes
+    (``SourceReader``). Left out are gradients (a growth between ``zero_grad`` and the backward pass has none), and the 16 bytes per weight
+    and process that measure its noise.
 
     Args:
         plan: The plan.
@@ -103,6 +112,7 @@ def cost_of(
         bandwidth: Bytes per second that a process receives.
         latency: Seconds of a collective without data.
         memory_bandwidth: Bytes per second that a process writes to memory.
+        host: Seconds in which the host prepares one grown tensor.
         itemsize: Bytes of an element of a parameter, and of its optimizer state.
         n_states: Number of tensors of optimizer state per parameter; AdamW has 2.
         n_buffers: Number of whole tensors that the gathering of one takes: 1 with NCCL, 2 with gloo, which copies.
@@ -123,19 +133,23 @@ def cost_of(
     live = [row for row in plan.tensors if not row.new]
     n_source = sum(n_bytes(plan.shapes(row)[0]) * (1 + n_states) for row in live)
     n_target = sum(n_bytes(plan.shapes(row)[1]) * (1 + n_states) for row in plan.tensors)
-    by_source: dict[str, list[TensorRow]] = {}
-    for row in plan.tensors:
-        if plan.changes(row):
-            by_source.setdefault(row.source, []).append(row)
+    reader, rules = SourceReader(plan, Tiler(plan)), _rules(plan.state, n_states)
     sets: list[_Set] = []
-    for rows in by_source.values():
+    for rows in changed_by_source(plan):
         shape, keys = plan.shapes(rows[0])[0], 1 + max(map(states, rows))
         whole, own = n_bytes(shape, whole=True), n_bytes(shape)
-        n_wholes = 1 if rows[0].next_layer_source is None else 2
-        n_read = n_wholes * (keys if any(row.constant is None for row in rows) else 0)
         made = sum(n_bytes(plan.shapes(row)[1]) * (1 + states(row)) for row in rows)
-        received = n_read * (whole - own)
-        seconds = received / bandwidth + n_read * N_COLLECTIVES * latency + made / memory_bandwidth
+        copying = [row for row in rows if row.constant is None]
+        readings = [
+            _reading(reader, members, whole, own, n_ranks, n_buffers)
+            for i, rule in enumerate(rules[:keys])
+            if (members := [(row, rule) for row in copying if i <= states(row)])
+        ]
+        received = sum(one.n_received for one in readings)
+        n_collectives = N_COLLECTIVES * sum(one.n_collectives for one in readings)
+        n_made = sum(1 + states(row) for row in rows)
+        seconds = received / bandwidth + n_collectives * latency + made / memory_bandwidth
+        seconds += n_made * host
         replaced = keys * (not all(row.new for row in rows))
         sets.append(
             _Set(
@@ -143,8 +157,8 @@ def cost_of(
                 made,
                 replaced * own,
                 replaced * whole,
-                n_wholes * n_buffers * whole,
-                ClassCost(n_read, made, received, seconds),
+                max((one.n_buffers for one in readings), default=0),
+                ClassCost(len(readings), made, received, seconds),
             )
         )
     sets.sort(key=lambda one: -one.n_whole)  # as they are grown
@@ -154,6 +168,32 @@ def cost_of(
         classes[name] = classes.get(name, ClassCost()) + one.cost
     peaks = {mode: _peak(sets, mode) for mode in ("stage", "lean")}
     return Cost(n_ranks, n_source, n_target, peaks, classes)
+
+
+class _Reading(NamedTuple):
+    """How one source tensor is read: bytes that the process receives that receives most, collectives, and bytes of buffers."""
+
+    n_received: int
+    n_collectives: int
+    n_buffers: int
+
+
+def _reading(
+    reader: SourceReader, members: list[tuple[TensorRow, Rule]], whole: int, own: int, n_ranks: int, n_buffers: int
+) -> _Reading:  # fmt: skip
+    rows = reader.among(members, torch.empty(0), n_ranks)
+    if rows is None:
+        n_wholes = 1 if members[0][0].next_layer_source is None else 2
+        return _Reading(n_wholes * (whole - own), n_wholes, n_wholes * n_buffers * whole)
+    a_row, first = whole // sum(n for _, n in rows.held), rows.transfer(0)
+    n_more = (len(first.sent) + len(first.taken)) * a_row
+    return _Reading(max(rows.n_received) * a_row, int(first.moves), whole + n_more)
+
+
+def _rules(state: str, n_states: int) -> list[Rule]:
+    """Return the rules of a weight and of its state, first a first moment, then second moments."""
+    law = Law({str(i): SQUARE if i else GRADIENT for i in range(n_states)}).grown(state)
+    return [VALUE, *(rule for rule in law.values() if rule is not None)]
 
 
 class _Set(NamedTuple):
