@@ -1,9 +1,9 @@
 """How long does a growth of a sharded model take, and how far is the prediction of ``growkern plan --ranks`` from it?
 
-Processes of gloo on this machine grow a Llama of ``fully_shard`` with AdamW's state: by the rows that each reads, and, in turn, with every
-source gathered whole (``whole_s``). In the same processes, a gathering of 64 MiB gives the bandwidth, one of 8 bytes the latency, a copy the
-memory's bandwidth, and a growth of a tiny model the host's time per tensor; from these the time is predicted. Peak memory and bytes received
-are exact, and tested (tests/distributed/test_sharded_memory.py).
+Processes of gloo on this machine grow a Llama of ``fully_shard`` with AdamW's state: by the rows that each reads, and, in turn, with
+every source gathered whole (``whole_s``). In the same processes, a gathering of 64 MiB gives the bandwidth, one of 8 bytes the latency, a
+copy the memory's bandwidth, and a growth of a tiny model the host's time per tensor; from these the time is predicted. Peak memory and
+bytes received are exact, and tested (tests/distributed/test_sharded_memory.py).
 
     python -m bench.sharded_growth                # 2, 4 and 8 processes; rows go to bench/results/sharded-<device>.csv
     python -m bench.sharded_growth --predict      # tables for 7B, 70B and 405B; nothing is grown

@@ -678,8 +678,10 @@ MUTANTS = {
         "checkpoints/test_dcp.py -k zeros_for"),
     "dcp: written tensors stay in memory": Mutant(
         "checkpoints/dcp_target.py", "self._last.untyped_storage().resize_(0)", "self._last.size()", "checkpoints/test_dcp.py -k peak"),
+    "dcp: large tensors are written at once": Mutant(
+        "checkpoints/dcp_target.py", "t.nbytes <= PART or", "True or", "checkpoints/test_dcp.py -k 'in and parts or peak'"),
     "dcp: entries of other things are empty": Mutant(
-        "checkpoints/dcp_target.py", "lambda: self.source.contents([key])[key]", "BytesIO", "checkpoints/test_dcp.py -k byte_for_byte"),
+        "checkpoints/dcp_target.py", "lambda _: self.source.contents([key])[key]", "lambda _: BytesIO()", "checkpoints/test_dcp.py -k byte_for_byte"),
     "dcp: the next layer is not read": Mutant(
         "checkpoints/dcp_target.py", "keys.get(row.next_layer_source)", "keys.get(row.source)", "checkpoints/test_dcp.py -k next"),
     "dcp: param groups are not split": Mutant(

@@ -1,18 +1,21 @@
 """The entries of a grown checkpoint of ``torch.distributed.checkpoint``; each is computed when it is written."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from growkern.checkpoints.dcp_layout import GROUPS, Layout, renamed
 from growkern.checkpoints.dcp_replay import Replayed
 from growkern.checkpoints.dcp_source import KeyPath, Source
+from growkern.distributed.shards import Box
 from growkern.errors import UnsupportedOptimizerError
 from growkern.execution.boxwise import Boxwise
 from growkern.optimizer.state_rules import VALUE, Rule
@@ -27,6 +30,9 @@ ZEROED = {
 }  # fmt: skip
 
 
+PART = 32 << 20  # bytes of a tensor that are computed at once
+
+
 @dataclass(frozen=True)
 class Entry:
     """An entry of the target.
@@ -34,12 +40,14 @@ class Entry:
     Attributes:
         path: Path in the state dict.
         tensor: A tensor of its shape and dtype on the meta device; None for an entry that is no tensor.
-        made: Computes the tensor, or returns the bytes.
+        made: Computes a box of the tensor (None: all of it), or returns the bytes.
+        splits: True for a tensor of which a box can be computed alone.
     """
 
     path: KeyPath
     tensor: Tensor | None
-    made: Callable[[], Tensor | BytesIO]
+    made: Callable[[Box | None], Tensor | BytesIO]
+    splits: bool = False
 
     @property
     def key(self) -> str:
@@ -104,7 +112,8 @@ class Target:
         blank = torch.empty(shape, dtype=stored.dtype, device="meta")
         following = None if above is None else self.source.of(above)
         path = renamed(self.source.paths[key], row.source, name)
-        return Entry(path, blank, lambda: self.boxwise.grown(row, stored, rule, following))
+        grown = partial(self.boxwise.grown, row, stored, rule, following)
+        return Entry(path, blank, grown, splits=not row.is_perturbed)
 
     def _state(self) -> Iterator[Entry]:
         """Yield the optimizer state; a parameter that starts without state gets what the optimizer's first step would make."""
@@ -138,7 +147,7 @@ class Target:
         shape = stored.shape if rule is None else rule.shape(self.grown.plan.shapes(row)[1])
         blank = torch.empty(shape, dtype=stored.dtype, device="meta")
         path = renamed(self.source.paths[key], row.source, row.name)
-        return Entry(path, blank, lambda: torch.zeros(shape, dtype=stored.dtype))
+        return Entry(path, blank, lambda _: torch.zeros(shape, dtype=stored.dtype))
 
     def _groups(self) -> Iterator[Entry]:
         """Yield the options of the grown param groups."""
@@ -162,8 +171,8 @@ class Target:
         if key in self.source.tensors:
             stored = self.source.of(key)
             blank = torch.empty(stored.shape, dtype=stored.dtype, device="meta")
-            return Entry(path, blank, lambda: self.source.tensor(key))
-        return Entry(path, None, lambda: self.source.contents([key])[key])
+            return Entry(path, blank, lambda _: self.source.tensor(key))
+        return Entry(path, None, lambda _: self.source.contents([key])[key])
 
 
 def _base(source: Source, layout: Layout) -> KeyPath:
@@ -185,11 +194,11 @@ def _leaves(path: KeyPath, value: Any, *, flat: bool) -> Iterator[Entry]:
             own = (*path[:-1], f"{path[-1]}.{key}") if flat else (*path, str(key))  # pyright: ignore
             yield from _leaves(own, inner, flat=False)
     elif isinstance(value, Tensor):
-        yield Entry(path, torch.empty_like(value, device="meta"), value.clone)
+        yield Entry(path, torch.empty_like(value, device="meta"), lambda _: value.clone())
     else:
         content = BytesIO()
         torch.save(value, content)
-        yield Entry(path, None, lambda: content)
+        yield Entry(path, None, lambda _: content)
 
 
 class GrowthPlanner(DefaultSavePlanner):
@@ -208,16 +217,46 @@ class GrowthPlanner(DefaultSavePlanner):
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
         self.mappings = {key: entry.path for key, entry in self._entries.items()}
 
+    def create_local_plan(self) -> SavePlan:
+        """Plan to write large tensors in parts, ranges of rows: two copies of a part are in memory when torch writes it."""
+        plan = super().create_local_plan()
+        self.plan = replace(plan, items=[part for item in plan.items for part in self._parts(item)])
+        return self.plan
+
+    def _parts(self, item: WriteItem) -> Iterator[WriteItem]:
+        t, data = self._entries[item.index.fqn].tensor, item.tensor_data
+        if (
+            data is None
+            or t is None
+            or t.nbytes <= PART
+            or not self._entries[item.index.fqn].splits
+        ):
+            yield item
+            return
+        step = max(1, PART * len(t) // t.nbytes)
+        for first in range(0, len(t), step):
+            offsets = torch.Size([first, *[0] * (t.dim() - 1)])
+            sizes = torch.Size([min(step, len(t) - first), *t.shape[1:]])
+            chunk = ChunkStorageMetadata(offsets=offsets, sizes=sizes)
+            yield replace(
+                item,
+                index=MetadataIndex(item.index.fqn, offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=replace(data, chunk=chunk),
+            )
+
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         """Count the bytes that this process writes."""
-        own = (self._entries[item.index.fqn].tensor for item in new_plan.items)
-        self._total = sum(t.nbytes for t in own if t is not None)
+        self._total = sum(item.tensor_storage_size() or 0 for item in new_plan.items)
         return super().finish_plan(new_plan)
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | BytesIO:
-        """Compute an entry."""
+        """Compute an entry, or a part of it."""
         self.written()
-        made = self._entries[write_item.index.fqn].made()
+        entry, box = self._entries[write_item.index.fqn], None
+        if write_item.type == WriteItemType.SHARD and (data := write_item.tensor_data) is not None:
+            box = Box(tuple(zip(data.chunk.offsets, data.chunk.sizes, strict=True)), (*data.size,))
+        made = entry.made(box)
         if isinstance(made, Tensor):
             self._last = made
         return made

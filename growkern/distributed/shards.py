@@ -126,7 +126,9 @@ def local(t: Tensor) -> Tensor:
 
 
 def box_of(like: Any, shape: Sequence[int]) -> Box:
-    """Return the box that this process holds of a tensor of ``shape`` with the mesh and the placements of another."""
+    """Return the box that this process holds of a tensor of ``shape`` that is placed as another; a plain tensor is held whole."""
+    if not is_sharded(like):
+        return Box(tuple((0, n) for n in shape), tuple(shape))
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     sizes, first = compute_local_shape_and_global_offset(torch.Size(shape), like.device_mesh, like.placements)  # fmt: skip

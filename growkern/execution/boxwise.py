@@ -13,7 +13,7 @@ from growkern.execution.finite import check
 from growkern.execution.perturb import perturb, shift
 from growkern.execution.pieces import Piece
 from growkern.execution.rows import merged
-from growkern.execution.tiles import Job, Tiler
+from growkern.execution.tiles import MEAN, Job, Tiler
 from growkern.optimizer.state_rules import VALUE, Rule
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 
@@ -49,6 +49,7 @@ class Boxwise:
         """``given``: see ``Tiler``."""
         self.plan, self.tiler = plan, Tiler(plan, given)
         self.notes: list[str] = []
+        self._means: dict[tuple[str, str], Tensor] = {}  # by target and name of the source
 
     def grown(
         self, row: TensorRow, source: Stored, rule: Rule | None, next_layer: Stored | None = None, box: Box | None = None
@@ -108,12 +109,20 @@ class Boxwise:
         """Read what a job needs of its sources, and write its target."""
         row, whole, target, rule, above, box, _ = job
         assert above is not None
+        job = job._replace(mean=self._means.get((row.name, source.name)))
         partly = box is not None and not self.tiler.reads_all(job)
         if not partly:
             source.read(whole)
             if next_layer is not None:
                 next_layer.read(above)
             self.tiler.measure([job], lambda _: None)
+            if box is not None and MEAN in self.tiler.statistics_of(
+                row, rule, whole.device, whole.dtype
+            ):
+                mean = self.tiler.part_of_mean(row, whole, rule)
+                if mean.isfinite():  # the next box needs no other rows than its own
+                    self._means[row.name, source.name] = mean
+                    job = job._replace(mean=mean)
         groups = self.tiler.groups([job])
         if partly:
             pieces = [piece for group in groups for piece in group.pieces]

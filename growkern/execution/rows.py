@@ -15,12 +15,11 @@ from torch import Tensor
 from growkern.distributed.gather import Gather, Transfer, shared, transfer_of
 from growkern.distributed.shards import Range, is_sharded, mesh_dim_of_rows, parts_of, placement
 from growkern.execution.measures import KernelOf
-from growkern.execution.tiles import Job, Tiler
+from growkern.execution.tiles import MEAN, Job, Tiler
 from growkern.optimizer.state_rules import Rule
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.planning.index_map import PAD, IndexMap
 
-MEAN = "mean of law"
 Named = tuple[TensorRow, str, Tensor, Rule]  # row, state key, tensor, and rule
 
 

@@ -26,6 +26,8 @@ from growkern.planning.index_map import PAD, IndexMap
 from growkern.planning.vector import Vector
 from growkern.support.dtypes import arithmetic
 
+MEAN = "mean of law"  # the statistic that is known as a number, and needs no whole source
+
 
 class Job(NamedTuple):
     """A tensor to grow.
@@ -143,7 +145,7 @@ class Tiler:
                 read.append(source if following is None else _matrix(following, tiling.source))
             elif slot == "zero":
                 read.append(self._constant(0.0, src))
-            elif slot == "mean of law" and job.mean is not None:
+            elif slot == MEAN and job.mean is not None:
                 read.append(job.mean.view(1, 1))
             else:
                 if fills is None:
@@ -190,7 +192,8 @@ class Tiler:
             return False
         kind = source.device, arithmetic(target.dtype)
         unknown = self._tiling(row, rule, *kind).adds_noise and row.source not in self.stds
-        return unknown or bool(self.statistics_of(row, rule, *kind))
+        known = set[str]() if job.mean is None else {MEAN}
+        return unknown or bool(self.statistics_of(row, rule, *kind) - known)
 
     def statistics_of(
         self, row: TensorRow, rule: Rule, device: torch.device, dtype: torch.dtype
@@ -201,7 +204,7 @@ class Tiler:
         return fills | ({"mean along an axis"} if tiling.centered else set[str]())
 
     def part_of_mean(self, row: TensorRow, source: Tensor, rule: Rule) -> Tensor:
-        """Return the part of this process in the mean of all copied elements of a sharded source, (); the mean is the sum of all parts."""
+        """Return the part of this process in the mean of all copied elements of a source, (); the mean is the sum of all parts."""
         own, dtype = local(source), arithmetic(source.dtype)
         tiling = self._tiling(row, rule, own.device, dtype)
         ranges = box_of(source, source.shape).rectangle(tiling.n_row_axes)

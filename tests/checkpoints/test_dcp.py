@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
 import growkern
+from growkern.checkpoints import dcp_target
 from growkern.checkpoints.dcp_source import Source
 from growkern.errors import (
     CheckpointError,
@@ -97,8 +98,12 @@ FAMILIES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("part", [3000, dcp_target.PART], ids=["in parts", "whole"])
 @pytest.mark.parametrize(("family", "tied", "layout", "growth"), FAMILIES.values(), ids=FAMILIES)
-def test_a_checkpoint_grows_on_disk_as_the_live_run_grows(family, tied, layout, growth, tmp_path):
+def test_a_checkpoint_grows_on_disk_as_the_live_run_grows(
+    family, tied, layout, growth, part, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(dcp_target, "PART", part)
     model, optim = trained(family, tied)
     path = save(tmp_path / "small", model, optim, layout)
     before = contents(path)
@@ -108,6 +113,8 @@ def test_a_checkpoint_grows_on_disk_as_the_live_run_grows(family, tied, layout, 
 
     assert contents(path) == before and report.n_files == 1
     assert all(p.is_meta for p in small.parameters())
+    stored = dcp.FileSystemReader(tmp_path / "out").read_metadata().state_dict_metadata.values()
+    assert any(len(getattr(one, "chunks", ())) > 1 for one in stored) == (part == 3000)
     growkern.expand_inplace(model, optim, **growth)
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert config.growkern_history == model.config.growkern_history or growth["dynamics"]
@@ -621,11 +628,11 @@ class TestProcesses:
         ]
 
     @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-    def test_peak_memory_is_about_two_of_the_largest_tensors(self, tmp_path):
+    def test_peak_memory_is_below_two_of_the_largest_tensors(self, tmp_path):
         for what in ("save", "grow"):
             log = tmp_path / what
             processes.end([processes.start("dcp_peak_worker", tmp_path, what, log=log)], log)
 
         peak, largest, n_source, n_target = map(int, log.read_text().split()[-4:])
         assert largest > 60e6 and n_target > 12 * largest, "too small to measure"
-        assert peak < 2.5 * largest, (peak / largest, peak, largest, n_source, n_target)
+        assert peak < 2 * largest, (peak / largest, peak, largest, n_source, n_target)
