@@ -679,7 +679,7 @@ MUTANTS = {
     "dcp: written tensors stay in memory": Mutant(
         "checkpoints/dcp_target.py", "self._last.untyped_storage().resize_(0)", "self._last.size()", "checkpoints/test_dcp.py -k peak"),
     "dcp: large tensors are written at once": Mutant(
-        "checkpoints/dcp_target.py", "t.nbytes <= PART or", "True or", "checkpoints/test_dcp.py -k 'in and parts or peak'"),
+        "checkpoints/dcp_target.py", "or t.nbytes <= PART", "or True", "checkpoints/test_dcp.py -k 'in and parts or peak'"),
     "dcp: entries of other things are empty": Mutant(
         "checkpoints/dcp_target.py", "lambda _: self.source.contents([key])[key]", "lambda _: BytesIO()", "checkpoints/test_dcp.py -k byte_for_byte"),
     "dcp: the next layer is not read": Mutant(
