@@ -3,7 +3,7 @@
 import copy
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -54,6 +54,12 @@ def by_column(p: nn.Parameter) -> Shard | None:
     return Shard(1) if p.dim() == 2 and p.shape[1] % 2 == 0 else None
 
 
+def two_kinds(params: Iterable[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    params = list(params)
+    gains, matrices = ([p for p in params if p.dim() == n] for n in (1, 2))
+    return [torch.optim.SGD(gains, lr=1e-2, momentum=0.9), ADAMW(matrices)]
+
+
 CASES = {  # growth; then family, optimizer, wrap, mesh, options of fully_shard
     "wider": (dict(to=WIDER), {}),
     "both": (dict(to=BOTH), {}),
@@ -73,11 +79,17 @@ CASES = {  # growth; then family, optimizer, wrap, mesh, options of fully_shard
     "lean": (dict(to=BOTH, memory="lean"), {}),
     "checked": (dict(to=BOTH, check=torch.arange(32).view(2, 16)), {}),
     "averaged": (dict(to=BOTH), dict(averaged=True)),
+    "fresh": (dict(to=BOTH, depth=growkern.depth.Fresh()), {}),
+    "perturbed": (dict(to=BOTH, width=growkern.width.ShrinkPerturb(), state="drop"), {}),
+    "masters": (dict(to=BOTH), dict(masters=True)),
+    "first": (dict(to=BOTH, depth=growkern.depth.Fresh()), dict(changes=dict(num_hidden_layers=0))),
+    "two optimizers": (dict(to=BOTH), dict(optim=two_kinds)),
+    "accumulated": (dict(to=BOTH), dict(accumulates=True)),
     "hybrid": (dict(to=BOTH), dict(mesh=(2, 2))),
 }  # fmt: skip
 WORLDS = {
     2: [case for case in CASES if case != "hybrid"],
-    4: ["both", "uneven", "exact", "lean", "hybrid"],
+    4: ["both", "uneven", "exact", "lean", "hybrid", "fresh", "perturbed"],
 }
 
 
@@ -120,37 +132,124 @@ def step_of(model: nn.Module, optim: torch.optim.Optimizer, step: int, rank: int
     return loss
 
 
+def with_masters(
+    model: nn.Module,
+) -> tuple[dict[nn.Parameter, nn.Parameter], torch.optim.Optimizer]:
+    """Return copies of the parameters, and an optimizer that trains the copies and writes them into the parameters."""
+    masters = {p: nn.Parameter(p.detach().clone()) for p in model.parameters()}
+    optim = ADAMW(masters.values())
+
+    def take(*_: object) -> None:
+        for p, master in masters.items():
+            master.grad, p.grad = p.grad, None
+
+    @torch.no_grad()
+    def give(*_: object) -> None:
+        for p, master in masters.items():
+            p.copy_(master)
+
+    optim.register_step_pre_hook(take)
+    optim.register_step_post_hook(give)
+    return masters, optim
+
+
+def accumulated(model: nn.Module, step: int, rank: int | None, world: int) -> str:
+    """Add the gradients of another batch, not yet reduced, and try to grow then; return the error."""
+    if rank is not None:
+        model.set_requires_gradient_sync(False)
+    backward(model, 100 + step, rank, world)
+    try:
+        error = growkern.expand_inplace(model, to=BOTH) if rank is not None and step == AT else ""
+    except growkern.errors.PlanError as raised:
+        error = raised
+    if rank is not None:
+        model.set_requires_gradient_sync(True)
+    return str(error)
+
+
+def first_fails(
+    model: nn.Module, optim: torch.optim.Optimizer, rank: int, growth: dict
+) -> list[str]:
+    """Fail in the first process to make the first blocks, then to commit them; return the errors."""
+    errors = []
+    given = growth | (dict(depth=growkern.depth.Fresh(block=3)) if rank == 0 else {})
+    for options, place in ((given, None), (growth, PLACES["commit"])):
+        with broken(*place, raises) if place and rank == 0 else nullcontext():
+            try:
+                growkern.expand_inplace(model, optim, **options)
+            except growkern.errors.GrowthError as error:
+                errors.append(str(error))
+    return errors
+
+
+def of_masters(rank: int | None, world: int) -> dict[str, list[torch.Tensor]]:
+    """Grow a model in bfloat16 and its float32 master weights; return both."""
+    model = make("llama", tied=False).bfloat16()
+    if rank is not None:
+        sharded(model, world)
+    masters = {p: nn.Parameter(p.detach().float() * 1.001) for p in model.parameters()}
+    optim = ADAMW(masters.values())
+    growkern.expand_inplace(model, optim, to=BOTH, master_weights=masters)
+    return {
+        name: [whole(t.detach()) for t in (p, masters[p])] for name, p in model.named_parameters()
+    }
+
+
 def run(case: str, rank: int | None, world: int) -> dict[str, object]:
     """Train with a growth; where ``rank`` is None, one process trains on the joined batch."""
     growth, how = CASES[case]
     how = dict(how)
-    family, optim_of = how.get("family", "llama"), how.pop("optim", ADAMW)
+    family, optim_of, changes = (
+        how.get("family", "llama"), how.pop("optim", ADAMW), how.pop("changes", {}),
+    )  # fmt: skip
+    accumulates, masters = how.pop("accumulates", False), {}
     models = [
-        make(family, tied=family == "gpt2").double() for _ in range(1 + how.pop("averaged", False))
+        make(family, tied=family == "gpt2", **changes).double()
+        for _ in range(1 + how.pop("averaged", False))
     ]
+    with_copies = how.pop("masters", False)
     for each in models if rank is not None else ():
         sharded(each, world, **how)
     model, *averages = models
-    optim = optim_of(model.parameters())
+    if with_copies:
+        masters, optims = with_masters(model)
+        growth = growth | dict(master_weights=masters)
+    else:
+        optims = optim_of(model.parameters())
+    several = optims if isinstance(optims, list) else [optims]
     kept, losses, found = {id(p) for p in model.parameters()}, list[float](), dict[str, object]()
     for step in range(STEPS):
-        losses.append(step_of(model, optim, step, rank, world))
+        if accumulates:
+            found["waiting", step] = accumulated(model, step, rank, world)
+        losses.append(backward(model, step, rank, world))
+        for optim in several:
+            optim.step()
+            optim.zero_grad()
         for average in averages:
             torch._foreach_lerp_(
                 [held(p) for p in average.parameters()], [held(p) for p in model.parameters()], 0.1
             )
         if step == AT:
             if averages:
+                losses += [float(loss_of(m, joined(0, world)).detach()) for m in averages]
                 growth = growth | dict(ema=averages)
-            report = growkern.expand_inplace(model, optim, **growth)
+            if case == "first" and rank is not None:
+                found["errors"] = first_fails(model, optims, rank, growth)
+            report = growkern.expand_inplace(model, optims, **growth)
             own = {id(p) for p in model.parameters()}
             found |= {"kept": kept <= own, "preserves": report.preserves}
             found["norm"] = report.grad_norm_factor
             found["state"] = {
                 (name, key): whole(value).clone()
                 for name, p in model.named_parameters()
-                for key, value in optim.state.get(p, {}).items()
+                for optim in several
+                for key, value in optim.state.get(masters.get(p, p), {}).items()
             }
+            grown = {name: (p, masters.get(p, p)) for name, p in model.named_parameters()}
+            found["grown"] = {
+                name: [whole(t.detach()).clone() for t in ts] for name, ts in grown.items()
+            }
+            found["new"] = report.new_blocks
             managed = [m for m in model.modules() if isinstance(m, FSDPModule)]
             found["managed"] = len(managed)
             if case == "both":
@@ -291,9 +390,7 @@ REFUSED = {  # what, and the error
     "an unknown torch": "attribute fsdp_placement is missing",
     "waiting": "gradients wait to be reduced",
     "average": "ema: model.embed_tokens.weight of the average is not sharded as the model's is",
-    "masters": "master_weights=, which is not supported yet",
-    "drawn": "depth.Fresh initializes whole blocks",
-    "perturbed": "ShrinkPerturb.* perturbs whole matrices",
+    "masters": "the copy of model.embed_tokens.weight is not sharded as the parameter is",
     "one group": "apply fully_shard to every block before the model",
 }
 PLACES = {
@@ -362,14 +459,8 @@ def refused(rank: int, world: int, what: str) -> str:
         average = torch.optim.swa_utils.AveragedModel(make("llama", tied=False))
         options["ema"] = average
     if what == "masters":
-        options["master_weights"] = {
-            p: nn.Parameter(p.detach().clone()) for p in model.parameters()
-        }
+        options["master_weights"] = {p: nn.Parameter(held(p).clone()) for p in model.parameters()}
         optim = ADAMW(options["master_weights"].values())
-    if what == "drawn":
-        options["depth"] = growkern.depth.Fresh()
-    if what == "perturbed":
-        options |= dict(to=WIDER, width=growkern.width.ShrinkPerturb(), state="drop")
     try:
         growkern.expand_inplace(model, optim, **options)
     except growkern.errors.GrowthError as error:
@@ -458,6 +549,9 @@ def main(folder: Path, rank: int, world: int, dies: str = "") -> None:
         found["refilled", name] = refilled(rank, world, MixedPrecisionPolicy(**policy))
     for what in REFUSED:
         found["refused", what] = refused(rank, world, what)
+    found["of masters"] = of_masters(rank, world)
+    if rank == 0:
+        found["of masters", "alone"] = of_masters(None, world)
     found["apart"] = apart(rank, world)
     found["resumed"] = resumed(rank, world)
     found["README"] = from_readme(world)

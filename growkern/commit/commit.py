@@ -14,6 +14,7 @@ from growkern.commit.checkpoint_guard import Grown, Guard, guard_of, history_of
 from growkern.commit.optimizer import OptimTarget, grow_optimizer, grow_state
 from growkern.commit.optimizer_guard import OptimGuard, optim_guard_of
 from growkern.commit.undo import Undo
+from growkern.distributed.shards import local, own_part, without_fsdp
 from growkern.errors import CommitError, UnsupportedModelError
 from growkern.model import initial
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
@@ -198,17 +199,18 @@ def _draw(plan: GrowthPlan, model: nn.Module, init: initial.Initialize | None) -
         values = _initialized(model, block, plan.seed, init)
         for name, p in named_parameters(model.get_submodule(block)):
             if f"{block}.{name}" in drawn:
-                p.detach().copy_(values[name])
+                local(p.detach()).copy_(own_part(values.pop(name), p))
 
 
 def _initialized(
     model: nn.Module, name: str, seed: int, init: initial.Initialize | None
 ) -> dict[str, nn.Parameter]:
-    """Return newly initialized parameters of a block, made on the CPU in a copy of its modules."""
+    """Return newly initialized parameters of a block, made on the CPU in a copy of its modules; whole ones where the block is sharded."""
     block = model.get_submodule(name)
     blank = {n: initial.blank(p) for n, p in named_parameters(block)}
     buffers = {n: b.to("cpu", copy=True) for n, b in named_buffers(block)}
-    twin = copied(block, name, blank | buffers, shared_by(model))
+    with without_fsdp(block):
+        twin = copied(block, name, blank | buffers, shared_by(model))
     initial.initialize(twin, init or initial.initializer(model, name), initial.seed_of(seed, name))
     return dict(named_parameters(twin))
 

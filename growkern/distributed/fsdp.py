@@ -93,6 +93,11 @@ class FullySharded:
             one is not None and one.fsdp_placement.dim == 0 and mesh_dim < one.mesh_info.mesh.ndim
         )
 
+    @property
+    def tensor_parallel(self) -> bool:
+        """True when a parameter was sharded before ``fully_shard``."""
+        return any(_parallel(one) is not None for one in self.params.values())
+
     def swap(self, p: Any, keep: Backup) -> Swap:
         """Return a function that gives a parameter the storage of another tensor, and one that puts the old storage back."""
         if id(p) not in self.params:
@@ -188,10 +193,14 @@ class FullySharded:
             root._init_fqns()
 
 
+def _parallel(one: Any) -> Any:
+    """Return how a parameter was sharded before ``fully_shard``; None if it was not."""
+    return one.__dict__.get("_unsharded_dtensor_spec", one.__dict__.get("_tp_spec"))
+
+
 def _blank(one: Any, value: Tensor) -> Tensor:
     """Return a tensor without data of the size of another, placed as the parameter of an ``FSDPParam`` was before ``fully_shard``."""
-    spec = one.__dict__.get("_unsharded_dtensor_spec", one.__dict__.get("_tp_spec"))
-    if spec is None:
+    if (spec := _parallel(one)) is None:
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
     own = torch.empty(box_of(spec, value.shape).sizes, dtype=value.dtype, device="meta")
     return joined(own, spec, value.shape)
@@ -297,15 +306,29 @@ def _shard_alike(made: nn.Module, block: nn.Module) -> None:
                 "a block shares one fully_shard([...]) group with other modules, or has several meshes: wrap every block by itself."
             )
         for group in _groups(state):  # one, or none in a module whose parts are all wrapped
-            fully_shard(
-                new, mesh=group.mesh_info.mesh, reshard_after_forward=_reshards(state, group),
-                shard_placement_fn=_Placed(dict(_placements(group, old, new))), mp_policy=state._mp_policy,
-                offload_policy=group.offload_policy,
-            )  # fmt: skip
-            (mine,) = _groups(new._get_fsdp_state())
-            for name in SETTINGS:
-                if hasattr(group, name):
-                    setattr(mine, name, getattr(group, name))
+            _shard(new, state, group, dict(_placements(group, old, new)))
+
+
+def shard_first(block: nn.Module, model: nn.Module, path: str) -> None:
+    """Apply ``fully_shard`` to the first block of a stack, at this path in a model, with the settings of the closest module around it."""
+    names = path.split(".")
+    around = [model.get_submodule(".".join(names[:n])) for n in range(len(names), -1, -1)]
+    states: list[Any] = [m._get_fsdp_state() for m in around if isinstance(m, FSDPModule)]  # pyright: ignore
+    states += _states(model)  # where the closest module has no parameters of its own
+    state, group = next((state, group) for state in states for group in _groups(state))
+    _shard(block, state, group, {})
+
+
+def _shard(module: Any, state: Any, like: Any, places: dict[int, Any]) -> None:
+    """Apply ``fully_shard`` to a module with the settings of a state of FSDP and of one of its param groups."""
+    fully_shard(
+        module, mesh=like.mesh_info.mesh, reshard_after_forward=_reshards(state, like), shard_placement_fn=_Placed(places),
+        mp_policy=state._mp_policy, offload_policy=like.offload_policy,
+    )  # fmt: skip
+    for group in _groups(module._get_fsdp_state()):
+        for name in SETTINGS:
+            if hasattr(like, name):
+                setattr(group, name, getattr(like, name))
 
 
 class _Placed:

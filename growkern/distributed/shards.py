@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from growkern.errors import UnsupportedModelError
+from growkern.support.memory import is_pinned
 
 if TYPE_CHECKING:
     from growkern.distributed.fsdp import FullySharded
@@ -110,6 +111,29 @@ def fully_sharded(model: nn.Module, *averages: nn.Module) -> "FullySharded | Non
     return FullySharded(model, *averages)
 
 
+def first_of_zeros(
+    make: Callable[[torch.device], nn.Module], model: nn.Module, path: str
+) -> nn.Module:
+    """Make the first block of a stack, of zeros, where the model's tensors are; sharded where ``fully_shard`` manages the model.
+
+    Args:
+        make: Function from a device to the block, with tensors of zeros on this device.
+        model: The model.
+        path: Path of the stack in the model.
+    """
+    device = next(model.parameters()).device
+    if not _managed(model):
+        return make(device)
+    from growkern.distributed import fsdp
+
+    block = make(torch.device("meta"))  # no process needs the whole block
+    fsdp.shard_first(block, model, path)
+    block.to_empty(device=device)
+    for t in (*block.parameters(), *block.buffers()):
+        local(t.detach()).zero_()
+    return block
+
+
 def without_fsdp(model: nn.Module) -> AbstractContextManager[None]:
     """Return a context in which a model can be copied without its ``fully_shard``."""
     if not _managed(model):
@@ -133,6 +157,11 @@ def box_of(like: Any, shape: Sequence[int]) -> Box:
 
     sizes, first = compute_local_shape_and_global_offset(torch.Size(shape), like.device_mesh, like.placements)  # fmt: skip
     return Box(tuple(zip(first, sizes, strict=True)), tuple(shape))
+
+
+def own_part(whole: Tensor, like: Any) -> Tensor:
+    """Return the part of a whole tensor that this process holds of another of its shape."""
+    return whole[box_of(like, whole.shape).slices] if is_sharded(like) else whole
 
 
 def n_parts(t: Any) -> int:
@@ -186,13 +215,14 @@ def shard(axis: int) -> Any:
 def part(like: Any, shape: Sequence[int]) -> Tensor:
     """Return uninitialized memory for this process's box; along the first axis, with the padding that ``fully_shard`` has."""
     held: Tensor = like.to_local()
+    pinned = is_pinned(held)  # by CPUOffloadPolicy
     n_rows, *sizes = box_of(like, shape).sizes
     mesh, places = like.device_mesh, enumerate(like.placements)
     n_parts = prod(mesh.size(i) for i, place in places if getattr(place, "dim", None) == 0)
     padded = max(n_rows, -(-shape[0] // n_parts))
     if padded == n_rows:
-        return held.new_empty((n_rows, *sizes))
-    return held.new_zeros((padded, *sizes)).narrow(0, 0, n_rows)
+        return held.new_empty((n_rows, *sizes), pin_memory=pinned)
+    return held.new_zeros((padded, *sizes), pin_memory=pinned).narrow(0, 0, n_rows)
 
 
 def joined(own: Tensor, like: Any, shape: Sequence[int]) -> Tensor:

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from torch import Tensor, nn
 
 from growkern.commit.commit import copied, shared_by
 from growkern.commit.undo import Undo
+from growkern.distributed.shards import first_of_zeros, reshard
+from growkern.engine.ddp import Ranks
 from growkern.engine.live_objects import averages_of
 from growkern.engine.request import Request
 from growkern.errors import PlanError, UnsupportedModelError
 from growkern.model.describe import describe
 from growkern.model.spec import Blocks, ModelSpec
+from growkern.support.live_registry import Live
 from growkern.support.names import named_buffers, named_parameters
 
 
@@ -101,32 +105,42 @@ def standing_in(request: Request) -> Generator[Request]:
     Yields:
         The request, with its first blocks.
     """
-    blocks = first_blocks(request.model, request.spec, request.block)
-    if not blocks:
-        yield request
-        return
     undo = request.undo or Undo()
     try:
-        averages = averages_of(request.model, request.ema)
-        first, *_ = [_put(model, blocks, undo) for model in (request.model, *averages)]
-        _join_groups(request, first, undo)
-        yield replace(request, first=first)
+        with Ranks(request.model, Live.now().modules).together():
+            seeded = _seeded(request, undo)
+        yield seeded
     except BaseException:
         if undo is not request.undo:
             undo.rollback()
         raise
 
 
+def _seeded(request: Request, undo: Undo) -> Request:
+    """Return a request with its first blocks, which are put into the model; the request itself if the model has blocks."""
+    blocks = first_blocks(request.model, request.spec, request.block)
+    if not blocks:
+        return request
+    reshard(request.model)  # the optimizer has the shards
+    averages = averages_of(request.model, request.ema)
+    first, *_ = [_put(model, blocks, undo) for model in (request.model, *averages)]
+    _join_groups(request, first, undo)
+    return replace(request, first=first)
+
+
 def _put(model: nn.Module, blocks: Mapping[str, nn.Module], undo: Undo) -> dict[str, nn.Module]:
     """Put copies of blocks, of zeros on the device of the model, into its empty stacks, and return the copies."""
-    device = next(model.parameters()).device
     first: dict[str, nn.Module] = {}
     for path, block in blocks.items():
-        tensors: list[tuple[str, Tensor]] = [*named_parameters(block), *named_buffers(block)]
-        values = {name: torch.zeros_like(t, device=device) for name, t in tensors}
-        first[path] = copied(block, f"{path}.0", values, shared_by(model))
+        first[path] = first_of_zeros(partial(_of_zeros, block, path, model), model, path)
         undo.set_dict(model.get_submodule(path)._modules, {"0": first[path]})  # pyright: ignore[reportPrivateUsage]
     return first
+
+
+def _of_zeros(block: nn.Module, path: str, model: nn.Module, device: torch.device) -> nn.Module:
+    tensors: list[tuple[str, Tensor]] = [*named_parameters(block), *named_buffers(block)]
+    values = {name: torch.zeros_like(t, device=device) for name, t in tensors}
+    return copied(block, f"{path}.0", values, shared_by(model))
 
 
 def _join_groups(request: Request, first: Mapping[str, nn.Module], undo: Undo) -> None:

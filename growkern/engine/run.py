@@ -102,6 +102,8 @@ def _run(request: Request) -> GrowthReport:
     ranks = Ranks(request.model, live.modules)
     with ranks.together(), torch.inference_mode(False), torch.no_grad(), _full_precision():
         averages = averages_of(request.model, request.ema)
+        for average in averages:
+            reshard(average)
         shards = fully_sharded(request.model, *averages)
         refuse_request(request, averages, shards)
         with lifted((request.model, *averages)) as kept:

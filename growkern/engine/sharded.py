@@ -1,6 +1,6 @@
-"""What growth cannot do yet for a model whose parameters are sharded: refused before anything changes."""
+"""What growth cannot do for a model whose parameters are sharded: refused before anything changes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -14,8 +14,6 @@ from growkern.support.names import named_parameters
 
 if TYPE_CHECKING:
     from growkern.distributed.fsdp import FullySharded
-
-YET = "which is not supported yet for sharded models"
 
 
 def refuse_request(
@@ -43,48 +41,50 @@ def refuse_request(
             "whole model, without ignored_params."
         )
     if has_shards(request.model):
-        problems = [*_arguments(request), *_apart(request.model, averages)]
+        problems = [*_arguments(request, shards), *_apart(request.model, averages)]
         raise_all(PlanError, "cannot grow this sharded model:", problems)
 
 
-def _arguments(request: Request) -> Iterator[str]:
-    if request.first:
-        yield f"the model has no blocks, {YET}; grow it before it is sharded."
-    if request.master_weights:
-        yield f"master_weights=, {YET}; fully_shard keeps float32 shards under MixedPrecisionPolicy(param_dtype=torch.bfloat16)."
+def _arguments(request: Request, shards: "FullySharded | None") -> Iterator[str]:
+    if request.first and (shards is None or shards.tensor_parallel):
+        yield (
+            "the model has no blocks, and its parameters are tensor parallel, which the first blocks would not be; grow the model "
+            "before parallelize_module."
+        )
+    masters: Any = request.master_weights if isinstance(request.master_weights, Mapping) else {}
+    for name, p in named_parameters(request.model):
+        if (master := masters.get(p)) is not None and _placed(master) != _placed(p):
+            yield (
+                f"master_weights: the copy of {name} is not sharded as the parameter is; make the copy from the parameter, as by "
+                "nn.Parameter(p.detach().float())."
+            )
+            return
 
 
 def _apart(model: nn.Module, averages: Sequence[nn.Module]) -> Iterator[str]:
     """Yield the first parameter of every average that is not sharded as the model's is."""
-    params: dict[str, Any] = dict(named_parameters(model))
+    params = dict(named_parameters(model))
     for average in averages:
-        own: dict[str, Any] = dict(named_parameters(average))
-        places = (
-            (n, [(p.device_mesh, p.placements) if is_sharded(p) else None for p in (q, own[n])])
-            for n, q in params.items()
-        )
-        if name := next((name for name, (one, other) in places if one != other), None):
+        own = dict(named_parameters(average))
+        if name := next((n for n, p in params.items() if _placed(p) != _placed(own[n])), None):
             yield f"ema: {name} of the average is not sharded as the model's is; shard the average as the model, before the growth."
+
+
+def _placed(t: Any) -> object:
+    """Return the mesh and the placements of a sharded tensor; None for a plain tensor."""
+    return (t.device_mesh, t.placements) if is_sharded(t) else None
 
 
 def refuse_plan(
     model: nn.Module, spec: ModelSpec, plan: GrowthPlan, shards: "FullySharded | None"
 ) -> None:
-    """Refuse a plan for a sharded model that draws weights, of which no process has the whole, or whose axes do not divide.
+    """Refuse a plan for a sharded model whose axes do not divide over the processes.
 
     Raises:
         PlanError: The plan cannot be carried out on shards.
     """
     if not has_shards(model):
         return
-    if plan.drawn:
-        raise PlanError(
-            f"depth.Fresh initializes whole blocks, {YET}; grow the model before it is sharded."
-        )
-    if any(row.is_perturbed for row in plan.tensors):
-        raise PlanError(
-            f"{plan.width} perturbs whole matrices, {YET}; grow the model before it is sharded."
-        )
     uneven = dict.fromkeys(_uneven(model, spec, plan, shards))
     raise_all(PlanError, "this growth does not divide over the processes:", [*uneven])
 

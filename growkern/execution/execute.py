@@ -187,7 +187,7 @@ class Execution:
             if row.offset and row.constant is None and rule.is_weight:
                 shift(row, self.plan.axis_maps(row)[0], target, box)
             if row.is_perturbed and rule.is_weight:
-                perturb(row, self.plan.seed, target)
+                perturb(row, self.plan.seed, target, box)
         self.notes += check(tiler, jobs, lambda row, target: self._name(row, target, staged))
 
     def _kernel_of_squares(self, device: torch.device) -> SumsOf | None:

@@ -1,5 +1,7 @@
 """Change a grown weight apart from the law's scales: shrink it, add noise of a given standard deviation, shift it by the model's offset."""
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -11,26 +13,34 @@ from growkern.support.dtypes import arithmetic
 MOST = 1 << 22  # elements at once
 
 
-def perturb(row: TensorRow, seed: int, target: Tensor) -> None:
+def perturb(row: TensorRow, seed: int, target: Tensor, box: Box | None = None) -> None:
     """Change a target in place to ``shrink * target + noise_std * noise`` from ``noise_from`` on; every device draws the same noise.
 
     Args:
         row: Row of the tensor in the plan, with ``shrink``, ``noise_std`` and ``noise_from``, a coordinate of the first axis.
         seed: Seed of the plan.
-        target: The grown weight, of any floating-point dtype.
+        target: The grown weight, of any floating-point dtype, or the part of it in ``box``.
+        box: The box; None for the whole weight.
     """
-    if not target.is_floating_point() or not target[row.noise_from :].numel():
+    box = box or Box(tuple((0, n) for n in target.shape), tuple(target.shape))
+    first = max(0, row.noise_from - box.ranges[0][0])
+    if not target.is_floating_point() or not target[first:].numel():
         return
-    matrix, dtype = target[row.noise_from :].view(-1, target.shape[-1]), arithmetic(target.dtype)
+    matrix, dtype = target[first:].view(-1, target.shape[-1]), arithmetic(target.dtype)
     n_rows, n_cols = matrix.shape
     keys = axis_keys(seed, tensor_id(row.name))
-    ids = torch.arange(max(n_rows, n_cols), dtype=torch.int32, device=target.device)
+    # counters of the whole weight from ``noise_from`` on, so that a box draws its part of the whole weight's noise
+    *sizes, n_all_cols = box.shape
+    *places, of_cols = box.slices
+    ids = torch.arange(max(prod(sizes), n_all_cols), dtype=torch.int32, device=target.device)
+    row_ids = ids[: prod(sizes)].view(sizes)[tuple(places)][first:].flatten()
+    row_ids, col_ids = row_ids - row.noise_from * prod(sizes[1:]), ids[of_cols]
     step = max(1, MOST // n_cols)
     for start in range(0, n_rows, step):
         part = matrix[start : start + step]
         values = part.to(dtype) * row.shrink
         if row.noise_std:
-            drawn = normal(keys, ids[start : start + len(part)], ids[:n_cols])
+            drawn = normal(keys, row_ids[start : start + len(part)], col_ids)
             values += drawn.to(dtype) * (row.noise_std / BYTES_STD)
         part.copy_(values)
 

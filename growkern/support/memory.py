@@ -173,12 +173,13 @@ def _to_host(device: torch.device) -> Callable[[Tensor], Callable[[], Tensor]]:
 
 
 def _to_file(raw: Tensor, file: FileIO) -> Callable[[], Tensor]:
-    start = file.seek(0, 2)
+    start, pinned = file.seek(0, 2), is_pinned(raw)
     n_bytes = write_bytes(raw, file)
 
     def back() -> Tensor:
         file.seek(start)
-        return read_bytes(n_bytes, file)
+        whole = read_bytes(n_bytes, file)
+        return whole.pin_memory() if pinned else whole
 
     return back
 
@@ -228,8 +229,13 @@ def stored_like(source: Tensor, target: Tensor) -> Tensor:
         return target
     if is_shared(source):
         return target.share_memory_()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    pinned = torch.cuda.is_available() and torch.cuda.is_initialized() and source.is_pinned()
-    return target.pin_memory() if pinned else target
+    return target.pin_memory() if is_pinned(source) else target
+
+
+def is_pinned(tensor: Tensor) -> bool:
+    """True for a host tensor in page-locked memory."""
+    can_pin = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return tensor.device.type == "cpu" and can_pin and tensor.is_pinned()
 
 
 def trim() -> None:

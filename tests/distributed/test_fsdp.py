@@ -1,6 +1,7 @@
 """Under ``fully_shard``, gloo processes on loopback grow and train as one process on the joined batch does."""
 
 import re
+from itertools import product
 
 import processes
 import pytest
@@ -34,6 +35,49 @@ def test_new_blocks_are_sharded_as_their_sources_are(n, found_in):
         assert found[rank]["both"]["roots"] == 1
         if "nested" in WORLDS[n]:
             assert found[rank]["nested"]["managed"] == 7
+
+
+@pytest.mark.parametrize(("n", "case"), [(2, "fresh"), (4, "fresh"), (2, "first")])
+def test_new_blocks_are_drawn_bit_for_bit_as_one_process_draws_them(n, case, found_in):
+    found = found_in(n)
+    alone = found[0]["alone", case]
+
+    new = [name for name in alone["grown"] if name.startswith(tuple(f"{b}." for b in alone["new"]))]
+    assert len(new) == 9 * len(alone["new"]) > 0
+    for rank, name in product(range(n), new):
+        assert torch.equal(found[rank][case]["grown"][name][0], alone["grown"][name][0]), name
+
+
+def test_first_blocks_that_fail_in_one_process_leave_the_model_as_it_was(found_in):
+    found = found_in(2)
+
+    at_once, at_commit = found[0]["first"]["errors"]
+    assert "block: expected a torch.nn.Module, got int" in at_once and "boom" in at_commit
+    assert all("another process" in error for error in found[1]["first"]["errors"])
+    assert len(found[1]["first"]["errors"]) == 2
+
+
+def test_a_growth_between_accumulated_gradients_is_refused(found_in):
+    found = found_in(2)
+
+    for rank in range(2):
+        waiting = {error for key, error in found[rank]["accumulated"].items() if "waiting" in key}
+        assert waiting == {
+            "",
+            "gradients wait to be reduced (set_requires_gradient_sync(False)): grow at an optimizer's step.",
+        }
+
+
+@pytest.mark.parametrize("n", WORLDS)
+def test_master_weights_of_shards_grow_bit_for_bit_as_those_of_the_whole(n, found_in):
+    found = found_in(n)
+    alone = found[0]["of masters", "alone"]
+
+    assert {t.dtype for t, _ in alone.values()} == {torch.bfloat16}
+    for rank, (name, (p, master)) in product(range(n), alone.items()):
+        own, copy = found[rank]["of masters"][name]
+        assert torch.equal(own, p) and torch.equal(copy, master), name
+        assert copy.dtype == torch.float32
 
 
 @pytest.mark.parametrize("n", WORLDS)

@@ -1,5 +1,7 @@
 """A box of a target, written from narrowed pieces, is that part of the whole target bit for bit: weights with noise, moments, pads."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from models import make
@@ -10,6 +12,7 @@ from growkern.engine.sources import tensors_of
 from growkern.errors import UnsupportedModelError
 from growkern.execution import torch_backend
 from growkern.execution.execute import Execution
+from growkern.execution.perturb import perturb
 from growkern.execution.tiles import Tiler
 from growkern.model.describe import describe
 from growkern.optimizer.state_rules import GRADIENT, SQUARE, VALUE
@@ -58,6 +61,29 @@ def test_boxes_are_parts_of_the_whole_target(family, method, n):
         torch_backend.expand(tiler.groups(parts))
         assert all(torch.equal(part.target, t) for part, t in zip(parts, wholes, strict=True))
         assert len(parts) >= len(jobs) // 2
+
+
+@pytest.mark.parametrize("noise_from", [0, 1, 3])
+@pytest.mark.parametrize("axis", range(3))
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_a_box_gets_its_part_of_the_noise_that_the_whole_weight_gets(n, axis, noise_from):
+    row = next(row for row in plan(make("llama", tied=True), to="2x").tensors if not row.new)
+    row = replace(row, shrink=0.5, noise_std=0.1, noise_from=noise_from)
+    source = torch.randn(4, 6, 5)
+    target = source.clone()
+    perturb(row, 3, target)
+
+    step = -(-source.shape[axis] // n)
+    parts = [*source.clone().split(step, axis)]
+    for i, part in enumerate(parts):
+        ranges = [(0, m) for m in source.shape]
+        ranges[axis] = i * step, part.shape[axis]
+        perturb(row, 3, part := part.contiguous(), Box(tuple(ranges), tuple(source.shape)))
+        parts[i] = part
+
+    assert torch.equal(torch.cat(parts, axis), target)
+    assert torch.equal(target[:noise_from], source[:noise_from])
+    assert (target[noise_from:] != source[noise_from:]).all()
 
 
 def test_a_box_that_is_no_rectangle_of_the_matrix_is_refused():
