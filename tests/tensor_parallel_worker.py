@@ -2,12 +2,13 @@
 
 from contextlib import nullcontext
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp_worker import ADAMW, AT, BOTH, STEPS, blocks_alone, joined, joins, whole
+from fsdp_worker import ADAMW, AT, BOTH, STEPS, blocks_alone, joined, joins, whole, with_masters
 from models import exact_norms, make
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -60,6 +61,12 @@ def sequences(mesh: DeviceMesh, model: nn.Module) -> None:
     parallelize_module(model, mesh, ends)
 
 
+def tied_again(mesh: DeviceMesh, model: nn.Module) -> None:
+    """``parallelize_module`` makes two parameters of a tied one."""
+    of_blocks(mesh, model)
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
 parallel_loss = partial(of_blocks, head=PARALLEL_LOSS)  # every process has a part of the logits
 EXACT = dict(dynamics="exact", width=growkern.width.Lossless(noise=0))
 
@@ -74,28 +81,33 @@ CASES = {  # growth; then the sizes of the mesh (data, tensor), the model, and h
     "sharded": (dict(to=BOTH), dict(mesh=(2, 2))),
     "sharded by 1.5": (dict(to={"hidden": 72}, **EXACT), dict(mesh=(2, 2), changes=WIDE)),
     "sharded stack": (dict(to={"layers": 4}, depth=growkern.depth.Stack()), dict(mesh=(2, 2))),
+    "masters": (dict(to=BOTH), dict(mesh=(1, 2), masters=True)),
+    "tied again": (dict(to=BOTH), dict(mesh=(1, 2), tied=True, parallelize=tied_again)),
+    "untied": (dict(to=BOTH), dict(mesh=(1, 2), tied=True)),
+    "fresh": (dict(to=BOTH, depth=growkern.depth.Fresh()), dict(mesh=(2, 1, 2))),  # and replicated
+    "perturbed": (dict(to=BOTH, width=growkern.width.ShrinkPerturb(), state="drop"), dict(mesh=(2, 2))),
     "sharded odd": (dict(to=dict(hidden=25, heads=4, kv_heads=2, ffn=54), dynamics=None), dict(mesh=(2, 2))),
 }  # fmt: skip
-WORLDS = {
-    n: [case for case, (_, how) in CASES.items() if how["mesh"][0] * how["mesh"][1] == n]
-    for n in (2, 4)
-}
+WORLDS = {n: [case for case, (_, how) in CASES.items() if prod(how["mesh"]) == n] for n in (2, 4)}
 REFUSED = {
     "heads": ({"hidden": 36, "heads": 6, "kv_heads": 3}, "kv_heads=3 does not divide over the 2 ranks of mesh dim 'tp'; nearest: 2, 4."),
     "ffn": ({"ffn": 41}, "ffn=41 does not divide over the 2 ranks of mesh dim 'tp'; nearest: 40, 42."),
 }  # fmt: skip
 
 
-def made(rank, mesh, changes=None, parallelize=of_blocks) -> tuple[nn.Module, int, int]:
+def made(rank, mesh, changes=None, parallelize=of_blocks, tied=False) -> tuple[nn.Module, int, int]:
     """Return a model, and which part of how many of the joined batch it trains on."""
-    model = make("llama", tied=False, **(changes or {})).double()
+    model = make("llama", tied=tied, **(changes or {})).double()
     if rank is None:
+        if tied and parallelize is not tied_again:
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
         return model, 0, 1
-    grid = init_device_mesh("cpu", mesh, mesh_dim_names=("dp", "tp"))
+    grid = init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "dp", "tp")[-len(mesh) :])
     parallelize(grid["tp"], model)
-    if mesh[0] > 1:
-        blocks_alone(model, "llama", mesh=grid["dp"])
-    return model, grid["dp"].get_local_rank(), mesh[0]
+    data = grid[("replicate", "dp")] if len(mesh) == 3 else grid["dp"]
+    if data.size() > 1:
+        blocks_alone(model, "llama", mesh=data)
+    return model, rank // mesh[-1], data.size()
 
 
 def step_of(model, optim, ids: torch.Tensor, n_parts: int, *, parallel: bool = False) -> float:
@@ -119,10 +131,14 @@ def run(case: str, rank: int | None) -> dict[str, object]:
     """Train with a growth; where ``rank`` is None, one process trains on the joined batch."""
     growth, how = CASES[case]
     how = dict(how)
-    optim_of = how.pop("optim", ADAMW)
+    optim_of, masters, with_copies = how.pop("optim", ADAMW), {}, how.pop("masters", False)
     model, part, n_parts = made(rank, **how)
     parallel = rank is not None and how.get("parallelize") is parallel_loss
-    optim = optim_of(model.parameters())
+    if with_copies:
+        masters, optim = with_masters(model)
+        growth = growth | dict(master_weights=masters)
+    else:
+        optim = optim_of(model.parameters())
     before, losses, found = {id(p) for p in model.parameters()}, list[float](), dict[str, object]()
     for step in range(STEPS):
         ids = joined(step, 2).chunk(n_parts)[part]
@@ -134,8 +150,12 @@ def run(case: str, rank: int | None) -> dict[str, object]:
             found["state"] = {
                 (name, key): whole(value).clone()
                 for name, p in model.named_parameters()
-                for key, value in optim.state.get(p, {}).items()
+                for key, value in optim.state.get(masters.get(p, p), {}).items()
             }
+            found["grown"] = {
+                name: [whole(p.detach()).clone()] for name, p in model.named_parameters()
+            }
+            found["notes"], found["new"] = report.notes, report.new_blocks
             found["managed"] = sum(isinstance(m, FSDPModule) for m in model.modules())
     weights = {name: whole(p.detach()) for name, p in model.named_parameters()}
     return found | {"losses": losses, "weights": weights}
@@ -160,6 +180,14 @@ def refused(what: str, rank: int) -> dict[str, object]:
     return {"errors": errors, "same": all(map(torch.equal, before, after))}
 
 
+def refused_first(rank: int) -> str:
+    model, *_ = made(rank, (1, 2), changes=dict(num_hidden_layers=0))
+    with pytest.raises(growkern.errors.PlanError) as raised:
+        growkern.expand_inplace(model, to={"layers": 2}, depth=growkern.depth.Fresh())
+    assert len(model.model.layers) == 0
+    return str(raised.value)
+
+
 def main(folder: Path, rank: int, world: int) -> None:
     joins(folder, rank, world)
     found: dict[object, object] = {}
@@ -169,6 +197,8 @@ def main(folder: Path, rank: int, world: int) -> None:
             found[case] = run(case, rank)
             if rank == 0:
                 found["alone", case] = run(case, None)
+    if world == 2:
+        found["first"] = refused_first(rank)
     for what in REFUSED if world == 2 else ():
         found["refused", what] = refused(what, rank)
     torch.save(found, folder / f"{rank}.pt")

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from growkern.commit.optimizer import OptimTarget
+from growkern.model.describe import untied
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.lr_scaling import lr_factors
 from growkern.planning.growth_plan import GrowthPlan
@@ -38,6 +39,16 @@ def on_hooks(plan: GrowthPlan, model: nn.Module) -> Iterator[str]:
     hooked = [p for p in copied if p is not None and (p._backward_hooks or p._post_accumulate_grad_hooks)]  # fmt: skip
     if hooked:
         yield f"{len(hooked)} parameters of new blocks are copies of parameters with hooks, and have none: register theirs."
+
+
+def on_ties(model: nn.Module) -> Iterator[str]:
+    """Yield a note on each pair of sharded parameters that the config of a known family ties, and the model has not tied."""
+    for reader, writer in untied(model).items():
+        yield (
+            f"{reader} and {writer} are one parameter by the config, and two in the sharded model (parallelize_module unties), so they "
+            "grew as two, and a checkpoint of both loads as one: tie them again right after parallelize_module, or set "
+            "tie_word_embeddings=False in the config."
+        )
 
 
 def _on_groups(plan: GrowthPlan, target: OptimTarget) -> Iterator[str]:

@@ -32,7 +32,7 @@ from growkern.engine.live_objects import (
     refuse_stale_references,
     unmanaged_schedulers,
 )
-from growkern.engine.next_steps import notes, on_hooks
+from growkern.engine.next_steps import notes, on_hooks, on_ties
 from growkern.engine.optim_target import optim_target
 from growkern.engine.report import GrowthReport
 from growkern.engine.request import Request
@@ -279,6 +279,8 @@ def _commit(
     record = recorded(plan, sources.spec, split, request.methods)
     read(record)  # what could not be read later is refused now
     noted = [*on_hooks(plan, request.model)]
+    if request.spec is None:
+        noted += on_ties(request.model)
 
     def before_finalize() -> bool:
         laps.end("commit")

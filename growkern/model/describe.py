@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -163,13 +164,24 @@ def refuse_unknown(kind: type) -> None:
 
 
 def _family(model: nn.Module, params: Mapping[str, Tensor]) -> ModelSpec:
-    # fully_shard makes a class of its own of the model's
-    kind = next(k for k in type(model).__mro__ if not k.__module__.startswith("torch.distributed"))
-    refuse_unknown(kind)
-    spec = FAMILIES[kind.__name__](CONFIGS[kind.__module__.partition(".")[0]](model))
+    spec = _declared(model)
     # transformers unties two parameters if the checkpoint has different values for them
     same = {a: b for a, b in spec.ties.items() if params.get(a) is params.get(b)}
     return replace(spec, ties=same)
+
+
+def _declared(model: nn.Module) -> ModelSpec:
+    # fully_shard makes a class of its own of the model's
+    kind = next(k for k in type(model).__mro__ if not k.__module__.startswith("torch.distributed"))
+    refuse_unknown(kind)
+    return FAMILIES[kind.__name__](CONFIGS[kind.__module__.partition(".")[0]](model))
+
+
+def untied(model: nn.Module) -> dict[str, str]:
+    """Return the ties that the config of a model of a known family has, and its sharded parameters have not."""
+    params: dict[str, Any] = dict(named_parameters(model, remove_duplicate=False))
+    pairs = {a: b for a, b in _declared(model).ties.items() if a in params and b in params}
+    return {a: b for a, b in pairs.items() if params[a] is not params[b] and is_sharded(params[a])}
 
 
 def _wrappers(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[str]:

@@ -37,14 +37,14 @@ def test_new_blocks_are_sharded_as_their_sources_are(n, found_in):
             assert found[rank]["nested"]["managed"] == 7
 
 
-@pytest.mark.parametrize(("n", "case"), [(2, "fresh"), (4, "fresh"), (2, "first")])
-def test_new_blocks_are_drawn_bit_for_bit_as_one_process_draws_them(n, case, found_in):
-    found = found_in(n)
+@pytest.mark.parametrize("case", ["fresh", "first"])
+def test_new_blocks_are_drawn_bit_for_bit_as_one_process_draws_them(case, found_in):
+    found = found_in(2)
     alone = found[0]["alone", case]
 
     new = [name for name in alone["grown"] if name.startswith(tuple(f"{b}." for b in alone["new"]))]
     assert len(new) == 9 * len(alone["new"]) > 0
-    for rank, name in product(range(n), new):
+    for rank, name in product(range(2), new):
         assert torch.equal(found[rank][case]["grown"][name][0], alone["grown"][name][0]), name
 
 
