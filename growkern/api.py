@@ -9,6 +9,7 @@ from torch import nn
 from growkern.commit.checkpoint_guard import growth_history, n_growths
 from growkern.commit.optimizer import Masters
 from growkern.depth import IdentityBlocks
+from growkern.distributed.shards import reshard
 from growkern.engine.cached_sizes import refuse_missing_eps, unlisted_sizes
 from growkern.engine.first_blocks import first_blocks
 from growkern.engine.forward_check import Check
@@ -86,7 +87,10 @@ def plan(
     """
     model = unwrapped(model)
     given = getattr(depth, "block", None)
-    first = first_blocks(model, spec, given) if isinstance(model, nn.Module) else {}  # pyright: ignore
+    first: dict[str, nn.Module] = {}
+    if isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        reshard(model)  # the optimizer has the shards
+        first = first_blocks(model, spec, given)
     described = describe(model, spec, values=False, first=first)
     describe_optimizers(
         model, optimizers(optim), described, drop=state == "drop", state_rules=state_rules, master_weights=master_weights,
@@ -155,7 +159,7 @@ def expand_inplace(
         ema: Weight averages of the model (``AveragedModel``, or any module with the model's parameters), grown by the same plan;
             ``()`` if every live ``AveragedModel`` averages another model.
         master_weights: Mapping from parameter to the float32 copy that ``optim`` updates in place of the low-precision parameter;
-            the copies for new blocks are added to it.
+            the copies for new blocks are added to it. The copy of a sharded parameter is sharded alike: ``p.detach().float()``.
         state_rules: Rules for an optimizer without a known law: state key -> order in the gradient: 0 (copied unscaled), 1 (first
             moment) or 2 (second moment); None for state that is kept. Of several optimizers, they apply to keys without a known rule.
         memory: ``"stage"`` computes every target beside the source, then swaps. ``"lean"`` grows one parameter (with gradient and state) at

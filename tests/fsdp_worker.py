@@ -24,6 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 import growkern
 from growkern.commit import commit
 from growkern.distributed import fsdp
+from growkern.distributed import shards as shard_storage
 from growkern.execution import execute
 from growkern.model import describe
 
@@ -82,7 +83,7 @@ CASES = {  # growth; then family, optimizer, wrap, mesh, options of fully_shard
     "fresh": (dict(to=BOTH, depth=growkern.depth.Fresh()), {}),
     "perturbed": (dict(to=BOTH, width=growkern.width.ShrinkPerturb(), state="drop"), {}),
     "masters": (dict(to=BOTH), dict(masters=True)),
-    "first": (dict(to=BOTH, depth=growkern.depth.Fresh()), dict(changes=dict(num_hidden_layers=0))),
+    "first": (dict(to=BOTH, depth=growkern.depth.Fresh()), dict(changes=dict(num_hidden_layers=0), masters=True)),
     "two optimizers": (dict(to=BOTH), dict(optim=two_kinds)),
     "accumulated": (dict(to=BOTH), dict(accumulates=True)),
     "hybrid": (dict(to=BOTH), dict(mesh=(2, 2))),
@@ -170,12 +171,21 @@ def accumulated(model: nn.Module, step: int, rank: int | None, world: int) -> st
 def first_fails(
     model: nn.Module, optim: torch.optim.Optimizer, rank: int, growth: dict
 ) -> list[str]:
-    """Evaluate the model, and fail in the first process to make the first blocks, then to commit them; return the errors."""
-    with torch.no_grad():
-        loss_of(model, joined(0, 1))  # FSDP2 leaves the parameters of the root gathered
+    """Plan first blocks, fail in the first process to make them, then to commit them; return the errors.
+
+    The model is evaluated before each call, so that the parameters of the root are gathered.
+    """
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            loss_of(model, joined(0, 1))
+
+    evaluate()
+    growkern.plan(model, optim, **growth)
     errors = []
     given = growth | (dict(depth=growkern.depth.Fresh(block=3)) if rank == 0 else {})
     for options, place in ((given, None), (growth, PLACES["commit"])):
+        evaluate()
         with broken(*place, raises) if place and rank == 0 else nullcontext():
             try:
                 growkern.expand_inplace(model, optim, **options)
@@ -470,6 +480,16 @@ def refused(rank: int, world: int, what: str) -> str:
     return "nothing"
 
 
+def pinned(world: int) -> str:
+    """Grow shards as if they were pinned; return the error of torch, which has no pinned memory without a GPU."""
+    model = sharded(make("llama", tied=False), world)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_storage, "is_pinned", lambda t: True)
+        with pytest.raises(growkern.errors.CommitError) as raised:
+            growkern.expand_inplace(model, to=BOTH)
+    return str(raised.value)
+
+
 SPLIT = {  # of rank and history: a call with other arguments in another process, and the error
     "resume": (lambda model, optim, rank, history: growkern.resume(model, optim, history if rank else []), "agree on the history"),
     "schedule": (
@@ -551,6 +571,7 @@ def main(folder: Path, rank: int, world: int, dies: str = "") -> None:
         found["refilled", name] = refilled(rank, world, MixedPrecisionPolicy(**policy))
     for what in REFUSED:
         found["refused", what] = refused(rank, world, what)
+    found["pinned"] = "" if torch.cuda.is_available() else pinned(world)
     found["of masters"] = of_masters(rank, world)
     if rank == 0:
         found["of masters", "alone"] = of_masters(None, world)

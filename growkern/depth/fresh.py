@@ -31,6 +31,9 @@ class Fresh:
     A model that has 0 blocks gets its first blocks: "zero-layer" progressive training. Their parameters join the param group of the
     model's other parameters, or of several groups the one that holds parameters of as many dimensions.
 
+    In a sharded model, every process draws a new block whole, on the CPU, and keeps its part. The first blocks of a model take the
+    settings of ``fully_shard`` from the closest module around them; a model of ``parallelize_module`` without blocks is refused.
+
     A parameter that no code initializes is an error. A plan holds no function: pass the method as ``depth=`` beside ``plan=`` again. On
     record, a growth by ``init`` has its whole plan, and ``resume`` leaves the new blocks NaN until the checkpoint is loaded.
 

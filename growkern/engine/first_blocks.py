@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from growkern.commit.commit import copied, shared_by
 from growkern.commit.undo import Undo
-from growkern.distributed.shards import first_of_zeros, reshard
+from growkern.distributed.shards import first_of_zeros
 from growkern.engine.ddp import Ranks
 from growkern.engine.live_objects import averages_of
 from growkern.engine.request import Request
@@ -121,7 +121,6 @@ def _seeded(request: Request, undo: Undo) -> Request:
     blocks = first_blocks(request.model, request.spec, request.block)
     if not blocks:
         return request
-    reshard(request.model)  # the optimizer has the shards
     averages = averages_of(request.model, request.ema)
     first, *_ = [_put(model, blocks, undo) for model in (request.model, *averages)]
     _join_groups(request, first, undo)
@@ -152,7 +151,9 @@ def _join_groups(request: Request, first: Mapping[str, nn.Module], undo: Undo) -
     groups = [group for optim in request.optims for group in optim.param_groups]
     dims = [{held[n].dim() for n in held if any(held[n] is p for p in g["params"])} for g in groups]
     if masters:
-        held |= {n: nn.Parameter(p.detach().float()) for n, p in live.items() if id(p) in new}
+        dtype = next(iter(masters.values())).dtype
+        copies = {n: p.detach().to(dtype, copy=True) for n, p in live.items() if id(p) in new}
+        held |= {n: nn.Parameter(copy) for n, copy in copies.items()}
         own = {p: held[n] for n, p in live.items() if id(p) in new}
         undo.set_dict(request.master_weights or {}, {**masters, **own})
     places = {id(p): i for i, p in enumerate(held.values())}

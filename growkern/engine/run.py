@@ -81,9 +81,10 @@ def run(request: Request) -> GrowthReport:
     with (
         uncollected(),
         claimed(request.model, request.optims, request.ema, request.master_weights),
-        standing_in(request) as seeded,
     ):
-        return _run(seeded)
+        reshard(request.model)
+        with standing_in(request) as seeded:
+            return _run(seeded)
 
 
 @contextmanager
@@ -97,7 +98,6 @@ def _full_precision() -> Generator[None]:
 
 
 def _run(request: Request) -> GrowthReport:
-    reshard(request.model)
     laps, live = Laps(), Live.now()
     ranks = Ranks(request.model, live.modules)
     with ranks.together(), torch.inference_mode(False), torch.no_grad(), _full_precision():
