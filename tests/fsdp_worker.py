@@ -61,6 +61,13 @@ def two_kinds(params: Iterable[nn.Parameter]) -> list[torch.optim.Optimizer]:
     return [torch.optim.SGD(gains, lr=1e-2, momentum=0.9), ADAMW(matrices)]
 
 
+def sliced(params: Iterable[nn.Parameter]) -> growkern.optim.AdamW:
+    params = list(params)
+    optim = growkern.optim.AdamW(params, lr=1e-3, weight_decay=0.1)
+    optim.set_slices(params[0], lr_rows=torch.linspace(0.5, 1.5, params[0].shape[0]))
+    return optim
+
+
 CASES = {  # growth; then family, optimizer, wrap, mesh, options of fully_shard
     "wider": (dict(to=WIDER), {}),
     "both": (dict(to=BOTH), {}),
@@ -85,6 +92,7 @@ CASES = {  # growth; then family, optimizer, wrap, mesh, options of fully_shard
     "masters": (dict(to=BOTH), dict(masters=True)),
     "first": (dict(to=BOTH, depth=growkern.depth.Fresh()), dict(changes=dict(num_hidden_layers=0), masters=True)),
     "two optimizers": (dict(to=BOTH), dict(optim=two_kinds)),
+    "own AdamW": (dict(to={"hidden": 36, "ffn": 41, "layers": 3}, state="asymmetric"), dict(optim=sliced)),
     "accumulated": (dict(to=BOTH), dict(accumulates=True)),
     "hybrid": (dict(to=BOTH), dict(mesh=(2, 2))),
 }  # fmt: skip

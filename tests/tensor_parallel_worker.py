@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp_worker import ADAMW, AT, BOTH, STEPS, blocks_alone, joined, joins, whole, with_masters
+from fsdp_worker import (
+    ADAMW,
+    AT,
+    BOTH,
+    STEPS,
+    blocks_alone,
+    joined,
+    joins,
+    sliced,
+    whole,
+    with_masters,
+)
 from models import exact_norms, make
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -77,6 +88,7 @@ CASES = {  # growth; then the sizes of the mesh (data, tensor), the model, and h
     "momentum": (dict(to=BOTH), dict(mesh=(1, 2), optim=partial(torch.optim.SGD, lr=1e-2, momentum=0.9))),
     "parallel loss": (dict(to=BOTH, check=torch.arange(32).view(2, 16)), dict(mesh=(1, 2), parallelize=parallel_loss)),
     "sequences": (dict(to=BOTH), dict(mesh=(1, 2), parallelize=sequences)),
+    "own AdamW": (dict(to=BOTH, state="asymmetric"), dict(mesh=(1, 2), optim=sliced, parallelize=sequences)),
     "four": (dict(to={"hidden": 96, "ffn": 120, "layers": 3}), dict(mesh=(1, 4), changes=WIDE)),
     "sharded": (dict(to=BOTH), dict(mesh=(2, 2))),
     "sharded by 1.5": (dict(to={"hidden": 72}, **EXACT), dict(mesh=(2, 2), changes=WIDE)),

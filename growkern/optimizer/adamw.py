@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.optimizer import StateDict
 
+from growkern.distributed.shards import is_sharded
 from growkern.optimizer.adamw_steady import Steady
-from growkern.optimizer.adamw_torch import BLOCK, Hyper, Update, length, sizes
+from growkern.optimizer.adamw_torch import BLOCK, Hyper, Update, length, own_part, sizes
 from growkern.optimizer.adamw_torch import adamw as torch_adamw
 from growkern.optimizer.state_rules import SLICES
 from growkern.support.dtypes import arithmetic
@@ -46,6 +47,8 @@ class AdamW(torch.optim.AdamW):
 
         p -= lr * weight_decay * decay_ij * p
         p -= lr * lr_ij * warm(t) / (1 - beta1**t) * exp_avg / (sqrt(exp_avg_sq / (1 - beta2**t)) + eps * eps_ij)
+
+    Of a sharded parameter (``DTensor``), slices are vectors of the whole parameter, the same in every process.
 
     On a CPU, torch updates parameters without slices, large ones block by block (the same bits, in less time). On a GPU, one
     Triton launch per combination of dtypes updates all dense real parameters, except those of groups that are capturable,
@@ -83,7 +86,8 @@ class AdamW(torch.optim.AdamW):
             raise ValueError(
                 f"a parameter of shape {tuple(p.shape)} is not in this optimizer; add it to a param group."
             )
-        if p.is_complex() or p.layout != torch.strided or type(p) not in PLAIN:
+        plain = type(p) in PLAIN or is_sharded(p)
+        if p.is_complex() or p.layout != torch.strided or not plain:
             raise ValueError(
                 f"slices are for dense real parameters, not {p.layout} {p.dtype} of class {type(p).__name__}."
             )
@@ -203,7 +207,8 @@ class AdamW(torch.optim.AdamW):
             top = state["max_exp_avg_sq"] if group["amsgrad"] else None
             moments = state["exp_avg"], state["exp_avg_sq"]
             slices = {} if KEYS.isdisjoint(state) else state
-            yield Update(p, p.grad, *moments, top, state["step"], hyper, slices), fits
+            update = Update(p, p.grad, *moments, top, state["step"], hyper, slices)
+            yield own_part(update) if is_sharded(p) else update, fits
 
     def _launch(self, updates: Sequence[tuple[Update, bool]]) -> None:
         """Count and run one step of all updates. Gradients are unscaled and steps skipped as in torch's fused AdamW."""
@@ -306,7 +311,7 @@ def _check_sliced(p: Tensor, state: Mapping[str, Tensor], group: Group, compilin
         raise RuntimeError(
             f"{name()} is {p.dtype}; slices are for real parameters: set_slices(p, key=None) removes a slice."
         )
-    if type(p) not in PLAIN:  # e.g. DTensor: a shard has other rows and columns than the parameter
+    if type(p) not in PLAIN and not is_sharded(p):
         raise RuntimeError(
             f"{name()} is of class {type(p).__name__}; slices are for plain parameters: set_slices(p, key=None) removes a slice."
         )

@@ -6,11 +6,12 @@ row, a 0-d parameter is 1 x 1.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from growkern.distributed.shards import box_of, local
 from growkern.optimizer.state_rules import SLICES
 from growkern.support.dtypes import arithmetic
 
@@ -56,6 +57,26 @@ def sizes(shape: Sequence[int]) -> tuple[int, int]:
 def length(key: str, shape: Sequence[int]) -> int:
     """Length of a slice vector of a parameter."""
     return 2 if key == "rewarm" else sizes(shape)[key.endswith("_cols")]
+
+
+def own_part(u: Update) -> Update:
+    """Return the update of the part of a sharded parameter that this process holds."""
+    places: Any = u.p
+    grad: Any = u.grad
+    if grad.placements != places.placements:  # of a tensor parallel layer, not yet reduced
+        grad = grad.redistribute(placements=places.placements)
+    leading = u.p.shape[:-1]
+    *rows, cols = box_of(u.p, u.p.shape).slices or (slice(None),)
+
+    def cut(key: str, v: Tensor) -> Tensor:
+        if key == "rewarm":
+            return v
+        return v[cols] if key.endswith("_cols") else v.view(leading)[tuple(rows)].flatten()
+
+    slices = {key: cut(key, u.slices[key]).contiguous() for key in SLICES if key in u.slices}
+    top = u.max_exp_avg_sq if u.max_exp_avg_sq is None else local(u.max_exp_avg_sq)
+    moments = local(u.exp_avg), local(u.exp_avg_sq)
+    return Update(local(u.p), local(grad), *moments, top, u.step, u.hyper, slices)
 
 
 def adamw(
