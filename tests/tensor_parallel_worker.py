@@ -1,5 +1,6 @@
 """Run every case of tests/distributed/test_tensor_parallel.py in one process of a group, and save what each ended with."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from math import prod
@@ -88,6 +89,7 @@ CASES = {  # growth; then the sizes of the mesh (data, tensor), the model, and h
     "momentum": (dict(to=BOTH), dict(mesh=(1, 2), optim=partial(torch.optim.SGD, lr=1e-2, momentum=0.9))),
     "parallel loss": (dict(to=BOTH, check=torch.arange(32).view(2, 16)), dict(mesh=(1, 2), parallelize=parallel_loss)),
     "sequences": (dict(to=BOTH), dict(mesh=(1, 2), parallelize=sequences)),
+    "in flight": (dict(to=BOTH), dict(mesh=(1, 2), in_flight=True, parallelize=sequences)),
     "own AdamW": (dict(to=BOTH, state="asymmetric"), dict(mesh=(1, 2), optim=sliced, parallelize=sequences)),
     "four": (dict(to={"hidden": 96, "ffn": 120, "layers": 3}), dict(mesh=(1, 4), changes=WIDE)),
     "sharded": (dict(to=BOTH), dict(mesh=(2, 2))),
@@ -122,14 +124,23 @@ def made(rank, mesh, changes=None, parallelize=of_blocks, tied=False) -> tuple[n
     return model, rank // mesh[-1], data.size()
 
 
-def step_of(model, optim, ids: torch.Tensor, n_parts: int, *, parallel: bool = False) -> float:
-    """Take a step on a part of the joined batch; return the mean loss of all parts."""
+def step_of(
+    model,
+    optim,
+    ids: torch.Tensor,
+    n_parts: int,
+    *,
+    parallel: bool = False,
+    grow: Callable[[], None] = lambda: None,
+) -> float:
+    """Take a step on a part of the joined batch, and grow when it has gradients; return the mean loss of all parts."""
     positions = torch.arange(ids.shape[1])[None]  # in sequence parallel, the model sees some
     with loss_parallel() if parallel else nullcontext():
         logits = model(input_ids=ids, position_ids=positions).logits[:, :-1].flatten(0, 1)
         loss = nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
         loss.backward()
     loss = whole(loss.detach())
+    grow()
     optim.step()
     optim.zero_grad()
     mean = loss.clone()
@@ -143,6 +154,7 @@ def run(case: str, rank: int | None) -> dict[str, object]:
     """Train with a growth; where ``rank`` is None, one process trains on the joined batch."""
     growth, how = CASES[case]
     how = dict(how)
+    in_flight = how.pop("in_flight", False)
     optim_of, masters, with_copies = how.pop("optim", ADAMW), {}, how.pop("masters", False)
     model, part, n_parts = made(rank, **how)
     parallel = rank is not None and how.get("parallelize") is parallel_loss
@@ -152,23 +164,30 @@ def run(case: str, rank: int | None) -> dict[str, object]:
     else:
         optim = optim_of(model.parameters())
     before, losses, found = {id(p) for p in model.parameters()}, list[float](), dict[str, object]()
+
+    def grow() -> None:
+        report = growkern.expand_inplace(model, optim, **growth)
+        found["kept"] = before <= {id(p) for p in model.parameters()}
+        found["preserves"], found["norm"] = report.preserves, report.grad_norm_factor
+        state = [
+            (name, key, value)
+            for name, p in model.named_parameters()
+            for key, value in optim.state.get(masters.get(p, p), {}).items()
+        ]
+        state += [
+            (name, "grad", p.grad) for name, p in model.named_parameters() if p.grad is not None
+        ]
+        found["state"] = {(name, key): whole(value).clone() for name, key, value in state}
+        found["grown"] = {name: [whole(p.detach()).clone()] for name, p in model.named_parameters()}
+        found["notes"], found["new"] = report.notes, report.new_blocks
+        found["managed"] = sum(isinstance(m, FSDPModule) for m in model.modules())
+
     for step in range(STEPS):
         ids = joined(step, 2).chunk(n_parts)[part]
-        losses.append(step_of(model, optim, ids, n_parts, parallel=parallel))
-        if step == AT:
-            report = growkern.expand_inplace(model, optim, **growth)
-            found["kept"] = before <= {id(p) for p in model.parameters()}
-            found["preserves"], found["norm"] = report.preserves, report.grad_norm_factor
-            found["state"] = {
-                (name, key): whole(value).clone()
-                for name, p in model.named_parameters()
-                for key, value in optim.state.get(masters.get(p, p), {}).items()
-            }
-            found["grown"] = {
-                name: [whole(p.detach()).clone()] for name, p in model.named_parameters()
-            }
-            found["notes"], found["new"] = report.notes, report.new_blocks
-            found["managed"] = sum(isinstance(m, FSDPModule) for m in model.modules())
+        options = dict(grow=grow) if step == AT + 1 and in_flight else {}
+        losses.append(step_of(model, optim, ids, n_parts, parallel=parallel, **options))
+        if step == AT and not in_flight:
+            grow()
     weights = {name: whole(p.detach()) for name, p in model.named_parameters()}
     return found | {"losses": losses, "weights": weights}
 

@@ -126,3 +126,15 @@ def shared(ranges: Sequence[Range], within: Range) -> list[Range]:
 
 def _rows(ranges: Sequence[Range]) -> Tensor:
     return torch.cat([torch.arange(first, first + n) for first, n in ranges] or [torch.arange(0)])
+
+
+def reduced(t: Any, vote: Callable[[], object]) -> Tensor:
+    """Return a gradient as the sum of the processes' summands, where each process has one; ``vote``: see ``Gather``."""
+    if not is_sharded(t) or not any(place.is_partial() for place in t.placements):
+        return t
+    from torch.distributed.tensor import Replicate
+
+    places = [Replicate() if place.is_partial() else place for place in t.placements]
+    with uninterrupted():
+        vote()
+        return t.redistribute(placements=places)

@@ -37,7 +37,7 @@ from growkern.engine.optim_target import optim_target
 from growkern.engine.report import GrowthReport
 from growkern.engine.request import Request
 from growkern.engine.sharded import refuse_plan, refuse_request
-from growkern.engine.sources import tensors_of
+from growkern.engine.sources import reduce_grads, tensors_of
 from growkern.errors import CommitError, GrowthError
 from growkern.execution.execute import NOTHING, Execution
 from growkern.model.describe import describe
@@ -241,6 +241,7 @@ def _stage(
         for name in described.names if law is not None and law.resets else ():
             state = tensors.states.get(name, {})  # master weights grow even when the state is reset
             tensors.states[name] = {k: state[k] for k in (MASTER, MASTER_GRAD) if k in state}
+    reduce_grads(tensors, ranks.go_on)
     gather = Gather(ranks.go_on) if ranks.meshes else None
     execution = Execution(
         plan, tensors, rules.__getitem__, backend=request.backend, memory=request.memory,

@@ -1,10 +1,11 @@
 """Collect the live tensors of a model and of its optimizers by name."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from growkern.distributed.gather import reduced
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.state_rules import MASTER, MASTER_GRAD
 from growkern.support.named_tensors import Tensors
@@ -35,3 +36,17 @@ def tensors_of(
             tensors.states[name] = state
     tensors.values |= {name: b for name, b in named_buffers(model) if name in spec.tensors}
     return tensors
+
+
+def reduce_grads(tensors: Tensors, vote: Callable[[], object]) -> None:
+    """Sum the gradients of which every process has a summand, as of replicated parameters in sequence parallel.
+
+    Args:
+        tensors: Live tensors by name; summed gradients take the place of the live ones, which do not change.
+        vote: Called before every collective.
+    """
+    for name, grad in tensors.grads.items():
+        tensors.grads[name] = reduced(grad, vote)
+    for state in tensors.states.values():
+        if isinstance(grad := state.get(MASTER_GRAD), Tensor):
+            state[MASTER_GRAD] = reduced(grad, vote)
