@@ -1,7 +1,7 @@
 """Tensors of which every process holds a part (``DTensor``). A part is a box: a range of coordinates along every axis."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from math import prod
