@@ -43,7 +43,10 @@ LAYOUTS = {
     "both": "torchtitan",
     "uneven": "nested",
 }  # of the checkpoint, where it is not the flattened one
-ON_LOAD = {"exact": dict(to={"hidden": 36, "layers": 3}, dynamics="exact", width=growkern.width.Lossless(noise=0))}  # fmt: skip
+ON_LOAD = {
+    "exact": dict(to={"hidden": 36, "layers": 3}, dynamics="exact", width=growkern.width.Lossless(noise=0)),
+    "perturbed": dict(to={"hidden": 36}, width=growkern.width.ShrinkPerturb(), state="drop", dynamics=None),
+}  # fmt: skip
 
 
 def adamw(model: nn.Module, lr: float = 1e-2) -> torch.optim.AdamW:

@@ -681,7 +681,8 @@ MUTANTS = {
     "dcp: large tensors are written at once": Mutant(
         "checkpoints/dcp_target.py", "or t.nbytes <= PART", "or True", "checkpoints/test_dcp.py -k 'in and parts or peak'"),
     "dcp: entries of other things are empty": Mutant(
-        "checkpoints/dcp_target.py", "lambda _: self.source.contents([key])[key]", "lambda _: BytesIO()", "checkpoints/test_dcp.py -k byte_for_byte"),
+        "checkpoints/dcp_target.py", "lambda _: self.source.contents([key])[key]", "lambda _: BytesIO()",
+        "checkpoints/test_dcp.py -k byte_for_byte"),
     "dcp: the next layer is not read": Mutant(
         "checkpoints/dcp_target.py", "keys.get(row.next_layer_source)", "keys.get(row.source)", "checkpoints/test_dcp.py -k next"),
     "dcp: param groups are not split": Mutant(

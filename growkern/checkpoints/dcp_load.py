@@ -98,7 +98,6 @@ class Filling:
     def _unfit(self) -> Iterator[str]:
         """Yield a problem for tensors of model and plan that do not match, and for what no process can compute alone."""
         plan, named = self.plan, {row.name for row in self.plan.tensors}
-        params = dict(self.model.named_parameters())
         yield from (
             f"{name}: is not in the plan; make the plan for the model that the checkpoint is of."
             for name in self.live
@@ -120,8 +119,6 @@ class Filling:
             axis.pad == "from_method" and axis.index_map.has_pads for axis in plan.axes.values()
         ):
             yield f"{plan.width}, {plan.depth} computes new weights from whole tensors; {ON_DISK}."
-        if any(row.is_perturbed for row in plan.tensors) and any(map(is_sharded, params.values())):
-            yield f"{plan.width} perturbs whole matrices; {ON_DISK}."
 
     def _described(self, optim: Optimizer) -> OptimSpec:
         """Describe the optimizer, with the names that its parameters' sources have."""

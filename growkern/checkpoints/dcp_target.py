@@ -113,7 +113,7 @@ class Target:
         following = None if above is None else self.source.of(above)
         path = renamed(self.source.paths[key], row.source, name)
         grown = partial(self.boxwise.grown, row, stored, rule, following)
-        return Entry(path, blank, grown, splits=not row.is_perturbed)
+        return Entry(path, blank, grown, splits=True)
 
     def _state(self) -> Iterator[Entry]:
         """Yield the optimizer state; a parameter that starts without state gets what the optimizer's first step would make."""

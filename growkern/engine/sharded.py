@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from growkern.distributed.shards import has_shards, is_sharded
+from growkern.distributed.shards import has_shards, is_sharded, placement
 from growkern.engine.request import Request
 from growkern.errors import PlanError, UnsupportedModelError, raise_all
 from growkern.model.spec import ModelSpec
@@ -53,7 +53,7 @@ def _arguments(request: Request, shards: "FullySharded | None") -> Iterator[str]
         )
     masters: Any = request.master_weights if isinstance(request.master_weights, Mapping) else {}
     for name, p in named_parameters(request.model):
-        if (master := masters.get(p)) is not None and _placed(master) != _placed(p):
+        if (master := masters.get(p)) is not None and placement(master) != placement(p):
             yield (
                 f"master_weights: the copy of {name} is not sharded as the parameter is; make the copy from the parameter, as by "
                 "nn.Parameter(p.detach().float())."
@@ -66,13 +66,8 @@ def _apart(model: nn.Module, averages: Sequence[nn.Module]) -> Iterator[str]:
     params = dict(named_parameters(model))
     for average in averages:
         own = dict(named_parameters(average))
-        if name := next((n for n, p in params.items() if _placed(p) != _placed(own[n])), None):
+        if name := next((n for n, p in params.items() if placement(p) != placement(own[n])), None):
             yield f"ema: {name} of the average is not sharded as the model's is; shard the average as the model, before the growth."
-
-
-def _placed(t: Any) -> object:
-    """Return the mesh and the placements of a sharded tensor; None for a plain tensor."""
-    return (t.device_mesh, t.placements) if is_sharded(t) else None
 
 
 def refuse_plan(

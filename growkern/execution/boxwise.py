@@ -133,7 +133,7 @@ class Boxwise:
         if row.offset and row.constant is None and rule.is_weight:
             shift(row, self.plan.axis_maps(row)[0], target, box)
         if row.is_perturbed and rule.is_weight:
-            perturb(row, self.plan.seed, target)
+            perturb(row, self.plan.seed, target, box)
         if partly:
             self.tiler.statistics.clear()
             if not target.is_floating_point() or bool(target.isfinite().all()):

@@ -95,6 +95,7 @@ FAMILIES = {
     "offset gains": ("gemma2", True, "flat", UNEVEN),
     "dropped": ("llama", False, "flat", UNEVEN | dict(state="drop")),
     "asymmetric": ("llama", False, "flat", UNEVEN | dict(state="asymmetric")),
+    "perturbed": ("llama", False, "flat", UNEVEN | dict(state="drop", width=growkern.width.ShrinkPerturb())),
 }  # fmt: skip
 
 
