@@ -23,6 +23,7 @@ from growkern.checkpoints.grow import GrownCheckpoint, refuse_full, target_confi
 from growkern.checkpoints.output import aside, modes, others, refuse_out, restrict, sweep
 from growkern.checkpoints.shards import CONFIG
 from growkern.checkpoints.source import Snapshot
+from growkern.commit.checkpoint_guard import records_growths
 from growkern.commit.param_groups import ORIGIN, SCHEDULER_LISTS
 from growkern.distributed.processes import Processes
 from growkern.distributed.shards import has_shards
@@ -250,7 +251,7 @@ def _notes(grown: Replayed, left: Sequence[str]) -> Iterator[str]:
 
 def _config(grown: Replayed, model: Any, spec: ModelSpec | None) -> Any:
     """Return the grown config of transformers with its history; None for a model without such a config."""
-    if not hasattr(getattr(model, "config", None), "to_dict"):
+    if not records_growths(getattr(model, "config", None)):
         return None
     if spec is None:
         target_config(grown.plan, model)  # raises PlanError if transformers rejects the config

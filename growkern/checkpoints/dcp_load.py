@@ -11,7 +11,13 @@ from torch.optim import Optimizer
 
 from growkern.checkpoints.dcp_layout import Layout, layout_of
 from growkern.checkpoints.dcp_source import Source
-from growkern.commit.checkpoint_guard import Grown, growth_history, guard_model, history_of
+from growkern.commit.checkpoint_guard import (
+    Grown,
+    growth_history,
+    guard_model,
+    history_of,
+    records_growths,
+)
 from growkern.commit.optimizer_guard import OptimGuard, optim_guard_of
 from growkern.commit.param_groups import LR_FACTOR
 from growkern.distributed.processes import Processes
@@ -359,7 +365,7 @@ class Filling:
             getattr(self.model, "config", None),
         )
         guard.growths = [*guard.growths, Grown.by(self.plan, len(guard.growths) + 1, text)]
-        if hasattr(config, "to_dict"):
+        if records_growths(config):
             config.growkern_history = [*history_of(config), text]  # pyright: ignore
         return text
 

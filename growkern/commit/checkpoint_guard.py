@@ -109,9 +109,14 @@ def growth_history(model: nn.Module) -> list[str]:
         PlanError: ``config.growkern_history`` is not a list of recorded growths.
     """
     config = getattr(model, "config", None)
-    if not hasattr(config, "to_dict") and (guard := guard_of(model)) is not None:
+    if not records_growths(config) and (guard := guard_of(model)) is not None:
         return [grown.record for grown in guard.growths]
     return history_of(config)
+
+
+def records_growths(config: object) -> bool:
+    """True for a config that is saved with its model and takes a new field: not for a dataclass with slots, as torchtitan's."""
+    return hasattr(config, "to_dict") and hasattr(config, "__dict__")
 
 
 def history_of(config: object) -> list[str]:

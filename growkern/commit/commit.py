@@ -10,7 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from growkern.commit.checkpoint_guard import Grown, Guard, guard_of, history_of
+from growkern.commit.checkpoint_guard import Grown, Guard, guard_of, history_of, records_growths
 from growkern.commit.optimizer import OptimTarget, grow_optimizer, grow_state
 from growkern.commit.optimizer_guard import OptimGuard, optim_guard_of
 from growkern.commit.undo import Undo
@@ -300,7 +300,7 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo, record: str) -> 
         undo.attribute(modules[owner], name, getattr(modules[owner], name) * factor)
     own: Any = vars(model).get("config")
     copies = {id(config): _grown_config(plan, model, config) for config in _configs(model)}
-    if hasattr(own, "to_dict"):  # a config of transformers, saved with the model
+    if records_growths(own):
         copies[id(own)] = grown_config(plan, model, own, record)
     for module in model.modules():
         if (config := vars(module).get("config")) is not None and copies[id(config)] is not config:

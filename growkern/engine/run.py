@@ -17,6 +17,7 @@ from growkern.commit.optimizer_guard import settle
 from growkern.commit.undo import Undo
 from growkern.distributed.gather import Gather
 from growkern.distributed.shards import fully_sharded, reshard
+from growkern.engine.checkpoint_caches import refresh_caches
 from growkern.engine.claims import claimed
 from growkern.engine.compile_cache import reset_near_limit
 from growkern.engine.ddp import Ranks
@@ -125,6 +126,7 @@ def _run(request: Request) -> GrowthReport:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for device in {p.device for p in request.model.parameters() if p.is_cuda}:
             torch.cuda.synchronize(device)
+    refresh_caches(request.model)
     reset_near_limit(request.model)
     laps.end("write")  # waits for the device
     report = _report(request, sources, staged, noted, laps)

@@ -12,7 +12,7 @@ from growkern.errors import UnsupportedOptimizerError, raise_all
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.state_rules import LAWS, Law, OptimSpec, by_order
 from growkern.support.names import named_parameters
-from growkern.support.wrappers import unwrapped
+from growkern.support.wrappers import listed, unwrapped
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
 RELOAD = "load a checkpoint that fits, or grow with state='drop'."
@@ -24,7 +24,7 @@ def optimizers(optim: object) -> tuple[Optimizer, ...]:
     Raises:
         UnsupportedOptimizerError: An entry is no optimizer, shards its state over processes, or occurs twice.
     """
-    several: list[object] = [*optim] if isinstance(optim, list | tuple) else [optim]  # pyright: ignore[reportUnknownArgumentType]
+    several = listed(optim)
     bare = [unwrapped(entry) for entry in several if entry is not None or len(several) > 1]
     for i, entry in enumerate(bare):
         _check_class(entry, f"optim[{i}]" if len(several) > 1 else "optim")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch.optim import Optimizer
 
 from growkern.errors import PlanError
-from growkern.support.wrappers import unwrapped
+from growkern.support.wrappers import listed, unwrapped
 
 OWN = (
     "torch.optim.lr_scheduler",
@@ -17,8 +17,7 @@ def schedulers(scheduler: object | None) -> list[object]:
     """Flatten a scheduler, or a list of them, into all schedulers, nested ones included."""
     if scheduler is None:
         return []
-    if isinstance(scheduler, list | tuple):
-        several: list[object] = list(scheduler)  # pyright: ignore[reportUnknownArgumentType]
+    if (several := listed(scheduler)) != [scheduler]:
         return [s for entry in several for s in schedulers(entry)]
     inner: list[object] = list(getattr(scheduler, "_schedulers", []))
     return [scheduler, *schedulers(inner)]
@@ -42,8 +41,7 @@ def check_scheduler(optims: Sequence[Optimizer], scheduler: object | None) -> No
 
 def schedulers_of(optim: Optimizer, scheduler: object | None) -> list[object]:
     """Return the schedulers that drive an optimizer, of a scheduler or a list of them; schedulers that name no optimizer are among them."""
-    if isinstance(scheduler, list | tuple):
-        several: list[object] = list(scheduler)  # pyright: ignore[reportUnknownArgumentType]
+    if (several := listed(scheduler)) != [scheduler]:
         return [s for entry in several for s in schedulers_of(optim, entry)]
     drives = not hasattr(scheduler, "optimizer") or driven_by(scheduler) is optim
     return [] if scheduler is None or not drives else [scheduler]

@@ -13,6 +13,19 @@ WRAPPERS = {  # class name in the MRO -> attribute that holds the wrapped object
     "_FabricOptimizer": "optimizer",
 }
 
+CONTAINERS = {  # class name in the MRO -> attribute that holds the list
+    "LRSchedulersContainer": "schedulers",
+    "OptimizersContainer": "optimizers",
+}
+
+
+def listed(things: Any) -> list[Any]:
+    """Return the entries of a list, a tuple or a container of torchtitan; a list of the argument itself if it is none of these."""
+    for kind in type(things).__mro__:
+        if kind.__name__ in CONTAINERS:
+            return list(getattr(things, CONTAINERS[kind.__name__]))
+    return list(things) if isinstance(things, list | tuple) else [things]  # pyright: ignore[reportUnknownArgumentType]
+
 
 def unwrapped(thing: Any) -> Any:
     """Return the model, optimizer or scheduler inside all wrappers, or the argument itself if it has no wrapper."""

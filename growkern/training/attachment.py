@@ -26,7 +26,7 @@ from growkern.optimizer.describe import describe_optimizers, optimizers
 from growkern.optimizer.schedulers import check_scheduler
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.support.interrupts import uninterrupted
-from growkern.support.wrappers import unwrapped
+from growkern.support.wrappers import listed, unwrapped
 from growkern.training.loss_curve import LossCurve
 from growkern.training.options import Options, spec_function
 from growkern.training.ramp import Ramp, width_of
@@ -391,5 +391,4 @@ def growth_metrics(event: Event, report: GrowthReport) -> dict[str, float]:
 
 
 def _listed(scheduler: object | None) -> list[Any]:
-    several: list[Any] = [*scheduler] if isinstance(scheduler, list | tuple) else [scheduler]
-    return [s for s in several if s is not None]
+    return [s for s in listed(scheduler) if s is not None]
