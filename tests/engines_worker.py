@@ -32,6 +32,10 @@ LIMIT = 240  # seconds of a case; a process that waits for another in vain ends 
 STEPS, AT, PER_RANK = 10, 4, 2
 TO = {"hidden": 36, "ffn": 60, "layers": 3}
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+ZERO = {
+    "adamw": (torch.optim.AdamW, dict(lr=1e-2, weight_decay=0.1)),
+    "sgd": (torch.optim.SGD, dict(lr=1e-1, momentum=0.9)),
+}
 
 
 def joined(step: int, world: int) -> torch.Tensor:
@@ -63,11 +67,12 @@ def llama(**options: object) -> nn.Module:
 
 
 def alone(
-    world: int, tied: bool = False, clips: bool = True, n_batches: int = STEPS, rate_steps: int = 1
-) -> dict[str, object]:
+    world: int, tied: bool = False, clips: bool = True, n_batches: int = STEPS, rate_steps: int = 1,
+    kind: str = "adamw", **how: object,
+) -> dict[str, object]:  # fmt: skip
     """Train in one process on the joined batch, and grow by hand."""
     model = llama(tied=tied)
-    optim = ADAMW(model.parameters())
+    optim = ZERO[kind][0](model.parameters(), **ZERO[kind][1])
     scheduler, losses = cosine(optim) if rate_steps else None, list[float]()
     for step in range(STEPS):
         loss = loss_of(model, joined(step % n_batches, world))
@@ -76,12 +81,12 @@ def alone(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optim.step()
         if step + 1 == AT:
-            growkern.expand_inplace(model, optim, to=TO, scheduler=scheduler)
+            growkern.expand_inplace(model, optim, to=TO, scheduler=scheduler, **how)
         for _ in range(rate_steps):
             scheduler.step()
         optim.zero_grad()
         losses.append(float(loss.detach()))
-    return {"losses": losses, "weights": weights_of(model)}
+    return {"losses": losses, "weights": weights_of(model), "state": optim.state_dict()}
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -321,27 +326,69 @@ def model_parallel(folder: Path, rank: int, world: int, sharded: bool) -> dict[s
     return found
 
 
-def zero_redundancy(folder: Path, rank: int, world: int) -> dict[str, object]:
-    """Grow under ZeroRedundancyOptimizer by the way out that its refusal names."""
-    model = llama()
-    ddp = nn.parallel.DistributedDataParallel(model)
-    zero = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
-    losses, kept, refused = list[float](), {id(p) for p in model.parameters()}, []
-    scheduler = cosine(zero)
-    for step in range(STEPS):
-        loss = loss_of(ddp, own(step, rank, world))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        zero.step()
-        if step + 1 == AT:
-            refused = [error_of(model, optim) for optim in (zero, zero.optim, None)]
-            zero, scheduler = regrown(model, zero, scheduler, rank)
-        scheduler.step()
-        zero.zero_grad()
-        losses.append(mean_of(loss))
-    found = {"losses": losses, "weights": weights_of(model), "refused": refused}
-    n_held, n = sum(len(g["params"]) for g in zero.optim.param_groups), len(list(model.parameters()))  # fmt: skip
-    return found | {"kept": kept <= {id(p) for p in model.parameters()}, "held": (n_held, n)}
+def zero_redundancy(folder: Path, rank: int, world: int, kind: str, refused: bool = False, **how: object) -> dict[str, object]:  # fmt: skip
+    """Grow under ZeroRedundancyOptimizer by hand, by a schedule, and after a resume, or by the way out that its refusal names."""
+    found: dict[str, object] = {}
+    for name in ["way out"] if refused else ["by hand", "by a schedule", "resumed"]:
+        model = llama()
+        ddp = nn.parallel.DistributedDataParallel(model)
+        zero = ZeroRedundancyOptimizer(model.parameters(), *ZERO[kind][:1], parameters_as_bucket_view=refused, **ZERO[kind][1])  # fmt: skip
+        kept, scheduler = {id(p) for p in model.parameters()}, cosine(zero)
+        run, first = {"losses": [], "refused": [], "failed": []}, 0
+        if name == "by a schedule":
+            schedule_of(**how).attach(model, zero, scheduler)
+        if name == "resumed":
+            first, saved = 6, torch.load(folder / "saved.pt")
+            growkern.resume(model, zero, saved[1], scheduler=scheduler)
+            for part, state in zip((model, zero, scheduler), saved, strict=True):
+                part.load_state_dict(state)
+        for step in range(first, STEPS):
+            loss = loss_of(ddp, own(step, rank, world))
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            zero.step()
+            if step + 1 == AT and name != "by a schedule":
+                run["refused"] = [error_of(model, optim) for optim in (zero.optim, None)]
+                if refused:
+                    run["refused"].append(error_of(model, zero))
+                    zero, scheduler = regrown(model, zero, scheduler, rank)
+                else:
+                    run["failed"] = failing(model, zero, rank)
+                    growkern.expand_inplace(model, zero, to=TO, scheduler=scheduler, **how)
+            scheduler.step()
+            zero.zero_grad()
+            run["losses"].append(mean_of(loss))
+            if step == 5 and name == "by hand":
+                zero.consolidate_state_dict()
+                if rank == 0:
+                    torch.save([part.state_dict() for part in (model, zero, scheduler)], folder / "saved.pt")  # fmt: skip
+                dist.barrier()
+        held = [p for group in zero.optim.param_groups for p in group["params"]]
+        run |= {"weights": weights_of(model), "kept": kept <= {id(p) for p in model.parameters()}}
+        found[name] = run | {"held": (len(held), len(zero.optim.state), len([*model.parameters()]))}
+        zero.consolidate_state_dict()
+        found["state"] = zero.state_dict() if rank == 0 else None
+    return found
+
+
+def failing(model: nn.Module, zero: ZeroRedundancyOptimizer, rank: int) -> list[object]:
+    """Let a growth fail in one process, by its ``on_progress``, and return whether anything has changed."""
+
+    def state():
+        sums = [float(t.sum()) for p in zero.optim.state for t in zero.optim.state[p].values() if torch.is_tensor(t)]  # fmt: skip
+        shapes = [tuple(p.shape) for group in zero.optim.param_groups for p in group["params"]]
+        return [id(zero.optim.state), sums, shapes, weights_of(model)["model.norm.weight"].sum()]
+
+    def fails(*_: object) -> None:
+        if rank == 1:
+            raise ValueError("only here")
+
+    before = state()
+    try:
+        growkern.expand_inplace(model, zero, to=TO, on_progress=fails)
+    except growkern.errors.GrowthError as error:
+        return [str(error), before == state()]
+    return ["nothing"]
 
 
 def regrown(model, zero, scheduler, rank):
@@ -352,6 +399,8 @@ def regrown(model, zero, scheduler, rank):
     whole = torch.optim.AdamW(model.parameters())
     whole.load_state_dict(state[0])
     zero.optim.state.clear()
+    for p in model.parameters():  # no views of the buckets any more
+        p.data = p.detach().clone()
     scheduled = cosine(whole)
     scheduled.load_state_dict(scheduler.state_dict())
     growkern.expand_inplace(model, whole, to=TO, scheduler=scheduled)
@@ -413,6 +462,8 @@ ALONE = {  # a scheduler that Accelerate has prepared steps once per process
     "trainer": trained_alone,
     "sharded by transformers": trained_alone,
     "lightning": partial(alone, clips=False, n_batches=2),
+    "zero sgd": partial(alone, kind="sgd"),
+    "zero exact": partial(alone, dynamics="exact"),
 }
 CASES = {
     "unforced": unforced,
@@ -424,7 +475,10 @@ CASES = {
     "example": example,
     "lightning": partial(model_parallel, sharded=True),
     "lightning, full": partial(model_parallel, sharded=False),
-    "zero redundancy": zero_redundancy,
+    "zero adamw": partial(zero_redundancy, kind="adamw"),
+    "zero sgd": partial(zero_redundancy, kind="sgd"),
+    "zero exact": partial(zero_redundancy, kind="adamw", dynamics="exact"),
+    "zero way out": partial(zero_redundancy, kind="adamw", refused=True),
     "fsdp1": flat,
 }
 

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from growkern.commit.checkpoint_guard import growth_history
 from growkern.commit.param_groups import LR_FACTOR, check_rates
+from growkern.distributed.zero import is_part
 from growkern.errors import CheckpointError, PlanError
 from growkern.optimizer.state_rules import Rule
 from growkern.optimizer.update_scale import KEY as SCALES
@@ -77,7 +78,8 @@ class OptimGuard:
             )
         fit = f"is from before {self.what}" if self.history else "does not fit the optimizer"
         for i, p in zip(saved, params, strict=True):
-            entries: dict[str, object] = state_dict["state"].get(i, {})
+            # a ZeroRedundancyOptimizer has None for parameters of other processes
+            entries: dict[str, object] = state_dict["state"].get(i) or {}
             for key, value in entries.items():
                 rule = self.rules.get(key)
                 if not isinstance(value, Tensor) or rule is None:
@@ -258,7 +260,7 @@ def _grown_model(optim: Optimizer) -> nn.Module | None:
 
 
 def _before_step(optim: Optimizer, *_: object) -> None:
-    if not torch.compiler.is_dynamo_compiling():
+    if not torch.compiler.is_dynamo_compiling() and not is_part(optim):
         check_rates(optim)
         check_loaded(optim)
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from growkern.distributed.shards import is_sharded
-from growkern.errors import CommitError, PlanError
+from growkern.errors import CommitError, PlanError, UnsupportedOptimizerError
 from growkern.support.interrupts import uninterrupted
 
 BLOCK = (
@@ -110,6 +110,21 @@ class Ranks:
         except BaseException:
             self.agreed = True  # the others have heard of it
             raise
+
+    def before_gather(self) -> None:
+        """Vote before the state of a ``ZeroRedundancyOptimizer`` is gathered.
+
+        Raises:
+            CommitError: Another process has failed.
+            PlanError: The processes have different optimizers.
+            UnsupportedOptimizerError: The model is in no ``DistributedDataParallel``, so the processes cannot vote.
+        """
+        if not self.several:
+            raise UnsupportedOptimizerError(
+                "a ZeroRedundancyOptimizer grows with a model in DistributedDataParallel, by whose process group the processes vote; wrap "
+                "the model."
+            )
+        self.alike("ZeroRedundancyOptimizer", "optim")
 
     @uninterrupted()  # a process that is interrupted before its answer would keep the others waiting
     def agree(self, text: str, what: str) -> None:

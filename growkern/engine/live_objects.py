@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from growkern.distributed.zero import NAME, is_zero
 from growkern.errors import PlanError, UnsupportedModelError, UnsupportedOptimizerError
 from growkern.optimizer.schedulers import driven_by
 from growkern.support.live_registry import Live, in_pass, mid_step
@@ -17,7 +18,6 @@ from growkern.support.names import named_parameters
 from growkern.support.wrappers import unwrapped
 
 ENGINE = "DeepSpeedEngine"  # recognized by class name, so that no framework is imported
-ZERO = "ZeroRedundancyOptimizer"
 AVERAGE = re.compile(
     r"(^|[a-z0-9_])E(ma|MA)(?![a-z])|MovingAverage"
 )  # ModelEmaV2, EMAModel, EMA, ...
@@ -67,6 +67,7 @@ def refuse_stale_references(
 
     def optimizers(live: Live) -> list[str]:
         own = {id(thing) for optim in optims for thing in (optim, optim.state)}
+        own |= {id(holder.optim) for holder in map(_holder, optims) if holder is not None}
         others = [o for o in live.optimizers if id(o) not in own and hasattr(o, "state")]
         others = [o for o in others if id(o.state) not in own]
         return [_kind(o) for o in others if any(id(p) in params for p in o.state)]
@@ -114,15 +115,17 @@ def refuse_stale_references(
 
 def _refuse_part(model: nn.Module, optims: Sequence[Optimizer], live: Live) -> None:
     """Raise UnsupportedOptimizerError for the optimizer inside a ``ZeroRedundancyOptimizer``, which has a part of the parameters."""
-    holders: list[Any] = [
-        o for o in live.optimizers if ZERO in (kind.__name__ for kind in type(o).__mro__)
-    ]
-    for holder in holders:
+    for holder in filter(None, map(_holder, live.optimizers)):
         if any(holder.optim is optim for optim in optims):
             raise UnsupportedOptimizerError(
-                f"cannot grow this {type(model).__name__}: the optimizer is the part of a {ZERO} in this process, whose shards would "
-                f"have to move between processes. Pass the {ZERO} to read the way out."
+                f"cannot grow this {type(model).__name__}: the optimizer is the part of a {NAME} in this process; pass the "
+                f"{NAME}."
             )
+
+
+def _holder(optim: Any) -> Any:
+    """Return a ``ZeroRedundancyOptimizer``, and None for another optimizer."""
+    return optim if is_zero(optim) else None
 
 
 def _averages_like(model: nn.Module, live: Live) -> list[str]:

@@ -17,6 +17,7 @@ from growkern.commit.optimizer_guard import settle
 from growkern.commit.undo import Undo
 from growkern.distributed.gather import Gather
 from growkern.distributed.shards import fully_sharded, reshard
+from growkern.distributed.zero import whole
 from growkern.engine.checkpoint_caches import refresh_caches
 from growkern.engine.claims import claimed
 from growkern.engine.compile_cache import reset_near_limit
@@ -107,7 +108,10 @@ def _run(request: Request) -> GrowthReport:
             reshard(average)
         shards = fully_sharded(request.model, *averages)
         refuse_request(request, averages, shards)
-        with lifted((request.model, *averages)) as kept:
+        with (
+            whole(request.optims, ranks.before_gather, request.undo and request.undo.rollbacks),
+            lifted((request.model, *averages)) as kept,
+        ):
             sources = _describe(request, averages)
             laps.end("describe")
             if ranks.meshes:  # a forward gathers

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from growkern.distributed.shards import is_sharded
+from growkern.distributed.zero import is_zero, refuse_zero, wrapped_kind
 from growkern.errors import UnsupportedOptimizerError, raise_all
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.state_rules import LAWS, Law, OptimSpec, by_order
@@ -22,7 +23,7 @@ def optimizers(optim: object) -> tuple[Optimizer, ...]:
     """Return an optimizer, or a list of optimizers, as a tuple without the wrappers of frameworks; None: an empty tuple.
 
     Raises:
-        UnsupportedOptimizerError: An entry is no optimizer, shards its state over processes, or occurs twice.
+        UnsupportedOptimizerError: An entry is no optimizer, is a ZeroRedundancyOptimizer that cannot grow, or occurs twice.
     """
     several = listed(optim)
     bare = [unwrapped(entry) for entry in several if entry is not None or len(several) > 1]
@@ -101,7 +102,7 @@ def describe_optimizer(
         Names and a law, no values.
 
     Raises:
-        UnsupportedOptimizerError: ``optim`` is no optimizer, is a ZeroRedundancyOptimizer, or holds no parameter of the model; its
+        UnsupportedOptimizerError: ``optim`` is no optimizer, or holds no parameter of the model; its
             state has a class or key without a known law, or does not fit its parameter; ``state_rules`` or ``master_weights`` does
             not match the optimizer.
     """
@@ -144,17 +145,13 @@ def describe_optimizer(
 
 
 def _check_class(optim: object, name: str = "optim") -> None:
-    """Raise UnsupportedOptimizerError for an object that is no optimizer, and for an optimizer that shards its state over processes."""
+    """Raise UnsupportedOptimizerError for an object that is no optimizer, and for a ZeroRedundancyOptimizer that cannot grow."""
     if not isinstance(optim, Optimizer):
         raise UnsupportedOptimizerError(
             f"{name}: expected a torch.optim.Optimizer, got {type(optim).__name__}."
         )
-    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optim).__mro__):
-        raise UnsupportedOptimizerError(
-            "a ZeroRedundancyOptimizer is not supported yet: its shards would have to move between processes. Load its consolidated state "
-            "into an optimizer of the class that it wraps, grow with this one and its scheduler, and build the ZeroRedundancyOptimizer "
-            "anew from its param groups and state."
-        )
+    if is_zero(optim):
+        refuse_zero(optim)
 
 
 def _law_of(
@@ -184,7 +181,8 @@ def _own_rules(
 
 
 def _kind(optim: Optimizer) -> str:
-    return f"{type(optim).__module__}.{type(optim).__qualname__}"
+    kind = wrapped_kind(optim)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _check_masters(

@@ -125,16 +125,40 @@ def test_lightning_grows_under_model_parallel_strategy_and_resumes(case, found_i
 
 @processes.together
 @pytest.mark.slow
-def test_zero_redundancy_is_refused_and_its_way_out_works(found_in):
-    alone = found_in("zero redundancy")[0]["alone"]
+@pytest.mark.parametrize("case", ["zero adamw", "zero sgd", "zero exact"])
+def test_zero_redundancy_grows_in_place_and_is_partitioned_anew(case, found_in):
+    alone = found_in(case)[0]["alone"]
 
-    for found in found_in("zero redundancy"):
-        whole, inner, none = found["refused"]
-        assert WAYS_OUT["zero"] in whole
+    for found in found_in(case):
+        for how, n in {"by hand": 10, "by a schedule": 10, "resumed": 4}.items():
+            run = found[how]
+            assert len(run["losses"]) == n
+            assert run["kept"] and run["held"][0] == run["held"][1] < run["held"][2]
+            assert_same(run, alone)
+        inner, none = found["by hand"]["refused"]
         assert "the optimizer is the part of a ZeroRedundancyOptimizer" in inner
         assert "another live optimizer has state of its parameters" in none
-        assert found["kept"] and found["held"][0] < found["held"][1]
-        assert_same(found, alone)
+        message, unchanged = found["by hand"]["failed"]
+        assert unchanged and re.search("only here|failed in another process", message)
+    assert sum(found["by hand"]["held"][0] for found in found_in(case)) == run["held"][2]
+    consolidated = found_in(case)[0]["state"]  # of the wrapper, in the order of one process's state
+    assert consolidated["state"].keys() == alone["state"]["state"].keys()
+    for i, state in alone["state"]["state"].items():
+        for key, value in state.items():
+            torch.testing.assert_close(consolidated["state"][i][key], value, rtol=0, atol=1e-9)
+
+
+@processes.together
+@pytest.mark.slow
+def test_zero_redundancy_with_buckets_is_refused_and_its_way_out_works(found_in):
+    alone = found_in("zero way out")[0]["alone"]
+
+    for found in found_in("zero way out"):
+        run = found["way out"]
+        assert "parameters_as_bucket_view= are not supported" in run["refused"][2]
+        assert WAYS_OUT["zero"] in run["refused"][2]
+        assert run["kept"] and run["held"][0] < run["held"][2]
+        assert_same(run, alone)
 
 
 @processes.together
