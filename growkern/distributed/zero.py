@@ -41,10 +41,10 @@ def is_zero(optim: object) -> bool:
     return any(kind.__name__ == NAME for kind in type(optim).__mro__)
 
 
-def wrapped_kind(optim: Any) -> type[Any]:
+def wrapped_kind(optim: Any) -> type:
     """Return the class whose state an optimizer has: of a ``ZeroRedundancyOptimizer``, the class that it wraps."""
-    kind: type[Any] = type(optim.optim if is_zero(optim) else optim)
-    return kind
+    held: object = optim.optim if is_zero(optim) else optim
+    return type(held)
 
 
 def is_part(optim: object) -> bool:
