@@ -27,6 +27,7 @@ import growkern
 from growkern.cli.main import main as command_line
 from growkern.integrations import accelerate, hf
 from growkern.integrations.lightning import GrowthCallback
+from growkern.support.names import canonical
 
 LIMIT = 240  # seconds of a case; a process that waits for another in vain ends before
 STEPS, AT, PER_RANK = 10, 4, 2
@@ -90,7 +91,7 @@ def alone(
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    whole = {name: p.detach() for name, p in model.named_parameters()}
+    whole = {canonical(name): p.detach() for name, p in model.named_parameters()}
     return {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in whole.items()}
 
 
@@ -101,10 +102,10 @@ def as_on_accelerators() -> None:
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
 
 
-def plugin(state_dict_type: str) -> FullyShardedDataParallelPlugin:
+def plugin(state_dict_type: str, **options: object) -> FullyShardedDataParallelPlugin:
     return FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        state_dict_type=state_dict_type, cpu_ram_efficient_loading=False,
+        state_dict_type=state_dict_type, cpu_ram_efficient_loading=False, **options,
     )  # fmt: skip
 
 
@@ -117,13 +118,13 @@ def unforced(folder: Path, rank: int, world: int) -> dict[str, object]:
     return found | {"trainer": trainer.accelerator.distributed_type.name, "fsdp": trainer.is_fsdp_enabled}  # fmt: skip
 
 
-def accelerated(folder: Path, rank: int, world: int, kind: str, tied: bool) -> dict[str, object]:
+def accelerated(folder: Path, rank: int, world: int, kind: str, tied: bool, **options: object) -> dict[str, object]:  # fmt: skip
     """Grow by hand with the prepared objects, and by the hook; save before and after the growth, and resume; tied, without a scheduler."""
     as_on_accelerators()
 
     def prepared(by_hand: bool = False):
         AcceleratorState._reset_state(True)
-        accelerator, model = Accelerator(fsdp_plugin=plugin(kind)), llama(tied=tied)
+        accelerator, model = Accelerator(fsdp_plugin=plugin(kind, **options)), llama(tied=tied)
         optim = ADAMW(model.parameters())
         model, optim, *schedulers = accelerator.prepare(model, optim, *[cosine(optim)][tied:])
         schedule = schedule_of()
@@ -469,6 +470,12 @@ CASES = {
     "unforced": unforced,
     "accelerate": partial(accelerated, kind="SHARDED_STATE_DICT", tied=False),
     "accelerate tied, full": partial(accelerated, kind="FULL_STATE_DICT", tied=True),
+    "accelerate, checkpointed": partial(
+        accelerated, kind="SHARDED_STATE_DICT", tied=False, activation_checkpointing=True
+    ),
+    "accelerate, checkpointed, full": partial(
+        accelerated, kind="FULL_STATE_DICT", tied=False, activation_checkpointing=True
+    ),
     "trainer": partial(trainer, kind="FULL_STATE_DICT"),
     "trainer, sharded": partial(trainer, kind="SHARDED_STATE_DICT"),
     "sharded by transformers": sharded_by_transformers,

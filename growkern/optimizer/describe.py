@@ -146,6 +146,11 @@ def describe_optimizer(
 
 def _check_class(optim: object, name: str = "optim") -> None:
     """Raise UnsupportedOptimizerError for an object that is no optimizer, and for a ZeroRedundancyOptimizer that cannot grow."""
+    if type(optim).__module__.startswith("deepspeed."):
+        raise UnsupportedOptimizerError(
+            f"{name}: a {type(optim).__name__} of DeepSpeed partitions the state, which is not supported yet: grow before "
+            "deepspeed.initialize, or save, grow the checkpoint (growkern grow), and initialize anew."
+        )
     if not isinstance(optim, Optimizer):
         raise UnsupportedOptimizerError(
             f"{name}: expected a torch.optim.Optimizer, got {type(optim).__name__}."

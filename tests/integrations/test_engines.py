@@ -64,7 +64,15 @@ def test_accelerate_and_transformers_drop_fsdp_on_cpus_so_that_these_tests_force
 
 @processes.together
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["accelerate", "accelerate tied, full"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "accelerate",
+        "accelerate tied, full",
+        "accelerate, checkpointed",
+        "accelerate, checkpointed, full",
+    ],
+)
 def test_accelerate_grows_by_hand_and_by_its_hook_and_resumes(case, found_in):
     alone = found_in(case)[0]["alone"]
 
