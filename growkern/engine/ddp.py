@@ -111,6 +111,18 @@ class Ranks:
             self.agreed = True  # the others have heard of it
             raise
 
+    def before_forward(self) -> None:
+        """Vote before a forward that gathers shards; a model without shards gathers nothing.
+
+        Raises:
+            CommitError: Another process has failed.
+            PlanError: Another process runs no forward.
+        """
+        if self.meshes and self.began:
+            self.go_on()
+        elif self.meshes:
+            self.alike("a forward", "check=")
+
     def before_gather(self) -> None:
         """Vote before the state of a ``ZeroRedundancyOptimizer`` is gathered.
 

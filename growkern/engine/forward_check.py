@@ -10,7 +10,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from growkern.distributed.shards import gathered, reshard
 from growkern.engine.compile_cache import eagerly
-from growkern.errors import CommitError, PlanError
+from growkern.errors import CommitError, GrowthError, PlanError
 from growkern.model.describe import overlaps
 
 Check = Tensor | Mapping[str, object] | Sequence[object] | Callable[[nn.Module], object]
@@ -27,15 +27,17 @@ class ForwardCheck:
         model: The source model, without wrappers.
         check: A batch (a tensor or a sequence of positional arguments, or a mapping of keyword arguments), or a function from the model
             to its outputs, which must not change the model.
+        vote: Called before each forward begins, which gathers shards: raises a GrowthError where another process has failed.
 
     Raises:
+        GrowthError: What ``vote`` raises.
         PlanError: ``check`` is neither, the forward failed or changed a parameter, or its outputs contain no finite floating-point number.
     """
 
-    def __init__(self, model: nn.Module, check: Check) -> None:
+    def __init__(self, model: nn.Module, check: Check, vote: Callable[[], object]) -> None:
         if not isinstance(check, Tensor | Mapping | Sequence) and not callable(check):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise PlanError(f"check: expected a batch or a function of the model, got {type(check).__name__}.")  # fmt: skip
-        self.model, self.check = model, check
+        self.model, self.check, self.vote = model, check, vote
         self.kind = next((p.device.type for p in model.parameters()), "cpu")
         self.dtypes = {p.dtype for p in model.parameters()}  # in which the forward computes
         if (precision := torch.get_float32_matmul_precision()) in MATMULS:
@@ -43,6 +45,8 @@ class ForwardCheck:
         versions = _versions(model)
         try:
             self.before = self._outputs([])
+        except GrowthError:
+            raise
         except Exception as error:
             raise PlanError(
                 f"check: the forward failed before the growth: {type(error).__name__}: {error}"
@@ -71,6 +75,8 @@ class ForwardCheck:
         running, versions = list[nn.Module](), _versions(self.model)
         try:
             after = self._outputs(running)
+        except GrowthError:
+            raise
         except Exception as error:
             names: dict[nn.Module, str] = dict(
                 zip(self.model.modules(), _names(self.model), strict=True)
@@ -119,7 +125,12 @@ class ForwardCheck:
         """Run the forward; ``running`` fills with the modules in progress, outermost first."""
         devices = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
 
+        waiting = {id(module) for module in self.model.modules()}
+
         def enter(module: nn.Module, args: object) -> None:
+            if id(module) in waiting:  # the first of the model
+                waiting.clear()
+                self.vote()
             running.append(module)
             if torch.is_autocast_enabled(self.kind):
                 self.dtypes.add(torch.get_autocast_dtype(self.kind))

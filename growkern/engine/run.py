@@ -116,7 +116,11 @@ def _run(request: Request) -> GrowthReport:
             laps.end("describe")
             if ranks.meshes:  # a forward gathers
                 ranks.alike(str(request.check is None), "check=")
-            check = None if request.check is None else ForwardCheck(request.model, request.check)
+            check = (
+                None
+                if request.check is None
+                else ForwardCheck(request.model, request.check, ranks.before_forward)
+            )
             laps.end("check")
             plan, unmanaged = _agree_on_plan(request, sources, ranks, live, laps, shards)
             del live

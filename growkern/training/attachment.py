@@ -14,6 +14,7 @@ from growkern.api import expand_inplace, plan
 from growkern.commit.checkpoint_guard import guard_model, n_growths
 from growkern.commit.frozen import frozen_of, refuse_reentrant_blocks
 from growkern.commit.optimizer_guard import OptimGuard, check_loaded, optim_guard_of
+from growkern.engine.ddp import Ranks
 from growkern.engine.forward_check import Check, ForwardCheck, call_of
 from growkern.engine.freezing import choose, release
 from growkern.engine.report import GrowthReport
@@ -91,7 +92,9 @@ class Attachment:
         raise_all(PlanError, title, problems(self))
         check = self._check()
         if check is not None and check is not True:
-            ForwardCheck(self.model, check)  # raises now if the forward fails on the batch
+            ranks = Ranks(self.model, ())
+            with ranks.together():  # raises now if the forward fails on the batch
+                ForwardCheck(self.model, check, ranks.before_forward)
         self._guard(optims, spec)
         self._call: Callable[[nn.Module], object] | None = None  # the model's last forward
         self.ramp = Ramp()
