@@ -25,7 +25,7 @@ from growkern.checkpoints.shards import CONFIG
 from growkern.checkpoints.source import Snapshot
 from growkern.commit.checkpoint_guard import records_growths
 from growkern.commit.param_groups import ORIGIN, SCHEDULER_LISTS
-from growkern.distributed.processes import Processes
+from growkern.distributed.processes import Processes, answered
 from growkern.distributed.shards import has_shards
 from growkern.errors import (
     CheckpointError,
@@ -267,7 +267,7 @@ def _save(target: Target, planner: GrowthPlanner, folder: Path, processes: Proce
         folder, per_thread_copy_ahead=0
     )  # no tensor ahead of the one that is written
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with answered(), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # that a process saves alone
             save(blank_state_dict(target.entries), storage_writer=writer, planner=planner, no_dist=processes.n == 1)  # fmt: skip
         planner.written()

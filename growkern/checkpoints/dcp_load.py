@@ -104,6 +104,8 @@ class Filling:
     def _unfit(self) -> Iterator[str]:
         """Yield a problem for tensors of model and plan that do not match, and for what no process can compute alone."""
         plan, named = self.plan, {row.name for row in self.plan.tensors}
+        params = dict(named_parameters(self.model, remove_duplicate=False))
+        yield from _other_ties(plan.ties, params)
         yield from (
             f"{name}: is not in the plan; make the plan for the model that the checkpoint is of."
             for name in self.live
@@ -368,6 +370,17 @@ class Filling:
         if records_growths(config):
             config.growkern_history = [*history_of(config), text]  # pyright: ignore
         return text
+
+
+def _other_ties(ties: Mapping[str, str], params: Mapping[str, nn.Parameter]) -> Iterator[str]:
+    """Yield a problem for parameters that are one in the plan and two in the model, or two in the plan and one in the model."""
+    for name, owner in ties.items():
+        if params.get(name) is not params.get(owner):
+            yield f"{name}: is tied to {owner} in the plan, and not in the model; build the model with tied weights."
+    named: dict[int, str] = {}
+    for name, p in params.items():
+        if name not in ties and (first := named.setdefault(id(p), name)) != name:
+            yield f"{name}: is tied to {first} in the model, and not in the plan; build the model without tied weights."
 
 
 def _live(model: nn.Module, ties: Collection[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -68,6 +69,10 @@ def plan(
     """Show what a growth of a checkpoint would do, tensor by tensor; nothing is grown."""
     if bandwidth is not None and ranks is None:
         raise typer.BadParameter("pass --ranks, the number of processes.", param_hint="--bandwidth")
+    if bandwidth is not None and not isfinite(bandwidth):
+        raise typer.BadParameter(
+            f"{bandwidth} is not a number of GB per second.", param_hint="--bandwidth"
+        )
     options = _options(to, width, depth, seed)
     with failures("plan"):
         from growkern.checkpoints.grow import plan_for

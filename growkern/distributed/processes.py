@@ -12,6 +12,18 @@ from growkern.support.text import one_line
 T = TypeVar("T")
 
 
+@contextmanager
+def answered() -> Generator[None]:
+    """Run collectives of a checkpoint; raise CheckpointError where another process has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"another process has ended, or has not answered in the time of the process group ({one_line(error, 300)}). Start all "
+            "processes again, from the source."
+        ) from error
+
+
 class Processes:
     """The processes of the default process group; this process alone where ``torch.distributed`` is not initialized.
 
@@ -25,11 +37,16 @@ class Processes:
         self.rank, self.n = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
 
     def gathered(self, value: T) -> list[T]:
-        """Return the values of all processes, by rank."""
+        """Return the values of all processes, by rank.
+
+        Raises:
+            CheckpointError: Another process has ended.
+        """
         if self.n == 1:
             return [value]
         values: list[Any] = [None] * self.n
-        dist.all_gather_object(values, value)
+        with answered():
+            dist.all_gather_object(values, value)
         return values
 
     @contextmanager

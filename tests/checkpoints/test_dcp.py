@@ -466,6 +466,20 @@ REFUSED_AT_LOAD = {  # checkpoint, arguments of the plan, model, optimizer, matc
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_with_other_ties_than_the_plan_is_refused(tied, tmp_path):
+    small, optim = trained("llama", tied)
+    path = save(tmp_path / "small", small, optim)
+    plan = growkern.plan(small, **FFN)
+    model = make("llama", tied=not tied, intermediate_size=80).double()
+
+    for optim in (adamw(model), None):
+        before = {name: p.clone() for name, p in model.state_dict().items()}
+        with pytest.raises(PlanError, match="lm_head.weight: is tied to model.embed_tokens.weight in the"):  # fmt: skip
+            growkern.dcp.load(model, optim, path, plan=plan)
+        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "growth", "model", "optim_of", "match"), REFUSED_AT_LOAD.values(), ids=REFUSED_AT_LOAD
 )  # fmt: skip
@@ -621,6 +635,9 @@ class TestProcesses:
             process.join()
 
         assert started[victim].exitcode == -9
+        if n == 2:
+            assert started[1 - victim].exitcode == 1
+            assert "growkern.errors.CheckpointError: another process has ended" in log.read_text()
         assert contents(folder / "flat") == before
         assert not (folder / out).exists()
         dcp_worker.grow_once(folder, out)

@@ -62,6 +62,8 @@ def test_plan_predicts_a_growth_on_many_processes(source):
     assert float(last[0][1]) > float(last[1][1]) > 0
     alone = invoke("plan", source, "--bandwidth", 3)
     assert alone.exit_code == 2 and "pass --ranks" in said(alone)
+    endless = invoke("plan", source, "--ranks", 8, "--bandwidth", "inf")
+    assert endless.exit_code == 2 and "inf is not a number of GB per second" in said(endless)
 
 
 def test_plan_refuses_what_transformers_would_not_load(source):
