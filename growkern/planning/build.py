@@ -198,7 +198,7 @@ class Eps:
     def of(spec: ModelSpec, factors: Mapping[str, float | None]) -> "Eps":
         """Derive the factors of modules and config from the factors on the mean squares."""
         modules = {
-            f"{name.removesuffix('.weight')}.{norm.eps}": factors[norm.reads] or 1.0
+            f"{name.rpartition('.')[0]}.{norm.eps}": factors[norm.reads] or 1.0
             for name, _, norm in spec.norms()
         }
         values, config = set(modules.values()), None

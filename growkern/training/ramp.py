@@ -124,7 +124,7 @@ def masks_of(
         read = growing.get(space_of(norm.reads)) if norm is not None else None
         coordinates = None if read is None else (read.n_source, read.n_target)
         if norm is not None and coordinates is not None:
-            eps[f"{name.removesuffix('.weight')}.{norm.eps}"] = coordinates
+            eps[f"{name.rpartition('.')[0]}.{norm.eps}"] = coordinates
         masked: list[IndexMap | None] = []
         for axis in axes:
             own = [growing[space] for space in map(space_of, axis.streams) if space in growing]
