@@ -1,6 +1,8 @@
 """Live objects that a growth would make stale: other optimizers, modules outside the model, averages, schedulers."""
 
+import gc
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from sys import getrefcount
 from typing import Any
@@ -80,7 +82,12 @@ def refuse_stale_references(
         return [f"{type(m).__name__} ({params[id(p)]})" for m, p in shared]
 
     def engines(live: Live) -> list[str]:
-        alive = [m for m in live.modules if ENGINE in (kind.__name__ for kind in type(m).__mro__)]
+        things: list[Any] = [*live.modules]
+        if (
+            "deepspeed" in sys.modules
+        ):  # an engine holds its model in a way that no registration hook sees
+            things += gc.get_objects()
+        alive = [m for m in things if ENGINE in (kind.__name__ for kind in type(m).__mro__)]
         return [ENGINE for m in alive if any(id(p) in params for p in m.parameters())]
 
     def averaged(live: Live) -> list[str]:
