@@ -82,13 +82,7 @@ def refuse_stale_references(
         return [f"{type(m).__name__} ({params[id(p)]})" for m, p in shared]
 
     def engines(live: Live) -> list[str]:
-        things: list[Any] = [*live.modules]
-        if (
-            "deepspeed" in sys.modules
-        ):  # an engine holds its model in a way that no registration hook sees
-            things += gc.get_objects()
-        alive = [m for m in things if ENGINE in (kind.__name__ for kind in type(m).__mro__)]
-        return [ENGINE for m in alive if any(id(p) in params for p in m.parameters())]
+        return [ENGINE for m in _engines(live) if any(id(p) in params for p in m.parameters())]
 
     def averaged(live: Live) -> list[str]:
         return _averages_like(model, live) if averages is None else []
@@ -118,6 +112,16 @@ def refuse_stale_references(
                 "ema=, or pass ema=() if it averages another model."
             )
     return live
+
+
+def _engines(live: Live) -> list[Any]:
+    """Return the live engines of DeepSpeed."""
+    things: list[Any] = [*live.modules]
+    if (
+        "deepspeed" in sys.modules
+    ):  # an engine holds its model in a way that no registration hook sees
+        things += gc.get_objects()
+    return [thing for thing in things if ENGINE in (kind.__name__ for kind in type(thing).__mro__)]
 
 
 def _refuse_part(model: nn.Module, optims: Sequence[Optimizer], live: Live) -> None:
