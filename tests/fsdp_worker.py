@@ -28,7 +28,7 @@ from growkern.distributed import shards as shard_storage
 from growkern.execution import execute
 from growkern.model import describe
 
-STEPS, AT, PER_RANK = 8, 4, 2
+STEPS, AT, PER_RANK = 15, 5, 2
 WIDER, BOTH = {"hidden": 48, "ffn": 80}, {"hidden": 48, "ffn": 80, "layers": 3}
 ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
 BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "gemma2": "model.layers"}
@@ -77,6 +77,7 @@ CASES = {  # growth; then family, optimizer, wrap, mesh, options of fully_shard
     "exact": (dict(to={"hidden": 36, "ffn": 60, "layers": 3}, dynamics="exact", width=growkern.width.Lossless(noise=0)), {}),
     "offset gains": (dict(to={"hidden": 36}, dynamics="exact", width=growkern.width.Lossless(noise=0)), dict(family="gemma2")),
     "dropped": (dict(to=WIDER, state="drop"), {}),
+    "asymmetric": (dict(to=WIDER, state="asymmetric"), {}),
     "kept gathered": (dict(to=BOTH), dict(options=dict(reshard_after_forward=False))),
     "nested": (dict(to=BOTH), dict(wrap=nested)),
     "grouped": (dict(to=BOTH), dict(wrap=grouped)),
