@@ -111,7 +111,7 @@ def standing_in(request: Request) -> Generator[Request]:
             seeded = _seeded(request, undo)
         yield seeded
     except BaseException:
-        if undo is not request.undo:
+        if undo is not request.undo and undo.rollbacks:
             undo.rollback()
         raise
 
