@@ -3,9 +3,11 @@
 import os
 import signal
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 import lightning.pytorch as lightning
 import pytest
@@ -25,6 +27,7 @@ from transformers.distributed import DistributedConfig
 
 import growkern
 from growkern.cli.main import main as command_line
+from growkern.distributed import zero as zero_state
 from growkern.integrations import accelerate, hf
 from growkern.integrations.lightning import GrowthCallback
 from growkern.support.names import canonical
@@ -373,23 +376,52 @@ def zero_redundancy(folder: Path, rank: int, world: int, kind: str, refused: boo
 
 
 def failing(model: nn.Module, zero: ZeroRedundancyOptimizer, rank: int) -> list[object]:
-    """Let a growth fail in one process, by its ``on_progress``, and return whether anything has changed."""
+    """Let a growth fail at several places in one process, and return the errors, whether all is as before, and the seconds."""
 
     def state():
         sums = [float(t.sum()) for p in zero.optim.state for t in zero.optim.state[p].values() if torch.is_tensor(t)]  # fmt: skip
         shapes = [tuple(p.shape) for group in zero.optim.param_groups for p in group["params"]]
         return [id(zero.optim.state), sums, shapes, weights_of(model)["model.norm.weight"].sum()]
 
-    def fails(*_: object) -> None:
-        if rank == 1:
-            raise ValueError("only here")
+    def once(*_: object, **__: object) -> None:
+        if not raised:  # a rollback calls the function again
+            raised.append(1)
+            raise MemoryError("only here")
 
-    before = state()
-    try:
-        growkern.expand_inplace(model, zero, to=TO, on_progress=fails)
-    except growkern.errors.GrowthError as error:
-        return [str(error), before == state()]
-    return ["nothing"]
+    def no_memory(*_: object, **how: object) -> None:
+        if "device" in how:  # of state of another process; votes allocate too
+            raise MemoryError("only here")
+
+    def interrupts(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    before, found, raised = state(), list[object](), list[int]()
+    places = [
+        (zero_state, "_blank", once),
+        (torch, "empty_like", no_memory),
+        (dist, "broadcast", interrupts),
+    ]
+    for place, name, fault in (*places, (zero_state, "_assign", once), (None, "", once)):
+        start, options = perf_counter(), dict[str, object]()
+        raised.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1 and place is None:
+                options = dict(on_progress=fault)
+            elif rank == 1:
+                original = getattr(place, name)
+                patch.setattr(place, name, partial(_faulty, original, fault))
+            try:
+                growkern.expand_inplace(model, zero, to=TO, **options)
+                error = None
+            except BaseException as caught:
+                error = f"{type(caught).__name__}: {caught}"
+        found.append((name, error, before == state(), perf_counter() - start))
+    return found
+
+
+def _faulty(original: Callable[..., object], fault: Callable[..., None], *given: object, **how: object) -> object:  # fmt: skip
+    fault(*given, **how)
+    return original(*given, **how)
 
 
 def regrown(model, zero, scheduler, rank):

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from models import make
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -45,9 +46,9 @@ def rows_of(case: str, dtype: torch.dtype, mesh: DeviceMesh) -> dict[str, object
     }  # fmt: skip
 
 
-def grown(broken: str, world: int | None) -> dict[str, torch.Tensor | str]:
-    """Grow a model with an element that is not finite; where ``world`` is None, in one process."""
-    model = make("llama", tied=False)
+def made(world: int | None, **changes: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a model with AdamW's state, sharded unless ``world`` is None."""
+    model = make("llama", tied=False, **changes)
     if world is not None:
         mesh = init_device_mesh("cpu", (world,))
         for block in model.model.layers:
@@ -57,6 +58,19 @@ def grown(broken: str, world: int | None) -> dict[str, torch.Tensor | str]:
     for i, p in enumerate(model.parameters()):
         p.grad = torch.full_like(p, 0.1 + i)
     optim.step()
+    return model, optim
+
+
+def of_few_rows(world: int | None) -> float:
+    """Grow with gradients, where some processes hold no row of a tensor; return the factor on the gradient norm."""
+    model, optim = made(world, intermediate_size=3)
+    report = growkern.expand_inplace(model, optim, to={"ffn": 4}, width=growkern.width.Lossless(noise=1))  # fmt: skip
+    return report.grad_norm_factor
+
+
+def grown(broken: str, world: int | None) -> dict[str, torch.Tensor | str]:
+    """Grow a model with an element that is not finite; where ``world`` is None, in one process."""
+    model, optim = made(world)
     optim.zero_grad()
     p = model.model.layers[1].mlp.up_proj.weight
     t = optim.state[p]["exp_avg_sq"] if broken == "moment" else p
@@ -93,5 +107,6 @@ def main(folder: Path, rank: int, world: int) -> None:
         found["hybrid"] = rows_of("doubled", torch.float32, init_device_mesh("cpu", (2, 2)))
     for broken in ("moment", "weight", "weight that is not loaded"):
         found[broken] = grown(broken, world), grown(broken, None) if rank == 0 else None
+    found["few rows"] = of_few_rows(world), of_few_rows(None) if rank == 0 else None
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()

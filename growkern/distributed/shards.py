@@ -151,7 +151,8 @@ def local(t: Tensor) -> Tensor:
 
 def box_of(like: Any, shape: Sequence[int]) -> Box:
     """Return the box that this process holds of a tensor of ``shape`` that is placed as another; a plain tensor is held whole."""
-    if isinstance(like, Tensor) and not is_sharded(like):
+    given: object = like
+    if isinstance(given, Tensor) and not is_sharded(given):
         return Box(tuple((0, n) for n in shape), tuple(shape))
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from growkern.errors import UnsupportedOptimizerError
+from growkern.support.interrupts import uninterrupted
 
 NAME = "ZeroRedundancyOptimizer"
 PART = "_growkern_part"
@@ -67,59 +68,75 @@ def refuse_zero(zero: Any) -> None:
 
 @contextmanager
 def whole(
-    optims: Sequence[Optimizer], vote: Callable[[], object], rollbacks: list[Callable[[], object]] | None = None
-) -> Generator[None]:  # fmt: skip
-    """Give every ``ZeroRedundancyOptimizer`` the state of all parameters, and partition it anew when the block ends.
+    optims: Sequence[Optimizer], vote: Callable[[str], object], rollbacks: list[Callable[[], object]] | None = None
+) -> Generator[Callable[[], None]]:  # fmt: skip
+    """Give every ``ZeroRedundancyOptimizer`` the state of all parameters, until the function that is yielded partitions it anew.
 
     Args:
         optims: Optimizers of one model.
-        vote: Called before the processes exchange state; raises an error where another process has failed.
+        vote: Called before the processes exchange state, with what they exchange; raises an error where another process has failed.
         rollbacks: Steps that undo this growth with earlier ones, where a later growth may fail; a partition is added as the last step.
 
     Raises:
         GrowthError: What the block raises; the partition and the state are then those from before.
     """
     zeros: list[Any] = [optim for optim in optims if is_zero(optim)]
-    if zeros:
-        vote()
     before = [(zero, zero.state, zero.optim.state) for zero in zeros]
+    parted = list[Any]()
+
+    def part() -> None:
+        for zero in zeros:
+            parted.append(zero)
+            _partition(zero)
+
     try:
         for zero in zeros:
-            zero.state = defaultdict(dict, _gathered(zero))
+            zero.state = defaultdict(dict, _gathered(zero, vote))
             zero.optim.state = defaultdict(dict)
-        yield
+        yield part
     except BaseException:
         for zero, state, own in before:
             zero.state, zero.optim.state = state, own
+        for zero in parted:  # its param groups are those from before
+            _assign(zero)
         raise
-    for zero in zeros:
-        _partition(zero)
-        if rollbacks is not None:
-            rollbacks.insert(0, partial(_partition, zero))  # rollbacks run from the end
+    if rollbacks is not None:  # they run from the end
+        rollbacks[:0] = [partial(_partition, zero) for zero in zeros]
 
 
-def _gathered(zero: Any) -> dict[Tensor, dict[str, Any]]:
-    """Return the state of all parameters, broadcast by their owners; of own parameters, the dicts in use."""
+def _gathered(zero: Any, vote: Callable[[str], object]) -> dict[Tensor, dict[str, Any]]:
+    """Return the state of all parameters, broadcast by their owners; of own parameters, the dicts in use.
+
+    All memory is allocated before the last vote, and no signal arrives between a vote and a broadcast: the other processes would wait.
+    """
     gathered: dict[Tensor, dict[str, Any]] = {}
-    for rank in range(zero.world_size):
+    sent: list[tuple[Tensor, int]] = []  # tensor, and the process that has it
+    by_owner: dict[int, list[Tensor]] = {rank: [] for rank in range(zero.world_size)}
+    for p, owner in zero._param_to_rank.items():
+        by_owner[owner].append(p)
+    own: list[dict[str, Any]] = [zero.optim.state.get(p, {}) for p in by_owner[zero.rank]]
+    about = [{k: _blank(v) for k, v in state.items()} for state in own]
+    with uninterrupted():
+        vote("names of state")
+        said: list[Any] = [None] * zero.world_size
+        dist.all_gather_object(said, about, zero.process_group)
+    for rank, params in by_owner.items():
         source = dist.get_global_rank(zero.process_group, rank)
-        params = [p for p, owner in zero._param_to_rank.items() if owner == rank]
-        own: list[dict[str, Any]] = (
-            [zero.optim.state.get(p, {}) for p in params] if rank == zero.rank else []
-        )
-        said: list[Any] = [[{k: _blank(v) for k, v in state.items()} for state in own]]
-        dist.broadcast_object_list(said, source, zero.process_group)
-        for i, (p, entries) in enumerate(zip(params, said[0], strict=True)):
-            if not entries:
-                continue
-            gathered[p] = own[i] if own else entries
+        for i, (p, entries) in enumerate(zip(params, said[rank], strict=True)):
+            if entries:
+                gathered[p] = own[i] if rank == zero.rank else entries
             for key, value in entries.items():
-                if isinstance(value, Tensor) and value.is_meta:
-                    if own:
-                        t = own[i][key].contiguous()
-                    else:
-                        t = gathered[p][key] = torch.empty_like(value, device=p.device)
-                    dist.broadcast(t, source, zero.process_group)
+                if not isinstance(value, Tensor) or not value.is_meta:
+                    continue
+                if rank == zero.rank:
+                    sent.append((own[i][key].contiguous(), source))
+                else:
+                    gathered[p][key] = torch.empty_like(value, device=p.device)
+                    sent.append((gathered[p][key], source))
+    with uninterrupted():
+        vote("state")
+        for t, source in sent:
+            dist.broadcast(t, source, zero.process_group)
     return gathered
 
 
@@ -132,14 +149,19 @@ def _blank(value: object) -> object:
 
 def _partition(zero: Any) -> None:
     """Partition the parameters anew, and keep the state of the own ones."""
+    own = _assign(zero)
+    # one dict for both: UpdateScale is a hook of the wrapper
+    zero.state = zero.optim.state = defaultdict(
+        dict, {p: zero.state[p] for p in own if p in zero.state}
+    )
+
+
+def _assign(zero: Any) -> list[Tensor]:
+    """Assign the parameters in the param groups to processes; return those of this process."""
     zero._all_params = [p for group in zero.param_groups for p in group["params"]]
     zero._is_trainable_mask = zero._get_is_trainable_mask()
     zero._all_state_dicts = []  # consolidated before
     zero._clear_cache()
     setattr(zero.optim, PART, True)
     zero.optim.param_groups = zero._partition_parameters()[zero.rank]
-    own = [p for group in zero.optim.param_groups for p in group["params"]]
-    # one dict for both: UpdateScale is a hook of the wrapper
-    zero.state = zero.optim.state = defaultdict(
-        dict, {p: zero.state[p] for p in own if p in zero.state}
-    )
+    return [p for group in zero.optim.param_groups for p in group["params"]]

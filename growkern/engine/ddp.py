@@ -123,8 +123,8 @@ class Ranks:
         elif self.meshes:
             self.alike("a forward", "check=")
 
-    def before_gather(self) -> None:
-        """Vote before the state of a ``ZeroRedundancyOptimizer`` is gathered.
+    def before_gather(self, what: str) -> None:
+        """Vote before ``what`` of the state of a ``ZeroRedundancyOptimizer`` is gathered.
 
         Raises:
             CommitError: Another process has failed.
@@ -136,7 +136,7 @@ class Ranks:
                 "a ZeroRedundancyOptimizer grows with a model in DistributedDataParallel, by whose process group the processes vote; wrap "
                 "the model."
             )
-        self.alike("ZeroRedundancyOptimizer", "optim")
+        self.alike(what, "optim")
 
     @uninterrupted()  # a process that is interrupted before its answer would keep the others waiting
     def agree(self, text: str, what: str) -> None:

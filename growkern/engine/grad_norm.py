@@ -119,7 +119,7 @@ def _weighted(t: Tensor, shares: Shares, order: int) -> float:
     columns = torch.ones(1, dtype=dtype, device=t.device)
     for other in others:
         columns = torch.outer(columns, other).flatten()
-    matrix = t.reshape(len(rows), -1)
+    matrix = t.reshape(len(rows), len(columns))
     step = max(1, (CHUNK if t.device.type == "cpu" else MOST) // max(1, len(columns)))
     parts: list[Tensor] = []
     for start in range(0, len(rows), step):

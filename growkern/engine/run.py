@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -109,13 +109,15 @@ def _run(request: Request) -> GrowthReport:
         shards = fully_sharded(request.model, *averages)
         refuse_request(request, averages, shards)
         with (
-            whole(request.optims, ranks.before_gather, request.undo and request.undo.rollbacks),
+            whole(
+                request.optims, ranks.before_gather, request.undo and request.undo.rollbacks
+            ) as part,
             lifted((request.model, *averages)) as kept,
         ):
             sources = _describe(request, averages)
             laps.end("describe")
             if ranks.meshes:  # a forward gathers
-                ranks.alike(str(request.check is None), "check=")
+                ranks.alike(str((request.check is None, request.backend)), "check= and backend=")
             check = (
                 None
                 if request.check is None
@@ -126,7 +128,7 @@ def _run(request: Request) -> GrowthReport:
             del live
             staged = _stage(request, sources, plan, unmanaged, ranks)
             laps.end("cut")
-            noted = _commit(request, sources, staged, ranks, kept, check, laps, shards)
+            noted = _commit(request, sources, staged, ranks, kept, check, laps, shards, part)
             laps.end("commit")
     for optim in request.optims if plan.shrinks and not request.undo else ():
         if (scale := scale_of(optim)) is not None and not scale.scales:  # the growth is undone
@@ -278,7 +280,7 @@ def _state_rules(plan: GrowthPlan, law: Law | None) -> Rules:
 
 def _commit(
     request: Request, sources: _Described, staged: _Staged, ranks: Ranks, kept: Lifted, check: ForwardCheck | None, laps: Laps,
-    shards: "FullySharded | None",
+    shards: "FullySharded | None", part: Callable[[], None],
 ) -> list[str]:  # fmt: skip
     """Compute the target tensors and put them into the live model and its optimizers; roll all writes back on failure.
 
@@ -299,6 +301,7 @@ def _commit(
             noted.extend(check.compare(preserved=plan.function_preserving))
         laps.end("check")
         kept.freeze(plan)  # before the reducers are built, of what trains
+        part()
         return ranks.finish()
 
     try:

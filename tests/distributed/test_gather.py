@@ -52,3 +52,10 @@ def test_weights_that_are_not_loaded_yet_grow_as_in_one_process(n, found_in):
     sharded, alone = found_in(n)[0]["weight that is not loaded"]
 
     assert "error" not in alone and sharded.keys() == alone.keys()
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_processes_without_rows_of_a_tensor_grow(n, found_in):
+    sharded, alone = found_in(n)[0]["few rows"]
+
+    assert sharded == pytest.approx(alone, rel=1e-6, abs=0)

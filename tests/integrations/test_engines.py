@@ -146,8 +146,9 @@ def test_zero_redundancy_grows_in_place_and_is_partitioned_anew(case, found_in):
         inner, none = found["by hand"]["refused"]
         assert "the optimizer is the part of a ZeroRedundancyOptimizer" in inner
         assert "another live optimizer has state of its parameters" in none
-        message, unchanged = found["by hand"]["failed"]
-        assert unchanged and re.search("only here|failed in another process", message)
+        for place, message, unchanged, seconds in found["by hand"]["failed"]:
+            assert unchanged and seconds < 30, place
+            assert re.search("only here|KeyboardInterrupt|another process", str(message)), place
     assert sum(found["by hand"]["held"][0] for found in found_in(case)) == run["held"][2]
     consolidated = found_in(case)[0]["state"]  # of the wrapper, in the order of one process's state
     assert consolidated["state"].keys() == alone["state"]["state"].keys()
