@@ -92,7 +92,7 @@ class Blocks:
     """The blocks that depth growth repeats: ``path.0``, ``path.1``, ...
 
     Attributes:
-        path: Name of the ``ModuleList``, or of the ``ModuleDict`` with the keys ``"0"``, ``"1"``, ...
+        path: Name of the ``ModuleList`` or ``Sequential``, or of the ``ModuleDict`` with the keys ``"0"``, ``"1"``, ...
         identity: Tensor of a block (name inside the block) -> constant that makes the block the identity.
         carries: For post-norm blocks: tensor that moves from a block to the last block inserted behind it -> constant that replaces
             the tensor in the block and in all other inserted blocks.
@@ -129,8 +129,8 @@ class Power:
 
 ROOT = Power("head_dim", -0.5)  # scale of attention scores
 Size = (
-    str | tuple[str, ...] | Power
-)  # a size name, or a product of them; "block" is the index of the block
+    str | tuple[str | int, ...] | Power
+)  # a size name, or a product of names and numbers; "block" is the index of the block
 
 
 @renamed_fields(
@@ -170,6 +170,7 @@ class ModelSpec:
         fixed: Size -> why the size cannot grow in this model.
         non_affine_norms: Stream that a norm without parameters reads -> kind of the norm; None if the spec does not say. A residual
             stream that no norm in the spec reads then grows by whole multiples only, whose copies keep the mean square.
+        whole_multiples: Size -> why the size grows by whole multiples only.
     """
 
     family: str
@@ -192,6 +193,7 @@ class ModelSpec:
     post_norm: bool = False
     fixed: Mapping[str, str] = field(default_factory=dict[str, str])
     non_affine_norms: Mapping[str, Literal["rms", "layer"]] | None = None
+    whole_multiples: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def shape(self, name: str, sizes: Mapping[str, int] | None = None) -> tuple[int, ...]:
         """Return the shape of a tensor at the given sizes (default: the source's)."""
@@ -326,7 +328,7 @@ class ModelSpec:
 
 def on_residual(stream: str) -> bool:
     """True for a stream of the residual space, or of one of several residual spaces."""
-    return stream.startswith("residual") and space_of(stream).partition(".")[0] == "residual"
+    return stream.startswith("residual") and size_of_space(space_of(stream)).startswith("hidden")
 
 
 def space_of(stream: str) -> str:
@@ -346,8 +348,14 @@ def space_size(component: Component, sizes: Mapping[str, int]) -> int:
 
 @cache
 def _size_name(component: str) -> str:
-    name = space_of(component).partition(".")[0]
-    return SIZE_OF_SPACE.get(name, name)
+    return size_of_space(space_of(component))
+
+
+def size_of_space(space: str) -> str:
+    """Return the size of a space: ``hidden`` for ``residual``, ``hidden2`` for ``residual2``, ``ffn`` for ``ffn.3``."""
+    name = space.partition(".")[0]
+    kind = name.rstrip("0123456789")
+    return f"{SIZE_OF_SPACE.get(kind, kind)}{name[len(kind) :]}"
 
 
 def size_value(size: Size, sizes: Mapping[str, int]) -> float:

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from growkern.errors import PlanError, raise_all
-from growkern.model.spec import SIZE_OF_SPACE, ModelSpec, space_of, space_size, writer_corrections
+from growkern.model.spec import ModelSpec, size_of_space, space_of, space_size, writer_corrections
 from growkern.planning.decisions import StreamScale
 from growkern.planning.index_map import IndexMap
+from growkern.planning.sizes import width_of
 from growkern.planning.vector import Vector
 
 GROWS = ("hidden", "heads", "kv_heads", "ffn", "positions")
@@ -27,8 +28,7 @@ class Space(NamedTuple):
     @property
     def size(self) -> str:
         """Name of the size for users."""
-        name = self.name.partition(".")[0]
-        return SIZE_OF_SPACE.get(name, name)
+        return size_of_space(self.name)
 
     @property
     def same(self) -> bool:
@@ -54,7 +54,7 @@ def refuse(
         f"{name}: {who} does not grow it ({spec.sizes[name]} -> {n}); it grows {', '.join(grows)}"
         + (f", and {OTHERS[name]} grows {name}, in a call of its own." if name in OTHERS else ".")
         for name, n in sizes.items()
-        if n != spec.sizes[name] and name not in {*grows, *deep}
+        if n != spec.sizes[name] and width_of(name) not in grows and name not in deep
     ]
     if INNER[0] not in grows and splits(spec, sizes) > 1:
         unsupported.append(
@@ -130,7 +130,7 @@ def tied_streams(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     """
     for tied, first in spec.ties.items():
         for use, other in zip(spec.tensors[tied], spec.tensors[first], strict=True):
-            if (use.role, other.role) != ("reader", "writer"):
+            if (use.role, other.role) != ("reader", "writer") or not use.streams:
                 continue
             stream, origin = str(use.segments[0][0]), str(other.segments[0][0])
             if stream == origin:

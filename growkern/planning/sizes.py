@@ -21,6 +21,11 @@ MAX_DIGITS = 100  # characters of a factor: more would take long to multiply, an
 Target = str | Mapping[str, int | str]
 
 
+def width_of(name: str) -> str:
+    """Return the kind of a size: a model may have several of a kind, ``ffn``, ``ffn2``, ``ffn3``."""
+    return name.rstrip("0123456789")
+
+
 def limit_of(name: str) -> int:
     """Return the largest target of a size; a source above the limit may stay."""
     return MAX_LAYERS if name.endswith("layers") or name == "head_dim" else MAX_SIZE
@@ -62,6 +67,10 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
             verb = "shrink" if shrink else "grow"
             problems.append(
                 f"{name}: cannot {verb} in this {spec.family}: {spec.fixed[name]}; leave {name} out of to=."
+            )
+        elif name in spec.whole_multiples and n % source[name]:
+            problems.append(
+                f"{name}: {n} is no whole multiple of {source[name]}, and {spec.whole_multiples[name]}; name {_nearest(n, source[name])}."
             )
     if not problems and "kv_heads" in target:
         problems += _groups(source, target, shrink)
@@ -141,7 +150,11 @@ def _named(spec: ModelSpec, to: Target, problems: list[str], shrink: bool) -> di
     if isinstance(to, str):
         if "hidden" in spec.sizes:
             return {"hidden": _scaled("hidden", spec, to, problems)}
-        return {name: _scaled(name, spec, to, problems) for name in WIDTHS if name in spec.sizes}
+        return {
+            name: _scaled(name, spec, to, problems)
+            for name in spec.sizes
+            if width_of(name) in WIDTHS and name not in spec.fixed
+        }
     named: dict[str, int] = {}
     for name, value in to.items():
         if name not in spec.sizes:
@@ -202,8 +215,14 @@ def _follow(
     problems: list[str],
 ) -> None:
     source = spec.sizes
-    if "ffn" in source and "ffn" not in named:
-        target["ffn"] = _whole(source["ffn"], ratio)
+    for name in source:
+        if (
+            name not in {*named, "hidden", "heads", "kv_heads"} | spec.fixed.keys()
+            and width_of(name) in WIDTHS
+        ):
+            target[name] = _whole(source[name], ratio)
+    if {"heads", "kv_heads"} & spec.fixed.keys():
+        return
     if spec.hidden_is_heads:
         _hidden_is_heads(spec, named, target, problems)
     elif "kv_heads" in source:
