@@ -302,6 +302,12 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo, record: str) -> 
     copies = {id(config): _grown_config(plan, model, config) for config in _configs(model)}
     if records_growths(own):
         copies[id(own)] = grown_config(plan, model, own, record)
+    for config in _configs(model):  # a config of two towers holds the configs of both
+        parts = {
+            name: copies[id(part)] for name, part in vars(config).items() if id(part) in copies
+        }
+        if copies[id(config)] is not config:
+            vars(copies[id(config)]).update(parts)
     for module in model.modules():
         if (config := vars(module).get("config")) is not None and copies[id(config)] is not config:
             undo.attribute(module, "config", copies[id(config)])
