@@ -19,7 +19,7 @@ from growkern.engine.request import Request
 from growkern.engine.run import run
 from growkern.errors import PlanError, UnsupportedModelError, raise_all
 from growkern.execution.sets import Memory
-from growkern.model.describe import describe
+from growkern.model.describe import describe, traced_example
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.describe import Optimizers, describe_optimizers, optimizers
 from growkern.planning.build import build
@@ -168,7 +168,7 @@ def expand_inplace(
         check: A batch (a tensor, a sequence of positional arguments, or a mapping of keyword arguments), or a function from the model to
             its outputs, which must leave the model as it is. The forward runs on it before the growth and on the grown model, in
             evaluation mode; if the grown model's forward fails, or an output moves by more than rounding explains although the plan
-            preserves the function, the growth is taken back.
+            preserves the function, the growth is taken back. None for a model that was described by tracing: the traced inputs.
         on_progress: Called with the bytes written so far and the total bytes: on a CPU after every piece of a tensor, on a GPU with
             ``memory="lean"`` after every set of tensors. What it raises takes the growth back.
 
@@ -202,6 +202,8 @@ def expand_inplace(
         check_plan(plan, described)
         return plan
 
+    if check is None:
+        check = traced_example(model, spec)
     drop_state = (plan.state if plan else state) == "drop"
     new_rows = getattr(width, "rows", None)
     return run(

@@ -2,59 +2,23 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from growkern.distributed.shards import is_sharded, local
 from growkern.errors import UnsupportedModelError, raise_all
 from growkern.model import spec_check
 from growkern.model.families import FAMILIES
+from growkern.model.leaves import cached_sizes
 from growkern.model.spec import SHARE, Blocks, ModelSpec
+from growkern.model.tracing.forward import Inputs
+from growkern.model.tracing.traced import TracedSpec, describe_by_tracing
+from growkern.model.wrappers import wrappers
 from growkern.support.names import named_buffers, named_modules, named_parameters
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-WRAPPERS = {
-    "DataParallel": "pass model.module",
-    "FullyShardedDataParallel": (
-        fsdp1
-        := "FSDP1 keeps flat parameters: use fully_shard, or save the gathered model, grow it (growkern grow), and wrap it anew"
-    ),
-    "DeepSpeedEngine": (
-        deepspeed
-        := "grow before deepspeed.initialize, or save, grow the checkpoint (growkern grow), and initialize anew"
-    ),
-    "PeftModel": (
-        adapters := "merge the adapters first, or grow the base model before adding them"
-    ),
-    "BaseTuner": adapters,
-    "BaseTunerLayer": adapters,
-}
-MANAGED = {  # attribute that an engine gives a parameter, also seen on the model inside its wrapper -> the engine, and the way out
-    "_fsdp_flattened": ("FullyShardedDataParallel", fsdp1),
-    "ds_id": ("DeepSpeedEngine (ZeRO stage 3)", deepspeed),
-    "_hp_mapping": ("DeepSpeedEngine (ZeRO stage 1 or 2)", deepspeed),
-}
-# class name of a leaf module, or of its base -> attribute that caches a size -> axis of the module's weight
-LEAVES: dict[str, dict[str, int]] = {
-    "Linear": {"out_features": 0, "in_features": 1},
-    "Conv1D": {"nx": 0, "nf": 1},
-    "Embedding": {"num_embeddings": 0, "embedding_dim": 1},
-    "LayerNorm": {"normalized_shape": 0},
-    "RMSNorm": {"normalized_shape": 0},
-    "Conv2d": {"out_channels": 0, "in_channels": 1},
-}
-
-PARAMETRIZED = {
-    "weight_orig",
-    "weight_g",
-    "weight_v",
-    "weight_mask",
-}  # of torch.nn.utils: prune, weight_norm, spectral_norm
-
 # package -> function that returns the object with the sizes of a model
 CONFIGS: dict[str, Callable[[nn.Module], object]] = {
     "transformers": lambda model: model.config,
@@ -66,14 +30,18 @@ def describe(
     model: nn.Module,
     spec: ModelSpec | None = None,
     *,
+    inputs: Inputs | None = None,
     values: bool = True,
     first: Mapping[str, nn.Module] | None = None,
 ) -> ModelSpec:
     """Describe a model: which axes of which tensors use which spaces.
 
     Args:
-        model: A model of a known family, or any module together with a ``spec``.
+        model: A model of a known family, a model of transformers, or any module together with a ``spec`` or ``inputs``.
         spec: Description of a model of your own. ``describe`` checks it against the model.
+        inputs: A batch (a tensor, a sequence of positional arguments, or a mapping of keyword arguments), or a function from the model to
+            its outputs. The forward runs on it once, and the description is what it shows; it has to reach every parameter. Without it,
+            inputs of a model of transformers that no family describes are made from the model's config.
         values: False to describe a model on the meta device too.
         first: Path of a stack without blocks -> its block 0, as a growth builds it. Without it, block 0 is not held against the spec.
 
@@ -94,13 +62,13 @@ def describe(
         )
     modules = [*named_modules(model, remove_duplicate=False)]
     raise_all(
-        UnsupportedModelError, f"cannot grow this {type(model).__name__}:", [*_wrappers(modules)]
+        UnsupportedModelError, f"cannot grow this {type(model).__name__}:", [*wrappers(modules)]
     )
     if spec is not None:
         title = f"cannot describe {type(model).__name__} by this spec:"
         raise_all(UnsupportedModelError, title, [*spec_check.problems(spec)])
     params = dict(named_parameters(model, remove_duplicate=False))
-    described = spec or _family(model, params)
+    described = spec or _without_spec(model, params, inputs)
     problems = [*_unfit(model, params, described, values)]
     live = params | dict(named_buffers(model, remove_duplicate=False))
     for path, block in (first or {}).items():
@@ -125,15 +93,21 @@ def describe(
     described = replace(
         described, ties=dict(_directed(described, *tie) for tie in described.ties.items())
     )
-    sizes = {
+    return replace(described, cached_sizes=_cached_sizes(modules, described))
+
+
+def _cached_sizes(
+    modules: Sequence[tuple[str, nn.Module]], spec: ModelSpec
+) -> dict[str, tuple[str, int]]:
+    """Return the attributes of leaf modules that cache the size of an axis of the module's weight."""
+    return {
         f"{name}.{attribute}": (f"{name}.weight", axis)
         for name, module in modules
         for attribute, axis in cached_sizes(type(module)).items()
-        if f"{name}.weight" in described.tensors
+        if f"{name}.weight" in spec.tensors
         and hasattr(module, attribute)
-        and axis < len(described.tensors[f"{name}.weight"])
+        and axis < len(spec.tensors[f"{name}.weight"])
     }
-    return replace(described, cached_sizes=sizes)
 
 
 def _without_absent(spec: ModelSpec) -> ModelSpec:
@@ -145,22 +119,47 @@ def _without_absent(spec: ModelSpec) -> ModelSpec:
     return replace(spec, tensors=tensors, attributes=attributes)
 
 
-@cache
-def cached_sizes(kind: type) -> Mapping[str, int]:
-    """Return the attributes that cache sizes of the weight in modules of a class: attribute -> axis of the weight."""
-    return next(
-        (LEAVES[base.__name__] for base in kind.__mro__ if base.__name__ in LEAVES),
-        dict[str, int](),
-    )
+def _without_spec(
+    model: nn.Module, params: Mapping[str, Tensor], inputs: Inputs | None
+) -> ModelSpec:
+    """Describe a model by its family, or by tracing."""
+    if inputs is None and known(type(model)):
+        return _family(model, params)
+    traced = describe_by_tracing(model, inputs)
+    if traced is None:
+        raise _unknown(plain_class(type(model)))
+    return traced
+
+
+def known(kind: type) -> bool:
+    """True for a class of models that a family describes."""
+    own = plain_class(kind)
+    return own.__name__ in FAMILIES and own.__module__.partition(".")[0] in CONFIGS
+
+
+def plain_class(kind: type) -> type:
+    """Return the class of a model itself: ``fully_shard`` makes a class of its own of it."""
+    return next(k for k in kind.__mro__ if not k.__module__.startswith("torch.distributed"))
+
+
+def traced_example(model: nn.Module, spec: ModelSpec | None) -> Any:
+    """Return the inputs of the traced forward of a model that was described by tracing, else None."""
+    if spec is None and not known(type(model)):
+        spec = describe(model)
+    return spec.example if isinstance(spec, TracedSpec) else None
 
 
 def refuse_unknown(kind: type) -> None:
     """Raise UnsupportedModelError for a class of models that no family describes."""
-    if kind.__name__ not in FAMILIES or kind.__module__.partition(".")[0] not in CONFIGS:
-        raise UnsupportedModelError(
-            f"no family describes {kind.__module__}.{kind.__name__}. Known: {', '.join(FAMILIES)} (of transformers and torch.nn). "
-            "Pass spec=ModelSpec(...) to describe it yourself."
-        )
+    if not known(kind):
+        raise _unknown(kind)
+
+
+def _unknown(kind: type) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"no family describes {kind.__module__}.{kind.__name__}. Known: {', '.join(FAMILIES)} (of transformers and torch.nn). "
+        "Pass spec=growkern.describe(model, inputs=batch) to trace its forward, or spec=ModelSpec(...) to describe it yourself."
+    )
 
 
 def _family(model: nn.Module, params: Mapping[str, Tensor]) -> ModelSpec:
@@ -171,45 +170,16 @@ def _family(model: nn.Module, params: Mapping[str, Tensor]) -> ModelSpec:
 
 
 def _declared(model: nn.Module) -> ModelSpec:
-    # fully_shard makes a class of its own of the model's
-    kind = next(k for k in type(model).__mro__ if not k.__module__.startswith("torch.distributed"))
-    refuse_unknown(kind)
+    kind = plain_class(type(model))
     return FAMILIES[kind.__name__](CONFIGS[kind.__module__.partition(".")[0]](model))
 
 
 def untied(model: nn.Module) -> dict[str, str]:
     """Return the ties that the config of a model of a known family has, and its sharded parameters have not."""
     params: dict[str, Any] = dict(named_parameters(model, remove_duplicate=False))
-    pairs = {a: b for a, b in _declared(model).ties.items() if a in params and b in params}
+    ties: Mapping[str, str] = _declared(model).ties if known(type(model)) else {}
+    pairs = {a: b for a, b in ties.items() if a in params and b in params}
     return {a: b for a, b in pairs.items() if params[a] is not params[b] and is_sharded(params[a])}
-
-
-def _wrappers(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[str]:
-    by_remedy: dict[str, str] = {}  # keyed by remedy: the outermost wrapper is enough
-    first_of = {type(module): name or "the model" for name, module in reversed(modules)}
-    for own, name in reversed(first_of.items()):
-        for kind in own.__mro__:
-            if kind.__name__ in WRAPPERS:
-                by_remedy.setdefault(WRAPPERS[kind.__name__], f"{name} is a {kind.__name__}")
-    params = {name: p for path, m in modules for name, p in m.named_parameters(path, recurse=False)}
-    for name, p in params.items():
-        for engine, way_out in (MANAGED[a] for a in MANAGED.keys() & vars(p).keys()):
-            by_remedy.setdefault(way_out, f"{name}: a {engine} owns the parameter")
-    for way_out, what in by_remedy.items():
-        yield f"{what}, which is not supported yet: {way_out}."
-    for name, module in modules:
-        own = vars(module)
-        if parametrize.is_parametrized(module) or any(
-            PARAMETRIZED & own[kept].keys() for kept in ("_parameters", "_buffers")
-        ):
-            yield f"{name}: is parametrized or pruned; remove the parametrization first."
-        if getattr(own.get("forward"), "__module__", None) == "torch.cuda.graphs":
-            yield (
-                f"{name or 'the model'}: make_graphed_callables has captured its forward, whose graphs would go on with the memory of the "
-                "source's weights: delete the module's attribute forward, grow, and make the graphs again."
-            )
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        yield "a CUDA graph is being captured; grow before, and capture the graph again."
 
 
 def _unfit(
@@ -333,7 +303,7 @@ def _misplaced(
     stack: Blocks, spec: ModelSpec, container: nn.Module | None, first: nn.Module | None
 ) -> Iterator[str]:
     """Yield the differences between the model's container of blocks and the spec's stack of blocks; ``first`` stands in for none."""
-    if not isinstance(container, nn.ModuleList | nn.ModuleDict):
+    if not isinstance(container, nn.ModuleList | nn.ModuleDict | nn.Sequential):
         yield (
             f"{stack.path}: the spec says that the blocks are here, but the model has no ModuleList or ModuleDict here; correct "
             "Blocks(path)."

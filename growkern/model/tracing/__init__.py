@@ -1,0 +1,1 @@
+"""Description of a model by one forward: which coordinates of which tensors move together."""

@@ -1,0 +1,320 @@
+"""Attributes of modules that cache sizes: found by value, decided by growing a copy and following its forward."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isclose
+from typing import Any
+
+from torch import nn
+
+from growkern.model.leaves import cached_sizes
+from growkern.model.spec import ModelSpec, Power, Size, size_value
+from growkern.model.tracing.naming import Spaces
+from growkern.model.tracing.tape import Tape
+from growkern.model.tracing.terms import Dim, atoms, factors, find, inner, segments
+from growkern.model.tracing.trial import (
+    CONFIG,
+    Outcome,
+    Tensors,
+    configs_of,
+    grown_copy,
+    mapped,
+    run_against,
+    set_config,
+    set_values,
+    tolerance,
+)
+from growkern.support.names import named_modules
+
+TRIES = 60
+LARGE = 20_000_000  # parameters above which a trial compares shapes only, in a copy of zeros
+# names of attributes that are no widths, whatever their value
+OTHER = re.compile(
+    r"layer_idx|layers?$|vocab|position|_id$|max_seq|block_size|kernel|stride|padding|dilation|window|chunk|top_k|per_tok"
+)
+WORDS = {  # size -> words in the names of attributes that cache the size
+    "group": r"(kv|key_value)_groups|n_rep|group_size",
+    "kv_heads": r"kv|key_value|query_groups",
+    "heads": r"head",
+    "ffn": r"ffn|inter|inner|mlp|feed",
+    "hidden": r"emb|hidden|dim|d_model|width|channels|features|size|split|shape",
+}
+Key = tuple[str, str]  # (module, attribute)
+Expression = tuple[str | int, ...]
+Option = Expression | Power | float
+
+
+@dataclass
+class Attributes:
+    """The sizes that modules cache.
+
+    Attributes:
+        sizes: ``"module.attribute"`` -> size.
+        config: Field of configs that are none of transformers -> size.
+        coupled: True when hidden grows with heads only: the model divides hidden by the number of heads.
+        fixed: Size that cannot grow -> why.
+        tries: Number of forwards that the search took.
+    """
+
+    sizes: dict[str, Size] = field(default_factory=dict[str, Size])
+    config: dict[str, Size] = field(default_factory=dict[str, Size])
+    coupled: bool = False
+    fixed: dict[str, str] = field(default_factory=dict[str, str])
+    tries: int = 0
+
+
+def expression(dim: Dim, spaces: Spaces) -> Expression | None:
+    """Return a dimension as a product of sizes and numbers; None for a sum of unlike segments that grow."""
+    result: list[str | int] = []
+    for factor in factors(dim):
+        own = find(factor)
+        if own.kind == "atom":
+            result.append(spaces.size_of(own) or own.size)
+            continue
+        parts = segments(own)
+        first = expression(parts[0], spaces) if parts[0].kind != "sum" else (own.size,)
+        if all(a not in spaces.names for a in atoms(own)):
+            result.append(own.size)
+        elif first is None or any(expression(part, spaces) != first for part in parts[1:]):
+            return None
+        else:
+            result += [len(parts), *first]
+    number = 1
+    for x in result:
+        number *= x if isinstance(x, int) else 1
+    names = tuple(x for x in result if isinstance(x, str))
+    if names[:2] == ("kv_heads", "group"):
+        names = ("heads", *names[2:])
+    return (*names, number) if number > 1 or not names else names
+
+
+def candidates(model: nn.Module, tape: Tape, spaces: Spaces) -> dict[Key, list[Option]]:
+    """Return the attributes that hold the size of a dimension that grows -> what they may be, the likeliest first."""
+    near = expressions(tape, spaces)
+    everywhere: dict[int, Counter[Expression]] = defaultdict(Counter)
+    for own in near.values():
+        for n, count in own.items():
+            everywhere[n] += count
+    result: dict[Key, list[Option]] = {}
+    places = [(path, module, near[path]) for path, module in named_modules(model)]
+    places += [(CONFIG, config, everywhere) for config in configs_of(model) if not hasattr(config, "to_dict")]  # fmt: skip
+    for path, holder, own in places:
+        known = cached_sizes(type(holder)) if hasattr(holder, "weight") else dict[str, int]()
+        own_fields: dict[str, Any] = vars(holder)
+        for name, held in own_fields.items():
+            value = last_of(held)  # as in normalized_shape
+            if type(value) is float and (powers := [*_powers(value, spaces.sizes)]):
+                result[path, name] = [value, *powers]
+            if type(value) is not int or value < 2 or name.startswith("_") or name in known or OTHER.search(name):  # fmt: skip
+                continue
+            count = own.get(value, Counter())
+            order = sorted(count, key=lambda e: (-fit(name, e), len(e), -count[e]))
+            if any(isinstance(x, str) for e in order for x in e):
+                grows = [e for e in order if any(isinstance(x, str) for x in e)]
+                named = fit(name, grows[0]) > 0
+                result[path, name] = [*grows, (value,)] if named else [(value,), *grows]
+    return result
+
+
+def last_of(held: Any) -> Any:
+    """Return the last entry of a tuple, any other value as it is."""
+    return held[-1] if isinstance(held, tuple) and held else held  # pyright: ignore
+
+
+def _powers(value: float, sizes: Mapping[str, int]) -> Iterator[Power]:
+    """Yield the powers of sizes that a number is; small sizes have too many."""
+    for size, n in sizes.items():
+        yield from (Power(size, p) for p in (0.5, -0.5, -1.0) if n > 7 and isclose(value, n**p))
+
+
+def fit(name: str, e: Expression) -> int:
+    """Return how well the name of an attribute fits an expression."""
+    for size, pattern in WORDS.items():
+        if re.search(pattern, name.lower()):
+            kinds = {str(x).rstrip("0123456789") for x in e}
+            near = size == "kv_heads" and "heads" in kinds  # of a model without groups
+            return (2 if size in kinds else int(near)) - (len(e) > 1)
+    return 0
+
+
+def expressions(tape: Tape, spaces: Spaces) -> dict[str, dict[int, Counter[Expression]]]:  # fmt: skip
+    """Return module -> length -> expressions of the dimensions of that length in the module, with their numbers."""
+    result: dict[str, dict[int, Counter[Expression]]] = defaultdict(lambda: defaultdict(Counter))
+    places = [(path, dims, 1) for path, dims in tape.seen.items()]
+    for name, value in tape.weights.items():
+        path = name.rpartition(".")[0]
+        while True:
+            places.append((path, {*value.dims}, 3))
+            if not path:
+                break
+            path = path.rpartition(".")[0]
+    known: dict[Dim, list[tuple[int, Expression]]] = {}
+    for path, dims, weight in places:
+        for dim in {find(d) for d in dims}:
+            if dim not in known:
+                found = ((part.size, expression(part, spaces)) for part in inner(dim) if part.size > 1)  # fmt: skip
+                known[dim] = [(n, e) for n, e in found if e is not None]
+            for n, e in known[dim]:
+                result[path][n][e] += weight
+    return result
+
+
+def trial_sizes(spaces: Spaces, grow: Sequence[str]) -> dict[str, int]:
+    """Return sizes for a trial: hidden and heads twice, all others twice or three times."""
+    return {
+        size: n * (2 if size.startswith(("hidden", "heads", "kv_heads")) or i % 2 else 3)
+        for i, (size, n) in enumerate(spaces.sizes.items())
+        if size in grow
+    }
+
+
+class Search:
+    """Tries what attributes may be on grown copies of a model.
+
+    Args:
+        model: The source.
+        inputs: Its inputs.
+        tape: Its trace.
+        spaces: Its spaces.
+        spec: Its tensors and ties.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any, tape: Tape, spaces: Spaces, spec: ModelSpec) -> None:  # fmt: skip
+        self.model, self.inputs, self.tape, self.spaces, self.spec = model, inputs, tape, spaces, spec  # fmt: skip
+        self.options = candidates(model, tape, spaces)
+        self.groups: dict[Key, list[Key]] = defaultdict(list)  # one decision for all blocks
+        for path, name in self.options:
+            self.groups[re.sub(r"\.\d+", ".*", path), name].append((path, name))
+        self.layers = {stack.size for stack in spec.stacks}
+        self.hollow = sum(p.numel() for p in model.parameters()) > LARGE
+        self.limit = tolerance(model)
+        self.tries = 0
+
+    def choice(self, ranks: Mapping[Key, int]) -> dict[Key, Option]:
+        """Return the expression of every attribute, where groups have taken other options than the first."""
+        return {
+            key: self.options[key][min(ranks.get(group, 0), len(self.options[key]) - 1)]
+            for group, keys in self.groups.items()
+            for key in keys
+        }
+
+    def outcomes(self, to: Mapping[str, int], start: Mapping[Key, int], budget: int) -> tuple[Outcome, dict[Key, int]]:  # fmt: skip
+        """Climb from a choice of options to one under which the grown copy follows the trace and returns its output."""
+        sizes = self.spaces.sizes | dict(to)
+        atoms_at = self.spaces.at(sizes)
+        maps = {atom: [j % atom.size for j in range(n)] for atom, n in atoms_at.items()}
+        dims = {name: value.dims for name, value in self.tape.weights.items()}
+        own = Tensors(dims, self.spec.tensors, self.spec.ties)
+        output = self.tape.output
+        hollow = self.hollow or output is None
+        expected = None if output is None or hollow else mapped(output, self.tape.output_dims, maps)
+        grown = grown_copy(self.model, own, maps, hollow=hollow)
+        all_sizes = {**self.spec.sizes, **sizes}
+        set_config(
+            grown,
+            {
+                name: int(size_value(e, all_sizes))
+                for name, e in self.spec.config.items()
+                if e not in self.layers
+            },
+        )
+
+        def attempt(ranks: Mapping[Key, int]) -> Outcome:
+            self.tries += 1
+            values = {k: _value(e, all_sizes) for k, e in self.choice(ranks).items()}
+            before = set_values(grown, values)
+            outcome = run_against(grown, self.inputs, self.tape.steps, atoms_at, expected)
+            for holder, name, value in before:
+                vars(holder)[name] = value
+            return outcome
+
+        ranks, best = dict(start), attempt(start)
+        while not passed(best, self.limit) and self.tries < budget:
+            step = next(self._steps(best, ranks, attempt, budget), None)
+            if step is None:
+                break
+            best, ranks = step
+        return best, ranks
+
+    def _steps(
+        self, best: Outcome, ranks: Mapping[Key, int], attempt: Any, budget: int
+    ) -> Iterator[tuple[Outcome, dict[Key, int]]]:
+        """Yield better outcomes that differ in one decision, nearest to the operation that differs first."""
+        at = self.tape.steps[min(best.agreed, len(self.tape.steps) - 1)].module
+
+        def distance(group: Key) -> int:
+            own, other = self.groups[group][0][0].split("."), re.sub(r"\.\d+", ".*", at).split(".")
+            return -sum(re.sub(r"^\d+$", "*", a) == b for a, b in zip(own, other, strict=False))
+
+        for group in sorted(self.groups, key=distance):
+            for rank in range(max(len(self.options[k]) for k in self.groups[group])):
+                if rank == ranks.get(group, 0) or self.tries >= budget:
+                    continue
+                tried = {**ranks, group: rank}
+                outcome = attempt(tried)
+                if outcome.rank > best.rank:
+                    yield outcome, tried
+
+
+def _value(option: Any, sizes: Mapping[str, int]) -> float:
+    """Return the value of an option at sizes."""
+    if isinstance(option, float):
+        return option
+    return size_value(option, sizes) if isinstance(option, Power) else int(size_value(option, sizes))  # fmt: skip
+
+
+def passed(outcome: Outcome, limit: float) -> bool:
+    """True when a copy went as the trace says and returned the source's output."""
+    return outcome.finished and not outcome.blame and outcome.error < limit
+
+
+def find_attributes(search: Search) -> Attributes:
+    """Decide what every attribute is, which sizes can grow, and whether hidden grows with heads only."""
+    spaces, result = search.spaces, Attributes()
+    free = [size for size in spaces.sizes if not size.startswith("fixed") and size not in search.spec.fixed]  # fmt: skip
+    if not free:
+        return result
+    best, ranks = search.outcomes(trial_sizes(spaces, free), {}, TRIES)
+    units = [
+        u
+        for u in (
+            ("hidden",),
+            ("heads", "kv_heads"),
+            *((s,) for s in free if s not in ("hidden", "heads", "kv_heads")),
+        )
+        if {*u} & {*free}
+    ]
+    if not passed(best, search.limit):
+        kept = list[str]()
+        for unit in units:
+            own, tried = search.outcomes(trial_sizes(spaces, [*kept, *unit]), ranks, search.tries + TRIES // 2)  # fmt: skip
+            if passed(own, search.limit):
+                kept, ranks = [*kept, *unit], tried
+            else:
+                result.fixed |= dict.fromkeys(
+                    [s for s in unit if s in free],
+                    own.blame or f"its growth moves the output by {own.error:.1e}",
+                )
+        free = [s for s in free if s in kept]
+    alone = {
+        unit: search.outcomes(trial_sizes(spaces, unit), ranks, 0)[0]
+        for unit in units
+        if {*unit} <= {*free} | {"kv_heads"}
+    }
+    failed = [unit for unit, outcome in alone.items() if not passed(outcome, search.limit)]
+    if ("hidden",) in failed and ("heads", "kv_heads") in failed:
+        result.coupled = True
+        failed = [u for u in failed if u not in (("hidden",), ("heads", "kv_heads"))]
+    for unit in failed:
+        own = [size for size in unit if size in free]
+        result.fixed |= dict.fromkeys(own, f"it does not grow alone: {alone[unit].blame}")
+    for (path, name), e in search.choice(ranks).items():
+        if isinstance(e, Power) or (isinstance(e, tuple) and any(isinstance(x, str) for x in e)):
+            target = result.config if path == CONFIG else result.sizes
+            target[name if path == CONFIG else f"{path}.{name}".lstrip(".")] = (
+                e[0] if isinstance(e, tuple) and len(e) == 1 and isinstance(e[0], str) else e
+            )  # pyright: ignore
+    result.tries = search.tries
+    return result

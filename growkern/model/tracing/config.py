@@ -1,0 +1,188 @@
+"""Fields of configs of transformers that hold sizes: proved by building the model on the meta device from a changed config."""
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from growkern.model.spec import ModelSpec, Size, size_value
+from growkern.model.tracing.attributes import Expression, fit
+from growkern.support.names import named_modules, named_parameters
+
+OTHER_FIELDS = re.compile(
+    "vocab|position|_id$|layers?$|num_labels|theta|eps"
+)  # fields that are no widths
+
+
+@dataclass
+class Fields:
+    """What a config says of a model.
+
+    Attributes:
+        sizes: Field, with the path of the module that has the config -> size.
+        lists: Fields that hold one entry per block.
+        eps: Field that holds the epsilon of the norms.
+        coupled: True when hidden grows with heads only.
+        problem: Why the config of a grown model does not build it; None if it does.
+    """
+
+    sizes: dict[str, Size] = field(default_factory=dict[str, Size])
+    lists: tuple[str, ...] = ()
+    eps: str | None = None
+    coupled: bool = False
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class _Field:
+    config: tuple[str, ...]  # attributes that lead from the model's config to the config
+    name: str
+    key: str  # in ModelSpec.config
+
+
+def has_config(model: nn.Module) -> bool:
+    """True for a model that transformers builds from its config."""
+    return any(k.__module__.startswith("transformers.") for k in type(model).__mro__) and hasattr(
+        getattr(model, "config", None), "to_dict"
+    )
+
+
+def find_fields(
+    model: nn.Module,
+    spec: ModelSpec,
+    found: Mapping[int, list[Expression]],
+    to: Mapping[str, int],
+    eps: object,
+) -> Fields:
+    """Find the fields of the config that hold sizes.
+
+    Args:
+        model: A model of transformers.
+        spec: Its spec, with sizes and tensors.
+        found: Length -> the sizes and products of sizes that the model has at this length.
+        to: Target sizes for trials.
+        eps: Epsilon of the norms.
+    """
+    result = Fields()
+    options = dict(_options(model, found))
+    chosen = {f: 0 for f in options}
+
+    def build(sizes: Mapping[str, int], ranks: Mapping[_Field, int]) -> int:
+        all_sizes = {**spec.sizes, **sizes}
+        values = {f: int(size_value(options[f][r], all_sizes)) for f, r in ranks.items()}
+        return _differences(model, values, spec, all_sizes)
+
+    if _differences(model, {}, spec, spec.sizes):
+        result.problem = "the model built from its config has other tensors"
+        return result
+    best, improved = build(to, chosen), True
+    while best and improved:
+        improved = False
+        changes = [(f, r) for f in options for r in range(len(options[f])) if r != chosen[f]]
+        # a field that grows is likelier than one that stays
+        for f, rank in sorted(
+            changes, key=lambda change: _is_number(options[change[0]][change[1]])
+        ):
+            tried = {**chosen, f: rank}
+            if rank != chosen[f] and (n := build(to, tried)) < best:
+                chosen, best, improved = tried, n, True
+    if best:
+        result.problem = f"{best} tensors of a model built from the grown config have other shapes"
+    for f, rank in chosen.items():
+        e = options[f][rank]
+        if any(isinstance(x, str) for x in e):
+            result.sizes[f.key] = e[0] if len(e) == 1 and isinstance(e[0], str) else e  # pyright: ignore
+    own = {"hidden": to.get("hidden", 0)}, {k: n for k, n in to.items() if k in ("heads", "kv_heads")}  # fmt: skip
+    result.coupled = not best and all(own[1]) and bool(own[1]) and all(build(sizes, chosen) for sizes in own)  # fmt: skip
+    result.eps = next(
+        (
+            name
+            for name, v in _fields(model.config).items()
+            if eps is not None and "eps" in name and v == eps
+        ),
+        None,
+    )  # pyright: ignore
+    return replace(result, **_depth(model, spec, result))
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return vars(config)  # pyright: ignore
+
+
+def _length(value: Any) -> int | None:
+    return len(value) if isinstance(value, list) else None  # pyright: ignore
+
+
+def _is_number(e: Expression) -> bool:
+    return not any(isinstance(x, str) for x in e)
+
+
+def _configs(model: nn.Module) -> Iterator[tuple[tuple[str, ...], str, Any]]:
+    """Yield every config inside the model's: how the model's config leads to it, the path of a module that has it, and the config."""
+    paths = {id(m.config): path for path, m in reversed([*named_modules(model)]) if hasattr(m, "config")}  # fmt: skip
+    top: Any = model.config
+    yield (), "", top
+    for name, value in _fields(top).items():
+        if hasattr(value, "to_dict") and id(value) in paths:
+            yield (name,), f"{paths[id(value)]}.", value
+
+
+def _options(model: nn.Module, found: Mapping[int, list[Expression]]) -> Iterator[tuple[_Field, list[Expression]]]:  # fmt: skip
+    for lead, path, config in _configs(model):
+        for name, value in _fields(config).items():
+            if type(value) is not int or value < 2 or OTHER_FIELDS.search(name):
+                continue
+            own = sorted(found.get(value, ()), key=lambda e: (-fit(name, e), len(e)))
+            if not own:
+                continue
+            grown = [(value,), *own] if fit(name, own[0]) <= 0 else [*own, (value,)]
+            yield _Field(lead, name, f"{path}{name}"), grown
+
+
+def _built(model: nn.Module, values: Mapping[_Field, object]) -> nn.Module:
+    """Build a model on the meta device from the config with changed fields."""
+    config: Any = copy.deepcopy(model.config)
+    for f, value in values.items():
+        own = config
+        for name in f.config:
+            own = getattr(own, name)
+        setattr(own, f.name, value)
+    with torch.device("meta"):
+        return type(model)(config)
+
+
+def _differences(model: nn.Module, values: Mapping[_Field, object], spec: ModelSpec, sizes: Mapping[str, int]) -> int:  # fmt: skip
+    """Return how many tensors of a built model do not have the shapes of the spec."""
+    try:
+        built = _built(model, values)
+    except Exception:  # a wrong config may raise anything
+        return len(spec.tensors) + 1
+    shapes = {name: tuple(p.shape) for name, p in named_parameters(built, remove_duplicate=False)}
+    wanted = {n for n, _ in named_parameters(model, remove_duplicate=False)}
+    return sum(shapes.get(name) != spec.shape(name, sizes) for name in wanted)
+
+
+def _depth(model: nn.Module, spec: ModelSpec, known: Fields) -> dict[str, Any]:
+    """Find the field that counts the blocks of each stack, and the lists with an entry per block."""
+    sizes, lists = dict(known.sizes), list[str]()
+    for stack in spec.stacks:
+        n = spec.sizes[stack.size]
+        for lead, path, config in _configs(model):
+            long = [k for k, v in _fields(config).items() if "layer" in k and _length(v) == n]
+            for name, value in [*_fields(config).items()]:
+                if type(value) is not int or value != n or not re.search("layer|depth|block", name):
+                    continue
+                more: dict[_Field, object] = {_Field(lead, k, k): [*_fields(config)[k], _fields(config)[k][-1]] for k in long}  # fmt: skip
+                more[_Field(lead, name, name)] = n + 1
+                try:
+                    built = _built(model, more)
+                except Exception:  # a field that is not the depth may raise anything
+                    continue
+                if len([*built.get_submodule(stack.path).children()]) == n + 1:
+                    sizes[f"{path}{name}"] = stack.size
+                    lists += [k for k in long if k not in lists and not lead]
+    return {"sizes": sizes, "lists": tuple(lists)}

@@ -1,0 +1,108 @@
+"""The forward of a model: its inputs and outputs, the modules that run, and the tensors that belong to the model."""
+
+from collections import defaultdict
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves
+
+from growkern.support.names import named_buffers, named_modules, named_parameters
+
+# a tensor, positional or keyword arguments, or a function from the model to its outputs that may call the model several times
+Inputs = Tensor | Mapping[str, object] | Sequence[object] | Callable[[nn.Module], object]
+
+
+def tensors(tree: object) -> list[Tensor]:
+    """Return the tensors of a nested structure."""
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    """Return the parameters and the persistent floating-point buffers, each once."""
+    buffers = [b for b in persistent_buffers(model).values() if b.is_floating_point()]
+    found = [*(p for _, p in named_parameters(model, remove_duplicate=False)), *buffers]
+    return [*{id(t): t for t in found}.values()]
+
+
+def names_of(model: nn.Module) -> dict[int, list[str]]:
+    """Return the names of every tensor of ``tensors_of``, by its id."""
+    own = {id(t) for t in tensors_of(model)}
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, t in [*named_parameters(model, remove_duplicate=False), *named_buffers(model, remove_duplicate=False)]:  # fmt: skip
+        if id(t) in own:
+            names[id(t)].append(name)
+    return dict(names)
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that a state dict holds, by all their names."""
+    return {
+        f"{path}.{name}".lstrip("."): b
+        for path, m in named_modules(model, remove_duplicate=False)
+        for name, b in m._buffers.items()  # pyright: ignore[reportPrivateUsage]
+        if b is not None and name not in m._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+    }
+
+
+def call_model(model: nn.Module, inputs: Inputs) -> Any:
+    """Call a model on its inputs."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, Sequence) else inputs(model)
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Generator[None]:
+    """Put a model into evaluation mode without gradients, and put the modes and buffers back."""
+    modes = {m: m.training for m in model.modules()}
+    buffers = [(b, b.clone()) for _, b in named_buffers(model) if not b.is_meta]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, mode in modes.items():
+            module.training = mode
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+
+@contextmanager
+def modules_entered(model: nn.Module, running: list[str], entered: set[str]) -> Generator[None]:
+    """Keep the names of the running modules, outermost first, and of all that ran."""
+    names = {id(m): name for name, m in named_modules(model)}
+
+    def enter(module: nn.Module, args: object) -> None:
+        running.append(names.get(id(module), running[-1] if running else ""))
+        entered.add(running[-1])
+
+    def leave(module: nn.Module, args: object, output: object) -> None:
+        running.pop()
+
+    hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)  # fmt: skip
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def floats(output: Any) -> list[Tensor]:
+    """Return the floating-point tensors of an output."""
+    tree: Any = [*output.values()] if isinstance(output, Mapping) else output  # pyright: ignore
+    return [t for t in tensors(tree) if t.is_floating_point() and t.dim()]
+
+
+def main_output(output: Any) -> Tensor | None:
+    """Return the logits of an output, or its first floating-point tensor."""
+    logits = getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) else next(iter(floats(output)), None)

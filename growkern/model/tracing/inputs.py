@@ -1,0 +1,75 @@
+"""Example inputs of models of transformers, made from their config."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BATCH, LENGTH = 2, 12
+SEED = 0
+
+
+def example_inputs(model: nn.Module) -> dict[str, object] | None:
+    """Return inputs that reach the whole model: ids, ids of the decoder, pixels or features; None where the config does not tell.
+
+    Args:
+        model: Any model; one without a config of transformers gets None.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict") or not hasattr(model, "main_input_name"):
+        return None
+    accepted = inspect.signature(model.forward).parameters
+    generator = torch.Generator().manual_seed(SEED)
+    first: Any = next(model.parameters())
+    made: Mapping[str, Any] = {
+        "input_ids": lambda: _ids(config, generator),
+        "decoder_input_ids": lambda: _ids(config, generator) if getattr(config, "is_encoder_decoder", False) else None,
+        "pixel_values": lambda: _pixels(config, generator),
+        "input_features": lambda: _features(config, generator),
+        "input_values": lambda: _wave(config, generator),
+    }  # fmt: skip
+    inputs: dict[str, object] = {}
+    for name, make in made.items():
+        value = make() if name in accepted else None
+        if isinstance(value, Tensor):
+            inputs[name] = value.to(first.device, first.dtype if value.is_floating_point() else None)  # fmt: skip
+    if not inputs:
+        return None
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _ids(config: Any, generator: torch.Generator) -> Tensor | None:
+    text = config.get_text_config()
+    n = getattr(text, "vocab_size", None)
+    if not isinstance(n, int):
+        return None
+    special = {getattr(text, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id", "image_token_id")}  # fmt: skip
+    longest = getattr(text, "max_position_embeddings", None) or LENGTH
+    plain = torch.tensor([i for i in range(min(n, 1 << 16)) if i not in special])
+    return plain[torch.randint(0, len(plain), (BATCH, min(LENGTH, longest)), generator=generator)]
+
+
+def _pixels(config: Any, generator: torch.Generator) -> Tensor | None:
+    own = getattr(config, "vision_config", config)
+    size = getattr(own, "image_size", None)
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(BATCH, getattr(own, "num_channels", 3), height, width, generator=generator)
+
+
+def _features(config: Any, generator: torch.Generator) -> Tensor | None:
+    bins, length = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", 0)
+    return torch.randn(BATCH, bins, 2 * length, generator=generator) if bins and length else None
+
+
+def _wave(config: Any, generator: torch.Generator) -> Tensor | None:
+    strides = getattr(config, "conv_stride", None)
+    if not strides:
+        return None
+    length = 10 * int(torch.tensor(strides).prod())
+    return torch.randn(BATCH, length + sum(config.conv_kernel), generator=generator)

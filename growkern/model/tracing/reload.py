@@ -1,0 +1,95 @@
+"""What a checkpoint of a grown model of transformers loads into: a model built from the grown config computes the same function."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from growkern.model.spec import ModelSpec, size_value
+from growkern.model.tracing.attributes import Attributes, trial_sizes
+from growkern.model.tracing.config import Fields
+from growkern.model.tracing.forward import Inputs, call_model, evaluated, main_output
+from growkern.model.tracing.naming import HIDDEN, Spaces
+from growkern.model.tracing.terms import Dim
+from growkern.model.tracing.trial import Tensors, grown_copy, mapped, set_config, tolerance
+from growkern.support.names import named_parameters, submodule
+
+
+def merge_hidden(spaces: Spaces) -> bool:
+    """Give spaces as long as hidden the size hidden, because configs have one field for both; return True if there were any."""
+    n = spaces.sizes.get("hidden")
+    same = [size for size, m in spaces.sizes.items() if m == n and size.startswith("ffn")]
+    for size in same:
+        del spaces.sizes[size]
+        for atom in [a for a in spaces.names if spaces.size_of(a) == size]:
+            spaces.names[atom] = f"{HIDDEN}.{spaces.names[atom].replace('.', '_')}"
+    return bool(same)
+
+
+def not_reloaded(
+    model: nn.Module,
+    inputs: Inputs,
+    own: Tensors,
+    spaces: Spaces,
+    spec: ModelSpec,
+    fields: Fields,
+    attributes: Attributes,
+    output: tuple[Tensor | None, Sequence[Dim]],
+) -> dict[str, str]:
+    """Return the sizes after whose growth a model built from the config is another function than the grown model, and why.
+
+    Args:
+        model: The source, a model of transformers.
+        inputs: Its inputs.
+        own: Its tensors.
+        spaces: Its spaces.
+        spec: Its spec.
+        fields: What its config says.
+        attributes: Its attributes.
+        output: Its main output, and the dimensions.
+    """
+    free = [size for size in spaces.sizes if size not in {**spec.fixed, **attributes.fixed} and not size.startswith("fixed")]  # fmt: skip
+
+    def error(grow: Sequence[str]) -> float:
+        sizes = spaces.sizes | trial_sizes(spaces, grow)
+        maps = {a: [j % a.size for j in range(n)] for a, n in spaces.at(sizes).items()}
+        grown = grown_copy(model, own, maps)
+        set_config(
+            grown, {k: size_value(e, {**spec.sizes, **sizes}) for k, e in fields.sizes.items()}
+        )
+        before, dims = output
+        return _difference(model, grown, inputs, None if before is None else mapped(before, dims, maps))  # fmt: skip
+
+    if not free or error(free) < tolerance(model):
+        return {}
+    coupled = {"hidden", "heads", "kv_heads"} if attributes.coupled or fields.coupled else {"heads", "kv_heads"}  # fmt: skip
+    units = [[s for s in free if s in coupled], *([s] for s in free if s not in coupled)]
+    return {
+        size: "a model built from the grown config computes another function"
+        for unit in units
+        if unit and not error(unit) < tolerance(model)
+        for size in unit
+    }
+
+
+def _difference(model: nn.Module, grown: Any, inputs: Inputs, expected: Tensor | None) -> float:
+    """Return by how much a model that is built from the config of a grown copy, with its tensors, differs from the expected output."""
+    try:
+        built: nn.Module = type(model)(copy.deepcopy(grown.config))
+        live: Mapping[str, Tensor] = dict(named_parameters(grown, remove_duplicate=False))
+        built.to(next(iter(live.values())).dtype)
+        for name, p in live.items():
+            path, _, leaf = name.rpartition(".")
+            submodule(built, path)._parameters[leaf] = p  # pyright: ignore
+        for path, module in grown.named_modules():
+            for name, b in module._buffers.items():
+                if b is not None and name not in module._non_persistent_buffers_set:
+                    submodule(built, path)._buffers[name] = b  # pyright: ignore[reportPrivateUsage]
+        with evaluated(built):
+            after = main_output(call_model(built, inputs))
+    except Exception:  # a config that builds no such model may raise anything
+        return float("inf")
+    if after is None or expected is None or after.shape != expected.shape:
+        return float("inf")
+    return float((after - expected).abs().max() / expected.abs().max().clamp_min(1e-30))

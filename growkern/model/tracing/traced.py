@@ -1,0 +1,301 @@
+"""A model that no family knows -> its spec, by one forward, a trial of its attributes and the permutation test."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from growkern.errors import UnsupportedModelError, raise_all
+from growkern.model.spec import AxisUse, Blocks, ModelSpec
+from growkern.model.tracing.attributes import (
+    LARGE,
+    Attributes,
+    Expression,
+    Search,
+    expressions,
+    find_attributes,
+    trial_sizes,
+)
+from growkern.model.tracing.config import Fields, find_fields, has_config
+from growkern.model.tracing.forward import Inputs, persistent_buffers
+from growkern.model.tracing.inputs import example_inputs
+from growkern.model.tracing.naming import Spaces, name_spaces
+from growkern.model.tracing.permutation import permutation_error
+from growkern.model.tracing.reload import merge_hidden, not_reloaded
+from growkern.model.tracing.roles import EPS, Roles, find_roles
+from growkern.model.tracing.rules import trace
+from growkern.model.tracing.stacks import Stacks, find_stacks
+from growkern.model.tracing.table import table_of
+from growkern.model.tracing.tape import Tape
+from growkern.model.tracing.terms import Dim, atoms, keep_size
+from growkern.model.tracing.trial import Tensors, deepened, tolerance
+from growkern.support.names import named_modules, named_parameters
+
+
+@dataclass(frozen=True, eq=False)
+class TracedSpec(ModelSpec):
+    """A spec that was found by tracing; ``print`` shows it as a table.
+
+    Attributes:
+        example: The inputs of the traced forward, on which a growth is checked.
+        text: The table.
+    """
+
+    example: object = field(default=None, repr=False)
+    text: str = field(default="", repr=False)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass
+class Trace:
+    """One traced forward, and what was found by it; ``proved`` when a model built from a grown config has the spec's tensors."""
+
+    model: nn.Module
+    inputs: Inputs
+    tape: Tape
+    spaces: Spaces
+    roles: Roles
+    stacks: Stacks
+    proved: bool = False
+
+    @property
+    def weights(self) -> dict[str, list[Dim]]:
+        """First name of every tensor -> its dimensions."""
+        return {name: value.dims for name, value in self.tape.weights.items()}
+
+
+UNUSED = "the forward does not use it"
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[object, TracedSpec]] = WeakKeyDictionary()
+
+
+def describe_by_tracing(model: nn.Module, inputs: Inputs | None = None) -> TracedSpec | None:
+    """Describe a model that no family knows by one forward.
+
+    Args:
+        model: Any model, with its weights.
+        inputs: Inputs that reach every parameter; None to make them from the config of a model of transformers.
+
+    Returns:
+        The spec; None without inputs. A second description of an unchanged model without ``inputs`` is the first.
+
+    Raises:
+        UnsupportedModelError: The forward failed or did not reach a parameter, or the model does not pass the
+            permutation test.
+    """
+    shapes = tuple((name, tuple(p.shape)) for name, p in named_parameters(model))
+    known = _KNOWN.get(model)
+    if known and known[0] == shapes and inputs is None:
+        return known[1]
+    name = type(model).__name__
+    given = example_inputs(model) if inputs is None else inputs
+    if given is None:
+        return None
+    found = trace_model(model, given)
+    spec = spec_of(found)
+    raise_all(UnsupportedModelError, f"cannot describe {name} by tracing:", [*_unreached(found)])
+    own = Tensors(found.weights, spec.tensors, spec.ties)
+    error = permutation_error(model, given, own, found.tape.output_dims)
+    if not error < tolerance(model):
+        raise UnsupportedModelError(
+            f"cannot describe {name} by tracing: its output moves by {error:.1e} when the coordinates of its spaces are permuted, so the "
+            "trace does not see all that the forward does; pass spec=ModelSpec(...) to describe it yourself."
+        )
+    _KNOWN[model] = shapes, spec
+    return spec
+
+
+def trace_model(model: nn.Module, inputs: Inputs) -> Trace:
+    """Run a model once and find its spaces, roles and stacks."""
+    try:
+        tape = trace(model, inputs)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"cannot describe {type(model).__name__} by tracing: its forward failed on inputs ({type(error).__name__}: {error}); pass "
+            "describe(model, inputs=batch)."
+        ) from error
+    weights = {name: value.dims for name, value in tape.weights.items()}
+    for name in weights.keys() - tape.touched:
+        for dim in weights[name]:
+            keep_size(dim, UNUSED, name)
+    spaces = name_spaces(weights, tape.norms, tape.products, _written(tape))
+    found = Trace(model, inputs, tape, spaces, Roles(spaces), Stacks())
+    _roles(found)
+    return found
+
+
+def _roles(found: Trace) -> None:
+    """Find the roles and stacks of a trace whose spaces have names."""
+    tape = found.tape
+    names = {own[0]: own for own in tape.names.values()}
+    eps = _eps_names(found.model)
+    found.roles = find_roles(found.spaces, found.weights, names, tape.uses, tape.norms, tape.statistics, eps)  # fmt: skip
+    found.stacks = find_stacks(found.model, found.spaces, found.weights, tape.uses, tape.norms)
+
+
+def _written(tape: Tape) -> set[Dim]:
+    """Return the atoms of axes that write: of all axes but those that are read only."""
+    first = {name: own[0] for own in tape.names.values() for name in own}
+    reads = {(first[u.tensor], u.axis) for u in tape.uses if u.role == "reader"}
+    reads -= {(first[u.tensor], u.axis) for u in tape.uses if u.role != "reader"}
+    axes = [(name, i, d) for name, v in tape.weights.items() for i, d in enumerate(v.dims)]
+    return {a for name, i, dim in axes if (name, i) not in reads for a in atoms(dim)}
+
+
+def _unreached(found: Trace) -> Iterator[str]:
+    """Yield the tensors that the forward did not use, unless a model built from a larger config has them in the same shape."""
+    for name in found.weights:
+        if name not in found.tape.touched and not found.proved:
+            yield f"{name}: {UNUSED} on the example; pass inputs that reach it to growkern.describe(model, inputs=...)."
+
+
+def _eps_names(model: nn.Module) -> dict[str, str]:
+    """Return the attribute of every module that may hold the epsilon of a norm."""
+    return {
+        path: next(name for name in EPS if hasattr(module, name))
+        for path, module in named_modules(model)
+        if any(hasattr(module, name) for name in EPS)
+    }
+
+
+def spec_of(found: Trace) -> TracedSpec:
+    """Return the spec of a traced model, with the attributes and config fields that trials have proved."""
+    model, spaces = found.model, found.spaces
+    plain, own = _plain(found), Fields()
+    if has_config(model):
+        own = _fields(found, plain)
+        if own.problem and merge_hidden(spaces):
+            _roles(found)
+            plain = _plain(found)
+            own = _fields(found, plain)
+        found.proved = own.problem is None
+    plain = _deepened(found, plain, own)
+    attributes = find_attributes(Search(model, found.inputs, found.tape, spaces, replace(plain, config=own.sizes)))  # fmt: skip
+    if found.proved and sum(p.numel() for p in model.parameters()) <= LARGE:
+        tensors = Tensors(found.weights, plain.tensors, plain.ties)
+        output = found.tape.output, found.tape.output_dims
+        attributes.fixed |= not_reloaded(model, found.inputs, tensors, spaces, plain, own, attributes, output)  # fmt: skip
+    return _complete(found, plain, attributes, own)
+
+
+def _plain(found: Trace) -> ModelSpec:
+    """Return the spec without what attributes and the config say."""
+    spaces, roles, stacks = found.spaces, found.roles, found.stacks.blocks
+    return ModelSpec(
+        family=type(found.model).__name__,
+        sizes={**spaces.sizes, **found.stacks.sizes},
+        tensors=_in_order(found.model, roles.tensors),
+        ties=roles.ties,
+        blocks=stacks[0] if stacks else None,
+        extra_stacks=tuple(stacks[1:]),
+        post_norm=roles.post_norm,
+        fixed=dict(_fixed(spaces)),
+        non_affine_norms=dict(roles.bare),  # pyright: ignore[reportArgumentType]
+        whole_multiples=dict(roles.whole),
+    )
+
+
+def _fields(found: Trace, plain: ModelSpec) -> Fields:
+    free = [s for s in found.spaces.sizes if s not in plain.fixed]
+    # one field may hold the epsilon of norms that do not grow too: growkern then leaves the field, and makes copies
+    others = [n for n in found.tape.norms if not {a for d in n.over for a in atoms(d)} <= found.spaces.names.keys()]  # fmt: skip
+    eps = next((n.eps for n in found.tape.norms if n.eps and not others), None)
+    sizes = trial_sizes(found.spaces, free)
+    return find_fields(found.model, plain, _by_length(found), sizes, eps)
+
+
+def _deepened(found: Trace, plain: ModelSpec, own: Fields) -> ModelSpec:
+    """Return a spec without the stacks to which a block was added on a copy that did not pass on what it got."""
+    kept, stacks, sizes = list[Blocks](), found.stacks, dict(plain.sizes)
+    tensors, numbers = Tensors(found.weights, plain.tensors, plain.ties), _block_numbers(found)
+    for stack in stacks.blocks:
+        fields: dict[str, object] = {name: sizes[stack.size] + 1 for name, size in own.sizes.items() if size == stack.size}  # fmt: skip
+        why = None
+        if not fields and has_config(found.model):
+            why = "no field of the config counts its blocks"
+        own_numbers = [name.removeprefix(f"{stack.path}.0.") for name in numbers if name.startswith(f"{stack.path}.0.")]  # fmt: skip
+        why = why or deepened(found.model, found.inputs, tensors, stack, fields, own.lists, own_numbers, found.tape.output)  # fmt: skip
+        if why is None:
+            kept.append(stack)
+            continue
+        stacks.reasons[stack.path] = why
+        del sizes[stack.size], stacks.sizes[stack.size]
+        own.sizes = {name: size for name, size in own.sizes.items() if size != stack.size}
+    stacks.blocks = kept
+    return replace(
+        plain, sizes=sizes, blocks=kept[0] if kept else None, extra_stacks=tuple(kept[1:])
+    )
+
+
+def _complete(found: Trace, plain: ModelSpec, attributes: Attributes, own: Fields) -> TracedSpec:
+    spaces = found.spaces
+    sizes, coupled = dict(plain.sizes), attributes.coupled or own.coupled
+    fixed = {**plain.fixed, **attributes.fixed}
+    if coupled:
+        sizes["head_dim"] = sizes["hidden"] // sizes["heads"]
+        fixed["head_dim"] = "attention multiplies activations over it"
+    fixed |= {size: f"the model also needs {size} of that length" for size in sizes if size.startswith("fixed")}  # fmt: skip
+    given: dict[str, Any] = {f.name: getattr(plain, f.name) for f in fields(plain)}
+    given |= {
+        "sizes": sizes,
+        "fixed": fixed,
+        "attributes": {**attributes.sizes, **_block_numbers(found)},
+        "config": {**own.sizes, **attributes.config},
+        "config_lists": own.lists,
+        "config_eps": own.eps,
+        "hidden_is_heads": coupled,
+    }
+    spec = TracedSpec(**given, example=found.inputs)
+    return replace(spec, text=table_of(spec, found.weights, spaces, found.stacks.reasons, own.problem))  # fmt: skip
+
+
+def _by_length(found: Trace) -> dict[int, list[Expression]]:
+    """Return length -> the sizes and products of sizes of that length anywhere in the model, the most frequent first."""
+    counts: dict[int, Counter[Expression]] = defaultdict(Counter)
+    for own in expressions(found.tape, found.spaces).values():
+        for n, count in own.items():
+            counts[n] += count
+    return {
+        n: [e for e, _ in count.most_common() if any(isinstance(x, str) for x in e)]
+        for n, count in counts.items()
+    }
+
+
+def _block_numbers(found: Trace) -> dict[str, str]:
+    """Return the attributes of modules inside blocks that hold the number of the block."""
+    result: dict[str, str] = {}
+    modules = dict(named_modules(found.model))
+    for stack in found.stacks.blocks:
+        n = found.stacks.sizes[stack.size]
+        first = f"{stack.path}.0"
+        for path, module in modules.items():
+            if n < 2 or not f"{path}.".startswith(f"{first}."):
+                continue
+            rest = path.removeprefix(first)
+            for name, value in vars(module).items():
+                every = [getattr(modules.get(f"{stack.path}.{i}{rest}"), name, None) for i in range(n)]  # fmt: skip
+                if type(value) is int and every == [*range(n)]:
+                    result |= {f"{stack.path}.{i}{rest}.{name}": "block" for i in range(n)}
+    return result
+
+
+def _fixed(spaces: Spaces) -> Iterator[tuple[str, str]]:
+    """Yield the sizes whose spaces cannot grow, although they have names, and why."""
+    for atom, why in spaces.fixed.items():
+        size = spaces.size_of(atom)
+        if size:
+            yield ("heads" if size == "group" else size), next(iter(why))
+
+
+def _in_order(model: nn.Module, tensors: Mapping[str, tuple[AxisUse, ...]]) -> dict[str, tuple[AxisUse, ...]]:  # fmt: skip
+    """Return the axes of every parameter and persistent buffer in the model's order; a buffer of numbers keeps its shape."""
+    live: dict[str, Any] = dict(named_parameters(model, remove_duplicate=False))
+    live |= persistent_buffers(model)
+    return {
+        name: tensors.get(name) or tuple(AxisUse("writer", ((n,),)) for n in t.shape)
+        for name, t in live.items()
+    }

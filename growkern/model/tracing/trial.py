@@ -1,0 +1,281 @@
+"""A grown copy of a traced model, whose every coordinate copies one of the source's, and its forward held against the trace.
+
+The copy computes the source's function if the description and the attributes are right: every operation then returns the shapes that
+the dimensions of the trace have at the new sizes, and the output is the source's.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from growkern.model.leaves import cached_sizes
+from growkern.model.spec import AxisUse, Blocks
+from growkern.model.tracing.forward import (
+    Inputs,
+    call_model,
+    evaluated,
+    main_output,
+    modules_entered,
+    tensors,
+)
+from growkern.model.tracing.tape import SILENT, Step
+from growkern.model.tracing.terms import Dim, coordinates, size_at
+from growkern.support.names import named_buffers, named_modules, named_parameters, submodule
+
+Values = Mapping[tuple[str, str], Any]  # (module, attribute) -> value
+# largest relative difference of equal outputs; norms of transformers round to float32 in any dtype, and norms have epsilons
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
+LOW = 5e-2  # in other dtypes
+CONFIG = "<config>"  # in place of a module: every config of the model
+
+
+class Steps(TorchDispatchMode):
+    """Records the operations of a forward and the shapes that they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[str, list[tuple[int, ...]]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and note it."""
+        out = func(*args, **(kwargs or {}))
+        op = func.overloadpacket.__name__
+        if op not in SILENT:
+            self.steps.append((op, [tuple(t.shape) for t in tensors(out)]))
+        return out
+
+
+def tolerance(model: nn.Module) -> float:
+    """Return the largest relative difference of equal outputs of a model."""
+    return max((TOLERANCE.get(p.dtype, LOW) for p in model.parameters()), default=LOW)
+
+
+@dataclass
+class Outcome:
+    """How far the forward of a copy went as the trace says.
+
+    Attributes:
+        agreed: Operations at the start that returned the expected shapes.
+        finished: True when the forward returned.
+        error: Largest difference of the main output, relative to its largest value; infinite without one, 0 in a copy of zeros.
+        blame: The first operation that differs.
+    """
+
+    agreed: int
+    finished: bool
+    error: float
+    blame: str
+    running: list[str] = field(default_factory=list[str])
+
+    @property
+    def rank(self) -> tuple[int, bool, float]:
+        """Better outcomes have higher ranks."""
+        return self.agreed, self.finished, -self.error
+
+
+def mapped(t: Tensor, dims: Sequence[Dim], maps: Mapping[Dim, Sequence[int]], row: Sequence[AxisUse] = ()) -> Tensor:  # fmt: skip
+    """Return a tensor whose axes copy the coordinates of maps; axes that read are divided by the number of copies."""
+    for axis, dim in enumerate(dims):
+        index = coordinates(dim, maps)
+        if index == [*range(t.shape[axis])]:
+            continue
+        t = t.index_select(axis, torch.tensor(index, device=t.device))
+        if row and row[axis].role == "reader":
+            count = Counter(index)
+            shape = [-1 if i == axis else 1 for i in range(t.dim())]
+            t = t / torch.tensor([count[j] for j in index], dtype=t.dtype).to(t.device).view(shape)
+    return t
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors of a traced model.
+
+    Attributes:
+        dims: First name of every tensor -> its dimensions.
+        axes: Name of every tensor -> what its axes are.
+        ties: Name of a tied tensor -> its first name.
+    """
+
+    dims: Mapping[str, Sequence[Dim]]
+    axes: Mapping[str, Sequence[AxisUse]]
+    ties: Mapping[str, str]
+
+
+def grown_copy(
+    model: nn.Module,
+    own: Tensors,
+    maps: Mapping[Dim, Sequence[int]],
+    change: Callable[[str, Tensor], Tensor] | None = None,
+    hollow: bool = False,
+) -> nn.Module:
+    """Return a copy of a model on other coordinates; tied parameters are parameters of their own in the copy.
+
+    Args:
+        model: The source, which stays as it is; none of its weights is copied as it is.
+        own: Its tensors.
+        maps: Atom -> source coordinate of every coordinate.
+        change: Function from first name and value of a tensor to the value that is copied.
+        hollow: True for zeros that take no memory in place of values.
+    """
+    live: dict[str, Tensor] = dict(named_parameters(model, remove_duplicate=False))
+    live |= dict(named_buffers(model, remove_duplicate=False))
+    memo: dict[int, Any] = {
+        id(live[name]): nn.Parameter(live[name].detach(), False)
+        if isinstance(live[name], nn.Parameter)
+        else live[name].detach()
+        for name in own.dims
+    }
+    result = copy.deepcopy(model, memo)
+    lengths = {atom: len(indices) for atom, indices in maps.items()}
+    for name, row in own.axes.items():
+        first_name = own.ties.get(name, name)
+        if first_name not in own.dims:
+            continue
+        path, _, leaf = name.rpartition(".")
+        module = submodule(result, path)
+        first = live[name].detach()
+        if hollow:
+            shape = [size_at(dim, lengths) for dim in own.dims[first_name]]
+            t = first.new_zeros(()).expand(shape)
+        else:
+            value = change(first_name, first) if change else first
+            t = mapped(value, own.dims[first_name], maps, row)
+        kept: Any = module._parameters if leaf in module._parameters else module._buffers  # pyright: ignore[reportPrivateUsage]
+        kept[leaf] = nn.Parameter(t, live[name].requires_grad) if kept is module._parameters else t  # pyright: ignore[reportPrivateUsage]
+    for _, module in named_modules(result):
+        weight = getattr(module, "weight", None)
+        for attribute, axis in cached_sizes(type(module)).items():
+            if isinstance(weight, Tensor) and axis < weight.dim() and hasattr(module, attribute):
+                size = weight.shape[axis]
+                sizes = isinstance(getattr(module, attribute), tuple | list)
+                module.__dict__[attribute] = (size,) if sizes else size
+    return result
+
+
+def deepened(
+    model: nn.Module,
+    inputs: Inputs,
+    own: Tensors,
+    stack: Blocks,
+    fields: Mapping[str, object],
+    lists: Sequence[str],
+    numbers: Sequence[str],
+    expected: Tensor | None,
+) -> str | None:
+    """Add a block at the end of a stack of a copy; return why the output is not the source's, None if it is.
+
+    Args:
+        model: The source.
+        inputs: Its inputs.
+        own: Its tensors.
+        stack: The stack.
+        fields: Fields of configs for one block more.
+        lists: Fields that hold one entry per block.
+        numbers: Attributes inside a block that hold the number of the block.
+        expected: The source's output.
+    """
+    grown = grown_copy(model, own, {})
+    set_config(grown, fields)
+    for config in configs_of(grown):
+        for name in (name for name in lists if hasattr(config, name)):
+            entries = getattr(config, name)
+            setattr(config, name, [*entries, entries[-1]])
+    blocks = submodule(grown, stack.path)._modules  # pyright: ignore[reportPrivateUsage]
+    before, new = [*blocks.values()][-1], copy.deepcopy([*blocks.values()][-1])
+    assert before is not None and new is not None
+    for block, constants in ((new, stack.identity), (before, stack.carries)):
+        live = dict(block.named_parameters())
+        for name, constant in constants.items():
+            path, _, leaf = name.rpartition(".")
+            block.get_submodule(path)._parameters[leaf] = nn.Parameter(torch.full_like(live[name], constant), False)  # pyright: ignore  # fmt: skip
+    for name in numbers:  # a cache of keys and values is by the number
+        path, _, leaf = name.rpartition(".")
+        new.get_submodule(path).__dict__[leaf] = len(blocks)
+    blocks[str(len(blocks))] = new
+    try:
+        with evaluated(grown):
+            output = main_output(call_model(grown, inputs))
+    except Exception as problem:  # the model may count its blocks in other ways
+        return (
+            f"with a block more its forward fails ({type(problem).__name__}: {problem})".partition(
+                "\n"
+            )[0]
+        )
+    if output is None or expected is None or output.shape != expected.shape:
+        return "with a block more it returns another output"
+    error = float((output - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    return None if error < tolerance(model) else f"a block more moves the output by {error:.1e}"
+
+
+def configs_of(model: nn.Module) -> list[Any]:
+    """Return every object that modules hold as ``config``."""
+    held = [vars(m).get("config") for m in model.modules()]
+    return [*{id(c): c for c in held if hasattr(c, "__dict__")}.values()]
+
+
+def set_config(model: nn.Module, fields: Mapping[str, object]) -> None:
+    """Set fields of the configs of a copy: of all that have the field, or of one module's (``"module.field"``)."""
+    for key, value in sorted(fields.items(), key=lambda item: "." in item[0]):
+        path, _, name = key.rpartition(".")
+        for config in [submodule(model, path).config] if path else configs_of(model):  # pyright: ignore
+            if name in vars(config):  # pyright: ignore
+                vars(config)[name] = value  # pyright: ignore
+
+
+def set_values(model: nn.Module, values: Values) -> list[tuple[Any, str, Any]]:
+    """Set attributes of modules, and fields of configs; return where they are and what they were."""
+    before = list[tuple[Any, str, Any]]()
+    for (path, name), value in values.items():
+        for holder in configs_of(model) if path == CONFIG else [submodule(model, path)]:
+            if name in vars(holder):
+                old = vars(holder)[name]
+                before.append((holder, name, old))
+                vars(holder)[name] = (*old[:-1], value) if isinstance(old, tuple) else value
+    return before
+
+
+def run_against(
+    model: nn.Module,
+    inputs: Inputs,
+    steps: Sequence[Step],
+    sizes: Mapping[Dim, int],
+    expected: Tensor | None,
+) -> Outcome:
+    """Run a copy and compare every operation with the trace's at the given sizes of atoms."""
+    mode, running, error = Steps(), list[str](), float("inf")
+    output, failed, where = None, "", ""
+    with evaluated(model), modules_entered(model, running, set()):
+        try:
+            with mode:
+                output = call_model(model, inputs)
+        except Exception as problem:  # a wrong attribute may raise anything
+            failed = f"{type(problem).__name__}: {problem}".partition("\n")[0]
+    agreed, other = 0, False
+    for step, (op, shapes) in zip(steps, mode.steps, strict=False):
+        wanted = [
+            tuple(size_at(d, sizes) for d in value.dims) if value and value.learned else shape
+            for value, shape in zip(step.outputs, shapes, strict=False)
+        ]
+        if step.op != op or len(shapes) != len(step.outputs) or wanted != shapes:
+            other = step.op != op
+            where = f"{op} in {step.module or 'the model'} returns {shapes}, the description says {step.op}, {wanted}"  # fmt: skip
+            break
+        agreed += 1
+    else:
+        last = steps[min(agreed, len(steps) - 1)]
+        where = f"{last.op} in {last.module or 'the model'}: {failed}" if failed else ""
+    main = main_output(output) if not failed else None
+    if main is not None and expected is not None and main.shape == expected.shape:
+        error = float((main - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    if other and not failed and (error < tolerance(model) or expected is None):
+        where = ""  # the model keeps what it computes once, such as an index of positions
+    if expected is None and not failed:
+        error = 0.0
+    return Outcome(agreed, not failed, error if error == error else float("inf"), where)
