@@ -653,8 +653,22 @@ MUTANTS = {
     "engines: the first step of a warmup does not count": Mutant(
         "training/skipped.py", "return not any(bool(local(grad).any()) for grad in grads if grad is not None)", "return True",
         "integrations/test_engines.py -k makes_state"),
+    "tracing: a constant that differs along a size does not fix it": Mutant(
+        "model/tracing/elementwise.py", "atoms(found) and not uniform(t, axis)", "False", "model/test_tracing.py -k constant_differs"),
+    "tracing: a parameter that the example does not reach is described": Mutant(
+        "model/tracing/traced.py", "not in found.tape.touched and not found.proved", "is None", "model/test_tracing.py -k reach"),
+    "tracing: a description that fails the permutation test is used": Mutant(
+        "model/tracing/traced.py", "if not error < tolerance(model):", "if False:", "model/test_tracing.py -k leaves_torch"),
+    "tracing: a stack is not tried with a block more": Mutant(
+        "model/tracing/traced.py", "        if why is None:\n            kept", "        if True:\n            kept",
+        "model/test_tracing.py -k Gated"),
+    "tracing: a product of features does not ask for copies": Mutant(
+        "model/tracing/elementwise.py", 'result.stream.bend("it is multiplied feature by feature")', "pass",
+        "model/test_tracing.py -k copies_alone"),
+    "tracing: a growth is not checked on the traced inputs": Mutant(
+        "api.py", "        check = traced_example(model, spec)", "        check = None", "model/test_tracing.py -k wrong_attribute"),
     "engines: parameters that an engine owns grow": Mutant(
-        "model/describe.py", "MANAGED.keys() & vars(p).keys()", "()", "integrations/test_engines.py -k an_engine"),
+        "model/wrappers.py", "MANAGED.keys() & vars(p).keys()", "()", "integrations/test_engines.py -k an_engine"),
     "engines: a rank's part of a ZeroRedundancyOptimizer grows": Mutant(
         "engine/live_objects.py", "    _refuse_part(model, optims, live)\n", "", "integrations/test_engines.py -k zero_redundancy"),
     "fsdp: parameters of one process grow": Mutant(
