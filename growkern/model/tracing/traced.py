@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from growkern.distributed.shards import is_sharded
 from growkern.errors import UnsupportedModelError, raise_all
 from growkern.model.spec import AxisUse, Blocks, ModelSpec
 from growkern.model.tracing.attributes import (
@@ -92,6 +93,10 @@ def describe_by_tracing(model: nn.Module, inputs: Inputs | None = None) -> Trace
     if known and known[0] == shapes and inputs is None:
         return known[1]
     name = type(model).__name__
+    if sharded := next((n for n, p in named_parameters(model) if is_sharded(p)), None):
+        raise UnsupportedModelError(
+            f"cannot describe {name} by tracing: {sharded} is sharded; describe the model before it is sharded, and pass spec=."
+        )
     given = example_inputs(model) if inputs is None else inputs
     if given is None:
         return None
