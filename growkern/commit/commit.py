@@ -304,9 +304,11 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo, record: str) -> 
         copies[id(own)] = grown_config(plan, model, own, record)
     for config in _configs(model):  # a config of two towers holds the configs of both
         parts = {
-            name: copies[id(part)] for name, part in vars(config).items() if id(part) in copies
+            name: copies[id(part)]
+            for name, part in getattr(config, "__dict__", {}).items()
+            if id(part) in copies
         }
-        if copies[id(config)] is not config:
+        if parts and copies[id(config)] is not config:
             vars(copies[id(config)]).update(parts)
     for module in model.modules():
         if (config := vars(module).get("config")) is not None and copies[id(config)] is not config:
