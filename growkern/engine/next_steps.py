@@ -8,6 +8,7 @@ from torch import nn
 from growkern.commit.optimizer import OptimTarget
 from growkern.model.describe import untied
 from growkern.model.spec import ModelSpec
+from growkern.model.tracing.traced import TracedSpec
 from growkern.optimizer.lr_scaling import lr_factors
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.support.names import named_parameters
@@ -26,6 +27,11 @@ def notes(plan: GrowthPlan, spec: ModelSpec, targets: Sequence[OptimTarget]) -> 
         said.append(
             f"{len(missing)} tensors are in no param group (frozen, buffers or forgotten): {', '.join(missing[:3])}...; "
             "put those that are to train later into a param group before the growth, so that their learning rates follow."
+        )
+    if isinstance(spec, TracedSpec) and spec.reload_problem:
+        said.append(
+            f"a checkpoint of this model, which was described by tracing, may not load: {spec.reload_problem}. Load one before you rely on "
+            "it."
         )
     for target in targets:
         said += [*_on_dynamics(plan, target), *_on_state(plan, target)]

@@ -18,7 +18,7 @@ CLASSES = {"vocab": "embedding and head", "experts": "experts", "heads": "attent
 REST = "norms and others"
 MEMORY_BANDWIDTH = 2e12  # bytes per second that a GPU writes while it copies
 LATENCY = 250e-6  # seconds of a collective between nodes
-HOST = 1e-3  # seconds of Python per grown tensor, bench/results/sharded-amd-epyc-2-cores.csv
+HOST = 2e-3  # seconds of Python per grown tensor, bench/results/sharded-amd-epyc-2-cores.csv
 N_COLLECTIVES = 2  # of every tensor: a vote, and the gathering
 
 

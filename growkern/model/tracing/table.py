@@ -24,7 +24,7 @@ def table_of(
         weights: First name of every tensor -> its dimensions.
         spaces: The named spaces.
         reasons: Container of blocks -> why it cannot gain blocks.
-        problem: Why the config of a grown model does not build it.
+        problem: Why the config of a grown model may not build it.
     """
     rows = dict[tuple[str, ...], None]()
     for name, axes in spec.tensors.items():
@@ -44,7 +44,7 @@ def table_of(
         lines.append("hidden grows with heads: hidden = heads x head_dim")
     lines += [f"{path} gains no blocks: {why}" for path, why in reasons.items()]
     if problem:
-        lines.append(f"the config of the grown model will not build it: {problem}")
+        lines.append(f"a checkpoint of a grown model may not load: {problem}")
     folded = dict.fromkeys(f"{NUMBER.sub('*', name)} = {size}" for name, size in spec.attributes.items())  # fmt: skip
     lines += ["attributes: " + ", ".join(folded)] if folded else []
     lines += ["config: " + ", ".join(f"{n} = {size}" for n, size in spec.config.items())] if spec.config else []  # fmt: skip

@@ -43,10 +43,12 @@ class TracedSpec(ModelSpec):
     Attributes:
         example: The inputs of the traced forward, on which a growth is checked.
         text: The table.
+        reload_problem: Why a saved checkpoint of a grown model may not load, or load as another function; empty if a trial did.
     """
 
     example: object = field(default=None, repr=False)
     text: str = field(default="", repr=False)
+    reload_problem: str = ""
 
     def __str__(self) -> str:
         return self.text
@@ -180,7 +182,10 @@ def spec_of(found: Trace) -> TracedSpec:
         found.proved = own.problem is None
     plain = _deepened(found, plain, own)
     attributes = find_attributes(Search(model, found.inputs, found.tape, spaces, replace(plain, config=own.sizes)))  # fmt: skip
-    if found.proved and sum(p.numel() for p in model.parameters()) <= LARGE:
+    large = sum(p.numel() for p in model.parameters()) > LARGE
+    if found.proved and large:
+        own.problem = f"not tried, as the model has more than {LARGE:,} parameters"
+    if found.proved and not large:
         tensors = Tensors(found.weights, plain.tensors, plain.ties)
         output = found.tape.output, found.tape.output_dims
         attributes.fixed |= not_reloaded(model, found.inputs, tensors, spaces, plain, own, attributes, output)  # fmt: skip
@@ -254,7 +259,7 @@ def _complete(found: Trace, plain: ModelSpec, attributes: Attributes, own: Field
         "config_eps": own.eps,
         "hidden_is_heads": coupled,
     }
-    spec = TracedSpec(**given, example=found.inputs)
+    spec = TracedSpec(**given, example=found.inputs, reload_problem=own.problem or "")
     return replace(spec, text=table_of(spec, found.weights, spaces, found.stacks.reasons, own.problem))  # fmt: skip
 
 
