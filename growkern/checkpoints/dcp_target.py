@@ -30,7 +30,7 @@ ZEROED = {
 }  # fmt: skip
 
 
-PART = 32 << 20  # bytes of a tensor that are computed at once
+PART = 16 << 20  # bytes of a tensor that are computed at once
 
 
 @dataclass(frozen=True)
