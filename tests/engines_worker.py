@@ -33,7 +33,7 @@ from growkern.integrations.lightning import GrowthCallback
 from growkern.support.names import canonical
 
 LIMIT = 240  # seconds of a case; a process that waits for another in vain ends before
-STEPS, AT, PER_RANK = 10, 4, 2
+STEPS, AT, PER_RANK = 15, 5, 2
 TO = {"hidden": 36, "ffn": 60, "layers": 3}
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
 ZERO = {
@@ -255,7 +255,7 @@ def sharded_by_transformers(folder: Path, rank: int, world: int) -> dict[str, ob
     )
     options = dict(fsdp=None, use_cpu=True, save_only_model=True, ddp_backend="gloo")
     found = run_trainer(trainer_of(model, folder / "out", **options))
-    saved = transformers.AutoModelForCausalLM.from_pretrained(folder / "out" / "checkpoint-10", dtype=torch.float64)  # fmt: skip
+    saved = transformers.AutoModelForCausalLM.from_pretrained(folder / "out" / f"checkpoint-{STEPS}", dtype=torch.float64)  # fmt: skip
     return found | {"saved": weights_of(saved)}
 
 
@@ -306,21 +306,21 @@ def model_parallel(folder: Path, rank: int, world: int, sharded: bool) -> dict[s
     # as torchrun would: processes that exist, in a group that exists
     os.environ.update(GROUP_RANK="0", LOCAL_WORLD_SIZE=str(world), TORCHELASTIC_RUN_ID="run")
 
-    # epochs of two batches: Lightning resumes at the end of one
-    loader = torch.utils.data.DataLoader([own(step, rank, world) for step in range(2)], batch_size=None)  # fmt: skip
+    # epochs of three batches: Lightning resumes at the end of one
+    loader = torch.utils.data.DataLoader([own(step, rank, world) for step in range(3)], batch_size=None)  # fmt: skip
 
     def parts(out: str):
         schedule = schedule_of()
-        saves = lightning.callbacks.ModelCheckpoint(folder / out, filename="{step}", every_n_train_steps=2, save_top_k=-1)  # fmt: skip
+        saves = lightning.callbacks.ModelCheckpoint(folder / out, filename="{step}", every_n_train_steps=3, save_top_k=-1)  # fmt: skip
         strategy = ModelParallelStrategy(world, 1, save_distributed_checkpoint=sharded)
         trainer = lightning.Trainer(
-            max_epochs=STEPS // 2, accelerator="cpu", devices=world, strategy=strategy, logger=False, enable_progress_bar=False,
+            max_epochs=STEPS // 3, accelerator="cpu", devices=world, strategy=strategy, logger=False, enable_progress_bar=False,
             enable_model_summary=False, use_distributed_sampler=False, callbacks=[saves, GrowthCallback(schedule)],
         )  # fmt: skip
         return Module(), schedule, trainer
 
     found: dict[object, object] = {}
-    for at in (None, 2, 6):
+    for at in (None, 3, 6):
         module, schedule, trainer = parts("unbroken" if at is None else f"resumed-{at}")
         path = None if at is None else str(folder / "unbroken" / f"step={at}.ckpt")
         trainer.fit(module, loader, ckpt_path=path)
@@ -494,7 +494,7 @@ ALONE = {  # a scheduler that Accelerate has prepared steps once per process
     "accelerate tied": partial(alone, rate_steps=0, tied=True),
     "trainer": trained_alone,
     "sharded by transformers": trained_alone,
-    "lightning": partial(alone, clips=False, n_batches=2),
+    "lightning": partial(alone, clips=False, n_batches=3),
     "zero sgd": partial(alone, kind="sgd"),
     "zero exact": partial(alone, dynamics="exact"),
 }

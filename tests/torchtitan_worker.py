@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import growkern
 from growkern import Blocks, ModelSpec, embedding, linear, norm
 
-LIMIT, STEPS, AT, SEQ, BATCH = 240, 10, 4, 16, 4
+LIMIT, STEPS, AT, SEQ, BATCH = 240, 15, 5, 16, 4
 TO = {"hidden": 48, "heads": 6, "kv_heads": 3, "ffn": 72, "layers": 3}
 
 

@@ -20,7 +20,7 @@ from growkern.commit import commit
 from growkern.errors import CommitError, PlanError, UnsupportedModelError
 from growkern.support.names import canonical
 
-AT, STEPS, TO = 4, 10, {"hidden": 48, "layers": 3}
+AT, STEPS, TO = 5, 15, {"hidden": 48, "layers": 3}
 WRAPS = {  # case -> from a block and a backend of torch.compile to what takes the place of the block
     "compiled": compiled,
     "in a compiled module": lambda block, backend: torch.compile(block, backend=backend),

@@ -66,7 +66,10 @@ def _on_groups(plan: GrowthPlan, target: OptimTarget) -> Iterator[str]:
         )
     elif target.split:
         yield "weight decay was divided by the learning-rate factor where that is not 1, so that decay per step stays."
-        yield "param groups were split by learning rate; before loading this optimizer's state_dict into a new one, call growkern.resume."
+        yield (
+            "param groups were split by learning rate: before loading this optimizer's state_dict into a new one, call growkern.resume; a "
+            "loop that logs one learning rate for all groups, as torchtune's get_lr, needs dynamics=None."
+        )
 
 
 def _on_dynamics(plan: GrowthPlan, target: OptimTarget) -> Iterator[str]:

@@ -7,9 +7,8 @@ where ``f`` is the factor by which the norm's mean square changes; the norm's ep
 the norm multiplies with: the weight, or ``offset + weight`` in some models.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from growkern.errors import PlanError, raise_all
 from growkern.model.spec import AxisUse, Blocks, ModelSpec, size_value, writer_corrections
@@ -28,14 +27,13 @@ from growkern.planning.decisions import (
     WidthDecision,
     WidthMethod,
 )
+from growkern.planning.epsilon import Eps
 from growkern.planning.exactness import checked
 from growkern.planning.growth_plan import AxisMap, GrowthPlan, TensorRow
 from growkern.planning.options import DYNAMICS, STATES
 from growkern.planning.perturbation import perturbed
+from growkern.planning.targets import Homes, homes_of, targets
 from growkern.support.text import short
-
-# path of the stack -> source block -> target blocks that copy the source block
-Homes = Mapping[str, Mapping[int, list[int]]]
 
 
 def build(
@@ -171,47 +169,6 @@ def _check_request(
     raise_all(PlanError, f"cannot {verb} {spec.family}:", problems)
 
 
-@dataclass(frozen=True)
-class Eps:
-    """Factors on the epsilons of norms, equal to the factors on the mean squares of their inputs.
-
-    Attributes:
-        modules: ``"module.attribute"`` of the source -> factor.
-        config: Field of the config and factor on it; None if the config has no such field, or the field does not change.
-        notes: Notes for the user.
-    """
-
-    modules: Mapping[str, float]
-    config: tuple[str, float] | None
-    notes: tuple[str, ...]
-
-    def of_targets(self, spec: ModelSpec, homes: Homes) -> dict[str, float]:
-        """Return ``"module.attribute"`` of the target -> factor, for factors other than 1."""
-        return {
-            name: factor
-            for source, factor in self.modules.items()
-            for name, _ in targets(spec, homes, source)
-            if factor != 1
-        }
-
-    @staticmethod
-    def of(spec: ModelSpec, factors: Mapping[str, float | None]) -> "Eps":
-        """Derive the factors of modules and config from the factors on the mean squares."""
-        modules = {
-            f"{name.rpartition('.')[0]}.{norm.eps}": factors[norm.reads] or 1.0
-            for name, _, norm in spec.norms()
-        }
-        values, config = set(modules.values()), None
-        if spec.config_eps and values - {1.0}:
-            config = spec.config_eps, max(values, key=lambda f: f != 1)
-        shared = f"config.{spec.config_eps} feeds norms of several widths; the live model is exact, a reload takes it for all of them"
-        unsaved = "no field of the config holds the epsilon of the norms, which grew: the live model is exact, a reload has the source's"
-        if spec.config_eps and len(values) > 1:
-            return Eps(modules, config, (shared,))
-        unheld = spec.config and not spec.config_eps and values - {1.0}
-        return Eps(modules, config, (unsaved,) if unheld else ())
-
-
 TAKES = {
     "widen": "expand_inplace takes it as width=",
     "deepen": "expand_inplace takes it as depth=",
@@ -308,25 +265,6 @@ def attributes(spec: ModelSpec, homes: Homes, sizes: Mapping[str, int]) -> dict[
         for source, (tensor, axis) in spec.cached_sizes.items()
         for name, _ in targets(spec, homes, source)
     }
-
-
-def homes_of(blocks: Sequence[BlockRow]) -> Mapping[int, list[int]]:
-    """Map every source block to the target blocks that copy it."""
-    homes: dict[int, list[int]] = defaultdict(list)
-    for index, block in enumerate(blocks):
-        homes[block.source].append(index)
-    return homes
-
-
-def targets(spec: ModelSpec, homes: Homes, name: str) -> Iterator[tuple[str, int]]:
-    """Yield every target name of a source tensor or module, with the index of its target block (0 outside of blocks)."""
-    place = spec.block_of(name)
-    if place is None or not homes:
-        yield name, 0
-        return
-    stack, source, inner = place
-    for index in homes[stack.path][source]:
-        yield f"{stack.path}.{index}.{inner}", index
 
 
 def rows_of(

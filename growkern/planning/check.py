@@ -7,13 +7,15 @@ from math import isclose
 from growkern.errors import PlanError, raise_all
 from growkern.model.spec import ModelSpec, size_value, writer_corrections
 from growkern.planning.axis_scales import axis_maps, gradients_exact, norm_factors
-from growkern.planning.build import Eps, Homes, attributes, homes_of, offset, rows_of, targets
+from growkern.planning.build import attributes, offset, rows_of
 from growkern.planning.decisions import BlockRow, LayerOrder, WidthDecision
+from growkern.planning.epsilon import Eps
 from growkern.planning.exactness import TOLERANCE, close, inexact
 from growkern.planning.growth_plan import UNREADABLE, AxisMap, GrowthPlan, TensorRow
 from growkern.planning.perturbation import is_matrix
 from growkern.planning.plan_fields import problems_of
 from growkern.planning.sizes import resolve_sizes
+from growkern.planning.targets import Homes, homes_of, targets
 from growkern.planning.width_of_plan import width_of_plan, work
 from growkern.support.text import short
 

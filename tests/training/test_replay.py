@@ -297,3 +297,28 @@ def test_a_wider_optimizer_checkpoint_is_refused_before_the_growth_too(to):
 
     optim.load_state_dict(start[1])
     train(model, optim, 1)
+
+
+def test_a_loop_that_saves_tensors_alone_is_told_of_the_epsilons_and_the_way_out_is_exact():
+    changes = {"rms_norm_eps": 1e-2}
+    model = make("llama", tied=False, **changes)
+    plan = growkern.plan(model, to={"hidden": 36})
+    optim = torch.optim.AdamW(model.parameters())
+    report = growkern.expand_inplace(model, optim, to={"hidden": 36})
+    ids = batch()
+    expected = model(ids).logits
+    for text in (str(plan), str(report)):
+        assert "the epsilons of 5 norms change" in text
+        assert "model.layers.*.input_layernorm.variance_epsilon x 0.666667" in text
+
+    again = make("llama", tied=False, **changes)
+    growkern.resume(again, None, report.history)
+    config = copy.deepcopy(model.config)
+    config.rms_norm_eps = 1e-2  # a loop that builds the larger model by itself
+    built = type(model)(config)
+    for one in (again, built):
+        one.load_state_dict(model.state_dict())
+
+    torch.testing.assert_close(again(ids).logits, expected, rtol=0, atol=0)
+    assert (built(ids).logits - expected).abs().max() > 1e-4
+    assert "epsilons" not in str(growkern.plan(make("llama", tied=False), to={"ffn": 60}))
