@@ -53,6 +53,8 @@ def _unknown(where: str, size: Size, spec: ModelSpec) -> Iterator[str]:
             yield f"{where}: {size} is no power of a size; pass finite numbers, a factor other than 0, and a base from 1."
     names = (size.size,) if isinstance(size, Power) else (size,) if isinstance(size, str) else size
     for name in names:
+        if name == "block" and spec.stacks:
+            continue
         try:
             space_size("layers" if name == "block" else name, spec.sizes)
         except (KeyError, ZeroDivisionError) as error:

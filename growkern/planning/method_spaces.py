@@ -81,8 +81,8 @@ def spaces(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[Space]:
 
 
 def normed(spec: ModelSpec) -> set[str]:
-    """Return the streams that norms read, the parts of such streams, and the streams that the model multiplies by a power of a size."""
-    return {*spec.normed, *spec.activation_scales, *spec.parts}
+    """Return the streams that norms read, and the parts of such streams."""
+    return {*spec.normed, *spec.parts}
 
 
 def even(index_map: IndexMap) -> StreamScale:

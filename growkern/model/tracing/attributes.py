@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from math import isclose
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from growkern.model.leaves import cached_sizes
 from growkern.model.spec import ModelSpec, Power, Size, size_value
 from growkern.model.tracing.naming import Spaces
+from growkern.model.tracing.scalings import SMALL
 from growkern.model.tracing.tape import Tape
 from growkern.model.tracing.terms import Dim, atoms, factors, find, inner, segments
 from growkern.model.tracing.trial import (
@@ -26,6 +28,7 @@ from growkern.model.tracing.trial import (
     set_values,
     tolerance,
 )
+from growkern.model.tracing.values import Scaling
 from growkern.support.names import named_modules
 
 TRIES = 60
@@ -55,6 +58,7 @@ class Attributes:
         config: Field of configs that are none of transformers -> size.
         coupled: True when hidden grows with heads only: the model divides hidden by the number of heads.
         fixed: Size that cannot grow -> why.
+        scaled: Scalings that grow with the attributes.
         tries: Number of forwards that the search took.
     """
 
@@ -62,6 +66,7 @@ class Attributes:
     config: dict[str, Size] = field(default_factory=dict[str, Size])
     coupled: bool = False
     fixed: dict[str, str] = field(default_factory=dict[str, str])
+    scaled: set[Scaling] = field(default_factory=set[Scaling])
     tries: int = 0
 
 
@@ -102,31 +107,45 @@ def candidates(model: nn.Module, tape: Tape, spaces: Spaces) -> dict[Key, list[O
     places += [(CONFIG, config, everywhere) for config in configs_of(model) if not hasattr(config, "to_dict")]  # fmt: skip
     for path, holder, own in places:
         known = cached_sizes(type(holder)) if hasattr(holder, "weight") else dict[str, int]()
-        own_fields: dict[str, Any] = vars(holder)
+        kept: Any = vars(holder).get("_non_persistent_buffers_set", ())
+        own_fields: dict[str, Any] = vars(holder) | {name: vars(holder)["_buffers"][name] for name in kept}  # fmt: skip
         for name, held in own_fields.items():
             value = last_of(held)  # as in normalized_shape
-            if type(value) is float and (powers := [*_powers(value, spaces.sizes)]):
-                result[path, name] = [value, *powers]
+            rounded = (
+                1e-9
+                if held is value
+                else max(1e-6, torch.finfo(held.dtype).eps)
+                if isinstance(held, Tensor)
+                else 0
+            )
+            if type(value) is float and (powers := [*_powers(value, spaces.sizes, rounded)]):
+                result[path, name] = [*powers, value]
             if type(value) is not int or value < 2 or name.startswith("_") or name in known or OTHER.search(name):  # fmt: skip
                 continue
             count = own.get(value, Counter())
             order = sorted(count, key=lambda e: (-fit(name, e), len(e), -count[e]))
             if any(isinstance(x, str) for e in order for x in e):
                 grows = [e for e in order if any(isinstance(x, str) for x in e)]
-                named = fit(name, grows[0]) > 0
+                named = fit(name, grows[0]) > 0 or any(value == s.dim.size for s in tape.scalings)
                 result[path, name] = [*grows, (value,)] if named else [(value,), *grows]
     return result
 
 
 def last_of(held: Any) -> Any:
-    """Return the last entry of a tuple, any other value as it is."""
+    """Return the last entry of a tuple and the number in a tensor without axes, any other value as it is."""
+    if isinstance(held, Tensor) and held.dim() == 0 and held.is_floating_point() and not held.is_meta:  # fmt: skip
+        return float(held)
     return held[-1] if isinstance(held, tuple) and held else held  # pyright: ignore
 
 
-def _powers(value: float, sizes: Mapping[str, int]) -> Iterator[Power]:
+def _powers(value: float, sizes: Mapping[str, int], rounded: float) -> Iterator[Power]:
     """Yield the powers of sizes that a number is; small sizes have too many."""
     for size, n in sizes.items():
-        yield from (Power(size, p) for p in (0.5, -0.5, -1.0) if n > 7 and isclose(value, n**p))
+        yield from (
+            Power(size, p)
+            for p in (0.5, -0.5, -1.0)
+            if n > SMALL and isclose(value, n**p, rel_tol=rounded)
+        )
 
 
 def fit(name: str, e: Expression) -> int:
@@ -225,9 +244,9 @@ class Search:
             self.tries += 1
             values = {k: _value(e, all_sizes) for k, e in self.choice(ranks).items()}
             before = set_values(grown, values)
-            outcome = run_against(grown, self.inputs, self.tape.steps, atoms_at, expected)
-            for holder, name, value in before:
-                vars(holder)[name] = value
+            outcome = run_against(grown, self.inputs, self.tape.steps, atoms_at, expected, self.tape.scalings)  # fmt: skip
+            for held, name, value in before:
+                held[name] = value
             return outcome
 
         ranks, best = dict(start), attempt(start)
@@ -307,6 +326,9 @@ def find_attributes(search: Search) -> Attributes:
     if ("hidden",) in failed and ("heads", "kv_heads") in failed:
         result.coupled = True
         failed = [u for u in failed if u not in (("hidden",), ("heads", "kv_heads"))]
+    result.scaled = {
+        s for own in (best, *alone.values()) if passed(own, search.limit) for s in own.scaled
+    }
     for unit in failed:
         own = [size for size in unit if size in free]
         result.fixed |= dict.fromkeys(own, f"it does not grow alone: {alone[unit].blame}")

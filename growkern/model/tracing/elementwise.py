@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
+from growkern.model.tracing.scalings import multiplier, power_in
 from growkern.model.tracing.tape import Call, Tape, constants
 from growkern.model.tracing.terms import Dim, atoms, cut, enumerated, find
-from growkern.model.tracing.values import Norm, Statistic, Stream, Value
+from growkern.model.tracing.values import Norm, Scaling, Statistic, Stream, Value
 
 LINEAR = {
     "clone",
@@ -104,7 +105,7 @@ def _activations(tape: Tape, call: Call, values: list[Value], result: Value) -> 
     if result.squared:
         result.statistic = statistic
     elif len(own) == 1 and not weights:
-        _one(call, own[0], result)
+        _one(tape, call, own[0], result)
     elif statistic and full and (scales or call.base == "sub") and _over(full[0], statistic.over, statistic.stream):  # fmt: skip
         _normalized(tape, call, full[0], result)
     elif call.base == "mul" and len(own) == 1 and full and full[0].norm and not full[0].gained:
@@ -157,7 +158,7 @@ def like(tape: Tape, call: Call) -> None:
     tape.put(call.out, Value(value.dims, given=value.given))
 
 
-def _one(call: Call, value: Value, result: Value) -> None:
+def _one(tape: Tape, call: Call, value: Value, result: Value) -> None:
     """An operation on one activation: linear, a step of a statistic, or an activation function."""
     linear = call.base in LINEAR
     result.stream, result.statistic, result.squared = value.stream, value.statistic, value.squared
@@ -169,6 +170,11 @@ def _one(call: Call, value: Value, result: Value) -> None:
             result.statistic = value.statistic.becomes(number)
     elif linear:
         result.norm, result.centered, result.gained = value.norm, value.centered, value.gained
+        factor = multiplier(call.base, call.args)
+        own = power_in(value, factor) if factor and not (value.norm and value.norm.kind == "l2") else None  # fmt: skip
+        if factor and own:
+            result.stream = Stream()
+            tape.scalings.append(Scaling(value.stream, result.stream, *own, factor, len(tape.steps)))  # fmt: skip
     else:
         value.stream.bend(f"{call.base} acts on it")
 

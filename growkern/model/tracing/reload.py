@@ -12,7 +12,14 @@ from growkern.model.tracing.config import Fields
 from growkern.model.tracing.forward import Inputs, call_model, evaluated, main_output
 from growkern.model.tracing.naming import HIDDEN, Spaces
 from growkern.model.tracing.terms import Dim
-from growkern.model.tracing.trial import Tensors, grown_copy, mapped, set_config, tolerance
+from growkern.model.tracing.trial import (
+    Steps,
+    Tensors,
+    grown_copy,
+    mapped,
+    set_config,
+    tolerance,
+)
 from growkern.support.names import named_parameters, submodule
 
 
@@ -59,7 +66,8 @@ def not_reloaded(
             grown, {k: size_value(e, {**spec.sizes, **sizes}) for k, e in fields.sizes.items()}
         )
         before, dims = output
-        return _difference(model, grown, inputs, None if before is None else mapped(before, dims, maps))  # fmt: skip
+        steps = Steps([*attributes.scaled], spaces.at(sizes))
+        return _difference(model, grown, inputs, None if before is None else mapped(before, dims, maps), steps)  # fmt: skip
 
     if not free or error(free) < tolerance(model):
         return {}
@@ -73,7 +81,7 @@ def not_reloaded(
     }
 
 
-def _difference(model: nn.Module, grown: Any, inputs: Inputs, expected: Tensor | None) -> float:
+def _difference(model: nn.Module, grown: Any, inputs: Inputs, expected: Tensor | None, steps: Steps) -> float:  # fmt: skip
     """Return by how much a model that is built from the config of a grown copy, with its tensors, differs from the expected output."""
     try:
         built: nn.Module = type(model)(copy.deepcopy(grown.config))
@@ -86,7 +94,7 @@ def _difference(model: nn.Module, grown: Any, inputs: Inputs, expected: Tensor |
             for name, b in module._buffers.items():
                 if b is not None and name not in module._non_persistent_buffers_set:
                     submodule(built, path)._buffers[name] = b  # pyright: ignore[reportPrivateUsage]
-        with evaluated(built):
+        with evaluated(built), steps:
             after = main_output(call_model(built, inputs))
     except Exception:  # a config that builds no such model may raise anything
         return float("inf")

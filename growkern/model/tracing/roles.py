@@ -36,6 +36,7 @@ class Roles:
     main: dict[Dim, Stream] = field(default_factory=dict[Dim, Stream])
     final: set[Stream] = field(default_factory=set[Stream])
     written_by_norms: set[Stream] = field(default_factory=set[Stream])
+    scaled: dict[Stream, int] = field(default_factory=dict[Stream, int])
     numbers: dict[Stream, int] = field(default_factory=dict[Stream, int])
 
     def stream(self, atom: Dim, stream: Stream) -> str:
@@ -43,6 +44,8 @@ class Roles:
         name, own = self.spaces.names[atom], stream.find()
         if atom not in self.spaces.normed or own is self.main.get(atom):
             return name
+        if own in self.scaled:
+            return f"{name}:scaled{self.scaled[own] or ''}"
         if own in self.final:
             return f"{name}:final"
         if own in self.written_by_norms:
@@ -65,6 +68,7 @@ def find_roles(
     norms: Sequence[values.Norm],
     statistics: Sequence[values.Statistic],
     eps: Mapping[str, str],
+    scalings: Sequence[values.Scaling],
 ) -> Roles:
     """Turn the uses of parameters into the axes of a spec.
 
@@ -76,8 +80,11 @@ def find_roles(
         norms: The norms.
         statistics: Means and variances, those of norms among them.
         eps: Module of a norm -> attribute that holds its epsilon.
+        scalings: Scalings that the writers of a stream can take back.
     """
     roles = Roles(spaces)
+    for scaling in scalings:
+        roles.scaled.setdefault(scaling.before.find(), len(roles.scaled))
     by_axis: dict[tuple[str, int], list[Use]] = defaultdict(list)
     for use in uses:
         by_axis[use.tensor, use.axis].append(use)

@@ -25,7 +25,7 @@ from growkern.model.tracing.forward import (
 )
 from growkern.model.tracing.naming import OUTPUT
 from growkern.model.tracing.terms import Conflict, Dim, cut, keep_order, keep_size, same
-from growkern.model.tracing.values import Norm, Role, Statistic, Stream, Use, Value
+from growkern.model.tracing.values import Norm, Role, Scaling, Statistic, Stream, Use, Value
 
 
 @dataclass
@@ -86,6 +86,7 @@ class Tape(TorchDispatchMode):
         uses: Every use of an axis of a parameter.
         norms: Every norm.
         statistics: Every mean, variance or sum of an activation.
+        scalings: Products of an activation and a power of its length.
         products: Products of two activations: the dimensions of heads, and the dimension that is summed over.
         steps: Every operation.
         seen: Module -> dimensions of the tensors that its operations take and return.
@@ -104,6 +105,7 @@ class Tape(TorchDispatchMode):
         self.uses: list[Use] = []
         self.norms: list[Norm] = []
         self.statistics: list[Statistic] = []
+        self.scalings: list[Scaling] = []
         self.products: list[tuple[list[Dim], Dim]] = []
         self.steps: list[Step] = []
         self.seen: dict[str, set[Dim]] = defaultdict(set)

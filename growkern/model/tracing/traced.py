@@ -28,10 +28,11 @@ from growkern.model.tracing.permutation import permutation_error
 from growkern.model.tracing.reload import merge_hidden, not_reloaded
 from growkern.model.tracing.roles import EPS, Roles, find_roles
 from growkern.model.tracing.rules import trace
+from growkern.model.tracing.scalings import powers, settled
 from growkern.model.tracing.stacks import Stacks, find_stacks
 from growkern.model.tracing.table import table_of
 from growkern.model.tracing.tape import Tape
-from growkern.model.tracing.terms import Dim, atoms, keep_size
+from growkern.model.tracing.terms import Dim, atoms, find, keep_size
 from growkern.model.tracing.trial import Tensors, deepened, tolerance
 from growkern.support.names import named_modules, named_parameters
 
@@ -125,6 +126,7 @@ def trace_model(model: nn.Module, inputs: Inputs) -> Trace:
             f"cannot describe {type(model).__name__} by tracing: its forward failed on inputs ({type(error).__name__}: {error}); pass "
             "describe(model, inputs=batch)."
         ) from error
+    tape.scalings = settled(tape)
     weights = {name: value.dims for name, value in tape.weights.items()}
     for name in weights.keys() - tape.touched:
         for dim in weights[name]:
@@ -140,7 +142,7 @@ def _roles(found: Trace) -> None:
     tape = found.tape
     names = {own[0]: own for own in tape.names.values()}
     eps = _eps_names(found.model)
-    found.roles = find_roles(found.spaces, found.weights, names, tape.uses, tape.norms, tape.statistics, eps)  # fmt: skip
+    found.roles = find_roles(found.spaces, found.weights, names, tape.uses, tape.norms, tape.statistics, eps, tape.scalings)  # fmt: skip
     found.stacks = find_stacks(found.model, found.spaces, found.weights, tape.uses, tape.norms)
 
 
@@ -258,6 +260,10 @@ def _complete(found: Trace, plain: ModelSpec, attributes: Attributes, own: Field
         "config_lists": own.lists,
         "config_eps": own.eps,
         "hidden_is_heads": coupled,
+        "activation_scales": {
+            found.roles.stream(find(scaling.dim), scaling.before): power
+            for scaling, power in powers(attributes.scaled, spaces)
+        },
     }
     spec = TracedSpec(**given, example=found.inputs, reload_problem=own.problem or "")
     return replace(spec, text=table_of(spec, found.weights, spaces, found.stacks.reasons, own.problem))  # fmt: skip

@@ -24,8 +24,10 @@ from growkern.model.tracing.forward import (
     modules_entered,
     tensors,
 )
+from growkern.model.tracing.scalings import unscaled
 from growkern.model.tracing.tape import SILENT, Step
 from growkern.model.tracing.terms import Dim, coordinates, size_at
+from growkern.model.tracing.values import Scaling
 from growkern.support.names import named_buffers, named_modules, named_parameters, submodule
 
 Values = Mapping[tuple[str, str], Any]  # (module, attribute) -> value
@@ -36,17 +38,29 @@ CONFIG = "<config>"  # in place of a module: every config of the model
 
 
 class Steps(TorchDispatchMode):
-    """Records the operations of a forward and the shapes that they return."""
+    """Records the operations of a forward and the shapes that they return; takes back the scalings that grow.
 
-    def __init__(self) -> None:
+    Args:
+        scalings: Scalings that the writers of a stream can take back.
+        sizes: Atom -> its length in the copy.
+    """
+
+    def __init__(self, scalings: Sequence[Scaling], sizes: Mapping[Dim, int]) -> None:
         super().__init__()
         self.steps: list[tuple[str, list[tuple[int, ...]]]] = []
+        self.scalings, self.sizes = {own.step: own for own in scalings}, sizes
+        self.scaled: set[Scaling] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and note it."""
         out = func(*args, **(kwargs or {}))
         op = func.overloadpacket.__name__
         if op not in SILENT:
+            scaling = self.scalings.get(len(self.steps))
+            back = unscaled(scaling, op.rstrip("_"), args, out, self.sizes) if scaling else None
+            if scaling and back is not None:
+                self.scaled.add(scaling)
+                out = back
             self.steps.append((op, [tuple(t.shape) for t in tensors(out)]))
         return out
 
@@ -65,13 +79,14 @@ class Outcome:
         finished: True when the forward returned.
         error: Largest difference of the main output, relative to its largest value; infinite without one, 0 in a copy of zeros.
         blame: The first operation that differs.
+        scaled: The scalings that grew.
     """
 
     agreed: int
     finished: bool
     error: float
     blame: str
-    running: list[str] = field(default_factory=list[str])
+    scaled: set[Scaling] = field(default_factory=set[Scaling])
 
     @property
     def rank(self) -> tuple[int, bool, float]:
@@ -229,15 +244,24 @@ def set_config(model: nn.Module, fields: Mapping[str, object]) -> None:
                 vars(config)[name] = value  # pyright: ignore
 
 
-def set_values(model: nn.Module, values: Values) -> list[tuple[Any, str, Any]]:
-    """Set attributes of modules, and fields of configs; return where they are and what they were."""
-    before = list[tuple[Any, str, Any]]()
+def fields_of(holder: Any, name: str) -> dict[str, Any]:
+    """Return the dictionary of the attributes of a module or config; of the module's buffers if one has the name."""
+    own: Any = holder.__dict__
+    return own["_buffers"] if name in own.get("_buffers", ()) else own
+
+
+def set_values(model: nn.Module, values: Values) -> list[tuple[dict[str, Any], str, Any]]:
+    """Set attributes of modules, and fields of configs; return the dictionaries where they are and what they were."""
+    before = list[tuple[dict[str, Any], str, Any]]()
     for (path, name), value in values.items():
         for holder in configs_of(model) if path == CONFIG else [submodule(model, path)]:
-            if name in vars(holder):
-                old = vars(holder)[name]
-                before.append((holder, name, old))
-                vars(holder)[name] = (*old[:-1], value) if isinstance(old, tuple) else value
+            held = fields_of(holder, name)
+            if name in held:
+                old = held[name]
+                before.append((held, name, old))
+                held[name] = (*old[:-1], value) if isinstance(old, tuple) else value
+                if isinstance(old, Tensor):
+                    held[name] = torch.full_like(old, value)
     return before
 
 
@@ -247,9 +271,10 @@ def run_against(
     steps: Sequence[Step],
     sizes: Mapping[Dim, int],
     expected: Tensor | None,
+    scalings: Sequence[Scaling],
 ) -> Outcome:
     """Run a copy and compare every operation with the trace's at the given sizes of atoms."""
-    mode, running, error = Steps(), list[str](), float("inf")
+    mode, running, error = Steps(scalings, sizes), list[str](), float("inf")
     output, failed, where = None, "", ""
     with evaluated(model), modules_entered(model, running, set()):
         try:
@@ -278,4 +303,4 @@ def run_against(
         where = ""  # the model keeps what it computes once, such as an index of positions
     if expected is None and not failed:
         error = 0.0
-    return Outcome(agreed, not failed, error if error == error else float("inf"), where)
+    return Outcome(agreed, not failed, error if error == error else float("inf"), where, mode.scaled)  # fmt: skip

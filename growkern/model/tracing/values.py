@@ -72,6 +72,27 @@ class Statistic:
         return Statistic(self.stream, self.over, self.op, eps, self.origin or self)
 
 
+@dataclass(eq=False)
+class Scaling:
+    """A product of an activation and a power of one of its lengths.
+
+    Attributes:
+        before: Stream in front of the product.
+        after: Stream behind it.
+        dim: Dimension of that length.
+        exponent: Exponent of the power.
+        factor: The power.
+        step: Number of the operation in the trace.
+    """
+
+    before: Stream
+    after: Stream
+    dim: Dim
+    exponent: float
+    factor: float
+    step: int
+
+
 @dataclass
 class Value:
     """What is known of one tensor.
