@@ -88,7 +88,7 @@ def test_the_targets_of_pinned_shards_are_pinned(found_in):
     found = found_in(2)
 
     for rank in range(2):
-        assert "pin_memory=True requires" in found[rank]["pinned"]
+        assert re.search("pin_memory=True requires|no NVIDIA driver", found[rank]["pinned"])
 
 
 @pytest.mark.parametrize("n", WORLDS)

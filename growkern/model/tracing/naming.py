@@ -9,6 +9,7 @@ from growkern.model.spec import SIZE_OF_SPACE, size_of_space
 from growkern.model.tracing.terms import Dim, atoms, factors, segments
 from growkern.model.tracing.values import Norm
 
+INPUT = "an axis of the inputs"
 OUTPUT = "an axis of the output"
 SHARED = 3  # a normalized atom on more axes than this is a residual space
 HIDDEN = {size: space for space, size in SIZE_OF_SPACE.items()}["hidden"]

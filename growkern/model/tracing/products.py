@@ -107,6 +107,9 @@ def attention(tape: Tape, call: Call) -> None:
     mask = call.kwargs.get("attn_mask", next((t for t in call.args[3:] if isinstance(t, Tensor)), None))  # fmt: skip
     if mask is not None:
         _masked(tape, call, mask, [*q.dims[:-1], k.dims[-2]])
+    if call.kwargs.get("is_causal") or any(a is True for a in call.args[3:]):
+        for dim in (q.dims[-2], k.dims[-2]):
+            tape.keep_order(dim, "attention is causal along it")
     tape.keep_size(q.dims[-1], MEET)
     tape.products.append((q.dims[1:-2] if len(q.dims) > 3 else q.dims[:1], q.dims[-1]))
     for i, t in enumerate(call.outputs):
@@ -159,7 +162,10 @@ def convolution(tape: Tape, call: Call) -> None:
     if bias is not None:
         tape.same(tape.value(bias).dims[0], out, call)
         tape.use(tape.value(bias), "writer", stream)
-    tape.put(call.out, Value([x.dims[0], out, *(Dim(s) for s in call.out.shape[2:])], stream, True, False, x.given))  # fmt: skip
+    places = [Dim(s) for s in call.out.shape[2:]]
+    for dim in places:
+        tape.keep_order(dim, "a convolution slides along it")
+    tape.put(call.out, Value([x.dims[0], out, *places], stream, True, False, x.given))
 
 
 def solve_triangular(tape: Tape, call: Call) -> None:

@@ -23,7 +23,7 @@ from growkern.model.tracing.forward import (
     tensors,
     tensors_of,
 )
-from growkern.model.tracing.naming import OUTPUT
+from growkern.model.tracing.naming import INPUT, OUTPUT
 from growkern.model.tracing.terms import Conflict, Dim, cut, keep_order, keep_size, same
 from growkern.model.tracing.values import Norm, Role, Scaling, Statistic, Stream, Use, Value
 
@@ -249,7 +249,8 @@ def constants(tape: Tape, call: Call) -> None:
 def record(tape: Tape, model: nn.Module, inputs: Inputs) -> Tape:
     """Run the model once on its inputs under a tape; the axes of its output keep their order."""
     for t in tensors(inputs):
-        tape.put(t, Value([Dim(n) for n in t.shape], given=True))
+        for dim in tape.put(t, Value([Dim(n) for n in t.shape], given=True)).dims:
+            keep_order(dim, INPUT, "")
     with evaluated(model), modules_entered(model, tape.running, tape.entered), tape:
         output = call_model(model, inputs)
     for t in floats(output):

@@ -23,6 +23,7 @@ from growkern.model.tracing.attributes import (
 from growkern.model.tracing.config import Fields, find_fields, has_config
 from growkern.model.tracing.forward import Inputs, persistent_buffers
 from growkern.model.tracing.inputs import example_inputs
+from growkern.model.tracing.modes import BothModes, trains_by_other_code
 from growkern.model.tracing.naming import Spaces, name_spaces
 from growkern.model.tracing.permutation import permutation_error
 from growkern.model.tracing.reload import merge_hidden, not_reloaded
@@ -104,6 +105,9 @@ def describe_by_tracing(model: nn.Module, inputs: Inputs | None = None) -> Trace
     if given is None:
         return None
     found = trace_model(model, given)
+    if model.training and trains_by_other_code(model, given, found.tape.steps):
+        given = BothModes(given)
+        found = trace_model(model, given)
     spec = spec_of(found)
     raise_all(UnsupportedModelError, f"cannot describe {name} by tracing:", [*_unreached(found)])
     own = Tensors(found.weights, spec.tensors, spec.ties)

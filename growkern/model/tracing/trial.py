@@ -214,8 +214,9 @@ def deepened(
         path, _, leaf = name.rpartition(".")
         new.get_submodule(path).__dict__[leaf] = len(blocks)
     blocks[str(len(blocks))] = new
+    entered = set[str]()
     try:
-        with evaluated(grown):
+        with evaluated(grown), modules_entered(grown, [], entered):
             output = main_output(call_model(grown, inputs))
     except Exception as problem:  # the model may count its blocks in other ways
         return (
@@ -223,6 +224,9 @@ def deepened(
                 "\n"
             )[0]
         )
+    at = f"{stack.path}.{len(blocks) - 1}"
+    if not any(name == at or name.startswith(f"{at}.") for name in entered):
+        return "its forward does not run a block more"
     if output is None or expected is None or output.shape != expected.shape:
         return "with a block more it returns another output"
     error = float((output - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
