@@ -45,10 +45,10 @@ class Steps(TorchDispatchMode):
         sizes: Atom -> its length in the copy.
     """
 
-    def __init__(self, scalings: Sequence[Scaling], sizes: Mapping[Dim, int]) -> None:
+    def __init__(self, scalings: Sequence[Scaling] = (), sizes: Mapping[Dim, int] | None = None) -> None:  # fmt: skip
         super().__init__()
         self.steps: list[tuple[str, list[tuple[int, ...]]]] = []
-        self.scalings, self.sizes = {own.step: own for own in scalings}, sizes
+        self.scalings, self.sizes = {own.step: own for own in scalings}, sizes or {}
         self.scaled: set[Scaling] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
