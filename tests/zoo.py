@@ -1,12 +1,16 @@
 """Tiny models of transformers that no family describes, and the table of how they are described by tracing and grow.
 
-``python tests/zoo.py [names]`` prints the table: the sizes that grow, and the largest change of the output, relative to its largest value,
-after a growth of all of them to 2x and to 1.5x, after a block more in every stack, and of a model built from the grown config. An outcome
-in words is a refusal.
+``python tests/zoo.py [names]`` prints the table. Its columns: the sizes that grow; the largest change of the output, relative to its
+largest value, after a growth of all of them to 2x (without noise, and by default), to 1.5x, and after a block more in every stack; the
+largest difference of AdamW's grown state from the state that autograd gives on the grown model; the change of the output after a growth to
+2x with a block more is saved and loaded, and whether the loaded model generates what the source generates, with a cache and without. An
+outcome in words is a refusal.
 """
 
 import sys
 import warnings
+from collections.abc import Callable
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -196,13 +200,58 @@ def difference(after: Tensor, before: Tensor) -> float:
     return float((after - before).abs().max() / before.abs().max())
 
 
-def grown(name: str, to: dict[str, int]) -> tuple[float, nn.Module, Tensor, Any]:
+def grown(name: str, to: dict[str, int], **how: Any) -> tuple[float, nn.Module, Tensor, Any]:
     """Grow a model as described by tracing; return the change of its output, the model, its output before and its inputs."""
     model = make(name)
     spec = growkern.describe(model)
     before = output(model, spec.example)
-    growkern.expand_inplace(model, to=to)
+    growkern.expand_inplace(model, to=to, **how)
     return difference(output(model, spec.example), before), model, before, spec.example
+
+
+def gradients(model: nn.Module, inputs: Any) -> list[Tensor | None]:
+    """Return the gradients of a weighted sum of the main output, of which a growth keeps the first coordinates."""
+    model.zero_grad()
+    with evaluated(model), torch.enable_grad():
+        out = main_output(call_model(model, inputs))
+        assert out is not None
+        weights = torch.randn(LENGTH, VOCAB, generator=torch.Generator().manual_seed(1)).to(out)
+        (out * weights.flatten()[: out[0].numel()].view(out[0].shape)).sum().backward()
+    return [p.grad for p in model.parameters()]
+
+
+def state_error(name: str, to: dict[str, int]) -> float:
+    """Return the largest relative difference between AdamW's state after a growth and the state that autograd gives on the grown model.
+
+    Before the growth AdamW takes one step with a learning rate of 0, so its state is that of the source's gradients, and its weights stay.
+    """
+    model = make(name)
+    spec, betas = growkern.describe(model), (0.9, 0.99)
+    model.requires_grad_(True)
+    optim = torch.optim.AdamW(model.parameters(), lr=0.0, betas=betas, weight_decay=0.0)
+    gradients(model, spec.example)
+    optim.step()
+    growkern.expand_inplace(model, optim, to=to, width=growkern.width.Lossless(noise=0))
+    grads = gradients(model, spec.example)
+    largest = max(float(g.abs().max()) for g in grads if g is not None)
+    worst = 0.0
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        for key, power, beta in (("exp_avg", 1, betas[0]), ("exp_avg_sq", 2, betas[1])):
+            if grad is not None:
+                expected = (1 - beta) * grad**power
+                least = (1 - beta) * (
+                    1e-6 * largest
+                ) ** power  # a bias of keys has no gradient but rounding
+                error = (optim.state[p][key] - expected).abs().max()
+                worst = max(worst, float(error / expected.abs().max().clamp_min(least)))
+    return worst
+
+
+def generated(model: nn.Module) -> list[Tensor]:
+    """Return what a model generates greedily, with a cache and without."""
+    ids = torch.arange(3, 9)[None]
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(ids))  # fmt: skip
+    return [model.generate(ids, use_cache=cache, **options) for cache in (True, False)]
 
 
 def targets(spec: growkern.ModelSpec, factor: float) -> dict[str, int]:
@@ -226,27 +275,45 @@ def row(name: str) -> list[str]:
     except GrowthError as error:
         return [name, f"refused: {error}".partition("\n")[0]]
     deeper = {stack.size: spec.sizes[stack.size] + 1 for stack in spec.stacks}
-    cells = [name, ", ".join(targets(spec, 2.0))]
-    for to in (targets(spec, 2.0), targets(spec, 1.5), deeper):
-        try:
-            cells.append(f"{grown(name, to)[0]:.0e}" if to else "none")
-        except GrowthError as error:
-            cells.append("refused: " + " ".join(str(error).split())[:80])
-    try:
-        _, model, before, inputs = grown(name, targets(spec, 2.0) | deeper)
-        again = type(model)(model.config).double().eval()
-        again.load_state_dict(model.state_dict())
-        cells.append(f"{difference(output(again, inputs), before):.0e}")
-    except (GrowthError, RuntimeError) as error:
-        cells.append("does not load: " + " ".join(str(error).split())[:80])
+    twice, quiet = targets(spec, 2.0), growkern.width.Lossless(noise=0)
+    cells = [name, ", ".join(twice) or "none"]
+    half = targets(spec, 1.5)
+    for to, how in ((twice, {"width": quiet}), (twice, {}), (half, {}), (deeper, {})):
+        cells.append(_said(lambda to=to, how=how: f"{grown(name, to, **how)[0]:.0e}") if to else "none")  # fmt: skip
+    if left := [size for size in twice if size not in half]:
+        cells[4] += f", without {' and '.join(left)}"
+    cells.append(_said(lambda: f"{state_error(name, twice):.0e}") if twice else "none")
+    cells.append(_said(lambda: _again(name, twice | deeper)))
     return cells
 
+
+def _said(cell: Callable[[], str]) -> str:
+    """Return a cell, or the first words of the refusal."""
+    try:
+        return cell()
+    except (GrowthError, RuntimeError) as error:
+        return "refused: " + " ".join(str(error).split())[:80]
+
+
+def _again(name: str, to: dict[str, int]) -> str:
+    """Return how a checkpoint of a grown model differs after it is saved and loaded, and whether it generates the source's tokens."""
+    _, model, before, inputs = grown(name, to)
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = type(model).from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()  # fmt: skip
+    text = f"{difference(output(again, inputs), before):.0e}"
+    if not model.can_generate() or "input_ids" not in inputs:
+        return text
+    pairs = zip(generated(again), generated(make(name)), strict=True)
+    return text + (", generates the same" if all(torch.equal(a, b) for a, b in pairs) else ", GENERATES OTHER TOKENS")  # fmt: skip
+
+
+COLUMNS = "model", "sizes that grow", "2x, noise 0", "2x", "1.5x", "one block more", "AdamW", "saved, loaded"  # fmt: skip
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    print(
-        "| model | sizes that grow | 2x | 1.5x | one block more | built from the config |\n|---|---|---|---|---|---|"
-    )
+    transformers.utils.logging.disable_progress_bar()
+    print("|", " | ".join(COLUMNS), "|\n|" + "---|" * len(COLUMNS))
     for chosen in sys.argv[1:] or ZOO:
         print("|", " | ".join(row(chosen)), "|", flush=True)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from math import isfinite
 
-from growkern.model.spec import ModelSpec, Power, Size, space_size
+from growkern.model.spec import ModelSpec, Power, Size, space_of, space_size
 from growkern.support.argument_types import wrong_fields
 from growkern.support.text import short
 
@@ -36,6 +36,9 @@ def problems(spec: ModelSpec) -> Iterator[str]:
         for stream in getattr(spec, field) or ():
             if stream not in spec.streams:
                 yield f"{field}: no tensor has the stream {stream!r}; name one of {short(spec.streams)}."
+    for name, axis, norm in spec.norms():
+        if {space_of(stream) for stream in axis.streams} != {space_of(norm.reads)}:
+            yield f"{name}: its gain is along {axis}, and its norm reads {norm.reads!r}: both have to be of one space."
     for name in sorted({*spec.counters} - spec.tensors.keys()):
         yield f"counters: {name!r} is not in tensors; add it, or leave it out."
     for tie in spec.ties.items():

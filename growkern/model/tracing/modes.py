@@ -76,7 +76,7 @@ def trains_by_other_code(model: nn.Module, inputs: Inputs, steps: Sequence[Step]
 
     A model whose forward fails in training mode on these inputs (it may ask for labels) is described by evaluation mode alone.
     """
-    mode = Steps()
+    mode = Steps((), {})
     with evaluated(model), training(model):
         try:
             with mode:
