@@ -720,6 +720,10 @@ MUTANTS = {
         "checkpoints/dcp_load.py", "if record is None and self.plan.eps:", "if False:", "checkpoints/test_dcp.py -k epsilon"),
     "dcp: stored options are not loaded": Mutant(
         "checkpoints/dcp_load.py", "group |= options", "pass", "checkpoints/test_dcp.py -k at_load_as"),
+    "attributes: a quotient of sizes is a float": Mutant(
+        "commit/commit.py", "            value = int(value)", "            pass", "engine/test_forward_check.py -k quotient"),
+    "attributes: an int becomes a fraction": Mutant(
+        "engine/run.py", "    refuse_fractions(plan, model)\n", "", "engine/test_forward_check.py -k quotient"),
     "fsdp: gains shift by those of the first shard": Mutant(
         "execution/perturb.py", "shifts[box.slices[0]]", "shifts[: len(target)]", "distributed/test_fsdp.py"),
     "fsdp: factors of the first shard": Mutant(

@@ -290,6 +290,8 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo, record: str) -> 
         owner, _, name = path.rpartition(".")
         module = modules[owner]
         before: Any = getattr(module, name)
+        if type(before) is int:
+            value = int(value)  # a quotient of sizes is a float
         after: Any = (*before[:-1], value) if isinstance(before, tuple) else value
         if isinstance(before, torch.Tensor):
             undo.attribute(module, name, torch.full_like(before, value))

@@ -20,6 +20,18 @@ def refuse_missing_eps(plan: GrowthPlan, model: nn.Module) -> None:
     raise_all(PlanError, "cannot plan this growth:", missing)
 
 
+def refuse_fractions(plan: GrowthPlan, model: nn.Module) -> None:
+    """Raise PlanError where an attribute that is an int, such as the heads of one of several processes, would become a fraction."""
+    modules = dict(named_modules(model))
+    fractions = list[str]()
+    for path, after in plan.attributes.items():
+        owner, _, name = path.rpartition(".")
+        before = getattr(modules.get(owner), name, None)
+        if type(before) is int and after % 1:
+            fractions.append(f"{path}: is the int {before}, and would be {after:g}: choose sizes that give an int.")  # fmt: skip
+    raise_all(PlanError, "cannot change these attributes:", fractions)
+
+
 def unlisted_sizes(plan: GrowthPlan, model: nn.Module) -> list[str]:
     """Return a note on the plain int attributes of modules that hold a size of the source and that the plan does not change."""
     grown = [name for name, n in plan.source_sizes.items() if plan.target_sizes[name] != n]

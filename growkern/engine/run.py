@@ -18,6 +18,7 @@ from growkern.commit.undo import Undo
 from growkern.distributed.gather import Gather
 from growkern.distributed.shards import fully_sharded, reshard
 from growkern.distributed.zero import whole
+from growkern.engine.cached_sizes import refuse_fractions
 from growkern.engine.checkpoint_caches import refresh_caches
 from growkern.engine.claims import claimed
 from growkern.engine.compile_cache import reset_near_limit
@@ -223,6 +224,7 @@ def _agree_on_plan(
     laps.end("scan")
     plan = request.make_plan(sources.spec)
     refuse_plan(model, sources.spec, plan, shards)
+    refuse_fractions(plan, model)
     if plan.target_sizes.get("hidden") != plan.source_sizes.get("hidden"):
         refuse_neighbors(model, optims, left)
     passed = schedulers(request.scheduler)

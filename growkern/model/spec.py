@@ -119,7 +119,10 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Power:
-    """A size to a power, such as the ``head_dim ** -0.5`` of attention: ``factor * (size / base) ** exponent``."""
+    """A size to a power, such as the ``head_dim ** -0.5`` of attention: ``factor * (size / base) ** exponent``.
+
+    An attribute that is an int stays an int: ``Power("heads", 1.0, base=2)`` is the number of heads of one of two processes.
+    """
 
     size: str
     exponent: float

@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import growkern
-from growkern import At, GrowthSchedule, ModelSpec, embedding, linear, norm, width
+from growkern import At, GrowthSchedule, ModelSpec, Power, embedding, linear, norm, width
 from growkern.errors import CommitError, GrowthError, PlanError
 
 
@@ -101,8 +102,6 @@ def test_the_deepest_module_that_fails_is_named():
 @pytest.mark.parametrize("method", [width.Lossless(), width.FPI(maps="cyclic")], ids=str)
 def test_an_output_that_moves_takes_the_growth_back(method):
     """The spec says wrongly that no norm reads the residual stream."""
-    from dataclasses import replace
-
     model, optim = started(Tiny(normed=True))
     before = state_of(model, optim)
     wrong = replace(SPEC, non_affine_norms={})
@@ -379,13 +378,23 @@ def test_an_epsilon_that_has_to_change_and_is_no_attribute_is_refused_by_the_pla
     assert growkern.plan(model, to={"hidden": 24}, spec=spec).preserves != "nothing"
 
 
+def test_an_int_that_is_a_quotient_of_sizes_stays_an_int_and_becomes_no_fraction():
+    model = Tiny()
+    model.pairs = 2  # of four heads
+    spec = replace(SPEC, attributes={"pairs": Power("heads", 1.0, base=2)})
+    for change, n in ((growkern.expand_inplace, 5), (growkern.shrink_inplace, 3)):
+        with pytest.raises(PlanError, match=f"pairs: is the int 2, and would be {n / 2}"):
+            change(model, to={"heads": n}, spec=spec)
+
+    growkern.expand_inplace(model, to={"heads": 6}, spec=spec, check=IDS)
+    assert type(model.pairs) is int and model.pairs == 3
+
+
 @pytest.mark.parametrize("to", [24, 32, 48])
 @pytest.mark.parametrize("stated", [None, {}, {"residual": "rms"}], ids=["unsaid", "none", "rms"])
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
 def test_a_norm_without_parameters_is_kept_or_refused(to, stated, normed):
     """What a plan promises is true of the forward: a spec that says nothing promises what holds with and without the norm."""
-    from dataclasses import replace
-
     if (stated == {} and normed) or (stated and not normed):
         return  # the spec would be wrong
     torch.manual_seed(1)
@@ -404,8 +413,6 @@ def test_a_norm_without_parameters_is_kept_or_refused(to, stated, normed):
     "family", [5, None, b"x", "x" * 10_000], ids=lambda family: str(family)[:4]
 )
 def test_a_family_that_no_record_can_name_is_refused_before_anything_changes(family):
-    from dataclasses import replace
-
     model, optim = started(Tiny())
     before = state_of(model, optim)
     with pytest.raises(GrowthError, match="family"):

@@ -1,7 +1,13 @@
-"""The RMSNorm of torchtune has a gain with the name ``scale`` and a cached shape: a ModelSpec describes both."""
+"""In torchtune's recipe, two gloo processes grow and train as one process on the joined batch does, and resume.
+
+The runs need torchtune, which is no dependency of the tests (it is archived, and wants torchao 0.13 at most); the tests of its RMSNorm,
+which has a gain with the name ``scale`` and a cached shape, run without it.
+"""
 
 from dataclasses import replace
+from importlib.util import find_spec
 
+import processes
 import pytest
 import torch
 from models import batch, make
@@ -9,6 +15,34 @@ from torch import nn
 
 import growkern
 from growkern import norm
+
+
+@processes.together
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("torchtune") is None, reason="needs torchtune")
+def test_torchtunes_recipe_grows_and_resumes(tmp_path):
+    for world in (2, 1):
+        folder, log = tmp_path / str(world), tmp_path / f"{world}.log"
+        folder.mkdir()
+        started = [
+            processes.start("torchtune_worker", folder, rank, world, log=log)
+            for rank in range(world)
+        ]
+        processes.end(started, log)
+    alone = torch.load(tmp_path / "1" / "0.pt", weights_only=False)
+
+    for rank in range(2):
+        found = torch.load(tmp_path / "2" / f"{rank}.pt", weights_only=False)
+        for key, n in {"unbroken": 15, "compiled": 15, "parallel": 15, ("resumed", 3): 12, ("resumed", 6): 9}.items():  # fmt: skip
+            run, one = found[key], alone["parallel" if key == "parallel" else "unbroken"]
+            assert run["kept"] and run["fired"] == ([n - 10] if n > 10 else [])
+            # tensor parallel halves the counts of heads, which stay ints
+            assert run["heads"] == {(4, 2, int) if key == "parallel" else (6, 3, int)}
+            if rank == 0:  # the recipe logs in one process
+                assert run["losses"] == pytest.approx(one["losses"][-n:], rel=0, abs=1e-9)
+            assert run["weights"].keys() == one["weights"].keys()
+            for name, p in one["weights"].items():
+                torch.testing.assert_close(run["weights"][name], p, rtol=0, atol=1e-9, msg=name)
 
 
 class RMSNorm(nn.Module):
