@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import growkern
 from growkern.errors import CommitError, PlanError, UnsupportedModelError
 from growkern.model.spec import AxisUse, ModelSpec, space_of, space_size
-from growkern.model.tracing import traced as by_tracing
+from growkern.model.tracing import hollow
 from growkern.model.tracing.permutation import permutation_error
 from growkern.model.tracing.terms import Dim, atoms, enumerated, product
 from growkern.model.tracing.traced import trace_model
@@ -255,7 +255,7 @@ def test_transformers_model_that_no_family_knows_grows_without_anything():
 
 
 def test_a_report_says_when_loading_a_grown_checkpoint_was_not_tried(monkeypatch):
-    monkeypatch.setattr(by_tracing, "LARGE", 1000)
+    monkeypatch.setattr(hollow, "LARGE", 1000)
     config = transformers.PhiConfig(
         hidden_size=48, num_attention_heads=4, num_hidden_layers=2, intermediate_size=80, vocab_size=97, pad_token_id=0
     )  # fmt: skip

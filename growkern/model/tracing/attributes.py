@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from growkern.model.leaves import cached_sizes
 from growkern.model.spec import ModelSpec, Power, Size, size_value
+from growkern.model.tracing.hollow import hollow, is_large, zeros
 from growkern.model.tracing.naming import Spaces
 from growkern.model.tracing.scalings import SMALL
 from growkern.model.tracing.tape import Tape
@@ -32,7 +33,6 @@ from growkern.model.tracing.values import Scaling
 from growkern.support.names import named_modules
 
 TRIES = 60
-LARGE = 20_000_000  # parameters above which a trial compares shapes only, in a copy of zeros
 # names of attributes that are no widths, whatever their value
 OTHER = re.compile(
     r"layer_idx|layers?$|vocab|position|_id$|max_seq|block_size|kernel|stride|padding|dilation|window|chunk|top_k|per_tok"
@@ -207,7 +207,6 @@ class Search:
         for path, name in self.options:
             self.groups[re.sub(r"\.\d+", ".*", path), name].append((path, name))
         self.layers = {stack.size for stack in spec.stacks}
-        self.hollow = sum(p.numel() for p in model.parameters()) > LARGE
         self.limit = tolerance(model)
         self.tries = 0
 
@@ -227,9 +226,13 @@ class Search:
         dims = {name: value.dims for name, value in self.tape.weights.items()}
         own = Tensors(dims, self.spec.tensors, self.spec.ties)
         output = self.tape.output
-        hollow = self.hollow or output is None
-        expected = None if output is None or hollow else mapped(output, self.tape.output_dims, maps)
-        grown = grown_copy(self.model, own, maps, hollow=hollow)
+        valued = output is not None and not is_large(self.model)
+        expected = (
+            mapped(output, self.tape.output_dims, maps) if output is not None and valued else None
+        )
+        grown = grown_copy(
+            self.model, own, maps, None if valued else hollow if self.tape.hollow else zeros
+        )
         all_sizes = {**self.spec.sizes, **sizes}
         set_config(
             grown,

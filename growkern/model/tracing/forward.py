@@ -12,6 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from growkern.support.names import named_buffers, named_modules, named_parameters
 
+
+class TracingError(Exception):
+    """A rule of growkern failed, which is a bug of growkern and not of a model."""
+
+
 # a tensor, positional or keyword arguments, or a function from the model to its outputs that may call the model several times
 Inputs = Tensor | Mapping[str, object] | Sequence[object] | Callable[[nn.Module], object]
 
@@ -57,11 +62,26 @@ def call_model(model: nn.Module, inputs: Inputs) -> Any:
     return model(*inputs) if isinstance(inputs, Sequence) else inputs(model)
 
 
+def expanded(t: Tensor) -> bool:
+    """True for a tensor with several elements in one place, which no operation can write."""
+    return any(n > 1 and not stride for n, stride in zip(t.shape, t.stride(), strict=True))
+
+
+def tried(model: nn.Module, inputs: Inputs) -> Any:
+    """Return the outputs of a model, or the exception that its forward raised: what is tried may raise anything."""
+    try:
+        return call_model(model, inputs)
+    except TracingError:
+        raise
+    except Exception as error:
+        return error
+
+
 @contextmanager
 def evaluated(model: nn.Module) -> Generator[None]:
     """Put a model into evaluation mode without gradients, and put the modes and buffers back."""
     modes = {m: m.training for m in model.modules()}
-    buffers = [(b, b.clone()) for _, b in named_buffers(model) if not b.is_meta]
+    buffers = [(b, b.clone()) for _, b in named_buffers(model) if not b.is_meta and not expanded(b)]
     fast = torch.backends.mha.get_fastpath_enabled()
     model.eval()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from growkern.model.tracing.forward import Inputs, call_model, evaluated, main_output
+from growkern.model.tracing.forward import Inputs, call_model, evaluated, main_output, tried
 from growkern.model.tracing.tape import Step
 from growkern.model.tracing.trial import Steps
 
@@ -76,11 +76,8 @@ def trains_by_other_code(model: nn.Module, inputs: Inputs, steps: Sequence[Step]
 
     A model whose forward fails in training mode on these inputs (it may ask for labels) is described by evaluation mode alone.
     """
-    mode = Steps((), {})
-    with evaluated(model), training(model):
-        try:
-            with mode:
-                call_model(model, inputs)
-        except Exception:  # the model's own code may raise anything
+    mode = Steps()
+    with evaluated(model), training(model), mode:
+        if isinstance(tried(model, inputs), Exception):
             return False
     return [op for op, _ in mode.steps] != [step.op for step in steps]

@@ -1,6 +1,7 @@
 """The test of a description on the source: all coordinates of a space are permuted in all tensors, and the function must not move.
 
-It runs on two copies whose weights are moved by equal random numbers, because weights that are 0, 1 or equal hide wrong descriptions.
+The weights are moved by equal random numbers, because weights that are 0, 1 or equal hide wrong descriptions. Moved and permuted weights
+take no memory, but where the forward reads weights in other ways than by operations.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,15 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from growkern.model.tracing.forward import Inputs, call_model, evaluated, main_output
+from growkern.model.tracing.forward import Inputs, evaluated, main_output, tried
 from growkern.model.tracing.naming import OUTPUT
-from growkern.model.tracing.terms import Dim, atoms
+from growkern.model.tracing.permuted import PermutedWeights, Weight
+from growkern.model.tracing.terms import Dim, atoms, coordinates, find
 from growkern.model.tracing.trial import Tensors, grown_copy, mapped, tolerance
 
-MOVED = (
-    0.05  # standard deviation of what is added to the weights, relative to their root mean square
-)
-ZERO = 0.3  # in place of the root mean square of a tensor of zeros
 SEEDS = 0, 1
 
 
@@ -38,28 +36,28 @@ def permutation_error(
         seeds: Seeds of the permutations. Two short spaces in one axis are told apart by several permutations only.
 
     Returns:
-        The error; infinity if the forward of the permuted model fails, or there is no output to compare.
+        The error; infinity if a forward fails, or there is no output to compare.
     """
     every = dict.fromkeys(a for dims in own.dims.values() for d in dims for a in atoms(d))
     free = [a for a in every if not a.keeps_order.keys() - {OUTPUT}]
-    before = _output(model, inputs, own, {})
-    worst = 0.0 if before is not None else float("inf")
+    held, before = False, _run(model, inputs, own, {}, False)
+    if not isinstance(before, Tensor) or not bool(before.isfinite().any()):
+        held, before = True, _run(model, inputs, own, {}, True)
+    if not isinstance(before, Tensor):
+        return float("inf")
+    worst = 0.0
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         maps: dict[Dim, list[int]] = {a: torch.randperm(a.size, generator=generator).tolist() for a in free}  # pyright: ignore  # fmt: skip
-        try:
-            after = _output(model, inputs, own, maps)
-        except Exception:  # a wrong permutation may raise anything
-            return float("inf")
-        if before is not None:
-            worst = max(worst, _distance(mapped(before, output, maps), after))
+        after = _run(model, inputs, own, maps, held)
+        worst = max(worst, _distance(mapped(before, output, maps), after))
         if not worst < tolerance(model):
             break
     return worst
 
 
-def _distance(before: Tensor, after: Tensor | None) -> float:
-    if after is None or after.shape != before.shape:
+def _distance(before: Tensor, after: object) -> float:
+    if not isinstance(after, Tensor) or after.shape != before.shape:
         return float("inf")
     both = before.isfinite() & after.isfinite()
     if bool((before.isfinite() != after.isfinite()).any()) or not bool(both.any()):
@@ -67,26 +65,46 @@ def _distance(before: Tensor, after: Tensor | None) -> float:
     return float((after - before)[both].abs().max() / before[both].abs().max().clamp_min(1e-30))
 
 
-def _output(
-    model: nn.Module, inputs: Inputs, own: Tensors, maps: Mapping[Dim, Sequence[int]]
-) -> Tensor | None:
-    """Return the main output of a copy with moved and permuted weights."""
+def _run(model: nn.Module, inputs: Inputs, own: Tensors, maps: Mapping[Dim, Sequence[int]], held: bool) -> object:  # fmt: skip
+    """Return the main output with moved and permuted weights, or the exception that the forward raised.
 
-    def moved(name: str, t: Tensor) -> Tensor:
+    Args:
+        model: The model.
+        inputs: Its inputs.
+        own: Its tensors.
+        maps: Atom -> source coordinate of every coordinate.
+        held: True to hold the weights in memory; False to compute with the source's.
+    """
+    low = bool({p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16})
+    weights, known = list[tuple[Tensor, Weight]](), dict[Dim, Tensor | None]()
+
+    def index(dim: Dim, device: torch.device) -> Tensor | None:
+        if dim not in known:
+            order = coordinates(dim, maps)
+            known[dim] = None if order == [*range(dim.size)] else torch.tensor(order, device=device)
+        return known[dim]
+
+    def stand_in(name: str, t: Tensor, shape: Sequence[int]) -> Tensor:
         draw = torch.Generator().manual_seed(_seed(name))
-        noise = torch.tensor(MOVED)
-        for (
-            n
-        ) in t.shape:  # a product of a vector per axis: cheap, and different in every coordinate
-            noise = noise[..., None] * torch.randn(n, generator=draw)
-        return t + noise.to(t)
+        floating = t.is_floating_point()
+        dtype = torch.float32 if low and floating else t.dtype
+        vectors = [torch.randn(n, generator=draw).to(t.device, dtype) for n in t.shape if floating]
+        where = [index(find(dim), t.device) for dim in own.dims[name]]
+        weight = Weight(t, vectors, where, tuple(range(t.dim())), dtype)
+        if held or not floating:
+            return weight.tensor()
+        own_memory = t.new_full(
+            (), float("nan"), dtype=dtype
+        )  # what reads it in other ways than by operations is NaN
+        weights.append((own_memory, weight))
+        return own_memory.expand(t.shape)
 
-    changed = grown_copy(model, own, maps, moved)
-    if {p.dtype for p in changed.parameters()} & {torch.float16, torch.bfloat16}:
+    changed = grown_copy(model, own, maps, stand_in)
+    if low:
         changed, inputs = changed.float(), tree_map_only(Tensor, _float, inputs)
-    with evaluated(changed):
-        output = main_output(call_model(changed, inputs))
-    return None if output is None else output.clone()
+    with evaluated(changed), PermutedWeights(changed, weights):
+        output = tried(changed, inputs)
+    return output if isinstance(output, Exception) else main_output(output)
 
 
 def _float(t: Tensor) -> Tensor:

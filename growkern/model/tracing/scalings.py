@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from growkern.model.spec import Power
+from growkern.model.tracing.hollow import Hollow
 from growkern.model.tracing.naming import Spaces
 from growkern.model.tracing.tape import Tape
 from growkern.model.tracing.terms import Dim, atoms, find, size_at
@@ -23,7 +24,12 @@ def multiplier(base: str, args: Sequence[Any]) -> float | None:
     if base not in ("mul", "div") or len(args) < 2:
         return None
     own = args[:2] if base == "mul" else args[1:2]
-    scalars = [x for x in own if not isinstance(x, Tensor) or (x.dim() == 0 and not x.is_meta)]
+    scalars = [
+        x
+        for x in own
+        if not isinstance(x, Tensor)
+        or (x.dim() == 0 and not isinstance(x, Hollow) and not x.is_meta)
+    ]
     numbers = [float(x) for x in scalars if isinstance(x, int | float | Tensor)]
     if len(numbers) != 1 or not numbers[0]:
         return None

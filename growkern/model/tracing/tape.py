@@ -23,6 +23,7 @@ from growkern.model.tracing.forward import (
     tensors,
     tensors_of,
 )
+from growkern.model.tracing.hollow import Hollow, Written
 from growkern.model.tracing.naming import INPUT, OUTPUT
 from growkern.model.tracing.terms import Conflict, Dim, cut, keep_order, keep_size, same
 from growkern.model.tracing.values import Norm, Role, Scaling, Statistic, Stream, Use, Value
@@ -93,7 +94,8 @@ class Tape(TorchDispatchMode):
         touched: First names of the parameters and buffers that an operation took.
         entered: Modules that ran.
         unknown: Operations without a rule -> the module that ran one first.
-        output: The main output, and its dimensions.
+        output: The main output, and its dimensions; no output without values.
+        hollow: True when the weights have no values.
     """
 
     def __init__(self, model: nn.Module, rules: Mapping[str, Rule], pointwise: Rule) -> None:
@@ -101,6 +103,7 @@ class Tape(TorchDispatchMode):
         self.rules, self.pointwise = rules, pointwise
         self.values: dict[int, Value] = {}
         self.alive: list[Tensor] = []
+        self.written = Written()
         self.running: list[str] = []
         self.uses: list[Use] = []
         self.norms: list[Norm] = []
@@ -116,6 +119,7 @@ class Tape(TorchDispatchMode):
         self.picked: dict[int, tuple[Dim, int]] = {}
         self.output: Tensor | None = None
         self.output_dims: list[Dim] = []
+        self.hollow = any(isinstance(p, Hollow) for p in model.parameters())
         self.names = names_of(model)
         self.weights: dict[str, Value] = {}
         for t in tensors_of(model):
@@ -182,7 +186,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and its rule."""
-        out = func(*args, **(kwargs or {}))
+        out = self.written.run(func, args, kwargs or {})
         call = Call(func, args, kwargs or {}, out)
         for t in call.inputs:
             if id(t) in self.picked:
@@ -259,7 +263,8 @@ def record(tape: Tape, model: nn.Module, inputs: Inputs) -> Tape:
             cut(dim, [1] * n)
     main = main_output(output)
     if main is not None:
-        tape.output, tape.output_dims = main, tape.value(main).dims
+        tape.output = None if tape.hollow else main
+        tape.output_dims = tape.value(main).dims
         for dim in tape.output_dims:
             keep_order(dim, OUTPUT, "")
     return tape

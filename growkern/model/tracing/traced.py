@@ -1,5 +1,6 @@
 """A model that no family knows -> its spec, by one forward, a trial of its attributes and the permutation test."""
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -11,8 +12,8 @@ from torch import nn
 from growkern.distributed.shards import is_sharded
 from growkern.errors import UnsupportedModelError, raise_all
 from growkern.model.spec import AxisUse, Blocks, ModelSpec
+from growkern.model.tracing import hollow
 from growkern.model.tracing.attributes import (
-    LARGE,
     Attributes,
     Expression,
     Search,
@@ -21,7 +22,7 @@ from growkern.model.tracing.attributes import (
     trial_sizes,
 )
 from growkern.model.tracing.config import Fields, find_fields, has_config
-from growkern.model.tracing.forward import Inputs, persistent_buffers
+from growkern.model.tracing.forward import Inputs, TracingError, persistent_buffers
 from growkern.model.tracing.inputs import example_inputs
 from growkern.model.tracing.modes import BothModes, trains_by_other_code
 from growkern.model.tracing.naming import Spaces, name_spaces
@@ -74,6 +75,7 @@ class Trace:
         return {name: value.dims for name, value in self.tape.weights.items()}
 
 
+_LOG = logging.getLogger("growkern")
 UNUSED = "the forward does not use it"
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[object, TracedSpec]] = WeakKeyDictionary()
 
@@ -105,7 +107,8 @@ def describe_by_tracing(model: nn.Module, inputs: Inputs | None = None) -> Trace
     if given is None:
         return None
     found = trace_model(model, given)
-    if model.training and trains_by_other_code(model, given, found.tape.steps):
+    probe = hollow.hollow_copy(model) if found.tape.hollow and model.training else model
+    if model.training and trains_by_other_code(probe, given, found.tape.steps):
         given = BothModes(given)
         found = trace_model(model, given)
     spec = spec_of(found)
@@ -124,7 +127,9 @@ def describe_by_tracing(model: nn.Module, inputs: Inputs | None = None) -> Trace
 def trace_model(model: nn.Module, inputs: Inputs) -> Trace:
     """Run a model once and find its spaces, roles and stacks."""
     try:
-        tape = trace(model, inputs)
+        tape = _tape(model, inputs)
+    except TracingError:
+        raise
     except Exception as error:
         raise UnsupportedModelError(
             f"cannot describe {type(model).__name__} by tracing: its forward failed on inputs ({type(error).__name__}: {error}); pass "
@@ -139,6 +144,16 @@ def trace_model(model: nn.Module, inputs: Inputs) -> Trace:
     found = Trace(model, inputs, tape, spaces, Roles(spaces), Stacks())
     _roles(found)
     return found
+
+
+def _tape(model: nn.Module, inputs: Inputs) -> Tape:
+    """Trace a large model by shapes, where its forward does not ask for values."""
+    if hollow.is_large(model):
+        try:
+            return trace(hollow.hollow_copy(model), inputs)
+        except Exception as error:  # what asks for values may raise anything
+            _LOG.debug("%s is traced with values: %s", type(model).__name__, error)
+    return trace(model, inputs)
 
 
 def _roles(found: Trace) -> None:
@@ -188,9 +203,9 @@ def spec_of(found: Trace) -> TracedSpec:
         found.proved = own.problem is None
     plain = _deepened(found, plain, own)
     attributes = find_attributes(Search(model, found.inputs, found.tape, spaces, replace(plain, config=own.sizes)))  # fmt: skip
-    large = sum(p.numel() for p in model.parameters()) > LARGE
+    large = hollow.is_large(model)
     if found.proved and large:
-        own.problem = f"not tried, as the model has more than {LARGE:,} parameters"
+        own.problem = f"not tried, as the model has more than {hollow.LARGE:,} parameters"
     if found.proved and not large:
         tensors = Tensors(found.weights, plain.tensors, plain.ties)
         output = found.tape.output, found.tape.output_dims
@@ -234,7 +249,7 @@ def _deepened(found: Trace, plain: ModelSpec, own: Fields) -> ModelSpec:
         if not fields and has_config(found.model):
             why = "no field of the config counts its blocks"
         own_numbers = [name.removeprefix(f"{stack.path}.0.") for name in numbers if name.startswith(f"{stack.path}.0.")]  # fmt: skip
-        why = why or deepened(found.model, found.inputs, tensors, stack, fields, own.lists, own_numbers, found.tape.output)  # fmt: skip
+        why = why or deepened(found.model, found.inputs, tensors, stack, fields, own.lists, own_numbers, found.tape)  # fmt: skip
         if why is None:
             kept.append(stack)
             continue

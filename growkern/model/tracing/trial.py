@@ -18,14 +18,15 @@ from growkern.model.leaves import cached_sizes
 from growkern.model.spec import AxisUse, Blocks
 from growkern.model.tracing.forward import (
     Inputs,
-    call_model,
     evaluated,
     main_output,
     modules_entered,
     tensors,
+    tried,
 )
+from growkern.model.tracing.hollow import Written, hollow
 from growkern.model.tracing.scalings import unscaled
-from growkern.model.tracing.tape import SILENT, Step
+from growkern.model.tracing.tape import SILENT, Step, Tape
 from growkern.model.tracing.terms import Dim, coordinates, size_at
 from growkern.model.tracing.values import Scaling
 from growkern.support.names import named_buffers, named_modules, named_parameters, submodule
@@ -50,10 +51,11 @@ class Steps(TorchDispatchMode):
         self.steps: list[tuple[str, list[tuple[int, ...]]]] = []
         self.scalings, self.sizes = {own.step: own for own in scalings}, sizes or {}
         self.scaled: set[Scaling] = set()
+        self.written = Written()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and note it."""
-        out = func(*args, **(kwargs or {}))
+        out = self.written.run(func, args, kwargs or {})
         op = func.overloadpacket.__name__
         if op not in SILENT:
             scaling = self.scalings.get(len(self.steps))
@@ -127,8 +129,7 @@ def grown_copy(
     model: nn.Module,
     own: Tensors,
     maps: Mapping[Dim, Sequence[int]],
-    change: Callable[[str, Tensor], Tensor] | None = None,
-    hollow: bool = False,
+    stand_in: Callable[[str, Tensor, Sequence[int]], Tensor] | None = None,
 ) -> nn.Module:
     """Return a copy of a model on other coordinates; tied parameters are parameters of their own in the copy.
 
@@ -136,8 +137,7 @@ def grown_copy(
         model: The source, which stays as it is; none of its weights is copied as it is.
         own: Its tensors.
         maps: Atom -> source coordinate of every coordinate.
-        change: Function from first name and value of a tensor to the value that is copied.
-        hollow: True for zeros that take no memory in place of values.
+        stand_in: Function from the first name of a tensor, the tensor and the shape of its copy to a tensor in place of the copy.
     """
     live: dict[str, Tensor] = dict(named_parameters(model, remove_duplicate=False))
     live |= dict(named_buffers(model, remove_duplicate=False))
@@ -156,12 +156,11 @@ def grown_copy(
         path, _, leaf = name.rpartition(".")
         module = submodule(result, path)
         first = live[name].detach()
-        if hollow:
-            shape = [size_at(dim, lengths) for dim in own.dims[first_name]]
-            t = first.new_zeros(()).expand(shape)
+        dims = own.dims[first_name]
+        if stand_in is not None:
+            t = stand_in(first_name, first, [size_at(dim, lengths) for dim in dims])
         else:
-            value = change(first_name, first) if change else first
-            t = mapped(value, own.dims[first_name], maps, row)
+            t = mapped(first, dims, maps, row)
         kept: Any = module._parameters if leaf in module._parameters else module._buffers  # pyright: ignore[reportPrivateUsage]
         kept[leaf] = nn.Parameter(t, live[name].requires_grad) if kept is module._parameters else t  # pyright: ignore[reportPrivateUsage]
     for _, module in named_modules(result):
@@ -182,7 +181,7 @@ def deepened(
     fields: Mapping[str, object],
     lists: Sequence[str],
     numbers: Sequence[str],
-    expected: Tensor | None,
+    tape: Tape,
 ) -> str | None:
     """Add a block at the end of a stack of a copy; return why the output is not the source's, None if it is.
 
@@ -194,9 +193,9 @@ def deepened(
         fields: Fields of configs for one block more.
         lists: Fields that hold one entry per block.
         numbers: Attributes inside a block that hold the number of the block.
-        expected: The source's output.
+        tape: The trace of the source.
     """
-    grown = grown_copy(model, own, {})
+    grown = grown_copy(model, own, {}, hollow if tape.hollow else None)
     set_config(grown, fields)
     for config in configs_of(grown):
         for name in (name for name in lists if hasattr(config, name)):
@@ -215,20 +214,22 @@ def deepened(
         new.get_submodule(path).__dict__[leaf] = len(blocks)
     blocks[str(len(blocks))] = new
     entered = set[str]()
-    try:
-        with evaluated(grown), modules_entered(grown, [], entered):
-            output = main_output(call_model(grown, inputs))
-    except Exception as problem:  # the model may count its blocks in other ways
+    with evaluated(grown), modules_entered(grown, [], entered), Steps():
+        outputs = tried(grown, inputs)
+    if isinstance(outputs, Exception):  # the model may count its blocks in other ways
         return (
-            f"with a block more its forward fails ({type(problem).__name__}: {problem})".partition(
+            f"with a block more its forward fails ({type(outputs).__name__}: {outputs})".partition(
                 "\n"
             )[0]
         )
     at = f"{stack.path}.{len(blocks) - 1}"
     if not any(name == at or name.startswith(f"{at}.") for name in entered):
         return "its forward does not run a block more"
-    if output is None or expected is None or output.shape != expected.shape:
+    output, expected = main_output(outputs), tape.output
+    if output is None or [*output.shape] != [d.size for d in tape.output_dims]:
         return "with a block more it returns another output"
+    if expected is None:
+        return None
     error = float((output - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     return None if error < tolerance(model) else f"a block more moves the output by {error:.1e}"
 
@@ -279,13 +280,14 @@ def run_against(
 ) -> Outcome:
     """Run a copy and compare every operation with the trace's at the given sizes of atoms."""
     mode, running, error = Steps(scalings, sizes), list[str](), float("inf")
-    output, failed, where = None, "", ""
-    with evaluated(model), modules_entered(model, running, set()):
-        try:
-            with mode:
-                output = call_model(model, inputs)
-        except Exception as problem:  # a wrong attribute may raise anything
-            failed = f"{type(problem).__name__}: {problem}".partition("\n")[0]
+    with evaluated(model), modules_entered(model, running, set()), mode:
+        output = tried(model, inputs)
+    failed = (
+        f"{type(output).__name__}: {output}".partition("\n")[0]
+        if isinstance(output, Exception)
+        else ""
+    )
+    where = ""
     agreed, other = 0, False
     for step, (op, shapes) in zip(steps, mode.steps, strict=False):
         wanted = [

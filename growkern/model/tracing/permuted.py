@@ -1,0 +1,149 @@
+"""Forwards with moved and permuted weights that no memory holds: products permute the activations around a source weight instead.
+
+``W'[i, j] = (W + MOVED * u v^T)[p[i], q[j]]``, so that ``(x W')[j] = y[q[j]]`` with ``y = z W + MOVED * (z u) v^T`` and ``z[p[i]] = x[i]``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+MOVED = 0.05  # standard deviation of what is added to the weights
+CHUNK = (
+    1 << 19
+)  # elements of a weight that are converted to another dtype at once: they stay in the cache
+
+
+class Escaped(Exception):
+    """The forward reads a weight by other ways than operations, such as ``weight.data``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A weight.
+
+    Attributes:
+        source: The tensor of the source.
+        vectors: Factor of what is added, for each axis of the source.
+        index: Source coordinate of every coordinate, for each axis of the source; None where all stay in place.
+        order: Axis of the source that each axis is.
+        dtype: Dtype of the weight.
+    """
+
+    source: Tensor
+    vectors: Sequence[Tensor]
+    index: Sequence[Tensor | None]
+    order: tuple[int, ...]
+    dtype: torch.dtype
+
+    def tensor(self) -> Tensor:
+        """Return the weight in memory of its own."""
+        added = torch.tensor(MOVED, device=self.source.device, dtype=self.dtype)
+        for vector in self.vectors:
+            added = added[..., None] * vector
+        value = added.add_(self.source)
+        for axis, index in enumerate(self.index):
+            value = value if index is None else value.index_select(axis, index)
+        return value.permute(self.order)
+
+    def times(self, x: Tensor) -> Tensor:
+        """Return the matrix product of activations and the weight."""
+        a, b = self.order
+        before, after = self.index[a], self.index[b]
+        if before is not None:
+            x = torch.empty_like(x).index_copy_(1, before, x)
+        moved = (MOVED * (x @ self.vectors[a]))[:, None] * self.vectors[b]
+        y = self._times_source(x, moved)
+        return y if after is None else y.index_select(1, after)
+
+    def _times_source(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the product of activations and the source's weight."""
+        turned = self.order == (1, 0)
+        if self.source.dtype == self.dtype:
+            return y.addmm_(x, self.source.t() if turned else self.source)
+        n = max(1, CHUNK // max(1, self.source.shape[1]))
+        for i in range(0, self.source.shape[0], n):
+            rows = self.source[i : i + n].to(self.dtype)
+            if turned:
+                y[:, i : i + n].addmm_(x, rows.t())
+            else:
+                y.addmm_(x[:, i : i + n], rows)
+        return y
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return rows of the weight by their numbers."""
+        first, second = self.index
+        ids = ids if first is None else first[ids]
+        moved = (MOVED * self.vectors[0][ids])[..., None] * self.vectors[1]
+        value = moved.add_(self.source[ids])
+        return value if second is None else value.index_select(-1, second)
+
+
+class PermutedWeights(TorchDispatchMode):
+    """Computes with weights that take no memory.
+
+    Args:
+        model: A model with stand-ins for weights, which are views of tensors with one element.
+        weights: These tensors, and the weights.
+    """
+
+    def __init__(self, model: nn.Module, weights: Sequence[tuple[Tensor, Weight]]) -> None:
+        super().__init__()
+        self.alive = [t for t, _ in weights]
+        self.storages = {t.untyped_storage().data_ptr(): weight for t, weight in weights}
+        self.weights: dict[int, Weight] = {}
+        for t in (*model.parameters(), *model.buffers()):
+            if (weight := self.storages.get(t.untyped_storage().data_ptr())) is not None:
+                self.weights[id(t)] = weight
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation."""
+        op, kwargs = func.overloadpacket.__name__, kwargs or {}
+        weight = self._weight(args[0]) if args and isinstance(args[0], Tensor) else None
+        if weight and op in ORDERS:
+            out = func(*args, **kwargs)
+            self.alive.append(out)
+            self.weights[id(out)] = replace(weight, order=ORDERS[op](weight.order, args[1:]))
+            return out
+        if weight and op == "embedding" and weight.order == (0, 1):
+            return weight.rows(args[1])
+        k = {"mm": 1, "addmm": 2}.get(op)
+        if k and (weight := self._weight(args[k])) and self._weight(args[k - 1]) is None:
+            product = weight.times(args[k - 1])
+            if op == "mm":
+                return product
+            beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+            return (product if alpha == 1 else alpha * product).add_(self._value(args[0]), alpha=beta)  # fmt: skip
+        args, kwargs = tree_map_only(Tensor, self._value, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _weight(self, t: Tensor) -> Weight | None:
+        """Return the weight that a tensor stands for."""
+        known = self.weights.get(id(t))
+        if known is None and t.untyped_storage().data_ptr() in self.storages:
+            raise Escaped
+        return known
+
+    def _value(self, t: Tensor) -> Tensor:
+        weight = self._weight(t)
+        return t if weight is None else weight.tensor()
+
+
+def _transposed(order: Sequence[int], args: Sequence[int]) -> tuple[int, ...]:
+    axes = [*order]
+    i, j = args
+    axes[i], axes[j] = axes[j], axes[i]
+    return tuple(axes)
+
+
+ORDERS: Mapping[str, Any] = {  # view -> its axes
+    "t": lambda order, args: order[::-1],
+    "transpose": _transposed,
+    "permute": lambda order, args: tuple(order[i] for i in args[0]),
+    "detach": lambda order, args: order,
+    "alias": lambda order, args: order,
+}
