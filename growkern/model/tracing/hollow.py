@@ -34,12 +34,12 @@ class Hollow(Tensor):
     meta: Tensor
 
     @staticmethod
-    def __new__(cls, meta: Tensor, device: torch.device) -> "Hollow":
+    def __new__(cls: type[Any], meta: Tensor, device: torch.device) -> Any:
         """Make the tensor."""
-        kept = {"dtype": meta.dtype, "layout": meta.layout, "device": device}
-        own: Any = Tensor._make_wrapper_subclass(  # pyright: ignore
-            cls, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(), **kept
-        )
+        own: Any = Tensor._make_wrapper_subclass(  # pyright: ignore[reportPrivateUsage]
+            cls, meta.shape, strides=meta.stride(), storage_offset=int(meta.storage_offset()), dtype=meta.dtype, layout=meta.layout,
+            device=device,
+        )  # fmt: skip
         own.meta = meta
         return own
 
@@ -110,10 +110,9 @@ def _by_shapes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device
         device, kwargs = torch.device(kwargs["device"]), {**kwargs, "device": META}
     out = func(*args, **kwargs)
     if op in CHOICES:  # all coordinates are chosen in turn
-        *values, numbers = out if isinstance(out, tuple | list) else (out,)
-        n = args[0].shape[CHOICES[op](args, kwargs)]
+        numbers, n = tensors(out)[-1], args[0].shape[CHOICES[op](args, kwargs)]
         chosen = torch.arange(numbers.numel(), device=device).view(numbers.shape) % n
-        return (*(Hollow(t, device) for t in values), chosen) if values else chosen
+        return (Hollow(out[0], device), chosen) if op == "topk" else chosen
     return tree_map_only(Tensor, lambda t: Hollow(t, device), out)
 
 

@@ -3,7 +3,7 @@
 ``W'[i, j] = (W + MOVED * u v^T)[p[i], q[j]]``, so that ``(x W')[j] = y[q[j]]`` with ``y = z W + MOVED * (z u) v^T`` and ``z[p[i]] = x[i]``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,7 +102,8 @@ class PermutedWeights(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""
-        op, kwargs = func.overloadpacket.__name__, kwargs or {}
+        op: str = func.overloadpacket.__name__
+        kwargs = dict[str, Any](kwargs or {})
         weight = self._weight(args[0]) if args and isinstance(args[0], Tensor) else None
         if weight and op in ORDERS:
             out = func(*args, **kwargs)
@@ -140,10 +141,23 @@ def _transposed(order: Sequence[int], args: Sequence[int]) -> tuple[int, ...]:
     return tuple(axes)
 
 
-ORDERS: Mapping[str, Any] = {  # view -> its axes
-    "t": lambda order, args: order[::-1],
+def _permuted(order: Sequence[int], args: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(order[i] for i in args[0])
+
+
+def _turned(order: Sequence[int], args: Sequence[int]) -> tuple[int, ...]:
+    return tuple(reversed(order))
+
+
+def _kept(order: Sequence[int], args: Sequence[int]) -> tuple[int, ...]:
+    return tuple(order)
+
+
+Order = Callable[[Sequence[int], Sequence[Any]], tuple[int, ...]]
+ORDERS: Mapping[str, Order] = {  # view -> its axes
+    "t": _turned,
     "transpose": _transposed,
-    "permute": lambda order, args: tuple(order[i] for i in args[0]),
-    "detach": lambda order, args: order,
-    "alias": lambda order, args: order,
+    "permute": _permuted,
+    "detach": _kept,
+    "alias": _kept,
 }

@@ -157,10 +157,8 @@ def grown_copy(
         module = submodule(result, path)
         first = live[name].detach()
         dims = own.dims[first_name]
-        if stand_in is not None:
-            t = stand_in(first_name, first, [size_at(dim, lengths) for dim in dims])
-        else:
-            t = mapped(first, dims, maps, row)
+        shape = [size_at(dim, lengths) for dim in dims]
+        t = stand_in(first_name, first, shape) if stand_in else mapped(first, dims, maps, row)
         kept: Any = module._parameters if leaf in module._parameters else module._buffers  # pyright: ignore[reportPrivateUsage]
         kept[leaf] = nn.Parameter(t, live[name].requires_grad) if kept is module._parameters else t  # pyright: ignore[reportPrivateUsage]
     for _, module in named_modules(result):
