@@ -58,7 +58,7 @@ def norm(
     writes: str,
     kind: Literal["rms", "layer"],
     bias: bool | None = None,
-    eps: str = "eps",
+    eps: str | None = "eps",
     offset: float = 0.0,
 ) -> dict[str, TensorSpec]:
     """Describe a norm with gain ``offset + weight`` and, by default for LayerNorm, ``bias``."""

@@ -34,13 +34,14 @@ class Norm:
     Attributes:
         reads: Stream that the norm reads.
         kind: ``"rms"`` divides by the root mean square, ``"layer"`` subtracts the mean first.
-        eps: Name of the module attribute that holds the epsilon.
+        eps: Name of the module attribute that holds the epsilon; None if the epsilon cannot change, such as a number in ``forward``. A
+            growth then keeps the mean square of the stream.
         offset: Constant that the module adds to its weight: the gain is ``offset + weight``.
     """
 
     reads: str
     kind: Literal["rms", "layer"]
-    eps: str = "eps"
+    eps: str | None = "eps"
     offset: float = 0.0
 
 
@@ -174,6 +175,7 @@ class ModelSpec:
         non_affine_norms: Stream that a norm without parameters reads -> kind of the norm; None if the spec does not say. A residual
             stream that no norm in the spec reads then grows by whole multiples only, whose copies keep the mean square.
         whole_multiples: Size -> why the size grows by whole multiples only.
+        summed: Streams that norms alone read, and that are sums of what tensors write, without an activation function in between.
     """
 
     family: str
@@ -197,6 +199,7 @@ class ModelSpec:
     fixed: Mapping[str, str] = field(default_factory=dict[str, str])
     non_affine_norms: Mapping[str, Literal["rms", "layer"]] | None = None
     whole_multiples: Mapping[str, str] = field(default_factory=dict[str, str])
+    summed: tuple[str, ...] = ()
 
     def shape(self, name: str, sizes: Mapping[str, int] | None = None) -> tuple[int, ...]:
         """Return the shape of a tensor at the given sizes (default: the source's)."""
@@ -250,6 +253,12 @@ class ModelSpec:
         return kinds
 
     @cached_property
+    def squares_kept(self) -> set[str]:
+        """Spaces whose streams keep their mean square in a growth: a norm has no gain to correct, or an epsilon that cannot change."""
+        fixed = {norm.reads for _, _, norm in self.norms() if norm.eps is None}
+        return {space_of(stream) for stream in fixed | (self.non_affine_norms or {}).keys()}
+
+    @cached_property
     def users(self) -> dict[str, list[str]]:
         """Stream on the residual space -> ``"norm"`` per norm that reads it, and its axes: ``"reader"``, ``"gain"`` or a writer.
 
@@ -288,7 +297,8 @@ class ModelSpec:
         """
         adds = {n.reads for _, axis, n in self.norms() if str(axis.segments[0][0]) in self.normed}
         sums = {s for s, roles in self.users.items() if roles.count("layer") > 1 or {"table", "gain"} & {*roles}}  # fmt: skip
-        return {s for s in self.normed if s not in adds | sums and not s.startswith("head_dim")}
+        known = adds | sums | {*self.summed}
+        return {s for s in self.normed if s not in known and not s.startswith("head_dim")}
 
     @cached_property
     def unsaid(self) -> bool:

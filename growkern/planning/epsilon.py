@@ -37,6 +37,7 @@ class Eps:
         modules = {
             f"{name.rpartition('.')[0]}.{norm.eps}": factors[norm.reads] or 1.0
             for name, _, norm in spec.norms()
+            if norm.eps is not None
         }
         values, config = set(modules.values()), None
         if spec.config_eps and values - {1.0}:

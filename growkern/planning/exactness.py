@@ -148,6 +148,12 @@ def _is_one(index_map: IndexMap, scale: Vector) -> bool:
     return all(j == PAD or isclose(x, 1, rel_tol=TOLERANCE) for j, x in pairs)
 
 
+def _is_even(index_map: IndexMap, scale: Vector) -> bool:
+    """True when all coordinates that copy a source coordinate have one scale."""
+    first = next(x for j, x in zip(index_map.indices, scale.expanded(), strict=True) if j != PAD)
+    return _is_one(index_map, scale.map(lambda x: x / first if first else x))
+
+
 def sums_to_one(index_map: IndexMap, shares: Vector) -> bool:
     """True when the shares of the copies of every source coordinate sum to 1."""
     if (share := shares.uniform) is not None:
@@ -174,7 +180,9 @@ def _norm(
         return f"the norms of {stream!r} see unequal copies"
     if factor != 1 and stream in (spec.non_affine_norms or ()):
         return f"the norm without parameters on {stream!r} sees another mean square"
-    if "layer" in kinds and not _is_one(index_map, scale.activation):
+    if factor != 1 and any(n.eps is None for _, _, n in spec.norms() if n.reads == stream):
+        return f"a norm of {stream!r} sees another mean square, and its epsilon cannot change"
+    if "layer" in kinds and not _is_even(index_map, scale.activation):
         return f"the mean that the norms of {stream!r} subtract changes"
     if not index_map.has_pads:
         return None

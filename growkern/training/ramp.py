@@ -123,7 +123,7 @@ def masks_of(
         norm = axes[0].norm if axes else None
         read = growing.get(space_of(norm.reads)) if norm is not None else None
         coordinates = None if read is None else (read.n_source, read.n_target)
-        if norm is not None and coordinates is not None:
+        if norm is not None and norm.eps is not None and coordinates is not None:
             eps[f"{name.rpartition('.')[0]}.{norm.eps}"] = coordinates
         masked: list[IndexMap | None] = []
         for axis in axes:
@@ -325,8 +325,8 @@ def _not_folded(spec: ModelSpec, space: Space) -> str | None:
         return f"{where} subtract a mean over the masked coordinates"
     if spec.post_norm:
         return "norms write the residual stream (post-norm)"
-    if {*space.streams} & {*(spec.non_affine_norms or ())}:
-        return "a norm without parameters has no gain to correct"
+    if space.name in spec.squares_kept:
+        return "a norm has no gain to correct, or an epsilon that cannot change"
     return "a norm reads it behind an activation function" if space.activated else None
 
 

@@ -7,7 +7,7 @@ arXiv:2409.12903). The pads and the epsilon rules are LEMON's (Wang et al., arXi
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import sqrt
 from typing import Literal
@@ -15,6 +15,7 @@ from typing import Literal
 from growkern.errors import PlanError
 from growkern.model.spec import ModelSpec, space_of
 from growkern.planning.argument_checks import STRONGEST, wrong_number
+from growkern.planning.axis_scales import mean_square_factor
 from growkern.planning.decisions import StreamScale, WidthDecision
 from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import (
@@ -127,7 +128,7 @@ class Lossless:
             how = self._rule(spec, space)
             maps[space.name] = index_map(space.n_source, space.n_target, how)
             for stream in space.streams:
-                normal = stream in scaled, stream in spec.raw
+                normal = stream in scaled, stream in spec.raw, space.name in spec.squares_kept
                 stream_scales[stream] = stream_scale(maps[space.name], how, *normal)
         solve_ties(spec, sizes, maps, stream_scales)
         notes, joint = (
@@ -193,7 +194,7 @@ def rule_of(spec: ModelSpec, space: Space, norms: Norms | None) -> Norms:
         raise PlanError(
             f"{ask} where norms write the residual stream (post-norm), only whole multiples keep the function; {nearest}."
         )
-    if {*space.streams} & {*(spec.non_affine_norms or ())}:
+    if space.norms != {"rms"} and {*space.streams} & {*(spec.non_affine_norms or ())}:
         raise PlanError(
             f"{ask} a norm without parameters has no gain to correct, so only whole multiples keep the function; {nearest}."
         )
@@ -217,7 +218,20 @@ def rule_of(spec: ModelSpec, space: Space, norms: Norms | None) -> Norms:
     return how
 
 
-def _stream_scale(index_map: IndexMap, how: str | None, normed: bool, raw: bool) -> StreamScale:
+def _stream_scale(
+    index_map: IndexMap, how: str | None, normed: bool, raw: bool, squares_kept: bool
+) -> StreamScale:
+    """Return the scale of a stream; one whose mean square is kept is multiplied by the root of what the mean square loses."""
+    own = _unkept(index_map, how, normed, raw)
+    if not (normed and squares_kept and how) or how == "positions":
+        return own
+    loss = sqrt(mean_square_factor(index_map, own.activation) or 1.0)
+    w, u = own.activation.map(lambda x: x / loss), own.readout.map(lambda x: x * loss)
+    return replace(own, activation=w, readout=u)
+
+
+def _unkept(index_map: IndexMap, how: str | None, normed: bool, raw: bool) -> StreamScale:
+    """Return the scale of a stream whose mean square may change."""
     n_copies = max((count for count, _ in index_map.counts.repeats), default=1)
     if how == "isometric" and normed:
         root = index_map.per_copy(lambda c: 1 / sqrt(c), pad=1.0)

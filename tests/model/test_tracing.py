@@ -340,6 +340,57 @@ def test_size_that_copies_alone_keep_grows_by_whole_multiples():
     assert torch.allclose(model(ids())[0], before, rtol=0, atol=1e-12)
 
 
+class OfNanoGPT(nn.Module):
+    """LayerNorm whose epsilon is a number in ``forward``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-2)
+
+
+class Bare(nn.Module):
+    """RMSNorm without parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, (x.shape[-1],), eps=1e-2)
+
+
+class FixedEpsilon(Decoder):
+    """No attribute holds the epsilon of a norm."""
+
+    def __init__(self, kind: type[nn.Module] = OfNanoGPT) -> None:
+        super().__init__()
+        for layer in self.body["layers"]:
+            layer.before, layer.between = (
+                (kind(48), kind(48)) if kind is OfNanoGPT else (kind(), kind())
+            )
+        self.body["last"] = OfNanoGPT(48) if kind is OfNanoGPT else nn.RMSNorm(48, eps=1e-3)
+
+
+@pytest.mark.parametrize("kind", [FixedEpsilon, lambda: FixedEpsilon(Bare)], ids=["layer", "rms"])
+@pytest.mark.parametrize("noise", [None, 0])
+def test_norms_whose_epsilon_cannot_change_keep_their_mean_square(kind, noise):
+    model = decoder(kind)
+    spec, before = growkern.describe(model, inputs=ids()), model(ids())[0]
+
+    width = growkern.width.Lossless(noise=noise)
+    growkern.expand_inplace(model, spec=spec, to="1.5x", width=width)
+
+    assert torch.allclose(model(ids())[0], before, rtol=0, atol=1e-12)
+
+
+def test_norms_of_sums_inside_a_layer_grow_by_any_factor():
+    spec = growkern.describe(zoo.make("deepseek_v3"))
+    ranks = {size: 3 * spec.sizes[size] // 2 for size in spec.sizes if spec.sizes[size] in (16, 20)}
+
+    error, *_ = zoo.grown("deepseek_v3", ranks)
+
+    assert len(ranks) == 2 and error < 1e-6  # norms of transformers round to float32
+
+
 class ByRoot(Decoder):
     """The embedding is multiplied by the root of an attribute, and the last stream by a number that was computed once."""
 

@@ -3,6 +3,7 @@
 This holds for every width method; other growths are refused, or say that they preserve nothing. The oracle is the model's own forward.
 """
 
+import copy
 from dataclasses import dataclass
 from itertools import product
 
@@ -22,7 +23,8 @@ TOKENS = torch.arange(VOCAB).repeat(2, 1)  # every row of the embedding is read
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model has; norms are ``"layer"``, ``"rms"``, ``"plain layer"`` or ``"plain rms"`` (without parameters), or None."""
+    """What a model has; norms are ``"layer"``, ``"rms"``, ``"plain layer"`` or ``"plain rms"`` (without parameters), ``"fixed layer"`` or
+    ``"fixed rms"`` (an epsilon in ``forward``), or None."""
 
     blocks: str = "layer"
     final: str | None = "layer"
@@ -47,6 +49,14 @@ SHAPES = {
     "a norm without parameters at the end": Shape("layer", "plain rms"),
     "two norms without parameters": Shape("plain layer", "plain layer"),
     "norms without parameters that the spec does not name": Shape("plain rms", "plain rms", said=False),
+    "RMSNorms without parameters": Shape("plain rms", "plain rms"),
+    "RMSNorm, one without parameters at the end": Shape("rms", "plain rms"),
+    "RMSNorms of fixed epsilons": Shape("fixed rms", "fixed rms"),
+    "an RMSNorm of fixed epsilon, tied": Shape("fixed rms", "rms", tied=True),
+    "an RMSNorm of fixed epsilon, a gate": Shape("fixed rms", "rms", gate=True),
+    "LayerNorms of fixed epsilons": Shape("fixed layer", "fixed layer"),
+    "a LayerNorm of fixed epsilon, tied": Shape("layer", "fixed layer", tied=True),
+    "a LayerNorm of fixed epsilon, a gate": Shape("layer", "fixed layer", gate=True),
     "no final LayerNorm": Shape("layer", None),
     "no final RMSNorm": Shape("rms", None),
     "no final LayerNorm, a tied head": Shape("layer", None, embedded="residual:embedded", tied=True),
@@ -114,7 +124,23 @@ class Plain(nn.Module):
         )
 
 
+class Fixed(nn.Module):
+    """A norm whose epsilon is a number in ``forward``; that of LayerNorm is another."""
+
+    def __init__(self, kind, n):
+        super().__init__()
+        self.kind, self.weight = kind, nn.Parameter(torch.ones(n))
+        self.bias = nn.Parameter(torch.zeros(n)) if kind == "fixed layer" else None
+
+    def forward(self, h):
+        if self.bias is None:
+            return F.rms_norm(h, h.shape[-1:], self.weight, eps=1e-2)
+        return F.layer_norm(h, h.shape[-1:], self.weight, self.bias, eps=2e-2)
+
+
 def made(kind, n):
+    if kind and kind.startswith("fixed"):
+        return Fixed(kind, n)
     return {
         None: nn.Identity, "layer": lambda: nn.LayerNorm(n), "rms": lambda: nn.RMSNorm(n, eps=1e-5)
     }.get(kind, lambda: Plain(kind))()  # fmt: skip
@@ -163,8 +189,9 @@ def spec_of(model, shape):
 
     def normed(name, kind, reads, writes):
         """Add a norm; return the stream that its readers read."""
+        kind, eps = (kind.removeprefix("fixed "), None) if kind and kind.startswith("fixed") else (kind, "eps")  # fmt: skip
         if kind in ("layer", "rms"):
-            tensors.update(norm(name, reads=reads, writes=writes, kind=kind))
+            tensors.update(norm(name, reads=reads, writes=writes, kind=kind, eps=eps))
             return writes
         if kind is not None:
             plain[reads] = kind.removeprefix("plain ")
@@ -247,6 +274,7 @@ EXACT = [  # what the default growth grows exactly; a width that is no whole mul
     *product(("several kinds, tied", "a norm without parameters in blocks"), (TWICE, "2x")),
     *product((s for s in SHAPES if s.startswith(RAW) and "tied head" not in s), (HALF, TWICE, "2x")),
     ("no final RMSNorm, a tied head", HALF),
+    *product((s for s in SHAPES if "fixed" in s or s.startswith(("RMSNorms without", "RMSNorm, one"))), (HALF, TWICE)),
     *product((s for s in SHAPES if s.startswith(INNER) and "transform" not in s), ({"hidden": 18, "ffn": 20}, "2x", {"ffn": 40})),
     *product((s for s in SHAPES if "of a transform" in s), (TWICE, "2x")),
 ]  # fmt: skip
@@ -278,6 +306,34 @@ def test_the_default_growth_is_exact_and_trains_and_resumes(shape, to):
         if "value" not in name
     )
     assert torch.equal(resumed(TOKENS), model(TOKENS))
+
+
+def train(model, optim, steps):
+    for _ in range(steps):
+        optim.zero_grad()
+        F.cross_entropy(
+            model(TOKENS)[..., :VOCAB].flatten(0, 1), TOKENS.flatten().flip(0)
+        ).backward()
+        optim.step()
+    return model(TOKENS)
+
+
+@pytest.mark.parametrize("to", [HALF, TWICE], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [s for s in SHAPES if ("RMSNorm" in s and "fixed" in s) or s == "RMSNorms without parameters"],
+)
+def test_a_run_whose_mean_squares_are_kept_goes_on_as_if_it_had_not_grown(shape, to):
+    model, optim = model_of(SHAPES[shape])
+    train(model, optim, 3)
+    source = copy.deepcopy((model, optim))
+
+    report = growkern.expand_inplace(
+        model, optim, to=to, width=width.Lossless(noise=0), spec=spec_of(model, SHAPES[shape]), dynamics="exact",
+    )  # fmt: skip
+
+    assert report.preserves == "trajectory" and "epsilons" not in str(report)
+    assert torch.allclose(train(model, optim, 10), train(*source, 10), rtol=0, atol=1e-9)
 
 
 REFUSED = {

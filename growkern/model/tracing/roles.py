@@ -1,7 +1,7 @@
 """Uses of parameters -> the axes of a spec: which streams an axis reads and writes, and the norms between streams."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from growkern.model.spec import AxisUse, Norm, Segment, space_of
@@ -23,6 +23,7 @@ class Roles:
         whole: Size -> why it grows by whole multiples only.
         bare: Stream that a norm without parameters reads -> kind of the norm. A stream that is to be copied counts as one.
         copied: Spaces that grow by copies of all coordinates.
+        summed: Streams that norms alone read, and that are sums of what tensors write.
         post_norm: True when a LayerNorm reads what another LayerNorm wrote into a stream.
     """
 
@@ -32,6 +33,7 @@ class Roles:
     whole: dict[str, str] = field(default_factory=dict[str, str])
     bare: dict[str, str] = field(default_factory=dict[str, str])
     copied: set[str] = field(default_factory=set[str])
+    summed: list[str] = field(default_factory=list[str])
     post_norm: bool = False
     main: dict[Dim, Stream] = field(default_factory=dict[Dim, Stream])
     final: set[Stream] = field(default_factory=set[Stream])
@@ -100,9 +102,27 @@ def find_roles(
             roles.tensors[name] = tuple(row)
     _plain_readers(roles)
     _bare_norms(roles, norms, statistics)
-    _nonlinear(roles, norms, eps)
+    _nonlinear(roles, norms)
     _mark_copied(roles)
+    roles.summed = [*_summed(roles, norms)]
     return roles
+
+
+def _summed(roles: Roles, norms: Sequence[values.Norm]) -> Iterator[str]:
+    """Yield the streams that norms alone read, and on which no operation acts that is not linear."""
+    names = {a.norm.reads: "" for row in roles.tensors.values() for a in row if a.norm}
+    read = {
+        s for row in roles.tensors.values() for a in row if a.role == "reader" for s in a.streams
+    }
+    bent = {
+        roles.stream(atom, norm.reads)
+        for norm in norms
+        if norm.reads.find().nonlinear
+        for d in norm.over
+        for atom in atoms(d)
+        if atom in roles.spaces.names
+    }
+    yield from (name for name in names if name not in read | bent)
 
 
 def _name_streams(roles: Roles, norms: Sequence[values.Norm], uses: Sequence[Use], names: Mapping[str, Sequence[str]]) -> None:  # fmt: skip
@@ -137,7 +157,7 @@ def _axis(roles: Roles, name: str, dim: Dim, uses: Sequence[Use], eps: Mapping[s
     if gain is not None and gain.norm is not None and gain.norm.kind != "l2":
         over = {a for d in gain.norm.over for a in atoms(d)}
         if len(grown) == 1 and grown[0] in over & spaces.normed and find(dim) is grown[0]:
-            norm = Norm(roles.stream(grown[0], gain.norm.reads), gain.norm.kind, eps.get(gain.module, "eps"), gain.offset)  # fmt: skip
+            norm = Norm(roles.stream(grown[0], gain.norm.reads), gain.norm.kind, eps.get(gain.module), gain.offset)  # fmt: skip
             return AxisUse("gain", _segments(roles, dim, gain.stream), norm)
         for atom in grown:
             roles.restrict(atom, f"the norm of {name} is over several sizes")
@@ -253,14 +273,10 @@ def _mark_copied(roles: Roles) -> None:
     roles.bare = {stream: kind for stream, kind in roles.bare.items() if stream in streams}
 
 
-def _nonlinear(roles: Roles, norms: Sequence[values.Norm], eps: Mapping[str, str]) -> None:
+def _nonlinear(roles: Roles, norms: Sequence[values.Norm]) -> None:
     """A normalized stream that more than sums write is not scaled by what scales its writers."""
     for norm in norms:
         why = norm.reads.find().nonlinear
         for atom in {a for d in norm.over for a in atoms(d)} & roles.spaces.names.keys():
             if why and atom in roles.spaces.normed:
                 roles.restrict(atom, f"a norm reads a stream, and {why}")
-    for norm in norms:
-        if norm.eps and norm.kind != "l2" and eps.get(norm.module) is None:
-            for atom in {a for d in norm.over for a in atoms(d)}:
-                roles.restrict(atom, f"the epsilon of the norm in {norm.module or 'the model'} is no attribute of it")  # fmt: skip

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -36,6 +36,7 @@ from growkern.model.tracing.table import table_of
 from growkern.model.tracing.tape import Tape
 from growkern.model.tracing.terms import Dim, atoms, find, keep_size
 from growkern.model.tracing.trial import Tensors, deepened, tolerance
+from growkern.model.tracing.values import Norm
 from growkern.support.names import named_modules, named_parameters
 
 
@@ -160,7 +161,7 @@ def _roles(found: Trace) -> None:
     """Find the roles and stacks of a trace whose spaces have names."""
     tape = found.tape
     names = {own[0]: own for own in tape.names.values()}
-    eps = _eps_names(found.model)
+    eps = _eps_names(found.model, tape.norms)
     found.roles = find_roles(found.spaces, found.weights, names, tape.uses, tape.norms, tape.statistics, eps, tape.scalings)  # fmt: skip
     found.stacks = find_stacks(found.model, found.spaces, found.weights, tape.uses, tape.norms)
 
@@ -181,12 +182,14 @@ def _unreached(found: Trace) -> Iterator[str]:
             yield f"{name}: {UNUSED} on the example; pass inputs that reach it to growkern.describe(model, inputs=...)."
 
 
-def _eps_names(model: nn.Module) -> dict[str, str]:
-    """Return the attribute of every module that may hold the epsilon of a norm."""
+def _eps_names(model: nn.Module, norms: Sequence[Norm]) -> dict[str, str]:
+    """Return the attribute of every module that holds the epsilon of a norm."""
+    modules = dict(named_modules(model))
     return {
-        path: next(name for name in EPS if hasattr(module, name))
-        for path, module in named_modules(model)
-        if any(hasattr(module, name) for name in EPS)
+        norm.module: name
+        for norm in norms
+        for name in reversed(EPS)
+        if norm.eps is not None and getattr(modules[norm.module], name, None) == norm.eps
     }
 
 
@@ -227,6 +230,7 @@ def _plain(found: Trace) -> ModelSpec:
         fixed=dict(_fixed(spaces)),
         non_affine_norms=dict(roles.bare),  # pyright: ignore[reportArgumentType]
         whole_multiples=dict(roles.whole),
+        summed=tuple(roles.summed),
     )
 
 
