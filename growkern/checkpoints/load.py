@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from growkern.checkpoints.shards import CONFIG
 from growkern.checkpoints.source import Snapshot, StoredTensors, parsed, slices
 from growkern.errors import CheckpointError, UnsupportedModelError, raise_all
-from growkern.model.describe import refuse_unknown
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.support.text import one_line, short
 
@@ -186,7 +185,6 @@ def config_of(folder: Path) -> tuple[Any, dict[str, Any]]:
         raise UnsupportedModelError(
             f"{folder / CONFIG}: this transformers has no class {short(name)}; install a release that has it."
         )
-    refuse_unknown(kind)
     return kind, {name: value for name, value in fields.items() if name not in ACTED_ON}
 
 

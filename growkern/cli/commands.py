@@ -1,4 +1,4 @@
-"""The commands on saved checkpoints: plan, grow, verify, compare; and advise, on a loss curve."""
+"""The commands on saved checkpoints: describe, plan, grow, verify, compare; and advise, on a loss curve."""
 
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
@@ -38,8 +38,17 @@ Tokens = Annotated[int, typer.Option(min=2, help="Number of tokens per row.")]
 
 def add(cli: typer.Typer) -> None:
     """Add the commands to a command line."""
-    for command in (plan, grow, verify, compare, advise):
+    for command in (describe, plan, grow, verify, compare, advise):
         cli.command()(command)
+
+
+def describe(checkpoint: Annotated[Path, FOLDER]) -> None:
+    """Show what every axis of every tensor of a checkpoint is, which sizes grow, and which stay and why."""
+    with failures("describe"):
+        import growkern
+        from growkern.checkpoints.load import load
+
+        typer.echo(growkern.describe(load(checkpoint, mapped=True).model))
 
 
 def plan(

@@ -13,6 +13,7 @@ from functools import cache, cached_property
 from math import prod
 from typing import Literal
 
+from growkern.model.spec_text import spec_text
 from growkern.support.renamed import renamed_fields
 
 Role = Literal["writer", "reader", "gain"]
@@ -201,6 +202,9 @@ class ModelSpec:
     whole_multiples: Mapping[str, str] = field(default_factory=dict[str, str])
     summed: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return spec_text(self)
+
     def shape(self, name: str, sizes: Mapping[str, int] | None = None) -> tuple[int, ...]:
         """Return the shape of a tensor at the given sizes (default: the source's)."""
         at = self.sizes if sizes is None else sizes
@@ -333,10 +337,6 @@ class ModelSpec:
                 index, _, rest = name.removeprefix(f"{stack.path}.").partition(".")
                 return stack, int(index), rest
         return None
-
-    def __str__(self) -> str:
-        sizes = ", ".join(f"{name} {n}" for name, n in self.sizes.items())
-        return f"{self.family}: {sizes}; {len(self.tensors)} tensors, {len(self.ties)} tied"
 
 
 def on_residual(stream: str) -> bool:

@@ -42,7 +42,7 @@ class Eps:
         values, config = set(modules.values()), None
         if spec.config_eps and values - {1.0}:
             config = spec.config_eps, max(values, key=lambda f: f != 1)
-        changed = (*_changed({name: f for name, f in modules.items() if f != 1}),)
+        changed = (*_changed({name: f for name, f in modules.items() if f != 1}, spec.config_eps),)
         shared = f"config.{spec.config_eps} feeds norms of several widths; the live model is exact, a reload takes it for all of them"
         unsaved = "no field of the config holds the epsilon of the norms, which grew: the live model is exact, a reload has the source's"
         if spec.config_eps and len(values) > 1:
@@ -51,11 +51,16 @@ class Eps:
         return Eps(modules, config, (*changed, unsaved) if unheld else changed)
 
 
-def _changed(factors: Mapping[str, float]) -> Iterator[str]:
+def _changed(factors: Mapping[str, float], field: str | None) -> Iterator[str]:
     """Yield a note that names the epsilons that change."""
     if factors:
         kinds = dict.fromkeys(f"{fold(name)} x {f:.6g}" for name, f in factors.items())
+        kept = (
+            f", which config.{field} holds and no state_dict"
+            if field
+            else ", which no state_dict holds"
+        )
         yield (
-            f"the epsilons of {len(factors)} norms change ({', '.join(kinds)}). They are attributes, which no state_dict holds: a loop "
-            "that saves tensors alone calls growkern.resume before it loads them, or sets the epsilons again."
+            f"the epsilons of {len(factors)} norms change ({', '.join(kinds)}). They are attributes{kept}: a loop that saves tensors "
+            "alone calls growkern.resume before it loads them, or sets the epsilons again."
         )

@@ -16,6 +16,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+import zoo
 from models import make
 from safetensors.torch import load_file, save_file
 from saved import contents, invoke, said, save
@@ -50,6 +51,32 @@ def test_a_saved_plan_grows_the_same(source, tmp_path):
     assert refused.exit_code == 2 and "leave --to" in said(refused)
     other = invoke("grow", tmp_path / "one", tmp_path / "three", "--plan", tmp_path / "plan.json")
     assert other.exit_code == 1 and not (tmp_path / "three").exists()
+
+
+def test_describe_shows_axes_of_a_family_and_of_a_model_that_is_traced(source, tmp_path):
+    shown = invoke("describe", source)
+    zoo.make("phi3").save_pretrained(tmp_path / "phi3")
+    traced = invoke("describe", tmp_path / "phi3")
+
+    assert shown.exit_code == traced.exit_code == 0, shown.output + traced.output
+    assert re.search(r"mlp.down_proj +weight +writer residual \| reader ffn", shown.output)
+    assert "Phi3ForCausalLM, by tracing: hidden 48" in traced.output
+    assert "traced on input_ids int64 2x12" in traced.output
+
+
+def test_a_checkpoint_that_no_family_describes_grows(tmp_path):
+    model = zoo.make("phi3")
+    model.save_pretrained(tmp_path / "phi3")
+
+    grown = invoke("grow", tmp_path / "phi3", tmp_path / "grown")
+
+    assert grown.exit_code == 0, grown.output
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "grown", dtype=torch.float64
+    )
+    ids = torch.arange(3, 15)[None]
+    assert again.config.hidden_size == 2 * model.config.hidden_size
+    torch.testing.assert_close(again.eval()(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
 
 
 def test_plan_predicts_a_growth_on_many_processes(source):
