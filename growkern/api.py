@@ -18,6 +18,7 @@ from growkern.engine.report import GrowthReport
 from growkern.engine.request import Request
 from growkern.engine.run import run
 from growkern.errors import PlanError, UnsupportedModelError, raise_all
+from growkern.execution.execute import NOTHING
 from growkern.execution.sets import Memory
 from growkern.model.describe import describe, traced_example
 from growkern.model.spec import ModelSpec
@@ -202,7 +203,7 @@ def expand_inplace(
         check_plan(plan, described)
         return plan
 
-    if check is None:
+    if check is None and backend != NOTHING:
         check = traced_example(model, spec)
     drop_state = (plan.state if plan else state) == "drop"
     new_rows = getattr(width, "rows", None)

@@ -467,13 +467,21 @@ MUTANTS = {
         "training/attachment.py", "before = max(len(self.schedule.history), n_growths(self.model))", "before = n_growths(self.model)",
         "integrations/test_accelerate.py -k save_state_and"),
     "attach: the hook on the forward stays": Mutant(
-        "training/attachment.py", "self._hooks.append(self.model.register_forward_pre_hook(self._record, with_kwargs=True))",
-        "self.model.register_forward_pre_hook(self._record, with_kwargs=True)", "engine/test_forward_check.py -k last_batch"),
+        "training/attachment.py", "            self._hooks.append(self._last_call)\n", "", "engine/test_forward_check.py -k last_batch"),
+    "attach: calls are kept after the first step": Mutant(
+        "training/attachment.py", "            self._last_call.remove()\n", "            pass\n", "training/test_last_call.py -k kept"),
+    "attach: a removed schedule keeps the last call": Mutant(
+        "training/last_call.py", "            hook.remove()\n        self.call = None", "            hook.remove()",
+        "training/test_last_call.py -k removed"),
+    "attach: events of an unknown model are not examined": Mutant(
+        "training/attachment.py", "        self._examine(self.optims)\n", "", "training/test_last_call.py -k examined"),
+    "resume: a traced model of NaN cannot be described": Mutant(
+        "model/tracing/forward.py", "bool(t.isnan().all())]", "False]", "training/test_last_call.py -k resumed"),
     "attach: the check holds the graph of the last batch": Mutant(
         "engine/forward_check.py", "kwargs = {name: _detached(value) for name, value in kwargs.items()}", "pass",
         "engine/test_forward_check.py -k no_graph"),
     "attach: the check forgets the autocast": Mutant(
-        "engine/forward_check.py", "dtype=cast, enabled=cast is not None", "dtype=cast, enabled=False",
+        "engine/forward_check.py", "dtype=self.cast, enabled=self.cast is not None", "dtype=self.cast, enabled=False",
         "engine/test_forward_check.py -k autocast"),
     # who trains
     "freeze: gradients of frozen parameters are 0": Mutant(

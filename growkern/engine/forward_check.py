@@ -225,20 +225,27 @@ def _tensors(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(value, f"{name}.{key}".lstrip("."))
 
 
-def call_of(
-    model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
-) -> Callable[[nn.Module], object]:
-    """Return a function that calls a model as it is called now, under the same autocast; the arguments lose their graph, which is large."""
-    device = next(model.parameters()).device.type
-    args = tuple(map(_detached, args))
-    kwargs = {name: _detached(value) for name, value in kwargs.items()}
-    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+class Call:
+    """A call of a model, to repeat under the same autocast; the arguments lose their graph, which is large."""
 
-    def call(model: nn.Module) -> object:
-        with torch.autocast(device, dtype=cast, enabled=cast is not None):
-            return model(*args, **kwargs)
+    def __init__(self, model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:  # fmt: skip
+        self.args = tuple(map(_detached, args))
+        self.kwargs = {name: _detached(value) for name, value in kwargs.items()}
+        self.device = device = next(model.parameters()).device.type
+        self.cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
-    return call
+    def __call__(self, model: nn.Module) -> object:
+        with torch.autocast(self.device, dtype=self.cast, enabled=self.cast is not None):
+            return self.plain(model)
+
+    def plain(self, model: nn.Module) -> object:
+        """Call a model without autocast."""
+        return model(*self.args, **self.kwargs)
+
+    @property
+    def inputs(self) -> Check:
+        """The arguments as a batch, where one kind of arguments is all, else a function that calls a model without autocast."""
+        return self.plain if self.args and self.kwargs else self.args or self.kwargs
 
 
 def _detached(value: object) -> object:

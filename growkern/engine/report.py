@@ -181,3 +181,12 @@ def _size(n_bytes: int) -> str:
         if n_bytes >= scale:
             return f"{n_bytes / scale:.3g} {unit}"
     return f"{n_bytes} B"
+
+
+def growth_metrics(report: GrowthReport) -> dict[str, float]:
+    """Return the metrics that integrations log for a growth: target sizes, parameter count and seconds, as floats."""
+    sizes = {f"growth/{name}": float(n) for name, n in report.target_sizes.items()}
+    return sizes | {
+        "growth/parameters": float(report.n_params_target),
+        "growth/seconds": report.seconds,
+    }

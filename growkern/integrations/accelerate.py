@@ -11,14 +11,14 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from growkern.engine.report import GrowthReport
+from growkern.engine.report import GrowthReport, growth_metrics
 from growkern.errors import PlanError, UnsupportedModelError
 from growkern.integrations.bar import Bar
 from growkern.optimizer.describe import optimizers
 from growkern.optimizer.schedulers import driven_by
 from growkern.support.argument_types import typed_arguments
 from growkern.support.wrappers import unwrapped
-from growkern.training.attachment import Attachment, growth_metrics
+from growkern.training.attachment import Attachment
 from growkern.training.options import Options, spec_function
 from growkern.training.replay import catch_up
 from growkern.training.schedule import GrowthSchedule
@@ -68,7 +68,7 @@ def attach(
     )
 
     def logs(event: Event, report: GrowthReport) -> None:
-        accelerator.log(growth_metrics(event, report), step=schedule.counts.n_steps)
+        accelerator.log(growth_metrics(report), step=schedule.counts.n_steps)
 
     def watches(event: Event, report: GrowthReport) -> None:
         # with a GradScaler, Accelerate steps by the method that it took from the optimizer; UpdateScale watches the method of today

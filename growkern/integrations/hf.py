@@ -10,12 +10,13 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from growkern.commit.optimizer import Masters
+from growkern.engine.report import growth_metrics
 from growkern.errors import PlanError
 from growkern.integrations.bar import Bar
 from growkern.integrations.hf_inherit import inherit as inherit
 from growkern.model.spec import ModelSpec
 from growkern.support.argument_types import typed_arguments
-from growkern.training.attachment import Attachment, growth_metrics
+from growkern.training.attachment import Attachment
 from growkern.training.options import Options, spec_function
 from growkern.training.replay import catch_up
 from growkern.training.replay import resume as replay
@@ -116,14 +117,14 @@ def attach(trainer: Trainer, schedule: GrowthSchedule, **options: Unpack[Options
         def on_step_end(self, args: Any, state: Any, control: Any, **live: Any) -> None:
             schedule.observe(tokens=state.num_input_tokens_seen - self.n_tokens)
             self.n_tokens = state.num_input_tokens_seen
-            for event, report in self.attachment.grow() if self.attachment else []:
+            for _, report in self.attachment.grow() if self.attachment else []:
                 if args.load_best_model_at_end:
                     state.best_metric = state.best_model_checkpoint = None
                     state.best_global_step = None
                 should_log = (
                     control.should_log
                 )  # trainer.log clears the flag, which would suppress the loss log of this step
-                trainer.log(growth_metrics(event, report))
+                trainer.log(growth_metrics(report))
                 control.should_log = should_log
 
         def on_log(

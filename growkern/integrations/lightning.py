@@ -11,11 +11,12 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from growkern.commit.optimizer import Masters
+from growkern.engine.report import growth_metrics
 from growkern.errors import PlanError, UnsupportedModelError
 from growkern.integrations.bar import Bar
 from growkern.optimizer.schedulers import driven_by
 from growkern.support.argument_types import typed_arguments
-from growkern.training.attachment import Attachment, growth_metrics
+from growkern.training.attachment import Attachment
 from growkern.training.options import Options, spec_function
 from growkern.training.replay import catch_up
 from growkern.training.schedule import GrowthSchedule
@@ -125,9 +126,9 @@ class GrowthCallback(Callback):
         loss: Any = outputs.get("loss") if isinstance(outputs, dict) else outputs  # pyright: ignore[reportUnknownVariableType]
         own = {"loss": loss} if isinstance(loss, Tensor) else {}
         self._observe("batch", trainer, own, self.tokens(batch) if self.tokens else 0)
-        for event, report in self.attachment.grow() if self.attachment else []:
+        for _, report in self.attachment.grow() if self.attachment else []:
             for logger in trainer.loggers:
-                logger.log_metrics(growth_metrics(event, report), step=trainer.global_step)
+                logger.log_metrics(growth_metrics(report), step=trainer.global_step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the metrics that validation logged."""

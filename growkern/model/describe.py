@@ -14,7 +14,7 @@ from growkern.model.families import FAMILIES
 from growkern.model.leaves import cached_sizes
 from growkern.model.spec import SHARE, Blocks, ModelSpec
 from growkern.model.tracing.forward import Inputs
-from growkern.model.tracing.traced import TracedSpec, describe_by_tracing
+from growkern.model.tracing.traced import TracedSpec, describe_by_tracing, known_inputs
 from growkern.model.wrappers import wrappers
 from growkern.support.names import named_buffers, named_modules, named_parameters
 
@@ -40,8 +40,8 @@ def describe(
         model: A model of a known family, a model of transformers, or any module together with a ``spec`` or ``inputs``.
         spec: Description of a model of your own. ``describe`` checks it against the model.
         inputs: A batch (a tensor, a sequence of positional arguments, or a mapping of keyword arguments), or a function from the model to
-            its outputs. The forward runs on it once, and the description is what it shows; it has to reach every parameter. Without it,
-            inputs of a model of transformers that no family describes are made from the model's config.
+            its outputs. The forward runs on it once, and the description is what it shows; it has to reach every parameter. Without it, a
+            model that no family describes gets the inputs of its last description, or inputs made from its config of transformers.
         values: False to describe a model on the meta device too.
         first: Path of a stack without blocks -> its block 0, as a growth builds it. Without it, block 0 is not held against the spec.
 
@@ -147,6 +147,11 @@ def traced_example(model: nn.Module, spec: ModelSpec | None) -> Any:
     if spec is None and not known(type(model)):
         spec = describe(model)
     return spec.example if isinstance(spec, TracedSpec) else None
+
+
+def lacks_inputs(model: nn.Module) -> bool:
+    """True for a model that no family describes, and for which neither its config nor an earlier description has inputs to trace."""
+    return not known(type(model)) and known_inputs(model) is None
 
 
 def refuse_unknown(kind: type) -> None:

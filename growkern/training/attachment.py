@@ -15,19 +15,20 @@ from growkern.commit.checkpoint_guard import guard_model, n_growths
 from growkern.commit.frozen import frozen_of, refuse_reentrant_blocks
 from growkern.commit.optimizer_guard import OptimGuard, check_loaded, optim_guard_of
 from growkern.engine.ddp import Ranks
-from growkern.engine.forward_check import Check, ForwardCheck, call_of
+from growkern.engine.forward_check import Check, ForwardCheck
 from growkern.engine.freezing import choose, release
 from growkern.engine.report import GrowthReport
 from growkern.engine.sources import tensors_of
 from growkern.errors import GrowthError, PlanError, raise_all
 from growkern.execution.execute import compile_ahead
-from growkern.model.describe import describe
+from growkern.model.describe import describe, lacks_inputs
 from growkern.model.spec import ModelSpec
 from growkern.optimizer.describe import describe_optimizers, optimizers
 from growkern.optimizer.schedulers import check_scheduler
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.support.interrupts import uninterrupted
 from growkern.support.wrappers import listed, unwrapped
+from growkern.training.last_call import LastCall
 from growkern.training.loss_curve import LossCurve
 from growkern.training.options import Options, spec_function
 from growkern.training.ramp import Ramp, width_of
@@ -54,6 +55,7 @@ class Attachment:
         model: The model that grows, without wrappers.
         options: Arguments that all growths share.
         deferred: True when an integration calls ``grow``, False when the step hook does.
+        undescribed: True until the first step describes a model that only a batch can describe.
         chosen: True when those train whom the schedule says.
         ramp: The ramp of the last growth.
         stepped: True when the last optimizer has stepped since the last call of ``grow``.
@@ -81,28 +83,20 @@ class Attachment:
                 "set to=, width=, depth=, state= and dynamics= on the events."
             )
         optims = _optimizers(schedule, optim, title)
-        live = [unwrapped(s) for s in _listed(scheduler)]
+        live = [unwrapped(s) for s in listed(scheduler) if s is not None]
         check_scheduler(optims, live)
         self._schedulers: list[ref[Any]] = [*map(ref, live)]
-        spec = describe(
-            self.model, self.spec_of(self.model)
-        )  # raises now if the model cannot be grown
-        raise_all(PlanError, title, unknown_sizes(schedule.ahead, spec))
         self._optims, self._hooks = [ref(one) for one in optims], list[Any]()
-        raise_all(PlanError, title, problems(self))
-        check = self._check()
-        if check is not None and check is not True:
-            ranks = Ranks(self.model, ())
-            with ranks.together():  # raises now if the forward fails on the batch
-                ForwardCheck(self.model, check, ranks.before_forward)
-        self._guard(optims, spec)
-        self._call: Callable[[nn.Module], object] | None = None  # the model's last forward
-        self.ramp = Ramp()
+        self.undescribed = options.get("spec") is None and lacks_inputs(self.model)
+        if not self.undescribed:
+            self._examine(optims)
+        self.ramp, self._last_call = Ramp(), None
         if any(event.rewarm for event in schedule.events):
             self._hooks += [Rewarm(one, self._rewarms) for one in optims]
         self._hooks += [one.register_step_post_hook(self._after_step) for one in optims]
-        if self._check() is True:
-            self._hooks.append(self.model.register_forward_pre_hook(self._record, with_kwargs=True))
+        if self._check() is True or self.undescribed:
+            self._last_call = LastCall(self.model)
+            self._hooks.append(self._last_call)
         schedule.attachment = self
         try:
             self.choose()
@@ -110,10 +104,34 @@ class Attachment:
         except BaseException:
             self.remove()
             raise
-        compile_ahead(tensors_of(self.model, optims, spec).all(), self.options.get("backend"))
         counts = schedule.counts
         if counts.n_tokens and not counts.n_flops:  # tokens were observed before the attachment
             counts.n_flops = counts.n_flops_of_size = 6.0 * counts.n_tokens * self.n_params
+
+    def _examine(self, optims: Sequence[Optimizer]) -> None:
+        """Describe the model and guard it; raise for growths of the schedule that would fail."""
+        schedule = self.schedule
+        title = f"cannot attach this schedule of {len(schedule.events)} events:"
+        spec = describe(self.model, self.spec_of(self.model))
+        raise_all(PlanError, title, unknown_sizes(schedule.ahead, spec))
+        raise_all(PlanError, title, problems(self))
+        check = self._check()
+        if check is not None and check is not True:
+            ranks = Ranks(self.model, ())
+            with ranks.together():  # raises now if the forward fails on the batch
+                ForwardCheck(self.model, check, ranks.before_forward)
+        self._guard(optims, spec)
+        compile_ahead(tensors_of(self.model, optims, spec).all(), self.options.get("backend"))
+
+    def describe_by_call(self) -> bool:
+        """Describe a model by its last call, which is forgotten, and examine it; return False if a call has to be waited for."""
+        if self._last_call is not None and not self._last_call.describe():
+            return False
+        if self._last_call is not None and self._check() is not True:
+            self._last_call.remove()
+        self._examine(self.optims)
+        self.undescribed = False
+        return True
 
     def _guard(self, optims: Sequence[Optimizer], spec: ModelSpec) -> None:
         """Guard model and optimizers against checkpoints of other sizes, before the first growth too."""
@@ -167,7 +185,7 @@ class Attachment:
             PlanError: A remaining event needs tokens or FLOPs, and two steps have reported none.
         """
         schedule, grown = self.schedule, list[tuple[Event, GrowthReport]]()
-        if len(self.optims) < len(self._optims) or not self.stepped:
+        if len(self.optims) < len(self._optims) or not self.stepped or self.undescribed:
             return grown
         self.stepped = False
         self.settle()
@@ -222,15 +240,15 @@ class Attachment:
 
     def _expand(self, event: Event) -> GrowthReport:
         schedule, options, made = self.schedule, self.options, self.make_plan(event)
-        check = self._check()
-        live = self.schedulers
+        check, live = self._check(), self.schedulers
+        last = self._last_call and self._last_call.call
         self._running = n_growths(self.model), self.n_params
         try:
             report = expand_inplace(
                 self.model, self.optims, plan=made, width=None if event.ramp else event.width, dynamics=made.dynamics,
                 spec=self.spec_of(self.model),
                 state_rules=options.get("state_rules"), backend=options.get("backend"), scheduler=live or None, ema=options.get("ema"),
-                master_weights=options.get("master_weights"), memory=options.get("memory"), check=self._call if check is True else check,
+                master_weights=options.get("master_weights"), memory=options.get("memory"), check=last if check is True else check,
                 depth=event.depth, on_progress=options.get("on_progress"),
             )  # fmt: skip
         finally:
@@ -324,13 +342,6 @@ class Attachment:
             return True if own else None
         return None if check is False else check
 
-    def _record(
-        self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> None:
-        """Keep the call of the model's last forward, with its autocast."""
-        if not torch.compiler.is_compiling():
-            self._call = call_of(model, args, kwargs)
-
     def spec_of(self, model: nn.Module) -> ModelSpec | None:
         """Return the description of a custom model at its present sizes; None for a model of a known family."""
         of = spec_function(self.options.get("spec"))
@@ -372,6 +383,8 @@ def _take(self: Attachment, optim: Optimizer) -> None:
     self.stepped = True
     try:
         if not self.tried:
+            if self.undescribed and not self.describe_by_call():
+                return
             title = "the growths of this schedule will fail:"
             raise_all(PlanError, title, problems_after_a_step(self))
             self.tried = True
@@ -382,16 +395,3 @@ def _take(self: Attachment, optim: Optimizer) -> None:
         vars(optim).pop("grad_scale", None)
         vars(optim).pop("found_inf", None)
         raise
-
-
-def growth_metrics(event: Event, report: GrowthReport) -> dict[str, float]:
-    """Return the metrics that integrations log for a growth: target sizes, parameter count and seconds, as floats."""
-    sizes = {f"growth/{name}": float(n) for name, n in report.target_sizes.items()}
-    return sizes | {
-        "growth/parameters": float(report.n_params_target),
-        "growth/seconds": report.seconds,
-    }
-
-
-def _listed(scheduler: object | None) -> list[Any]:
-    return [s for s in listed(scheduler) if s is not None]

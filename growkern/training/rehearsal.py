@@ -18,6 +18,7 @@ from growkern.errors import CommitError, GrowthError, PlanError, UnsupportedMode
 from growkern.execution.execute import NOTHING, unavailable
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
+from growkern.model.tracing.traced import TracedSpec
 from growkern.optimizer.describe import describe_optimizers
 from growkern.planning.build import unsaved
 from growkern.planning.sizes import Target
@@ -64,7 +65,8 @@ def problems(attachment: "Attachment") -> list[str]:
             if place is model and _reached(event, described):
                 continue
             place = _twin(model) if place is model else place
-            report = _grown(place, event, event.to, spec, model)
+            traced = described if isinstance(described, TracedSpec) else spec
+            report = _grown(place, event, event.to, traced, model)
             if event.ramp:
                 describe(place, attachment.spec_of(place), values=False)
         except GrowthError as error:

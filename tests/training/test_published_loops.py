@@ -1,14 +1,16 @@
 """Published training loops run through a growth unedited: nanoGPT's, litgpt's and timm's, which all set the rates of their groups by hand.
 
 Each loop follows its published script: param groups, schedule, accumulation, clipping, checkpoint. Under ``dynamics="exact"`` every loss
-after the growth is the loss of the same loop without growth, so a rate that is lost at any step shows.
+after the growth is the loss of the same loop without growth, so a rate that is lost at any step shows. The loops train a model of a known
+family, and a user's own model, which is described by its last call.
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from models import batch, exact_norms, loss_of, make
+from models import Plain, batch, exact_norms, logits, loss_of, make
 from torch.nn.utils import clip_grad_norm_
 
 import growkern
@@ -99,10 +101,13 @@ class LitGPT:
 
 
 class Timm:
-    """timm's train.py: its scheduler is no torch scheduler, and writes a rate per group from the rates of the start."""
+    """timm's train.py: its scheduler is no torch scheduler, and writes a rate per group from the rates of the start; it has an average."""
 
     def __init__(self, model, folder):
         self.model, self.at, self.first = model, folder / "last.pth.tar", 0
+        self.ema = torch.optim.swa_utils.AveragedModel(
+            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.8)
+        )
         self.optim = torch.optim.AdamW(by_decay(model), lr=RATE)
         for group in self.optim.param_groups:
             group.setdefault("initial_lr", group["lr"])
@@ -115,8 +120,9 @@ class Timm:
 
     def load(self, replay):
         checkpoint = torch.load(self.at, weights_only=True)
-        replay(self.model, self.optim, checkpoint["optimizer"])
+        replay(self.model, self.optim, checkpoint["optimizer"], ema=self.ema)
         self.model.load_state_dict(checkpoint["state_dict"])
+        self.ema.load_state_dict(checkpoint["state_dict_ema"])
         self.optim.load_state_dict(checkpoint["optimizer"])
         self.first = checkpoint["epoch"]
 
@@ -129,29 +135,39 @@ class Timm:
             loss.backward()
             clip_grad_norm_(self.model.parameters(), FAR)
             self.optim.step()
+            self.ema.update_parameters(self.model)
             losses.append(float(loss.detach()))
         state = {"state_dict": self.model.state_dict(), "optimizer": self.optim.state_dict()}
-        torch.save(state | {"epoch": last}, self.at)
+        torch.save(state | {"state_dict_ema": self.ema.state_dict(), "epoch": last}, self.at)
         return losses
 
 
-def model():
+def llama():
     return make("llama", tied=False).double()
+
+
+def own():
+    """A model that no family knows."""
+    torch.manual_seed(0)
+    return Plain(tied=False).double()
 
 
 def grows(loop):
     """Attach a schedule to a loop's model and optimizer: the loop itself stays as it is."""
-    to, method = {"hidden": 48, "heads": 8, "kv_heads": 4, "ffn": 80}, width.HyperClone()
-    event = At(step=GROWTH, to=to, width=method, dynamics="exact")
-    return GrowthSchedule([event]).attach(loop.model, loop.optim)
+    event = At(step=GROWTH, to="2x", width=width.HyperClone(), dynamics="exact")
+    return GrowthSchedule([event]).attach(loop.model, loop.optim, ema=getattr(loop, "ema", None))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*The Fabric.*")
+@pytest.mark.parametrize("model", [llama, own], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("loop", [NanoGPT, LitGPT, Timm], ids=lambda kind: kind.__name__)
-def test_a_published_loop_runs_through_a_growth_unedited_and_resumes(loop, tmp_path, monkeypatch):
+def test_a_published_loop_runs_through_a_growth_unedited_and_resumes(
+    loop, model, tmp_path, monkeypatch
+):
     exact_norms(monkeypatch)
-    expected = loop(model(), tmp_path).run(STEPS)
+    unbroken = loop(model(), tmp_path)
+    expected = unbroken.run(STEPS)
 
     grown = loop(model(), tmp_path)
     grows(grown)
@@ -163,5 +179,9 @@ def test_a_published_loop_runs_through_a_growth_unedited_and_resumes(loop, tmp_p
     assert len(rates) == n_groups
 
     resumed = loop(model(), tmp_path)
-    resumed.load(growkern.resume)
+    spec = partial(growkern.describe, inputs=batch()) if model is own else None
+    resumed.load(partial(growkern.resume, spec=spec))
     assert resumed.run(STEPS) == pytest.approx(expected[STOP:], rel=1e-9)
+    if loop is Timm:
+        averages = [logits(run.ema.module, batch()) for run in (unbroken, resumed)]
+        torch.testing.assert_close(averages[1], averages[0], rtol=0, atol=1e-9)

@@ -33,6 +33,21 @@ def tensors_of(model: nn.Module) -> list[Tensor]:
     return [*{id(t): t for t in found}.values()]
 
 
+@contextmanager
+def not_nan(model: nn.Module) -> Generator[None]:
+    """Give random values to tensors of NaN only, which a resumed model has until its checkpoint is loaded, and make them NaN again."""
+    empty = [t for t in tensors_of(model) if t.numel() and bool(t.isnan().all())]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for t in empty:
+            t.copy_(0.1 * torch.randn(t.shape, generator=generator))
+        try:
+            yield
+        finally:
+            for t in empty:
+                t.fill_(float("nan"))
+
+
 def names_of(model: nn.Module) -> dict[int, list[str]]:
     """Return the names of every tensor of ``tensors_of``, by its id."""
     own = {id(t) for t in tensors_of(model)}

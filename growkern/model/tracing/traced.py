@@ -22,7 +22,7 @@ from growkern.model.tracing.attributes import (
     trial_sizes,
 )
 from growkern.model.tracing.config import Fields, find_fields, has_config
-from growkern.model.tracing.forward import Inputs, TracingError, persistent_buffers
+from growkern.model.tracing.forward import Inputs, TracingError, not_nan, persistent_buffers
 from growkern.model.tracing.inputs import example_inputs
 from growkern.model.tracing.modes import BothModes, trains_by_other_code
 from growkern.model.tracing.naming import Spaces, name_spaces
@@ -86,10 +86,11 @@ def describe_by_tracing(model: nn.Module, inputs: Inputs | None = None) -> Trace
 
     Args:
         model: Any model, with its weights.
-        inputs: Inputs that reach every parameter; None to make them from the config of a model of transformers.
+        inputs: Inputs that reach every parameter; None for those of the model's last description, or for inputs made from the config of a
+            model of transformers.
 
     Returns:
-        The spec; None without inputs. A second description of an unchanged model without ``inputs`` is the first.
+        The spec; None without inputs. A second description of an unchanged model by the same inputs, or without, is the first.
 
     Raises:
         UnsupportedModelError: The forward failed or did not reach a parameter, or the model does not pass the
@@ -97,32 +98,45 @@ def describe_by_tracing(model: nn.Module, inputs: Inputs | None = None) -> Trace
     """
     shapes = tuple((name, tuple(p.shape)) for name, p in named_parameters(model))
     known = _KNOWN.get(model)
-    if known and known[0] == shapes and inputs is None:
+    if known and known[0] == shapes and (inputs is None or inputs is known_inputs(model)):
         return known[1]
     name = type(model).__name__
     if sharded := next((n for n, p in named_parameters(model) if is_sharded(p)), None):
         raise UnsupportedModelError(
             f"cannot describe {name} by tracing: {sharded} is sharded; describe the model before it is sharded, and pass spec=."
         )
-    given = example_inputs(model) if inputs is None else inputs
+    given = known_inputs(model) if inputs is None else inputs
     if given is None:
         return None
-    found = trace_model(model, given)
-    probe = hollow.hollow_copy(model) if found.tape.hollow and model.training else model
-    if model.training and trains_by_other_code(probe, given, found.tape.steps):
-        given = BothModes(given)
+    if meta := next((n for n, p in named_parameters(model) if p.is_meta), None):
+        raise UnsupportedModelError(
+            f"cannot describe {name} by tracing: {meta} is on the meta device, and a forward needs values; load the weights first."
+        )
+    title = f"cannot describe {name} by tracing:"
+    with not_nan(model):
         found = trace_model(model, given)
-    spec = spec_of(found)
-    raise_all(UnsupportedModelError, f"cannot describe {name} by tracing:", [*_unreached(found)])
-    own = Tensors(found.weights, spec.tensors, spec.ties)
-    error = permutation_error(model, given, own, found.tape.output_dims)
+        probe = hollow.hollow_copy(model) if found.tape.hollow and model.training else model
+        if model.training and trains_by_other_code(probe, given, found.tape.steps):
+            given = BothModes(given)
+            found = trace_model(model, given)
+        spec = spec_of(found)
+        raise_all(UnsupportedModelError, title, [*_unreached(found)])
+        own = Tensors(found.weights, spec.tensors, spec.ties)
+        error = permutation_error(model, given, own, found.tape.output_dims)
     if not error < tolerance(model):
         raise UnsupportedModelError(
-            f"cannot describe {name} by tracing: its output moves by {error:.1e} when the coordinates of its spaces are permuted, so the "
+            f"{title} its output moves by {error:.1e} when the coordinates of its spaces are permuted, so the "
             "trace does not see all that the forward does; pass spec=ModelSpec(...) to describe it yourself."
         )
     _KNOWN[model] = shapes, spec
     return spec
+
+
+def known_inputs(model: nn.Module) -> Any:
+    """Return the inputs of a model's last description, or inputs made from its config; None if there are none."""
+    known = _KNOWN.get(model)
+    example = known[1].example if known else example_inputs(model)
+    return example.inputs if isinstance(example, BothModes) else example
 
 
 def trace_model(model: nn.Module, inputs: Inputs) -> Trace:
