@@ -470,9 +470,6 @@ MUTANTS = {
         "training/attachment.py", "            self._hooks.append(self._last_call)\n", "", "engine/test_forward_check.py -k last_batch"),
     "attach: calls are kept after the first step": Mutant(
         "training/attachment.py", "            self._last_call.remove()\n", "            pass\n", "training/test_last_call.py -k kept"),
-    "attach: a removed schedule keeps the last call": Mutant(
-        "training/last_call.py", "            hook.remove()\n        self.call = None", "            hook.remove()",
-        "training/test_last_call.py -k removed"),
     "attach: events of an unknown model are not examined": Mutant(
         "training/attachment.py", "        self._examine(self.optims)\n", "", "training/test_last_call.py -k examined"),
     "resume: a traced model of NaN cannot be described": Mutant(
