@@ -36,7 +36,8 @@ def tensors_of(model: nn.Module) -> list[Tensor]:
 @contextmanager
 def not_nan(model: nn.Module) -> Generator[None]:
     """Give random values to tensors of NaN only, which a resumed model has until its checkpoint is loaded, and make them NaN again."""
-    empty = [t for t in tensors_of(model) if t.numel() and bool(t.isnan().all())]
+    started = [t for t in tensors_of(model) if t.numel() and bool(t[(0,) * t.dim()].isnan())]
+    empty = [t for t in started if bool(t.isnan().all())]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for t in empty:
