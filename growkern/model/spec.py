@@ -17,7 +17,7 @@ from growkern.model.spec_text import spec_text
 from growkern.support.renamed import renamed_fields
 
 Role = Literal["writer", "reader", "gain"]
-Component = str | int | tuple[str, ...]
+Component = str | int | tuple[str | int, ...]
 Segment = tuple[Component, ...]
 Axis = str | Segment | Sequence[Segment]
 

@@ -72,7 +72,9 @@ def axis_maps(
     ``writer_corrections`` maps a stream to the factor on its writers (``growkern.model.spec.writer_corrections``).
     """
 
-    def kin(stream: str) -> tuple[object, ...]:
+    def kin(stream: str | int) -> tuple[object, ...]:
+        if isinstance(stream, int):
+            return (stream,)
         space = space_of(stream)
         index_map, readers = wide.maps[space], wide.readers.get(space)
         return index_map, readers, wide.stream_scales[stream], writer_corrections.get(stream)

@@ -32,6 +32,7 @@ from growkern.planning.exactness import checked
 from growkern.planning.growth_plan import AxisMap, GrowthPlan, TensorRow
 from growkern.planning.options import DYNAMICS, STATES
 from growkern.planning.perturbation import perturbed
+from growkern.planning.sizes import stays
 from growkern.planning.targets import Homes, homes_of, targets
 from growkern.support.text import short
 
@@ -109,7 +110,7 @@ def build(
             *wide.notes,
             *dict.fromkeys(note for order in deep.values() for note in order.notes),
             *(symmetric_copies(wide) if state in ("exact", "copy", "drop") else ()),
-            *unsaved(spec, sizes),
+            *_notes_of_sizes(spec, sizes),
             *eps.notes,
         ),
     )
@@ -181,6 +182,12 @@ def _strange(name: str, verb: str, expected: str, method: object) -> list[str]:
         return []
     takes = [f"; {who}" for own, who in TAKES.items() if hasattr(method, own) and own != verb]
     return [f"{name}: expected {expected}, got {short(method)}{''.join(takes)}."]
+
+
+def _notes_of_sizes(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Yield notes on the widths that stay, and on a config that cannot be saved."""
+    yield from stays(spec, sizes)
+    yield from unsaved(spec, sizes)
 
 
 def unsaved(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:

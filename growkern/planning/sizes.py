@@ -35,7 +35,8 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
     """Return every target size.
 
     Sizes that are not named follow ``hidden``: ffn, heads and kv heads grow in proportion if the result is whole (heads and kv heads
-    together, with groups of unchanged size), else stay. All other sizes stay.
+    together, with groups of unchanged size), else stay. All other sizes stay. A factor for all widths leaves those that cannot grow;
+    the notes of the plan name them.
 
     Args:
         spec: Description of the source model.
@@ -80,6 +81,11 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
         problems.append(
             f"every target equals its source ({', '.join(f'{k}={v}' for k, v in source.items())}); name a "
             f"{'smaller' if shrink else 'larger'} size."
+            + "".join(
+                f" {size} cannot grow: {why}."
+                for size, why in spec.fixed.items()
+                if width_of(size) in WIDTHS
+            )
         )
     raise_all(
         PlanError,
@@ -148,12 +154,15 @@ def _wrong_side(name: str, n: int, source: int, shrink: bool) -> str | None:
 
 def _named(spec: ModelSpec, to: Target, problems: list[str], shrink: bool) -> dict[str, int]:
     if isinstance(to, str):
-        if "hidden" in spec.sizes:
+        if "hidden" in spec.sizes and "hidden" not in spec.fixed:
             return {"hidden": _scaled("hidden", spec, to, problems)}
+        tied = ("heads", "kv_heads") if spec.hidden_is_heads else ()  # they grow with hidden only
+        free = [s for s in spec.sizes if width_of(s) in WIDTHS and s not in {*spec.fixed, *tied}]
+        grown = {name: _scaled(name, spec, to, problems) for name in free}
         return {
-            name: _scaled(name, spec, to, problems)
-            for name in spec.sizes
-            if width_of(name) in WIDTHS and name not in spec.fixed
+            s: n
+            for s, n in grown.items()
+            if s not in spec.whole_multiples or n % spec.sizes[s] == 0
         }
     named: dict[str, int] = {}
     for name, value in to.items():
@@ -220,7 +229,7 @@ def _follow(
             name not in {*named, "hidden", "heads", "kv_heads"} | spec.fixed.keys()
             and width_of(name) in WIDTHS
         ):
-            target[name] = _whole(source[name], ratio)
+            target[name] = _followed(spec, name, ratio)
     if {"heads", "kv_heads"} & spec.fixed.keys():
         return
     if spec.hidden_is_heads:
@@ -228,7 +237,7 @@ def _follow(
     elif "kv_heads" in source:
         group = source["heads"] // source["kv_heads"]
         if "kv_heads" not in named:
-            follow = _whole(source["kv_heads"], ratio)
+            follow = _followed(spec, "kv_heads", ratio)
             target["kv_heads"] = (
                 follow
                 if target["heads"] % follow == 0 or "heads" not in named
@@ -237,7 +246,22 @@ def _follow(
         if "heads" not in named:
             target["heads"] = target["kv_heads"] * group
     elif "heads" in source and "heads" not in named:
-        target["heads"] = _whole(source["heads"], ratio)
+        target["heads"] = _followed(spec, "heads", ratio)
+
+
+def _followed(spec: ModelSpec, name: str, ratio: Fraction) -> int:
+    """Return the target of a size that follows hidden: in proportion if that is possible, else the source."""
+    n = _whole(spec.sizes[name], ratio)
+    return spec.sizes[name] if name in spec.whole_multiples and n % spec.sizes[name] else n
+
+
+def stays(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Yield a note for every width that stays although others grow, because it cannot grow, or not by the factor of the others."""
+    grown = [s for s in sizes if width_of(s) in WIDTHS and sizes[s] != spec.sizes[s]]
+    for size, why in {**spec.whole_multiples, **spec.fixed}.items():
+        if grown and width_of(size) in WIDTHS and sizes.get(size, 0) == spec.sizes.get(size):
+            only = "" if size in spec.fixed else "it grows by whole multiples only, because "
+            yield f"{size} stays at {sizes[size]}: {only}{why}"
 
 
 def _hidden_is_heads(

@@ -189,7 +189,10 @@ class _Found:
     def _known(self, component: Component, role: str) -> tuple[list[float], list[float]]:
         """Return the scales of a component whose streams are known, per coordinate, as its writers or readers have them."""
         w, u = list[float](), list[float]()
-        for stream, _, _ in self._streams(component):
+        for stream in component if isinstance(component, tuple) else (component,):
+            if isinstance(stream, int):
+                w, u = w + [1.0] * stream, u + [1.0] * stream
+                continue
             by, scales = self._correction(stream, role), self.scales[stream]
             w += [x * by for x in scales[0].expanded()]
             u += [x / by for x in scales[1].expanded()]
@@ -203,13 +206,13 @@ class _Found:
         source = target = 0
         streams = component if isinstance(component, tuple) else (component,)
         for stream in streams:
+            n_source, n_target = (
+                space_size(stream, self.sizes[0]),
+                space_size(stream, self.sizes[1]),
+            )
             if isinstance(stream, str):
-                n_source, n_target = (
-                    space_size(stream, self.sizes[0]),
-                    space_size(stream, self.sizes[1]),
-                )
                 yield stream, slice(source, source + n_source), slice(target, target + n_target)
-                source, target = source + n_source, target + n_target
+            source, target = source + n_source, target + n_target
 
     def scale(self, stream: str) -> StreamScale:
         """Return the scale of a stream."""

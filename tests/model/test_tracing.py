@@ -581,7 +581,11 @@ def test_what_a_trace_cannot_know_does_not_grow_and_the_rest_is_exact(kind, gone
     spec, before = growkern.describe(model, inputs=ids()), model(ids())[0]
 
     assert gone in spec.fixed or gone not in spec.sizes
-    growkern.expand_inplace(model, spec=spec, to={"ffn": "2x"})
+    plan = growkern.plan(model, spec=spec, to="2x")
+    if gone in spec.fixed:
+        assert f"{gone} stays at {spec.sizes[gone]}: {spec.fixed[gone]}" in str(plan)
+    assert plan.target_sizes["ffn"] == 2 * spec.sizes["ffn"]
+    growkern.expand_inplace(model, spec=spec, plan=plan)
 
     assert torch.allclose(model(ids())[0], before, rtol=0, atol=1e-12)
 

@@ -295,7 +295,7 @@ def passed(outcome: Outcome, limit: float) -> bool:
 def find_attributes(search: Search) -> Attributes:
     """Decide what every attribute is, which sizes can grow, and whether hidden grows with heads only."""
     spaces, result = search.spaces, Attributes()
-    free = [size for size in spaces.sizes if not size.startswith("fixed") and size not in search.spec.fixed]  # fmt: skip
+    free = [size for size in spaces.sizes if size not in search.spec.fixed]
     if not free:
         return result
     best, ranks = search.outcomes(trial_sizes(spaces, free), {}, TRIES)

@@ -56,7 +56,7 @@ def not_reloaded(
         attributes: Its attributes.
         output: Its main output, and the dimensions.
     """
-    free = [size for size in spaces.sizes if size not in {**spec.fixed, **attributes.fixed} and not size.startswith("fixed")]  # fmt: skip
+    free = [s for s in spaces.sizes if s not in {**spec.fixed, **attributes.fixed}]
 
     def error(grow: Sequence[str]) -> float:
         sizes = spaces.sizes | trial_sizes(spaces, grow)

@@ -176,22 +176,20 @@ def _segments(roles: Roles, dim: Dim, stream: Stream) -> tuple[Segment, ...]:
     return tuple(result)
 
 
-def _component(roles: Roles, factor: Dim, stream: Stream) -> str | int | tuple[str, ...]:
+def _component(roles: Roles, factor: Dim, stream: Stream) -> str | int | tuple[str | int, ...]:
     """Return one factor of a segment: a stream, a fixed size, or streams side by side."""
     names = roles.spaces.names
     if not any(a in names for a in atoms(factor)):
         return find(factor).size
     if find(factor).kind == "atom":
         return roles.stream(find(factor), stream)
-    parts = list[str]()
+    parts = list[str | int]()
     for part in segments(factor):
         own = factors(part)
         if len(own) == 1 and own[0] in names:
             parts.append(roles.stream(own[0], stream))
         elif not any(a in names for a in atoms(part)):
-            size = f"fixed{find(part).size}"
-            roles.spaces.sizes[size] = find(part).size
-            parts.append(size)
+            parts.append(find(part).size)
         else:
             for atom in atoms(factor):
                 roles.spaces.fixed[atom] = {"it stands beside other sizes inside a product": ""}

@@ -287,7 +287,6 @@ def _complete(found: Trace, plain: ModelSpec, attributes: Attributes, own: Field
     if coupled:
         sizes["head_dim"] = sizes["hidden"] // sizes["heads"]
         fixed["head_dim"] = "attention multiplies activations over it"
-    fixed |= {size: f"the model also needs {size} of that length" for size in sizes if size.startswith("fixed")}  # fmt: skip
     given: dict[str, Any] = {f.name: getattr(plain, f.name) for f in fields(plain)}
     given |= {
         "sizes": sizes,
