@@ -111,7 +111,7 @@ MUTANTS = {
     "experts: noise parts no copies": Mutant(
         "planning/axis_scales.py", " or wide.perturbs:", ":", "methods/test_copy_experts.py -k copies_equal"),
     "experts: the auxiliary loss weakens with experts": Mutant(
-        "model/families/moe.py", 'Power("top_k", -1.0, coef, n)', 'Power("experts", -1.0, coef, config.num_local_experts)',
+        "model/families/moe.py", '"router_aux_loss_coef": "top_k"', '"router_aux_loss_coef": "experts"',
         "methods/test_copy_experts.py -k auxiliary"),
     "experts: utility leaves out the square": Mutant(
         "analysis/utility.py", "p.grad.double().square()", "p.grad.double().abs()", "methods/test_copy_experts.py -k utility"),

@@ -1,6 +1,6 @@
 """Describe a live model as a ModelSpec. This module reads names, shapes and module attributes, never values of tensors."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,19 +11,17 @@ from growkern.distributed.shards import is_sharded, local
 from growkern.errors import UnsupportedModelError, raise_all
 from growkern.model import spec_check
 from growkern.model.families import FAMILIES
+from growkern.model.hints import Hint
 from growkern.model.leaves import cached_sizes
 from growkern.model.spec import SHARE, Blocks, ModelSpec
 from growkern.model.tracing.forward import Inputs
+from growkern.model.tracing.template import describe_by_hint
 from growkern.model.tracing.traced import TracedSpec, describe_by_tracing, known_inputs
 from growkern.model.wrappers import wrappers
 from growkern.support.names import named_buffers, named_modules, named_parameters
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# package -> function that returns the object with the sizes of a model
-CONFIGS: dict[str, Callable[[nn.Module], object]] = {
-    "transformers": lambda model: model.config,
-    "torch": lambda model: model,
-}
+PACKAGES = "transformers", "torch"  # of the classes that families describe
 
 
 def describe(
@@ -134,7 +132,7 @@ def _without_spec(
 def known(kind: type) -> bool:
     """True for a class of models that a family describes."""
     own = plain_class(kind)
-    return own.__name__ in FAMILIES and own.__module__.partition(".")[0] in CONFIGS
+    return own.__name__ in FAMILIES and own.__module__.partition(".")[0] in PACKAGES
 
 
 def plain_class(kind: type) -> type:
@@ -176,7 +174,8 @@ def _family(model: nn.Module, params: Mapping[str, Tensor]) -> ModelSpec:
 
 def _declared(model: nn.Module) -> ModelSpec:
     kind = plain_class(type(model))
-    return FAMILIES[kind.__name__](CONFIGS[kind.__module__.partition(".")[0]](model))
+    known = FAMILIES[kind.__name__]
+    return describe_by_hint(model, kind, known) if isinstance(known, Hint) else known(model)
 
 
 def untied(model: nn.Module) -> dict[str, str]:

@@ -158,12 +158,15 @@ def _made_rows(plan: GrowthPlan, spec: ModelSpec, homes: Homes) -> list[TensorRo
         for path, blocks in plan.stacks.items()
     }
     mixed = any(row.next_layer_source for row in plan.tensors)
-    made = rows_of(spec, deep, homes, plan.axes if mixed else {})
+    # by name: a recorded plan may list its tensors in another order
+    made = {own.name: own for own in rows_of(spec, deep, homes, plan.axes if mixed else {})}
     return [
-        replace(own, shrink=row.shrink, noise_std=row.noise_std, noise_from=row.noise_from)
-        if is_matrix(own, spec)
-        else own
-        for row, own in zip(plan.tensors, made, strict=True)
+        replace(
+            made[row.name], shrink=row.shrink, noise_std=row.noise_std, noise_from=row.noise_from
+        )
+        if is_matrix(made[row.name], spec)
+        else made[row.name]
+        for row in plan.tensors
     ]
 
 

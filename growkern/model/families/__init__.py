@@ -1,58 +1,53 @@
-"""Architecture families: class name of a model -> function from the config (torch.nn: from the module) to the ModelSpec."""
+"""Architecture families: class name of a model -> hint; of ``torch.nn``, function from the module to the ModelSpec."""
 
 from collections.abc import Callable
-from functools import partial
 
-from growkern.model.families import (
-    bert,
-    encoder,
-    gemma2,
-    gpt2,
-    gpt_neox,
-    llama,
-    modernbert,
-    moe,
-    opt,
-    t5,
-    vit,
-)
+from growkern.model.families import encoder
+from growkern.model.families.bert import BERT
+from growkern.model.families.gpt2 import GPT2
+from growkern.model.families.gpt_neox import GPT_NEOX
+from growkern.model.families.llama import LLAMA, MISTRAL
+from growkern.model.families.modernbert import MODERNBERT
+from growkern.model.families.moe import MIXTRAL, QWEN3_MOE
+from growkern.model.families.opt import OPT
+from growkern.model.families.t5 import T5, T5_ENCODER
+from growkern.model.families.vit import VIT
+from growkern.model.hints import Hint
 from growkern.model.spec import ModelSpec
 
-FAMILIES: dict[str, Callable[..., ModelSpec]] = {
-    "BertForMaskedLM": bert.describe,
-    "BertForPreTraining": partial(bert.describe, pooler=True),
-    "BertModel": partial(bert.describe, base="", mlm=None, pooler=True),
-    "Gemma2ForCausalLM": gemma2.describe,
-    "Gemma2Model": partial(gemma2.describe, base="", head=False),
-    "GPT2LMHeadModel": gpt2.describe,
-    "GPT2Model": partial(gpt2.describe, base="", head=False),
-    "GPTNeoXForCausalLM": gpt_neox.describe,
-    "GPTNeoXModel": partial(gpt_neox.describe, base="", head=False),
-    "LlamaForCausalLM": llama.describe,
-    "LlamaModel": partial(llama.describe, base="", head=False),
-    "MistralForCausalLM": llama.describe,
-    "MistralModel": partial(llama.describe, base="", head=False),
-    "MixtralForCausalLM": moe.describe,
-    "MixtralModel": partial(moe.describe, base="", head=False),
-    "ModernBertForMaskedLM": modernbert.describe,
-    "ModernBertModel": partial(modernbert.describe, base="", mlm=False),
-    "OPTForCausalLM": opt.describe,
-    "OPTModel": partial(opt.describe, base="decoder.", head=False),
-    "Qwen2ForCausalLM": llama.describe,
-    "Qwen2Model": partial(llama.describe, base="", head=False),
-    "Qwen3ForCausalLM": llama.describe,
-    "Qwen3Model": partial(llama.describe, base="", head=False),
-    "Qwen3MoeForCausalLM": partial(moe.describe, ffn="moe_intermediate_size", qk_norms=True),
-    "Qwen3MoeModel": partial(
-        moe.describe, base="", head=False, ffn="moe_intermediate_size", qk_norms=True
-    ),
-    "RobertaForMaskedLM": partial(bert.describe, base="roberta.", mlm=bert.ROBERTA_HEAD),
-    "RobertaModel": partial(bert.describe, base="", mlm=None, pooler=True),
-    "T5EncoderModel": partial(t5.describe, decoder=False, head=False),
-    "T5ForConditionalGeneration": t5.describe,
-    "T5Model": partial(t5.describe, head=False),
+FAMILIES: dict[str, Hint | Callable[..., ModelSpec]] = {
+    "BertForMaskedLM": BERT,
+    "BertForPreTraining": BERT,
+    "BertModel": BERT,
+    "Gemma2ForCausalLM": LLAMA,
+    "Gemma2Model": LLAMA,
+    "GPT2LMHeadModel": GPT2,
+    "GPT2Model": GPT2,
+    "GPTNeoXForCausalLM": GPT_NEOX,
+    "GPTNeoXModel": GPT_NEOX,
+    "LlamaForCausalLM": LLAMA,
+    "LlamaModel": LLAMA,
+    "MistralForCausalLM": MISTRAL,
+    "MistralModel": MISTRAL,
+    "MixtralForCausalLM": MIXTRAL,
+    "MixtralModel": MIXTRAL,
+    "ModernBertForMaskedLM": MODERNBERT,
+    "ModernBertModel": MODERNBERT,
+    "OPTForCausalLM": OPT,
+    "OPTModel": OPT,
+    "Qwen2ForCausalLM": MISTRAL,
+    "Qwen2Model": MISTRAL,
+    "Qwen3ForCausalLM": MISTRAL,
+    "Qwen3Model": MISTRAL,
+    "Qwen3MoeForCausalLM": QWEN3_MOE,
+    "Qwen3MoeModel": QWEN3_MOE,
+    "RobertaForMaskedLM": BERT,
+    "RobertaModel": BERT,
+    "T5EncoderModel": T5_ENCODER,
+    "T5ForConditionalGeneration": T5,
+    "T5Model": T5,
     "TransformerEncoder": encoder.describe,
     "TransformerEncoderLayer": encoder.describe_layer,
-    "ViTForImageClassification": vit.describe,
-    "ViTModel": partial(vit.describe, base="", head=False),
+    "ViTForImageClassification": VIT,
+    "ViTModel": VIT,
 }

@@ -1,0 +1,182 @@
+"""Spec of a model from a small one of its class, which is traced once for a class and its config, and stretched to the live sizes.
+
+The live model is neither run nor copied, so that it may be on the meta device, sharded, huge, or without blocks.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from growkern.errors import UnsupportedModelError, raise_all
+from growkern.model.hints import Hint
+from growkern.model.spec import QUERY, ROOT, AxisUse, Blocks, ModelSpec, TensorSpec, on_residual
+from growkern.model.tracing.cached import cached_values, counters, rebuilt
+from growkern.model.tracing.forward import persistent_buffers
+from growkern.model.tracing.inputs import example_inputs
+from growkern.model.tracing.naming import Spaces
+from growkern.model.tracing.permutation import permutation_error
+from growkern.model.tracing.roles import EPS
+from growkern.model.tracing.scores import trace_scores
+from growkern.model.tracing.small import (
+    containers,
+    depths,
+    live_sizes,
+    n_blocks,
+    pattern,
+    plain_torch,
+    small_config,
+    small_sizes,
+    with_group,
+)
+from growkern.model.tracing.stacks import UNLIKE, find_stacks
+from growkern.model.tracing.stretch import Template, stretched
+from growkern.model.tracing.template_axes import Axes
+from growkern.model.tracing.trial import Tensors, tolerance
+from growkern.support.names import named_buffers, named_modules, named_parameters
+
+# fields that no model follows from
+NAMES = "_name_or_path", "architectures", "transformers_version"
+_KNOWN: dict[tuple[object, ...], Template] = {}
+
+
+def describe_by_hint(model: nn.Module, kind: type[nn.Module], hint: Hint) -> ModelSpec:
+    """Describe a model by the trace of a small model of its class.
+
+    Args:
+        model: The live model, of which names, shapes and the config are read.
+        kind: Its class.
+        hint: What the trace does not show.
+
+    Returns:
+        The spec, which nobody has compared with the tensors of the live model yet.
+
+    Raises:
+        UnsupportedModelError: The hint excludes the config, or a small model of the config cannot be built or traced.
+    """
+    config: Any = model.config
+    raise_all(
+        UnsupportedModelError, f"cannot describe this {hint.name}:", [*_excluded(config, hint)]
+    )
+    sizes = live_sizes(config, hint)
+    live = pattern(model, containers(model, [sizes[size] for size in depths(hint)]))
+    n = n_blocks([*live.values()])
+    own = small_config(config, hint, small_sizes(config, hint, 0, n))
+    fields = {k: v for k, v in own.to_dict().items() if k not in {*hint.divided, *NAMES}}
+    key = kind, hint, n, json.dumps(fields, default=str, sort_keys=True)
+    if key not in _KNOWN:
+        with plain_torch():
+            _KNOWN[key] = _Traced(kind, config, hint, own, n).template()
+    return stretched(_KNOWN[key], model, hint, sizes)
+
+
+def _excluded(config: Any, hint: Hint) -> Iterator[str]:
+    for name, value in hint.only.items():
+        if getattr(config, name) != value:
+            yield (
+                f"{name}={getattr(config, name)} is not described; growkern describes {name}={value} only. "
+                "Pass spec=ModelSpec(...) to describe it yourself."
+            )
+
+
+class _Traced:
+    """A small model that was traced, and another of other sizes, which tells sizes from equal numbers."""
+
+    def __init__(self, kind: type[nn.Module], config: Any, hint: Hint, own: Any, n: int) -> None:
+        self.hint, self.name, self.model_type = hint, kind.__name__, config.model_type
+        self.sizes, self.other_sizes = (small_sizes(config, hint, i, n) for i in (0, 1))
+        try:
+            self.model = kind(own).eval()
+            self.other = kind(small_config(config, hint, self.other_sizes)).eval()
+            self.inputs = example_inputs(self.model) or {}
+            self.tape = trace_scores(self.model, self.inputs)
+        except Exception as error:
+            raise self._refused(f"cannot be built and run ({type(error).__name__}: {error})") from error  # fmt: skip
+        self.paths = containers(self.model, [n])
+        if len(self.paths) != len(depths(hint)):
+            raise self._refused(f"has blocks in {self.paths}, and its hint names {depths(hint)}")
+        self.weights = {name: value.dims for name, value in self.tape.weights.items()}
+        self.axes = Axes(self.tape, with_group(self.sizes), self.paths, _eps_names(self.model), hint.by_stack)  # fmt: skip
+
+    def _refused(self, why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"cannot describe {self.name}: a small model of its config {why}; pass spec=ModelSpec(...) to describe it yourself."
+        )
+
+    def template(self) -> Template:
+        """Return the spec of the small model, after the permutation test."""
+        tensors, ties = self._tensors()
+        own = Tensors(self.weights, tensors, ties)
+        error = permutation_error(self.model, self.inputs, own, self.tape.output_dims)
+        if not error < tolerance(self.model):
+            raise self._refused(f"moves its output by {error:.1e} when the coordinates of its spaces are permuted")  # fmt: skip
+        attributes = cached_values(self.model, self.other, self.sizes, self.other_sizes, self.paths)
+        scaled = ROOT in attributes.values() or self.axes.scaled_scores()
+        blocks = self._blocks()
+        spec = ModelSpec(
+            family=self.model_type,
+            sizes=self.sizes,
+            tensors=tensors,
+            ties=ties,
+            blocks=blocks[0],
+            extra_stacks=tuple(blocks[1:]),
+            attributes=attributes,
+            counters=tuple(counters(self.model)),
+            activation_scales=({QUERY: ROOT} if scaled else {}) | self.axes.powers(),
+            rebuilt_from_config=tuple(rebuilt(self.model, self.other)),
+            fixed={stack.size: UNLIKE for stack in blocks if not stack.identity},
+            post_norm=self.axes.post_norm(),
+        )
+        return Template(spec, pattern(self.model, self.paths))
+
+    def _tensors(self) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+        """Return the axes of the tensors that the forward uses, and of those that the hint says it does not use; and the ties."""
+        tensors, ties, shapes = dict[str, TensorSpec](), dict[str, str](), _live(self.other, self.other_sizes)  # fmt: skip
+        for name, t in _live(self.model, self.sizes).items():
+            first = self.axes.first.get(name)
+            if not first or (first not in self.tape.touched and name in self.hint.unused):
+                axes = self.axes.plain(t)
+            elif first in self.tape.touched:
+                axes = self.axes.tensor(name, first, self.weights[first])
+            else:
+                continue  # the check against the live model names the tensor as not described
+            tensors[name] = _checked(axes, shapes[name].shape, self.other_sizes)
+            if first and first != name:
+                ties[name] = first
+        return tensors, ties
+
+    def _blocks(self) -> list[Blocks]:
+        """Return the stacks in the model's order; one whose blocks differ has nothing that makes a block the identity."""
+        names = self.axes.names()
+        spaces = Spaces(sizes=self.sizes, names=names, normed={a for a, s in names.items() if on_residual(s)})  # fmt: skip
+        found = find_stacks(self.model, spaces, self.weights, self.tape.uses, self.tape.norms)
+        own, result = {stack.path: stack for stack in found.blocks}, list[Blocks]()
+        for path, size in zip(self.paths, depths(self.hint), strict=True):
+            stack = own.get(path, Blocks(path))
+            gains = not stack.carries and 0.0 not in stack.identity.values()
+            result.append(replace(stack, size=size, outputs=tuple(stack.identity) if gains else ()))
+        return result
+
+
+def _eps_names(model: nn.Module) -> dict[str, str]:
+    """Return the attribute of every module that may hold the epsilon of a norm."""
+    return {path: name for path, m in named_modules(model) for name in reversed(EPS) if hasattr(m, name)}  # fmt: skip
+
+
+def _live(model: nn.Module, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return parameters, persistent buffers, and buffers with an entry per position."""
+    live: dict[str, Tensor] = dict(named_parameters(model, remove_duplicate=False))
+    own, n = persistent_buffers(model), sizes.get("positions")
+    return live | {name: b for name, b in named_buffers(model, remove_duplicate=False) if name in own or n in b.shape}  # fmt: skip
+
+
+def _checked(axes: TensorSpec, shape: Sequence[int], sizes: Mapping[str, int]) -> TensorSpec:
+    """Return the axes of a tensor; an axis whose length follows from no size in a model of other sizes is fixed."""
+    return tuple(
+        axis
+        if axis.size(sizes) == n
+        else AxisUse("reader" if axis.role == "reader" else "writer", ((n,),))
+        for axis, n in zip(axes, shape, strict=True)
+    )

@@ -1,0 +1,201 @@
+"""Specs of the families, by the trace of a small model of the class: the specs by hand are the oracle."""
+
+import copy
+from dataclasses import fields
+
+import families_oracle
+import pytest
+import torch
+import transformers
+from models import LLAMA, SIZES, make
+from torch import nn
+
+import growkern
+from growkern.errors import UnsupportedModelError
+from growkern.model.describe import describe
+from growkern.model.spec import ModelSpec
+from growkern.model.tracing import template
+
+SMALL = {
+    "GPTNeoX": SIZES["gpt_neox"],
+    "GPT2": SIZES["gpt2"],
+    "ModernBert": SIZES["modernbert"],
+    "Bert": SIZES["bert"],
+    "Roberta": SIZES["roberta"],
+    "OPT": SIZES["opt"],
+    "ViT": SIZES["vit"],
+    "T5": SIZES["t5"],
+    "Gemma2": SIZES["gemma2"],
+    "Qwen2": LLAMA,
+    "Qwen3Moe": SIZES["qwen3_moe"],
+    "Mixtral": SIZES["mixtral"],
+} | dict.fromkeys(("Llama", "Mistral", "Qwen3"), LLAMA | {"head_dim": 6})
+YARN = dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=32, rope_theta=1e4)
+LONG = YARN | dict(rope_type="longrope", short_factor=[1.0] * 3, long_factor=[2.0] * 3)
+CHANGES = {  # class -> changes of its config
+    "GPT2LMHeadModel": [
+        dict(n_layer=0),
+        dict(n_layer=5, n_inner=50),
+        dict(scale_attn_weights=False),
+        dict(scale_attn_by_inverse_layer_idx=True),
+        dict(scale_attn_by_inverse_layer_idx=True, scale_attn_weights=False),
+        dict(reorder_and_upcast_attn=True),
+        dict(vocab_size=50257, n_positions=1024, bos_token_id=50256, eos_token_id=50256),
+    ],
+    "LlamaForCausalLM": [
+        dict(num_hidden_layers=0),
+        dict(num_hidden_layers=5, attention_bias=True, mlp_bias=True),
+        dict(num_key_value_heads=4),
+        dict(num_key_value_heads=1, head_dim=10),
+        dict(rope_parameters=YARN),
+        dict(rope_parameters=LONG),
+    ],
+    "Qwen2ForCausalLM": [dict(use_sliding_window=True, max_window_layers=1, sliding_window=4)],
+    "Qwen3ForCausalLM": [dict(attention_bias=True, num_hidden_layers=3)],
+    "MistralForCausalLM": [dict(sliding_window=4, num_hidden_layers=0)],
+    "GPTNeoXForCausalLM": [
+        dict(attention_bias=False, num_hidden_layers=0),
+        dict(use_parallel_residual=False),
+    ],
+    "BertForMaskedLM": [dict(num_hidden_layers=0), dict(type_vocab_size=5, num_hidden_layers=3)],
+    "RobertaForMaskedLM": [dict(type_vocab_size=1, pad_token_id=1)],
+    "ModernBertForMaskedLM": [
+        dict(num_hidden_layers=1),
+        dict(num_hidden_layers=2),
+        dict(num_hidden_layers=5, norm_bias=True, attention_bias=True, mlp_bias=True),
+        dict(classifier_bias=True, decoder_bias=False),
+    ],
+    "OPTForCausalLM": [
+        dict(num_hidden_layers=0),
+        dict(enable_bias=False),
+        dict(word_embed_proj_dim=16),
+    ],
+    "ViTModel": [dict(pooler_output_size=10), dict(pooler_output_size=26, num_hidden_layers=0)],
+    # numbers that are small sizes of the trace too
+    "ViTForImageClassification": [
+        *(dict(num_labels=n) for n in (2, 8, 26, 48)),
+        dict(num_labels=6, num_channels=6, qkv_bias=False),
+        dict(image_size=(8, 16), patch_size=(4, 8)),
+    ],
+    "Gemma2ForCausalLM": [
+        dict(attention_bias=True, num_hidden_layers=3),
+        dict(query_pre_attn_scalar=6, attn_logit_softcapping=None, final_logit_softcapping=None),
+    ],
+    "MixtralForCausalLM": [dict(num_experts_per_tok=1, sliding_window=4, num_hidden_layers=3)],
+    "Qwen3MoeForCausalLM": [
+        dict(mlp_only_layers=[0]),
+        dict(mlp_only_layers=[1], num_hidden_layers=5),
+        dict(decoder_sparse_step=2, num_hidden_layers=6),
+        dict(norm_topk_prob=True, attention_bias=True, num_experts=6, num_experts_per_tok=3),
+    ],
+    "T5ForConditionalGeneration": [
+        dict(feed_forward_proj="relu", num_layers=1, num_decoder_layers=3),
+        dict(scale_decoder_outputs=False),
+    ],
+}
+CASES = [pytest.param(name, {}, True, id=name) for name in families_oracle.SPECS]
+CASES += [
+    pytest.param(name, changes, tied, id=f"{name}-{tied}-{changes}", marks=pytest.mark.slow)
+    for name in families_oracle.SPECS
+    for changes, tied in (({}, False), *((changes, True) for changes in CHANGES.get(name, ())))
+]
+
+
+def live(name: str, changes: dict, tied: bool = True) -> nn.Module:
+    """Build a model of a class on the meta device."""
+    family = max((f for f in SMALL if name.startswith(f)), key=len)
+    kind = getattr(transformers, name)
+    config = kind.config_class(**SMALL[family] | changes, tie_word_embeddings=tied)
+    config.tie_word_embeddings = tied
+    with torch.device("meta"):
+        return kind(config)
+
+
+def differences(expected: ModelSpec, found: ModelSpec) -> list[object]:
+    """Return where a spec differs from the one by hand."""
+    result = list[object]()
+    for field in fields(ModelSpec):
+        a, b = getattr(expected, field.name), getattr(found, field.name)
+        if field.name in ("attributes", "config") and expected.hidden_is_heads:
+            # hidden is their product
+            a, b = ({k: "hidden" if v == ("heads", "head_dim") else v for k, v in own.items()} for own in (a, b))  # fmt: skip
+        if field.name == "config":  # which no method grows
+            b = {k: v for k, v in b.items() if k != "type_vocab_size"}
+        if field.name != "cached_sizes" and a != b and isinstance(a, dict):
+            result += [(field.name, k, _text(a.get(k)), _text(b.get(k))) for k in {**a, **b} if a.get(k) != b.get(k)]  # fmt: skip
+        elif field.name != "cached_sizes" and a != b:
+            result.append((field.name, a, b))
+    return result
+
+
+def _text(value: object) -> object:
+    return [*map(str, value)] if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize(("name", "changes", "tied"), CASES)
+def test_spec_by_a_hint_equals_the_spec_by_hand(name, changes, tied):
+    model = live(name, changes, tied)
+    first = {}
+    for stack in families_oracle.by_hand(model).stacks:
+        if not len(model.get_submodule(stack.path)):
+            with torch.device("meta"):
+                first[stack.path] = _block(model, stack.path)
+
+    found = describe(model, values=False, first=first)
+
+    expected = describe(model, families_oracle.by_hand(model), values=False, first=first)
+    assert differences(expected, found) == []
+    assert len(found.tensors) > 10
+
+
+def _block(model: nn.Module, path: str) -> nn.Module:
+    """Return block 0 of a model like this one that has a block."""
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None) == []:
+        config.layer_types = ["full_attention"]
+    return type(model)(config).get_submodule(path)[0]
+
+
+def test_one_trace_serves_models_of_every_size_depth_and_dtype(monkeypatch):
+    describe(make("llama", tied=True))
+    monkeypatch.setattr(template, "_Traced", None)  # a second trace would fail
+
+    config = transformers.LlamaConfig(
+        **LLAMA
+        | dict(hidden_size=512, num_hidden_layers=30, num_attention_heads=16, head_dim=32)
+        | dict(num_key_value_heads=16, intermediate_size=1000, vocab_size=50_000),
+        tie_word_embeddings=True,
+    )
+    config.dtype = torch.bfloat16
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+
+    assert differences(families_oracle.by_hand(model), describe(model, values=False)) == []
+
+
+def test_description_leaves_random_state_and_defaults_as_they_are(monkeypatch):
+    monkeypatch.setattr(template, "_KNOWN", {})
+    model = make("gpt2", tied=True)
+    state = torch.get_rng_state()
+
+    with torch.device("meta"):
+        growkern.describe(model)
+
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_default_dtype() == torch.float32 and len(template._KNOWN) == 1
+
+
+def test_tensors_that_the_forward_does_not_reach_are_refused_by_name():
+    changes = dict(is_decoder=True, add_cross_attention=True)
+
+    with pytest.raises(UnsupportedModelError, match=r"encoder\.layer\.\*\.crossattention"):
+        describe(live("BertModel", changes), values=False)
+
+
+def test_a_block_unlike_the_others_is_refused_by_name():
+    model = make("llama", tied=True)
+    model.model.layers[1].mlp.extra = nn.Linear(24, 24)
+
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.extra\.weight"):
+        growkern.describe(model)
