@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict_saver import save  # pyright: ignor
 from torch.optim import Optimizer
 
 from growkern.api import check_arguments
+from growkern.checkpoints.card import CARD, CardContents, carried
 from growkern.checkpoints.dcp_load import Filling
 from growkern.checkpoints.dcp_replay import Replayed, replay
 from growkern.checkpoints.dcp_source import Source
@@ -124,8 +125,11 @@ def grow(
         left += (
             [CONFIG] if config is None and (source / CONFIG).exists() else []
         )  # of the source's sizes
+        fields, unread = carried(source, copied)
         written = Target(stored, grown, Boxwise(grown.plan, getattr(width, "rows", None)))
     _refuse_apart(processes, grown.plan, target)
+    n_params = grown.n_params, sum(p.numel() for p in grown.model.parameters())
+    card = CardContents(grown.plan, source, (), n_params, (*_notes(grown, left), *unread), fields)
     planner = GrowthPlanner(written.entries, on_progress)
     with ExitStack() as stack:
         swept, part = list[str](), Path()
@@ -139,16 +143,12 @@ def grow(
         with processes.together(UNCHANGED):
             snapshot.refuse_changes((*stored.files, *copied))
             if processes.rank == 0:
-                if config is not None:
-                    config.save_pretrained(part)
-                for name in copied:
-                    (part / name).write_bytes((source / name).read_bytes())
+                _write_beside(part, source, copied, config, card)
                 restrict(part, modes(source, [*stored.files], copied))
         rename = stack.pop_all()
     with processes.together(UNCHANGED):
         rename.close()
-    notes = (*_notes(grown, left), *written.boxwise.notes, *swept)
-    n_params = grown.n_params, sum(p.numel() for p in grown.model.parameters())
+    notes = (*card.notes, *written.boxwise.notes, *swept)
     n_files, seconds = len([*target.glob("*.distcp")]), perf_counter() - start
     return GrownCheckpoint(target, grown.plan, n_params, written.n_bytes, n_files, seconds, notes)
 
@@ -259,6 +259,18 @@ def _config(grown: Replayed, model: Any, spec: ModelSpec | None) -> Any:
     config.architectures = config.architectures or [type(model).__name__]
     config._attn_implementation = None  # of this process; save_pretrained checks other fields against it, and does not store it
     return config
+
+
+def _write_beside(
+    folder: Path, source: Path, copied: Sequence[str], config: Any, card: CardContents
+) -> None:
+    """Write the config, copies of the source's files, and a model card in place of the source's."""
+    if config is not None:
+        config.save_pretrained(folder)
+    for name in copied:
+        (folder / name).write_bytes((source / name).read_bytes())
+    if CARD in copied:
+        card.write(folder)
 
 
 def _save(target: Target, planner: GrowthPlanner, folder: Path, processes: Processes) -> None:

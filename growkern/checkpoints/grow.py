@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from growkern.api import plan as plan_growth
+from growkern.checkpoints.card import CardContents, carried
 from growkern.checkpoints.load import Checkpoint, Layout, load
 from growkern.checkpoints.output import aside, modes, others, refuse_out, restrict, sweep
 from growkern.checkpoints.shards import Shards, n_bytes_of
@@ -102,7 +103,8 @@ def grow(
     """Grow a checkpoint and write the target to another folder; ``from_pretrained`` loads the target.
 
     Source tensors are read from their shards, and target tensors written to new shards, one set of tensors at a time. The target is
-    written to a temporary folder beside ``out``, which is renamed when the target is complete. A failure or Ctrl-C leaves no files.
+    written to a temporary folder beside ``out``, which is renamed when the target is complete. A failure or Ctrl-C leaves no files. The
+    target has a model card of its own (README.md), with the license and the languages of the source's card.
 
     Args:
         folder: Folder of the source, see ``load``; only read.
@@ -140,7 +142,10 @@ def grow(
         check_blocks(plan, model)
         config = target_config(plan, model)
         names = _parameters(plan, model)
-        n_params = sum(p.numel() for p in model.parameters())
+        n_params = sum(_n(plan.shapes(row)[1]) for row in plan.tensors if row.source in names)
+        counts = sum(p.numel() for p in model.parameters()), n_params
+        fields, unread = carried(folder, copied)
+        notes = (*plan.notes, *_left_out(source, left), *unread)
         tensors = tensors_of(model, (), spec)
         run = Execution(plan, tensors, lambda _: {}, streams=True)
         layout = Layout(source, plan, tensors.values)
@@ -153,14 +158,13 @@ def grow(
             _write(shards, run, layout, on_progress)
             for name in copied:
                 shutil.copyfile(folder / name, part / name)
+            CardContents(plan, folder, config.architectures, counts, notes, fields).write(part)
             source.snapshot.refuse_changes((*source.files, *copied))
             restrict(part, modes(folder, source.stored.files, copied))
             refuse_out(folder, out, overwrite, copied)
     sizes = sum(t.numel() * t.element_size() for t in layout.sources.values()), layout.n_bytes
-    target = sum(_n(plan.shapes(row)[1]) for row in plan.tensors if row.source in names)
-    notes = (*plan.notes, *_left_out(source, left), *swept)
     seconds, n_files = perf_counter() - start, len(shards.files)
-    return GrownCheckpoint(out, plan, (n_params, target), sizes, n_files, seconds, notes)
+    return GrownCheckpoint(out, plan, counts, sizes, n_files, seconds, (*notes, *swept))
 
 
 def refuse_full(out: Path, n_bytes: int) -> None:

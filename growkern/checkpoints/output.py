@@ -28,7 +28,7 @@ SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|__\d+_\d+\.distcp")
 FILES = {  # files of a checkpoint that save_pretrained or torch.distributed.checkpoint writes
     METADATA, CONFIG, SINGLE, INDEX, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-    "chat_template.jinja", "preprocessor_config.json", "processor_config.json",
+    "chat_template.jinja", "preprocessor_config.json", "processor_config.json", "README.md",
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 from dcp_worker import CASES, MOMENTS, ON_LOAD, STEPS, state_dict
+from huggingface_hub import ModelCard
 from models import EAGER, Plain, make, train
 from saved import contents, invoke, said
 from torch import nn
@@ -266,6 +267,7 @@ def test_entries_of_other_things_are_copied_byte_for_byte(tmp_path):
     model, optim = trained()
     path = save(tmp_path / "small", model, optim, "torchtitan")
     (path / "notes.txt").write_text("seen")
+    (path / "README.md").write_text("---\nlicense: mit\n---\nThe small model.")
     small = blank("llama", False)
 
     report = growkern.dcp.grow(path, tmp_path / "out", small, adamw(small), **BOTH)
@@ -278,6 +280,9 @@ def test_entries_of_other_things_are_copied_byte_for_byte(tmp_path):
     assert after.paths["optimizer.state.lm_head.weight.exp_avg"] == ("optimizer", "state.lm_head.weight.exp_avg")  # fmt: skip
     assert after.of("lm_head.weight").shape == (66, 48)
     assert (tmp_path / "out" / "notes.txt").read_text() == "seen"
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "mit" and "| hidden | 24 | 48 |" in card.text
+    assert "The small model." not in card.text and "from_pretrained" not in card.text
 
 
 def test_the_command_line_grows_a_checkpoint(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from saved import INDEX, contents, invoke, said, save
+from saved import INDEX, MADE, contents, invoke, said, save
 
 from growkern.checkpoints import grow as checkpoint
 from growkern.checkpoints import output
@@ -85,7 +85,7 @@ def test_a_checkpoint_with_its_tokenizer_is_overwritten(source, tmp_path):
     assert invoke("grow", source, out, "--overwrite").exit_code == 0
 
     names = {"config.json", "generation_config.json", WEIGHTS, "LICENSE"}
-    assert {path.name for path in out.iterdir()} == names
+    assert {path.name for path in out.iterdir()} == names | MADE
 
 
 def test_the_folder_of_the_shell_is_overwritten(source, tmp_path, monkeypatch):
@@ -116,7 +116,9 @@ def test_links_that_leave_the_checkpoint_are_not_followed(source, tmp_path):
     assert result.exit_code == 0
     assert not any(b"SECRET" in data for data in contents(tmp_path / "out").values())
     out = {path.name for path in (tmp_path / "out").iterdir()}
-    assert out == {"config.json", "generation_config.json", WEIGHTS, "vocab.json", "same.json"}
+    assert (
+        out == {"config.json", "generation_config.json", WEIGHTS, "vocab.json", "same.json"} | MADE
+    )
     assert not (tmp_path / "out" / "same.json").is_symlink()
     assert "merges.txt (a link to ../../id_rsa)" in said(result)
 
@@ -161,13 +163,12 @@ def test_pickles_and_foreign_weights_are_not_carried_along(source, tmp_path):
     torch.save({"a": torch.ones(2)}, source / "old", _use_new_zipfile_serialization=False)
     save_file({"a": torch.ones(2)}, source / "other.safetensors")
     write(source / "tokenizer.model", b"\n\x0e\n\x05<unk>")
-    write(source / "README.md")
 
     result = invoke("grow", source, tmp_path / "out")
 
     assert result.exit_code == 0
-    kept = {"config.json", "generation_config.json", WEIGHTS, "tokenizer.model", "README.md"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == kept
+    kept = {"config.json", "generation_config.json", WEIGHTS, "tokenizer.model"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == kept | MADE
     named = re.search(r"not copied: (.*?)\. /", said(result))[1].split(", ")
     assert {*named} == {*FOREIGN, "data", "weights.dat", "old", "other.safetensors"}
 
@@ -218,8 +219,9 @@ def test_the_target_is_as_private_as_the_source(
     found = modes(tmp_path / "out")
     weights, rest, top = expected
     assert found.pop("") == top and {*seen} == {0o700}
-    assert {mode for name, mode in found.items() if name.startswith("model")} == {weights}
-    assert {mode for name, mode in found.items() if not name.startswith("model")} == {rest}
+    private = {name for name in found if name.startswith("model")} | MADE
+    assert {found[name] for name in private} == {weights}
+    assert {mode for name, mode in found.items() if name not in private} == {rest}
     assert INDEX in found and "tokenizer.json" in found
 
 
