@@ -16,6 +16,7 @@ def block(text: str) -> str:
 IN_PROCESSES = {  # they run in tests/distributed, tests/integrations and tests/checkpoints
     "fsdp": block("fully_shard(block)"),
     "trainer": block("fsdp=True"),
+    "torchtitan": block("torchtitan.trainer"),
     "dcp.grow": block("growkern.dcp.grow("),
     "dcp.load": block("growkern.dcp.load("),
 }

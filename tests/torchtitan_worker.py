@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from models import VOCAB
+from readme import IN_PROCESSES
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -174,21 +175,13 @@ def start_alike(model: nn.Module) -> None:
 
 
 def trained(folder: Path, fused: bool, compiled: bool = False, load: int = -1) -> dict[str, object]:
-    from torchtitan.trainer import Trainer
+    import torchtitan.trainer
 
     losses: list[float] = []
+    names = {"torchtitan": torchtitan, "growkern": growkern, "dcp": dcp, "llama3": llama3}
+    exec(IN_PROCESSES["torchtitan"].replace('step=1000, to="2x"', f"step={AT}, to={TO}"), names)
 
-    class GrowingTrainer(Trainer):
-        def __init__(self, config) -> None:
-            super().__init__(config)
-            model, self.growth = self.model_parts[0], growkern.GrowthSchedule([growkern.At(step=AT, to=TO)])  # fmt: skip
-            self.growth.attach(model, self.optimizers, self.lr_schedulers, spec=llama3)
-            self.checkpointer.states["growth"] = self.growth
-            if (step := config.checkpoint.load_step) > 0:
-                saved = {"growth": {"history": []}}
-                dcp.load(saved, checkpoint_id=f"{self.checkpointer.folder}/step-{step}")
-                growkern.resume(model, self.optimizers, saved["growth"]["history"], scheduler=self.lr_schedulers, spec=llama3)  # fmt: skip
-
+    class Recorded(names["GrowingTrainer"]):
         def forward_backward_step(self, **inputs):
             loss = super().forward_backward_step(**inputs)
             total = loss.detach().clone()
@@ -196,7 +189,7 @@ def trained(folder: Path, fused: bool, compiled: bool = False, load: int = -1) -
             losses.append(float(total))
             return loss
 
-    trainer = GrowingTrainer(config_of(folder, fused, compiled, load))
+    trainer = Recorded(config_of(folder, fused, compiled, load))
     model = trainer.model_parts[0]
     if load == -1:
         start_alike(model)
@@ -207,8 +200,10 @@ def trained(folder: Path, fused: bool, compiled: bool = False, load: int = -1) -
     same = live.keys() == saved.keys() and all(torch.equal(whole(live[n]), whole(saved[n])) for n in live)  # fmt: skip
     trainer.close()
     return {
-        "losses": losses, "weights": held, "fired": trainer.growth.fired, "rates": trainer.lr_schedulers.get_metrics(),
-        "kept": kept <= {id(p) for p in model.parameters()}, "saves what is live": same,
+        "losses": losses, "weights": held, "fired": trainer.checkpointer.states["growth"].fired,
+        "rates": trainer.lr_schedulers.get_metrics(),
+        "kept": kept <= {id(p) for p in model.parameters()},
+        "saves what is live": same,
     }  # fmt: skip
 
 

@@ -8,12 +8,14 @@ import gc
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import processes
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from models import batch, loss_of, make
+from readme import IN_PROCESSES
 from scheduled import WIDER
 
 import growkern
@@ -124,6 +126,32 @@ def test_a_schedule_attaches_to_containers():
 
     assert schedule.fired == [1] and schedule.attachment.optims == several.optimizers
     assert schedule.attachment.schedulers == rates.schedulers
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_readmes_trainer_grows_and_resumes(tmp_path):
+    class Trainer:
+        """What the example uses of torchtitan's trainer."""
+
+        def __init__(self, config) -> None:
+            self.model_parts = [make("llama", tied=False)]
+            self.optimizers, self.lr_schedulers = contained(self.model_parts[0])
+            self.checkpointer = SimpleNamespace(states={}, folder=tmp_path)
+
+    names = {"torchtitan": SimpleNamespace(trainer=SimpleNamespace(Trainer=Trainer)), "dcp": dcp}
+    names |= {"growkern": growkern, "llama3": None}  # the family is known
+    exec(IN_PROCESSES["torchtitan"].replace('step=1000, to="2x"', f"step=1, to={WIDER}"), names)
+    config = SimpleNamespace(checkpoint=SimpleNamespace(load_step=-1))
+    trainer = names["GrowingTrainer"](config)
+    loss_of(trainer.model_parts[0], batch()).backward()
+    trainer.optimizers.step()
+    dcp.save(trainer.checkpointer.states, checkpoint_id=tmp_path / "step-1")
+
+    config.checkpoint.load_step = 1
+    resumed = names["GrowingTrainer"](config)
+
+    shapes = [[p.shape for p in each.model_parts[0].parameters()] for each in (trainer, resumed)]
+    assert shapes[0] == shapes[1] and shapes[0] != [p.shape for p in make("llama", tied=False).parameters()]  # fmt: skip
 
 
 def test_a_container_of_things_that_are_no_optimizers_is_refused():
