@@ -2,12 +2,13 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 BATCH, LENGTH = 2, 12
+IMAGE_TOKEN = "image_token_id", "image_token_index"  # fields of configs
 SEED = 0
 
 
@@ -24,11 +25,11 @@ def example_inputs(model: nn.Module) -> dict[str, object] | None:
     generator = torch.Generator().manual_seed(SEED)
     first: Any = next(model.parameters())
     made: Mapping[str, Any] = {
-        "input_ids": lambda: _ids(config, generator),
+        "input_ids": lambda: _headed(model, _ids(config, generator, images="pixel_values" in accepted)),
         "decoder_input_ids": lambda: _ids(config, generator) if getattr(config, "is_encoder_decoder", False) else None,
         "pixel_values": lambda: _pixels(config, generator),
         "input_features": lambda: _features(config, generator),
-        "input_values": lambda: _wave(config, generator),
+        "input_values": lambda: _wave(config, generator) if hasattr(config, "conv_stride") else _spectrogram(config, generator),
     }  # fmt: skip
     inputs: dict[str, object] = {}
     for name, make in made.items():
@@ -42,15 +43,34 @@ def example_inputs(model: nn.Module) -> dict[str, object] | None:
     return inputs
 
 
-def _ids(config: Any, generator: torch.Generator) -> Tensor | None:
+def _ids(config: Any, generator: torch.Generator, images: bool = False) -> Tensor | None:
+    """Return ids that are not special; where a model writes the features of an image over ids, these ids first."""
     text = config.get_text_config()
     n = getattr(text, "vocab_size", None)
     if not isinstance(n, int):
         return None
-    special = {getattr(text, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id", "image_token_id")}  # fmt: skip
+    special = {getattr(text, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}  # fmt: skip
+    fields = (getattr(config, name, None) for name in IMAGE_TOKEN)
+    image = next((field for field in fields if isinstance(field, int)), None)
+    special.add(image)
     longest = getattr(text, "max_position_embeddings", None) or LENGTH
     plain = torch.tensor([i for i in range(min(n, 1 << 16)) if i not in special])
-    return plain[torch.randint(0, len(plain), (BATCH, min(LENGTH, longest)), generator=generator)]
+    ids = plain[torch.randint(0, len(plain), (BATCH, min(LENGTH, longest)), generator=generator)]
+    if image is None or not images:
+        return ids
+    vision = getattr(config, "vision_config", config)
+    n_features = getattr(config, "mm_tokens_per_image", 0) or (vision.image_size // vision.patch_size) ** 2  # fmt: skip
+    return torch.cat([torch.full((BATCH, n_features), image), ids], 1)
+
+
+def _headed(model: nn.Module, ids: Tensor | None) -> Tensor | None:
+    """Return ids as the head of a model takes them: several choices per row, or rows that end with the end token of BART's classifier."""
+    kind, config = type(model).__name__, cast(Any, model.config)
+    if ids is not None and "MultipleChoice" in kind:
+        return torch.stack([ids, ids.flip(1)], 1)
+    if ids is not None and "Classification" in kind and getattr(config, "is_encoder_decoder", False):  # fmt: skip
+        ids[:, -1] = config.eos_token_id
+    return ids
 
 
 def _pixels(config: Any, generator: torch.Generator) -> Tensor | None:
@@ -73,3 +93,8 @@ def _wave(config: Any, generator: torch.Generator) -> Tensor | None:
         return None
     length = 10 * int(torch.tensor(strides).prod())
     return torch.randn(BATCH, length + sum(config.conv_kernel), generator=generator)
+
+
+def _spectrogram(config: Any, generator: torch.Generator) -> Tensor | None:
+    length, bins = getattr(config, "max_length", None), getattr(config, "num_mel_bins", None)
+    return torch.randn(BATCH, length, bins, generator=generator) if length and bins else None
