@@ -31,6 +31,9 @@ ENCODER = BASE | dict(
     intermediate_size=80, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
 )
 VISION = WIDTHS | dict(intermediate_size=80, image_size=32, patch_size=16)
+TEXT_TOWER = TOKENS | dict(
+    hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=72, vocab_size=VOCAB, max_position_embeddings=64
+)  # fmt: skip
 GPT = TOKENS | dict(n_embd=48, n_head=4, n_layer=2, vocab_size=VOCAB, n_positions=64)
 BOTH = TOKENS | dict(
     d_model=48, encoder_attention_heads=4, decoder_attention_heads=4, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=80,
@@ -170,6 +173,51 @@ ZOO: dict[
         ),
     ),
     "siglip_vision": ("SiglipVisionModel", "SiglipVision", VISION),
+    "falcon_mqa": (
+        "FalconForCausalLM",
+        "Falcon",
+        BASE | dict(multi_query=True, new_decoder_architecture=False, alibi=False, bias=False),
+    ),
+    "llama_classifier": ("LlamaForSequenceClassification", "Llama", DECODER | dict(num_labels=3)),
+    "gpt2_heads": ("GPT2DoubleHeadsModel", "GPT2", GPT),
+    "bert_choice": ("BertForMultipleChoice", "Bert", ENCODER),
+    "bert_answers": ("BertForQuestionAnswering", "Bert", ENCODER),
+    "roberta_tokens": ("RobertaForTokenClassification", "Roberta", ENCODER | dict(num_labels=3)),
+    "bart_classifier": ("BartForSequenceClassification", "Bart", BOTH | dict(num_labels=3)),
+    "clip": (
+        "CLIPModel",
+        "CLIP",
+        dict(text_config=TEXT_TOWER, vision_config=VISION, projection_dim=20),
+    ),
+    "llava": (
+        "LlavaForConditionalGeneration",
+        "Llava",
+        dict(
+            text_config=DECODER | dict(model_type="llama"),
+            vision_config=VISION | dict(model_type="clip_vision_model", projection_dim=20),
+            image_token_index=90,
+            image_seq_length=4,
+        ),
+    ),
+    "whisper_audio": (
+        "WhisperForAudioClassification",
+        "Whisper",
+        BOTH | dict(num_mel_bins=8, max_source_positions=12, max_target_positions=64, num_labels=3),
+    ),
+    "ast": (
+        "ASTForAudioClassification",
+        "AST",
+        WIDTHS
+        | dict(
+            intermediate_size=80,
+            max_length=32,
+            num_mel_bins=16,
+            patch_size=8,
+            frequency_stride=8,
+            time_stride=8,
+            num_labels=5,
+        ),
+    ),
 }
 
 

@@ -258,6 +258,19 @@ class Search:
             if step is None:
                 break
             best, ranks = step
+        return self._sure(best, ranks, attempt) if budget else (best, ranks)
+
+    def _sure(self, best: Outcome, ranks: dict[Key, int], attempt: Any) -> tuple[Outcome, dict[Key, int]]:  # fmt: skip
+        """Undo choices for numbers that move the output less than the limit: a number may be a power of a size by chance."""
+        for group, keys in self.groups.items():
+            options = self.options[keys[0]]
+            for rank in range(len(options)) if isinstance(options[-1], float) else ():
+                tried = {**ranks, group: rank}
+                if rank == ranks.get(group, 0):
+                    continue
+                outcome = attempt(tried)
+                if passed(outcome, self.limit) and outcome.error < best.error / 10:
+                    best, ranks = outcome, tried
         return best, ranks
 
     def _steps(

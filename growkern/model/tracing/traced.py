@@ -249,7 +249,7 @@ def _plain(found: Trace) -> ModelSpec:
 
 
 def _fields(found: Trace, plain: ModelSpec) -> Fields:
-    free = [s for s in found.spaces.sizes if s not in plain.fixed and not s.startswith("fixed")]
+    free = [s for s in found.spaces.sizes if s not in plain.fixed]
     # one field may hold the epsilon of norms that do not grow too: growkern then leaves the field, and makes copies
     others = [n for n in found.tape.norms if not {a for d in n.over for a in atoms(d)} <= found.spaces.names.keys()]  # fmt: skip
     eps = next((n.eps for n in found.tape.norms if n.eps and not others), None)

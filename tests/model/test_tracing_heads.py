@@ -1,0 +1,101 @@
+"""Classes that no family names: heads on a known body, subclasses of known classes, bodies inside a user's module, and speech models."""
+
+import pytest
+import torch
+import transformers
+import zoo
+from torch import Tensor, nn
+
+import growkern
+from growkern.errors import UnsupportedModelError
+
+HEADS = ["llama_classifier", "bert_choice", "bart_classifier", "llava", "ast"]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_inputs_of_a_head_are_made_from_the_config(name):
+    spec = growkern.describe(zoo.make(name))
+    to = zoo.targets(spec, 2.0)
+    assert {"hidden", "ffn", "heads"} <= to.keys()
+
+    error, *_ = zoo.grown(name, to)
+
+    assert error < 2e-6  # norms of transformers round to float32
+    assert not spec.reload_problem
+
+
+class Judge(transformers.LlamaForCausalLM):
+    """A user's subclass of a known class, with a second head and a forward of its own."""
+
+    def __init__(self, config: transformers.LlamaConfig) -> None:
+        super().__init__(config)
+        self.value = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, input_ids: Tensor, **options) -> tuple[Tensor, Tensor]:
+        stream = self.model(input_ids, use_cache=False).last_hidden_state
+        return self.lm_head(stream), self.value(stream)
+
+
+class Reward(nn.Module):
+    """A user's module around a known body: the reward is a linear map of the last token."""
+
+    def __init__(self, config: transformers.LlamaConfig) -> None:
+        super().__init__()
+        self.body, self.score = transformers.LlamaModel(config), nn.Linear(config.hidden_size, 1)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.score(self.body(input_ids).last_hidden_state[:, -1])
+
+
+class Renamed(transformers.LlamaForCausalLM):
+    """A subclass that changes nothing."""
+
+
+@pytest.mark.parametrize("kind", [Judge, Reward, Renamed], ids=lambda kind: kind.__name__)
+def test_a_subclass_or_a_wrapper_of_a_known_class_is_traced(kind):
+    torch.manual_seed(0)
+    model = kind(transformers.LlamaConfig(**zoo.DECODER)).double().eval()
+    ids = torch.randint(3, 97, (2, 12))
+    with torch.no_grad():
+        before = model(ids)
+
+    report = growkern.expand_inplace(model, to="2x", spec=growkern.describe(model, inputs=ids))
+
+    with torch.no_grad():
+        after = model(ids)
+    if kind is Renamed:
+        before, after = before.logits, after.logits
+    for old, new in zip(before, after, strict=True):
+        assert torch.allclose(old, new, rtol=0, atol=1e-6 * float(old.abs().max()))
+    sizes = {name: n for name, n in report.target_sizes.items() if name != "layers"}
+    assert sizes == {"hidden": 96, "ffn": 160, "heads": 8, "kv_heads": 4}
+
+
+def test_a_subclass_without_inputs_takes_those_of_its_config():
+    spec = growkern.describe(Renamed(transformers.LlamaConfig(**zoo.DECODER)))
+
+    assert {"hidden": 48, "ffn": 80, "heads": 4, "kv_heads": 2, "layers": 2}.items() <= spec.sizes.items()  # fmt: skip
+
+
+def speech() -> nn.Module:
+    torch.manual_seed(0)
+    conv = dict(conv_dim=[16, 16], conv_stride=[5, 2], conv_kernel=[10, 3])
+    position = dict(num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4)
+    config = transformers.Wav2Vec2Config(**zoo.ENCODER | conv | position | dict(vocab_size=32, feat_extract_norm="layer"))  # fmt: skip
+    return transformers.Wav2Vec2ForCTC(config).double()
+
+
+def test_a_speech_model_is_refused_with_its_weight_norm_and_grows_without():
+    """One of its sizes is as long as its heads, whose scaling is then a power of it by chance."""
+    model = speech()
+    with pytest.raises(UnsupportedModelError, match="remove the parametrization first"):
+        growkern.describe(model)
+    nn.utils.parametrize.remove_parametrizations(model.wav2vec2.encoder.pos_conv_embed.conv, "weight")  # fmt: skip
+
+    with pytest.raises(UnsupportedModelError, match="masked_spec_embed: the forward does not use"):
+        growkern.describe(model.eval())
+    spec = growkern.describe(model.train())  # training masks parts of the input
+    before = zoo.output(model, spec.example)
+    growkern.expand_inplace(model, spec=spec, to=zoo.targets(spec, 2.0))
+
+    assert zoo.difference(zoo.output(model, spec.example), before) < 1e-12
