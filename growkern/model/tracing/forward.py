@@ -26,6 +26,23 @@ def tensors(tree: object) -> list[Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
 
+def replaced(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Return the arguments or results of an operation with changed tensors: tree_map takes longer than an operation without values."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    kind: Any = type(tree)
+    if kind is list or kind is tuple:
+        return kind([replaced(x, change) for x in tree])
+    return {k: replaced(x, change) for k, x in tree.items()} if kind is dict else tree
+
+
+def in_operation(tree: Any) -> list[Tensor]:
+    """Return the tensors among the arguments or results of an operation."""
+    found = list[Tensor]()
+    replaced(tree, found.append)
+    return found
+
+
 def tensors_of(model: nn.Module) -> list[Tensor]:
     """Return the parameters and the persistent floating-point buffers, each once."""
     buffers = [b for b in persistent_buffers(model).values() if b.is_floating_point()]

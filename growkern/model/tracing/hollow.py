@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from growkern.model.tracing.forward import tensors, tensors_of
+from growkern.model.tracing.forward import in_operation, replaced, tensors_of
 
 LARGE = 20_000_000  # parameters above which weights have no values in trials
 FILLED = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}  # fmt: skip
@@ -81,14 +80,14 @@ class Written:
 
     def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run one operation: by shapes only, if it takes a tensor without values."""
-        given = tensors((args, kwargs))
+        given = in_operation((args, kwargs))
         first = next((t for t in given if self._unknown(t)), None)
         out = func(*args, **kwargs) if first is None else _by_shapes(func, args, kwargs, first.device)  # fmt: skip
         if first is None or not func._schema.is_mutable:
             return out
         places = [(i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info and a.alias_info.is_write]  # fmt: skip
         written = [args[i] if i < len(args) else kwargs.get(name) for i, name in places]
-        real = [t for t in tensors(written) if not isinstance(t, Hollow)]
+        real = [t for t in in_operation(written) if not isinstance(t, Hollow)]
         self.storages |= {t.untyped_storage().data_ptr(): t for t in real}
         return written[0] if isinstance(out, Tensor) else out
 
@@ -102,18 +101,18 @@ def _by_shapes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device
     """Run an operation on tensors without values."""
     op = func.overloadpacket.__name__
     if op in FILLED or op == "_fused_sdp_choice":  # the values of the arguments do not matter
-        return func(*tree_map_only(Tensor, _uninitialized, args), **kwargs)
+        return func(*replaced(args, _uninitialized), **kwargs)
     if op == "_grouped_mm":  # its own computation of shapes takes bfloat16 only
         return _grouped_mm(*args)
-    args, kwargs = tree_map_only(Tensor, _meta, (args, kwargs))
+    args, kwargs = replaced(args, _meta), replaced(kwargs, _meta)
     if kwargs.get("device") is not None:
         device, kwargs = torch.device(kwargs["device"]), {**kwargs, "device": META}
     out = func(*args, **kwargs)
     if op in CHOICES:  # all coordinates are chosen in turn
-        numbers, n = tensors(out)[-1], args[0].shape[CHOICES[op](args, kwargs)]
+        numbers, n = in_operation(out)[-1], args[0].shape[CHOICES[op](args, kwargs)]
         chosen = torch.arange(numbers.numel(), device=device).view(numbers.shape) % n
         return (Hollow(out[0], device), chosen) if op == "topk" else chosen
-    return tree_map_only(Tensor, lambda t: Hollow(t, device), out)
+    return replaced(out, lambda t: Hollow(t, device))
 
 
 def _meta(t: Tensor) -> Tensor:

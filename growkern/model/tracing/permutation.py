@@ -41,7 +41,7 @@ def permutation_error(
     every = dict.fromkeys(a for dims in own.dims.values() for d in dims for a in atoms(d))
     free = [a for a in every if not a.keeps_order.keys() - {OUTPUT}]
     held, before = False, _run(model, inputs, own, {}, False)
-    if not isinstance(before, Tensor) or not bool(before.isfinite().any()):
+    if not isinstance(before, Tensor) or bool(before.isnan().any()):
         held, before = True, _run(model, inputs, own, {}, True)
     if not isinstance(before, Tensor):
         return float("inf")

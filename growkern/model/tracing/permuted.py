@@ -10,16 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+
+from growkern.model.tracing.forward import replaced
 
 MOVED = 0.05  # standard deviation of what is added to the weights
 CHUNK = (
     1 << 19
 )  # elements of a weight that are converted to another dtype at once: they stay in the cache
-
-
-class Escaped(Exception):
-    """The forward reads a weight by other ways than operations, such as ``weight.data``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,17 +91,15 @@ class PermutedWeights(TorchDispatchMode):
     def __init__(self, model: nn.Module, weights: Sequence[tuple[Tensor, Weight]]) -> None:
         super().__init__()
         self.alive = [t for t, _ in weights]
-        self.storages = {t.untyped_storage().data_ptr(): weight for t, weight in weights}
-        self.weights: dict[int, Weight] = {}
-        for t in (*model.parameters(), *model.buffers()):
-            if (weight := self.storages.get(t.untyped_storage().data_ptr())) is not None:
-                self.weights[id(t)] = weight
+        own = {t.untyped_storage().data_ptr(): weight for t, weight in weights}
+        places = ((t, t.untyped_storage().data_ptr()) for t in (*model.parameters(), *model.buffers()))  # fmt: skip
+        self.weights = {id(t): own[place] for t, place in places if place in own}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""
         op: str = func.overloadpacket.__name__
         kwargs = dict[str, Any](kwargs or {})
-        weight = self._weight(args[0]) if args and isinstance(args[0], Tensor) else None
+        weight = self.weights.get(id(args[0])) if args else None
         if weight and op in ORDERS:
             out = func(*args, **kwargs)
             self.alive.append(out)
@@ -113,24 +108,17 @@ class PermutedWeights(TorchDispatchMode):
         if weight and op == "embedding" and weight.order == (0, 1):
             return weight.rows(args[1])
         k = {"mm": 1, "addmm": 2}.get(op)
-        if k and (weight := self._weight(args[k])) and self._weight(args[k - 1]) is None:
+        if k and (weight := self.weights.get(id(args[k]))) and id(args[k - 1]) not in self.weights:
             product = weight.times(args[k - 1])
             if op == "mm":
                 return product
             beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
             return (product if alpha == 1 else alpha * product).add_(self._value(args[0]), alpha=beta)  # fmt: skip
-        args, kwargs = tree_map_only(Tensor, self._value, (args, kwargs))
+        args, kwargs = replaced(args, self._value), replaced(kwargs, self._value)
         return func(*args, **kwargs)
 
-    def _weight(self, t: Tensor) -> Weight | None:
-        """Return the weight that a tensor stands for."""
-        known = self.weights.get(id(t))
-        if known is None and t.untyped_storage().data_ptr() in self.storages:
-            raise Escaped
-        return known
-
     def _value(self, t: Tensor) -> Tensor:
-        weight = self._weight(t)
+        weight = self.weights.get(id(t))
         return t if weight is None else weight.tensor()
 
 

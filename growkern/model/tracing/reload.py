@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from growkern.model.spec import ModelSpec, size_value
 from growkern.model.tracing.attributes import Attributes, trial_sizes
 from growkern.model.tracing.config import Fields
-from growkern.model.tracing.forward import Inputs, call_model, evaluated, main_output
+from growkern.model.tracing.forward import Inputs, evaluated, main_output, persistent_buffers, tried
 from growkern.model.tracing.naming import HIDDEN, Spaces
 from growkern.model.tracing.terms import Dim
 from growkern.model.tracing.trial import (
@@ -20,7 +20,7 @@ from growkern.model.tracing.trial import (
     set_config,
     tolerance,
 )
-from growkern.support.names import named_parameters, submodule
+from growkern.support.names import named_modules, named_parameters, submodule
 
 
 def merge_hidden(spaces: Spaces) -> bool:
@@ -85,19 +85,21 @@ def _difference(model: nn.Module, grown: Any, inputs: Inputs, expected: Tensor |
     """Return by how much a model that is built from the config of a grown copy, with its tensors, differs from the expected output."""
     try:
         built: nn.Module = type(model)(copy.deepcopy(grown.config))
-        live: Mapping[str, Tensor] = dict(named_parameters(grown, remove_duplicate=False))
-        built.to(next(iter(live.values())).dtype)
-        for name, p in live.items():
-            path, _, leaf = name.rpartition(".")
-            submodule(built, path)._parameters[leaf] = p  # pyright: ignore
-        for path, module in grown.named_modules():
-            for name, b in module._buffers.items():
-                if b is not None and name not in module._non_persistent_buffers_set:
-                    submodule(built, path)._buffers[name] = b  # pyright: ignore[reportPrivateUsage]
-        with evaluated(built), steps:
-            after = main_output(call_model(built, inputs))
     except Exception:  # a config that builds no such model may raise anything
         return float("inf")
+    live: Mapping[str, Tensor] = dict(named_parameters(grown, remove_duplicate=False))
+    live = {**live, **persistent_buffers(grown)}
+    built.to(next(iter(live.values())).dtype)
+    places = {name for name, _ in named_modules(built)}
+    for name, t in live.items():
+        path, _, leaf = name.rpartition(".")
+        if path not in places:
+            return float("inf")
+        held: Any = submodule(built, path)
+        (held._parameters if isinstance(t, nn.Parameter) else held._buffers)[leaf] = t  # pyright: ignore[reportPrivateUsage]
+    with evaluated(built), steps:
+        outputs = tried(built, inputs)
+    after = None if isinstance(outputs, Exception) else main_output(outputs)
     if after is None or expected is None or after.shape != expected.shape:
         return float("inf")
     return float((after - expected).abs().max() / expected.abs().max().clamp_min(1e-30))

@@ -14,9 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from growkern.model.tracing.forward import (
     Inputs,
+    TracingError,
     call_model,
     evaluated,
     floats,
+    in_operation,
     main_output,
     modules_entered,
     names_of,
@@ -59,8 +61,8 @@ class Call:
         self.func, self.args, self.kwargs, self.out = func, args, kwargs, out
         self.op: str = func.overloadpacket.__name__
         self.overload: str = func._overloadname
-        self.inputs = tensors((args, kwargs))
-        self.outputs = tensors(out)
+        self.inputs = in_operation((args, kwargs))
+        self.outputs = in_operation(out)
 
     @property
     def base(self) -> str:
@@ -201,6 +203,11 @@ class Tape(TorchDispatchMode):
             self._apply(call)
         except Conflict as error:
             self._opaque(call, f"{call.op}: {error}")
+        except Exception as error:
+            raise TracingError(
+                f"growkern's rule of {call.op} failed in {self.module or 'the model'} ({type(error).__name__}: {error}), which is a bug of "
+                "growkern; report it, and pass spec=ModelSpec(...) until then."
+            ) from error
         values = [self.values.get(id(t)) for t in call.outputs]
         known = [self.values.get(id(t)) for t in call.inputs]
         for value in filter(None, [*values, *known]):

@@ -19,9 +19,9 @@ from growkern.model.spec import AxisUse, Blocks
 from growkern.model.tracing.forward import (
     Inputs,
     evaluated,
+    in_operation,
     main_output,
     modules_entered,
-    tensors,
     tried,
 )
 from growkern.model.tracing.hollow import Written, hollow
@@ -63,7 +63,7 @@ class Steps(TorchDispatchMode):
             if scaling and back is not None:
                 self.scaled.add(scaling)
                 out = back
-            self.steps.append((op, [tuple(t.shape) for t in tensors(out)]))
+            self.steps.append((op, [tuple(t.shape) for t in in_operation(out)]))
         return out
 
 
