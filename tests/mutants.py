@@ -670,6 +670,24 @@ MUTANTS = {
     "tracing: a product of features does not ask for copies": Mutant(
         "model/tracing/elementwise.py", 'result.stream.bend("it is multiplied feature by feature")', "pass",
         "model/test_tracing.py -k copies_alone"),
+    "tracing: rows of permuted weights are not moved": Mutant(
+        "model/tracing/permuted.py", "value = moved.add_(self.source[ids])", "value = self.source[ids].to(self.dtype)",
+        "model/test_tracing_cost.py -k products_with"),
+    "tracing: permuted weights are held in memory": Mutant(
+        "model/tracing/permutation.py", "held, before = False, _run(model, inputs, own, {}, False)",
+        "held, before = True, _run(model, inputs, own, {}, True)", "model/test_tracing_cost.py -k less_memory"),
+    "tracing: a large model is traced with values": Mutant(
+        "model/tracing/traced.py", "if hollow.is_large(model):\n        try", "if False:\n        try",
+        "model/test_tracing_cost.py -k by_shapes"),
+    "tracing: what is written into a constant is known": Mutant(
+        "model/tracing/hollow.py", "data_ptr() in self.storages", "data_ptr() in ()", "model/test_tracing_cost.py -k asked_for"),
+    "tracing: models with other attributes are alike": Mutant(
+        "model/tracing/known.py", "parts.append((place, _of(value, paths, ())))", "_of(value, paths, ())",
+        "model/test_tracing_cost.py -k differs"),
+    "tracing: a bug in a rule is an operation without a rule": Mutant(
+        "model/tracing/tape.py", "except Conflict as error:\n            self._opaque",
+        "except Exception as error:\n            self._opaque",
+        "model/test_tracing_cost.py -k bug_in"),
     "tracing: a growth is not checked on the traced inputs": Mutant(
         "api.py", "        check = traced_example(model, spec)", "        check = None", "model/test_tracing.py -k wrong_attribute"),
     "engines: parameters that an engine owns grow": Mutant(

@@ -30,10 +30,10 @@ def replaced(tree: Any, change: Callable[[Tensor], Any]) -> Any:
     """Return the arguments or results of an operation with changed tensors: tree_map takes longer than an operation without values."""
     if isinstance(tree, Tensor):
         return change(tree)
-    kind: Any = type(tree)
-    if kind is list or kind is tuple:
-        return kind([replaced(x, change) for x in tree])
-    return {k: replaced(x, change) for k, x in tree.items()} if kind is dict else tree
+    if type(tree) in (list, tuple):
+        kind: Any = list if isinstance(tree, list) else tuple
+        return kind([replaced(x, change) for x in tree])  # pyright: ignore[reportUnknownVariableType]
+    return {k: replaced(x, change) for k, x in tree.items()} if isinstance(tree, dict) else tree  # pyright: ignore
 
 
 def in_operation(tree: Any) -> list[Tensor]:

@@ -5,12 +5,13 @@ import hashlib
 import sys
 from collections.abc import Hashable, Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from growkern.model.tracing.forward import tensors_of
+from growkern.model.tracing.hollow import is_large
 from growkern.support.names import named_buffers, named_modules, named_parameters
 
 LARGEST = 1 << 22  # elements of a constant that are read
@@ -34,7 +35,8 @@ def fingerprint(model: nn.Module) -> tuple[tuple[Hashable, ...], bool]:
     paths = {id(module): path for path, module in named_modules(model)}
     weights = {id(t) for t in tensors_of(model)}
     first: dict[int, str] = {}
-    parts: list[Hashable] = [
+    parts: list[Hashable] = [is_large(model)]
+    parts += [
         (name, tuple(p.shape), first.setdefault(id(p), name))
         for name, p in named_parameters(model, remove_duplicate=False)
     ]
@@ -62,7 +64,7 @@ def _values(model: nn.Module, weights: set[int]) -> Iterator[tuple[Hashable, Any
 
 def _of(value: Any, paths: Mapping[int, str], within: tuple[int, ...]) -> Hashable:
     """Return a value as nested tuples that equal those of an equal value."""
-    kind = type(value)
+    kind: type = type(value)  # pyright: ignore[reportUnknownVariableType]
     if value is None or kind in (bool, int, float, complex, str, bytes):
         return kind.__name__, value
     if kind in (torch.dtype, torch.device):
@@ -77,7 +79,7 @@ def _of(value: Any, paths: Mapping[int, str], within: tuple[int, ...]) -> Hashab
     if kind in (set, frozenset):
         return kind.__name__, frozenset(_of(x, paths, within) for x in value)
     if isinstance(value, Mapping):
-        items: Any = value.items()  # pyright: ignore[reportUnknownMemberType]
+        items = cast(Mapping[Any, Any], value).items()
         return kind.__name__, tuple((_of(k, paths, within), _of(v, paths, within)) for k, v in items)  # fmt: skip
     if isinstance(value, Tensor):
         return "tensor", tuple(value.shape), _content(value)
@@ -90,7 +92,8 @@ def _of(value: Any, paths: Mapping[int, str], within: tuple[int, ...]) -> Hashab
         return _global(value)
     if not hasattr(value, "__dict__") or isinstance(value, nn.Module):
         raise _Unlike
-    fields = [(name, _of(x, paths, within)) for name, x in vars(value).items() if name not in NAMES]
+    held = cast(dict[str, Any], value.__dict__)
+    fields = [(name, _of(x, paths, within)) for name, x in held.items() if name not in NAMES]
     return _global(kind), tuple(fields)
 
 
