@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 from growkern.cli import main as cli
 
 INDEX = "model.safetensors.index.json"
-MADE = {"README.md"}  # files that a growth adds to those of save_pretrained
+MADE = {"README.md", "growkern_recipe.yaml"}  # files that a growth adds to those of save_pretrained
 
 
 def invoke(*arguments: object) -> Result:

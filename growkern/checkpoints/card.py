@@ -9,7 +9,6 @@ from typing import Any
 
 from growkern.engine.history import DEPTHS, SHRINKS, VOCABS, WIDTHS
 from growkern.planning.growth_plan import GrowthPlan
-from growkern.planning.method_text import names_method
 from growkern.support.text import one_line
 
 CARD = "README.md"
@@ -33,6 +32,7 @@ class CardContents:
         n_params: Number of parameters of source and target.
         notes: Notes on the growth.
         fields: Fields of the source's metadata that hold for the target too, see ``carried``.
+        recipe: Name of the recipe's file in the target's folder; None if there is none.
     """
 
     plan: GrowthPlan
@@ -41,6 +41,7 @@ class CardContents:
     n_params: tuple[int, int]
     notes: Sequence[str]
     fields: Mapping[str, Any]
+    recipe: str | None = None
 
     def write(self, folder: Path) -> None:
         """Write the card to a folder."""
@@ -60,14 +61,14 @@ class CardContents:
 
     def _body(self) -> Iterator[str]:
         plan, name = self.plan, hub_id(self.source)
-        small = f"[{name}](https://huggingface.co/{name})" if name else f"`{_name(self.source)}`"
-        yield f"# {name or _name(self.source)}, grown to {self.n_params[1]:,} parameters"
+        small = f"[{name}](https://huggingface.co/{name})" if name else f"`{name_of(self.source)}`"
+        yield f"# {name or name_of(self.source)}, grown to {self.n_params[1]:,} parameters"
         yield (
             f"A {plan.family} of {self.n_params[1]:,} parameters, grown from {small} ({self.n_params[0]:,} parameters) by growkern, "
             "which computes the weights of a larger model from the weights of a trained smaller model. The target has not been trained "
             "since the growth."
         )
-        rows = [(k, n, plan.target_sizes[k]) for k, n in plan.source_sizes.items()]
+        rows = [(k, n, plan.target_sizes[k]) for k, n in sorted(plan.source_sizes.items())]
         changed = [(k, n, m) for k, n, m in (*rows, ("parameters", *self.n_params)) if n != m]
         lines = [f"| {k} | {n:,} | {m:,} |" for k, n, m in changed]
         yield "## Sizes\n\n" + "\n".join(["| size | source | target |", "|---|---:|---:|", *lines])
@@ -80,8 +81,11 @@ class CardContents:
             kind = self.architectures[0]
             loads = f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("FOLDER")'
             yield f"## Load\n\nThe checkpoint loads with transformers alone. FOLDER is the folder of this file:\n\n```python\n{loads}\n```"
-        if self.architectures and (line := command(plan, self.source)):
-            yield f"## Repeat the growth\n\n```\n{line}\n```"
+        if self.recipe:
+            line = join(
+                ["growkern", "grow", name or name_of(self.source), "OUT", "--recipe", self.recipe]
+            )
+            yield f"## Repeat the growth\n\nWith the same source, bit for bit:\n\n```\n{line}\n```"
 
     def _methods(self) -> Iterator[str]:
         """Yield an entry for the width method, for the depth method if blocks are new, and for the seed."""
@@ -97,17 +101,6 @@ def papers(method: str) -> list[str]:
     """Return the arXiv numbers that the docstring of a method names, the method given as text; none for a method of the user."""
     known: Any = METHODS.get(method.partition("(")[0].strip())
     return [*dict.fromkeys(ARXIV.findall(known.__doc__ or ""))] if known else []
-
-
-def command(plan: GrowthPlan, source: Path) -> str | None:
-    """Return the command line that repeats a growth; None if its methods cannot be written as text."""
-    if not (names_method(plan.width, WIDTHS) and names_method(plan.depth, DEPTHS)):
-        return None
-    sizes = plan.target_sizes
-    to = ",".join(f"{k}={sizes[k]}" for k, n in plan.source_sizes.items() if sizes[k] != n)
-    names = hub_id(source) or _name(source), "OUT"
-    methods = "--width", plan.width, "--depth", plan.depth, "--seed", str(plan.seed)
-    return join(["growkern", "grow", *names, "--to", to, *methods])
 
 
 def hub_id(folder: Path) -> str | None:
@@ -148,5 +141,6 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= MAX_LENGTH
 
 
-def _name(folder: Path) -> str:
+def name_of(folder: Path) -> str:
+    """Return the name of a folder on one line."""
     return one_line(folder.resolve().name, MAX_LENGTH)

@@ -22,6 +22,7 @@ from growkern.checkpoints.dcp_source import Source
 from growkern.checkpoints.dcp_target import GrowthPlanner, Target, blank_state_dict
 from growkern.checkpoints.grow import GrownCheckpoint, refuse_full, target_config
 from growkern.checkpoints.output import aside, modes, others, refuse_out, restrict, sweep
+from growkern.checkpoints.recipe import RECIPE
 from growkern.checkpoints.shards import CONFIG
 from growkern.checkpoints.source import Snapshot
 from growkern.commit.checkpoint_guard import records_growths
@@ -118,7 +119,7 @@ def grow(
         optim = _single(optim)
         _refuse(model, source, target, overwrite)
         snapshot, stored = Snapshot.of(source), Source(source)
-        copied, left = others(source, (CONFIG, *stored.files))
+        copied, left = others(source, (CONFIG, RECIPE, *stored.files))
         refuse_out(source, target, overwrite, copied)
         grown = replay(stored, model, optim, plan, spec, options)
         config = _config(grown, model, spec)

@@ -2,7 +2,8 @@
 
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -15,6 +16,7 @@ from growkern.api import plan as plan_growth
 from growkern.checkpoints.card import CardContents, carried
 from growkern.checkpoints.load import Checkpoint, Layout, load
 from growkern.checkpoints.output import aside, modes, others, refuse_out, restrict, sweep
+from growkern.checkpoints.recipe import RECIPE, Recipe, recipe_of
 from growkern.checkpoints.shards import Shards, n_bytes_of
 from growkern.commit.checkpoint_guard import growth_history
 from growkern.commit.commit import check_blocks, grown_config
@@ -87,6 +89,27 @@ def plan_for(
     return plan
 
 
+def _plan_by(recipe: Recipe, source: Checkpoint) -> GrowthPlan:
+    """Plan a growth by a recipe; raise PlanError if the recipe is of another source."""
+    if recipe.plan is not None:
+        plan = GrowthPlan.from_json(recipe.plan)
+    else:
+        width, depth = recipe.methods()
+        plan = plan_for(source, to=recipe.to, width=width, depth=depth, seed=recipe.seed)
+    recipe.check(plan, source.model.dtype)
+    return plan
+
+
+def _recipe(plan: GrowthPlan, source: Checkpoint, shard: str) -> Recipe:
+    """Return the recipe of a growth, with the plan itself where a recipe without the plan would make another one."""
+    made = partial(recipe_of, plan, source=source.folder, dtype=source.model.dtype, shard=shard)
+    bare = replace(made(again=plan), digest=None)
+    try:
+        return made(again=_plan_by(bare, source))
+    except PlanError:  # a method that text does not represent
+        return made(again=None)
+
+
 def grow(
     folder: Path,
     out: Path,
@@ -96,15 +119,17 @@ def grow(
     depth: DepthMethod | None = None,
     seed: int | None = None,
     plan: GrowthPlan | None = None,
+    recipe: Recipe | None = None,
     overwrite: bool = False,
-    max_shard_size: str = "5GB",
+    max_shard_size: str | None = None,
     on_progress: Progress = lambda done, total: None,
 ) -> GrownCheckpoint:
     """Grow a checkpoint and write the target to another folder; ``from_pretrained`` loads the target.
 
     Source tensors are read from their shards, and target tensors written to new shards, one set of tensors at a time. The target is
     written to a temporary folder beside ``out``, which is renamed when the target is complete. A failure or Ctrl-C leaves no files. The
-    target has a model card of its own (README.md), with the license and the languages of the source's card.
+    target has a model card of its own (README.md), with the license and the languages of the source's card, and a recipe
+    (growkern_recipe.yaml), which makes the same target of the same source, bit for bit.
 
     Args:
         folder: Folder of the source, see ``load``; only read.
@@ -114,8 +139,9 @@ def grow(
         depth: Depth method; default ``depth.IdentityBlocks()``.
         seed: Seed of the symmetry-breaking noise; None for the number of growths in the config's history.
         plan: An existing plan, in place of ``to``, ``width``, ``depth`` and ``seed``.
+        recipe: A recipe, in place of ``to``, ``width``, ``depth``, ``seed`` and ``plan``.
         overwrite: Replace an existing checkpoint at ``out``.
-        max_shard_size: Maximum size of a shard; a larger tensor gets a shard of its own.
+        max_shard_size: Maximum size of a shard; a larger tensor gets a shard of its own. None for the recipe's, else 5GB.
         on_progress: Called after every tensor with the bytes written and the total bytes.
 
     Returns:
@@ -128,19 +154,23 @@ def grow(
         InsufficientMemoryError: The largest set of tensors does not fit in memory.
     """
     start = perf_counter()
-    limit = n_bytes_of(max_shard_size)
+    shard = max_shard_size or (recipe and recipe.max_shard_size) or "5GB"
+    limit = n_bytes_of(shard)
     refuse_out(folder, out, overwrite)
     source = load(folder, mapped=True)
-    copied, left = others(folder, source.files)
+    copied, left = others(folder, (*source.files, RECIPE))
     refuse_out(folder, out, overwrite, copied)
     model = source.model
     with torch.no_grad():
         spec = describe(model)
-        if plan is None:
+        if recipe is not None:
+            plan = _plan_by(recipe, source)
+        elif plan is None:
             plan = plan_for(source, to=to, width=width, depth=depth, seed=seed)
         check(plan, spec)
         check_blocks(plan, model)
         config = target_config(plan, model)
+        made = _recipe(plan, source, shard)
         names = _parameters(plan, model)
         n_params = sum(_n(plan.shapes(row)[1]) for row in plan.tensors if row.source in names)
         counts = sum(p.numel() for p in model.parameters()), n_params
@@ -158,7 +188,9 @@ def grow(
             _write(shards, run, layout, on_progress)
             for name in copied:
                 shutil.copyfile(folder / name, part / name)
-            CardContents(plan, folder, config.architectures, counts, notes, fields).write(part)
+            card = CardContents(plan, folder, config.architectures, counts, notes, fields, RECIPE)
+            card.write(part)
+            made.write(part)
             source.snapshot.refuse_changes((*source.files, *copied))
             restrict(part, modes(folder, source.stored.files, copied))
             refuse_out(folder, out, overwrite, copied)

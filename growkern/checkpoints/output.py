@@ -29,6 +29,7 @@ FILES = {  # files of a checkpoint that save_pretrained or torch.distributed.che
     METADATA, CONFIG, SINGLE, INDEX, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
     "chat_template.jinja", "preprocessor_config.json", "processor_config.json", "README.md",
+    "growkern_recipe.yaml",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The commands on saved checkpoints: describe, plan, grow, verify, compare; and advise, on a loss curve."""
+"""The commands on saved checkpoints: describe, plan, grow, verify, compare."""
 
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
@@ -38,7 +38,7 @@ Tokens = Annotated[int, typer.Option(min=2, help="Number of tokens per row.")]
 
 def add(cli: typer.Typer) -> None:
     """Add the commands to a command line."""
-    for command in (describe, plan, grow, verify, compare, advise):
+    for command in (describe, plan, grow, verify, compare):
         cli.command()(command)
 
 
@@ -119,9 +119,17 @@ def grow(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in the folder OUT.")] = False,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False,
+            help="Recipe in YAML, in place of --to, --width, --depth and --seed, such as the growkern_recipe.yaml of a grown checkpoint.",
+        ),
+    ] = None,
     max_shard_size: Annotated[
-        str, typer.Option(help="Maximum size of a file of weights, such as 500MB, of a checkpoint of save_pretrained.")
-    ] = "5GB",
+        str | None,
+        typer.Option(help="Maximum size of a file of weights, such as 500MB, of a checkpoint of save_pretrained. Default: 5GB."),
+    ] = None,
     optim: Annotated[
         str | None, typer.Option(help="Optimizer of a checkpoint of torch.distributed.checkpoint: AdamW, or another class of torch.optim.")
     ] = None,
@@ -134,12 +142,9 @@ def grow(
     ] = None,
 ) -> None:  # fmt: skip
     """Grow a checkpoint into another one, with the optimizer state that torch.distributed.checkpoint stores. Needs little memory."""
-    if plan is not None and (to or width or depth or seed is not None or dynamics):
-        raise typer.BadParameter(
-            "the plan already says what to grow; leave --to, --width, --depth, --seed and --dynamics out.",
-            param_hint="--plan",
-        )
-    options: dict[str, Any] = {"plan": _saved(plan)} if plan is not None else {}
+    told = bool(to or width or depth or seed is not None or dynamics)
+    options = _from_file("--plan", plan, told or recipe is not None, _saved)
+    options |= _from_file("--recipe", recipe, told, _recipe)
     options |= {} if options else _options(to, width, depth, seed)
     if dynamics is not None:
         options["dynamics"] = _read("--dynamics", lambda: _arguments().dynamics_of(dynamics))
@@ -151,6 +156,11 @@ def grow(
         if (checkpoint / METADATA).is_file() and not stored:
             from growkern.checkpoints.dcp_folder import grow_folder
 
+            if recipe is not None:
+                raise typer.BadParameter(
+                    "a recipe grows a checkpoint of save_pretrained; pass --to, --width, --depth and --seed.",
+                    param_hint="--recipe",
+                )
             grown = grow_folder(
                 checkpoint, out, config=config, optim=optim, overwrite=overwrite, on_progress=advance, **options
             )  # fmt: skip
@@ -264,78 +274,6 @@ def compare(
         )
 
 
-def advise(
-    curve: Annotated[
-        Path,
-        typer.Argument(
-            exists=True, dir_okay=False,
-            help="Loss curve of the source: a CSV file with the columns tokens (or step) and loss (nats), or a trainer_state.json.",
-        ),
-    ],
-    params: Annotated[float, typer.Option(help="Number of parameters of the source, without the input embedding.")],
-    target_params: Annotated[float, typer.Option(help="Number of parameters of the target, without the input embedding.")],
-    budget: Annotated[float, typer.Option(help="FLOPs of the whole run, including the FLOPs until now.")],
-    flops_per_token: Annotated[
-        tuple[float, float] | None,
-        typer.Option(
-            metavar="SOURCE TARGET", help="FLOPs of a token, forward and backward, of source and target. Default: 6 x parameters."
-        ),
-    ] = None,
-    spent: Annotated[
-        float | None, typer.Option(help="FLOPs until now. Default: the curve's tokens times the source's FLOPs of a token.")
-    ] = None,
-    other: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE:PARAMS",
-            help="Loss curve of a model of another size on the same data, and its number of parameters; "
-            "the curve narrows every interval. The option may be repeated.",
-        ),
-    ] = None,
-    kind: Annotated[
-        str | None, typer.Option(help="Kind of the growth: width, depth or both. Default: the kind of the recipe, else width.")
-    ] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="Name of a measured recipe. Default: the best one of the kind.")
-    ] = None,
-    tokens_per_step: Annotated[
-        float | None, typer.Option(help="Number of tokens per step, for curves that count steps.")
-    ] = None,
-    picture: Annotated[Path | None, typer.Option(dir_okay=False, help="File to which the picture of the advice is drawn.")] = None,
-) -> None:  # fmt: skip
-    """Say from a loss curve whether to grow now, later or never, or to start the target from scratch, and what growth would save."""
-    with failures("advise"):
-        import growkern
-        from growkern.training.loss_curve import read_curve
-
-        others = [_other(text, tokens_per_step) for text in other or []]
-        advice = growkern.advise(
-            read_curve(curve, tokens_per_step), source=params, target=target_params, budget=budget, others=others,
-            kind=kind, recipe=recipe, flops_per_token=flops_per_token, spent=spent,
-        )  # fmt: skip
-        typer.echo(advice)
-        if picture is not None:
-            try:
-                advice.draw(picture)
-            except (OSError, ValueError) as error:
-                raise typer.BadParameter(
-                    f"cannot draw {picture}: {error}", param_hint="--picture"
-                ) from None
-
-
-def _other(text: str, tokens_per_step: float | None) -> tuple[float, list[tuple[float, float]]]:
-    """Parse FILE:PARAMS; return the number of parameters and the loss curve."""
-    from growkern.training.loss_curve import read_curve
-
-    path, _, n_params = text.rpartition(":")
-    try:
-        return float(n_params), read_curve(Path(path), tokens_per_step)
-    except ValueError as error:
-        raise typer.BadParameter(
-            f"{text!r} is not FILE:PARAMS, such as small.csv:4e7: {error}", param_hint="--other"
-        ) from None
-
-
 def _arguments() -> Any:
     from growkern.cli import parse as arguments
 
@@ -355,13 +293,35 @@ def _options(
 
 
 def _read(option: str, read: Callable[[], T]) -> T:
-    """Parse an option; turn PlanError into typer's BadParameter."""
-    from growkern.errors import PlanError
+    """Parse an option; turn an error into typer's BadParameter."""
+    from growkern.errors import CheckpointError, PlanError
 
     try:
         return read()
-    except PlanError as error:
+    except (PlanError, CheckpointError) as error:
         raise typer.BadParameter(str(error), param_hint=option) from None
+
+
+def _from_file(
+    option: str, path: Path | None, more: bool, read: Callable[[Path], object]
+) -> dict[str, Any]:
+    """Read the file of an option, which takes the place of the options that say what to grow; return the argument of ``grow``."""
+    if path is None:
+        return {}
+    name = option.removeprefix("--")
+    if more:
+        others = " ".join(o for o in ("--plan", "--recipe") if o != option)
+        raise typer.BadParameter(
+            f"the {name} already says what to grow; leave --to, --width, --depth, --seed, --dynamics and {others} out.",
+            param_hint=option,
+        )
+    return {name: read(path)}
+
+
+def _recipe(path: Path) -> Any:
+    from growkern.checkpoints.recipe import read_recipe
+
+    return _read("--recipe", lambda: read_recipe(path))
 
 
 def _saved(path: Path) -> "GrowthPlan":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 if TYPE_CHECKING:
     from typer import Typer
 
-EXTRAS = {"typer", "rich", "transformers", "safetensors", "matplotlib"}
+EXTRAS = {"typer", "rich", "transformers", "safetensors", "huggingface_hub", "yaml", "matplotlib"}
 
 
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -40,7 +40,7 @@ def app() -> "Typer":
     """Build the command line with all subcommands."""
     import typer
 
-    from growkern.cli import commands, inherit
+    from growkern.cli import advise, commands, inherit
 
     cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -110,6 +110,7 @@ def app() -> "Typer":
             raise typer.Exit(1) from None
 
     commands.add(cli)
+    cli.command()(advise.advise)
     cli.add_typer(inherit.cli, name="inherit")
     return cli
 

@@ -1,6 +1,7 @@
 """A grown checkpoint has a model card of its own, which the Hub accepts; its license is the source's."""
 
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,14 +81,17 @@ def test_the_card_says_what_grew_and_carries_the_license(source, tmp_path):
 
 
 def test_the_command_of_the_card_repeats_the_growth(source, tmp_path, monkeypatch):
+    """The card's command grows by the recipe beside the card."""
     options = ("--to", "hidden=36,layers=3", "--width", "Net2Wider(noise=0.1)", "--seed", 7)
     assert invoke("grow", source, tmp_path / "large", *options).exit_code == 0
     text = (tmp_path / "large" / "README.md").read_text()
     assert "is not function preserving: " in text
-    line = text.split("```\n")[-2]
+    words = shlex.split(text.split("```\n")[-2])
+    assert words[:2] == ["growkern", "grow"]
+    shutil.copy(tmp_path / "large" / words[-1], tmp_path)
     monkeypatch.chdir(tmp_path)
 
-    again = invoke(*shlex.split(line)[1:])
+    again = invoke(*words[1:])
 
     assert again.exit_code == 0, again.output
     assert contents(tmp_path / "OUT") == contents(tmp_path / "large")
