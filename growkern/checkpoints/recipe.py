@@ -154,14 +154,14 @@ def _problems(data: Mapping[Any, Any]) -> Iterator[str]:
             yield f"{name} is {short(value)}; write a text in quotation marks."
 
 
-def _size_problems(to: object) -> Iterator[str]:
+def _size_problems(to: Any) -> Iterator[str]:
     named = cast(dict[Any, Any], to) if isinstance(to, dict) else None
     sizes: dict[Any, Any] = {"to": to} if named is None else named
     for name, size in sizes.items():
         if not is_text(name, MAX_NAME) or not (
             is_text(size, MAX_NAME) or (named is not None and is_int(size, 1, MAX_SEED))
         ):
-            yield f"to is {short(to if named is None else named)}; write 2x, or a mapping of sizes, such as {{hidden: 1024, layers: 24}}."
+            yield f"to is {short(cast(object, to))}; write 2x, or a mapping of sizes, such as {{hidden: 1024, layers: 24}}."
             return
 
 
