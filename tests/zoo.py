@@ -263,7 +263,7 @@ def gradients(model: nn.Module, inputs: Any) -> list[Tensor | None]:
     with evaluated(model), torch.enable_grad():
         out = main_output(call_model(model, inputs))
         assert out is not None
-        weights = torch.randn(LENGTH, VOCAB, generator=torch.Generator().manual_seed(1)).to(out)
+        weights = torch.randn(2 * LENGTH, VOCAB, generator=torch.Generator().manual_seed(1)).to(out)
         (out * weights.flatten()[: out[0].numel()].view(out[0].shape)).sum().backward()
     return [p.grad for p in model.parameters()]
 

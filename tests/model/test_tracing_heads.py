@@ -77,6 +77,23 @@ def test_a_subclass_without_inputs_takes_those_of_its_config():
     assert {"hidden": 48, "ffn": 80, "heads": 4, "kv_heads": 2, "layers": 2}.items() <= spec.sizes.items()  # fmt: skip
 
 
+class Caching(transformers.PhiForCausalLM):
+    """Its forward on a cache depends on the width, and no other forward does."""
+
+    def forward(self, input_ids=None, past_key_values=None, **options):
+        out = super().forward(input_ids, past_key_values=past_key_values, **options)
+        if past_key_values is not None and past_key_values.get_seq_length() > input_ids.shape[1]:
+            out.logits = out.logits * (self.config.hidden_size / 48)
+        return out
+
+
+def test_a_size_on_which_generation_with_a_cache_depends_is_fixed():
+    config = transformers.PhiConfig(**zoo.DECODER)
+
+    assert "hidden" in growkern.describe(Caching(config).double()).fixed
+    assert "hidden" not in growkern.describe(transformers.PhiForCausalLM(config).double()).fixed
+
+
 def speech() -> nn.Module:
     torch.manual_seed(0)
     conv = dict(conv_dim=[16, 16], conv_stride=[5, 2], conv_kernel=[10, 3])

@@ -67,8 +67,11 @@ def not_reloaded(
         )
         before, dims = output
         steps = Steps([*attributes.scaled], spaces.at(sizes))
-        return _difference(model, grown, inputs, None if before is None else mapped(before, dims, maps), steps)  # fmt: skip
+        expected = None if before is None else mapped(before, dims, maps)
+        return _difference(model, grown, inputs, expected, steps, said)
 
+    with evaluated(model):
+        said = _generated(model, inputs) if free and not attributes.scaled else []
     if not free or error(free) < tolerance(model):
         return {}
     coupled = {"hidden", "heads", "kv_heads"} if attributes.coupled or fields.coupled else {"heads", "kv_heads"}  # fmt: skip
@@ -81,8 +84,28 @@ def not_reloaded(
     }
 
 
-def _difference(model: nn.Module, grown: Any, inputs: Inputs, expected: Tensor | None, steps: Steps) -> float:  # fmt: skip
-    """Return by how much a model that is built from the config of a grown copy, with its tensors, differs from the expected output."""
+def _generated(model: Any, inputs: Inputs) -> list[Tensor]:
+    """Return the logits of two steps of greedy generation, with a cache and without; none for a model that does not generate so."""
+    kind = getattr(model, "can_generate", None)
+    if kind is None or not isinstance(inputs, Mapping) or "input_ids" not in inputs or not kind():
+        return []
+    given = {name: t for name, t in inputs.items() if name != "use_cache"}
+    options = dict(max_new_tokens=2, min_new_tokens=2, do_sample=False, num_beams=1)
+    more = dict(output_logits=True, return_dict_in_generate=True)
+    try:
+        runs = [model.generate(**given, use_cache=cache, **options, **more) for cache in (True, False)]  # fmt: skip
+    except Exception:  # a model may generate from other inputs only
+        return []
+    return [logits for run in runs for logits in run.logits]
+
+
+def _difference(
+    model: nn.Module, grown: Any, inputs: Inputs, expected: Tensor | None, steps: Steps, said: Sequence[Tensor]
+) -> float:  # fmt: skip
+    """Return by how much a model that is built from the config of a grown copy, with its tensors, differs from the expected output.
+
+    The larger of the differences of the main output and of the logits of generation counts, of the rows whose first tokens are equal.
+    """
     try:
         built: nn.Module = type(model)(copy.deepcopy(grown.config))
     except Exception:  # a config that builds no such model may raise anything
@@ -102,4 +125,15 @@ def _difference(model: nn.Module, grown: Any, inputs: Inputs, expected: Tensor |
     after = None if isinstance(outputs, Exception) else main_output(outputs)
     if after is None or expected is None or after.shape != expected.shape:
         return float("inf")
-    return float((after - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    pairs = [(after, expected)]
+    with evaluated(built):
+        now = _generated(built, inputs) if said else []
+    if said and len(now) != len(said):
+        return float("inf")
+    for i, old in enumerate(said):
+        first = i - i % 2  # the second step follows the first token
+        same = now[first].argmax(-1) == said[first].argmax(-1)
+        pairs.append((now[i], old) if i == first else (now[i][same], old[same]))
+    return max(
+        float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs if b.numel()
+    )
