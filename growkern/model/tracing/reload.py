@@ -89,7 +89,8 @@ def _generated(model: Any, inputs: Inputs) -> list[Tensor]:
     kind = getattr(model, "can_generate", None)
     if kind is None or not isinstance(inputs, Mapping) or "input_ids" not in inputs or not kind():
         return []
-    given = {name: t for name, t in inputs.items() if name != "use_cache"}
+    given: dict[str, Any] = {**inputs}  # pyright: ignore
+    given.pop("use_cache", None)
     options = dict(max_new_tokens=2, min_new_tokens=2, do_sample=False, num_beams=1)
     more = dict(output_logits=True, return_dict_in_generate=True)
     try:
