@@ -326,7 +326,7 @@ def _misplaced(
         yield f"{stack.path}: layers share one module, so it cannot gain layers; leave blocks out of the spec to grow in width."
     else:
         for name in (*stack.identity, *stack.carries, *stack.outputs):
-            if f"{stack.path}.0.{name}" not in spec.tensors:
+            if not any(f"{stack.path}.{i}.{name}" in spec.tensors for i in {*stack.kinds, 0}):
                 yield f"{stack.path}.0.{name}: Blocks names this tensor, but the spec does not have it; correct the name."
 
 

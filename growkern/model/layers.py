@@ -7,6 +7,7 @@ from growkern.model.spec import KEY, QUERY, RAW, Axis, AxisUse, Norm, Segment, T
 from growkern.support.argument_types import typed_arguments
 
 typed = typed_arguments(UnsupportedModelError)
+EXACT_EPS = 1e-10  # below this epsilon, a second normalization changes values by less than rounding in float32
 
 
 def _segments(axis: Axis) -> tuple[Segment, ...]:
@@ -90,3 +91,12 @@ def rope_fixed(config: object) -> dict[str, str]:
     }
     strange = sorted(kinds - {"default", "linear", "llama3"})
     return {"head_dim": f"RoPE of type {strange[0]!r} depends on it"} if strange else {}
+
+
+def post_norm_eps_reason(eps: float) -> tuple[str, ...]:
+    """Return why a new post-norm block with this epsilon is not the identity: the block normalizes a normalized input again."""
+    return (
+        (f"new post-norm blocks are the identity only up to the epsilon of their norms, {eps:g}",)
+        if eps > EXACT_EPS
+        else ()
+    )

@@ -10,6 +10,7 @@ A spec whose head_dim can grow uses the streams ``QUERY``, ``KEY`` and ``VALUE``
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import cycle, islice
 from math import prod
 from typing import Literal
 
@@ -25,7 +26,6 @@ QUERY, KEY, VALUE = "head_dim:query", "head_dim:key", "head_dim:value"
 RAW = {QUERY: "head_dim:raw_query", KEY: "head_dim:raw_key"}  # queries and keys before their norms
 SHARE = "experts:share"  # router weight of an expert: the weights of the chosen experts sum to one
 SIZE_OF_SPACE = {"residual": "hidden"}  # every other space is named after its size
-EXACT_EPS = 1e-10  # below this epsilon, a second normalization changes values by less than rounding in float32
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ class Blocks:
         first_copied: Index of the first block that new blocks may copy; earlier blocks have another structure than all others.
         reasons: Why a new block is not exactly the identity (a post-norm block is, up to the epsilon of its norms); empty when it is.
         size: Name of the size that counts the blocks.
+        kinds: For blocks of several kinds, such as attention and Mamba: index of the first block of the same kind, of every block.
+        next_kinds: Kinds of the places behind those of the source, in turn, again and again.
     """
 
     path: str
@@ -112,6 +114,13 @@ class Blocks:
     first_copied: int = 0
     reasons: tuple[str, ...] = ()
     size: str = "layers"
+    kinds: tuple[int, ...] = ()
+    next_kinds: tuple[int, ...] = ()
+
+    def kinds_at(self, n: int) -> tuple[int, ...]:
+        """Return the kinds of the first ``n`` places."""
+        more = max(0, n - len(self.kinds))
+        return (*self.kinds, *islice(cycle(self.next_kinds), more))[:n]
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -385,12 +394,3 @@ def writer_corrections(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[str, f
         ** -power.exponent
         for stream, power in spec.activation_scales.items()
     }
-
-
-def post_norm_eps_reason(eps: float) -> tuple[str, ...]:
-    """Return why a new post-norm block with this epsilon is not the identity: the block normalizes a normalized input again."""
-    return (
-        (f"new post-norm blocks are the identity only up to the epsilon of their norms, {eps:g}",)
-        if eps > EXACT_EPS
-        else ()
-    )

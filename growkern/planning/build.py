@@ -33,7 +33,7 @@ from growkern.planning.growth_plan import AxisMap, GrowthPlan, TensorRow
 from growkern.planning.options import DYNAMICS, STATES
 from growkern.planning.perturbation import perturbed
 from growkern.planning.sizes import stays
-from growkern.planning.targets import Homes, homes_of, targets
+from growkern.planning.targets import Homes, by_pattern, homes_of, targets
 from growkern.support.text import short
 
 
@@ -220,7 +220,15 @@ def _decided(
     if spec.extra_stacks and n_target == n_source:  # the depth method is for another stack
         return LayerOrder(tuple(map(BlockRow, range(n_source))))
     if shrink is not None:
-        return shrink.keep(n_source, n_target)
+        kept = shrink.keep(n_source, n_target)
+        if stack.next_kinds and [stack.kinds[b.source] for b in kept.blocks] != [
+            *stack.kinds_at(n_target)
+        ]:
+            raise PlanError(
+                f"cannot shrink {spec.family} to {n_target} {stack.size}: its blocks are of several kinds, and the blocks that stay would "
+                "stand at places of other kinds; leave out whole periods of blocks, or none."
+            )
+        return kept
     assert depth is not None, "one of the two decides"
     return _deepened(spec, stack, depth, sizes)
 
@@ -230,8 +238,8 @@ def _deepened(
 ) -> LayerOrder:
     """Return the layer order of a depth method, adapted to the stack.
 
-    New blocks copy no block before ``first_copied``, and the stack's reasons for inexact identity blocks are added. Raises PlanError if
-    the stack does not support the branch factors, the identity blocks or the copies.
+    New blocks copy no block before ``first_copied``, and a block of the kind of their place; the stack's reasons for inexact identity
+    blocks are added. Raises PlanError if the stack does not support the branch factors, the identity blocks or the copies.
     """
     n_layers, n_target = spec.sizes[stack.size], sizes[stack.size]
     deep = depth.deepen(n_layers, n_target)
@@ -256,6 +264,8 @@ def _deepened(
             f"be copied; start from a model of {first + 1} blocks or more."
         )
     blocks = (replace(b, source=max(b.source, first)) if b.new else b for b in deep.blocks)
+    if stack.next_kinds:
+        blocks = by_pattern([*blocks], stack)
     own = stack.reasons if deep.identity else ()
     return replace(deep, blocks=tuple(blocks), reasons=(*deep.reasons, *own))
 

@@ -88,6 +88,10 @@ def _of_blocks(plan: GrowthPlan, spec: ModelSpec) -> Iterator[str]:
             yield f"it scales the branches of {stack.path}, which the model does not support."
         if any(block.new and block.source < stack.first_copied for block in blocks):
             yield f"it copies a block of {stack.path} that is unlike all others."
+        if stack.next_kinds and [stack.kinds[b.source] for b in blocks] != [
+            *stack.kinds_at(len(blocks))
+        ]:
+            yield f"its blocks of {stack.path} are not of the kinds of their places."
 
 
 def _whole(plan: GrowthPlan, blocks: Sequence[BlockRow], n_source: int, n_target: int) -> bool:

@@ -2,12 +2,28 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from growkern.model.spec import ModelSpec
+from growkern.model.spec import Blocks, ModelSpec
 from growkern.planning.decisions import BlockRow
 
 # path of the stack -> source block -> target blocks that copy the source block
 Homes = Mapping[str, Mapping[int, list[int]]]
+
+
+def by_pattern(blocks: Sequence[BlockRow], stack: Blocks) -> tuple[BlockRow, ...]:
+    """Return the blocks of a stack of several kinds in an order in which every place has its kind.
+
+    New blocks stand behind all others where they would move these to places of other kinds, and copy the nearest block of their kind.
+    """
+    kinds, places = stack.kinds, stack.kinds_at(len(blocks))
+    if any(not b.new and kinds[b.source] != kind for b, kind in zip(blocks, places, strict=True)):
+        blocks = sorted(blocks, key=lambda b: b.new)
+    own = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in {*kinds}}
+    return tuple(
+        replace(b, source=min(own[kind], key=lambda i: (abs(i - b.source), -i))) if b.new else b
+        for b, kind in zip(blocks, places, strict=True)
+    )
 
 
 def homes_of(blocks: Sequence[BlockRow]) -> Mapping[int, list[int]]:

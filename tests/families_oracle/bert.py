@@ -9,7 +9,7 @@ is tied to the embedding and follows a transform with a LayerNorm, whose gain ta
 
 from typing import Protocol
 
-from growkern.model.layers import embedding, linear, norm, writer
+from growkern.model.layers import embedding, linear, norm, post_norm_eps_reason, writer
 from growkern.model.spec import (
     KEY,
     QUERY,
@@ -18,7 +18,6 @@ from growkern.model.spec import (
     Blocks,
     ModelSpec,
     TensorSpec,
-    post_norm_eps_reason,
 )
 
 BERT_HEAD = (

@@ -669,7 +669,17 @@ def test_a_bare_layer_of_torch_grows_its_ffn():
     assert layer.linear1.out_features == 99 and (layer(x) - before).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("to", ["2x", {"hidden": 48}, {"heads": 8}], ids=str)
+def test_a_factor_grows_what_can_grow_and_the_plan_says_what_stays():
+    layer = torch.nn.TransformerEncoderLayer(24, 4, 40, norm_first=True)
+
+    plan = growkern.plan(layer, to="2x")
+
+    assert plan.target_sizes == {**plan.source_sizes, "ffn": 80}
+    for size in ("hidden 24", "heads 4"):
+        assert "{} stays at {}: ".format(*size.split()) in str(plan)
+
+
+@pytest.mark.parametrize("to", [{"hidden": 48}, {"heads": 8}], ids=str)
 def test_what_a_bare_encoder_reads_cannot_grow(to):
     layer = torch.nn.TransformerEncoderLayer(24, 4, 40, norm_first=True)
 

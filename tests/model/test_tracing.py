@@ -393,6 +393,60 @@ def test_norms_of_sums_inside_a_layer_grow_by_any_factor():
     assert len(ranks) == 2 and error < 1e-6  # norms of transformers round to float32
 
 
+class Unlike(Layer):
+    """A block without attention."""
+
+    def __init__(self, width: int, n_head: int) -> None:
+        super().__init__(width, n_head)
+        del self.before, self.mixer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.net(self.between(x))
+
+
+def alternating(kinds: str) -> nn.Module:
+    model = Decoder().double()
+    blocks = [(Unlike if kind == "u" else Layer)(48, 4).double() for kind in kinds]
+    model.body["layers"] = nn.ModuleList(blocks)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kinds", "grown"),
+    [("lulu", "lulululu"), ("ull", "ullll"), ("luulu", None), ("ul", "ulll")],
+)
+def test_own_blocks_of_several_kinds_go_on_in_turn(kinds, grown):
+    torch.manual_seed(0)
+    model = alternating(kinds)
+    spec, before = growkern.describe(model, inputs=ids()), model(ids())[0]
+    if grown is None:
+        assert "layers" not in spec.sizes and "their kinds do not repeat" in str(spec)
+        return
+
+    plan = growkern.plan(model, spec=spec, to={"layers": len(grown)})
+    growkern.expand_inplace(model, spec=spec, plan=plan)
+
+    assert torch.allclose(model(ids())[0], before, rtol=0, atol=1e-12)
+    found = "".join("u" if type(b) is Unlike else "l" for b in model.body["layers"])
+    assert found == grown
+    wrong = replace(plan, blocks=tuple(replace(b, source=0) if b.new else b for b in plan.blocks))
+    with pytest.raises(PlanError, match="not of the kinds of their places"):
+        growkern.expand_inplace(alternating(kinds), spec=spec, plan=wrong)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "recurrent_gemma"])
+def test_blocks_of_several_kinds_are_those_that_the_config_builds(name):
+    model = zoo.make(name)
+    spec = growkern.describe(model)
+    before, n = zoo.output(model, spec.example), spec.sizes["layers"]
+
+    growkern.expand_inplace(model, to={"layers": n + 4})
+
+    again = type(model)(model.config).double().eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(zoo.output(again, spec.example), before)
+
+
 class ByRoot(Decoder):
     """The embedding is multiplied by the root of an attribute, and the last stream by a number that was computed once."""
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from growkern.errors import UnsupportedModelError, raise_all
-from growkern.model.layers import linear, norm, reader, writer
+from growkern.model.layers import linear, norm, post_norm_eps_reason, reader, writer
 from growkern.model.spec import (
     KEY,
     QUERY,
@@ -22,7 +22,6 @@ from growkern.model.spec import (
     Blocks,
     ModelSpec,
     TensorSpec,
-    post_norm_eps_reason,
 )
 
 OUTSIDE = (

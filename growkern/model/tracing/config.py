@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from growkern.model.spec import ModelSpec, Size, size_value
+from growkern.model.spec import Blocks, ModelSpec, Size, size_value
 from growkern.model.tracing.attributes import Expression, fit
+from growkern.model.tracing.stacks import turn_of
 from growkern.support.names import named_modules, named_parameters
 
 OTHER_FIELDS = re.compile(
@@ -26,6 +27,7 @@ class Fields:
         sizes: Field, with the path of the module that has the config -> size.
         lists: Fields that hold one entry per block.
         eps: Field that holds the epsilon of the norms.
+        next_kinds: Stack of blocks of several kinds -> kinds of the places behind its blocks, in turn; nothing if they are of other kinds.
         coupled: True when hidden grows with heads only.
         problem: Why the config of a grown model does not build it; None if it does.
     """
@@ -33,6 +35,7 @@ class Fields:
     sizes: dict[str, Size] = field(default_factory=dict[str, Size])
     lists: tuple[str, ...] = ()
     eps: str | None = None
+    next_kinds: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     coupled: bool = False
     problem: str | None = None
 
@@ -168,7 +171,7 @@ def _differences(model: nn.Module, values: Mapping[_Field, object], spec: ModelS
 
 def _depth(model: nn.Module, spec: ModelSpec, known: Fields) -> dict[str, Any]:
     """Find the field that counts the blocks of each stack, and the lists with an entry per block."""
-    sizes, lists = dict(known.sizes), list[str]()
+    sizes, lists, kinds = dict(known.sizes), list[str](), dict[str, tuple[int, ...]]()
     for stack in spec.stacks:
         n = spec.sizes[stack.size]
         for lead, path, config in _configs(model):
@@ -185,4 +188,27 @@ def _depth(model: nn.Module, spec: ModelSpec, known: Fields) -> dict[str, Any]:
                 if len([*built.get_submodule(stack.path).children()]) == n + 1:
                     sizes[f"{path}{name}"] = stack.size
                     lists += [k for k in long if k not in lists and not lead]
-    return {"sizes": sizes, "lists": tuple(lists)}
+                    if stack.kinds:
+                        twice: dict[_Field, object] = {_Field(lead, k, k): 2 * _fields(config)[k] for k in long}  # fmt: skip
+                        kinds[stack.path] = _next_kinds(model, twice | {_Field(lead, name, name): 2 * n}, stack)  # fmt: skip
+    return {"sizes": sizes, "lists": tuple(lists), "next_kinds": kinds}
+
+
+def _next_kinds(model: nn.Module, twice: Mapping[_Field, object], stack: Blocks) -> tuple[int, ...]:
+    """Return the kinds of the places behind those of the source in a model of twice as many blocks; nothing if the source has others."""
+    blocks = _looks(model.get_submodule(stack.path))
+    try:
+        built = _looks(_built(model, twice).get_submodule(stack.path))
+    except Exception:  # a config that builds no such model may raise anything
+        return ()
+    kinds = [blocks.index(look) if look in blocks else -1 for look in built]
+    alike = [kinds[i] == kinds[first] for i, first in enumerate(stack.kinds)]
+    return turn_of(kinds[len(blocks) :]) if all(alike) and -1 not in kinds else ()
+
+
+def _looks(container: nn.Module) -> list[object]:
+    """Return class, names and shapes of every block."""
+    return [
+        (type(block), {name: tuple(p.shape) for name, p in named_parameters(block)})
+        for block in container.children()
+    ]

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from growkern.model.spec import Blocks, post_norm_eps_reason
+from growkern.model.layers import post_norm_eps_reason
+from growkern.model.spec import Blocks
 from growkern.model.tracing.naming import Spaces
 from growkern.model.tracing.terms import Dim, atoms
 from growkern.model.tracing.values import Norm, Stream, Use
@@ -38,15 +39,14 @@ def find_stacks(
         if not inside[path] or any(path.startswith(f"{stack.path}.") for stack in result.blocks):
             continue
         blocks = [*container._modules.values()]  # pyright: ignore[reportPrivateUsage]
-        why = _unlike(path, blocks, spaces, weights)
-        first = int(why == UNLIKE and len(blocks) > 1 and _unlike(path, blocks, spaces, weights, 1) is None)  # fmt: skip
-        stack = _stack(path, len(blocks), first, spaces, weights, uses, norms)
-        named = {*stack.identity, *stack.carries}
-        if first and any(f"{path}.0.{name}" not in weights for name in named):
-            first = 0
-        if not stack.identity and (why is None or first):
-            why, first = "no stream passes through all blocks", 0
-        if why and not first:
+        why = _no_stack(blocks)
+        kinds = () if why else _kinds(path, blocks, spaces, weights)
+        stack = (
+            Blocks(path) if why else _stack(path, len(blocks), kinds, spaces, weights, uses, norms)
+        )
+        if not why and (not stack.identity or (kinds and stack.carries)):
+            why = "no stream passes through all blocks" if not kinds else UNLIKE
+        if why:
             result.reasons[path] = why
             continue
         size = f"layers{len(result.blocks) + 1}" if result.blocks else "layers"
@@ -63,28 +63,45 @@ def _containers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield path, module
 
 
-def _unlike(
-    path: str,
-    blocks: Sequence[nn.Module | None],
-    spaces: Spaces,
-    weights: Mapping[str, Sequence[Dim]],
-    first: int = 0,
-) -> str | None:
-    """Return why the blocks of a container, from ``first`` on, are no copies of each other."""
+def _no_stack(blocks: Sequence[nn.Module | None]) -> str | None:
+    """Return why a container is no stack of blocks."""
     if any(block is None for block in blocks):
         return "places of the container are empty"
     if len(blocks) < 2:
         return "it has one block, and two show what passes from block to block"
     if len({id(block) for block in blocks}) < len(blocks):
         return "blocks share a module"
-    shapes = list[dict[str, tuple[str, ...]]]()
-    for i in range(first, len(blocks)):
+    return None
+
+
+def _kinds(
+    path: str,
+    blocks: Sequence[nn.Module | None],
+    spaces: Spaces,
+    weights: Mapping[str, Sequence[Dim]],
+) -> tuple[int, ...]:
+    """Return the index of the first block of the same kind, of every block; nothing if all are of one kind."""
+    shapes = list[object]()
+    for i, block in enumerate(blocks):
         base = f"{path}.{i}."
         own = {name.removeprefix(base): dims for name, dims in weights.items() if name.startswith(base)}  # fmt: skip
-        shapes.append({name: tuple(_text(d, spaces) for d in dims) for name, dims in own.items()})
-    if len({type(block) for block in blocks}) > 1 or any(shape != shapes[0] for shape in shapes):
-        return UNLIKE
-    return None
+        shapes.append((type(block), {name: [_text(d, spaces) for d in dims] for name, dims in own.items()}))  # fmt: skip
+    kinds = tuple(map(shapes.index, shapes))
+    return kinds if any(kinds) else ()
+
+
+def copied_at_the_end(stack: Blocks, n: int) -> int:
+    """Return the block that a block more, behind all ``n``, copies: the last one of its kind."""
+    if not stack.next_kinds:
+        return n - 1
+    return max(i for i, kind in enumerate(stack.kinds) if kind == stack.kinds_at(n + 1)[-1])
+
+
+def turn_of(kinds: Sequence[int]) -> tuple[int, ...]:
+    """Return the fewest kinds that repeat, in turn, from the start of a sequence."""
+    lengths = range(1, len(kinds) + 1)
+    n = next(p for p in lengths if all(a == b for a, b in zip(kinds[p:], kinds, strict=False)))
+    return tuple(kinds[:n])
 
 
 def _text(dim: Dim, spaces: Spaces) -> str:
@@ -92,10 +109,19 @@ def _text(dim: Dim, spaces: Spaces) -> str:
     return f"{dim.size}: {own}"
 
 
+def _next_kinds(kinds: Sequence[int]) -> tuple[int, ...]:
+    """Return how kinds go on whose second half repeats in turn; of two unlike blocks, the second repeats."""
+    n = len(kinds)
+    for p in range(1, n // 2 + 1):
+        if all(kinds[i] == kinds[i - p] for i in range(n - max(p, n // 2), n)):
+            return tuple(kinds[n - p :])
+    return tuple(kinds[1:]) if n == 2 else ()
+
+
 def _stack(
     path: str,
     n: int,
-    first: int,
+    kinds: Sequence[int],
     spaces: Spaces,
     weights: Mapping[str, Sequence[Dim]],
     uses: Sequence[Use],
@@ -111,29 +137,31 @@ def _stack(
     for norm in norms:
         if norm.module.startswith(f"{path}."):
             reads[norm.reads.find()].add(_index(norm.module, path))
-    base = f"{path}.{first}."
+    bases = [f"{path}.{i}." for i in sorted({*kinds, 0})]
     on_stream = [
-        u
+        (base, u)
+        for base in bases
         for u in uses
         if u.tensor.startswith(base) and u.tensor in weights
         if any(a in spaces.normed for a in atoms(weights[u.tensor][u.axis]))
     ]
     identity = {
         u.tensor.removeprefix(base): -u.offset if u.role == "gain" else 0.0
-        for u in on_stream
+        for base, u in on_stream
         if u.role != "reader"
         if len(writes[u.stream.find()]) == n == len(reads[u.stream.find()])
     }
     if identity:
-        return Blocks(path, identity=identity, first_copied=first)
-    return _post_norm(path, base, first, on_stream)
+        return Blocks(path, identity=identity, kinds=tuple(kinds), next_kinds=_next_kinds(kinds))
+    stack = _post_norm(path, bases[0], [u for base, u in on_stream if base == bases[0]])
+    return replace(stack, kinds=tuple(kinds))
 
 
 def _index(name: str, path: str) -> str:
     return name.removeprefix(f"{path}.").partition(".")[0]
 
 
-def _post_norm(path: str, base: str, first: int, uses: Sequence[Use]) -> Blocks:
+def _post_norm(path: str, base: str, uses: Sequence[Use]) -> Blocks:
     """Return a stack of post-norm blocks: a new block only normalizes, and its last norm takes the constants of the block before."""
     gains = [u for u in uses if u.norm is not None]
     read = {u.norm.reads.find() for u in gains if u.norm}
@@ -148,5 +176,4 @@ def _post_norm(path: str, base: str, first: int, uses: Sequence[Use]) -> Blocks:
         identity={t.removeprefix(base): c for t, c in identity.items()} if gains else {},
         carries={t.removeprefix(base): c for t, c in plain.items() if t not in identity},
         reasons=post_norm_eps_reason(max(eps, default=1.0)),
-        first_copied=first,
     )

@@ -155,6 +155,14 @@ class _Traced:
         own, result = {stack.path: stack for stack in found.blocks}, list[Blocks]()
         for path, size in zip(self.paths, depths(self.hint), strict=True):
             stack = own.get(path, Blocks(path))
+            if stack.kinds:  # blocks behind a first unlike one are copied
+                known = all(f"{path}.0.{name}" in self.weights for name in stack.identity)
+                first = {*stack.kinds[1:]} == {1} and known
+                stack = (
+                    replace(stack, kinds=(), next_kinds=(), first_copied=1)
+                    if first
+                    else Blocks(path)
+                )
             gains = not stack.carries and 0.0 not in stack.identity.values()
             result.append(replace(stack, size=size, outputs=tuple(stack.identity) if gains else ()))
         return result

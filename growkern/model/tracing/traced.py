@@ -32,7 +32,7 @@ from growkern.model.tracing.reload import merge_hidden, not_reloaded
 from growkern.model.tracing.roles import EPS, Roles, find_roles
 from growkern.model.tracing.rules import trace
 from growkern.model.tracing.scalings import powers, settled
-from growkern.model.tracing.stacks import Stacks, find_stacks
+from growkern.model.tracing.stacks import UNLIKE, Stacks, copied_at_the_end, find_stacks
 from growkern.model.tracing.table import table_of
 from growkern.model.tracing.tape import Tape
 from growkern.model.tracing.terms import Dim, atoms, find, keep_size
@@ -279,13 +279,19 @@ def _deepened(found: Trace, plain: ModelSpec, own: Fields) -> ModelSpec:
     """Return a spec without the stacks to which a block was added on a copy that did not pass on what it got."""
     kept, stacks, sizes = list[Blocks](), found.stacks, dict(plain.sizes)
     tensors, numbers = Tensors(found.weights, plain.tensors, plain.ties), _block_numbers(found)
-    for stack in stacks.blocks:
+    for stack in [
+        replace(s, next_kinds=own.next_kinds.get(s.path, s.next_kinds)) for s in stacks.blocks
+    ]:
         fields: dict[str, object] = {name: sizes[stack.size] + 1 for name, size in own.sizes.items() if size == stack.size}  # fmt: skip
         why = None
         if not fields and has_config(found.model):
             why = "no field of the config counts its blocks"
-        own_numbers = [name.removeprefix(f"{stack.path}.0.") for name in numbers if name.startswith(f"{stack.path}.0.")]  # fmt: skip
-        why = why or deepened(found.model, found.inputs, tensors, stack, fields, own.lists, own_numbers, found.tape)  # fmt: skip
+        elif stack.kinds and not stack.next_kinds:
+            why = f"{UNLIKE}, and their kinds do not repeat"
+        source = copied_at_the_end(stack, sizes[stack.size])
+        base = f"{stack.path}.{source}."
+        own_numbers = [name.removeprefix(base) for name in numbers if name.startswith(base)]
+        why = why or deepened(found.model, found.inputs, tensors, stack, source, fields, own.lists, own_numbers, found.tape)  # fmt: skip
         if why is None:
             kept.append(stack)
             continue
@@ -340,16 +346,21 @@ def _block_numbers(found: Trace) -> dict[str, str]:
     result: dict[str, str] = {}
     modules = dict(named_modules(found.model))
     for stack in found.stacks.blocks:
-        n = found.stacks.sizes[stack.size]
-        first = f"{stack.path}.0"
+        held = defaultdict[tuple[str, str], dict[int, int]](
+            dict
+        )  # blocks of some kinds may lack it
         for path, module in modules.items():
-            if n < 2 or not f"{path}.".startswith(f"{first}."):
-                continue
-            rest = path.removeprefix(first)
-            for name, value in vars(module).items():
-                every = [getattr(modules.get(f"{stack.path}.{i}{rest}"), name, None) for i in range(n)]  # fmt: skip
-                if type(value) is int and every == [*range(n)]:
-                    result |= {f"{stack.path}.{i}{rest}.{name}": "block" for i in range(n)}
+            index, _, rest = path.removeprefix(f"{stack.path}.").partition(".")
+            if path.startswith(f"{stack.path}.") and index.isdigit():
+                for name, value in vars(module).items():
+                    if type(value) is int:
+                        held[rest, name][int(index)] = value
+        for (rest, name), values in held.items():
+            if len(values) > 1 and all(i == value for i, value in values.items()):
+                result |= {
+                    ".".join(filter(None, (stack.path, str(i), rest, name))): "block"
+                    for i in values
+                }
     return result
 
 

@@ -176,6 +176,7 @@ def deepened(
     inputs: Inputs,
     own: Tensors,
     stack: Blocks,
+    source: int,
     fields: Mapping[str, object],
     lists: Sequence[str],
     numbers: Sequence[str],
@@ -188,6 +189,7 @@ def deepened(
         inputs: Its inputs.
         own: Its tensors.
         stack: The stack.
+        source: Number of the block that the new one copies.
         fields: Fields of configs for one block more.
         lists: Fields that hold one entry per block.
         numbers: Attributes inside a block that hold the number of the block.
@@ -198,13 +200,13 @@ def deepened(
     for config in configs_of(grown):
         for name in (name for name in lists if hasattr(config, name)):
             entries = getattr(config, name)
-            setattr(config, name, [*entries, entries[-1]])
+            setattr(config, name, [*entries, entries[source]])
     blocks = submodule(grown, stack.path)._modules  # pyright: ignore[reportPrivateUsage]
-    before, new = [*blocks.values()][-1], copy.deepcopy([*blocks.values()][-1])
+    before, new = blocks[str(len(blocks) - 1)], copy.deepcopy(blocks[str(source)])
     assert before is not None and new is not None
     for block, constants in ((new, stack.identity), (before, stack.carries)):
         live = dict(block.named_parameters())
-        for name, constant in constants.items():
+        for name, constant in ((k, c) for k, c in constants.items() if k in live):
             path, _, leaf = name.rpartition(".")
             block.get_submodule(path)._parameters[leaf] = nn.Parameter(torch.full_like(live[name], constant), False)  # pyright: ignore  # fmt: skip
     for name in numbers:  # a cache of keys and values is by the number
