@@ -90,7 +90,8 @@ def outcome_of_growth(
     dims = [wrong.dim if i == wrong.axis else d for i, d in enumerate(found.weights[wrong.tensor])]
     names = {own[0]: own for own in found.tape.names.values()}
     weights = {**found.weights, wrong.tensor: dims}
-    roles = find_roles(found.spaces, weights, names, found.tape.uses, found.tape.norms, found.tape.statistics, {}, found.tape.scalings)  # fmt: skip
+    tape = found.tape
+    roles = find_roles(found.spaces, weights, names, tape.uses, tape.norms, tape.statistics, {}, tape.scalings)  # fmt: skip
     changed = {
         name: tuple(replace(old, segments=new.segments) for old, new in zip(spec.tensors[name], roles.tensors[name], strict=True))
         for name in names[wrong.tensor]

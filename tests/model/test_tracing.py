@@ -716,3 +716,17 @@ def test_model_of_the_zoo_grows_exactly_and_loads_again(name):
         again = type(model)(model.config).double().eval()
         again.load_state_dict(model.state_dict())
         assert zoo.difference(zoo.output(again, given), before) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["olmoe", "granite_moe"])
+def test_experts_whose_matrices_are_multiplied_as_one_group_grow(name):
+    """In float32 and bfloat16 transformers multiplies all experts by one operation."""
+    model = zoo.make(name).float()
+    model.set_experts_implementation("grouped_mm")
+    spec = growkern.describe(model)
+    before, deeper = zoo.output(model, spec.example), {"layers": spec.sizes["layers"] + 1}
+
+    assert {"hidden", "ffn"} <= zoo.targets(spec, 2.0).keys()
+    growkern.expand_inplace(model, to=zoo.targets(spec, 2.0) | deeper)
+
+    assert zoo.difference(zoo.output(model, spec.example), before) < 1e-4

@@ -54,6 +54,20 @@ def matmul(tape: Tape, call: Call) -> None:
         _added(tape, call, call.args[0], out)
 
 
+def grouped_matmul(tape: Tape, call: Call) -> None:
+    """Rule of ``_grouped_mm`` of rows that are sorted by their group, and a matrix per group, as experts have them."""
+    a, b, stream = tape.value(call.args[0]), tape.value(call.args[1]), Stream()
+    if (len(a.dims), len(b.dims)) != (2, 3):
+        raise Conflict("matrices that are grouped along the summed axis")
+    tape.keep_order(b.dims[0], "matrices are chosen by number")
+    contract(tape, call, a, b, 1, 1, stream)
+    out = Value([a.dims[0], b.dims[2]], stream, a.learned or b.learned, False, a.given or b.given)
+    tape.put(call.out, out)
+    bias = call.arg(3, "bias")
+    if bias is not None:
+        _added(tape, call, bias, out)
+
+
 def _added(tape: Tape, call: Call, bias: Tensor, out: Value) -> None:
     own = tape.value(bias)
     for k in range(1, len(own.dims) + 1):
@@ -186,6 +200,7 @@ RULES = {
          "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention", "scaled_dot_product_attention"),
         attention,
     ),
+    "_grouped_mm": grouped_matmul,
     "linear": linear,
     "embedding": embedding,
     "linalg_solve_triangular": solve_triangular,

@@ -42,10 +42,15 @@ def reduced(tape: Tape, call: Call) -> None:
     keep = call.outputs[0].dim() == n
     dims = [Dim(1) if i in over else d for i, d in enumerate(value.dims) if keep or i not in over]
     for t in call.outputs:
-        result = Value(dims, Stream(), value.learned, False, value.given)
+        passes = (
+            call.op == "sum" and n - 1 not in over and not value.weight
+        )  # such as a sum over the chosen experts
+        stream = value.stream if passes else Stream()
+        result = Value(dims, stream, value.learned, False, value.given)
         if value.weight:
             tape.use(value, "writer", result.stream, [i for i in range(n) if i not in over])
-        if call.op in STATISTICS and value.activation and any(atoms(value.dims[i]) for i in over):
+        counts = call.op in STATISTICS and value.activation and not passes
+        if counts and any(atoms(value.dims[i]) for i in over):
             result.statistic = Statistic(
                 value.squared or value.stream, [value.dims[i] for i in over], call.op
             )
