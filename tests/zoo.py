@@ -230,7 +230,8 @@ def make(name: str) -> nn.Module:
     model = getattr(transformers, kind)(own).double().eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.15 * torch.randn_like(p))
+            if p.requires_grad:  # others follow from the config, such as waves of positions
+                p.add_(0.15 * torch.randn_like(p))
     return model
 
 
@@ -331,7 +332,8 @@ def row(name: str) -> list[str]:
     if left := [size for size in twice if size not in half]:
         cells[4] += f", without {' and '.join(left)}"
     cells.append(_said(lambda: f"{state_error(name, twice):.0e}") if twice else "none")
-    cells.append(_said(lambda: _again(name, twice | deeper)))
+    why = spec.reload_problem
+    cells.append(f"refused: {why}" if why else _said(lambda: _again(name, twice | deeper)))
     return cells
 
 
@@ -349,6 +351,8 @@ def _again(name: str, to: dict[str, int]) -> str:
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         again = type(model).from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()  # fmt: skip
+    if getattr(model.config, "_experts_implementation", None) == "eager":
+        again.set_experts_implementation("eager")
     text = f"{difference(output(again, inputs), before):.0e}"
     if not model.can_generate() or "input_ids" not in inputs:
         return text

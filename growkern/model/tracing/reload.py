@@ -115,7 +115,12 @@ def _difference(
     live = {**live, **persistent_buffers(grown)}
     built.to(next(iter(live.values())).dtype)
     places = {name for name, _ in named_modules(built)}
+    unsaved: Any = getattr(
+        model, "_keys_to_ignore_on_save", None
+    )  # a loaded model computes them anew
     for name, t in live.items():
+        if name in (unsaved or ()):
+            continue
         path, _, leaf = name.rpartition(".")
         if path not in places:
             return float("inf")
