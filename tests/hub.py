@@ -148,6 +148,8 @@ def serving() -> Generator[Hub]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
         patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+        files = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
         try:
             yield hub
         finally:

@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from growkern.cli.hub import local
+
 if TYPE_CHECKING:
     from growkern.planning.growth_plan import GrowthPlan
 
 T = TypeVar("T")
 LR = 1e-4
 MAX_SEED = 2**62  # torch's generators take 64 bits, and batches add to the seed
-FOLDER = typer.Argument(help="Folder of the checkpoint, written by save_pretrained.")
+FOLDER = typer.Argument(
+    help="Folder of the checkpoint, written by save_pretrained, or OWNER/NAME@REVISION on the Hub."
+)
 To = Annotated[
     list[str] | None,
     typer.Option(
@@ -38,8 +42,8 @@ Tokens = Annotated[int, typer.Option(min=2, help="Number of tokens per row.")]
 
 def add(cli: typer.Typer) -> None:
     """Add the commands to a command line."""
-    for command in (describe, plan, grow, verify, compare):
-        cli.command()(command)
+    for command, example in EXAMPLES.items():
+        cli.command(epilog=f"Example: {example}")(command)
 
 
 def describe(checkpoint: Annotated[Path, FOLDER]) -> None:
@@ -48,7 +52,7 @@ def describe(checkpoint: Annotated[Path, FOLDER]) -> None:
         import growkern
         from growkern.checkpoints.load import load
 
-        typer.echo(growkern.describe(load(checkpoint, mapped=True).model))
+        typer.echo(growkern.describe(load(local(checkpoint), mapped=True).model))
 
 
 def plan(
@@ -89,7 +93,7 @@ def plan(
         from growkern.errors import CheckpointError
         from growkern.execution.cost import cost_of
 
-        made = plan_for(load(checkpoint, mapped=True), **options)
+        made = plan_for(load(local(checkpoint), mapped=True), **options)
         typer.echo(made)
         if ranks is not None:
             typer.echo(f"\n{cost_of(made, ranks, bandwidth=(bandwidth or 50) * 1e9)}")
@@ -103,8 +107,12 @@ def plan(
 
 
 def grow(
+    context: typer.Context,
     checkpoint: Annotated[
-        Path, typer.Argument(help="Folder of the checkpoint, written by save_pretrained or by torch.distributed.checkpoint.")
+        Path,
+        typer.Argument(
+            help="Folder of a checkpoint of save_pretrained or torch.distributed.checkpoint, or OWNER/NAME@REVISION on the Hub."
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="Folder of the grown checkpoint.")],
     to: To = None,
@@ -151,7 +159,7 @@ def grow(
     with failures("grow"), ExitStack() as shown:
         from growkern.checkpoints.output import METADATA
 
-        advance = _bar(shown)
+        checkpoint, advance = local(checkpoint), _bar(shown, context.find_root().params["quiet"])
         stored = any(checkpoint.glob("*.safetensors"))  # METADATA is a pickle
         if (checkpoint / METADATA).is_file() and not stored:
             from growkern.checkpoints.dcp_folder import grow_folder
@@ -179,7 +187,7 @@ def grow(
         typer.echo(grown)
 
 
-def _bar(shown: ExitStack) -> Callable[[int, int], None]:
+def _bar(shown: ExitStack, quiet: bool) -> Callable[[int, int], None]:
     """Return a function that advances a bar, which ``shown`` ends."""
     from rich.console import Console
     from rich.progress import (
@@ -194,7 +202,7 @@ def _bar(shown: ExitStack) -> Callable[[int, int], None]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    bar = Progress(*columns, console=Console(stderr=True))
+    bar = Progress(*columns, console=Console(stderr=True, quiet=quiet))
     task = bar.add_task("growing")
 
     def advance(done: int, total: int) -> None:
@@ -220,7 +228,7 @@ def verify(
         from growkern.checkpoints.load import load
         from growkern.cli.inputs import common_inputs
 
-        before, after = load(source).model, load(target).model
+        before, after = load(local(source)).model, load(local(target)).model
         verification = growkern.verify(before, after, common_inputs(before, after, 2, tokens, seed))
         typer.echo(verification)
     if not verification.same_function:
@@ -262,7 +270,7 @@ def compare(
         from growkern.checkpoints.load import load
         from growkern.cli.inputs import training_batches
 
-        model = load(checkpoint).model
+        model = load(checkpoint := local(checkpoint)).model
         batches = training_batches(
             model, checkpoint, text, max(1, steps), batch_size, tokens, seed or 0
         )
@@ -346,3 +354,12 @@ def failures(command: str) -> Generator[None]:
     except (GrowthError, OSError) as error:
         typer.echo(f"growkern {command} failed: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+EXAMPLES: dict[Callable[..., None], str] = {
+    describe: "growkern describe small",
+    plan: "growkern plan small --to hidden=2x,layers=24 --json plan.json",
+    grow: "growkern grow small large --to hidden=2x,layers=24",
+    verify: "growkern verify small large",
+    compare: "growkern compare small --methods Lossless --methods 'FPI() + Stack()' --text corpus.txt",
+}

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from growkern.cli.commands import FOLDER, failures
+from growkern.cli.hub import local
 
 cli = typer.Typer(no_args_is_help=True, help="Train with a teacher: store what the teacher says.")
 
@@ -17,8 +18,9 @@ def inherit() -> None:  # with a callback, typer keeps a single command's name
     """Train with a teacher: store what the teacher says."""
 
 
-@cli.command()
+@cli.command(epilog="Example: growkern inherit store teacher corpus.txt logits --tokens 1024")
 def store(
+    context: typer.Context,
     teacher: Annotated[Path, FOLDER],
     text: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Text file of the corpus.")],
     out: Annotated[Path, typer.Argument(help="Folder of the stored logits. A killed store goes on there.")],
@@ -39,13 +41,14 @@ def store(
         from growkern.checkpoints.load import load
         from growkern.cli.inputs import sequences
 
-        model = load(teacher).model
+        model = load(teacher := local(teacher)).model
         ids, tokenizer = sequences(model, teacher, text, tokens)
         device = "cuda" if torch.cuda.is_available() else "cpu"
 
         def batches() -> Generator[dict[str, torch.Tensor]]:
             starts = range(0, len(ids), batch_size)
-            for i in track(starts, "storing", console=Console(stderr=True)):
+            console = Console(stderr=True, quiet=context.find_root().params["quiet"])
+            for i in track(starts, "storing", console=console):
                 yield {"input_ids": ids[i : i + batch_size]}
 
         with closing(batches()) as given:  # a refusal ends the bar

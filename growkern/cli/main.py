@@ -3,8 +3,8 @@
 import signal
 import sys
 from collections.abc import Generator
-from contextlib import contextmanager
-from io import TextIOWrapper
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 EXTRAS = {"typer", "rich", "transformers", "safetensors", "huggingface_hub", "yaml", "matplotlib"}
 
-
+EXIT_CODES = (
+    "Exit codes: 0 when the command is done; 1 when it fails, or when verify finds a difference; 2 when the arguments are wrong; "
+    "128 + N when signal N ends it."
+)
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -40,15 +43,31 @@ def app() -> "Typer":
     """Build the command line with all subcommands."""
     import typer
 
-    from growkern.cli import advise, commands, inherit
+    from growkern.cli import advise, commands, inherit, lists
 
-    cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    cli = typer.Typer(no_args_is_help=True, epilog=EXIT_CODES, pretty_exceptions_enable=False)
 
     @cli.callback()
-    def growkern() -> None:  # pyright: ignore[reportUnusedFunction]  # with a callback, typer keeps a single command's name
+    def growkern(  # pyright: ignore[reportUnusedFunction]  # with a callback, typer keeps a single command's name
+        context: typer.Context,
+        quiet: Annotated[
+            bool,
+            typer.Option(
+                "--quiet",
+                "-q",
+                help="Print errors only, besides the progress of a download from the Hub.",
+            ),
+        ] = False,
+        version: Annotated[
+            bool,
+            typer.Option("--version", is_eager=True, callback=_version, help="Print the version."),
+        ] = False,
+    ) -> None:
         """Grow a transformer in the middle of training, in place."""
+        if quiet:
+            context.with_resource(redirect_stdout(StringIO()))
 
-    @cli.command()
+    @cli.command(epilog="Example: growkern demo --quick")
     def demo(  # pyright: ignore[reportUnusedFunction]
         out: Annotated[
             Path, typer.Option(file_okay=False, help="Folder to which the picture is written.")
@@ -110,9 +129,22 @@ def app() -> "Typer":
             raise typer.Exit(1) from None
 
     commands.add(cli)
-    cli.command()(advise.advise)
+    example = "growkern advise curve.csv --params 1e8 --target-params 4e8 --budget 1e19"
+    cli.command(epilog=f"Example: {example}")(advise.advise)
+    for command in (lists.methods, lists.families, lists.procedures):
+        cli.command(epilog=f"Example: growkern {command.__name__}")(command)
     cli.add_typer(inherit.cli, name="inherit")
     return cli
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import typer
+
+        import growkern
+
+        typer.echo(f"growkern {growkern.__version__}")
+        raise typer.Exit
 
 
 @contextmanager
