@@ -42,7 +42,7 @@ def _print(title: str, kinds: Mapping[str, Mapping[str, object]]) -> None:
     rows: list[list[str]] = []
     for kind, entries in kinds.items():
         for name, one in entries.items():
-            text = (one.__doc__ or "").strip()
+            text = (one.__doc__ or "").strip().replace("``", "")
             papers = ", ".join(dict.fromkeys(ARXIV.findall(text)))
             rows.append([name, kind, papers, text.partition("\n")[0]])
     typer.echo(table([title, "kind", "arXiv", "what it does"], rows))
