@@ -14,6 +14,7 @@ from growkern.engine.report import GrowthReport
 from growkern.engine.upcycle import upcycle
 from growkern.learning.learn import learn
 from growkern.model.describe import describe
+from growkern.model.hints import Hint
 from growkern.model.layers import embedding, linear, norm, reader, writer
 from growkern.model.spec import Blocks, ModelSpec, Power
 from growkern.optimizer.factors import Scale
@@ -56,6 +57,7 @@ __all__ = [
     "GrowthPlan",
     "GrowthReport",
     "GrowthSchedule",
+    "Hint",
     "ModelSpec",
     "Outcome",
     "Power",

@@ -12,6 +12,7 @@ from growkern.errors import UnsupportedModelError, raise_all
 from growkern.model import spec_check
 from growkern.model.families import FAMILIES
 from growkern.model.hints import Hint
+from growkern.model.hints import problems as hint_problems
 from growkern.model.leaves import cached_sizes
 from growkern.model.spec import SHARE, Blocks, ModelSpec
 from growkern.model.tracing.forward import Inputs
@@ -29,6 +30,7 @@ def describe(
     spec: ModelSpec | None = None,
     *,
     inputs: Inputs | None = None,
+    hints: Hint | None = None,
     values: bool = True,
     first: Mapping[str, nn.Module] | None = None,
 ) -> ModelSpec:
@@ -40,6 +42,9 @@ def describe(
         inputs: A batch (a tensor, a sequence of positional arguments, or a mapping of keyword arguments), or a function from the model to
             its outputs. The forward runs on it once, and the description is what it shows; it has to reach every parameter. Without it, a
             model that no family describes gets the inputs of its last description, or inputs made from its config of transformers.
+        hints: Names of the sizes in ``model.config``, for a model that its class builds from that config alone. A small model of the class
+            is traced in place of the live one, which may then be on the meta device, sharded, or without blocks; head_dim, vocab,
+            positions and experts are sizes where the hints name them.
         values: False to describe a model on the meta device too.
         first: Path of a stack without blocks -> its block 0, as a growth builds it. Without it, block 0 is not held against the spec.
 
@@ -66,7 +71,7 @@ def describe(
         title = f"cannot describe {type(model).__name__} by this spec:"
         raise_all(UnsupportedModelError, title, [*spec_check.problems(spec)])
     params = dict(named_parameters(model, remove_duplicate=False))
-    described = spec or _without_spec(model, params, inputs)
+    described = spec or _without_spec(model, params, inputs, hints)
     problems = [*_unfit(model, params, described, values)]
     live = params | dict(named_buffers(model, remove_duplicate=False))
     for path, block in (first or {}).items():
@@ -118,9 +123,11 @@ def _without_absent(spec: ModelSpec) -> ModelSpec:
 
 
 def _without_spec(
-    model: nn.Module, params: Mapping[str, Tensor], inputs: Inputs | None
+    model: nn.Module, params: Mapping[str, Tensor], inputs: Inputs | None, hints: Hint | None
 ) -> ModelSpec:
-    """Describe a model by its family, or by tracing."""
+    """Describe a model by hints, by its family, or by tracing."""
+    if hints is not None:
+        return _hinted(model, params, hints, inputs)
     if inputs is None and known(type(model)):
         return _family(model, params)
     traced = describe_by_tracing(model, inputs)
@@ -165,8 +172,24 @@ def _unknown(kind: type) -> UnsupportedModelError:
     )
 
 
+def _hinted(model: nn.Module, params: Mapping[str, Tensor], hints: Hint, inputs: Inputs | None) -> ModelSpec:  # fmt: skip
+    """Describe a model by the hints of its owner."""
+    own, config = plain_class(type(model)), getattr(model, "config", None)
+    title = f"cannot describe {own.__name__} by these hints:"
+    if config is None or not isinstance(hints, Hint):  # pyright: ignore[reportUnnecessaryIsInstance]
+        why = f"hints: expected a growkern.Hint, got {type(hints).__name__}."
+        if isinstance(hints, Hint):  # pyright: ignore[reportUnnecessaryIsInstance]
+            why = "the model has no config; pass inputs= in place of hints."
+        raise UnsupportedModelError(f"{title} {why}")
+    raise_all(UnsupportedModelError, title, [*hint_problems(hints, config)])
+    return _with_live_ties(describe_by_hint(model, own, hints, inputs), params)
+
+
 def _family(model: nn.Module, params: Mapping[str, Tensor]) -> ModelSpec:
-    spec = _declared(model)
+    return _with_live_ties(_declared(model), params)
+
+
+def _with_live_ties(spec: ModelSpec, params: Mapping[str, Tensor]) -> ModelSpec:
     # transformers unties two parameters if the checkpoint has different values for them
     same = {a: b for a, b in spec.ties.items() if params.get(a) is params.get(b)}
     return replace(spec, ties=same)

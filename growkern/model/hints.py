@@ -1,19 +1,23 @@
-"""What a family adds to the trace of a small model of its class: names of sizes, and facts that one forward does not show."""
+"""Hints: what the trace of a small model of a class does not show, such as the names of sizes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from growkern.support.argument_types import wrong_fields
 
 Fixed = tuple[object, tuple[str, ...], str]
+NEEDED = "hidden", "heads", "layers"
+SIZES = "kv_heads", "head_dim", "ffn", "experts", "top_k", "positions", "vocab", "token_types"
 
 
 @dataclass(frozen=True, eq=False)
 class Hint:
-    """What tracing does not see in a class of models whose objects are built from a config.
+    """What tracing does not see in a class of models that are built from a config.
 
     Attributes:
-        name: Name of the family in messages.
         fields: Field of the config -> size that it holds. Without a field of ``head_dim``, hidden = heads x head_dim.
-        derived: Size whose field may be None -> the size that it is a multiple of then, and the factor.
+        derived: Size without a value in the config -> the size that it is a multiple of, and the factor.
         follows: Field -> size that it holds where it equals that size; a field of another value keeps it.
         apart: Field of ``follows`` -> size of its own, where the value is another, and why this size is fixed.
         fixed_by: Field -> the value under which all sizes grow, the sizes that are fixed under other values, and why.
@@ -27,7 +31,6 @@ class Hint:
         config: Further fields, of configs of single modules, such as ``decoder.num_layers`` -> size.
     """
 
-    name: str
     fields: Mapping[str, str]
     derived: Mapping[str, tuple[str, int]] = field(default_factory=dict[str, tuple[str, int]])
     follows: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -41,3 +44,29 @@ class Hint:
     saves: tuple[str, str] | None = None
     divided: Mapping[str, str] = field(default_factory=dict[str, str])
     config: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+def problems(hint: Hint, config: Any) -> Iterator[str]:
+    """Yield a problem for every field of a hint that has a wrong type, names no size, or does not fit a config."""
+    wrong = [*wrong_fields(hint, deep=True)]
+    yield from wrong
+    if wrong:
+        return
+    named = {**dict.fromkeys(hint.fields.values()), **dict.fromkeys(hint.derived)}
+    yield from (f"fields: no field holds {size}; name the field that does." for size in NEEDED if size not in named)  # fmt: skip
+    if "layers" not in hint.fields.values():
+        return
+    for size in named:
+        if size not in (*NEEDED, *SIZES) and not size.endswith("layers"):
+            yield f"fields: {size!r} is no size that a hint can name; name one of {', '.join((*NEEDED, *SIZES))}."
+    for name, size in hint.fields.items():
+        if getattr(config, name, None) is None and size not in ("head_dim", *hint.derived):
+            yield f"fields: the config has no value of {name!r}; correct the name, or say what {size} is a multiple of in derived."
+    depth = next(getattr(config, name, 0) for name, size in hint.fields.items() if size == "layers")
+    lists: dict[str, Any] = {k: v for k, v in vars(config).items() if isinstance(v, list) and v}  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]  # fmt: skip
+    for name, value in lists.items():
+        if len(value) == depth and "layer" in name and name not in hint.lists:
+            yield f"{name}: the config has a list with an entry per block; name it in lists."
+    for name in (*hint.follows, *hint.only, *hint.divided):
+        if not hasattr(config, name):
+            yield f"{name}: the config has no such field; correct the name."

@@ -21,6 +21,7 @@ NAMES = [
     "GrowthPlan",
     "GrowthReport",
     "GrowthSchedule",
+    "Hint",
     "ModelSpec",
     "Outcome",
     "Power",

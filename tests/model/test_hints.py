@@ -1,17 +1,17 @@
 """Specs of the families, by the trace of a small model of the class: the specs by hand are the oracle."""
 
 import copy
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import families_oracle
 import pytest
 import torch
 import transformers
-from models import LLAMA, SIZES, make
+from models import LLAMA, SIZES, Plain, batch, make
 from torch import nn
 
 import growkern
-from growkern.errors import UnsupportedModelError
+from growkern.errors import PlanError, UnsupportedModelError
 from growkern.model.describe import describe
 from growkern.model.spec import ModelSpec
 from growkern.model.tracing import template
@@ -119,6 +119,8 @@ def differences(expected: ModelSpec, found: ModelSpec) -> list[object]:
         if field.name in ("attributes", "config") and expected.hidden_is_heads:
             # hidden is their product
             a, b = ({k: "hidden" if v == ("heads", "head_dim") else v for k, v in own.items()} for own in (a, b))  # fmt: skip
+        if field.name == "attributes":  # no module reads it once the model is built
+            b = {k: v for k, v in b.items() if not k.endswith(".rotary_ndims")}
         if field.name == "config":  # which no method grows
             b = {k: v for k, v in b.items() if k != "type_vocab_size"}
         if field.name != "cached_sizes" and a != b and isinstance(a, dict):
@@ -199,3 +201,152 @@ def test_a_block_unlike_the_others_is_refused_by_name():
 
     with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.extra\.weight"):
         growkern.describe(model)
+
+
+# ---- hints of a user
+
+
+@dataclass
+class Config:
+    """Config of a user's decoder: ffn has no field."""
+
+    width: int = 24
+    n_head: int = 4
+    n_layer: int = 2
+
+
+class Own(Plain):
+    """A user's decoder that is built from its config alone."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.width, config.n_head, config.n_layer)
+        self.config = config
+
+
+FIELDS = {"width": "hidden", "n_head": "heads", "n_layer": "layers"}
+OWN = growkern.Hint(FIELDS, derived={"ffn": ("hidden", 4)})
+LLAMA_FIELDS = {
+    "hidden_size": "hidden",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "num_hidden_layers": "layers",
+    "intermediate_size": "ffn",
+    "vocab_size": "vocab",
+}
+PHI = growkern.Hint(LLAMA_FIELDS, eps="layer_norm_eps")
+
+
+def own(config: Config | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    model = Own(config or Config()).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def of(kind: str, **changes: object) -> nn.Module:
+    """Make a model of a class that no family describes."""
+    torch.manual_seed(0)
+    kind_of = getattr(transformers, f"{kind}ForCausalLM")
+    model = kind_of(kind_of.config_class(**LLAMA | dict(pad_token_id=0) | changes)).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize(
+    "to", [{"hidden": 48, "heads": 8, "ffn": 192}, {"hidden": 48, "head_dim": 12}, {"layers": 3}, {"ffn": 101}], ids=str
+)  # fmt: skip
+def test_own_model_grows_by_hints(to):
+    model = own()
+    before = model(batch()).detach()
+
+    growkern.expand_inplace(
+        model, to=to, spec=growkern.describe(model, inputs=batch(), hints=OWN), dynamics=None
+    )
+
+    assert torch.allclose(model(batch()), before, rtol=0, atol=1e-12)
+    assert {model.config.width, model.config.n_layer} == {to.get("hidden", 24), to.get("layers", 2)}
+
+
+def test_hints_describe_a_model_without_values():
+    with torch.device("meta"):
+        model = Own(Config(width=4096, n_head=32, n_layer=0))
+        block = Own(Config(width=4096, n_head=32, n_layer=1)).blocks[0]
+
+    spec = describe(model, inputs=batch(), hints=OWN, values=False, first={"blocks": block})
+
+    assert spec.sizes == {"hidden": 4096, "heads": 32, "head_dim": 128, "ffn": 16384, "layers": 0}
+    assert spec.shape("blocks.0.attention.qkv.weight") == (3 * 4096, 4096)
+
+
+def test_hints_name_head_dim_of_a_transformers_model():
+    """Partial RoPE, LayerNorm, biases: no family describes Phi."""
+    model = of("Phi", partial_rotary_factor=0.5, hidden_size=48)
+    before = model(batch()).logits.detach()
+
+    growkern.expand_inplace(
+        model, to={"hidden": 96, "head_dim": 24}, spec=growkern.describe(model, hints=PHI)
+    )
+
+    assert torch.allclose(model(batch()).logits, before, rtol=0, atol=1e-12)
+    again = transformers.PhiForCausalLM(model.config).double().eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.allclose(again(batch()).logits, before, rtol=0, atol=1e-12)
+
+
+def test_head_dim_that_is_rotated_in_pairs_is_fixed():
+    """GLM rotates neighbors, not the halves of a head: copies of coordinates would meet other angles."""
+    model = of("Glm", head_dim=12, hidden_size=48)
+    spec = growkern.describe(model, hints=growkern.Hint({**LLAMA_FIELDS, "head_dim": "head_dim"}))
+
+    with pytest.raises(PlanError, match="attention splits it in another way than into halves"):
+        growkern.plan(model, spec=spec, to={"head_dim": 24})
+
+
+def no_value() -> nn.Module:
+    model = own()
+    model.config.extra_layers = [1, 2]
+    return model
+
+
+class Literal(Own):
+    """The width of a layer is a literal at one width."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if config.width != 96:
+            self.bias = nn.Parameter(torch.zeros(config.width))
+
+    def forward(self, ids):
+        return super().forward(ids) + (self.bias.sum() if hasattr(self, "bias") else 0)
+
+
+class Cached(Own):
+    """A number that follows from the width in no way that a size or a power has."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.odd = config.width + 1
+
+
+HINTS = {
+    "no hint": (own, {"hidden": "width"}, "expected a growkern.Hint, got dict"),
+    "no config": (lambda: Plain(), OWN, "has no config; pass inputs= in place of hints"),
+    "no heads": (own, growkern.Hint({"width": "hidden", "n_layer": "layers"}), "no field holds heads"),
+    "an unknown size": (own, growkern.Hint({**FIELDS, "width2": "girth"}), "'girth' is no size that a hint can name"),
+    "no such field": (own, growkern.Hint({**FIELDS, "wide": "ffn"}), "the config has no value of 'wide'"),
+    "a wrong type": (own, growkern.Hint(3), "fields"),  # pyright: ignore
+    "a length without a size": (own, growkern.Hint(FIELDS), r"up.weight with an axis of \d+, and of \d+ with other sizes"),
+    "a list": (no_value, OWN, "extra_layers: the config has a list with an entry per block"),
+    "a tensor at some sizes": (lambda: Literal(Config()), OWN, "has bias at some sizes only"),
+    "an odd attribute": (lambda: Cached(Config()), OWN, "has odd, which follows from its sizes in an unknown way"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make_model", "hints", "match"), HINTS.values(), ids=HINTS)
+def test_hints_that_do_not_fit_are_refused_with_the_reason(make_model, hints, match):
+    with pytest.raises(UnsupportedModelError, match=match):
+        growkern.describe(make_model(), inputs=batch(), hints=hints)

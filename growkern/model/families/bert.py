@@ -7,7 +7,6 @@ the last LayerNorm of the block before it. The config has no head_dim (hidden = 
 from growkern.model.hints import Hint
 
 BERT = Hint(
-    "BERT",
     fields={
         "hidden_size": "hidden",
         "num_attention_heads": "heads",

@@ -7,7 +7,6 @@ the function of a block depends on the depth of the block. Cross attention is no
 from growkern.model.hints import Hint
 
 GPT2 = Hint(
-    "GPT-2",
     fields={
         "n_embd": "hidden",
         "n_head": "heads",

@@ -3,7 +3,6 @@
 from growkern.model.hints import Hint
 
 GPT_NEOX = Hint(
-    "GPT-NeoX",
     fields={
         "hidden_size": "hidden",
         "num_attention_heads": "heads",

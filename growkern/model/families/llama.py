@@ -10,7 +10,6 @@ from dataclasses import replace
 from growkern.model.hints import Hint
 
 MISTRAL = Hint(
-    "Llama",
     fields={
         "hidden_size": "hidden",
         "num_attention_heads": "heads",

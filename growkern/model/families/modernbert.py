@@ -7,7 +7,6 @@ exactly by whole multiples only, and new blocks copy any block but the first. Th
 from growkern.model.hints import Hint
 
 MODERNBERT = Hint(
-    "ModernBERT",
     fields={
         "hidden_size": "hidden",
         "num_attention_heads": "heads",

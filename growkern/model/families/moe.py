@@ -21,7 +21,6 @@ _FIELDS = {
     "vocab_size": "vocab",
 }
 MIXTRAL = Hint(
-    "mixture of experts",
     fields={**_FIELDS, "intermediate_size": "ffn"},
     lists=("layer_types",),
     eps="rms_norm_eps",

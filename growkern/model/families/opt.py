@@ -7,7 +7,6 @@ width. OPT-350m's post-norm blocks (``do_layer_norm_before=False``), norms witho
 from growkern.model.hints import Hint
 
 OPT = Hint(
-    "OPT",
     fields={
         "hidden_size": "hidden",
         "ffn_dim": "ffn",

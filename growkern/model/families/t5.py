@@ -11,7 +11,6 @@ from dataclasses import replace
 from growkern.model.hints import Hint
 
 T5_ENCODER = Hint(
-    "T5",
     fields={
         "d_model": "hidden",
         "d_kv": "head_dim",

@@ -7,7 +7,6 @@ Patches, channels and labels are fixed sizes, because a model for other images h
 from growkern.model.hints import Hint
 
 VIT = Hint(
-    "ViT",
     fields={
         "hidden_size": "hidden",
         "num_attention_heads": "heads",

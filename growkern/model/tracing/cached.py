@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import isclose
 from typing import Any
 
@@ -17,42 +18,71 @@ POWERS = 0.5, -0.5, -1.0
 Options = Sequence[tuple[float, float, Size]]  # value in either model, and what has these values
 
 
+@dataclass
+class Cached:
+    """What modules cache.
+
+    Attributes:
+        sizes: ``"module.attribute"`` -> size.
+        unexplained: Attributes that follow from sizes in another way, or differ between blocks in another way.
+    """
+
+    sizes: dict[str, Size] = field(default_factory=dict[str, Size])
+    unexplained: list[str] = field(default_factory=list[str])
+
+
 def cached_values(
     one: nn.Module,
     two: nn.Module,
     sizes: Mapping[str, int],
     other_sizes: Mapping[str, int],
     paths: Sequence[str],
-) -> dict[str, Size]:
-    """Return the attributes that are a size, the product of heads and head_dim, or a power of a size; or the number of a block.
+) -> Cached:
+    """Find the attributes that are sizes, products, multiples or powers of sizes, or the number of a block.
 
     Args:
         one: A model.
         two: A model of the same class with other sizes.
         sizes: Sizes of the first.
         other_sizes: Sizes of the second.
-        paths: Paths of their stacks. An attribute that blocks of a stack do not hold alike is left out.
+        paths: Paths of their stacks.
     """
     options, modules = [*_options(sizes, other_sizes)], dict(named_modules(two))
     found: dict[tuple[str, str], dict[str, Size | None]] = defaultdict(dict)
+    result = Cached()
     for path, module in named_modules(one):
         known = cached_sizes(type(module)) if hasattr(module, "weight") else dict[str, int]()
         stack = next((p for p in paths if path.startswith(f"{p}.")), None)
         index, _, rest = path.removeprefix(f"{stack}.").partition(".") if stack else ("", "", path)
         for name, value in _numbers(module):
-            if name not in known:
-                after = float(getattr(modules[path], name))
-                own = next((size for a, b, size in options if _near(value, a) and _near(after, b)), None)  # fmt: skip
-                if stack and own is None and type(value) is int and value == int(index):
-                    own = "block"
-                found[stack or "", f"{rest}.{name}".lstrip(".")][index] = own
-    return {
-        ".".join(filter(None, (path, index, name))): size
-        for (path, name), own in found.items()
-        if len({*map(str, own.values())}) == 1
-        for index, size in own.items()
-        if size is not None
-    }
+            if name in known:
+                continue
+            after = float(getattr(modules[path], name))
+            own = next((size for a, b, size in options if _near(value, a) and _near(after, b)), None)  # fmt: skip
+            if stack and own is None and type(value) is int and value == int(index):
+                own = "block"
+            if own is None and not _near(value, after):
+                own = _multiple(value, after, options)
+                result.unexplained += [] if own else [f"{path}.{name}".lstrip(".")]
+            found[stack or "", f"{rest}.{name}".lstrip(".")][index] = own
+    for (path, name), own in found.items():
+        alike = len({*map(str, own.values())}) == 1
+        for index, size in own.items():
+            key = ".".join(filter(None, (path, index, name)))
+            if size is not None and alike:
+                result.sizes[key] = size
+            elif size not in (None, "block"):
+                result.unexplained.append(key)
+    return result
+
+
+def _multiple(value: float, after: float, options: Options) -> Size | None:
+    """Return the size of which a number is a multiple in both models; None where there are none or several."""
+    own = [(size, value / a) for a, b, size in options if isinstance(size, str) and _near(value * b, after * a)]  # fmt: skip
+    if len(own) != 1:
+        return None
+    size, factor = own[0]
+    return (size, int(factor)) if factor == int(factor) else Power(size, 1.0, factor)
 
 
 def _near(value: float, expected: float) -> bool:

@@ -11,11 +11,12 @@ from torch import nn
 from growkern.model.hints import Hint
 from growkern.support.names import named_modules, named_parameters
 
-# two sets of sizes: what has a size in both sets has it because of the size. hidden is a multiple of heads, head_dim of 8 (RoPE)
+# two sets of sizes: what has a size in both sets has it because of the size
+# hidden is a multiple of heads, and a quarter of head_dim, which RoPE may rotate, has two halves
 SMALL = (
-    {"group": 2, "kv_heads": 3, "top_k": 4, "token_types": 5, "heads": 6, "experts": 7, "head_dim": 8, "ffn": 26, "embedding": 28,
+    {"group": 2, "kv_heads": 3, "top_k": 4, "token_types": 5, "heads": 6, "experts": 7, "head_dim": 16, "ffn": 26, "embedding": 28,
      "positions": 37, "vocab": 97, "hidden": 66},
-    {"group": 3, "kv_heads": 5, "top_k": 6, "token_types": 7, "heads": 15, "experts": 11, "head_dim": 16, "ffn": 34, "embedding": 36,
+    {"group": 3, "kv_heads": 5, "top_k": 6, "token_types": 7, "heads": 15, "experts": 11, "head_dim": 32, "ffn": 34, "embedding": 36,
      "positions": 41, "vocab": 101, "hidden": 165},
 )  # fmt: skip
 PATTERN = 2  # blocks behind the first block of the last kind
@@ -42,7 +43,7 @@ def live_sizes(config: Any, hint: Hint) -> dict[str, int]:
     """Return the sizes of a live model, from its config."""
     sizes: dict[str, Any] = {size: getattr(config, name, None) for name, size in hint.fields.items()}  # fmt: skip
     for size, (base, factor) in hint.derived.items():
-        sizes[size] = sizes[size] or sizes[base] * factor
+        sizes[size] = sizes.get(size) or sizes[base] * factor
     if sizes.get("head_dim") is None:
         sizes["head_dim"] = sizes["hidden"] // sizes["heads"]
     for name, (size, _) in hint.apart.items():
@@ -56,6 +57,9 @@ def small_sizes(config: Any, hint: Hint, which: int, n_blocks: int) -> dict[str,
     own = {size: SMALL[which][size] for size in live_sizes(config, hint) if size in SMALL[which]}
     if coupled(hint):
         own["hidden"] = own["heads"] * own["head_dim"]
+    for size, (base, factor) in hint.derived.items():
+        if size not in hint.fields.values():
+            own[size] = own[base] * factor
     return own | dict.fromkeys(depths(hint), n_blocks)
 
 
@@ -108,9 +112,9 @@ def small_config(config: Any, hint: Hint, sizes: Mapping[str, int]) -> Any:
             setattr(own, name, 1)
     if getattr(own, "rope_parameters", None):
         own.rope_parameters = _plain_rope(own.rope_parameters)
-    own._experts_implementation = "eager"
-    own._attn_implementation = None
-    own.dtype = None
+    if hasattr(own, "to_dict"):  # of transformers
+        own._experts_implementation = "eager"  # others refuse float64
+        own._attn_implementation = own.dtype = None
     return own
 
 
@@ -129,6 +133,12 @@ def plain_torch() -> Generator[None]:
 
 def _on_cpu() -> AbstractContextManager[object]:
     return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+
+def rotary(config: Any) -> float:
+    """Return the fraction of head_dim that RoPE rotates, by the config."""
+    rope: Any = getattr(config, "rope_parameters", None)
+    return float(rope.get("partial_rotary_factor", 1.0)) if rope else 0.0
 
 
 def _plain_rope(rope: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from growkern.model.hints import Hint
 from growkern.model.layers import rope_fixed
 from growkern.model.spec import AxisUse, ModelSpec, Power, Size, TensorSpec
-from growkern.model.tracing.small import coupled, pattern
+from growkern.model.tracing.small import coupled, pattern, rotary
 from growkern.support.names import named_buffers, named_modules, named_parameters
 
 
@@ -49,8 +49,7 @@ def stretched(template: Template, model: nn.Module, hint: Hint, sizes: Mapping[s
         fields[name] = power = Power(size, -1.0, getattr(config, name), sizes[size])
         holders = [path for path, module in named_modules(model) if name in vars(module)]
         attributes |= {f"{path}.{name}".lstrip("."): power for path in holders}
-    rope: Any = getattr(config, "rope_parameters", None) or {}
-    turned = bool(rope and spec.rebuilt_from_config)
+    turned = rotary(config) if spec.rebuilt_from_config else 0.0
     fixed = dict(spec.fixed) | (rope_fixed(config) if turned else {})
     for name, (plain, own, why) in hint.fixed_by.items():
         fixed |= dict.fromkeys(own if getattr(config, name, plain) not in (plain, None) else (), why)  # fmt: skip
@@ -64,7 +63,7 @@ def stretched(template: Template, model: nn.Module, hint: Hint, sizes: Mapping[s
         config_eps=hint.eps,
         hidden_is_heads=coupled(hint),
         save_requires_multiple=hint.saves,
-        rotary=float(rope.get("partial_rotary_factor", 1.0)) if turned else 0.0,
+        rotary=turned,
         fixed=fixed | {size: why for size, why in hint.apart.values() if size in sizes},
     )
 

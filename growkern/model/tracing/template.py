@@ -4,17 +4,19 @@ The live model is neither run nor copied, so that it may be on the meta device, 
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from growkern.errors import UnsupportedModelError, raise_all
 from growkern.model.hints import Hint
 from growkern.model.spec import QUERY, ROOT, AxisUse, Blocks, ModelSpec, TensorSpec, on_residual
 from growkern.model.tracing.cached import cached_values, counters, rebuilt
-from growkern.model.tracing.forward import persistent_buffers
+from growkern.model.tracing.forward import Inputs, persistent_buffers
 from growkern.model.tracing.inputs import example_inputs
 from growkern.model.tracing.naming import Spaces
 from growkern.model.tracing.permutation import permutation_error
@@ -27,6 +29,7 @@ from growkern.model.tracing.small import (
     n_blocks,
     pattern,
     plain_torch,
+    rotary,
     small_config,
     small_sizes,
     with_group,
@@ -42,13 +45,14 @@ NAMES = "_name_or_path", "architectures", "transformers_version"
 _KNOWN: dict[tuple[object, ...], Template] = {}
 
 
-def describe_by_hint(model: nn.Module, kind: type[nn.Module], hint: Hint) -> ModelSpec:
+def describe_by_hint(model: nn.Module, kind: type[nn.Module], hint: Hint, inputs: Inputs | None = None) -> ModelSpec:  # fmt: skip
     """Describe a model by the trace of a small model of its class.
 
     Args:
         model: The live model, of which names, shapes and the config are read.
         kind: Its class.
         hint: What the trace does not show.
+        inputs: Inputs of the class; ids are taken modulo the small vocabulary. None to make them from the config.
 
     Returns:
         The spec, which nobody has compared with the tensors of the live model yet.
@@ -58,18 +62,20 @@ def describe_by_hint(model: nn.Module, kind: type[nn.Module], hint: Hint) -> Mod
     """
     config: Any = model.config
     raise_all(
-        UnsupportedModelError, f"cannot describe this {hint.name}:", [*_excluded(config, hint)]
+        UnsupportedModelError, f"cannot describe this {kind.__name__}:", [*_excluded(config, hint)]
     )
     sizes = live_sizes(config, hint)
     live = pattern(model, containers(model, [sizes[size] for size in depths(hint)]))
     n = n_blocks([*live.values()])
     own = small_config(config, hint, small_sizes(config, hint, 0, n))
-    fields = {k: v for k, v in own.to_dict().items() if k not in {*hint.divided, *NAMES}}
+    values: dict[str, object] = own.to_dict() if hasattr(own, "to_dict") else {**vars(own)}
+    fields = {k: v for k, v in values.items() if k not in {*hint.divided, *NAMES}}
     key = kind, hint, n, json.dumps(fields, default=str, sort_keys=True)
-    if key not in _KNOWN:
+    known = None if inputs is not None else _KNOWN.get(key)
+    if known is None:
         with plain_torch():
-            _KNOWN[key] = _Traced(kind, config, hint, own, n).template()
-    return stretched(_KNOWN[key], model, hint, sizes)
+            known = _KNOWN[key] = _Traced(kind, config, hint, n, inputs).template()
+    return stretched(known, model, hint, sizes)
 
 
 def _excluded(config: Any, hint: Hint) -> Iterator[str]:
@@ -84,17 +90,22 @@ def _excluded(config: Any, hint: Hint) -> Iterator[str]:
 class _Traced:
     """A small model that was traced, and another of other sizes, which tells sizes from equal numbers."""
 
-    def __init__(self, kind: type[nn.Module], config: Any, hint: Hint, own: Any, n: int) -> None:
-        self.hint, self.name, self.model_type = hint, kind.__name__, config.model_type
+    def __init__(self, kind: type[nn.Module], config: Any, hint: Hint, n: int, inputs: Inputs | None) -> None:  # fmt: skip
+        self.hint, self.name = hint, kind.__name__
+        self.family: str = getattr(config, "model_type", self.name)
         self.sizes, self.other_sizes = (small_sizes(config, hint, i, n) for i in (0, 1))
         try:
-            self.model = kind(own).eval()
-            self.other = kind(small_config(config, hint, self.other_sizes)).eval()
-            self.inputs = example_inputs(self.model) or {}
+            configs = (small_config(config, hint, own) for own in (self.sizes, self.other_sizes))
+            self.model, self.other = (kind(own).eval() for own in configs)
+            made = example_inputs(self.model) if inputs is None else _small(inputs, self.sizes)
+            self.inputs: Inputs = {} if made is None else made
             self.tape = trace_scores(self.model, self.inputs)
         except Exception as error:
             raise self._refused(f"cannot be built and run ({type(error).__name__}: {error})") from error  # fmt: skip
         self.paths = containers(self.model, [n])
+        one, two = ({*_live(m, own)} for m, own in ((self.model, self.sizes), (self.other, self.other_sizes)))  # fmt: skip
+        if one != two:
+            raise self._refused(f"has {min(one ^ two)} at some sizes only; name the field that decides it in follows")  # fmt: skip
         if len(self.paths) != len(depths(hint)):
             raise self._refused(f"has blocks in {self.paths}, and its hint names {depths(hint)}")
         self.weights = {name: value.dims for name, value in self.tape.weights.items()}
@@ -112,21 +123,24 @@ class _Traced:
         error = permutation_error(self.model, self.inputs, own, self.tape.output_dims)
         if not error < tolerance(self.model):
             raise self._refused(f"moves its output by {error:.1e} when the coordinates of its spaces are permuted")  # fmt: skip
-        attributes = cached_values(self.model, self.other, self.sizes, self.other_sizes, self.paths)
-        scaled = ROOT in attributes.values() or self.axes.scaled_scores()
+        cached = cached_values(self.model, self.other, self.sizes, self.other_sizes, self.paths)
+        if cached.unexplained and not self.hint.fixed_by:
+            raise self._refused(f"has {cached.unexplained[0]}, which follows from its sizes in an unknown way")  # fmt: skip
+        scaled = ROOT in cached.sizes.values() or self.axes.scaled_scores()
         blocks = self._blocks()
         spec = ModelSpec(
-            family=self.model_type,
+            family=self.family,
             sizes=self.sizes,
             tensors=tensors,
             ties=ties,
             blocks=blocks[0],
             extra_stacks=tuple(blocks[1:]),
-            attributes=attributes,
+            attributes=cached.sizes,
             counters=tuple(counters(self.model)),
             activation_scales=({QUERY: ROOT} if scaled else {}) | self.axes.powers(),
             rebuilt_from_config=tuple(rebuilt(self.model, self.other)),
-            fixed={stack.size: UNLIKE for stack in blocks if not stack.identity},
+            fixed={stack.size: UNLIKE for stack in blocks if not stack.identity}
+            | self.axes.fixed(rotary(self.model.config)),
             post_norm=self.axes.post_norm(),
         )
         return Template(spec, pattern(self.model, self.paths))
@@ -142,10 +156,19 @@ class _Traced:
                 axes = self.axes.tensor(name, first, self.weights[first])
             else:
                 continue  # the check against the live model names the tensor as not described
-            tensors[name] = _checked(axes, shapes[name].shape, self.other_sizes)
+            tensors[name] = tuple(self._checked(name, *pair) for pair in zip(axes, t.shape, shapes[name].shape, strict=True))  # fmt: skip
             if first and first != name:
                 ties[name] = first
         return tensors, ties
+
+    def _checked(self, name: str, axis: AxisUse, n: int, other: int) -> AxisUse:
+        """Return an axis; one that has the length of a size by accident is fixed."""
+        if axis.size(self.other_sizes) == other:
+            return axis
+        if n != other:
+            why = f"has {name} with an axis of {n}, and of {other} with other sizes, and no product of sizes of its hint has this length"
+            raise self._refused(why)
+        return AxisUse("reader" if axis.role == "reader" else "writer", ((n,),))
 
     def _blocks(self) -> list[Blocks]:
         """Return the stacks in the model's order; one whose blocks differ has nothing that makes a block the identity."""
@@ -180,11 +203,13 @@ def _live(model: nn.Module, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     return live | {name: b for name, b in named_buffers(model, remove_duplicate=False) if name in own or n in b.shape}  # fmt: skip
 
 
-def _checked(axes: TensorSpec, shape: Sequence[int], sizes: Mapping[str, int]) -> TensorSpec:
-    """Return the axes of a tensor; an axis whose length follows from no size in a model of other sizes is fixed."""
-    return tuple(
-        axis
-        if axis.size(sizes) == n
-        else AxisUse("reader" if axis.role == "reader" else "writer", ((n,),))
-        for axis, n in zip(axes, shape, strict=True)
-    )
+def _small(inputs: Inputs, sizes: Mapping[str, int]) -> Inputs:
+    """Return inputs of a live model as inputs of a small one: in float64, ids modulo its vocabulary, no longer than its positions."""
+
+    def small(t: Tensor) -> Tensor:
+        if t.is_floating_point():
+            return t.to("cpu", torch.float64)
+        t = t.cpu()[..., : sizes.get("positions")] if t.dim() else t.cpu()
+        return t % sizes["vocab"] if t.dtype != torch.bool and "vocab" in sizes else t
+
+    return inputs if callable(inputs) else tree_map_only(Tensor, small, inputs)

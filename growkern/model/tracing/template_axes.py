@@ -88,6 +88,15 @@ class Axes:
         """True when attention multiplies scores by ``head_dim ** -0.5``."""
         return any(isclose(scale, self.sizes["head_dim"] ** -0.5) for *_, scale in self.tape.scores)
 
+    def fixed(self, rotary: float) -> dict[str, str]:
+        """Return why head_dim is fixed: attention splits it in another way than into the halves of RoPE and the rest."""
+        n = self.sizes["head_dim"]
+        half = int(n * rotary) // 2
+        known = [k for k in (half, half, n - 2 * half) if k]
+        split = [[find(part).size for part in segments(dim)] for dim, *_ in self.tape.scores if find(dim).size == n]  # fmt: skip
+        plain = all(own == known for own in split)
+        return {} if plain else {"head_dim": "attention splits it in another way than into halves that RoPE rotates"}  # fmt: skip
+
     def names(self) -> dict[Dim, str]:
         """Return the atoms that are as long as a size -> the space of the size."""
         every = {a for v in self.tape.weights.values() for dim in v.dims for a in atoms(dim)}
