@@ -4,13 +4,19 @@ import re
 
 import pytest
 import torch
+import traps
+import zoo
 from models import Plain, batch, make
 from readme import BLOCKS, IN_PROCESSES, README
 
 import growkern
 
 PAIR = next(text for text in BLOCKS if "torch.optim.Muon" in text)
-EXAMPLES = [text for text in BLOCKS if text not in (PAIR, *IN_PROCESSES.values())]
+TRACED, HINTED = (
+    next(text for text in BLOCKS if call in text)
+    for call in ("growkern.describe(model, inputs=ids)", "growkern.Hint(")
+)
+EXAMPLES = [text for text in BLOCKS if text not in (PAIR, TRACED, HINTED, *IN_PROCESSES.values())]
 
 
 def test_the_two_calls_at_the_top_run_and_preserve_the_function():
@@ -47,6 +53,26 @@ def test_a_model_of_your_own_grows_by_its_spec():
 
     assert (len(model.blocks), model.wte.embedding_dim) == (3, 36)
     assert torch.allclose(model(batch()), before, atol=1e-4)
+
+
+def test_a_model_of_your_own_is_traced(capsys):
+    model = traps.make(traps.Decoder)
+    optim, before = torch.optim.AdamW(model.parameters()), model(traps.ids())
+
+    exec(TRACED, {"growkern": growkern, "model": model, "optim": optim, "ids": traps.ids()})
+
+    assert "Decoder, by tracing: hidden 48" in capsys.readouterr().out
+    assert model.blocks[0].up.weight.shape == (176, 96)
+    assert torch.allclose(model(traps.ids()), before, rtol=0, atol=1e-9)
+
+
+def test_the_vocabulary_of_a_model_of_transformers_grows_by_a_hint():
+    model = zoo.make("phi3")
+    optim = torch.optim.AdamW(model.parameters())
+
+    exec(HINTED.replace("50_304", "128"), {"growkern": growkern, "model": model, "optim": optim})
+
+    assert model.config.vocab_size == len(model.lm_head.weight) == 128
 
 
 def test_the_spec_of_the_example_has_under_40_lines():
