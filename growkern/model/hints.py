@@ -23,6 +23,7 @@ class Hint:
         fixed_by: Field -> the value under which all sizes grow, the sizes that are fixed under other values, and why.
         only: Field -> the value for which the family is described.
         unused: Tensors that the forward of a model without ties does not use; their lengths say what their axes are.
+        unread: Names of attributes that no module reads once the model is built.
         by_stack: True when the spaces of heads and ffn have the name of their stack (the encoder's beside the decoder's).
         lists: Fields that hold one entry per block.
         eps: Field that holds the epsilon of the norms.
@@ -38,6 +39,7 @@ class Hint:
     fixed_by: Mapping[str, Fixed] = field(default_factory=dict[str, Fixed])
     only: Mapping[str, object] = field(default_factory=dict[str, object])
     unused: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
     by_stack: bool = False
     lists: tuple[str, ...] = ()
     eps: str | None = None

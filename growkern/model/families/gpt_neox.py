@@ -10,5 +10,6 @@ GPT_NEOX = Hint(
         "num_hidden_layers": "layers",
         "vocab_size": "vocab",
     },
+    unread=("rotary_ndims",),
     eps="layer_norm_eps",
 )

@@ -135,7 +135,11 @@ class _Traced:
             ties=ties,
             blocks=blocks[0],
             extra_stacks=tuple(blocks[1:]),
-            attributes=cached.sizes,
+            attributes={
+                k: v
+                for k, v in cached.sizes.items()
+                if k.rpartition(".")[2] not in self.hint.unread
+            },
             counters=tuple(counters(self.model)),
             activation_scales=({QUERY: ROOT} if scaled else {}) | self.axes.powers(),
             rebuilt_from_config=tuple(rebuilt(self.model, self.other)),
