@@ -25,10 +25,20 @@ def procedures() -> None:
 def families() -> None:
     """List the model classes that growkern knows by name; it describes others by tracing a forward."""
     from growkern.model.describe import FAMILIES
+    from growkern.model.hints import Hint
     from growkern.support.text import table
 
-    rows = [[name, getattr(hint, "name", "torch.nn")] for name, hint in FAMILIES.items()]
-    typer.echo(table(["class", "family"], rows))
+    rows = [
+        [
+            name,
+            "transformers",
+            ", ".join({**dict.fromkeys(own.fields.values()), **dict.fromkeys(own.derived)}),
+        ]
+        if isinstance(own, Hint)
+        else [name, "torch.nn", "ffn; hidden and heads as part of a model that a spec describes"]
+        for name, own in FAMILIES.items()
+    ]
+    typer.echo(table(["class", "package", "sizes"], rows))
     typer.echo(
         "\nOther classes are described by tracing one forward: growkern describe CHECKPOINT shows what grows."
     )

@@ -1,5 +1,6 @@
 """The command line says what it knows, takes ids of the Hub, prints nothing if told so, and has an example for every command."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -56,7 +57,11 @@ def test_the_tables_name_every_method_family_and_procedure():
     for name in (*width.__all__, *depth.__all__):
         assert f"\n{name} " in methods
     assert "2310.07999" in methods and "by tracing" in families
-    assert "\nLlamaForCausalLM " in families
+    assert re.search(
+        r"\nLlamaForCausalLM +transformers +hidden, heads, kv_heads, head_dim, ffn, layers, vocab",
+        families,
+    )
+    assert re.search(r"\nTransformerEncoder +torch.nn ", families)
     for name in growkern.procedures.__all__:
         assert (f"\n{name} " in procedures) == (name not in ("Procedure", "Stage", "g_stack_tokens"))  # fmt: skip
     assert "2405.15319" in procedures
