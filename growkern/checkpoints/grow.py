@@ -1,5 +1,6 @@
 """Growth of a transformers checkpoint from shards to shards. Neither source nor target is ever in memory as a whole."""
 
+import copy
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from growkern.commit.checkpoint_guard import growth_history
 from growkern.commit.commit import check_blocks, grown_config
 from growkern.engine.history import recorded
 from growkern.engine.sources import tensors_of
-from growkern.errors import CheckpointError, PlanError
+from growkern.errors import CheckpointError, PlanError, raise_all
 from growkern.execution.execute import Execution
 from growkern.model.describe import describe
 from growkern.planning.check import check
@@ -150,7 +151,7 @@ def grow(
     Raises:
         CheckpointError: See ``load``; or ``out`` exists, contains the source or is inside it, or cannot be written.
         UnsupportedModelError: See ``load``.
-        PlanError: The growth cannot be planned, or the plan is for another model.
+        PlanError: The growth cannot be planned, the plan is for another model, or no config describes the target.
         InsufficientMemoryError: The largest set of tensors does not fit in memory.
     """
     start = perf_counter()
@@ -170,6 +171,8 @@ def grow(
         check(plan, spec)
         check_blocks(plan, model)
         config = target_config(plan, model)
+        problems = [*_unlike(plan, model, config)]
+        raise_all(PlanError, f"no config describes the grown {spec.family}:", problems)
         made = _recipe(plan, source, shard)
         names = _parameters(plan, model)
         n_params = sum(_n(plan.shapes(row)[1]) for row in plan.tensors if row.source in names)
@@ -238,6 +241,18 @@ def target_config(plan: GrowthPlan, model: Any, split: Sequence[bool] = ()) -> A
             f"transformers accepts no {plan.family} of {sizes}; name other sizes: {' '.join(str(error).split())}"
         ) from error
     return grown
+
+
+def _unlike(plan: GrowthPlan, model: Any, config: Any) -> Iterator[str]:
+    """Yield the tensors whose shape is another in a model that is built from the target's config: a checkpoint would not load."""
+    with torch.device("meta"):
+        built = type(model)(copy.deepcopy(config))
+    live = dict(built.named_parameters(remove_duplicate=False)) | dict(built.named_buffers())
+    for row in plan.tensors:
+        shape, found = tuple(plan.shapes(row)[1]), live.get(row.name)
+        if found is None or tuple(found.shape) != shape:
+            other = "no such tensor" if found is None else f"{tuple(found.shape)}"
+            yield f"{row.name}: would be {shape}, and a model of the grown config has {other}; name other sizes."
 
 
 def _parameters(plan: GrowthPlan, model: Any) -> set[str]:

@@ -239,3 +239,8 @@ def joined(own: Tensor, like: Any, shape: Sequence[int]) -> Tensor:
 def gathered(t: Any) -> Tensor:
     """Return the whole of a tensor; every process of its mesh must call this."""
     return t.full_tensor() if is_sharded(t) else t
+
+
+def plain_class(kind: type) -> type:
+    """Return the class of a model itself: ``fully_shard`` makes a class of its own of it."""
+    return next(k for k in kind.__mro__ if not k.__module__.startswith("torch.distributed"))

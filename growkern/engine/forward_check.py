@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -125,9 +127,11 @@ class ForwardCheck:
         """Run the forward; ``running`` fills with the modules in progress, outermost first."""
         devices = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
 
-        waiting = {id(module) for module in self.model.modules()}
+        waiting, own = {id(module) for module in self.model.modules()}, get_ident()
 
         def enter(module: nn.Module, args: object) -> None:
+            if get_ident() != own:  # the hooks are of all threads
+                return
             if id(module) in waiting:  # the first of the model
                 waiting.clear()
                 self.vote()
@@ -136,7 +140,8 @@ class ForwardCheck:
                 self.dtypes.add(torch.get_autocast_dtype(self.kind))
 
         def leave(module: nn.Module, args: object, output: object) -> None:
-            running.pop()
+            if get_ident() == own:
+                running.pop()
 
         with _unchanged(self.model), torch.random.fork_rng([*devices]), torch.no_grad(), eagerly():
             torch.default_generator.manual_seed(0)
@@ -223,6 +228,8 @@ def _tensors(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         parts: Any = output.items() if isinstance(output, Mapping) else enumerate(output)  # pyright: ignore
         for key, value in parts:
             yield from _tensors(value, f"{name}.{key}".lstrip("."))
+    elif is_dataclass(output) and hasattr(output, "__dict__"):
+        yield from _tensors(vars(output), name)
 
 
 class Call:

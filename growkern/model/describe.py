@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from growkern.distributed.shards import is_sharded, local
+from growkern.distributed.shards import is_sharded, local, plain_class
 from growkern.errors import UnsupportedModelError, raise_all
 from growkern.model import spec_check
 from growkern.model.families import FAMILIES
@@ -16,7 +16,7 @@ from growkern.model.hints import problems as hint_problems
 from growkern.model.leaves import cached_sizes
 from growkern.model.spec import SHARE, Blocks, ModelSpec
 from growkern.model.tracing.forward import Inputs
-from growkern.model.tracing.template import describe_by_hint
+from growkern.model.tracing.template import altered, describe_by_hint
 from growkern.model.tracing.traced import TracedSpec, describe_by_tracing, known_inputs
 from growkern.model.wrappers import wrappers
 from growkern.support.names import named_buffers, named_modules, named_parameters
@@ -142,15 +142,18 @@ def known(kind: type) -> bool:
     return own.__name__ in FAMILIES and own.__module__.partition(".")[0] in PACKAGES
 
 
-def plain_class(kind: type) -> type:
-    """Return the class of a model itself: ``fully_shard`` makes a class of its own of it."""
-    return next(k for k in kind.__mro__ if not k.__module__.startswith("torch.distributed"))
-
-
 def traced_example(model: nn.Module, spec: ModelSpec | None) -> Any:
-    """Return the inputs of the traced forward of a model that was described by tracing, else None."""
+    """Return the inputs on which a growth is checked that nobody asked to check; None where it is not.
+
+    These are those of the traced forward, for a model that was described by tracing; and inputs made from the config, for a model of a
+    family in which modules, hooks, or attributes are not those that its class builds.
+    """
     if spec is None and not known(type(model)):
         spec = describe(model)
+    if spec is None:
+        kind = plain_class(type(model))
+        hint = FAMILIES[kind.__name__]
+        return known_inputs(model) if isinstance(hint, Hint) and altered(model, kind, hint) else None  # fmt: skip
     return spec.example if isinstance(spec, TracedSpec) else None
 
 

@@ -10,6 +10,7 @@ LEAVES: dict[str, dict[str, int]] = {
     "Embedding": {"num_embeddings": 0, "embedding_dim": 1},
     "LayerNorm": {"normalized_shape": 0},
     "RMSNorm": {"normalized_shape": 0},
+    "_BatchNorm": {"num_features": 0},
     "Conv2d": {"out_channels": 0, "in_channels": 1},
 }
 

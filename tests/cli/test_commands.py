@@ -79,6 +79,15 @@ def test_a_checkpoint_that_no_family_describes_grows(tmp_path):
     torch.testing.assert_close(again.eval()(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
 
 
+def test_a_growth_that_no_config_describes_is_refused_and_writes_nothing(tmp_path):
+    zoo.make("bloom").save_pretrained(tmp_path / "bloom")
+
+    refused = invoke("grow", tmp_path / "bloom", tmp_path / "grown")
+
+    assert refused.exit_code == 1 and not (tmp_path / "grown").exists()
+    assert re.search(r"self_attention.query_key_value.weight: would be \(144, 96\), and a model of", said(refused))  # fmt: skip
+
+
 def test_plan_predicts_a_growth_on_many_processes(source):
     slow, fast = (invoke("plan", source, "--ranks", 8, *more) for more in (["--bandwidth", 1e-3], []))  # fmt: skip
 

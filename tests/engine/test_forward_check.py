@@ -405,7 +405,10 @@ def test_a_norm_without_parameters_is_kept_or_refused(to, stated, normed):
     except GrowthError as error:
         assert to == 24 and stated != {} and "whole multiples" in str(error)
         return
-    assert to > 24 or stated == {}
+    assert to > 24 or stated in (
+        {},
+        {"residual": "rms"},
+    )  # of an RMSNorm, writers keep the mean square
     torch.testing.assert_close(model(IDS)["logits"], before, rtol=1e-9, atol=1e-9)
 
 

@@ -1,7 +1,8 @@
 """A model described by one forward: hand-written specs of the families, and the forward of the grown model, are the oracles."""
 
 import re
-from dataclasses import replace
+import threading
+from dataclasses import dataclass, replace
 
 import families_oracle
 import pytest
@@ -730,3 +731,78 @@ def test_experts_whose_matrices_are_multiplied_as_one_group_grow(name):
     growkern.expand_inplace(model, to=zoo.targets(spec, 2.0) | deeper)
 
     assert zoo.difference(zoo.output(model, spec.example), before) < 1e-4
+
+
+# ---- what users' models do
+
+
+@dataclass
+class Result:
+    scores: Tensor
+    n: int
+
+
+class ReturnsResult(Decoder):
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Result:
+        return Result(super().forward(ids)[0], 1)
+
+
+class ReturnsLoss(Decoder):
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        return super().forward(ids)[0].flatten(0, 1).logsumexp(-1).mean()
+
+
+class BatchNormed(Decoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels = nn.BatchNorm1d(48)
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        x = self.channels(self.body["tokens"](ids).mT).mT
+        for layer in self.body["layers"]:
+            x = layer(x)
+        return self.head(self.body["last"](x + self.body["places"](torch.arange(ids.shape[1]))))
+
+
+@pytest.mark.parametrize("kind", [ReturnsResult, ReturnsLoss, BatchNormed])
+def test_models_that_return_a_dataclass_or_the_loss_and_batch_norms_grow(kind):
+    def scores(model: nn.Module) -> Tensor:
+        output = model(ids())
+        return output.scores if isinstance(output, Result) else output
+
+    model = decoder(kind).eval()
+    spec, before = growkern.describe(model, inputs=ids()), scores(model)
+
+    growkern.expand_inplace(model, spec=spec, to="2x")
+
+    assert model.body["layers"][0].net[0].weight.shape == (384, 96)
+    assert torch.allclose(scores(model), before, rtol=0, atol=1e-12)
+    if kind is BatchNormed:
+        assert model.channels.num_features == 96
+        assert (model.channels.running_var > 0).all()
+
+
+def test_forwards_of_other_threads_are_not_disturbed_and_disturb_no_description():
+    failed, over = list[Exception](), threading.Event()
+
+    def train() -> None:
+        model = decoder()
+        while not over.is_set():
+            try:
+                model(ids())[0].sum().backward()
+            except Exception as error:
+                failed.append(error)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        for _ in range(4):
+            model = decoder()
+            before = model(ids())[0]
+            spec = growkern.describe(model, inputs=ids())
+            growkern.expand_inplace(model, spec=spec, to="2x")
+            assert torch.allclose(model(ids())[0], before, rtol=0, atol=1e-12)
+    finally:
+        over.set()
+        thread.join()
+    assert failed == []

@@ -55,8 +55,13 @@ def test_a_schedule_goes_with_its_optimizer_and_holds_nothing_alive():
 
 
 def test_what_cannot_grow_is_refused_when_it_is_attached():
-    with pytest.raises(UnsupportedModelError, match="no family describes"):
-        schedule_at(1).attach(torch.nn.Linear(2, 2), optimizer(torch.nn.Linear(2, 2)))
+    uncalled = torch.nn.Linear(2, 2)
+    optim = optimizer(uncalled)
+    schedule_at(1).attach(uncalled, optim)
+    for p in uncalled.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(UnsupportedModelError, match="no call of it was seen"):
+        optim.step()
     with pytest.raises(
         PlanError,
         match="unknown options to. Known: spec, backend, ema, master_weights, state_rules, memory, on_progress, check",

@@ -3,6 +3,8 @@
 from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -21,9 +23,15 @@ class TracingError(Exception):
 Inputs = Tensor | Mapping[str, object] | Sequence[object] | Callable[[nn.Module], object]
 
 
-def tensors(tree: object) -> list[Tensor]:
-    """Return the tensors of a nested structure."""
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+def tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors of a nested structure; dataclasses are no structures to torch."""
+    found = list[Tensor]()
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors([*vars(leaf).values()]) if hasattr(leaf, "__dict__") else []
+    return found
 
 
 def replaced(tree: Any, change: Callable[[Tensor], Any]) -> Any:
@@ -132,14 +140,18 @@ def evaluated(model: nn.Module) -> Generator[None]:
 @contextmanager
 def modules_entered(model: nn.Module, running: list[str], entered: set[str]) -> Generator[None]:
     """Keep the names of the running modules, outermost first, and of all that ran."""
-    names = {id(m): name for name, m in named_modules(model)}
+    names, own = {id(m): name for name, m in named_modules(model)}, get_ident()
 
     def enter(module: nn.Module, args: object) -> None:
-        running.append(names.get(id(module), running[-1] if running else ""))
-        entered.add(running[-1])
+        if (
+            get_ident() == own and id(module) in names
+        ):  # the hooks are of all modules, in all threads
+            running.append(names[id(module)])
+            entered.add(running[-1])
 
     def leave(module: nn.Module, args: object, output: object) -> None:
-        running.pop()
+        if get_ident() == own and id(module) in names:
+            running.pop()
 
     hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)  # fmt: skip
     try:
@@ -152,10 +164,11 @@ def modules_entered(model: nn.Module, running: list[str], entered: set[str]) -> 
 def floats(output: Any) -> list[Tensor]:
     """Return the floating-point tensors of an output."""
     tree: Any = [*output.values()] if isinstance(output, Mapping) else output  # pyright: ignore
-    return [t for t in tensors(tree) if t.is_floating_point() and t.dim()]
+    return [t for t in tensors(tree) if t.is_floating_point()]
 
 
 def main_output(output: Any) -> Tensor | None:
-    """Return the logits of an output, or its first floating-point tensor."""
-    logits = getattr(output, "logits", None)
-    return logits if isinstance(logits, Tensor) else next(iter(floats(output)), None)
+    """Return the logits of an output, or its first floating-point tensor that is no single number, such as a loss, if it has any."""
+    logits, found = getattr(output, "logits", None), floats(output)
+    first = next((t for t in found if t.dim()), next(iter(found), None))
+    return logits if isinstance(logits, Tensor) else first

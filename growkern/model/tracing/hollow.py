@@ -55,7 +55,7 @@ def is_large(model: nn.Module) -> bool:
 
 def hollow(name: str, t: Tensor, shape: Sequence[int]) -> Tensor:
     """Return a tensor without values like a tensor of the model, in another shape."""
-    return Hollow(torch.empty(*shape, dtype=t.dtype, device=META), t.device)
+    return Hollow(torch.empty(tuple(shape), dtype=t.dtype, device=META), t.device)
 
 
 def zeros(name: str, t: Tensor, shape: Sequence[int]) -> Tensor:

@@ -105,6 +105,7 @@ def batch_norm(tape: Tape, call: Call) -> None:
     value = tape.value(call.args[0])
     result = Value(value.dims, Stream(), True, False, value.given)
     value.stream.bend("a batch norm acts on it")
+    tape.statistics.append(Statistic(value.stream, [value.dims[1]], "batch norm"))
     for t in call.args[1:5]:
         if isinstance(t, Tensor):
             tape.same(tape.value(t).dims[0], value.dims[1], call)

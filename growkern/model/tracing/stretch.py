@@ -20,10 +20,12 @@ class Template:
     Attributes:
         spec: The spec, at the small sizes.
         kinds: Path of each stack -> for every block, the names of its parameters.
+        modules: Path of every module -> its class.
     """
 
     spec: ModelSpec
     kinds: Mapping[str, Sequence[frozenset[str]]]
+    modules: Mapping[str, type[nn.Module]]
 
 
 def stretched(template: Template, model: nn.Module, hint: Hint, sizes: Mapping[str, int]) -> ModelSpec:  # fmt: skip
@@ -38,13 +40,15 @@ def stretched(template: Template, model: nn.Module, hint: Hint, sizes: Mapping[s
     spec, config = template.spec, model.config
     live: dict[str, Tensor] = dict(named_parameters(model, remove_duplicate=False))
     live |= dict(named_buffers(model, remove_duplicate=False))
-    like = dict(_sources(template, model, sizes))
+    like = dict(blocks_like(template, model, sizes))
     tensors = {
         name: _live_lengths(_renumbered(spec.tensors[own], *numbers), live.get(name))
         for name, own, *numbers in _copies([*spec.tensors], spec, like)
     }
     attributes = {name: spec.attributes[own] for name, own, *_ in _copies([*spec.attributes], spec, like)}  # fmt: skip
-    fields = dict[str, Size](hint.fields) | _following(config, hint, sizes)
+    # nothing grows the types of tokens
+    held = {name: size for name, size in hint.fields.items() if size != "token_types"}
+    fields = dict[str, Size](held) | _following(config, hint, sizes)
     for name, size in hint.divided.items():
         fields[name] = power = Power(size, -1.0, getattr(config, name), sizes[size])
         holders = [path for path, module in named_modules(model) if name in vars(module)]
@@ -79,7 +83,7 @@ def _following(config: Any, hint: Hint, sizes: Mapping[str, int]) -> dict[str, S
     return result
 
 
-def _sources(template: Template, model: nn.Module, sizes: Mapping[str, int]) -> Iterator[tuple[str, list[int]]]:  # fmt: skip
+def blocks_like(template: Template, model: nn.Module, sizes: Mapping[str, int]) -> Iterator[tuple[str, list[int]]]:  # fmt: skip
     """Yield the path of each stack, and for every live block the block of the template with the same parameters."""
     live = pattern(model, [*template.kinds])
     for stack in template.spec.stacks:

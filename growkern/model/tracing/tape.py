@@ -130,6 +130,16 @@ class Tape(TorchDispatchMode):
             value = Value([Dim(n) for n in t.shape], learned=True, weight=True, axes=axes)
             self.weights[name] = self.put(t, value)
 
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """Return names of tensors in the order of their first use; those without a use come first."""
+        first: dict[str, int] = {}
+        for i, use in enumerate(self.uses):
+            first.setdefault(use.tensor, i)
+        for own in self.names.values():  # of a tie, each name may be used, or one alone
+            used = [first[name] for name in own if name in first]
+            first |= dict.fromkeys(set(own) - first.keys(), max(used, default=-1))
+        return sorted(names, key=lambda name: first.get(name, -1))
+
     @property
     def module(self) -> str:
         """Name of the module that runs."""

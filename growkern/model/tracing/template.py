@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from growkern.errors import UnsupportedModelError, raise_all
 from growkern.model.hints import Hint
 from growkern.model.spec import QUERY, ROOT, AxisUse, Blocks, ModelSpec, TensorSpec, on_residual
+from growkern.model.tracing.alterations import alterations
 from growkern.model.tracing.cached import cached_values, counters, rebuilt
 from growkern.model.tracing.forward import Inputs, persistent_buffers
 from growkern.model.tracing.inputs import example_inputs
@@ -60,6 +61,20 @@ def describe_by_hint(model: nn.Module, kind: type[nn.Module], hint: Hint, inputs
     Raises:
         UnsupportedModelError: The hint excludes the config, or a small model of the config cannot be built or traced.
     """
+    return stretched(*_template(model, kind, hint, inputs))
+
+
+def altered(model: nn.Module, kind: type[nn.Module], hint: Hint) -> str | None:
+    """Return where a live model differs from what its class builds of its config; None if it does not."""
+    found = _template(model, kind, hint, None)
+    return next(alterations(found[0], model, stretched(*found)), None)
+
+
+Found = tuple[Template, nn.Module, Hint, dict[str, int]]
+
+
+def _template(model: nn.Module, kind: type[nn.Module], hint: Hint, inputs: Inputs | None) -> Found:
+    """Return the spec of the small model, traced once for a class and its config, and what it is stretched to."""
     config: Any = model.config
     raise_all(
         UnsupportedModelError, f"cannot describe this {kind.__name__}:", [*_excluded(config, hint)]
@@ -75,7 +90,7 @@ def describe_by_hint(model: nn.Module, kind: type[nn.Module], hint: Hint, inputs
     if known is None:
         with plain_torch():
             known = _KNOWN[key] = _Traced(kind, config, hint, n, inputs).template()
-    return stretched(known, model, hint, sizes)
+    return known, model, hint, sizes
 
 
 def _excluded(config: Any, hint: Hint) -> Iterator[str]:
@@ -147,12 +162,15 @@ class _Traced:
             | self.axes.fixed(rotary(self.model.config)),
             post_norm=self.axes.post_norm(),
         )
-        return Template(spec, pattern(self.model, self.paths))
+        classes = {path: type(module) for path, module in named_modules(self.model)}
+        return Template(spec, pattern(self.model, self.paths), classes)
 
     def _tensors(self) -> tuple[dict[str, TensorSpec], dict[str, str]]:
         """Return the axes of the tensors that the forward uses, and of those that the hint says it does not use; and the ties."""
         tensors, ties, shapes = dict[str, TensorSpec](), dict[str, str](), _live(self.other, self.other_sizes)  # fmt: skip
-        for name, t in _live(self.model, self.sizes).items():
+        live = _live(self.model, self.sizes)
+        for name in self.tape.in_order(live):
+            t = live[name]
             first = self.axes.first.get(name)
             if not first or (first not in self.tape.touched and name in self.hint.unused):
                 axes = self.axes.plain(t)

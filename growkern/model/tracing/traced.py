@@ -254,7 +254,7 @@ def _plain(found: Trace) -> ModelSpec:
     return ModelSpec(
         family=type(found.model).__name__,
         sizes={**spaces.sizes, **found.stacks.sizes},
-        tensors=_in_order(found.model, roles.tensors),
+        tensors=_in_order(found, roles.tensors),
         ties=roles.ties,
         blocks=stacks[0] if stacks else None,
         extra_stacks=tuple(stacks[1:]),
@@ -372,11 +372,11 @@ def _fixed(spaces: Spaces) -> Iterator[tuple[str, str]]:
             yield ("heads" if size == "group" else size), next(iter(why))
 
 
-def _in_order(model: nn.Module, tensors: Mapping[str, tuple[AxisUse, ...]]) -> dict[str, tuple[AxisUse, ...]]:  # fmt: skip
-    """Return the axes of every parameter and persistent buffer in the model's order; a buffer of numbers keeps its shape."""
-    live: dict[str, Any] = dict(named_parameters(model, remove_duplicate=False))
-    live |= persistent_buffers(model)
+def _in_order(found: Trace, tensors: Mapping[str, tuple[AxisUse, ...]]) -> dict[str, tuple[AxisUse, ...]]:  # fmt: skip
+    """Return the axes of every parameter and persistent buffer in the order of the forward; a buffer of numbers keeps its shape."""
+    live: dict[str, Any] = dict(named_parameters(found.model, remove_duplicate=False))
+    live |= persistent_buffers(found.model)
     return {
-        name: tensors.get(name) or tuple(AxisUse("writer", ((n,),)) for n in t.shape)
-        for name, t in live.items()
+        name: tensors.get(name) or tuple(AxisUse("writer", ((n,),)) for n in live[name].shape)
+        for name in found.tape.in_order(live)
     }
