@@ -131,14 +131,14 @@ class Tape(TorchDispatchMode):
             self.weights[name] = self.put(t, value)
 
     def in_order(self, names: Iterable[str]) -> list[str]:
-        """Return names of tensors in the order of their first use; those without a use come first."""
+        """Return names of tensors in the order of their first use; those without a use come last."""
         first: dict[str, int] = {}
         for i, use in enumerate(self.uses):
             first.setdefault(use.tensor, i)
         for own in self.names.values():  # of a tie, each name may be used, or one alone
             used = [first[name] for name in own if name in first]
-            first |= dict.fromkeys(set(own) - first.keys(), max(used, default=-1))
-        return sorted(names, key=lambda name: first.get(name, -1))
+            first |= dict.fromkeys(set(own) - first.keys(), max(used, default=len(self.uses)))
+        return sorted(names, key=lambda name: first.get(name, len(self.uses)))
 
     @property
     def module(self) -> str:
