@@ -6,26 +6,23 @@ from typing import Any
 
 from torch import nn
 
-from growkern.distributed.shards import is_sharded, plain_class
+from growkern.distributed.shards import plain_class
 from growkern.model.spec import ModelSpec, size_value
 from growkern.model.tracing.stretch import Template, blocks_like
-from growkern.support.names import named_modules, named_parameters, submodule
+from growkern.support.names import named_modules, submodule
 
 
 def alterations(template: Template, model: nn.Module, spec: ModelSpec) -> Iterator[str]:
-    """Yield the modules of other classes, with a forward or hooks of their own, and the attributes of other values than the spec's.
+    """Yield the modules of other classes or with a forward of their own, and the attributes of other values than the spec's.
 
-    Wrappers and hooks of the whole model, and hooks of sharded models, are those of training loops and engines.
+    Wrappers of the whole model are those of training loops and engines. Hooks are not looked at: most of them watch.
 
     Args:
         template: The spec of the small model.
         model: The live model.
         spec: Its spec.
     """
-    like, sharded = (
-        dict(blocks_like(template, model, spec.sizes)),
-        any(is_sharded(p) for _, p in named_parameters(model)),
-    )
+    like = dict(blocks_like(template, model, spec.sizes))
     for path, module in dict(
         named_modules(model)
     ).items():  # the module behind a wrapper comes last
@@ -37,9 +34,6 @@ def alterations(template: Template, model: nn.Module, spec: ModelSpec) -> Iterat
             yield f"{path} is a {type(module).__name__}"
         if path and "forward" in vars(module):
             yield f"{path} has a forward of its own"
-        own_hooks = vars(module)["_forward_hooks"] or vars(module)["_forward_pre_hooks"]
-        if path and not sharded and own_hooks:
-            yield f"{path} has hooks"
     yield from _attributes(model, spec)
 
 
