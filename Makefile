@@ -9,7 +9,7 @@ GPU_OUT ?= gpu-check
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: test check pytest lint fmt mutants demo savings bench bench-gpu gpu-check clean
+.PHONY: test check pytest lint fmt mutants demo docs savings bench bench-gpu gpu-check clean
 
 # lint, types and all tests; the type checker runs beside them
 test: .venv/test.stamp
@@ -38,6 +38,10 @@ mutants: .venv/test.stamp
 demo: .venv/demo.stamp
 	$(BIN)/growkern demo
 
+# the site: README, the guides, a page per name, method and procedure; site/html/index.html
+docs: .venv/docs.stamp
+	$(BIN)/python -m bench.docs
+
 # what growing saves, measured; goes on where it was killed
 savings: .venv/bench.stamp
 	$(BIN)/python -m bench.savings
@@ -60,5 +64,5 @@ gpu-check:
 	touch $@
 
 clean:
-	rm -rf .venv build dist growkern.egg-info .pytest_cache .ruff_cache .hypothesis growkern-demo gpu-check
+	rm -rf .venv build dist growkern.egg-info .pytest_cache .ruff_cache .hypothesis growkern-demo gpu-check site
 	find . -name __pycache__ -prune -exec rm -rf {} +

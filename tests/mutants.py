@@ -23,6 +23,11 @@ COPIED = (
     "bench",
     "pyproject.toml",
     "README.md",
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "SECURITY.md",
     "Makefile",
     "constraints.txt",
 )

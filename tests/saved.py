@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import tokenizers
+import transformers
 from models import make
 from torch import nn
 from typer.testing import CliRunner, Result
@@ -11,6 +13,16 @@ from growkern.cli import main as cli
 
 INDEX = "model.safetensors.index.json"
 MADE = {"README.md", "growkern_recipe.yaml"}  # files that a growth adds to those of save_pretrained
+
+
+def tokenizer(folder: Path) -> None:
+    """Save a tokenizer of the words ``w0`` to ``w59``."""
+    words = {f"w{i}": i for i in range(60)} | {"[UNK]": 60, "[MASK]": 61}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="[UNK]", mask_token="[MASK]"
+    ).save_pretrained(folder)
 
 
 def invoke(*arguments: object) -> Result:

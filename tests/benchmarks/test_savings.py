@@ -1,6 +1,7 @@
 """The savings campaign runs end to end at tiny sizes, continues after a kill, and computes the savings of hand-made rows."""
 
 import csv
+import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, nullcontext
@@ -387,17 +388,21 @@ def test_rows_that_are_no_measurement_are_refused_by_file_and_line(tmp_path, bro
 
 
 @pytest.mark.slow
-def test_readme_holds_the_tables_of_the_committed_rows():
+def test_the_guides_hold_the_tables_of_the_committed_rows():
     (path,) = [p for p in RESULTS.glob("savings-*.csv") if not p.stem.endswith("-curves")]
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    guides = ROOT / "growkern" / "guides"
+    text = "".join((guides / name).read_text("utf-8") for name in ("savings.md", "methods.md"))
+    readme = (ROOT / "README.md").read_text("utf-8")
 
     found = [*report.readme(jobs.read_rows(path))]
 
     assert len(found) >= 2
     for table in found:
         assert table in text, (
-            f"run: python -m bench.savings --markdown, and put into README:\n{table}"
+            f"run: python -m bench.savings --markdown, and put into the guides:\n{table}"
         )
+    short = re.findall(r"^\| (?:width|depth|wider|both)\b.*$", readme, re.MULTILINE)
+    assert len(short) >= 4 and all(line in found[0] for line in short)
 
 
 def test_unknown_recipe_is_refused_with_the_known_ones(capsys):

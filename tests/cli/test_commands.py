@@ -13,13 +13,12 @@ from pathlib import Path
 
 import processes
 import pytest
-import tokenizers
 import torch
 import transformers
 import zoo
 from models import make
 from safetensors.torch import load_file, save_file
-from saved import contents, invoke, said, save
+from saved import contents, invoke, said, save, tokenizer
 from typer.testing import CliRunner
 
 from growkern.cli import main as cli
@@ -155,15 +154,6 @@ def test_verify_refuses_what_cannot_be_compared(family, changes, options, match,
     result = invoke("verify", source, tmp_path / "other", *options)
 
     assert result.exit_code == 1 and re.search(match, said(result)), result.output
-
-
-def tokenizer(folder: Path) -> None:
-    words = {f"w{i}": i for i in range(60)} | {"[UNK]": 60, "[MASK]": 61}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="[UNK]", mask_token="[MASK]"
-    ).save_pretrained(folder)
 
 
 SMALL = ("--steps", "2", "--tokens", "8", "--batch-size", "2")

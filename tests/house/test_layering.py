@@ -174,11 +174,10 @@ def test_every_room_has_a_file():
     assert rooms == {*RANKS, "kernels"}
 
 
-def test_readme_draws_the_rooms_that_the_rules_know():
-    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Layout")[2]
-    rows = [
-        line[4:52].replace(",", " ").split() for line in text.splitlines() if line[:4] == "    "
-    ]
+def test_contributing_draws_the_rooms_that_the_rules_know():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    drawn = text.partition("```text\n")[2].partition("```")[0]
+    rows = [line[:48].replace(",", " ").split() for line in drawn.splitlines()]
 
     assert rows == [[*row] for row in ROWS if row != ("growkern",)]
 
