@@ -2,6 +2,16 @@
 
 import re
 
+__all__ = [
+    "CheckpointError",
+    "CommitError",
+    "GrowthError",
+    "InsufficientMemoryError",
+    "PlanError",
+    "UnsupportedModelError",
+    "UnsupportedOptimizerError",
+]
+
 
 class GrowthError(RuntimeError):
     """Base class of every growkern error. Model and optimizer are unchanged after it, unless a CommitError reports a failed rollback."""

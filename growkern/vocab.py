@@ -20,6 +20,8 @@ from growkern.planning.index_map import PAD, IndexMap
 from growkern.planning.method_spaces import refuse, spaces
 from growkern.planning.vector import Vector
 
+__all__ = ["CLPTransfer", "MeanCov", "Zero"]
+
 LARGEST_SCALE = 1e6  # of the covariance of the old rows
 CANCELS = 0.1  # smallest usable ratio of a sum of similarities to the sum of their absolute values
 REASON = ("new tokens take probability from the old ones",)

@@ -546,7 +546,7 @@ MUTANTS = {
         "training/trains.py", "if report is not None and [*report.history]", "if False and [*report.history]",
         "training/test_trains.py -k without_a_growth"),
     "procedures: the state stays": Mutant(
-        "procedures.py", 'depth=STACK, state="drop")\n        for n, at', 'depth=STACK)\n        for n, at',
+        "training/stacking.py", 'depth=STACK, state="drop")\n        for n, at', 'depth=STACK)\n        for n, at',
         "training/test_procedures.py -k stack_bert"),
     "checkpoint: the whole target has to fit": Mutant(
         "execution/execute.py", "peak_of_stream(self.sets)) if streams", "peak_of_stream(self.sets)) if False",

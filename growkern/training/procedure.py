@@ -30,6 +30,11 @@ class Stage:
         n_steps: Number of steps; None where a metric decides.
         n_params: Number of parameters of the model.
         flops_per_step: FLOPs of a step.
+
+    Example:
+        >>> schedule = growkern.procedures.llama_pro(model, layers=4, at=10, total_steps=100, tokens_per_step=32)
+        >>> [(stage.start, stage.n_steps, stage.n_params) for stage in schedule.stages]
+        [(0, 10, 10920), (10, 90, 20232)]
     """
 
     what: str
@@ -48,12 +53,36 @@ class Procedure(GrowthSchedule):
     """A growth schedule of a published procedure. ``print`` it before the run: it shows every stage and its FLOPs.
 
     FLOPs are those of Kaplan et al., arXiv:2001.08361: 6 per token and parameter, and less where not everything trains. What a stage
-    saves, it saves at an equal number of steps; whether the loss is equal, the run shows.
+    saves, it saves at an equal number of steps; whether the loss is equal, the run shows. The stages are planned on a copy of the model
+    without values.
+
+    Args:
+        name: Name of the procedure.
+        model: Model of the starting sizes.
+        events: See ``GrowthSchedule``.
+        trains: See ``GrowthSchedule``.
+        total_steps: Number of steps of the whole run.
+        tokens_per_step: Tokens of a step, for the FLOPs.
+        spec: Function from a custom model to its description; None for a model that growkern describes by itself.
 
     Attributes:
-        name: Name of the procedure.
         stages: The stages, in order.
-        total_steps: Number of steps of the run.
+        scratch: FLOPs of as many steps of the target from scratch.
+
+    Raises:
+        PlanError: A number is out of range, or an event cannot happen, or comes after the end of the run.
+
+    Example:
+        >>> events = [growkern.At(step=100, to={"layers": 4}, trains=growkern.trains.New())]
+        >>> print(growkern.procedures.Procedure("mine", model, events, total_steps=200, tokens_per_step=32))
+        mine: 200 steps of 32 tokens
+        <BLANKLINE>
+        from step  steps  grows, trains                     parameters  FLOPs/step  FLOPs     state
+        ---------  -----  --------------------------------  ----------  ----------  --------  -----
+        0          100                                      10,920      2.1e+06     2.1e+08   now
+        100        100    layers=4, trains New(head=False)  20,232      2.89e+06    2.89e+08
+        <BLANKLINE>
+        4.98e+08 FLOPs, 64% of the 7.77e+08 FLOPs for as many steps of the target from scratch
     """
 
     def __init__(
@@ -67,20 +96,6 @@ class Procedure(GrowthSchedule):
         tokens_per_step: float,
         spec: SpecOf | None = None,
     ) -> None:
-        """Plan the stages on a copy of the model without values.
-
-        Args:
-            name: Name of the procedure.
-            model: Model of the starting sizes.
-            events: See ``GrowthSchedule``.
-            trains: See ``GrowthSchedule``.
-            total_steps: Number of steps of the run.
-            tokens_per_step: Tokens of a step.
-            spec: Function from a custom model to its description.
-
-        Raises:
-            PlanError: A number is out of range, or an event cannot happen, or comes after the end of the run.
-        """
         check_run(name, total_steps, tokens_per_step)
         super().__init__(events, trains=trains)
         late = [

@@ -24,12 +24,17 @@ class WhenSlope(Event):
         window: Number of observations in a mean.
         warmup: Number of observations at the start, and after each event, that are left out: those of a learning-rate warm-up.
         metric: Name under which ``schedule.observe`` gets the loss.
+        to, width, depth, state, dynamics, seed, trains, rewind, rewarm, ramp: See ``At``.
 
     Raises:
         PlanError: ``tau`` is not above 0 or not finite, ``window`` is below 1, or ``warmup`` is negative.
 
     Example:
-        >>> WhenSlope(tau=0.0475, to={"hidden": "2x"}, rewind=1.776, rewarm=200)
+        >>> event = growkern.WhenSlope(tau=0.0475, to={"hidden": "2x"}, rewind=1.776, rewarm=200)
+        >>> print(growkern.GrowthSchedule([event]))
+        event  to         trigger                           state
+        -----  ---------  --------------------------------  ------------------------
+            0  hidden=2x  slope of eval_loss above -0.0475  waiting: 0 of 7 observed
 
     Reference:
         Shen, Walsh, Keutzer, Dodge, Peters, Beltagy, "Staged Training for Transformer Language Models", ICML 2022, arXiv:2203.06211.

@@ -23,10 +23,21 @@ from growkern.support.argument_types import typed_arguments, wrong_fields
 from growkern.support.names import named_parameters
 from growkern.support.wrappers import unwrapped
 
+__all__ = ["All", "New", "SubModels", "Top", "Trains"]
+
 
 @dataclass(frozen=True)
 class Trains(ABC):
-    """Choice of who trains; a subclass chooses. It is a field of events and schedules, and ``apply`` applies it by hand."""
+    """Choice of who trains; a subclass chooses. It is a field of events and schedules, and ``apply`` applies it by hand.
+
+    Raises:
+        PlanError: A field has another type.
+
+    Example:
+        >>> growkern.trains.Top(1).apply(model)
+        >>> [block.mlp.up_proj.weight.requires_grad for block in model.model.layers]
+        [False, True]
+    """
 
     everything: ClassVar[bool] = False
     varies: ClassVar[bool] = False  # True for a choice that changes in every step
@@ -101,7 +112,11 @@ class All(Trains):
     """Everything trains that trained before another choice.
 
     Example:
-        >>> growkern.At(step=3000, to=None, trains=growkern.trains.All())
+        >>> event = growkern.At(step=3000, to=None, trains=growkern.trains.All())
+        >>> print(growkern.GrowthSchedule([event], trains=growkern.trains.Top(1)))
+        event  to            trigger     state
+        -----  ------------  ----------  ------------------------
+            0  trains All()  step 3,000  waiting: step 0 of 3,000
     """
 
     everything: ClassVar[bool] = True
@@ -128,7 +143,10 @@ class Top(Trains):
         PlanError: ``n`` is below 1.
 
     Example:
-        >>> growkern.At(step=1000, to={"layers": 6}, depth=depth.TopCopies(), trains=growkern.trains.Top())
+        >>> report = growkern.expand_inplace(model, optim, to={"layers": 3}, depth=depth.TopCopies())
+        >>> growkern.trains.Top().apply(model, report)
+        >>> [block.mlp.up_proj.weight.requires_grad for block in model.model.layers]
+        [False, False, True]
 
     Reference:
         Yang et al., "Progressively Stacking 2.0: A Multi-stage Layerwise Training Method for BERT Training Speedup", arXiv:2011.13635.
@@ -166,7 +184,10 @@ class New(Trains):
         head: True to train what comes after the blocks, too.
 
     Example:
-        >>> growkern.At(step=1000, to={"layers": 40}, trains=growkern.trains.New())
+        >>> report = growkern.expand_inplace(model, optim, to={"layers": 4})
+        >>> growkern.trains.New().apply(model, report)
+        >>> [block.mlp.up_proj.weight.requires_grad for block in model.model.layers]
+        [False, True, False, True]
 
     Reference:
         Wu et al., "LLaMA Pro: Progressive LLaMA with Block Expansion", ACL 2024, arXiv:2401.02415.
@@ -208,7 +229,10 @@ class SubModels(Trains):
         PlanError: ``size`` is below 1.
 
     Example:
-        >>> growkern.GrowthSchedule([growkern.At(step=5000, to=None)], trains=growkern.trains.SubModels(3))
+        >>> schedule = growkern.GrowthSchedule([growkern.At(step=5000, to=None)], trains=growkern.trains.SubModels(1))
+        >>> choices = schedule.who_trains.choices(growkern.describe(model), ())
+        >>> [choice.n_blocks for choice in choices]  # blocks that run in a step
+        [1, 2]
 
     Reference:
         Chen et al., "bert2BERT: Towards Reusable Pretrained Language Models", ACL 2022, arXiv:2110.07143.

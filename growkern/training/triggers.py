@@ -41,22 +41,7 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Event(ABC):
-    """One growth of a schedule; a subclass defines the trigger.
-
-    Attributes:
-        to: See ``expand_inplace``; None for an event that grows nothing, and changes who trains.
-        width: See ``expand_inplace``.
-        depth: See ``expand_inplace``.
-        state: See ``expand_inplace``.
-        dynamics: See ``expand_inplace``.
-        seed: Seed of the symmetry-breaking noise; None for the number of previous growths, so that no two growths share a seed.
-        trains: Who trains from this event on, until the next event; see ``growkern.trains``.
-        rewind: The schedulers that were passed to ``attach`` go on from their position divided by this number; None to leave them.
-        rewarm: Number of steps after the event in which the learning rates rise linearly from 0 to the schedulers' rates.
-        ramp: Number of steps over which the mask of what is new rises from ``1 / ramp`` to 1 (MSG); 0 for no mask. The growth draws all
-            new weights, and takes ``width=width.CopyAndPad(norm="corrected")``, or a depth method that copies or draws blocks. Events
-            that grow wait until the ramp has ended. See ``growkern.training.ramp``.
-    """
+    """One growth of a schedule; a subclass defines the trigger. ``At`` says what its fields are."""
 
     to: Target | None = "2x"
     width: WidthMethod | None = None
@@ -121,12 +106,25 @@ class At(Event):
     Attributes:
         step: Number of optimizer steps that changed weights, from the start of the run.
         tokens: Number of tokens, as counted by ``schedule.observe(tokens=...)``.
+        to: See ``expand_inplace``; None for an event that grows nothing, and changes who trains.
+        width, depth, state, dynamics: See ``expand_inplace``.
+        seed: Seed of the symmetry-breaking noise; None for the number of previous growths, so that no two growths share a seed.
+        trains: Who trains from this event on, until the next event; see ``growkern.trains``.
+        rewind: The schedulers that were passed to ``attach`` go on from their position divided by this number; None to leave them.
+        rewarm: Number of steps after the event in which the learning rates rise linearly from 0 to the schedulers' rates.
+        ramp: Number of steps over which the mask of what is new rises from ``1 / ramp`` to 1 (MSG); 0 for no mask. The growth draws all
+            new weights, and takes ``width=width.CopyAndPad(norm="corrected")``, or a depth method that copies or draws blocks. Events
+            that grow wait until the ramp has ended. See ``growkern.training.ramp``.
 
     Raises:
         PlanError: Neither or both of ``step`` and ``tokens`` are given, the number is not positive, or ``step`` is not whole.
 
     Example:
-        >>> At(step=1000, to={"hidden": 1024})
+        >>> event = growkern.At(step=1000, to={"hidden": 1024})
+        >>> print(growkern.GrowthSchedule([event]))
+        event  to           trigger     state
+        -----  -----------  ----------  ------------------------
+            0  hidden=1024  step 1,000  waiting: step 0 of 1,000
     """
 
     step: float | None = None
@@ -180,12 +178,21 @@ class WhenPlateau(Event):
         patience: Number of consecutive observations without an improvement.
         min_delta: Difference that an improvement has to exceed.
         mode: ``"min"``: a smaller value is better. ``"max"``: a larger value is better.
+        to, width, depth, state, dynamics, seed, trains, rewind, rewarm, ramp: See ``At``.
 
     Raises:
         PlanError: ``patience`` is below 1, ``min_delta`` is negative, or ``mode`` is unknown.
 
     Example:
-        >>> WhenPlateau(metric="eval_loss", patience=5, min_delta=0.01, to="1.5x")
+        >>> event = growkern.WhenPlateau(metric="eval_loss", patience=5, min_delta=0.01, to="1.5x")
+        >>> print(growkern.GrowthSchedule([event]))
+        event  to    trigger                                             state
+        -----  ----  --------------------------------------------------  ------------------------------------
+            0  1.5x  eval_loss (min) not better by more than 0.01 for 5  waiting: no 'eval_loss' observed yet
+
+    Reference:
+        ``torch.optim.lr_scheduler.ReduceLROnPlateau``, which acts one observation later; ``min_delta`` is its ``threshold`` with
+        ``threshold_mode="abs"``.
     """
 
     metric: str = "loss"
