@@ -20,7 +20,6 @@ from torch import nn
 import growkern
 from growkern.errors import GrowthError
 from growkern.model.tracing.forward import call_model, evaluated, main_output
-from growkern.model.tracing.inputs import example_inputs
 from growkern.model.tracing.permutation import permutation_error
 from growkern.model.tracing.roles import find_roles
 from growkern.model.tracing.terms import Dim, atoms, factors, find, product, segments, side_by_side
@@ -125,8 +124,8 @@ def matters(model: nn.Module, inputs: object, tensor: str) -> bool:
 def survey(name: str) -> tuple[Counter[str], Counter[str], list[tuple[str, Wrong]]]:
     """Return by kind how many wrong descriptions there are and how many permutations see, and what became of the others."""
     model = zoo.make(name)
-    spec = growkern.describe(model)
-    found = trace_model(model, example_inputs(model))
+    spec = zoo.describe(name, model)
+    found = trace_model(model, spec.example)
     total, seen, rest = Counter[str](), Counter[str](), list[tuple[str, Wrong]]()
     for wrong in wrong_dims(found):
         total[wrong.kind] += 1
@@ -144,6 +143,7 @@ if __name__ == "__main__":
     for chosen in sys.argv[1:] or zoo.ZOO:
         try:
             own_total, own_seen, rest = survey(chosen)
+            inputs = zoo.describe(chosen, zoo.make(chosen)).example
         except GrowthError as error:
             print(f"{chosen}: {error}".partition("\n")[0])
             continue
@@ -152,7 +152,7 @@ if __name__ == "__main__":
         print(f"{chosen}: {own_total.total()} wrong, {own_seen.total()} seen by permutations", flush=True)  # fmt: skip
         for outcome, wrong in rest:
             if outcome != "refused":
-                depends = matters(zoo.make(chosen), example_inputs(zoo.make(chosen)), wrong.tensor)
+                depends = matters(zoo.make(chosen), inputs, wrong.tensor)
                 print(f"  {outcome}: {wrong.kind}, {wrong.tensor} axis {wrong.axis}; the output depends on it: {depends}")  # fmt: skip
     for kind, n in total.items():
         print(f"{kind}: {n} wrong, {seen[kind]} seen by permutations, {refused[kind]} more by the growth")  # fmt: skip

@@ -131,16 +131,21 @@ def test_weights_that_are_read_past_operations_are_held_in_memory():
 
 @pytest.mark.parametrize(
     "name",
-    ["phi", "olmoe", *(pytest.param(n, marks=pytest.mark.slow) for n in zoo.ZOO if n not in ("phi", "olmoe"))],
+    ["phi", "olmoe", *(pytest.param(n, marks=pytest.mark.slow) for n in zoo.ZOO if n not in ("phi", "olmoe", "wav2vec2"))],
 )  # fmt: skip
 def test_description_by_shapes_is_the_description_by_values(name, monkeypatch):
-    by_values = describe_by_tracing(zoo.make(name))
+    by_values = describe_by_tracing(zoo.make(name), zoo.example(name))
     traced._ALIKE.clear()
     monkeypatch.setattr(hollow, "LARGE", 0)
     model = zoo.make(name)
-    by_shapes = describe_by_tracing(model)
+    by_shapes = describe_by_tracing(model, zoo.example(name))
 
-    asks = name in ("bart_classifier", "llava", "recurrent_gemma")  # their forwards read values
+    asks = name in (
+        "bart_classifier",
+        "llava",
+        "recurrent_gemma",
+        "qwen3_vl",
+    )  # their forwards read values
     assert asks or trace_model(model, by_shapes.example).tape.hollow
     assert by_shapes.reload_problem in (
         "not tried, as the model has more than 0 parameters",
@@ -161,6 +166,8 @@ def test_description_by_shapes_is_the_description_by_values(name, monkeypatch):
     ):
         if name == "llava" and part in ("sizes", "config", "stacks"):
             continue  # a block more is tried by shapes alone, and the check of a growth sees its values
+        if name == "gemma3n" and part == "attributes":
+            continue  # whether a scale grows is seen by values alone, or by the check of a growth
         assert getattr(by_values, part) == getattr(by_shapes, part), part
 
 

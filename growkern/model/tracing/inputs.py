@@ -1,7 +1,7 @@
 """Example inputs of models of transformers, made from their config."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -38,6 +38,8 @@ def example_inputs(model: nn.Module) -> dict[str, object] | None:
             inputs[name] = value.to(first.device, first.dtype if value.is_floating_point() else None)  # fmt: skip
     if not inputs:
         return None
+    if (masked := _masked(model, config, accepted, generator)) is not None:
+        inputs["bool_masked_pos"] = masked.to(first.device)
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     return inputs
@@ -80,6 +82,16 @@ def _pixels(config: Any, generator: torch.Generator) -> Tensor | None:
         return None
     height, width = (size, size) if isinstance(size, int) else size
     return torch.randn(BATCH, getattr(own, "num_channels", 3), height, width, generator=generator)
+
+
+def _masked(model: nn.Module, config: Any, accepted: Collection[str], generator: torch.Generator) -> Tensor | None:  # fmt: skip
+    """Return which patches of an image a mask token replaces, in a model that has one and passes the argument on."""
+    named = (name for name, _ in model.named_parameters() if name.endswith("mask_token"))
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    takes = {"bool_masked_pos", "kwargs"} & {*accepted}
+    if not takes or not isinstance(size, int) or not isinstance(patch, int) or not any(named):
+        return None
+    return torch.rand(BATCH, (size // patch) ** 2, generator=generator) < 0.5
 
 
 def _features(config: Any, generator: torch.Generator) -> Tensor | None:

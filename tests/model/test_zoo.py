@@ -1,0 +1,73 @@
+"""Models of the zoo: those of transformers that no family describes, and those of other code, where it is installed."""
+
+import pytest
+import torch
+import zoo
+from zoo_published import PUBLISHED
+
+import growkern
+from growkern.errors import UnsupportedModelError
+
+HIDDEN, HEADS = {"hidden", "ffn", "heads"}, {"hidden", "ffn", "heads", "kv_heads"}
+GROWS = {  # sizes that grow
+    "mamba2": set(),
+    "llama4_text": {*HEADS, "ffn2"},
+    "gemma3n": {*HEADS, "hidden2", "ffn3"},
+    "jamba": {*HEADS, "ffn2", "ffn3"},
+    "qwen3_next": HEADS,
+    "lfm2": HEADS,
+    "dinov2": HIDDEN,
+    "qwen3_vl": {*HEADS, "hidden2", "ffn2", "ffn3"},
+    "nanogpt": HIDDEN,
+    "nanochat": {"ffn3", "heads", "kv_heads"},  # its forward slices hidden by a literal
+    "litgpt_llama": HEADS,
+    "litgpt_pythia": HIDDEN,
+    "torchtune_llama3": HEADS,
+    "x_transformers": {"hidden", "ffn"},  # a closure holds its heads
+    "timm_vit": HIDDEN,
+    "timm_eva02": {"hidden", "hidden2", "heads"},
+    "torch_transformer": HIDDEN,
+}
+
+
+@pytest.mark.parametrize("name", [n for n in [*zoo.ZOO, *PUBLISHED] if n != "wav2vec2"])
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # packages warn, such as torchtune of its norms in float64
+def test_model_of_the_zoo_grows_exactly_and_loads_again(name):
+    try:
+        spec = zoo.describe(name, zoo.make(name))
+    except ImportError as error:
+        pytest.skip(f"{name}: {error}")
+    deeper = {stack.size: spec.sizes[stack.size] + 1 for stack in spec.stacks}
+    twice = zoo.targets(spec, 2.0)
+    assert twice.keys() == GROWS.get(name, twice.keys())
+
+    error, model, before, given = zoo.grown(name, twice | deeper)
+
+    assert error < 1e-5  # norms of transformers round to float32, and post-norm blocks have epsilons  # fmt: skip
+    if name not in PUBLISHED and not spec.reload_problem:
+        again = type(model)(model.config).double().eval()
+        again.load_state_dict(model.state_dict())
+        assert zoo.difference(zoo.output(again, given), before) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dinov2", "siglip_vision", "mamba"])
+def test_state_after_a_growth_is_that_of_the_gradients_of_the_grown_model(name):
+    spec = zoo.describe(name, zoo.make(name))
+
+    assert zoo.state_error(name, zoo.targets(spec, 2.0)) < 1e-5
+
+
+def test_a_parametrized_weight_is_refused_by_name():
+    with pytest.raises(UnsupportedModelError, match=r"pos_conv_embed\.conv: is parametrized"):
+        growkern.describe(zoo.make("wav2vec2"))
+
+
+def test_patches_are_masked_where_a_mask_token_would_not_be_reached():
+    model = zoo.make("dinov2")
+    spec = growkern.describe(model)
+
+    assert 0 < int(spec.example["bool_masked_pos"].sum()) < spec.example["bool_masked_pos"].numel()
+    with pytest.raises(UnsupportedModelError, match="mask_token: the forward does not use it"):
+        growkern.describe(zoo.make("dinov2"), inputs={"pixel_values": torch.randn(2, 3, 32, 32).double()})  # fmt: skip
