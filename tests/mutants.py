@@ -749,7 +749,7 @@ MUTANTS = {
     "dcp: stored options are not loaded": Mutant(
         "checkpoints/dcp_load.py", "group |= options", "pass", "checkpoints/test_dcp.py -k at_load_as"),
     "attributes: a quotient of sizes is a float": Mutant(
-        "commit/commit.py", "            value = int(value)", "            pass", "engine/test_forward_check.py -k quotient"),
+        "support/names.py", "int(value) if type(held) is int else value", "value", "engine/test_forward_check.py -k quotient"),
     "attributes: an int becomes a fraction": Mutant(
         "engine/run.py", "    refuse_fractions(plan, model)\n", "", "engine/test_forward_check.py -k quotient"),
     "fsdp: gains shift by those of the first shard": Mutant(

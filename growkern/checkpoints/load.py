@@ -197,7 +197,7 @@ def absurd(fields: Mapping[str, Any], kind: Any, n_stored: int) -> Iterator[str]
             yield f"{shown}: is no field of a {kind.config_class.__name__}; leave the field out."
         elif flaw := _flaw(value, NESTING):
             yield f"{shown}: {flaw}; correct the field."
-        elif count and isinstance(value, int | float) and value > limit:
+        elif count and isinstance(value, int | float) and not 0 <= value <= limit:
             yield f"{shown}: is {short(value)}, and {n_stored} tensors are stored; correct the field."
 
 

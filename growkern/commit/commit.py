@@ -23,10 +23,12 @@ from growkern.support.interrupts import uninterrupted
 from growkern.support.named_tensors import Tensors
 from growkern.support.names import (
     canonical,
+    entry_of,
     named_buffers,
     named_modules,
     named_parameters,
     submodule,
+    with_entry,
 )
 
 if TYPE_CHECKING:
@@ -288,14 +290,10 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo, record: str) -> 
     modules: dict[str, Any] = dict(named_modules(model, remove_duplicate=False))
     for path, value in plan.attributes.items():
         owner, _, name = path.rpartition(".")
-        module = modules[owner]
+        module, (name, index) = modules[owner], entry_of(name)
         before: Any = getattr(module, name)
-        if type(before) is int:
-            value = int(value)  # a quotient of sizes is a float
-        after: Any = (*before[:-1], value) if isinstance(before, tuple) else value
-        if isinstance(before, torch.Tensor):
-            undo.attribute(module, name, torch.full_like(before, value))
-        elif after != before:
+        after: Any = with_entry(before, index, value)
+        if isinstance(before, torch.Tensor) or after != before:
             undo.attribute(module, name, after)
     for path, factor in plan.eps.items():
         owner, _, name = path.rpartition(".")

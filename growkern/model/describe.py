@@ -19,7 +19,7 @@ from growkern.model.tracing.forward import Inputs
 from growkern.model.tracing.template import altered, describe_by_hint
 from growkern.model.tracing.traced import TracedSpec, describe_by_tracing, known_inputs
 from growkern.model.wrappers import wrappers
-from growkern.support.names import named_buffers, named_modules, named_parameters
+from growkern.support.names import entry_of, named_buffers, named_modules, named_parameters
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PACKAGES = "transformers", "torch"  # of the classes that families describe
@@ -170,8 +170,10 @@ def refuse_unknown(kind: type) -> None:
 
 def _unknown(kind: type) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"no family describes {kind.__module__}.{kind.__name__}. Known: {', '.join(FAMILIES)} (of transformers and torch.nn). "
-        "Pass spec=growkern.describe(model, inputs=batch) to trace its forward, or spec=ModelSpec(...) to describe it yourself."
+        f"no family describes {kind.__module__}.{kind.__name__}, and no inputs can be made from its config (`growkern families` prints the "
+        f"{len(FAMILIES)} known classes). Pass spec=growkern.describe(model, inputs=batch) to trace its forward on a batch, "
+        "spec=growkern.describe(model, hints=growkern.Hint(...)) for a class that is built from a config alone, or spec=ModelSpec(...) to "
+        "describe it yourself."
     )
 
 
@@ -280,7 +282,8 @@ def _uncovered(
             if module._buffers[name] is not None and name not in module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
         }
     yield from (
-        f"{name}: the spec does not cover this tensor; name every parameter and persistent buffer in ModelSpec.tensors."
+        f"{name}: the spec does not cover this tensor; name every parameter and persistent buffer in ModelSpec.tensors, or "
+        "pass spec=growkern.describe(model, inputs=batch) to trace the forward."
         for name in sorted(must - set(spec.tensors))
     )
     yield from (
@@ -307,7 +310,7 @@ def _absent(
     """Yield attributes, modules, sizes, stream writers and blocks that the spec names and the model does not have."""
     for where in (*spec.attributes, *(f"config.{name}" for name in spec.config)):
         owner, _, name = where.rpartition(".")
-        if where in spec.attributes and not hasattr(modules.get(owner), name):
+        if where in spec.attributes and not hasattr(modules.get(owner), entry_of(name)[0]):
             yield f"{where}: the spec names this attribute, but the model does not have it; leave it out."
         module = owner.removeprefix("config").removeprefix(".")
         if where not in spec.attributes and module not in modules:

@@ -78,15 +78,7 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
     if not problems:
         problems += _long_axes(spec, target)
     if not problems and target == dict(source):
-        problems.append(
-            f"every target equals its source ({', '.join(f'{k}={v}' for k, v in source.items())}); name a "
-            f"{'smaller' if shrink else 'larger'} size."
-            + "".join(
-                f" {size} cannot grow: {why}."
-                for size, why in spec.fixed.items()
-                if width_of(size) in WIDTHS
-            )
-        )
+        problems.append(_nothing_changes(spec, shrink))
     raise_all(
         PlanError,
         f"cannot {'shrink' if shrink else 'grow'} {spec.family} to {short(to, 300)}:",
@@ -102,6 +94,18 @@ def wrong_target(to: object, known: str = "size names") -> Iterator[str]:
         yield f"cannot read to={short(to)}; pass a factor such as '2x' or '1.5x', or a mapping of {known}."
     elif strange := [name for name in named if not isinstance(name, str)]:
         yield f"cannot read to={short(to)}: {short(strange[0])} is no name of a size; pass a mapping of {known}."  # pyright: ignore
+
+
+def _nothing_changes(spec: ModelSpec, shrink: bool) -> str:
+    """Return the problem of a target that is the source: the sizes, those that are fixed and why, and the way out."""
+    sizes = (
+        ", ".join(f"{k}={v}" for k, v in spec.sizes.items()) or "no size was found that can grow"
+    )
+    fixed = "".join(f" {size} cannot grow: {why}." for size, why in spec.fixed.items() if size != "head_dim")  # fmt: skip
+    out = f"name a {'smaller' if shrink else 'larger'} size"
+    if spec.sizes.keys() <= spec.fixed.keys():
+        out = "print(growkern.describe(...)) shows why each axis is fixed; pass spec=ModelSpec(...) to describe the model yourself"
+    return f"every target equals its source ({sizes}); {out}.{fixed}"
 
 
 def _groups(source: Mapping[str, int], target: Mapping[str, int], shrink: bool) -> Iterator[str]:
@@ -169,6 +173,7 @@ def _named(spec: ModelSpec, to: Target, problems: list[str], shrink: bool) -> di
         if name not in spec.sizes:
             close = get_close_matches(short(name).strip("'"), spec.sizes, 1)
             hint = f"did you mean {close[0]!r}? " if close else ""
+            hint = f"it cannot grow: {spec.fixed[name]}; " if name in spec.fixed else hint
             problems.append(
                 f"unknown size {short(name)}: {hint}sizes of {spec.family}: {', '.join(spec.sizes)}."
             )
@@ -262,6 +267,8 @@ def stays(spec: ModelSpec, sizes: Mapping[str, int]) -> Iterator[str]:
         if grown and width_of(size) in WIDTHS and sizes.get(size, 0) == spec.sizes.get(size):
             only = "" if size in spec.fixed else "it grows by whole multiples only, because "
             yield f"{size} stays at {sizes[size]}: {only}{why}"
+        elif grown and width_of(size) in WIDTHS and size not in spec.sizes:
+            yield f"{size} cannot grow: {why}"
 
 
 def _hidden_is_heads(
@@ -287,6 +294,13 @@ def _hidden_is_heads(
         )
     else:
         target["heads"] = target["hidden"] // head_dim
+        for name, n in spec.sizes.items():
+            base = width_of(name)  # of a model with several towers
+            if base in ("hidden", "heads") and target[name] * spec.sizes[base] != n * target[base]:
+                problems.append(
+                    f"{name}: the target of {n} is {target[name]}, but {base} of this {spec.family} grows from {spec.sizes[base]} to "
+                    f"{target[base]}, and both grow by one factor; name hidden alone, with a factor that gives whole sizes."
+                )
 
 
 def _whole(n: int, ratio: Fraction) -> int:

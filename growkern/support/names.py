@@ -5,7 +5,9 @@ compares names with a spec, with plans and with records, in which no wrapper is.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 HELD = "_orig_mod", "_checkpoint_wrapped_module"  # name of the wrapped module in its wrapper
@@ -50,3 +52,20 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
     while (held := wrapped_in(module)) is not None:
         module = held
     return module
+
+
+def entry_of(name: str) -> tuple[str, int]:
+    """Return the attribute and the index that ``"attribute[index]"`` names; the last entry is named by the attribute alone."""
+    attribute, _, index = name.partition("[")
+    return attribute, int(index[:-1]) if index else -1
+
+
+def with_entry(held: Any, index: int, value: float) -> Any:
+    """Return the value of an attribute after a size has changed: an entry of a tuple or list, the number in a tensor, or all of it."""
+    if isinstance(held, Tensor):
+        return torch.full_like(held, value)
+    if isinstance(held, tuple | list):
+        own: list[Any] = [*held]  # pyright: ignore[reportUnknownArgumentType]
+        own[index] = with_entry(own[index], -1, value)
+        return tuple(own) if isinstance(held, tuple) else own
+    return int(value) if type(held) is int else value  # a quotient of sizes is a float

@@ -144,6 +144,7 @@ CONFIGS = {
     "nan inside": (dict(rope_parameters={"a": [float("nan")]}), "rope_parameters: contains NaN"),
     # large enough to break the bounds, and not the machine of a test that fails
     "depth": (dict(num_hidden_layers=20_000), r"num_hidden_layers: is 20000, and \d+ tensors"),
+    "depth below 0": (dict(num_hidden_layers=-1), r"num_hidden_layers: is -1, and \d+ tensors"),
     "depth as a float": (dict(num_hidden_layers=1e9), "num_hidden_layers: is 1000000000.0"),
     "labels": (dict(num_labels=300_000), "num_labels: is 300000"),
     "hidden": (dict(hidden_size=10**6), r"a LlamaForCausalLM of [\d,]+ elements, and [\d,]+ are"),

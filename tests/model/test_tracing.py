@@ -639,8 +639,11 @@ def test_what_a_trace_cannot_know_does_not_grow_and_the_rest_is_exact(kind, gone
 
     assert gone in spec.fixed or gone not in spec.sizes
     plan = growkern.plan(model, spec=spec, to="2x")
-    if gone in spec.fixed:
+    assert spec.fixed[gone] in str(spec)
+    if gone in spec.sizes:
         assert f"{gone} stays at {spec.sizes[gone]}: {spec.fixed[gone]}" in str(plan)
+    elif gone != "layers":
+        assert f"{gone} cannot grow: {spec.fixed[gone]}" in str(plan)
     assert plan.target_sizes["ffn"] == 2 * spec.sizes["ffn"]
     growkern.expand_inplace(model, spec=spec, plan=plan)
 

@@ -15,7 +15,6 @@ from growkern.model.tracing.modes import training
 WIDE, NARROW = {"hidden", "ffn", "heads", "layers"}, {"ffn", "heads", "layers"}
 # what grows: less than a decoder without a trap, or other sizes; everything else grows in all of WIDE
 GROWS = {
-    "CachedSplit": {"hidden", "ffn", "layers"},
     "Grouped": {"hidden", "ffn", "ffn2", "heads", "layers"},
     "Doubled": {"hidden", "ffn", "ffn2", "heads", "layers"},
     "Halves": {"hidden", "ffn", "ffn2", "heads", "layers"},

@@ -109,8 +109,7 @@ def candidates(model: nn.Module, tape: Tape, spaces: Spaces) -> dict[Key, list[O
         known = cached_sizes(type(holder)) if hasattr(holder, "weight") else dict[str, int]()
         kept: Any = vars(holder).get("_non_persistent_buffers_set", ())
         own_fields: dict[str, Any] = vars(holder) | {name: vars(holder)["_buffers"][name] for name in kept}  # fmt: skip
-        for name, held in own_fields.items():
-            value = last_of(held)  # as in normalized_shape
+        for name, held, value in _entries(own_fields, path != CONFIG):
             rounded = (
                 1e-9
                 if held is value
@@ -131,11 +130,16 @@ def candidates(model: nn.Module, tape: Tape, spaces: Spaces) -> dict[Key, list[O
     return result
 
 
-def last_of(held: Any) -> Any:
-    """Return the last entry of a tuple and the number in a tensor without axes, any other value as it is."""
-    if isinstance(held, Tensor) and held.dim() == 0 and held.is_floating_point() and not held.is_meta:  # fmt: skip
-        return float(held)
-    return held[-1] if isinstance(held, tuple) and held else held  # pyright: ignore
+def _entries(own: Mapping[str, Any], every: bool) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name, attribute and value: the number in a tensor without axes, and the last entry of a tuple or list, or every one."""
+    for name, held in own.items():
+        value = held
+        if isinstance(held, Tensor) and held.dim() == 0 and held.is_floating_point() and not held.is_meta:  # fmt: skip
+            value = float(held)
+        elif isinstance(held, tuple | list) and held:
+            *others, value = held  # pyright: ignore[reportUnknownVariableType]
+            yield from ((f"{name}[{i}]", held, x) for i, x in enumerate(others) if every)  # pyright: ignore
+        yield name, held, value
 
 
 def _powers(value: float, sizes: Mapping[str, int], rounded: float) -> Iterator[Power]:
@@ -248,7 +252,7 @@ class Search:
             values = {k: _value(e, all_sizes) for k, e in self.choice(ranks).items()}
             before = set_values(grown, values)
             outcome = run_against(grown, self.inputs, self.tape.steps, atoms_at, expected, self.tape.scalings)  # fmt: skip
-            for held, name, value in before:
+            for held, name, value in reversed(before):
                 held[name] = value
             return outcome
 
@@ -328,10 +332,10 @@ def find_attributes(search: Search) -> Attributes:
             if passed(own, search.limit):
                 kept, ranks = [*kept, *unit], tried
             else:
-                result.fixed |= dict.fromkeys(
-                    [s for s in unit if s in free],
-                    own.blame or f"its growth moves the output by {own.error:.1e}",
-                )
+                why = own.blame or f"its growth moves the output by {own.error:.1e}"
+                if "heads" not in spaces.sizes and any(a.size == spaces.sizes.get(unit[0]) for a in spaces.head_dims):  # fmt: skip
+                    why = f"one head is as long as {unit[0]}, and attention multiplies activations over it ({why})"
+                result.fixed |= dict.fromkeys([s for s in unit if s in free], why)
         free = [s for s in free if s in kept]
     alone = {
         unit: search.outcomes(trial_sizes(spaces, unit), ranks, 0)[0]

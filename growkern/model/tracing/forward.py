@@ -127,7 +127,12 @@ def evaluated(model: nn.Module) -> Generator[None]:
     model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        kind = next((p.device.type for p in model.parameters()), "cpu")
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            torch.autocast(kind, enabled=False),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -25,6 +25,7 @@ class Spaces:
         fixed: Atom that cannot grow -> reason -> module.
         normed: Atoms that norms are over, each by itself.
         head_dims: Atoms inside heads.
+        lost: Size that no atom has, because all atoms of its kind are fixed -> why.
     """
 
     names: dict[Dim, str] = field(default_factory=dict[Dim, str])
@@ -32,6 +33,7 @@ class Spaces:
     fixed: dict[Dim, dict[str, str]] = field(default_factory=dict[Dim, dict[str, str]])
     normed: set[Dim] = field(default_factory=set[Dim])
     head_dims: set[Dim] = field(default_factory=set[Dim])
+    lost: dict[str, str] = field(default_factory=dict[str, str])
 
     def size_of(self, atom: Dim) -> str | None:
         """Return the size that an atom belongs to, None for a fixed one."""
@@ -80,12 +82,13 @@ def name_spaces(
             atom.keeps_size.setdefault("one tensor has it alone", "")
     found = _heads(weights, products, axes)
     special = found.heads | found.group | found.inside
-    spaces = Spaces(head_dims=found.inside)
+    spaces, normed = Spaces(head_dims=found.inside), set[Dim]()
     for norm in norms:
         own = {a for d in norm.over for a in atoms(d)}
         free = [a for a in own if a in axes and not (a.keeps_size or a.keeps_order.keys() - {OUTPUT})]  # fmt: skip
         if len(own) == 1 or len(free) == 1:
-            spaces.normed |= own - special
+            normed |= own
+    spaces.normed = normed - special
     for atom in axes:
         why = atom.keeps_order | atom.keeps_size
         if atom in spaces.normed and axes[atom] > SHARED:
@@ -98,10 +101,16 @@ def name_spaces(
     hidden = [a for a in free if a in spaces.normed and axes[a] > SHARED and a not in special]
     _number(spaces, "hidden", hidden, axes)
     _number(spaces, "ffn", [a for a in free if a not in {*hidden, *special}], axes)
-    _name_heads(spaces, found, free, axes)
+    _name_heads(spaces, found, free, axes, _beside(spaces, weights, found.heads))
     for atom in free:
         if atom not in spaces.names:
             spaces.fixed.setdefault(atom, {"growkern has no name for it": ""})
+    for size, own in {"hidden": {a for a in normed if axes[a] > SHARED}, "heads": found.heads}.items():  # fmt: skip
+        why = [reason for a in axes if a in own for reason in spaces.fixed.get(a, ())]
+        if why and size not in spaces.sizes:
+            spaces.lost[size] = next((w for w in why if w != OUTPUT), why[0])
+    if "hidden" not in {**spaces.sizes, **spaces.lost}:
+        spaces.lost["hidden"] = f"no norm is over an axis that more than {SHARED} tensors have"
     return spaces
 
 
@@ -139,12 +148,23 @@ def _factored(weights: Mapping[str, Sequence[Dim]]) -> Iterator[list[Dim]]:
                     yield own
 
 
-def _number(spaces: Spaces, kind: str, found: Sequence[Dim], axes: Mapping[Dim, int]) -> None:
-    """Name the atoms of one kind: a size of its own for every length, the most used first."""
+def _beside(spaces: Spaces, weights: Mapping[str, Sequence[Dim]], heads: set[Dim]) -> dict[int, str]:  # fmt: skip
+    """Return number of heads -> size of the residual stream that the weights with these heads read or write."""
+    found: dict[int, str] = {}
+    for dims in weights.values():
+        own = [a for d in dims for a in atoms(d)]
+        for size in filter(None, map(spaces.size_of, own)):
+            if size.startswith("hidden"):
+                found |= {a.size: min(size, found.get(a.size, size)) for a in own if a in heads}
+    return found
+
+
+def _number(spaces: Spaces, kind: str, found: Sequence[Dim], axes: Mapping[Dim, int], beside: Mapping[int, str] = {}) -> None:  # fmt: skip
+    """Name the atoms of one kind: a size of its own for every length, those beside ``hidden`` first, then the most used."""
     by_size: dict[int, list[Dim]] = defaultdict(list)
     for atom in found:
         by_size[atom.size].append(atom)
-    order = sorted(by_size, key=lambda n: -sum(axes[a] for a in by_size[n]))
+    order = sorted(by_size, key=lambda n: (beside.get(n, ""), -sum(axes[a] for a in by_size[n])))
     for k, n in enumerate(order):
         size = f"{kind}{k + 1}" if k else kind
         space = size.replace("hidden", HIDDEN)
@@ -154,18 +174,20 @@ def _number(spaces: Spaces, kind: str, found: Sequence[Dim], axes: Mapping[Dim, 
             spaces.names[atom] = space if alone else f"{space}.{j}"
 
 
-def _name_heads(spaces: Spaces, found: _Heads, free: Sequence[Dim], axes: Mapping[Dim, int]) -> None:  # fmt: skip
+def _name_heads(
+    spaces: Spaces, found: _Heads, free: Sequence[Dim], axes: Mapping[Dim, int], beside: Mapping[int, str]
+) -> None:  # fmt: skip
     grouped = {kv for kv, _ in found.pairs}
     pairs = [(kv, g) for kv, g in found.pairs if kv in free and g in free]
     plain = [a for a in free if a in found.heads - grouped]
     if not pairs:
-        _number(spaces, "heads", plain, axes)
+        _number(spaces, "heads", plain, axes, beside)
         return
     if len({(kv.size, g.size) for kv, g in pairs}) > 1:
         for pair in pairs:
             for atom in pair:
                 spaces.fixed[atom] = {"the model has several kinds of grouped heads": ""}
-        _number(spaces, "heads", plain, axes)
+        _number(spaces, "heads", plain, axes, beside)
         return
     kv_heads, group = pairs[0][0].size, pairs[0][1].size
     spaces.sizes |= {"heads": kv_heads * group, "kv_heads": kv_heads}

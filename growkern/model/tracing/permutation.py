@@ -5,16 +5,19 @@ take no memory, but where the forward reads weights in other ways than by operat
 """
 
 from collections.abc import Mapping, Sequence
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from growkern.model.tracing.forward import Inputs, evaluated, main_output, tried
+from growkern.errors import UnsupportedModelError
+from growkern.model.tracing.forward import Inputs, evaluated, main_output, modules_entered, tried
 from growkern.model.tracing.naming import OUTPUT
 from growkern.model.tracing.permuted import PermutedWeights, Weight
 from growkern.model.tracing.terms import Dim, atoms, coordinates, find
 from growkern.model.tracing.trial import Tensors, grown_copy, mapped, tolerance
+from growkern.support.names import named_modules
 
 SEEDS = 0, 1
 
@@ -37,10 +40,23 @@ def permutation_error(
 
     Returns:
         The error; infinity if a forward fails, or there is no output to compare.
+
+    Raises:
+        UnsupportedModelError: A module's forward is a function that runs modules of the model, also in a copy of the model.
     """
     every = dict.fromkeys(a for dims in own.dims.values() for d in dims for a in atoms(d))
     free = [a for a in every if not a.keeps_order.keys() - {OUTPUT}]
-    held, before = False, _run(model, inputs, own, {}, False)
+    entered = set[str]()
+    with modules_entered(model, [], entered):
+        held, before = False, _run(model, inputs, own, {}, False)
+    bound = [path for path, m in named_modules(model) if isinstance(vars(m).get("forward"), FunctionType)]  # fmt: skip
+    if bound and entered:
+        at = ", ".join(path or "the model" for path in bound[:3])
+        raise UnsupportedModelError(
+            f"cannot describe {type(model).__name__} by tracing: the forward of {at} is a function that was assigned to the module and "
+            f"keeps {min(entered) or 'the model'} of this model, so that growkern cannot test it on a copy; assign a method, "
+            "module.forward = types.MethodType(function, module), in which modules are found by self."
+        )
     if not isinstance(before, Tensor) or bool(before.isnan().any()):
         held, before = True, _run(model, inputs, own, {}, True)
     if not isinstance(before, Tensor):

@@ -10,6 +10,7 @@ from growkern.model.tracing.terms import Conflict, Dim, atoms, view
 from growkern.model.tracing.values import Stream, Value
 
 MEET = "activations meet in a product over it"
+COMBINED = "a matrix that the forward computes from several weights, such as W + B @ A, is multiplied with it"
 
 
 def contract(tape: Tape, call: Call, a: Value, b: Value, axis_a: int, axis_b: int, out: Stream) -> None:  # fmt: skip
@@ -23,7 +24,7 @@ def contract(tape: Tape, call: Call, a: Value, b: Value, axis_a: int, axis_b: in
         elif a.weight:
             tape.use(a, "reader", b.stream, [axis_a])
         else:
-            tape.keep_size(a.dims[axis_a], MEET)
+            tape.keep_size(a.dims[axis_a], MEET if a.given and b.given else COMBINED)
     else:
         constant, own, axis = (a, b, axis_b) if b.learned else (b, a, axis_a)
         if own.weight:

@@ -1,5 +1,6 @@
 """Containers of like blocks -> the stacks that depth growth repeats, with the tensors that make a block the identity."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,19 +11,39 @@ from growkern.model.layers import post_norm_eps_reason
 from growkern.model.spec import Blocks
 from growkern.model.tracing.naming import Spaces
 from growkern.model.tracing.terms import Dim, atoms
+from growkern.model.tracing.trial import CONFIG, configs_of
 from growkern.model.tracing.values import Norm, Stream, Use
 from growkern.support.names import named_modules
 
 UNLIKE = "its blocks differ"
+COUNTS = re.compile("layer|depth|block")  # in names of attributes
 
 
 @dataclass
 class Stacks:
-    """The stacks of a model, their sizes, and why other containers cannot gain blocks."""
+    """The stacks of a model.
+
+    Attributes:
+        blocks: The stacks.
+        sizes: Size of each stack -> its number of blocks.
+        reasons: Path of a container that cannot gain blocks -> why.
+        lost: Size of a stack that cannot gain blocks -> why.
+        counted: Module, and its attribute that counts the blocks of a stack -> size of the stack.
+    """
 
     blocks: list[Blocks] = field(default_factory=list[Blocks])
     sizes: dict[str, int] = field(default_factory=dict[str, int])
     reasons: dict[str, str] = field(default_factory=dict[str, str])
+    lost: dict[str, str] = field(default_factory=dict[str, str])
+    counted: dict[tuple[str, str], str] = field(default_factory=dict[tuple[str, str], str])
+
+    def counts(self, in_config: bool) -> dict[str, str]:
+        """Return the attributes of modules that count blocks, or such fields of configs -> size."""
+        return {
+            name if in_config else f"{path}.{name}".lstrip("."): size
+            for (path, name), size in self.counted.items()
+            if (path == CONFIG) == in_config
+        }
 
 
 def find_stacks(
@@ -52,6 +73,11 @@ def find_stacks(
         size = f"layers{len(result.blocks) + 1}" if result.blocks else "layers"
         result.blocks.append(replace(stack, size=size))
         result.sizes[size] = len(blocks)
+    if not result.blocks:
+        why = [f"{path} gains no blocks: {why}" for path, why in result.reasons.items()]
+        result.lost["layers"] = next(
+            iter(why), "no ModuleList, Sequential or numbered ModuleDict holds its blocks"
+        )
     return result
 
 
@@ -95,6 +121,14 @@ def copied_at_the_end(stack: Blocks, n: int) -> int:
     if not stack.next_kinds:
         return n - 1
     return max(i for i, kind in enumerate(stack.kinds) if kind == stack.kinds_at(n + 1)[-1])
+
+
+def counted(model: nn.Module, stack: Blocks, n: int) -> list[tuple[str, str]]:
+    """Return the attributes of the modules around a stack, and the fields of their plain configs, that may count its blocks."""
+    around = [(path, vars(m)) for path, m in named_modules(model) if not path or stack.path.startswith(f"{path}.")]  # fmt: skip
+    around += [(CONFIG, vars(c)) for c in configs_of(model) if not hasattr(c, "to_dict")]
+    held = [(path, name, value) for path, own in around for name, value in own.items()]
+    return [(path, name) for path, name, value in held if type(value) is int and value == n and COUNTS.search(name)]  # fmt: skip
 
 
 def turn_of(kinds: Sequence[int]) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ def table_of(
     """
     pins = {name: _pins(weights.get(spec.ties.get(name, name), ()), spaces) for name in spec.tensors}  # fmt: skip
     notes = [f"{path} gains no blocks: {why}" for path, why in reasons.items()]
+    notes = [note for note in notes if note not in spec.fixed.values()]
     if problem:
         notes.append(f"a checkpoint of a grown model may not load: {problem}")
     notes.append(f"traced on {', '.join(_named(inputs))}")

@@ -32,7 +32,7 @@ from growkern.model.tracing.reload import merge_hidden, not_reloaded
 from growkern.model.tracing.roles import EPS, Roles, find_roles
 from growkern.model.tracing.rules import trace
 from growkern.model.tracing.scalings import powers, settled
-from growkern.model.tracing.stacks import UNLIKE, Stacks, copied_at_the_end, find_stacks
+from growkern.model.tracing.stacks import UNLIKE, Stacks, copied_at_the_end, counted, find_stacks
 from growkern.model.tracing.table import table_of
 from growkern.model.tracing.tape import Tape
 from growkern.model.tracing.terms import Dim, atoms, find, keep_size
@@ -291,11 +291,17 @@ def _deepened(found: Trace, plain: ModelSpec, own: Fields) -> ModelSpec:
         source = copied_at_the_end(stack, sizes[stack.size])
         base = f"{stack.path}.{source}."
         own_numbers = [name.removeprefix(base) for name in numbers if name.startswith(base)]
-        why = why or deepened(found.model, found.inputs, tensors, stack, source, fields, own.lists, own_numbers, found.tape)  # fmt: skip
+        given = (found.model, found.inputs, tensors, stack, source, fields, own.lists, own_numbers, found.tape)  # fmt: skip
+        if why is None and (why := deepened(*given)):
+            counts = counted(found.model, stack, sizes[stack.size])
+            if counts and deepened(*given, counts) is None:
+                why = None
+                stacks.counted |= dict.fromkeys(counts, stack.size)
         if why is None:
             kept.append(stack)
             continue
         stacks.reasons[stack.path] = why
+        stacks.lost[stack.size] = f"{stack.path} gains no blocks: {why}"
         del sizes[stack.size], stacks.sizes[stack.size]
         own.sizes = {name: size for name, size in own.sizes.items() if size != stack.size}
     stacks.blocks = kept
@@ -307,7 +313,7 @@ def _deepened(found: Trace, plain: ModelSpec, own: Fields) -> ModelSpec:
 def _complete(found: Trace, plain: ModelSpec, attributes: Attributes, own: Fields) -> TracedSpec:
     spaces = found.spaces
     sizes, coupled = dict(plain.sizes), attributes.coupled or own.coupled
-    fixed = {**plain.fixed, **attributes.fixed}
+    fixed = {**spaces.lost, **found.stacks.lost, **plain.fixed, **attributes.fixed}
     if coupled:
         sizes["head_dim"] = sizes["hidden"] // sizes["heads"]
         fixed["head_dim"] = "attention multiplies activations over it"
@@ -315,8 +321,8 @@ def _complete(found: Trace, plain: ModelSpec, attributes: Attributes, own: Field
     given |= {
         "sizes": sizes,
         "fixed": fixed,
-        "attributes": {**attributes.sizes, **_block_numbers(found)},
-        "config": {**own.sizes, **attributes.config},
+        "attributes": {**attributes.sizes, **_block_numbers(found), **found.stacks.counts(False)},
+        "config": {**own.sizes, **attributes.config, **found.stacks.counts(True)},
         "config_lists": own.lists,
         "config_eps": own.eps,
         "hidden_is_heads": coupled,

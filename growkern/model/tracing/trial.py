@@ -29,7 +29,14 @@ from growkern.model.tracing.scalings import unscaled
 from growkern.model.tracing.tape import SILENT, Step, Tape
 from growkern.model.tracing.terms import Dim, coordinates, size_at
 from growkern.model.tracing.values import Scaling
-from growkern.support.names import named_buffers, named_modules, named_parameters, submodule
+from growkern.support.names import (
+    entry_of,
+    named_buffers,
+    named_modules,
+    named_parameters,
+    submodule,
+    with_entry,
+)
 
 Values = Mapping[tuple[str, str], Any]  # (module, attribute) -> value
 # largest relative difference of equal outputs; norms of transformers round to float32 in any dtype, and norms have epsilons
@@ -181,6 +188,7 @@ def deepened(
     lists: Sequence[str],
     numbers: Sequence[str],
     tape: Tape,
+    counted: Sequence[tuple[str, str]] = (),
 ) -> str | None:
     """Add a block at the end of a stack of a copy; return why the output is not the source's, None if it is.
 
@@ -194,6 +202,7 @@ def deepened(
         lists: Fields that hold one entry per block.
         numbers: Attributes inside a block that hold the number of the block.
         tape: The trace of the source.
+        counted: Attributes of modules that count the blocks.
     """
     grown = grown_copy(model, own, {}, hollow if tape.hollow else None)
     set_config(grown, fields)
@@ -212,6 +221,7 @@ def deepened(
     for name in numbers:  # a cache of keys and values is by the number
         path, _, leaf = name.rpartition(".")
         new.get_submodule(path).__dict__[leaf] = len(blocks)
+    set_values(grown, dict.fromkeys(counted, len(blocks) + 1))
     blocks[str(len(blocks))] = new
     entered = set[str]()
     with evaluated(grown), modules_entered(grown, [], entered), Steps():
@@ -260,13 +270,11 @@ def set_values(model: nn.Module, values: Values) -> list[tuple[dict[str, Any], s
     before = list[tuple[dict[str, Any], str, Any]]()
     for (path, name), value in values.items():
         for holder in configs_of(model) if path == CONFIG else [submodule(model, path)]:
-            held = fields_of(holder, name)
-            if name in held:
-                old = held[name]
-                before.append((held, name, old))
-                held[name] = (*old[:-1], value) if isinstance(old, tuple) else value
-                if isinstance(old, Tensor):
-                    held[name] = torch.full_like(old, value)
+            leaf, index = entry_of(name)
+            held = fields_of(holder, leaf)
+            if leaf in held:
+                before.append((held, leaf, held[leaf]))
+                held[leaf] = with_entry(held[leaf], index, value)
     return before
 
 
