@@ -51,6 +51,15 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = {
+    # pictures
+    "picture: every copy is a first copy": Mutant(
+        "planning/plan_picture.py", 'kind = "further" if seen[source + start] else "first"', 'kind = "first"',
+        "pictures/test_pictures.py -k index_map_of_a_space"),
+    "picture: a growth without a fixed step happens at once": Mutant(
+        "training/outlook.py", "start = (low, high) if step is None", "start = (low, low) if step is None",
+        "pictures/test_pictures.py -k is_a_window"),
+    "html: texts are not escaped": Mutant(
+        "support/html.py", "{escape(text)}", "{text}", "pictures/test_pictures.py -k escapes"),
     # planning: the law, plans and their checks
     "report: the gradient norm takes all copies from the own layer": Mutant(
         "engine/grad_norm.py", "            shares[at] = first\n", "",

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from math import nan
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,12 @@ from growkern.optimizer.update_scale import UpdateScale, scale_of
 from growkern.planning.decisions import DepthMethod, WidthMethod
 from growkern.planning.sizes import Target
 from growkern.support.argument_types import misfits, typed_arguments
+from growkern.support.html import html_lines, html_page, html_table
 from growkern.support.text import short, table
 from growkern.support.wrappers import unwrapped
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Batch = Tensor | Mapping[str, object]
 Method = WidthMethod | DepthMethod | tuple[WidthMethod, DepthMethod]
@@ -72,12 +76,37 @@ class Comparison:
     outcomes: tuple[Outcome, ...]
     n_steps: int
 
+    def plot(self) -> "Figure":
+        """Draw the losses of every method: after the growth, and after the steps, with the loss of the source that trains on.
+
+        Returns:
+            Figure of matplotlib on a transparent background, which light and dark pages show.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is missing; the message has the pip command.
+
+        Example:
+            >>> growkern.compare(model, optim, methods=[Lossless(), Stack()], batch=batches).plot().savefig("methods.png")
+        """
+        from growkern.pictures.comparison import draw
+
+        rows = [(o.method, o.loss, o.loss_after) for o in self.outcomes if o.refused is None]
+        return draw(rows, self.n_steps, self._refused())
+
     def __str__(self) -> str:
-        head = [
+        return "\n\n".join([table(self._head(), self._rows()), *self._refused()])
+
+    def _repr_html_(self) -> str:
+        return html_page("Comparison of growth methods", html_table(self._head(), self._rows()), html_lines(self._refused()))  # fmt: skip
+
+    def _head(self) -> list[str]:
+        return [
             "method", "preserves", "logits off by", "loss", f"after {self.n_steps} steps", "gradient norm", "dead", "equal",
             "parameters", "seconds", "MB",
         ]  # fmt: skip
-        rows = [
+
+    def _rows(self) -> list[list[str]]:
+        return [
             [
                 outcome.method, outcome.preserves, f"{outcome.logits_error:.1e}", f"{outcome.loss:.4f}", f"{outcome.loss_after:.4f}",
                 f"x {outcome.grad_norm:.3g}", f"{outcome.n_dead:,}", f"{outcome.n_equal:,}", f"{outcome.n_params:,}",
@@ -86,10 +115,11 @@ class Comparison:
             for outcome in self.outcomes
             if outcome.refused is None
         ]  # fmt: skip
-        refused = [
+
+    def _refused(self) -> list[str]:
+        return [
             f"{outcome.method}: {outcome.refused}" for outcome in self.outcomes if outcome.refused
         ]
-        return "\n\n".join([table(head, rows), *refused])
 
 
 @typed_arguments(PlanError, "to", "batch", "optim", model=UnsupportedModelError)

@@ -2,11 +2,17 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from growkern.planning.growth_plan import KEPT, Preserves
+from growkern.support.html import html_lines, html_page, html_table
 from growkern.support.text import table
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 N_STEPS = 3  # the longest, in the text of a report
+SIZES = ["size", "source", "target", ""]
 
 
 @dataclass(frozen=True)
@@ -116,64 +122,105 @@ class GrowthReport:
         """Number of added blocks."""
         return len(self.new_blocks)
 
-    def __str__(self) -> str:
-        rows: list[tuple[object, ...]] = [
-            (name, f"{n:,}", f"{m:,}", f"x {m / n:.4g}" if n else "")
-            for name, n in self.source_sizes.items()
-            if (m := self.target_sizes[name]) != n
-        ]
-        ratio = self.n_params_target / max(1, self.n_params_source)
-        rows.append(
-            (
-                "parameters",
-                f"{self.n_params_source:,}",
-                f"{self.n_params_target:,}",
-                f"x {ratio:.4g}",
+    def plot(self) -> "Figure":
+        """Draw the report: what grew, the time of every step, bytes, learning-rate factors, and the gradient-norm factor.
+
+        Returns:
+            Figure of matplotlib on a transparent background, which light and dark pages show.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is missing; the message has the pip command.
+
+        Example:
+            >>> growkern.expand_inplace(model, optim).plot().savefig("growth.png")
+        """
+        from growkern.pictures.report import draw
+
+        rows = [*self._grown(), ("parameters", self.n_params_source, self.n_params_target)]
+        steps = [(name, s, f"{s:.3g} s") for name, s in self.steps.items()]
+        memory = [
+            (name, float(n), _size(n))
+            for name, n in (
+                ("read", self.n_bytes_read), ("written", self.n_bytes_written), ("received", self.n_bytes_received),
+                ("peak beyond the source", self.peak_bytes),
             )
+        ]  # fmt: skip
+        factors = [(text, float(n), f"{n:,}") for text, n in self._factors().items()]
+        applied = "" if self.lr_applied or not factors else " (recommended, not applied)"
+        norm = dict(self._norm()).get("gradient norm")
+        return draw(
+            f"{self._title()}, {self._preserved()}", rows, (f"time: {self.seconds:.3g} s", steps), memory,
+            (f"tensors per learning-rate factor{applied}", factors), f"gradient norm {norm}" if norm else "",
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        facts = "\n".join(f"{k:<20} {v}" for k, v in self._facts())
+        text = [self._title(), table(SIZES, self._rows()), facts]
+        return "\n\n".join(
+            [*text, *(["\n".join(f"note: {note}" for note in self.notes)] if self.notes else [])]
         )
-        seconds = max(self.seconds, 1e-9)
-        rate = (self.n_bytes_read + self.n_bytes_written) / seconds / 1e9
-        received = f"{_size(self.n_bytes_received)} received, " if self.n_bytes_received else ""
-        preserved = KEPT.get(self.preserves, "nothing: ").removeprefix("preserves ")
+
+    def _repr_html_(self) -> str:
+        notes = html_lines([f"note: {note}" for note in self.notes])
+        return html_page(
+            self._title(), html_table(SIZES, self._rows()), html_table(["", ""], self._facts()), notes
+        )  # fmt: skip
+
+    def _title(self) -> str:
+        shrank = any(self.target_sizes[name] < n for name, n in self.source_sizes.items())
+        return f"{'Shrank' if shrank else 'Grew'} {self.family}"
+
+    def _grown(self) -> list[tuple[str, int, int]]:
+        """Return name, source size and target size of every size that changed."""
+        return [(k, n, m) for k, n in self.source_sizes.items() if (m := self.target_sizes[k]) != n]
+
+    def _rows(self) -> list[tuple[object, ...]]:
+        n, m = self.n_params_source, self.n_params_target
+        rows = [(k, n, m, f"x {m / n:.4g}" if n else "") for k, n, m in self._grown()]
+        rows.append(("parameters", n, m, f"x {m / max(1, n):.4g}"))
+        return [(name, f"{n:,}", f"{m:,}", ratio) for name, n, m, ratio in rows]
+
+    def _preserved(self) -> str:
+        return KEPT.get(self.preserves, "preserves nothing: ") + "; ".join(self.reasons)
+
+    def _factors(self) -> dict[str, int]:
+        """Return learning-rate factor as text -> number of tensors."""
         counts: Counter[str] = Counter()
         for factor, n in self.lr_factors.items():
             changed = "one factor per element" if factor is None else f"x {factor:.4g}"
             counts["unchanged" if changed == "x 1" else changed] += n
-        factors = ", ".join(f"{text} for {n}" for text, n in counts.items())
+        return dict(counts)
+
+    def _norm(self) -> list[tuple[str, str]]:
+        if self.grad_norm_factor is None:
+            return []
+        new = "what is new adds to it: measure"
+        advice = new if self.noisy else "scale a clipping threshold alike"
+        return [("gradient norm", f"x {self.grad_norm_factor:.3g} by the law; {advice}")]
+
+    def _facts(self) -> list[tuple[object, ...]]:
+        rate = (self.n_bytes_read + self.n_bytes_written) / max(self.seconds, 1e-9) / 1e9
+        received = f"{_size(self.n_bytes_received)} received, " if self.n_bytes_received else ""
+        factors = ", ".join(f"{text} for {n}" for text, n in self._factors().items())
         factors = factors and f"{factors} tensors"
         longest = sorted(self.steps.items(), key=lambda item: -item[1])[:N_STEPS]
         facts: list[tuple[object, ...]] = [
-            ("preserves", preserved + "; ".join(self.reasons)),
+            ("preserves", self._preserved().removeprefix("preserves ")),
             (
                 "moved",
                 f"{received}{_size(self.n_bytes_read)} read, {_size(self.n_bytes_written)} written, {self.seconds:.3g} s, {rate:.3g} GB/s",
             ),
-            ("time", ", ".join(f"{name} {n / seconds:.0%}" for name, n in longest)),
+            ("time", ", ".join(f"{name} {n / max(self.seconds, 1e-9):.0%}" for name, n in longest)),
             ("peak memory", f"{_size(self.peak_bytes)} beyond the source ({self.memory})"),
             (
                 "learning rate",
                 f"{factors or 'unchanged'}{'' if self.lr_applied or not factors else ' (recommended, not applied)'}",
             ),
+            *self._norm(),
         ]
         if self.new_blocks:
             facts.insert(1, ("new blocks", ", ".join(self.new_blocks)))
-        if self.grad_norm_factor is not None:
-            advice = (
-                "what is new adds to it: measure"
-                if self.noisy
-                else "scale a clipping threshold alike"
-            )
-            facts.append(("gradient norm", f"x {self.grad_norm_factor:.3g} by the law; {advice}"))
-        facts += [] if self.learned is None else self.learned.facts()
-        shrank = any(self.target_sizes[name] < n for name, n in self.source_sizes.items())
-        text = [
-            f"{'Shrank' if shrank else 'Grew'} {self.family}",
-            table(["size", "source", "target", ""], rows),
-            "\n".join(f"{k:<20} {v}" for k, v in facts),
-        ]
-        return "\n\n".join(
-            [*text, *(["\n".join(f"note: {note}" for note in self.notes)] if self.notes else [])]
-        )
+        return facts + ([] if self.learned is None else self.learned.facts())
 
 
 def _size(n_bytes: int) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from growkern.execution.torch_backend import Copy
 from growkern.optimizer.state_rules import Rule
-from growkern.planning.growth_plan import AxisMap, Pad
+from growkern.planning.axis_map import AxisMap, Pad
 from growkern.planning.index_map import ONE, PAD, IndexMap, Run, pair_copies
 from growkern.planning.vector import Vector
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from growkern.execution.axis_runs import AxisLayout, AxisRun, Reach
 from growkern.execution.fills import Slot
 from growkern.optimizer.state_rules import Rule
-from growkern.planning.growth_plan import AxisMap, Pad
+from growkern.planning.axis_map import AxisMap, Pad
 from growkern.planning.index_map import PAD
 
 

@@ -6,8 +6,8 @@ from math import isclose, sqrt
 
 from growkern.errors import PlanError
 from growkern.model.spec import AxisUse, Component, ModelSpec, Segment, space_of
+from growkern.planning.axis_map import AxisMap, Pad
 from growkern.planning.decisions import StreamScale, WidthDecision
-from growkern.planning.growth_plan import AxisMap, Pad
 from growkern.planning.index_map import PAD, IndexMap, concat_maps
 from growkern.planning.vector import Vector, concat_vectors
 

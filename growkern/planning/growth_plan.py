@@ -2,25 +2,29 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
-from math import isfinite, prod
-from typing import Any, Literal
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal
 
 from growkern.errors import PlanError, raise_all
+from growkern.planning.axis_map import AxisMap
 from growkern.planning.decisions import BlockRow
 from growkern.planning.index_map import IndexMap, Run
 from growkern.planning.plan_fields import (
-    PADS,
     is_int,
     problems_of,
     renamed_from_0_1,
     tuple_of,
 )
-from growkern.planning.plan_text import plan_text
+from growkern.planning.plan_picture import plan_picture
+from growkern.planning.plan_text import plan_html, plan_text
 from growkern.planning.vector import Vector
 from growkern.support.renamed import renamed_attribute, renamed_fields
 from growkern.support.text import short
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 VERSION = 1  # of the JSON format
 JSON_NAMES = {  # fields of another name in the JSON
@@ -33,72 +37,12 @@ FIELD_NAMES = {name: field for field, name in JSON_NAMES.items()}
 # not in the JSON at these values, so that digests of older records hold
 OMITTED = {"shrink": 1.0, "noise_std": 0.0, "noise_from": 0}
 UNREADABLE = AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError
-# weight of an element that copies no source element: 0; the mean along the axis; random, for a reader or a writer of the new coordinate;
-# or the value that the method gives
-Pad = Literal["zero", "mean", "random_reader", "random_writer", "from_method"]
 Preserves = Literal["nothing", "function", "gradient", "trajectory"]
 KEPT: Mapping[Preserves, str] = {
     "function": "preserves the function",
     "gradient": "preserves the function and its gradients",
     "trajectory": "preserves the function, its gradients and every step to come",
 }
-
-
-@dataclass(frozen=True)
-class AxisMap:
-    """How one axis grows. All tensor axes with the same use share one axis map.
-
-    Attributes:
-        index_map: Source coordinate of each target coordinate.
-        weight_scale: Factor on the weight, per target coordinate.
-        grad_scale: Factor on the gradient and on first-order state (squared on second-order state).
-        pad: Weight at coordinates that copy no source coordinate.
-        noise: Strength of the twin noise along the axis, in standard deviations of the weight.
-        drawn: Strength of the noise at coordinates that copy no source coordinate, in standard deviations of the weight.
-        centered: True when the weight is first centered: its mean along the axis is subtracted.
-    """
-
-    index_map: IndexMap
-    weight_scale: Vector
-    grad_scale: Vector
-    pad: Pad = "zero"
-    noise: float = 0.0
-    centered: bool = False
-    drawn: float = 1.0
-
-    def __post_init__(self) -> None:
-        lengths = len(self.weight_scale), len(self.grad_scale)
-        values = [
-            v for vector in (self.weight_scale, self.grad_scale) for v, n in vector.repeats if n > 0
-        ]
-        if not all(map(isfinite, [*values, self.noise, self.drawn])) or self.pad not in PADS:
-            raise PlanError(
-                f"an axis has scales or noise that are not numbers, or the unknown pad {self.pad!r}."
-            )
-        if lengths != (self.index_map.n_target,) * 2 or any(
-            n < 1 for vector in (self.weight_scale, self.grad_scale) for _, n in vector.repeats
-        ):
-            raise PlanError(
-                f"an axis of {self.index_map.n_target} coordinates has {lengths[0]} weight scales and {lengths[1]} gradient scales."
-            )
-
-    def times(self, factor: float, grad_factor: float) -> "AxisMap":
-        """Return this axis map with one more factor on the weight, and one on the gradient."""
-        weight = self.weight_scale.map(lambda x: x * factor)
-        return replace(
-            self,
-            weight_scale=weight,
-            grad_scale=self.grad_scale.map(lambda x: x * grad_factor),
-        )
-
-    @cached_property
-    def is_identity(self) -> bool:
-        """True when the axis does not change."""
-        return (
-            self.index_map.is_identity
-            and self.weight_scale.uniform == 1
-            and self.grad_scale.uniform == 1
-        )
 
 
 @dataclass(frozen=True)
@@ -340,8 +284,25 @@ class GrowthPlan:
                 f"cannot read the plan: {short(error, 300)}; pass text that GrowthPlan.to_json wrote."
             ) from None
 
+    def plot(self) -> "Figure":
+        """Draw the plan: sizes, the blocks and the index map of every space (who copies whom), and the scales of every kind of tensor.
+
+        Returns:
+            Figure of matplotlib on a transparent background, which light and dark pages show. Equal layers are drawn once.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is missing; the message has the pip command.
+
+        Example:
+            >>> growkern.plan(model, to={"hidden": "2x"}).plot().savefig("plan.png")
+        """
+        return plan_picture(self)
+
     def __str__(self) -> str:
         return plan_text(self)
+
+    def _repr_html_(self) -> str:
+        return plan_html(self)
 
 
 def _fields(record: Any) -> dict[str, Any]:

@@ -4,19 +4,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from growkern.errors import PlanError
 from growkern.model.describe import describe
+from growkern.support.html import html_lines, html_page, html_table
 from growkern.support.text import table
 from growkern.support.wrappers import unwrapped
 from growkern.training.options import SpecOf
-from growkern.training.rehearsal import grown_copies
+from growkern.training.outlook import costs, run_picture, starts_of
 from growkern.training.schedule import GrowthSchedule
-from growkern.training.trains import ALL, Trains, flops_per_token
+from growkern.training.trains import ALL, Trains
 from growkern.training.triggers import At, Event, target_of
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STAGES = ["from step", "steps", "grows, trains", "parameters", "FLOPs/step", "FLOPs", "state"]
 MOST = 1e30  # steps, tokens of a step, parameters: the FLOPs of a run stay finite
 
 
@@ -114,23 +120,12 @@ class Procedure(GrowthSchedule):
         events: list[Event | None] = [None, *self.events]
         starts = [0, *(int(e.step) if isinstance(e, At) and e.step else None for e in self.events)]
         ends = [*starts[1:], self.total_steps]
-        places = grown_copies(model, self.events, spec or (lambda _: None))
-        for event, start, end, (place, new_blocks) in zip(
-            events, starts, ends, places, strict=True
-        ):
+        values = costs(model, self.events, self.trains, spec or (lambda _: None))
+        for event, start, end, (n_params, flops) in zip(events, starts, ends, values, strict=True):
             who = event.trains if event else self.trains or ALL
-            described = describe(place, spec(place) if spec else None, values=False)
-            costs = [
-                flops_per_token(place, described, one) for one in who.choices(described, new_blocks)
-            ]
             what = target_of(event) if event else "" if who.everything else f"trains {who}"
-            yield Stage(
-                what,
-                start,
-                None if start is None or end is None else end - start,
-                sum(p.numel() for p in place.parameters()),
-                sum(costs) / len(costs) * self.tokens_per_step,
-            )
+            n_steps = None if start is None or end is None else end - start
+            yield Stage(what, start, n_steps, n_params, flops * self.tokens_per_step)
 
     @property
     def flops(self) -> float | None:
@@ -138,7 +133,50 @@ class Procedure(GrowthSchedule):
         known = [stage.flops for stage in self.stages]
         return None if None in known else sum(flops or 0.0 for flops in known)
 
+    def plot(
+        self, model: nn.Module | None = None, *, total_steps: int | None = None, tokens_per_step: float | None = None,
+        spec: SpecOf | None = None,
+    ) -> "Figure":  # fmt: skip
+        """Draw the whole run: number of parameters and FLOPs over the steps; see ``GrowthSchedule.plot``.
+
+        Args:
+            model: Ignored; the procedure has planned its stages.
+            total_steps: Number of steps of the run; None for the procedure's.
+            tokens_per_step: Tokens of a step; None for the procedure's.
+            spec: Ignored.
+
+        Returns:
+            Figure of matplotlib on a transparent background, which light and dark pages show.
+
+        Example:
+            >>> growkern.procedures.stack_bert(model, layers=(2, 4), steps=(100,), total_steps=300, tokens_per_step=32).plot()
+        """
+        end, per_step = (
+            float(total_steps or self.total_steps),
+            tokens_per_step or self.tokens_per_step,
+        )
+        starts = [(0.0, 0.0), *starts_of(self.events, 0.0, end, per_step)]
+        values = [(s.n_params, s.flops_per_step / self.tokens_per_step) for s in self.stages]
+        return run_picture(self.name, [None, *self.events], starts, values, end, per_step)
+
     def __str__(self) -> str:
+        return f"{self._title()}\n\n{table(STAGES, self._stage_rows())}\n\n{self._cost()}"
+
+    def _repr_html_(self) -> str:
+        return html_page(
+            self._title(), html_table(STAGES, self._stage_rows()), html_lines([self._cost()])
+        )
+
+    def _title(self) -> str:
+        return f"{self.name}: {self.total_steps:,} steps of {self.tokens_per_step:,.0f} tokens"
+
+    def _cost(self) -> str:
+        cost = f"{self.scratch:.3g} FLOPs for as many steps of the target from scratch"
+        if self.flops is None:
+            return cost
+        return f"{self.flops:.3g} FLOPs, {self.flops / self.scratch:.0%} of the {cost}"
+
+    def _stage_rows(self) -> list[tuple[object, ...]]:
         rows: list[tuple[object, ...]] = []
         for i, stage in enumerate(self.stages):
             fired = self.fired[i - 1] if 0 < i <= len(self.fired) else None
@@ -154,14 +192,7 @@ class Procedure(GrowthSchedule):
                     state,
                 )
             )
-        head = ["from step", "steps", "grows, trains", "parameters", "FLOPs/step", "FLOPs", "state"]
-        cost = f"{self.scratch:.3g} FLOPs for as many steps of the target from scratch"
-        if self.flops is not None:
-            cost = f"{self.flops:.3g} FLOPs, {self.flops / self.scratch:.0%} of the {cost}"
-        return (
-            f"{self.name}: {self.total_steps:,} steps of {self.tokens_per_step:,.0f} tokens\n\n{table(head, rows)}\n\n"
-            f"{cost}"
-        )
+        return rows
 
 
 def check_stages(

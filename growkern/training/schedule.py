@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from torch import Tensor, nn
@@ -16,11 +16,13 @@ from growkern.distributed.shards import has_shards, reshard
 from growkern.engine.ddp import agree
 from growkern.errors import PlanError, UnsupportedModelError, raise_all
 from growkern.support.argument_types import typed_arguments
+from growkern.support.html import html_page, html_table
 from growkern.support.renamed import renamed_arguments
 from growkern.support.text import short, table
 from growkern.support.wrappers import unwrapped
 from growkern.training.attachment import Attachment, OnGrowth
-from growkern.training.options import Options
+from growkern.training.options import Options, SpecOf
+from growkern.training.outlook import outlook
 from growkern.training.ramp import progress
 from growkern.training.slope import WhenSlope
 from growkern.training.trains import Trains
@@ -32,6 +34,10 @@ from growkern.training.triggers import (
     target_of,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HEAD = ["event", "to", "trigger", "state"]
 logger = logging.getLogger("growkern")
 
 
@@ -235,11 +241,46 @@ class GrowthSchedule:
             self.attachment.choose()
             self.attachment.ramp.resume(self.attachment)
 
+    def plot(
+        self, model: nn.Module | None = None, *, total_steps: int | None = None, tokens_per_step: float | None = None,
+        spec: SpecOf | None = None,
+    ) -> "Figure":  # fmt: skip
+        """Draw the run to come: number of parameters and FLOPs over the steps, with a mark at each growth.
+
+        The growths are planned on a copy of the model without values; nothing is grown. A growth that no fixed step decides about is a
+        window: from the step at which the growth may happen first, to the next growth at a fixed step or the end of the run.
+
+        Args:
+            model: Model of the present sizes; None for the attached model.
+            total_steps: Number of steps of the run; None for a little more than the step of the last growth.
+            tokens_per_step: Tokens of a step; None for the mean of what ``observe`` was told. Without it, FLOPs are those of a token.
+            spec: Function from a custom model to its description; None for that of the attached model.
+
+        Returns:
+            Figure of matplotlib on a transparent background, which light and dark pages show.
+
+        Raises:
+            PlanError: There is no model, no fixed step decides about the last growth and ``total_steps`` is None, or the schedule goes
+                on after ``total_steps``.
+            GrowthError: An event cannot happen.
+            ModuleNotFoundError: matplotlib is missing; the message has the pip command.
+
+        Example:
+            >>> GrowthSchedule([At(step=1000)]).plot(model, tokens_per_step=524288).savefig("run.png")
+        """
+        return outlook(self, model, total_steps, tokens_per_step, spec)
+
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles hold: they are not attached."""
         return {**vars(self), "_attachment": None}
 
     def __str__(self) -> str:
+        return table(HEAD, self._rows())
+
+    def _repr_html_(self) -> str:
+        return html_page("Growth schedule", html_table(HEAD, self._rows()))
+
+    def _rows(self) -> list[tuple[object, ...]]:
         rows: list[tuple[object, ...]] = []
         c, ends = progress(self)
         for i, event in enumerate(self.events):
@@ -251,4 +292,4 @@ class GrowthSchedule:
             elif i == len(self.fired):
                 state = f"waiting: {event.progress(self.counts)}"
             rows.append((i, target_of(event), event.trigger, state))
-        return table(["event", "to", "trigger", "state"], rows)
+        return rows

@@ -23,6 +23,7 @@ ROWS = (  # top to bottom: a room imports from lower rows, and from itself
     ("planning",),
     ("model",),
     ("distributed",),
+    ("pictures",),
     ("errors", "support"),
 )
 MODULES = {
@@ -39,7 +40,14 @@ IMPORTERS = {  # room -> the only modules that may import the room
         "growkern.optimizer.adamw",
     },
 }
-DEVICE_FREE = {"planning", "width", "depth", "shrink", "errors"}  # rooms that do not import torch
+DEVICE_FREE = {
+    "planning",
+    "width",
+    "depth",
+    "shrink",
+    "pictures",
+    "errors",
+}  # rooms that do not import torch
 DEVICE_FREE_MODULES = {
     "growkern.model.spec",
     "growkern.model.layers",
@@ -47,6 +55,7 @@ DEVICE_FREE_MODULES = {
 }
 TORCHLESS = {
     "growkern.support.argument_types",
+    "growkern.support.html",
     "growkern.support.text",
     "growkern.support.renamed",
     "growkern.support.wrappers",
@@ -57,6 +66,10 @@ STRANGERS = {  # room -> lower rooms that the room must not import
     "execution": {"width", "depth", "shrink", "vocab"},
 }
 LAZY = {"triton", "transformers"}  # packages that only functions import, where they are used
+ON_USE = {
+    "kernels",
+    "pictures",
+}  # rooms that only functions import: they need triton and matplotlib
 PRINTERS = {"cli"}
 
 
@@ -131,10 +144,11 @@ def _growkern_violations(module: str, room: str, name: str, in_function: bool) -
         return
     if target in IMPORTERS and module not in IMPORTERS[target]:
         yield f"{module} imports {name}; only {', '.join(sorted(IMPORTERS[target]))} may"
+    if target in ON_USE and not in_function:
+        yield f"{module} imports {name} outside a function"
     if target == "kernels":
-        if not in_function:
-            yield f"{module} imports {name} outside a function"
-    elif target not in RANKS:
+        return
+    if target not in RANKS:
         yield f"{module} imports {name}, which is in no room"
     elif RANKS[target] <= RANKS[room]:
         yield f"{module} imports {name}, which is not below it"
@@ -278,6 +292,17 @@ BROKEN = {
         "from growkern.kernels.expand import expand",
         "outside a function",
     ),
+    "eager-pictures": (
+        "growkern.planning.growth_plan",
+        "from growkern.pictures.plan import draw",
+        "outside a function",
+    ),
+    "pictures-import-plan": (
+        "growkern.pictures.plan",
+        "from growkern.planning.growth_plan import GrowthPlan",
+        "not below it",
+    ),
+    "pictures-import-torch": ("growkern.pictures.plan", "import torch", "without a device"),
     "api-imports-kernels": (
         "growkern.api",
         "def f():\n    from growkern.kernels import expand",
