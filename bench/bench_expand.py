@@ -25,7 +25,7 @@ from growkern.depth import IdentityBlocks
 from growkern.execution import torch_backend as reference
 from growkern.execution.execute import execute
 from growkern.execution.tiles import Job, Tiler
-from growkern.model.spec import space_size
+from growkern.model.size_values import space_size
 from growkern.optimizer.state_rules import GRADIENT, LAWS, SQUARE, VALUE
 from growkern.planning.build import build
 from growkern.planning.decisions import StreamScale, WidthDecision, WidthMethod

@@ -16,7 +16,8 @@ from growkern.learning.learn import learn
 from growkern.model.describe import describe
 from growkern.model.hints import Hint
 from growkern.model.layers import embedding, linear, norm, reader, writer
-from growkern.model.spec import Blocks, ModelSpec, Power
+from growkern.model.size_values import Power
+from growkern.model.spec import Blocks, ModelSpec
 from growkern.optimizer.factors import Scale
 from growkern.optimizer.update_scale import UpdateScale
 from growkern.planning.growth_plan import GrowthPlan

@@ -184,7 +184,7 @@ def targets(spec: growkern.ModelSpec, factor: float) -> dict[str, int]:
         to.pop("heads", None)
     elif spec.hidden_is_heads:
         to["hidden"] = to.get("heads", spec.sizes["heads"]) * spec.sizes["head_dim"]
-    return to
+    return {size: n for size, n in to.items() if n != spec.sizes[size]}
 
 
 def shown(error: float) -> str:
@@ -243,7 +243,7 @@ class Row:
         to, kept = targets(spec, 1.5), dict[str, int]()
         self.notes += [("1.5x", f"{s}: {why}") for s, why in spec.whole_multiples.items() if s in twice]  # fmt: skip
         heads = {"hidden", "heads", "kv_heads"} if spec.hidden_is_heads else {"heads", "kv_heads"}
-        for unit in (heads, *({size} for size in to.keys() - heads)):
+        for unit in (heads, *({size} for size in to if size not in heads)):
             tried = {s: n for s, n in to.items() if s in kept or s in unit}
             try:
                 if tried.keys() != kept.keys():

@@ -14,15 +14,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from growkern.model.spec import (
-    AxisUse,
-    Component,
-    ModelSpec,
-    Segment,
-    on_residual,
-    space_of,
-    space_size,
-)
+from growkern.model.size_values import Component, space_of, space_size
+from growkern.model.spec import AxisUse, ModelSpec, Segment, on_residual
 from growkern.planning.growth_plan import AxisMap, GrowthPlan, TensorRow
 from growkern.planning.index_map import PAD
 

@@ -9,23 +9,30 @@ A spec whose head_dim can grow uses the streams ``QUERY``, ``KEY`` and ``VALUE``
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import cycle, islice
 from math import prod
 from typing import Literal
 
+from growkern.model.size_values import (
+    Component,
+    Power,
+    Size,
+    size_name,
+    size_of_space,
+    space_of,
+    space_size,
+)
 from growkern.model.spec_text import spec_text
 from growkern.support.renamed import renamed_fields
 
 Role = Literal["writer", "reader", "gain"]
-Component = str | int | tuple[str | int, ...]
 Segment = tuple[Component, ...]
 Axis = str | Segment | Sequence[Segment]
 
 QUERY, KEY, VALUE = "head_dim:query", "head_dim:key", "head_dim:value"
 RAW = {QUERY: "head_dim:raw_query", KEY: "head_dim:raw_key"}  # queries and keys before their norms
 SHARE = "experts:share"  # router weight of an expert: the weights of the chosen experts sum to one
-SIZE_OF_SPACE = {"residual": "hidden"}  # every other space is named after its size
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class AxisUse:
     def whole_heads(self, sizes: Mapping[str, int]) -> tuple[str, int]:
         """Return the name and the value of the size that the axis counts at the given sizes; heads are counted, not their dimensions."""
         parts = [[c for c in s if "head_dim" not in str(c)] for s in self.segments]
-        names = [_size_name(c) for segment in parts for c in segment if isinstance(c, str)]
+        names = [size_name(c) for segment in parts for c in segment if isinstance(c, str)]
         n = sum(prod(space_size(c, sizes) for c in segment) for segment in parts)
         return "heads" if "group" in names else "+".join(dict.fromkeys(names)), n
 
@@ -126,25 +133,6 @@ class Blocks:
     def branches(self) -> tuple[str, ...]:
         """Return ``outputs``, or by default the tensors that are 0 in ``identity``."""
         return self.outputs or tuple(name for name, value in self.identity.items() if value == 0)
-
-
-@dataclass(frozen=True)
-class Power:
-    """A size to a power, such as the ``head_dim ** -0.5`` of attention: ``factor * (size / base) ** exponent``.
-
-    An attribute that is an int stays an int: ``Power("heads", 1.0, base=2)`` is the number of heads of one of two processes.
-    """
-
-    size: str
-    exponent: float
-    factor: float = 1.0
-    base: int = 1
-
-
-ROOT = Power("head_dim", -0.5)  # scale of attention scores
-Size = (
-    str | tuple[str | int, ...] | Power
-)  # a size name, or a product of names and numbers; "block" is the index of the block
 
 
 @renamed_fields(
@@ -351,40 +339,6 @@ class ModelSpec:
 def on_residual(stream: str) -> bool:
     """True for a stream of the residual space, or of one of several residual spaces."""
     return stream.startswith("residual") and size_of_space(space_of(stream)).startswith("hidden")
-
-
-def space_of(stream: str) -> str:
-    """Return the space of a stream."""
-    return stream.partition(":")[0]
-
-
-def space_size(component: Component, sizes: Mapping[str, int]) -> int:
-    """Return the size of a space, a fixed size, or concatenated spaces under the given named sizes."""
-    if isinstance(component, int):
-        return component
-    if isinstance(component, tuple):
-        return sum(space_size(part, sizes) for part in component)
-    name = _size_name(component)
-    return sizes["heads"] // sizes["kv_heads"] if name == "group" else sizes[name]
-
-
-@cache
-def _size_name(component: str) -> str:
-    return size_of_space(space_of(component))
-
-
-def size_of_space(space: str) -> str:
-    """Return the size of a space: ``hidden`` for ``residual``, ``hidden2`` for ``residual2``, ``ffn`` for ``ffn.3``."""
-    name = space.partition(".")[0]
-    kind = name.rstrip("0123456789")
-    return f"{SIZE_OF_SPACE.get(kind, kind)}{name[len(kind) :]}"
-
-
-def size_value(size: Size, sizes: Mapping[str, int]) -> float:
-    """Return the value of an attribute or config field: a size, a product of sizes, or a power of a size (a float)."""
-    if isinstance(size, Power):
-        return size.factor * (space_size(size.size, sizes) / size.base) ** size.exponent
-    return prod(space_size(name, sizes) for name in ([size] if isinstance(size, str) else size))
 
 
 def writer_corrections(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[str, float]:

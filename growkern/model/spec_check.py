@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from math import isfinite
 
-from growkern.model.spec import ModelSpec, Power, Size, space_of, space_size
+from growkern.model.size_values import Power, Size, space_of, space_size
+from growkern.model.spec import ModelSpec
 from growkern.support.argument_types import wrong_fields
 from growkern.support.text import short
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 from math import isclose, sqrt
 
 from growkern.errors import PlanError
-from growkern.model.spec import AxisUse, Component, ModelSpec, Segment, space_of
+from growkern.model.size_values import Component, space_of
+from growkern.model.spec import AxisUse, ModelSpec, Segment
 from growkern.planning.axis_map import AxisMap, Pad
 from growkern.planning.decisions import StreamScale, WidthDecision
 from growkern.planning.index_map import PAD, IndexMap, concat_maps

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from growkern.errors import PlanError, raise_all
-from growkern.model.spec import AxisUse, Blocks, ModelSpec, size_value, writer_corrections
+from growkern.model.size_values import size_value
+from growkern.model.spec import AxisUse, Blocks, ModelSpec, writer_corrections
 from growkern.planning.axis_scales import (
     axis_maps,
     gradients_exact,

@@ -5,7 +5,8 @@ from dataclasses import fields, replace
 from math import isclose
 
 from growkern.errors import PlanError, raise_all
-from growkern.model.spec import ModelSpec, size_value, writer_corrections
+from growkern.model.size_values import size_value
+from growkern.model.spec import ModelSpec, writer_corrections
 from growkern.planning.axis_scales import axis_maps, gradients_exact, norm_factors
 from growkern.planning.build import attributes, offset, rows_of
 from growkern.planning.decisions import BlockRow, LayerOrder, WidthDecision

@@ -5,7 +5,8 @@ from dataclasses import replace
 from math import isclose
 
 from growkern.errors import PlanError
-from growkern.model.spec import KEY, QUERY, RAW, SHARE, ModelSpec, on_residual, space_of
+from growkern.model.size_values import space_of
+from growkern.model.spec import KEY, QUERY, RAW, SHARE, ModelSpec, on_residual
 from growkern.planning.axis_scales import mean_square_factor, norm_factors
 from growkern.planning.decisions import WidthDecision
 from growkern.planning.growth_plan import AxisMap, GrowthPlan

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from growkern.errors import PlanError, raise_all
-from growkern.model.spec import ModelSpec, size_of_space, space_of, space_size, writer_corrections
+from growkern.model.size_values import size_of_space, space_of, space_size
+from growkern.model.spec import ModelSpec, writer_corrections
 from growkern.planning.decisions import StreamScale
 from growkern.planning.index_map import IndexMap
 from growkern.planning.sizes import width_of

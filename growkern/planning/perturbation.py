@@ -14,7 +14,8 @@ from dataclasses import replace
 from math import prod, sqrt
 
 from growkern.errors import PlanError
-from growkern.model.spec import AxisUse, ModelSpec, space_of
+from growkern.model.size_values import space_of
+from growkern.model.spec import AxisUse, ModelSpec
 from growkern.planning.decisions import WidthDecision
 from growkern.planning.growth_plan import AxisMap, TensorRow
 

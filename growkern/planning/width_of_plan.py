@@ -14,15 +14,8 @@ from math import prod, sqrt
 from typing import Any
 
 from growkern.errors import PlanError
-from growkern.model.spec import (
-    AxisUse,
-    Component,
-    ModelSpec,
-    Segment,
-    space_of,
-    space_size,
-    writer_corrections,
-)
+from growkern.model.size_values import Component, space_of, space_size
+from growkern.model.spec import AxisUse, ModelSpec, Segment, writer_corrections
 from growkern.planning.axis_scales import mean_square_factor
 from growkern.planning.decisions import StreamScale, WidthDecision
 from growkern.planning.growth_plan import AxisMap, GrowthPlan

@@ -30,7 +30,8 @@ from growkern.depth import IdentityBlocks
 from growkern.engine.report import GrowthReport
 from growkern.errors import GrowthError, PlanError, raise_all
 from growkern.model.describe import describe
-from growkern.model.spec import Blocks, ModelSpec, space_of
+from growkern.model.size_values import space_of
+from growkern.model.spec import Blocks, ModelSpec
 from growkern.optimizer.factors import Factor, Scale, multiply_, rescale_
 from growkern.optimizer.update_scale import UpdateScale, scale_of
 from growkern.planning.axis_scales import axis_maps, norm_factors

@@ -7,7 +7,8 @@ that the function jumps. GradMax (Evci et al., ICLR 2022, arXiv:2201.05125) adds
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from growkern.model.spec import ModelSpec, space_of
+from growkern.model.size_values import space_of
+from growkern.model.spec import ModelSpec
 from growkern.planning.decisions import StreamScale, WidthDecision
 from growkern.planning.index_map import IndexMap
 from growkern.planning.method_spaces import positions, refuse, solve_ties, spaces, tied_streams

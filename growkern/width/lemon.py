@@ -6,7 +6,8 @@ from functools import cache
 from typing import Literal
 
 from growkern.errors import PlanError, raise_all
-from growkern.model.spec import ModelSpec, space_of
+from growkern.model.size_values import space_of
+from growkern.model.spec import ModelSpec
 from growkern.planning.argument_checks import wrong_number
 from growkern.planning.decisions import StreamScale, WidthDecision
 from growkern.planning.index_map import IndexMap

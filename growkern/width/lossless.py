@@ -13,7 +13,8 @@ from math import sqrt
 from typing import Literal
 
 from growkern.errors import PlanError
-from growkern.model.spec import ModelSpec, space_of
+from growkern.model.size_values import space_of
+from growkern.model.spec import ModelSpec
 from growkern.planning.argument_checks import STRONGEST, wrong_number
 from growkern.planning.axis_scales import mean_square_factor
 from growkern.planning.decisions import StreamScale, WidthDecision

@@ -10,15 +10,8 @@ is tied to the embedding and follows a transform with a LayerNorm, whose gain ta
 from typing import Protocol
 
 from growkern.model.layers import embedding, linear, norm, post_norm_eps_reason, writer
-from growkern.model.spec import (
-    KEY,
-    QUERY,
-    ROOT,
-    VALUE,
-    Blocks,
-    ModelSpec,
-    TensorSpec,
-)
+from growkern.model.size_values import ROOT
+from growkern.model.spec import KEY, QUERY, VALUE, Blocks, ModelSpec, TensorSpec
 
 BERT_HEAD = (
     "cls.predictions.transform.dense",

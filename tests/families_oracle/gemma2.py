@@ -11,7 +11,8 @@ field. Logits and scores are capped element by element. head_dim grows only if i
 from typing import Protocol
 
 from growkern.model.layers import embedding, linear, norm, rope_fixed
-from growkern.model.spec import KEY, QUERY, VALUE, Blocks, ModelSpec, Power, TensorSpec
+from growkern.model.size_values import Power
+from growkern.model.spec import KEY, QUERY, VALUE, Blocks, ModelSpec, TensorSpec
 
 POST_NORMS = "post_attention_layernorm.weight", "post_feedforward_layernorm.weight"
 SCALE = Power("hidden", 0.5)  # scale of the embedding

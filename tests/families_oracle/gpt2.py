@@ -10,7 +10,8 @@ the function of a block depends on the depth of the block. Cross attention is no
 from typing import Protocol
 
 from growkern.model.layers import embedding, linear, norm
-from growkern.model.spec import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec
+from growkern.model.size_values import ROOT
+from growkern.model.spec import KEY, QUERY, VALUE, Blocks, ModelSpec
 
 
 class Config(Protocol):

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from growkern.model.layers import embedding, linear, norm, rope_fixed
-from growkern.model.spec import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec
+from growkern.model.size_values import ROOT
+from growkern.model.spec import KEY, QUERY, VALUE, Blocks, ModelSpec
 
 
 class Config(Protocol):

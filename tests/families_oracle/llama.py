@@ -9,7 +9,8 @@ together. head_dim grows only if it is named; Qwen2's config derives head_dim fr
 from typing import Protocol
 
 from growkern.model.layers import embedding, head_norms, linear, norm, rope_fixed
-from growkern.model.spec import KEY, QUERY, RAW, ROOT, VALUE, Blocks, ModelSpec
+from growkern.model.size_values import ROOT
+from growkern.model.spec import KEY, QUERY, RAW, VALUE, Blocks, ModelSpec
 
 
 class Config(Protocol):

@@ -14,18 +14,8 @@ layers.
 from typing import Protocol
 
 from growkern.model.layers import embedding, head_norms, linear, norm, reader, rope_fixed, writer
-from growkern.model.spec import (
-    KEY,
-    QUERY,
-    RAW,
-    ROOT,
-    SHARE,
-    VALUE,
-    Blocks,
-    ModelSpec,
-    Power,
-    TensorSpec,
-)
+from growkern.model.size_values import ROOT, Power
+from growkern.model.spec import KEY, QUERY, RAW, SHARE, VALUE, Blocks, ModelSpec, TensorSpec
 
 
 class Config(Protocol):

@@ -11,7 +11,8 @@ from typing import Protocol
 
 from growkern.errors import UnsupportedModelError, raise_all
 from growkern.model.layers import embedding, linear, norm
-from growkern.model.spec import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec
+from growkern.model.size_values import ROOT
+from growkern.model.spec import KEY, QUERY, VALUE, Blocks, ModelSpec
 
 OFFSET = 2  # rows of the position table before position 0
 

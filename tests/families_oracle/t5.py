@@ -13,7 +13,8 @@ cache made from ``model.decoder.config``, because its default cache has ``num_la
 from typing import Protocol
 
 from growkern.model.layers import embedding, linear, norm
-from growkern.model.spec import KEY, QUERY, VALUE, Blocks, ModelSpec, Power, Size, TensorSpec
+from growkern.model.size_values import Power, Size
+from growkern.model.spec import KEY, QUERY, VALUE, Blocks, ModelSpec, TensorSpec
 
 
 class Config(Protocol):

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from growkern.model.layers import linear, norm, reader, writer
-from growkern.model.spec import KEY, QUERY, ROOT, VALUE, Blocks, ModelSpec
+from growkern.model.size_values import ROOT
+from growkern.model.spec import KEY, QUERY, VALUE, Blocks, ModelSpec
 
 
 class Config(Protocol):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import growkern
 from growkern.errors import CommitError, PlanError, UnsupportedModelError
-from growkern.model.spec import AxisUse, ModelSpec, space_of, space_size
+from growkern.model.size_values import space_of, space_size
+from growkern.model.spec import AxisUse, ModelSpec
 from growkern.model.tracing import hollow
 from growkern.model.tracing.permutation import permutation_error
 from growkern.model.tracing.terms import Dim, atoms, enumerated, product

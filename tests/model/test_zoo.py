@@ -1,5 +1,7 @@
 """Models of the zoo: those of transformers that no family describes, and those of other code, where it is installed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import zoo
@@ -7,10 +9,11 @@ from zoo_published import PUBLISHED
 
 import growkern
 from growkern.errors import UnsupportedModelError
+from growkern.model.size_values import Sum
 
 HIDDEN, HEADS = {"hidden", "ffn", "heads"}, {"hidden", "ffn", "heads", "kv_heads"}
 GROWS = {  # sizes that grow
-    "mamba2": set(),
+    "mamba2": {"hidden", "heads", "kv_heads"},
     "llama4_text": {*HEADS, "ffn2"},
     "gemma3n": {*HEADS, "hidden2", "ffn3"},
     "jamba": {*HEADS, "ffn2", "ffn3"},
@@ -57,6 +60,19 @@ def test_state_after_a_growth_is_that_of_the_gradients_of_the_grown_model(name):
     spec = zoo.describe(name, zoo.make(name))
 
     assert zoo.state_error(name, zoo.targets(spec, 2.0)) < 1e-5
+
+
+def test_an_attribute_that_is_a_sum_of_sizes_grows_as_the_sum():
+    spec = growkern.describe(zoo.make("mamba2"))
+    width = "backbone.layers.0.mixer.conv_dim"
+
+    assert spec.attributes[width] == Sum((("heads", 12), ("kv_heads", 20)))
+    plan = growkern.plan(zoo.make("mamba2"), to=zoo.targets(spec, 2.0))
+
+    assert plan.attributes[width] == 16 * 12 + 4 * 20
+    wrong = replace(spec, attributes={width: Sum((("heads", 12), ("states", 20)))})
+    with pytest.raises(UnsupportedModelError, match="the size 'states' is not in sizes"):
+        growkern.plan(zoo.make("mamba2"), spec=wrong, to="2x")
 
 
 def test_a_parametrized_weight_is_refused_by_name():

@@ -14,15 +14,8 @@ from typing import Protocol
 
 from growkern.errors import UnsupportedModelError, raise_all
 from growkern.model.layers import linear, norm, post_norm_eps_reason, reader, writer
-from growkern.model.spec import (
-    KEY,
-    QUERY,
-    ROOT,
-    VALUE,
-    Blocks,
-    ModelSpec,
-    TensorSpec,
-)
+from growkern.model.size_values import ROOT
+from growkern.model.spec import KEY, QUERY, VALUE, Blocks, ModelSpec, TensorSpec
 
 OUTSIDE = (
     "the encoder reads what another module writes (a ModelSpec of the whole model covers both)"

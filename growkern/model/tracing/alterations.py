@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from growkern.distributed.shards import plain_class
-from growkern.model.spec import ModelSpec, size_value
+from growkern.model.size_values import size_value
+from growkern.model.spec import ModelSpec
 from growkern.model.tracing.stretch import Template, blocks_like
 from growkern.support.names import named_modules, submodule
 

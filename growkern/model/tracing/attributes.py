@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from growkern.model.leaves import cached_sizes
-from growkern.model.spec import ModelSpec, Power, Size, size_value
+from growkern.model.size_values import Power, Size, Sum, size_value
+from growkern.model.spec import ModelSpec
+from growkern.model.tracing.expressions import Expression, expressions, fit
 from growkern.model.tracing.hollow import hollow, is_large, zeros
 from growkern.model.tracing.naming import Spaces
 from growkern.model.tracing.scalings import SMALL
 from growkern.model.tracing.tape import Tape
-from growkern.model.tracing.terms import Dim, atoms, factors, find, inner, segments
 from growkern.model.tracing.trial import (
     CONFIG,
     Outcome,
@@ -37,15 +38,7 @@ TRIES = 60
 OTHER = re.compile(
     r"layer_idx|layers?$|vocab|position|_id$|max_seq|block_size|kernel|stride|padding|dilation|window|chunk|top_k|per_tok"
 )
-WORDS = {  # size -> words in the names of attributes that cache the size
-    "group": r"(kv|key_value)_groups|n_rep|group_size",
-    "kv_heads": r"kv|key_value|query_groups",
-    "heads": r"head",
-    "ffn": r"ffn|inter|inner|mlp|feed",
-    "hidden": r"emb|hidden|dim|d_model|width|channels|features|size|split|shape",
-}
 Key = tuple[str, str]  # (module, attribute)
-Expression = tuple[str | int, ...]
 Option = Expression | Power | float
 
 
@@ -68,31 +61,6 @@ class Attributes:
     fixed: dict[str, str] = field(default_factory=dict[str, str])
     scaled: set[Scaling] = field(default_factory=set[Scaling])
     tries: int = 0
-
-
-def expression(dim: Dim, spaces: Spaces) -> Expression | None:
-    """Return a dimension as a product of sizes and numbers; None for a sum of unlike segments that grow."""
-    result: list[str | int] = []
-    for factor in factors(dim):
-        own = find(factor)
-        if own.kind == "atom":
-            result.append(spaces.size_of(own) or own.size)
-            continue
-        parts = segments(own)
-        first = expression(parts[0], spaces) if parts[0].kind != "sum" else (own.size,)
-        if all(a not in spaces.names for a in atoms(own)):
-            result.append(own.size)
-        elif first is None or any(expression(part, spaces) != first for part in parts[1:]):
-            return None
-        else:
-            result += [len(parts), *first]
-    number = 1
-    for x in result:
-        number *= x if isinstance(x, int) else 1
-    names = tuple(x for x in result if isinstance(x, str))
-    if names[:2] == ("kv_heads", "group"):
-        names = ("heads", *names[2:])
-    return (*names, number) if number > 1 or not names else names
 
 
 def candidates(model: nn.Module, tape: Tape, spaces: Spaces) -> dict[Key, list[Option]]:
@@ -150,38 +118,6 @@ def _powers(value: float, sizes: Mapping[str, int], rounded: float) -> Iterator[
             for p in (0.5, -0.5, -1.0)
             if n > SMALL and isclose(value, n**p, rel_tol=rounded)
         )
-
-
-def fit(name: str, e: Expression) -> int:
-    """Return how well the name of an attribute fits an expression."""
-    for size, pattern in WORDS.items():
-        if re.search(pattern, name.lower()):
-            kinds = {str(x).rstrip("0123456789") for x in e}
-            near = size == "kv_heads" and "heads" in kinds  # of a model without groups
-            return (2 if size in kinds else int(near)) - (len(e) > 1)
-    return 0
-
-
-def expressions(tape: Tape, spaces: Spaces) -> dict[str, dict[int, Counter[Expression]]]:  # fmt: skip
-    """Return module -> length -> expressions of the dimensions of that length in the module, with their numbers."""
-    result: dict[str, dict[int, Counter[Expression]]] = defaultdict(lambda: defaultdict(Counter))
-    places = [(path, dims, 1) for path, dims in tape.seen.items()]
-    for name, value in tape.weights.items():
-        path = name.rpartition(".")[0]
-        while True:
-            places.append((path, {*value.dims}, 3))
-            if not path:
-                break
-            path = path.rpartition(".")[0]
-    known: dict[Dim, list[tuple[int, Expression]]] = {}
-    for path, dims, weight in places:
-        for dim in {find(d) for d in dims}:
-            if dim not in known:
-                found = ((part.size, expression(part, spaces)) for part in inner(dim) if part.size > 1)  # fmt: skip
-                known[dim] = [(n, e) for n, e in found if e is not None]
-            for n, e in known[dim]:
-                result[path][n][e] += weight
-    return result
 
 
 def trial_sizes(spaces: Spaces, grow: Sequence[str]) -> dict[str, int]:
@@ -259,6 +195,7 @@ class Search:
         ranks, best = dict(start), attempt(start)
         while not passed(best, self.limit) and self.tries < budget:
             step = next(self._steps(best, ranks, attempt, budget), None)
+            step = step or self._together(best, ranks, attempt)
             if step is None:
                 break
             best, ranks = step
@@ -281,11 +218,10 @@ class Search:
         self, best: Outcome, ranks: Mapping[Key, int], attempt: Any, budget: int
     ) -> Iterator[tuple[Outcome, dict[Key, int]]]:
         """Yield better outcomes that differ in one decision, nearest to the operation that differs first."""
-        at = self.tape.steps[min(best.agreed, len(self.tape.steps) - 1)].module
+        at = self._module(best)
 
         def distance(group: Key) -> int:
-            own, other = self.groups[group][0][0].split("."), re.sub(r"\.\d+", ".*", at).split(".")
-            return -sum(re.sub(r"^\d+$", "*", a) == b for a, b in zip(own, other, strict=False))
+            return -sum(a == b for a, b in zip(group[0].split("."), at.split("."), strict=False))
 
         for group in sorted(self.groups, key=distance):
             for rank in range(max(len(self.options[k]) for k in self.groups[group])):
@@ -295,6 +231,35 @@ class Search:
                 outcome = attempt(tried)
                 if outcome.rank > best.rank:
                     yield outcome, tried
+
+    def _together(self, best: Outcome, ranks: Mapping[Key, int], attempt: Any) -> tuple[Outcome, dict[Key, int]] | None:  # fmt: skip
+        """Return a better outcome where several numbers of the module that fails first are sizes, such as the lengths of a split."""
+        at = self._module(best)
+        held = [
+            group
+            for group, keys in self.groups.items()
+            if group[0] == at and not ranks.get(group, 0)
+            if not any(isinstance(x, str) for x in self._first(keys[0])) and len(self.options[keys[0]]) > 1
+        ]  # fmt: skip
+        tried = {**ranks, **dict.fromkeys(held, 1)}
+        outcome = attempt(tried)
+        if not held or outcome.rank <= best.rank:
+            return None
+        for group in held:  # what need not be a size stays a number
+            without = {**tried, group: 0}
+            own = attempt(without)
+            if own.rank >= outcome.rank:
+                outcome, tried = own, without
+        return outcome, tried
+
+    def _first(self, key: Key) -> Sequence[str | int]:
+        first = self.options[key][0]
+        return [*first] if isinstance(first, tuple | Sum) else [""]
+
+    def _module(self, outcome: Outcome) -> str:
+        """Return the module that runs the first operation that differs, without the numbers of blocks."""
+        at = self.tape.steps[min(outcome.agreed, len(self.tape.steps) - 1)].module
+        return re.sub(r"\.\d+", ".*", at)
 
 
 def _value(option: Any, sizes: Mapping[str, int]) -> float:
@@ -353,7 +318,7 @@ def find_attributes(search: Search) -> Attributes:
         own = [size for size in unit if size in free]
         result.fixed |= dict.fromkeys(own, f"it does not grow alone: {alone[unit].blame}")
     for (path, name), e in search.choice(ranks).items():
-        if isinstance(e, Power) or (isinstance(e, tuple) and any(isinstance(x, str) for x in e)):
+        if isinstance(e, Power) or (isinstance(e, tuple | Sum) and any(isinstance(x, str) for x in e)):  # fmt: skip
             target = result.config if path == CONFIG else result.sizes
             target[name if path == CONFIG else f"{path}.{name}".lstrip(".")] = (
                 e[0] if isinstance(e, tuple) and len(e) == 1 and isinstance(e[0], str) else e

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from growkern.model.leaves import cached_sizes
-from growkern.model.spec import Power, Size
+from growkern.model.size_values import Power, Size
 from growkern.model.tracing.small import with_group
 from growkern.support.names import named_buffers, named_modules
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from growkern.model.spec import Blocks, ModelSpec, Size, size_value
-from growkern.model.tracing.attributes import Expression, fit
+from growkern.model.size_values import Size, size_value
+from growkern.model.spec import Blocks, ModelSpec
+from growkern.model.tracing.expressions import Expression, fit
 from growkern.model.tracing.stacks import turn_of
 from growkern.support.names import named_modules, named_parameters
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from growkern.model.spec import SIZE_OF_SPACE, size_of_space
+from growkern.model.size_values import SIZE_OF_SPACE, size_of_space
 from growkern.model.tracing.terms import Dim, atoms, factors, segments
 from growkern.model.tracing.values import Norm
 

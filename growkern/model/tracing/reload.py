@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from growkern.model.spec import ModelSpec, size_value
+from growkern.model.size_values import size_value
+from growkern.model.spec import ModelSpec
 from growkern.model.tracing.attributes import Attributes, trial_sizes
 from growkern.model.tracing.config import Fields
 from growkern.model.tracing.forward import Inputs, evaluated, main_output, persistent_buffers, tried

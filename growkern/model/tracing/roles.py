@@ -4,7 +4,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from growkern.model.spec import AxisUse, Norm, Segment, space_of
+from growkern.model.size_values import space_of
+from growkern.model.spec import AxisUse, Norm, Segment
 from growkern.model.tracing import values
 from growkern.model.tracing.naming import Spaces
 from growkern.model.tracing.terms import Dim, atoms, factors, find, is_enumerated, product, segments

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from growkern.model.spec import Power
+from growkern.model.size_values import Power
 from growkern.model.tracing.hollow import Hollow
 from growkern.model.tracing.naming import Spaces
 from growkern.model.tracing.tape import Tape

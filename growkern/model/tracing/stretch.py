@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from growkern.model.hints import Hint
 from growkern.model.layers import rope_fixed
-from growkern.model.spec import AxisUse, ModelSpec, Power, Size, TensorSpec
+from growkern.model.size_values import Power, Size
+from growkern.model.spec import AxisUse, ModelSpec, TensorSpec
 from growkern.model.tracing.small import coupled, pattern, rotary
 from growkern.support.names import named_buffers, named_modules, named_parameters
 

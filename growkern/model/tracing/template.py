@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_map_only
 
 from growkern.errors import UnsupportedModelError, raise_all
 from growkern.model.hints import Hint
-from growkern.model.spec import QUERY, ROOT, AxisUse, Blocks, ModelSpec, TensorSpec, on_residual
+from growkern.model.size_values import ROOT
+from growkern.model.spec import QUERY, AxisUse, Blocks, ModelSpec, TensorSpec, on_residual
 from growkern.model.tracing.alterations import alterations
 from growkern.model.tracing.cached import cached_values, counters, rebuilt
 from growkern.model.tracing.forward import Inputs, persistent_buffers

@@ -6,19 +6,8 @@ from math import isclose
 
 from torch import Tensor
 
-from growkern.model.spec import (
-    KEY,
-    QUERY,
-    RAW,
-    SHARE,
-    SIZE_OF_SPACE,
-    VALUE,
-    AxisUse,
-    Norm,
-    Power,
-    Segment,
-    space_of,
-)
+from growkern.model.size_values import SIZE_OF_SPACE, Power, space_of
+from growkern.model.spec import KEY, QUERY, RAW, SHARE, VALUE, AxisUse, Norm, Segment
 from growkern.model.tracing.scalings import settled
 from growkern.model.tracing.scores import ScoreTape
 from growkern.model.tracing.terms import Dim, atoms, factors, find, is_enumerated, product, segments

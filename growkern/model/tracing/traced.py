@@ -15,13 +15,12 @@ from growkern.model.spec import AxisUse, Blocks, ModelSpec
 from growkern.model.tracing import hollow
 from growkern.model.tracing.attributes import (
     Attributes,
-    Expression,
     Search,
-    expressions,
     find_attributes,
     trial_sizes,
 )
 from growkern.model.tracing.config import Fields, find_fields, has_config
+from growkern.model.tracing.expressions import Expression, expressions
 from growkern.model.tracing.forward import Inputs, TracingError, not_nan, persistent_buffers
 from growkern.model.tracing.inputs import example_inputs
 from growkern.model.tracing.known import fingerprint

@@ -1,0 +1,87 @@
+"""Values of sizes: a size that a user names, the size of a space, and what follows from sizes, such as a cached attribute."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from math import prod
+
+Component = str | int | tuple[str | int, ...]
+SIZE_OF_SPACE = {"residual": "hidden"}  # every other space is named after its size
+
+
+@dataclass(frozen=True)
+class Power:
+    """A size to a power, such as the ``head_dim ** -0.5`` of attention: ``factor * (size / base) ** exponent``.
+
+    An attribute that is an int stays an int: ``Power("heads", 1.0, base=2)`` is the number of heads of one of two processes.
+    """
+
+    size: str
+    exponent: float
+    factor: float = 1.0
+    base: int = 1
+
+
+ROOT = Power("head_dim", -0.5)  # scale of attention scores
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum of sizes and products of sizes, such as the width of a convolution over several streams that lie side by side.
+
+    Attributes:
+        parts: Products of size names and numbers.
+    """
+
+    parts: tuple[tuple[str | int, ...], ...]
+
+    def __iter__(self) -> Iterator[str | int]:
+        return chain.from_iterable(self.parts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __str__(self) -> str:
+        return " + ".join(" x ".join(map(str, part)) for part in self.parts)
+
+
+# a size name, or a product of names and numbers; "block" is the index of the block
+Size = str | tuple[str | int, ...] | Power | Sum
+
+
+def space_of(stream: str) -> str:
+    """Return the space of a stream."""
+    return stream.partition(":")[0]
+
+
+def space_size(component: Component, sizes: Mapping[str, int]) -> int:
+    """Return the size of a space, a fixed size, or concatenated spaces under the given named sizes."""
+    if isinstance(component, int):
+        return component
+    if isinstance(component, tuple):
+        return sum(space_size(part, sizes) for part in component)
+    name = size_name(component)
+    return sizes["heads"] // sizes["kv_heads"] if name == "group" else sizes[name]
+
+
+@cache
+def size_name(component: str) -> str:
+    """Return the size of the space of a stream."""
+    return size_of_space(space_of(component))
+
+
+def size_of_space(space: str) -> str:
+    """Return the size of a space: ``hidden`` for ``residual``, ``hidden2`` for ``residual2``, ``ffn`` for ``ffn.3``."""
+    name = space.partition(".")[0]
+    kind = name.rstrip("0123456789")
+    return f"{SIZE_OF_SPACE.get(kind, kind)}{name[len(kind) :]}"
+
+
+def size_value(size: Size, sizes: Mapping[str, int]) -> float:
+    """Return the value of an attribute or config field: a size, a product or sum of sizes, or a power of a size (a float)."""
+    if isinstance(size, Sum):
+        return sum(size_value(part, sizes) for part in size.parts)
+    if isinstance(size, Power):
+        return size.factor * (space_size(size.size, sizes) / size.base) ** size.exponent
+    return prod(space_size(name, sizes) for name in ([size] if isinstance(size, str) else size))
