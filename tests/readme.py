@@ -45,6 +45,7 @@ EXAMPLES = {  # name -> text that no other example contains; each runs in tests/
     "ramp": "ramp=5000",
     "experts and vocabulary": "growkern.upcycle(",
     "shrink": "shrink_inplace(",
+    "worked numbers": "grown_down",
 }
 IN_PROCESSES = {  # they run in tests/distributed, tests/integrations and tests/checkpoints
     "fsdp": block("fully_shard(block)"),

@@ -340,6 +340,19 @@ def test_a_student_learns_from_a_teacher(tmp_path, monkeypatch):
     assert names["loss"].kl > 0 and model.lm_head.weight.grad.abs().sum() > 0
 
 
+def test_the_worked_numbers_are_those_of_autograd(capsys):
+    names = {}
+
+    exec(example("worked numbers"), names)
+
+    assert capsys.readouterr().out.startswith("11.0\ntensor([2., 2., 2.])\ntensor([[3., 5., 3.]])")
+    source_up, source_down = names["up"].requires_grad_(), names["down"].requires_grad_()
+    (source_down @ (source_up @ names["x"])).backward()
+    g, u = names["g"], names["u"]
+    assert torch.equal(names["grown_up"].grad, source_up.grad[g] * u[:, None])
+    assert torch.equal(names["grown_down"].grad, source_down.grad[:, g])
+
+
 def test_the_ramps_are_events():
     names = {"growkern": growkern, "width": width, "depth": depth}
     *_, wide, deep = example("ramp").splitlines()
