@@ -40,7 +40,7 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
 
     Args:
         spec: Description of the source model.
-        to: A factor for all widths (``"2x"``, ``"1.5x"``), or a mapping from size name to an int or a factor.
+        to: A factor for all widths (``"2x"``, ``"1.5x"``), or a mapping from size name, or field of the config, to an int or a factor.
         shrink: True for targets below the source, False for those above.
 
     Returns:
@@ -53,7 +53,7 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
     for problem in wrong_target(to, ", ".join(spec.sizes)):
         raise PlanError(problem)
     source, problems = spec.sizes, list[str]()
-    named = _named(spec, to, problems, shrink)
+    named = _named(spec, _by_size(spec, to), problems, shrink)
     target = dict(source) | named
     if "hidden" in source and not problems:
         ratio = Fraction(target["hidden"], source["hidden"])
@@ -85,6 +85,26 @@ def resolve_sizes(spec: ModelSpec, to: Target, *, shrink: bool = False) -> dict[
         problems,
     )
     return target
+
+
+def _by_size(spec: ModelSpec, to: Target) -> Target:
+    """Return a request in which the fields of the config are replaced by the sizes that they hold.
+
+    Raises:
+        PlanError: A size is named twice.
+    """
+    if isinstance(to, str):
+        return to
+    named: dict[str, int | str] = {}
+    for name, value in to.items():
+        held = spec.config.get(name)
+        size = held if isinstance(held, str) and name not in spec.sizes else name
+        if size in named:
+            raise PlanError(
+                f"cannot read to={short(to, 300)}: {name!r} is the size {size!r}, which is named too; leave one out."
+            )
+        named[size] = value
+    return named
 
 
 def wrong_target(to: object, known: str = "size names") -> Iterator[str]:
