@@ -27,7 +27,7 @@ from growkern.training.schedule import GrowthSchedule
 from growkern.training.slope import WhenSlope
 from growkern.training.triggers import At, WhenPlateau
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 _LAZY = {  # name -> room

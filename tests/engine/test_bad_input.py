@@ -109,7 +109,8 @@ def test_centring_a_tied_model_is_refused():
 
 def test_an_unknown_model_is_told_the_ways_out():
     with pytest.raises(
-        UnsupportedModelError, match="(?s)no family describes.*growkern families.*inputs=batch.*hints=.*spec=ModelSpec"
+        UnsupportedModelError,
+        match="(?s)no family describes.*growkern families.*inputs=batch.*hints=.*spec=ModelSpec",
     ):
         growkern.expand_inplace(torch.nn.Linear(2, 2))
 
