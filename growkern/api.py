@@ -138,7 +138,8 @@ def expand_inplace(
     Args:
         model: Source model; changed in place.
         optim: Optimizer of the model, or a list of optimizers, each of other parameters; changed in place.
-        to: ``"2x"``, ``"1.5x"`` (all widths), or a mapping from size name, or field of the config, to an int or a factor: ``hidden, heads, kv_heads,
+        to: ``"2x"``, ``"1.5x"`` (all widths), or a mapping from size name, or field of the config, to an int or a factor:
+            ``hidden, heads, kv_heads,
             ffn, layers, ...``. Unnamed widths follow ``hidden`` in proportion where the result is an integer.
         width: Width method; default ``width.Lossless()``: exact, and new coordinates copy nothing where pads are exact.
         depth: Depth method; default ``depth.IdentityBlocks()``: exact.
@@ -246,7 +247,8 @@ def shrink_inplace(
     Args:
         model: Source model; changed in place.
         optim: Optimizer of the model, or a list of optimizers, each of other parameters; changed in place.
-        to: ``"0.5x"`` (all widths), or a mapping from size name, or field of the config, to an int or a factor: ``hidden, heads, kv_heads, ffn, positions,
+        to: ``"0.5x"`` (all widths), or a mapping from size name, or field of the config, to an int or a factor:
+            ``hidden, heads, kv_heads, ffn, positions,
             layers``. Unnamed widths follow ``hidden`` in proportion where the result is an integer.
         method: Shrink method; default ``shrink.WeightSelection()``. ``shrink.FirstCopies()`` undoes an even growth. No method
             preserves the function of a model that was not grown.

@@ -11,7 +11,8 @@ from growkern.errors import PlanError
     ("family", "by_field", "by_size"),
     [
         ("llama", {"hidden_size": 48, "num_hidden_layers": 3}, {"hidden": 48, "layers": 3}),
-        ("llama", {"intermediate_size": "2x", "num_attention_heads": 8, "num_key_value_heads": 4}, {"ffn": "2x", "heads": 8, "kv_heads": 4}),
+        ("llama", {"num_attention_heads": 8, "num_key_value_heads": 4}, {"heads": 8, "kv_heads": 4}),
+        ("mistral", {"intermediate_size": "2x"}, {"ffn": "2x"}),
         ("gpt2", {"n_embd": "2x", "n_layer": 3, "n_positions": 64}, {"hidden": "2x", "layers": 3, "positions": 64}),
         ("bert", {"vocab_size": 128}, {"vocab": 128}),
         ("t5", {"d_model": "2x", "num_decoder_layers": 3}, {"hidden": "2x", "decoder_layers": 3}),
