@@ -139,8 +139,7 @@ def expand_inplace(
         model: Source model; changed in place.
         optim: Optimizer of the model, or a list of optimizers, each of other parameters; changed in place.
         to: ``"2x"``, ``"1.5x"`` (all widths), or a mapping from size name, or field of the config, to an int or a factor:
-            ``hidden, heads, kv_heads,
-            ffn, layers, ...``. Unnamed widths follow ``hidden`` in proportion where the result is an integer.
+            ``hidden, heads, kv_heads, ffn, layers, ...``. Unnamed widths follow ``hidden`` in proportion where the result is an integer.
         width: Width method; default ``width.Lossless()``: exact, and new coordinates copy nothing where pads are exact.
         depth: Depth method; default ``depth.IdentityBlocks()``: exact.
         state: How optimizer state grows. ``"exact"``: scaled by the dual law. ``"copy"``: copied unscaled. ``"asymmetric"``: the
@@ -189,7 +188,7 @@ def expand_inplace(
         >>> growkern.expand_inplace(model, [muon, adamw], scheduler=[muon_schedule, adamw_schedule])
 
     Reference:
-        The dual law of weights and gradients: README.md, "How it works".
+        The dual law of weights and gradients: the guide "How it works".
     """
     model = unwrapped(model)
     check_arguments(model, plan, to, width, depth, state, dynamics, seed)

@@ -22,34 +22,39 @@ CALLS = (
 )  # fmt: skip
 LOOPS = "GrowthSchedule", "At", "WhenPlateau", "WhenSlope"
 FORMULAS = {  # W[o, i]: weight; g: index map from target to source coordinates; C(j): copies of source coordinate j
-    "Lossless": "copies:  W'[o, i] = W[g(o), g(i)] / C(g(i)) + N[o, i],  with N(twin) = -N\n"
-    "pads:    writers of a new residual coordinate 0 (LayerNorm: mean of the writers), its readers N(0, std(W)²)\n"
-    "         rows of a new head or FFN unit N(0, std(W)²), its readers 0;  gain' = gain · sqrt(n / n'),  eps' = eps · n / n'",
-    "FPI": "g(i) = i for i < n, drawn from U{0 .. n-1} (or i mod n) above;  W'[o, i] = W[g(o), g(i)] / C(g(i))",
-    "Net2Wider": "g as FPI;  W'[o, i] = W[g(o), g(i)] / C(g(i)) ± N[o, i]",
-    "AKI": "W'_l[o, i] = W_l[o, g(i)] / C(g(i)) for o < n;  W_{l+1}[g(o), g(i)] / C(g(i)) for o >= n",
-    "AKIPro": "AKI, with g(o) inside the group of query heads of one kv head",
+    "Lossless": "pads:    W'[new, i] = 0 where o is a new residual coordinate (LayerNorm: mean of W)\n"
+    "         W'[o, new] ~ N(0, std(W)^2) where i is a new residual coordinate\n"
+    "         W'[new, i] ~ N(0, std(W)^2), W'[o, new] = 0 for new heads and FFN units\n"
+    "         gain' = gain * sqrt(n / n'), eps' = eps * n / n' (RMSNorm)\n"
+    "copies:  W'[o, i] = W[g(o), g(i)] / C(g(i)) + N[o, i] with N(twin) = -N",
+    "FPI": "g(i) = i for i < n; above, drawn from 0 .. n-1 (maps='cyclic': i mod n)\nW'[o, i] = W[g(o), g(i)] / C(g(i))",
+    "Net2Wider": "W'[o, i] = W[g(o), g(i)] / C(g(i)) + N[o, i] with N(twin) = -N, g as FPI",
+    "AKI": "W'[o, i] = W_l[o, g(i)] / C(g(i))           for o < n\n"
+    "W'[o, i] = W_{l+1}[g(o), g(i)] / C(g(i))    for o >= n, in layer l",
+    "AKIPro": "as AKI, where g(o) stays inside the query heads of one kv head",
     "HyperClone": "W'[o, i] = W[o mod n, i mod n] / k  (+N on one block of columns, -N on its twin)",
-    "Lemon": "W'[o, i] = a_i W[g(o), g(i)],  with Σ a = 1 over the copies of a coordinate, and unequal a",
-    "CopyAndPad": "W' = [[W, A], [B, C]]  with the writers of new residual coordinates 0, and the readers of new heads and FFN units 0",
-    "Sparkling": "W'[o, i] = s · W[g(o), g(i)]\n"
-    "copies on both sides: s = 1 / sqrt(1 + 3c) for c <= 1 new coordinates per old one, 1 / (1 + c) above;  else s = sqrt(d / d')",
-    "FreshFeatures": "W'[o, i] = W[o, i] for old o and i;  N(0, std(W)²) for new o;  0 for new i",
-    "ShrinkPerturb": "W' = shrink · pad(W) + N(0, s²),  s = std · sqrt(n / n')  (output matrices: std · n / n')",
+    "Lemon": "W'[o, i] = a_i * W[g(o), g(i)], where the a_i of the copies of a coordinate\nare unequal and sum to 1",
+    "CopyAndPad": "W' = [[W, A], [B, C]], drawn but for\n"
+    "B = C = 0 where W writes the residual stream, A = C = 0 where W reads heads or FFN units",
+    "Sparkling": "W'[o, i] = s * W[g(o), g(i)]\n"
+    "s = 1 / sqrt(1 + 3c), c <= 1 new coordinates per old one, copies on both sides\n"
+    "s = 1 / (1 + c), c > 1;  s = sqrt(d / d') without copies on both sides",
+    "FreshFeatures": "W'[o, i] = W[o, i] for old o and i\nW'[new, i] ~ N(0, std(W)^2);  W'[o, new] = 0",
+    "ShrinkPerturb": "W' = shrink * pad(W) + N(0, s^2)\ns = std * sqrt(n / n')  (output matrices: std * n / n'; embeddings: std)",
     "CopyExperts": "expert'_e = expert_g(e);  router'[e] = router[g(e)] + N for a copy e",
-    "IdentityBlocks": "block'(x) = x + 0 · f(x):  attention output and down projection are 0",
-    "Stack": "source layer of l = l mod n",
-    "TopCopies": "source layer of l = l for l < n, else the layers of the top again",
-    "Interpose": "source layer of l = l // k  (halve_branches: each branch / number of copies)",
-    "DepthUpscale": "[0 .. n - m - 1] + [m .. n - 1]",
-    "Layers": "source layer of l = order[l]",
-    "Middle": "[0 .. c] + [block c again] + [c + 1 .. n - 1],  c = ceil(n / 2), in blocks of `size` layers",
-    "Fresh": "θ'_l ~ the model's own initialization, for new blocks l",
-    "WeightSelection": "coordinate i of n keeps i · N / n  (i · (N - 1) / (n - 1) where n does not divide N)",
-    "FirstCopies": "W'[o, i] = C(i) · W[first(o), first(i)]",
+    "IdentityBlocks": "block'(x) = x + 0 * f(x): attention output and down projection are 0",
+    "Stack": "layer l copies source layer l mod n",
+    "TopCopies": "layer l copies source layer l for l < n, above a layer of the top",
+    "Interpose": "layer l copies source layer l // k\nhalve_branches=True: what it adds to the stream, divided by the number of copies",
+    "DepthUpscale": "layers copy [0 .. n - m - 1] + [m .. n - 1]",
+    "Layers": "layer l copies source layer order[l]",
+    "Middle": "blocks copy [1 .. c] + [c .. n], c = ceil(n / 2), in blocks of `size` layers",
+    "Fresh": "the parameters of new layers are drawn as the model's own code initializes them",
+    "WeightSelection": "coordinate i of n keeps i * N / n\n(i * (N - 1) / (n - 1), rounded, where n does not divide N)",
+    "FirstCopies": "W'[o, i] = C(i) * W[first(o), first(i)]",
     "Zero": "e_t = 0",
-    "MeanCov": "e_t ~ N(mean(E), scale · cov(E))",
-    "CLPTransfer": "e_t = Σ_o w_o e_o,  w_o = cos(h_t, h_o) / Σ cos",
+    "MeanCov": "e_t ~ N(mean(E), scale * cov(E))",
+    "CLPTransfer": "e_t = sum over shared tokens o of w_o e_o,  w_o = cos(h_t, h_o) / sum cos",
 }
 
 

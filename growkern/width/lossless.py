@@ -52,7 +52,7 @@ class Lossless:
 
     By default new coordinates are pads: the writers of new residual coordinates are 0 (LayerNorm: the mean) and their readers drawn,
     new heads and FFN units have drawn rows and zero readers, and norms are corrected. Of the methods that preserve the function, this
-    one ended with the lowest loss (README, "What growing pays"). Pads are not exact everywhere: if norms write the residual stream
+    one ended with the lowest loss (the guide "What growing pays"). Pads are not exact everywhere: if norms write the residual stream
     (post-norm, Gemma 2), are of several kinds, may read a stream behind an activation function, or need an epsilon that no config field
     holds for all of them (OPT, Qwen3), and for head_dim, experts and kv heads that split, new coordinates are copies with twin noise of
     strength 1. ``norms`` requests pads under norms nevertheless, where pads are exact.
@@ -77,7 +77,7 @@ class Lossless:
 
     Reference:
         Zhang et al., arXiv:2104.11390 (copy and pad); Wang et al., "LEMON: Lossless model expansion", ICLR 2024, arXiv:2310.07999
-        (pads under norms); Samragh et al., arXiv:2409.12903 (twin noise). growkern's own rules: README, "How it works".
+        (pads under norms); Samragh et al., arXiv:2409.12903 (twin noise). growkern's own rules: the guide "How it works".
     """
 
     noise: float | None = None
