@@ -90,9 +90,34 @@ def test_a_model_of_your_own_is_traced(capsys):
         {"growkern": growkern, "model": model, "optim": optim, "ids": traps.ids()},
     )
 
+    assert len(example("traced").splitlines() + example("saved and loaded").splitlines()) < 14
     assert "Decoder, by tracing: hidden 48" in capsys.readouterr().out
     assert model.blocks[0].up.weight.shape == (176, 96)
     assert torch.allclose(model(traps.ids()), before, rtol=0, atol=1e-9)
+
+
+def test_a_model_of_your_own_is_saved_and_loaded(tmp_path, monkeypatch):
+    def build():
+        model = traps.make(traps.Decoder)
+        return model, torch.optim.AdamW(model.parameters())
+
+    def train(model, optim):
+        optim.zero_grad()
+        (loss := model(traps.ids()).square().mean()).backward()
+        optim.step()
+        return loss.item()
+
+    monkeypatch.chdir(tmp_path)
+    model, optim = build()
+    train(model, optim)
+    names = {"growkern": growkern, "torch": torch, "model": model, "optim": optim, "build": build}
+    names["ids"] = traps.ids()
+
+    exec(example("traced") + example("saved and loaded"), names)
+
+    assert names["model"] is not model
+    going_on = [train(*pair) for pair in [(model, optim)] * 3]
+    assert [train(names["model"], names["optim"]) for _ in range(3)] == going_on
 
 
 def test_the_vocabulary_of_a_model_of_transformers_grows_by_a_hint():
