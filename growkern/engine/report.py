@@ -136,7 +136,7 @@ class GrowthReport:
         """
         from growkern.pictures.report import draw
 
-        rows = [*self._grown(), ("parameters", self.n_params_source, self.n_params_target)]
+        rows = [*_grown(self), ("parameters", self.n_params_source, self.n_params_target)]
         steps = [(name, s, f"{s:.3g} s") for name, s in self.steps.items()]
         memory = [
             (name, float(n), _size(n))
@@ -149,13 +149,13 @@ class GrowthReport:
         applied = "" if self.lr_applied or not factors else " (recommended, not applied)"
         norm = dict(self._norm()).get("gradient norm")
         return draw(
-            f"{self._title()}, {self._preserved()}", rows, (f"time: {self.seconds:.3g} s", steps), memory,
+            f"{_title(self)}, {_preserved(self)}", rows, (f"time: {self.seconds:.3g} s", steps), memory,
             (f"tensors per learning-rate factor{applied}", factors), f"gradient norm {norm}" if norm else "",
         )  # fmt: skip
 
     def __str__(self) -> str:
         facts = "\n".join(f"{k:<20} {v}" for k, v in self._facts())
-        text = [self._title(), table(SIZES, self._rows()), facts]
+        text = [_title(self), table(SIZES, self._rows()), facts]
         return "\n\n".join(
             [*text, *(["\n".join(f"note: {note}" for note in self.notes)] if self.notes else [])]
         )
@@ -163,25 +163,14 @@ class GrowthReport:
     def _repr_html_(self) -> str:
         notes = html_lines([f"note: {note}" for note in self.notes])
         return html_page(
-            self._title(), html_table(SIZES, self._rows()), html_table(["", ""], self._facts()), notes
+            _title(self), html_table(SIZES, self._rows()), html_table(["", ""], self._facts()), notes
         )  # fmt: skip
-
-    def _title(self) -> str:
-        shrank = any(self.target_sizes[name] < n for name, n in self.source_sizes.items())
-        return f"{'Shrank' if shrank else 'Grew'} {self.family}"
-
-    def _grown(self) -> list[tuple[str, int, int]]:
-        """Return name, source size and target size of every size that changed."""
-        return [(k, n, m) for k, n in self.source_sizes.items() if (m := self.target_sizes[k]) != n]
 
     def _rows(self) -> list[tuple[object, ...]]:
         n, m = self.n_params_source, self.n_params_target
-        rows = [(k, n, m, f"x {m / n:.4g}" if n else "") for k, n, m in self._grown()]
+        rows = [(k, n, m, f"x {m / n:.4g}" if n else "") for k, n, m in _grown(self)]
         rows.append(("parameters", n, m, f"x {m / max(1, n):.4g}"))
         return [(name, f"{n:,}", f"{m:,}", ratio) for name, n, m, ratio in rows]
-
-    def _preserved(self) -> str:
-        return KEPT.get(self.preserves, "preserves nothing: ") + "; ".join(self.reasons)
 
     def _factors(self) -> dict[str, int]:
         """Return learning-rate factor as text -> number of tensors."""
@@ -205,7 +194,7 @@ class GrowthReport:
         factors = factors and f"{factors} tensors"
         longest = sorted(self.steps.items(), key=lambda item: -item[1])[:N_STEPS]
         facts: list[tuple[object, ...]] = [
-            ("preserves", self._preserved().removeprefix("preserves ")),
+            ("preserves", _preserved(self).removeprefix("preserves ")),
             (
                 "moved",
                 f"{received}{_size(self.n_bytes_read)} read, {_size(self.n_bytes_written)} written, {self.seconds:.3g} s, {rate:.3g} GB/s",
@@ -223,6 +212,22 @@ class GrowthReport:
         return facts + ([] if self.learned is None else self.learned.facts())
 
 
+def _title(report: GrowthReport) -> str:
+    """Return whether the model grew or shrank, and its family."""
+    shrank = any(report.target_sizes[name] < n for name, n in report.source_sizes.items())
+    return f"{'Shrank' if shrank else 'Grew'} {report.family}"
+
+
+def _grown(report: GrowthReport) -> list[tuple[str, int, int]]:
+    """Return name, source size and target size of every size that changed."""
+    return [(k, n, m) for k, n in report.source_sizes.items() if (m := report.target_sizes[k]) != n]
+
+
+def _preserved(report: GrowthReport) -> str:
+    """Return what the growth preserves, with the reasons if it preserves nothing."""
+    return KEPT.get(report.preserves, "preserves nothing: ") + "; ".join(report.reasons)
+
+
 def _size(n_bytes: int) -> str:
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n_bytes >= scale:
@@ -237,3 +242,10 @@ def growth_metrics(report: GrowthReport) -> dict[str, float]:
         "growth/parameters": float(report.n_params_target),
         "growth/seconds": report.seconds,
     }
+
+
+def growth_event(report: GrowthReport) -> str:
+    """Return a growth in one line, the text that integrations log: what grew, and what the growth preserves."""
+    n = ("parameters", report.n_params_source, report.n_params_target)
+    grown = ", ".join(f"{name} {a:,} -> {b:,}" for name, a, b in [*_grown(report), n])
+    return f"{_title(report)}: {grown}; {_preserved(report)}."

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from growkern.engine.report import GrowthReport, growth_metrics
+from growkern.engine.report import GrowthReport, growth_event, growth_metrics
 from growkern.errors import PlanError, UnsupportedModelError
 from growkern.integrations.bar import Bar
 from growkern.optimizer.describe import optimizers
@@ -68,7 +68,8 @@ def attach(
     )
 
     def logs(event: Event, report: GrowthReport) -> None:
-        accelerator.log(growth_metrics(report), step=schedule.counts.n_steps)
+        values = {**growth_metrics(report), "growth/event": growth_event(report)}
+        accelerator.log(values, step=schedule.counts.n_steps)
 
     def watches(event: Event, report: GrowthReport) -> None:
         # with a GradScaler, Accelerate steps by the method that it took from the optimizer; UpdateScale watches the method of today

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from growkern.commit.optimizer import Masters
-from growkern.engine.report import growth_metrics
+from growkern.engine.report import growth_event, growth_metrics
 from growkern.errors import PlanError
 from growkern.integrations.bar import Bar
 from growkern.integrations.hf_inherit import inherit as inherit
@@ -39,7 +39,7 @@ class Trainer(Protocol):
         """Return the optimizer; create the optimizer if there is none."""
         ...
 
-    def log(self, logs: dict[str, float]) -> None:
+    def log(self, logs: dict[str, Any]) -> None:
         """Log to every tracker."""
 
 
@@ -124,7 +124,7 @@ def attach(trainer: Trainer, schedule: GrowthSchedule, **options: Unpack[Options
                 should_log = (
                     control.should_log
                 )  # trainer.log clears the flag, which would suppress the loss log of this step
-                trainer.log(growth_metrics(report))
+                trainer.log({**growth_metrics(report), "growth/event": growth_event(report)})
                 control.should_log = should_log
 
         def on_log(

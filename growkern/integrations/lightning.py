@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from growkern.commit.optimizer import Masters
-from growkern.engine.report import growth_metrics
+from growkern.engine.report import growth_event, growth_metrics
 from growkern.errors import PlanError, UnsupportedModelError
 from growkern.integrations.bar import Bar
 from growkern.optimizer.schedulers import driven_by
@@ -129,6 +129,7 @@ class GrowthCallback(Callback):
         for _, report in self.attachment.grow() if self.attachment else []:
             for logger in trainer.loggers:
                 logger.log_metrics(growth_metrics(report), step=trainer.global_step)
+                _log_text(logger, growth_event(report), trainer.global_step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the metrics that validation logged."""
@@ -200,6 +201,14 @@ class GrowthCallback(Callback):
             model, optims, history, scheduler=several, ema=self.options.get("ema"),
             master_weights=self.options.get("master_weights"), spec=spec,
         )  # fmt: skip
+
+
+def _log_text(logger: Any, text: str, step: int) -> None:
+    """Log the text of a growth to a logger of W&B's kind or of TensorBoard's; other loggers log numbers only."""
+    if hasattr(logger, "log_text"):
+        logger.log_text("growth/event", columns=["step", "growth"], data=[[str(step), text]], step=step)  # fmt: skip
+    elif hasattr(logger.experiment, "add_text"):
+        logger.experiment.add_text("growth/event", text, step)
 
 
 def _callbacks(checkpoint: Path, weights_only: bool | None) -> Mapping[str, Any]:

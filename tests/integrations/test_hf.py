@@ -284,6 +284,12 @@ def test_growth_is_in_the_event_files_and_no_loss_is_lost(tmp_path):
     n = sum(p.numel() for p in model.parameters())
     assert scalars["train/growth/parameters"] == [(2, float(n))]
     assert [step for step, _ in scalars["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    (said,) = events.Tensors("train/growth/event/text_summary")
+    assert said.step == 2
+    assert (
+        b"hidden 24 -> 48" in (text := said.tensor_proto.string_val[0])
+        and f"{n:,}; ".encode() in text
+    )
 
 
 @pytest.mark.slow

@@ -213,6 +213,12 @@ def test_growth_is_in_the_event_files_whatever_the_logging_interval(tmp_path):
     n = sum(p.numel() for p in module.model.parameters())
     assert [(e.step, e.value) for e in events.Scalars("growth/hidden")] == [(2, 48.0)]
     assert [(e.step, e.value) for e in events.Scalars("growth/parameters")] == [(2, float(n))]
+    (said,) = events.Tensors("growth/event/text_summary")
+    assert said.step == 2
+    assert (
+        b"hidden 24 -> 48" in (text := said.tensor_proto.string_val[0])
+        and f"{n:,}; ".encode() in text
+    )
 
 
 METRICS = {
