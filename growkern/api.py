@@ -85,6 +85,11 @@ def plan(
         PlanError: The growth cannot be planned. The message lists every reason and a way out.
         UnsupportedModelError: See ``describe``.
         UnsupportedOptimizerError: The optimizer's state cannot be grown.
+
+    Example:
+        >>> plan = growkern.plan(model, optim, to={"hidden": 48, "layers": 3})
+        >>> plan.preserves, plan.new_blocks
+        ('function', ('model.layers.2',))
     """
     model = unwrapped(model)
     given = getattr(depth, "block", None)
@@ -184,8 +189,10 @@ def expand_inplace(
         CommitError: The growth failed and was rolled back.
 
     Example:
-        >>> growkern.expand_inplace(model, optim, to={"hidden": 1024, "layers": 24})
-        >>> growkern.expand_inplace(model, [muon, adamw], scheduler=[muon_schedule, adamw_schedule])
+        >>> scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optim, T_max=1000)
+        >>> report = growkern.expand_inplace(model, optim, to={"hidden": 48, "layers": 4}, scheduler=scheduler)
+        >>> report.preserves, report.n_params_source, report.n_params_target
+        ('function', 10920, 77328)
 
     Reference:
         The dual law of weights and gradients: the guide "How it works".
@@ -273,7 +280,9 @@ def shrink_inplace(
         CommitError: The shrinking failed and was rolled back.
 
     Example:
-        >>> growkern.shrink_inplace(model, optim, to={"hidden": 512, "layers": 6})
+        >>> report = growkern.shrink_inplace(model, optim, to={"hidden": 12, "layers": 1})
+        >>> report.n_params_source, report.n_params_target
+        (10920, 1980)
     """
     model = unwrapped(model)
     _check_caller(model, plan)

@@ -52,6 +52,15 @@ class Advice:
         law: The fitted scaling law.
         unknown: Unknowns that limit the advice, one sentence each.
         tied: Share of the draws in which no option ends lowest by 1 % of the compute.
+
+    Example:
+        >>> curve = [(3e5 * i / 20, 1 + (i / 20) ** -0.3) for i in range(1, 21)]  # (tokens, loss) of the run so far
+        >>> advice = growkern.advise(curve, source=58_656, target=217_664, budget=1.2e12)
+        >>> print(advice)
+        58,656 -> 217,664 parameters, 1.06e+11 of 1.2e+12 FLOPs spent.
+        Cannot tell: no option ends lowest in 80% of the draws. ...
+        option        grown at  loss at the end  saves, charged  saves, sunk   lowest in
+        ...
     """
 
     decision: str
@@ -69,7 +78,7 @@ class Advice:
 
     @property
     def now(self) -> Option:
-        """The option to grow now."""
+        """The ``Option`` to grow now."""
         return next(option for option in self.options if option.name == "grow now")
 
     def __str__(self) -> str:
@@ -107,7 +116,7 @@ class Advice:
 
     @property
     def likeliest(self) -> Option:
-        """The option that ends lowest in the most draws."""
+        """The ``Option`` that ends lowest in the most draws."""
         return max(self.options, key=lambda option: option.chance)
 
     def _verdict(self) -> str:

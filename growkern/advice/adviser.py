@@ -72,9 +72,10 @@ def advise(
             the recipe is unknown, the law belongs to other curves, or an argument is no number.
 
     Example:
-        >>> advice = growkern.advise(curve, source=58_656, target=217_664, budget=1.2e12, others=[(30_000, smaller)])
-        >>> advice.decision, advice.now.charged
-        ('grow now', (0.02, 0.11, 0.19))
+        >>> curve = [(3e5 * i / 20, 1 + (i / 20) ** -0.3) for i in range(1, 21)]  # (tokens, loss) of the run so far
+        >>> advice = growkern.advise(curve, source=58_656, target=217_664, budget=1.2e12)
+        >>> advice.decision, [option.name for option in advice.options]
+        ('cannot tell', ['from scratch', 'never grow', 'grow now', 'grow later'])
 
     Reference:
         Hoffmann et al., arXiv:2203.15556 (the law); Shen et al., "Staged Training for Transformer Language Models",

@@ -48,6 +48,13 @@ class Outcome:
         n_params: Number of parameters of the grown model.
         seconds: Wall time of the growth.
         n_bytes: Bytes written by the growth.
+
+    Example:
+        >>> comparison = growkern.compare(model, optim, methods=[width.HyperClone()], to="1.5x", batch=batch, steps=1)
+        >>> source, hyperclone = comparison.outcomes
+        >>> source.n_params, hyperclone.refused
+        (10920, 'HyperClone: hidden 24 -> 36 is no whole multiple, and the paper clones whole multiples; use HyperClone(general=True)
+        or Lossless(), which grow to any width.')
     """
 
     method: str
@@ -71,6 +78,14 @@ class Comparison:
     Attributes:
         outcomes: Outcome of the source, then of each method in the order of ``methods``.
         n_steps: Number of steps before ``loss_after``.
+
+    Example:
+        >>> print(growkern.compare(model, optim, methods=[width.Lossless(), width.AKI()], batch=batches, steps=2))
+        method      preserves   logits off by  loss    after 2 steps  gradient norm  dead  equal  parameters  seconds  MB
+        ----------  ----------  -------------  ------  -------------  -------------  ----  -----  ----------  -------  -----
+        (none)      trajectory  0.0e+00        ...     ...            x 1            0     0      10,920      nan      0
+        Lossless()  function    ...            ...     ...            x 1.44         0     0      40,272      ...      0.161
+        AKI()       nothing     ...            ...     ...            x 0.951        0     572    40,272      ...      0.161
     """
 
     outcomes: tuple[Outcome, ...]
@@ -155,6 +170,13 @@ def compare(
 
     Raises:
         PlanError: ``methods`` is empty or has an entry of another type, there is no batch, or ``steps`` is negative.
+        UnsupportedModelError: The model is no module, or is sharded.
+        UnsupportedOptimizerError: ``optim`` is None.
+
+    Example:
+        >>> comparison = growkern.compare(model, optim, methods=[width.Lossless(), width.AKI()], batch=batches, steps=2)
+        >>> [(outcome.method, outcome.preserves) for outcome in comparison.outcomes]
+        [('(none)', 'trajectory'), ('Lossless()', 'function'), ('AKI()', 'nothing')]
     """
     model, optims = unwrapped(model), optimizers(optim)
     refuse_shards(model, "compare")

@@ -30,8 +30,10 @@ def expert_utility(
         PlanError: The experts have no gradients, or no second moments.
 
     Example:
-        >>> loss.backward()
-        >>> growkern.expand_inplace(model, optim, to={"experts": "2x"}, width=width.CopyExperts(growkern.expert_utility(model)))
+        >>> mixture(**batch).loss.backward()
+        >>> utility = growkern.expert_utility(mixture)
+        >>> growkern.expand_inplace(mixture, to={"experts": "2x"}, width=width.CopyExperts(utility)).target_sizes["experts"]
+        8
 
     Reference:
         Dwivedi et al., arXiv:2604.19835, whose gradient-based scores choose the experts to duplicate. (The sum over layers is growkern's,

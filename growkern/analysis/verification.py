@@ -31,6 +31,13 @@ class Verification:
         copies: Tensor -> number of rows and columns that equal another one, bit for bit, after two steps: they will stay equal.
         state: Optimizer state whose shape does not fit its parameter.
         unheld: Trainable parameters in no param group.
+
+    Example:
+        >>> import copy
+        >>> source, report = copy.deepcopy(model), growkern.expand_inplace(model, optim)
+        >>> checked = growkern.verify(source, model, batch, optim)
+        >>> checked.same_function, checked.dead, checked.copies, checked.ok
+        (True, {}, {}, True)
     """
 
     logits_error: float
@@ -43,7 +50,7 @@ class Verification:
 
     @property
     def same_function(self) -> bool:
-        """True when the outputs agree up to rounding."""
+        """True when the outputs agree up to rounding: ``logits_error`` is at most ``tolerance`` times ``logits_scale``, or times 1."""
         return self.logits_error <= self.tolerance * max(1.0, self.logits_scale)
 
     @property
@@ -112,6 +119,22 @@ def verify(
 
     Returns:
         The result; ``print`` it. Gradients come from two steps of plain gradient descent on a copy of ``target``, in evaluation mode.
+
+    Raises:
+        PlanError: ``optim`` is not an optimizer, or a list of them.
+        UnsupportedModelError: ``source`` or ``target`` is no module, or is sharded.
+
+    Example:
+        >>> import copy
+        >>> source, report = copy.deepcopy(model), growkern.expand_inplace(model, optim)
+        >>> print(growkern.verify(source, model, batch, optim))
+        check                              found
+        ---------------------------------  ----------------  --
+        logits error                       ... of 2.08  ok
+        without gradient in two steps      none              ok
+        copies equal after two steps       none
+        optimizer state that does not fit  none              ok
+        parameters in no group             none              ok
     """
     optims = optimizers(optim)
     for model in (source, target):

@@ -87,6 +87,28 @@ class GrowthReport:
         history: Records of all growths of the model so far, as JSON, this growth last; ``growkern.resume`` reads them.
         notes: Notes for the user on the next steps.
         learned: What a learned growth has learned; None for a growth by a closed form.
+
+    Example:
+        >>> print(growkern.expand_inplace(model, optim, to={"hidden": 48, "layers": 3}))
+        Grew llama
+        <BLANKLINE>
+        size        source  target
+        ----------  ------  ------  -------
+        hidden      24      48      x 2
+        heads       4       8       x 2
+        kv_heads    2       4       x 2
+        ffn         40      80      x 2
+        layers      2       3       x 1.5
+        parameters  10,920  58,800  x 5.385
+        <BLANKLINE>
+        preserves            the function
+        new blocks           model.layers.2
+        moved                106 kB read, 235 kB written, ... s, ... GB/s
+        time                 ...
+        peak memory          235 kB beyond the source (stage)
+        learning rate        unchanged for 22, x 0.7071 for 7 tensors
+        <BLANKLINE>
+        note: ...
     """
 
     family: str

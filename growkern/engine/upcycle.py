@@ -100,6 +100,15 @@ def upcycle(
             partly frozen or not in one param group.
         UnsupportedOptimizerError: The optimizer's state cannot be grown.
         PlanError: ``top_k`` is not between 1 and ``experts``, ``std`` is not above 0, or the optimizer has an ``UpdateScale``.
+
+    Example:
+        >>> logits = model(**batch).logits
+        >>> moe = growkern.upcycle(model, optim, experts=4)
+        >>> type(moe).__name__, torch.allclose(moe(**batch).logits, logits, atol=1e-5)
+        ('MixtralForCausalLM', True)
+
+    Reference:
+        Komatsuzaki et al., "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints", ICLR 2023, arXiv:2212.05055.
     """
     model, optims = unwrapped(model), optimizers(optim)
     refuse_shards(model, "upcycle")

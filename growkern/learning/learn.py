@@ -120,7 +120,9 @@ def learn(
         CommitError: A loss is not finite, or the growth failed and was rolled back.
 
     Example:
-        >>> report = growkern.learn(model, optim, loader, to={"hidden": 1024, "layers": 24}, depth=growkern.depth.Stack())
+        >>> report = growkern.learn(model, optim, batches, to={"hidden": 48, "layers": 4}, depth=depth.Stack(), steps=5)
+        >>> report.learned.loss_after < report.learned.loss_before
+        True
 
     Reference:
         Wang et al., "Learning to Grow Pretrained Models for Efficient Transformer Training", ICLR 2023, arXiv:2303.00980 (LiGO).

@@ -54,6 +54,12 @@ def describe(
     Raises:
         UnsupportedModelError: The family is unknown, the model is wrapped, parameters cannot be grown, or the spec does not fit the
             model or does not cover every parameter and persistent buffer. The message lists all problems of the first failing check.
+
+    Example:
+        >>> growkern.describe(model).sizes  # a known family
+        {'hidden': 24, 'heads': 4, 'kv_heads': 2, 'head_dim': 6, 'ffn': 40, 'layers': 2, 'vocab': 66}
+        >>> growkern.describe(phi, inputs=batch).sizes  # any other model, by tracing its forward
+        {'hidden': 48, 'ffn': 80, 'heads': 4, 'kv_heads': 2, 'layers': 2, 'head_dim': 12}
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UnsupportedModelError(

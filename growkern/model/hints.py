@@ -30,6 +30,12 @@ class Hint:
         saves: Two sizes: transformers saves the model only if the first is a multiple of the second.
         divided: Field, cached by the model, that is divided by the factor of a size: field -> the size.
         config: Further fields, of configs of single modules, such as ``decoder.num_layers`` -> size.
+
+    Example:
+        >>> fields = {"hidden_size": "hidden", "num_attention_heads": "heads", "num_hidden_layers": "layers", "vocab_size": "vocab"}
+        >>> fields |= {"num_key_value_heads": "kv_heads", "intermediate_size": "ffn"}
+        >>> growkern.describe(phi, hints=growkern.Hint(fields)).sizes
+        {'hidden': 48, 'heads': 4, 'layers': 2, 'vocab': 97, 'kv_heads': 2, 'ffn': 80, 'head_dim': 12}
     """
 
     fields: Mapping[str, str]

@@ -26,13 +26,36 @@ def _reader(axis: Axis) -> AxisUse:
 
 @typed
 def writer(axis: Axis) -> AxisUse:
-    """Return an axis that produces its streams."""
+    """Return an axis that produces its streams: the rows of a weight ``W[out, in]``, a bias, an embedding's features.
+
+    Args:
+        axis: A stream (``"ffn.0"``), a segment (a tuple of streams and fixed lengths, whose sizes multiply), or a list of segments, which
+            lie side by side.
+
+    Raises:
+        UnsupportedModelError: ``axis`` has another type.
+
+    Example:
+        >>> print(growkern.writer(("heads.0", "head_dim")))
+        writer heads.0 x head_dim
+    """
     return _writer(axis)
 
 
 @typed
 def reader(axis: Axis) -> AxisUse:
-    """Return an axis that contracts its streams."""
+    """Return an axis that contracts its streams: the columns of a weight ``W[out, in]``.
+
+    Args:
+        axis: See ``writer``.
+
+    Raises:
+        UnsupportedModelError: ``axis`` has another type.
+
+    Example:
+        >>> print(growkern.reader("ffn.0"))
+        reader ffn.0
+    """
     return _reader(axis)
 
 
@@ -40,14 +63,51 @@ def reader(axis: Axis) -> AxisUse:
 def linear(
     name: str, *, reads: Axis, writes: Axis, bias: bool = True, transposed: bool = False
 ) -> dict[str, TensorSpec]:
-    """Describe ``y = W x + b`` with ``W[out, in]`` (``W[in, out]`` when ``transposed``)."""
+    """Describe ``y = W x + b`` with ``W[out, in]`` (``W[in, out]`` when ``transposed``).
+
+    Args:
+        name: Name of the module.
+        reads: What the layer reads, see ``writer``.
+        writes: What the layer writes.
+        bias: False for a layer without a bias.
+        transposed: True for a weight that is stored as ``W[in, out]``, such as GPT-2's ``Conv1D``.
+
+    Returns:
+        Axes of ``name.weight`` and ``name.bias``, for ``ModelSpec.tensors``.
+
+    Raises:
+        UnsupportedModelError: An argument has another type.
+
+    Example:
+        >>> for tensor, axes in growkern.linear("blocks.0.up", reads="residual", writes="ffn.0").items():
+        ...     print(f"{tensor}: {', '.join(map(str, axes))}")
+        blocks.0.up.weight: writer ffn.0, reader residual
+        blocks.0.up.bias: writer ffn.0
+    """
     weight = (_reader(reads), _writer(writes)) if transposed else (_writer(writes), _reader(reads))
     return {f"{name}.weight": weight} | ({f"{name}.bias": (_writer(writes),)} if bias else {})
 
 
 @typed
 def embedding(name: str, *, rows: Axis, writes: Axis) -> dict[str, TensorSpec]:
-    """Describe a table ``E[rows, features]`` that is looked up by row."""
+    """Describe a table ``E[rows, features]`` that is looked up by row.
+
+    Args:
+        name: Name of the module.
+        rows: What the rows count, such as ``"vocab"`` or ``"positions"``.
+        writes: What a row writes, see ``writer``.
+
+    Returns:
+        Axes of ``name.weight``, for ``ModelSpec.tensors``.
+
+    Raises:
+        UnsupportedModelError: An argument has another type.
+
+    Example:
+        >>> for tensor, axes in growkern.embedding("wte", rows="vocab", writes="residual").items():
+        ...     print(f"{tensor}: {', '.join(map(str, axes))}")
+        wte.weight: writer vocab, writer residual
+    """
     return {f"{name}.weight": (_writer(rows), _writer(writes))}
 
 
@@ -62,7 +122,29 @@ def norm(
     eps: str | None = "eps",
     offset: float = 0.0,
 ) -> dict[str, TensorSpec]:
-    """Describe a norm with gain ``offset + weight`` and, by default for LayerNorm, ``bias``."""
+    """Describe a norm with gain ``offset + weight`` and, by default for LayerNorm, ``bias``.
+
+    Args:
+        name: Name of the module.
+        reads: Stream that the norm reads, such as ``"residual"``.
+        writes: Stream of the same space that the norm writes, such as ``"residual:normed"``.
+        kind: ``"rms"`` divides by the root mean square, ``"layer"`` subtracts the mean first.
+        bias: True for a norm with a bias; None: LayerNorm has one, RMSNorm has none.
+        eps: Name of the module attribute that holds the epsilon; None if the epsilon cannot change, such as a number in ``forward``.
+        offset: Constant that the module adds to its weight; 1 for Gemma's norms.
+
+    Returns:
+        Axes of ``name.weight`` and ``name.bias``, for ``ModelSpec.tensors``.
+
+    Raises:
+        UnsupportedModelError: An argument has another type.
+
+    Example:
+        >>> for tensor, axes in growkern.norm("ln_f", reads="residual", writes="residual:final", kind="layer").items():
+        ...     print(f"{tensor}: {', '.join(map(str, axes))}")
+        ln_f.weight: gain residual:final of layer(residual)
+        ln_f.bias: writer residual:final
+    """
     gain = AxisUse("gain", _segments(writes), Norm(reads, kind, eps, offset))
     has_bias = kind == "layer" if bias is None else bias
     return {f"{name}.weight": (gain,)} | ({f"{name}.bias": (_writer(writes),)} if has_bias else {})

@@ -112,6 +112,11 @@ class Blocks:
         size: Name of the size that counts the blocks.
         kinds: For blocks of several kinds, such as attention and Mamba: index of the first block of the same kind, of every block.
         next_kinds: Kinds of the places behind those of the source, in turn, again and again.
+
+    Example:
+        >>> blocks = growkern.Blocks("model.layers", identity={"self_attn.o_proj.weight": 0.0, "mlp.down_proj.weight": 0.0})
+        >>> blocks == growkern.describe(model).blocks
+        True
     """
 
     path: str
@@ -174,6 +179,19 @@ class ModelSpec:
             stream that no norm in the spec reads then grows by whole multiples only, whose copies keep the mean square.
         whole_multiples: Size -> why the size grows by whole multiples only.
         summed: Streams that norms alone read, and that are sums of what tensors write, without an activation function in between.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> up, down = growkern.linear("0", reads=(4,), writes="ffn"), growkern.linear("2", reads="ffn", writes=(2,))
+        >>> spec = growkern.ModelSpec("net", {"ffn": 8}, up | down)
+        >>> growkern.expand_inplace(net, spec=spec, to={"ffn": 16}).target_sizes
+        {'ffn': 16}
+        >>> net
+        Sequential(
+          (0): Linear(in_features=4, out_features=16, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=16, out_features=2, bias=True)
+        )
     """
 
     family: str

@@ -21,6 +21,12 @@ class Scale:
         grad: ``a``, the divisor of the gradient.
         gain: Factor on the update without its decoupled weight decay, for steps of a matrix as a whole (Muon).
         offset: Constant that the model adds to the parameter; their sum is converted.
+
+    Example:
+        >>> rows = torch.ones(len(model.lm_head.weight))
+        >>> rows[:10] = 0.5
+        >>> growkern.UpdateScale(optim, {model.lm_head.weight: growkern.Scale((rows, 1.0))})
+        UpdateScale(AdamW, 1 parameters)
     """
 
     update: tuple[Factor, ...]
@@ -31,7 +37,7 @@ class Scale:
 
     @property
     def seen(self) -> tuple[Factor, ...]:
-        """Divisor of the parameter while the optimizer sees it."""
+        """Divisor of the parameter while the optimizer sees it: ``units``, or else ``update``; one entry per axis."""
         return self.update if self.units is None else self.units
 
 

@@ -50,9 +50,17 @@ class UpdateScale:
     Raises:
         PlanError: A parameter is not in the optimizer, a factor does not fit its parameter, or the optimizer already has an
             ``UpdateScale``.
+        UnsupportedOptimizerError: ``optim`` is no optimizer.
 
     Example:
-        >>> scale = growkern.UpdateScale(optim, {model.lm_head.weight: 0.5})
+        >>> linear = torch.nn.Linear(2, 2, bias=False)
+        >>> optim = torch.optim.SGD(linear.parameters(), lr=1.0)
+        >>> growkern.UpdateScale(optim, {linear.weight: 0.5})
+        UpdateScale(SGD, 1 parameters)
+        >>> before, linear.weight.grad = linear.weight.detach().clone(), torch.ones(2, 2)
+        >>> optim.step()
+        >>> torch.allclose(linear.weight, before - 0.5)
+        True
     """
 
     @typed_arguments(PlanError, "scales", optim=UnsupportedOptimizerError)

@@ -63,11 +63,18 @@ def resume(
     Raises:
         PlanError: A growth does not fit the model that the previous growths produce, or its plan differs from the recorded plan. Model
             and optimizer are bitwise unchanged.
+        UnsupportedModelError: ``model`` is no module.
 
     Example:
-        >>> saved = torch.load("optim.pt")
-        >>> growkern.resume(model, optim, saved)
-        >>> model.load_state_dict(torch.load("model.pt")); optim.load_state_dict(saved)
+        >>> import copy
+        >>> small = copy.deepcopy(model)
+        >>> report = growkern.expand_inplace(model, optim, to={"hidden": 48, "layers": 3})
+        >>> weights, saved = model.state_dict(), optim.state_dict()  # the checkpoint
+        >>> new_optim = torch.optim.AdamW(small.parameters())
+        >>> growkern.resume(small, new_optim, saved)
+        >>> small.load_state_dict(weights)
+        <All keys matched successfully>
+        >>> new_optim.load_state_dict(saved)
     """
     model, optims = unwrapped(model), optimizers(optim)
     ranks = Ranks(model, Live.now().modules)

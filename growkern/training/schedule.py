@@ -62,8 +62,20 @@ class GrowthSchedule:
         PlanError: Steps, tokens or sizes decrease from an event to a later event, or an event is invalid; every reason at once.
 
     Example:
-        >>> schedule = GrowthSchedule([At(step=1000, to={"hidden": 1024}), WhenPlateau(patience=50, to={"layers": 24})])
-        >>> schedule.attach(model, optim, scheduler)
+        >>> events = [growkern.At(step=1, to={"hidden": 48}), growkern.WhenPlateau(patience=50, to={"layers": 4})]
+        >>> schedule = growkern.GrowthSchedule(events)
+        >>> attachment = schedule.attach(model, optim)
+        >>> for batch in batches:
+        ...     loss = model(**batch).loss
+        ...     loss.backward()
+        ...     optim.step()
+        ...     optim.zero_grad()
+        ...     schedule.observe(loss=loss)
+        >>> print(schedule)
+        event  to         trigger                       state
+        -----  ---------  ----------------------------  ----------------------------------
+            0  hidden=48  step 1                        fired at step 1
+            1  layers=4   loss (min) not better for 50  waiting: best ..., 0 of 50 since
     """
 
     @typed_arguments(PlanError, "events")
