@@ -13,6 +13,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 class GrowthError(RuntimeError):
     """Base class of every growkern error. Model and optimizer are unchanged after it, unless a CommitError reports a failed rollback.
 
@@ -31,7 +35,7 @@ class UnsupportedModelError(GrowthError):
     Example:
         >>> growkern.expand_inplace(torch.nn.Bilinear(2, 2, 2))
         Traceback (most recent call last):
-        growkern.errors.UnsupportedModelError: no family describes torch.nn.modules.linear.Bilinear. Known: ...
+        growkern.errors.UnsupportedModelError: no family describes torch.nn.modules.linear.Bilinear, and no inputs can be made ...
     """
 
 

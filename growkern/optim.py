@@ -3,3 +3,7 @@
 from growkern.optimizer.adamw import AdamW
 
 __all__ = ["AdamW"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -49,6 +49,11 @@ __all__ = [
     "staged_training",
 ]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 AKI = width.AKI()  # a default
 # operator -> threshold of the slope, and how far the learning-rate schedule goes back (Shen et al., arXiv:2203.06211)
 STAGED = {"width": (0.0475, 1.776), "depth": (0.0575, 1.412), "both": (0.03, 2.455)}

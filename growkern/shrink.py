@@ -12,6 +12,12 @@ from growkern.planning.method_spaces import spaces, tied_streams
 from growkern.planning.vector import Vector
 
 __all__ = ["FirstCopies", "WeightSelection"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 SHRINKS = ("hidden", "heads", "kv_heads", "ffn", "positions", "layers")
 
 

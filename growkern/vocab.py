@@ -22,6 +22,11 @@ from growkern.planning.vector import Vector
 
 __all__ = ["CLPTransfer", "MeanCov", "Zero"]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 LARGEST_SCALE = 1e6  # of the covariance of the old rows
 CANCELS = 0.1  # smallest usable ratio of a sum of similarities to the sum of their absolute values
 REASON = ("new tokens take probability from the old ones",)

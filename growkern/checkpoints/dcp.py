@@ -48,6 +48,13 @@ from growkern.support.progress import Progress
 from growkern.support.text import one_line
 from growkern.support.wrappers import unwrapped
 
+__all__ = ["grow", "load"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 UNCHANGED = "Nothing was changed."
 
 
@@ -108,8 +115,14 @@ def grow(
 
     Example:
         >>> with torch.device("meta"):
-        ...     model = LlamaForCausalLM(config)
-        >>> growkern.dcp.grow("run/step-1000", "run/grown", model, torch.optim.AdamW(model.parameters()), to="2x")
+        ...     small = transformers.LlamaForCausalLM(config)
+        >>> optim = torch.optim.AdamW(small.parameters())
+        >>> report = growkern.dcp.grow("run/step-1000", "run/grown", small, optim, to="2x")
+        >>> report.n_params
+        (10920, 40272)
+
+    Reference:
+        ``torch.distributed.checkpoint``: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
     """
     start, processes = perf_counter(), Processes()
     source, target, model = Path(source), Path(target), unwrapped(model)
@@ -184,13 +197,18 @@ def load(
 
     Example:
         >>> with torch.device("meta"):
-        ...     small = LlamaForCausalLM(config)
+        ...     small = transformers.LlamaForCausalLM(config)
         >>> plan = growkern.plan(small, to="2x")
-        >>> growkern.expand_inplace(small, torch.optim.AdamW(small.parameters()), plan=plan, backend="nan")
-        >>> model = LlamaForCausalLM(small.config)
-        >>> fully_shard(model)
-        >>> optim = torch.optim.AdamW(model.parameters())
-        >>> growkern.dcp.load(model, optim, "run/step-1000", plan=plan)
+        >>> small_optim = torch.optim.AdamW(small.parameters())
+        >>> report = growkern.expand_inplace(small, small_optim, plan=plan, backend="nan")  # small.config is the target's then
+        >>> large = transformers.LlamaForCausalLM(small.config)  # and fully_shard(large), where it is sharded
+        >>> optim = torch.optim.AdamW(large.parameters())
+        >>> growkern.dcp.load(large, optim, "run/step-1000", plan=plan)
+        >>> torch.allclose(large(**batch).logits, model(**batch).logits, atol=1e-5)
+        True
+
+    Reference:
+        ``torch.distributed.checkpoint``: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
     """
     processes, model = Processes(), unwrapped(model)
     with processes.together(UNCHANGED), torch.no_grad():

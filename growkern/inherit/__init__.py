@@ -7,3 +7,7 @@ from growkern.inherit.stored import Stored
 from growkern.inherit.targets import sampled, top
 
 __all__ = ["KnowledgeInheritance", "Losses", "Stored", "fused_loss", "sampled", "store", "top"]
+
+
+def __dir__() -> list[str]:
+    return __all__

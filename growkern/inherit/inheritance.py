@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
-from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from growkern.inherit.linear_loss import (
     check_numbers,
     linear_loss,
 )
-from growkern.inherit.stored import Stored, tokenizer_hash
+from growkern.inherit.stored import Stored, agreed_tau
 from growkern.inherit.targets import Targets
 from growkern.inherit.teachers import Called, Live, model_inputs, refuse_student, refuse_width
 from growkern.optimizer.describe import optimizers
@@ -171,7 +170,7 @@ class KnowledgeInheritance:
                 "renormalize: this teacher gives its own weights; leave renormalize out."
             )
         self._teacher = teacher if isinstance(teacher, Stored) else Called(teacher)
-        self.tau = _stored_tau(teacher, tau, tokenizer) if isinstance(teacher, Stored) else float(tau or TAU)  # fmt: skip
+        self.tau = agreed_tau(teacher, tau, tokenizer) if isinstance(teacher, Stored) else float(tau or TAU)  # fmt: skip
 
     @property
     def alpha(self) -> float:
@@ -302,7 +301,14 @@ class KnowledgeInheritance:
         return self._losses(hidden, weight, bias, labels, {**batch, "labels": labels}, n_items, scale, softcap).loss  # fmt: skip
 
     def count(self, batches: Iterable[Mapping[str, Any]]) -> int:
-        """Return the number of predicted positions of several batches: the one denominator of an accumulated step."""
+        """Return the number of predicted positions of several batches: the one denominator of an accumulated step.
+
+        Args:
+            batches: The micro-batches of the step, with ``labels``.
+
+        Raises:
+            PlanError: The loss is not attached to a model, and nobody said whether labels are shifted; or a batch has no labels.
+        """
         if self._shift is None:
             raise PlanError(
                 "count needs to know whether the labels are those of the next position: attach the loss to a model, or pass shift=."
@@ -314,7 +320,11 @@ class KnowledgeInheritance:
         return {"n_steps": self.n_steps}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue at the number of steps of ``state_dict``; raise PlanError if the state has no such number."""
+        """Continue at the number of steps of ``state_dict``; raise PlanError if the state has no such number.
+
+        Args:
+            state: What ``state_dict`` returned.
+        """
         self.n_steps = _steps(state.get("n_steps"))
         self._release_if_over()
 
@@ -379,19 +389,3 @@ def _steps(n_steps: int | None) -> int:
     if not isinstance(n_steps, int) or isinstance(n_steps, bool) or n_steps < 0:
         raise PlanError(f"n_steps: {n_steps!r} is no number of steps; pass an integer, 0 or more.")
     return n_steps
-
-
-def _stored_tau(stored: Stored, tau: float | None, tokenizer: object | None) -> float:
-    """Return the temperature of stored logits, which that of the loss must equal; compare tokenizers."""
-    header = stored.header
-    if tau is not None and tau != header.tau:
-        raise PlanError(
-            f"tau: {tau:g} is not the temperature of the stored logits, {header.tau:g}; leave tau out, or store again with tau={tau:g}."
-        )
-    if tokenizer is not None and header.tokenizer not in ("", tokenizer_hash(tokenizer)):
-        raise PlanError(
-            f"{stored.folder} holds logits for another tokenizer; store logits of a teacher of this tokenizer."
-        )
-    if stored.renormalize and stored.advice:
-        warn(stored.advice[0], stacklevel=4)
-    return header.tau

@@ -30,6 +30,12 @@ class Losses(NamedTuple):
         ce: Cross entropy with the labels, without a gradient: mean over the predicted positions of this batch, whatever ``n_items`` is.
         kl: Divergence of the student from the teacher at the temperature, a mean too, without a gradient; 0 without a teacher, and where
             ``alpha`` is 0. From sampled weights it contains the entropy of the draws, and only its gradient is right in expectation.
+
+    Example:
+        >>> hidden, weight, labels = torch.zeros(8, 16), torch.zeros(100, 16), torch.zeros(8, dtype=torch.long)
+        >>> losses = growkern.inherit.fused_loss(hidden, weight, labels)
+        >>> round(losses.ce.item(), 3), round(losses.kl.item(), 3)  # ln 100 of a head that knows nothing
+        (4.605, 0.0)
     """
 
     loss: Tensor

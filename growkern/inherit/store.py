@@ -131,8 +131,8 @@ def store(
         UnsupportedModelError: The teacher is an encoder-decoder.
 
     Example:
-        >>> ids = torch.randint(0, model.config.vocab_size, (4, 16))
-        >>> stored = growkern.inherit.store(model, [{"input_ids": ids}], path, sampled=8)
+        >>> ids = torch.randint(0, teacher.config.vocab_size, (4, 16))
+        >>> stored = growkern.inherit.store(teacher, [{"input_ids": ids}], "logits", sampled=8)
         >>> stored.n_rows
         64
     """

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor
@@ -78,21 +79,33 @@ class Stored:
         n_rows: Number of positions.
         n_bytes: Bytes of the shards.
         held_mass: Mean over the positions of the probability that the stored columns hold, before sampling or renormalizing.
+
+    Args:
+        folder: Folder of the stored logits.
+        renormalize: True to divide the weights of a position by their sum, as the paper does.
+
+    Raises:
+        CheckpointError: The folder holds no complete store.
+        PlanError: An argument has another type.
+
+    Example:
+        >>> stored = growkern.inherit.store(teacher, [{"input_ids": batch["input_ids"]}], "logits", top_k=8)
+        >>> print(growkern.inherit.Stored("logits"))
+        stored logits  logits
+        -------------  --------------------------
+        teacher        LlamaForCausalLM
+        weights        top, 8 per position, tau 2
+        vocabulary     66
+        positions      32 in sequences of 16
+        bytes          1,808 (56 per position)
+        held mass      0.178
+        The top 8 hold 18% of the teacher's probability at tau 2: too little to renormalize, and the gradient is biased. ...
     """
 
     width: int
 
     @typed_arguments(PlanError)
     def __init__(self, folder: str | Path, *, renormalize: bool = False) -> None:
-        """Read the index of a folder.
-
-        Args:
-            folder: Folder of the stored logits.
-            renormalize: True to divide the weights of a position by their sum, as the paper does.
-
-        Raises:
-            CheckpointError: The folder holds no complete store.
-        """
         self.folder, self.renormalize = Path(folder), renormalize
         data = _read_index(self.folder)
         try:
@@ -210,6 +223,22 @@ class Stored:
             f"The top {self.header.k} hold {self.held_mass:.0%} of the teacher's probability at tau {self.header.tau:g}: too little to "
             "renormalize, and the gradient is biased. Store with sampled=64, a larger top_k, or a lower tau.",
         )
+
+
+def agreed_tau(stored: Stored, tau: float | None, tokenizer: object | None) -> float:
+    """Return the temperature of stored logits, which that of the loss must equal; compare tokenizers."""
+    header = stored.header
+    if tau is not None and tau != header.tau:
+        raise PlanError(
+            f"tau: {tau:g} is not the temperature of the stored logits, {header.tau:g}; leave tau out, or store again with tau={tau:g}."
+        )
+    if tokenizer is not None and header.tokenizer not in ("", tokenizer_hash(tokenizer)):
+        raise PlanError(
+            f"{stored.folder} holds logits for another tokenizer; store logits of a teacher of this tokenizer."
+        )
+    if stored.renormalize and stored.advice:
+        warn(stored.advice[0], stacklevel=4)
+    return header.tau
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -29,6 +29,13 @@ def top(logits: Tensor, k: int, tau: float, *, renormalize: bool = False) -> tup
 
     Raises:
         PlanError: ``k`` is not from 1 to V, or the temperature is not positive.
+
+    Example:
+        >>> growkern.inherit.top(torch.tensor([[0.5, 0.125, 0.25, 0.125]]).log(), 2, tau=1.0)
+        (tensor([[0, 2]]), tensor([[0.5000, 0.2500]]))
+
+    Reference:
+        Qin et al., "Knowledge Inheritance for Pre-trained Language Models", NAACL 2022, arXiv:2105.13880 (``renormalize=True``).
     """
     _refuse("k", k, logits, tau, logits.shape[-1] if logits.dim() else 0)
     logits = logits.to(arithmetic(logits.dtype))  # before the temperature divides
@@ -56,6 +63,11 @@ def sampled(
 
     Raises:
         PlanError: ``n`` is below 1, or the temperature is not positive.
+
+    Example:
+        >>> index, weight = growkern.inherit.sampled(torch.tensor([[0.5, 0.125, 0.25, 0.125]]).log(), 64, tau=1.0)
+        >>> index.shape, weight.sum()
+        (torch.Size([1, 64]), tensor(1.))
 
     Reference:
         Anshumann et al., "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", ACL 2025, arXiv:2503.16870.

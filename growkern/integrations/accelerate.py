@@ -24,6 +24,12 @@ from growkern.training.replay import catch_up
 from growkern.training.schedule import GrowthSchedule
 from growkern.training.triggers import Event
 
+__all__ = ["attach"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 @typed_arguments(PlanError, "optim", model=UnsupportedModelError)
 def attach(
@@ -53,8 +59,18 @@ def attach(
         UnsupportedModelError: The model cannot be grown.
 
     Example:
-        >>> model, optim, data = accelerator.prepare(model, optim, data)
-        >>> growkern.accelerate.attach(accelerator, model, optim, GrowthSchedule([At(step=1000)]))
+        >>> model, optim, loader = accelerator.prepare(model, optim, loader)
+        >>> schedule = growkern.GrowthSchedule([growkern.At(step=1, to={"hidden": 48})])
+        >>> attachment = growkern.accelerate.attach(accelerator, model, optim, schedule)
+        >>> for batch in loader:
+        ...     accelerator.backward(model(**batch).loss)
+        ...     optim.step()
+        ...     optim.zero_grad()
+        >>> accelerator.unwrap_model(model).config.hidden_size
+        48
+
+    Reference:
+        ``accelerate.Accelerator``: https://huggingface.co/docs/accelerate/package_reference/accelerator
     """
     optims = optimizers(optim)
     prepared: list[Any] = accelerator._schedulers  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]

@@ -22,6 +22,12 @@ from growkern.training.replay import catch_up
 from growkern.training.replay import resume as replay
 from growkern.training.schedule import GrowthSchedule
 
+__all__ = ["attach", "inherit", "resume"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class Trainer(Protocol):
     """Attributes and methods of ``transformers.Trainer`` that this module uses."""
@@ -65,6 +71,16 @@ def attach(trainer: Trainer, schedule: GrowthSchedule, **options: Unpack[Options
 
     Raises:
         PlanError: Another schedule is attached, or an event needs tokens and the trainer does not count tokens.
+
+    Example:
+        >>> schedule = growkern.GrowthSchedule([growkern.At(step=2, to={"hidden": 48})])
+        >>> callback = growkern.hf.attach(trainer, schedule)
+        >>> output = trainer.train()
+        >>> trainer.model.config.hidden_size
+        48
+
+    Reference:
+        ``transformers.TrainerCallback``: https://huggingface.co/docs/transformers/main_classes/callback
     """
     from transformers.trainer_callback import ExportableState, TrainerCallback
 
@@ -167,12 +183,19 @@ def resume(
     Args:
         trainer: Trainer of a model of the starting sizes.
         checkpoint: Folder of a checkpoint that a trainer with a schedule has written.
-        ema: See ``growkern.resume``.
-        master_weights: See ``growkern.resume``.
-        spec: See ``growkern.resume``.
+        ema, master_weights, spec: See ``growkern.resume``.
 
     Raises:
         PlanError: The checkpoint contains no schedule, or the recorded growths do not fit the model.
+
+    Example:
+        >>> growkern.hf.resume(trainer, "run/checkpoint-3")
+        >>> output = trainer.train(resume_from_checkpoint="run/checkpoint-3")
+        >>> trainer.model.config.hidden_size, trainer.state.global_step
+        (48, 4)
+
+    Reference:
+        ``transformers.Trainer.train(resume_from_checkpoint=...)``: https://huggingface.co/docs/transformers/main_classes/trainer
     """
     saved = _saved(checkpoint)
     if saved is None:

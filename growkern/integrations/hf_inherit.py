@@ -55,6 +55,16 @@ def inherit(trainer: Trainer, loss: KnowledgeInheritance, *, shift: bool | None 
         PlanError: The trainer has a loss of its own (``compute_loss``, ``compute_loss_func``, label smoothing), replicates the model on
             several GPUs in one process, or inherits already.
         UnsupportedModelError: The model has no linear output head; see ``KnowledgeInheritance.attach``.
+
+    Example:
+        >>> loss = growkern.inherit.KnowledgeInheritance(teacher, sampled=16, until=4)
+        >>> callback = growkern.hf.inherit(trainer, loss)
+        >>> output = trainer.train()
+        >>> loss.n_steps, loss.alpha
+        (4, 0.0)
+
+    Reference:
+        Qin et al., "Knowledge Inheritance for Pre-trained Language Models", NAACL 2022, arXiv:2105.13880.
     """
     from transformers.trainer import Trainer as StockTrainer
     from transformers.trainer_callback import TrainerCallback

@@ -21,6 +21,13 @@ from growkern.training.options import Options, spec_function
 from growkern.training.replay import catch_up
 from growkern.training.schedule import GrowthSchedule
 
+__all__ = ["GrowthCallback"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 REFUSED = {"FSDPStrategy": "FSDP1 keeps flat parameters", "DeepSpeedStrategy": "a DeepSpeedEngine owns the parameters"}  # fmt: skip
 
 
@@ -42,6 +49,16 @@ class GrowthCallback(Callback):
         PlanError: At the start of fitting: no optimizer of the module has a parameter of the model, or the module has no single child
             with parameters.
         UnsupportedModelError: Before the model is set up: the trainer has an FSDPStrategy or a DeepSpeedStrategy.
+
+    Example:
+        >>> schedule = growkern.GrowthSchedule([growkern.At(step=2, to={"hidden": 48})])
+        >>> trainer = lightning.Trainer(callbacks=[growkern.lightning.GrowthCallback(schedule)], **options)
+        >>> trainer.fit(module, loader)
+        >>> module.model.config.hidden_size
+        48
+
+    Reference:
+        ``lightning.pytorch.Callback``: https://lightning.ai/docs/pytorch/stable/extensions/callbacks.html
     """
 
     @typed_arguments(PlanError)

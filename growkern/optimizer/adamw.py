@@ -54,9 +54,17 @@ class AdamW(torch.optim.AdamW):
     Triton launch per combination of dtypes updates all dense real parameters, except those of groups that are capturable,
     differentiable or have a tensor as lr or beta.
 
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: See ``torch.optim.AdamW``.
+
+    Raises:
+        ValueError: An option is out of range, as in ``torch.optim.AdamW``; see also ``set_slices``.
+
     Example:
-        >>> optim = AdamW(model.parameters(), lr=1e-3)
-        >>> optim.set_slices(model.fc.weight, lr_cols=[0.5] * model.fc.in_features)
+        >>> optim = growkern.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> optim.set_slices(model.lm_head.weight, lr_cols=[0.5] * model.lm_head.in_features)
+        >>> sorted(optim.state[model.lm_head.weight])
+        ['exp_avg', 'exp_avg_sq', 'lr_cols', 'step']
 
     Reference:
         Loshchilov, Hutter, "Decoupled weight decay regularization", ICLR 2019, arXiv:1711.05101. Re-warm-up: "SPARKLING",

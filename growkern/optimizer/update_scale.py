@@ -152,7 +152,12 @@ class UpdateScale:
                     scale_grad_(grad, scale.grad, multiply_)
 
     def second_moment(self, p: Tensor, square: Tensor) -> Tensor:
-        """Convert a second moment of the optimizer to the units of the parameter's gradient."""
+        """Return a second moment of the optimizer in the units of the parameter's gradient.
+
+        Args:
+            p: The parameter.
+            square: Its second moment, such as ``exp_avg_sq``; stays as it is.
+        """
         grad = self._scale(p).grad
         factors = tuple(raised(f, 2.0, n) for f, n in zip(grad, square.shape, strict=False))
         return multiply_(square.clone(), factors) if factors else square
@@ -167,6 +172,9 @@ class UpdateScale:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the factors of another run of the same optimizer.
+
+        Args:
+            state: What ``state_dict`` returned.
 
         Raises:
             PlanError: ``state`` is no state dict of ``UpdateScale``, or the factors do not fit the parameters.
@@ -206,7 +214,11 @@ class UpdateScale:
         return times(self.scales.get(p), self.masks.get(p))
 
     def tensors(self, p: Tensor) -> dict[str, Tensor]:
-        """Return the parameter and its state in the units of the weights, by state key."""
+        """Return the parameter, under ``""``, and its state in the units of the weights, by state key.
+
+        Args:
+            p: The parameter.
+        """
         state = self.optim.state.get(p, {})
         keys = [key for key, powers in self.orders.items() if powers == (1, 0)]
         return {"": p} | {k: state[k] for k in keys if isinstance(state.get(k), Tensor)}

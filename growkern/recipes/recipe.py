@@ -46,6 +46,11 @@ class Saved:
         sunk: Saving without the source's FLOPs: lower end of the 90 % interval over seeds, mean, upper end.
         headroom: Saving of a free and perfect growth, with the FLOPs of both phases charged.
         n_seeds: Number of seeds, without the seed that tuned learning rates; 0 if only the tuning seed has run: no interval.
+
+    Example:
+        >>> saved = growkern.recipes.RECIPES["Sparkling fresh"].saved[0]
+        >>> saved.setup, saved.charged, saved.n_seeds
+        ('width', (0.309, 0.36, 0.411), 3)
     """
 
     setup: str
@@ -85,15 +90,18 @@ class Recipe:
             a free and perfect growth, less than 1 if copies stay alike, more than 1 if the target trains slowly from scratch. A run that
             grows after g of B FLOPs ends at the loss of the target from scratch after ``pace * (B - g) + kept * worth`` FLOPs.
 
+    Raises:
+        PlanError: A field has a value of another kind; every field at once.
+
     Example:
         >>> recipe = growkern.recipes.RECIPES["Sparkling fresh"]
-        >>> growkern.expand_inplace(model, optim, to="2x", **recipe.growth)                # kind "width"
+        >>> recipe.kind, recipe.how
+        ('width', "dynamics=None, state='drop', width=Sparkling(fan_out='random', fan_in='zero'), learning rate x 0.5, 60 steps of warm-up")
+        >>> report = growkern.expand_inplace(model, optim, to="2x", **recipe.growth)
         >>> for group in optim.param_groups:
-        ...     group["lr"] *= recipe.lr_factor                                            # and the scheduler's base_lrs
-        >>> stack = growkern.recipes.RECIPES["Stack"]
-        >>> growkern.At(step=1000, to={"layers": "2x"}, **stack.growth)                    # kind "depth"
-        >>> both = growkern.recipes.RECIPES["Sparkling fresh and Stack"]
-        >>> growkern.At(step=1000, to={"hidden": "2x", "layers": "2x"}, **both.growth)     # kind "both"
+        ...     group["lr"] *= recipe.lr_factor  # and the scheduler's base_lrs
+        >>> stack = growkern.recipes.RECIPES["Stack"]  # of the kind "depth"
+        >>> event = growkern.At(step=1000, to={"layers": "2x"}, **stack.growth)
     """
 
     name: str

@@ -155,6 +155,9 @@ class GrowthSchedule:
     def observe_metrics(self, metrics: Mapping[str, float | Tensor]) -> None:
         """Report metrics as a mapping, for names that are not Python identifiers; see ``observe``.
 
+        Args:
+            metrics: Metric name -> value: a number, or a tensor of one element.
+
         Raises:
             PlanError: See ``observe``.
         """
@@ -234,6 +237,9 @@ class GrowthSchedule:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the progress from a ``state_dict``; events that have not fired may differ from the saved schedule.
+
+        Args:
+            state: What ``state_dict`` returned.
 
         Raises:
             PlanError: ``state`` is not a state dict of a schedule, or its fired events are not the first events of this schedule.

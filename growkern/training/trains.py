@@ -26,6 +26,10 @@ from growkern.support.wrappers import unwrapped
 __all__ = ["All", "New", "SubModels", "Top", "Trains"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 @dataclass(frozen=True)
 class Trains(ABC):
     """Choice of who trains; a subclass chooses. It is a field of events and schedules, and ``apply`` applies it by hand.

@@ -24,3 +24,7 @@ __all__ = [
     "ShrinkPerturb",
     "Sparkling",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,6 +1,5 @@
-"""The examples of the docstrings run, and what they say of Accelerate, Lightning and DDP holds: the weights of a plain loop."""
+"""What the docstrings say of Accelerate, Lightning and DDP holds: the weights of a plain loop."""
 
-import doctest
 from pathlib import Path
 
 import pytest
@@ -9,24 +8,9 @@ import torch.multiprocessing as mp
 from models import batch, make
 from scheduled import same_weights
 
-import growkern
-from growkern.inherit import KnowledgeInheritance, fused_loss, store
+from growkern.inherit import KnowledgeInheritance
 
-EXAMPLES = [KnowledgeInheritance, fused_loss, store]
 UNTIL, STEPS = 3, 4
-
-
-@pytest.mark.parametrize("what", EXAMPLES, ids=lambda what: what.__name__)
-def test_an_example_runs(what, tmp_path):
-    model = make("llama", tied=True)
-    names = dict(growkern=growkern, torch=torch, model=model, teacher=make("llama", tied=False))
-    names |= dict(optim=torch.optim.SGD(model.parameters()), path=tmp_path / "s")
-    names |= dict(batches=[{"input_ids": batch(i), "labels": batch(i)} for i in range(2)])
-    (test,) = doctest.DocTestFinder(recurse=False).find(what, what.__name__, globs=names)
-
-    ran = doctest.DocTestRunner(verbose=False).run(test)
-
-    assert ran.attempted >= 3 and ran.failed == 0
 
 
 def data(seed):
