@@ -139,7 +139,8 @@ class Advice:
             path: File of the picture; the suffix sets the format.
 
         Example:
-            >>> growkern.advise(schedule, budget=1e18).draw("advice.png")
+            >>> curve = [(3e5 * i / 20, 1 + (i / 20) ** -0.3) for i in range(1, 21)]
+            >>> growkern.advise(curve, source=58_656, target=217_664, budget=1.2e12).draw("advice.png")
         """
         from matplotlib.figure import Figure
 

@@ -101,7 +101,8 @@ class Comparison:
             ModuleNotFoundError: matplotlib is missing; the message has the pip command.
 
         Example:
-            >>> growkern.compare(model, optim, methods=[Lossless(), Stack()], batch=batches).plot().savefig("methods.png")
+            >>> comparison = growkern.compare(model, optim, methods=[width.Lossless(), width.AKI()], batch=batches, steps=2)
+            >>> comparison.plot().savefig("methods.png")
         """
         from growkern.pictures.comparison import draw
 

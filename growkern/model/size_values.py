@@ -15,6 +15,16 @@ class Power:
     """A size to a power, such as the ``head_dim ** -0.5`` of attention: ``factor * (size / base) ** exponent``.
 
     An attribute that is an int stays an int: ``Power("heads", 1.0, base=2)`` is the number of heads of one of two processes.
+
+    Attributes:
+        size: Name of the size.
+        exponent: Exponent of the size.
+        factor: Factor on the power.
+        base: Divisor of the size.
+
+    Example:
+        >>> growkern.describe(model).attributes["model.layers.0.self_attn.scaling"] == growkern.Power("head_dim", -0.5)
+        True
     """
 
     size: str

@@ -124,6 +124,13 @@ class GrowthPlan:
             count.
         reasons: Why the function is not preserved; empty when it is.
         notes: Notes for the user.
+
+    Example:
+        >>> plan = growkern.plan(model, optim, to={"hidden": 48, "layers": 3})
+        >>> plan.shapes(plan.tensors[0]), plan.scales(plan.tensors[0])
+        (((66, 24), (66, 48)), (1.0, 1.0))
+        >>> growkern.GrowthPlan.from_json(plan.to_json()) == plan
+        True
     """
 
     family: str
@@ -218,14 +225,22 @@ class GrowthPlan:
         return "trajectory" if self.state == self.dynamics == "exact" else "gradient"
 
     def axis_maps(self, row: TensorRow) -> tuple[AxisMap, ...]:
-        """Return the axis maps of a tensor; the first one includes the tensor's own factors."""
+        """Return the axis maps of a tensor; the first one includes the tensor's own factors.
+
+        Args:
+            row: One of ``tensors``.
+        """
         axes = tuple(self.axes[key] for key in row.axes)
         if row.factor == row.grad_factor == 1 or not axes:
             return axes
         return axes[0].times(row.factor, row.grad_factor), *axes[1:]
 
     def shapes(self, row: TensorRow) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Source and target shape of a tensor."""
+        """Return source and target shape of a tensor.
+
+        Args:
+            row: One of ``tensors``.
+        """
         if (known := self._shapes.get(row.axes)) is None:
             maps = [self.axes[key].index_map for key in row.axes]
             known = tuple(m.n_source for m in maps), tuple(m.n_target for m in maps)
@@ -238,14 +253,22 @@ class GrowthPlan:
         return {}
 
     def scales(self, row: TensorRow) -> tuple[float | None, float | None]:
-        """Weight scale ``s`` and gradient scale ``a`` of a tensor; None for a scale that is not uniform."""
+        """Return weight scale ``s`` and gradient scale ``a`` of a tensor; None for a scale that is not uniform.
+
+        Args:
+            row: One of ``tensors``.
+        """
         axes = self.axis_maps(row)
         return _product([axis.weight_scale.uniform for axis in axes]), _product(
             [axis.grad_scale.uniform for axis in axes]
         )
 
     def changes(self, row: TensorRow) -> bool:
-        """True when the growth changes the tensor or makes a new one."""
+        """True when the growth changes the tensor or makes a new one.
+
+        Args:
+            row: One of ``tensors``.
+        """
         return (
             row.new
             or row.constant is not None
@@ -259,7 +282,10 @@ class GrowthPlan:
 
     @staticmethod
     def from_json(text: str) -> "GrowthPlan":
-        """Read a plan that ``to_json`` of this or an earlier version wrote; a missing field takes its default.
+        """Return the plan that ``to_json`` of this or an earlier version wrote; a missing field takes its default.
+
+        Args:
+            text: What ``to_json`` returned.
 
         Raises:
             PlanError: The text is not a plan, or the plan is of a later version, has an unknown field, or lacks a field without default.

@@ -149,7 +149,8 @@ class Procedure(GrowthSchedule):
             Figure of matplotlib on a transparent background, which light and dark pages show.
 
         Example:
-            >>> growkern.procedures.stack_bert(model, layers=(2, 4), steps=(100,), total_steps=300, tokens_per_step=32).plot()
+            >>> schedule = growkern.procedures.stack_bert(model, layers=(2, 4), steps=(100,), total_steps=300, tokens_per_step=32)
+            >>> schedule.plot().savefig("run.png")
         """
         end, per_step = (
             float(total_steps or self.total_steps),

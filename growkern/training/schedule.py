@@ -284,7 +284,8 @@ class GrowthSchedule:
             ModuleNotFoundError: matplotlib is missing; the message has the pip command.
 
         Example:
-            >>> GrowthSchedule([At(step=1000)]).plot(model, tokens_per_step=524288).savefig("run.png")
+            >>> schedule = growkern.GrowthSchedule([growkern.At(step=1000)])
+            >>> schedule.plot(model, tokens_per_step=524288).savefig("run.png")
         """
         return outlook(self, model, total_steps, tokens_per_step, spec)
 

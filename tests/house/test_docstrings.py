@@ -37,7 +37,7 @@ OWN = {
     "verify", "writer", "All", "Trains",
 }  # fmt: skip
 METHODS_OF = [
-    growkern.Advice, growkern.Comparison, growkern.GrowthReport, growkern.GrowthSchedule, growkern.UpdateScale,
+    growkern.Advice, growkern.Comparison, growkern.GrowthPlan, growkern.GrowthReport, growkern.GrowthSchedule, growkern.UpdateScale,
     growkern.Verification, growkern.inherit.KnowledgeInheritance, growkern.procedures.Procedure,
 ]  # fmt: skip
 
@@ -243,6 +243,11 @@ def test_its_example_runs(path, value, names):
     run_example(path, value, names)
 
 
+@pytest.mark.parametrize(("name", "value"), [p for p in METHODS if ">>>" in p.values[1].__doc__])
+def test_the_example_of_a_method_runs(name, value, names):
+    run_example(name, value, names)
+
+
 @pytest.mark.parametrize(("name", "value"), METHODS)
 def test_a_method_says_what_it_takes_gives_and_refuses(name, value):
     assert not (missing := missing_from(name, value)), missing
@@ -251,6 +256,11 @@ def test_a_method_says_what_it_takes_gives_and_refuses(name, value):
 @pytest.mark.parametrize(("path", "value"), NAMES)
 def test_sphinx_reads_the_docstrings_of_a_name_and_of_its_methods(path, value):
     inner = vars(value).items() if inspect.isclass(value) else ()
-    methods = {name: method.__doc__ for name, method in inner if is_public_method(name, method)}
-    assert not (bare := [name for name, said in methods.items() if not said or not said.splitlines()[0].endswith((".", ":"))]), bare  # fmt: skip
-    assert not (warned := [w for said in (value.__doc__, *methods.values()) for w in not_rst(said)]), warned  # fmt: skip
+    methods = {
+        name: method.__doc__ or "" for name, method in inner if is_public_method(name, method)
+    }
+    bare = [
+        name for name, said in methods.items() if not said.partition("\n")[0].endswith((".", ":"))
+    ]
+    warned = [warning for said in (value.__doc__, *methods.values()) for warning in not_rst(said)]
+    assert not bare and not warned, (bare, warned)
