@@ -59,6 +59,13 @@ class GrownCheckpoint:
     seconds: float
     notes: tuple[str, ...]
 
+    @property
+    def summary(self) -> dict[str, object]:
+        """The report as a mapping, without the tensors of the plan."""
+        kept = "family", "width", "depth", "seed", "source_sizes", "target_sizes", "preserves", "reasons"  # fmt: skip
+        own = "out", "n_params", "n_bytes", "n_files", "seconds", "notes"
+        return {key: getattr(self.plan, key) for key in kept} | {key: getattr(self, key) for key in own}  # fmt: skip
+
     def __str__(self) -> str:
         sizes = self.plan.target_sizes
         rows = [[k, n, sizes[k]] for k, n in self.plan.source_sizes.items() if sizes[k] != n]

@@ -6,9 +6,11 @@ from typing import Annotated
 import typer
 
 from growkern.cli.commands import failures
+from growkern.cli.output import Json, show
 
 
 def advise(
+    context: typer.Context,
     curve: Annotated[
         Path,
         typer.Argument(
@@ -46,6 +48,7 @@ def advise(
         float | None, typer.Option(help="Number of tokens per step, for curves that count steps.")
     ] = None,
     picture: Annotated[Path | None, typer.Option(dir_okay=False, help="File to which the picture of the advice is drawn.")] = None,
+    json: Json = None,
 ) -> None:  # fmt: skip
     """Say from a loss curve whether to grow now, later or never, or to start the target from scratch, and what growth would save."""
     with failures("advise"):
@@ -57,7 +60,7 @@ def advise(
             read_curve(curve, tokens_per_step), source=params, target=target_params, budget=budget, others=others,
             kind=kind, recipe=recipe, flops_per_token=flops_per_token, spent=spent,
         )  # fmt: skip
-        typer.echo(advice)
+        show(context, advice, json, advice)
         if picture is not None:
             try:
                 advice.draw(picture)

@@ -1,7 +1,8 @@
 """The commands on saved checkpoints: describe, plan, grow, verify, compare."""
 
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -9,13 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from growkern.cli.hub import local
+from growkern.cli.output import STDOUT, Json, Plot, draw, plain, show
+from growkern.cli.progress import bytes_of, steps_of
+from growkern.planning.plan_fields import MAX_SEED
 
 if TYPE_CHECKING:
     from growkern.planning.growth_plan import GrowthPlan
 
 T = TypeVar("T")
 LR = 1e-4
-MAX_SEED = 2**62  # torch's generators take 64 bits, and batches add to the seed
+BATCH_SEEDS = 2**62  # torch's generators take 64 bits, and batches add to the seed
+N_FORWARDS = 4  # of ``verify``
 FOLDER = typer.Argument(
     help="Folder of the checkpoint, written by save_pretrained, or OWNER/NAME@REVISION on the Hub."
 )
@@ -46,16 +51,30 @@ def add(cli: typer.Typer) -> None:
         cli.command(epilog=f"Example: {example}")(command)
 
 
-def describe(checkpoint: Annotated[Path, FOLDER]) -> None:
+def describe(
+    context: typer.Context, checkpoint: Annotated[Path, FOLDER], json: Json = None
+) -> None:
     """Show what every axis of every tensor of a checkpoint is, which sizes grow, and which stay and why."""
     with failures("describe"):
         import growkern
         from growkern.checkpoints.load import load
 
-        typer.echo(growkern.describe(load(local(checkpoint), mapped=True).model))
+        folder = local(context, checkpoint)
+        with steps_of(context) as now:
+            now("loading", 0)
+            model = load(folder, mapped=True).model
+            now("describing", 0)
+            spec = growkern.describe(model)
+        tensors = {name: [*map(str, axes)] for name, axes in spec.tensors.items()}
+        data = {
+            "family": spec.family, "sizes": spec.sizes, "tensors": tensors, "ties": spec.ties, "fixed": spec.fixed,
+            "whole_multiples": spec.whole_multiples, "attributes": spec.attributes, "config": spec.config,
+        }  # fmt: skip
+        show(context, spec, json, data)
 
 
 def plan(
+    context: typer.Context,
     checkpoint: Annotated[Path, FOLDER],
     to: To = None,
     width: Width = None,
@@ -63,8 +82,13 @@ def plan(
     seed: Seed = None,
     json: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, help="File to which the plan is written, for grow --plan."),
+        typer.Option(
+            dir_okay=False,
+            metavar="FILE",
+            help="File to which the plan is written, for grow --plan; - prints the plan.",
+        ),
     ] = None,
+    plot: Plot = None,
     ranks: Annotated[
         int | None,
         typer.Option(
@@ -90,20 +114,17 @@ def plan(
     with failures("plan"):
         from growkern.checkpoints.grow import plan_for
         from growkern.checkpoints.load import load
-        from growkern.errors import CheckpointError
         from growkern.execution.cost import cost_of
 
-        made = plan_for(load(local(checkpoint), mapped=True), **options)
-        typer.echo(made)
+        folder = local(context, checkpoint)
+        with steps_of(context) as now:
+            now("planning", 0)
+            made = plan_for(load(folder, mapped=True), **options)
+        show(context, made, json, made.to_json())
         if ranks is not None:
-            typer.echo(f"\n{cost_of(made, ranks, bandwidth=(bandwidth or 50) * 1e9)}")
-        if json is not None:
-            try:
-                json.write_text(made.to_json() + "\n", encoding="utf-8")
-            except OSError as error:
-                raise CheckpointError(
-                    f"cannot write {json}: {error}; pass --json another file."
-                ) from None
+            cost = cost_of(made, ranks, bandwidth=(bandwidth or 50) * 1e9)
+            typer.echo(f"\n{cost}", err=json == STDOUT)
+        draw(made.plot, plot)
 
 
 def grow(
@@ -146,8 +167,9 @@ def grow(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(file_okay=False, help="Folder with the config.json of a checkpoint of torch.distributed.checkpoint. Default: its own"),
+        typer.Option(file_okay=False, help="Folder with the config.json of one of torch.distributed.checkpoint. Default: its own."),
     ] = None,
+    json: Json = None,
 ) -> None:  # fmt: skip
     """Grow a checkpoint into another one, with the optimizer state that torch.distributed.checkpoint stores. Needs little memory."""
     told = bool(to or width or depth or seed is not None or dynamics)
@@ -156,10 +178,10 @@ def grow(
     options |= {} if options else _options(to, width, depth, seed)
     if dynamics is not None:
         options["dynamics"] = _read("--dynamics", lambda: _arguments().dynamics_of(dynamics))
-    with failures("grow"), ExitStack() as shown:
+    with failures("grow"):
         from growkern.checkpoints.output import METADATA
 
-        checkpoint, advance = local(checkpoint), _bar(shown, context.find_root().params["quiet"])
+        checkpoint = local(context, checkpoint)
         stored = any(checkpoint.glob("*.safetensors"))  # METADATA is a pickle
         if (checkpoint / METADATA).is_file() and not stored:
             from growkern.checkpoints.dcp_folder import grow_folder
@@ -169,55 +191,28 @@ def grow(
                     "a recipe grows a checkpoint of save_pretrained; pass --to, --width, --depth and --seed.",
                     param_hint="--recipe",
                 )
-            grown = grow_folder(
-                checkpoint, out, config=config, optim=optim, overwrite=overwrite, on_progress=advance, **options
-            )  # fmt: skip
+            run = partial(grow_folder, config=config, optim=optim)
         else:
-            from growkern.checkpoints import grow as checkpoints
+            from growkern.checkpoints.grow import grow
 
             if optim or dynamics or config:
                 raise typer.BadParameter(
                     f"{checkpoint} has no {METADATA}: it is no checkpoint of torch.distributed.checkpoint; leave --optim, --dynamics and "
                     "--config out."
                 )
-            grown = checkpoints.grow(
-                checkpoint, out, overwrite=overwrite, max_shard_size=max_shard_size, on_progress=advance, **options
-            )  # fmt: skip
-        shown.close()
-        typer.echo(grown)
-
-
-def _bar(shown: ExitStack, quiet: bool) -> Callable[[int, int], None]:
-    """Return a function that advances a bar, which ``shown`` ends."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    bar = Progress(*columns, console=Console(stderr=True, quiet=quiet))
-    task = bar.add_task("growing")
-
-    def advance(done: int, total: int) -> None:
-        if not bar.live.is_started:  # starts at the first tensor: a refused growth shows no bar
-            shown.enter_context(bar)
-        bar.update(task, completed=done, total=total)
-
-    return advance
+            run = partial(grow, max_shard_size=max_shard_size)
+        with bytes_of(context, "growing") as advance:
+            grown = run(checkpoint, out, overwrite=overwrite, on_progress=advance, **options)
+        show(context, grown, json, grown.summary)
 
 
 def verify(
+    context: typer.Context,
     source: Annotated[Path, FOLDER],
     target: Annotated[Path, typer.Argument(help="Folder of the grown checkpoint.")],
     tokens: Tokens = 32,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the random inputs.")] = 0,
+    json: Json = None,
 ) -> None:
     """Compare a grown checkpoint with its source on random inputs; exit code 1 where their outputs differ.
 
@@ -228,14 +223,28 @@ def verify(
         from growkern.checkpoints.load import load
         from growkern.cli.inputs import common_inputs
 
-        before, after = load(local(source)).model, load(local(target)).model
-        verification = growkern.verify(before, after, common_inputs(before, after, 2, tokens, seed))
-        typer.echo(verification)
+        folders = [local(context, folder) for folder in (source, target)]
+        with steps_of(context, 2 + N_FORWARDS) as now:
+            now("loading", 0)
+            before = load(folders[0]).model
+            now("loading")
+            after = load(folders[1]).model
+
+            def count(*_: object) -> None:
+                now("comparing")
+
+            for model in (before, after):
+                model.register_forward_pre_hook(count)
+            inputs = common_inputs(before, after, 2, tokens, seed)
+            verification = growkern.verify(before, after, inputs)
+        result = {"same_function": verification.same_function, "ok": verification.ok}
+        show(context, verification, json, plain(verification) | result)
     if not verification.same_function:
         raise typer.Exit(1)
 
 
 def compare(
+    context: typer.Context,
     checkpoint: Annotated[Path, FOLDER],
     methods: Annotated[
         list[str],
@@ -257,6 +266,8 @@ def compare(
     batch_size: Annotated[int, typer.Option(min=1, help="Number of rows per batch.")] = 4,
     lr: Annotated[float, typer.Option(min=0, help="Learning rate of the source.")] = LR,
     seed: Seed = None,
+    plot: Plot = None,
+    json: Json = None,
 ) -> None:
     """Grow a checkpoint by several methods, in memory, train each for a few steps, and show losses side by side."""
     sizes = _read("--to", lambda: _arguments().sizes_of(to or ["2x"]))
@@ -267,19 +278,31 @@ def compare(
         import torch
 
         import growkern
+        from growkern.analysis.comparison import Outcome, loss_of
         from growkern.checkpoints.load import load
         from growkern.cli.inputs import training_batches
 
-        model = load(checkpoint := local(checkpoint)).model
-        batches = training_batches(
-            model, checkpoint, text, max(1, steps), batch_size, tokens, seed or 0
-        )
+        model = load(folder := local(context, checkpoint)).model
+        drawn = (seed or 0) % BATCH_SEEDS
+        batches = training_batches(model, folder, text, max(1, steps), batch_size, tokens, drawn)
         optim = torch.optim.AdamW(model.parameters(), lr=lr)
-        typer.echo(
-            growkern.compare(
-                model, optim, methods=chosen, batch=batches, to=sizes, steps=steps, seed=seed
-            )
-        )
+        n = steps + 2  # losses of a method: before the steps, in each step, and after the steps
+        with steps_of(context, 1 + n * (1 + len(chosen))) as now:
+            done: list[Outcome] = []
+
+            def loss(model: Any, batch: Any) -> Any:
+                now("comparing")
+                return loss_of(model, batch)
+
+            def count(outcome: Outcome) -> None:  # a method that refuses the model computes no loss
+                done.append(outcome)
+                now("comparing", 1 + n * len(done))
+
+            compared = growkern.compare(
+                model, optim, methods=chosen, batch=batches, to=sizes, steps=steps, seed=seed, loss=loss, on_outcome=count
+            )  # fmt: skip
+        show(context, compared, json, compared)
+        draw(compared.plot, plot)
 
 
 def _arguments() -> Any:

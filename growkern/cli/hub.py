@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import typer
+
+from growkern.cli.progress import is_shown
 from growkern.errors import CheckpointError
 from growkern.support.text import one_line
 
@@ -11,10 +14,11 @@ ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?", re.ASCI
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md", "*.yaml", "LICENSE*", "NOTICE*"]  # fmt: skip
 
 
-def local(checkpoint: Path) -> Path:
+def local(context: typer.Context, checkpoint: Path) -> Path:
     """Return the folder of a checkpoint: the argument itself, or the folder to which a model of the Hub was downloaded.
 
     Args:
+        context: Context of the command, which says whether the progress of a download is shown.
         checkpoint: Folder, or ``OWNER/NAME`` or ``OWNER/NAME@REVISION`` where no such path exists.
 
     Raises:
@@ -24,7 +28,15 @@ def local(checkpoint: Path) -> Path:
     if checkpoint.exists() or asked is None:
         return checkpoint
     import huggingface_hub
+    from huggingface_hub.utils import (  # fmt: skip
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
+    hidden = not is_shown(context) and not are_progress_bars_disabled()
+    if hidden:
+        disable_progress_bars()
     download: Any = getattr(huggingface_hub, "snapshot_download")  # noqa: B009  (untyped)
     try:
         folder = download(
@@ -35,4 +47,7 @@ def local(checkpoint: Path) -> Path:
             f"{checkpoint} is no folder, and the Hub does not give a model of this id: {one_line(error, 300)}; pass a folder, or the id of "
             "a model that you may read."
         ) from error
+    finally:
+        if hidden:
+            enable_progress_bars()
     return Path(folder)

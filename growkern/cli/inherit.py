@@ -9,6 +9,7 @@ import typer
 
 from growkern.cli.commands import FOLDER, failures
 from growkern.cli.hub import local
+from growkern.cli.progress import is_shown
 
 cli = typer.Typer(no_args_is_help=True, help="Train with a teacher: store what the teacher says.")
 
@@ -41,14 +42,14 @@ def store(
         from growkern.checkpoints.load import load
         from growkern.cli.inputs import sequences
 
-        model = load(teacher := local(teacher)).model
+        model = load(teacher := local(context, teacher)).model
         ids, tokenizer = sequences(model, teacher, text, tokens)
         device = "cuda" if torch.cuda.is_available() else "cpu"
 
         def batches() -> Generator[dict[str, torch.Tensor]]:
             starts = range(0, len(ids), batch_size)
-            console = Console(stderr=True, quiet=context.find_root().params["quiet"])
-            for i in track(starts, "storing", console=console):
+            disable = not is_shown(context)
+            for i in track(starts, "storing", console=Console(stderr=True), disable=disable):
                 yield {"input_ids": ids[i : i + batch_size]}
 
         with closing(batches()) as given:  # a refusal ends the bar

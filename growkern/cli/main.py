@@ -55,7 +55,7 @@ def app() -> "Typer":
             typer.Option(
                 "--quiet",
                 "-q",
-                help="Print errors only, besides the progress of a download from the Hub.",
+                help="Print errors only, and the JSON of --json -.",
             ),
         ] = False,
         version: Annotated[
@@ -64,6 +64,7 @@ def app() -> "Typer":
         ] = False,
     ) -> None:
         """Grow a transformer in the middle of training, in place."""
+        context.obj = sys.stdout  # of --json -
         if quiet:
             context.with_resource(redirect_stdout(StringIO()))
 
@@ -76,7 +77,7 @@ def app() -> "Typer":
             int,
             typer.Option(
                 min=0,
-                max=commands.MAX_SEED,
+                max=commands.BATCH_SEEDS,
                 help="Seed of the weights, the batches and the growth noise.",
             ),
         ] = 0,

@@ -221,9 +221,11 @@ def fused_loss(
 
 
 def check_items(n_items: Tensor | int | None) -> None:
-    """Raise PlanError for a denominator that is no count, or a tensor of several; a tensor's value stays on its device."""
+    """Raise PlanError for a denominator that is no count, or a tensor of several; the value of a tensor on a GPU is not read."""
     if isinstance(n_items, Tensor):
         is_count = n_items.numel() == 1 and n_items.dtype != torch.bool and not n_items.is_complex()
+        if is_count and n_items.device.type == "cpu":  # to read a value of a GPU would wait for it
+            is_count = 0 <= float(n_items.detach()) < math.inf
     else:
         value: Any = n_items
         is_count = value is None or (type(value) is int and 0 <= value < 1 << 63)

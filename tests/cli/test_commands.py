@@ -259,6 +259,17 @@ def test_wrong_options_are_refused_before_anything_is_read(arguments, match):
     assert result.exit_code == 2 and match in said(result), result.output
 
 
+def test_the_largest_seed_of_a_plan_is_that_of_the_command_line(source, tmp_path):
+    largest = 2**64 - 1
+
+    planned = invoke("plan", source, "--seed", largest)
+    compared = invoke("compare", source, "--methods", "Lossless", *SMALL, "--seed", largest)
+    beyond = invoke("plan", source, "--seed", largest + 1)
+
+    assert planned.exit_code == compared.exit_code == 0, planned.output + compared.output
+    assert f"seed {largest}" in planned.output and beyond.exit_code == 2
+
+
 def test_a_name_without_a_size_is_refused(source):
     result = invoke("plan", source, "--to", "hidden")
 
@@ -466,11 +477,12 @@ def test_names_that_are_no_text_are_printed(source, tmp_path, monkeypatch):
     assert b"out\\udcff: 1 file of weights" in stream.buffer.getvalue()
 
 
-def test_a_bar_shows_the_bytes_and_the_summary_what_was_done(source, tmp_path):
+def test_a_bar_shows_the_bytes_and_the_summary_what_was_done(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal
     result = invoke("grow", source, tmp_path / "out", "--max-shard-size", "50KB")
 
     assert result.exit_code == 0, result.output
-    out, error = result.stdout, result.stderr
+    out, error = result.stdout, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", result.stderr)
     n_bytes = sum(
         t.numel() * t.element_size()
         for path in (tmp_path / "out").glob("*.safetensors")

@@ -43,7 +43,7 @@ source, target, new, curve = (
 )
 REQUEST = {"--to": sizes, "--width": methods, "--depth": depths, "--seed": numbers}
 COMMANDS = {  # command -> positional arguments and options
-    "plan": ([source], REQUEST | {"--json": new}),
+    "plan": ([source], REQUEST | {"--json": new | st.just("-"), "--plot": new}),
     "grow": ([source, new], REQUEST | {"--plan": new, "--overwrite": None, "--max-shard-size": shard_sizes}),
     "verify": ([source, target], {"--tokens": numbers, "--seed": numbers}),
     "compare": (

@@ -34,7 +34,11 @@ def test_a_step_without_a_predicted_position_has_a_loss_and_gradients_of_zero(n_
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
-@pytest.mark.parametrize("n_items", [-5, 0, 2.5, float("nan"), True, torch.tensor([3, 4]), torch.tensor(True)], ids=repr)  # fmt: skip
+NO_COUNTS = -5, 0, 2.5, float("nan"), True
+NO_TENSORS = [3, 4], True, -1, [-2.0], float("nan")
+
+
+@pytest.mark.parametrize("n_items", [*NO_COUNTS, *map(torch.tensor, NO_TENSORS)], ids=repr)
 @pytest.mark.parametrize("call", ["loss", "from_hidden", "fused_loss"])
 def test_what_is_no_number_of_positions_is_refused(call, n_items):
     loss, _ = attached()
