@@ -24,6 +24,8 @@ class WhenSlope(Event):
         window: Number of observations in a mean.
         warmup: Number of observations at the start, and after each event, that are left out: those of a learning-rate warm-up.
         metric: Name under which ``schedule.observe`` gets the loss.
+
+    Args:
         to, width, depth, state, dynamics, seed, trains, rewind, rewarm, ramp: See ``At``.
 
     Raises:

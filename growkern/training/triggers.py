@@ -107,7 +107,10 @@ class At(Event):
         step: Number of optimizer steps that changed weights, from the start of the run.
         tokens: Number of tokens, as counted by ``schedule.observe(tokens=...)``.
         to: See ``expand_inplace``; None for an event that grows nothing, and changes who trains.
-        width, depth, state, dynamics: See ``expand_inplace``.
+        width: See ``expand_inplace``.
+        depth: See ``expand_inplace``.
+        state: See ``expand_inplace``.
+        dynamics: See ``expand_inplace``.
         seed: Seed of the symmetry-breaking noise; None for the number of previous growths, so that no two growths share a seed.
         trains: Who trains from this event on, until the next event; see ``growkern.trains``.
         rewind: The schedulers that were passed to ``attach`` go on from their position divided by this number; None to leave them.
@@ -178,6 +181,8 @@ class WhenPlateau(Event):
         patience: Number of consecutive observations without an improvement.
         min_delta: Difference that an improvement has to exceed.
         mode: ``"min"``: a smaller value is better. ``"max"``: a larger value is better.
+
+    Args:
         to, width, depth, state, dynamics, seed, trains, rewind, rewarm, ramp: See ``At``.
 
     Raises:
