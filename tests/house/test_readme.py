@@ -444,3 +444,20 @@ def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch, capsys):
         assert ran.exit_code == 0, said(ran)
 
     assert lines
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_adam_raises_after_resize_token_embeddings_as_the_table_says(tied):
+    model = make("llama", tied=tied)
+    optim = torch.optim.Adam(model.parameters())
+
+    def step():
+        optim.zero_grad()
+        model(batch(), labels=batch()).loss.backward()
+        optim.step()
+
+    step()
+    model.resize_token_embeddings(128)
+
+    with pytest.raises(RuntimeError, match="size"):
+        step()
