@@ -24,6 +24,8 @@ OUTSIDE = (  # addresses that the site may link to
     "https://github.com/arcee-ai/mergekit",
     "https://huggingface.co/docs/",
     "https://keepachangelog.com/",
+    "https://lightning.ai/docs/",
+    "https://nlp.stanford.edu/~johnhew/",
     "https://semver.org/",
     "https://github.com/pradyunsg/furo",  # the theme's own line
     "https://pradyunsg.me",
