@@ -335,9 +335,14 @@ def _grown_config(plan: GrowthPlan, model: nn.Module, config: Any) -> Any:
         owner, _, name = key.rpartition(".")
         if not owner or vars(submodule(model, owner)).get("config") is config:
             fields[name] = value
-    changed: dict[str, object] = {k: v for k, v in fields.items() if getattr(config, k, None) != v}
+    changed: dict[str, Any] = {}
+    for key, value in fields.items():
+        name, index = entry_of(key)
+        before: Any = changed.get(name, getattr(config, name, None))
+        if (after := with_entry(before, index, value)) != before:
+            changed[name] = after
     for name in plan.config_lists:
-        entries: Any = getattr(config, name, None)
+        entries: Any = changed.get(name, getattr(config, name, None))
         if isinstance(entries, list) and order and order != list(range(len(entries))):  # pyright: ignore[reportUnknownArgumentType]
             changed[name] = [entries[i] for i in order]  # pyright: ignore[reportUnknownVariableType]
     if plan.config_eps and hasattr(config, plan.config_eps[0]):

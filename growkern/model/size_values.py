@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
-from math import prod
+from math import frexp, isclose, ldexp, prod
 
 Component = str | int | tuple[str | int, ...]
+DOUBLE, BFLOAT16 = 53, 8  # significant bits
 SIZE_OF_SPACE = {"residual": "hidden"}  # every other space is named after its size
 
 
@@ -21,6 +22,7 @@ class Power:
         exponent: Exponent of the size.
         factor: Factor on the power.
         base: Divisor of the size.
+        bits: Significant bits of the value: 8 where the model computes it in bfloat16.
 
     Example:
         >>> growkern.describe(model).attributes["model.layers.0.self_attn.scaling"] == growkern.Power("head_dim", -0.5)
@@ -31,6 +33,7 @@ class Power:
     exponent: float
     factor: float = 1.0
     base: int = 1
+    bits: int = DOUBLE
 
 
 ROOT = Power("head_dim", -0.5)  # scale of attention scores
@@ -93,5 +96,25 @@ def size_value(size: Size, sizes: Mapping[str, int]) -> float:
     if isinstance(size, Sum):
         return sum(size_value(part, sizes) for part in size.parts)
     if isinstance(size, Power):
-        return size.factor * (space_size(size.size, sizes) / size.base) ** size.exponent
+        value = size.factor * (space_size(size.size, sizes) / size.base) ** size.exponent
+        return rounded(value, size.bits)
     return prod(space_size(name, sizes) for name in ([size] if isinstance(size, str) else size))
+
+
+def rounded(value: float, bits: int) -> float:
+    """Return a number with the given significant bits, rounded as floating-point numbers are.
+
+    Example:
+        >>> rounded(48**0.5, bits=8)
+        6.9375
+    """
+    if bits == DOUBLE:
+        return value
+    mantissa, exponent = frexp(value)
+    return ldexp(round(ldexp(mantissa, bits)), exponent - bits)
+
+
+def bits_of(value: float, exact: float) -> int:
+    """Return the significant bits of a number that is another one, as it is or in bfloat16."""
+    low = not isclose(value, exact, rel_tol=1e-6) and value == rounded(exact, BFLOAT16)
+    return BFLOAT16 if low else DOUBLE

@@ -20,6 +20,7 @@ from growkern.model.size_values import (
     Size,
     size_name,
     size_of_space,
+    size_value,
     space_of,
     space_size,
 )
@@ -362,7 +363,6 @@ def on_residual(stream: str) -> bool:
 def writer_corrections(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[str, float]:
     """Return stream -> factor on the writers of the stream that cancels the change of its size power (``ModelSpec.activation_scales``)."""
     return {
-        stream: (space_size(power.size, sizes) / space_size(power.size, spec.sizes))
-        ** -power.exponent
+        stream: size_value(power, spec.sizes) / size_value(power, sizes)
         for stream, power in spec.activation_scales.items()
     }

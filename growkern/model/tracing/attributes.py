@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from growkern.model.leaves import cached_sizes
-from growkern.model.size_values import Power, Size, Sum, size_value
+from growkern.model.size_values import Power, Size, Sum, bits_of, rounded, size_value
 from growkern.model.spec import ModelSpec
 from growkern.model.tracing.expressions import Expression, expressions, fit
 from growkern.model.tracing.hollow import hollow, is_large, zeros
@@ -78,14 +78,14 @@ def candidates(model: nn.Module, tape: Tape, spaces: Spaces) -> dict[Key, list[O
         kept: Any = vars(holder).get("_non_persistent_buffers_set", ())
         own_fields: dict[str, Any] = vars(holder) | {name: vars(holder)["_buffers"][name] for name in kept}  # fmt: skip
         for name, held, value in _entries(own_fields, path != CONFIG):
-            rounded = (
+            near = (
                 1e-9
                 if held is value
                 else max(1e-6, torch.finfo(held.dtype).eps)
                 if isinstance(held, Tensor)
                 else 0
             )
-            if type(value) is float and (powers := [*_powers(value, spaces.sizes, rounded)]):
+            if type(value) is float and (powers := [*_powers(value, spaces.sizes, near)]):
                 result[path, name] = [*powers, value]
             if type(value) is not int or value < 2 or name.startswith("_") or name in known or OTHER.search(name):  # fmt: skip
                 continue
@@ -110,13 +110,14 @@ def _entries(own: Mapping[str, Any], every: bool) -> Iterator[tuple[str, Any, An
         yield name, held, value
 
 
-def _powers(value: float, sizes: Mapping[str, int], rounded: float) -> Iterator[Power]:
+def _powers(value: float, sizes: Mapping[str, int], near: float) -> Iterator[Power]:
     """Yield the powers of sizes that a number is; small sizes have too many."""
     for size, n in sizes.items():
         yield from (
-            Power(size, p)
+            Power(size, p, bits=bits)
             for p in (0.5, -0.5, -1.0)
-            if n > SMALL and isclose(value, n**p, rel_tol=rounded)
+            for bits in (bits_of(value, n**p),)
+            if n > SMALL and isclose(value, rounded(n**p, bits), rel_tol=near)
         )
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from growkern.model.size_values import Size, size_value
 from growkern.model.spec import Blocks, ModelSpec
 from growkern.model.tracing.expressions import Expression, fit
 from growkern.model.tracing.stacks import turn_of
-from growkern.support.names import named_modules, named_parameters
+from growkern.support.names import entry_of, named_modules, named_parameters, with_entry
 
 OTHER_FIELDS = re.compile(
     "vocab|position|_id$|layers?$|num_labels|theta|eps"
@@ -117,6 +117,15 @@ def _fields(config: Any) -> dict[str, Any]:
     return vars(config)  # pyright: ignore
 
 
+def _entries(config: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the fields of a config, and in place of a list its entries: ``"intermediate_size[0]"``."""
+    for name, value in _fields(config).items():
+        if isinstance(value, list):
+            yield from ((f"{name}[{i}]", x) for i, x in enumerate(value))  # pyright: ignore
+        else:
+            yield name, value
+
+
 def _length(value: Any) -> int | None:
     return len(value) if isinstance(value, list) else None  # pyright: ignore
 
@@ -137,10 +146,11 @@ def _configs(model: nn.Module) -> Iterator[tuple[tuple[str, ...], str, Any]]:
 
 def _options(model: nn.Module, found: Mapping[int, list[Expression]]) -> Iterator[tuple[_Field, list[Expression]]]:  # fmt: skip
     for lead, path, config in _configs(model):
-        for name, value in _fields(config).items():
-            if type(value) is not int or value < 2 or OTHER_FIELDS.search(name):
+        for name, value in _entries(config):
+            if type(value) is not int or value < 2 or OTHER_FIELDS.search(entry_of(name)[0]):
                 continue
-            own = sorted(found.get(value, ()), key=lambda e: (-fit(name, e), len(e)))
+            half = [(*e, 2) for e in found.get(value // 2, ()) if isinstance(e, tuple)] if value % 2 == 0 else []  # fmt: skip
+            own = sorted(found.get(value, half), key=lambda e: (-fit(name, e), len(e)))
             if not own:
                 continue
             grown = [(value,), *own] if fit(name, own[0]) <= 0 else [*own, (value,)]
@@ -154,7 +164,9 @@ def _built(model: nn.Module, values: Mapping[_Field, object]) -> nn.Module:
         own = config
         for name in f.config:
             own = getattr(own, name)
-        setattr(own, f.name, value)
+        leaf, index = entry_of(f.name)
+        whole = leaf == f.name
+        setattr(own, leaf, value if whole else with_entry(getattr(own, leaf), index, value))  # pyright: ignore  # fmt: skip
     with torch.device("meta"):
         return type(model)(config)
 
@@ -176,23 +188,34 @@ def _depth(model: nn.Module, spec: ModelSpec, known: Fields) -> dict[str, Any]:
     for stack in spec.stacks:
         n = spec.sizes[stack.size]
         for lead, path, config in _configs(model):
-            long = [k for k, v in _fields(config).items() if "layer" in k and _length(v) == n]
+            every = [k for k, v in _fields(config).items() if _length(v) == n]
+            named = [k for k in every if "layer" in k]  # others may be as long by chance
             for name, value in [*_fields(config).items()]:
                 if type(value) is not int or value != n or not re.search("layer|depth|block", name):
                     continue
-                more: dict[_Field, object] = {_Field(lead, k, k): [*_fields(config)[k], _fields(config)[k][-1]] for k in long}  # fmt: skip
-                more[_Field(lead, name, name)] = n + 1
-                try:
-                    built = _built(model, more)
-                except Exception:  # a field that is not the depth may raise anything
+                tries = (named, every) if named != every else (named,)
+                long = next((own for own in tries if _deeper(model, lead, name, n, own, stack)), None)  # fmt: skip
+                if long is None:
                     continue
-                if len([*built.get_submodule(stack.path).children()]) == n + 1:
-                    sizes[f"{path}{name}"] = stack.size
-                    lists += [k for k in long if k not in lists and not lead]
-                    if stack.kinds:
-                        twice: dict[_Field, object] = {_Field(lead, k, k): 2 * _fields(config)[k] for k in long}  # fmt: skip
-                        kinds[stack.path] = _next_kinds(model, twice | {_Field(lead, name, name): 2 * n}, stack)  # fmt: skip
+                sizes[f"{path}{name}"] = stack.size
+                lists += [k for k in long if k not in lists and not lead]
+                if stack.kinds:
+                    twice: dict[_Field, object] = {_Field(lead, k, k): 2 * _fields(config)[k] for k in long}  # fmt: skip
+                    kinds[stack.path] = _next_kinds(model, twice | {_Field(lead, name, name): 2 * n}, stack)  # fmt: skip
     return {"sizes": sizes, "lists": tuple(lists), "next_kinds": kinds}
+
+
+def _deeper(model: nn.Module, lead: tuple[str, ...], name: str, n: int, lists: Sequence[str], stack: Blocks) -> bool:  # fmt: skip
+    """True when a field counts the blocks of a stack: a model has a block more where the field and lists are longer by one."""
+    config: Any = model.config
+    for attribute in lead:
+        config = getattr(config, attribute)
+    more: dict[_Field, object] = {_Field(lead, k, k): [*getattr(config, k), getattr(config, k)[-1]] for k in lists}  # fmt: skip
+    try:
+        built = _built(model, {**more, _Field(lead, name, name): n + 1})
+        return len([*built.get_submodule(stack.path).children()]) == n + 1
+    except Exception:  # a field that is not the depth may raise anything
+        return False
 
 
 def _next_kinds(model: nn.Module, twice: Mapping[_Field, object], stack: Blocks) -> tuple[int, ...]:

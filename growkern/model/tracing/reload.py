@@ -1,7 +1,7 @@
 """What a checkpoint of a grown model of transformers loads into: a model built from the grown config computes the same function."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,15 +24,20 @@ from growkern.model.tracing.trial import (
 from growkern.support.names import named_modules, named_parameters, submodule
 
 
-def merge_hidden(spaces: Spaces) -> bool:
-    """Give spaces as long as hidden the size hidden, because configs have one field for both; return True if there were any."""
-    n = spaces.sizes.get("hidden")
-    same = [size for size, m in spaces.sizes.items() if m == n and size.startswith("ffn")]
-    for size in same:
-        del spaces.sizes[size]
-        for atom in [a for a in spaces.names if spaces.size_of(a) == size]:
-            spaces.names[atom] = f"{HIDDEN}.{spaces.names[atom].replace('.', '_')}"
-    return bool(same)
+def merged(spaces: Spaces) -> Iterator[str]:
+    """Give spaces as long as hidden, then those as long as heads, that size, because configs have one field for both; yield the size.
+
+    The caller stops once the config builds the model.
+    """
+    for size, space in (("hidden", HIDDEN), ("heads", "heads")):
+        n = spaces.sizes.get(size)
+        same = [other for other, m in spaces.sizes.items() if m == n and other.startswith("ffn")]
+        for other in same:
+            del spaces.sizes[other]
+            for atom in [a for a in spaces.names if spaces.size_of(a) == other]:
+                spaces.names[atom] = f"{space}.{spaces.names[atom].replace('.', '_')}"
+        if same:
+            yield size
 
 
 def not_reloaded(

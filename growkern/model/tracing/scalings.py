@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from growkern.model.size_values import Power
+from growkern.model.size_values import Power, bits_of
 from growkern.model.tracing.hollow import Hollow
 from growkern.model.tracing.naming import Spaces
 from growkern.model.tracing.tape import Tape
@@ -100,4 +100,5 @@ def powers(scalings: Iterable[Scaling], spaces: Spaces) -> Iterator[tuple[Scalin
     for own in scalings:
         size = spaces.size_of(find(own.dim))
         if size is not None:
-            yield own, Power(size, own.exponent)
+            bits = bits_of(own.factor, own.dim.size**own.exponent)
+            yield own, Power(size, own.exponent, bits=bits)

@@ -27,7 +27,7 @@ from growkern.model.tracing.known import fingerprint
 from growkern.model.tracing.modes import BothModes, trains_by_other_code
 from growkern.model.tracing.naming import Spaces, name_spaces
 from growkern.model.tracing.permutation import permutation_error
-from growkern.model.tracing.reload import merge_hidden, not_reloaded
+from growkern.model.tracing.reload import merged, not_reloaded
 from growkern.model.tracing.roles import EPS, Roles, find_roles
 from growkern.model.tracing.rules import trace
 from growkern.model.tracing.scalings import powers, settled
@@ -230,13 +230,18 @@ def spec_of(found: Trace) -> TracedSpec:
     plain, own = _plain(found), Fields()
     if has_config(model):
         own = _fields(found, plain)
-        if own.problem and merge_hidden(spaces):
+        for _ in merged(spaces) if own.problem else ():
             _roles(found)
             plain = _plain(found)
             own = _fields(found, plain)
+            if not own.problem:
+                break
         found.proved = own.problem is None
     plain = _deepened(found, plain, own)
     attributes = find_attributes(Search(model, found.inputs, found.tape, spaces, replace(plain, config=own.sizes)))  # fmt: skip
+    if own.problem and attributes.fixed:  # a grown config has only what grows
+        own = _fields(found, replace(plain, fixed={**plain.fixed, **attributes.fixed}))
+        found.proved = own.problem is None
     large = hollow.is_large(model)
     if found.proved and large:
         own.problem = f"not tried, as the model has more than {hollow.LARGE:,} parameters"

@@ -255,8 +255,9 @@ def set_config(model: nn.Module, fields: Mapping[str, object]) -> None:
     for key, value in sorted(fields.items(), key=lambda item: "." in item[0]):
         path, _, name = key.rpartition(".")
         for config in [submodule(model, path).config] if path else configs_of(model):  # pyright: ignore
-            if name in vars(config):  # pyright: ignore
-                vars(config)[name] = value  # pyright: ignore
+            own, (leaf, index) = vars(config), entry_of(name)  # pyright: ignore
+            if leaf in own:
+                own[leaf] = with_entry(own[leaf], index, value)  # pyright: ignore
 
 
 def fields_of(holder: Any, name: str) -> dict[str, Any]:
