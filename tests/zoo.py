@@ -8,16 +8,17 @@ columns:
 - 2x exact, 2x, 1.5x, a block more: the change of the output after a growth of all sizes without noise and by default, after a growth of
   those sizes whose plan accepts 1.5x, and after a growth of every stack by one block;
 - AdamW: the difference between the state after the growth and the state that autograd's gradients of the grown model give;
-- loaded: the change of the output after a growth to 2x with a block more is saved and loaded; "same text" where the loaded model generates
+- loaded: the change of the output after a growth to 2x with a block more is saved and loaded; "same" where the loaded model generates
   what the source generates, with a cache and without.
 
 All numbers are relative to the largest value. Models of transformers compute norms in float32, so that 1e-6 is exact for them.
 """
 
+import re
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -161,7 +162,7 @@ def loaded(name: str, to: Mapping[str, int]) -> str:
     if not model.can_generate() or "input_ids" not in inputs:
         return text
     pairs = zip(generated(again), generated(make(name)), strict=True)
-    return text + (", same text" if all(torch.equal(a, b) for a, b in pairs) else ", OTHER TEXT")
+    return text + (", same" if all(torch.equal(a, b) for a, b in pairs) else ", OTHER TEXT")
 
 
 def generated(model: nn.Module) -> list[Tensor]:
@@ -176,13 +177,13 @@ def targets(spec: growkern.ModelSpec, factor: float) -> dict[str, int]:
     whole = factor == int(factor)
     free = [s for s in spec.sizes if s not in spec.fixed and not s.startswith("layers")]
     to = {s: int(spec.sizes[s] * factor) for s in free if whole or s not in spec.whole_multiples}
+    if spec.hidden_is_heads and "hidden" not in to:
+        to.pop("heads", None)
     if "kv_heads" in to and "heads" not in to:
         del to["kv_heads"]
     elif "kv_heads" in to:
         to["heads"] = to["kv_heads"] * (spec.sizes["heads"] // spec.sizes["kv_heads"])
-    if spec.hidden_is_heads and "hidden" not in to:
-        to.pop("heads", None)
-    elif spec.hidden_is_heads:
+    if spec.hidden_is_heads and "hidden" in to:
         to["hidden"] = to.get("heads", spec.sizes["heads"]) * spec.sizes["head_dim"]
     return {size: n for size, n in to.items() if n != spec.sizes[size]}
 
@@ -210,24 +211,25 @@ class Row:
         spec = self.spec
         twice, quiet = targets(spec, 2.0), growkern.width.Lossless(noise=0)
         deeper = {stack.size: spec.sizes[stack.size] + 1 for stack in spec.stacks}
-        self.cells.append(", ".join(twice) or "none")
+        self.cells.append(_sizes(twice) or "none")
         self.measure("permuted", lambda: shown(permuted(name)))
         self.measure("2x", lambda: shown(grown(name, twice, width=quiet)[0]), twice)
         self.measure("2x", lambda: shown(grown(name, twice)[0]), twice)
         half = self.accepted(twice)
-        only = "" if half.keys() == twice.keys() else f" {', '.join(half)}"
+        only = "" if half.keys() == twice.keys() else f" ({_sizes(half)})"
         self.measure("1.5x", lambda: shown(grown(name, half)[0]) + only, half)
         self.measure("a block more", lambda: shown(grown(name, deeper)[0]), deeper)
         self.measure("AdamW", lambda: shown(state_error(name, twice)), twice)
-        if spec.reload_problem:
-            self.notes.append(("loaded", spec.reload_problem))
-            self.cells.append("-")
+        if name in PUBLISHED or spec.reload_problem:
+            self.cells.append("")
         else:
-            own = name in PUBLISHED
-            self.measure("loaded", lambda: "own code" if own else loaded(name, twice | deeper))
-        self.notes += [("fixed", f"{size}: {why}") for size, why in spec.fixed.items() if size != "head_dim"]  # fmt: skip
-        if not deeper:
-            self.notes += [("a block more", line) for line in _unstacked(str(spec))]
+            self.measure("loaded", lambda: loaded(name, twice | deeper))
+        self.notes += [("loaded", f"{spec.reload_problem}")] if spec.reload_problem else []
+        for size, why in spec.fixed.items():
+            if size.startswith("layers"):
+                self.notes.append(("a block more", why.partition("gains no blocks: ")[2] or why))
+            elif size != "head_dim":
+                self.notes.append(("stays", f"{size}: {why}"))
 
     def measure(self, column: str, cell: Callable[[], str], to: Mapping[str, int] | None = None) -> None:  # fmt: skip
         """Add a cell, or a dash and the reason of a refusal."""
@@ -241,26 +243,45 @@ class Row:
         """Return the targets at 1.5x of the sizes that a plan accepts, and note why it does not accept the others."""
         spec = self.spec
         to, kept = targets(spec, 1.5), dict[str, int]()
-        self.notes += [("1.5x", f"{s}: {why}") for s, why in spec.whole_multiples.items() if s in twice]  # fmt: skip
-        heads = {"hidden", "heads", "kv_heads"} if spec.hidden_is_heads else {"heads", "kv_heads"}
-        for unit in (heads, *({size} for size in to if size not in heads)):
+        whole = {s: why for s, why in spec.whole_multiples.items() if s in twice}
+        self.notes += [("1.5x", f"{_plain(s)}: {why}") for s, why in whole.items()]
+        wide = {s for s in to if s.startswith("hidden")}
+        heads = {"heads", "kv_heads"}
+        units = [wide | heads, set[str]()] if spec.hidden_is_heads else [wide, heads]
+        for unit in (*units, *({size} for size in to if size not in wide | heads)):
             tried = {s: n for s, n in to.items() if s in kept or s in unit}
             try:
                 if tried.keys() != kept.keys():
                     growkern.plan(self.model, spec=spec, to=tried)
             except GrowthError as error:
-                self.notes.append(("1.5x", f"{', '.join(unit & to.keys())}: {_reason(error)}"))
+                if not whole:
+                    self.notes.append(
+                        ("1.5x", f"{_plain(next(s for s in to if s in unit))}: {_reason(error)}")
+                    )
             else:
                 kept = tried
         return kept
 
 
+def _sizes(to: Mapping[str, int]) -> str:
+    return ", ".join(size.replace("kv_heads", "kv") for size in to)
+
+
+def _plain(size: str) -> str:
+    return "heads" if size == "kv_heads" else size.rstrip("0123456789")
+
+
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:240]
+    return " ".join(str(error).split())
 
 
-def _unstacked(text: str) -> Iterator[str]:
-    return (line.strip() for line in text.splitlines() if "gains no blocks" in line)
+def _general(reason: str) -> str:
+    """Return a reason without the names of tensors and modules and without numbers, for which there are many."""
+    text = re.sub(
+        r"cannot \w+ \w+ (from|to) .*?: |; nearest.*|; name .*| \(RuntimeError.*", "", reason
+    )
+    text = re.sub(r"\b[\w*]+(\.[\w*]+)+\b", lambda path: re.sub(r"\.(weight|bias)$", "", path[0]).rpartition(".")[2], text)  # fmt: skip
+    return re.sub(r"^\d+ tensors", "tensors", text)[:150]
 
 
 COLUMNS = "model", "sizes that grow", "permuted", "2x exact", "2x", "1.5x", "a block more", "AdamW", "loaded"  # fmt: skip
@@ -270,12 +291,12 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     print("|", " | ".join(COLUMNS), "|\n|" + "---|" * len(COLUMNS))
-    why: dict[tuple[str, str], list[str]] = defaultdict(list)
+    why: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
     for chosen in sys.argv[1:] or [*MODELS, *PUBLISHED]:
         row = Row(chosen)
-        print("|", " | ".join(row.cells + ["-"] * (len(COLUMNS) - len(row.cells))), "|", flush=True)
-        for note in row.notes:
-            why[note].append(chosen)
+        print("|", " | ".join(row.cells + [""] * (len(COLUMNS) - len(row.cells))), "|", flush=True)
+        for column, reason in row.notes:
+            why[column, _general(reason)][chosen] = None
     print()
     for (column, reason), names in sorted(why.items()):
-        print(f"- {column}: {', '.join(names)}: {reason}")
+        print(f"- {column}: {reason}: {', '.join(names)}")
