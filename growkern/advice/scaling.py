@@ -69,9 +69,10 @@ class ScalingLaw:
         noise: Shape (n_draws,): deviation of a run of another size from the law, in nats.
 
     Example:
-        >>> law = fit([(58_656, curve)])
-        >>> interval(law.loss(217_664, 1e6))
-        (1.41, 1.62, 1.78)
+        >>> curve = [(3e5 * i / 20, 1 + (i / 20) ** -0.3) for i in range(1, 21)]
+        >>> low, middle, high = interval(fit([(58_656, curve)]).loss(58_656, 3e5))
+        >>> abs(middle - 2) < 0.01  # the end of the curve
+        True
     """
 
     draws: Tensor = field(repr=False)
@@ -116,7 +117,10 @@ def fit(curves: Sequence[tuple[float, Curve]], *, seed: int = 0) -> ScalingLaw:
         PlanError: A curve has fewer than five points after its warm-up, does not fall, or holds a number that is not finite.
 
     Example:
-        >>> fit([(58_656, curve), (28_000, smaller_curve)]).loss(217_664, 1e6).median()
+        >>> curve = [(3e5 * i / 20, 1 + (i / 20) ** -0.3) for i in range(1, 21)]
+        >>> law = fit([(58_656, curve), (28_000, [(tokens, loss + 0.1) for tokens, loss in curve])])
+        >>> bool(law.loss(58_656, 1e6).median() < law.loss(28_000, 1e6).median())
+        True
 
     Reference:
         Hoffmann et al., "Training Compute-Optimal Large Language Models", arXiv:2203.15556;

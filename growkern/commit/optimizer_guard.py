@@ -131,7 +131,9 @@ def history_in(state_dict: Mapping[str, Any]) -> list[str] | None:
     """Return the growths that the optimizer of a state dict has seen, as JSON; None for a mapping that is no state dict.
 
     Example:
-        >>> growkern.resume(model, optim, torch.load("optim.pt"))
+        >>> report = growkern.expand_inplace(model, optim)
+        >>> history_in(optim.state_dict()) == [*report.history]
+        True
     """
     groups = state_dict.get("param_groups")
     if not isinstance(groups, list | tuple):

@@ -90,7 +90,9 @@ def read_curve(path: Path, tokens_per_step: float | None = None) -> list[tuple[f
             None; or ``tokens_per_step`` is not positive.
 
     Example:
-        >>> read_curve(Path("trainer_state.json"), tokens_per_step=65_536)
+        >>> n_bytes = Path("loss.csv").write_text("step,loss\\n100,4.5\\n200,4.1\\n")
+        >>> read_curve(Path("loss.csv"), tokens_per_step=1024)
+        [(102400.0, 4.5), (204800.0, 4.1)]
     """
     try:
         text = path.read_text(encoding="utf-8-sig")  # utf-8-sig strips a byte-order mark

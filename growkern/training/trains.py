@@ -63,7 +63,12 @@ class Trains(ABC):
         """
 
     def choices(self, spec: ModelSpec, new_blocks: Sequence[str]) -> list[Frozen]:
-        """Return what is frozen in each kind of step, all of them equally often; see ``frozen``."""
+        """Return what is frozen in each kind of step, all of them equally often; see ``frozen``.
+
+        Args:
+            spec: Description of the model.
+            new_blocks: Names of the blocks that the last growth added.
+        """
         return [self.frozen(spec, new_blocks)]
 
     @typed_arguments(PlanError, model=UnsupportedModelError)
@@ -94,7 +99,7 @@ class Trains(ABC):
             UnsupportedModelError: The model cannot be described, or its blocks are under reentrant gradient checkpointing.
 
         Example:
-            >>> report = growkern.expand_inplace(model, optim, to={"layers": 40})
+            >>> report = growkern.expand_inplace(model, optim, to={"layers": 4})
             >>> growkern.trains.New().apply(model, report)
         """
         model = unwrapped(model)

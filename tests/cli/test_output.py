@@ -11,7 +11,9 @@ import growkern
 from growkern.planning.growth_plan import GrowthPlan
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # of a terminal
-CURVE = "tokens,loss\n" + "".join(f"{1000 * i},{2 + 30 * (1000 * i) ** -0.4}\n" for i in range(1, 60))
+CURVE = "tokens,loss\n" + "".join(
+    f"{1000 * i},{2 + 30 * (1000 * i) ** -0.4}\n" for i in range(1, 60)
+)
 SMALL = ("--steps", 2, "--tokens", 8, "--batch-size", 2)
 COMMANDS = {
     "describe": (),

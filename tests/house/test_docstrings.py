@@ -9,6 +9,8 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
+from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -21,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 import growkern
 from growkern import errors
 
+ROOT = Path(__file__).parents[2]
 FRAMEWORKS = ["accelerate", "dcp", "hf", "lightning"]  # rooms that import a framework
 ROOMS = {
     name: room
@@ -40,6 +43,7 @@ OWN = {
 METHODS_OF = [
     growkern.Advice, growkern.Comparison, growkern.GrowthPlan, growkern.GrowthReport, growkern.GrowthSchedule, growkern.UpdateScale,
     growkern.Verification, growkern.inherit.KnowledgeInheritance, growkern.procedures.Procedure,
+    growkern.trains.Trains,
 ]  # fmt: skip
 
 
@@ -139,9 +143,27 @@ def not_rst(said: str) -> list[str]:
     return [node.astext() for node in tree.findall(lambda n: n.tagname in ("system_message", "problematic"))]  # fmt: skip
 
 
+def examples_of_machinery() -> Iterator[doctest.DocTest]:
+    """Yield the examples of names that are not public, and of methods of all classes but the main ones."""
+    known = {param.values[1].__doc__ for param in (*NAMES, *METHODS)}
+    for path in sorted((ROOT / "growkern").rglob("*.py")):
+        if ">>>" not in path.read_text("utf-8") or path.stem in (*FRAMEWORKS, "hf_inherit"):
+            continue
+        module = import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        yield from (
+            test
+            for test in doctest.DocTestFinder().find(module)
+            if test.examples and test.docstring not in known
+        )
+
+
 def run_example(path: str, value: object, names: dict[str, object]) -> None:
     (test,) = doctest.DocTestFinder(recurse=False).find(value, path, globs=names)
-    told = list[str]()
+    run(test)
+
+
+def run(test: doctest.DocTest) -> None:
+    told, path = list[str](), test.name
     ran = doctest.DocTestRunner(verbose=False, optionflags=FLAGS).run(test, out=told.append)  # fmt: skip
     assert ran.attempted >= 1, f"{path} has no example"
     assert ran.failed == 0, "".join(told)
@@ -267,6 +289,12 @@ def test_its_example_runs(path, value, names):
 @pytest.mark.parametrize(("name", "value"), [p for p in METHODS if ">>>" in p.values[1].__doc__])
 def test_the_example_of_a_method_runs(name, value, names):
     run_example(name, value, names)
+
+
+@pytest.mark.parametrize("test", [*examples_of_machinery()], ids=lambda test: test.name)
+def test_every_other_example_runs(test, names):
+    test.globs |= {**names, **test.globs}
+    run(test)
 
 
 @pytest.mark.parametrize(("name", "value"), METHODS)
