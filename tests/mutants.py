@@ -677,7 +677,7 @@ MUTANTS = {
     "tracing: a parameter that the example does not reach is described": Mutant(
         "model/tracing/traced.py", "not in found.tape.touched and not found.proved", "is None", "model/test_tracing.py -k reach"),
     "tracing: a description that fails the permutation test is used": Mutant(
-        "model/tracing/traced.py", "if not error < tolerance(model):", "if False:", "model/test_tracing.py -k leaves_torch"),
+        "model/tracing/traced.py", "if not error < limit_of(model):", "if False:", "model/test_tracing.py -k leaves_torch"),
     "tracing: a stack is not tried with a block more": Mutant(
         "model/tracing/traced.py", "        if why is None:\n            kept", "        if True:\n            kept",
         "model/test_tracing.py -k Gated"),
@@ -759,6 +759,14 @@ MUTANTS = {
         "checkpoints/dcp_load.py", "group |= options", "pass", "checkpoints/test_dcp.py -k at_load_as"),
     "attributes: a quotient of sizes is a float": Mutant(
         "support/names.py", "int(value) if type(held) is int else value", "value", "engine/test_forward_check.py -k quotient"),
+    "check: rounding is not measured": Mutant(
+        "engine/run.py", "                check.measure_rounding()\n", "                pass\n",
+        "engine/test_forward_check.py -k above_rounding"),
+    "check: one element hides the others": Mutant(
+        "engine/forward_check.py", "            wrong |= moved.mean", "            moved.mean",
+        "engine/test_forward_check.py -k above_rounding"),
+    "check: positions are rounded": Mutant(
+        "model/tracing/rounding.py", "torch.where(t == t.round(), t, moved)", "moved", "engine/test_forward_check.py -k at_random"),
     "attributes: an int becomes a fraction": Mutant(
         "engine/run.py", "    refuse_fractions(plan, model)\n", "", "engine/test_forward_check.py -k quotient"),
     "fsdp: gains shift by those of the first shard": Mutant(

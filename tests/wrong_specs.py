@@ -20,7 +20,7 @@ from torch import nn
 import growkern
 from growkern.errors import GrowthError
 from growkern.model.tracing.forward import call_model, evaluated, main_output
-from growkern.model.tracing.permutation import permutation_error
+from growkern.model.tracing.permutation import limit_of, permutation_error
 from growkern.model.tracing.roles import find_roles
 from growkern.model.tracing.terms import Dim, atoms, factors, find, product, segments, side_by_side
 from growkern.model.tracing.traced import Trace, trace_model
@@ -79,7 +79,7 @@ def seen_by_permutations(found: Trace, wrong: Wrong) -> bool:
     dims = [wrong.dim if i == wrong.axis else d for i, d in enumerate(found.weights[wrong.tensor])]
     own = Tensors({**found.weights, wrong.tensor: dims}, found.roles.tensors, found.roles.ties)
     error = permutation_error(found.model, found.inputs, own, found.tape.output_dims, SEEDS)
-    return not error < tolerance(found.model)
+    return not error < limit_of(found.model)
 
 
 def outcome_of_growth(

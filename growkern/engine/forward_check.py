@@ -1,25 +1,50 @@
 """Check a growth by the model's forward: once before the growth, and once on the grown model while everything can still be undone."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import is_dataclass
-from threading import get_ident
-from typing import Any
+import logging
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from growkern.distributed.shards import gathered, reshard
+from growkern.distributed.shards import gathered, is_sharded, reshard
 from growkern.engine.compile_cache import eagerly
 from growkern.errors import CommitError, GrowthError, PlanError
 from growkern.model.describe import overlaps
+from growkern.model.tracing.forward import modules_entered, named_tensors
+from growkern.model.tracing.rounding import PRECISION, RandomRounding
+
+logger = logging.getLogger("growkern")
 
 Check = Tensor | Mapping[str, object] | Sequence[object] | Callable[[nn.Module], object]
-# relative to the largest output; float64 is loose too, because norms in Hugging Face transformers round to float32 for any dtype
 SMALL = 1e-3  # output below which rounding is absolute
-MATMULS = {"high": torch.float16, "medium": torch.bfloat16}  # dtype as precise as float32 matmuls
+LEAST = 1e-8  # relative; plans neglect epsilons below 1e-10
+FEW = 16  # elements of an output, of which two roundings at random may both be small
+# relative to the largest output, where rounding was not measured: norms of transformers round to float32 in any dtype
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class Size(NamedTuple):
+    """How large a tensor is.
+
+    Attributes:
+        largest: The largest absolute value.
+        mean: Root of the mean square.
+    """
+
+    largest: float
+    mean: float
+
+
+def _size(old: Tensor, new: Tensor | None = None) -> Size:
+    """Return how large the finite elements of a tensor are, or how far they are from those of another."""
+    both = old.isfinite() if new is None else old.isfinite() & new.isfinite()
+    kind = torch.promote_types(old.dtype, torch.float32)
+    values = (old.to(kind) if new is None else new.to(kind) - old.to(kind))[both]
+    if not values.numel():
+        return Size(0.0, 0.0)
+    return Size(float(values.abs().max()), float(values.double().square().mean().sqrt()))
 
 
 class ForwardCheck:
@@ -42,24 +67,47 @@ class ForwardCheck:
         self.model, self.check, self.vote = model, check, vote
         self.kind = next((p.device.type for p in model.parameters()), "cpu")
         self.dtypes = {p.dtype for p in model.parameters()}  # in which the forward computes
-        if (precision := torch.get_float32_matmul_precision()) in MATMULS:
-            self.dtypes.add(MATMULS[precision])
-        versions = _versions(model)
+        if (precision := torch.get_float32_matmul_precision()) in PRECISION:
+            self.dtypes.add(PRECISION[precision])
+        self.noise, self.eps = dict[str, Size](), 0.0
         try:
-            self.before = self._outputs([])
+            self.before = self._of_source()
         except GrowthError:
             raise
         except Exception as error:
             raise PlanError(
                 f"check: the forward failed before the growth: {type(error).__name__}: {error}"
             ) from error
-        if changed := _changed(versions, model):
-            raise PlanError(f"check: {changed}")
         if not any(t.isfinite().any() for t in self.before.values()):
             raise PlanError(
                 "check: the outputs of the forward contain no finite floating-point number to compare; pass a function of the model that "
                 "returns a tensor of them."
             )
+
+    def measure_rounding(self) -> None:
+        """Run the forward of the source with results that are rounded at random: a right growth moves its outputs about as far."""
+        if any(
+            map(is_sharded, self.model.parameters())
+        ):  # their operations are not those of one process
+            return
+        for seed in range(2):
+            mode = RandomRounding(seed)
+            try:
+                after = self._of_source(mode)
+            except GrowthError:
+                raise
+            except Exception as error:  # the forward may not run under a mode
+                logger.debug("the rounding of the forward was not measured: %s", error)
+                self.noise.clear()
+                return
+            self.eps = max(self.eps, mode.eps)
+            for name, old in self.before.items():
+                new = after.get(name)
+                if new is None or new.shape != old.shape:
+                    continue
+                if torch.equal(new.isfinite(), old.isfinite()):
+                    own, known = _size(old, new), self.noise.get(name, Size(0.0, 0.0))
+                    self.noise[name] = Size(*map(max, own, known))
 
     def compare(self, *, preserved: bool) -> tuple[str, ...]:
         """Run the forward of the grown model.
@@ -74,16 +122,13 @@ class ForwardCheck:
             CommitError: The forward failed or changed a parameter, returned nothing to compare, an output is not finite where the
                 source's was, or an output moved.
         """
-        running, versions = list[nn.Module](), _versions(self.model)
+        running, versions = list[str](), _versions(self.model)
         try:
             after = self._outputs(running)
         except GrowthError:
             raise
         except Exception as error:
-            names: dict[nn.Module, str] = dict(
-                zip(self.model.modules(), _names(self.model), strict=True)
-            )
-            at = names.get(running[-1], "") if running else ""
+            at = running[-1] if running else ""
             raise CommitError(
                 f"check: the forward of the grown model failed in {at or type(self.model).__name__}: {type(error).__name__}: {error}. "
                 "The growth was taken back; if a module keeps a size that the spec does not name, name it in attributes=."
@@ -110,52 +155,56 @@ class ForwardCheck:
             raise CommitError(
                 f"check: {name} of the grown model is not finite. The growth was taken back."
             )
-        tolerance = max(TOLERANCE.get(dtype, 0.0) for dtype in self.dtypes | {old.dtype})
-        both = old.isfinite() & new.isfinite()
-        kind = torch.promote_types(old.dtype, torch.float32)
-        moved = float((new.to(kind) - old.to(kind))[both].abs().max()) if bool(both.any()) else 0.0
-        scale = float(old[both].abs().max()) if bool(both.any()) else 0.0
+        moved, scale = _size(old, new), _size(old)
         least = SMALL if old.dim() else 1.0  # a loss: its error is that of the logits
-        if preserved and moved > tolerance * max(least, scale):
+        noise = self.noise.get(name)
+        if noise is None:
+            limit = max(TOLERANCE.get(dtype, 0.0) for dtype in self.dtypes | {old.dtype})
+            wrong = moved.largest > limit * max(least, scale.largest)
+        else:
+            eps = max(torch.finfo(old.dtype).eps, LEAST, self.eps if old.numel() < FEW else 0.0)
+            wrong = moved.largest > 4 * max(noise.largest, eps * max(least, scale.largest))
+            wrong |= moved.mean > 3 * max(noise.mean, eps * max(least, scale.mean))
+        if preserved and wrong:
+            by = f"; rounding moves it by {noise.largest:.1g}" if noise else ""
             raise CommitError(
-                f"check: {name} moved by {moved:.3g} (its largest value is {scale:.3g}), and the plan promises the source's function. "
-                "The growth was taken back: the spec lacks something that forward computes, such as a norm without parameters or "
-                "a cached size. If this output is a figure of hidden values, pass check= as a function that returns the others."
+                f"check: {name} moved by {moved.largest:.3g} (its largest value is {scale.largest:.3g}{by}), and the plan promises the "
+                "source's function. The growth was taken back: the spec lacks something that forward computes, such as a norm without "
+                "parameters or a cached size. If this output is a figure of hidden values, pass check= as a function that returns the "
+                "others."
             )
 
-    def _outputs(self, running: list[nn.Module]) -> dict[str, Tensor]:
-        """Run the forward; ``running`` fills with the modules in progress, outermost first."""
+    def _of_source(self, mode: AbstractContextManager[object] | None = None) -> dict[str, Tensor]:
+        """Run the forward of the source."""
+        versions = _versions(self.model)
+        outputs = self._outputs([], mode)
+        if changed := _changed(versions, self.model):
+            raise PlanError(f"check: {changed}")
+        return outputs
+
+    def _outputs(self, running: list[str], mode: AbstractContextManager[object] | None = None) -> dict[str, Tensor]:  # fmt: skip
+        """Run the forward; ``running`` fills with the names of the modules in progress, outermost first."""
         devices = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
+        entered = set[str]()
 
-        waiting, own = {id(module) for module in self.model.modules()}, get_ident()
-
-        def enter(module: nn.Module, args: object) -> None:
-            if get_ident() != own:  # the hooks are of all threads
-                return
-            if id(module) in waiting:  # the first of the model
-                waiting.clear()
+        def each() -> None:
+            if not entered:
                 self.vote()
-            running.append(module)
             if torch.is_autocast_enabled(self.kind):
                 self.dtypes.add(torch.get_autocast_dtype(self.kind))
-
-        def leave(module: nn.Module, args: object, output: object) -> None:
-            if get_ident() == own:
-                running.pop()
 
         with _unchanged(self.model), torch.random.fork_rng([*devices]), torch.no_grad(), eagerly():
             torch.default_generator.manual_seed(0)
             for index in devices:  # torch.manual_seed would seed devices that are not saved here
                 with torch.cuda.device(index):
                     torch.cuda.manual_seed(0)
-            hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
             try:
-                outputs = self._run()
+                with modules_entered(self.model, running, entered, each=each, unwind=False), mode or nullcontext():  # fmt: skip
+                    outputs = self._run()
             finally:
-                for hook in hooks:
-                    hook.remove()
                 reshard(self.model)  # a forward leaves the parameters of the root gathered
-        return {name: t.detach().clone() for name, t in _tensors(outputs, "")}
+        found = ((name, t) for name, t in named_tensors(outputs) if t.is_floating_point())
+        return {name or "the output": gathered(t).detach().clone() for name, t in found}
 
     def _run(self) -> object:
         check, model = self.check, self.model  # pyright: ignore[reportUnknownVariableType]
@@ -164,11 +213,6 @@ class ForwardCheck:
         if isinstance(check, Mapping):
             return model(**check)
         return model(*check) if isinstance(check, Sequence) else check(model)
-
-
-def _names(model: nn.Module) -> list[str]:
-    """Return the names of all modules of a model."""
-    return [name for name, _ in model.named_modules()]  # pyright: ignore
 
 
 Versions = Mapping[str, tuple[object, ...]]
@@ -218,18 +262,6 @@ def _unchanged(model: nn.Module) -> Generator[None]:
             module.training = mode
         for held, name, buffer, before in buffers:
             held[name] = buffer.copy_(before)
-
-
-def _tensors(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the floating-point tensors of a nested output with their places."""
-    if isinstance(output, Tensor) and output.is_floating_point():
-        yield name or "the output", gathered(output)
-    elif isinstance(output, Mapping | list | tuple):
-        parts: Any = output.items() if isinstance(output, Mapping) else enumerate(output)  # pyright: ignore
-        for key, value in parts:
-            yield from _tensors(value, f"{name}.{key}".lstrip("."))
-    elif is_dataclass(output) and hasattr(output, "__dict__"):
-        yield from _tensors(vars(output), name)
 
 
 class Call:

@@ -127,6 +127,8 @@ def _run(request: Request) -> GrowthReport:
             laps.end("check")
             plan, unmanaged = _agree_on_plan(request, sources, ranks, live, laps, shards)
             del live
+            if check is not None and plan.function_preserving:
+                check.measure_rounding()
             staged = _stage(request, sources, plan, unmanaged, ranks)
             laps.end("cut")
             noted = _commit(request, sources, staged, ranks, kept, check, laps, shards, part)

@@ -1,7 +1,7 @@
 """The forward of a model: its inputs and outputs, the modules that run, and the tensors that belong to the model."""
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from threading import get_ident
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_is_leaf, tree_leaves
 
 from growkern.support.names import named_buffers, named_modules, named_parameters
 
@@ -23,15 +23,26 @@ class TracingError(Exception):
 Inputs = Tensor | Mapping[str, object] | Sequence[object] | Callable[[nn.Module], object]
 
 
+def named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a nested structure with their places, such as ``"parts.0"``; dataclasses are no structures to torch."""
+    own: Any = ()
+    if isinstance(tree, Tensor):
+        yield name, tree
+    elif isinstance(tree, Mapping):
+        own = tree.items()  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+    elif isinstance(tree, list | tuple):
+        own = enumerate(tree)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    elif is_dataclass(tree) and hasattr(tree, "__dict__"):
+        own = () if isinstance(tree, type) else vars(tree).items()
+    elif not tree_is_leaf(tree):
+        own = enumerate(tree_leaves(tree))
+    for key, value in own:
+        yield from named_tensors(value, f"{name}.{key}".lstrip("."))
+
+
 def tensors(tree: Any) -> list[Tensor]:
-    """Return the tensors of a nested structure; dataclasses are no structures to torch."""
-    found = list[Tensor]()
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            found += tensors([*vars(leaf).values()]) if hasattr(leaf, "__dict__") else []
-    return found
+    """Return the tensors of a nested structure."""
+    return [t for _, t in named_tensors(tree)]
 
 
 def replaced(tree: Any, change: Callable[[Tensor], Any]) -> Any:
@@ -143,14 +154,25 @@ def evaluated(model: nn.Module) -> Generator[None]:
 
 
 @contextmanager
-def modules_entered(model: nn.Module, running: list[str], entered: set[str]) -> Generator[None]:
-    """Keep the names of the running modules, outermost first, and of all that ran."""
+def modules_entered(
+    model: nn.Module, running: list[str], entered: set[str], *, each: Callable[[], object] = int, unwind: bool = True
+) -> Generator[None]:  # fmt: skip
+    """Keep the names of the running modules, outermost first, and of all that ran.
+
+    Args:
+        model: The model.
+        running: Filled with the names of the running modules.
+        entered: Filled with the names of all modules that ran.
+        each: Called where a module of the model begins to run.
+        unwind: False to keep the names of the modules in which an exception was raised.
+    """
     names, own = {id(m): name for name, m in named_modules(model)}, get_ident()
 
     def enter(module: nn.Module, args: object) -> None:
         if (
             get_ident() == own and id(module) in names
         ):  # the hooks are of all modules, in all threads
+            each()
             running.append(names[id(module)])
             entered.add(running[-1])
 
@@ -158,7 +180,7 @@ def modules_entered(model: nn.Module, running: list[str], entered: set[str]) -> 
         if get_ident() == own and id(module) in names:
             running.pop()
 
-    hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)  # fmt: skip
+    hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=unwind)  # fmt: skip
     try:
         yield
     finally:
@@ -168,8 +190,7 @@ def modules_entered(model: nn.Module, running: list[str], entered: set[str]) -> 
 
 def floats(output: Any) -> list[Tensor]:
     """Return the floating-point tensors of an output."""
-    tree: Any = [*output.values()] if isinstance(output, Mapping) else output  # pyright: ignore
-    return [t for t in tensors(tree) if t.is_floating_point()]
+    return [t for t in tensors(output) if t.is_floating_point()]
 
 
 def main_output(output: Any) -> Tensor | None:

@@ -16,10 +16,11 @@ from growkern.model.tracing.forward import Inputs, evaluated, main_output, modul
 from growkern.model.tracing.naming import OUTPUT
 from growkern.model.tracing.permuted import PermutedWeights, Weight
 from growkern.model.tracing.terms import Dim, atoms, coordinates, find
-from growkern.model.tracing.trial import Tensors, grown_copy, mapped, tolerance
+from growkern.model.tracing.trial import TOLERANCE, Tensors, grown_copy, mapped, tolerance
 from growkern.support.names import named_modules
 
 SEEDS = 0, 1
+LOW = torch.float16, torch.bfloat16
 
 
 def permutation_error(
@@ -67,9 +68,15 @@ def permutation_error(
         maps: dict[Dim, list[int]] = {a: torch.randperm(a.size, generator=generator).tolist() for a in free}  # pyright: ignore  # fmt: skip
         after = _run(model, inputs, own, maps, held)
         worst = max(worst, _distance(mapped(before, output, maps), after))
-        if not worst < tolerance(model):
+        if not worst < limit_of(model):
             break
     return worst
+
+
+def limit_of(model: nn.Module) -> float:
+    """Return the error from which a description is wrong; half precision is computed in float32."""
+    low = any(p.dtype in LOW for p in model.parameters())
+    return TOLERANCE[torch.float32] if low else tolerance(model)
 
 
 def _distance(before: Tensor, after: object) -> float:
@@ -91,7 +98,7 @@ def _run(model: nn.Module, inputs: Inputs, own: Tensors, maps: Mapping[Dim, Sequ
         maps: Atom -> source coordinate of every coordinate.
         held: True to hold the weights in memory; False to compute with the source's.
     """
-    low = bool({p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16})
+    low = any(p.dtype in LOW for p in model.parameters())
     weights, known = list[tuple[Tensor, Weight]](), dict[Dim, Tensor | None]()
 
     def index(dim: Dim, device: torch.device) -> Tensor | None:

@@ -21,7 +21,7 @@ from growkern.model.tracing.cached import cached_values, counters, rebuilt
 from growkern.model.tracing.forward import Inputs, persistent_buffers
 from growkern.model.tracing.inputs import example_inputs
 from growkern.model.tracing.naming import Spaces
-from growkern.model.tracing.permutation import permutation_error
+from growkern.model.tracing.permutation import limit_of, permutation_error
 from growkern.model.tracing.roles import EPS
 from growkern.model.tracing.scores import trace_scores
 from growkern.model.tracing.small import (
@@ -39,7 +39,7 @@ from growkern.model.tracing.small import (
 from growkern.model.tracing.stacks import UNLIKE, find_stacks
 from growkern.model.tracing.stretch import Template, stretched
 from growkern.model.tracing.template_axes import Axes
-from growkern.model.tracing.trial import Tensors, tolerance
+from growkern.model.tracing.trial import Tensors
 from growkern.support.names import named_buffers, named_modules, named_parameters
 
 # fields that no model follows from
@@ -137,7 +137,7 @@ class _Traced:
         tensors, ties = self._tensors()
         own = Tensors(self.weights, tensors, ties)
         error = permutation_error(self.model, self.inputs, own, self.tape.output_dims)
-        if not error < tolerance(self.model):
+        if not error < limit_of(self.model):
             raise self._refused(f"moves its output by {error:.1e} when the coordinates of its spaces are permuted")  # fmt: skip
         cached = cached_values(self.model, self.other, self.sizes, self.other_sizes, self.paths)
         if cached.unexplained and not self.hint.fixed_by:

@@ -26,7 +26,7 @@ from growkern.model.tracing.inputs import example_inputs
 from growkern.model.tracing.known import fingerprint
 from growkern.model.tracing.modes import BothModes, trains_by_other_code
 from growkern.model.tracing.naming import Spaces, name_spaces
-from growkern.model.tracing.permutation import permutation_error
+from growkern.model.tracing.permutation import limit_of, permutation_error
 from growkern.model.tracing.reload import merged, not_reloaded
 from growkern.model.tracing.roles import EPS, Roles, find_roles
 from growkern.model.tracing.rules import trace
@@ -35,7 +35,7 @@ from growkern.model.tracing.stacks import UNLIKE, Stacks, copied_at_the_end, cou
 from growkern.model.tracing.table import table_of
 from growkern.model.tracing.tape import Tape
 from growkern.model.tracing.terms import Dim, atoms, find, keep_size
-from growkern.model.tracing.trial import Tensors, deepened, tolerance
+from growkern.model.tracing.trial import Tensors, deepened
 from growkern.model.tracing.values import Norm
 from growkern.support.names import named_modules, named_parameters
 
@@ -141,7 +141,7 @@ def _described(model: nn.Module, given: Inputs, title: str) -> TracedSpec:
     raise_all(UnsupportedModelError, title, [*_unreached(found)])
     own = Tensors(found.weights, spec.tensors, spec.ties)
     error = permutation_error(model, given, own, found.tape.output_dims)
-    if not error < tolerance(model):
+    if not error < limit_of(model):
         raise UnsupportedModelError(
             f"{title} its output moves by {error:.1e} when the coordinates of its spaces are permuted, so the trace does not see all that "
             "the forward does; pass spec=ModelSpec(...) to describe it yourself."
