@@ -166,12 +166,11 @@ class ForwardCheck:
             wrong = moved.largest > 4 * max(noise.largest, eps * max(least, scale.largest))
             wrong |= moved.mean > 3 * max(noise.mean, eps * max(least, scale.mean))
         if preserved and wrong:
-            by = f"; rounding moves it by {noise.largest:.1g}" if noise else ""
+            by = f" (rounding moves it by {noise.largest:.1g})" if noise else ""
             raise CommitError(
-                f"check: {name} moved by {moved.largest:.3g} (its largest value is {scale.largest:.3g}{by}), and the plan promises the "
-                "source's function. The growth was taken back: the spec lacks something that forward computes, such as a norm without "
-                "parameters or a cached size. If this output is a figure of hidden values, pass check= as a function that returns the "
-                "others."
+                f"check: {name} moved by {moved.largest:.3g} (its largest value is {scale.largest:.3g}), and the plan promises the source's "
+                f"function{by}. The growth was taken back: the spec lacks something that forward computes, such as a norm without parameters "
+                "or a cached size. If this output is a figure of hidden values, pass check= as a function that returns the others."
             )
 
     def _of_source(self, mode: AbstractContextManager[object] | None = None) -> dict[str, Tensor]:
