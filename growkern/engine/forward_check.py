@@ -168,9 +168,10 @@ class ForwardCheck:
         if preserved and wrong:
             by = f" (rounding moves it by {noise.largest:.1g})" if noise else ""
             raise CommitError(
-                f"check: {name} moved by {moved.largest:.3g} (its largest value is {scale.largest:.3g}), and the plan promises the source's "
-                f"function{by}. The growth was taken back: the spec lacks something that forward computes, such as a norm without parameters "
-                "or a cached size. If this output is a figure of hidden values, pass check= as a function that returns the others."
+                f"check: {name} moved by {moved.largest:.3g} (its largest value is {scale.largest:.3g}), and the plan promises the "
+                f"source's function{by}. The growth was taken back: the spec lacks something that forward computes, such as a norm without "
+                "parameters or a cached size. If this output is a figure of hidden values, pass check= as a function that returns the "
+                "others."
             )
 
     def _of_source(self, mode: AbstractContextManager[object] | None = None) -> dict[str, Tensor]:
