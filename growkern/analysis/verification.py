@@ -50,7 +50,7 @@ class Verification:
 
     @property
     def same_function(self) -> bool:
-        """True when the outputs agree up to rounding: ``logits_error`` is at most ``tolerance`` times ``logits_scale``, or times 1."""
+        """True when ``logits_error`` is at most ``tolerance`` times ``logits_scale``, or times 1, as after rounding."""
         return self.logits_error <= self.tolerance * max(1.0, self.logits_scale)
 
     @property

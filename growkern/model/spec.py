@@ -274,13 +274,13 @@ class ModelSpec:
 
     @cached_property
     def squares_kept(self) -> set[str]:
-        """Spaces whose streams keep their mean square in a growth: a norm has no gain to correct, or an epsilon that cannot change."""
+        """Spaces whose streams keep their mean square in a growth, as a norm has no gain to correct, or an epsilon that cannot change."""
         fixed = {norm.reads for _, _, norm in self.norms() if norm.eps is None}
         return {space_of(stream) for stream in fixed | (self.non_affine_norms or {}).keys()}
 
     @cached_property
     def users(self) -> dict[str, list[str]]:
-        """Stream on the residual space -> ``"norm"`` per norm that reads it, and its axes: ``"reader"``, ``"gain"`` or a writer.
+        """Stream on the residual space -> ``"norm"`` per norm that reads it, and ``"reader"``, ``"gain"`` or a writer per axis.
 
         A writer is a ``"bias"``, a ``"layer"``, which also reads a stream, or a ``"table"``, which does not.
         """
@@ -299,7 +299,7 @@ class ModelSpec:
 
     @cached_property
     def parts(self) -> set[str]:
-        """Residual streams that layers or tables write and nothing reads: they are added to a stream that norms read."""
+        """Residual streams that layers or tables write and nothing reads, as they are added to a stream that norms read."""
         unread = {s for s, roles in self.users.items() if not {"reader", "norm", "gain"} & {*roles}}
         return {s for s in unread if {"layer", "table"} & {*self.users[s]}} - self.normed.keys()
 

@@ -37,7 +37,7 @@ class Scale:
 
     @property
     def seen(self) -> tuple[Factor, ...]:
-        """Divisor of the parameter while the optimizer sees it: ``units``, or else ``update``; one entry per axis."""
+        """Divisor of the parameter while the optimizer sees it, one entry per axis; ``units``, or else ``update``."""
         return self.update if self.units is None else self.units
 
 

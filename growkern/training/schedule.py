@@ -112,7 +112,7 @@ class GrowthSchedule:
 
     @property
     def who_trains(self) -> Trains | None:
-        """Who trains now: the choice of the last event that fired; None for what the schedule leaves as it is."""
+        """Who trains now, by the choice of the last event that fired; None for what the schedule leaves as it is."""
         return self.events[len(self.fired) - 1].trains if self.fired else self.trains
 
     @typed_arguments(PlanError, "metrics", "tokens")
