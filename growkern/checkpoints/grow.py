@@ -26,14 +26,16 @@ from growkern.engine.sources import tensors_of
 from growkern.errors import CheckpointError, PlanError, raise_all
 from growkern.execution.execute import Execution
 from growkern.model.describe import describe
+from growkern.model.spec import ModelSpec
 from growkern.planning.check import check
 from growkern.planning.decisions import DepthMethod, WidthMethod
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
-from growkern.planning.sizes import Target
+from growkern.planning.sizes import Target, resolve_sizes
 from growkern.support.progress import Progress
 from growkern.support.text import table
 from growkern.width import ShrinkPerturb
 
+Methods = tuple[WidthMethod | None, DepthMethod | None]
 SPARE = 1 << 20  # bytes of disk space for config, index and headers
 
 
@@ -108,14 +110,29 @@ def _plan_by(recipe: Recipe, source: Checkpoint) -> GrowthPlan:
     return plan
 
 
-def _recipe(plan: GrowthPlan, source: Checkpoint, shard: str) -> Recipe:
-    """Return the recipe of a growth, with the plan itself where a recipe without the plan would make another one."""
+def _recipe(
+    plan: GrowthPlan, source: Checkpoint, spec: ModelSpec, shard: str, methods: Methods | None
+) -> Recipe:
+    """Return the recipe of a growth, with the plan itself where a recipe without the plan would make another one.
+
+    Args:
+        plan: Plan of the growth.
+        source: The source.
+        spec: Description of the source.
+        shard: Maximum size of a shard.
+        methods: The methods that made the plan at the sizes of ``to``, None for a default; None for a plan from elsewhere.
+    """
     made = partial(recipe_of, plan, source=source.folder, dtype=source.model.dtype, shard=shard)
     bare = replace(made(again=plan), digest=None)
     try:
-        return made(again=_plan_by(bare, source))
-    except PlanError:  # a method that text does not represent
-        return made(again=None)
+        if methods is None:
+            return made(again=_plan_by(bare, source))
+        # equal sizes, methods and seeds make equal plans
+        told = [own in (None, one) for own, one in zip(methods, bare.methods(), strict=True)]
+        same = all(told) and resolve_sizes(spec, bare.to) == plan.target_sizes
+    except PlanError:  # a method that text does not represent, or sizes that follow each other
+        same = False
+    return made(again=plan if same else None)
 
 
 def grow(
@@ -171,8 +188,9 @@ def grow(
     model = source.model
     with torch.no_grad():
         spec = describe(model)
+        methods = (width, depth) if plan is None else None
         if recipe is not None:
-            plan = _plan_by(recipe, source)
+            plan, methods = _plan_by(recipe, source), None if recipe.plan else recipe.methods()
         elif plan is None:
             plan = plan_for(source, to=to, width=width, depth=depth, seed=seed)
         check(plan, spec)
@@ -180,7 +198,7 @@ def grow(
         config = target_config(plan, model)
         problems = [*_unlike(plan, model, config)]
         raise_all(PlanError, f"no config describes the grown {spec.family}:", problems)
-        made = _recipe(plan, source, shard)
+        made = _recipe(plan, source, spec, shard, methods)
         names = _parameters(plan, model)
         n_params = sum(_n(plan.shapes(row)[1]) for row in plan.tensors if row.source in names)
         counts = sum(p.numel() for p in model.parameters()), n_params

@@ -12,7 +12,9 @@ from saved import contents, invoke, said, save
 
 import growkern
 from growkern import width
-from growkern.checkpoints.grow import grow
+from growkern.checkpoints import grow as module
+from growkern.checkpoints.grow import grow, plan_for
+from growkern.checkpoints.load import load
 from growkern.checkpoints.recipe import RECIPE, read_recipe
 from growkern.errors import PlanError
 from growkern.planning.growth_plan import GrowthPlan
@@ -58,6 +60,37 @@ def test_the_second_growth_of_a_model_that_is_traced_has_a_recipe_of_its_own(tmp
     assert read_recipe(tmp_path / "one" / RECIPE).dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("asked", ["options", "recipe", "plan", "recipe with a plan"])
+def test_a_growth_is_planned_once(asked, source, tmp_path, monkeypatch):
+    plan = plan_for(load(source, mapped=True), to={"hidden": "2x", "ffn": 40})
+    grow(source, tmp_path / "one", width=width.AKI())
+    recipe, with_plan = read_recipe(tmp_path / "one" / RECIPE), tmp_path / "other"
+    grow(source, with_plan, plan=plan)
+    calls = list[object]()
+    monkeypatch.setattr(module, "plan_growth", lambda *a, **k: calls.append(a) or growkern.plan(*a, **k))  # fmt: skip
+
+    options = {
+        "options": dict(width=width.AKI()), "recipe": dict(recipe=recipe), "plan": dict(plan=plan),
+        "recipe with a plan": dict(recipe=read_recipe(with_plan / RECIPE)),
+    }  # fmt: skip
+    grow(source, tmp_path / "two", **options[asked])
+
+    assert len(calls) == 1
+    expected = with_plan if "plan" in asked else tmp_path / "one"
+    assert read_recipe(with_plan / RECIPE).plan is not None
+    assert contents(tmp_path / "two") == contents(expected)
+
+
+def test_sizes_that_do_not_follow_are_in_the_recipe_as_a_plan(source, tmp_path):
+    grow(source, tmp_path / "one", to={"hidden": "2x", "ffn": 40})  # ffn would follow hidden
+    recipe = read_recipe(tmp_path / "one" / RECIPE)
+    assert recipe.to == {"heads": 8, "hidden": 48, "kv_heads": 4} and recipe.plan is not None
+
+    grow(source, tmp_path / "two", recipe=recipe)
+
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
 @dataclass(frozen=True)
 class Mine(width.HyperClone):
     """A method that no text names."""
@@ -71,6 +104,15 @@ def test_a_method_that_text_does_not_represent_is_in_the_recipe_as_a_plan(source
     grow(source, tmp_path / "two", recipe=recipe)
 
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_a_method_of_the_name_of_another_one_is_in_the_recipe_as_a_plan(source, tmp_path):
+    other = dataclass(frozen=True)(type("HyperClone", (width.HyperClone,), {}))
+
+    grow(source, tmp_path / "one", width=other(noise_db=5))
+
+    recipe = read_recipe(tmp_path / "one" / RECIPE)
+    assert recipe.plan is not None and recipe.width.startswith("HyperClone(")
 
 
 def test_a_recipe_by_hand_is_the_options_of_the_command_line(source, tmp_path):
