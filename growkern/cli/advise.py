@@ -47,7 +47,10 @@ def advise(
     tokens_per_step: Annotated[
         float | None, typer.Option(help="Number of tokens per step, for curves that count steps.")
     ] = None,
-    picture: Annotated[Path | None, typer.Option(dir_okay=False, help="File to which the picture of the advice is drawn.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", "--picture", dir_okay=False, metavar="FILE", help="File to which the picture of the advice is drawn."),
+    ] = None,
     json: Json = None,
 ) -> None:  # fmt: skip
     """Say from a loss curve whether to grow now, later or never, or to start the target from scratch, and what growth would save."""
@@ -61,12 +64,12 @@ def advise(
             kind=kind, recipe=recipe, flops_per_token=flops_per_token, spent=spent,
         )  # fmt: skip
         show(context, advice, json, advice)
-        if picture is not None:
+        if plot is not None:
             try:
-                advice.draw(picture)
+                advice.draw(plot)
             except (OSError, ValueError) as error:
                 raise typer.BadParameter(
-                    f"cannot draw {picture}: {error}", param_hint="--picture"
+                    f"cannot draw {plot}: {error}", param_hint="--plot"
                 ) from None
 
 

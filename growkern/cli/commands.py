@@ -167,7 +167,10 @@ def grow(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(file_okay=False, help="Folder with the config.json of one of torch.distributed.checkpoint. Default: its own."),
+        typer.Option(
+            file_okay=False,
+            help="Folder with the config.json of the source, for a checkpoint of torch.distributed.checkpoint. Default: CHECKPOINT.",
+        ),
     ] = None,
     json: Json = None,
 ) -> None:  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 import typer.main
 from hub import REVISION, serving
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import are_progress_bars_disabled
 from saved import contents, invoke, said, save
 from typer.testing import CliRunner
 
@@ -26,6 +27,7 @@ def test_a_model_of_the_hub_grows_by_its_id(tmp_path, monkeypatch):
     with serving() as hub:
         hub.files["me/small"] = contents(tmp_path / "source") | {"pytorch_model.bin": b"pickle"}
         by_id = invoke("grow", "me/small", tmp_path / "one")
+        assert by_id.stderr == "" and not are_progress_bars_disabled()  # stderr is no terminal
         of_revision = invoke("describe", f"me/small@{REVISION}")
         gone = invoke("plan", "me/nothing")
 
