@@ -196,8 +196,7 @@ def grow(
         check(plan, spec)
         check_blocks(plan, model)
         config = target_config(plan, model)
-        problems = [*_unlike(plan, model, config)]
-        raise_all(PlanError, f"no config describes the grown {spec.family}:", problems)
+        raise_all(PlanError, f"no config describes the grown {spec.family}:", [*_unlike(plan, model, config)])  # fmt: skip
         made = _recipe(plan, source, spec, shard, methods)
         names = _parameters(plan, model)
         n_params = sum(_n(plan.shapes(row)[1]) for row in plan.tensors if row.source in names)

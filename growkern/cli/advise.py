@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from growkern.cli.commands import failures
-from growkern.cli.output import Json, show
+from growkern.cli.output import Json, draw, show
 
 
 def advise(
@@ -64,13 +64,7 @@ def advise(
             kind=kind, recipe=recipe, flops_per_token=flops_per_token, spent=spent,
         )  # fmt: skip
         show(context, advice, json, advice)
-        if plot is not None:
-            try:
-                advice.draw(plot)
-            except (OSError, ValueError) as error:
-                raise typer.BadParameter(
-                    f"cannot draw {plot}: {error}", param_hint="--plot"
-                ) from None
+        draw(advice.draw, plot)
 
 
 def _other(text: str, tokens_per_step: float | None) -> tuple[float, list[tuple[float, float]]]:

@@ -124,7 +124,7 @@ def plan(
         if ranks is not None:
             cost = cost_of(made, ranks, bandwidth=(bandwidth or 50) * 1e9)
             typer.echo(f"\n{cost}", err=json == STDOUT)
-        draw(made.plot, plot)
+        draw(lambda path: made.plot().savefig(path), plot)
 
 
 def grow(
@@ -305,7 +305,7 @@ def compare(
                 model, optim, methods=chosen, batch=batches, to=sizes, steps=steps, seed=seed, loss=loss, on_outcome=count
             )  # fmt: skip
         show(context, compared, json, compared)
-        draw(compared.plot, plot)
+        draw(lambda path: compared.plot().savefig(path), plot)
 
 
 def _arguments() -> Any:

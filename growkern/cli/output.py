@@ -5,12 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 STDOUT = Path("-")
 Json = Annotated[
@@ -51,12 +48,12 @@ def show(context: typer.Context, result: object, json: Path | None, data: object
         raise CheckpointError(f"cannot write {json}: {error}; pass --json another file.") from None
 
 
-def draw(plot: Callable[[], "Figure"], path: Path | None) -> None:
+def draw(save: Callable[[Path], object], path: Path | None) -> None:
     """Draw a picture to a file; raise BadParameter if matplotlib knows no such format, or the file cannot be written."""
     if path is None:
         return
     try:
-        plot().savefig(path)
+        save(path)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"cannot draw {path}: {error}", param_hint="--plot") from None
 
