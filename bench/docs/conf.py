@@ -1,5 +1,6 @@
 """Configuration of Sphinx. ``python -m bench.docs`` makes the pages and runs Sphinx on them."""
 
+import inspect
 import re
 from typing import Any
 
@@ -37,6 +38,15 @@ def link_papers(
         )
 
 
+def signature(_app: Any, what: str, name: str, value: Any, *_: object) -> tuple[str, str] | None:
+    """Return the signature of an optimizer, whose ``__new__`` growkern's registry of live optimizers sets."""
+    if what != "class" or name != "growkern.optim.AdamW":
+        return None
+    found = inspect.signature(value.__init__)
+    return str(found.replace(parameters=[*found.parameters.values()][1:])), ""
+
+
 def setup(app: Any) -> None:
     """Connect the links."""
     app.connect("autodoc-process-docstring", link_papers)
+    app.connect("autodoc-process-signature", signature)

@@ -58,6 +58,12 @@ FORMULAS = {  # W[o, i]: weight; g: index map from target to source coordinates;
 }
 
 
+NAMES = (
+    "In the examples, `model` is a tiny Llama, `optim` its AdamW, `batch` one of two `batches` of token ids and labels, `teacher` a "
+    "second Llama, `mixture` a tiny Mixtral, `shallow` a Llama of one layer, and `phi` a tiny Phi-3."
+)
+
+
 def tiny(layers: int = 2, experts: int = 0) -> nn.Module:
     """Return the model of the pictures: a Llama, 4 wide with 2 heads (of experts: a Mixtral)."""
     kind = "Mixtral" if experts else "Llama"
@@ -127,8 +133,8 @@ def names() -> Iterator[tuple[str, str]]:
     )
     for name, title, members, module in groups:
         found = [documented(f"{module}.{m}", getattr(_module(module), m)) for m in members]
-        yield f"api/{name}.md", "\n".join([f"# {title}", "", *found])
-    text = ["# Trainer, Lightning, Accelerate, checkpoints of torch.distributed", ""]
+        yield f"api/{name}.md", "\n".join([f"# {title}", "", NAMES, "", *found])
+    text = ["# Trainer, Lightning, Accelerate, checkpoints of torch.distributed", "", NAMES, ""]
     for name in INTEGRATIONS:
         module = getattr(growkern, name)
         text += [f"## growkern.{name}", ""]
