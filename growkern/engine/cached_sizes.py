@@ -21,12 +21,13 @@ def refuse_missing_eps(plan: GrowthPlan, model: nn.Module) -> None:
 
 
 def refuse_fractions(plan: GrowthPlan, model: nn.Module) -> None:
-    """Raise PlanError where an attribute that is an int, such as the heads of one of several processes, would become a fraction."""
+    """Raise PlanError where an int, such as the heads of one of several processes or a config's mlp_ratio, would become a fraction."""
     modules = dict(named_modules(model))
-    fractions = list[str]()
-    for path, after in plan.attributes.items():
-        owner, _, name = path.rpartition(".")
-        before = getattr(modules.get(owner), name, None)
+    fractions, config = list[str](), getattr(model, "config", None)
+    held = [(path, *path.rpartition(".")[::2], after) for path, after in plan.attributes.items()]
+    held += [(f"config.{name}", "config", name, after) for name, after in plan.config.items()]
+    for path, owner, name, after in held:
+        before = getattr(config if owner == "config" else modules.get(owner), name, None)
         if type(before) is int and after % 1:
             fractions.append(f"{path}: is the int {before}, and would be {after:g}: choose sizes that give an int.")  # fmt: skip
     raise_all(PlanError, "cannot change these attributes:", fractions)

@@ -59,8 +59,30 @@ class Sum:
         return " + ".join(" x ".join(map(str, part)) for part in self.parts)
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """A size divided by another size, such as a config's ratio of FFN units to hidden.
+
+    Attributes:
+        size: Name of the size.
+        to: Name of the size that divides it.
+    """
+
+    size: str
+    to: str
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((self.size, self.to))
+
+    def __len__(self) -> int:
+        return 2
+
+    def __str__(self) -> str:
+        return f"{self.size} / {self.to}"
+
+
 # a size name, or a product of names and numbers; "block" is the index of the block
-Size = str | tuple[str | int, ...] | Power | Sum
+Size = str | tuple[str | int, ...] | Power | Sum | Ratio
 
 
 def space_of(stream: str) -> str:
@@ -92,7 +114,9 @@ def size_of_space(space: str) -> str:
 
 
 def size_value(size: Size, sizes: Mapping[str, int]) -> float:
-    """Return the value of an attribute or config field: a size, a product or sum of sizes, or a power of a size (a float)."""
+    """Return the value of an attribute or config field: a size, a product, sum or ratio of sizes, or a power of a size (a float)."""
+    if isinstance(size, Ratio):
+        return space_size(size.size, sizes) / space_size(size.to, sizes)
     if isinstance(size, Sum):
         return sum(size_value(part, sizes) for part in size.parts)
     if isinstance(size, Power):

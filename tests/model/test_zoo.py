@@ -8,7 +8,7 @@ import zoo
 from zoo_published import PUBLISHED
 
 import growkern
-from growkern.errors import UnsupportedModelError
+from growkern.errors import PlanError, UnsupportedModelError
 from growkern.model.size_values import Sum
 
 HIDDEN, HEADS = {"hidden", "ffn", "heads"}, {"hidden", "ffn", "heads", "kv_heads"}
@@ -17,6 +17,7 @@ GROWS = {  # sizes that grow
     "llama4_text": {*HEADS, "ffn2"},
     "gemma3n": {*HEADS, "ffn3"},
     "jamba": {*HEADS, "ffn2", "ffn3"},
+    "whisper": {"hidden", "ffn", "ffn2", "heads"},
     "qwen3_next": HEADS,
     "lfm2": HEADS,
     "recurrent_gemma": {"hidden", "ffn", "ffn3", "heads"},
@@ -33,6 +34,7 @@ GROWS = {  # sizes that grow
     "torch_transformer": HIDDEN,
 }
 NO_CONFIG = "bloom", "stablelm", "lfm2", "swin"  # no config builds the grown model
+TOGETHER = ("qwen3_vl",)  # a config grows some sizes with others only
 
 
 @pytest.mark.parametrize("name", [n for n in [*zoo.ZOO, *PUBLISHED] if n != "wav2vec2"])
@@ -50,7 +52,7 @@ def test_model_of_the_zoo_grows_exactly_and_loads_again(name):
     error, model, before, given = zoo.grown(name, twice | deeper)
 
     assert error < 1e-5  # norms of transformers round to float32, and post-norm blocks have epsilons  # fmt: skip
-    assert bool(spec.reload_problem) == (name in NO_CONFIG)
+    assert bool(spec.reload_problem) == (name in NO_CONFIG + TOGETHER)
     if name not in PUBLISHED and name not in NO_CONFIG:
         again = type(model)(model.config).double().eval()
         again.load_state_dict(model.state_dict())
@@ -87,6 +89,39 @@ def test_entries_of_lists_in_a_config_are_sizes_of_the_model():
 
     assert model.config.intermediate_size == [120, 120]
     assert "with a block more its forward fails" in spec.fixed["layers"]  # a tensor is as long as all blocks  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "fields"),
+    [
+        ("dinov2", "ffn", {"mlp_ratio": 3}),
+        ("jamba", "ffn", {"mamba_expand": 3, "intermediate_size": 80}),
+        ("gptj", "ffn", {"n_inner": 288}),
+    ],
+)
+def test_a_size_that_a_config_computes_from_hidden_grows_alone_and_loads(name, size, fields):
+    model = zoo.make(name)
+    spec = growkern.describe(model)
+
+    growkern.expand_inplace(model, to={size: 3 * spec.sizes[size] // 2})
+
+    assert {field: getattr(model.config, field) for field in fields} == fields
+    again = type(model)(model.config).double().eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(zoo.output(again, spec.example), zoo.output(model, spec.example))
+
+
+def test_a_ratio_that_an_int_of_a_config_cannot_hold_is_refused():
+    model = zoo.make("dinov2")
+
+    with pytest.raises(PlanError, match=r"config\.mlp_ratio: is the int 2, and would be 2\.5"):
+        growkern.expand_inplace(model, to={"ffn": 120})
+
+
+def test_sizes_that_a_config_grows_together_are_named():
+    spec = growkern.describe(zoo.make("qwen3_vl"), inputs=zoo.example("qwen3_vl"))
+
+    assert "where ffn2 alone grows" in spec.reload_problem
 
 
 def test_a_root_of_a_size_in_bfloat16_stays_one_after_a_growth():

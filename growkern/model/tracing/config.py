@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from growkern.model.size_values import Size, size_value
+from growkern.model.size_values import Ratio, Size, size_value
 from growkern.model.spec import Blocks, ModelSpec
 from growkern.model.tracing.expressions import Expression, fit
 from growkern.model.tracing.stacks import turn_of
@@ -31,6 +31,7 @@ class Fields:
         next_kinds: Stack of blocks of several kinds -> kinds of the places behind its blocks, in turn; nothing if they are of other kinds.
         coupled: True when hidden grows with heads only.
         problem: Why the config of a grown model does not build it; None if it does.
+        together: Why the config does not build a model in which one size alone grows; empty if it does.
     """
 
     sizes: dict[str, Size] = field(default_factory=dict[str, Size])
@@ -39,6 +40,7 @@ class Fields:
     next_kinds: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     coupled: bool = False
     problem: str | None = None
+    together: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,12 @@ def find_fields(
         eps: Epsilon of the norms.
     """
     result = Fields()
-    options = dict(_options(model, found))
+    options = {**dict(_options(model, found, spec.sizes)), **dict(_unset(model, spec))}
     chosen = {f: 0 for f in options}
 
     def build(sizes: Mapping[str, int], ranks: Mapping[_Field, int]) -> int:
         all_sizes = {**spec.sizes, **sizes}
-        values = {f: int(size_value(options[f][r], all_sizes)) for f, r in ranks.items()}
+        values = {f: _number(size_value(options[f][r], all_sizes)) for f, r in ranks.items()}
         return _differences(model, values, spec, all_sizes)
 
     if _differences(model, {}, spec, spec.sizes):
@@ -100,8 +102,15 @@ def find_fields(
         e = options[f][rank]
         if any(isinstance(x, str) for x in e):
             result.sizes[f.key] = e[0] if len(e) == 1 and isinstance(e[0], str) else e  # pyright: ignore
-    own = {"hidden": to.get("hidden", 0)}, {k: n for k, n in to.items() if k in ("heads", "kv_heads")}  # fmt: skip
-    result.coupled = not best and all(own[1]) and bool(own[1]) and all(build(sizes, chosen) for sizes in own)  # fmt: skip
+    heads = {k: n for k, n in to.items() if k in ("heads", "kv_heads")}
+    units = {k: {k: n} for k, n in to.items() if k not in heads} | (
+        {"heads": heads} if heads else {}
+    )
+    failed = {k: n for k, unit in units.items() if (n := build(unit, chosen))} if not best else {}
+    result.coupled = {"hidden", "heads"} <= failed.keys()
+    for size, n in failed.items():
+        if not result.coupled or not size.startswith(("hidden", "heads")):
+            result.together = f"{n} tensors of a model built from a config where {size} alone grows have other shapes"
     result.eps = next(
         (
             name
@@ -144,9 +153,20 @@ def _configs(model: nn.Module) -> Iterator[tuple[tuple[str, ...], str, Any]]:
             yield (name,), f"{paths[id(value)]}.", value
 
 
-def _options(model: nn.Module, found: Mapping[int, list[Expression]]) -> Iterator[tuple[_Field, list[Expression]]]:  # fmt: skip
+def _number(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
+def _options(
+    model: nn.Module, found: Mapping[int, list[Expression]], sizes: Mapping[str, int]
+) -> Iterator[tuple[_Field, list[Expression]]]:
     for lead, path, config in _configs(model):
         for name, value in _entries(config):
+            if type(value) in (int, float) and re.search("mlp_ratio|expand", name):
+                ffn = [s for s, n in sizes.items() if s.startswith("ffn") and n == value * sizes.get("hidden", 0)]  # fmt: skip
+                if ffn:
+                    yield _Field(lead, name, f"{path}{name}"), [Ratio(ffn[0], "hidden")]
+                    continue
             if type(value) is not int or value < 2 or OTHER_FIELDS.search(entry_of(name)[0]):
                 continue
             half = [(*e, 2) for e in found.get(value // 2, ()) if isinstance(e, tuple)] if value % 2 == 0 else []  # fmt: skip
@@ -155,6 +175,17 @@ def _options(model: nn.Module, found: Mapping[int, list[Expression]]) -> Iterato
                 continue
             grown = [(value,), *own] if fit(name, own[0]) <= 0 else [*own, (value,)]
             yield _Field(lead, name, f"{path}{name}"), grown
+
+
+def _unset(model: nn.Module, spec: ModelSpec) -> Iterator[tuple[_Field, list[Expression]]]:
+    """Yield the fields that are None, in place of which the model computes the size of its FFN from hidden."""
+    for lead, path, config in _configs(model) if "ffn" in spec.sizes else ():
+        for name, value in _fields(config).items():
+            if value is None and fit(name, ("ffn",)) > 0:
+                f, n = _Field(lead, name, f"{path}{name}"), 2 * spec.sizes["ffn"]
+                sizes = {**spec.sizes, "ffn": n}
+                if _differences(model, {f: n}, spec, sizes) < _differences(model, {}, spec, sizes):
+                    yield f, [("ffn",)]
 
 
 def _built(model: nn.Module, values: Mapping[_Field, object]) -> nn.Module:

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from math import prod
 
-from growkern.model.size_values import Sum
+from growkern.model.size_values import Ratio, Sum
 from growkern.model.tracing.naming import Spaces
 from growkern.model.tracing.tape import Tape
 from growkern.model.tracing.terms import Dim, atoms, factors, find, inner, segments
@@ -17,7 +17,7 @@ WORDS = {  # size -> words in the names of attributes that cache the size
     "ffn": r"ffn|inter|inner|mlp|feed",
     "hidden": r"emb|hidden|dim|d_model|width|channels|features|size|split|shape",
 }
-Expression = tuple[str | int, ...] | Sum
+Expression = tuple[str | int, ...] | Sum | Ratio
 
 
 def expression(dim: Dim, spaces: Spaces) -> Expression | None:
@@ -50,7 +50,7 @@ def _sum(parts: Sequence[Expression | None]) -> Sum | None:
     """Return the sum of products; the numbers in it are added up, and equal sizes are counted."""
     counts: dict[tuple[str, ...], int] = {}
     for part in parts:
-        if part is None or isinstance(part, Sum):
+        if part is None or isinstance(part, Sum | Ratio):
             return None
         names = tuple(x for x in part if isinstance(x, str))
         counts[names] = counts.get(names, 0) + prod(x for x in part if isinstance(x, int))

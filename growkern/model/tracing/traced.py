@@ -230,11 +230,11 @@ def spec_of(found: Trace) -> TracedSpec:
     plain, own = _plain(found), Fields()
     if has_config(model):
         own = _fields(found, plain)
-        for _ in merged(spaces) if own.problem else ():
+        for _ in merged(spaces) if own.problem or own.together else ():
             _roles(found)
             plain = _plain(found)
             own = _fields(found, plain)
-            if not own.problem:
+            if not (own.problem or own.together):
                 break
         found.proved = own.problem is None
     plain = _deepened(found, plain, own)
@@ -335,7 +335,7 @@ def _complete(found: Trace, plain: ModelSpec, attributes: Attributes, own: Field
             for scaling, power in powers(attributes.scaled, spaces)
         },
     }
-    spec = TracedSpec(**given, example=found.inputs, reload_problem=own.problem or "")
+    spec = TracedSpec(**given, example=found.inputs, reload_problem=own.problem or own.together)
     return replace(spec, text=table_of(spec, found.inputs, found.weights, spaces, found.stacks.reasons, own.problem))  # fmt: skip
 
 
