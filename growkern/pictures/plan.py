@@ -21,6 +21,7 @@ from growkern.pictures.figure import (  # fmt: skip
     style,
 )
 
+MANY = 500  # runs of a random map, which thicker lines would paint over
 COLUMNS = 5  # panels of index maps side by side
 KINDS = {
     "first": ("first copy", SOURCE),
@@ -104,9 +105,10 @@ def _map(axes: Axes, panel: MapPanel) -> None:
                 axes.axvspan(start, start + n, color=color, alpha=0.3, linewidth=0)
         elif runs:
             x, y = zip(*_lines(runs), strict=True)
-            axes.plot(x, y, color=color, linewidth=1.8, solid_capstyle="projecting", label=kind)
+            width = 1.8 if len(runs) <= MANY else 0.5
+            axes.plot(x, y, color=color, linewidth=width, solid_capstyle="projecting", label=kind)
     axes.set(xlim=(0, panel.n_target), ylim=(0, panel.n_source), xlabel="target", ylabel="source")
-    axes.locator_params(nbins=4, integer=True)
+    axes.locator_params(nbins=3, integer=True)
 
 
 def _lines(runs: Sequence[tuple[int, int, int, str]]) -> Iterator[tuple[float, float]]:
