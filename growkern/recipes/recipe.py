@@ -102,6 +102,8 @@ class Recipe:
         ...     group["lr"] *= recipe.lr_factor  # and the scheduler's base_lrs
         >>> stack = growkern.recipes.RECIPES["Stack"]  # of the kind "depth"
         >>> event = growkern.At(step=1000, to={"layers": "2x"}, **stack.growth)
+        >>> both = growkern.recipes.RECIPES["Sparkling fresh and Stack"]  # of the kind "both"
+        >>> event = growkern.At(step=1000, to={"hidden": "2x", "layers": "2x"}, **both.growth)
     """
 
     name: str
