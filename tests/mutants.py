@@ -759,6 +759,41 @@ MUTANTS = {
         "checkpoints/dcp_load.py", "group |= options", "pass", "checkpoints/test_dcp.py -k at_load_as"),
     "attributes: a quotient of sizes is a float": Mutant(
         "support/names.py", "int(value) if type(held) is int else value", "value", "engine/test_forward_check.py -k quotient"),
+    # descriptions by hints
+    "template: equal numbers are one size": Mutant(
+        "model/tracing/template.py", "if axis.size(self.other_sizes) == other:", "if True:", "model/test_hints.py -k by_a_hint_equals"),
+    "template: the small model is not permuted": Mutant(
+        "model/tracing/template.py", "if not error < limit_of(self.model):", "if False:", "model/test_hints.py -k 'do_not_fit and leaves'"),
+    "template: scores are scaled by attributes alone": Mutant(
+        "model/tracing/template.py", " or self.axes.scaled_scores()", "", "model/test_hints.py -k by_a_hint_equals"),
+    "hints: a list with an entry per block is forgotten": Mutant(
+        "model/hints.py", 'if len(value) == depth and "layer" in name', "if False", "model/test_hints.py -k do_not_fit"),
+    "hints: a field that there is not is taken": Mutant(
+        "model/hints.py", "(*hint.follows, *hint.only, *hint.divided)", "()", "model/test_hints.py -k do_not_fit"),
+    "hints: a field without a value is taken": Mutant(
+        "model/hints.py", 'if getattr(config, name, None) is None and size not in ("head_dim", *hint.derived):', "if False:",
+        "model/test_hints.py -k do_not_fit"),
+    "alterations: a forward of an instance": Mutant(
+        "model/tracing/alterations.py", 'if path and "forward" in vars(module):', "if False:", "model/test_altered.py"),
+    "alterations: a module of another class": Mutant(
+        "model/tracing/alterations.py", "is not template.modules.get(own)", "is None", "model/test_altered.py"),
+    "alterations: an attribute of another value": Mutant(
+        "model/tracing/alterations.py", "    yield from _attributes(model, spec)\n", "", "model/test_altered.py"),
+    # what stands beside a grown checkpoint
+    "card: every folder is of the Hub": Mutant(
+        "checkpoints/card.py", 'parts[1] != "snapshots" or ', "", "checkpoints/test_card.py -k only_snapshots"),
+    "card: the command takes any revision": Mutant(
+        "checkpoints/card.py", 'f"{name}@{source.absolute().name}" if name', "name if name", "cli/test_contact.py -k by_its_id"),
+    "card: any value is a field": Mutant(
+        "checkpoints/card.py", "if _is_text(fields.get(key))", "if key in fields", "checkpoints/test_card.py -k no_card_has"),
+    "recipe: any dtype fits": Mutant(
+        "checkpoints/recipe.py", "if self.dtype not in (None, stored := _text(dtype)):", "if (stored := None):",
+        "checkpoints/test_recipe.py -k another_source"),
+    "recipe: any plan fits": Mutant(
+        "checkpoints/recipe.py", "if self.digest not in (None, made := digest(plan)):", "if (made := None):",
+        "checkpoints/test_recipe.py -k another_source"),
+    "recipe: a method that is no text is left out": Mutant(
+        "checkpoints/recipe.py", "plan=plan.to_json() if whole else None", "plan=None", "checkpoints/test_recipe.py -k text_does_not"),
     "check: rounding is not measured": Mutant(
         "engine/run.py", "                check.measure_rounding()\n", "                pass\n",
         "engine/test_forward_check.py -k above_rounding"),

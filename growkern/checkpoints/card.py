@@ -82,9 +82,7 @@ class CardContents:
             loads = f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("FOLDER")'
             yield f"## Load\n\nThe checkpoint loads with transformers alone. FOLDER is the folder of this file:\n\n```python\n{loads}\n```"
         if self.recipe:
-            line = join(
-                ["growkern", "grow", name or name_of(self.source), "OUT", "--recipe", self.recipe]
-            )
+            line = command_of(self.source, self.recipe)
             yield f"## Repeat the growth\n\nWith the same source, bit for bit:\n\n```\n{line}\n```"
 
     def _methods(self) -> Iterator[str]:
@@ -109,6 +107,13 @@ def hub_id(folder: Path) -> str | None:
     if len(parts) < 3 or parts[1] != "snapshots" or not parts[0].startswith("models--"):
         return None
     return parts[0].removeprefix("models--").replace("--", "/")
+
+
+def command_of(source: Path, recipe: str) -> str:
+    """Return the command that grows a source by a recipe; a model of the Hub is named with its revision."""
+    name = hub_id(source)
+    origin = f"{name}@{source.absolute().name}" if name else name_of(source)
+    return join(["growkern", "grow", origin, "OUT", "--recipe", recipe])
 
 
 def carried(folder: Path, copied: Collection[str]) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -217,7 +217,7 @@ def grow(
                 shutil.copyfile(folder / name, part / name)
             card = CardContents(plan, folder, config.architectures, counts, notes, fields, RECIPE)
             card.write(part)
-            made.write(part)
+            made.write(part, folder)
             source.snapshot.refuse_changes((*source.files, *copied))
             restrict(part, modes(folder, source.stored.files, copied))
             refuse_out(folder, out, overwrite, copied)

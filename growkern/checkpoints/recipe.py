@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from growkern.checkpoints.card import hub_id, name_of
+from growkern.checkpoints.card import command_of, hub_id, name_of
 from growkern.engine.history import DEPTHS, WIDTHS
 from growkern.errors import CheckpointError, PlanError, raise_all
 from growkern.planning.decisions import DepthMethod, WidthMethod
@@ -21,7 +21,7 @@ from growkern.support.text import one_line, short
 
 RECIPE = "growkern_recipe.yaml"
 VERSION = 1
-HEADER = "# Repeats the growth of this checkpoint: growkern grow {} OUT --recipe " + RECIPE + "\n"
+HEADER = "# Repeats the growth of this checkpoint: {}\n"
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class Recipe:
             )  # fmt: skip
         raise_all(PlanError, "the recipe does not fit:", problems)
 
-    def write(self, folder: Path) -> None:
-        """Write the recipe to a folder."""
+    def write(self, folder: Path, source: Path) -> None:
+        """Write the recipe of a source to a folder."""
         import yaml
 
         kept = {k: v for k, v in asdict(self).items() if v is not None}
-        text = HEADER.format(self.source) + yaml.safe_dump(kept, sort_keys=False)
+        text = HEADER.format(command_of(source, RECIPE)) + yaml.safe_dump(kept, sort_keys=False)
         (folder / RECIPE).write_bytes(text.encode("utf-8", "backslashreplace"))
 
 

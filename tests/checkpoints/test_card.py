@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, ModelCard
 from models import batch, logits
 from saved import contents, invoke, save
 
-from growkern.checkpoints.card import METHODS, papers
+from growkern.checkpoints.card import METHODS, hub_id, papers
 from growkern.checkpoints.grow import grow
 
 SMALL = """---
@@ -107,6 +107,14 @@ def test_a_source_without_a_card_gets_one_that_names_no_model_of_the_hub(source,
     }
     assert "grown from `source` (" in card.text and not problems_of(str(card))
     assert invoke("grow", source, tmp_path / "large", "--overwrite").exit_code == 0
+
+
+def test_only_snapshots_in_the_cache_are_models_of_the_hub():
+    cache = Path("models--me--small")
+    others = cache / "files" / "abc", Path("me/snapshots/abc"), Path("abc")
+
+    assert hub_id(cache / "snapshots" / "abc") == "me/small"
+    assert [hub_id(folder) for folder in others] == [None] * 3
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -30,8 +31,13 @@ def test_a_model_of_the_hub_grows_by_its_id(tmp_path, monkeypatch):
         assert by_id.stderr == "" and not are_progress_bars_disabled()  # stderr is no terminal
         of_revision = invoke("describe", f"me/small@{REVISION}")
         gone = invoke("plan", "me/nothing")
+        words = (tmp_path / "one" / "README.md").read_text().split("```\n")[-2].split()
+        shutil.copy(tmp_path / "one" / words[-1], tmp_path)
+        again = invoke(*words[1:])
 
     assert by_id.exit_code == of_revision.exit_code == 0, by_id.output + of_revision.output
+    assert words[2] == f"me/small@{REVISION}" and again.exit_code == 0, again.output
+    assert contents(tmp_path / "OUT") == contents(tmp_path / "one")
     assert not [*(tmp_path / "cache").rglob("*.bin")]
     card = ModelCard.load(tmp_path / "one" / "README.md")
     assert (card.data.base_model, card.data.license) == ("me/small", "mit")

@@ -330,6 +330,17 @@ class Cached(Own):
         self.odd = config.width + 1
 
 
+class Leaving(Own):
+    """The logits leave torch and come back, so that the trace does not see what they are."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.head = nn.Linear(config.width, self.head.out_features, bias=False)
+
+    def forward(self, ids):
+        return torch.from_numpy(super().forward(ids).detach().numpy().copy())
+
+
 HINTS = {
     "no hint": (own, {"hidden": "width"}, "expected a growkern.Hint, got dict"),
     "no config": (lambda: Plain(), OWN, "has no config; pass inputs= in place of hints"),
@@ -340,6 +351,8 @@ HINTS = {
     "a length without a size": (own, growkern.Hint(FIELDS), r"up.weight with an axis of \d+, and of \d+ with other sizes"),
     "a list": (no_value, OWN, "extra_layers: the config has a list with an entry per block"),
     "a tensor at some sizes": (lambda: Literal(Config()), OWN, "has bias at some sizes only"),
+    "no field of follows": (own, growkern.Hint(FIELDS, follows={"wide": "hidden"}), "wide: the config has no such field"),
+    "a forward that leaves torch": (lambda: Leaving(Config()), OWN, r"a small model of its config moves its output by .* permuted"),
     "an odd attribute": (lambda: Cached(Config()), OWN, "has odd, which follows from its sizes in an unknown way"),
 }  # fmt: skip
 
