@@ -4,12 +4,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from torch import nn
+
 from growkern.model.size_values import space_of
 from growkern.model.spec import AxisUse, Norm, Segment
 from growkern.model.tracing import values
 from growkern.model.tracing.naming import Spaces
 from growkern.model.tracing.terms import Dim, atoms, factors, find, is_enumerated, product, segments
 from growkern.model.tracing.values import Stream, Use
+from growkern.support.names import named_modules
 
 EPS = "eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps"
 
@@ -61,6 +64,17 @@ class Roles:
         if size:
             self.whole.setdefault("heads" if size == "group" else size, why)
             self.copied.add(self.spaces.names[atom])
+
+
+def eps_names(model: nn.Module, norms: Sequence[values.Norm]) -> dict[str, str]:
+    """Return the attribute of every module that holds the epsilon of a norm."""
+    modules = dict(named_modules(model))
+    return {
+        norm.module: name
+        for norm in norms
+        for name in reversed(EPS)
+        if norm.eps is not None and getattr(modules[norm.module], name, None) == norm.eps
+    }
 
 
 def find_roles(

@@ -22,7 +22,7 @@ from growkern.model.tracing.forward import Inputs, persistent_buffers
 from growkern.model.tracing.inputs import example_inputs
 from growkern.model.tracing.naming import Spaces
 from growkern.model.tracing.permutation import limit_of, permutation_error
-from growkern.model.tracing.roles import EPS
+from growkern.model.tracing.roles import eps_names
 from growkern.model.tracing.scores import trace_scores
 from growkern.model.tracing.small import (
     containers,
@@ -125,7 +125,7 @@ class _Traced:
         if len(self.paths) != len(depths(hint)):
             raise self._refused(f"has blocks in {self.paths}, and its hint names {depths(hint)}")
         self.weights = {name: value.dims for name, value in self.tape.weights.items()}
-        self.axes = Axes(self.tape, with_group(self.sizes), self.paths, _eps_names(self.model), hint.by_stack)  # fmt: skip
+        self.axes = Axes(self.tape, with_group(self.sizes), self.paths, eps_names(self.model, self.tape.norms), hint.by_stack)  # fmt: skip
 
     def _refused(self, why: str) -> UnsupportedModelError:
         return UnsupportedModelError(
@@ -212,11 +212,6 @@ class _Traced:
             gains = not stack.carries and 0.0 not in stack.identity.values()
             result.append(replace(stack, size=size, outputs=tuple(stack.identity) if gains else ()))
         return result
-
-
-def _eps_names(model: nn.Module) -> dict[str, str]:
-    """Return the attribute of every module that may hold the epsilon of a norm."""
-    return {path: name for path, m in named_modules(model) for name in reversed(EPS) if hasattr(m, name)}  # fmt: skip
 
 
 def _live(model: nn.Module, sizes: Mapping[str, int]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,7 +28,7 @@ from growkern.model.tracing.modes import BothModes, trains_by_other_code
 from growkern.model.tracing.naming import Spaces, name_spaces
 from growkern.model.tracing.permutation import limit_of, permutation_error
 from growkern.model.tracing.reload import merged, not_reloaded
-from growkern.model.tracing.roles import EPS, Roles, find_roles
+from growkern.model.tracing.roles import Roles, eps_names, find_roles
 from growkern.model.tracing.rules import trace
 from growkern.model.tracing.scalings import powers, settled
 from growkern.model.tracing.stacks import UNLIKE, Stacks, copied_at_the_end, counted, find_stacks
@@ -36,7 +36,6 @@ from growkern.model.tracing.table import table_of
 from growkern.model.tracing.tape import Tape
 from growkern.model.tracing.terms import Dim, atoms, find, keep_size
 from growkern.model.tracing.trial import Tensors, deepened
-from growkern.model.tracing.values import Norm
 from growkern.support.names import named_modules, named_parameters
 
 
@@ -192,7 +191,7 @@ def _roles(found: Trace) -> None:
     """Find the roles and stacks of a trace whose spaces have names."""
     tape = found.tape
     names = {own[0]: own for own in tape.names.values()}
-    eps = _eps_names(found.model, tape.norms)
+    eps = eps_names(found.model, tape.norms)
     found.roles = find_roles(found.spaces, found.weights, names, tape.uses, tape.norms, tape.statistics, eps, tape.scalings)  # fmt: skip
     found.stacks = find_stacks(found.model, found.spaces, found.weights, tape.uses, tape.norms)
 
@@ -211,17 +210,6 @@ def _unreached(found: Trace) -> Iterator[str]:
     for name in found.weights:
         if name not in found.tape.touched and not found.proved:
             yield f"{name}: {UNUSED} on the example; pass inputs that reach it to growkern.describe(model, inputs=...)."
-
-
-def _eps_names(model: nn.Module, norms: Sequence[Norm]) -> dict[str, str]:
-    """Return the attribute of every module that holds the epsilon of a norm."""
-    modules = dict(named_modules(model))
-    return {
-        norm.module: name
-        for norm in norms
-        for name in reversed(EPS)
-        if norm.eps is not None and getattr(modules[norm.module], name, None) == norm.eps
-    }
 
 
 def spec_of(found: Trace) -> TracedSpec:
