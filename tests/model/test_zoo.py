@@ -13,6 +13,14 @@ from growkern.model.size_values import Sum
 
 HIDDEN, HEADS = {"hidden", "ffn", "heads"}, {"hidden", "ffn", "heads", "kv_heads"}
 GROWS = {  # sizes that grow
+    "deepseek_v3": {
+        "hidden",
+        "heads",
+        "ffn",
+        "ffn2",
+        "ffn3",
+        "ffn4",
+    },  # head_dim of its config is no size of it
     "mamba2": {"hidden", "heads", "kv_heads"},
     "llama4_text": {*HEADS, "ffn2"},
     "gemma3n": {*HEADS, "ffn3"},

@@ -13,7 +13,7 @@ from growkern.model.tracing.terms import Dim, atoms, factors, find, inner, segme
 WORDS = {  # size -> words in the names of attributes that cache the size
     "group": r"(kv|key_value)_groups|n_rep|group_size",
     "kv_heads": r"kv|key_value|query_groups",
-    "heads": r"head",
+    "heads": r"head(?!_?(dim|size))",
     "ffn": r"ffn|inter|inner|mlp|feed",
     "hidden": r"emb|hidden|dim|d_model|width|channels|features|size|split|shape",
 }
