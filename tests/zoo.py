@@ -237,7 +237,8 @@ class Row:
             self.cells.append("-" if to is not None and not to else cell())
         except (GrowthError, RuntimeError) as error:
             self.cells.append("-")
-            self.notes.append((column, _reason(error)))
+            if column != "loaded" or not self.spec.reload_problem:  # which is a note of its own
+                self.notes.append((column, _reason(error)))
 
     def accepted(self, twice: Mapping[str, int]) -> dict[str, int]:
         """Return the targets at 1.5x of the sizes that a plan accepts, and note why it does not accept the others."""

@@ -130,6 +130,7 @@ def test_sizes_that_a_config_grows_together_are_named():
     spec = growkern.describe(zoo.make("qwen3_vl"), inputs=zoo.example("qwen3_vl"))
 
     assert "where ffn2 alone grows" in spec.reload_problem
+    assert f"may not load: {spec.reload_problem}" in str(spec)
 
 
 def test_a_root_of_a_size_in_bfloat16_stays_one_after_a_growth():
