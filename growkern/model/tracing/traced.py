@@ -324,7 +324,8 @@ def _complete(found: Trace, plain: ModelSpec, attributes: Attributes, own: Field
         },
     }
     spec = TracedSpec(**given, example=found.inputs, reload_problem=own.problem or own.together)
-    return replace(spec, text=table_of(spec, found.inputs, found.weights, spaces, found.stacks.reasons, spec.reload_problem or None))  # fmt: skip
+    why = spec.reload_problem or None
+    return replace(spec, text=table_of(spec, found.inputs, found.weights, spaces, found.stacks.reasons, why))  # fmt: skip
 
 
 def _by_length(found: Trace) -> dict[int, list[Expression]]:
