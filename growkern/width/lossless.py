@@ -53,9 +53,9 @@ class Lossless:
     By default new coordinates are pads: the writers of new residual coordinates are 0 (LayerNorm: the mean) and their readers drawn,
     new heads and FFN units have drawn rows and zero readers, and norms are corrected. Of the methods that preserve the function, this
     one ended with the lowest loss (the guide "What growing pays"). Pads are not exact everywhere: if norms write the residual stream
-    (post-norm, Gemma 2), are of several kinds, may read a stream behind an activation function, or need an epsilon that no config field
-    holds for all of them (OPT, Qwen3), and for head_dim, experts and kv heads that split, new coordinates are copies with twin noise of
-    strength 1. ``norms`` requests pads under norms nevertheless, where pads are exact.
+    (post-norm, Gemma 2), are of several kinds, may read a stream behind an activation function, or (at whole multiples) need an epsilon
+    that no config field holds for all of them (OPT, Qwen3), and for head_dim, experts and kv heads that split, new coordinates are
+    copies with twin noise of strength 1. ``norms`` requests pads under norms nevertheless, where pads are exact.
 
     Args:
         noise: None for the default above. A number replaces pads by copies and is the strength of their twin noise, in standard
