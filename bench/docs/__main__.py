@@ -48,7 +48,7 @@ CHANGELOG
 ```
 """
 GUIDES = (
-    "loops", "sharded", "own-model", "models", "methods", "procedures", "checkpoints", "after", "savings", "advice", "inheritance",
+    "loops", "sharded", "own-model", "zoo", "models", "methods", "procedures", "checkpoints", "after", "savings", "advice", "inheritance",
     "learned", "algebra", "speed",
 )  # fmt: skip
 

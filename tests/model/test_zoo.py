@@ -1,10 +1,13 @@
 """Models of the zoo: those of transformers that no family describes, and those of other code, where it is installed."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 import zoo
+import zoo_models
+from readme import README
 from zoo_published import PUBLISHED
 
 import growkern
@@ -156,3 +159,15 @@ def test_patches_are_masked_where_a_mask_token_would_not_be_reached():
     assert 0 < int(spec.example["bool_masked_pos"].sum()) < spec.example["bool_masked_pos"].numel()
     with pytest.raises(UnsupportedModelError, match="mask_token: the forward does not use it"):
         growkern.describe(zoo.make("dinov2"), inputs={"pixel_values": torch.randn(2, 3, 32, 32).double()})  # fmt: skip
+
+
+def test_readme_has_the_row_of_every_model():
+    rows = re.findall(
+        r"^\| (\w+) \| ([\w, ]*) \| \S* ?\| .*$",
+        README.partition("51 models</summary>")[2],
+        re.MULTILINE,
+    )
+    short = {name: {s.replace("kv_heads", "kv") for s in sizes} for name, sizes in GROWS.items()}
+
+    assert [name for name, _ in rows] == ["model", *zoo_models.MODELS, *PUBLISHED]
+    assert {name: {*sizes.split(", ")} for name, sizes in rows if name in short} == short
