@@ -4,12 +4,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from growkern.commit.optimizer import OptimTarget
 from growkern.model.describe import untied
 from growkern.model.spec import ModelSpec
 from growkern.model.tracing.traced import TracedSpec
 from growkern.optimizer.lr_scaling import lr_factors
+from growkern.optimizer.state_rules import OptimSpec
 from growkern.planning.growth_plan import GrowthPlan
 from growkern.support.names import named_parameters
 
@@ -72,6 +74,14 @@ def _on_groups(plan: GrowthPlan, target: OptimTarget) -> Iterator[str]:
         )
 
 
+def decayed_gains(plan: GrowthPlan, described: OptimSpec, optim: Optimizer) -> list[str]:
+    """Return the norms with an offset whose weight decay ``growkern.optim.AdamW`` cannot carry, though the dynamics are exact."""
+    if plan.dynamics != "exact" or described.law is None or not described.law.slices:
+        return []
+    decays = any(group.get("weight_decay") for group in optim.param_groups)
+    return [row.name for row in plan.tensors if decays and row.offset and plan.scales(row)[0] != 1]
+
+
 def _on_dynamics(plan: GrowthPlan, target: OptimTarget) -> Iterator[str]:
     """Yield notes on learning rates, epsilons and weight decay."""
     described = target.described
@@ -84,14 +94,11 @@ def _on_dynamics(plan: GrowthPlan, target: OptimTarget) -> Iterator[str]:
         if plan.dynamics == "exact":
             kind = described.kind.rpartition(".")[2]
             yield f"the state of {kind} stays in the source's units: what the UpdateScale hands it."
-    decays = any(group.get("weight_decay") for group in target.optim.param_groups)
-    if plan.dynamics == "exact" and law is not None and law.slices and decays:
-        gains = [row for row in plan.tensors if row.offset and plan.scales(row)[0] != 1]
-        if gains:
-            yield (
-                f"weight decay of {len(gains)} norms pulls their weight to 0, not their gain, and is not the source's: leave it out "
-                "for norms."
-            )
+    if gains := decayed_gains(plan, described, target.optim):
+        yield (
+            f"weight decay of {len(gains)} norms pulls their weight to 0, not their gain, and is not the source's, so the growth does not "
+            "preserve every later step: leave it out for norms."
+        )
     if law is None or law.lr is None:
         yield f"the learning-rate law of {described.kind} is not known, so its rates stayed."
     uneven = [f for f in lr_factors(plan, law, described).values() if f is None]

@@ -35,7 +35,7 @@ from growkern.engine.live_objects import (
     refuse_stale_references,
     unmanaged_schedulers,
 )
-from growkern.engine.next_steps import notes, on_hooks, on_ties
+from growkern.engine.next_steps import decayed_gains, notes, on_hooks, on_ties
 from growkern.engine.optim_target import optim_target
 from growkern.engine.report import GrowthReport
 from growkern.engine.request import Request
@@ -347,6 +347,8 @@ def _report(
     laws = [described.law for described in sources.optims]
     carried = bool(laws) and plan.dynamics is not None and all(law and law.lr for law in laws)
     continued = carried and not any(law and law.resets for law in laws)
+    pairs = zip(sources.optims, request.optims, strict=True)
+    continued &= not any(decayed_gains(plan, described, optim) for described, optim in pairs)
     factors = [lr_factors(plan, described.law, described) for described in sources.optims]
     return GrowthReport(
         family=plan.family,

@@ -227,6 +227,11 @@ LAWS: dict[str, Law] = {
 }
 
 
+VALUES = {  # state keys that are copies of weights: what the model adds to the weight, it adds to them
+    key for law in LAWS.values() for key, rule in law.rules.items() if rule and rule.is_weight
+}
+
+
 @dataclass(frozen=True)
 class OptimSpec:
     """Description of an optimizer: class and names, never values.

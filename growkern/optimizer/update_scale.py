@@ -23,12 +23,18 @@ from growkern.optimizer.factors import (
     scale_grad_,
     times,
 )
+from growkern.optimizer.state_rules import VALUES
 from growkern.optimizer.watched_step import WatchedStep
 from growkern.support.argument_types import typed_arguments
 from growkern.support.interrupts import uninterrupted
 from growkern.support.text import short
 
 KEY = "update_scale"  # of a param group: True in a live optimizer that has an UpdateScale, its factors in a state dict
+
+
+def offset_of(key: str, offset: float) -> float:
+    """Return the constant that the model adds to a state tensor in the units of the weights: 0 for steps and averages of updates."""
+    return offset if not key or key in VALUES else 0.0
 
 
 class UpdateScale:
@@ -139,9 +145,9 @@ class UpdateScale:
                 scale = self._scale(p)
                 for key, t in self.tensors(p).items():
                     if (old := before.get(key)) is None:  # the step created this state
-                        rescale_(t, scale.update, scale.offset, multiply_)
+                        rescale_(t, scale.update, offset_of(key, scale.offset), multiply_)
                         continue
-                    seen = rescale_(old.clone(), scale.seen, scale.offset, divide_)
+                    seen = rescale_(old.clone(), scale.seen, offset_of(key, scale.offset), divide_)
                     moved = (t - seen).masked_fill_(~seen.isfinite(), 0.0)  # not inf - inf
                     if scale.gain != 1.0:
                         decayed = seen.mul_(-self._decay(p))
@@ -240,8 +246,8 @@ class UpdateScale:
                 scale, tensors = self._scale(p), self.tensors(p)
                 self._grads[p] = ref(p.grad)
                 self._before[p] = {key: t.clone() for key, t in tensors.items()}
-                for t in tensors.values():
-                    rescale_(t, scale.seen, scale.offset, divide_)
+                for key, t in tensors.items():
+                    rescale_(t, scale.seen, offset_of(key, scale.offset), divide_)
                 scale_grad_(p.grad, scale.grad, divide_)
 
     def _enter(

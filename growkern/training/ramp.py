@@ -33,7 +33,7 @@ from growkern.model.describe import describe
 from growkern.model.size_values import space_of
 from growkern.model.spec import Blocks, ModelSpec
 from growkern.optimizer.factors import Factor, Scale, multiply_, rescale_
-from growkern.optimizer.update_scale import UpdateScale, scale_of
+from growkern.optimizer.update_scale import UpdateScale, offset_of, scale_of
 from growkern.planning.axis_scales import axis_maps, norm_factors
 from growkern.planning.build import build
 from growkern.planning.decisions import WidthMethod
@@ -225,14 +225,14 @@ class Ramp:
         with torch.no_grad(), uninterrupted():
             before, after = Vectors(), Vectors()
             factors = {p: mask.factors(c, p, after) for p, mask in self._masks.items()}
-            held = dict[Tensor, list[Tensor]]()
+            held = dict[Tensor, dict[str, Tensor]]()
             for optim in of.optims:
                 held |= self._in(optim, factors if c < 1 else {})
             for p, mask in self._masks.items() if c != self.c else ():
                 pairs = zip(mask.factors(self.c, p, before), factors[p], strict=True)
                 ratios = tuple(new / old for old, new in pairs)
-                for t in held.get(p, [p]):
-                    rescale_(t, ratios, mask.offset, multiply_)
+                for key, t in held.get(p, {"": p}).items():
+                    rescale_(t, ratios, offset_of(key, mask.offset), multiply_)
             for module, name, norm in self._eps:
                 _, value = vars(module).setdefault(EPS, (name, getattr(module, name)))
                 setattr(module, name, value * mean_square(c, norm))
@@ -245,7 +245,7 @@ class Ramp:
 
     def _in(
         self, optim: Optimizer, factors: Mapping[Tensor, tuple[Factor, ...]]
-    ) -> dict[Tensor, list[Tensor]]:
+    ) -> dict[Tensor, dict[str, Tensor]]:
         """Let an optimizer see its parameters without their mask; return them, with their state in the same units."""
         if (scale := scale_of(optim)) is None:
             guard = optim_guard_of(optim)
@@ -261,7 +261,7 @@ class Ramp:
             if (own := factors.get(p)) is not None
         }
         scale.ramp = f"the ramp ends at step {self.ends:,}"
-        return {p: [*scale.tensors(p).values()] for p in masked}
+        return {p: scale.tensors(p) for p in masked}
 
 
 def progress(schedule: "GrowthSchedule") -> tuple[float, int]:

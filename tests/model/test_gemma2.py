@@ -175,6 +175,7 @@ def test_exact_dynamics_hold_under_decay_or_it_is_said(optimizer, decay, monkeyp
 
     said = any("not their gain" in note for note in report.notes)
     assert (off > 1e-9) == said == (decay > 0 and optimizer is growkern.optim.AdamW), off
+    assert (report.preserves == "trajectory") == (not said)
 
 
 def test_a_second_growth_composes(monkeypatch):
@@ -207,3 +208,17 @@ def test_stacked_blocks_alternate_as_their_sources_do():
     grow(model, to={"layers": 4}, depth=depth.Stack())
 
     assert model.config.layer_types == ["sliding_attention", "full_attention"] * 2
+
+
+@pytest.mark.slow
+def test_the_steps_of_rprop_are_no_gains(monkeypatch):
+    exact_norms(monkeypatch)
+    model = make("gemma2", tied=True).double()
+    optim = torch.optim.Rprop(model.parameters(), lr=1e-3)
+    train(model, optim, 5)
+    source, source_optim = copy.deepcopy((model, optim))
+
+    grow(model, optim, to="1.5x", width=width.Lossless(noise=0), dynamics="exact")
+
+    grown, expected = train(model, optim, 5, first=5), train(source, source_optim, 5, first=5)
+    assert grown == pytest.approx(expected, abs=1e-9)

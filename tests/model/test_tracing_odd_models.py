@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import growkern
 from growkern.errors import PlanError, UnsupportedModelError
+from growkern.model.tracing.permutation import rounds_as_far
 
 VOCAB, HIDDEN, N_LAYERS = 32, 32, 3
 IDS = torch.arange(16).view(2, 8) % VOCAB
@@ -243,3 +244,57 @@ def test_two_towers_of_unlike_heads_grow_by_one_factor():
         with pytest.raises(PlanError, match="both grow by one factor"):
             growkern.plan(model, to=to)
     assert growkern.plan(model, to="2x").target_sizes["heads2"] == 8
+
+
+class PaddedVocabulary(Decoder):
+    """The logits of entries that are no tokens are minus infinity."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = super().forward(ids).clone()
+        logits[..., -7:] = -float("inf")
+        return logits
+
+
+@pytest.mark.parametrize("to", ["2x", {"layers": 4}], ids=str)
+def test_logits_that_are_infinite_grow(to):
+    model = PaddedVocabulary().double()
+    before = model(IDS)
+
+    growkern.expand_inplace(model, to=to, spec=growkern.describe(model, inputs=IDS))
+
+    after = model(IDS)
+    assert torch.equal(after.isfinite(), before.isfinite()) and not before.isfinite().all()
+    assert torch.allclose(after, before, rtol=0, atol=1e-9)
+
+
+def test_rounding_under_autocast_is_no_proof_against_a_description():
+    model = Decoder().float()
+
+    def low(model: nn.Module) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(IDS)
+
+    assert rounds_as_far(model, low, 2e-3) and not rounds_as_far(model, IDS, 2e-3)
+    assert not rounds_as_far(model, low, 0.1)
+
+
+TEXT = dict(
+    hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, num_hidden_layers=2, vocab_size=97,
+    max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20)
+NUMBERS = {  # configs that say by their numbers which blocks are of which kind
+    "Qwen2Moe": dict(mlp_only_layers=[0, 1], shared_expert_intermediate_size=20, **TEXT | EXPERTS),
+    "Llama4": dict(intermediate_size_mlp=48, head_dim=8, num_local_experts=4, **TEXT),
+    "Bamba": dict(attn_layer_indices=[0, 1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, **TEXT),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NUMBERS)
+def test_blocks_whose_kind_follows_from_their_number_are_not_added(name):
+    config = getattr(transformers, f"{name}TextConfig" if name == "Llama4" else f"{name}Config")
+    model = getattr(transformers, f"{name}ForCausalLM")(config(**NUMBERS[name])).double().eval()
+
+    with pytest.raises(PlanError, match="no field of the config counts its blocks"):
+        growkern.expand_inplace(model, to={"layers": 3})

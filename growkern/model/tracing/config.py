@@ -15,6 +15,7 @@ from growkern.model.tracing.expressions import Expression, fit
 from growkern.model.tracing.stacks import turn_of
 from growkern.support.names import entry_of, named_modules, named_parameters, with_entry
 
+MORE = 8  # blocks that are added to see whether a config builds other kinds of blocks behind the source's
 OTHER_FIELDS = re.compile(
     "vocab|position|_id$|layers?$|num_labels|theta|eps"
 )  # fields that are no widths
@@ -237,16 +238,24 @@ def _depth(model: nn.Module, spec: ModelSpec, known: Fields) -> dict[str, Any]:
 
 
 def _deeper(model: nn.Module, lead: tuple[str, ...], name: str, n: int, lists: Sequence[str], stack: Blocks) -> bool:  # fmt: skip
-    """True when a field counts the blocks of a stack: a model has a block more where the field and lists are longer by one."""
+    """True when a field counts the blocks of a stack: of a longer model, the first are those of the source and the others copies.
+
+    A list of the numbers of some blocks, such as ``mlp_only_layers``, may be as long as the stack; its longer model has other blocks.
+    """
     config: Any = model.config
     for attribute in lead:
         config = getattr(config, attribute)
-    more: dict[_Field, object] = {_Field(lead, k, k): [*getattr(config, k), getattr(config, k)[-1]] for k in lists}  # fmt: skip
+    extra = 1 if stack.kinds else min(n, MORE)
+    more: dict[_Field, object] = {_Field(lead, k, k): [*getattr(config, k), *getattr(config, k)[-1:] * extra] for k in lists}  # fmt: skip
     try:
-        built = _built(model, {**more, _Field(lead, name, name): n + 1})
-        return len([*built.get_submodule(stack.path).children()]) == n + 1
+        base, built = (
+            _looks(_built(model, values).get_submodule(stack.path))
+            for values in ({}, {**more, _Field(lead, name, name): n + extra})
+        )
     except Exception:  # a field that is not the depth may raise anything
         return False
+    known = base if stack.kinds else base[-1:]
+    return built[:n] == base and len(built) == n + extra and all(b in known for b in built[n:])
 
 
 def _next_kinds(model: nn.Module, twice: Mapping[_Field, object], stack: Blocks) -> tuple[int, ...]:

@@ -193,6 +193,14 @@ def floats(output: Any) -> list[Tensor]:
     return [t for t in tensors(output) if t.is_floating_point()]
 
 
+def distance(after: Tensor, before: Tensor) -> float:
+    """Return the largest change of a tensor, relative to its largest finite value; infinite where infinities moved, or NaN came."""
+    both = before.isfinite() & after.isfinite()
+    if not bool(both.any()) or bool((~both & (after != before)).any()):
+        return float("inf")
+    return float((after - before)[both].abs().max() / before[both].abs().max().clamp_min(1e-30))
+
+
 def main_output(output: Any) -> Tensor | None:
     """Return the logits of an output, or its first floating-point tensor that is no single number, such as a loss, if it has any."""
     logits, found = getattr(output, "logits", None), floats(output)

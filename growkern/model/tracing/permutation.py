@@ -12,15 +12,24 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from growkern.errors import UnsupportedModelError
-from growkern.model.tracing.forward import Inputs, evaluated, main_output, modules_entered, tried
+from growkern.model.tracing.forward import (
+    Inputs,
+    distance,
+    evaluated,
+    main_output,
+    modules_entered,
+    tried,
+)
 from growkern.model.tracing.naming import OUTPUT
 from growkern.model.tracing.permuted import PermutedWeights, Weight
+from growkern.model.tracing.rounding import RandomRounding
 from growkern.model.tracing.terms import Dim, atoms, coordinates, find
 from growkern.model.tracing.trial import TOLERANCE, Tensors, grown_copy, mapped, tolerance
 from growkern.support.names import named_modules
 
 SEEDS = 0, 1
 LOW = torch.float16, torch.bfloat16
+LARGEST = 0.1  # error, relative to the largest output, that is not rounding's, however far rounding moves the output
 
 
 def permutation_error(
@@ -67,7 +76,10 @@ def permutation_error(
         generator = torch.Generator().manual_seed(seed)
         maps: dict[Dim, list[int]] = {a: torch.randperm(a.size, generator=generator).tolist() for a in free}  # pyright: ignore  # fmt: skip
         after = _run(model, inputs, own, maps, held)
-        worst = max(worst, _distance(mapped(before, output, maps), after))
+        wanted = mapped(before, output, maps)
+        if not isinstance(after, Tensor) or after.shape != wanted.shape:
+            return float("inf")
+        worst = max(worst, distance(after, wanted))
         if not worst < limit_of(model):
             break
     return worst
@@ -79,13 +91,21 @@ def limit_of(model: nn.Module) -> float:
     return TOLERANCE[torch.float32] if low else tolerance(model)
 
 
-def _distance(before: Tensor, after: object) -> float:
-    if not isinstance(after, Tensor) or after.shape != before.shape:
-        return float("inf")
-    both = before.isfinite() & after.isfinite()
-    if bool((before.isfinite() != after.isfinite()).any()) or not bool(both.any()):
-        return float("inf")
-    return float((after - before)[both].abs().max() / before[both].abs().max().clamp_min(1e-30))
+def rounds_as_far(model: nn.Module, inputs: Inputs, error: float) -> bool:
+    """True for an error that rounding makes: operations of low precision, as under autocast, or a deep model need more than ``limit_of``.
+
+    The forward runs twice with results that are rounded at random. An error above ``LARGEST`` proves nothing either way.
+    """
+    with evaluated(model):
+        before = main_output(tried(model, inputs))
+        moved = 0.0
+        for seed in SEEDS:
+            with RandomRounding(seed):
+                after = main_output(tried(model, inputs))
+            if before is None or after is None or after.shape != before.shape:
+                return False
+            moved = max(moved, distance(after, before))
+    return error < min(4 * moved, LARGEST)
 
 
 def _run(model: nn.Module, inputs: Inputs, own: Tensors, maps: Mapping[Dim, Sequence[int]], held: bool) -> object:  # fmt: skip

@@ -10,7 +10,14 @@ from growkern.model.size_values import size_value
 from growkern.model.spec import ModelSpec
 from growkern.model.tracing.attributes import Attributes, trial_sizes
 from growkern.model.tracing.config import Fields
-from growkern.model.tracing.forward import Inputs, evaluated, main_output, persistent_buffers, tried
+from growkern.model.tracing.forward import (
+    Inputs,
+    distance,
+    evaluated,
+    main_output,
+    persistent_buffers,
+    tried,
+)
 from growkern.model.tracing.naming import HIDDEN, Spaces
 from growkern.model.tracing.terms import Dim
 from growkern.model.tracing.trial import (
@@ -146,6 +153,4 @@ def _difference(
         first = i - i % 2  # the second step follows the first token
         same = now[first].argmax(-1) == said[first].argmax(-1)
         pairs.append((now[i], old) if i == first else (now[i][same], old[same]))
-    return max(
-        float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs if b.numel()
-    )
+    return max(distance(a, b) for a, b in pairs if b.numel())

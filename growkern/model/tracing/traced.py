@@ -26,7 +26,7 @@ from growkern.model.tracing.inputs import example_inputs
 from growkern.model.tracing.known import fingerprint
 from growkern.model.tracing.modes import BothModes, trains_by_other_code
 from growkern.model.tracing.naming import Spaces, name_spaces
-from growkern.model.tracing.permutation import limit_of, permutation_error
+from growkern.model.tracing.permutation import limit_of, permutation_error, rounds_as_far
 from growkern.model.tracing.reload import merged, not_reloaded
 from growkern.model.tracing.roles import Roles, eps_names, find_roles
 from growkern.model.tracing.rules import trace
@@ -140,7 +140,7 @@ def _described(model: nn.Module, given: Inputs, title: str) -> TracedSpec:
     raise_all(UnsupportedModelError, title, [*_unreached(found)])
     own = Tensors(found.weights, spec.tensors, spec.ties)
     error = permutation_error(model, given, own, found.tape.output_dims)
-    if not error < limit_of(model):
+    if not (error < limit_of(model) or rounds_as_far(model, given, error)):
         raise UnsupportedModelError(
             f"{title} its output moves by {error:.1e} when the coordinates of its spaces are permuted, so the trace does not see all that "
             "the forward does; pass spec=ModelSpec(...) to describe it yourself."
@@ -277,7 +277,7 @@ def _deepened(found: Trace, plain: ModelSpec, own: Fields) -> ModelSpec:
         fields: dict[str, object] = {name: sizes[stack.size] + 1 for name, size in own.sizes.items() if size == stack.size}  # fmt: skip
         why = None
         if not fields and has_config(found.model):
-            why = "no field of the config counts its blocks"
+            why = "no field of the config counts its blocks, or the config gives a longer model other blocks"
         elif stack.kinds and not stack.next_kinds:
             why = f"{UNLIKE}, and their kinds do not repeat"
         source = copied_at_the_end(stack, sizes[stack.size])

@@ -18,6 +18,7 @@ from growkern.model.leaves import cached_sizes
 from growkern.model.spec import AxisUse, Blocks
 from growkern.model.tracing.forward import (
     Inputs,
+    distance,
     evaluated,
     in_operation,
     main_output,
@@ -240,7 +241,7 @@ def deepened(
         return "with a block more it returns another output"
     if expected is None:
         return None
-    error = float((output - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    error = distance(output, expected)
     return None if error < tolerance(model) else f"a block more moves the output by {error:.1e}"
 
 
@@ -313,9 +314,9 @@ def run_against(
         where = f"{last.op} in {last.module or 'the model'}: {failed}" if failed else ""
     main = main_output(output) if not failed else None
     if main is not None and expected is not None and main.shape == expected.shape:
-        error = float((main - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        error = distance(main, expected)
     if other and not failed and (error < tolerance(model) or expected is None):
         where = ""  # the model keeps what it computes once, such as an index of positions
     if expected is None and not failed:
         error = 0.0
-    return Outcome(agreed, not failed, error if error == error else float("inf"), where, mode.scaled)  # fmt: skip
+    return Outcome(agreed, not failed, error, where, mode.scaled)  # fmt: skip
