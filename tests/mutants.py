@@ -689,7 +689,8 @@ MUTANTS = {
     "tracing: a parameter that the example does not reach is described": Mutant(
         "model/tracing/traced.py", "not in found.tape.touched and not found.proved", "is None", "model/test_tracing.py -k reach"),
     "tracing: a description that fails the permutation test is used": Mutant(
-        "model/tracing/traced.py", "if not (error < limit_of(model) or rounds_as_far(model, given, error)):", "if False:", "model/test_tracing.py -k leaves_torch"),
+        "model/tracing/traced.py", "if not (error < limit_of(model) or rounds_as_far(model, given, error)):", "if False:",
+        "model/test_tracing.py -k leaves_torch"),
     "tracing: a stack is not tried with a block more": Mutant(
         "model/tracing/traced.py", "        if why is None:\n            kept", "        if True:\n            kept",
         "model/test_tracing.py -k Gated"),
