@@ -698,11 +698,30 @@ MUTANTS = {
         "model/tracing/elementwise.py", 'result.stream.bend("it is multiplied feature by feature")', "pass",
         "model/test_tracing.py -k copies_alone"),
     "tracing: rows of permuted weights are not moved": Mutant(
-        "model/tracing/permuted.py", "value = moved.add_(self.source[ids])", "value = self.source[ids].to(self.dtype)",
+        "model/tracing/mapped_weights.py", "value = moved.add_(self.source[ids])", "value = self.source[ids].to(self.dtype)",
         "model/test_tracing_cost.py -k products_with"),
     "tracing: permuted weights are held in memory": Mutant(
-        "model/tracing/permutation.py", "held, before = False, _run(model, inputs, own, {}, False)",
-        "held, before = True, _run(model, inputs, own, {}, True)", "model/test_tracing_cost.py -k less_memory"),
+        "model/tracing/permutation.py", "held, before = False, run_mapped(model, inputs, own, {})",
+        "held, before = True, run_mapped(model, inputs, own, {}, held=True)", "model/test_tracing_cost.py -k less_memory"),
+    "tracing: copies are not counted": Mutant(
+        "model/tracing/mapped_weights.py", "copies = [count if read else None", "copies = [None",
+        "model/test_tracing_cost.py -k by_chance"),
+    "tracing: numbers are powers by shapes": Mutant(
+        "model/tracing/attributes.py", "best, ranks = self._sure(powers, exact(ranks), ranks, exact, float(\"inf\"))", "pass",
+        "model/test_tracing_cost.py -k by_chance"),
+    "reload: other operations by shapes are accepted": Mutant(
+        "model/tracing/reload.py", "return None if error < tolerance(self.model) else why", "return None",
+        "model/test_tracing_cost.py -k 'description_by_shapes and marian or gemma3n'"),
+    "reload: an operation with another argument is the same": Mutant(
+        "model/tracing/program.py", "a.shapes != b.shapes or not _equal(a.given, b.given)", "a.shapes != b.shapes",
+        "model/test_program.py"),
+    "reload: every constant is the same": Mutant(
+        "model/tracing/program.py", "distance(a, b) < NEAR", "True", "model/test_program.py"),
+    "reload: what is written over is compared": Mutant(
+        "model/tracing/program.py", 'args[1:] if op == "copy_" else args', "args", "model/test_program.py"),
+    "tracing: shapes of other arguments are taken": Mutant(
+        "model/tracing/hollow.py", "return tree.shape, tree.stride(), tree.storage_offset(), tree.dtype", "return tree.shape",
+        "model/test_tracing_cost.py -k description_by_shapes"),
     "tracing: a large model is traced with values": Mutant(
         "model/tracing/traced.py", "if hollow.is_large(model):\n        try", "if False:\n        try",
         "model/test_tracing_cost.py -k by_shapes"),

@@ -3,7 +3,8 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import isclose
 from typing import Any
 
@@ -15,12 +16,15 @@ from growkern.model.size_values import Power, Size, Sum, bits_of, rounded, size_
 from growkern.model.spec import ModelSpec
 from growkern.model.tracing.expressions import Expression, expressions, fit
 from growkern.model.tracing.hollow import hollow, is_large, zeros
+from growkern.model.tracing.mapped_weights import mapped_distance, run_mapped
 from growkern.model.tracing.naming import Spaces
 from growkern.model.tracing.scalings import SMALL
 from growkern.model.tracing.tape import Tape
+from growkern.model.tracing.terms import Dim
 from growkern.model.tracing.trial import (
     CONFIG,
     Outcome,
+    Steps,
     Tensors,
     configs_of,
     grown_copy,
@@ -130,6 +134,14 @@ def trial_sizes(spaces: Spaces, grow: Sequence[str]) -> dict[str, int]:
     }
 
 
+@dataclass(frozen=True)
+class _Goal:
+    sizes: Mapping[str, int]
+    lengths: Mapping[Dim, int]  # of the atoms
+    maps: Mapping[Dim, Sequence[int]]
+    fields: Mapping[str, int]  # of the config
+
+
 class Search:
     """Tries what attributes may be on grown copies of a model.
 
@@ -143,6 +155,8 @@ class Search:
 
     def __init__(self, model: nn.Module, inputs: Any, tape: Tape, spaces: Spaces, spec: ModelSpec) -> None:  # fmt: skip
         self.model, self.inputs, self.tape, self.spaces, self.spec = model, inputs, tape, spaces, spec  # fmt: skip
+        dims = {name: value.dims for name, value in tape.weights.items()}
+        self.own = Tensors(dims, spec.tensors, spec.ties)
         self.options = candidates(model, tape, spaces)
         self.groups: dict[Key, list[Key]] = defaultdict(list)  # one decision for all blocks
         for path, name in self.options:
@@ -161,34 +175,17 @@ class Search:
 
     def outcomes(self, to: Mapping[str, int], start: Mapping[Key, int], budget: int) -> tuple[Outcome, dict[Key, int]]:  # fmt: skip
         """Climb from a choice of options to one under which the grown copy follows the trace and returns its output."""
-        sizes = self.spaces.sizes | dict(to)
-        atoms_at = self.spaces.at(sizes)
-        maps = {atom: [j % atom.size for j in range(n)] for atom, n in atoms_at.items()}
-        dims = {name: value.dims for name, value in self.tape.weights.items()}
-        own = Tensors(dims, self.spec.tensors, self.spec.ties)
-        output = self.tape.output
-        valued = output is not None and not is_large(self.model)
-        expected = (
-            mapped(output, self.tape.output_dims, maps) if output is not None and valued else None
-        )
-        grown = grown_copy(
-            self.model, own, maps, None if valued else hollow if self.tape.hollow else zeros
-        )
-        all_sizes = {**self.spec.sizes, **sizes}
-        set_config(
-            grown,
-            {
-                name: int(size_value(e, all_sizes))
-                for name, e in self.spec.config.items()
-                if e not in self.layers
-            },
-        )
+        goal, output = self._goal(to), self.tape.output
+        by_shapes = output is None or is_large(self.model)
+        expected = None if output is None or by_shapes else mapped(output, self.tape.output_dims, goal.maps)  # fmt: skip
+        stand_in = (hollow if self.tape.hollow else zeros) if by_shapes else None
+        grown = grown_copy(self.model, self.own, goal.maps, stand_in)
+        set_config(grown, goal.fields)
 
         def attempt(ranks: Mapping[Key, int]) -> Outcome:
             self.tries += 1
-            values = {k: _value(e, all_sizes) for k, e in self.choice(ranks).items()}
-            before = set_values(grown, values)
-            outcome = run_against(grown, self.inputs, self.tape.steps, atoms_at, expected, self.tape.scalings)  # fmt: skip
+            before = set_values(grown, self._values(goal, ranks))
+            outcome = run_against(grown, self.inputs, self.tape.steps, goal.lengths, expected, self.tape.scalings)  # fmt: skip
             for held, name, value in reversed(before):
                 held[name] = value
             return outcome
@@ -200,18 +197,64 @@ class Search:
             if step is None:
                 break
             best, ranks = step
-        return self._sure(best, ranks, attempt) if budget else (best, ranks)
+        powers = [g for g, keys in self.groups.items() if isinstance(self.options[keys[0]][-1], float)]  # fmt: skip
+        if not budget or not powers:
+            return best, ranks
+        if not by_shapes:
+            return self._sure(powers, best, ranks, attempt, self.limit)
 
-    def _sure(self, best: Outcome, ranks: dict[Key, int], attempt: Any) -> tuple[Outcome, dict[Key, int]]:  # fmt: skip
+        def exact(ranks: Mapping[Key, int]) -> Outcome:
+            return replace(attempt(ranks), error=self._error(goal, ranks))
+
+        best, ranks = self._sure(powers, exact(ranks), ranks, exact, float("inf"))
+        return replace(
+            best, error=0.0
+        ), ranks  # the check of a growth knows how far rounding moves outputs
+
+    def _goal(self, to: Mapping[str, int]) -> "_Goal":
+        sizes = self.spaces.sizes | dict(to)
+        lengths, every = self.spaces.at(sizes), {**self.spec.sizes, **sizes}
+        maps = {atom: [j % atom.size for j in range(n)] for atom, n in lengths.items()}
+        fields = {
+            name: int(size_value(e, every))
+            for name, e in self.spec.config.items()
+            if e not in self.layers
+        }
+        return _Goal(every, lengths, maps, fields)
+
+    def _values(self, goal: "_Goal", ranks: Mapping[Key, int]) -> dict[Key, float]:
+        return {key: _value(option, goal.sizes) for key, option in self.choice(ranks).items()}
+
+    def _error(self, goal: "_Goal", ranks: Mapping[Key, int]) -> float:
+        """Return the error of a forward with values, whose weights no memory holds."""
+
+        def prepare(copy: nn.Module) -> nn.Module:
+            set_config(copy, goal.fields)
+            set_values(copy, self._values(goal, ranks))
+            return copy
+
+        steps = Steps(self.tape.scalings, goal.lengths)
+        after = run_mapped(
+            self.model, self.inputs, self.own, goal.maps, prepare=prepare, mode=steps
+        )
+        return mapped_distance(self._moved, after, self.tape.output_dims, goal.maps)
+
+    @cached_property
+    def _moved(self) -> object:
+        return run_mapped(self.model, self.inputs, self.own, {})
+
+    def _sure(
+        self, powers: Sequence[Key], best: Outcome, ranks: dict[Key, int], attempt: Any, limit: float
+    ) -> tuple[Outcome, dict[Key, int]]:  # fmt: skip
         """Undo choices for numbers that move the output less than the limit: a number may be a power of a size by chance."""
-        for group, keys in self.groups.items():
-            options = self.options[keys[0]]
-            for rank in range(len(options)) if isinstance(options[-1], float) else ():
+        for group in powers:
+            options = self.options[self.groups[group][0]]
+            for rank in range(len(options)):
                 tried = {**ranks, group: rank}
                 if rank == ranks.get(group, 0):
                     continue
                 outcome = attempt(tried)
-                if passed(outcome, self.limit) and outcome.error < best.error / 10:
+                if passed(outcome, limit) and outcome.error < best.error / 10:
                     best, ranks = outcome, tried
         return best, ranks
 
@@ -221,10 +264,10 @@ class Search:
         """Yield better outcomes that differ in one decision, nearest to the operation that differs first."""
         at = self._module(best)
 
-        def distance(group: Key) -> int:
+        def apart(group: Key) -> int:
             return -sum(a == b for a, b in zip(group[0].split("."), at.split("."), strict=False))
 
-        for group in sorted(self.groups, key=distance):
+        for group in sorted(self.groups, key=apart):
             for rank in range(max(len(self.options[k]) for k in self.groups[group])):
                 if rank == ranks.get(group, 0) or self.tries >= budget:
                     continue

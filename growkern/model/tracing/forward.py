@@ -198,7 +198,8 @@ def distance(after: Tensor, before: Tensor) -> float:
     both = before.isfinite() & after.isfinite()
     if not bool(both.any()) or bool((~both & (after != before)).any()):
         return float("inf")
-    return float((after - before)[both].abs().max() / before[both].abs().max().clamp_min(1e-30))
+    moved, size = ((x if both.all() else x.where(both, 0)).abs_().max() for x in (after - before, before.clone()))  # fmt: skip
+    return float(moved / size.clamp_min(1e-30))
 
 
 def main_output(output: Any) -> Tensor | None:

@@ -4,7 +4,7 @@ What depends on no weight, such as a rotary table or a mask, has values. An oper
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,10 @@ CHOICES: Mapping[str, Callable[[Sequence[Any], Mapping[str, Any]], int]] = {
     "argmax": lambda args, kwargs: args[1] if len(args) > 1 else kwargs.get("dim", -1),
 }
 META = torch.device("meta")
+REMEMBERED = 4096  # operations
+_SHAPES: dict[
+    Hashable, Any
+] = {}  # operation and shapes of its arguments -> its results on the meta device
 
 
 class Hollow(Tensor):
@@ -28,9 +32,14 @@ class Hollow(Tensor):
     Args:
         meta: A tensor on the meta device.
         device: The device of the tensor that the hollow tensor stands for.
+
+    Attributes:
+        meta: The tensor on the meta device.
+        origin: Where the tensor is from, in a program that notes it.
     """
 
     meta: Tensor
+    origin: object = None
 
     @staticmethod
     def __new__(cls: type[Any], meta: Tensor, device: torch.device) -> Any:
@@ -81,7 +90,7 @@ class Written:
     def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run one operation: by shapes only, if it takes a tensor without values."""
         given = in_operation((args, kwargs))
-        first = next((t for t in given if self._unknown(t)), None)
+        first = next((t for t in given if self.unknown(t)), None)
         out = func(*args, **kwargs) if first is None else _by_shapes(func, args, kwargs, first.device)  # fmt: skip
         if first is None or not func._schema.is_mutable:
             return out
@@ -91,7 +100,8 @@ class Written:
         self.storages |= {t.untyped_storage().data_ptr(): t for t in real}
         return written[0] if isinstance(out, Tensor) else out
 
-    def _unknown(self, t: Tensor) -> bool:
+    def unknown(self, t: Tensor) -> bool:
+        """True for a tensor whose values are not known."""
         if isinstance(t, Hollow):
             return True
         return bool(self.storages) and t.untyped_storage().data_ptr() in self.storages
@@ -104,15 +114,28 @@ def _by_shapes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device
         return func(*replaced(args, _uninitialized), **kwargs)
     if op == "_grouped_mm":  # its own computation of shapes takes bfloat16 only
         return _grouped_mm(*args)
-    args, kwargs = replaced(args, _meta), replaced(kwargs, _meta)
     if kwargs.get("device") is not None:
         device, kwargs = torch.device(kwargs["device"]), {**kwargs, "device": META}
-    out = func(*args, **kwargs)
+    key = None if func._schema.is_mutable else (func, _key((args, kwargs)))
+    out = _SHAPES.get(key)
+    if out is None:
+        out = func(*replaced(args, _meta), **replaced(kwargs, _meta))
+        if key is not None and len(_SHAPES) < REMEMBERED:
+            _SHAPES[key] = out
     if op in CHOICES:  # all coordinates are chosen in turn
         numbers, n = in_operation(out)[-1], args[0].shape[CHOICES[op](args, kwargs)]
         chosen = torch.arange(numbers.numel(), device=device).view(numbers.shape) % n
         return (Hollow(out[0], device), chosen) if op == "topk" else chosen
-    return replaced(out, lambda t: Hollow(t, device))
+    return replaced(out, lambda t: Hollow(t.detach(), device))
+
+
+def _key(tree: Any) -> Hashable:
+    """Return what the shapes of the results of an operation follow from: its arguments, without the values of tensors."""
+    if isinstance(tree, Tensor):
+        return tree.shape, tree.stride(), tree.storage_offset(), tree.dtype
+    if isinstance(tree, dict):
+        return tuple((name, _key(x)) for name, x in tree.items())  # pyright: ignore
+    return tuple(map(_key, tree)) if isinstance(tree, list | tuple) else (type(tree), tree)  # pyright: ignore
 
 
 def _meta(t: Tensor) -> Tensor:

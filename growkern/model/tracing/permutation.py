@@ -4,12 +4,11 @@ The weights are moved by equal random numbers, because weights that are 0, 1 or 
 take no memory, but where the forward reads weights in other ways than by operations.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import FunctionType
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from growkern.errors import UnsupportedModelError
 from growkern.model.tracing.forward import (
@@ -20,15 +19,14 @@ from growkern.model.tracing.forward import (
     modules_entered,
     tried,
 )
+from growkern.model.tracing.mapped_weights import LOW, mapped_distance, run_mapped
 from growkern.model.tracing.naming import OUTPUT
-from growkern.model.tracing.permuted import PermutedWeights, Weight
 from growkern.model.tracing.rounding import RandomRounding
-from growkern.model.tracing.terms import Dim, atoms, coordinates, find
-from growkern.model.tracing.trial import TOLERANCE, Tensors, grown_copy, mapped, tolerance
+from growkern.model.tracing.terms import Dim, atoms
+from growkern.model.tracing.trial import TOLERANCE, Tensors, tolerance
 from growkern.support.names import named_modules
 
 SEEDS = 0, 1
-LOW = torch.float16, torch.bfloat16
 LARGEST = 0.1  # error, relative to the largest output, that is not rounding's, however far rounding moves the output
 
 
@@ -58,7 +56,7 @@ def permutation_error(
     free = [a for a in every if not a.keeps_order.keys() - {OUTPUT}]
     entered = set[str]()
     with modules_entered(model, [], entered):
-        held, before = False, _run(model, inputs, own, {}, False)
+        held, before = False, run_mapped(model, inputs, own, {})
     bound = [path for path, m in named_modules(model) if isinstance(vars(m).get("forward"), FunctionType)]  # fmt: skip
     if bound and entered:
         at = ", ".join(path or "the model" for path in bound[:3])
@@ -68,18 +66,15 @@ def permutation_error(
             "module.forward = types.MethodType(function, module), in which modules are found by self."
         )
     if not isinstance(before, Tensor) or bool(before.isnan().any()):
-        held, before = True, _run(model, inputs, own, {}, True)
+        held, before = True, run_mapped(model, inputs, own, {}, held=True)
     if not isinstance(before, Tensor):
         return float("inf")
     worst = 0.0
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         maps: dict[Dim, list[int]] = {a: torch.randperm(a.size, generator=generator).tolist() for a in free}  # pyright: ignore  # fmt: skip
-        after = _run(model, inputs, own, maps, held)
-        wanted = mapped(before, output, maps)
-        if not isinstance(after, Tensor) or after.shape != wanted.shape:
-            return float("inf")
-        worst = max(worst, distance(after, wanted))
+        after = run_mapped(model, inputs, own, maps, held=held)
+        worst = max(worst, mapped_distance(before, after, output, maps))
         if not worst < limit_of(model):
             break
     return worst
@@ -106,54 +101,3 @@ def rounds_as_far(model: nn.Module, inputs: Inputs, error: float) -> bool:
                 return False
             moved = max(moved, distance(after, before))
     return error < min(4 * moved, LARGEST)
-
-
-def _run(model: nn.Module, inputs: Inputs, own: Tensors, maps: Mapping[Dim, Sequence[int]], held: bool) -> object:  # fmt: skip
-    """Return the main output with moved and permuted weights, or the exception that the forward raised.
-
-    Args:
-        model: The model.
-        inputs: Its inputs.
-        own: Its tensors.
-        maps: Atom -> source coordinate of every coordinate.
-        held: True to hold the weights in memory; False to compute with the source's.
-    """
-    low = any(p.dtype in LOW for p in model.parameters())
-    weights, known = list[tuple[Tensor, Weight]](), dict[Dim, Tensor | None]()
-
-    def index(dim: Dim, device: torch.device) -> Tensor | None:
-        if dim not in known:
-            order = coordinates(dim, maps)
-            known[dim] = None if order == [*range(dim.size)] else torch.tensor(order, device=device)
-        return known[dim]
-
-    def stand_in(name: str, t: Tensor, shape: Sequence[int]) -> Tensor:
-        draw = torch.Generator().manual_seed(_seed(name))
-        floating = t.is_floating_point()
-        dtype = torch.float32 if low and floating else t.dtype
-        vectors = [torch.randn(n, generator=draw).to(t.device, dtype) for n in t.shape if floating]
-        where = [index(find(dim), t.device) for dim in own.dims[name]]
-        weight = Weight(t, vectors, where, tuple(range(t.dim())), dtype)
-        if held or not floating:
-            return weight.tensor()
-        own_memory = t.new_full(
-            (), float("nan"), dtype=dtype
-        )  # what reads it in other ways than by operations is NaN
-        weights.append((own_memory, weight))
-        return own_memory.expand(t.shape)
-
-    changed = grown_copy(model, own, maps, stand_in)
-    if low:
-        changed, inputs = changed.float(), tree_map_only(Tensor, _float, inputs)
-    with evaluated(changed), PermutedWeights(changed, weights):
-        output = tried(changed, inputs)
-    return output if isinstance(output, Exception) else main_output(output)
-
-
-def _float(t: Tensor) -> Tensor:
-    return t.float() if t.is_floating_point() else t
-
-
-def _seed(name: str) -> int:
-    """Return a seed for a tensor, equal on every machine."""
-    return sum((i + 1) * ord(c) for i, c in enumerate(name)) * 1009 % 2**31

@@ -1,9 +1,13 @@
 """What a checkpoint of a grown model of transformers loads into: a model built from the grown config computes the same function."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from growkern.model.size_values import size_value
@@ -12,23 +16,30 @@ from growkern.model.tracing.attributes import Attributes, trial_sizes
 from growkern.model.tracing.config import Fields
 from growkern.model.tracing.forward import (
     Inputs,
+    call_model,
     distance,
     evaluated,
     main_output,
     persistent_buffers,
     tried,
 )
+from growkern.model.tracing.hollow import hollow
+from growkern.model.tracing.mapped_weights import mapped_distance, run_mapped
 from growkern.model.tracing.naming import HIDDEN, Spaces
+from growkern.model.tracing.program import Unfilled, first_difference, program_of
+from growkern.model.tracing.tape import Tape
 from growkern.model.tracing.terms import Dim
 from growkern.model.tracing.trial import (
     Steps,
     Tensors,
     grown_copy,
-    mapped,
     set_config,
+    set_values,
     tolerance,
 )
-from growkern.support.names import named_modules, named_parameters, submodule
+from growkern.support.names import named_buffers, named_modules, named_parameters, submodule
+
+logger = logging.getLogger("growkern")
 
 
 def merged(spaces: Spaces) -> Iterator[str]:
@@ -55,9 +66,12 @@ def not_reloaded(
     spec: ModelSpec,
     fields: Fields,
     attributes: Attributes,
-    output: tuple[Tensor | None, Sequence[Dim]],
+    tape: Tape,
 ) -> dict[str, str]:
     """Return the sizes after whose growth a model built from the config is another function than the grown model, and why.
+
+    A model whose weights have values has to return the source's output, and its logits where it generates. One whose weights have none has
+    to run the operations of the grown model.
 
     Args:
         model: The source, a model of transformers.
@@ -67,38 +81,128 @@ def not_reloaded(
         spec: Its spec.
         fields: What its config says.
         attributes: Its attributes.
-        output: Its main output, and the dimensions.
+        tape: Its trace.
     """
     free = [s for s in spaces.sizes if s not in {**spec.fixed, **attributes.fixed}]
-
-    def error(grow: Sequence[str]) -> float:
-        sizes = spaces.sizes | trial_sizes(spaces, grow)
-        maps = {a: [j % a.size for j in range(n)] for a, n in spaces.at(sizes).items()}
-        grown = grown_copy(model, own, maps)
-        set_config(
-            grown, {k: size_value(e, {**spec.sizes, **sizes}) for k, e in fields.sizes.items()}
-        )
-        before, dims = output
-        steps = Steps([*attributes.scaled], spaces.at(sizes))
-        expected = None if before is None else mapped(before, dims, maps)
-        return _difference(model, grown, inputs, expected, steps, said)
-
-    with evaluated(model):
-        said = _generated(model, inputs) if free and not attributes.scaled else []
-    if not free or error(free) < tolerance(model):
+    if not free:
+        return {}
+    trial = _Trial(model, inputs, own, spaces, spec, fields, attributes, tape)
+    if trial.problem(free) is None:
         return {}
     coupled = {"hidden", "heads", "kv_heads"} if attributes.coupled or fields.coupled else {"heads", "kv_heads"}  # fmt: skip
     units = [[s for s in free if s in coupled], *([s] for s in free if s not in coupled)]
     return {
-        size: "a model built from the grown config computes another function"
-        for unit in units
-        if unit and not error(unit) < tolerance(model)
+        size: f"a model built from the grown config computes another function{why}"
+        for unit in filter(None, units)
+        if (why := trial.problem(unit)) is not None
         for size in unit
     }
 
 
-def _generated(model: Any, inputs: Inputs) -> list[Tensor]:
+class _Trial:
+    """Grows copies of a model, and builds models from their configs with their tensors."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        own: Tensors,
+        spaces: Spaces,
+        spec: ModelSpec,
+        fields: Fields,
+        attributes: Attributes,
+        tape: Tape,
+    ) -> None:
+        self.model, self.inputs, self.own, self.spaces = model, inputs, own, spaces
+        self.spec, self.fields, self.attributes, self.tape = spec, fields, attributes, tape
+        self.said = list[Tensor]()
+        if not tape.hollow and not attributes.scaled:
+            with evaluated(model):
+                self.said = _generated(model, inputs)
+
+    def problem(self, grow: Sequence[str]) -> str | None:
+        """Return where a model built from the config of a copy in which sizes grow computes something else; None if it does not."""
+        sizes = self.spaces.sizes | trial_sizes(self.spaces, grow)
+        every, atoms_at = {**self.spec.sizes, **sizes}, self.spaces.at(sizes)
+        maps = {a: [j % a.size for j in range(n)] for a, n in atoms_at.items()}
+        fields = {k: size_value(e, every) for k, e in self.fields.sizes.items()}
+        steps = Steps([*self.attributes.scaled], atoms_at)
+
+        def build(grown: nn.Module) -> nn.Module | None:
+            set_config(grown, fields)
+            return _built(self.model, grown, self.tape.hollow)
+
+        grown = grown_copy(self.model, self.own, maps, hollow if self.tape.hollow else None)
+        try:
+            built = build(grown)
+        except Exception as error:  # a config that builds no such model may raise anything
+            logger.debug("the grown config builds no model: %s", error)
+            return ""
+        if built is None:
+            return ""
+        if not self.tape.hollow:
+            error = self._difference(built, maps, steps)
+            return None if error < tolerance(self.model) else ""
+        for key, e in self.attributes.sizes.items():
+            path, _, name = key.rpartition(".")
+            set_values(grown, {(path, name): size_value(e, every)})
+        why = _other_operation(grown, built, partial(call_model, inputs=self.inputs))
+        if why is None:
+            cached = partial(_generation, inputs=self.inputs, caches=(True,))
+            return _other_operation(grown, built, cached)
+        before = run_mapped(self.model, self.inputs, self.own, {})
+        after = run_mapped(self.model, self.inputs, self.own, maps, prepare=build, mode=steps)
+        error = mapped_distance(before, after, self.tape.output_dims, maps)
+        return None if error < tolerance(self.model) else why
+
+    def _difference(
+        self, built: nn.Module, maps: Mapping[Dim, Sequence[int]], steps: Steps
+    ) -> float:
+        """Return by how much a built model differs from the output of the source.
+
+        The larger of the differences of the main output and of the logits of generation counts, of the rows whose first tokens are equal.
+        """
+        with evaluated(built), steps:
+            outputs = tried(built, self.inputs)
+        after = None if isinstance(outputs, Exception) else main_output(outputs)
+        moved = mapped_distance(self.tape.output, after, self.tape.output_dims, maps)
+        if moved == float("inf"):
+            return moved
+        pairs, said = list[tuple[Tensor, Tensor]](), self.said
+        with evaluated(built):
+            now = _generated(built, self.inputs) if said else []
+        if said and len(now) != len(said):
+            return float("inf")
+        for i, old in enumerate(said):
+            first = i - i % 2  # the second step follows the first token
+            same = now[first].argmax(-1) == said[first].argmax(-1)
+            pairs.append((now[i], old) if i == first else (now[i][same], old[same]))
+        return max([moved, *(distance(a, b) for a, b in pairs if b.numel())])
+
+
+def _other_operation(grown: nn.Module, built: nn.Module, call: Callable[[nn.Module], object]) -> str | None:  # fmt: skip
+    """Return the first operation that differs between two models without values; None where the first cannot run."""
+    try:
+        expected = program_of(grown, call)
+    except Exception as error:  # a model may generate from other inputs only
+        logger.debug("no operations of the grown copy: %s", error)
+        return None
+    try:
+        why = first_difference(expected, program_of(built, call))
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return why and f" ({why})"
+
+
+def _generated(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Return the logits of two steps of greedy generation, with a cache and without; none for a model that does not generate so."""
+    try:
+        return _generation(model, inputs)
+    except Exception:  # a model may generate from other inputs only
+        return []
+
+
+def _generation(model: Any, inputs: Inputs, caches: Sequence[bool] = (True, False)) -> list[Tensor]:
     kind = getattr(model, "can_generate", None)
     if kind is None or not isinstance(inputs, Mapping) or "input_ids" not in inputs or not kind():
         return []
@@ -106,51 +210,34 @@ def _generated(model: Any, inputs: Inputs) -> list[Tensor]:
     given.pop("use_cache", None)
     options = dict(max_new_tokens=2, min_new_tokens=2, do_sample=False, num_beams=1)
     more = dict(output_logits=True, return_dict_in_generate=True)
-    try:
-        runs = [model.generate(**given, use_cache=cache, **options, **more) for cache in (True, False)]  # fmt: skip
-    except Exception:  # a model may generate from other inputs only
-        return []
+    runs = [model.generate(**given, use_cache=cache, **options, **more) for cache in caches]
     return [logits for run in runs for logits in run.logits]
 
 
-def _difference(
-    model: nn.Module, grown: Any, inputs: Inputs, expected: Tensor | None, steps: Steps, said: Sequence[Tensor]
-) -> float:  # fmt: skip
-    """Return by how much a model that is built from the config of a grown copy, with its tensors, differs from the expected output.
-
-    The larger of the differences of the main output and of the logits of generation counts, of the rows whose first tokens are equal.
-    """
-    try:
+def _built(model: nn.Module, grown: Any, by_shapes: bool) -> nn.Module | None:
+    """Build a model from the config of a grown copy, with the tensors that a checkpoint of the copy holds; None if one has no place."""
+    with torch.random.fork_rng(devices=[]), Unfilled() if by_shapes else nullcontext():
         built: nn.Module = type(model)(copy.deepcopy(grown.config))
-    except Exception:  # a config that builds no such model may raise anything
-        return float("inf")
-    live: Mapping[str, Tensor] = dict(named_parameters(grown, remove_duplicate=False))
-    live = {**live, **persistent_buffers(grown)}
-    built.to(next(iter(live.values())).dtype)
-    places = {name for name, _ in named_modules(built)}
-    unsaved: Any = getattr(
-        model, "_keys_to_ignore_on_save", None
-    )  # a loaded model computes them anew
-    for name, t in live.items():
-        if name in (unsaved or ()):
-            continue
-        path, _, leaf = name.rpartition(".")
-        if path not in places:
-            return float("inf")
-        held: Any = submodule(built, path)
-        (held._parameters if isinstance(t, nn.Parameter) else held._buffers)[leaf] = t  # pyright: ignore[reportPrivateUsage]
-    with evaluated(built), steps:
-        outputs = tried(built, inputs)
-    after = None if isinstance(outputs, Exception) else main_output(outputs)
-    if after is None or expected is None or after.shape != expected.shape:
-        return float("inf")
-    pairs = [(after, expected)]
-    with evaluated(built):
-        now = _generated(built, inputs) if said else []
-    if said and len(now) != len(said):
-        return float("inf")
-    for i, old in enumerate(said):
-        first = i - i % 2  # the second step follows the first token
-        same = now[first].argmax(-1) == said[first].argmax(-1)
-        pairs.append((now[i], old) if i == first else (now[i][same], old[same]))
-    return max(distance(a, b) for a, b in pairs if b.numel())
+    buffers, places = dict(named_buffers(built)), {name for name, _ in named_modules(built)}
+    live: dict[str, Tensor] = dict(named_parameters(grown, remove_duplicate=False))
+    like, first = dict(named_buffers(grown)), next(iter(live.values()))
+    if not by_shapes:
+        built.to(first.device, first.dtype)
+    for name, b in buffers.items():
+        _place(built, name, b.to(first.device, like.get(name, first).dtype if b.is_floating_point() else b.dtype))  # fmt: skip
+    source = dict(named_parameters(model, remove_duplicate=False)) | persistent_buffers(model)
+    unsaved: Any = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    for name, t in {**live, **persistent_buffers(grown)}.items():
+        if name.rpartition(".")[0] not in places:
+            return None
+        if name in unsaved and by_shapes and t.shape != source[name].shape:
+            return None  # a loaded model computes it anew, and its values are not known
+        if name not in unsaved or by_shapes:
+            _place(built, name, t)
+    return built
+
+
+def _place(model: nn.Module, name: str, t: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = submodule(model, path)
+    (module._parameters if isinstance(t, nn.Parameter) else module._buffers)[leaf] = t  # pyright: ignore

@@ -230,13 +230,11 @@ def spec_of(found: Trace) -> TracedSpec:
     if own.problem and attributes.fixed:  # a grown config has only what grows
         own = _fields(found, replace(plain, fixed={**plain.fixed, **attributes.fixed}))
         found.proved = own.problem is None
-    large = hollow.is_large(model)
-    if found.proved and large:
-        own.problem = f"not tried, as the model has more than {hollow.LARGE:,} parameters"
-    if found.proved and not large:
+    if found.proved and hollow.is_large(model) and not found.tape.hollow:
+        own.problem = f"not tried, as the forward of a model of more than {hollow.LARGE:,} parameters depends on their values"  # fmt: skip
+    elif found.proved:
         tensors = Tensors(found.weights, plain.tensors, plain.ties)
-        output = found.tape.output, found.tape.output_dims
-        attributes.fixed |= not_reloaded(model, found.inputs, tensors, spaces, plain, own, attributes, output)  # fmt: skip
+        attributes.fixed |= not_reloaded(model, found.inputs, tensors, spaces, plain, own, attributes, found.tape)  # fmt: skip
     return _complete(found, plain, attributes, own)
 
 

@@ -145,7 +145,7 @@ def grown_copy(
         model: The source, which stays as it is; none of its weights is copied as it is.
         own: Its tensors.
         maps: Atom -> source coordinate of every coordinate.
-        stand_in: Function from the first name of a tensor, the tensor and the shape of its copy to a tensor in place of the copy.
+        stand_in: Function from the name of a tensor, the tensor and the shape of its copy to a tensor in place of the copy.
     """
     live: dict[str, Tensor] = dict(named_parameters(model, remove_duplicate=False))
     live |= dict(named_buffers(model, remove_duplicate=False))
@@ -166,7 +166,7 @@ def grown_copy(
         first = live[name].detach()
         dims = own.dims[first_name]
         shape = [size_at(dim, lengths) for dim in dims]
-        t = stand_in(first_name, first, shape) if stand_in else mapped(first, dims, maps, row)
+        t = stand_in(name, first, shape) if stand_in else mapped(first, dims, maps, row)
         kept: Any = module._parameters if leaf in module._parameters else module._buffers  # pyright: ignore[reportPrivateUsage]
         kept[leaf] = nn.Parameter(t, live[name].requires_grad) if kept is module._parameters else t  # pyright: ignore[reportPrivateUsage]
     for _, module in named_modules(result):
