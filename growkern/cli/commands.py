@@ -58,13 +58,14 @@ def describe(
     with failures("describe"):
         import growkern
         from growkern.checkpoints.load import load
+        from growkern.support.progress import listening
 
         folder = local(context, checkpoint)
-        with steps_of(context) as now:
+        with steps_of(context, 1.0) as now:
             now("loading", 0)
             model = load(folder, mapped=True).model
-            now("describing", 0)
-            spec = growkern.describe(model)
+            with listening(now):
+                spec = growkern.describe(model)
         tensors = {name: [*map(str, axes)] for name, axes in spec.tensors.items()}
         data = {
             "family": spec.family, "sizes": spec.sizes, "tensors": tensors, "ties": spec.ties, "fixed": spec.fixed,
@@ -115,10 +116,11 @@ def plan(
         from growkern.checkpoints.grow import plan_for
         from growkern.checkpoints.load import load
         from growkern.execution.cost import cost_of
+        from growkern.support.progress import listening
 
         folder = local(context, checkpoint)
-        with steps_of(context) as now:
-            now("planning", 0)
+        with steps_of(context, 1.0) as now, listening(now):
+            now("loading", 0)
             made = plan_for(load(folder, mapped=True), **options)
         show(context, made, json, made.to_json())
         if ranks is not None:

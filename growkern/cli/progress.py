@@ -44,16 +44,16 @@ def bytes_of(context: typer.Context, what: str) -> Generator[Callable[[int, int]
 
 
 @contextmanager
-def steps_of(context: typer.Context, total: int | None = None) -> Generator[Callable[..., None]]:
-    """Show what is done now, with the time left, or with the time so far where ``total`` is None.
+def steps_of(context: typer.Context, total: float) -> Generator[Callable[..., None]]:
+    """Show what is done now, with the time so far and the time left.
 
     Yields:
         Function of a text, what is done now, and of the number of steps done; None for one more step than before.
     """
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    time = TimeElapsedColumn() if total is None else TimeRemainingColumn()
-    bar = _bar(context, True, TextColumn("{task.description}"), BarColumn(), time)
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()  # fmt: skip
+    bar = _bar(context, True, *columns)
     task = bar.add_task("", total=total)
 
     def advance(what: str, done: float | None = None) -> None:

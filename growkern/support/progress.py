@@ -1,12 +1,33 @@
-"""Progress of long work in bytes: a callback of the caller, and lines in the log."""
+"""Progress of long work: bytes for a callback of the caller and the log, and stages of a description for whoever listens."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from time import perf_counter
 
 Progress = Callable[[int, int], object]  # bytes written so far, total bytes
 SECONDS = 2.0  # between two lines of the log; shorter work has none
+Listener = Callable[[str, float], object]  # what begins, part of the whole work that is done
 logger = logging.getLogger("growkern")
+_LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def listening(listener: Listener) -> Generator[None]:
+    """Call a function at every stage of the work inside."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
+
+
+def stage(what: str, done: float) -> None:
+    """Say what begins now, and which part of the whole work is done."""
+    listener = _LISTENER.get()
+    if listener is not None:
+        listener(what, done)
 
 
 class Meter:

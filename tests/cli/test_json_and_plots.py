@@ -116,7 +116,7 @@ def test_a_picture_is_drawn_to_a_file(command, models, tmp_path):
     assert refused.exit_code == 2 and "cannot draw" in said(refused) and "nothing" in said(refused)
 
 
-SHOWN = {"describe": "describing", "plan": "planning", "grow": "growing", "verify": "comparing", "compare": "comparing"}  # fmt: skip
+SHOWN = {"describe": "loading", "plan": "loading", "grow": "growing", "verify": "comparing", "compare": "comparing"}  # fmt: skip
 
 
 @pytest.mark.parametrize("command", SHOWN)

@@ -22,6 +22,7 @@ from growkern.model.tracing.permutation import permutation_error
 from growkern.model.tracing.terms import Dim, atoms
 from growkern.model.tracing.traced import describe_by_tracing, trace_model
 from growkern.model.tracing.trial import Tensors
+from growkern.support.progress import listening
 
 SIZES = dict(hidden_size=48, num_attention_heads=4, num_hidden_layers=2, intermediate_size=80, vocab_size=97, pad_token_id=0)  # fmt: skip
 
@@ -125,6 +126,19 @@ def test_weights_that_are_read_past_operations_are_held_in_memory():
 
     assert run_mapped(model, found.inputs, own, {}).isnan().all()
     assert permutation_error(model, found.inputs, own, found.tape.output_dims) < 1e-9
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["by values", "by shapes"])
+def test_stages_of_a_description_are_told_in_turn(large, monkeypatch):
+    monkeypatch.setattr(hollow, "LARGE", 0 if large else 20_000_000)
+    told = list[tuple[str, float]]()
+
+    with listening(lambda what, done: told.append((what, done))):
+        describe_by_tracing(phi())
+    describe_by_tracing(phi())
+
+    done = [part for _, part in told]
+    assert len(told) == 7 and done == sorted({*done}) and 0 <= min(done) < 0.1 < 0.8 < max(done) < 1
 
 
 # ---- tensors without values

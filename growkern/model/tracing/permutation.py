@@ -25,6 +25,7 @@ from growkern.model.tracing.rounding import RandomRounding
 from growkern.model.tracing.terms import Dim, atoms
 from growkern.model.tracing.trial import TOLERANCE, Tensors, tolerance
 from growkern.support.names import named_modules
+from growkern.support.progress import stage
 
 SEEDS = 0, 1
 LARGEST = 0.1  # error, relative to the largest output, that is not rounding's, however far rounding moves the output
@@ -55,6 +56,7 @@ def permutation_error(
     every = dict.fromkeys(a for dims in own.dims.values() for d in dims for a in atoms(d))
     free = [a for a in every if not a.keeps_order.keys() - {OUTPUT}]
     entered = set[str]()
+    stage("permuting coordinates", 0.6)
     with modules_entered(model, [], entered):
         held, before = False, run_mapped(model, inputs, own, {})
     bound = [path for path, m in named_modules(model) if isinstance(vars(m).get("forward"), FunctionType)]  # fmt: skip
@@ -70,7 +72,8 @@ def permutation_error(
     if not isinstance(before, Tensor):
         return float("inf")
     worst = 0.0
-    for seed in seeds:
+    for i, seed in enumerate(seeds, 1):
+        stage("permuting coordinates", 0.6 + 0.4 * i / (len(seeds) + 1))
         generator = torch.Generator().manual_seed(seed)
         maps: dict[Dim, list[int]] = {a: torch.randperm(a.size, generator=generator).tolist() for a in free}  # pyright: ignore  # fmt: skip
         after = run_mapped(model, inputs, own, maps, held=held)

@@ -37,6 +37,7 @@ from growkern.model.tracing.tape import Tape
 from growkern.model.tracing.terms import Dim, atoms, find, keep_size
 from growkern.model.tracing.trial import Tensors, deepened
 from growkern.support.names import named_modules, named_parameters
+from growkern.support.progress import stage
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +132,7 @@ def describe_by_tracing(model: nn.Module, inputs: Inputs | None = None) -> Trace
 
 def _described(model: nn.Module, given: Inputs, title: str) -> TracedSpec:
     """Trace a model, by evaluation mode or by both modes, and test the description."""
+    stage("tracing the forward", 0.0)
     found = trace_model(model, given)
     probe = hollow.hollow_copy(model) if found.tape.hollow and model.training else model
     if model.training and trains_by_other_code(probe, given, found.tape.steps):
@@ -217,6 +219,7 @@ def spec_of(found: Trace) -> TracedSpec:
     model, spaces = found.model, found.spaces
     plain, own = _plain(found), Fields()
     if has_config(model):
+        stage("reading the config", 0.1)
         own = _fields(found, plain)
         for _ in merged(spaces) if own.problem or own.together else ():
             _roles(found)
@@ -226,6 +229,7 @@ def spec_of(found: Trace) -> TracedSpec:
                 break
         found.proved = own.problem is None
     plain = _deepened(found, plain, own)
+    stage("trying attributes", 0.2)
     attributes = find_attributes(Search(model, found.inputs, found.tape, spaces, replace(plain, config=own.sizes)))  # fmt: skip
     if own.problem and attributes.fixed:  # a grown config has only what grows
         own = _fields(found, replace(plain, fixed={**plain.fixed, **attributes.fixed}))
@@ -233,6 +237,7 @@ def spec_of(found: Trace) -> TracedSpec:
     if found.proved and hollow.is_large(model) and not found.tape.hollow:
         own.problem = f"not tried, as the forward of a model of more than {hollow.LARGE:,} parameters depends on their values"  # fmt: skip
     elif found.proved:
+        stage("building a grown model from its config", 0.5)
         tensors = Tensors(found.weights, plain.tensors, plain.ties)
         attributes.fixed |= not_reloaded(model, found.inputs, tensors, spaces, plain, own, attributes, found.tape)  # fmt: skip
     return _complete(found, plain, attributes, own)
