@@ -709,6 +709,11 @@ MUTANTS = {
     "tracing: numbers are powers by shapes": Mutant(
         "model/tracing/attributes.py", "best, ranks = self._sure(powers, exact(ranks), ranks, exact, float(\"inf\"))", "pass",
         "model/test_tracing_cost.py -k by_chance"),
+    "tracing: rounding decides what a number is": Mutant(
+        "model/tracing/attributes.py", "if best.error < ROUNDING or all(", "if all(", "model/test_tracing_cost.py -k does_not_decide"),
+    "tracing: equal numbers are tried one by one": Mutant(
+        "model/tracing/attributes.py", "for own in {tuple(own): 0 for own in (*equal, *named, *([g] for g in powers))}:",
+        "for own in [[g] for g in powers]:", "model/test_tracing_cost.py -k by_chance"),
     "reload: other operations by shapes are accepted": Mutant(
         "model/tracing/reload.py", "return None if error < tolerance(self.model) else why", "return None",
         "model/test_tracing_cost.py -k 'description_by_shapes and marian or gemma3n'"),

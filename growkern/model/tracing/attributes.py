@@ -16,7 +16,7 @@ from growkern.model.size_values import Power, Size, Sum, bits_of, rounded, size_
 from growkern.model.spec import ModelSpec
 from growkern.model.tracing.expressions import Expression, expressions, fit
 from growkern.model.tracing.hollow import hollow, is_large, zeros
-from growkern.model.tracing.mapped_weights import mapped_distance, run_mapped
+from growkern.model.tracing.mapped_weights import is_low, mapped_distance, run_mapped
 from growkern.model.tracing.naming import Spaces
 from growkern.model.tracing.scalings import SMALL
 from growkern.model.tracing.tape import Tape
@@ -38,6 +38,9 @@ from growkern.model.tracing.values import Scaling
 from growkern.support.names import named_modules
 
 TRIES = 60
+ROUNDING = (
+    64 * torch.finfo(torch.float32).eps
+)  # largest relative difference that says nothing of a choice: norms are float32
 # names of attributes that are no widths, whatever their value
 OTHER = re.compile(
     r"layer_idx|layers?$|vocab|position|_id$|max_seq|block_size|kernel|stride|padding|dilation|window|chunk|top_k|per_tok"
@@ -200,7 +203,7 @@ class Search:
         powers = [g for g, keys in self.groups.items() if isinstance(self.options[keys[0]][-1], float)]  # fmt: skip
         if not budget or not powers:
             return best, ranks
-        if not by_shapes:
+        if not by_shapes and not is_low(self.model):
             return self._sure(powers, best, ranks, attempt, self.limit)
 
         def exact(ranks: Mapping[Key, int]) -> Outcome:
@@ -246,12 +249,17 @@ class Search:
     def _sure(
         self, powers: Sequence[Key], best: Outcome, ranks: dict[Key, int], attempt: Any, limit: float
     ) -> tuple[Outcome, dict[Key, int]]:  # fmt: skip
-        """Undo choices for numbers that move the output less than the limit: a number may be a power of a size by chance."""
-        for group in powers:
-            options = self.options[self.groups[group][0]]
-            for rank in range(len(options)):
-                tried = {**ranks, group: rank}
-                if rank == ranks.get(group, 0):
+        """Undo choices for numbers that move the output less than the limit: a number may be a power of a size by chance.
+
+        Equal numbers are tried together first, as the scale of all attention in a model.
+        """
+        options = {group: tuple(self.options[self.groups[group][0]]) for group in powers}
+        equal = [[g for g in powers if options[g] == own] for own in dict.fromkeys(options.values())]  # fmt: skip
+        named = [[g for g in own if g[1] == name] for own in equal for name in {g[1]: 0 for g in own}]  # fmt: skip
+        for own in {tuple(own): 0 for own in (*equal, *named, *([g] for g in powers))}:
+            for rank in range(len(options[own[0]])):
+                tried = {**ranks, **dict.fromkeys(own, rank)}
+                if best.error < ROUNDING or all(rank == ranks.get(group, 0) for group in own):
                     continue
                 outcome = attempt(tried)
                 if passed(outcome, limit) and outcome.error < best.error / 10:

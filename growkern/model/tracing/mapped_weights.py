@@ -96,6 +96,11 @@ class Weight:
 LOW = torch.float16, torch.bfloat16
 
 
+def is_low(model: nn.Module) -> bool:
+    """True for a model of half precision, at least in part."""
+    return any(p.dtype in LOW for p in model.parameters())
+
+
 class _Axes:
     """Makes weights; the indices of a dimension are made once.
 
@@ -149,7 +154,7 @@ def run_mapped(
         prepare: Function from the copy to the model that runs; None to run the copy.
         mode: Context of its forward.
     """
-    low = any(p.dtype in LOW for p in model.parameters())
+    low = is_low(model)
     weights, axes = list[tuple[Tensor, Weight]](), _Axes(maps)
 
     def stand_in(name: str, t: Tensor, shape: Sequence[int]) -> Tensor:

@@ -19,7 +19,7 @@ from growkern.model.tracing.forward import (
     modules_entered,
     tried,
 )
-from growkern.model.tracing.mapped_weights import LOW, mapped_distance, run_mapped
+from growkern.model.tracing.mapped_weights import is_low, mapped_distance, run_mapped
 from growkern.model.tracing.naming import OUTPUT
 from growkern.model.tracing.rounding import RandomRounding
 from growkern.model.tracing.terms import Dim, atoms
@@ -85,7 +85,7 @@ def permutation_error(
 
 def limit_of(model: nn.Module) -> float:
     """Return the error from which a description is wrong; half precision is computed in float32."""
-    low = any(p.dtype in LOW for p in model.parameters())
+    low = is_low(model)
     return TOLERANCE[torch.float32] if low else tolerance(model)
 
 
