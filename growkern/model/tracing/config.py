@@ -80,7 +80,7 @@ def find_fields(
 
     def build(sizes: Mapping[str, int], ranks: Mapping[_Field, int]) -> int:
         all_sizes = {**spec.sizes, **sizes}
-        values = {f: _number(size_value(options[f][r], all_sizes)) for f, r in ranks.items()}
+        values = {f: _whole(size_value(options[f][r], all_sizes)) for f, r in ranks.items()}
         return _differences(model, values, spec, all_sizes)
 
     if _differences(model, {}, spec, spec.sizes):
@@ -154,7 +154,7 @@ def _configs(model: nn.Module) -> Iterator[tuple[tuple[str, ...], str, Any]]:
             yield (name,), f"{paths[id(value)]}.", value
 
 
-def _number(value: float) -> float:
+def _whole(value: float) -> float:
     return int(value) if value == int(value) else value
 
 

@@ -99,8 +99,8 @@ def name_spaces(
             spaces.fixed[atom] = why
     free = [a for a in axes if a not in spaces.fixed]
     hidden = [a for a in free if a in spaces.normed and axes[a] > SHARED and a not in special]
-    _number(spaces, "hidden", hidden, axes)
-    _number(spaces, "ffn", [a for a in free if a not in {*hidden, *special}], axes)
+    _name_sizes(spaces, "hidden", hidden, axes)
+    _name_sizes(spaces, "ffn", [a for a in free if a not in {*hidden, *special}], axes)
     _name_heads(spaces, found, free, axes, _beside(spaces, weights, found.heads))
     for atom in free:
         if atom not in spaces.names:
@@ -159,7 +159,7 @@ def _beside(spaces: Spaces, weights: Mapping[str, Sequence[Dim]], heads: set[Dim
     return found
 
 
-def _number(spaces: Spaces, kind: str, found: Sequence[Dim], axes: Mapping[Dim, int], beside: Mapping[int, str] = {}) -> None:  # fmt: skip
+def _name_sizes(spaces: Spaces, kind: str, found: Sequence[Dim], axes: Mapping[Dim, int], beside: Mapping[int, str] = {}) -> None:  # fmt: skip
     """Name the atoms of one kind: a size of its own for every length, those beside ``hidden`` first, then the most used."""
     by_size: dict[int, list[Dim]] = defaultdict(list)
     for atom in found:
@@ -181,13 +181,13 @@ def _name_heads(
     pairs = [(kv, g) for kv, g in found.pairs if kv in free and g in free]
     plain = [a for a in free if a in found.heads - grouped]
     if not pairs:
-        _number(spaces, "heads", plain, axes, beside)
+        _name_sizes(spaces, "heads", plain, axes, beside)
         return
     if len({(kv.size, g.size) for kv, g in pairs}) > 1:
         for pair in pairs:
             for atom in pair:
                 spaces.fixed[atom] = {"the model has several kinds of grouped heads": ""}
-        _number(spaces, "heads", plain, axes, beside)
+        _name_sizes(spaces, "heads", plain, axes, beside)
         return
     kv_heads, group = pairs[0][0].size, pairs[0][1].size
     spaces.sizes |= {"heads": kv_heads * group, "kv_heads": kv_heads}
