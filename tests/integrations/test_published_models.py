@@ -55,9 +55,9 @@ def run(model: nn.Module, inputs: Tensor, grows: bool) -> tuple[list[float], nn.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm", "pythia-14m", "Llama-3.2-1B"])
 def test_a_published_model_trains_on_through_a_growth_without_a_spec(name):
-    package = "timm" if name == "timm" else "litgpt"
-    if find_spec(package) is None:
-        pytest.skip(f"needs {package}")
+    for package in ("timm", "torchvision") if name == "timm" else ("litgpt",):
+        if find_spec(package) is None:
+            pytest.skip(f"needs {package}")
     ids = torch.randint(0, 97, (2, 32), generator=torch.Generator().manual_seed(0))
     inputs = torch.randn(4, 3, 32, 32, dtype=torch.float64) if name == "timm" else ids
     trained = []
