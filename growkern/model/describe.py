@@ -215,7 +215,8 @@ def _declared(model: nn.Module) -> ModelSpec:
 def untied(model: nn.Module) -> dict[str, str]:
     """Return the ties that the config of a model of a known family has, and its sharded parameters have not."""
     params: dict[str, Any] = dict(named_parameters(model, remove_duplicate=False))
-    ties: Mapping[str, str] = _declared(model).ties if known(type(model)) else {}
+    shards = known(type(model)) and any(map(is_sharded, params.values()))
+    ties: Mapping[str, str] = _declared(model).ties if shards else {}
     pairs = {a: b for a, b in ties.items() if a in params and b in params}
     return {a: b for a, b in pairs.items() if params[a] is not params[b] and is_sharded(params[a])}
 
