@@ -218,7 +218,7 @@ def _pads(spec: ModelSpec, wide: WidthDecision, uses: Uses, space: str) -> str |
     streams = spec.spaces[space]
     read = [axis for stream in streams for axis in uses.get(("reader", stream), ())]
     normed = spec.normed.keys() & {*streams}
-    silent = not normed and read and all(axis.pad == "zero" for axis in read)
+    silent = not normed and all(axis.pad == "zero" for axis in read)  # nothing may read it
     quiet = all(
         axis.pad == "zero" or (axis.pad == "mean" and (stream in normed or stream in spec.parts))
         for stream in streams

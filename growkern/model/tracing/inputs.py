@@ -51,7 +51,8 @@ def _ids(config: Any, generator: torch.Generator, images: bool = False) -> Tenso
     n = getattr(text, "vocab_size", None)
     if not isinstance(n, int):
         return None
-    special = {getattr(text, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}  # fmt: skip
+    tokens: Any = [getattr(text, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")]  # fmt: skip
+    special = {i for own in tokens for i in (own if isinstance(own, list) else [own])}
     fields = (getattr(config, name, None) for name in IMAGE_TOKEN)
     image = next((field for field in fields if isinstance(field, int)), None)
     special.add(image)
