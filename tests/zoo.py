@@ -281,7 +281,8 @@ def _general(reason: str) -> str:
     text = re.sub(
         r"cannot \w+ \w+ (from|to) .*?: |; nearest.*|; name .*| \(RuntimeError.*", "", reason
     )
-    text = re.sub(r"\b[a-zA-Z_][\w*]*(\.[\w*]+)+\b", lambda path: re.sub(r"\.(weight|bias)$", "", path[0]).rpartition(".")[2], text)  # fmt: skip
+    leaf = re.compile(r"\.(weight|bias)$")
+    text = re.sub(r"\b[a-zA-Z_][\w*]*(\.[\w*]+)+\b", lambda path: leaf.sub("", path[0]).rpartition(".")[2], text)  # fmt: skip
     return re.sub(r"^\d+ tensors", "tensors", text)[:150]
 
 

@@ -116,3 +116,28 @@ def test_a_speech_model_is_refused_with_its_weight_norm_and_grows_without():
     growkern.expand_inplace(model, spec=spec, to=zoo.targets(spec, 2.0))
 
     assert zoo.difference(zoo.output(model, spec.example), before) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("Phi", dict(eos_token_id=[2, 3])),  # several tokens end a text
+        ("BigBird", dict(attention_type="original_full")),  # its pooler runs, and nothing reads it
+    ],
+)
+def test_a_language_model_of_odd_config_grows_and_loads(kind, fields):
+    torch.manual_seed(0)
+    own = dict(hidden_size=48, num_attention_heads=4, num_hidden_layers=2, intermediate_size=80, vocab_size=97, pad_token_id=0)  # fmt: skip
+    model = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(**own | fields)
+    )
+    model.double().eval()
+    ids = torch.randint(4, 97, (2, 12))
+    before = model(ids).logits
+
+    growkern.expand_inplace(model, to={"hidden": 96, "heads": 8})
+
+    again = type(model)(model.config).double().eval()
+    again.load_state_dict(model.state_dict())
+    assert (model(ids).logits - before).abs().max() < 1e-6 * before.abs().max()
+    assert torch.equal(again(ids).logits, model(ids).logits)

@@ -159,7 +159,9 @@ def _beside(spaces: Spaces, weights: Mapping[str, Sequence[Dim]], heads: set[Dim
     return found
 
 
-def _name_sizes(spaces: Spaces, kind: str, found: Sequence[Dim], axes: Mapping[Dim, int], beside: Mapping[int, str] = {}) -> None:  # fmt: skip
+def _name_sizes(
+    spaces: Spaces, kind: str, found: Sequence[Dim], axes: Mapping[Dim, int], beside: Mapping[int, str] = {}
+) -> None:  # fmt: skip
     """Name the atoms of one kind: a size of its own for every length, those beside ``hidden`` first, then the most used."""
     by_size: dict[int, list[Dim]] = defaultdict(list)
     for atom in found:
