@@ -1,5 +1,7 @@
 """Classes that no family names: heads on a known body, subclasses of known classes, bodies inside a user's module, and speech models."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -7,8 +9,9 @@ import zoo
 from torch import Tensor, nn
 
 import growkern
-from growkern.errors import UnsupportedModelError
+from growkern.errors import PlanError, UnsupportedModelError
 
+TINY = dict(hidden_size=48, num_attention_heads=4, num_hidden_layers=2, intermediate_size=80, vocab_size=97, pad_token_id=0)  # fmt: skip
 HEADS = ["llama_classifier", "bert_choice", "bart_classifier", "llava", "ast"]
 
 
@@ -141,3 +144,59 @@ def test_a_language_model_of_odd_config_grows_and_loads(kind, fields):
     again.load_state_dict(model.state_dict())
     assert (model(ids).logits - before).abs().max() < 1e-6 * before.abs().max()
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def saved(model: nn.Module, folder: Path) -> nn.Module:
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder).double().eval()
+
+
+def test_a_field_that_counts_two_stacks_counts_none(tmp_path):
+    torch.manual_seed(0)
+    model = transformers.HrmTextForCausalLM(
+        transformers.HrmTextConfig(**TINY, num_layers_per_stack=2)
+    )
+    model.double().eval()
+    ids = torch.randint(4, 97, (2, 12))
+
+    spec = growkern.describe(model)
+    growkern.expand_inplace(model, to={"ffn": 160})
+
+    assert {"layers", "layers2"} <= spec.fixed.keys() and "no field of the config" in spec.fixed[
+        "layers2"
+    ]
+    with torch.no_grad():
+        assert torch.equal(
+            saved(model, tmp_path)(ids, use_cache=False).logits, model(ids, use_cache=False).logits
+        )
+
+
+def test_an_epsilon_that_not_all_norms_have_from_the_config_stays(tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(kv_channels=12, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+    model = (
+        transformers.JetMoeForCausalLM(transformers.JetMoeConfig(**TINY, **sizes)).double().eval()
+    )
+    ids = torch.randint(4, 97, (2, 12))
+
+    growkern.expand_inplace(model, to={"hidden": 96})
+
+    assert model.config.rms_norm_eps == 1e-6
+    with torch.no_grad():
+        assert torch.equal(saved(model, tmp_path)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "why"),
+    [
+        ("Esm", PlanError, "a longer model other blocks or tensors"),  # a head reads the attention of all layers
+        ("IBert", UnsupportedModelError, "weight_integer: the forward does not use it"),  # integers for a quantized forward
+    ],
+)  # fmt: skip
+def test_what_a_longer_or_wider_checkpoint_would_hold_is_refused_by_name(kind, error, why):
+    model = getattr(transformers, f"{kind}ForMaskedLM")(
+        getattr(transformers, f"{kind}Config")(**TINY)
+    )
+
+    with pytest.raises(error, match=why):
+        growkern.expand_inplace(model.double().eval(), to={"layers": 3})

@@ -99,7 +99,7 @@ def test_entries_of_lists_in_a_config_are_sizes_of_the_model():
     growkern.expand_inplace(model, to={"ffn": 120})
 
     assert model.config.intermediate_size == [120, 120]
-    assert "with a block more its forward fails" in spec.fixed["layers"]  # a tensor is as long as all blocks  # fmt: skip
+    assert "a longer model other blocks or tensors" in spec.fixed["layers"]  # a tensor is as long as all blocks  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import nn
 from growkern.model.size_values import Ratio, Size, size_value
 from growkern.model.spec import Blocks, ModelSpec
 from growkern.model.tracing.expressions import Expression, fit
+from growkern.model.tracing.forward import persistent_buffers
 from growkern.model.tracing.stacks import turn_of
 from growkern.support.names import entry_of, named_modules, named_parameters, with_entry
 
@@ -112,14 +113,7 @@ def find_fields(
     for size, n in failed.items():
         if not result.coupled or not size.startswith(("hidden", "heads")):
             result.together = f"{n} tensors of a model built from a config where {size} alone grows have other shapes"
-    result.eps = next(
-        (
-            name
-            for name, v in _fields(model.config).items()
-            if eps is not None and "eps" in name and v == eps
-        ),
-        None,
-    )  # pyright: ignore
+    result.eps = None if eps is None else _eps_field(model, eps)
     return replace(result, **_depth(model, spec, result))
 
 
@@ -209,9 +203,8 @@ def _differences(model: nn.Module, values: Mapping[_Field, object], spec: ModelS
         built = _built(model, values)
     except Exception:  # a wrong config may raise anything
         return len(spec.tensors) + 1
-    shapes = {name: tuple(p.shape) for name, p in named_parameters(built, remove_duplicate=False)}
-    wanted = {n for n, _ in named_parameters(model, remove_duplicate=False)}
-    return sum(shapes.get(name) != spec.shape(name, sizes) for name in wanted)
+    shapes = _shapes(built)
+    return sum(shapes.get(name) != spec.shape(name, sizes) for name in _shapes(model))
 
 
 def _depth(model: nn.Module, spec: ModelSpec, known: Fields) -> dict[str, Any]:
@@ -248,14 +241,44 @@ def _deeper(model: nn.Module, lead: tuple[str, ...], name: str, n: int, lists: S
     extra = 1 if stack.kinds else min(n, MORE)
     more: dict[_Field, object] = {_Field(lead, k, k): [*getattr(config, k), *getattr(config, k)[-1:] * extra] for k in lists}  # fmt: skip
     try:
-        base, built = (
-            _looks(_built(model, values).get_submodule(stack.path))
-            for values in ({}, {**more, _Field(lead, name, name): n + extra})
+        source, longer = (
+            _built(model, values) for values in ({}, {**more, _Field(lead, name, name): n + extra})
         )
+        base, built = (_looks(m.get_submodule(stack.path)) for m in (source, longer))
     except Exception:  # a field that is not the depth may raise anything
         return False
     known = base if stack.kinds else base[-1:]
-    return built[:n] == base and len(built) == n + extra and all(b in known for b in built[n:])
+    longer_alone = _outside(longer, stack) == _outside(
+        source, stack
+    )  # one field may count two stacks
+    return longer_alone and built[:n] == base and len(built) == n + extra and all(b in known for b in built[n:])  # fmt: skip
+
+
+def _outside(model: nn.Module, stack: Blocks) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that are not in a stack."""
+    return {k: shape for k, shape in _shapes(model).items() if not k.startswith(f"{stack.path}.")}
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that a state dict holds."""
+    own = dict(named_parameters(model, remove_duplicate=False)) | persistent_buffers(model)
+    return {name: tuple(t.shape) for name, t in own.items()}
+
+
+def _eps_field(model: nn.Module, eps: object) -> str | None:
+    """Return the field that holds the epsilons of all norms that have this one; None if some have it from elsewhere."""
+    base = _epsilons(_built(model, {}), eps)
+    for name, value in _fields(model.config).items():
+        if "eps" in name and value == eps:
+            changed = _epsilons(_built(model, {_Field((), name, name): 2 * value}), 2 * value)
+            if base <= changed:
+                return name
+    return None
+
+
+def _epsilons(model: nn.Module, eps: object) -> set[tuple[str, str]]:
+    """Return the attributes of modules that hold an epsilon."""
+    return {(path, name) for path, m in named_modules(model) for name, v in vars(m).items() if "eps" in name and v == eps}  # fmt: skip
 
 
 def _next_kinds(model: nn.Module, twice: Mapping[_Field, object], stack: Blocks) -> tuple[int, ...]:

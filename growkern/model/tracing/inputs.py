@@ -51,8 +51,10 @@ def _ids(config: Any, generator: torch.Generator, images: bool = False) -> Tenso
     n = getattr(text, "vocab_size", None)
     if not isinstance(n, int):
         return None
-    tokens: Any = [getattr(text, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")]  # fmt: skip
-    special = {i for own in tokens for i in (own if isinstance(own, list) else [own])}
+    special = set[Any]()
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # several tokens may end a text
+        own: Any = getattr(text, name, None)
+        special |= {*own} if isinstance(own, list) else {own}  # pyright: ignore[reportUnknownVariableType]
     fields = (getattr(config, name, None) for name in IMAGE_TOKEN)
     image = next((field for field in fields if isinstance(field, int)), None)
     special.add(image)

@@ -280,7 +280,7 @@ def _deepened(found: Trace, plain: ModelSpec, own: Fields) -> ModelSpec:
         fields: dict[str, object] = {name: sizes[stack.size] + 1 for name, size in own.sizes.items() if size == stack.size}  # fmt: skip
         why = None
         if not fields and has_config(found.model):
-            why = "no field of the config counts its blocks, or the config gives a longer model other blocks"
+            why = "no field of the config counts its blocks alone, or the config gives a longer model other blocks or tensors"
         elif stack.kinds and not stack.next_kinds:
             why = f"{UNLIKE}, and their kinds do not repeat"
         source = copied_at_the_end(stack, sizes[stack.size])
