@@ -714,6 +714,15 @@ MUTANTS = {
     "tracing: equal numbers are tried one by one": Mutant(
         "model/tracing/attributes.py", "for own in {tuple(own): 0 for own in (*equal, *named, *([g] for g in powers))}:",
         "for own in [[g] for g in powers]:", "model/test_tracing_cost.py -k by_chance"),
+    "fills: all experts have one mean": Mutant(
+        "execution/tiling.py", 'if slot == "mean row" and rows.lines is not None:', "if False:", "execution/test_lines.py"),
+    "fills: the lines of many experts are in another order": Mutant(
+        "execution/axis_runs.py", "a * n + b for a in before.indices", "b * n + a for a in before.indices", "execution/test_lines.py"),
+    "config: a field counts two stacks": Mutant(
+        "model/tracing/config.py", "longer_alone = _outside(longer, stack) == _outside(source, stack)", "longer_alone = True",
+        "model/test_tracing_heads.py -k two_stacks"),
+    "config: an epsilon is any field's": Mutant(
+        "model/tracing/config.py", "if base <= changed:", "if True:", "model/test_tracing_heads.py -k epsilon"),
     "reload: other operations by shapes are accepted": Mutant(
         "model/tracing/reload.py", "return None if error < tolerance(self.model) else why", "return None",
         "model/test_tracing_cost.py -k 'description_by_shapes and marian or gemma3n'"),

@@ -76,10 +76,12 @@ class AxisLayout:
         self.scale = self.factors = self.own_layer = Vector.full(1.0, 1)
         self.pad: Pad = "zero"
         self.noisy, self.drawn = False, 1.0
+        self._maps = list[IndexMap]()
         for axis in axes:
             index_map = axis.index_map.first_copies() if rule.first_copy_only else axis.index_map
             if rule.grad and not rule.is_weight:  # an element copied with factor 0 counts as a pad
                 index_map = index_map.where(axis.grad_scale)
+            self._maps.append(index_map)
             factors, ids = _noise(axis, rule)
             self.ids = self.ids.product(ids)
             if next_layer_axis is not None:
@@ -99,6 +101,39 @@ class AxisLayout:
     def has_random_writer(self) -> bool:
         """True when the layout has pads of the kind ``"random_writer"``."""
         return self.pad == "random_writer" and self.index_map.has_pads
+
+    @cached_property
+    def lines(self) -> tuple[tuple[int, int, int], list[int]] | None:
+        """Lengths of the axes before, of and behind the padded one, and the line of sources for each target coordinate.
+
+        A line is one coordinate of all axes but the padded one, such as an expert. None where a single axis has all coordinates.
+        """
+        padded = [i for i, index_map in enumerate(self._maps) if index_map.has_pads]
+        others = [m for i, m in enumerate(self._maps) if i not in padded]
+        if len(padded) != 1 or all(m.n_source == m.n_target == 1 for m in others):
+            return None
+        (at,) = padded
+        before, behind = ONE, ONE
+        for index_map in self._maps[:at]:
+            before = before.product(index_map)
+        for index_map in self._maps[at + 1 :]:
+            behind = behind.product(index_map)
+        own, n = self._maps[at], behind.n_source
+        line = [
+            a * n + b for a in before.indices for _ in range(own.n_target) for b in behind.indices
+        ]
+        return (before.n_source, own.n_source, n), line
+
+    def by_line(self, run: AxisRun, device: torch.device) -> AxisRun:
+        """Return a run of pads that reads the line of each coordinate."""
+        assert self.lines is not None
+        first, line = run.copies[0], self.lines[1]
+        at = (
+            torch.arange(first.target, first.target + run.n)
+            if first.targets is None
+            else first.targets.cpu()
+        )
+        return replace(run, index=torch.tensor(line, dtype=torch.int32)[at.long()].to(device))
 
     @cached_property
     def shares(self) -> list[float]:

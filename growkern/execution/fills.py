@@ -68,8 +68,12 @@ class Fills:
         return self._given(source, layout.index_map.n_target - layout.n_copied).contiguous()
 
     def _mean(self, over_rows: bool, over_cols: bool) -> Tensor:
-        """Return the mean over the rows, the columns or both, (1, C), (R, 1) or (1, 1)."""
+        """Return the mean over the rows, the columns or both, (1, C), (R, 1) or (1, 1); the rows of each line apart."""
         self.n_statistics += 1
+        if over_rows and not over_cols and self.rows.lines is not None:
+            lengths, _ = self.rows.lines
+            n_cols = self.source.shape[1]
+            return self.source.reshape(*lengths, n_cols).mean(1).view(-1, n_cols)
         parts = list(chunks(self.source))
         if over_cols:
             parts = [part.mean(1, keepdim=True) for part in parts]

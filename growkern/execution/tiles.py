@@ -247,7 +247,9 @@ class Tiler:
         with_ids = rule.is_weight and (rows.has_random_writer or cols.has_random_writer)
         by_row = self._runs_of(rows, device, dtype, True, with_ids)
         by_col = self._runs_of(cols, device, dtype, False, with_ids)
-        cuts = [cut_of(rows, cols, r, c, rule) for r in by_row for c in by_col if r.n and c.n]
+        cuts = [
+            cut_of(rows, cols, r, c, rule, device) for r in by_row for c in by_col if r.n and c.n
+        ]
         adds_noise = any(cut.adds_noise for cut in cuts)
         return Tiling(
             rows,

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from growkern.execution.axis_runs import AxisLayout, AxisRun, Reach
@@ -46,7 +47,7 @@ class Tiling(NamedTuple):
     target: tuple[int, int]
 
 
-def cut_of(rows: AxisLayout, cols: AxisLayout, r: AxisRun, c: AxisRun, rule: Rule) -> Cut:
+def cut_of(rows: AxisLayout, cols: AxisLayout, r: AxisRun, c: AxisRun, rule: Rule, device: torch.device) -> Cut:  # fmt: skip
     """Decide what a run of rows by a run of columns reads. A weight gets noise if it has twin noise or a random pad, and no other pad."""
     pads: tuple[Pad, ...] = tuple(
         layout.pad for layout, run in ((rows, r), (cols, c)) if run.source == PAD
@@ -73,6 +74,10 @@ def cut_of(rows: AxisLayout, cols: AxisLayout, r: AxisRun, c: AxisRun, rule: Rul
         r, c = r.unindexed, c.unindexed
     elif r.source == PAD:
         slot = "mean" if c.source == PAD else "mean row"
+        if (
+            slot == "mean row" and rows.lines is not None
+        ):  # the mean of an expert's rows, not of all experts'
+            r = rows.by_line(r, device)
     else:
         slot = "mean column"
     return Cut(slot, r, c, at, adds_noise)
