@@ -689,7 +689,7 @@ MUTANTS = {
     "tracing: a parameter that the example does not reach is described": Mutant(
         "model/tracing/traced.py", "not in found.tape.touched and not found.proved", "is None", "model/test_tracing.py -k reach"),
     "tracing: a description that fails the permutation test is used": Mutant(
-        "model/tracing/traced.py", "if not (error < limit_of(model) or rounds_as_far(model, given, error)):", "if False:",
+        "model/tracing/traced.py", "if not (error < limit_of(model) or rounds_as_far(model, given, own, error)):", "if False:",
         "model/test_tracing.py -k leaves_torch"),
     "tracing: a stack is not tried with a block more": Mutant(
         "model/tracing/traced.py", "        if why is None:\n            kept", "        if True:\n            kept",
@@ -710,16 +710,30 @@ MUTANTS = {
         "model/tracing/attributes.py", "best, ranks = self._sure(powers, exact(ranks), ranks, exact, float(\"inf\"))", "pass",
         "model/test_tracing_cost.py -k by_chance"),
     "tracing: rounding decides what a number is": Mutant(
-        "model/tracing/attributes.py", "if best.error < ROUNDING or all(", "if all(", "model/test_tracing_cost.py -k does_not_decide"),
-    "tracing: equal numbers are tried one by one": Mutant(
-        "model/tracing/attributes.py", "for own in {tuple(own): 0 for own in (*equal, *named, *([g] for g in powers))}:",
-        "for own in [[g] for g in powers]:", "model/test_tracing_cost.py -k by_chance"),
+        "model/tracing/attributes.py", "if current.error < ROUNDING or {**own, **change} == own:", "if {**own, **change} == own:",
+        "model/test_tracing_cost.py -k does_not_decide"),
+    "tracing: that all numbers stay is not tried": Mutant(
+        "model/tracing/attributes.py", "changes = [{g: len(options[g]) - 1 for g in powers}]", "changes = []",
+        "model/test_tracing_cost.py -k several_numbers"),
+    "reload: a number of the config is a power of a size": Mutant(
+        "model/tracing/candidates.py", "if built is None:", "if True:", "model/test_tracing_heads.py -k literally"),
+    "stacks: a number of one block is a constant": Mutant(
+        "model/tracing/traced.py", "(len(values) > 1 or NUMBER.search(name))", "len(values) > 1", "model/test_tracing_heads.py -k hybrid"),
+    "config: numbers that follow from the depth are forgotten": Mutant(
+        "model/tracing/config.py", "numbers = not _floats(source).items() <= _floats(longer).items()", "numbers = False",
+        "model/test_tracing_heads.py -k follow_from_the_depth"),
+    "permutation: rounding is that of the source": Mutant(
+        "model/tracing/permutation.py", "after = run_mapped(model, inputs, own, {}, mode=RandomRounding(seed))",
+        "after = before", "model/test_tracing_cost.py -k chaotic"),
+    "tracing: inference tensors are traced": Mutant(
+        "model/tracing/traced.py", "with not_nan(model), torch.inference_mode(False):", "with not_nan(model):",
+        "model/test_tracing_cost.py -k inference_mode"),
     "fills: all experts have one mean": Mutant(
-        "execution/tiling.py", 'if slot == "mean row" and rows.lines is not None:', "if False:", "execution/test_lines.py"),
+        "execution/tiling.py", 'if slot == "mean row" and rows.lines:', "if False:", "execution/test_lines.py"),
     "fills: the lines of many experts are in another order": Mutant(
         "execution/axis_runs.py", "a * n + b for a in before.indices", "b * n + a for a in before.indices", "execution/test_lines.py"),
     "config: a field counts two stacks": Mutant(
-        "model/tracing/config.py", "longer_alone = _outside(longer, stack) == _outside(source, stack)", "longer_alone = True",
+        "model/tracing/config.py", "others = _outside(longer, stack) != _outside(source, stack)", "others = False",
         "model/test_tracing_heads.py -k two_stacks"),
     "config: an epsilon is any field's": Mutant(
         "model/tracing/config.py", "if base <= changed:", "if True:", "model/test_tracing_heads.py -k epsilon"),

@@ -74,9 +74,7 @@ def cut_of(rows: AxisLayout, cols: AxisLayout, r: AxisRun, c: AxisRun, rule: Rul
         r, c = r.unindexed, c.unindexed
     elif r.source == PAD:
         slot = "mean" if c.source == PAD else "mean row"
-        if (
-            slot == "mean row" and rows.lines is not None
-        ):  # the mean of an expert's rows, not of all experts'
+        if slot == "mean row" and rows.lines:  # the mean of an expert's rows, not of all experts'
             r = rows.by_line(r, device)
     else:
         slot = "mean column"

@@ -215,6 +215,64 @@ def test_a_number_that_is_a_power_of_a_size_by_chance_stays(name, large, monkeyp
     assert zoo.difference(zoo.output(model, spec.example), before) < 1e-6
 
 
+class Scaled(nn.Module):
+    """A decoder of 8 heads of 64 whose logits are divided by the root of its width: both numbers equal powers of sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm, self.head = nn.Embedding(97, 512), nn.LayerNorm(512), nn.Linear(512, 97, bias=False)  # fmt: skip
+        self.qkv, self.out, self.logits_scale, self.scale = nn.Linear(512, 1536), nn.Linear(512, 512), 512**-0.5, 64**-0.5  # fmt: skip
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        heads = (*ids.shape, -1, 64)
+        q, k, v = (z.view(heads).transpose(1, 2) for z in self.qkv(self.norm(x)).chunk(3, -1))
+        shares = (q @ k.transpose(2, 3) * self.scale).softmax(-1)
+        x = x + self.out((shares @ v).transpose(1, 2).flatten(2))
+        return self.head(x) * self.logits_scale
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["by values", "by shapes"])
+def test_several_numbers_that_are_powers_by_chance_stay(large, monkeypatch):
+    monkeypatch.setattr(hollow, "LARGE", 0 if large else 1 << 40)
+    model, ids = Scaled().double().requires_grad_(False), torch.arange(24).view(2, 12)
+    before = model(ids)
+
+    growkern.expand_inplace(
+        model, to={"hidden": 1024, "heads": 16}, spec=growkern.describe(model, inputs=ids)
+    )
+
+    assert model.scale == 64**-0.5 and zoo.difference(model(ids), before) < 1e-9
+
+
+def test_description_in_inference_mode_is_that_of_any_mode():
+    model = phi()
+    with torch.inference_mode():
+        inside = describe_by_tracing(model)
+    traced._ALIKE.clear()
+
+    outside = describe_by_tracing(phi())
+
+    assert inside.tensors == outside.tensors and inside.fixed == outside.fixed
+    assert inside.sizes == outside.sizes == growkern.describe(phi()).sizes
+
+
+def test_moved_weights_of_a_chaotic_model_round_further_than_its_own():
+    torch.manual_seed(0)
+    fields = dict(
+        d_model=256, d_ff=384, num_heads=4, d_kv=64, num_layers=5, vocab_size=97
+    )  # no scale of scores
+    model = transformers.UMT5ForConditionalGeneration(transformers.UMT5Config(**fields)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+
+    found = describe_by_tracing(model)
+
+    assert {"hidden", "ffn", "heads"} <= found.sizes.keys() - found.fixed.keys()
+
+
 @pytest.mark.parametrize("large", [False, True], ids=["by values", "by shapes"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rounding_does_not_decide_what_a_number_is(dtype, large, monkeypatch):

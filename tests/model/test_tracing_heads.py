@@ -200,3 +200,61 @@ def test_what_a_longer_or_wider_checkpoint_would_hold_is_refused_by_name(kind, e
 
     with pytest.raises(error, match=why):
         growkern.expand_inplace(model.double().eval(), to={"layers": 3})
+
+
+HYBRIDS = {
+    "Lfm2": dict(layer_types=["conv", "full_attention"], num_key_value_heads=2, block_multiple_of=8),
+    "Jamba": dict(
+        attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, mamba_d_state=8, mamba_dt_rank=6,
+        num_experts=4, num_key_value_heads=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_hybrid_blocks_have_their_own_numbers_and_caches_after_a_growth(kind):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**TINY | HYBRIDS[kind])
+    config._experts_implementation = "eager"
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).double().eval()
+    ids = torch.randint(4, 97, (2, 12))
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    before = model.generate(ids, **options)
+
+    growkern.expand_inplace(model, to={"layers": 4})
+
+    numbers = {name: m.layer_idx for name, m in model.named_modules() if hasattr(m, "layer_idx")}
+    assert len(numbers) >= 4 and all(f".{n}." in name for name, n in numbers.items())
+    assert torch.equal(model.generate(ids, **options), before)
+
+
+@pytest.mark.parametrize("hidden", [64, 48])
+def test_a_number_that_a_config_holds_literally_stays(hidden, tmp_path):
+    torch.manual_seed(0)
+    own = TINY | dict(hidden_size=hidden, embedding_multiplier=hidden**0.5, num_key_value_heads=2)
+    model = transformers.GraniteForCausalLM(transformers.GraniteConfig(**own)).double().eval()
+    ids = torch.randint(4, 97, (2, 12))
+    before = model(ids).logits
+
+    growkern.expand_inplace(model, to={"hidden": 2 * hidden, "heads": 8, "kv_heads": 4})
+
+    assert model.model.embedding_multiplier == model.config.embedding_multiplier == hidden**0.5
+    with torch.no_grad():
+        assert (saved(model, tmp_path)(ids).logits - before).abs().max() < 1e-6 * before.abs().max()
+
+
+def test_blocks_whose_numbers_follow_from_the_depth_stay():
+    ranks = dict(
+        q_lora_rank=12,
+        kv_lora_rank=10,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=10,
+        head_dim=4,
+    )
+    ranks |= dict(num_key_value_heads=4)
+    model = transformers.MiniCPM3ForCausalLM(transformers.MiniCPM3Config(**TINY | ranks))
+
+    assert (
+        "a longer model other blocks or tensors"
+        in growkern.describe(model.double()).fixed["layers"]
+    )

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 import growkern
 from growkern.errors import PlanError, UnsupportedModelError
 from growkern.model.tracing.permutation import rounds_as_far
+from growkern.model.tracing.traced import trace_model
+from growkern.model.tracing.trial import Tensors
 
 VOCAB, HIDDEN, N_LAYERS = 32, 32, 3
 IDS = torch.arange(16).view(2, 8) % VOCAB
@@ -274,8 +276,10 @@ def test_rounding_under_autocast_is_no_proof_against_a_description():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return model(IDS)
 
-    assert rounds_as_far(model, low, 2e-3) and not rounds_as_far(model, IDS, 2e-3)
-    assert not rounds_as_far(model, low, 0.1)
+    found = trace_model(model, IDS)
+    own = Tensors(found.weights, found.roles.tensors, found.roles.ties)
+    assert rounds_as_far(model, low, own, 2e-3) and not rounds_as_far(model, IDS, own, 2e-3)
+    assert not rounds_as_far(model, low, own, 0.1)
 
 
 TEXT = dict(

@@ -1,24 +1,21 @@
 """Attributes of modules that cache sizes: found by value, decided by growing a copy and following its forward."""
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import isclose
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from growkern.model.leaves import cached_sizes
-from growkern.model.size_values import Power, Size, Sum, bits_of, rounded, size_value
+from growkern.model.size_values import Power, Size, Sum, size_value
 from growkern.model.spec import ModelSpec
-from growkern.model.tracing.expressions import Expression, expressions, fit
+from growkern.model.tracing.candidates import Key, Numbers, Option, candidates
 from growkern.model.tracing.hollow import hollow, is_large, zeros
 from growkern.model.tracing.mapped_weights import is_low, mapped_distance, run_mapped
 from growkern.model.tracing.naming import Spaces
-from growkern.model.tracing.scalings import SMALL
 from growkern.model.tracing.tape import Tape
 from growkern.model.tracing.terms import Dim
 from growkern.model.tracing.trial import (
@@ -26,7 +23,6 @@ from growkern.model.tracing.trial import (
     Outcome,
     Steps,
     Tensors,
-    configs_of,
     grown_copy,
     mapped,
     run_against,
@@ -35,18 +31,11 @@ from growkern.model.tracing.trial import (
     tolerance,
 )
 from growkern.model.tracing.values import Scaling
-from growkern.support.names import named_modules
 
 TRIES = 60
 ROUNDING = (
     64 * torch.finfo(torch.float32).eps
 )  # largest relative difference that says nothing of a choice: norms are float32
-# names of attributes that are no widths, whatever their value
-OTHER = re.compile(
-    r"layer_idx|layers?$|vocab|position|_id$|max_seq|block_size|kernel|stride|padding|dilation|window|chunk|top_k|per_tok"
-)
-Key = tuple[str, str]  # (module, attribute)
-Option = Expression | Power | float
 
 
 @dataclass
@@ -68,64 +57,6 @@ class Attributes:
     fixed: dict[str, str] = field(default_factory=dict[str, str])
     scaled: set[Scaling] = field(default_factory=set[Scaling])
     tries: int = 0
-
-
-def candidates(model: nn.Module, tape: Tape, spaces: Spaces) -> dict[Key, list[Option]]:
-    """Return the attributes that hold the size of a dimension that grows -> what they may be, the likeliest first."""
-    near = expressions(tape, spaces)
-    everywhere: dict[int, Counter[Expression]] = defaultdict(Counter)
-    for own in near.values():
-        for n, count in own.items():
-            everywhere[n] += count
-    result: dict[Key, list[Option]] = {}
-    places = [(path, module, near[path]) for path, module in named_modules(model)]
-    places += [(CONFIG, config, everywhere) for config in configs_of(model) if not hasattr(config, "to_dict")]  # fmt: skip
-    for path, holder, own in places:
-        known = cached_sizes(type(holder)) if hasattr(holder, "weight") else dict[str, int]()
-        kept: Any = vars(holder).get("_non_persistent_buffers_set", ())
-        own_fields: dict[str, Any] = vars(holder) | {name: vars(holder)["_buffers"][name] for name in kept}  # fmt: skip
-        for name, held, value in _entries(own_fields, path != CONFIG):
-            near = (
-                1e-9
-                if held is value
-                else max(1e-6, torch.finfo(held.dtype).eps)
-                if isinstance(held, Tensor)
-                else 0
-            )
-            if type(value) is float and (powers := [*_powers(value, spaces.sizes, near)]):
-                result[path, name] = [*powers, value]
-            if type(value) is not int or value < 2 or name.startswith("_") or name in known or OTHER.search(name):  # fmt: skip
-                continue
-            count = own.get(value, Counter())
-            order = sorted(count, key=lambda e: (-fit(name, e), len(e), -count[e]))
-            if any(isinstance(x, str) for e in order for x in e):
-                grows = [e for e in order if any(isinstance(x, str) for x in e)]
-                named = fit(name, grows[0]) > 0 or any(value == s.dim.size for s in tape.scalings)
-                result[path, name] = [*grows, (value,)] if named else [(value,), *grows]
-    return result
-
-
-def _entries(own: Mapping[str, Any], every: bool) -> Iterator[tuple[str, Any, Any]]:
-    """Yield name, attribute and value: the number in a tensor without axes, and the last entry of a tuple or list, or every one."""
-    for name, held in own.items():
-        value = held
-        if isinstance(held, Tensor) and held.dim() == 0 and held.is_floating_point() and not held.is_meta:  # fmt: skip
-            value = float(held)
-        elif isinstance(held, tuple | list) and held:
-            *others, value = held  # pyright: ignore[reportUnknownVariableType]
-            yield from ((f"{name}[{i}]", held, x) for i, x in enumerate(others) if every)  # pyright: ignore
-        yield name, held, value
-
-
-def _powers(value: float, sizes: Mapping[str, int], near: float) -> Iterator[Power]:
-    """Yield the powers of sizes that a number is; small sizes have too many."""
-    for size, n in sizes.items():
-        yield from (
-            Power(size, p, bits=bits)
-            for p in (0.5, -0.5, -1.0)
-            for bits in (bits_of(value, n**p),)
-            if n > SMALL and isclose(value, rounded(n**p, bits), rel_tol=near)
-        )
 
 
 def trial_sizes(spaces: Spaces, grow: Sequence[str]) -> dict[str, int]:
@@ -154,13 +85,16 @@ class Search:
         tape: Its trace.
         spaces: Its spaces.
         spec: Its tensors and ties.
+        numbers: Numbers of a model that is built from the grown config.
     """
 
-    def __init__(self, model: nn.Module, inputs: Any, tape: Tape, spaces: Spaces, spec: ModelSpec) -> None:  # fmt: skip
+    def __init__(
+        self, model: nn.Module, inputs: Any, tape: Tape, spaces: Spaces, spec: ModelSpec, numbers: Numbers
+    ) -> None:  # fmt: skip
         self.model, self.inputs, self.tape, self.spaces, self.spec = model, inputs, tape, spaces, spec  # fmt: skip
         dims = {name: value.dims for name, value in tape.weights.items()}
         self.own = Tensors(dims, spec.tensors, spec.ties)
-        self.options = candidates(model, tape, spaces)
+        self.options = candidates(model, tape, spaces, numbers)
         self.groups: dict[Key, list[Key]] = defaultdict(list)  # one decision for all blocks
         for path, name in self.options:
             self.groups[re.sub(r"\.\d+", ".*", path), name].append((path, name))
@@ -251,19 +185,27 @@ class Search:
     ) -> tuple[Outcome, dict[Key, int]]:  # fmt: skip
         """Undo choices for numbers that move the output less than the limit: a number may be a power of a size by chance.
 
-        Equal numbers are tried together first, as the scale of all attention in a model.
+        That all stay is tried first, then equal numbers together, as the scale of all attention in a model.
         """
         options = {group: tuple(self.options[self.groups[group][0]]) for group in powers}
         equal = [[g for g in powers if options[g] == own] for own in dict.fromkeys(options.values())]  # fmt: skip
         named = [[g for g in own if g[1] == name] for own in equal for name in {g[1]: 0 for g in own}]  # fmt: skip
-        for own in {tuple(own): 0 for own in (*equal, *named, *([g] for g in powers))}:
-            for rank in range(len(options[own[0]])):
-                tried = {**ranks, **dict.fromkeys(own, rank)}
-                if best.error < ROUNDING or all(rank == ranks.get(group, 0) for group in own):
+        sets = [*equal, *named, *([g] for g in powers)]
+        changes = [{g: len(options[g]) - 1 for g in powers}]
+        changes += [
+            dict.fromkeys(own, rank) for own in sets for rank in range(len(options[own[0]]))
+        ]
+        # where several choices are wrong, one change alone may not show; a second turn takes every improvement
+        for share in (0.1, 1.0):
+            current, own = best, {**dict.fromkeys(powers, 0), **ranks}
+            for change in changes:
+                if current.error < ROUNDING or {**own, **change} == own:
                     continue
-                outcome = attempt(tried)
-                if passed(outcome, limit) and outcome.error < best.error / 10:
-                    best, ranks = outcome, tried
+                outcome = attempt({**own, **change})
+                if passed(outcome, limit) and outcome.error < share * current.error:
+                    current, own = outcome, {**own, **change}
+            if current.error < best.error / 10:
+                best, ranks = current, own
         return best, ranks
 
     def _steps(

@@ -18,8 +18,11 @@ from growkern.support.names import entry_of, named_modules, named_parameters, wi
 
 MORE = 8  # blocks that are added to see whether a config builds other kinds of blocks behind the source's
 OTHER_FIELDS = re.compile(
-    "vocab|position|_id$|layers?$|num_labels|theta|eps"
+    "vocab|position|_id$|layers?$|num_labels|theta|eps|image"
 )  # fields that are no widths
+
+
+NO_FORWARD = re.compile("drop|init|std")  # numbers for training and for new weights
 
 
 @dataclass
@@ -193,7 +196,7 @@ def _built(model: nn.Module, values: Mapping[_Field, object]) -> nn.Module:
         leaf, index = entry_of(f.name)
         whole = leaf == f.name
         setattr(own, leaf, value if whole else with_entry(getattr(own, leaf), index, value))  # pyright: ignore  # fmt: skip
-    with torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return type(model)(config)
 
 
@@ -248,15 +251,22 @@ def _deeper(model: nn.Module, lead: tuple[str, ...], name: str, n: int, lists: S
     except Exception:  # a field that is not the depth may raise anything
         return False
     known = base if stack.kinds else base[-1:]
-    longer_alone = _outside(longer, stack) == _outside(
-        source, stack
-    )  # one field may count two stacks
-    return longer_alone and built[:n] == base and len(built) == n + extra and all(b in known for b in built[n:])  # fmt: skip
+    # one field may count two stacks, and numbers such as a scale of residuals may follow from the depth
+    others = _outside(longer, stack) != _outside(source, stack)
+    numbers = not _floats(source).items() <= _floats(longer).items()
+    same = built[:n] == base and len(built) == n + extra and all(b in known for b in built[n:])
+    return same and not others and not numbers
 
 
 def _outside(model: nn.Module, stack: Blocks) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors that are not in a stack."""
     return {k: shape for k, shape in _shapes(model).items() if not k.startswith(f"{stack.path}.")}
+
+
+def _floats(model: nn.Module) -> dict[tuple[str, str], float]:
+    """Return the numbers that modules hold for their forward in evaluation mode."""
+    held = ((path, name, v) for path, m in named_modules(model) for name, v in vars(m).items())
+    return {(path, name): v for path, name, v in held if type(v) is float and not NO_FORWARD.search(name)}  # fmt: skip
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

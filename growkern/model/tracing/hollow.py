@@ -69,7 +69,7 @@ def hollow(name: str, t: Tensor, shape: Sequence[int]) -> Tensor:
 
 def zeros(name: str, t: Tensor, shape: Sequence[int]) -> Tensor:
     """Return zeros that take no memory."""
-    return t.new_zeros(()).expand(*shape)
+    return t.new_zeros(()).expand(tuple(shape))
 
 
 def hollow_copy(model: nn.Module) -> nn.Module:

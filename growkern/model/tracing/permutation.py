@@ -14,10 +14,7 @@ from growkern.errors import UnsupportedModelError
 from growkern.model.tracing.forward import (
     Inputs,
     distance,
-    evaluated,
-    main_output,
     modules_entered,
-    tried,
 )
 from growkern.model.tracing.mapped_weights import is_low, mapped_distance, run_mapped
 from growkern.model.tracing.naming import OUTPUT
@@ -89,18 +86,19 @@ def limit_of(model: nn.Module) -> float:
     return TOLERANCE[torch.float32] if low else tolerance(model)
 
 
-def rounds_as_far(model: nn.Module, inputs: Inputs, error: float) -> bool:
+def rounds_as_far(model: nn.Module, inputs: Inputs, own: Tensors, error: float) -> bool:
     """True for an error that rounding makes: operations of low precision, as under autocast, or a deep model need more than ``limit_of``.
 
-    The forward runs twice with results that are rounded at random. An error above ``LARGEST`` proves nothing either way.
+    The forward with moved weights runs twice with results that are rounded at random. An error above ``LARGEST`` proves nothing.
     """
-    with evaluated(model):
-        before = main_output(tried(model, inputs))
-        moved = 0.0
-        for seed in SEEDS:
-            with RandomRounding(seed):
-                after = main_output(tried(model, inputs))
-            if before is None or after is None or after.shape != before.shape:
-                return False
-            moved = max(moved, distance(after, before))
+    before, moved = run_mapped(model, inputs, own, {}), 0.0
+    for seed in SEEDS:
+        after = run_mapped(model, inputs, own, {}, mode=RandomRounding(seed))
+        if (
+            not isinstance(before, Tensor)
+            or not isinstance(after, Tensor)
+            or after.shape != before.shape
+        ):
+            return False
+        moved = max(moved, distance(after, before))
     return error < min(4 * moved, LARGEST)

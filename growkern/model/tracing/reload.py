@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from growkern.model.size_values import size_value
 from growkern.model.spec import ModelSpec
 from growkern.model.tracing.attributes import Attributes, trial_sizes
+from growkern.model.tracing.candidates import Numbers
 from growkern.model.tracing.config import Fields
 from growkern.model.tracing.forward import (
     Inputs,
@@ -23,7 +24,7 @@ from growkern.model.tracing.forward import (
     persistent_buffers,
     tried,
 )
-from growkern.model.tracing.hollow import hollow
+from growkern.model.tracing.hollow import Hollow, hollow
 from growkern.model.tracing.mapped_weights import mapped_distance, run_mapped
 from growkern.model.tracing.naming import HIDDEN, Spaces
 from growkern.model.tracing.program import Unfilled, first_difference, program_of
@@ -56,6 +57,25 @@ def merged(spaces: Spaces) -> Iterator[str]:
                 spaces.names[atom] = f"{space}.{spaces.names[atom].replace('.', '_')}"
         if same:
             yield size
+
+
+def numbers_of_grown(
+    model: nn.Module, own: Tensors, fields: Fields, sizes: Mapping[str, int]
+) -> Numbers:
+    """Return the numbers that modules of a model hold that is built from the config at other sizes."""
+    copied: Any = grown_copy(model, own, {}, hollow)
+    set_config(copied, {k: size_value(e, sizes) for k, e in fields.sizes.items()})
+    try:
+        with torch.random.fork_rng(devices=[]), Unfilled():
+            built: nn.Module = type(model)(copied.config)
+    except Exception as error:  # a config may raise anything
+        logger.debug("the grown config builds no model: %s", error)
+        return Numbers({}, sizes)
+    held = {(path, name): v for path, m in named_modules(built) for name, v in vars(m).items() if type(v) is float}  # fmt: skip
+    for full, b in named_buffers(built):
+        path, _, name = full.rpartition(".")
+        held |= {(path, name): float(b)} if b.dim() == 0 and not isinstance(b, Hollow) else {}
+    return Numbers(held, sizes)
 
 
 def not_reloaded(

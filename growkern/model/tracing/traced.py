@@ -1,12 +1,14 @@
 """A model that no family knows -> its spec, by one forward, a trial of its attributes and the permutation test."""
 
 import logging
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from growkern.distributed.shards import is_sharded
@@ -19,6 +21,7 @@ from growkern.model.tracing.attributes import (
     find_attributes,
     trial_sizes,
 )
+from growkern.model.tracing.candidates import Numbers
 from growkern.model.tracing.config import Fields, find_fields, has_config
 from growkern.model.tracing.expressions import Expression, expressions
 from growkern.model.tracing.forward import Inputs, TracingError, not_nan, persistent_buffers
@@ -27,7 +30,7 @@ from growkern.model.tracing.known import fingerprint
 from growkern.model.tracing.modes import BothModes, trains_by_other_code
 from growkern.model.tracing.naming import Spaces, name_spaces
 from growkern.model.tracing.permutation import limit_of, permutation_error, rounds_as_far
-from growkern.model.tracing.reload import merged, not_reloaded
+from growkern.model.tracing.reload import merged, not_reloaded, numbers_of_grown
 from growkern.model.tracing.roles import Roles, eps_names, find_roles
 from growkern.model.tracing.rules import trace
 from growkern.model.tracing.scalings import powers, settled
@@ -78,6 +81,9 @@ class Trace:
 
 _LOG = logging.getLogger("growkern")
 UNUSED = "the forward does not use it"
+NUMBER = re.compile(
+    r"(layer|block)_?(idx|index|id|num)"
+)  # attributes that hold the number of a block, also where one block has it
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[object, TracedSpec]] = WeakKeyDictionary()
 _ALIKE: dict[object, TracedSpec] = {}  # by fingerprint
 REMEMBERED = 16  # fingerprints
@@ -120,7 +126,7 @@ def describe_by_tracing(model: nn.Module, inputs: Inputs | None = None) -> Trace
         both = isinstance(_ALIKE[own].example, BothModes)
         spec = replace(_ALIKE[own], example=BothModes(given) if both else given)
     else:
-        with not_nan(model):
+        with not_nan(model), torch.inference_mode(False):  # inference tensors record nothing
             spec = _described(model, given, title)
     _KNOWN[model] = fingerprint(model)[0], spec  # the forward may have computed attributes
     if alike:
@@ -142,7 +148,7 @@ def _described(model: nn.Module, given: Inputs, title: str) -> TracedSpec:
     raise_all(UnsupportedModelError, title, [*_unreached(found)])
     own = Tensors(found.weights, spec.tensors, spec.ties)
     error = permutation_error(model, given, own, found.tape.output_dims)
-    if not (error < limit_of(model) or rounds_as_far(model, given, error)):
+    if not (error < limit_of(model) or rounds_as_far(model, given, own, error)):
         raise UnsupportedModelError(
             f"{title} its output moves by {error:.1e} when the coordinates of its spaces are permuted, so the trace does not see all that "
             "the forward does; pass spec=ModelSpec(...) to describe it yourself."
@@ -230,7 +236,11 @@ def spec_of(found: Trace) -> TracedSpec:
         found.proved = own.problem is None
     plain = _deepened(found, plain, own)
     stage("trying attributes", 0.2)
-    attributes = find_attributes(Search(model, found.inputs, found.tape, spaces, replace(plain, config=own.sizes)))  # fmt: skip
+    tensors = Tensors(found.weights, plain.tensors, plain.ties)
+    to = {**plain.sizes, **trial_sizes(spaces, [s for s in spaces.sizes if s not in plain.fixed])}
+    numbers = numbers_of_grown(model, tensors, own, to) if found.proved else Numbers({}, to)
+    search = Search(model, found.inputs, found.tape, spaces, replace(plain, config=own.sizes), numbers)  # fmt: skip
+    attributes = find_attributes(search)
     if own.problem and attributes.fixed:  # a grown config has only what grows
         own = _fields(found, replace(plain, fixed={**plain.fixed, **attributes.fixed}))
         found.proved = own.problem is None
@@ -238,7 +248,6 @@ def spec_of(found: Trace) -> TracedSpec:
         own.problem = f"not tried, as the forward of a model of more than {hollow.LARGE:,} parameters depends on their values"  # fmt: skip
     elif found.proved:
         stage("building a grown model from its config", 0.5)
-        tensors = Tensors(found.weights, plain.tensors, plain.ties)
         attributes.fixed |= not_reloaded(model, found.inputs, tensors, spaces, plain, own, attributes, found.tape)  # fmt: skip
     return _complete(found, plain, attributes, own)
 
@@ -358,7 +367,9 @@ def _block_numbers(found: Trace) -> dict[str, str]:
                     if type(value) is int:
                         held[rest, name][int(index)] = value
         for (rest, name), values in held.items():
-            if len(values) > 1 and all(i == value for i, value in values.items()):
+            if (len(values) > 1 or NUMBER.search(name)) and all(
+                i == value for i, value in values.items()
+            ):
                 result |= {
                     ".".join(filter(None, (stack.path, str(i), rest, name))): "block"
                     for i in values
