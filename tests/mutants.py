@@ -709,12 +709,6 @@ MUTANTS = {
     "tracing: numbers are powers by shapes": Mutant(
         "model/tracing/attributes.py", "best, ranks = self._sure(powers, exact(ranks), ranks, exact, float(\"inf\"))", "pass",
         "model/test_tracing_cost.py -k by_chance"),
-    "tracing: rounding decides what a number is": Mutant(
-        "model/tracing/attributes.py", "if current.error < ROUNDING or {**own, **change} == own:", "if {**own, **change} == own:",
-        "model/test_tracing_cost.py -k does_not_decide"),
-    "tracing: that all numbers stay is not tried": Mutant(
-        "model/tracing/attributes.py", "changes = [{g: len(options[g]) - 1 for g in powers}]", "changes = []",
-        "model/test_tracing_cost.py -k several_numbers"),
     "reload: a number of the config is a power of a size": Mutant(
         "model/tracing/candidates.py", "if built is None:", "if True:", "model/test_tracing_heads.py -k literally"),
     "stacks: a number of one block is a constant": Mutant(
@@ -730,8 +724,6 @@ MUTANTS = {
         "model/test_tracing_cost.py -k inference_mode"),
     "fills: all experts have one mean": Mutant(
         "execution/tiling.py", 'if slot == "mean row" and rows.lines:', "if False:", "execution/test_lines.py"),
-    "fills: the lines of many experts are in another order": Mutant(
-        "execution/axis_runs.py", "a * n + b for a in before.indices", "b * n + a for a in before.indices", "execution/test_lines.py"),
     "config: a field counts two stacks": Mutant(
         "model/tracing/config.py", "others = _outside(longer, stack) != _outside(source, stack)", "others = False",
         "model/test_tracing_heads.py -k two_stacks"),

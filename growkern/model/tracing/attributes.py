@@ -16,6 +16,7 @@ from growkern.model.tracing.candidates import Key, Numbers, Option, candidates
 from growkern.model.tracing.hollow import hollow, is_large, zeros
 from growkern.model.tracing.mapped_weights import is_low, mapped_distance, run_mapped
 from growkern.model.tracing.naming import Spaces
+from growkern.model.tracing.permutation import rounds_as_far
 from growkern.model.tracing.tape import Tape
 from growkern.model.tracing.terms import Dim
 from growkern.model.tracing.trial import (
@@ -134,19 +135,22 @@ class Search:
             if step is None:
                 break
             best, ranks = step
-        powers = [g for g, keys in self.groups.items() if isinstance(self.options[keys[0]][-1], float)]  # fmt: skip
+        powers = [g for g, keys in self.groups.items() if any(isinstance(o, Power) for o in self.options[keys[0]])]  # fmt: skip
         if not budget or not powers:
             return best, ranks
         if not by_shapes and not is_low(self.model):
             return self._sure(powers, best, ranks, attempt, self.limit)
+        if not passed(best, self.limit):  # its copies do not run
+            return best, ranks
 
         def exact(ranks: Mapping[Key, int]) -> Outcome:
             return replace(attempt(ranks), error=self._error(goal, ranks))
 
         best, ranks = self._sure(powers, exact(ranks), ranks, exact, float("inf"))
-        return replace(
-            best, error=0.0
-        ), ranks  # the check of a growth knows how far rounding moves outputs
+        wrong = best.error > self.limit and not rounds_as_far(
+            self.model, self.inputs, self.own, best.error
+        )
+        return (best if wrong else replace(best, error=0.0)), ranks
 
     def _goal(self, to: Mapping[str, int]) -> "_Goal":
         sizes = self.spaces.sizes | dict(to)
@@ -185,16 +189,14 @@ class Search:
     ) -> tuple[Outcome, dict[Key, int]]:  # fmt: skip
         """Undo choices for numbers that move the output less than the limit: a number may be a power of a size by chance.
 
-        That all stay is tried first, then equal numbers together, as the scale of all attention in a model.
+        Equal numbers are tried together first, as the scale of all attention in a model, and that all stay last.
         """
         options = {group: tuple(self.options[self.groups[group][0]]) for group in powers}
         equal = [[g for g in powers if options[g] == own] for own in dict.fromkeys(options.values())]  # fmt: skip
         named = [[g for g in own if g[1] == name] for own in equal for name in {g[1]: 0 for g in own}]  # fmt: skip
         sets = [*equal, *named, *([g] for g in powers)]
-        changes = [{g: len(options[g]) - 1 for g in powers}]
-        changes += [
-            dict.fromkeys(own, rank) for own in sets for rank in range(len(options[own[0]]))
-        ]
+        changes = [dict.fromkeys(own, rank) for own in sets for rank in range(len(options[own[0]]))]
+        changes.append({g: len(options[g]) - 1 for g in powers})
         # where several choices are wrong, one change alone may not show; a second turn takes every improvement
         for share in (0.1, 1.0):
             current, own = best, {**dict.fromkeys(powers, 0), **ranks}
