@@ -34,9 +34,8 @@ from growkern.model.tracing.trial import (
 from growkern.model.tracing.values import Scaling
 
 TRIES = 60
-ROUNDING = (
-    64 * torch.finfo(torch.float32).eps
-)  # largest relative difference that says nothing of a choice: norms are float32
+# largest relative difference that says nothing of a choice: norms are float32
+ROUNDING = 64 * torch.finfo(torch.float32).eps
 
 
 @dataclass

@@ -46,13 +46,13 @@ def candidates(
         spaces: Its spaces.
         numbers: Numbers of a model that is built from the grown config.
     """
-    near = expressions(tape, spaces)
+    around = expressions(tape, spaces)
     everywhere: dict[int, Counter[Expression]] = defaultdict(Counter)
-    for own in near.values():
+    for own in around.values():
         for n, count in own.items():
             everywhere[n] += count
     result: dict[Key, list[Option]] = {}
-    places = [(path, module, near[path]) for path, module in named_modules(model)]
+    places = [(path, module, around[path]) for path, module in named_modules(model)]
     places += [(CONFIG, config, everywhere) for config in configs_of(model) if not hasattr(config, "to_dict")]  # fmt: skip
     for path, holder, own in places:
         known = cached_sizes(type(holder)) if hasattr(holder, "weight") else dict[str, int]()

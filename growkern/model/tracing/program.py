@@ -68,10 +68,8 @@ class Program(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation, and note it if it takes a tensor without values."""
         op: str = func.overloadpacket.__name__
-        given: Any = (
-            (args[1:] if op == "copy_" else args),
-            kwargs or {},
-        )  # what is written over does not matter
+        read = args[1:] if op == "copy_" else args  # what is written over does not matter
+        given: Any = (read, kwargs or {})
         first = next(filter(self.written.unknown, in_operation((args, kwargs or {}))), None)
         given = None if first is None else replaced(given, self._origin)
         out = self.written.run(func, args, kwargs or {})
@@ -99,9 +97,8 @@ class Unfilled(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""
         given, op = dict[str, Any](kwargs or {}), func.overloadpacket.__name__
-        if op == "_local_scalar_dense" and isinstance(
-            args[0], Hollow
-        ):  # whether numbers are to be drawn again
+        if op == "_local_scalar_dense" and isinstance(args[0], Hollow):
+            # whether numbers are to be drawn again: no
             return torch.zeros((), dtype=args[0].dtype).item()
         if op not in NEW:
             return Written().run(func, args, given)
