@@ -187,19 +187,23 @@ def test_an_epsilon_that_not_all_norms_have_from_the_config_stays(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "error", "why"),
+    ("kind", "to", "why"),
     [
-        ("Esm", PlanError, "a longer model other blocks or tensors"),  # a head reads the attention of all layers
-        ("IBert", UnsupportedModelError, "weight_integer: the forward does not use it"),  # integers for a quantized forward
+        ("Esm", {"layers": 3}, "a longer model other blocks or tensors"),  # a head reads the attention of all layers
+        ("Esm", {"heads": 8}, "a model built from the grown config computes another function"),
+        ("IBert", {"ffn": 160}, "a model built from the grown config computes another function"),  # it has buffers like weights
     ],
 )  # fmt: skip
-def test_what_a_longer_or_wider_checkpoint_would_hold_is_refused_by_name(kind, error, why):
+def test_what_a_larger_checkpoint_would_hold_is_refused_by_name(kind, to, why):
+    own = TINY | (dict(position_embedding_type="rotary", mask_token_id=3) if kind == "Esm" else {})
     model = getattr(transformers, f"{kind}ForMaskedLM")(
-        getattr(transformers, f"{kind}Config")(**TINY)
+        getattr(transformers, f"{kind}Config")(**own)
     )
 
-    with pytest.raises(error, match=why):
-        growkern.expand_inplace(model.double().eval(), to={"layers": 3})
+    with pytest.raises(PlanError, match=why):
+        growkern.expand_inplace(model.double().eval(), to=to)
+    if kind == "Esm":
+        growkern.expand_inplace(model, to={"ffn": 160})
 
 
 HYBRIDS = {

@@ -206,8 +206,9 @@ def _differences(model: nn.Module, values: Mapping[_Field, object], spec: ModelS
         built = _built(model, values)
     except Exception:  # a wrong config may raise anything
         return len(spec.tensors) + 1
-    shapes = _shapes(built)
-    return sum(shapes.get(name) != spec.shape(name, sizes) for name in _shapes(model))
+    shapes = {name: tuple(p.shape) for name, p in named_parameters(built, remove_duplicate=False)}
+    wanted = {n for n, _ in named_parameters(model, remove_duplicate=False)}
+    return sum(shapes.get(name) != spec.shape(name, sizes) for name in wanted)
 
 
 def _depth(model: nn.Module, spec: ModelSpec, known: Fields) -> dict[str, Any]:

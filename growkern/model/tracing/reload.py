@@ -247,8 +247,11 @@ def _built(model: nn.Module, grown: Any, by_shapes: bool) -> nn.Module | None:
         _place(built, name, b.to(first.device, like.get(name, first).dtype if b.is_floating_point() else b.dtype))  # fmt: skip
     source = dict(named_parameters(model, remove_duplicate=False)) | persistent_buffers(model)
     unsaved: Any = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    saved = persistent_buffers(built)
     for name, t in {**live, **persistent_buffers(grown)}.items():
-        if name.rpartition(".")[0] not in places:
+        if name.rpartition(".")[0] not in places or (
+            name in saved and saved[name].shape != t.shape
+        ):
             return None
         if name in unsaved and by_shapes and t.shape != source[name].shape:
             return None  # a loaded model computes it anew, and its values are not known
