@@ -210,14 +210,17 @@ def expand_inplace(
         check_plan(plan, described)
         return plan
 
-    if check is None and backend != NOTHING:
-        check = traced_example(model, spec)
+    def check_of(described: ModelSpec) -> Check | None:
+        if check is not None or backend == NOTHING:
+            return check
+        return traced_example(model, described, custom=spec is not None)
+
     drop_state = (plan.state if plan else state) == "drop"
     new_rows = getattr(width, "rows", None)
     return run(
         Request(
             model, optimizers(optim), make_plan, drop_state, methods, spec=spec, backend=backend, scheduler=scheduler, ema=ema,
-            master_weights=master_weights, state_rules=state_rules, memory=memory, new_rows=new_rows, check=check,
+            master_weights=master_weights, state_rules=state_rules, memory=memory, new_rows=new_rows, check_of=check_of,
             on_progress=on_progress, init=getattr(depth, "init", None),
             block=getattr(depth, "block", None),
         )

@@ -755,7 +755,7 @@ MUTANTS = {
         "except Exception as error:\n            self._opaque",
         "model/test_tracing_cost.py -k bug_in"),
     "tracing: a growth is not checked on the traced inputs": Mutant(
-        "api.py", "        check = traced_example(model, spec)", "        check = None", "model/test_tracing.py -k wrong_attribute"),
+        "api.py", "return traced_example(model, described, custom=spec is not None)", "return None", "model/test_tracing.py -k wrong_attribute"),
     "engines: parameters that an engine owns grow": Mutant(
         "model/wrappers.py", "MANAGED.keys() & vars(p).keys()", "()", "integrations/test_engines.py -k an_engine"),
     "engines: a rank's part of a ZeroRedundancyOptimizer grows": Mutant(

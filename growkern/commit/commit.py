@@ -171,7 +171,7 @@ class _Memo(dict[int, object]):
 
 def shared_by(model: nn.Module) -> dict[int, object]:
     """Return the objects of a model that a copied block may share, by id: its configs and its modules."""
-    return {id(thing): thing for thing in (*_configs(model), *model.modules())}
+    return {id(thing): thing for thing in (*_configs(model), *(m for _, m in named_modules(model)))}
 
 
 def copied(
@@ -259,7 +259,7 @@ def check_blocks(
 
 def _configs(model: nn.Module) -> list[object]:
     """All config objects of the model and its submodules."""
-    configs = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
+    configs = {id(c): c for _, m in named_modules(model) if (c := vars(m).get("config")) is not None}
     return list(configs.values())
 
 
@@ -310,7 +310,7 @@ def _attributes(plan: GrowthPlan, model: nn.Module, undo: Undo, record: str) -> 
         }
         if parts and copies[id(config)] is not config:
             vars(copies[id(config)]).update(parts)
-    for module in model.modules():
+    for _, module in named_modules(model):
         if (config := vars(module).get("config")) is not None and copies[id(config)] is not config:
             undo.attribute(module, "config", copies[id(config)])
     for path in plan.rebuilt_modules:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from growkern.errors import UnsupportedModelError
 from growkern.support.memory import is_pinned
+from growkern.support.names import named_modules, named_parameters
 
 if TYPE_CHECKING:
     from growkern.distributed.fsdp import FullySharded
@@ -69,7 +70,7 @@ def is_sharded(t: object) -> bool:
 
 def has_shards(model: nn.Module) -> bool:
     """True for a model with a parameter that is a ``DTensor``."""
-    return any(map(is_sharded, model.parameters()))
+    return any(is_sharded(p) for _, p in named_parameters(model))
 
 
 def refuse_shards(model: nn.Module, what: str) -> None:
@@ -88,7 +89,7 @@ def _managed(model: nn.Module) -> list[Any]:
     """Return the modules to which ``fully_shard`` was applied."""
     module: Any = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(module, "FSDPModule", None)
-    return [] if kind is None else [m for m in model.modules() if isinstance(m, kind)]
+    return [] if kind is None else [m for _, m in named_modules(model) if isinstance(m, kind)]
 
 
 def reshard(model: nn.Module) -> None:

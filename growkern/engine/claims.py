@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from growkern.errors import GrowthError
+from growkern.support.names import named_parameters
 
 
 class _Claim:
@@ -43,7 +44,7 @@ def claimed(
     }
     things |= {id(optim): (optim, "its optimizer") for optim in optims}
     for module, whose in (*((m, " of one of its averages") for m in averages), (model, "")):
-        things |= {id(p): (p, f"{name}{whose}") for name, p in module.named_parameters()}
+        things |= {id(p): (p, f"{name}{whose}") for name, p in named_parameters(module)}
         things[id(module)] = module, f"the {'average' if whose else 'model'}"
     claim = _Claim(things)
     with _lock:

@@ -11,6 +11,7 @@ from torch import nn
 
 from growkern.commit.checkpoint_guard import n_growths
 from growkern.support.compiled import is_compiled
+from growkern.support.names import named_modules
 
 
 def reset_near_limit(model: nn.Module) -> bool:
@@ -28,7 +29,7 @@ def reset_near_limit(model: nn.Module) -> bool:
     dynamo: Any = sys.modules.get("torch._dynamo")
     if dynamo is None:
         return False
-    parts = any(is_compiled(module) for module in model.modules() if module is not model)
+    parts = any(is_compiled(module) for _, module in named_modules(model) if module is not model)
     if not parts and n_growths(model) % max(1, dynamo.config.recompile_limit // 2):
         return False
     return reset()

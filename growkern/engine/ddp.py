@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from growkern.distributed.shards import is_sharded
 from growkern.errors import CommitError, PlanError, UnsupportedOptimizerError
 from growkern.support.interrupts import uninterrupted
+from growkern.support.names import named_parameters
 
 BLOCK = (
     1 << 20
@@ -34,14 +35,14 @@ class Ranks:
 
     def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
         """Find the wrappers of a model among live modules; a wrapped module may contain the model as a submodule."""
-        own = {id(p) for p in model.parameters()}
+        own = {id(p): p for _, p in named_parameters(model)}
         self.model = model
         self.agreed = self.began = self.voted = False
         wrappers = (m for m in modules if isinstance(m, nn.parallel.DistributedDataParallel))
         self.wrappers: list[Any] = [
             m for m in wrappers if any(id(p) in own for p in m.parameters())
         ]
-        placed: list[Any] = [p for p in model.parameters() if is_sharded(p)]
+        placed: list[Any] = [p for p in own.values() if is_sharded(p)]
         self.meshes: list[Any] = [*{id(p.device_mesh): p.device_mesh for p in placed}.values()]
 
     @contextmanager

@@ -24,7 +24,7 @@ from growkern.errors import PlanError, UnsupportedModelError
 from growkern.model.describe import describe
 from growkern.model.spec import Blocks, ModelSpec
 from growkern.support.live_registry import Live
-from growkern.support.names import named_buffers, named_parameters
+from growkern.support.names import named_buffers, named_modules, named_parameters
 
 
 def first_blocks(model: nn.Module, spec: ModelSpec | None, given: object) -> dict[str, nn.Module]:
@@ -39,7 +39,7 @@ def first_blocks(model: nn.Module, spec: ModelSpec | None, given: object) -> dic
         PlanError: The model has no config to build a block from, or ``given`` is no module.
         UnsupportedModelError: The spec does not describe block 0, or the config has entries per block.
     """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList | nn.ModuleDict)]
+    lists = [m for _, m in named_modules(model) if isinstance(m, nn.ModuleList | nn.ModuleDict)]
     if all(map(len, lists)):
         return {}
     described = describe(model, spec, values=False)

@@ -16,7 +16,7 @@ from growkern.distributed.zero import NAME, is_zero
 from growkern.errors import PlanError, UnsupportedModelError, UnsupportedOptimizerError
 from growkern.optimizer.schedulers import driven_by
 from growkern.support.live_registry import Live, in_pass, mid_step
-from growkern.support.names import named_parameters
+from growkern.support.names import named_modules, named_parameters
 from growkern.support.wrappers import unwrapped
 
 ENGINE = "DeepSpeedEngine"  # recognized by class name, so that no framework is imported
@@ -64,8 +64,8 @@ def refuse_stale_references(
         UnsupportedModelError: A module outside the model holds one of the model's parameters (a head tied to this backbone);
             a ``DeepSpeedEngine`` around the model is alive; an average of a model of the same shapes was not passed.
     """
-    params = {id(p): name for name, p in model.named_parameters()}
-    inside = {id(m) for m in model.modules()}
+    params = {id(p): name for name, p in named_parameters(model)}
+    inside = {id(m) for _, m in named_modules(model)}
 
     def optimizers(live: Live) -> list[str]:
         own = {id(thing) for optim in optims for thing in (optim, optim.state)}
@@ -142,7 +142,7 @@ def _holder(optim: Any) -> Any:
 def _averages_like(model: nn.Module, live: Live) -> list[str]:
     """Return the class names of live averages of a model of the same shapes."""
     shapes = [(name, p.shape) for name, p in named_parameters(model)]
-    inside = {id(m) for m in model.modules()}
+    inside = {id(m) for _, m in named_modules(model)}
     return [
         type(holder).__name__
         for holder in live.modules
@@ -154,7 +154,7 @@ def _averages_like(model: nn.Module, live: Live) -> list[str]:
 
 def refuse_neighbors(model: nn.Module, optims: Sequence[Optimizer], live: Live) -> None:
     """Raise UnsupportedModelError where the optimizers also train other parts of a module around the model, which read its hidden size."""
-    own = {id(p) for p in model.parameters()}
+    own = {id(p) for _, p in named_parameters(model)}
     held = {id(p) for optim in optims for group in optim.param_groups for p in group["params"]}
     if not held - own:
         return
@@ -210,7 +210,7 @@ def _dead(
     places = {id(p) for _, group in groups for p in group["params"]}
     missing = {
         p.shape
-        for p in model.parameters()
+        for _, p in named_parameters(model)
         if p.requires_grad and id(master_weights.get(p, p)) not in places
     }
     dead: list[str] = []
@@ -249,7 +249,7 @@ def averages_of(model: nn.Module, ema: nn.Module | Sequence[nn.Module] | None) -
         )
     averages = [unwrapped(_averaged_in(average)) for average in several]
     shapes = {name: p.shape for name, p in named_parameters(model)}
-    params = [id(p) for module in (model, *averages) for p in module.parameters()]
+    params = [id(p) for module in (model, *averages) for _, p in named_parameters(module)]
     if len(set(params)) < len(params):
         raise PlanError(
             "ema: an average shares parameters with the model, or with another average; pass every average once."

@@ -38,7 +38,8 @@ class Request:
         init: The depth method's function that initializes a module of a new block in place; None for the model's own code.
         block: The depth method's block for a model without blocks; None to build the block from the config.
         first: Path of a stack without blocks -> the block that stands in for block 0 while the growth runs.
-        check: A batch, or a function from the model to its outputs, on which the grown model is compared with the source.
+        check_of: Function from the spec of ``model`` to a batch, or to a function from the model to its outputs, on which the grown model
+            is compared with the source; to None where it is not.
         split: For each optimizer, True when a recorded growth split its param groups; None to split them where ``scheduler`` follows.
         on_progress: Callback with the bytes written and the total bytes.
         undo: Writes of earlier growths that a failure of this growth rolls back too (``all_or_nothing``).
@@ -60,7 +61,7 @@ class Request:
     init: Initialize | None = None
     block: object | None = None
     first: Mapping[str, nn.Module] = field(default_factory=dict[str, nn.Module])
-    check: Check | None = None
+    check_of: Callable[[ModelSpec], Check | None] = lambda _: None
     split: Sequence[bool] | None = None
     on_progress: Progress | None = None
     undo: Undo | None = None

@@ -65,7 +65,7 @@ from growkern.support.laps import Laps
 from growkern.support.live_registry import Live
 from growkern.support.memory import Offload, keep_on_device
 from growkern.support.named_tensors import Tensors
-from growkern.support.names import named_parameters
+from growkern.support.names import named_parameters, same_modules
 
 if TYPE_CHECKING:
     from growkern.distributed.fsdp import FullySharded
@@ -80,14 +80,15 @@ def run(request: Request) -> GrowthReport:
     Raises:
         GrowthError: See ``growkern.expand_inplace``.
     """
-    refuse_mid_pass(request.model, *request.optims)
-    with (
-        uncollected(),
-        claimed(request.model, request.optims, request.ema, request.master_weights),
-    ):
-        reshard(request.model)
-        with standing_in(request) as seeded:
-            return _run(seeded)
+    with uncollected(), ExitStack() as before:  # nothing is written yet
+        before.enter_context(same_modules())
+        refuse_mid_pass(request.model, *request.optims)
+        with claimed(request.model, request.optims, request.ema, request.master_weights):
+            reshard(request.model)
+            with standing_in(request) as seeded:
+                if seeded is not request:
+                    before.close()
+                return _run(seeded, before.close)
 
 
 @contextmanager
@@ -100,7 +101,8 @@ def _full_precision() -> Generator[None]:
         yield
 
 
-def _run(request: Request) -> GrowthReport:
+def _run(request: Request, begin: Callable[[], None]) -> GrowthReport:
+    """Run a request; ``begin`` is called before the first write."""
     laps, live = Laps(), Live.now()
     ranks = Ranks(request.model, live.modules)
     with ranks.together(), torch.inference_mode(False), torch.no_grad(), _full_precision():
@@ -116,14 +118,13 @@ def _run(request: Request) -> GrowthReport:
             lifted((request.model, *averages)) as kept,
         ):
             sources = _describe(request, averages)
+            given = request.check_of(sources.spec)
             laps.end("describe")
             if ranks.meshes:  # a forward gathers
-                ranks.alike(str((request.check is None, request.backend)), "check= and backend=")
-            check = (
-                None
-                if request.check is None
-                else ForwardCheck(request.model, request.check, ranks.before_forward)
-            )
+                ranks.alike(str((given is None, request.backend)), "check= and backend=")
+            check = None
+            if given is not None:
+                check = ForwardCheck(request.model, given, ranks.before_forward)
             laps.end("check")
             plan, unmanaged = _agree_on_plan(request, sources, ranks, live, laps, shards)
             del live
@@ -131,13 +132,14 @@ def _run(request: Request) -> GrowthReport:
                 check.measure_rounding()
             staged = _stage(request, sources, plan, unmanaged, ranks)
             laps.end("cut")
+            begin()
             noted = _commit(request, sources, staged, ranks, kept, check, laps, shards, part)
             laps.end("commit")
     for optim in request.optims if plan.shrinks and not request.undo else ():
         if (scale := scale_of(optim)) is not None and not scale.scales:  # the growth is undone
             scale.detach()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        for device in {p.device for p in request.model.parameters() if p.is_cuda}:
+        for device in {p.device for _, p in named_parameters(request.model) if p.is_cuda}:
             torch.cuda.synchronize(device)
     refresh_caches(request.model)
     reset_near_limit(request.model)
@@ -212,7 +214,7 @@ def _describe(request: Request, averages: list[nn.Module]) -> _Described:
         model, optims, spec, drop=request.drop_state, state_rules=request.state_rules, master_weights=request.master_weights,
     )  # fmt: skip
     n_first = sum(p.numel() for block in request.first.values() for p in block.parameters())
-    n_params = sum(p.numel() for p in model.parameters()) - n_first
+    n_params = sum(p.numel() for _, p in named_parameters(model)) - n_first
     return _Described(spec, described, averages, n_params)
 
 
@@ -355,7 +357,7 @@ def _report(
         source_sizes=dict(plan.source_sizes),
         target_sizes=dict(plan.target_sizes),
         n_params_source=sources.n_params,
-        n_params_target=sum(p.numel() for p in request.model.parameters()),
+        n_params_target=sum(p.numel() for _, p in named_parameters(request.model)),
         new_blocks=plan.new_blocks,
         preserves="gradient"
         if plan.preserves == "trajectory" and not continued

@@ -19,7 +19,13 @@ from growkern.model.tracing.forward import Inputs
 from growkern.model.tracing.template import altered, describe_by_hint
 from growkern.model.tracing.traced import TracedSpec, describe_by_tracing, known_inputs
 from growkern.model.wrappers import wrappers
-from growkern.support.names import entry_of, named_buffers, named_modules, named_parameters
+from growkern.support.names import (
+    entry_of,
+    named_buffers,
+    named_modules,
+    named_parameters,
+    unique,
+)
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PACKAGES = "transformers", "torch"  # of the classes that families describe
@@ -148,19 +154,22 @@ def known(kind: type) -> bool:
     return own.__name__ in FAMILIES and own.__module__.partition(".")[0] in PACKAGES
 
 
-def traced_example(model: nn.Module, spec: ModelSpec | None) -> Any:
+def traced_example(model: nn.Module, spec: ModelSpec, *, custom: bool) -> Any:
     """Return the inputs on which a growth is checked that nobody asked to check; None where it is not.
 
     These are those of the traced forward, for a model that was described by tracing; and inputs made from the config, for a model of a
     family in which modules, hooks, or attributes are not those that its class builds.
+
+    Args:
+        model: The model.
+        spec: Its spec, from ``describe``.
+        custom: True for a spec of the user's.
     """
-    if spec is None and not known(type(model)):
-        spec = describe(model)
-    if spec is None:
-        kind = plain_class(type(model))
-        hint = FAMILIES[kind.__name__]
-        return known_inputs(model) if isinstance(hint, Hint) and altered(model, kind, hint) else None  # fmt: skip
-    return spec.example if isinstance(spec, TracedSpec) else None
+    if isinstance(spec, TracedSpec):
+        return spec.example
+    kind = plain_class(type(model))
+    hint = None if custom else FAMILIES.get(kind.__name__)
+    return known_inputs(model) if isinstance(hint, Hint) and altered(model, kind, hint, spec) else None  # fmt: skip
 
 
 def lacks_inputs(model: nn.Module) -> bool:
@@ -225,7 +234,7 @@ def _unfit(
     model: nn.Module, params: Mapping[str, Tensor], spec: ModelSpec, values: bool
 ) -> Iterator[str]:
     devices: dict[torch.device, str] = {}
-    for name, p in _first_names(params):
+    for name, p in unique(params.items()):
         plain = type(p.data) is Tensor and type(p) is nn.Parameter
         if not plain and not is_sharded(p):
             kind = type(p if type(p) is not nn.Parameter else p.data).__name__
@@ -253,15 +262,6 @@ def _unfit(
     if len(devices) > 1:
         places = ", ".join(f"{name} on {d}" for d, name in devices.items())
         yield f"the tensors are on several devices ({places}); move the model to one device."
-
-
-def _first_names(params: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter once, under its first name."""
-    seen = set[int]()
-    for name, p in params.items():
-        if id(p) not in seen:
-            seen.add(id(p))
-            yield name, p
 
 
 def overlaps(tensor: Tensor) -> bool:
@@ -377,7 +377,7 @@ def _directed(spec: ModelSpec, tied: str, first: str) -> tuple[str, str]:
 
 
 def _ties(params: Mapping[str, Tensor], spec: ModelSpec) -> Iterator[str]:
-    first = {id(p): name for name, p in _first_names(params)}
+    first = {id(p): name for name, p in unique(params.items())}
     storages: dict[int, str] = {}
     for name, p in params.items():
         twin = first[id(p)]

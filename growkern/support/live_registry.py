@@ -26,6 +26,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from growkern.support.names import named_modules
+
 KINDS: tuple[type[Any], ...] = (Optimizer, nn.Module, LRScheduler)
 CALLS = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}  # pyright: ignore
 _alive: dict[type, WeakValueDictionary[int, Any]] = {kind: WeakValueDictionary() for kind in KINDS}
@@ -142,7 +144,7 @@ def in_pass(model: nn.Module) -> str | None:
     """
     if torch._C._current_graph_task_id() != -1:  # pyright: ignore
         return "a backward"
-    frame, parts = _getframe(1), {id(m) for m in model.modules() if m is not model}
+    frame, parts = _getframe(1), {id(m) for _, m in named_modules(model) if m is not model}
     while frame is not None:
         if frame.f_code in CALLS and id(frame.f_locals[frame.f_code.co_varnames[0]]) in parts:
             return "a forward"

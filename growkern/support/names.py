@@ -4,13 +4,18 @@
 compares names with a spec, with plans and with records, in which no wrapper is.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 HELD = "_orig_mod", "_checkpoint_wrapped_module"  # name of the wrapped module in its wrapper
+T = TypeVar("T")
+Tree = list[tuple[str, nn.Module]]  # every path of every module, canonical
+_TREES: ContextVar[dict[int, Tree] | None] = ContextVar("trees", default=None)
 
 
 def canonical(name: str) -> str:
@@ -20,6 +25,8 @@ def canonical(name: str) -> str:
         >>> canonical("layers.0._orig_mod.weight")
         'layers.0.weight'
     """
+    if not any(map(name.__contains__, HELD)):  # most names
+        return name
     return ".".join(part for part in name.split(".") if part not in HELD)
 
 
@@ -28,22 +35,59 @@ def wrapped_in(module: nn.Module) -> nn.Module | None:
     return next((held for name in HELD if (held := module._modules.get(name)) is not None), None)  # pyright: ignore[reportPrivateUsage]
 
 
-def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:  # fmt: skip
-    """Yield the parameters as ``model.named_parameters`` does, with their canonical names."""
-    for name, p in model.named_parameters(remove_duplicate=remove_duplicate):
-        yield canonical(name), p
+@contextmanager
+def same_modules() -> Generator[None]:
+    """Walk the modules of every model once only until the block ends, in which no module is added, replaced or removed."""
+    token = _TREES.set({})
+    try:
+        yield
+    finally:
+        _TREES.reset(token)
 
 
-def named_buffers(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
-    """Yield the buffers as ``model.named_buffers`` does, with their canonical names."""
-    for name, b in model.named_buffers(remove_duplicate=remove_duplicate):
-        yield canonical(name), b
+def _tree(model: nn.Module) -> Tree:
+    known = _TREES.get()
+    if known is not None and id(model) in known:
+        return known[id(model)]
+    every: Tree = [*model.named_modules(remove_duplicate=False)]  # pyright: ignore[reportUnknownMemberType]
+    made = [(canonical(path), module) for path, module in every]
+    if known is not None:
+        known[id(model)] = made
+    return made
 
 
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:  # fmt: skip
     """Yield the modules as ``model.named_modules`` does, with their canonical names: a wrapper has the name of the module behind it."""
-    for name, module in model.named_modules(remove_duplicate=remove_duplicate):  # pyright: ignore
-        yield canonical(name), module  # pyright: ignore[reportUnknownArgumentType]
+    return unique(_tree(model)) if remove_duplicate else iter(_tree(model))
+
+
+def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:  # fmt: skip
+    """Yield the parameters as ``model.named_parameters`` does, with their canonical names."""
+    return _members(model, "_parameters", remove_duplicate)
+
+
+def named_buffers(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    """Yield the buffers as ``model.named_buffers`` does, with their canonical names."""
+    return _members(model, "_buffers", remove_duplicate)
+
+
+def _members(model: nn.Module, table: str, remove_duplicate: bool) -> Iterator[tuple[str, Any]]:
+    every = (
+        (f"{path}.{name}" if path else name, member)
+        for path, module in _tree(model)
+        for name, member in getattr(module, table).items()
+        if member is not None
+    )
+    return unique(every) if remove_duplicate else every
+
+
+def unique(named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+    """Yield every object once, under its first name."""
+    seen = set[int]()
+    for name, thing in named:
+        if id(thing) not in seen:
+            seen.add(id(thing))
+            yield name, thing
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:

@@ -65,10 +65,9 @@ def describe_by_hint(model: nn.Module, kind: type[nn.Module], hint: Hint, inputs
     return stretched(*_template(model, kind, hint, inputs))
 
 
-def altered(model: nn.Module, kind: type[nn.Module], hint: Hint) -> str | None:
-    """Return where a live model differs from what its class builds of its config; None if it does not."""
-    found = _template(model, kind, hint, None)
-    return next(alterations(found[0], model, stretched(*found)), None)
+def altered(model: nn.Module, kind: type[nn.Module], hint: Hint, spec: ModelSpec) -> str | None:
+    """Return where a live model differs from what its class builds of its config; None if it does not. ``spec``: its spec."""
+    return next(alterations(_template(model, kind, hint, None)[0], model, spec), None)
 
 
 Found = tuple[Template, nn.Module, Hint, dict[str, int]]
