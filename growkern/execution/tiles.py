@@ -4,7 +4,7 @@ A tile is copied from the source to all its places in the target, or holds pads:
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from math import inf, prod
 from typing import NamedTuple
 
@@ -62,7 +62,8 @@ class Tiler:
         self.plan, self.given = plan, given
         self.n_read = 0  # bytes read for statistics of sources
         self.finite_only = False  # True when means are of the elements that are finite
-        self.statistics: list[tuple[Tensor, Tensor]] = []  # target, and a mean or rows that it has
+        # jobs, and of each a mean or rows that its target has
+        self.statistics: list[tuple[Sequence[Job], list[Tensor]]] = []
         self._equal: dict[AxisMap, AxisMap] = {}
         self._axes = {key: self._equal.setdefault(axis, axis) for key, axis in plan.axes.items()}
         self._axis_layouts: dict[tuple[object, ...], AxisLayout] = {}
@@ -104,69 +105,81 @@ class Tiler:
     def groups(self, jobs: Iterable[Job]) -> list[Group]:
         """Cut target tensors (weights, gradients, state) by their rules; tensors that are cut alike share their pieces."""
         groups: dict[tuple[object, ...], Group] = {}
+        alike: dict[tuple[object, ...], list[Job]] = defaultdict(list)
         for job in jobs:
-            row, src, dst, rule, _, box, _ = job
-            place = None
-            if row.constant is not None:
-                into, tiling = dst.view(prod(dst.shape[:-1]), prod(dst.shape[-1:])), None
-                read, noise = [self._constant(row.constant, dst)], None
-            else:
-                tiling = self._tiling(row, rule, src.device, arithmetic(dst.dtype))
-                place = self.place(job)
-                shape = tiling.target if place is None else (place[0][1], place[1][1])
+            tiling = None if job.row.constant is not None else self._tiling_of(job)
+            alike[id(tiling), job.source.dtype, job.target.dtype, job.mean is None].append(job)
+        for members in alike.values():
+            constant = members[0].row.constant is not None
+            tiling = None if constant else self._tiling_of(members[0])
+            reads = map(self._constant_of, members) if tiling is None else self._reads(members, tiling)
+            for job, (read, noise) in zip(members, reads, strict=True):
+                place, dst, shape = self.place(job), job.target, None
+                if tiling is None:
+                    shape = prod(dst.shape[:-1]), prod(dst.shape[-1:])
+                else:
+                    shape = tiling.target if place is None else (place[0][1], place[1][1])
                 into = _matrix(dst, shape)
-                read, noise = self._read(job, tiling)
-            layouts = ((t.shape, t.stride(), t.data_ptr() % 16, t.dtype, t.device) for t in (into, *read))  # fmt: skip
-            key = id(tiling), box, *layouts
-            group = groups.get(key)
-            if group is None:
-                pieces, origins = _pieces(tiling, into, read, noise, place)
-                groups[key] = group = Group(pieces, origins, [], [], [])
-            group.targets.append(into)
-            group.sources.append(read)
-            group.noises.append(noise)
+                layouts = ((t.shape, t.stride(), t.data_ptr() % 16, t.dtype, t.device) for t in (into, *read))  # fmt: skip
+                key = id(tiling), job.box, *layouts
+                group = groups.get(key)
+                if group is None:
+                    pieces, origins = _pieces(tiling, into, read, noise, place)
+                    groups[key] = group = Group(pieces, origins, [], [], [])
+                group.targets.append(into)
+                group.sources.append(read)
+                group.noises.append(noise)
         return [*groups.values()]
 
-    def _read(self, job: Job, tiling: Tiling) -> tuple[list[Tensor], Noise | None]:
-        """Return the tensors that a target is written from, in the order of ``tiling.slots``, and its noise."""
-        row, src, dst, _, next_layer, *_ = job
-        following = None if row.next_layer_source is None else next_layer
-        for axis in tiling.centered:
-            self.n_read += 2 * src.numel() * src.element_size()
-            src = src - src.mean(axis, keepdim=True)
-            if following is not None:
-                following = following - following.mean(axis, keepdim=True)
-        source, dtype = _matrix(src, tiling.source), arithmetic(dst.dtype)
-        fills, read = None, list[Tensor]()
+    def _reads(
+        self, jobs: Sequence[Job], tiling: Tiling
+    ) -> Iterator[tuple[list[Tensor], Noise | None]]:
+        """Yield the tensors that each target is written from, in the order of ``tiling.slots``, and its noise."""
+        pairs = [self._sources(job, tiling) for job in jobs]
+        sources, first, dtype = [own for own, _ in pairs], pairs[0][0], arithmetic(jobs[0].target.dtype)
+        fills = Fills(
+            [job.row.source for job in jobs], sources, tiling.rows, tiling.cols,
+            lambda layout: self._shares(layout, dtype, first.device), self.given, finite_only=self.finite_only,
+        )  # fmt: skip
+        columns: list[list[Tensor]] = []
         for slot in tiling.slots:
             if slot == "source":
-                read.append(source)
+                columns.append(sources)
             elif slot == "next layer":
-                read.append(source if following is None else _matrix(following, tiling.source))
+                columns.append([above for _, above in pairs])
             elif slot == "zero":
-                read.append(self._constant(0.0, src))
-            elif slot == MEAN and job.mean is not None:
-                read.append(job.mean.view(1, 1))
+                columns.append([self._constant(0.0, first)] * len(jobs))
+            elif slot == MEAN and jobs[0].mean is not None:
+                columns.append([job.mean.view(1, 1) for job in jobs if job.mean is not None])
             else:
-                if fills is None:
-                    fills = Fills(
-                        row.source, source, tiling.rows, tiling.cols,
-                        lambda layout: self._shares(layout, dtype, source.device),
-                        self.given, finite_only=self.finite_only,
-                    )  # fmt: skip
-                read.append(fills.of(slot))
-        if fills is not None:
-            self.n_read += fills.n_statistics * source.numel() * source.element_size()
-            self.statistics += [(dst, statistic) for statistic in fills.statistics]
-        if not tiling.adds_noise:
-            return read, None
+                columns.append(fills.of(slot))
+        self.n_read += fills.n_statistics * sum(source.nbytes for source in sources)
+        self.statistics += [(jobs, made) for made in fills.statistics]
+        for i, (job, source) in enumerate(zip(jobs, sources, strict=True)):
+            noise = self._noise(job, source) if tiling.adds_noise else None
+            yield [column[i] for column in columns], noise
+
+    def _sources(self, job: Job, tiling: Tiling) -> tuple[Tensor, Tensor]:
+        """Return the source of a job and the next layer's as matrices, centered where the tiling says so."""
+        own, above = job.source, job.source
+        if job.row.next_layer_source is not None and job.next_layer is not None:
+            above = job.next_layer
+        same = above is own
+        for axis in tiling.centered:
+            self.n_read += 2 * own.nbytes
+            own, above = (t - t.mean(axis, keepdim=True) for t in (own, above))
+        own = _matrix(own, tiling.source)
+        return own, own if same else _matrix(above, tiling.source)
+
+    def _noise(self, job: Job, source: Tensor) -> Noise:
+        row, dtype = job.row, arithmetic(job.target.dtype)
         std = self.stds.get(row.source)
         if std is None:  # a weight that is centered first
-            self.n_read += 2 * source.numel() * source.element_size()
+            self.n_read += 2 * source.nbytes
             (rms,) = roots_of_mean_squares([source])
             std = self.stds[row.source] = _std(rms, dtype)
         keys = reference.axis_keys(self.plan.seed, reference.tensor_id(row.name))
-        return read, Noise(std.to(dtype), keys)
+        return Noise(std.to(dtype), keys)
 
     def reach(self, row: TensorRow, source: Tensor, target: Tensor, rule: Rule) -> Reach:
         """Return how far a job can change the size of an element; infinitely far if its weight is centered first."""
@@ -179,11 +192,9 @@ class Tiler:
         Raises:
             UnsupportedModelError: The target is no rectangle of this matrix.
         """
-        row, source, target, rule, _, box, _ = job
-        if box is None or row.constant is not None:
+        if job.box is None or job.row.constant is not None:
             return None
-        tiling = self._tiling(row, rule, source.device, arithmetic(target.dtype))
-        return box.rectangle(tiling.n_row_axes)
+        return job.box.rectangle(self._tiling_of(job).n_row_axes)
 
     def reads_all(self, job: Job) -> bool:
         """True when ``groups`` reads all elements of a job's source: for statistics, or for a noise scale that is not known."""
@@ -217,6 +228,9 @@ class Tiler:
     def std(self, row: TensorRow) -> Tensor:
         """Return the noise scale of a weight that was cut into pieces with noise."""
         return self.stds[row.source]
+
+    def _tiling_of(self, job: Job) -> Tiling:
+        return self._tiling(job.row, job.rule, job.source.device, arithmetic(job.target.dtype))
 
     def _tiling(
         self, row: TensorRow, rule: Rule, device: torch.device, dtype: torch.dtype
@@ -300,6 +314,10 @@ class Tiler:
         if key not in self._uploaded:
             self._uploaded[key] = torch.tensor(layout.shares, dtype=dtype, device=device)
         return self._uploaded[key]
+
+    def _constant_of(self, job: Job) -> tuple[list[Tensor], None]:
+        assert job.row.constant is not None, "the caller has asked"
+        return [self._constant(job.row.constant, job.target)], None
 
     def _constant(self, value: float, like: Tensor) -> Tensor:
         key = value, like.dtype, like.device
