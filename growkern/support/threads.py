@@ -5,7 +5,8 @@ that is lost for milliseconds; threads with work of their own wait once, at the 
 """
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from queue import Queue
 from typing import TypeVar
 
@@ -16,6 +17,17 @@ PER_CORE = 2  # threads; where other processes use the cores, a second one is fa
 AHEAD = 2  # items per thread that wait for it
 CHUNK = 1 << 18  # elements per item on a CPU: temporaries fit in cache, and every thread has work
 LARGE = 1 << 24  # bytes of work from which threads pay
+
+
+@contextmanager
+def one_thread() -> Generator[None]:
+    """Run torch's operators in the caller's thread alone, as suits small tensors: see above."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n)
 
 
 def run_each(

@@ -10,6 +10,7 @@ from torch import nn
 
 from growkern.model.hints import Hint
 from growkern.support.names import named_modules, named_parameters
+from growkern.support.threads import one_thread
 
 # two sets of sizes: what has a size in both sets has it because of the size
 # hidden is a multiple of heads, and a quarter of head_dim, which RoPE may rotate, has two halves
@@ -120,11 +121,11 @@ def small_config(config: Any, hint: Hint, sizes: Mapping[str, int]) -> Any:
 
 @contextmanager
 def plain_torch() -> Generator[None]:
-    """Make tensors on the CPU and in float64 whatever the caller's defaults are, and leave the caller's random state as it is."""
+    """Make small tensors on the CPU and in float64 whatever the caller's defaults are, and leave the caller's random state as it is."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.random.fork_rng(devices=[]), _on_cpu():
+        with one_thread(), torch.random.fork_rng(devices=[]), _on_cpu():
             torch.manual_seed(0)
             yield
     finally:
