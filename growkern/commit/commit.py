@@ -17,6 +17,7 @@ from growkern.commit.undo import Undo
 from growkern.distributed.shards import local, own_part, without_fsdp
 from growkern.errors import CommitError, UnsupportedModelError
 from growkern.model import initial
+from growkern.planning.decisions import BlockRow
 from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.support.compiled import compile_alike, contexts, decorator_of, is_compiled
 from growkern.support.interrupts import uninterrupted
@@ -27,6 +28,7 @@ from growkern.support.names import (
     named_buffers,
     named_modules,
     named_parameters,
+    same_modules,
     submodule,
     with_entry,
 )
@@ -98,27 +100,33 @@ def _model(
     shards: "FullySharded | None" = None,
 ) -> None:
     """Write one model and its optimizers."""
-    source = dict(named_parameters(model, remove_duplicate=False))
-    rows, fresh = {row.name: row for row in plan.tensors}, Tensors()
-    owners = {name: target for target in targets for name in target.described.names}
-    for staged in parts:
-        _values([rows[name] for name in staged.values], staged, model, source, owners, undo)
-        fresh.values |= {k: v for k, v in staged.values.items() if rows[k].new}
-        fresh.states |= {k: v for k, v in staged.states.items() if rows[k].new}
-        del staged
-        if held:
-            raise KeyboardInterrupt
-    for path in plan.stacks:
+    with same_modules(model):
+        source = dict(named_parameters(model, remove_duplicate=False))
+        rows, fresh = {row.name: row for row in plan.tensors}, Tensors()
+        owners = {name: target for target in targets for name in target.described.names}
+        for staged in parts:
+            _values([rows[name] for name in staged.values], staged, model, source, owners, undo)
+            fresh.values |= {k: v for k, v in staged.values.items() if rows[k].new}
+            fresh.states |= {k: v for k, v in staged.states.items() if rows[k].new}
+            del staged
+            if held:
+                raise KeyboardInterrupt
+    for path, order in plan.stacks.items():
+        held_blocks = model.get_submodule(path)._modules  # pyright: ignore[reportPrivateUsage]
+        if [*order] == [BlockRow(i) for i in range(len(held_blocks))]:
+            continue
         blocks = _new_blocks(plan, path, fresh, model, shards)
-        container = model.get_submodule(path)
-        undo.set_dict(container._modules, {str(i): block for i, block in enumerate(blocks)})  # pyright: ignore[reportPrivateUsage]
+        undo.set_dict(held_blocks, {str(i): block for i, block in enumerate(blocks)})
     if shards is not None:
         shards.join(undo.set_list)
-    _attributes(plan, model, undo, record)
-    _draw(plan, model, init)
-    _guard(plan, model, targets, undo, record)
-    params = dict(named_parameters(model, remove_duplicate=False))
-    names = {canonical(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
+    with same_modules(model):
+        _attributes(plan, model, undo, record)
+        _draw(plan, model, init)
+        _guard(plan, model, targets, undo, record)
+        params = dict(named_parameters(model, remove_duplicate=False))
+    names = dict[str, str]()
+    if any("param_names" in group for target in targets for group in target.optim.param_groups):
+        names = {canonical(n): n for n, _ in model.named_parameters(remove_duplicate=False)}
     for target in targets:
         grow_optimizer(plan, fresh, target, source, params, undo, names)
 

@@ -17,6 +17,7 @@ from growkern.support.names import named_modules, named_parameters
 if TYPE_CHECKING:
     from growkern.distributed.fsdp import FullySharded
 
+PLAIN = Tensor, nn.Parameter
 Range = tuple[int, int]  # first coordinate, number of coordinates
 
 
@@ -64,6 +65,8 @@ class Box(NamedTuple):
 
 def is_sharded(t: object) -> bool:
     """True for a ``DTensor``; its module is imported with the first of them."""
+    if type(t) in PLAIN:  # most tensors
+        return False
     module: Any = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
@@ -146,8 +149,10 @@ def without_fsdp(model: nn.Module) -> AbstractContextManager[None]:
 
 def local(t: Tensor) -> Tensor:
     """Return the part of a tensor that this process holds, in the tensor's own memory; a plain tensor is its own part."""
+    if not is_sharded(t):
+        return t
     with torch.no_grad():
-        return t.to_local() if is_sharded(t) else t  # pyright: ignore
+        return t.to_local()  # pyright: ignore
 
 
 def box_of(like: Any, shape: Sequence[int]) -> Box:

@@ -11,7 +11,7 @@ from growkern.distributed.shards import box_of, is_sharded, local, n_parts
 from growkern.execution.measures import CHUNK, MOST, norms_of
 from growkern.optimizer.update_scale import UpdateScale
 from growkern.planning.axis_scales import squares_of
-from growkern.planning.growth_plan import AxisMap, GrowthPlan
+from growkern.planning.growth_plan import GrowthPlan, TensorRow
 from growkern.planning.vector import Vector
 from growkern.support.dtypes import arithmetic
 from growkern.support.named_tensors import Tensors
@@ -76,27 +76,29 @@ def grad_norm_factor(
 def _shares_of(plan: GrowthPlan) -> dict[str, tuple[bool, list[Shares]]]:
     """Return, per source tensor, whether the target has it, and the shares of its copies in each tensor that copies it."""
     found: dict[str, tuple[bool, list[Shares]]] = {}
-    squares: dict[AxisMap, Vector] = {}
+    squares: dict[tuple[object, ...], Shares] = {}  # of rows with these axes and factors
 
-    def square(axis: AxisMap) -> Vector:
-        if axis not in squares:
-            squares[axis] = squares_of(axis.index_map, axis.grad_scale)
-        return squares[axis]
+    def shares_of(row: TensorRow) -> Shares:
+        key = row.axes, row.factor, row.grad_factor
+        if key not in squares:
+            axes = plan.axis_maps(row)
+            squares[key] = tuple(squares_of(axis.index_map, axis.grad_scale) for axis in axes)
+        return squares[key]
 
-    def add(name: str, own: bool, shares: list[Vector]) -> None:
+    def add(name: str, own: bool, shares: Shares) -> None:
         known, several = found.get(name, (False, []))
-        found[name] = known or own, [*several, tuple(shares)]
+        found[name] = known or own, [*several, shares]
 
     for row in plan.tensors:
         if row.new or row.constant is not None:
             continue
-        axes, at = plan.axis_maps(row), row.next_layer_axis
-        shares = [square(axis) for axis in axes]
+        shares, at = shares_of(row), row.next_layer_axis
         if row.next_layer_source is not None:
-            first = squares_of(axes[at].index_map.first_copies(), axes[at].grad_scale)
+            axis = plan.axis_maps(row)[at]
+            first = squares_of(axis.index_map.first_copies(), axis.grad_scale)
             later = shares[at].zip(first, lambda every, one: every - one)
-            add(row.next_layer_source, False, [*shares[:at], later, *shares[at + 1 :]])
-            shares[at] = first
+            add(row.next_layer_source, False, (*shares[:at], later, *shares[at + 1 :]))
+            shares = *shares[:at], first, *shares[at + 1 :]
         add(row.source, True, shares)
     return found
 

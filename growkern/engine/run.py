@@ -81,7 +81,7 @@ def run(request: Request) -> GrowthReport:
         GrowthError: See ``growkern.expand_inplace``.
     """
     with uncollected(), ExitStack() as before:  # nothing is written yet
-        before.enter_context(same_modules())
+        before.enter_context(same_modules(request.model))
         refuse_mid_pass(request.model, *request.optims)
         with claimed(request.model, request.optims, request.ema, request.master_weights):
             reshard(request.model)

@@ -232,8 +232,9 @@ class Execution:
         for row in tensor_set.tensors:
             if not (state := staged.states.get(row.name)):
                 continue
-            before = self.sources.states[row.source]
-            for key in [key for key in state if is_coded(before.get(key))]:
+            before, rules = self.sources.states[row.source], self.rules(row.source)
+            quantized = (key for key in state if (rule := rules.get(key)) and rule.quantized)
+            for key in [key for key in quantized if is_coded(before.get(key))]:
                 values, scales, code = (
                     x for x in (state[key], state[scale_key(key)], before[f"qmap{key[-1]}"])
                     if isinstance(x, Tensor)

@@ -59,8 +59,8 @@ KernelOf = Callable[[torch.device], SumsOf | None]
 
 def roots_of_mean_squares(
     tensors: Sequence[Tensor], kernel: SumsOf | None = None, gather: Gather | None = None
-) -> list[Tensor]:
-    """Return the root mean square of each tensor, float64 (), the same bits on every device and in every order of summation.
+) -> Tensor:
+    """Return the root mean square of each tensor, float64 (n,), the same bits on every device and in every order of summation.
 
     All tensors have one device, one dtype and one placement. Elements are rounded to whole multiples of a power of two, at most 2**10 of
     them: the sum of up to 2**33 squares is exact, also as the sum of the sums of all processes.
@@ -87,7 +87,7 @@ def roots_of_mean_squares(
         sums = kernel(tensors, inverses).to(torch.float64).where(largest.isfinite(), largest)
     else:
         sums = _sums_of_squares(tensors, inverses)
-    return [*((of_all(sums).sum(0) / counts).sqrt() * units).unbind()]
+    return (of_all(sums).sum(0) / counts).sqrt() * units
 
 
 def _largest(tensors: Sequence[Tensor]) -> Tensor:

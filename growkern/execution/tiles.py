@@ -68,7 +68,7 @@ class Tiler:
         self._axes = {key: self._equal.setdefault(axis, axis) for key, axis in plan.axes.items()}
         self._axis_layouts: dict[tuple[object, ...], AxisLayout] = {}
         self._tilings: dict[tuple[object, ...], Tiling] = {}
-        self._tilings_of: dict[tuple[object, ...], tuple[Rule, Tiling]] = {}
+        self._tilings_of: dict[tuple[object, ...], tuple[TensorRow, Rule, Tiling]] = {}
         self._axis_runs: dict[tuple[object, ...], list[AxisRun]] = {}
         self.stds: dict[str, Tensor] = {}
         self._means: dict[tuple[AxisMap, Rule], AxisMap] = {}
@@ -98,38 +98,41 @@ class Tiler:
         for by_name in noisy.values():
             sources = list(by_name.values())
             roots = roots_of_mean_squares(sources, kernel(sources[0].device), gather)
-            dtype = arithmetic(sources[0].dtype)
-            self.stds |= {name: _std(rms, dtype) for name, rms in zip(by_name, roots, strict=True)}
+            stds = _std(roots, arithmetic(sources[0].dtype)).unbind()
+            self.stds |= zip(by_name, stds, strict=True)
             self.n_read += 2 * sum(local(source).nbytes for source in sources)
 
     def groups(self, jobs: Iterable[Job]) -> list[Group]:
         """Cut target tensors (weights, gradients, state) by their rules; tensors that are cut alike share their pieces."""
-        groups: dict[tuple[object, ...], Group] = {}
         alike: dict[tuple[object, ...], list[Job]] = defaultdict(list)
         for job in jobs:
             tiling = None if job.row.constant is not None else self._tiling_of(job)
-            alike[id(tiling), job.source.dtype, job.target.dtype, job.mean is None].append(job)
-        for members in alike.values():
-            constant = members[0].row.constant is not None
-            tiling = None if constant else self._tiling_of(members[0])
-            reads = map(self._constant_of, members) if tiling is None else self._reads(members, tiling)
-            for job, (read, noise) in zip(members, reads, strict=True):
-                place, dst, shape = self.place(job), job.target, None
-                if tiling is None:
-                    shape = prod(dst.shape[:-1]), prod(dst.shape[-1:])
-                else:
-                    shape = tiling.target if place is None else (place[0][1], place[1][1])
-                into = _matrix(dst, shape)
-                layouts = ((t.shape, t.stride(), t.data_ptr() % 16, t.dtype, t.device) for t in (into, *read))  # fmt: skip
-                key = id(tiling), job.box, *layouts
-                group = groups.get(key)
-                if group is None:
-                    pieces, origins = _pieces(tiling, into, read, noise, place)
-                    groups[key] = group = Group(pieces, origins, [], [], [])
-                group.targets.append(into)
-                group.sources.append(read)
-                group.noises.append(noise)
-        return [*groups.values()]
+            of = job.source if tiling else job.target
+            alike[id(tiling), of.device, of.dtype, job.target.dtype, job.row.constant, job.mean is None].append(job)
+        return [group for members in alike.values() for group in self._groups(members)]
+
+    def _groups(self, jobs: Sequence[Job]) -> Iterable[Group]:
+        """Cut targets of one tiling, or of one constant, whose strides and alignments may differ."""
+        groups: dict[tuple[object, ...], Group] = {}
+        tiling, reads = None, map(self._constant_of, jobs)
+        if jobs[0].row.constant is None:
+            tiling = self._tiling_of(jobs[0])
+            reads = self._reads(jobs, tiling)
+        for job, (read, noise) in zip(jobs, reads, strict=True):
+            place, dst = self.place(job), job.target
+            shape = prod(dst.shape[:-1]), prod(dst.shape[-1:])
+            if tiling is not None:
+                shape = tiling.target if place is None else (place[0][1], place[1][1])
+            into = _matrix(dst, shape)
+            key = job.box, shape, *((t.stride(), t.data_ptr() % 16) for t in (into, *read))
+            group = groups.get(key)
+            if group is None:
+                pieces, origins = _pieces(tiling, into, read, noise, place)
+                groups[key] = group = Group(pieces, origins, [], [], [])
+            group.targets.append(into)
+            group.sources.append(read)
+            group.noises.append(noise)
+        return groups.values()
 
     def _reads(
         self, jobs: Sequence[Job], tiling: Tiling
@@ -176,8 +179,7 @@ class Tiler:
         std = self.stds.get(row.source)
         if std is None:  # a weight that is centered first
             self.n_read += 2 * source.nbytes
-            (rms,) = roots_of_mean_squares([source])
-            std = self.stds[row.source] = _std(rms, dtype)
+            std = self.stds[row.source] = _std(roots_of_mean_squares([source])[0], dtype)
         keys = reference.axis_keys(self.plan.seed, reference.tensor_id(row.name))
         return Noise(std.to(dtype), keys)
 
@@ -236,9 +238,9 @@ class Tiler:
         self, row: TensorRow, rule: Rule, device: torch.device, dtype: torch.dtype
     ) -> Tiling:
         """Return the tiling of tensors with the row's axes, computed once."""
-        mixed = None if row.next_layer_source is None else row.next_layer_axis
-        own = row.axes, row.factor, row.grad_factor, mixed, id(rule), device, dtype
+        own = id(row), id(rule), device, dtype
         if (known := self._tilings_of.get(own)) is None:
+            mixed = None if row.next_layer_source is None else row.next_layer_axis
             axes = tuple(map(self._axes.__getitem__, row.axes))  # shared by blocks
             if row.factor != 1 or row.grad_factor != 1:
                 scaled = axes[0].times(row.factor, row.grad_factor)
@@ -246,8 +248,8 @@ class Tiler:
             key = tuple(map(id, axes)), mixed, id(rule), device, dtype
             if (tiling := self._tilings.get(key)) is None:
                 tiling = self._tilings[key] = self._tiled(axes, mixed, rule, device, dtype)
-            known = self._tilings_of[own] = rule, tiling  # the rule is kept: its id is in the keys
-        return known[1]
+            known = self._tilings_of[own] = row, rule, tiling  # kept: their ids are in the keys
+        return known[-1]
 
     def _tiled(
         self, axes: tuple[AxisMap, ...], mixed_axis: int | None, rule: Rule, device: torch.device, dtype: torch.dtype
@@ -360,5 +362,5 @@ def _matrix(tensor: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _std(rms: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the noise scale of a weight: its root mean square, rounded to bfloat16."""
+    """Return the noise scale of weights: their root mean squares, rounded to bfloat16."""
     return rms.to(torch.bfloat16).to(dtype) / reference.BYTES_STD

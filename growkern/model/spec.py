@@ -273,6 +273,12 @@ class ModelSpec:
         return kinds
 
     @cached_property
+    def sandwiched(self) -> bool:
+        """True when a norm writes a stream that a norm reads."""
+        read = {norm.reads for _, _, norm in self.norms()}
+        return any(str(axis.segments[0][0]) in read for _, axis, _ in self.norms())
+
+    @cached_property
     def squares_kept(self) -> set[str]:
         """Spaces whose streams keep their mean square in a growth, as a norm has no gain to correct, or an epsilon that cannot change."""
         fixed = {norm.reads for _, _, norm in self.norms() if norm.eps is None}

@@ -43,7 +43,12 @@ def wrappers(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[str]:
         for kind in own.__mro__:
             if kind.__name__ in WRAPPERS:
                 by_remedy.setdefault(WRAPPERS[kind.__name__], f"{name} is a {kind.__name__}")
-    params = {name: p for path, m in modules for name, p in m.named_parameters(path, recurse=False)}
+    params = {
+        f"{path}.{name}".lstrip("."): p
+        for path, m in modules
+        for name, p in m._parameters.items()  # pyright: ignore[reportPrivateUsage]
+        if p is not None
+    }
     for name, p in params.items():
         for engine, way_out in (MANAGED[a] for a in MANAGED.keys() & vars(p).keys()):
             by_remedy.setdefault(way_out, f"{name}: a {engine} owns the parameter")

@@ -257,7 +257,8 @@ def _along(
             index = torch.tensor(index_map.indices, device=like.device)
             old = torch.where(index == PAD, old.mean(), old[index.clamp(min=0)])
         new = news[i] if news else Vector.full(1.0, index_map.n_target)
-        uniform = new.uniform
-        vector = torch.tensor(new.expanded(), dtype=arithmetic(like.dtype), device=like.device)
-        factors.append(old * (vector if uniform is None else uniform))
+        added: Factor | None = new.uniform
+        if added is None:
+            added = torch.tensor(new.expanded(), dtype=arithmetic(like.dtype), device=like.device)
+        factors.append(old * added)
     return tuple(factors)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from math import prod
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from growkern.errors import PlanError, raise_all
@@ -258,10 +259,19 @@ class GrowthPlan:
         Args:
             row: One of ``tensors``.
         """
-        axes = self.axis_maps(row)
-        return _product([axis.weight_scale.uniform for axis in axes]), _product(
-            [axis.grad_scale.uniform for axis in axes]
-        )
+        key = row.axes, row.factor, row.grad_factor
+        if (known := self._scales.get(key)) is None:
+            axes = self.axis_maps(row)
+            known = _product([axis.weight_scale.uniform for axis in axes]), _product(
+                [axis.grad_scale.uniform for axis in axes]
+            )
+            self._scales[key] = known
+        return known
+
+    @cached_property
+    def _scales(self) -> dict[tuple[object, ...], tuple[float | None, float | None]]:
+        """Scales by axes and factors, as far as they were asked for."""
+        return {}
 
     def changes(self, row: TensorRow) -> bool:
         """True when the growth changes the tensor or makes a new one.
@@ -332,14 +342,21 @@ class GrowthPlan:
 
 
 def _fields(record: Any) -> dict[str, Any]:
-    values = ((key, getattr(record, name)) for name, key in _keys(record.__class__))
-    return {key: value for key, value in values if key not in OMITTED or OMITTED[key] != value}
+    keys, values_of, omitted = _keys(record.__class__)
+    values: dict[str, Any] = dict(zip(keys, values_of(record), strict=True))
+    for key in omitted:
+        if values[key] == OMITTED[key]:
+            del values[key]
+    return values
 
 
 @cache
-def _keys(kind: Any) -> list[tuple[str, str]]:
-    """Return name and JSON key of every field of a class."""
-    return [(field.name, JSON_NAMES.get(field.name, field.name)) for field in fields(kind)]
+def _keys(kind: Any) -> tuple[list[str], Callable[[Any], tuple[Any, ...]], list[str]]:
+    """Return the JSON keys of all fields of a class, a function that returns their values, and the keys that may be left out."""
+    names = [field.name for field in fields(kind)]
+    keys = [JSON_NAMES.get(name, name) for name in names]
+    several = attrgetter(*names, names[0])  # of a single name it would return no tuple
+    return keys, lambda record: several(record)[:-1], [key for key in keys if key in OMITTED]
 
 
 def _same(value: Any) -> Any:

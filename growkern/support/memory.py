@@ -211,9 +211,10 @@ def _view(flat: Tensor) -> memoryview:
 
 def is_shared(tensor: Tensor) -> bool:
     """True for a host tensor in memory that processes share, and not in a file."""
-    if tensor.device.type != "cpu" or not tensor.is_shared():
+    if tensor.device.type != "cpu":
         return False
-    return tensor.untyped_storage().filename is None
+    storage = tensor.untyped_storage()
+    return storage.is_shared() and storage.filename is None
 
 
 def stored_like(source: Tensor, target: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 HELD = "_orig_mod", "_checkpoint_wrapped_module"  # name of the wrapped module in its wrapper
 T = TypeVar("T")
 Tree = list[tuple[str, nn.Module]]  # every path of every module, canonical
-_TREES: ContextVar[dict[int, Tree] | None] = ContextVar("trees", default=None)
+# id of a model -> its modules, as far as they were asked for
+_TREES: ContextVar[dict[int, Tree | None]] = ContextVar("trees", default={})  # noqa: B039  (never written)
 
 
 def canonical(name: str) -> str:
@@ -36,9 +37,9 @@ def wrapped_in(module: nn.Module) -> nn.Module | None:
 
 
 @contextmanager
-def same_modules() -> Generator[None]:
-    """Walk the modules of every model once only until the block ends, in which no module is added, replaced or removed."""
-    token = _TREES.set({})
+def same_modules(model: nn.Module) -> Generator[None]:
+    """Walk the modules of a model once only until the block ends, in which no module is added, replaced or removed."""
+    token = _TREES.set({id(model): None})
     try:
         yield
     finally:
@@ -47,11 +48,11 @@ def same_modules() -> Generator[None]:
 
 def _tree(model: nn.Module) -> Tree:
     known = _TREES.get()
-    if known is not None and id(model) in known:
-        return known[id(model)]
+    if (tree := known.get(id(model))) is not None:
+        return tree
     every: Tree = [*model.named_modules(remove_duplicate=False)]  # pyright: ignore[reportUnknownMemberType]
     made = [(canonical(path), module) for path, module in every]
-    if known is not None:
+    if id(model) in known:
         known[id(model)] = made
     return made
 

@@ -145,7 +145,7 @@ class Lossless:
         if space.name == "positions":
             return "positions"
         free = not space.norms and not (spec.unsaid and space.name == "residual")
-        if self.noise is None and free and (spec.post_norm or not _sandwiched(spec)):
+        if self.noise is None and free and (spec.post_norm or not spec.sandwiched):
             return "random_writer"
         pads = self.noise is None and space.norms and not space.same
         if pads and (self.norms or _pads_last(spec, space)):
@@ -168,19 +168,13 @@ def _pads_last(spec: ModelSpec, space: Space) -> bool:
     field; Qwen3 shares it with norms that do not grow). If a norm writes the residual stream (Gemma 2), a pad's gain in a new block and
     the activation that the gain multiplies would both be 0, and neither would train.
     """
+    if len(space.norms) != 1 or spec.post_norm or spec.sandwiched:
+        return False
     held = not spec.config or (
         spec.config_eps and len({space_of(norm.reads) for _, _, norm in spec.norms()}) == 1
     )
-    corrected = space.norms and not (
-        space.activated or {*space.streams} & {*(spec.non_affine_norms or ())}
-    )
-    return bool(held and corrected) and len(space.norms) == 1 and not (spec.post_norm or _sandwiched(spec))  # fmt: skip
-
-
-def _sandwiched(spec: ModelSpec) -> bool:
-    """True when a norm writes a stream that a norm reads."""
-    read = {norm.reads for _, _, norm in spec.norms()}
-    return any(str(axis.segments[0][0]) in read for _, axis, _ in spec.norms())
+    corrected = not (space.activated or {*space.streams} & {*(spec.non_affine_norms or ())})
+    return bool(held and corrected)
 
 
 def rule_of(spec: ModelSpec, space: Space, norms: Norms | None) -> Norms:

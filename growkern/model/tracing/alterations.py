@@ -10,7 +10,7 @@ from growkern.distributed.shards import plain_class
 from growkern.model.size_values import size_value
 from growkern.model.spec import ModelSpec
 from growkern.model.tracing.stretch import Template, blocks_like
-from growkern.support.names import named_modules, submodule
+from growkern.support.names import named_modules
 
 
 def alterations(template: Template, model: nn.Module, spec: ModelSpec) -> Iterator[str]:
@@ -39,12 +39,12 @@ def alterations(template: Template, model: nn.Module, spec: ModelSpec) -> Iterat
 
 
 def _attributes(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
-    modules: Mapping[str, nn.Module] = dict(named_modules(model))
+    modules: Mapping[str, nn.Module] = dict(named_modules(model))  # the module behind a wrapper comes last
     for name, size in spec.attributes.items():
         path, _, attribute = name.rpartition(".")
         if size == "block" or path not in modules:
             continue
-        live: Any = getattr(submodule(model, path), attribute, None)
+        live: Any = getattr(modules[path], attribute, None)
         if isinstance(live, int | float) and not isclose(
             live, size_value(size, spec.sizes), rel_tol=1e-6
         ):

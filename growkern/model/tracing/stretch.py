@@ -124,7 +124,11 @@ def _renumbered(axes: TensorSpec, source: int, i: int) -> TensorSpec:
             return f"{component.removesuffix(f'.{source}')}.{i}"
         return component
 
-    return tuple(replace(axis, segments=tuple(tuple(map(renamed, s)) for s in axis.segments)) for axis in axes)  # fmt: skip
+    def own(axis: AxisUse) -> AxisUse:
+        segments = tuple(tuple(map(renamed, s)) for s in axis.segments)
+        return axis if segments == axis.segments else replace(axis, segments=segments)
+
+    return tuple(map(own, axes))
 
 
 def _live_lengths(axes: TensorSpec, live: Tensor | None) -> TensorSpec:
