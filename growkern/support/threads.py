@@ -6,7 +6,7 @@ that is lost for milliseconds; threads with work of their own wait once, at the 
 
 import threading
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from queue import Queue
 from typing import TypeVar
 
@@ -33,7 +33,7 @@ def one_thread() -> Generator[None]:
 def run_each(
     items: Iterable[T], worker: Callable[[], Callable[[T], object]], device: torch.device, n_bytes: int
 ) -> None:  # fmt: skip
-    """Run a function on every item; large work on a CPU runs on twice as many threads as torch uses, other work in the caller's thread.
+    """Run a function on every item; large work on a CPU runs on twice as many threads as torch uses, small work on the caller's alone.
 
     Args:
         items: Independent pieces of work; the caller's thread iterates over them.
@@ -46,9 +46,10 @@ def run_each(
     """
     n = torch.get_num_threads()
     if n == 1 or n_bytes < LARGE or device.type != "cpu":
-        run = worker()
-        for item in items:
-            run(item)
+        with one_thread() if n > 1 and device.type == "cpu" else nullcontext():
+            run = worker()
+            for item in items:
+                run(item)
         return
     waiting: Queue[list[T]] = Queue(AHEAD * PER_CORE * n)  # an empty list ends a thread
     errors: list[BaseException] = []
