@@ -4,7 +4,8 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -66,8 +67,7 @@ def numbers_of_grown(
     copied: Any = grown_copy(model, own, {}, hollow)
     set_config(copied, {k: size_value(e, sizes) for k, e in fields.sizes.items()})
     try:
-        with torch.random.fork_rng(devices=[]), Unfilled():
-            built: nn.Module = type(model)(copied.config)
+        built = _built(model, copied.config, by_shapes=True)
     except Exception as error:  # a config may raise anything
         logger.debug("the grown config builds no model: %s", error)
         return Numbers({}, sizes)
@@ -78,17 +78,9 @@ def numbers_of_grown(
     return Numbers(held, sizes)
 
 
-def not_reloaded(
-    model: nn.Module,
-    inputs: Inputs,
-    own: Tensors,
-    spaces: Spaces,
-    spec: ModelSpec,
-    fields: Fields,
-    attributes: Attributes,
-    tape: Tape,
-) -> dict[str, str]:
-    """Return the sizes after whose growth a model built from the config is another function than the grown model, and why.
+@dataclass(frozen=True)
+class ReloadTrial:
+    """Grows copies of a model, and builds models from their configs with their tensors.
 
     A model whose weights have values has to return the source's output, and its logits where it generates. One whose weights have none has
     to run the operations of the grown model.
@@ -103,42 +95,39 @@ def not_reloaded(
         attributes: Its attributes.
         tape: Its trace.
     """
-    free = [s for s in spaces.sizes if s not in {**spec.fixed, **attributes.fixed}]
-    if not free:
-        return {}
-    trial = _Trial(model, inputs, own, spaces, spec, fields, attributes, tape)
-    if trial.problem(free) is None:
-        return {}
-    coupled = {"hidden", "heads", "kv_heads"} if attributes.coupled or fields.coupled else {"heads", "kv_heads"}  # fmt: skip
-    units = [[s for s in free if s in coupled], *([s] for s in free if s not in coupled)]
-    return {
-        size: f"a model built from the grown config computes another function{why}"
-        for unit in filter(None, units)
-        if (why := trial.problem(unit)) is not None
-        for size in unit
-    }
 
+    model: nn.Module
+    inputs: Inputs
+    own: Tensors
+    spaces: Spaces
+    spec: ModelSpec
+    fields: Fields
+    attributes: Attributes
+    tape: Tape
 
-class _Trial:
-    """Grows copies of a model, and builds models from their configs with their tensors."""
+    def not_reloaded(self) -> dict[str, str]:
+        """Return the sizes after whose growth a model built from the config is another function than the grown model, and why."""
+        free = [s for s in self.spaces.sizes if s not in {**self.spec.fixed, **self.attributes.fixed}]  # fmt: skip
+        if not free or self.problem(free) is None:
+            return {}
+        coupled = {"heads", "kv_heads"}
+        if self.attributes.coupled or self.fields.coupled:
+            coupled.add("hidden")
+        units = [[s for s in free if s in coupled], *([s] for s in free if s not in coupled)]
+        return {
+            size: f"a model built from the grown config computes another function{why}"
+            for unit in filter(None, units)
+            if (why := self.problem(unit)) is not None
+            for size in unit
+        }
 
-    def __init__(
-        self,
-        model: nn.Module,
-        inputs: Inputs,
-        own: Tensors,
-        spaces: Spaces,
-        spec: ModelSpec,
-        fields: Fields,
-        attributes: Attributes,
-        tape: Tape,
-    ) -> None:
-        self.model, self.inputs, self.own, self.spaces = model, inputs, own, spaces
-        self.spec, self.fields, self.attributes, self.tape = spec, fields, attributes, tape
-        self.said = list[Tensor]()
-        if not tape.hollow and not attributes.scaled:
-            with evaluated(model):
-                self.said = _generated(model, inputs)
+    @cached_property
+    def _said(self) -> list[Tensor]:
+        """The logits of generation of a source whose numbers do not grow."""
+        if self.attributes.scaled:
+            return []
+        with evaluated(self.model):
+            return _generated(self.model, self.inputs)
 
     def problem(self, grow: Sequence[str]) -> str | None:
         """Return where a model built from the config of a copy in which sizes grow computes something else; None if it does not."""
@@ -150,7 +139,7 @@ class _Trial:
 
         def build(grown: nn.Module) -> nn.Module | None:
             set_config(grown, fields)
-            return _built(self.model, grown, self.tape.hollow)
+            return _loaded(self.model, grown, self.tape.hollow)
 
         grown = grown_copy(self.model, self.own, maps, hollow if self.tape.hollow else None)
         try:
@@ -188,7 +177,7 @@ class _Trial:
         moved = mapped_distance(self.tape.output, after, self.tape.output_dims, maps)
         if moved == float("inf"):
             return moved
-        pairs, said = list[tuple[Tensor, Tensor]](), self.said
+        pairs, said = list[tuple[Tensor, Tensor]](), self._said
         with evaluated(built):
             now = _generated(built, self.inputs) if said else []
         if said and len(now) != len(said):
@@ -234,10 +223,15 @@ def _generation(model: Any, inputs: Inputs, caches: Sequence[bool] = (True, Fals
     return [logits for run in runs for logits in run.logits]
 
 
-def _built(model: nn.Module, grown: Any, by_shapes: bool) -> nn.Module | None:
-    """Build a model from the config of a grown copy, with the tensors that a checkpoint of the copy holds; None if one has no place."""
+def _built(model: nn.Module, config: object, by_shapes: bool) -> nn.Module:
+    """Build a model of the class of a model from a config."""
     with torch.random.fork_rng(devices=[]), Unfilled() if by_shapes else nullcontext():
-        built: nn.Module = type(model)(copy.deepcopy(grown.config))
+        return type(model)(copy.deepcopy(config))
+
+
+def _loaded(model: nn.Module, grown: Any, by_shapes: bool) -> nn.Module | None:
+    """Build a model from the config of a grown copy, with the tensors that a checkpoint of the copy holds; None if one has no place."""
+    built = _built(model, grown.config, by_shapes)
     buffers, places = dict(named_buffers(built)), {name for name, _ in named_modules(built)}
     live: dict[str, Tensor] = dict(named_parameters(grown, remove_duplicate=False))
     like, first = dict(named_buffers(grown)), next(iter(live.values()))

@@ -30,7 +30,7 @@ from growkern.model.tracing.known import fingerprint
 from growkern.model.tracing.modes import BothModes, trains_by_other_code
 from growkern.model.tracing.naming import Spaces, name_spaces
 from growkern.model.tracing.permutation import limit_of, permutation_error, rounds_as_far
-from growkern.model.tracing.reload import merged, not_reloaded, numbers_of_grown
+from growkern.model.tracing.reload import ReloadTrial, merged, numbers_of_grown
 from growkern.model.tracing.roles import Roles, eps_names, find_roles
 from growkern.model.tracing.rules import trace
 from growkern.model.tracing.scalings import powers, settled
@@ -248,7 +248,8 @@ def spec_of(found: Trace) -> TracedSpec:
         own.problem = f"not tried, as the forward of a model of more than {hollow.LARGE:,} parameters depends on their values"  # fmt: skip
     elif found.proved:
         stage("building a grown model from its config", 0.5)
-        attributes.fixed |= not_reloaded(model, found.inputs, tensors, spaces, plain, own, attributes, found.tape)  # fmt: skip
+        trial = ReloadTrial(model, found.inputs, tensors, spaces, plain, own, attributes, found.tape)  # fmt: skip
+        attributes.fixed |= trial.not_reloaded()
     return _complete(found, plain, attributes, own)
 
 
