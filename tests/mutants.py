@@ -689,7 +689,7 @@ MUTANTS = {
     "tracing: a parameter that the example does not reach is described": Mutant(
         "model/tracing/traced.py", "not in found.tape.touched and not found.proved", "is None", "model/test_tracing.py -k reach"),
     "tracing: a description that fails the permutation test is used": Mutant(
-        "model/tracing/traced.py", "if not (error < limit_of(model) or rounds_as_far(model, given, own, error)):", "if False:",
+        "model/tracing/traced.py", "if not (error < limit_of(model) or rounds_as_far(model, given, own, before, error)):", "if False:",
         "model/test_tracing.py -k leaves_torch"),
     "tracing: a stack is not tried with a block more": Mutant(
         "model/tracing/traced.py", "        if why is None:\n            kept", "        if True:\n            kept",
@@ -701,8 +701,8 @@ MUTANTS = {
         "model/tracing/mapped_weights.py", "value = moved.add_(self.source[ids])", "value = self.source[ids].to(self.dtype)",
         "model/test_tracing_cost.py -k products_with"),
     "tracing: permuted weights are held in memory": Mutant(
-        "model/tracing/permutation.py", "held, before = False, run_mapped(model, inputs, own, {})",
-        "held, before = True, run_mapped(model, inputs, own, {}, held=True)", "model/test_tracing_cost.py -k less_memory"),
+        "model/tracing/permutation.py", "held = False\n", "held, before = True, run_mapped(model, inputs, own, {}, held=True)\n",
+        "model/test_tracing_cost.py -k less_memory"),
     "tracing: copies are not counted": Mutant(
         "model/tracing/mapped_weights.py", "copies = [count if read else None", "copies = [None",
         "model/test_tracing_cost.py -k by_chance"),
@@ -730,7 +730,7 @@ MUTANTS = {
     "config: an epsilon is any field's": Mutant(
         "model/tracing/config.py", "if base <= changed:", "if True:", "model/test_tracing_heads.py -k epsilon"),
     "reload: other operations by shapes are accepted": Mutant(
-        "model/tracing/reload.py", "return None if error < tolerance(self.model) else why", "return None",
+        "model/tracing/reload.py", "return None if error < search.limit else why", "return None",
         "model/test_tracing_cost.py -k 'description_by_shapes and marian or gemma3n'"),
     "reload: an operation with another argument is the same": Mutant(
         "model/tracing/program.py", "a.shapes != b.shapes or not _equal(a.given, b.given)", "a.shapes != b.shapes",

@@ -15,7 +15,15 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import growkern
-from growkern.model.tracing import hollow, mapped_weights, rules, traced
+from growkern.model.tracing import (
+    attributes,
+    hollow,
+    mapped_weights,
+    permutation,
+    reload,
+    rules,
+    traced,
+)
 from growkern.model.tracing.forward import TracingError
 from growkern.model.tracing.mapped_weights import run_mapped
 from growkern.model.tracing.permutation import permutation_error
@@ -106,6 +114,22 @@ def test_products_with_permuted_activations_are_those_with_permuted_weights(kind
         assert own.dtype == torch.promote_types(dtype, torch.float32)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-4
         assert (own - held).abs().max() < tolerance * held.abs().max()
+
+
+def test_the_source_runs_with_moved_weights_once(monkeypatch):
+    monkeypatch.setattr(hollow, "LARGE", 0)
+    runs = list[object]()
+
+    def run(*args: object, **options: object) -> object:
+        runs.append(args[3] if "mode" not in options else None)
+        return run_mapped(*args, **options)
+
+    for module in (attributes, permutation, reload):
+        monkeypatch.setattr(module, "run_mapped", run)
+
+    describe_by_tracing(zoo.make("gemma3n"))  # numbers and operations are held against values too
+
+    assert len(runs) > 5 and runs.count({}) == 1
 
 
 class Escaping(nn.Linear):

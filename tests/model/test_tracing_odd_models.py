@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import growkern
 from growkern.errors import PlanError, UnsupportedModelError
+from growkern.model.tracing.mapped_weights import run_mapped
 from growkern.model.tracing.permutation import rounds_as_far
 from growkern.model.tracing.traced import trace_model
 from growkern.model.tracing.trial import Tensors
@@ -278,8 +279,10 @@ def test_rounding_under_autocast_is_no_proof_against_a_description():
 
     found = trace_model(model, IDS)
     own = Tensors(found.weights, found.roles.tensors, found.roles.ties)
-    assert rounds_as_far(model, low, own, 2e-3) and not rounds_as_far(model, IDS, own, 2e-3)
-    assert not rounds_as_far(model, low, own, 0.1)
+    before = {given: run_mapped(model, given, own, {}) for given in (low, IDS)}
+    assert rounds_as_far(model, low, own, before[low], 2e-3)
+    assert not rounds_as_far(model, IDS, own, before[IDS], 2e-3)
+    assert not rounds_as_far(model, low, own, before[low], 0.1)
 
 
 TEXT = dict(

@@ -147,7 +147,7 @@ class Search:
 
         best, ranks = self._sure(powers, exact(ranks), ranks, exact, float("inf"))
         wrong = best.error > self.limit and not rounds_as_far(
-            self.model, self.inputs, self.own, best.error
+            self.model, self.inputs, self.own, self.moved, best.error
         )
         return (best if wrong else replace(best, error=0.0)), ranks
 
@@ -177,10 +177,11 @@ class Search:
         after = run_mapped(
             self.model, self.inputs, self.own, goal.maps, prepare=prepare, mode=steps
         )
-        return mapped_distance(self._moved, after, self.tape.output_dims, goal.maps)
+        return mapped_distance(self.moved, after, self.tape.output_dims, goal.maps)
 
     @cached_property
-    def _moved(self) -> object:
+    def moved(self) -> object:
+        """The output of the source with moved weights."""
         return run_mapped(self.model, self.inputs, self.own, {})
 
     def _sure(

@@ -34,6 +34,7 @@ def permutation_error(
     own: Tensors,
     output: Sequence[Dim],
     seeds: Sequence[int] = SEEDS,
+    before: object = None,
 ) -> float:
     """Return by how much the main output moves at most when every space is permuted, relative to its largest value.
 
@@ -43,6 +44,7 @@ def permutation_error(
         own: Its tensors.
         output: Dimensions of the main output.
         seeds: Seeds of the permutations. Two short spaces in one axis are told apart by several permutations only.
+        before: The output of the source with moved weights; None to compute it.
 
     Returns:
         The error; infinity if a forward fails, or there is no output to compare.
@@ -54,9 +56,11 @@ def permutation_error(
     free = [a for a in every if not a.keeps_order.keys() - {OUTPUT}]
     entered = set[str]()
     stage("permuting coordinates", 0.6)
-    with modules_entered(model, [], entered):
-        held, before = False, run_mapped(model, inputs, own, {})
     bound = [path for path, m in named_modules(model) if isinstance(vars(m).get("forward"), FunctionType)]  # fmt: skip
+    held = False
+    if before is None or bound:
+        with modules_entered(model, [], entered):
+            before = run_mapped(model, inputs, own, {})
     if bound and entered:
         at = ", ".join(path or "the model" for path in bound[:3])
         raise UnsupportedModelError(
@@ -86,12 +90,15 @@ def limit_of(model: nn.Module) -> float:
     return TOLERANCE[torch.float32] if low else tolerance(model)
 
 
-def rounds_as_far(model: nn.Module, inputs: Inputs, own: Tensors, error: float) -> bool:
+def rounds_as_far(
+    model: nn.Module, inputs: Inputs, own: Tensors, before: object, error: float
+) -> bool:
     """True for an error that rounding makes: operations of low precision, as under autocast, or a deep model need more than ``limit_of``.
 
-    The forward with moved weights runs twice with results that are rounded at random. An error above ``LARGEST`` proves nothing.
+    The forward with moved weights, whose output is ``before``, runs twice with results that are rounded at random. An error above
+    ``LARGEST`` proves nothing.
     """
-    before, moved = run_mapped(model, inputs, own, {}), 0.0
+    moved = 0.0
     for seed in SEEDS:
         after = run_mapped(model, inputs, own, {}, mode=RandomRounding(seed))
         if (

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from growkern.model.size_values import size_value
-from growkern.model.spec import ModelSpec
-from growkern.model.tracing.attributes import Attributes, trial_sizes
+from growkern.model.tracing.attributes import Attributes, Search, trial_sizes
 from growkern.model.tracing.candidates import Numbers
 from growkern.model.tracing.config import Fields
 from growkern.model.tracing.forward import (
@@ -29,7 +28,6 @@ from growkern.model.tracing.hollow import Hollow, hollow
 from growkern.model.tracing.mapped_weights import mapped_distance, run_mapped
 from growkern.model.tracing.naming import HIDDEN, Spaces
 from growkern.model.tracing.program import Unfilled, first_difference, program_of
-from growkern.model.tracing.tape import Tape
 from growkern.model.tracing.terms import Dim
 from growkern.model.tracing.trial import (
     Steps,
@@ -37,7 +35,6 @@ from growkern.model.tracing.trial import (
     grown_copy,
     set_config,
     set_values,
-    tolerance,
 )
 from growkern.support.names import named_buffers, named_modules, named_parameters, submodule
 
@@ -86,28 +83,19 @@ class ReloadTrial:
     to run the operations of the grown model.
 
     Args:
-        model: The source, a model of transformers.
-        inputs: Its inputs.
-        own: Its tensors.
-        spaces: Its spaces.
-        spec: Its spec.
+        search: The source, a model of transformers, its inputs, its tensors and its trace.
         fields: What its config says.
         attributes: Its attributes.
-        tape: Its trace.
     """
 
-    model: nn.Module
-    inputs: Inputs
-    own: Tensors
-    spaces: Spaces
-    spec: ModelSpec
+    search: Search
     fields: Fields
     attributes: Attributes
-    tape: Tape
 
     def not_reloaded(self) -> dict[str, str]:
         """Return the sizes after whose growth a model built from the config is another function than the grown model, and why."""
-        free = [s for s in self.spaces.sizes if s not in {**self.spec.fixed, **self.attributes.fixed}]  # fmt: skip
+        fixed = {**self.search.spec.fixed, **self.attributes.fixed}
+        free = [s for s in self.search.spaces.sizes if s not in fixed]
         if not free or self.problem(free) is None:
             return {}
         coupled = {"heads", "kv_heads"}
@@ -126,22 +114,23 @@ class ReloadTrial:
         """The logits of generation of a source whose numbers do not grow."""
         if self.attributes.scaled:
             return []
-        with evaluated(self.model):
-            return _generated(self.model, self.inputs)
+        with evaluated(self.search.model):
+            return _generated(self.search.model, self.search.inputs)
 
     def problem(self, grow: Sequence[str]) -> str | None:
         """Return where a model built from the config of a copy in which sizes grow computes something else; None if it does not."""
-        sizes = self.spaces.sizes | trial_sizes(self.spaces, grow)
-        every, atoms_at = {**self.spec.sizes, **sizes}, self.spaces.at(sizes)
+        search, by_shapes = self.search, self.search.tape.hollow
+        sizes = search.spaces.sizes | trial_sizes(search.spaces, grow)
+        every, atoms_at = {**search.spec.sizes, **sizes}, search.spaces.at(sizes)
         maps = {a: [j % a.size for j in range(n)] for a, n in atoms_at.items()}
         fields = {k: size_value(e, every) for k, e in self.fields.sizes.items()}
         steps = Steps([*self.attributes.scaled], atoms_at)
 
         def build(grown: nn.Module) -> nn.Module | None:
             set_config(grown, fields)
-            return _loaded(self.model, grown, self.tape.hollow)
+            return _loaded(search.model, grown, by_shapes)
 
-        grown = grown_copy(self.model, self.own, maps, hollow if self.tape.hollow else None)
+        grown = grown_copy(search.model, search.own, maps, hollow if by_shapes else None)
         try:
             built = build(grown)
         except Exception as error:  # a config that builds no such model may raise anything
@@ -149,20 +138,19 @@ class ReloadTrial:
             return ""
         if built is None:
             return ""
-        if not self.tape.hollow:
+        if not by_shapes:
             error = self._difference(built, maps, steps)
-            return None if error < tolerance(self.model) else ""
+            return None if error < search.limit else ""
         for key, e in self.attributes.sizes.items():
             path, _, name = key.rpartition(".")
             set_values(grown, {(path, name): size_value(e, every)})
-        why = _other_operation(grown, built, partial(call_model, inputs=self.inputs))
+        why = _other_operation(grown, built, partial(call_model, inputs=search.inputs))
         if why is None:
-            cached = partial(_generation, inputs=self.inputs, caches=(True,))
+            cached = partial(_generation, inputs=search.inputs, caches=(True,))
             return _other_operation(grown, built, cached)
-        before = run_mapped(self.model, self.inputs, self.own, {})
-        after = run_mapped(self.model, self.inputs, self.own, maps, prepare=build, mode=steps)
-        error = mapped_distance(before, after, self.tape.output_dims, maps)
-        return None if error < tolerance(self.model) else why
+        after = run_mapped(search.model, search.inputs, search.own, maps, prepare=build, mode=steps)
+        error = mapped_distance(search.moved, after, search.tape.output_dims, maps)
+        return None if error < search.limit else why
 
     def _difference(
         self, built: nn.Module, maps: Mapping[Dim, Sequence[int]], steps: Steps
@@ -172,14 +160,14 @@ class ReloadTrial:
         The larger of the differences of the main output and of the logits of generation counts, of the rows whose first tokens are equal.
         """
         with evaluated(built), steps:
-            outputs = tried(built, self.inputs)
+            outputs = tried(built, self.search.inputs)
         after = None if isinstance(outputs, Exception) else main_output(outputs)
-        moved = mapped_distance(self.tape.output, after, self.tape.output_dims, maps)
+        moved = mapped_distance(self.search.tape.output, after, self.search.tape.output_dims, maps)
         if moved == float("inf"):
             return moved
         pairs, said = list[tuple[Tensor, Tensor]](), self._said
         with evaluated(built):
-            now = _generated(built, self.inputs) if said else []
+            now = _generated(built, self.search.inputs) if said else []
         if said and len(now) != len(said):
             return float("inf")
         for i, old in enumerate(said):

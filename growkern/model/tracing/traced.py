@@ -63,7 +63,10 @@ class TracedSpec(ModelSpec):
 
 @dataclass
 class Trace:
-    """One traced forward, and what was found by it; ``proved`` when a model built from a grown config has the spec's tensors."""
+    """One traced forward, and what was found by it; ``proved`` when a model built from a grown config has the spec's tensors.
+
+    ``search`` is that for attributes, once they were tried.
+    """
 
     model: nn.Module
     inputs: Inputs
@@ -72,6 +75,7 @@ class Trace:
     roles: Roles
     stacks: Stacks
     proved: bool = False
+    search: Search | None = None
 
     @property
     def weights(self) -> dict[str, list[Dim]]:
@@ -81,9 +85,8 @@ class Trace:
 
 _LOG = logging.getLogger("growkern")
 UNUSED = "the forward does not use it"
-NUMBER = re.compile(
-    r"(layer|block)_?(idx|index|id|num)"
-)  # attributes that hold the number of a block, also where one block has it
+# attributes that hold the number of a block, also where one block has it
+NUMBER = re.compile(r"(layer|block)_?(idx|index|id|num)")
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[object, TracedSpec]] = WeakKeyDictionary()
 _ALIKE: dict[object, TracedSpec] = {}  # by fingerprint
 REMEMBERED = 16  # fingerprints
@@ -147,8 +150,9 @@ def _described(model: nn.Module, given: Inputs, title: str) -> TracedSpec:
     spec = spec_of(found)
     raise_all(UnsupportedModelError, title, [*_unreached(found)])
     own = Tensors(found.weights, spec.tensors, spec.ties)
-    error = permutation_error(model, given, own, found.tape.output_dims)
-    if not (error < limit_of(model) or rounds_as_far(model, given, own, error)):
+    before = found.search and found.search.moved
+    error = permutation_error(model, given, own, found.tape.output_dims, before=before)
+    if not (error < limit_of(model) or rounds_as_far(model, given, own, before, error)):
         raise UnsupportedModelError(
             f"{title} its output moves by {error:.1e} when the coordinates of its spaces are permuted, so the trace does not see all that "
             "the forward does; pass spec=ModelSpec(...) to describe it yourself."
@@ -239,7 +243,7 @@ def spec_of(found: Trace) -> TracedSpec:
     tensors = Tensors(found.weights, plain.tensors, plain.ties)
     to = {**plain.sizes, **trial_sizes(spaces, [s for s in spaces.sizes if s not in plain.fixed])}
     numbers = numbers_of_grown(model, tensors, own, to) if found.proved else Numbers({}, to)
-    search = Search(model, found.inputs, found.tape, spaces, replace(plain, config=own.sizes), numbers)  # fmt: skip
+    found.search = search = Search(model, found.inputs, found.tape, spaces, replace(plain, config=own.sizes), numbers)  # fmt: skip
     attributes = find_attributes(search)
     if own.problem and attributes.fixed:  # a grown config has only what grows
         own = _fields(found, replace(plain, fixed={**plain.fixed, **attributes.fixed}))
@@ -248,8 +252,7 @@ def spec_of(found: Trace) -> TracedSpec:
         own.problem = f"not tried, as the forward of a model of more than {hollow.LARGE:,} parameters depends on their values"  # fmt: skip
     elif found.proved:
         stage("building a grown model from its config", 0.5)
-        trial = ReloadTrial(model, found.inputs, tensors, spaces, plain, own, attributes, found.tape)  # fmt: skip
-        attributes.fixed |= trial.not_reloaded()
+        attributes.fixed |= ReloadTrial(search, own, attributes).not_reloaded()
     return _complete(found, plain, attributes, own)
 
 
@@ -358,9 +361,8 @@ def _block_numbers(found: Trace) -> dict[str, str]:
     result: dict[str, str] = {}
     modules = dict(named_modules(found.model))
     for stack in found.stacks.blocks:
-        held = defaultdict[tuple[str, str], dict[int, int]](
-            dict
-        )  # blocks of some kinds may lack it
+        # blocks of some kinds may lack it
+        held = defaultdict[tuple[str, str], dict[int, int]](dict)
         for path, module in modules.items():
             index, _, rest = path.removeprefix(f"{stack.path}.").partition(".")
             if path.startswith(f"{stack.path}.") and index.isdigit():
