@@ -728,7 +728,7 @@ MUTANTS = {
         "model/tracing/config.py", "others = _outside(longer, stack) != _outside(source, stack)", "others = False",
         "model/test_tracing_heads.py -k two_stacks"),
     "config: an epsilon is any field's": Mutant(
-        "model/tracing/config.py", "if base <= changed:", "if True:", "model/test_tracing_heads.py -k epsilon"),
+        "model/tracing/config.py", "if base <= _epsilons(built, 2 * value):", "if True:", "model/test_tracing_heads.py -k epsilon"),
     "reload: other operations by shapes are accepted": Mutant(
         "model/tracing/reload.py", "return None if error < search.limit else why", "return None",
         "model/test_tracing_cost.py -k 'description_by_shapes and marian or gemma3n'"),

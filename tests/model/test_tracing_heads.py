@@ -186,6 +186,27 @@ def test_an_epsilon_that_not_all_norms_have_from_the_config_stays(tmp_path):
         assert torch.equal(saved(model, tmp_path)(ids).logits, model(ids).logits)
 
 
+class OneEpsilon(transformers.PhiConfig):
+    """Takes one epsilon only."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "layer_norm_eps" and value != 1e-5:
+            raise ValueError(f"layer_norm_eps is 1e-5, not {value}")
+        super().__setattr__(name, value)
+
+
+def test_an_epsilon_that_a_config_refuses_stays_in_the_config():
+    torch.manual_seed(0)
+    model = transformers.PhiForCausalLM(OneEpsilon(**TINY)).double().eval()
+    ids = torch.randint(4, 97, (2, 12))
+    before = model(ids).logits
+
+    growkern.expand_inplace(model, to={"hidden": 96}, width=growkern.width.HyperClone())
+
+    assert model.config.hidden_size == 96 and model.config.layer_norm_eps == 1e-5
+    assert (model(ids).logits - before).abs().max() < 1e-6 * before.abs().max()
+
+
 @pytest.mark.parametrize(
     ("kind", "to", "why"),
     [

@@ -281,8 +281,11 @@ def _eps_field(model: nn.Module, eps: object) -> str | None:
     base = _epsilons(_built(model, {}), eps)
     for name, value in _fields(model.config).items():
         if "eps" in name and value == eps:
-            changed = _epsilons(_built(model, {_Field((), name, name): 2 * value}), 2 * value)
-            if base <= changed:
+            try:
+                built = _built(model, {_Field((), name, name): 2 * value})
+            except Exception:  # a config may refuse any value
+                continue
+            if base <= _epsilons(built, 2 * value):
                 return name
     return None
 
