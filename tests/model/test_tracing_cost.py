@@ -212,6 +212,18 @@ def test_description_by_shapes_is_the_description_by_values(name, monkeypatch):
         assert getattr(by_values, part) == getattr(by_shapes, part), part
 
 
+def test_shapes_of_the_latest_operations_are_remembered(monkeypatch):
+    monkeypatch.setattr(hollow, "REMEMBERED", 2)
+    monkeypatch.setattr(hollow, "_SHAPES", type(hollow._SHAPES)())
+    computed, meta = [], hollow._meta
+    monkeypatch.setattr(hollow, "_meta", lambda t: computed.append(len(t)) or meta(t))
+
+    for n in (1, 2, 1, 3, 1, 2):
+        hollow.hollow("x", torch.empty(0), (n,)).exp()
+
+    assert computed == [1, 2, 3, 2]
+
+
 CHANCE = {  # 64 ** -0.5 is 1 / 8
     "llama": ("LlamaForCausalLM", "Llama", SIZES | dict(num_attention_heads=16, num_key_value_heads=8, head_dim=64)),
     "bart": ("BartForConditionalGeneration", "Bart", dict(

@@ -17,11 +17,8 @@ from growkern.model.tracing.stacks import turn_of
 from growkern.support.names import entry_of, named_modules, named_parameters, with_entry
 
 MORE = 8  # blocks that are added to see whether a config builds other kinds of blocks behind the source's
-OTHER_FIELDS = re.compile(
-    "vocab|position|_id$|layers?$|num_labels|theta|eps|image"
-)  # fields that are no widths
-
-
+# fields that are no widths
+OTHER_FIELDS = re.compile("vocab|position|_id$|layers?$|num_labels|theta|eps|image")
 NO_FORWARD = re.compile("drop|init|std")  # numbers for training and for new weights
 
 

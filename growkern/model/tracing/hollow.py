@@ -4,6 +4,7 @@ What depends on no weight, such as a rotary table or a mask, has values. An oper
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -21,9 +22,8 @@ CHOICES: Mapping[str, Callable[[Sequence[Any], Mapping[str, Any]], int]] = {
 }
 META = torch.device("meta")
 REMEMBERED = 4096  # operations
-_SHAPES: dict[
-    Hashable, Any
-] = {}  # operation and shapes of its arguments -> its results on the meta device
+# operation and shapes of its arguments -> its results on the meta device, the last used last
+_SHAPES = OrderedDict[Hashable, Any]()
 
 
 class Hollow(Tensor):
@@ -117,11 +117,13 @@ def _by_shapes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device
     if kwargs.get("device") is not None:
         device, kwargs = torch.device(kwargs["device"]), {**kwargs, "device": META}
     key = None if func._schema.is_mutable else (func, _key((args, kwargs)))
-    out = _SHAPES.get(key)
+    out = _SHAPES.pop(key, None)
     if out is None:
         out = func(*replaced(args, _meta), **replaced(kwargs, _meta))
-        if key is not None and len(_SHAPES) < REMEMBERED:
-            _SHAPES[key] = out
+    if key is not None:
+        _SHAPES[key] = out
+        if len(_SHAPES) > REMEMBERED:
+            _SHAPES.popitem(last=False)
     if op in CHOICES:  # all coordinates are chosen in turn
         numbers, n = in_operation(out)[-1], args[0].shape[CHOICES[op](args, kwargs)]
         chosen = torch.arange(numbers.numel(), device=device).view(numbers.shape) % n

@@ -20,9 +20,8 @@ from growkern.model.tracing.terms import Dim, coordinates, find
 from growkern.model.tracing.trial import Tensors, grown_copy, mapped
 
 MOVED = 0.05  # standard deviation of what is added to the weights
-CHUNK = (
-    1 << 19
-)  # elements of a weight that are converted to another dtype at once: they stay in the cache
+# elements of a weight that are converted to another dtype at once: they stay in the cache
+CHUNK = 1 << 19
 
 
 @dataclass(frozen=True, eq=False)
