@@ -15,6 +15,7 @@ import growkern
 from growkern.errors import PlanError, UnsupportedModelError
 from growkern.model.tracing.mapped_weights import run_mapped
 from growkern.model.tracing.permutation import rounds_as_far
+from growkern.model.tracing.terms import Dim, cut, enumerated, same, segments, side_by_side
 from growkern.model.tracing.traced import trace_model
 from growkern.model.tracing.trial import Tensors
 
@@ -305,3 +306,45 @@ def test_blocks_whose_kind_follows_from_their_number_are_not_added(name):
 
     with pytest.raises(PlanError, match="no field of the config counts its blocks"):
         growkern.expand_inplace(model, to={"layers": 3})
+
+
+def by_same(n: int) -> Dim:
+    first = Dim(n)
+    same(side_by_side([first, Dim(2)]), enumerated(n + 2))
+    return first
+
+
+def by_cut(n: int) -> Dim:
+    first = Dim(n)
+    cut(side_by_side([first, Dim(2)]), [1] * (n + 2))
+    return first
+
+
+def by_loop(n: int) -> Dim:
+    dim = Dim(n)
+    for i in range(n):
+        cut(dim, [i, 1, n - i - 1])
+    return dim
+
+
+@pytest.mark.parametrize("how", [by_same, by_cut, by_loop])
+def test_a_dimension_is_cut_into_any_number_of_segments(how):
+    segments_of = segments(how(700))
+
+    assert [s.size for s in segments_of] == [1] * 700
+
+
+def test_a_text_that_is_padded_to_a_long_block_is_traced():
+    torch.manual_seed(0)
+    sizes = dict(encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=40, decoder_layers=1, decoder_attention_heads=4)  # fmt: skip
+    sizes |= dict(decoder_ffn_dim=40, d_model=32, vocab_size=97, num_global_tokens=4)
+    config = transformers.PegasusXConfig(**sizes)
+    assert config.block_size == 512
+    model = transformers.PegasusXForConditionalGeneration(config).double().eval()
+    ids = torch.randint(4, 97, (2, 12))
+    before = model(ids, decoder_input_ids=ids).logits
+
+    growkern.expand_inplace(model, to={"ffn": 60})
+
+    after = model(ids, decoder_input_ids=ids).logits
+    assert (after - before).abs().max() < 1e-6 * before.abs().max()

@@ -4,8 +4,9 @@ Views split atoms into products, slices split atoms into sums, and operations th
 remains are the atoms of a model: the sets of coordinates that can be permuted, or grown, together.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
+from itertools import accumulate, count, pairwise
 from math import prod
 from typing import Literal
 
@@ -220,17 +221,9 @@ def _same_products(own: list[Dim], other: list[Dim]) -> None:
 
 
 def _same_sums(a: Dim, b: Dim) -> None:
-    own, other = [*a.parts], [*b.parts]
-    while own and other:
-        x, y = find(own[0]), find(other[0])
-        if x.size == y.size:
-            same(x, y)
-            own.pop(0)
-            other.pop(0)
-        elif x.size > y.size:
-            own[:1] = [d for d in cut(x, [y.size, x.size - y.size]) if d]
-        else:
-            other[:1] = [d for d in cut(y, [x.size, y.size - x.size]) if d]
+    own = _cut_at(a.parts, [find(part).size for part in b.parts])
+    for x, y in zip(own, _cut_at(b.parts, [find(part).size for part in own]), strict=True):
+        same(x, y)
 
 
 def cut(dim: Dim, sizes: Sequence[int]) -> list[Dim | None]:
@@ -253,21 +246,28 @@ def cut(dim: Dim, sizes: Sequence[int]) -> list[Dim | None]:
         _become(own[0], side_by_side(parts))
         left = iter(parts)
         return [next(left) if n else None for n in sizes]
-    return _cut_sum([*own[0].parts], sizes)
-
-
-def _cut_sum(parts: list[Dim], sizes: Sequence[int]) -> list[Dim | None]:
-    result: list[Dim | None] = []
+    own[0].parts = segments(own[0])  # a loop of slices would nest the rests
+    pieces, result = iter(_cut_at(own[0].parts, sizes)), list[Dim | None]()
     for size in sizes:
         taken, n = list[Dim](), 0
         while n < size:
-            part = find(parts[0])
-            if part.size <= size - n:
-                taken.append(parts.pop(0))
-                n += part.size
-            else:
-                parts[:1] = [d for d in cut(part, [size - n, part.size - size + n]) if d]
+            taken.append(next(pieces))
+            n += find(taken[-1]).size
         result.append(side_by_side(taken) if taken else None)
+    return result
+
+
+def _cut_at(parts: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
+    """Cut dimensions that lie side by side where segments of the given sizes end; each of them at once, so that no sums nest."""
+    result, ends, start = list[Dim](), deque(accumulate(sizes)), 0
+    for part in [*parts]:
+        end = start + find(part).size
+        at = [start]
+        while ends and ends[0] <= end:
+            at.append(ends.popleft())
+        own = cut(part, [n - m for m, n in pairwise([*at, end])])
+        result += [d for d in own if d]
+        start = end
     return result
 
 
