@@ -30,7 +30,8 @@ def notes(plan: GrowthPlan, spec: ModelSpec, targets: Sequence[OptimTarget]) -> 
             f"{len(missing)} tensors are in no param group (frozen, buffers or forgotten): {', '.join(missing[:3])}...; "
             "put those that are to train later into a param group before the growth, so that their learning rates follow."
         )
-    if isinstance(spec, TracedSpec) and spec.reload_problem:
+    changed = {s for s, n in plan.source_sizes.items() if plan.target_sizes[s] != n}
+    if isinstance(spec, TracedSpec) and changed & spec.reload_sizes:
         said.append(
             f"a checkpoint of this model, which was described by tracing, may not load: {spec.reload_problem}. Load one before you rely on "
             "it."

@@ -1,6 +1,7 @@
 """Models of the zoo: those of transformers that no family describes, and those of other code, where it is installed."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -134,6 +135,29 @@ def test_sizes_that_a_config_grows_together_are_named():
 
     assert "where ffn2 alone grows" in spec.reload_problem
     assert f"may not load: {spec.reload_problem}" in str(spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "noted"),
+    [
+        ("bloom", {"layers": 4}, False),
+        ("bloom", {"ffn": 288}, True),
+        ("qwen3_vl", {"layers": 4, "ffn3": 160}, False),
+        ("qwen3_vl", {"ffn2": 256}, True),
+    ],
+)
+def test_a_report_says_that_a_checkpoint_may_not_load_where_sizes_grow_that_do_not(name, to, noted):
+    model = zoo.make(name)
+    spec = growkern.describe(model, inputs=zoo.example(name))
+    assert spec.reload_problem
+
+    report = growkern.expand_inplace(model, to=to, spec=spec)
+
+    assert (f"may not load: {spec.reload_problem}" in str(report)) == noted
+    again = type(model)(model.config).double().eval()
+    with pytest.raises(RuntimeError, match="size mismatch") if noted else nullcontext():
+        again.load_state_dict(model.state_dict())
+        assert torch.equal(zoo.output(again, spec.example), zoo.output(model, spec.example))
 
 
 def test_a_root_of_a_size_in_bfloat16_stays_one_after_a_growth():

@@ -33,7 +33,7 @@ class Fields:
         next_kinds: Stack of blocks of several kinds -> kinds of the places behind its blocks, in turn; nothing if they are of other kinds.
         coupled: True when hidden grows with heads only.
         problem: Why the config of a grown model does not build it; None if it does.
-        together: Why the config does not build a model in which one size alone grows; empty if it does.
+        together: Size -> why the config does not build a model in which the size alone grows.
     """
 
     sizes: dict[str, Size] = field(default_factory=dict[str, Size])
@@ -42,7 +42,7 @@ class Fields:
     next_kinds: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     coupled: bool = False
     problem: str | None = None
-    together: str = ""
+    together: dict[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ def find_fields(
     result.coupled = {"hidden", "heads"} <= failed.keys()
     for size, n in failed.items():
         if not result.coupled or not size.startswith(("hidden", "heads")):
-            result.together = f"{n} tensors of a model built from a config where {size} alone grows have other shapes"
+            why = f"{n} tensors of a model built from a config where {size} alone grows have other shapes"
+            result.together |= dict.fromkeys(units[size], why)
     result.eps = None if eps is None else _eps_field(model, eps)
     return replace(result, **_depth(model, spec, result))
 

@@ -18,7 +18,7 @@ def table_of(
     weights: Mapping[str, Sequence[Dim]],
     spaces: Spaces,
     reasons: Mapping[str, str],
-    problem: str | None,
+    problem: str,
 ) -> str:
     """Return the table.
 
@@ -28,7 +28,7 @@ def table_of(
         weights: First name of every tensor -> its dimensions.
         spaces: The named spaces.
         reasons: Container of blocks -> why it cannot gain blocks.
-        problem: Why the config of a grown model may not build it.
+        problem: Why the config of a grown model may not build it; empty if it does.
     """
     pins = {name: _pins(weights.get(spec.ties.get(name, name), ()), spaces) for name in spec.tensors}  # fmt: skip
     notes = [f"{path} gains no blocks: {why}" for path, why in reasons.items()]

@@ -51,11 +51,13 @@ class TracedSpec(ModelSpec):
         example: The inputs of the traced forward, on which a growth is checked.
         text: The table.
         reload_problem: Why a saved checkpoint of a grown model may not load, or load as another function; empty if a trial did.
+        reload_sizes: Sizes after whose growth it may not.
     """
 
     example: object = field(default=None, repr=False)
     text: str = field(default="", repr=False)
     reload_problem: str = ""
+    reload_sizes: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         return self.text
@@ -63,10 +65,7 @@ class TracedSpec(ModelSpec):
 
 @dataclass
 class Trace:
-    """One traced forward, and what was found by it; ``proved`` when a model built from a grown config has the spec's tensors.
-
-    ``search`` is that for attributes, once they were tried.
-    """
+    """One traced forward, and what was found by it; ``proved`` when a model built from a grown config has the spec's tensors."""
 
     model: nn.Module
     inputs: Inputs
@@ -75,7 +74,7 @@ class Trace:
     roles: Roles
     stacks: Stacks
     proved: bool = False
-    search: Search | None = None
+    search: Search | None = None  # for attributes
 
     @property
     def weights(self) -> dict[str, list[Dim]]:
@@ -339,8 +338,9 @@ def _complete(found: Trace, plain: ModelSpec, attributes: Attributes, own: Field
             for scaling, power in powers(attributes.scaled, spaces)
         },
     }
-    spec = TracedSpec(**given, example=found.inputs, reload_problem=own.problem or own.together)
-    why = spec.reload_problem or None
+    why = own.problem or next(iter(own.together.values()), "")
+    widths = plain.sizes.keys() - {s.size for s in plain.stacks} if own.problem else own.together
+    spec = TracedSpec(**given, example=found.inputs, reload_problem=why, reload_sizes=frozenset(widths))  # fmt: skip
     return replace(spec, text=table_of(spec, found.inputs, found.weights, spaces, found.stacks.reasons, why))  # fmt: skip
 
 
