@@ -729,6 +729,15 @@ MUTANTS = {
         "model/test_tracing_heads.py -k two_stacks"),
     "config: an epsilon is any field's": Mutant(
         "model/tracing/config.py", "if base <= _epsilons(built, 2 * value):", "if True:", "model/test_tracing_heads.py -k epsilon"),
+    "reload: every growth may not load": Mutant(
+        "engine/next_steps.py", "changed & spec.reload_sizes", "spec.reload_sizes", "model/test_zoo.py -k may_not_load"),
+    "terms: the rests of a loop of slices nest": Mutant(
+        "model/tracing/terms.py", "own[0].parts = segments(own[0])", "pass", "model/test_tracing_odd_models.py -k segments"),
+    "tracing: the source runs with moved weights again": Mutant(
+        "model/tracing/traced.py", "found.tape.output_dims, before=before)", "found.tape.output_dims)",
+        "model/test_tracing_cost.py -k moved_weights_once"),
+    "tracing: the first shapes are remembered": Mutant(
+        "model/tracing/hollow.py", "_SHAPES.popitem(last=False)", "_SHAPES.popitem()", "model/test_tracing_cost.py -k latest"),
     "reload: other operations by shapes are accepted": Mutant(
         "model/tracing/reload.py", "return None if error < search.limit else why", "return None",
         "model/test_tracing_cost.py -k 'description_by_shapes and marian or gemma3n'"),
