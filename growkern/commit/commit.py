@@ -267,7 +267,9 @@ def check_blocks(
 
 def _configs(model: nn.Module) -> list[object]:
     """All config objects of the model and its submodules."""
-    configs = {id(c): c for _, m in named_modules(model) if (c := vars(m).get("config")) is not None}
+    configs = {
+        id(c): c for _, m in named_modules(model) if (c := vars(m).get("config")) is not None
+    }
     return list(configs.values())
 
 

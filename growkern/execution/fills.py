@@ -9,47 +9,58 @@ from torch import Tensor
 
 from growkern.errors import CommitError, PlanError
 from growkern.execution.axis_runs import AxisLayout
-from growkern.execution.measures import chunks, of_each
+from growkern.execution.measures import chunks
+from growkern.support.threads import read_each
 
 Given = Callable[[Tensor, int], Tensor]
 Slot = Literal[
     "source", "next layer", "zero", "mean", "mean row", "mean column", "mean of law", "rows of method", "columns of method",
 ]  # fmt: skip
+MEANS: tuple[Slot, ...] = "mean", "mean row", "mean column", "mean of law"
 BROKEN = "Load a checkpoint with finite weights, or set these elements."
 
 
 class Fills:
-    """Fills of sources that are cut alike; each is computed once.
+    """Fills of sources that are cut alike; ``measure`` computes their means.
 
     Attributes:
         statistics: Fills that were computed from elements of the sources, one per source in each list.
-        n_statistics: Number of times that every source was read for them.
+        n_statistics: Number of times that every source is read for them.
     """
 
     def __init__(
-        self, names: Sequence[str], sources: Sequence[Tensor], rows: AxisLayout, cols: AxisLayout,
+        self, names: Sequence[str], sources: Sequence[Tensor], rows: AxisLayout, cols: AxisLayout, slots: Sequence[Slot],
         shares: Callable[[AxisLayout], Tensor], given: Given | None, *, finite_only: bool,
     ) -> None:  # fmt: skip
         """``shares``: see ``AxisLayout.shares``; ``given``: see ``Tiler``; ``finite_only``: means are of the elements that are finite."""
         self.names, self.sources, self.rows, self.cols = names, sources, rows, cols
-        self._shares, self._given, self._finite_only = shares, given, finite_only
+        self._given, self._finite_only = given, finite_only
+        self.means: dict[Slot, list[Tensor]] = {slot: [*sources] for slot in slots if slot in MEANS}
+        self._shares = tuple(map(shares, (rows, cols))) if "mean of law" in slots else ()
         self.statistics: list[list[Tensor]] = []
-        self.n_statistics = 0
+        self.n_statistics = len(self.means)
 
     def of(self, slot: Slot) -> list[Tensor]:
         """Return the fill of a slot for each source: (1, 1), one row, one column, or the method's new rows or columns."""
-        if slot == "mean of law":
-            made = self._means_of_law()
-        elif slot == "rows of method":
+        if slot == "rows of method":
             made = self._new_rows
         elif slot == "columns of method":
             made = [new.T for new in self._new_rows]
         else:
-            over = slot != "mean column", slot != "mean row"
-            made = of_each(lambda source: self._mean(source, *over), self.sources)
-            self.n_statistics += 1
+            made = self.means[slot]
+        if slot == "mean of law":
+            sums = torch.stack(made)
+            aligned = sums.new_empty(len(sums), 16 // sums.itemsize)  # each as if it were allocated
+            aligned[:, 0] = sums
+            made = [*aligned[:, None, :1].unbind()]
         self.statistics.append(made)
         return made
+
+    def mean(self, slot: Slot, source: Tensor) -> Tensor:
+        """Return a mean of a source: (1, 1), one row or one column; the mean by the law as ()."""
+        if slot == "mean of law":
+            return self._mean_of_law(source)
+        return self._mean(source, slot != "mean column", slot != "mean row")
 
     @cached_property
     def _new_rows(self) -> list[Tensor]:
@@ -86,21 +97,32 @@ class Fills:
         sums = [part.sum(0, keepdim=True) for part in parts]
         return (sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)) / max(1, source.shape[0])
 
-    def _means_of_law(self) -> list[Tensor]:
-        """Return the means of all copied elements, scaled by the law: the start value of an element that copies no source element."""
-        self.n_statistics += 1
-        rows, cols = map(self._shares, (self.rows, self.cols))
-        sums = torch.stack(of_each(lambda source: self._mean_of_law(source, rows, cols), self.sources))
-        aligned = sums.new_empty(len(sums), 16 // sums.itemsize)  # each as if it were allocated
-        aligned[:, 0] = sums
-        return [*aligned[:, None, :1].unbind()]
-
-    def _mean_of_law(self, source: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    def _mean_of_law(self, source: Tensor) -> Tensor:
+        """Return the mean of all copied elements, scaled by the law: the start value of an element that copies no source element."""
+        rows, cols = self._shares
         if not self._finite_only:
             return weighted_sum(source, rows, cols)
         finite = source.isfinite()
         share = finite.double().mean().item() or 1
         return weighted_sum(source.where(finite, 0), rows, cols) / share
+
+
+def measure(several: Sequence[Fills]) -> None:
+    """Compute all means of several fills; on a CPU in threads that wait for each other once."""
+    jobs = [
+        (fills, slot, i, source)
+        for fills in several
+        for slot in fills.means
+        for i, source in enumerate(fills.sources)
+    ]
+
+    def one(job: tuple[Fills, Slot, int, Tensor]) -> None:
+        fills, slot, i, source = job
+        fills.means[slot][i] = fills.mean(slot, source)
+
+    for kind in {source.device.type for *_, source in jobs}:
+        own = [job for job in jobs if job[-1].device.type == kind]
+        read_each(own, one, lambda job: job[-1])
 
 
 def weighted_sum(source: Tensor, rows: Tensor, cols: Tensor) -> Tensor:

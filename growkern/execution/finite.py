@@ -106,11 +106,9 @@ def suspects(tiler: Tiler, jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
 
 def _broken(statistics: Sequence[Tensor]) -> Tensor:
     """Return True for each statistic, all of one shape, that is not finite, or whose sum is not, (n,)."""
-    if statistics[0].numel() > CHUNK:
-        sums = torch.stack(of_each(Tensor.sum, statistics))
-    else:
-        sums = torch.stack([*statistics]).flatten(1).sum(1)
-    return sums.isfinite().logical_not()
+    if statistics[0].numel() > CHUNK:  # rows of a method
+        statistics = of_each(Tensor.sum, statistics)
+    return torch.stack([*statistics]).view(len(statistics), -1).sum(1).isfinite().logical_not()
 
 
 def _flagged(flags: Mapping[torch.device, list[tuple[Sequence[Job], Tensor]]]) -> Iterator[Job]:

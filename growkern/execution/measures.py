@@ -12,7 +12,7 @@ from torch import Tensor
 from growkern.distributed.gather import Gather
 from growkern.distributed.shards import local
 from growkern.support.dtypes import arithmetic
-from growkern.support.threads import CHUNK, run_each
+from growkern.support.threads import CHUNK, read_each
 
 MOST = 1 << 24  # elements of temporaries on a GPU
 
@@ -35,8 +35,7 @@ def of_each(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> 
     def one(i: int) -> None:
         made[i] = function(tensors[i])
 
-    n_bytes = sum(tensor.nbytes for tensor in tensors)
-    run_each(range(len(tensors)), lambda: one, tensors[0].device, n_bytes)
+    read_each(range(len(tensors)), one, tensors.__getitem__)
     return made
 
 
@@ -47,7 +46,9 @@ def norms_of(tensors: Sequence[Tensor], order: int) -> Tensor:
         return torch.stack(torch._foreach_norm(list(tensors), order, dtype=dtype))  # pyright: ignore
 
     def norm(tensor: Tensor) -> Tensor:
-        parts = [c.sum() if order == 1 else torch.linalg.vector_norm(c) for c in chunks(tensor)]
+        parts: list[Tensor] = [
+            c.sum() if order == 1 else torch.linalg.vector_norm(c) for c in chunks(tensor)
+        ]  # pyright: ignore
         return parts[0] if len(parts) == 1 else torch.stack(parts).pow(order).sum().pow(1 / order)
 
     return torch.stack(of_each(norm, tensors))
@@ -118,7 +119,7 @@ def _sums_of_squares(tensors: Sequence[Tensor], inverses: Tensor) -> Tensor:
         total.copy_(torch.stack([_squares(part, inverse) for part in parts]).sum())
 
     jobs = [*zip(tensors, inverses.unbind(), sums.unbind(), strict=True)]
-    run_each(jobs, lambda: add, inverses.device, sum(tensor.nbytes for tensor in tensors))
+    read_each(jobs, add, lambda job: job[0])
     return sums
 
 

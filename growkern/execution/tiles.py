@@ -16,7 +16,7 @@ from growkern.distributed.shards import Box, Range, box_of, local, placement
 from growkern.execution import torch_backend as reference
 from growkern.execution.axis_runs import AxisLayout, AxisRun, Reach, scale_of
 from growkern.execution.boxes import narrowed
-from growkern.execution.fills import Fills, Given, weighted_sum
+from growkern.execution.fills import Fills, Given, measure, weighted_sum
 from growkern.execution.measures import KernelOf, roots_of_mean_squares
 from growkern.execution.pieces import Group, Noise, Piece
 from growkern.execution.tiling import Tiling, cut_of, n_row_axes
@@ -108,17 +108,37 @@ class Tiler:
         for job in jobs:
             tiling = None if job.row.constant is not None else self._tiling_of(job)
             of = job.source if tiling else job.target
-            alike[id(tiling), of.device, of.dtype, job.target.dtype, job.row.constant, job.mean is None].append(job)
-        return [group for members in alike.values() for group in self._groups(members)]
+            alike[
+                id(tiling),
+                of.device,
+                of.dtype,
+                job.target.dtype,
+                job.row.constant,
+                job.mean is None,
+            ].append(job)
+        kinds = [self._read(members) for members in alike.values()]
+        measure([kind.fills for kind in kinds if kind.fills is not None])
+        return [group for kind in kinds for group in self._groups(kind)]
 
-    def _groups(self, jobs: Sequence[Job]) -> Iterable[Group]:
-        """Cut targets of one tiling, or of one constant, whose strides and alignments may differ."""
+    def _read(self, jobs: Sequence[Job]) -> "_Kind":
+        """Return jobs of one tiling, or of one constant, with their sources, and the fills of their pads, which are not measured yet."""
+        if jobs[0].row.constant is not None:
+            return _Kind(jobs, None, [], None)
+        tiling, dtype = self._tiling_of(jobs[0]), arithmetic(jobs[0].target.dtype)
+        pairs = [self._sources(job, tiling) for job in jobs]
+        slots = [slot for slot in tiling.slots if slot != MEAN or jobs[0].mean is None]
+        device = pairs[0][0].device
+        fills = Fills(
+            [job.row.source for job in jobs], [own for own, _ in pairs], tiling.rows, tiling.cols, slots,
+            lambda layout: self._shares(layout, dtype, device), self.given, finite_only=self.finite_only,
+        )  # fmt: skip
+        return _Kind(jobs, tiling, pairs, fills)
+
+    def _groups(self, kind: "_Kind") -> Iterable[Group]:
+        """Cut targets whose strides and alignments may differ."""
         groups: dict[tuple[object, ...], Group] = {}
-        tiling, reads = None, map(self._constant_of, jobs)
-        if jobs[0].row.constant is None:
-            tiling = self._tiling_of(jobs[0])
-            reads = self._reads(jobs, tiling)
-        for job, (read, noise) in zip(jobs, reads, strict=True):
+        tiling = kind.tiling
+        for job, (read, noise) in zip(kind.jobs, self._reads(kind), strict=True):
             place, dst = self.place(job), job.target
             shape = prod(dst.shape[:-1]), prod(dst.shape[-1:])
             if tiling is not None:
@@ -134,31 +154,28 @@ class Tiler:
             group.noises.append(noise)
         return groups.values()
 
-    def _reads(
-        self, jobs: Sequence[Job], tiling: Tiling
-    ) -> Iterator[tuple[list[Tensor], Noise | None]]:
+    def _reads(self, kind: "_Kind") -> Iterator[tuple[list[Tensor], Noise | None]]:
         """Yield the tensors that each target is written from, in the order of ``tiling.slots``, and its noise."""
-        pairs = [self._sources(job, tiling) for job in jobs]
-        sources, first, dtype = [own for own, _ in pairs], pairs[0][0], arithmetic(jobs[0].target.dtype)
-        fills = Fills(
-            [job.row.source for job in jobs], sources, tiling.rows, tiling.cols,
-            lambda layout: self._shares(layout, dtype, first.device), self.given, finite_only=self.finite_only,
-        )  # fmt: skip
+        jobs, tiling, pairs, fills = kind
+        if tiling is None or fills is None:
+            for job in jobs:
+                yield [self._constant(job.row.constant or 0.0, job.target)], None
+            return
         columns: list[list[Tensor]] = []
         for slot in tiling.slots:
             if slot == "source":
-                columns.append(sources)
+                columns.append([own for own, _ in pairs])
             elif slot == "next layer":
                 columns.append([above for _, above in pairs])
             elif slot == "zero":
-                columns.append([self._constant(0.0, first)] * len(jobs))
+                columns.append([self._constant(0.0, pairs[0][0])] * len(jobs))
             elif slot == MEAN and jobs[0].mean is not None:
                 columns.append([job.mean.view(1, 1) for job in jobs if job.mean is not None])
             else:
                 columns.append(fills.of(slot))
-        self.n_read += fills.n_statistics * sum(source.nbytes for source in sources)
+        self.n_read += fills.n_statistics * sum(source.nbytes for source in fills.sources)
         self.statistics += [(jobs, made) for made in fills.statistics]
-        for i, (job, source) in enumerate(zip(jobs, sources, strict=True)):
+        for i, (job, (source, _)) in enumerate(zip(jobs, pairs, strict=True)):
             noise = self._noise(job, source) if tiling.adds_noise else None
             yield [column[i] for column in columns], noise
 
@@ -317,15 +334,27 @@ class Tiler:
             self._uploaded[key] = torch.tensor(layout.shares, dtype=dtype, device=device)
         return self._uploaded[key]
 
-    def _constant_of(self, job: Job) -> tuple[list[Tensor], None]:
-        assert job.row.constant is not None, "the caller has asked"
-        return [self._constant(job.row.constant, job.target)], None
-
     def _constant(self, value: float, like: Tensor) -> Tensor:
         key = value, like.dtype, like.device
         if key not in self._constants:
             self._constants[key] = torch.full((1, 1), value, dtype=like.dtype, device=like.device)
         return self._constants[key]
+
+
+class _Kind(NamedTuple):
+    """Jobs of one tiling, or of one constant.
+
+    Attributes:
+        jobs: The jobs.
+        tiling: The tiling; None for a constant.
+        sources: The source of each job and the next layer's, as matrices.
+        fills: Fills of the pads; None for a constant.
+    """
+
+    jobs: Sequence[Job]
+    tiling: Tiling | None
+    sources: list[tuple[Tensor, Tensor]]
+    fills: Fills | None
 
 
 def _pieces(

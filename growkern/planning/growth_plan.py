@@ -262,8 +262,9 @@ class GrowthPlan:
         key = row.axes, row.factor, row.grad_factor
         if (known := self._scales.get(key)) is None:
             axes = self.axis_maps(row)
-            known = _product([axis.weight_scale.uniform for axis in axes]), _product(
-                [axis.grad_scale.uniform for axis in axes]
+            known = (
+                _product([axis.weight_scale.uniform for axis in axes]),
+                _product([axis.grad_scale.uniform for axis in axes]),
             )
             self._scales[key] = known
         return known

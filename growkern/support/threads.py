@@ -5,18 +5,20 @@ that is lost for milliseconds; threads with work of their own wait once, at the 
 """
 
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from queue import Queue
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 PER_CORE = 2  # threads; where other processes use the cores, a second one is faster, and where they do not, it costs nothing
 AHEAD = 2  # items per thread that wait for it
 CHUNK = 1 << 18  # elements per item on a CPU: temporaries fit in cache, and every thread has work
 LARGE = 1 << 24  # bytes of work from which threads pay
+SMALL = 1 << 20  # bytes of an item that is read faster than handed to a thread
 
 
 @contextmanager
@@ -85,3 +87,21 @@ def run_each(
         torch.set_num_threads(n)  # new threads of the process take the last number
     if errors:
         raise errors[0]
+
+
+def read_each(
+    items: Sequence[T], run: Callable[[T], object], tensor_of: Callable[[T], Tensor]
+) -> None:
+    """Run a function that reads the tensor of each item, on one device: large tensors by ``run_each``, small ones on the caller's thread.
+
+    Args:
+        items: Independent pieces of work.
+        run: The function.
+        tensor_of: Returns the tensor that the work of an item reads.
+    """
+    large, small = list[T](), list[T]()
+    for item in items:
+        (large if tensor_of(item).nbytes >= SMALL else small).append(item)
+    for some in filter(None, (large, small)):
+        n_bytes = sum(tensor_of(item).nbytes for item in some) if some is large else 0
+        run_each(some, lambda: run, tensor_of(some[0]).device, n_bytes)

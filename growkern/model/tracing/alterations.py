@@ -39,7 +39,9 @@ def alterations(template: Template, model: nn.Module, spec: ModelSpec) -> Iterat
 
 
 def _attributes(model: nn.Module, spec: ModelSpec) -> Iterator[str]:
-    modules: Mapping[str, nn.Module] = dict(named_modules(model))  # the module behind a wrapper comes last
+    modules: Mapping[str, nn.Module] = dict(
+        named_modules(model)
+    )  # the module behind a wrapper comes last
     for name, size in spec.attributes.items():
         path, _, attribute = name.rpartition(".")
         if size == "block" or path not in modules:
