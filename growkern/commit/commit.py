@@ -100,23 +100,21 @@ def _model(
     shards: "FullySharded | None" = None,
 ) -> None:
     """Write one model and its optimizers."""
-    with same_modules(model):
-        source = dict(named_parameters(model, remove_duplicate=False))
-        rows, fresh = {row.name: row for row in plan.tensors}, Tensors()
-        owners = {name: target for target in targets for name in target.described.names}
-        for staged in parts:
-            _values([rows[name] for name in staged.values], staged, model, source, owners, undo)
-            fresh.values |= {k: v for k, v in staged.values.items() if rows[k].new}
-            fresh.states |= {k: v for k, v in staged.states.items() if rows[k].new}
-            del staged
-            if held:
-                raise KeyboardInterrupt
+    source = dict(named_parameters(model, remove_duplicate=False))
+    rows, fresh = {row.name: row for row in plan.tensors}, Tensors()
+    owners = {name: target for target in targets for name in target.described.names}
+    for staged in parts:
+        _values([rows[name] for name in staged.values], staged, model, source, owners, undo)
+        fresh.values |= {k: v for k, v in staged.values.items() if rows[k].new}
+        fresh.states |= {k: v for k, v in staged.states.items() if rows[k].new}
+        del staged
+        if held:
+            raise KeyboardInterrupt
     for path, order in plan.stacks.items():
         held_blocks = model.get_submodule(path)._modules  # pyright: ignore[reportPrivateUsage]
-        if [*order] == [BlockRow(i) for i in range(len(held_blocks))]:
-            continue
-        blocks = _new_blocks(plan, path, fresh, model, shards)
-        undo.set_dict(held_blocks, {str(i): block for i, block in enumerate(blocks)})
+        if [*order] != [BlockRow(i) for i in range(len(held_blocks))]:
+            blocks = _new_blocks(plan, path, fresh, model, shards)
+            undo.set_dict(held_blocks, {str(i): block for i, block in enumerate(blocks)})
     if shards is not None:
         shards.join(undo.set_list)
     with same_modules(model):
@@ -124,9 +122,9 @@ def _model(
         _draw(plan, model, init)
         _guard(plan, model, targets, undo, record)
         params = dict(named_parameters(model, remove_duplicate=False))
-    names = dict[str, str]()
-    if any("param_names" in group for target in targets for group in target.optim.param_groups):
-        names = {canonical(n): n for n, _ in model.named_parameters(remove_duplicate=False)}
+    named = any("param_names" in group for t in targets for group in t.optim.param_groups)
+    raw = model.named_parameters(remove_duplicate=False) if named else ()
+    names = {canonical(name): name for name, _ in raw}
     for target in targets:
         grow_optimizer(plan, fresh, target, source, params, undo, names)
 

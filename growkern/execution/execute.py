@@ -95,7 +95,8 @@ class Execution:
             ("lean", peak_of_stream(self.sets)) if streams else memory_mode(self.sets, memory)
         )
         self.streams, self.gather = streams, gather
-        self.n_read = self.n_written = 0
+        self.n_read: int = 0
+        self.n_written: int = 0
         n_bytes = sum(sum(one.n_bytes.values()) for one in self.sets)
         self.meter = Meter(n_bytes, on_progress)
         self.laps = Laps()

@@ -36,7 +36,7 @@ class Fills:
         self.names, self.sources, self.rows, self.cols = names, sources, rows, cols
         self._given, self._finite_only = given, finite_only
         self.means: dict[Slot, list[Tensor]] = {slot: [*sources] for slot in slots if slot in MEANS}
-        self._shares = tuple(map(shares, (rows, cols))) if "mean of law" in slots else ()
+        self._shares = (shares(rows), shares(cols)) if "mean of law" in slots else None
         self.statistics: list[list[Tensor]] = []
         self.n_statistics = len(self.means)
 
@@ -99,6 +99,7 @@ class Fills:
 
     def _mean_of_law(self, source: Tensor) -> Tensor:
         """Return the mean of all copied elements, scaled by the law: the start value of an element that copies no source element."""
+        assert self._shares is not None, "a mean by the law is wanted"
         rows, cols = self._shares
         if not self._finite_only:
             return weighted_sum(source, rows, cols)
@@ -109,7 +110,7 @@ class Fills:
 
 def measure(several: Sequence[Fills]) -> None:
     """Compute all means of several fills; on a CPU in threads that wait for each other once."""
-    jobs = [
+    jobs: list[tuple[Fills, Slot, int, Tensor]] = [
         (fills, slot, i, source)
         for fills in several
         for slot in fills.means

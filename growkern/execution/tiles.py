@@ -16,7 +16,7 @@ from growkern.distributed.shards import Box, Range, box_of, local, placement
 from growkern.execution import torch_backend as reference
 from growkern.execution.axis_runs import AxisLayout, AxisRun, Reach, scale_of
 from growkern.execution.boxes import narrowed
-from growkern.execution.fills import Fills, Given, measure, weighted_sum
+from growkern.execution.fills import Fills, Given, Slot, measure, weighted_sum
 from growkern.execution.measures import KernelOf, roots_of_mean_squares
 from growkern.execution.pieces import Group, Noise, Piece
 from growkern.execution.tiling import Tiling, cut_of, n_row_axes
@@ -60,7 +60,7 @@ class Tiler:
 
     def __init__(self, plan: GrowthPlan, given: Given | None = None) -> None:
         self.plan, self.given = plan, given
-        self.n_read = 0  # bytes read for statistics of sources
+        self.n_read: int = 0  # bytes read for statistics of sources
         self.finite_only = False  # True when means are of the elements that are finite
         # jobs, and of each a mean or rows that its target has
         self.statistics: list[tuple[Sequence[Job], list[Tensor]]] = []
@@ -126,7 +126,7 @@ class Tiler:
             return _Kind(jobs, None, [], None)
         tiling, dtype = self._tiling_of(jobs[0]), arithmetic(jobs[0].target.dtype)
         pairs = [self._sources(job, tiling) for job in jobs]
-        slots = [slot for slot in tiling.slots if slot != MEAN or jobs[0].mean is None]
+        slots: list[Slot] = [slot for slot in tiling.slots if slot != MEAN or jobs[0].mean is None]
         device = pairs[0][0].device
         fills = Fills(
             [job.row.source for job in jobs], [own for own, _ in pairs], tiling.rows, tiling.cols, slots,
@@ -187,7 +187,8 @@ class Tiler:
         same = above is own
         for axis in tiling.centered:
             self.n_read += 2 * own.nbytes
-            own, above = (t - t.mean(axis, keepdim=True) for t in (own, above))
+            own = own - own.mean(axis, keepdim=True)
+            above = own if same else above - above.mean(axis, keepdim=True)
         own = _matrix(own, tiling.source)
         return own, own if same else _matrix(above, tiling.source)
 

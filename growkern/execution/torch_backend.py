@@ -12,7 +12,7 @@ from torch import Tensor
 
 from growkern.execution.pieces import Copy, Group, Piece
 from growkern.support.dtypes import arithmetic
-from growkern.support.threads import CHUNK, run_each
+from growkern.support.threads import run_each
 
 BYTES_MEAN, BYTES_STD = (
     510,
@@ -20,6 +20,8 @@ BYTES_MEAN, BYTES_STD = (
 )  # mean and standard deviation of a sum of four uniform bytes: 4 * 127.5, sqrt(4 * (256**2 - 1) / 12)
 MULTIPLIERS = 0x7FEB352D, 0x846CA68B  # of the hash "lowbias32", C. Wellons, hash-prospector
 SHIFTS = 16, 15, 16  # of the same hash
+PART = 1 << 20  # elements that a thread writes at once
+NOISY_PART = 1 << 19  # of noise, whose temporaries fit in cache
 GOLDEN = 0x9E3779B9  # spreads neighboring counters before they are mixed
 
 
@@ -31,7 +33,9 @@ def expand(groups: Sequence[Group], on_written: Callable[[int], object] | None =
         on_written: Called in the caller's thread with the bytes of a piece, when the last part of it is about to be written.
     """
 
-    def parts() -> Iterator[tuple[Piece, list[_Draw], slice]]:
+    def parts() -> Iterator[list[_Part]]:
+        """Yield parts of pieces, small ones together: to hand work to a thread takes as long as to write 2**16 elements."""
+        ready, n_ready = list[_Part](), 0
         for piece in (
             piece
             for group in groups
@@ -39,16 +43,28 @@ def expand(groups: Sequence[Group], on_written: Callable[[int], object] | None =
             for piece in group.pieces_of(i)
         ):  # tensor by tensor: pieces of one target share pages
             n_rows, n_cols = piece.shape
-            step = max(1, CHUNK // max(1, n_cols))
+            most = PART if piece.noise is None else NOISY_PART
+            step = max(1, most // max(1, n_cols))
             draws = [*_draws(piece)] if n_rows and n_cols else []
             for start in range(0, n_rows if n_cols else 0, step):
-                yield piece, draws, slice(start, min(n_rows, start + step))
+                rows = slice(start, min(n_rows, start + step))
+                ready.append((piece, draws, rows))
+                n_ready += (rows.stop - start) * n_cols
+                if n_ready >= most // 2:
+                    yield ready
+                    ready, n_ready = [], 0
             if on_written is not None:
                 on_written(piece.n_written)
+        yield ready
 
-    def worker() -> Callable[[tuple[Piece, list[_Draw], slice]], None]:
+    def worker() -> Callable[[list[_Part]], None]:
         scratch = Scratch()
-        return lambda part: _expand(*part, scratch)
+
+        def write(ready: list[_Part]) -> None:
+            for part in ready:
+                _expand(*part, scratch)
+
+        return write
 
     if groups:
         n_written = sum(group.n_written for group in groups)
@@ -77,6 +93,9 @@ class _Draw:
     rows: Tensor | None
     cols: Tensor | None
     pairs: list[tuple[Copy, Copy, float]]
+
+
+_Part = tuple[Piece, list[_Draw], slice]  # rows of a piece
 
 
 def _draws(piece: Piece) -> Iterator[_Draw]:

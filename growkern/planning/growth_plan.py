@@ -250,8 +250,7 @@ class GrowthPlan:
 
     @cached_property
     def _shapes(self) -> dict[tuple[str, ...], tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Shapes by axes, as far as they were asked for."""
-        return {}
+        return {}  # by axes
 
     def scales(self, row: TensorRow) -> tuple[float | None, float | None]:
         """Return weight scale ``s`` and gradient scale ``a`` of a tensor; None for a scale that is not uniform.
@@ -260,19 +259,15 @@ class GrowthPlan:
             row: One of ``tensors``.
         """
         key = row.axes, row.factor, row.grad_factor
-        if (known := self._scales.get(key)) is None:
+        if key not in self._scales:
             axes = self.axis_maps(row)
-            known = (
-                _product([axis.weight_scale.uniform for axis in axes]),
-                _product([axis.grad_scale.uniform for axis in axes]),
-            )
-            self._scales[key] = known
-        return known
+            weights, grads = [a.weight_scale for a in axes], [a.grad_scale for a in axes]
+            self._scales[key] = _product(weights), _product(grads)
+        return self._scales[key]
 
     @cached_property
-    def _scales(self) -> dict[tuple[object, ...], tuple[float | None, float | None]]:
-        """Scales by axes and factors, as far as they were asked for."""
-        return {}
+    def _scales(self) -> dict[object, tuple[float | None, float | None]]:
+        return {}  # by axes and factors
 
     def changes(self, row: TensorRow) -> bool:
         """True when the growth changes the tensor or makes a new one.
@@ -400,6 +395,6 @@ FIELDS: dict[str, Callable[[Any], Any]] = {  # decoders of types that JSON lacks
 }
 
 
-def _product(values: list[float | None]) -> float | None:
-    numbers = [value for value in values if value is not None]
-    return prod(numbers) if len(numbers) == len(values) else None
+def _product(scales: list[Vector]) -> float | None:
+    factors = [factor for scale in scales if (factor := scale.uniform) is not None]
+    return prod(factors) if len(factors) == len(scales) else None

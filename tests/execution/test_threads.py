@@ -94,8 +94,10 @@ def test_a_growth_in_threads_writes_the_bits_of_one_without(n_threads, method, d
     def grown(large, n):
         torch.set_num_threads(1)
         monkeypatch.setattr(threads, "LARGE", large)
-        for module in (torch_backend, measures):
-            monkeypatch.setattr(module, "CHUNK", 64)
+        monkeypatch.setattr(threads, "SMALL", 256)
+        monkeypatch.setattr(measures, "CHUNK", 64)
+        for name in ("PART", "NOISY_PART"):
+            monkeypatch.setattr(torch_backend, name, 64)
         model = make("llama", tied=True).to(dtype)
         optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
         train(model, optim, 2)
