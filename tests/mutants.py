@@ -271,6 +271,21 @@ MUTANTS = {
         "execution/test_memory.py -k let_go"),
     "execute: lean frees nothing": Mutant(
         "execution/sets.py", 'n_freed if memory == "lean" else {}', "n_freed if False else {}", "execution/test_memory.py -k does_not"),
+    "measures: operators on all cores read sources": Mutant(
+        "execution/measures.py", "    read_each(range(len(tensors)), one, tensors.__getitem__)\n", "    [*map(one, range(len(tensors)))]\n",
+        "execution/test_threads.py -k all_cores"),
+    "fills: operators on all cores read sources": Mutant(
+        "execution/fills.py", "read_each(own, one, lambda job: job[-1])", "[*map(one, own)]", "execution/test_threads.py -k all_cores"),
+    "threads: small work runs on all cores": Mutant(
+        "support/threads.py", "with one_thread() if n > 1 and device.type == \"cpu\" else nullcontext():", "with nullcontext():",
+        "execution/test_threads.py -k small_work"),
+    "names: modules are walked at every question": Mutant(
+        "support/names.py", "        known[id(model)] = made\n", "        pass\n", "execution/test_tiles.py -k walked"),
+    "finite: means are not tested": Mutant(
+        "execution/finite.py", "flags[made[0].device].append((members, _broken(made)))", "pass", "execution/test_finite.py"),
+    "fills: means of two kinds share an address of 16 bytes": Mutant(
+        "execution/fills.py", "sums.new_empty(len(sums), 16 // sums.itemsize)", "sums.new_empty(len(sums), 1)",
+        "execution/test_tiles.py -k aligned_alike"),
     "execute: tensors of another alignment are cut alike": Mutant(
         "execution/tiles.py", "t.data_ptr() % 16)", "0)", "execution/test_tiles.py -k aligned_alike"),
     "execute: the memory mode chooses which weight is measured": Mutant(

@@ -192,12 +192,16 @@ class _Staged:
         targets: Targets of the optimizers.
         executions: Executions of the model and of every average.
         grad_norm_factor: The law's factor on the global gradient norm; None if unknown.
+        record: The record of the growth, as JSON.
+        notes: Notes on the source model for the report.
     """
 
     plan: GrowthPlan
     targets: list[OptimTarget]
     executions: list[Execution]
     grad_norm_factor: float | None
+    record: str
+    notes: list[str]
 
 
 def _describe(request: Request, averages: list[nn.Module]) -> _Described:
@@ -272,7 +276,10 @@ def _stage(
     factor = None
     if request.backend != NOTHING:  # else the model may be on the meta device, without elements
         factor = grad_norm_factor(plan, tensors, held, updates, ranks.n, ranks.total)
-    return _Staged(plan, targets, [execution, *shadows], factor)
+    record = recorded(plan, sources.spec, [bool(t.split) for t in targets], request.methods)
+    read(record)  # what could not be read later is refused now
+    noted = [*on_hooks(plan, model), *(on_ties(model) if request.spec is None else ())]
+    return _Staged(plan, targets, [execution, *shadows], factor, record, noted)
 
 
 def _state_rules(plan: GrowthPlan, law: Law | None) -> Rules:
@@ -293,13 +300,7 @@ def _commit(
     Returns:
         Notes for the report.
     """
-    plan, lean = staged.plan, staged.executions[0].memory == "lean"
-    split = [bool(target.split) for target in staged.targets]
-    record = recorded(plan, sources.spec, split, request.methods)
-    read(record)  # what could not be read later is refused now
-    noted = [*on_hooks(plan, request.model)]
-    if request.spec is None:
-        noted += on_ties(request.model)
+    plan, lean, noted = staged.plan, staged.executions[0].memory == "lean", [*staged.notes]
 
     def before_finalize() -> bool:
         laps.end("commit")
@@ -326,7 +327,7 @@ def _commit(
         if shards is not None:
             undo.swap = shards.swap
         commit(
-            plan, parts.pop(0), request.model, staged.targets, record=record, followers=followers,
+            plan, parts.pop(0), request.model, staged.targets, record=staged.record, followers=followers,
             undo=undo, before_finalize=before_finalize, init=request.init, shards=shards,
         )  # fmt: skip
     return noted

@@ -220,13 +220,16 @@ def is_shared(tensor: Tensor) -> bool:
 def stored_like(source: Tensor, target: Tensor) -> Tensor:
     """Return a contiguous target in the memory format of its source (``channels_last``, transposed), and in shared or pinned memory if
     the source is."""
+    on_cpu = source.device.type == "cpu"
+    if not on_cpu and source.is_contiguous():  # most targets
+        return target
     if not source.is_contiguous() and target.dim() == source.dim():
         by_stride = sorted(range(source.dim()), key=lambda axis: -source.stride(axis))
         if by_stride != [*range(source.dim())]:
             target = torch.empty_permuted(
                 target.shape, by_stride, dtype=target.dtype, device=target.device
             ).copy_(target)
-    if source.device.type != "cpu" or not source.numel():
+    if not on_cpu or not source.numel():
         return target
     if is_shared(source):
         return target.share_memory_()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]

@@ -5,8 +5,10 @@ import threading
 import pytest
 import torch
 from models import grow, make, train
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from growkern.execution import measures, torch_backend
+from growkern.model.tracing.small import plain_torch
 from growkern.support import threads
 from growkern.support.threads import LARGE, PER_CORE, run_each
 from growkern.width import FPI, Lossless
@@ -50,16 +52,17 @@ def test_every_item_runs_once_and_alone(n_threads):
 def test_small_work_and_work_of_other_devices_stays_in_the_callers_thread(
     device, n_bytes, n_threads
 ):
-    ran = []
+    ran, n = [], 1 if device == "cpu" else n_threads
 
     run_each(
         range(9),
-        lambda: lambda i: ran.append((i, threading.get_ident())),
+        lambda: lambda i: ran.append((i, threading.get_ident(), torch.get_num_threads())),
         torch.device(device),
         n_bytes,
     )
 
-    assert ran == [(i, threading.get_ident()) for i in range(9)]
+    assert ran == [(i, threading.get_ident(), n) for i in range(9)]
+    assert torch.get_num_threads() == seen_by_a_new_thread() == n_threads
 
 
 @pytest.mark.parametrize("at", [0, 50, 99])
@@ -108,3 +111,51 @@ def test_a_growth_in_threads_writes_the_bits_of_one_without(n_threads, method, d
     expected = grown(1 << 60, 1)
 
     assert all(torch.equal(a, b) for a, b in zip(grown(0, n_threads), expected, strict=True))
+
+
+class ReadOnAllCores(TorchDispatchMode):
+    """Names the operators of its thread that read a large tensor with several threads of torch."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.found = least, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = [t for arg in args for t in (arg if isinstance(arg, list | tuple) else [arg])]
+        large = [t for t in given if isinstance(t, torch.Tensor) and t.numel() >= self.least]
+        several = torch.get_num_threads() > 1 and "empty" not in function.name()
+        if large and several and not aliases(result, large):
+            self.found.add(function.name())
+        return result
+
+
+def aliases(result, tensors):
+    """True for views of tensors, and for tensors that were written in place."""
+    of = result if isinstance(result, torch.Tensor) else result[0]
+    places = {t.untyped_storage().data_ptr() for t in tensors}
+    return of.untyped_storage().data_ptr() in places
+
+
+@pytest.mark.parametrize("method", [Lossless(noise=0.5), Lossless()], ids=str)
+def test_no_operator_on_all_cores_reads_a_tensor(method, monkeypatch):
+    monkeypatch.setattr(threads, "LARGE", 0)
+    monkeypatch.setattr(threads, "SMALL", 0)
+    model = make("gpt2", tied=True)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    train(model, optim, 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with ReadOnAllCores(24 * 24) as mode:
+            grow(model, optim, to="2x", width=method)
+    finally:
+        torch.set_num_threads(before)
+
+    assert not mode.found
+
+
+def test_a_small_model_is_traced_on_one_core(n_threads):
+    with plain_torch():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == seen_by_a_new_thread() == n_threads

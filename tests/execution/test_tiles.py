@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import grow, make, train
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from growkern.commit import commit
@@ -86,6 +87,22 @@ def test_the_tensors_of_all_blocks_are_cut_alike_where_their_memory_is_aligned_a
 
     assert len(few) == len(many) == len(apart) - 1
     assert max(len(group.targets) for group in many) >= 2 * max(len(group.targets) for group in few)
+
+
+@pytest.mark.parametrize("to", [{"hidden": 48}, {"hidden": 48, "layers": 9}], ids=str)
+def test_the_modules_of_a_model_are_walked_a_few_times(to, monkeypatch):
+    model, walks, walk = make("llama", tied=True), [], nn.Module.named_modules
+
+    def counted(self, *args, **kwargs):
+        walks.extend([self] if self is model else [])
+        return walk(self, *args, **kwargs)
+
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optim, 1)
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+    grow(model, optim, to=to)
+
+    assert 0 < len(walks) <= 8  # 25 without ``same_modules``
 
 
 def test_the_modules_of_a_model_are_listed_once_for_all_new_blocks(monkeypatch):
