@@ -345,9 +345,9 @@ def unavailable(backend: str, device: torch.device) -> list[str]:
 def compile_ahead(tensors: Iterable[Tensor], backend: str | None) -> None:
     """Start to compile, in other threads, the kernels that a growth of tensors on a GPU launches."""
     kinds: dict[torch.device, set[torch.dtype]] = {}
-    for tensor in tensors:
-        if tensor.device.type == "cuda":
-            kinds.setdefault(tensor.device, set()).add(tensor.dtype)
+    for device, dtype in {(tensor.device, tensor.dtype) for tensor in tensors}:
+        if device.type == "cuda":
+            kinds.setdefault(device, set()).add(dtype)
     for device, dtypes in kinds.items():
         if _wanted(backend, device) == "triton" and not unavailable("triton", device):
             from growkern.kernels import ahead
