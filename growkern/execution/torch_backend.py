@@ -78,12 +78,11 @@ class Scratch:
         self.buffers: dict[str, Tensor] = {}
 
     def get(self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a contiguous uninitialized tensor; it overwrites the previous tensor of the same name."""
-        n, buffer = prod(shape), self.buffers.get(f"{name} {dtype}")
+        """Return a contiguous uninitialized tensor; it overwrites the previous tensor of the same name and element size."""
+        n, buffer = prod(shape), self.buffers.get(key := f"{name} {dtype.itemsize}")
         if buffer is None or buffer.numel() < n or buffer.device != like.device:
-            buffer = torch.empty(n, dtype=dtype, device=like.device)
-            self.buffers[f"{name} {dtype}"] = buffer
-        return buffer[:n].view(*shape)
+            buffer = self.buffers[key] = torch.empty(n, dtype=dtype, device=like.device)
+        return buffer[:n].view(dtype).view(*shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -188,7 +187,7 @@ def _store(src: Tensor, dst: Tensor, r: Copy, c: Copy, at: slice) -> None:
 def _noise(drawn: Tensor, std: Tensor, r: Copy, c: Copy, at: slice, scratch: Scratch) -> Tensor:
     for vector in (_column(r.noises, at), c.noises):
         std = std if vector is None else std * vector
-    noise = scratch.get("noise", drawn.shape, drawn, std.dtype)
+    noise = scratch.get("word", drawn.shape, drawn, std.dtype)  # ``_hash`` needs it no more
     return (
         torch.mul(drawn, std, out=noise)
         if drawn.dtype == std.dtype
@@ -242,7 +241,7 @@ def _hash(rows: Tensor, cols: Tensor, scratch: Scratch) -> Tensor:
     torch.bitwise_right_shift(word, 8, out=spare).bitwise_and_(0x00FF00FF)
     word.bitwise_and_(0x00FF00FF).add_(spare)
     word.mul_(0x00010001).bitwise_right_shift_(16).add_(-BYTES_MEAN)
-    return scratch.get("drawn", shape, rows, torch.float32).copy_(word)
+    return scratch.get("spare", shape, rows, torch.float32).copy_(word)
 
 
 def _mix(x: Tensor, shifted: Tensor) -> Tensor:
