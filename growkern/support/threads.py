@@ -18,6 +18,10 @@ PER_CORE = 2  # threads; where other processes use the cores, a second one is fa
 AHEAD = 2  # items per thread that wait for it
 CHUNK = 1 << 18  # elements per item on a CPU: temporaries fit in cache, and every thread has work
 LARGE = 1 << 24  # bytes of work from which threads pay
+FEW, PER_THREAD = (
+    4,
+    1 << 28,
+)  # threads for any large work, and bytes of work for each thread more: a thread has up to 14 MB of temporaries
 SMALL = 1 << 20  # bytes of an item that is read faster than handed to a thread
 
 
@@ -35,7 +39,7 @@ def one_thread() -> Generator[None]:
 def run_each(
     items: Iterable[T], worker: Callable[[], Callable[[T], object]], device: torch.device, n_bytes: int
 ) -> None:  # fmt: skip
-    """Run a function on every item; large work on a CPU runs on twice as many threads as torch uses, small work on the caller's alone.
+    """Run a function on every item; large work on a CPU runs on up to twice as many threads as torch uses, small work on the caller's.
 
     Args:
         items: Independent pieces of work; the caller's thread iterates over them.
@@ -53,7 +57,8 @@ def run_each(
             for item in items:
                 run(item)
         return
-    waiting: Queue[list[T]] = Queue(AHEAD * PER_CORE * n)  # an empty list ends a thread
+    n_threads = min(PER_CORE * n, max(FEW, n_bytes // PER_THREAD))
+    waiting: Queue[list[T]] = Queue(AHEAD * n_threads)  # an empty list ends a thread
     errors: list[BaseException] = []
 
     def work() -> None:
@@ -71,7 +76,7 @@ def run_each(
 
     threads: list[threading.Thread] = []
     try:
-        for _ in range(PER_CORE * n):
+        for _ in range(n_threads):
             thread = threading.Thread(target=work, name="growkern", daemon=True)
             thread.start()
             threads.append(thread)

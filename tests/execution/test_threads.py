@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from growkern.execution import measures, torch_backend
 from growkern.model.tracing.small import plain_torch
 from growkern.support import threads
-from growkern.support.threads import LARGE, PER_CORE, run_each
+from growkern.support.threads import FEW, LARGE, PER_CORE, PER_THREAD, run_each
 from growkern.width import FPI, Lossless
 
 CPU = torch.device("cpu")
@@ -31,18 +31,20 @@ def seen_by_a_new_thread():
     return found[0]
 
 
-def test_every_item_runs_once_and_alone(n_threads):
+@pytest.mark.parametrize(
+    ("n_bytes", "most"), [(LARGE, FEW), (FEW * PER_THREAD, FEW), ((FEW + 1) * PER_THREAD, FEW + 1)]
+)
+def test_every_item_runs_once_and_alone(n_threads, n_bytes, most):
     ran, own = [], []
 
     def worker():
         own.append(torch.get_num_threads())
         return ran.append
 
-    run_each(range(100), worker, CPU, LARGE)
+    run_each(range(100), worker, CPU, n_bytes)
 
-    assert sorted(ran) == [*range(100)] and own == [1] * (
-        n_threads * PER_CORE if n_threads > 1 else 1
-    )
+    n = min(most, n_threads * PER_CORE) if n_threads > 1 else 1
+    assert sorted(ran) == [*range(100)] and own == [1] * n
     assert torch.get_num_threads() == seen_by_a_new_thread() == n_threads
 
 
