@@ -280,7 +280,8 @@ MUTANTS = {
         "support/threads.py", "with one_thread() if n > 1 and device.type == \"cpu\" else nullcontext():", "with nullcontext():",
         "execution/test_threads.py -k small_work"),
     "threads: temporaries take memory without bound": Mutant(
-        "support/threads.py", "min(PER_CORE * n, max(FEW, n_bytes // PER_THREAD))", "PER_CORE * n", "execution/test_threads.py -k once_and_alone"),
+        "support/threads.py", "min(PER_CORE * n, max(FEW, n_bytes // PER_THREAD))", "PER_CORE * n",
+        "execution/test_threads.py -k once_and_alone"),
     "names: modules are walked at every question": Mutant(
         "support/names.py", "        known[id(model)] = made\n", "        pass\n", "execution/test_tiles.py -k walked"),
     "finite: means are not tested": Mutant(
