@@ -276,9 +276,11 @@ MUTANTS = {
         "execution/test_threads.py -k all_cores"),
     "fills: operators on all cores read sources": Mutant(
         "execution/fills.py", "read_each(own, one, lambda job: job[-1])", "[*map(one, own)]", "execution/test_threads.py -k all_cores"),
-    "threads: small work runs on all cores": Mutant(
-        "support/threads.py", "with one_thread() if n > 1 and device.type == \"cpu\" else nullcontext():", "with nullcontext():",
-        "execution/test_threads.py -k small_work"),
+    "threads: all threads that begin meanwhile run torch alone": Mutant(
+        "support/threads.py", "        torch.set_num_threads(n)  # of this thread, and of others as above\n", "",
+        "execution/test_threads.py -k meanwhile"),
+    "template: two threads trace at once": Mutant(
+        "model/tracing/small.py", "    with _ALONE:\n", "    with nullcontext():\n", "execution/test_threads.py -k one_after"),
     "threads: temporaries take memory without bound": Mutant(
         "support/threads.py", "min(PER_CORE * n, max(FEW, n_bytes // PER_THREAD))", "PER_CORE * n",
         "execution/test_threads.py -k once_and_alone"),

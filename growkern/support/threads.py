@@ -6,7 +6,7 @@ that is lost for milliseconds; threads with work of their own wait once, at the 
 
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from queue import Queue
 from typing import TypeVar
 
@@ -39,7 +39,7 @@ def one_thread() -> Generator[None]:
 def run_each(
     items: Iterable[T], worker: Callable[[], Callable[[T], object]], device: torch.device, n_bytes: int
 ) -> None:  # fmt: skip
-    """Run a function on every item; large work on a CPU runs on up to twice as many threads as torch uses, small work on the caller's.
+    """Run a function on every item; large work on a CPU runs on up to twice as many threads as torch uses, other work on the caller's.
 
     Args:
         items: Independent pieces of work; the caller's thread iterates over them.
@@ -52,18 +52,21 @@ def run_each(
     """
     n = torch.get_num_threads()
     if n == 1 or n_bytes < LARGE or device.type != "cpu":
-        with one_thread() if n > 1 and device.type == "cpu" else nullcontext():
-            run = worker()
-            for item in items:
-                run(item)
+        run = worker()
+        for item in items:
+            run(item)
         return
     n_threads = min(PER_CORE * n, max(FEW, n_bytes // PER_THREAD))
     waiting: Queue[list[T]] = Queue(AHEAD * n_threads)  # an empty list ends a thread
     errors: list[BaseException] = []
+    alone = threading.Semaphore(0)
 
     def work() -> None:
         try:
-            torch.set_num_threads(1)  # of this thread
+            torch.set_num_threads(
+                1
+            )  # of this thread, and of all that use torch for the first time from now on
+            alone.release()
             run = worker()
             with torch.no_grad():
                 while item := waiting.get():
@@ -80,6 +83,9 @@ def run_each(
             thread = threading.Thread(target=work, name="growkern", daemon=True)
             thread.start()
             threads.append(thread)
+        for _ in threads:
+            alone.acquire()
+        torch.set_num_threads(n)  # of this thread, and of others as above
         for item in items:
             if errors:
                 break
@@ -89,7 +95,7 @@ def run_each(
             waiting.put([])
         for thread in threads:
             thread.join()
-        torch.set_num_threads(n)  # new threads of the process take the last number
+        torch.set_num_threads(n)
     if errors:
         raise errors[0]
 

@@ -54,7 +54,7 @@ def test_every_item_runs_once_and_alone(n_threads, n_bytes, most):
 def test_small_work_and_work_of_other_devices_stays_in_the_callers_thread(
     device, n_bytes, n_threads
 ):
-    ran, n = [], 1 if device == "cpu" else n_threads
+    ran = []
 
     run_each(
         range(9),
@@ -63,8 +63,16 @@ def test_small_work_and_work_of_other_devices_stays_in_the_callers_thread(
         n_bytes,
     )
 
-    assert ran == [(i, threading.get_ident(), n) for i in range(9)]
+    assert ran == [(i, threading.get_ident(), n_threads) for i in range(9)]
     assert torch.get_num_threads() == seen_by_a_new_thread() == n_threads
+
+
+def test_a_thread_that_uses_torch_meanwhile_keeps_its_number(n_threads):
+    seen = []
+
+    run_each(range(20), lambda: lambda _: seen.append(seen_by_a_new_thread()), CPU, LARGE)
+
+    assert seen == [n_threads] * 20
 
 
 @pytest.mark.parametrize("at", [0, 50, 99])
@@ -161,3 +169,20 @@ def test_a_small_model_is_traced_on_one_core(n_threads):
     with plain_torch():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == seen_by_a_new_thread() == n_threads
+
+
+def test_models_are_traced_one_after_the_other():
+    entered, done = threading.Event(), threading.Event()
+
+    def other():
+        with plain_torch():
+            entered.set()
+        done.set()
+
+    thread = threading.Thread(target=other)
+    with plain_torch():
+        thread.start()
+        assert not entered.wait(0.2)
+        assert torch.get_default_dtype() == torch.float64
+    thread.join()
+    assert entered.is_set() and done.is_set() and torch.get_default_dtype() == torch.float32

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import RLock
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ SMALL = (
      "positions": 41, "vocab": 101, "hidden": 165},
 )  # fmt: skip
 PATTERN = 2  # blocks behind the first block of the last kind
+_ALONE = RLock()
 IDS = ("pad", "bos", "eos", "cls", "sep", "mask", "unk", "decoder_start")  # of tokens
 
 
@@ -121,15 +123,19 @@ def small_config(config: Any, hint: Hint, sizes: Mapping[str, int]) -> Any:
 
 @contextmanager
 def plain_torch() -> Generator[None]:
-    """Make small tensors on the CPU and in float64 whatever the caller's defaults are, and leave the caller's random state as it is."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with one_thread(), torch.random.fork_rng(devices=[]), _on_cpu():
-            torch.manual_seed(0)
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
+    """Make small tensors on the CPU and in float64 whatever the caller's defaults are, and leave the caller's random state as it is.
+
+    The defaults are the process's, so threads that describe models wait for each other.
+    """
+    with _ALONE:
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with one_thread(), torch.random.fork_rng(devices=[]), _on_cpu():
+                torch.manual_seed(0)
+                yield
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 def _on_cpu() -> AbstractContextManager[object]:
