@@ -63,9 +63,8 @@ def run_each(
 
     def work() -> None:
         try:
-            torch.set_num_threads(
-                1
-            )  # of this thread, and of all that use torch for the first time from now on
+            # of this thread, and of all that use torch for the first time from now on
+            torch.set_num_threads(1)
             alone.release()
             run = worker()
             with torch.no_grad():
