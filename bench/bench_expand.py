@@ -24,7 +24,8 @@ from growkern import ModelSpec, linear
 from growkern.depth import IdentityBlocks
 from growkern.execution import torch_backend as reference
 from growkern.execution.execute import execute
-from growkern.execution.tiles import Job, Tiler
+from growkern.execution.grouping import grouped
+from growkern.execution.tiles import Tiler
 from growkern.model.size_values import space_size
 from growkern.optimizer.state_rules import GRADIENT, LAWS, SQUARE, VALUE
 from growkern.planning.build import build
@@ -221,8 +222,9 @@ def _warm(case: Ready) -> Callable[[], object]:
     else:
         expand = reference.expand
     row = case.plan.tensors[0]
-    jobs: list[Job] = [Job(row, *job[:2], RULES[job[2]]) for job in case.jobs]
-    return partial(expand, Tiler(case.plan).groups(jobs))
+    tiler = Tiler(case.plan)
+    jobs = [tiler.job(row, *job[:2], RULES[job[2]]) for job in case.jobs]
+    return partial(expand, grouped(tiler, jobs).groups)
 
 
 def _cold(case: Ready) -> Callable[[], object]:

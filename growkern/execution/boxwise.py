@@ -10,7 +10,8 @@ from growkern.distributed.shards import Box, Range
 from growkern.execution import torch_backend as reference
 from growkern.execution.fills import Given
 from growkern.execution.finite import check
-from growkern.execution.perturb import perturb, shift
+from growkern.execution.grouping import grouped
+from growkern.execution.perturb import finish
 from growkern.execution.pieces import Piece
 from growkern.execution.rows import merged
 from growkern.execution.tiles import MEAN, Job, Tiler
@@ -79,7 +80,7 @@ class Boxwise:
             return whole if box is None else whole[box.slices].clone()
         target = torch.empty([n for _, n in ranges], dtype=source.dtype)
         above = whole if next_layer is None else torch.empty_like(whole)
-        job = Job(row, whole, target, rule, above, box)
+        job = self.tiler.job(row, whole, target, rule, above, box)
         if target.numel():
             self._write(job, source, next_layer)
         return target
@@ -87,7 +88,7 @@ class Boxwise:
     def check(self, row: TensorRow, source: Stored, box: Box | None) -> None:
         """Raise UnsupportedModelError if a weight cannot be computed box by box."""
         if self.plan.changes(row):
-            self.tiler.place(self._blank(row, source)._replace(box=box))
+            self._blank(row, source)._replace(box=box).place()
 
     def measure(self, row: TensorRow, source: Stored) -> None:
         """Read a weight to measure the strength of its noise, where it gets noise by its root mean square alone."""
@@ -103,11 +104,11 @@ class Boxwise:
 
     def _blank(self, row: TensorRow, source: Stored) -> Job:
         whole = torch.empty(source.shape, dtype=source.dtype)
-        return Job(row, whole, torch.empty(0, dtype=source.dtype), VALUE, whole)
+        return self.tiler.job(row, whole, torch.empty(0, dtype=source.dtype), VALUE, whole)
 
     def _write(self, job: Job, source: Stored, next_layer: Stored | None) -> None:
         """Read what a job needs of its sources, and write its target."""
-        row, whole, target, rule, above, box, _ = job
+        row, whole, target, rule, tiling, above, box, _ = job
         assert above is not None
         job = job._replace(mean=self._means.get((row.name, source.name)))
         partly = box is not None and not self.tiler.reads_all(job)
@@ -116,32 +117,28 @@ class Boxwise:
             if next_layer is not None:
                 next_layer.read(above)
             self.tiler.measure([job], lambda _: None)
-            if box is not None and MEAN in self.tiler.statistics_of(
-                row, rule, whole.device, whole.dtype
-            ):
+            if box is not None and tiling is not None and MEAN in tiling.statistics:
                 mean = self.tiler.part_of_mean(row, whole, rule)
                 if mean.isfinite():  # the next box needs no other rows than its own
                     self._means[row.name, source.name] = mean
                     job = job._replace(mean=mean)
-        groups = self.tiler.groups([job])
+        made = grouped(self.tiler, [job])
         if partly:
-            pieces = [piece for group in groups for piece in group.pieces]
+            pieces = [piece for group in made.groups for piece in group.pieces]
             source.read(whole, rows_of(pieces, whole))
             if next_layer is not None:
                 next_layer.read(above, rows_of(pieces, above))
-        reference.expand(groups)
-        if row.offset and row.constant is None and rule.is_weight:
-            shift(row, self.plan.axis_maps(row)[0], target, box)
-        if row.is_perturbed and rule.is_weight:
-            perturb(row, self.plan.seed, target, box)
+        reference.expand(made.groups)
+        finish(job, self.plan)
+        statistics = made.statistics
         if partly:
-            self.tiler.statistics.clear()
+            statistics = []  # they were of elements that were not read
             if not target.is_floating_point() or bool(target.isfinite().all()):
                 return
             source.read(whole)
             if next_layer is not None:
                 next_layer.read(above)
-        self.notes += check(self.tiler, [job], lambda _row, _target: source.name)
+        self.notes += check(self.tiler, [job], statistics, lambda _row, _target: source.name)
 
 
 def rows_of(pieces: Iterable[Piece], whole: Tensor) -> tuple[Range, ...]:

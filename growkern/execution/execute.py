@@ -15,8 +15,9 @@ from growkern.errors import CommitError, GrowthError, PlanError, raise_all
 from growkern.execution import torch_backend as reference
 from growkern.execution.fills import Given
 from growkern.execution.finite import check
+from growkern.execution.grouping import grouped
 from growkern.execution.measures import SumsOf
-from growkern.execution.perturb import perturb, shift
+from growkern.execution.perturb import finish
 from growkern.execution.pieces import Group
 from growkern.execution.rows import SourceReader
 from growkern.execution.sets import (
@@ -177,19 +178,17 @@ class Execution:
                 target.fill_(float("nan") if target.is_floating_point() else 0)
             return
         tiler = self.tiler
-        tiler.measure(jobs, self._kernel_of_squares)
-        groups = tiler.groups(jobs)
-        self.n_read += sum(group.n_read for group in groups) + tiler.n_read
-        self.n_written += sum(group.n_written for group in groups)
-        tiler.n_read = 0
+        self.n_read += tiler.measure(jobs, self._kernel_of_squares)
+        made = grouped(tiler, jobs)
+        self.n_read += made.n_read + sum(group.n_read for group in made.groups)
+        self.n_written += sum(group.n_written for group in made.groups)
         self.laps.end("cut")
-        _run(groups, self.backend, self.meter)
-        for row, _, target, rule, _, box, _ in jobs:
-            if row.offset and row.constant is None and rule.is_weight:
-                shift(row, self.plan.axis_maps(row)[0], target, box)
-            if row.is_perturbed and rule.is_weight:
-                perturb(row, self.plan.seed, target, box)
-        self.notes += check(tiler, jobs, lambda row, target: self._name(row, target, staged))
+        _run(made.groups, self.backend, self.meter)
+        for job in jobs:
+            finish(job, self.plan)
+        self.notes += check(
+            tiler, jobs, made.statistics, lambda row, target: self._name(row, target, staged)
+        )
 
     def _kernel_of_squares(self, device: torch.device) -> SumsOf | None:
         if _chosen(self.backend, device) == "torch":
@@ -254,12 +253,14 @@ class Execution:
                 self.n_written += target.numel() * target.element_size()
                 continue
             next_layer = row.next_layer_source or row.source
-            jobs.append(Job(row, source, target, VALUE, self.sources.values[next_layer], box))
+            jobs.append(
+                self.tiler.job(row, source, target, VALUE, self.sources.values[next_layer], box)
+            )
             if grows_grad(row, self.sources):
                 grad = self.sources.grads[row.source]
                 staged.grads[row.name], target, box = _empty(grad, shape)
                 above = self.sources.grads.get(next_layer, grad)
-                jobs.append(Job(row, grad, target, GRADIENT, above, box))
+                jobs.append(self.tiler.job(row, grad, target, GRADIENT, above, box))
             if not (source_state := state_of(self.plan, row, self.sources)):
                 continue
             state = staged.states[row.name] = dict[str, object]()
@@ -283,9 +284,8 @@ class Execution:
                 for k, (v, other) in pairs.items():
                     state[k], grown, box = _empty(v, rule.shape(shape))
                     above_v = other if isinstance(other, Tensor) else v
-                    jobs.append(
-                        Job(row, v, grown, rule, above_v, box, self.reader.means.get((row.name, k)))
-                    )
+                    mean = self.reader.means.get((row.name, k))
+                    jobs.append(self.tiler.job(row, v, grown, rule, above_v, box, mean))
         return jobs
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from growkern.errors import CommitError, raise_all
 from growkern.execution import torch_backend as reference
 from growkern.execution.fills import BROKEN
+from growkern.execution.grouping import grouped
 from growkern.execution.measures import CHUNK, MOST, norms_of, of_each
 from growkern.execution.tiles import Job, Tiler
 from growkern.optimizer.state_rules import Rule
@@ -23,16 +24,18 @@ from growkern.planning.growth_plan import TensorRow
 from growkern.support.dtypes import arithmetic
 
 NameOf = Callable[[TensorRow, Tensor], str]  # row and target -> name for the user
+Statistics = Sequence[tuple[Sequence[Job], list[Tensor]]]
 CLEAR = "Clear it before the growth."
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size of a float
 
 
-def check(tiler: Tiler, jobs: Sequence[Job], name_of: NameOf) -> list[str]:
+def check(tiler: Tiler, jobs: Sequence[Job], statistics: Statistics, name_of: NameOf) -> list[str]:
     """Check the targets of jobs that have run; compute means again over finite elements where only the others made them not finite.
 
     Args:
         tiler: The tiler that cut the targets.
         jobs: The jobs.
+        statistics: Jobs, and of each a mean or rows that its target has (``Grouped.statistics``).
         name_of: Function from a row and its target to the name of the tensor.
 
     Returns:
@@ -41,7 +44,7 @@ def check(tiler: Tiler, jobs: Sequence[Job], name_of: NameOf) -> list[str]:
     Raises:
         CommitError: Elements would become NaN or infinite; the message names every tensor.
     """
-    lost, zeroed = suspects(tiler, jobs)
+    lost, zeroed = suspects(tiler, jobs, statistics)
     problems, notes = list[str](), list[str]()
     for job in lost:
         row, source, target, rule, *_ = job
@@ -70,35 +73,38 @@ def check(tiler: Tiler, jobs: Sequence[Job], name_of: NameOf) -> list[str]:
     return notes
 
 
-def suspects(tiler: Tiler, jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
+def suspects(
+    tiler: Tiler, jobs: Sequence[Job], statistics: Statistics
+) -> tuple[list[Job], list[Job]]:
     """Return the jobs whose targets may not be finite, and the jobs whose second moments may be 0; synchronize once per device."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[tuple[Job, Tensor]]] = defaultdict(list)
+    larger: dict[tuple[torch.device, torch.dtype], list[Job]] = defaultdict(list)
+    noisy: dict[tuple[torch.device, torch.dtype, float], list[Job]] = defaultdict(list)
+    may_zero: dict[tuple[torch.device, torch.dtype, float], list[Job]] = defaultdict(list)
     flags: dict[torch.device, list[tuple[Sequence[Job], Tensor]]] = defaultdict(list)
     zeros: dict[torch.device, list[tuple[Sequence[Job], Tensor]]] = defaultdict(list)
-    may_zero: dict[tuple[torch.device, torch.dtype, float], list[Job]] = defaultdict(list)
     for job in jobs:
-        row, source, target, rule, *_ = job
-        if row.constant is not None or not target.is_floating_point() or not source.numel():
+        row, source, target, rule, tiling, *_ = job
+        if tiling is None or not target.is_floating_point() or not source.numel():
             continue
-        reach, dtype = tiler.reach(row, source, target, rule), arithmetic(target.dtype)
+        reach = job.reach
         if reach.largest > 1 or row.offset or row.noise_std:
-            kinds[source.device, dtype].append((job, target))
+            larger[source.device, arithmetic(target.dtype)].append(job)
         elif reach.noise and rule.is_weight:
-            limits = torch.finfo(target.dtype)
-            room = (
-                limits.max * limits.eps / 4
-            )  # half a unit in the last place of the largest number
-            strongest = tiler.std(row) * (reach.noise * 2 * reference.BYTES_MEAN)
-            flags[source.device].append(([job], (strongest < room).logical_not()[None]))
+            noisy[source.device, target.dtype, reach.noise].append(job)
         if reach.smallest < 1 and 2 in (rule.weight, rule.grad) and not rule.quantized:
             may_zero[source.device, source.dtype, reach.smallest].append(job)
-    for (device, _), pairs in kinds.items():
-        norms = norms_of([tensor for _, tensor in pairs], 2)
-        flags[device].append(([job for job, _ in pairs], norms.isfinite().logical_not()))
-    for members, made in tiler.statistics:
+    for (device, _), members in larger.items():
+        norms = norms_of([job.target for job in members], 2)
+        flags[device].append((members, norms.isfinite().logical_not()))
+    for (device, dtype, noise), members in noisy.items():
+        limits = torch.finfo(dtype)
+        room = limits.max * limits.eps / 4  # half a unit in the last place of the largest number
+        stds = torch.stack([tiler.stds[job.row.source] for job in members])
+        strongest = stds * (noise * 2 * reference.BYTES_MEAN)
+        flags[device].append((members, (strongest < room).logical_not()))
+    for members, made in statistics:
         if members[0].source.numel() and members[0].target.is_floating_point():
             flags[made[0].device].append((members, _broken(made)))
-    tiler.statistics.clear()
     for (device, _, smallest), members in may_zero.items():
         zeros[device].append((members, _may_zero([job.source for job in members], smallest)))
     return [*_flagged(flags)], [*_flagged(zeros)]
@@ -160,23 +166,17 @@ def _n_zeroed(tiler: Tiler, job: Job) -> int:
 
 def _gathered(tiler: Tiler, job: Job, source: Tensor | None, above: Tensor | None) -> Tensor:
     """Return copies of other numbers in the place of a job's source, unscaled and without noise; pads are 0."""
-    target, rule = job.target, job.rule
+    row, _, target, rule, *_ = job
     assert source is not None, "a job has a source"
     plain = replace(rule, weight=0, grad=0, is_weight=False, missing="zero")
     copied = torch.zeros_like(target)
-    _write(tiler, job._replace(source=source, target=copied, rule=plain, next_layer=above))
+    _write(tiler, tiler.job(row, source, copied, plain, above, job.box, job.mean))
     return copied
 
 
 def _write(tiler: Tiler, job: Job, *, finite_only: bool = False) -> None:
     """Run one job by the torch backend."""
-    tiler.finite_only = finite_only
-    try:
-        reference.expand(tiler.groups([job]))
-    finally:
-        tiler.finite_only = False
-        tiler.n_read = 0
-        tiler.statistics.clear()
+    reference.expand(grouped(tiler, [job], finite_only=finite_only).groups)
 
 
 def _may_zero(sources: Sequence[Tensor], scale: float) -> Tensor:

@@ -17,15 +17,16 @@ from growkern.support.threads import CHUNK, read_each
 MOST = 1 << 24  # elements of temporaries on a GPU
 
 
-def chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield a tensor in its arithmetic's dtype: a low-precision tensor in chunks, to avoid a copy of the whole tensor."""
+def chunks(tensor: Tensor, axis: int = 0) -> Iterator[Tensor]:
+    """Yield a tensor in its arithmetic's dtype: a low-precision tensor in chunks along an axis, to avoid a copy of the whole tensor."""
     dtype = arithmetic(tensor.dtype)
     if tensor.dtype == dtype or tensor.dim() == 0:
         yield tensor.to(dtype)
         return
-    step = max(1, CHUNK * tensor.shape[0] // max(1, tensor.numel()))
-    for start in range(0, tensor.shape[0], step):
-        yield tensor[start : start + step].to(dtype)
+    n = tensor.shape[axis]
+    step = max(1, CHUNK * n // max(1, tensor.numel()))
+    for start in range(0, n, step):
+        yield tensor.narrow(axis, start, min(step, n - start)).to(dtype)
 
 
 def of_each(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -6,11 +6,21 @@ import torch
 from torch import Tensor
 
 from growkern.distributed.shards import Box
+from growkern.execution.tiles import Job
 from growkern.execution.torch_backend import BYTES_STD, axis_keys, normal, tensor_id
-from growkern.planning.growth_plan import AxisMap, TensorRow
+from growkern.planning.growth_plan import AxisMap, GrowthPlan, TensorRow
 from growkern.support.dtypes import arithmetic
 
 MOST = 1 << 22  # elements at once
+
+
+def finish(job: Job, plan: GrowthPlan) -> None:
+    """Shift and perturb the written target of a weight, where its row says so."""
+    row = job.row
+    if row.offset and row.constant is None and job.rule.is_weight:
+        shift(row, plan.axis_maps(row)[0], job.target, job.box)
+    if row.is_perturbed and job.rule.is_weight:
+        perturb(row, plan.seed, job.target, job.box)
 
 
 def perturb(row: TensorRow, seed: int, target: Tensor, box: Box | None = None) -> None:

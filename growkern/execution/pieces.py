@@ -114,8 +114,8 @@ class Group:
     Attributes:
         pieces: Pieces of the first tensor.
         origins: Per piece, the index in ``sources[i]`` of the tensor that its source is a part of.
-        targets: Per tensor, the target as a matrix.
-        sources: Per tensor, what its target is written from: (source, fill, ...), of the same layouts for every tensor.
+        targets: Per tensor, the target; its elements lie as those of the first, which the pieces have as a matrix.
+        sources: Per tensor, what its target is written from: (source, fill, ...), whose elements lie alike for every tensor.
         noises: Per tensor, the noise of the pieces with noise.
     """
 
@@ -147,11 +147,15 @@ class Group:
 
     def pieces_of(self, i: int) -> Iterator[Piece]:
         """Yield the pieces of tensor ``i``."""
+        if i == 0 or not self.pieces:
+            yield from self.pieces
+            return
+        target, first = self.targets[i], self.pieces[0].dst
+        dst = target.as_strided(first.shape, first.stride(), target.storage_offset())
         for k, piece in enumerate(self.pieces):
             read = self.sources[i][self.origins[k]]
             at = read.storage_offset() + self.offset(k)
-            src = piece.src if i == 0 else read.as_strided(piece.src.shape, piece.src.stride(), at)
             yield Piece(
-                src, self.targets[i], piece.row_copies, piece.col_copies, piece.rows, piece.cols,
-                self.noises[i] if piece.noise is not None else None,
+                read.as_strided(piece.src.shape, piece.src.stride(), at), dst, piece.row_copies, piece.col_copies, piece.rows,
+                piece.cols, self.noises[i] if piece.noise is not None else None,
             )  # fmt: skip

@@ -90,7 +90,7 @@ class SourceReader:
         for row, rule in members:
             if row.next_layer_source is not None or rule.reduced is not None or not row.axes:
                 return None
-            if self._tiler.statistics_of(row, rule, like.device, like.dtype) - {MEAN}:
+            if self._tiler.tiling(row, rule, like.device, like.dtype).statistics - {MEAN}:
                 return None
             maps.add(self._plan.axis_maps(row)[0].index_map)
         key = frozenset(maps), n_parts
@@ -113,8 +113,8 @@ class SourceReader:
             if not is_sharded(t) or row.constant is not None:
                 continue
             if rule.is_weight:
-                weights.append(Job(row, t, t, rule))
-            elif self.of([(row, rule)], t) and MEAN in tiler.statistics_of(row, rule, t.device, t.dtype):  # fmt: skip
+                weights.append(tiler.job(row, t, t, rule))
+            elif self.of([(row, rule)], t) and MEAN in tiler.tiling(row, rule, t.device, t.dtype).statistics:  # fmt: skip
                 means.setdefault((placement(t), t.dtype), []).append((row, key, t, rule))
         tiler.measure(weights, kernel, gather)
         names = {job.row.source for job in weights} & {*tiler.stds}
@@ -128,10 +128,10 @@ class SourceReader:
 
     def _rows_of(self, jobs: Sequence[Job]) -> Rows | None:
         """Return the rows that jobs read of their source; None where they read all of it, also because its statistics are not finite."""
-        for row, t, _, rule, _, _, mean in jobs:
-            if rule.is_weight and row.source in self._broken:
+        for job in jobs:
+            if job.rule.is_weight and job.row.source in self._broken:
                 return None
-            if mean is None and self._tiler.statistics_of(row, rule, t.device, t.dtype):
+            if job.mean is None and job.tiling is not None and job.tiling.statistics:
                 return None
         return self.of([(job.row, job.rule) for job in jobs], jobs[0].source)
 

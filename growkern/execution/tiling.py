@@ -1,15 +1,19 @@
 """How tensors with the same axes are cut: a run of rows by a run of columns reads the source, the next layer's, or a fill."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from growkern.execution.axis_runs import AxisLayout, AxisRun, Reach
-from growkern.execution.fills import Slot
 from growkern.optimizer.state_rules import Rule
 from growkern.planning.axis_map import AxisMap, Pad
 from growkern.planning.index_map import PAD
+
+Slot = Literal[
+    "source", "next layer", "zero", "mean", "mean row", "mean column", "mean of law", "rows of method", "columns of method",
+]  # fmt: skip
+MEANS: tuple[Slot, ...] = "mean", "mean row", "mean column", "mean of law"
 
 
 class Cut(NamedTuple):
@@ -45,6 +49,12 @@ class Tiling(NamedTuple):
     n_row_axes: int
     source: tuple[int, int]  # matrix shape
     target: tuple[int, int]
+
+    @property
+    def statistics(self) -> set[str]:
+        """What a target needs of all elements of its source, apart from its noise scale: means, or the method's rows."""
+        fills: set[str] = {*self.slots} - {"source", "next layer", "zero"}
+        return fills | ({"mean along an axis"} if self.centered else set[str]())
 
 
 def cut_of(rows: AxisLayout, cols: AxisLayout, r: AxisRun, c: AxisRun, rule: Rule, device: torch.device) -> Cut:  # fmt: skip

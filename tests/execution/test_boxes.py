@@ -12,6 +12,7 @@ from growkern.engine.sources import tensors_of
 from growkern.errors import UnsupportedModelError
 from growkern.execution import torch_backend
 from growkern.execution.execute import Execution
+from growkern.execution.grouping import grouped
 from growkern.execution.perturb import perturb
 from growkern.execution.tiles import Tiler
 from growkern.model.describe import describe
@@ -43,7 +44,7 @@ def test_boxes_are_parts_of_the_whole_target(family, method, n):
     assert {job.rule for job in jobs} == {VALUE, GRADIENT, SQUARE}
     tiler = Tiler(made)
     tiler.measure(jobs, lambda device: None)
-    torch_backend.expand(tiler.groups(jobs))
+    torch_backend.expand(grouped(tiler, jobs).groups)
 
     for axis in range(2):
         parts, wholes = [], []
@@ -58,7 +59,7 @@ def test_boxes_are_parts_of_the_whole_target(family, method, n):
                     wholes.append(job.target.narrow(axis, first, size))
                     target = torch.full_like(wholes[-1].contiguous(), float("nan"))
                     parts.append(job._replace(target=target, box=Box(tuple(ranges), shape)))
-        torch_backend.expand(tiler.groups(parts))
+        torch_backend.expand(grouped(tiler, parts).groups)
         assert all(torch.equal(part.target, t) for part, t in zip(parts, wholes, strict=True))
         assert len(parts) >= len(jobs) // 2
 

@@ -21,7 +21,8 @@ from growkern.commit import param_groups as groups
 from growkern.engine.sources import tensors_of
 from growkern.errors import CommitError, GrowthError, InsufficientMemoryError, PlanError
 from growkern.execution import execute, sets
-from growkern.execution.tiles import Job, Tiler
+from growkern.execution.grouping import grouped
+from growkern.execution.tiles import Tiler
 from growkern.kernels import table
 from growkern.kernels.table import Table
 from growkern.optimizer.describe import describe_optimizer
@@ -362,10 +363,15 @@ def test_the_bytes_reported_are_those_of_the_table(to):
                 pair = sources.states[row.source][key], staged.states[row.name][key]
                 tensors[row.name, key] = (*pair, order)
     rows = {row.name: row for row in plan.tensors}
-    groups = tiler.groups(
-        Job(rows[name], source, target, (VALUE, GRADIENT, SQUARE)[order[0] if order else kind])
+    jobs = [
+        tiler.job(
+            rows[name], source, target, (VALUE, GRADIENT, SQUARE)[order[0] if order else kind]
+        )
         for (name, kind), (source, target, *order) in tensors.items()
-    )
+    ]
+    n_measured = tiler.measure(jobs, lambda device: None)
+    made = grouped(tiler, jobs)
+    groups = made.groups
     built = Table()
     built.add([(group, range(len(group.pieces))) for group in groups], 16, 128)
     read = written = 0
@@ -378,8 +384,8 @@ def test_the_bytes_reported_are_those_of_the_table(to):
 
     assert run.n_written == written == sum(target.numel() * 4 for _, target, *_ in tensors.values())
     assert (
-        run.n_read == read + tiler.n_read
-    )  # tiler.n_read: bytes read for statistics, such as the weight's size that scales noise
+        run.n_read == read + n_measured + made.n_read
+    )  # the last two: bytes read for statistics, such as the weight's size that scales noise
     if to == "2x":
         assert read == sum(source.numel() * 4 for source, *_ in tensors.values())
 

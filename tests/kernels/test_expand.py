@@ -22,8 +22,9 @@ from models import grow, make
 from torch import Tensor
 
 from growkern.execution import torch_backend as reference
+from growkern.execution.grouping import grouped
 from growkern.execution.pieces import Copy, Group, Noise, Piece
-from growkern.execution.tiles import Job, Tiler
+from growkern.execution.tiles import Tiler
 from growkern.execution.torch_backend import axis_keys, normal
 from growkern.kernels import expand as expand_module
 from growkern.kernels import table
@@ -481,7 +482,7 @@ def test_a_constant_target_is_cut_along_its_own_rows(shape):
     untouched = torch.UntypedStorage(2 * prod(shape))  # 4 GB, which torch.empty would fill here
     target = torch.empty(0, dtype=torch.bfloat16).set_(untouched, 0, shape)
 
-    groups = tiler.groups([Job(row, target[:1], target, VALUE)])
+    groups = grouped(tiler, [tiler.job(row, target[:1], target, VALUE)]).groups
     ((_, _, (rows,), _, _, n_programs),) = tabled(groups)[1]
 
     n_rows, n_cols = target.numel() // shape[-1], shape[-1]
