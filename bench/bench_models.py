@@ -124,10 +124,10 @@ CASES = {
     ),
     "tensors of tiny GPT-2": Case("GPT2", NO_DROPOUT | TINY, "2x", "quick", GB // 4, narrow=True),
     HOST_124M: Case(
-        "GPT2", NARROW | {"n_embd": 48, "n_layer": 12, "n_head": 12}, "2x", "cpu", GB, narrow=True
+        "GPT2", NARROW | {"n_embd": 24, "n_layer": 12, "n_head": 12}, "2x", "cpu", GB, narrow=True
     ),
     HOST_XL: Case(
-        "GPT2", NARROW | {"n_embd": 100, "n_layer": 48, "n_head": 25}, "2x", "cpu", GB, narrow=True
+        "GPT2", NARROW | {"n_embd": 50, "n_layer": 48, "n_head": 25}, "2x", "cpu", GB, narrow=True
     ),
     "tiny Llama 2x wide": Case("Llama", TINY_LLAMA, "2x", "test", GB // 4, doubles=True),
     GPT2_WIDE: Case("GPT2", NO_DROPOUT, "2x", "cpu", 12 * GB, doubles=True, busy=True),

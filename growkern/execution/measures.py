@@ -12,7 +12,7 @@ from torch import Tensor
 from growkern.distributed.gather import Gather
 from growkern.distributed.shards import local
 from growkern.support.dtypes import arithmetic
-from growkern.support.threads import CHUNK, read_each
+from growkern.support.threads import CHUNK, SMALL, read_each
 
 MOST = 1 << 24  # elements of temporaries on a GPU
 
@@ -31,7 +31,7 @@ def chunks(tensor: Tensor, axis: int = 0) -> Iterator[Tensor]:
 
 def of_each(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return a function of each tensor, of one device; on a CPU, tensors that are large together are read by several threads."""
-    made: list[Tensor] = [tensors[0]] * len(tensors)
+    made = [*tensors]
 
     def one(i: int) -> None:
         made[i] = function(tensors[i])
@@ -47,10 +47,12 @@ def norms_of(tensors: Sequence[Tensor], order: int) -> Tensor:
         return torch.stack(torch._foreach_norm(list(tensors), order, dtype=dtype))  # pyright: ignore
 
     def norm(tensor: Tensor) -> Tensor:
-        parts: list[Tensor] = [
-            c.sum() if order == 1 else torch.linalg.vector_norm(c) for c in chunks(tensor)
-        ]  # pyright: ignore
-        return parts[0] if len(parts) == 1 else torch.stack(parts).pow(order).sum().pow(1 / order)
+        parts = [tensor] if tensor.nbytes < SMALL else [*chunks(tensor)]
+        norms: list[Tensor] = [
+            part.sum(dtype=dtype) if order == 1 else torch.linalg.vector_norm(part, dtype=dtype)  # pyright: ignore
+            for part in parts
+        ]
+        return norms[0] if len(norms) == 1 else torch.stack(norms).pow(order).sum().pow(1 / order)
 
     return torch.stack(of_each(norm, tensors))
 

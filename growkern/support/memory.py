@@ -238,8 +238,8 @@ def stored_like(source: Tensor, target: Tensor) -> Tensor:
 
 def is_pinned(tensor: Tensor) -> bool:
     """True for a host tensor in page-locked memory."""
-    can_pin = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return tensor.device.type == "cpu" and can_pin and tensor.is_pinned()
+    can_pin = torch.cuda.is_initialized()  # else ``is_pinned`` would initialize the device
+    return can_pin and tensor.device.type == "cpu" and tensor.is_pinned()
 
 
 def trim() -> None:

@@ -174,6 +174,18 @@ def test_one_trace_serves_models_of_every_size_depth_and_dtype(monkeypatch):
     assert differences(families_oracle.by_hand(model), describe(model, values=False)) == []
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_one_trace_serves_all_growths_of_a_model(family, monkeypatch):
+    model = make(family, tied=True)
+    describe(model)
+    monkeypatch.setattr(template, "_Traced", None)  # a second trace would fail
+
+    for to in ({"hidden": 48, "heads": "2x"}, {"ffn": "2x"}, {"layers": 4}):
+        growkern.expand_inplace(model, to=to)
+
+    assert len(model.config.growkern_history) == 3
+
+
 def test_description_leaves_random_state_and_defaults_as_they_are(monkeypatch):
     monkeypatch.setattr(template, "_KNOWN", {})
     model = make("gpt2", tied=True)
