@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from struct import pack, unpack
 from typing import Any
 
@@ -129,10 +129,10 @@ def _broadcast(
 ) -> torch.Tensor:
     """Return the records of every tensor of a group, int64 (tensors, records, fields): those of the first, with each one's pointers."""
     n = len(group.targets)
-    records = _integers(n for own in fields for n in own).view(len(fields), -1).repeat(n, 1, 1)
-    sources = _integers(t.data_ptr() for read in group.sources for t in read).view(n, -1)
+    records = _integers(chain.from_iterable(fields)).view(len(fields), -1).repeat(n, 1, 1)
+    sources = _pointers(chain.from_iterable(group.sources)).view(n, -1)
     records[:, :, SRC_PTR.value] += sources[:, origins]
-    records[:, :, DST_PTR.value] = _integers(t.data_ptr() for t in group.targets)[:, None]
+    records[:, :, DST_PTR.value] = _pointers(group.targets)[:, None]
     if noisy:
         drawn = _integers(x for noise in group.noises for x in (noise.std.data_ptr(), *noise.keys))
         records[:, noisy, STD.value : COL_KEY.value + 1] = drawn.view(n, 1, -1)
@@ -142,6 +142,10 @@ def _broadcast(
 def _integers(numbers: Iterable[int]) -> torch.Tensor:
     """Return int64 (n,), ten times as fast as ``torch.tensor`` of a list."""
     return torch.frombuffer(array("q", numbers), dtype=torch.int64)
+
+
+def _pointers(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return _integers(map(torch.Tensor.data_ptr, tensors))
 
 
 def _copy(copy: Any) -> list[int]:

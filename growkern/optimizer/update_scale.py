@@ -4,7 +4,7 @@ The optimizer sees ``p / s`` and ``p.grad / a``; its update of ``p / s`` is mult
 step (epsilon, weight decay of either kind, bounds, averages) then act in these units, for any optimizer, element by element.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import fields
 from typing import Any
 from weakref import ref
@@ -86,7 +86,7 @@ class UpdateScale:
                 "this optimizer already has an UpdateScale; call remove() of that UpdateScale first."
             )
         self.optim, self.orders = optim, dict(orders or {})
-        self.scales = {p: _checked(optim, p, scale) for p, scale in scales.items()}
+        self.scales = _checked(optim, scales)
         # further factors, which a ramp changes in every step, and when it ends; state dicts leave them out
         self.masks: dict[Tensor, Scale] = {}
         self.ramp = ""
@@ -196,7 +196,7 @@ class UpdateScale:
                 f"UpdateScale: the optimizer has no parameter at {unknown[:5]}; build the optimizer with the same groups."
             )
         scales = {(p := params[place]): _read(scale, p) for place, scale in saved.items()}
-        self.scales = {p: _checked(self.optim, p, scale) for p, scale in scales.items()}
+        self.scales = _checked(self.optim, scales)
         self.orders = {key: (powers[0], powers[1]) for key, powers in state["orders"].items()}
 
     def _pack(self, optim: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -328,7 +328,7 @@ def adopt(optim: Optimizer) -> None:
             f"the state dict's factors of the learning rates do not fit this {type(optim).__name__} ({error!r}): build the "
             "optimizer with the param groups of the run that saved them."
         ) from None
-    scales = {p: _checked(optim, p, scale) for p, scale in scales.items()}
+    scales = _checked(optim, scales)
     if scale is None:
         UpdateScale(optim, scales, orders=orders)
         return
@@ -353,10 +353,16 @@ def _plain(scale: Scale) -> dict[str, Any]:
     return {f.name: getattr(scale, f.name) for f in fields(scale)}
 
 
-def _checked(optim: Optimizer, p: Tensor, scale: float | Scale) -> Scale:
+def _checked(optim: Optimizer, scales: Mapping[Tensor, float] | Mapping[Tensor, Scale]) -> dict[Tensor, Scale]:  # fmt: skip
+    """Return a ``Scale`` for each parameter; raise PlanError for one that does not fit."""
+    held = {id(q) for group in optim.param_groups for q in group["params"]}
+    return {p: _checked_scale(optim, held, p, scale) for p, scale in scales.items()}
+
+
+def _checked_scale(optim: Optimizer, held: Set[int], p: Tensor, scale: float | Scale) -> Scale:
     if not isinstance(p, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PlanError(f"UpdateScale: expected parameters as keys, got {short(p)}.")
-    if not any(p is q for group in optim.param_groups for q in group["params"]):
+    if id(p) not in held:
         raise PlanError(
             f"UpdateScale: this {type(optim).__name__} has no such parameter of shape {tuple(p.shape)}; add it to a param group."
         )
