@@ -251,7 +251,7 @@ MUTANTS = {
         "optimizer/test_lr_scaling.py -k groups_and_hooks"),
     # execution
     "execute: every tensor has the same noise": Mutant(
-        "execution/tiles.py", "axis_keys(self.plan.seed, reference.tensor_id(row.name))", "axis_keys(self.plan.seed, 0)",
+        "execution/tiles.py", "axis_keys(self.plan.seed, reference.tensor_id(job.row.name))", "axis_keys(self.plan.seed, 0)",
         "execution/test_execute.py -k noise"),
     "execute: a mean is a sum": Mutant(
         "execution/axis_runs.py", "[s / max(1, self.n_copied) for s in sums]", "sums", "optimizer/test_describe_optimizer.py -k ancestor"),
@@ -275,7 +275,8 @@ MUTANTS = {
         "execution/measures.py", "    read_each(range(len(tensors)), one, tensors.__getitem__)\n", "    [*map(one, range(len(tensors)))]\n",
         "execution/test_threads.py -k all_cores"),
     "fills: operators on all cores read sources": Mutant(
-        "execution/fills.py", "read_each(own, one, lambda job: job[-1])", "[*map(one, own)]", "execution/test_threads.py -k all_cores"),
+        "execution/fills.py", "read_each(own, one, lambda job: job[0].sources[0])", "[*map(one, own)]",
+        "execution/test_threads.py -k all_cores"),
     "threads: all threads that begin meanwhile run torch alone": Mutant(
         "support/threads.py", "        torch.set_num_threads(n)  # of this thread, and of others as above\n", "",
         "execution/test_threads.py -k meanwhile"),
@@ -284,6 +285,15 @@ MUTANTS = {
     "threads: temporaries take memory without bound": Mutant(
         "support/threads.py", "min(PER_CORE * n, max(FEW, n_bytes // PER_THREAD))", "PER_CORE * n",
         "execution/test_threads.py -k once_and_alone"),
+    "template: every growth of a model traces a small model again": Mutant(
+        "model/tracing/template.py", ', "growkern_history"', "", "model/test_hints.py -k all_growths"),
+    "template: every epsilon traces a small model again": Mutant(
+        "model/tracing/template.py", "*NAMES, hint.eps}", "*NAMES}", "model/test_hints.py -k all_growths"),
+    "fills: small sources share a mean": Mutant(
+        "execution/fills.py", "* rows).sum(1)", "* rows).sum(1).mean(0, keepdim=True).expand(len(sources))",
+        "execution/test_tiles.py -k read_together"),
+    "fills: a source that is read alone is summed in another order": Mutant(
+        "execution/fills.py", "if sources[0].numel() <= SMALL:", "if len(sources) > 1:", "execution/test_tiles.py -k read_together"),
     "names: modules are walked at every question": Mutant(
         "support/names.py", "        known[id(model)] = made\n", "        pass\n", "execution/test_tiles.py -k walked"),
     "finite: means are not tested": Mutant(
@@ -292,7 +302,7 @@ MUTANTS = {
         "execution/fills.py", "sums.new_empty(len(sums), 16 // sums.itemsize)", "sums.new_empty(len(sums), 1)",
         "execution/test_tiles.py -k aligned_alike"),
     "execute: tensors of another alignment are cut alike": Mutant(
-        "execution/tiles.py", "t.data_ptr() % 16)", "0)", "execution/test_tiles.py -k aligned_alike"),
+        "execution/grouping.py", "t.data_ptr() % 16)", "0)", "execution/test_tiles.py -k aligned_alike"),
     "execute: the memory mode chooses which weight is measured": Mutant(
         "execution/tiles.py", "            seen.add(row.source)\n", "", "execution/test_memory.py -k master_weights"),
     "lean: nobody waits for a source to be written": Mutant(
@@ -825,7 +835,7 @@ MUTANTS = {
     "dcp: the last row of a range is not read": Mutant(
         "execution/boxwise.py", "last // n_row + 1", "max(last // n_row, first // n_row + 1)", "checkpoints/test_dcp.py -k 'load_on_any'"),
     "dcp: the box is the first one": Mutant(
-        "execution/boxwise.py", "Job(row, whole, target, rule, above, box)", "Job(row, whole, target, rule, above, None if box is None "
+        "execution/boxwise.py", "job(row, whole, target, rule, above, box)", "job(row, whole, target, rule, above, None if box is None "
         "else Box(tuple((0, n) for _, n in box.ranges), box.shape))", "checkpoints/test_dcp.py -k 'load_on_any'"),
     "dcp: every process reads all": Mutant(
         "execution/boxwise.py", "partly = box is not None and not", "partly = False and not", "checkpoints/test_dcp.py -k reads_the_rows"),
@@ -906,7 +916,8 @@ MUTANTS = {
     "rows: a mean that is not finite is used": Mutant(
         "execution/rows.py", "if mean.isfinite():", "if True:", "distributed/test_gather.py -k moment"),
     "rows: a broken weight is read by rows": Mutant(
-        "execution/rows.py", "if rule.is_weight and row.source in self._broken:", "if False:", "distributed/test_gather.py -k weight"),
+        "execution/rows.py", "if job.rule.is_weight and job.row.source in self._broken:", "if False:",
+        "distributed/test_gather.py -k weight"),
     "rows: no process votes": Mutant(
         "distributed/gather.py", "            self._vote()\n            dist.all_to_all", "            dist.all_to_all",
         "distributed/test_gather.py -k arrive"),

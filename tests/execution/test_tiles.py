@@ -6,8 +6,17 @@ from models import grow, make, train
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from growkern import plan
 from growkern.commit import commit
+from growkern.engine.sources import tensors_of
 from growkern.execution import execute, measures
+from growkern.execution.fills import SMALL, weighted_sums
+from growkern.execution.grouping import grouped
+from growkern.execution.tiles import Tiler
+from growkern.model.describe import describe
+from growkern.optimizer.state_rules import GRADIENT, SQUARE
+from growkern.support.named_tensors import Tensors
+from growkern.width import Lemon, Lossless
 
 
 class Counted(TorchDispatchMode):
@@ -87,6 +96,45 @@ def test_the_tensors_of_all_blocks_are_cut_alike_where_their_memory_is_aligned_a
 
     assert len(few) == len(many) == len(apart) - 1
     assert max(len(group.targets) for group in many) >= 2 * max(len(group.targets) for group in few)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [Lossless(), Lemon()], ids=str)
+def test_the_mean_of_a_source_does_not_depend_on_what_is_read_together_with_it(width, dtype):
+    model = make("llama", tied=False, num_hidden_layers=6).to(dtype)
+    spec, rules = describe(model), {"exp_avg": GRADIENT, "exp_avg_sq": SQUARE}
+    sources = tensors_of(model, (), spec)
+    sources.states = {
+        name: {key: torch.rand_like(t) for key in rules} for name, t in sources.values.items()
+    }
+    made = plan(model, to={"hidden": 36, "ffn": 50}, width=width)
+    execution = execute.Execution(made, sources, lambda _: rules)
+    jobs = [job for one in execution.sets for job in execution.jobs(one, Tensors())]
+    tiler = Tiler(made)
+    tiler.measure(jobs, lambda device: None)
+
+    together = grouped(tiler, jobs).statistics
+    pairs = [pair for members, means in together for pair in zip(members, means, strict=True)]
+    alone = {id(job): grouped(tiler, [job]).statistics for job in jobs}
+
+    assert max(len(members) for members, _ in together) >= 6
+    for job, mean in pairs:
+        assert any(torch.equal(mean, own) for _, (own,) in alone[id(job)]), job.row.name
+    assert len({float(mean.double().sum()) for _, mean in pairs}) > len(pairs) // 2
+
+
+@pytest.mark.parametrize("shape", [(40, 64, 128), (200, 1, 8192), (300, 37, 5), (3, 96, 128)])
+def test_sums_of_matrices_that_are_read_together_have_the_bits_of_each(shape):
+    sources = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    rows, cols = torch.rand(shape[1]), torch.rand(shape[2])
+
+    sums = weighted_sums(sources, rows, cols)
+
+    if shape[1] * shape[2] <= SMALL:
+        alone = [weighted_sums(source[None], rows, cols)[0] for source in sources]
+        assert torch.equal(sums, torch.stack(alone))
+    exact = torch.einsum("nij,i,j->n", sources.double(), rows.double(), cols.double())
+    assert torch.allclose(sums.double(), exact, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("to", [{"hidden": 48}, {"hidden": 48, "layers": 9}], ids=str)
