@@ -7,11 +7,12 @@ from rich.table import Table
 
 from bench.baselines import DOUBLE, REPEAT, SELECT
 from bench.bench_adamw import OURS, SMALL
-from bench.bench_models import GPT2_WIDE, HOST, HOST_124M, HOST_XL, XL_WIDE
+from bench.bench_models import CASES, GPT2_WIDE, HOST, HOST_124M, HOST_200, HOST_XL, XL_WIDE
 from bench.harness import LARGE, ROOF, Row, number
 
 RUN_MAPS = ("x1.5 adam", "x2 adam", "x3 adam")
 RANDOM_MAPS = ("random x2 adam",)
+N_LAYERS = {name: int(str(CASES[name].config["n_layer"])) for name in (HOST_XL, HOST_200)}
 NOISES = ("noise=1", "noise=0")  # twin noise of copies
 
 
@@ -104,6 +105,17 @@ def _host(case: str) -> Callable[[Sequence[Row], str, str], Iterator[float]]:
     return measure
 
 
+def _host_again(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
+    for row in _model(rows, HOST_XL, HOST, "again") if noise == NOISES[1] else ():
+        yield from (1 / times(row, first) for first in _model(rows, HOST_XL, HOST, "warm"))
+
+
+def _host_per_layer(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
+    for row in _model(rows, HOST_200, HOST, "warm") if noise == NOISES[1] else ():
+        for other in _model(rows, HOST_XL, HOST, "warm"):
+            yield N_LAYERS[HOST_XL] / N_LAYERS[HOST_200] / times(row, other)
+
+
 def _peak(rows: Sequence[Row], backend: str, noise: str) -> Iterator[float]:
     for row in _model(rows, GPT2_WIDE, f"{backend} {noise}"):
         yield 100 * abs(number(row["peak_bytes"]) / number(row["promised_bytes"]) - 1)
@@ -166,6 +178,20 @@ BARS = (
     Bar(f"{GPT2_WIDE}: peak memory off the promise", 2, "%", _peak, at_most=True),
     Bar(f"{HOST_124M}: on the host", 10, "ms", _host(HOST_124M), at_most=True),
     Bar(f"{HOST_XL}: on the host", 90, "ms", _host(HOST_XL), at_most=True),
+    Bar(
+        f"{HOST_200}: on the host, per layer, over {HOST_XL}",
+        1.2,
+        "x",
+        _host_per_layer,
+        at_most=True,
+    ),
+    Bar(
+        "next growth of a model: on the host, over its first",
+        1.2,
+        "x",
+        _host_again,
+        at_most=True,
+    ),
     Bar("growkern.optim.AdamW without slices: over torch's foreach", 1, "x", _adamw("foreach")),
     Bar(
         "growkern.optim.AdamW without slices: over torch's fused", 1, "x", _adamw("fused"), gpu=True

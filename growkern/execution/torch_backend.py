@@ -34,7 +34,7 @@ def expand(groups: Sequence[Group], on_written: Callable[[int], object] | None =
     """
 
     def parts() -> Iterator[list[_Part]]:
-        """Yield parts of pieces, small ones together: to hand work to a thread takes as long as to write 2**16 elements."""
+        """Yield parts of pieces, small ones together: to hand work to a thread takes time."""
         ready, n_ready = list[_Part](), 0
         for piece in (
             piece

@@ -186,16 +186,18 @@ def test_bars_take_the_worst_case_and_both_sides_of_a_limit():
         fake(at, baselines.SELECT, "first", 0.3, p50_ms=800.0),
         fake(at, baselines.SELECT, "busy", 0.3, p50_ms=900.0),
         fake(bench_models.HOST_XL, "host", "warm", 0.0, p50_ms=95.0),
+        fake(bench_models.HOST_XL, "host", "again", 0.0, p50_ms=190.0),
+        fake(bench_models.HOST_200, "host", "warm", 0.0, p50_ms=427.5),
     ]
 
     here = [bar for bar in bars.BARS if not bar.gpu]
 
     found = [bar.worst(rows, "torch", "noise=0") for bar in here]
 
-    expected = [55, 4, 3.5, 1.8, 2.5, 75, 9, 1.5, None, 95]
-    assert found[:10] == pytest.approx(expected) and set(found[10:]) == {None}
+    expected = [55, 4, 3.5, 1.8, 2.5, 75, 9, 1.5, None, 95, 1.08, 2]
+    assert found[:12] == pytest.approx(expected) and set(found[12:]) == {None}
     held = [bar.held(figure) for bar, figure in zip(here, found, strict=True) if figure]
-    assert held == [False, True, True, False, True, True, True, True, False]
+    assert held == [False, True, True, False, True, True, True, True, False, True, False]
 
 
 def test_the_guide_has_the_predictions_of_the_model():
