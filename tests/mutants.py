@@ -293,7 +293,7 @@ MUTANTS = {
         "execution/fills.py", "* rows).sum(1)", "* rows).sum(1).mean(0, keepdim=True).expand(len(sources))",
         "execution/test_tiles.py -k read_together"),
     "fills: a source that is read alone is summed in another order": Mutant(
-        "execution/fills.py", "if sources[0].numel() <= SMALL:", "if len(sources) > 1:", "execution/test_tiles.py -k read_together"),
+        "execution/fills.py", "if sources[0].numel() <= TOGETHER:", "if len(sources) > 1:", "execution/test_tiles.py -k read_together"),
     "names: modules are walked at every question": Mutant(
         "support/names.py", "        known[id(model)] = made\n", "        pass\n", "execution/test_tiles.py -k walked"),
     "finite: means are not tested": Mutant(

@@ -12,7 +12,7 @@ from growkern.execution.tiling import MEANS, Slot, Tiling
 from growkern.support.threads import read_each
 
 Given = Callable[[Tensor, int], Tensor]
-SMALL = 1 << 13  # elements of sources that are copied to be read together
+TOGETHER = 1 << 13  # elements of sources that are copied to be read together
 BROKEN = "Load a checkpoint with finite weights, or set these elements."
 
 
@@ -50,7 +50,7 @@ class Fills:
     def batches(self) -> Iterator[tuple[Slot, slice]]:
         """Yield the means to compute: a slot, and sources that are read together because they are small."""
         n = self.sources[0].numel()
-        step = max(1, CHUNK // max(1, n)) if n <= SMALL else 1
+        step = max(1, CHUNK // max(1, n)) if n <= TOGETHER else 1
         for slot in self.means:
             for first in range(0, len(self.sources), step):
                 yield slot, slice(first, first + step)
@@ -124,7 +124,7 @@ def measure(several: Sequence[Fills]) -> None:
 
 def weighted_sums(sources: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """Return ``sum(rows[i] * sources[k, i, j] * cols[j])``, (n,); of small matrices the same bits whatever they are read together with."""
-    if sources[0].numel() <= SMALL:
+    if sources[0].numel() <= TOGETHER:
         return ((sources.to(cols.dtype) * cols).sum(2) * rows).sum(1)
     return _joined([part @ cols for part in chunks(sources, 1)]) @ rows
 
