@@ -293,7 +293,7 @@ MUTANTS = {
         "execution/fills.py", "* rows).sum(1)", "* rows).sum(1).mean(0, keepdim=True).expand(len(sources))",
         "execution/test_tiles.py -k read_together"),
     "fills: a source that is read alone is summed in another order": Mutant(
-        "execution/fills.py", "if sources[0].numel() <= TOGETHER:", "if len(sources) > 1:", "execution/test_tiles.py -k read_together"),
+        "execution/fills.py", "if sources[0].numel() <= FEW:", "if len(sources) > 1:", "execution/test_tiles.py -k read_together"),
     "names: modules are walked at every question": Mutant(
         "support/names.py", "        known[id(model)] = made\n", "        pass\n", "execution/test_tiles.py -k walked"),
     "finite: means are not tested": Mutant(
@@ -311,6 +311,10 @@ MUTANTS = {
         "support/memory.py", "return lambda: raw", "raise", "execution/test_memory.py -k full_disk"),
     "AdamW: a step repeats with transposed moments": Mutant(
         "optimizer/adamw_steady.py", "chain(grads, params, tensors)", "grads", "optimizer/test_adamw_class.py -k repeats"),
+    "AdamW: a repeated step is not counted": Mutant(
+        "optimizer/adamw_steady.py", "            count.value += 1\n", "            pass\n", "optimizer/test_adamw_class.py -k repeats"),
+    "AdamW: a count of another dtype is written in the memory of a float": Mutant(
+        "optimizer/adamw_steady.py", " and step.dtype in NUMBERS", "", "optimizer/test_adamw_class.py -k 'repeats and bfloat16'"),
     # commit
     "undo: attributes stay": Mutant(
         "commit/undo.py", "self.rollbacks.append(lambda: setattr(owner, name, before))", "del before",

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 from growkern.errors import CommitError, PlanError
-from growkern.execution.measures import CHUNK, chunks
+from growkern.execution.measures import chunks
 from growkern.execution.tiling import MEANS, Slot, Tiling
 from growkern.support.threads import read_each
 
 Given = Callable[[Tensor, int], Tensor]
-TOGETHER = 1 << 13  # elements of sources that are copied to be read together
+FEW = 1 << 13  # elements of a source that is copied to be read together with others
+TOGETHER = (
+    1 << 15
+)  # elements that are read together: an operator runs on one core, see ``support/threads.py``
 BROKEN = "Load a checkpoint with finite weights, or set these elements."
 
 
@@ -50,7 +53,7 @@ class Fills:
     def batches(self) -> Iterator[tuple[Slot, slice]]:
         """Yield the means to compute: a slot, and sources that are read together because they are small."""
         n = self.sources[0].numel()
-        step = max(1, CHUNK // max(1, n)) if n <= TOGETHER else 1
+        step = TOGETHER // max(1, n) if n <= FEW else 1
         for slot in self.means:
             for first in range(0, len(self.sources), step):
                 yield slot, slice(first, first + step)
@@ -124,7 +127,7 @@ def measure(several: Sequence[Fills]) -> None:
 
 def weighted_sums(sources: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """Return ``sum(rows[i] * sources[k, i, j] * cols[j])``, (n,); of small matrices the same bits whatever they are read together with."""
-    if sources[0].numel() <= TOGETHER:
+    if sources[0].numel() <= FEW:
         return ((sources.to(cols.dtype) * cols).sum(2) * rows).sum(1)
     return _joined([part @ cols for part in chunks(sources, 1)]) @ rows
 

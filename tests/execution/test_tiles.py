@@ -10,7 +10,7 @@ from growkern import plan
 from growkern.commit import commit
 from growkern.engine.sources import tensors_of
 from growkern.execution import execute, measures
-from growkern.execution.fills import TOGETHER, weighted_sums
+from growkern.execution.fills import FEW, weighted_sums
 from growkern.execution.grouping import grouped
 from growkern.execution.tiles import Tiler
 from growkern.model.describe import describe
@@ -130,7 +130,7 @@ def test_sums_of_matrices_that_are_read_together_have_the_bits_of_each(shape):
 
     sums = weighted_sums(sources, rows, cols)
 
-    if shape[1] * shape[2] <= TOGETHER:
+    if shape[1] * shape[2] <= FEW:
         alone = [weighted_sums(source[None], rows, cols)[0] for source in sources]
         assert torch.equal(sums, torch.stack(alone))
     exact = torch.einsum("nij,i,j->n", sources.double(), rows.double(), cols.double())

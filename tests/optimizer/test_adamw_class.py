@@ -241,6 +241,15 @@ def with_slices(optim, ps):
     optim.set_slices(ps[0], lr_rows=[0.5] * len(ps[0]))
 
 
+def counted_in(dtype):
+    def change(optim, ps):
+        for p in ps:
+            step = optim.state[p]["step"]
+            step.data = step.data.to(dtype)
+
+    return change
+
+
 CHANGES = {
     "nothing": lambda optim, ps: None,
     "lr": lambda optim, ps: optim.param_groups[0].update(lr=0.03),
@@ -260,6 +269,8 @@ CHANGES = {
     "counted unseen": counted_unseen,
     "counted in numpy": counted_in_numpy,
     "counted together": counted_together,
+    "counted in float64": counted_in(torch.float64),
+    "counted in bfloat16": counted_in(torch.bfloat16),
     "weights transposed": transposed_weight,
     "moment transposed": transposed_moment,
     "parameter replaced": replaced_parameter,
@@ -269,7 +280,7 @@ CHANGES = {
     "without state": without_state,
     "slices": with_slices,
 }  # fmt: skip
-NEVER_AGAIN = with_slices, transposed_weight, transposed_moment
+NEVER_AGAIN = with_slices, transposed_weight, transposed_moment, CHANGES["counted in bfloat16"]
 
 
 QUICK = "nothing", "lr", "weights written", "slices"
