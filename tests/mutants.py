@@ -287,8 +287,6 @@ MUTANTS = {
         "execution/test_threads.py -k once_and_alone"),
     "template: every growth of a model traces a small model again": Mutant(
         "model/tracing/template.py", ', "growkern_history"', "", "model/test_hints.py -k all_growths"),
-    "template: every epsilon traces a small model again": Mutant(
-        "model/tracing/template.py", "*NAMES, hint.eps}", "*NAMES}", "model/test_hints.py -k all_growths"),
     "fills: small sources share a mean": Mutant(
         "execution/fills.py", "* rows).sum(1)", "* rows).sum(1).mean(0, keepdim=True).expand(len(sources))",
         "execution/test_tiles.py -k read_together"),

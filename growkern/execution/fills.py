@@ -60,8 +60,8 @@ class Fills:
 
     def measure(self, slot: Slot, at: slice) -> None:
         """Compute a mean of some sources: (1, 1), one row or one column of each; the mean by the law as ()."""
-        own = self.sources[at]
-        sources = (torch.stack(list(own)) if len(own) > 1 else own[0]).view(len(own), *self.tiling.source)  # fmt: skip
+        own = [source.view(self.tiling.source) for source in self.sources[at]]
+        sources = torch.stack(own) if own[0].numel() <= FEW else own[0][None]
         self.means[slot][at] = self._means(sources, slot).unbind()
 
     @cached_property

@@ -175,8 +175,8 @@ class AdamW(torch.optim.AdamW):
         from growkern.kernels.adamw import adamw_again
 
         steady: Steady = self.__dict__["_steady"]
-        counts = steady.count()
         hypers = [_hyper(group) for group in self.param_groups if group["params"]]
+        counts = steady.count()
         with torch.no_grad():
             adamw_again(self.__dict__["_tables"][steady.device], steady.grads, counts, hypers)
 

@@ -123,6 +123,40 @@ def test_the_mean_of_a_source_does_not_depend_on_what_is_read_together_with_it(w
     assert len({float(mean.double().sum()) for _, mean in pairs}) > len(pairs) // 2
 
 
+def apart(t):
+    """Return a tensor with the elements of another, which lie apart in memory."""
+    wide = t.new_zeros(*t.shape, 2)
+    wide[..., 0] = t
+    return wide[..., 0]
+
+
+def transposed(t):
+    return t.mT.contiguous().mT if t.dim() > 1 else apart(t)
+
+
+@pytest.mark.parametrize("lie", [apart, transposed])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+@pytest.mark.parametrize("what", ["weight", "moments"])
+def test_a_tensor_that_lies_otherwise_than_those_of_its_kind_grows_to_the_same_values(what, name, lie):  # fmt: skip
+    grown = []
+    for layout in (torch.clone, lie):
+        model = make("llama", tied=False)
+        optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        train(model, optim, 1)
+        p = model.get_parameter(name)
+        if what == "weight":
+            p.data = layout(p.data)
+        else:
+            optim.state[p] |= {
+                key: layout(optim.state[p][key]) for key in ("exp_avg", "exp_avg_sq")
+            }
+        grow(model, optim, to={"hidden": 36, "ffn": 50})
+        grown.append([*model.state_dict().values()])
+        grown[-1] += [t for q in model.parameters() for t in optim.state[q].values()]
+
+    assert all(torch.equal(a, b) for a, b in zip(*grown, strict=True))
+
+
 @pytest.mark.parametrize("shape", [(40, 64, 128), (200, 1, 8192), (300, 37, 5), (3, 96, 128)])
 def test_sums_of_matrices_that_are_read_together_have_the_bits_of_each(shape):
     sources = torch.randn(shape, generator=torch.Generator().manual_seed(0))

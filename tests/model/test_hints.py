@@ -180,10 +180,26 @@ def test_one_trace_serves_all_growths_of_a_model(family, monkeypatch):
     describe(model)
     monkeypatch.setattr(template, "_Traced", None)  # a second trace would fail
 
-    for to in ({"hidden": 48, "heads": "2x"}, {"ffn": "2x"}, {"layers": 4}):
+    for to in ({"ffn": "2x"}, {"layers": 4}, {"layers": 5}):
         growkern.expand_inplace(model, to=to)
 
     assert len(model.config.growkern_history) == 3
+
+
+BERT = dict(
+    hidden_size=16, num_attention_heads=2, intermediate_size=32, num_hidden_layers=2, vocab_size=64, max_position_embeddings=32
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("first", [1e-12, 1.0])
+def test_a_description_is_of_the_models_own_epsilon(first):
+    """A new block of BERT is the identity up to the epsilon of its norms."""
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**BERT, layer_norm_eps=first))
+    describe(model)
+    for eps in (1e-12, 1.0):
+        config = transformers.BertConfig(**BERT, layer_norm_eps=eps)
+        spec = describe(transformers.BertForMaskedLM(config))
+        assert bool(spec.blocks.reasons) == (eps == 1.0)
 
 
 def test_description_leaves_random_state_and_defaults_as_they_are(monkeypatch):

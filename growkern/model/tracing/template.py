@@ -42,7 +42,7 @@ from growkern.model.tracing.template_axes import Axes
 from growkern.model.tracing.trial import Tensors
 from growkern.support.names import named_buffers, named_modules, named_parameters
 
-# fields that no description follows from; a growth changes the last, and the field of the epsilon
+# fields that no description follows from; a growth changes the last
 NAMES = "_name_or_path", "architectures", "transformers_version", "growkern_history"
 _KNOWN: dict[tuple[object, ...], Template] = {}
 
@@ -84,7 +84,7 @@ def _template(model: nn.Module, kind: type[nn.Module], hint: Hint, inputs: Input
     n = n_blocks([*live.values()])
     own = small_config(config, hint, small_sizes(config, hint, 0, n))
     values: dict[str, object] = own.to_dict() if hasattr(own, "to_dict") else {**vars(own)}
-    fields = {k: v for k, v in values.items() if k not in {*hint.divided, *NAMES, hint.eps}}
+    fields = {k: v for k, v in values.items() if k not in {*hint.divided, *NAMES}}
     key = kind, hint, n, json.dumps(fields, default=str, sort_keys=True)
     known = None if inputs is not None else _KNOWN.get(key)
     if known is None:
