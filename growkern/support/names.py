@@ -80,7 +80,7 @@ def _members(model: nn.Module, table: str, remove_duplicate: bool) -> Iterator[t
         if (held := getattr(module, table))
         for name, member in held.items()
         if member is not None
-    ]  # a list: a growth walks them thirty times, and a generator takes twice as long
+    ]  # a list: a growth walks them thirty times, and a generator takes longer
     return unique(every) if remove_duplicate else iter(every)
 
 
